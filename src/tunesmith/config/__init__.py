@@ -1,0 +1,1 @@
+"""A recipe file and its overrides become one frozen `Run`. Imports no torch."""

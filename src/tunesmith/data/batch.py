@@ -1,0 +1,107 @@
+"""The one shape in which tokens reach the model.
+
+A `Batch` is a block of rows. Each row holds one document (unpacked) or several (packed), then padding. Documents are
+the units of attention: `cu_seqlens` cuts the flattened block into documents, padding counted as documents of its own,
+so that packed and unpacked rows take the same road through attention and none sees another.
+
+Targets are shifted here, on the host, document by document: `targets[r, i]` is the token that position `i` must
+predict, or IGNORE. No later code shifts, so no label can leak over the edge of a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+IGNORE = -100
+
+
+class Example(NamedTuple):
+    """One tokenised example.
+
+    ids: int32 [n], n >= 2.
+    trained: bool [n]; `trained[i]` says that token i is learnt, that is, predicted from position i - 1 with loss.
+        `trained[0]` is always False: nothing stands before it.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch, local to a rank.
+
+    Attributes:
+        input_ids: int64 [rows, length].
+        position_ids: int64 [rows, length]; each document counts from 0.
+        targets: int64 [rows, length]; the next token, or IGNORE.
+        cu_seqlens: int32 [documents + 1]; edges of the documents in the flattened block, from 0 to rows * length.
+        max_seqlen: longest document, in tokens.
+        tokens: non-padding tokens.
+        supervised: positions whose target is not IGNORE.
+        examples: real examples (padding documents are none).
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    tokens: int
+    supervised: int
+    examples: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`, copied without blocking where the source is pinned."""
+        moved = {
+            k: getattr(self, k).to(device, non_blocking=True)
+            for k in ("input_ids", "position_ids", "targets", "cu_seqlens")
+        }
+        return Batch(**{**self.__dict__, **moved})
+
+
+def collate(rows: Sequence[Sequence[Example]], *, length: int, pad_id: int) -> Batch:
+    """Lay rows of examples into one Batch.
+
+    Args:
+        rows: each row is the list of examples that share it; their tokens together must fit `length`.
+        length: tokens of every row, padding counted.
+        pad_id: the token that fills the end of a row; it is never attended to nor trained.
+    """
+    shape = (len(rows), length)
+    ids = np.full(shape, pad_id, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    targets = np.full(shape, IGNORE, dtype=np.int64)
+    edges, longest, tokens, examples = [0], 0, 0, 0
+    for r, row in enumerate(rows):
+        at = 0
+        for example in row:
+            n = len(example.ids)
+            span = slice(at, at + n)
+            ids[r, span] = example.ids
+            positions[r, span] = np.arange(n)
+            targets[r, at : at + n - 1] = np.where(example.trained[1:], example.ids[1:], IGNORE)
+            at += n
+            edges.append(r * length + at)
+            longest, tokens, examples = max(longest, n), tokens + n, examples + 1
+        if at > length:
+            raise ValueError(f"row {r} holds {at} tokens and has room for {length}")
+        if at < length:
+            positions[r, at:] = np.arange(length - at)
+            edges.append((r + 1) * length)
+            longest = max(longest, length - at)
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        targets=torch.from_numpy(targets),
+        cu_seqlens=torch.tensor(edges, dtype=torch.int32),
+        max_seqlen=longest,
+        tokens=tokens,
+        supervised=int((targets != IGNORE).sum()),
+        examples=examples,
+    )

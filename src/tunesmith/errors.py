@@ -1,0 +1,89 @@
+"""What can go wrong, as one small tree.
+
+    TunesmithError
+    ├── UsageError          exit 2: found before the first step; nothing was started
+    │   ├── RecipeError       the recipe file, its keys and values
+    │   ├── DataError         a data file, a row, a column, the token contract
+    │   ├── ModelError        a model that is missing, unsupported, gated or damaged
+    │   └── MachineError      a missing package, no room on the disk, a folder that cannot be written
+    ├── RunError            exit 1: the run began and failed
+    │   ├── NonFiniteLoss     NaN or Inf in the loss or the gradient norm
+    │   └── CheckpointError   a checkpoint that cannot be written or read
+    └── Stopped             exit 75: a signal came, all is saved, start again to go on
+
+Every error says four things: what is wrong, where (file:line, key or step), why, and the
+command or edit that mends it. `TunesmithError.text()` is the block that a user sees.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75
+
+
+class TunesmithError(Exception):
+    """Base of all errors that are meant for a user's eyes.
+
+    Args:
+        what: one sentence, no full stop needed: what is wrong.
+        where: `file:line`, a key of the recipe, a step; empty if it has no place.
+        why: the reason behind it; empty if `what` says it.
+        fix: the command or edit that mends it.
+    """
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.why, self.fix = what, where, why, fix
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self) -> str:
+        """The block for the terminal: one line each for what, where, why and fix."""
+        rows = [f"error: {self.what}"]
+        rows += [f"  {name}: {value}" for name, value in (("where", self.where), ("why", self.why), ("fix", self.fix)) if value]
+        return "\n".join(rows)
+
+
+class UsageError(TunesmithError):
+    """Found before the first step: the command, recipe, data, model, licence or disk."""
+
+    exit_code = EXIT_USAGE
+
+
+class RecipeError(UsageError):
+    """A recipe file that cannot be read, or a key or value in it that is wrong."""
+
+
+class DataError(UsageError):
+    """A data file, row or column that cannot be trained on, or a broken token contract."""
+
+
+class ModelError(UsageError):
+    """A model that is missing, not supported, not permitted or damaged."""
+
+
+class MachineError(UsageError):
+    """This machine lacks something: a package, room on the disk, a folder that can be written."""
+
+
+class RunError(TunesmithError):
+    """The run began and failed; `failure.json` holds the same words."""
+
+
+class NonFiniteLoss(RunError):
+    """The loss or the gradient norm became NaN or infinite."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written or read."""
+
+
+class Stopped(TunesmithError):
+    """A signal asked for an end; everything is saved. `start again` goes on from there."""
+
+    exit_code = EXIT_STOPPED
