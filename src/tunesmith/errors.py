@@ -45,7 +45,11 @@ class TunesmithError(Exception):
     def text(self) -> str:
         """The block for the terminal: one line each for what, where, why and fix."""
         rows = [f"error: {self.what}"]
-        rows += [f"  {name}: {value}" for name, value in (("where", self.where), ("why", self.why), ("fix", self.fix)) if value]
+        rows += [
+            f"  {name}: {value}"
+            for name, value in (("where", self.where), ("why", self.why), ("fix", self.fix))
+            if value
+        ]
         return "\n".join(rows)
 
 

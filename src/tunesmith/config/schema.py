@@ -30,9 +30,15 @@ class Model:
     name: str = key(doc="Hub id (`meta-llama/Llama-3.1-8B-Instruct`), a local folder, or a `.gguf` file")
     revision: str | None = key(None, doc="branch, tag or commit on the Hub; null takes `main`")
     tokenizer: str | None = key(None, doc="Hub id or folder of another tokenizer; null takes the model's own")
-    dtype: Literal["bf16", "fp16", "fp32"] = key("bf16", doc="type of the weights and of the products; fp16 scales the loss")
-    quantize: Literal["none", "fp8", "nf4"] = key("none", doc="how the frozen base is held; nf4 is bitsandbytes' format")
-    attention: Literal["auto", "eager"] = key("auto", doc="auto takes the fastest block-diagonal attention; eager is Transformers' own plain one")
+    dtype: Literal["bf16", "fp16", "fp32"] = key(
+        "bf16", doc="type of the weights and of the products; fp16 scales the loss"
+    )
+    quantize: Literal["none", "fp8", "nf4"] = key(
+        "none", doc="how the frozen base is held; nf4 is bitsandbytes' format"
+    )
+    attention: Literal["auto", "eager"] = key(
+        "auto", doc="auto takes the fastest block-diagonal attention; eager is Transformers' own plain one"
+    )
     trust_remote_code: bool = key(False, doc="run Python code that the model's repository ships")
     added_tokens: tuple[str, ...] = key((), doc="special tokens to add to the vocabulary; their embeddings are trained")
     pad_token: str | None = key(None, doc="padding token; null takes the tokenizer's own, else its unk, else its eos")
@@ -46,9 +52,13 @@ class Adapter:
     rank: int = key(8, doc="LoRA's r")
     alpha: float = key(16.0, doc="LoRA's alpha; the update is scaled by alpha / rank")
     dropout: float = key(0.0, doc="dropout before A, from 0 up to below 1")
-    target: str | tuple[str, ...] = key("all-linear", doc="`all-linear` (every linear layer but the head) or a list of module names")
+    target: str | tuple[str, ...] = key(
+        "all-linear", doc="`all-linear` (every linear layer but the head) or a list of module names"
+    )
     rslora: bool = key(False, doc="scale by alpha / sqrt(rank), as rsLoRA does")
-    modules_to_save: tuple[str, ...] = key((), doc="modules trained in full beside the adapter, such as `embed_tokens`, `lm_head`")
+    modules_to_save: tuple[str, ...] = key(
+        (), doc="modules trained in full beside the adapter, such as `embed_tokens`, `lm_head`"
+    )
     from_: str | None = key(None, doc="folder or Hub id of a PEFT adapter to go on from")  # written `from` in a recipe
 
 
@@ -60,7 +70,9 @@ class Source:
     name: str | None = key(None, doc="configuration of a Hub dataset")
     revision: str | None = key(None, doc="branch, tag or commit of a Hub dataset")
     split: str | None = key(None, doc="such as `train` or `train[:95%]`; null takes all rows")
-    format: Literal["alpaca", "messages", "sharegpt", "prompt-completion", "text"] = key("messages", doc="what a row looks like")
+    format: Literal["alpaca", "messages", "sharegpt", "prompt-completion", "text"] = key(
+        "messages", doc="what a row looks like"
+    )
     columns: dict[str, str] = key(factory=dict, doc="the format's name of a column: the file's name of it")
     max_examples: int | None = key(None, doc="take the first N rows of the split")
     weight: float = key(1.0, doc="among several sources: how many times this one is seen in an epoch")
@@ -72,12 +84,18 @@ class Data:
 
     train: tuple[Source, ...] = key(doc="a source, or a list of them")
     validation: tuple[Source, ...] = key((), doc="held-out rows: a source, or a list of them")
-    template: str = key("auto", doc="`auto` (the tokenizer's chat template, else alpaca), `chat`, `alpaca`, or a Jinja file")
+    template: str = key(
+        "auto", doc="`auto` (the tokenizer's chat template, else alpaca), `chat`, `alpaca`, or a Jinja file"
+    )
     system: str | None = key(None, doc="system message for rows that have none")
     seq_len: int = key(2048, doc="longest example, in tokens; also the length of a packed row")
     pack: bool = key(True, doc="several examples a row, none seeing another; false: one example a row, padded")
-    train_on: Literal["response", "last", "all"] = key("response", doc="tokens that carry loss: every assistant turn, the last one, or all")
-    too_long: Literal["truncate", "drop", "error"] = key("truncate", doc="what happens to a longer example; it is counted")
+    train_on: Literal["response", "last", "all"] = key(
+        "response", doc="tokens that carry loss: every assistant turn, the last one, or all"
+    )
+    too_long: Literal["truncate", "drop", "error"] = key(
+        "truncate", doc="what happens to a longer example; it is counted"
+    )
     shuffle: bool = key(True, doc="draw a new order each epoch from the seed; false keeps the order of the file")
 
 
@@ -86,20 +104,32 @@ class Train:
     """The optimizer and its course."""
 
     duration: Length = key(Length(1, "epochs"), doc="`1 epochs`, `500 steps` or `2 h`")
-    global_batch: Size = key(Size(64, "examples"), doc="what one optimizer step learns from, over all ranks: examples or tokens")
-    micro_batch: Size | Literal["auto"] = key("auto", doc="what one rank takes in one forward pass: tokens (padding counted) or examples")
+    global_batch: Size = key(
+        Size(64, "examples"), doc="what one optimizer step learns from, over all ranks: examples or tokens"
+    )
+    micro_batch: Size | Literal["auto"] = key(
+        "auto", doc="what one rank takes in one forward pass: tokens (padding counted) or examples"
+    )
     learning_rate: float = key(1e-4, doc="peak learning rate")
     min_learning_rate: float = key(0.0, doc="where linear and cosine end")
-    schedule: Literal["constant", "linear", "cosine"] = key("cosine", doc="course of the learning rate after the warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = key(
+        "cosine", doc="course of the learning rate after the warm-up"
+    )
     warmup: Length = key(Length(3, "%"), doc="share of the run, or steps, with a rising learning rate")
     optimizer: Literal["adamw"] = key("adamw", doc="AdamW, fused where there is a fused one")
     betas: tuple[float, float] = key((0.9, 0.999), doc="AdamW's betas")
     eps: float = key(1e-8, doc="AdamW's epsilon")
-    weight_decay: float = key(0.0, doc="AdamW's decoupled weight decay, on matrices; never on norms, biases and scalars")
+    weight_decay: float = key(
+        0.0, doc="AdamW's decoupled weight decay, on matrices; never on norms, biases and scalars"
+    )
     clip_norm: float | None = key(1.0, doc="largest L2 norm of the gradient; null: no clipping")
-    master_weights: Literal["fp32", "stochastic"] = key("fp32", doc="full fine-tuning in bf16: an fp32 copy of the weights, or stochastic rounding")
+    master_weights: Literal["fp32", "stochastic"] = key(
+        "fp32", doc="full fine-tuning in bf16: an fp32 copy of the weights, or stochastic rounding"
+    )
     seed: int = key(42, doc="fixes the order of the data, new weights and dropout")
-    recompute: Literal["auto", "none", "full"] = key("auto", doc="run each layer's forward again in the backward, to save memory")
+    recompute: Literal["auto", "none", "full"] = key(
+        "auto", doc="run each layer's forward again in the backward, to save memory"
+    )
     compile: Literal["auto", "on", "off"] = key("auto", doc="torch.compile")
 
 
@@ -127,7 +157,9 @@ class Checkpoint:
 
     every: Length | None = key(Length(200, "steps"), doc="how often; null: only at the end and when stopped")
     keep: int = key(3, doc="how many of the newest to keep")
-    resume: Literal["auto", "never", "force"] = key("auto", doc="go on from the newest whole one; never: start over; force: go on although the recipe differs")
+    resume: Literal["auto", "never", "force"] = key(
+        "auto", doc="go on from the newest whole one; never: start over; force: go on although the recipe differs"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
