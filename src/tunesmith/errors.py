@@ -7,9 +7,9 @@
     │   ├── ModelError        a model that is missing, unsupported, gated or damaged
     │   └── MachineError      a missing package, no room on the disk, a folder that cannot be written
     ├── RunError            exit 1: the run began and failed
-    │   ├── NonFiniteLoss     NaN or Inf in the loss or the gradient norm
+    │   ├── NonFiniteError    NaN or Inf in the loss or the gradient norm
     │   └── CheckpointError   a checkpoint that cannot be written or read
-    └── Stopped             exit 75: a signal came, all is saved, start again to go on
+    └── StoppedError          exit 75: a signal came, all is saved, start again to go on
 
 Every error says four things: what is wrong, where (file:line, key or step), why, and the
 command or edit that mends it. `TunesmithError.text()` is the block that a user sees.
@@ -79,7 +79,7 @@ class RunError(TunesmithError):
     """The run began and failed; `failure.json` holds the same words."""
 
 
-class NonFiniteLoss(RunError):
+class NonFiniteError(RunError):
     """The loss or the gradient norm became NaN or infinite."""
 
 
@@ -87,7 +87,7 @@ class CheckpointError(RunError):
     """A checkpoint could not be written or read."""
 
 
-class Stopped(TunesmithError):
+class StoppedError(TunesmithError):
     """A signal asked for an end; everything is saved. `start again` goes on from there."""
 
     exit_code = EXIT_STOPPED
