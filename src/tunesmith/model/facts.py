@@ -171,7 +171,9 @@ def _foreign(kind: str, config: Mapping[str, Any]) -> str:
     """Say what a config is when it is no dense text decoder, else an empty string."""
     name = kind.lower().replace("-", "_")
     experts = [
-        k for k in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") if (config.get(k) or 0) > 1
+        k
+        for k in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+        if (config.get(k) or 0) > 1
     ]
     if experts or "moe" in name or name in ("mixtral", "dbrx", "gpt_oss", "deepseek_v2", "deepseek_v3", "arctic"):
         count = f" of {config[experts[0]]} experts" if experts else ""

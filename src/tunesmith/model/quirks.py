@@ -7,7 +7,9 @@ simply not in its row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -40,29 +42,30 @@ class Quirks:
     head: str = "lm_head"
 
 
+def _softcapped(config: Any) -> Quirks:
+    return Quirks(
+        final_softcap=config.final_logit_softcapping,
+        attention_softcap=config.attn_logit_softcapping,
+        embedding_scale=config.hidden_size**0.5,
+        windowed=True,
+    )
+
+
+_ROWS: dict[str, Callable[[Any], Quirks]] = {
+    "gemma": lambda c: Quirks(embedding_scale=c.hidden_size**0.5),
+    "gemma2": _softcapped,
+    "gemma3_text": _softcapped,
+    "granite": lambda c: Quirks(logit_scale=1.0 / c.logits_scaling, embedding_scale=c.embedding_multiplier),
+    "mistral": lambda c: Quirks(windowed=c.sliding_window is not None),
+    "phi3": lambda c: Quirks(
+        qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",), windowed=c.sliding_window is not None
+    ),
+    "qwen2": lambda c: Quirks(windowed=c.use_sliding_window),
+    "qwen3": lambda c: Quirks(windowed=c.use_sliding_window),
+}
+
+
 def of(config: PretrainedConfig) -> Quirks:
-    """The row of a model's family."""
-    match config.model_type:
-        case "gemma":
-            return Quirks(embedding_scale=config.hidden_size**0.5)
-        case "gemma2" | "gemma3_text":
-            return Quirks(
-                final_softcap=config.final_logit_softcapping,
-                attention_softcap=config.attn_logit_softcapping,
-                embedding_scale=config.hidden_size**0.5,
-                windowed=True,
-            )
-        case "granite":
-            return Quirks(logit_scale=1.0 / config.logits_scaling, embedding_scale=config.embedding_multiplier)
-        case "mistral":
-            return Quirks(windowed=config.sliding_window is not None)
-        case "phi3":
-            return Quirks(
-                qkv=("self_attn.qkv_proj",),
-                gate_up=("mlp.gate_up_proj",),
-                windowed=config.sliding_window is not None,
-            )
-        case "qwen2" | "qwen3":
-            return Quirks(windowed=config.use_sliding_window)
-        case _:
-            return Quirks()
+    """The row of a model's family; a family without a row is as Llama."""
+    row = _ROWS.get(config.model_type)
+    return row(config) if row else Quirks()
