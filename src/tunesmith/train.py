@@ -29,6 +29,7 @@ from tunesmith.config.schema import Run
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError
 from tunesmith.evaluate import validation_loss
+from tunesmith.generate import Decoding, answer_batch, decode, generating
 from tunesmith.metrics import hardware
 from tunesmith.metrics import sinks as metric_sinks
 from tunesmith.metrics.profile import Profiler
