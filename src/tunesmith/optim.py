@@ -128,7 +128,8 @@ class Optimizer:
         if self.scale is not None:
             for grad in grads:
                 grad.div_(self.scale)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.train.clip_norm is not None:
             factor = (self.train.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             for grad in grads:

@@ -63,9 +63,14 @@ def test_none_whole(tmp_path: Path) -> None:
 
 def test_an_error_in_the_block_leaves_no_trace_and_the_old_one(tmp_path: Path) -> None:
     write(tmp_path, 5, "old")
-    with pytest.raises(ZeroDivisionError), state.writing(tmp_path / "checkpoint-5", 5) as folder:
-        (folder / "a.bin").write_text("new")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with state.writing(tmp_path / "checkpoint-5", 5) as folder:
+            (folder / "a.bin").write_text("new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert (tmp_path / "checkpoint-5" / "a.bin").read_text() == "old" * 10
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-5"]
 
