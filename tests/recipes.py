@@ -9,7 +9,7 @@ from typing import Any
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 
-WORDS = "amber birch cedar delta ember fjord grove heron inlet juniper".split()
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "juniper"]
 
 
 def rows(count: int) -> list[dict[str, str]]:

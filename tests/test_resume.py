@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipes import recipe
 
+from recipes import recipe
 from tunesmith.checkpoint import state
 
 SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")
