@@ -29,12 +29,12 @@ from tunesmith.config.schema import Run
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError
 from tunesmith.evaluate import validation_loss
-from tunesmith.generate import Decoding, answer_batch, decode, generating
+from tunesmith.generate import Decoding, answer_batch, decode
 from tunesmith.metrics import hardware
 from tunesmith.metrics import sinks as metric_sinks
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
-from tunesmith.metrics.report import write_failure
+from tunesmith.metrics.report import clear_failure, write_failure
 from tunesmith.model.facts import flops
 from tunesmith.optim import learning_rate, warmup_steps
 from tunesmith.signals import StopRequest
@@ -173,7 +173,8 @@ class Trainer:
         if not self.validated:
             self.sinks.text("validation", "the validation that a stop cut off is made up for")
             self.finish_step()
-        with Profiler(self.run, self.out) as profiler, self.s.loader(self.step) as loader:
+        profiler = Profiler(self.run.profile, self.out, rank=0, device=self.s.device)
+        with profiler, self.s.loader(self.step) as loader:
             self.clock = time.perf_counter()
             for batch in loader:
                 if self.stop.signal or self.over():
@@ -313,13 +314,12 @@ class Trainer:
         rows = [tokens[i] for i in range(min(count, len(tokens)))]
         # What stands before the first trained token is the prompt; a row that is trained whole has none to ask.
         prompts = [ids for ids in (row.ids[: int(row.trained.argmax())].tolist() for row in rows) if len(ids) > 1]
-        with generating(model):
-            answers = [
-                answer_batch(
-                    model, tokenizer, [ids], Decoding(max_new_tokens=SAMPLE_TOKENS), stops=self.s.data.template.stops
-                )[0]
-                for ids in prompts
-            ]
+        decoding, stops = Decoding(max_new_tokens=SAMPLE_TOKENS), self.s.data.template.stops
+        model.set_attn_implementation("sdpa")
+        try:
+            answers = [answer_batch(model, tokenizer, [ids], decoding, stops=stops)[0] for ids in prompts]
+        finally:
+            self.s.model.use_training_attention()
         return [(decode(tokenizer, ids), a.text) for ids, a in zip(prompts, answers, strict=True)]
 
     def note_best(self, loss: float) -> None:
@@ -414,7 +414,7 @@ def train(
         if start.finished is not None:
             return Result(out, start.finished, finished_before=True)
         session = build(run, start, say=say)
-        (out / "failure.json").unlink(missing_ok=True)
+        clear_failure(out)
         write_identity(session, argv)
         sinks = metric_sinks.for_run(run, out, total_steps=session.total_steps)
         stack.callback(sinks.close)
@@ -460,5 +460,5 @@ def as_failure(trainer: Trainer, error: BaseException) -> TunesmithError:
             why="an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from",
             fix=going_on,
         )
-    write_failure(trainer.out, failure, last_step=trainer.step)
+    write_failure(trainer.out, failure, last_step=trainer.step, next_command=going_on)
     return failure
