@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tunesmith.data.batch import IGNORE, Batch, Example, collate
+from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.data.pack import best_fit_decreasing
 
 if TYPE_CHECKING:

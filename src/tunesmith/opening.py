@@ -18,11 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunesmith.config.schema import Data, Model, Run, Source
+from tunesmith.config.schema import Model, Run
 from tunesmith.errors import CheckpointError, ModelError, UsageError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tunesmith.data.chat import Template
