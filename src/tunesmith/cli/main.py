@@ -1,7 +1,7 @@
 """The command line's frame: finds the verb, imports only that verb, and turns every end into words and an exit code.
 
-Each verb is a module of this package with `add_arguments(parser)` and `run(args) -> int`; its docstring is its help
-page and holds an example that works. The list of verbs is written here, so that `tunesmith --help` starts at once.
+Each verb is a module of this package with `add_arguments(parser)`, `run(args) -> int` and an `EPILOG` that ends its
+help page with an example that works. The list of verbs is written here, so that `tunesmith --help` starts at once.
 
 Exit codes: 0 done, 1 failed, 2 the command or recipe is wrong, 75 stopped with all saved, 130 interrupted before
 there was anything to save.
@@ -98,7 +98,8 @@ def _dispatch(words: list[str]) -> int:
     module = import_module(name)
     about = Parser(
         prog=f"tunesmith {verb}",
-        description=(module.__doc__ or purpose).strip(),
+        description=purpose,
+        epilog=module.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
