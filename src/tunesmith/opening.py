@@ -69,7 +69,7 @@ class Opened:
         base_name: what the base is called in a recipe.
         kind: see Place.
         place: where it came from.
-        base_folder: the base's files on this machine.
+        folder: where the weights were read from: the base's files, or for kind `full` the trained ones.
     """
 
     model: PreTrainedModel
@@ -80,7 +80,12 @@ class Opened:
     base_name: str
     kind: Kind
     place: Place
-    base_folder: Path
+    folder: Path
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token; `tokenizer_of` has seen to it that there is one."""
+        return int(self.tokenizer.pad_token_id)
 
 
 def locate(path: str | Path, *, base_only: bool = False) -> Place:
@@ -284,14 +289,14 @@ def open_model(
     import torch
 
     from tunesmith.data.chat import choose
+    from tunesmith.model.hub import fetch
     from tunesmith.model.load import tokenizer_of
     from tunesmith.model.tokenizer import eos_ids
     from tunesmith.parallel.apply import prepare
 
     place = place or locate(path, base_only=base_only)
     run = _as_run(place, dtype)
-    base_folder = folder_of(place)
-    weights = place.folder if place.kind == "full" and place.folder else base_folder
+    weights = place.folder if place.kind == "full" and place.folder else fetch(place.base)
     saved = place.folder if place.folder and (place.folder / "tokenizer_config.json").is_file() else None
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     train_model = prepare(run, weights, device=chosen)
@@ -302,15 +307,8 @@ def open_model(
     data = replace(run.data, template="auto") if saved else run.data
     template = choose(data, tokenizer, eos_ids(saved or weights, tokenizer) | eos_ids(weights, tokenizer))
     return Opened(
-        train_model.model, train_model, tokenizer, template, place.run, place.base.name, place.kind, place, base_folder
+        train_model.model, train_model, tokenizer, template, place.run, place.base.name, place.kind, place, weights
     )
-
-
-def folder_of(place: Place) -> Path:
-    """The base's files, fetched if they are not here."""
-    from tunesmith.model.hub import fetch
-
-    return fetch(place.base)
 
 
 def _as_run(place: Place, dtype: Literal["bf16", "fp16", "fp32"] | None) -> Run:

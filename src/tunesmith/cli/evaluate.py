@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
         scores = {"base": exam.score(opened, disabled(opened.model)), **scores}
     elif args.base and place.kind == "full":
-        opened.release()
+        del opened  # one model at a time
         scores = {"base": exam.score(open_model(args.run, device=args.device, base_only=True), nullcontext()), **scores}
     if args.json:
         about = {"run": str(args.run), "data": args.data, "dropped": exam.dropped, "cut": exam.cut}
@@ -94,7 +94,9 @@ class Exam:
         self.decoding = Decoding(max_new_tokens=args.max_new_tokens)
         self.asked = []
         if args.exact_match:
-            asked = questions(rows, opened.template, opened.tokenizer, asked=told.format, known=known, system=system_of(opened.run))
+            asked = questions(
+                rows, self.template, self.tokenizer, asked=told.format, known=known, system=system_of(opened.run)
+            )
             self.asked = [q for q in asked if q.reference is not None]
             if not self.asked:
                 raise UsageError(
@@ -110,21 +112,21 @@ class Exam:
         """One model's score; `view` switches the adapter off for the base."""
         from tunesmith.cli.progress import Counter
         from tunesmith.evaluate import exact_matches, score
-        from tunesmith.generate import answer_all
+        from tunesmith.generate import answer_all, merged_meanwhile
         from tunesmith.opening import for_loss
 
+        texts: list[str] = []
         with view:
-            train_model = for_loss(opened)
-            with Counter("rows scored", len(self.tokens)) as shown:
-                result = score(train_model, self.tokens, pad_id=opened.pad_id, device=opened.model.device, done=shown.to)
+            with for_loss(opened) as train_model, Counter("rows scored", len(self.tokens)) as shown:
+                device = opened.model.device
+                result = score(train_model, self.tokens, pad_id=opened.pad_id, device=device, done=shown.to)
             if not self.asked:
                 return result
-            opened.model.set_attn_implementation("sdpa")
-            texts = []
-            with Counter("answers", len(self.asked)) as shown:
+            with merged_meanwhile(opened.model), Counter("answers", len(self.asked)) as shown:
                 prompts = [q.prompt for q in self.asked]
                 stops, size = self.template.stops, self.args.batch_size
-                for _, answer in answer_all(opened.model, self.tokenizer, prompts, self.decoding, stops=stops, batch_size=size):
+                answers = answer_all(opened.model, self.tokenizer, prompts, self.decoding, stops=stops, batch_size=size)
+                for _, answer in answers:
                     texts.append(answer.text)
                     shown.to(len(texts))
         hits = exact_matches(texts, [q.reference or "" for q in self.asked])

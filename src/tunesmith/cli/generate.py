@@ -89,14 +89,14 @@ def run(args: argparse.Namespace) -> int:
 def _write(opened: Any, asked: list[Question], decoding: Any, batch_size: int, done: int, output: Path | None) -> int:
     from tunesmith.cli.progress import Counter
     from tunesmith.cli.signals import stop_on_interrupt
-    from tunesmith.generate import answer_all, exact_and_fast
+    from tunesmith.generate import answer_all, merged_meanwhile
 
     count = done
     with (
         _opened(output, append=done > 0) as file,
         stop_on_interrupt() as stop,
         Counter("answers", len(asked), start=done) as shown,
-        exact_and_fast(opened.model, opened.kind),
+        merged_meanwhile(opened.model),
     ):
         answers = answer_all(
             opened.model,
@@ -125,7 +125,17 @@ def line_of(question: Question, answer: str) -> str:
     row = {**question.row, "output": answer}
     if question.reference is not None:
         row["reference"] = question.reference
-    return json.dumps(row, ensure_ascii=False, default=str)
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    # Half a character (a lone surrogate) in a field that no prompt uses has no UTF-8: it goes back as it was escaped.
+    return line if line.isascii() or _encodes(line) else json.dumps(row, default=str)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_rows(name: str) -> Rows:
@@ -170,8 +180,10 @@ def _already(output: Path | None, rows: Rows, *, resume: bool, force: bool, sour
         return 0
     if source != "-" and output.exists() and output.samefile(source):
         raise UsageError("input and output are the same file", where="--output", fix="name another file")
-    if not output.exists() or force or (output.is_file() and output.stat().st_size == 0):
+    if not output.exists() or (force and output.is_file()) or (output.is_file() and output.stat().st_size == 0):
         return 0
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder", where="--output", fix="name a file in it")
     if not resume:
         raise UsageError(
             f"{output} is already there",

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config.schema import Source
+from tunesmith.config.schema import Data, Source
 from tunesmith.data.format import Conversation, Sample, convert
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from tunesmith.data.batch import Example
     from tunesmith.data.chat import Template
     from tunesmith.data.source import Rows
 
@@ -145,3 +146,17 @@ def reference(sample: Sample, template: Template, tokenizer: PreTrainedTokenizer
     ids = example.ids[example.trained].tolist()
     end = next((i for i, token in enumerate(ids) if token in template.stops), len(ids))
     return str(tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def first_examples(sources: Sequence[Source], data: Data, template: Template, count: int) -> list[Example]:
+    """The first rows of the first source as tokens, as they are trained; none where there is no source."""
+    from tunesmith.data.source import read
+
+    if not sources:
+        return []
+    rows = read(sources[0])
+    found = []
+    for i in range(min(count, len(rows))):
+        sample = convert(rows[i], sources[0], where=rows.where(i), system=data.system)
+        found.append(template.encode(sample, data.train_on, where=rows.where(i)))
+    return found
