@@ -85,7 +85,9 @@ def _must_be_file(path: Path) -> None:
             "the source is not a regular file", where=str(path), fix="copy its rows into a file and name that"
         )
     if not path.parent.is_dir():
-        raise DataError("there is no such file", where=str(path), why=f"{path.parent} is no folder", fix="mend the path")
+        raise DataError(
+            "there is no such file", where=str(path), why=f"{path.parent} is no folder", fix="mend the path"
+        )
     names = [p.name for p in path.parent.iterdir()]
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     data = sorted(n for n in names if n.lower().endswith(SUFFIXES))
@@ -228,7 +230,9 @@ def _read_json(path: Path) -> Table:
             "the file holds one object, not an array of rows",
             where=str(path),
             why=f"its keys are {', '.join(map(str, list(rows)[:8])) or 'none'}",
-            fix=f"jq '.{name}' {_quoted(path)} > rows.json" if name else "put the rows in [ ], or one a line in a .jsonl",
+            fix=f"jq '.{name}' {_quoted(path)} > rows.json"
+            if name
+            else "put the rows in [ ], or one a line in a .jsonl",
         )
     if not isinstance(rows, list) or not rows:
         what = "the file holds no rows" if rows == [] else f"the file holds {_kind(rows)}, not an array of rows"
@@ -386,7 +390,14 @@ def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    names = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "an array", dict: "an object"}
+    names = {
+        str: "a text",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+        list: "an array",
+        dict: "an object",
+    }
     return names.get(type(value), "null")
 
 

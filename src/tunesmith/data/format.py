@@ -141,7 +141,9 @@ class _Row:
         try:
             return json.loads(value)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise self.error(f"{at} is not JSON", why=str(error), fix="mend the text, or write the value itself") from None
+            raise self.error(
+                f"{at} is not JSON", why=str(error), fix="mend the text, or write the value itself"
+            ) from None
 
     def list(self, value: Any, at: str) -> list[Any]:
         value = self.json(value, at)
@@ -216,7 +218,9 @@ def _prompt_completion(row: _Row) -> Sample:
     prompt, completion = row.required("prompt"), row.required("completion")
     if isinstance(prompt, list) != isinstance(completion, list):
         raise row.error(
-            "prompt and completion are of two kinds", why="one is a text, one a list", fix="write both as lists of messages"
+            "prompt and completion are of two kinds",
+            why="one is a text, one a list",
+            fix="write both as lists of messages",
         )
     if not isinstance(prompt, list):
         return Completion(row.text(prompt, "prompt"), row.text(completion, "completion"))
@@ -360,7 +364,9 @@ def _tools(row: _Row) -> list[dict[str, Any]] | None:
     tools = []
     for n, tool in enumerate(row.list(value, "tools"), 1):
         if not isinstance(tool, Mapping) or not isinstance(tool.get("function", tool), Mapping):
-            raise row.error(f"tool {n} is {kind(tool)}, not an object", fix='write {"name", "description", "parameters"}')
+            raise row.error(
+                f"tool {n} is {kind(tool)}, not an object", fix='write {"name", "description", "parameters"}'
+            )
         body = tool.get("function", tool)
         if not isinstance(body.get("name"), str):
             raise row.error(f"tool {n} has no name", fix='give it "name": "..."')
@@ -381,7 +387,9 @@ def _check_order(messages: list[dict[str, Any]], where: str) -> None:
         elif role == "assistant" and all(m["role"] == "system" for m in messages[: n - 1]):
             wrong = "the first turn is the assistant's; it answers nothing"
         if wrong:
-            raise DataError(wrong, where=f"{where}, message {n}", why="roles are out of order", fix="mend the row's order")
+            raise DataError(
+                wrong, where=f"{where}, message {n}", why="roles are out of order", fix="mend the row's order"
+            )
         called = (role == "assistant" and "tool_calls" in message) or (role == "tool" and called)
     if not any(m["role"] == "assistant" for m in messages):
         raise DataError(
