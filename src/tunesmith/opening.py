@@ -231,7 +231,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path.name} cannot be read", where=str(path), why=str(error), fix="write it again") from error
+        raise ModelError(
+            f"{path.name} cannot be read", where=str(path), why=str(error), fix="write it again"
+        ) from error
     if not isinstance(values, dict):
         raise ModelError(f"{path.name} is not a JSON object", where=str(path), fix="write it again")
     return values

@@ -51,9 +51,7 @@ class Dialogue:
         system: the system message to begin with, or None.
     """
 
-    def __init__(
-        self, opened: Opened, open_base: Callable[[], Opened], decoding: Decoding, system: str | None
-    ) -> None:
+    def __init__(self, opened: Opened, open_base: Callable[[], Opened], decoding: Decoding, system: str | None) -> None:
         self.opened, self.open_base, self.decoding, self.system = opened, open_base, decoding, system
         self.turns: list[Turn] = []
         self._base: Opened | None = opened if opened.kind == "base" else None

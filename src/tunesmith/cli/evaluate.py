@@ -31,14 +31,27 @@ every run of whitespace one space.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, final/, adapter or model folder")
-    parser.add_argument("--data", required=True, metavar="FILE", help="held-out rows with answers: jsonl, json, csv, parquet, or a Hub id")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="held-out rows with answers: jsonl, json, csv, parquet, or a Hub id",
+    )
     parser.add_argument("--split", metavar="SPLIT", help="of a Hub dataset, or a slice such as train[:100]")
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="what a row looks like (default: by its columns)")
-    parser.add_argument("--base", action=argparse.BooleanOptionalAction, default=True, help="score the base beside it (default: yes)")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="auto", help="what a row looks like (default: by its columns)"
+    )
+    parser.add_argument(
+        "--base", action=argparse.BooleanOptionalAction, default=True, help="score the base beside it (default: yes)"
+    )
     parser.add_argument("--exact-match", action="store_true", help="answer every row greedily and compare texts")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="for exact match: longest answer (default: 256)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="for exact match: longest answer (default: 256)"
+    )
     parser.add_argument("--max-examples", type=int, metavar="N", help="take the first N rows")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="for exact match: rows answered at once (default: 16)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="for exact match: rows answered at once (default: 16)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
 

@@ -24,8 +24,12 @@ Transformers has loaded it and answered like the adapter; otherwise it is kept a
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, final/ or adapter's folder")
     parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is new or empty")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the written weights (default: the base's)")
-    parser.add_argument("--force", action="store_true", help="replace what is in the output folder, once the proof is passed")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the written weights (default: the base's)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace what is in the output folder, once the proof is passed"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
 
