@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -166,9 +166,7 @@ def check_output(output: Path, place: Place, *, force: bool) -> None:
     sources = [p.resolve() for p in (place.folder, Path(place.base.name)) if p is not None and p.exists()]
     goal = output.resolve()
     if any(goal == s or goal in s.parents for s in sources):
-        raise UsageError(
-            f"{output} is where the adapter or its base lies", where="--output", fix="name another folder"
-        )
+        raise UsageError(f"{output} is where the adapter or its base lies", where="--output", fix="name another folder")
     if output.is_dir() and any(output.iterdir()) and not force:
         raise UsageError(
             f"{output} is not empty", where="--output", fix="name another folder, or add --force to replace it"
@@ -280,7 +278,10 @@ def card(opened: Opened, dtype: str) -> str:
     ]
     if run is not None:
         kept = f"rank {run.adapter.rank}, alpha {run.adapter.alpha:g}, on {run.adapter.target}"
-        body += [f"- adapter: {kept}", f"- trained for {run.train.duration} at a learning rate of {run.train.learning_rate:g}"]
+        body += [
+            f"- adapter: {kept}",
+            f"- trained for {run.train.duration} at a learning rate of {run.train.learning_rate:g}",
+        ]
         if run.model.quantize != "none":
             body += [f"- trained over a {run.model.quantize} base; folded into that base's dequantised {dtype} weights"]
     what = f"`{licence}`, the licence of the base model" if licence else "the licence of the base model"
@@ -308,9 +309,15 @@ def _reload(folder: Path, device: torch.device) -> PreTrainedModel:
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", attn_implementation="sdpa", output_loading_info=True
     )
-    odd = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
+    odd = {
+        name: sorted(map(str, info[name]))
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[name]
+    }
     if odd:
-        raise CheckpointError("plain Transformers does not read the merged folder as it was written", where=str(folder), why=str(odd))
+        raise CheckpointError(
+            "plain Transformers does not read the merged folder as it was written", where=str(folder), why=str(odd)
+        )
     return model.to(device).eval()
 
 

@@ -170,6 +170,9 @@ class Log:
 
     every: Length = key(Length(1, "steps"), doc="how often a line is printed; metrics.jsonl has every step")
     tensorboard: bool = key(True, doc="write TensorBoard events")
+    tensorboard_dir: str | None = key(
+        None, doc="folder of the TensorBoard events; null takes `tensorboard/` in output_dir"
+    )
     wandb: bool = key(False, doc="send to Weights & Biases, set up by its own WANDB_ variables")
     samples: int = key(2, doc="sample generations written to TensorBoard at each validation; 0: none")
 
