@@ -293,7 +293,6 @@ class Trainer:
             micro_tokens=self.s.micro_tokens or self.run.data.seq_len * 4,
             pad_id=self.s.pad_id,
             device=self.s.device,
-            max_examples=self.run.validate.max_examples,
             cancelled=lambda: self.stop.signal is not None,
         )
         self.s.model.train()
