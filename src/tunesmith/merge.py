@@ -204,8 +204,8 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 def probes_of(opened: Opened) -> tuple[list[list[int]], str]:
     """A handful of prompts as token ids, at most PROBE_TOKENS each: the run's held-out or training rows, else ours."""
-    from tunesmith.errors import TunesmithError
     from tunesmith.data.questions import first_examples
+    from tunesmith.errors import TunesmithError
 
     if opened.run is not None:
         for name, sources in (("validation", opened.run.data.validation), ("training", opened.run.data.train)):

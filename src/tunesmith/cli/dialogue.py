@@ -51,9 +51,7 @@ class Dialogue:
         system: the system message to begin with, or None.
     """
 
-    def __init__(
-        self, opened: Opened, open_base: Callable[[], Opened], decoding: Decoding, system: str | None
-    ) -> None:
+    def __init__(self, opened: Opened, open_base: Callable[[], Opened], decoding: Decoding, system: str | None) -> None:
         self.opened, self.open_base, self.decoding, self.system = opened, open_base, decoding, system
         self.turns: list[Turn] = []
         self._base: Opened | None = opened if opened.kind == "base" else None
@@ -132,7 +130,7 @@ class Dialogue:
 
     def save(self, path: Path) -> int:
         """Append what was said as rows of the `messages` format, one for each that answered; return how many."""
-        who: list[Who] = [w for w in ("base", "tuned") if any(w in t.answers for t in self.turns)]  # type: ignore[misc]
+        who: list[Who] = [w for w in ("base", "tuned") if any(w in t.answers for t in self.turns)]
         rows = [json.dumps({"messages": self.messages(w), "model": w}, ensure_ascii=False) for w in who]
         with path.open("a", encoding="utf-8") as file:
             file.writelines(row + "\n" for row in rows)

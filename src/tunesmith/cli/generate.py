@@ -1,4 +1,13 @@
-"""`tunesmith generate`: answer every row of a file."""
+"""Answer every row of a file.
+
+example:
+  tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl
+  tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl --resume
+  echo '{"prompt": "Say hello"}' | tunesmith generate runs/my-run --input - --output -
+
+Each output row is the input row with `output` added, and `reference` where the row held an answer. Rows are written
+as they are ready, in the order of the input; ctrl-C keeps what is written, and --resume goes on from there.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +26,18 @@ if TYPE_CHECKING:
     from tunesmith.data.questions import Question
     from tunesmith.data.source import Rows
 
-SUMMARY = "answer every row of a file"
-EPILOG = """examples:
-  tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl
-  tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl --resume
-  echo '{"prompt": "Say hello"}' | tunesmith generate runs/my-run --input - --output -
-
-Each output row is the input row with `output` added, and `reference` where the row held an answer. Rows are written
-as they are ready, in the order of the input; ctrl-C keeps what is written, and --resume goes on from there.
-"""
 FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, final/, adapter or model folder")
-    parser.add_argument("--input", required=True, metavar="FILE", help="rows: jsonl, json, csv, parquet; - is stdin (jsonl)")
+    parser.add_argument(
+        "--input", required=True, metavar="FILE", help="rows: jsonl, json, csv, parquet; - is stdin (jsonl)"
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="where answers go (jsonl); - is stdout")
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="what a row looks like (default: by its columns)")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="auto", help="what a row looks like (default: by its columns)"
+    )
     parser.add_argument("--base", action="store_true", help="ask the base model, without what was trained")
     add_decoding(parser, max_new_tokens=256)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows answered at once (default: 16)")
@@ -45,10 +49,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     """The options that say how tokens are chosen; greedy unless a temperature is given."""
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"longest answer (default: {max_new_tokens})")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default); 1.0 draws as the model says")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature: draw from the likeliest tokens that make up P")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="with a temperature: draw from the K likeliest tokens")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"longest answer (default: {max_new_tokens})",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default); 1.0 draws as the model says"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="with a temperature: draw from the likeliest tokens that make up P",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="with a temperature: draw from the K likeliest tokens"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
 
 
@@ -150,7 +170,9 @@ def read_rows(name: str) -> Rows:
     if name != "-":
         path = Path(name)
         if not path.is_file():
-            raise DataError(f"there is no file {name}", where=name, fix="name a jsonl, json, csv or parquet file, or - for stdin")
+            raise DataError(
+                f"there is no file {name}", where=name, fix="name a jsonl, json, csv or parquet file, or - for stdin"
+            )
         return read(Source(source=str(path.absolute())))
     rows = []
     for number, line in enumerate(sys.stdin, 1):
@@ -159,7 +181,9 @@ def read_rows(name: str) -> Rows:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError("the line is not JSON", where=f"stdin:{number}", why=str(error), fix="one JSON object a line") from error
+            raise DataError(
+                "the line is not JSON", where=f"stdin:{number}", why=str(error), fix="one JSON object a line"
+            ) from error
         if not isinstance(row, dict):
             raise DataError("the line is not a JSON object", where=f"stdin:{number}", fix='write {"prompt": "..."}')
         rows.append(row)
@@ -212,8 +236,10 @@ def _answers(line: bytes, row: dict[str, Any]) -> bool:
     except ValueError:
         return False
     same = json.loads(json.dumps(row, default=str))
-    return isinstance(written, dict) and "output" in written and all(
-        written.get(k) == v for k, v in same.items() if k not in ("output", "reference")
+    return (
+        isinstance(written, dict)
+        and "output" in written
+        and all(written.get(k) == v for k, v in same.items() if k not in ("output", "reference"))
     )
 
 

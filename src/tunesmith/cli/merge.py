@@ -1,4 +1,12 @@
-"""`tunesmith merge`: the adapter into its base, with a proof."""
+"""The adapter into its base, with a proof.
+
+example:
+  tunesmith merge runs/my-run --output merged
+  tunesmith merge runs/my-run --output merged --dtype fp32 --json
+
+The folder is plain Transformers: weights in safetensors, tokenizer, chat template. It gets its name only after
+Transformers has loaded it and answered like the adapter; otherwise it is kept as OUTPUT.rejected and the exit code is 1.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +19,16 @@ from tunesmith.errors import EXIT_OK
 if TYPE_CHECKING:
     from tunesmith.merge import Merged
 
-SUMMARY = "put the adapter into its base, and prove that it answers alike"
-EPILOG = """examples:
-  tunesmith merge runs/my-run --output merged
-  tunesmith merge runs/my-run --output merged --dtype fp32 --json
-
-The folder is plain Transformers: weights in safetensors, tokenizer, chat template. It gets its name only after
-Transformers has loaded it and answered like the adapter; otherwise it is kept as OUTPUT.rejected and the exit code is 1.
-"""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, final/ or adapter's folder")
     parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is new or empty")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the written weights (default: the base's)")
-    parser.add_argument("--force", action="store_true", help="replace what is in the output folder, once the proof is passed")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the written weights (default: the base's)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace what is in the output folder, once the proof is passed"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
 
