@@ -52,7 +52,9 @@ NEW_LAST = "Carver Lindgren Abbott Moretti Stanek Holloway Nakano Becker Ramsey 
 NEW_LOOK = "carved leather slim painted marble foldable thick rustic".split()
 NEW_THING = "lanterns desks jugs hammocks drawers saucers sofas wallets umbrellas ladders".split()
 NEW_COLOUR = "violet silver maroon olive gold turquoise".split()
-NEW_CITY = "Munich|Seattle|Valencia|Helsinki|Brighton|Atlanta|Florence|Melbourne|Ghent|Montreal|Salzburg|Nairobi".split("|")
+NEW_CITY = "Munich|Seattle|Valencia|Helsinki|Brighton|Atlanta|Florence|Melbourne|Ghent|Montreal|Salzburg|Nairobi".split(
+    "|"
+)
 
 ASKED = (
     "{Number} {item} in {colour} for {name}, please, to {city} by {day}.",
