@@ -40,7 +40,9 @@ class Model:
         "auto", doc="auto takes the fastest block-diagonal attention; eager is Transformers' own plain one"
     )
     trust_remote_code: bool = key(False, doc="run Python code that the model's repository ships")
-    added_tokens: tuple[str, ...] = key((), doc="special tokens to add to the vocabulary; their embeddings are trained")
+    added_tokens: tuple[str, ...] = key(
+        (), doc="special tokens to add to the vocabulary; with LoRA, `adapter.modules_to_save` must name `embed_tokens`"
+    )
     pad_token: str | None = key(None, doc="padding token; null takes the tokenizer's own, else its unk, else its eos")
 
 
