@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import NonFiniteError
-from tunesmith.metrics.report import clear_failure, closing, curve, read_failure, write_failure
+from tunesmith.metrics.report import clear_failure, curve, read_failure, result_values, write_failure
+from tunesmith.metrics.report import closing as closing_of
+
+
+@dataclass(frozen=True)
+class Result:
+    """The part of `tunesmith.train.Result` that the report reads."""
+
+    output_dir: Path
+    steps: int = 20
+    seconds: float = 0.0
+    finished_before: bool = False
+    best_step: int | None = None
+    best_loss: float | None = None
+
+
+def closing(run: Run, folder: Path, **told: object) -> str:
+    return closing_of(run, Result(folder, **told))
 
 
 @pytest.fixture
@@ -34,7 +51,7 @@ def test_the_summary_holds_every_figure(run: Run, folder: Path) -> None:
     text = closing(run, folder, seconds=100.0)
     for part in (
         "20 (2.00 epochs, 80 examples)",
-        "1:40 min, of which 15 s in the steps",
+        "1:40 min",
         "2,000 without padding, 800 of them trained",
         "400 tokens/s, 50.0% MFU of 100 TFLOP/s",
         "2.0000 -> 0.1000 (mean of the last 2: 0.1026)",
@@ -78,7 +95,25 @@ def test_eval_takes_the_recipes_held_out_file(run: Run, folder: Path) -> None:
 
 def test_a_run_without_a_step_says_so(run: Run, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "no step was taken" in closing(run, tmp_path)
+    assert "no step was taken" in closing(run, tmp_path, steps=0)
+    assert result_values(Result(tmp_path, steps=0))["last_loss"] is None
+
+
+def test_a_finished_run_names_the_two_ways_on(run: Run, folder: Path) -> None:
+    text = closing(run, folder, finished_before=True)
+    assert text.startswith("this run is finished: it took its 20 steps before")
+    assert "longer train.duration" in text
+    assert "--fresh" in text
+    assert "15 s" in text, "the time of the steps, as this start took none"
+
+
+def test_the_values_for_a_script_are_those_of_the_summary(folder: Path) -> None:
+    values = result_values(Result(folder, seconds=100.0, best_step=10, best_loss=0.5))
+    json.dumps(values, allow_nan=False)
+    wanted = {"seconds": 100.0, "tokens": 2000, "examples": 80, "first_loss": 2.0, "last_loss": 0.1, "val_loss": 0.75}
+    assert {name: values[name] for name in wanted} == wanted
+    assert values["tokens_per_second"] == 400.0
+    assert (values["best_val_loss"], values["best_step"]) == (0.5, 10)
 
 
 def test_failure_is_one_block_that_comes_and_goes(tmp_path: Path) -> None:
@@ -97,11 +132,11 @@ def test_failure_is_one_block_that_comes_and_goes(tmp_path: Path) -> None:
 def test_the_curve_falls_where_the_values_fall() -> None:
     rows = curve([3.0, 2.0, 1.0], width=9, height=5, unicode=False).splitlines()
     assert rows == [
-        "   3.000 |*",
-        "         |***",
-        "         |  *****",
-        "         |      ***",
-        "   1.000 |        *",
+        "   3.000 |***",
+        "         |  **",
+        "         |   ****",
+        "         |      **",
+        "   1.000 |       **",
         "         +---------",
         "          1       3",
     ]
@@ -115,9 +150,8 @@ def test_braille_has_one_dot_a_column_on_a_flat_line() -> None:
 
 def test_the_curve_leaves_a_gap_for_nan_and_says_when_there_is_nothing() -> None:
     assert "(nothing to plot)" in curve([math.nan])
-    gap = curve([1.0, math.nan, 1.0, 1.0], width=16, height=3, unicode=False).splitlines()[1]
-    assert "* " in gap
-    assert gap.count("*") < 16
+    gap = curve([1.0, 1.0, math.nan, 1.0, 1.0], width=17, height=3, unicode=False).splitlines()[1][10:]
+    assert gap == "*****       *****", "one missing value takes its two neighbouring stretches with it"
 
 
 def test_one_value_and_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
