@@ -80,11 +80,8 @@ def read(source: Source) -> Rows:
     Raises:
         DataError: nothing there, no access, broken, an unknown split, or no row selected.
     """
-    path = Path(source.source).expanduser()
-    if is_local(source.source):
-        tables = {"train": open_table(path)}
-    else:
-        tables = _hub(source)
+    local = is_local(source.source)
+    tables = {"train": open_table(Path(source.source).expanduser())} if local else _hub(source)
     parts = select(tables, source.split, where=source.source)
     if source.max_examples is not None:
         parts = _first(parts, source.max_examples)
