@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -54,9 +55,14 @@ class Session:
     total_steps: int | None
 
     @property
-    def trained(self) -> str:
-        """What is trained, in the word of `facts.flops`: `lora` or `full`."""
+    def trained(self) -> Literal["full", "lora"]:
+        """What is trained, in the word of `facts.flops`."""
         return "lora" if self.run.adapter.kind == "lora" else "full"
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters trained beside a frozen base; 0 for full fine-tuning."""
+        return sum(p.numel() for p in self.optimizer.params.values()) if self.trained == "lora" else 0
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,14 +8,14 @@ no say in them. Exact match generates greedily and compares texts after `normali
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from tunesmith.data.batch import Batch, Example, collate
+from tunesmith.data.batch import Batch, collate
 from tunesmith.data.pack import best_fit_decreasing
 
 if TYPE_CHECKING:
@@ -46,12 +46,15 @@ class Score:
     asked: int = 0
 
 
-def packed(examples: Sequence[Example], lengths: Sequence[int], *, capacity: int, pad_id: int) -> Iterator[Batch]:
-    """Batches of one packed row, at most `capacity` tokens each (a longer example has a row of its own length)."""
-    capacity = max(capacity, max(lengths, default=0))
-    for row in best_fit_decreasing(lengths, capacity):
-        used = sum(int(lengths[i]) for i in row)
-        yield collate([[examples[i] for i in row]], length=used, pad_id=pad_id)
+def packed(tokens: TokenSet, *, capacity: int, pad_id: int) -> Iterator[Batch]:
+    """Batches of one packed row, at most `capacity` tokens each, without padding.
+
+    Where an example is longer than `capacity`, rows of its length are packed.
+    """
+    lengths = tokens.lengths
+    for row in best_fit_decreasing(lengths, max(capacity, int(lengths.max(initial=0)))):
+        used = int(lengths[row].sum())
+        yield collate([[tokens[i] for i in row]], length=used, pad_id=pad_id)
 
 
 @contextmanager
@@ -72,28 +75,55 @@ def validation_loss(
     micro_tokens: int,
     pad_id: int,
     device: torch.device,
-    max_examples: int | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> tuple[float, int] | None:
     """Mean loss over every supervised token of `tokens`, each example once.
 
     Args:
         micro_tokens: tokens of one packed row; what fits when training fits here.
-        max_examples: take the first ones only.
         cancelled: asked before each row; once true, the work is given up.
 
     Returns:
         (loss in nats, supervised tokens), or None when it was cancelled.
     """
     total, count = 0.0, 0
-    lengths = tokens.lengths[:max_examples]
     with _evaluating(train_model):
-        for batch in packed(tokens, lengths, capacity=micro_tokens, pad_id=pad_id):
+        for batch in packed(tokens, capacity=micro_tokens, pad_id=pad_id):
             if cancelled():
                 return None
             loss, supervised = train_model(batch.to(device))
             total, count = total + loss.double().item(), count + int(supervised)
     return (total / count if count else math.nan), count
+
+
+def score(
+    train_model: TrainModel,
+    tokens: TokenSet,
+    *,
+    pad_id: int,
+    device: torch.device,
+    micro_tokens: int = 4096,
+    done: Callable[[int], None] = lambda count: None,
+) -> Score:
+    """Loss, perplexity and token accuracy of every supervised token, each example once.
+
+    Args:
+        micro_tokens: tokens of one packed row; an example that is longer has a row of its own.
+        done: told the number of examples finished, after each row.
+    """
+    total, hits, count, rows = 0.0, 0, 0, 0
+    with _evaluating(train_model):
+        for batch in packed(tokens, capacity=micro_tokens, pad_id=pad_id):
+            losses, right = train_model.token_losses(batch.to(device))
+            total += losses.double().sum().item()
+            hits += int(right.sum())
+            count += batch.supervised
+            rows += batch.examples
+            done(rows)
+    if count == 0:
+        return Score(rows, 0, math.nan, math.nan, math.nan)
+    loss = total / count
+    return Score(rows, count, loss, math.exp(loss) if loss < 709 else math.inf, hits / count)
 
 
 def normalise(text: str) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from tunesmith.adapter.lora import LoraLinear, loras, merged
 from tunesmith.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -210,6 +211,27 @@ def answer_all(
                 return
             done.update(zip(rows, answers, strict=True))
         yield from ((i, done[i]) for i in sorted(done) if i >= start)
+
+
+@contextmanager
+def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
+    """Fold an fp32 model's adapter into its weights for the time being, and take the very old weights back after.
+
+    Decoding is bound by the number of products, and an adapter adds two to each layer. In fp32 the folded weights
+    answer the same to rounding. In bf16 they would be rounded once more and could answer differently, so the adapter
+    stays beside them; a 4-bit base has nothing to fold into.
+    """
+    layers = [m for _, m in loras(model) if isinstance(m, LoraLinear) and m.enabled and m.weight.dtype == torch.float32]
+    held = [module.weight for module in layers]
+    enabled = [module.enabled for module in layers]
+    try:
+        for module in layers:
+            module.weight = torch.nn.Parameter(merged(module), requires_grad=False)
+            module.enabled = False
+        yield
+    finally:
+        for module, weight, was in zip(layers, held, enabled, strict=True):
+            module.weight, module.enabled = weight, was
 
 
 def check_room(lengths: Sequence[int], where: Sequence[str], decoding: Decoding, context: int) -> None:

@@ -9,7 +9,7 @@ trained head, a tied one, a soft cap and a scale all take the same way.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +46,11 @@ def chunked_cross_entropy(
     """
     size = chunk or chunk_size(_vocabulary(head), hidden.device)
     if type(head) is nn.Linear:
-        loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, targets, softcap, scale, size)
+        loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, _Course(targets, softcap, scale, size))
         return loss
     total = hidden.new_zeros((), dtype=_wide(hidden))
     for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-        total = total + checkpoint(_plain_loss, h, head, t, softcap, scale, use_reentrant=False)
+        total = total + checkpoint(_plain_loss, h, head, _Course(t, softcap, scale, size), use_reentrant=False)
     return total
 
 
@@ -97,24 +97,26 @@ def _logits(raw: Tensor, softcap: float | None, scale: float) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _plain_loss(hidden: Tensor, head: nn.Module, targets: Tensor, softcap: float | None, scale: float) -> Tensor:
+def _plain_loss(hidden: Tensor, head: nn.Module, course: _Course) -> Tensor:
+    targets, softcap, scale, _ = course
     return F.cross_entropy(_logits(head(hidden), softcap, scale), targets, reduction="sum")
+
+
+class _Course(NamedTuple):
+    """What `_HeadLoss` is given beside its differentiable inputs; `size` positions make a chunk."""
+
+    targets: Tensor
+    softcap: float | None
+    scale: float
+    size: int
 
 
 class _HeadLoss(torch.autograd.Function):
     """Loss sum and its gradients in one pass over chunks of logits."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        softcap: float | None,
-        scale: float,
-        size: int,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, course: _Course) -> Tensor:
+        targets, softcap, scale, size = course
         wide = _wide(hidden)
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         total = hidden.new_zeros((), dtype=wide)
@@ -145,7 +147,7 @@ class _HeadLoss(torch.autograd.Function):
             None if d_hidden is None else (d_hidden * grads[0]).to(d_hidden.dtype),
             None if d_weight is None else (d_weight * grads[0]).to(of_weight),
             None if d_bias is None else (d_bias * grads[0]).to(of_bias),
-            *(None,) * 4,
+            None,
         )
 
 

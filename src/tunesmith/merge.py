@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tunesmith.opening import Opened, Place
 
 SHARD = "5GB"
+ROOM = 1.1  # of the weights: the rest of the folder, and a head that stands for itself
 FP32_LIMIT = 1e-4  # largest logit difference, per unit of the logits' own size (see `judge`)
 KL_SHARE = 0.1  # of what the training taught
 KL_FLOOR = 1e-4  # nats a token; below this nobody can tell two models apart
@@ -94,13 +95,14 @@ class Proof:
 
 @dataclass(frozen=True)
 class Merged:
-    """A finished merge: where it lies, what it is, and the proof."""
+    """A finished merge: where it lies, what it is, what is to be known about it, and the proof."""
 
     output: str
     base: str
     adapter: str
     dtype: str
     bytes: int
+    note: str
     proof: Proof
 
     def to_json(self) -> str:
@@ -202,8 +204,8 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 def probes_of(opened: Opened) -> tuple[list[list[int]], str]:
     """A handful of prompts as token ids, at most PROBE_TOKENS each: the run's held-out or training rows, else ours."""
+    from tunesmith.data.questions import first_examples
     from tunesmith.errors import TunesmithError
-    from tunesmith.questions import first_examples
 
     if opened.run is not None:
         for name, sources in (("validation", opened.run.data.validation), ("training", opened.run.data.train)):
@@ -218,30 +220,35 @@ def probes_of(opened: Opened) -> tuple[list[list[int]], str]:
 
 
 def fold(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Replace each adapted layer by a plain linear layer that holds weight + scale B A, added in fp32; in place.
+    """Turn each adapted or 4-bit layer into a plain linear one, in place: weight + scaling B A, added in fp32.
 
     Returns:
-        how many layers were folded.
+        how many layers had an adapter.
     """
-    from tunesmith.adapter.lora import LoraLinear, merged
+    from tunesmith.adapter.lora import Lora, loras, merged, saved
+    from tunesmith.adapter.nf4 import Nf4Linear
 
-    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
-    for name, module in adapted:
-        weight = merged(module).to(dtype)
+    count = sum(1 for _ in loras(model))
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Lora | Nf4Linear)]
+    for name, module in layers:
+        weight = (merged(module) if isinstance(module, Lora) else module.dense()).to(dtype)
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta", dtype=dtype)
         plain.weight = nn.Parameter(weight, requires_grad=False)
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, plain)
-    return len(adapted)
+        model.set_submodule(name, plain)
+    ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+    if any(True for _ in saved(model)) and ends[0] is not ends[1]:
+        # An embedding trained in full left the head that was tied to it as it was: two matrices now, not one.
+        model.config.tie_word_embeddings = False
+    return count
 
 
-def write(opened: Opened, folder: Path, base_folder: Path, dtype: Literal["bf16", "fp16", "fp32"]) -> None:
+def write(opened: Opened, folder: Path, dtype: str) -> None:
     """Write the folded model as Transformers files: weights in shards, tokenizer with its template, settings, a card."""
     from transformers import GenerationConfig
 
-    model = opened.model
+    model, base_folder = opened.model, opened.folder
     settings = base_folder / "generation_config.json"
     known = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     # The checkpoint's sampling defaults go along unread: save_pretrained refuses some that models do ship.
@@ -253,13 +260,13 @@ def write(opened: Opened, folder: Path, base_folder: Path, dtype: Literal["bf16"
     for notice in sorted(base_folder.iterdir()):
         if notice.is_file() and notice.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):
             shutil.copyfile(notice, folder / notice.name)
-    (folder / "README.md").write_text(card(opened, base_folder, dtype), encoding="utf-8")
+    (folder / "README.md").write_text(card(opened, dtype), encoding="utf-8")
 
 
-def card(opened: Opened, base_folder: Path, dtype: str) -> str:
+def card(opened: Opened, dtype: str) -> str:
     """A short model card: what it was made from, how, and whose licence stands."""
     base, run = opened.base_name, opened.run
-    licence = _licence(base_folder)
+    licence = _licence(opened.folder)
     shown = base if not Path(base).exists() else Path(base).name
     head = ["---", *([f"license: {licence}"] if licence else []), "library_name: transformers"]
     head += [*([f"base_model: {shown}"] if shown == base else []), "pipeline_tag: text-generation", "---", ""]
@@ -334,7 +341,10 @@ def merge(
         MachineError: no room on the disk.
         CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
     """
-    from tunesmith.opening import base_folder_of, locate, open_model, written_bytes
+    from tunesmith.model import facts
+    from tunesmith.model.hub import fetch
+    from tunesmith.model.weights import read_json
+    from tunesmith.opening import locate, open_model
 
     place, goal = locate(path), Path(output)
     if place.kind != "adapter":
@@ -347,21 +357,24 @@ def merge(
         )
     check_output(goal, place, force=force)
     chosen = dtype or place.base.dtype
-    base_folder = base_folder_of(place)
-    check_room(goal, written_bytes(base_folder, place, DTYPES[chosen].itemsize))
+    config = fetch(place.base) / "config.json"
+    parameters = facts.read(read_json(config), where=str(config)).parameters
+    check_room(goal, round(parameters * DTYPES[chosen].itemsize * ROOM))
     opened = open_model(path, device=device, dtype=chosen, place=place)
     temp = goal.with_name(f".{goal.name}.{os.getpid()}.part")
     try:
-        proof = _merge(opened, temp, base_folder, chosen)
+        proof = _merge(opened, temp, chosen)
         (temp / "merge.json").write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
         size = sum(p.stat().st_size for p in temp.rglob("*") if p.is_file())
         _settle(temp, goal, proof)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-    return Merged(str(goal), place.base.name, str(place.folder), chosen, size, proof)
+    nf4 = place.base.quantize == "nf4"
+    note = f"the base was held in nf4: the adapter went into its dequantised {chosen} weights" if nf4 else ""
+    return Merged(str(goal), place.base.name, str(place.folder), chosen, size, note, proof)
 
 
-def _merge(opened: Opened, temp: Path, base_folder: Path, dtype: Literal["bf16", "fp16", "fp32"]) -> Proof:
+def _merge(opened: Opened, temp: Path, dtype: str) -> Proof:
     from tunesmith.adapter.lora import disabled
 
     model, device = opened.model, opened.model.device
@@ -373,8 +386,8 @@ def _merge(opened: Opened, temp: Path, base_folder: Path, dtype: Literal["bf16",
         base = difference(adapted, logits_of(model, prompts))
     fold(model, DTYPES[dtype])
     temp.mkdir(parents=True)
-    write(opened, temp, base_folder, dtype)
-    del opened.model, model
+    write(opened, temp, dtype)
+    del opened.model, opened.train_model, model
     gc.collect()
     again = difference(adapted, logits_of(_reload(temp, device), prompts))
     largest = max(logits.abs().max().item() for logits in adapted)

@@ -14,22 +14,26 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunesmith.config.schema import Model, Run
+from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import CheckpointError, ModelError, UsageError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tunesmith.data.chat import Template
+    from tunesmith.method.base import TrainModel
 
 Kind = Literal["adapter", "full", "base"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+$")
 _STEP = re.compile(r"^checkpoint-(\d+)$")
-DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_HERE = "."  # output_dir of a Run that is made up for loading: nothing is ever written there
 
 
 @dataclass(frozen=True)
@@ -54,25 +58,34 @@ class Place:
 
 @dataclass
 class Opened:
-    """A model ready to answer; `model` takes padding masks (sdpa attention) and is in eval mode.
+    """A model ready to answer, in eval mode, its attention set to sdpa (which takes padding masks).
 
     Attributes:
         model: Transformers' causal LM; for kind `adapter` its linear layers carry the adapter.
+        train_model: the same model below the root that training uses, for losses; see `for_loss`.
         tokenizer: the saved one.
         template: the saved one.
         run: the resolved recipe, where known.
         base_name: what the base is called in a recipe.
         kind: see Place.
         place: where it came from.
+        folder: where the weights were read from: the base's files, or for kind `full` the trained ones.
     """
 
     model: PreTrainedModel
+    train_model: TrainModel
     tokenizer: PreTrainedTokenizerBase
     template: Template
     run: Run | None
     base_name: str
     kind: Kind
     place: Place
+    folder: Path
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token; `tokenizer_of` has seen to it that there is one."""
+        return int(self.tokenizer.pad_token_id)
 
 
 def locate(path: str | Path, *, base_only: bool = False) -> Place:
@@ -249,3 +262,103 @@ def _dtype_of(folder: Path) -> Literal["bf16", "fp16", "fp32"]:
     values = _read_json(config) if config.is_file() else {}
     told = values.get("dtype") or values.get("torch_dtype")
     return {"float16": "fp16", "float32": "fp32"}.get(str(told), "bf16")  # type: ignore[return-value]
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def open_model(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    base_only: bool = False,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    place: Place | None = None,
+) -> Opened:
+    """Load what `path` stands for.
+
+    Args:
+        path: see this file's opening text.
+        device: where to; None takes the GPU where there is one.
+        base_only: the base of it, in the tuned model's template, without what was trained.
+        dtype: of weights and products; None takes the run's or the model's own.
+        place: from `locate`, where that was called already.
+
+    Raises:
+        UsageError, CheckpointError: as `locate`.
+        ModelError: the base is missing, gated, damaged, or does not fit the adapter.
+    """
+    import torch
+
+    from tunesmith.model.hub import fetch
+    from tunesmith.model.load import tokenizer_of
+    from tunesmith.model.tokenizer import eos_ids
+    from tunesmith.parallel.apply import prepare
+
+    place = place or locate(path, base_only=base_only)
+    run = _as_run(place, dtype)
+    weights = place.folder if place.kind == "full" and place.folder else fetch(place.base)
+    saved = place.folder if place.folder and (place.folder / "tokenizer_config.json").is_file() else None
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    train_model = prepare(run, weights, device=chosen)
+    train_model.eval()
+    train_model.model.set_attn_implementation("sdpa")
+    tokenizer = tokenizer_of(saved or weights, replace(run.model, tokenizer=None) if saved else run.model)
+    template = _template(run.data, tokenizer, eos_ids(saved or weights, tokenizer) | eos_ids(weights, tokenizer), saved)
+    return Opened(
+        train_model.model, train_model, tokenizer, template, place.run, place.base.name, place.kind, place, weights
+    )
+
+
+def _template(data: Data, tokenizer: Any, ends: set[int], saved: Path | None) -> Template:
+    """The template in use; what a run has written holds it as the tokenizer's chat template.
+
+    The system message is left to the caller, who may want another one, or none.
+    """
+    from tunesmith.data import texts
+    from tunesmith.data.chat import Template, choose
+
+    data = replace(data, system=None, template="auto" if saved else data.template)
+    chosen = choose(data, tokenizer, ends)
+    if saved is None or chosen.jinja is None or "message.input" not in chosen.jinja:
+        return chosen
+    # A text of our own that lays out instruction and input apart: rows must come to it in that form, as in training.
+    ours = any(chosen.jinja == texts.alpaca(bos=bos) for bos in (True, False))
+    return Template(tokenizer, ends, jinja=chosen.jinja, name="alpaca" if ours else "pattern")
+
+
+def _as_run(place: Place, dtype: Literal["bf16", "fp16", "fp32"] | None) -> Run:
+    """The recipe that builds this model: the run's own, or one made up for an adapter's or a model's folder."""
+    from tunesmith.adapter.peft_io import read_adapter
+
+    run = place.run or Run(model=place.base, data=Data(train=(Source(source="none"),)), output_dir=_HERE)
+    adapter = Adapter(kind="none")
+    if place.kind == "adapter" and place.folder is not None:
+        adapter = replace(read_adapter(place.folder), from_=str(place.folder))
+    model = replace(run.model, dtype=dtype or run.model.dtype)
+    return replace(run, model=model, adapter=adapter, train=replace(run.train, recompute="none", compile="off"))
+
+
+@contextmanager
+def for_loss(opened: Opened) -> Iterator[TrainModel]:
+    """The model with the attention of training, and sdpa again afterwards."""
+    opened.train_model.use_training_attention()
+    try:
+        yield opened.train_model
+    finally:
+        opened.model.set_attn_implementation("sdpa")
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Tokens that the model's positions reach."""
+    return int(model.config.max_position_embeddings)
+
+
+def known_sources(run: Run | None) -> tuple[Source, ...]:
+    """The run's own sources, whose column mappings a row of the same shape shares."""
+    return (*run.data.validation, *run.data.train) if run else ()
+
+
+def system_of(run: Run | None) -> str | None:
+    """The system message that the run gave to rows without one."""
+    return run.data.system if run else None

@@ -24,7 +24,7 @@ from torch import Tensor
 from tunesmith.build import Session, build
 from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.resume import RECIPE, Progress, Start, claimed, decide, put_aside
-from tunesmith.config.load import digest, dump
+from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError
@@ -79,6 +79,23 @@ class Result:
     def last_loss(self) -> float | None:
         """Loss of the last step."""
         return self.records[-1].loss if self.records else None
+
+
+    def values(self) -> dict[str, Any]:
+        """The result as plain values, for `--json`."""
+        return {
+            "output_dir": str(self.output_dir),
+            "steps": self.steps,
+            "first_step": self.first_step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "examples": self.examples,
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "best_step": self.best_step,
+            "best_val_loss": self.best_loss,
+            "finished_before": self.finished_before,
+        }
 
 
 @dataclass(frozen=True)
@@ -241,7 +258,7 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or searching):
             return
         saved = f"checkpoint-{self.saved_step}" if self.saved_step else "none was written yet"
-        rows = pending.batch.names()
+        rows = pending.batch.row_names()
         raise NonFiniteError(
             f"the {'gradient norm' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})",
             where=f"step {pending.step}, rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
@@ -254,10 +271,17 @@ class Trainer:
         """The step's record in the form of metrics.jsonl."""
         batch, device = pending.batch, self.s.device
         utilization, watts = self.gauges.read()
-        work = flops(self.s.facts, batch.lengths(), batch.supervised, trained=self.s.trained)
+        course = self.s.data.course
+        work = flops(
+            self.s.facts,
+            course.lengths[batch.indices],
+            batch.supervised,
+            trained=self.s.trained,
+            adapter_parameters=self.s.adapter_parameters,
+        )
         return StepRecord(
             step=pending.step,
-            epoch=self.s.data.course.epoch(pending.step),
+            epoch=batch.epoch,
             loss=loss,
             learning_rate=pending.rate,
             grad_norm=norm,
@@ -293,7 +317,6 @@ class Trainer:
             micro_tokens=self.s.micro_tokens or self.run.data.seq_len * 4,
             pad_id=self.s.pad_id,
             device=self.s.device,
-            max_examples=self.run.validate.max_examples,
             cancelled=lambda: self.stop.signal is not None,
         )
         self.s.model.train()

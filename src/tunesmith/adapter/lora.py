@@ -40,9 +40,7 @@ class Lora(nn.Module):
         enabled: False computes the base alone.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    bias: nn.Parameter | None
+    bias: nn.Parameter
     in_features: int
     out_features: int
     scaling: float
@@ -111,9 +109,10 @@ def attach(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     names = targets(model, adapter)
     for name in names:
         base = model.get_submodule(name)
-        model.set_submodule(
-            name, LoraNf4Linear(base, adapter) if isinstance(base, Nf4Linear) else LoraLinear(base, adapter)
-        )
+        if isinstance(base, Nf4Linear):
+            model.set_submodule(name, LoraNf4Linear(base, adapter))
+        elif isinstance(base, nn.Linear):
+            model.set_submodule(name, LoraLinear(base, adapter))
     _saved_names(model, adapter)
     if not any(p.is_meta for p in model.parameters()):
         initialise(model, adapter, seed=seed)
@@ -130,11 +129,11 @@ def initialise(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
             module.lora_A.copy_(drawn)
             module.lora_B.zero_()
     for name in _saved_names(model, adapter):
-        module = model.get_submodule(name)
-        for key, base in list(module.named_parameters(recurse=False)):
+        trained = model.get_submodule(name)
+        for key, base in list(trained.named_parameters(recurse=False)):
             # A copy: a head tied to a trained embedding stays what it was, as in PEFT.
-            module.register_parameter(key, nn.Parameter(base.detach().clone()))
-            module.register_buffer(ORIGINAL + key, base.detach(), persistent=False)
+            trained.register_parameter(key, nn.Parameter(base.detach().clone()))
+            trained.register_buffer(ORIGINAL + key, base.detach(), persistent=False)
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -221,11 +220,11 @@ def saved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 @torch.no_grad()
-def merged(module: Lora) -> Tensor:
-    """Base weight plus update, added in fp32 and rounded once to the base's dtype."""
+def merged(module: Lora, dtype: torch.dtype | None = None) -> Tensor:
+    """Base weight plus update [out_features, in_features], added in fp32 and rounded once, to `dtype` or the base's."""
     weight = module.dense()
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + module.update().to(wide)).to(weight.dtype)
+    return (weight.to(wide) + module.update().to(wide)).to(dtype or weight.dtype)
 
 
 @contextmanager

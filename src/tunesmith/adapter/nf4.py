@@ -8,6 +8,8 @@ and the dense weight is made again in the backward instead of being kept.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.errors import MachineError, ModelError
+from tunesmith.model.fill import Stored
 
 BLOCK = 64  # weights that share a scale
 NESTED_BLOCK = 256  # scales that share a scale
@@ -54,18 +57,19 @@ class Nf4Linear(nn.Module):
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.state_dtype = compute_dtype  # what the codes were made from, and are turned back into
         self.bias = nn.Parameter(torch.empty(out_features, dtype=compute_dtype, device=device)) if bias else None
-        self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8, device=device))
-        self.register_buffer("code", torch.empty(16, device=device))
-        self.register_buffer("nested_absmax", torch.empty(-(-blocks // NESTED_BLOCK), device=device))
-        self.register_buffer("nested_code", torch.empty(256, device=device))
-        self.register_buffer("nested_offset", torch.empty((), device=device))
+        # Not persistent: they are not in a dense checkpoint, whose reader would miss them.
+        self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8, device=device), persistent=False)
+        self.register_buffer("code", torch.empty(16, device=device), persistent=False)
+        self.register_buffer("nested_absmax", torch.empty(-(-blocks // NESTED_BLOCK), device=device), persistent=False)
+        self.register_buffer("nested_code", torch.empty(256, device=device), persistent=False)
+        self.register_buffer("nested_offset", torch.empty((), device=device), persistent=False)
 
     def take(self, other: Nf4Linear) -> None:
         """Hold the very tensors of another layer."""
         self.weight, self.bias = other.weight, other.bias
         self.block, self.nested_block, self.state_dtype = other.block, other.nested_block, other.state_dtype
         for name, buffer in other.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
+            self.register_buffer(name, buffer, persistent=False)
 
     @torch.no_grad()
     def quantise(self, dense: Tensor) -> None:
@@ -105,16 +109,16 @@ class Nf4Linear(nn.Module):
     def _hold(self, packed: Tensor, state: Any) -> None:
         self.weight = nn.Parameter(packed.reshape(-1, 1), requires_grad=False)
         self.block, self.state_dtype = state.blocksize, state.dtype
-        self.register_buffer("absmax", state.absmax)
-        self.register_buffer("code", state.code)
+        self.register_buffer("absmax", state.absmax, persistent=False)
+        self.register_buffer("code", state.code, persistent=False)
         if state.nested:
             self.nested_block = state.state2.blocksize
-            self.register_buffer("nested_absmax", state.state2.absmax)
-            self.register_buffer("nested_code", state.state2.code)
-            self.register_buffer("nested_offset", state.offset)
+            self.register_buffer("nested_absmax", state.state2.absmax, persistent=False)
+            self.register_buffer("nested_code", state.state2.code, persistent=False)
+            self.register_buffer("nested_offset", state.offset, persistent=False)
         else:
             for name in ("nested_absmax", "nested_code", "nested_offset"):
-                self.register_buffer(name, None)
+                self.register_buffer(name, None, persistent=False)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
@@ -160,6 +164,20 @@ class _Dequantised(torch.autograd.Function):
         return grads[0] @ Nf4Linear.dense(ctx.layer), None
 
 
+def hooks(model: nn.Module) -> dict[str, Any]:
+    """For `load_weights(convert=...)`: each NF4 weight is quantised from the checkpoint's, or taken over ready-made."""
+    return {f"{n}.weight": partial(_fill, m, n) for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
+
+
+def _fill(layer: Nf4Linear, name: str, stored: Mapping[str, Stored]) -> None:
+    device = layer.weight.device
+    parts = {suffix: part.read().to(device) for suffix, part in stored.items()}
+    if len(parts) == 1:
+        layer.quantise(parts[""])
+    else:
+        layer.take_packed(parts, where=name)
+
+
 def replace_linears(model: nn.Module, compute_dtype: torch.dtype, *, skip: frozenset[str] = frozenset()) -> list[str]:
     """Swap every `nn.Linear` but the head and `skip` for an empty `Nf4Linear` of its shape; return their names."""
     from transformers import PreTrainedModel
@@ -174,17 +192,4 @@ def replace_linears(model: nn.Module, compute_dtype: torch.dtype, *, skip: froze
         old = model.get_submodule(name)
         new = Nf4Linear(old.in_features, old.out_features, old.bias is not None, compute_dtype)  # type: ignore[arg-type]
         model.set_submodule(name, new)
-    return names
-
-
-@torch.no_grad()
-def quantise_model(model: nn.Module, compute_dtype: torch.dtype) -> list[str]:
-    """Hold the linear layers of a loaded model in NF4; for models that are small enough to be whole first."""
-    dense = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = replace_linears(model, compute_dtype)
-    for name in names:
-        layer = model.get_submodule(name)
-        if isinstance(layer, Nf4Linear):
-            layer.quantise(dense[name].weight)
-            layer.bias = dense[name].bias
     return names

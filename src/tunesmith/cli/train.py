@@ -28,9 +28,18 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.config.load import load
 
     recipe = load(args.recipe, args.overrides)
-    from tunesmith.metrics.report import closing, result_values
+    from tunesmith.metrics.report import closing
     from tunesmith.train import train
 
     result = train(recipe, fresh=args.fresh, argv=sys.argv)
-    print(json.dumps(result_values(result)) if args.json else closing(recipe, result))
+    if args.json:
+        print(json.dumps(result.values()))
+    elif result.finished_before:
+        print(
+            f"{recipe.output_dir} holds a finished run of {result.steps} steps; nothing was done. Two ways on:\n"
+            f"  tunesmith train {args.recipe} train.duration='...'   # longer: goes on from the last step\n"
+            f"  tunesmith train {args.recipe} --fresh                # starts over; the old run is put aside"
+        )
+    else:
+        print(closing(recipe, result.output_dir, seconds=result.seconds))
     return EXIT_OK

@@ -7,6 +7,7 @@ that the root calls; it returns a loss sum and a count and owns no loop.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -77,26 +78,42 @@ class TrainModel(nn.Module):
             ids, positions = ids.view(1, -1), positions.view(1, -1)
             options["documents"] = attention.Documents(batch.cu_seqlens, batch.max_seqlen)
         output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **options)
-        return output.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
+        hidden: Tensor = output.last_hidden_state.flatten(0, 1)
+        return hidden
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy summed over the positions of hidden [n, width] and targets [n]."""
         return chunked_cross_entropy(hidden, self.head, targets, softcap=self.softcap, scale=self.logit_scale)
 
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Cross-entropy of every position: fp32 (or fp64) [rows, length], 0 where the target is IGNORE; no gradient."""
+        return self.token_scores(batch)[0]
+
     @torch.no_grad()
-    def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of every position and whether its likeliest token is the target.
+    def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of every position, and whether its likeliest token is the target.
 
         Returns:
             fp32 (or fp64) and bool, [rows, length] each; 0 and False where the target is IGNORE.
         """
         index, targets = supervised(batch)
-        losses, hits = token_cross_entropy(
-            self.hidden(batch)[index], self.head, targets, softcap=self.softcap, scale=self.logit_scale
-        )
+        hidden = self.hidden(batch)[index]
+        losses, hits = token_cross_entropy(hidden, self.head, targets, softcap=self.softcap, scale=self.logit_scale)
         every_loss, every_hit = losses.new_zeros(batch.targets.numel()), hits.new_zeros(batch.targets.numel())
         every_loss[index], every_hit[index] = losses, hits
         return every_loss.view_as(batch.targets), every_hit.view_as(batch.targets)
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained, by its name in the causal LM; tied parameters once."""
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def describe(self) -> str:
+        """One line: the model, and how much of it is trained."""
+        count = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for _, p in self.trained_parameters())
+        return (
+            f"model: {type(self.model).__name__}, {trained:,} of {count:,} parameters trained ({trained / count:.2%})"
+        )
 
 
 def supervised(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,15 @@ class Documents:
         return Group(start=-1, count=len(members), length=longest, gather=on[0], places=on[1], tokens=on[2])
 
 
+class Rule(NamedTuple):
+    """Who sees whom and how strongly; see `attend`."""
+
+    documents: Documents
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
 def register() -> str:
     """Make the attention known to Transformers and return the name to give to `set_attn_implementation`."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -187,17 +196,18 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= documents.max_seqlen:
         window = None
+    rule = Rule(documents, scale, window, softcap)
     if dropout:
         if softcap is not None:
             raise ModelError(
                 "attention dropout together with a soft cap is not supported",
                 fix="set the model's attention_dropout to 0",
             )
-        return _sdpa(q, k, v, documents, scale, window, dropout)
+        return _sdpa(q, k, v, rule, dropout)
     if q.device.type == "cuda" and softcap is None:
-        way = _varlen if _varlen_works(q.device, q.dtype, q.shape[-1]) else _sdpa
-        return way(q, k, v, documents, scale, window)
-    out: Tensor = _Products.apply(q, k, v, documents, scale, window, softcap)
+        works = _varlen_works(q.device, q.dtype, q.shape[-1])
+        return _varlen(q, k, v, rule) if works else _sdpa(q, k, v, rule)
+    out: Tensor = _Products.apply(q, k, v, rule)
     return out
 
 
@@ -212,16 +222,18 @@ def _varlen_options() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    options, given = _varlen_options(), {}
+    documents, scale, window, _ = rule
+    options = _varlen_options()
+    given: dict[str, Any] = {}
     if "is_causal" in options:
         given["is_causal"] = True
     if "window_size" in options:
         given["window_size"] = (-1 if window is None else window - 1, 0)
     elif window is not None:
-        return _sdpa(q, k, v, documents, scale, window)
+        return _sdpa(q, k, v, rule)
     if "enable_gqa" in options:
         given["enable_gqa"] = q.shape[1] != k.shape[1]
     if "scale" in options:
@@ -232,7 +244,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float,
     # compiled graphs to a handful, since an int is a constant of the graph.
     longest = min(1 << (documents.max_seqlen - 1).bit_length(), q.shape[0])
     edges = documents.cu_seqlens
-    return varlen_attn(q, k, v, edges, edges, longest, longest, **given)  # type: ignore[no-any-return]
+    out: Tensor = varlen_attn(q, k, v, edges, edges, longest, longest, **given)
+    return out
 
 
 @cache
@@ -242,7 +255,7 @@ def _varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     q = torch.zeros(16, 2, width, device=device, dtype=dtype, requires_grad=True)
     try:
         with torch.enable_grad():
-            _varlen(q, q[:, :1], q[:, :1], documents, 1.0, None).sum().backward()
+            _varlen(q, q[:, :1], q[:, :1], Rule(documents, 1.0)).sum().backward()
     except (RuntimeError, ImportError, ValueError, TypeError):
         return False
     return True
@@ -251,17 +264,16 @@ def _varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 # sdpa
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, dropout: float = 0.0
-) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> Tensor:
+    documents, scale, window, _ = rule
     parts = []
     for a, b in zip(documents.edges, documents.edges[1:], strict=False):
         mask = None
         if window is not None and b - a > window:
             mask = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        one = (t[a:b].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        one_q, one_k, one_v = (t[a:b].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
         out = F.scaled_dot_product_attention(
-            *one, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale, enable_gqa=True
+            one_q, one_k, one_v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale, enable_gqa=True
         )
         parts.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(parts)
@@ -278,16 +290,8 @@ class _Products(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        documents: Documents,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+        documents, scale, window, softcap = ctx.rule = rule
         out = q.new_empty(*q.shape[:2], v.shape[2])
         kept: list[Tensor] = []
         keep = softcap is None and any(ctx.needs_input_grad[:3])
@@ -302,13 +306,12 @@ class _Products(torch.autograd.Function):
                     kept.append(probabilities)
             _put(out, results[0] if len(results) == 1 else torch.cat(results, 2), group)
         ctx.save_for_backward(q, k, v, out, *kept)
-        ctx.given = (documents, scale, window, softcap)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
-        documents, scale, window, softcap = ctx.given
+        documents, scale, window, softcap = ctx.rule
         d_out, saved = grads[0], iter(kept)
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         for group in documents.groups:
@@ -333,7 +336,7 @@ class _Products(torch.autograd.Function):
             _put(dq, torch.cat(d_queries, 2) if len(d_queries) > 1 else d_queries[0], group)
             _put(dk, d_keys.value.unsqueeze(1), group)
             _put(dv, d_values.value.unsqueeze(1), group)
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None
 
 
 class _Total:
