@@ -37,7 +37,7 @@ class Conversation:
     messages: dicts of `role` (system, user, assistant, tool) and `content` (str); an assistant's may have
         `reasoning_content` (str) and `tool_calls` ([{"type": "function", "function": {"name", "arguments": dict}}]).
     tools: OpenAI's tool schemas, or None.
-    given: how many leading messages are a prompt of which nothing is learnt, whatever `train_on` says.
+    given: how many leading messages are a prompt, whose answers are not learnt unless `train_on` is `all`.
     instruction: alpaca's (instruction, input, output) for a row of that format, so that alpaca's own text can be made.
     """
 
@@ -65,24 +65,19 @@ class Text:
 Sample = Conversation | Completion | Text
 
 
-def convert(row: Mapping[str, Any], source: Source, *, where: str, system: str | None = None) -> Sample:
+def convert(row: Mapping[str, Any], source: Source, *, where: str) -> Sample:
     """Bring one row into form.
 
     Args:
         row: column names and values as the file has them; null counts as absent.
         source: gives `format` and `columns` (the format's name of a column: the file's name of it).
         where: the row's place, for errors.
-        system: a system message for conversations that have none.
 
     Raises:
         DataError: a column is missing or of a wrong type, a role is unknown or out of order, a call is broken.
     """
     sample = _READERS[source.format](_Row(row, source, where))
     if isinstance(sample, Conversation):
-        if system is not None and sample.messages[0]["role"] != "system":
-            given = sample.given + 1 if sample.given else 0
-            first = {"role": "system", "content": system}
-            sample = Conversation([first, *sample.messages], sample.tools, given, sample.instruction)
         _check_order(sample.messages, where)
     return sample
 
