@@ -1,0 +1,184 @@
+"""CPU or GPU speed beside TRL: the same model, rows and batch, in turns within one run.
+
+    python benchmarks/against_trl.py --model DIR --data rows.json --json out.json
+
+Each round starts one process per contender, in turn, so that a noisy machine is noisy for all. Reported for each:
+non-padding tokens/s over the timed steps (data loading included), peak resident memory, the loss of each step, and the
+ratio of the medians. Rows are alpaca-like JSON; every contender trains on the same text, on every token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TEXT = (
+    "Below is an instruction that describes a task. Write a response that completes the request.\n"
+    "### Instruction: {}\n\n### Input: {}\n\n### Response: {}"
+)
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONTENDERS = {
+    "tunesmith": {},
+    "trl default": {},
+    "trl best": {"gradient_checkpointing": False},  # the fastest of the settings listed in docs/performance.md
+}
+
+
+def texts(path: str, count: int, eos: str = "") -> list[str]:
+    """The first `count` rows as text, repeated if there are fewer."""
+    rows = json.loads(Path(path).read_text())
+    out = [TEXT.format(r["instruction"], r.get("input") or "", r["output"]) + eos for r in rows]
+    return (out * (count // len(out) + 1))[:count]
+
+
+def tunesmith_run(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Ours, through the same `train` that the command calls."""
+    from tunesmith.config.load import from_mapping
+    from tunesmith.train import train
+
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(a.data, a.steps * a.batch)))
+    recipe = {
+        "model": {"name": a.model, "dtype": "bf16"},
+        "adapter": {"kind": "lora", "rank": 8, "alpha": 16},
+        "data": {"train": {"source": str(rows), "format": "text"}, "seq_len": a.seq, "train_on": "all", "shuffle": False},
+        "train": {
+            "duration": f"{a.steps} steps", "global_batch": f"{a.batch} examples", "learning_rate": 1e-4,
+            "schedule": "linear", "warmup": "0 steps", "compile": a.compile,
+        },
+        "checkpoint": {"every": None}, "log": {"tensorboard": False}, "output_dir": str(folder / "run"),
+    }  # fmt: skip
+    result = train(from_mapping(recipe, where="benchmark", base=folder))
+    timed = result.records[a.skip :]
+    return {
+        "tokens": sum(r.tokens for r in timed),
+        "seconds": sum(r.step_seconds for r in timed),
+        "loss": [r.loss for r in result.records],
+    }
+
+
+def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """TRL's SFTTrainer with PEFT, as its documentation sets it up, and `options` on top."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(a.model)
+    data = Dataset.from_dict({"text": texts(a.data, a.steps * a.batch, tokenizer.eos_token)})
+    seen: list[int] = []
+    clock: list[float] = []
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+        def training_step(self, model: Any, inputs: Any, *rest: Any, **kw: Any) -> Any:
+            seen.append(int(inputs["attention_mask"].sum()))
+            return super().training_step(model, inputs, *rest, **kw)
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            clock.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            clock.append(time.perf_counter())
+
+    config = SFTConfig(
+        output_dir=str(folder / "run"), per_device_train_batch_size=a.batch, max_steps=a.steps, learning_rate=1e-4,
+        save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True, max_length=a.seq,
+        lr_scheduler_type="linear", use_cpu=not torch.cuda.is_available(), **options,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM")
+    trainer = InOrder(
+        model=model, processing_class=tokenizer, train_dataset=data, args=config, peft_config=lora, callbacks=[Clock()]
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {"tokens": sum(seen[a.skip :]), "seconds": clock[-1] - clock[a.skip], "loss": losses}
+
+
+def contend(a: argparse.Namespace) -> None:
+    """One contender in this process; the report goes to stdout's last line."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        out = tunesmith_run(a, folder) if a.contender == "tunesmith" else trl_run(a, folder, CONTENDERS[a.contender])
+    import torch
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    out |= {"tokens_per_second": out["tokens"] / out["seconds"], "peak_gib": peak / 2**30}
+    print("REPORT " + json.dumps(out))
+
+
+def measure(contender: str) -> dict[str, Any]:
+    """Run one contender in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--contender", contender]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    found = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
+    if done.returncode or not found:
+        sys.exit(f"{contender} failed:\n{done.stdout}\n{done.stderr}")
+    return json.loads(found[-1].removeprefix("REPORT "))
+
+
+def main() -> None:
+    """All contenders in turn, `--rounds` times, and the table."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True, help="a Transformers folder")
+    p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--seq", type=int, default=512)
+    p.add_argument("--steps", type=int, default=6)
+    p.add_argument("--skip", type=int, default=2, help="first steps that are not timed")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
+    p.add_argument("--json", help="write the report here")
+    p.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.contender:
+        contend(a)
+        return
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    for round_ in range(a.rounds):
+        for name, done in runs.items():
+            done.append(measure(name))
+            last = done[-1]
+            print(
+                f"round {round_ + 1}  {name:12}  {last['tokens_per_second']:8.1f} tok/s  {last['peak_gib']:.2f} GiB",
+                flush=True,
+            )
+    table = {
+        name: {
+            "tokens_per_second": statistics.median(r["tokens_per_second"] for r in done),
+            "peak_gib": max(r["peak_gib"] for r in done),
+        }
+        for name, done in runs.items()
+    }
+    ours = table["tunesmith"]["tokens_per_second"]
+    for name, row in table.items():
+        row["times_slower_than_tunesmith"] = ours / row["tokens_per_second"]
+        print(
+            f"{name:12} {row['tokens_per_second']:8.1f} tok/s  {row['peak_gib']:5.2f} GiB  ours is {ours / row['tokens_per_second']:.2f} x"
+        )
+    if a.json:
+        Path(a.json).write_text(json.dumps({"command": sys.argv, "median": table, "runs": runs}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

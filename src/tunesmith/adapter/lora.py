@@ -1,0 +1,326 @@
+"""LoRA: a frozen linear layer plus a trained update of low rank (Hu et al. 2021, arXiv:2106.09685).
+
+    y = x W^T + b + scaling * (dropout(x) A^T) B^T        A [r, in], B [out, r], scaling = alpha / r
+
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / sqrt(r). A starts as Kaiming-uniform with a = sqrt(5), as
+in PEFT, and B as zeros, so that training starts at the base model.
+
+A layer keeps the names `weight` and `bias` of what it replaces, so the base loads into it as if nothing had happened.
+A and B are fp32 parameters, computed in the dtype of x. Each is drawn in full from a generator seeded by (seed, its
+full name): the start depends neither on the order of layers nor, later, on how a tensor is cut over ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.adapter.nf4 import Nf4Linear
+from tunesmith.config.schema import Adapter
+from tunesmith.errors import RecipeError
+
+ALL_LINEAR = "all-linear"
+ORIGINAL = "before_tuning_"  # a module trained in full keeps its base values in buffers of this prefix
+
+
+class Lora(nn.Module):
+    """What a linear layer with an adapter has, whatever holds its base weight.
+
+    Attributes:
+        lora_A: fp32 [rank, in_features]; lora_B: fp32 [out_features, rank].
+        scaling: factor on the update.
+        dropout: probability of dropping an input of A while training.
+        enabled: False computes the base alone.
+    """
+
+    bias: nn.Parameter
+    in_features: int
+    out_features: int
+    scaling: float
+    dropout: float
+    enabled: bool
+
+    def add_lora(self, adapter: Adapter, device: torch.device) -> None:
+        """Make the parameters, without values for A; `initialise` draws them."""
+        rank = adapter.rank
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
+        self.scaling = adapter.alpha / (math.sqrt(rank) if adapter.rslora else rank)
+        self.dropout = adapter.dropout
+        self.enabled = True
+
+    def dense(self) -> Tensor:
+        """The base weight [out_features, in_features], in the dtype of its products."""
+        raise NotImplementedError
+
+    def update(self) -> Tensor:
+        """scaling * B A: fp32 [out_features, in_features]."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features]; returns [..., out_features]."""
+        return project(x, [self])[0]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
+
+
+class LoraLinear(Lora, nn.Linear):
+    """An `nn.Linear` with an adapter; it takes over the very parameters, so tied weights stay tied."""
+
+    def __init__(self, base: nn.Linear, adapter: Adapter) -> None:
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.add_lora(adapter, base.weight.device)
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+
+class LoraNf4Linear(Lora, Nf4Linear):
+    """An `Nf4Linear` with an adapter (QLoRA: Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    def __init__(self, base: Nf4Linear, adapter: Adapter) -> None:
+        super().__init__(base.in_features, base.out_features, base.bias is not None, base.compute_dtype, device="meta")
+        self.take(base)
+        self.add_lora(adapter, base.weight.device)
+
+    def dense(self) -> Tensor:
+        return Nf4Linear.dense(self)
+
+
+def attach(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
+    """Put an adapter on the model in place, freeze all else, and return the names of the adapted layers.
+
+    On a model without storage (meta device) values are still missing: call `initialise` when the weights are there.
+
+    Raises:
+        RecipeError: a target or module to save that the model does not have, or one that cannot carry an adapter.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    names = targets(model, adapter)
+    for name in names:
+        base = model.get_submodule(name)
+        if isinstance(base, Nf4Linear):
+            model.set_submodule(name, LoraNf4Linear(base, adapter))
+        elif isinstance(base, nn.Linear):
+            model.set_submodule(name, LoraLinear(base, adapter))
+    _saved_names(model, adapter)
+    if not any(p.is_meta for p in model.parameters()):
+        initialise(model, adapter, seed=seed)
+    return names
+
+
+def initialise(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
+    """Draw A, clear B, and set apart the modules that are trained in full; the base weights must be loaded."""
+    for name, module in loras(model):
+        generator = torch.Generator().manual_seed(seed_of(seed, f"{name}.lora_A"))
+        bound = 1 / math.sqrt(module.in_features)  # Kaiming-uniform with a = sqrt(5)
+        drawn = torch.empty(module.lora_A.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            module.lora_A.copy_(drawn)
+            module.lora_B.zero_()
+    for name in _saved_names(model, adapter):
+        trained = model.get_submodule(name)
+        for key, base in list(trained.named_parameters(recurse=False)):
+            # A copy: a head tied to a trained embedding stays what it was, as in PEFT.
+            trained.register_parameter(key, nn.Parameter(base.detach().clone()))
+            trained.register_buffer(ORIGINAL + key, base.detach(), persistent=False)
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A seed for one tensor, fixed by the run's seed and the tensor's full name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
+def targets(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Names of the layers that `adapter.target` means, in the order of the model.
+
+    A target matches a module of that name or whose name ends in it after a dot, as in PEFT.
+    """
+    head = _head_name(model)
+    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Nf4Linear))]
+    saved = set(_saved_names(model, adapter))
+    if adapter.target == ALL_LINEAR:
+        return [n for n in linear if n != head and n not in saved]
+    wanted = (adapter.target,) if isinstance(adapter.target, str) else adapter.target
+    for target in wanted:
+        if not _matching(linear, target):
+            raise RecipeError(
+                f"the model has no linear layer named {target!r}",
+                where="adapter.target",
+                why=f"its linear layers are: {', '.join(_leaves(linear))}",
+                fix="name some of these, or use all-linear",
+            )
+    names = [n for n in linear if any(n in _matching([n], target) for target in wanted)]
+    both = saved.intersection(names)
+    if both:
+        raise RecipeError(
+            f"{min(both)!r} is both an adapter target and a module to save",
+            where="adapter.modules_to_save",
+            why="a module is either trained in full or through an adapter",
+            fix="take it out of one of the two",
+        )
+    return names
+
+
+def _matching(names: Sequence[str], target: str) -> list[str]:
+    return [n for n in names if n == target or n.endswith(f".{target}")]
+
+
+def _leaves(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(n.rsplit(".", 1)[-1] for n in names))
+
+
+def _head_name(model: nn.Module) -> str:
+    from transformers import PreTrainedModel
+
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return next((n for n, m in model.named_modules() if m is head), "") if head is not None else ""
+
+
+def _saved_names(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Full names of `modules_to_save`; these must hold parameters of their own, such as an embedding or a norm."""
+    own = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    found: list[str] = []
+    for wanted in adapter.modules_to_save:
+        matching = _matching(own, wanted)
+        if not matching:
+            raise RecipeError(
+                f"the model has no module named {wanted!r} with weights of its own",
+                where="adapter.modules_to_save",
+                why=f"it has: {', '.join(_leaves(own))}",
+                fix="name some of these",
+            )
+        found += matching
+    return found
+
+
+def loras(model: nn.Module) -> Iterator[tuple[str, Lora]]:
+    """Every layer with an adapter, by its full name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Lora):
+            yield name, module
+
+
+def saved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every parameter trained in full beside the adapter: (module's full name, module, name of the parameter)."""
+    for name, module in model.named_modules():
+        for key, _ in module.named_buffers(recurse=False):
+            if key.startswith(ORIGINAL):
+                yield name, module, key.removeprefix(ORIGINAL)
+
+
+@torch.no_grad()
+def merged(module: Lora, dtype: torch.dtype | None = None) -> Tensor:
+    """Base weight plus update [out_features, in_features], added in fp32 and rounded once, to `dtype` or the base's."""
+    weight = module.dense()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + module.update().to(wide)).to(dtype or weight.dtype)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model alone: no adapter, and modules trained in full back at their base values."""
+    layers = [(module, module.enabled) for _, module in loras(model)]
+    trained = [(m.get_parameter(key), m.get_buffer(ORIGINAL + key)) for _, m, key in saved(model)]
+    held = [parameter.data for parameter, _ in trained]
+    try:
+        for module, _ in layers:
+            module.enabled = False
+        for parameter, original in trained:
+            parameter.data = original
+        yield
+    finally:
+        for module, enabled in layers:
+            module.enabled = enabled
+        for (parameter, _), data in zip(trained, held, strict=True):
+            parameter.data = data
+
+
+# The products
+
+
+def project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """Outputs of several layers for one input.
+
+    Where all carry an adapter on a frozen base, x is read once for all the A's and saved once, and the gradient of x is
+    added up in place. Otherwise each layer is computed by itself, by plain autograd.
+
+    Args:
+        x: [..., in_features].
+        linears: layers that take x.
+
+    Returns:
+        [..., out_features] each.
+    """
+    layers = [m for m in linears if isinstance(m, Lora) and m.enabled]
+    fusible = len(layers) == len(linears) and not any(_plain(m) for m in layers)
+    if not fusible or torch.compiler.is_compiling():
+        return tuple(_alone(x, m) if isinstance(m, Lora) else m(x) for m in linears)
+    weights = [None if isinstance(m, Nf4Linear) else m.dense() for m in layers]
+    adapters = [p for m in layers for p in (m.lora_A, m.lora_B)]
+    outputs: tuple[Tensor, ...] = _FrozenLora.apply(x, layers, *weights, *adapters)
+    return outputs
+
+
+def _plain(module: Lora) -> bool:
+    trained = isinstance(module, nn.Linear) and module.weight.requires_grad
+    return trained or (module.dropout > 0 and module.training)
+
+
+def _alone(x: Tensor, module: Lora) -> Tensor:
+    y = Nf4Linear.forward(module, x) if isinstance(module, Nf4Linear) else F.linear(x, module.dense(), module.bias)
+    if not module.enabled:
+        return y
+    dropped = F.dropout(x, module.dropout, module.training)
+    return y + F.linear(F.linear(dropped, module.lora_A.to(x.dtype)), module.lora_B.to(x.dtype)) * module.scaling
+
+
+class _FrozenLora(torch.autograd.Function):
+    """y_i = x W_i^T + b_i + scaling_i (x A_i^T) B_i^T for several layers; no gradient for W and b."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: list[Lora], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        weights, adapters = tensors[: len(layers)], tensors[len(layers) :]
+        rows = x.reshape(-1, x.shape[-1])
+        down = torch.cat([a for a in adapters[::2] if a is not None]).to(x.dtype)  # all A's: [sum of ranks, in]
+        ups = [(m.lora_B * m.scaling).to(x.dtype) for m in layers]
+        ranks = [m.lora_A.shape[0] for m in layers]
+        low = rows @ down.T
+        outputs = []
+        for module, weight, up, part in zip(layers, weights, ups, low.split(ranks, 1), strict=True):
+            y = F.linear(rows, module.dense() if weight is None else weight, module.bias)
+            outputs.append(y.addmm_(part, up.T).view(*x.shape[:-1], -1))
+        ctx.save_for_backward(rows, low, down, *ups, *weights)
+        ctx.layers, ctx.ranks, ctx.shape = layers, ranks, x.shape
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | list[Lora] | None, ...]:
+        layers, ranks = ctx.layers, ctx.ranks
+        rows, low, down, *rest = ctx.saved_tensors
+        ups, weights = rest[: len(layers)], rest[len(layers) :]
+        d_rows: Tensor | None = None
+        d_low, d_ups = [], []
+        for module, weight, up, part, grad in zip(layers, weights, ups, low.split(ranks, 1), grads, strict=True):
+            dy = grad.reshape(-1, grad.shape[-1])
+            d_low.append(dy @ up)
+            d_ups.append((dy.T @ part).to(module.lora_B.dtype).mul_(module.scaling))
+            if ctx.needs_input_grad[0]:
+                base = module.dense() if weight is None else weight
+                d_rows = dy @ base if d_rows is None else d_rows.addmm_(dy, base)
+        d_all = torch.cat(d_low, 1)
+        d_downs = (d_all.T @ rows).to(layers[0].lora_A.dtype).split(ranks)
+        if d_rows is not None:
+            d_rows = d_rows.addmm_(d_all, down).view(ctx.shape)
+        pairs = [g for pair in zip(d_downs, d_ups, strict=True) for g in pair]
+        return d_rows, None, *(None,) * len(layers), *pairs

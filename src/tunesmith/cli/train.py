@@ -1,0 +1,36 @@
+"""`tunesmith train`: fine-tune what a recipe describes, or go on with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from tunesmith.errors import EXIT_OK
+
+EXAMPLE = """example:
+  tunesmith train smollm2-135m-lora data.train.source=rows.jsonl data.train.format=alpaca
+  tunesmith train my-recipe.yaml train.duration='2 epochs'      # goes on where it stopped
+  tunesmith train my-recipe.yaml --fresh                        # puts the old run aside and starts over
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `tunesmith train`."""
+    parser.add_argument("recipe", help="a recipe file, or the name of one that ships (see `tunesmith recipes`)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    parser.add_argument("--fresh", action="store_true", help="put an earlier run in output_dir aside and start over")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; errors leave as TunesmithError with their exit code."""
+    from tunesmith.config.load import load
+
+    recipe = load(args.recipe, args.overrides)
+    from tunesmith.metrics.report import closing
+    from tunesmith.train import train
+
+    result = train(recipe, fresh=args.fresh, argv=sys.argv)
+    print(json.dumps(result.values()) if args.json else closing(recipe, result))
+    return EXIT_OK

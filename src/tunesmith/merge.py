@@ -1,0 +1,415 @@
+"""Put an adapter into its base, write a plain Transformers folder, and prove that it answers alike.
+
+    open -> ask (adapter, base, noise) -> fold B A into each weight -> write beside the goal -> reload with plain
+    Transformers -> ask again -> judge -> rename into place
+
+The proof compares logits of the written folder, loaded by Transformers alone, with those of our model before the
+merge. In fp32 the two differ by rounding only. In bf16 every merged weight is rounded once more, which no merge can
+avoid: there the difference is judged beside two measured ones, that between base and adapter (what the training
+taught) and that of the unmerged model with itself under another attention kernel (what bf16 arithmetic makes of
+one and the same formula). A merge that fails is kept as `DIR.rejected` and never under the name that was asked for.
+
+Peak memory is one model: modules are folded one by one, and the model is freed before the folder is read again.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from tunesmith.errors import CheckpointError, MachineError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tunesmith.opening import Opened, Place
+
+SHARD = "5GB"
+ROOM = 1.1  # of the weights: the rest of the folder, and a head that stands for itself
+FP32_LIMIT = 1e-4  # largest logit difference, per unit of the logits' own size (see `judge`)
+KL_SHARE = 0.1  # of what the training taught
+KL_FLOOR = 1e-4  # nats a token; below this nobody can tell two models apart
+NOISE_TIMES = 4.0
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SENTENCES = (
+    "The lighthouse keeper wrote down the weather every morning before breakfast.",
+    "To bake bread you need flour, water, salt, yeast and some patience.",
+    "def area(width, height):\n    return width * height\n",
+    "Question: Which is heavier, a kilogram of iron or a kilogram of wool?\nAnswer:",
+    "In 1969 two people walked on the Moon while a third waited in orbit.",
+    "Name: Ada. City: Turin. Order: two lamps, blue, by Friday.",
+)
+PROBE_TOKENS = 48  # of each prompt: enough to see every layer, few enough to hold the logits of 128k tokens
+PROBES = 6
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two sets of logits over the same positions are apart.
+
+    Attributes:
+        max_logit: largest absolute difference of any logit.
+        mean_kl: Kullback-Leibler divergence of the second from the first, in nats, mean over positions.
+        agreement: share of positions where both have the same most likely token.
+    """
+
+    max_logit: float
+    mean_kl: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared, and the verdict.
+
+    Attributes:
+        merged: written folder against the unmerged model.
+        base: the base against the unmerged model: the size of what was taught.
+        noise: the unmerged model under another attention kernel against itself.
+        largest: largest absolute logit, the scale of `max_logit`.
+        positions: token positions compared.
+        probes: where the prompts came from.
+        passed: the merged model answers like the adapter.
+        rule: the condition that was tested, in words.
+    """
+
+    merged: Difference
+    base: Difference
+    noise: Difference
+    largest: float
+    positions: int
+    probes: str
+    passed: bool
+    rule: str
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A finished merge: where it lies, what it is, what is to be known about it, and the proof."""
+
+    output: str
+    base: str
+    adapter: str
+    dtype: str
+    bytes: int
+    note: str
+    proof: Proof
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+
+def difference(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
+    """Compare logits, prompt by prompt.
+
+    Args:
+        reference, other: fp32 [tokens, vocabulary] each, on the CPU, of the same shapes.
+
+    Raises:
+        ValueError: NaN or Inf among them; a comparison with NaN would pass every limit.
+    """
+    largest, kl, same, positions = 0.0, 0.0, 0, 0
+    for p, q in zip(reference, other, strict=True):
+        if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
+            raise ValueError("logits are not finite")
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        largest = max(largest, (p - q).abs().max().item())
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        positions += len(p)
+    return Difference(largest, max(kl / positions, 0.0), same / positions)
+
+
+def judge(merged: Difference, base: Difference, noise: Difference, largest: float, dtype: str) -> tuple[bool, str]:
+    """Whether merged and adapter answer alike, and the rule in words.
+
+    fp32: rounding alone; it grows with the logits, so the limit is FP32_LIMIT for logits up to 10 and rises with them.
+    bf16, fp16: mean KL at most a tenth of what was taught, or within a few times the measured noise of the format.
+    A merge that left the adapter out, or applied it twice, has a KL near the whole of what was taught.
+    """
+    if dtype == "fp32":
+        limit = FP32_LIMIT * max(1.0, largest / 10)
+        return merged.max_logit <= limit, f"largest logit difference at most {limit:.1e} (logits reach {largest:.0f})"
+    limit = max(KL_SHARE * base.mean_kl, NOISE_TIMES * noise.mean_kl, KL_FLOOR)
+    parts = f"{KL_SHARE:.0%} of base against adapter, {NOISE_TIMES:g} x the noise of {dtype}, {KL_FLOOR:g}"
+    return merged.mean_kl <= limit, f"mean KL at most {limit:.1e} nats, the largest of: {parts}"
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Logits of each prompt alone, no padding: fp32 [tokens, vocabulary] on the CPU."""
+    return [
+        model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0].float().cpu()
+        for ids in prompts
+    ]
+
+
+def check_output(output: Path, place: Place, *, force: bool) -> None:
+    """Refuse a goal that would overwrite something, or the very thing that is merged.
+
+    Raises:
+        UsageError: it is a file, holds files and `force` is not set, or is or holds the adapter or the base.
+        MachineError: it cannot be written there.
+    """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file", where="--output", fix="name a folder that is new or empty")
+    sources = [p.resolve() for p in (place.folder, Path(place.base.name)) if p is not None and p.exists()]
+    goal = output.resolve()
+    if any(goal == s or goal in s.parents for s in sources):
+        raise UsageError(f"{output} is where the adapter or its base lies", where="--output", fix="name another folder")
+    if output.is_dir() and any(output.iterdir()) and not force:
+        raise UsageError(
+            f"{output} is not empty", where="--output", fix="name another folder, or add --force to replace it"
+        )
+    parent = _existing(output)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise MachineError(f"{parent} cannot be written", where="--output", fix="name a folder that you may write")
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(p for p in path.parents if p.is_dir())
+
+
+def check_room(output: Path, needed: int) -> None:
+    """Refuse a disk that has less than `needed` bytes left, before anything is loaded."""
+    parent = _existing(output)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise MachineError(
+            f"not enough room for the merged model: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free",
+            where=str(parent),
+            fix="free some space, or write to another disk with --output",
+        )
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def probes_of(opened: Opened) -> tuple[list[list[int]], str]:
+    """A handful of prompts as token ids, at most PROBE_TOKENS each: the run's held-out or training rows, else ours."""
+    from tunesmith.data.questions import first_examples
+    from tunesmith.errors import TunesmithError
+
+    if opened.run is not None:
+        for name, sources in (("validation", opened.run.data.validation), ("training", opened.run.data.train)):
+            try:
+                rows = first_examples(sources, opened.run.data, opened.template, PROBES)
+            except TunesmithError:
+                continue  # the data need not be on the machine that merges
+            if rows:
+                return [example.ids[:PROBE_TOKENS].tolist() for example in rows], f"{len(rows)} {name} rows"
+    ids = [opened.tokenizer(text, add_special_tokens=True)["input_ids"][:PROBE_TOKENS] for text in SENTENCES]
+    return ids, f"{len(ids)} built-in sentences"
+
+
+def fold(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Turn each adapted or 4-bit layer into a plain linear one, in place: weight + scaling B A, added in fp32.
+
+    Returns:
+        how many layers had an adapter.
+    """
+    from tunesmith.adapter.lora import Lora, loras, merged, saved
+    from tunesmith.adapter.nf4 import Nf4Linear
+
+    count = sum(1 for _ in loras(model))
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Lora | Nf4Linear)]
+    for name, module in layers:
+        weight = (merged(module) if isinstance(module, Lora) else module.dense()).to(dtype)
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta", dtype=dtype)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if module.bias is not None:
+            plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+        model.set_submodule(name, plain)
+    ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+    if any(True for _ in saved(model)) and ends[0] is not ends[1]:
+        # An embedding trained in full left the head that was tied to it as it was: two matrices now, not one.
+        model.config.tie_word_embeddings = False
+    return count
+
+
+def write(opened: Opened, folder: Path, dtype: str) -> None:
+    """Write the folded model as Transformers files: weights in shards, tokenizer with its template, settings, a card."""
+    from transformers import GenerationConfig
+
+    model, base_folder = opened.model, opened.folder
+    settings = base_folder / "generation_config.json"
+    known = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    # The checkpoint's sampling defaults go along unread: save_pretrained refuses some that models do ship.
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder, max_shard_size=SHARD)
+    opened.tokenizer.save_pretrained(folder)
+    known |= {"eos_token_id": sorted(opened.template.stops), "pad_token_id": opened.tokenizer.pad_token_id}
+    (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    for notice in sorted(base_folder.iterdir()):
+        if notice.is_file() and notice.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):
+            shutil.copyfile(notice, folder / notice.name)
+    (folder / "README.md").write_text(card(opened, dtype), encoding="utf-8")
+
+
+def card(opened: Opened, dtype: str) -> str:
+    """A short model card: what it was made from, how, and whose licence stands."""
+    base, run = opened.base_name, opened.run
+    licence = _licence(opened.folder)
+    shown = base if not Path(base).exists() else Path(base).name
+    head = ["---", *([f"license: {licence}"] if licence else []), "library_name: transformers"]
+    head += [*([f"base_model: {shown}"] if shown == base else []), "pipeline_tag: text-generation", "---", ""]
+    body = [
+        f"# {shown}, fine-tuned",
+        "",
+        f"`{shown}` with a LoRA adapter folded into its weights ({dtype}), written by tunesmith.",
+        "",
+    ]
+    if run is not None:
+        kept = f"rank {run.adapter.rank}, alpha {run.adapter.alpha:g}, on {run.adapter.target}"
+        body += [
+            f"- adapter: {kept}",
+            f"- trained for {run.train.duration} at a learning rate of {run.train.learning_rate:g}",
+        ]
+        if run.model.quantize != "none":
+            body += [f"- trained over a {run.model.quantize} base; folded into that base's dequantised {dtype} weights"]
+    what = f"`{licence}`, the licence of the base model" if licence else "the licence of the base model"
+    body += [f"- licence: {what}, holds for this model too; read it before you pass the weights on", ""]
+    return "\n".join(head + body)
+
+
+def _licence(base_folder: Path) -> str:
+    """What the base's own card says, without a YAML reader: the line `license: apache-2.0` of its front matter."""
+    readme = base_folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    front = text.split("---")[1] if text.startswith("---") and text.count("---") >= 2 else ""
+    found = [line.partition(":")[2].strip() for line in front.splitlines() if line.startswith("license:")]
+    return found[0] if found else ""
+
+
+def _reload(folder: Path, device: torch.device) -> PreTrainedModel:
+    """The written folder as any Transformers user loads it; every weight must come from the files.
+
+    Raises:
+        CheckpointError: weights are missing from the files, or the files hold some that the model does not know.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", attn_implementation="sdpa", output_loading_info=True
+    )
+    odd = {
+        name: sorted(map(str, info[name]))
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[name]
+    }
+    if odd:
+        raise CheckpointError(
+            "plain Transformers does not read the merged folder as it was written", where=str(folder), why=str(odd)
+        )
+    return model.to(device).eval()
+
+
+def merge(
+    path: str | Path,
+    output: str | Path,
+    *,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    force: bool = False,
+    device: str | None = None,
+) -> Merged:
+    """Merge the adapter at `path` into its base and write it to `output`; prove that it answers alike.
+
+    Args:
+        path: a run directory, a checkpoint, final/, or an adapter's folder.
+        output: a folder that is new or empty (or holds anything, with `force`: it is replaced at the very end).
+        dtype: of the written weights; None keeps the base's.
+
+    Raises:
+        UsageError: there is no adapter, or the output cannot be taken.
+        MachineError: no room on the disk.
+        CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
+    """
+    from tunesmith.model import facts
+    from tunesmith.model.hub import fetch
+    from tunesmith.model.weights import read_json
+    from tunesmith.opening import locate, open_model
+
+    place, goal = locate(path), Path(output)
+    if place.kind != "adapter":
+        whole = "a full fine-tune: it is a whole model already" if place.kind == "full" else "a plain model"
+        raise UsageError(
+            f"{path} has no adapter to merge",
+            where=str(place.folder or path),
+            why=f"this is {whole}",
+            fix=f"use {place.folder or path} as it is, or copy it",
+        )
+    check_output(goal, place, force=force)
+    chosen = dtype or place.base.dtype
+    config = fetch(place.base) / "config.json"
+    parameters = facts.read(read_json(config), where=str(config)).parameters
+    check_room(goal, round(parameters * DTYPES[chosen].itemsize * ROOM))
+    opened = open_model(path, device=device, dtype=chosen, place=place)
+    temp = goal.with_name(f".{goal.name}.{os.getpid()}.part")
+    try:
+        proof = _merge(opened, temp, chosen)
+        (temp / "merge.json").write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
+        size = sum(p.stat().st_size for p in temp.rglob("*") if p.is_file())
+        _settle(temp, goal, proof)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    nf4 = place.base.quantize == "nf4"
+    note = f"the base was held in nf4: the adapter went into its dequantised {chosen} weights" if nf4 else ""
+    return Merged(str(goal), place.base.name, str(place.folder), chosen, size, note, proof)
+
+
+def _merge(opened: Opened, temp: Path, dtype: str) -> Proof:
+    from tunesmith.adapter.lora import disabled
+
+    model, device = opened.model, opened.model.device
+    prompts, source = probes_of(opened)
+    adapted = logits_of(model, prompts)
+    with _attention(model, "eager"):
+        noise = difference(adapted, logits_of(model, prompts))
+    with disabled(model):
+        base = difference(adapted, logits_of(model, prompts))
+    fold(model, DTYPES[dtype])
+    temp.mkdir(parents=True)
+    write(opened, temp, dtype)
+    del opened.model, opened.train_model, model
+    gc.collect()
+    again = difference(adapted, logits_of(_reload(temp, device), prompts))
+    largest = max(logits.abs().max().item() for logits in adapted)
+    passed, rule = judge(again, base, noise, largest, dtype)
+    return Proof(again, base, noise, largest, sum(map(len, prompts)), source, passed, rule)
+
+
+def _settle(temp: Path, goal: Path, proof: Proof) -> None:
+    """Give the written folder its name: the goal, or `<goal>.rejected` if the proof failed."""
+    if not proof.passed:
+        rejected = goal.with_name(goal.name + ".rejected")
+        shutil.rmtree(rejected, ignore_errors=True)
+        temp.rename(rejected)
+        raise CheckpointError(
+            f"the merged model answers differently: logits up to {proof.merged.max_logit:.3g} apart, "
+            f"mean KL {proof.merged.mean_kl:.3g} nats (base against adapter: {proof.base.mean_kl:.3g})",
+            where=str(rejected),
+            why=f"asked for: {proof.rule}",
+            fix="merge with --dtype fp32, or serve the adapter beside its base",
+        )
+    old = goal.with_name(f".{goal.name}.{os.getpid()}.old")
+    if goal.exists():
+        goal.rename(old)
+    temp.rename(goal)
+    shutil.rmtree(old, ignore_errors=True)

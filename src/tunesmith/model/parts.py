@@ -1,0 +1,222 @@
+"""Faster equal parts for blocks that are known: attention's projections, gated MLPs, norms and rotary embeddings.
+
+Transformers' blocks read their input once for each of q, k and v, again for gate and up, and leave many small tensors
+for the backward. Here a module's `forward` is bound anew on the instance: parameters, names and hooks stay as they
+are, every other model keeps the plain path, and so does generation, which has a cache and no documents.
+
+The parts compute in the input's dtype where Transformers does, and in fp32 (fp64 for fp64 input) where it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP, MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention, SmolLM3MLP, SmolLM3RMSNorm
+
+from tunesmith.model.attention import Documents, attend
+
+Project = Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one attention class does beyond Llama's.
+
+    Attributes:
+        qk_norm: q and k are normed over each head's width before the rotation (Qwen 3).
+        window: the layer's sliding window, from the module; None sees everything.
+        rotated: whether this layer rotates q and k at all (SmolLM 3 leaves some out).
+    """
+
+    qk_norm: bool = False
+    window: Callable[[Any], int | None] = lambda module: None
+    rotated: Callable[[Any], bool] = lambda module: True
+
+
+def _own_window(module: Any) -> int | None:
+    window: int | None = module.sliding_window
+    return window
+
+
+ATTENTION: dict[type, Kind] = {
+    LlamaAttention: Kind(),
+    MistralAttention: Kind(window=lambda module: module.config.sliding_window),
+    Qwen2Attention: Kind(window=_own_window),
+    Qwen3Attention: Kind(qk_norm=True, window=_own_window),
+    SmolLM3Attention: Kind(window=_own_window, rotated=lambda module: bool(module.use_rope)),
+}
+MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, SmolLM3MLP)
+NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, SmolLM3RMSNorm)
+
+
+def separately(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """The plain way to project one input by several layers."""
+    return [linear(x) for linear in linears]
+
+
+def fuse(model: nn.Module, *, project: Project = separately) -> int:
+    """Give known blocks their faster forward, in place.
+
+    Args:
+        model: any model; blocks of other families are left alone.
+        project: computes several linear layers of one input; `adapter.lora.project` reads x once for all adapters.
+
+    Returns:
+        how many modules were changed.
+    """
+    count = 0
+    for module in model.modules():
+        forward = _faster(module, project)
+        if forward is not None:
+            module.forward = forward
+            count += 1
+    return count
+
+
+def _faster(module: Any, project: Project) -> Callable[..., Any] | None:
+    if type(module) in ATTENTION:
+        return partial(_attention, Attention(module, ATTENTION[type(module)], project, module.forward))
+    if type(module) in MLPS and module.config.hidden_act == "silu":
+        return partial(_mlp, module, project)
+    if type(module) in NORMS:
+        return partial(_norm, module)
+    return None
+
+
+class Attention(NamedTuple):
+    """An attention module with what is known of it, and its own forward."""
+
+    module: Any
+    kind: Kind
+    project: Project
+    plain: Callable[..., Any]
+
+
+def _attention(
+    of: Attention,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    documents: Documents | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """q, k and v of one reading, rotated, and attended by document. hidden_states: [1, n, width]."""
+    module, kind, project, plain = of
+    if documents is None or position_embeddings is None:
+        # Generation and eager attention: the module's own forward.
+        given = {} if documents is None else {"documents": documents}
+        result: tuple[Tensor, None] = plain(hidden_states, position_embeddings, attention_mask, **given, **others)
+        return result
+    projected = project(hidden_states.flatten(0, -2), (module.q_proj, module.k_proj, module.v_proj))
+    q, k, v = (y.unflatten(-1, (-1, module.head_dim)) for y in projected)
+    if kind.qk_norm:
+        q, k = module.q_norm(q), module.k_norm(k)
+    if kind.rotated(module):
+        cos, sin = (t.flatten(0, -2) for t in position_embeddings)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    dropout = module.attention_dropout if module.training else 0.0
+    out = attend(q, k, v, documents, scale=module.scaling, window=kind.window(module), dropout=dropout)
+    return module.o_proj(out.flatten(1)).view_as(hidden_states), None
+
+
+def _mlp(module: Any, project: Project, x: Tensor) -> Tensor:
+    gate, up = project(x, (module.gate_proj, module.up_proj))
+    out: Tensor = module.down_proj(swiglu(gate, up))
+    return out
+
+
+def _norm(module: Any, hidden_states: Tensor) -> Tensor:
+    return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+
+
+# The parts
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) in Transformers' layout, halves instead of pairs.
+
+    Args:
+        x: [n, heads, d]; cos, sin: [n, d], both halves alike.
+    """
+    out: Tensor = _Rotate.apply(x, cos.unsqueeze(1), sin.unsqueeze(1))
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, -sin), None, None  # the inverse of a rotation is its transpose
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202); keeps the two inputs only."""
+    out: Tensor = _SwiGLU.apply(gate, up)
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        d_up = grads[0] * silu
+        # silu'(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
+        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+        return (grads[0] * up).mul_(slope), d_up
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467), the mean and root in fp32."""
+    out: Tensor = _RMSNorm.apply(x, weight, eps)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        wide = x.to(scale.dtype) * scale  # the normed input
+        d_wide = (grads[0] * weight).to(scale.dtype)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (grads[0].to(scale.dtype) * wide).flatten(0, -2).sum(0).to(weight.dtype)
+        inner = (d_wide * wide).mean(-1, keepdim=True)
+        return d_wide.addcmul_(wide, inner, value=-1).mul_(scale).to(x.dtype), d_weight, None

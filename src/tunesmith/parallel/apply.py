@@ -1,0 +1,69 @@
+"""From a recipe to the model that is trained: the whole order of changes, in one function that reads as a list."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tunesmith.adapter import lora, nf4, peft_io
+from tunesmith.config.schema import Run
+from tunesmith.method.base import Method, TrainModel
+from tunesmith.method.sft import sft
+from tunesmith.model import load, parts, quirks
+from tunesmith.parallel import compiled, recompute
+
+METHODS: dict[str, Method] = {"sft": sft}
+
+
+def prepare(run: Run, folder: Path, *, device: torch.device) -> TrainModel:
+    """Build the model of a recipe, with weights, ready to be trained.
+
+    Args:
+        run: the resolved recipe.
+        folder: where the model's config and safetensors files are.
+        device: where the weights go.
+
+    Returns:
+        The root module. What the recipe does not train has `requires_grad` False.
+
+    Raises:
+        ModelError, RecipeError: the files or the recipe do not fit each other.
+    """
+    config = load.config_of(folder, run.model)
+    tokenizer = load.tokenizer_of(folder, run.model)
+    model = load.on_meta(config, run.model, rows=load.vocab_rows(config, tokenizer))
+    quirk, dtype = quirks.of(config), load.DTYPES[run.model.dtype]
+    layers = list(model.get_submodule(quirk.layers).children())
+
+    if run.model.quantize == "nf4":
+        nf4.replace_linears(model, dtype)
+    if run.adapter.kind == "lora":
+        lora.attach(model, run.adapter, seed=run.train.seed)
+    parts.fuse(model, project=lora.project)
+    if run.train.recompute == "full":
+        recompute.recompute_layers(layers)
+    if compiled.wanted(run.train.compile, device):
+        compiled.compile_layers(layers)
+    load.materialise(model, device)
+    load.load_weights(model, folder, skip=_made_here(model), convert=nf4.hooks(model))
+    if run.adapter.kind == "lora":
+        lora.initialise(model, run.adapter, seed=run.train.seed)
+    if run.adapter.kind == "lora" and run.adapter.from_ is not None:
+        peft_io.load(model, Path(run.adapter.from_))
+    return TrainModel(
+        model,
+        METHODS[run.method],
+        softcap=quirk.final_softcap,
+        logit_scale=quirk.logit_scale,
+        attention="eager" if run.model.attention == "eager" else "packed",
+    )
+
+
+def _made_here(model: nn.Module) -> Callable[[str], bool]:
+    """Says by name which parameters no checkpoint of the base holds: those of the adapter."""
+    names = set(itertools.chain.from_iterable((f"{n}.lora_A", f"{n}.lora_B") for n, _ in lora.loras(model)))
+    return names.__contains__

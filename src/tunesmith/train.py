@@ -1,0 +1,486 @@
+"""The one loop: batches in, optimizer steps, records out, checkpoints on the way.
+
+    resolve the run directory -> build -> [step -> record -> validate? -> checkpoint?]* -> final/ -> Result
+
+On CUDA a step's numbers are read one step late, so that the host never waits for the device inside a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.build import Session, build
+from tunesmith.checkpoint import export, state
+from tunesmith.checkpoint.resume import RECIPE, Progress, Start, claimed, decide, put_aside
+from tunesmith.config.dump import digest, dump
+from tunesmith.config.schema import Run
+from tunesmith.data.loader import GlobalBatch
+from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError
+from tunesmith.evaluate import validation_loss
+from tunesmith.generate import Decoding, answer_batch, decode
+from tunesmith.metrics import hardware
+from tunesmith.metrics import sinks as metric_sinks
+from tunesmith.metrics.profile import Profiler
+from tunesmith.metrics.record import StepRecord
+from tunesmith.metrics.report import clear_failure, write_failure
+from tunesmith.model.facts import flops
+from tunesmith.optim import learning_rate, warmup_steps
+from tunesmith.signals import StopRequest
+from tunesmith.units import Length
+
+
+def print_line(text: str) -> None:
+    """One line for the user, on stderr: stdout is for answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        finished_before: the directory held a finished run, and nothing was done.
+        first_step: the step that this start went on from, 0 for a new run.
+        records: the records of this start's steps.
+    """
+
+    output_dir: Path
+    steps: int
+    first_step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    examples: int = 0
+    records: list[StepRecord] = field(default_factory=list)
+    finished_before: bool = False
+    best_step: int | None = None
+    best_loss: float | None = None
+
+    @property
+    def first_loss(self) -> float | None:
+        """Loss of the first step of this start."""
+        return self.records[0].loss if self.records else None
+
+    @property
+    def last_loss(self) -> float | None:
+        """Loss of the last step."""
+        return self.records[-1].loss if self.records else None
+
+    def values(self) -> dict[str, Any]:
+        """The result as plain values, for `--json`."""
+        return {
+            "output_dir": str(self.output_dir),
+            "steps": self.steps,
+            "first_step": self.first_step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "examples": self.examples,
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "best_step": self.best_step,
+            "best_val_loss": self.best_loss,
+            "finished_before": self.finished_before,
+        }
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step whose numbers may still be on their way from the device."""
+
+    step: int
+    batch: GlobalBatch
+    loss: Tensor
+    norm: Tensor
+    rate: float
+
+
+class Cadence:
+    """When something that comes `every` so often is due."""
+
+    def __init__(self, every: Length | None, *, total: int | None, steps_per_epoch: int, seconds: float) -> None:
+        self.interval, self.period, self.last = 0, None, seconds
+        if every is None:
+            return
+        whole = {"steps": 1.0, "epochs": float(steps_per_epoch), "%": (total or steps_per_epoch) / 100}
+        self.period = every.seconds
+        if self.period is None:
+            self.interval = max(1, round(every.amount * whole[every.unit]))
+
+    def due(self, step: int, seconds: float) -> bool:
+        """Whether it is due after `step`, `seconds` into the training; by the clock, counted from the last time."""
+        if self.period is not None:
+            due = seconds - self.last >= self.period
+            self.last = seconds if due else self.last
+            return due
+        return self.interval > 0 and step % self.interval == 0
+
+
+class Trainer:
+    """One start of a run, from its first step to its end, stop or failure."""
+
+    def __init__(self, session: Session, start: Start, sinks: metric_sinks.Sinks, stop: StopRequest) -> None:
+        self.s, self.run, self.sinks, self.stop = session, session.run, sinks, stop
+        self.out = Path(session.run.output_dir)
+        before = start.progress
+        self.step = self.first_step = before.step if before else 0
+        self.seconds = before.seconds if before else 0.0
+        self.best_step, self.best_loss = (before.best_step, before.best_loss) if before else (None, None)
+        self.worse = before.worse if before else 0
+        self.records: list[StepRecord] = []
+        self.record = StepRecord.from_json(json.dumps(before.record)) if before else None
+        self.validated = before.validated if before else True
+        self.saved_step = self.step if before else None
+        self.ended = False
+        self.pending: Pending | None = None
+        per_epoch = session.data.course.steps_per_epoch(0)
+        pace: dict[str, Any] = {
+            "total": session.total_steps, "steps_per_epoch": per_epoch, "seconds": self.seconds
+        }  # fmt: skip
+        self.validate_pace = Cadence(self.run.validate.every if self.s.data.validation else None, **pace)
+        self.checkpoint_pace = Cadence(self.run.checkpoint.every, **pace)
+        self.warmup = warmup_steps(self.run.train, session.total_steps, per_epoch)
+        self.peak, _ = hardware.peak_tflops(session.device, session.dtype)
+        self.gauges = hardware.Gauges(session.device)
+        # On the CPU the numbers are there when the step ends; on CUDA they are read while the next step runs.
+        self.late = session.device.type == "cuda"
+
+    # ---- one step -------------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: GlobalBatch) -> Pending:
+        """Forward, backward and update on one global batch; the loss is divided once, by all its supervised tokens."""
+        optimizer, device = self.s.optimizer, self.s.device
+        scale = (optimizer.scale or 1.0) / batch.supervised
+        total = torch.zeros((), device=device)
+        for index, micro in enumerate(batch.micro):
+            # Dropout is a function of (seed, step, micro batch): a resumed run draws what the first one drew.
+            torch.manual_seed((self.run.train.seed * 1_000_003 + batch.step) * 4_099 + index)
+            loss_sum, _ = self.s.model(micro.to(device))
+            (loss_sum * scale).backward()
+            total = total + loss_sum.detach()
+        rate = learning_rate(self.run.train, batch.step, warmup=self.warmup, progress=self.progress(batch.step))
+        norm = optimizer.step(rate, batch.step)
+        return Pending(batch.step + 1, batch, total / batch.supervised, norm, rate)
+
+    def progress(self, step: int) -> float:
+        """Share of the course after the warm-up that lies behind update `step` (from 0), by steps or by the clock."""
+        if self.s.total_steps is None:
+            return self.seconds / (self.run.train.duration.seconds or 1.0)
+        return (step - self.warmup) / max(1, self.s.total_steps - self.warmup)
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Result:
+        """Run to the end of the duration; raise StoppedError after saving when a signal came."""
+        self.s.model.train()
+        if not self.validated:
+            self.sinks.text("validation", "the validation that a stop cut off is made up for")
+            self.finish_step()
+        profiler = Profiler(self.run.profile, self.out, rank=0, device=self.s.device)
+        with profiler, self.s.loader(self.step) as loader:
+            self.clock = time.perf_counter()
+            for batch in loader:
+                if self.stop.signal or self.over():
+                    break
+                pending = self.train_step(batch)
+                if self.late:
+                    self.settle()
+                self.pending, self.step = pending, pending.step
+                profiler.step()
+                self.after_step()
+                if self.worse and self.worse == self.run.validate.patience:
+                    self.sinks.text(
+                        "patience", f"no better validation loss {self.worse} times in a row: the run ends here"
+                    )
+                    break
+        self.settle()
+        if self.stop.signal and not self.over():
+            self.save_and_stop()
+        return self.end()
+
+    def over(self) -> bool:
+        """Whether the duration is used up."""
+        if self.s.total_steps is not None:
+            return self.step >= self.s.total_steps
+        return self.seconds >= (self.run.train.duration.seconds or 0.0)
+
+    def after_step(self) -> None:
+        """Read the step's numbers where they are needed now, validate and save when due."""
+        last = self.over()
+        validate = self.s.data.validation is not None and (self.validate_pace.due(self.step, self.seconds) or last)
+        save = self.checkpoint_pace.due(self.step, self.seconds)
+        if validate or save or last or self.stop.signal or not self.late:
+            self.settle(finish=not validate)
+        if validate:
+            self.validated = False
+            self.finish_step()
+        if save and not self.stop.signal:
+            self.save()
+        if validate or save:
+            self.clock = time.perf_counter()
+
+    def settle(self, *, finish: bool = True) -> None:
+        """Turn the pending step into its record; write it, unless a validation is to be added first.
+
+        Raises:
+            NonFiniteError: if the loss or the gradient norm is NaN or infinite; its update was not applied.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        loss, norm = float(pending.loss), float(pending.norm)
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.seconds += seconds
+        self.check_finite(pending, loss, norm)
+        self.record = self.make_record(pending, loss, norm, seconds)
+        if finish:
+            self.write_record()
+
+    def check_finite(self, pending: Pending, loss: float, norm: float) -> None:
+        """Stop on NaN or Inf, naming step, rows and the last good checkpoint; fp16 may skip steps while it finds its scale."""
+        scale = self.s.optimizer.scale
+        searching = scale is not None and scale >= 1.0
+        if math.isfinite(loss) and (math.isfinite(norm) or searching):
+            return
+        saved = f"checkpoint-{self.saved_step}" if self.saved_step else "none was written yet"
+        rows = pending.batch.row_names()
+        raise NonFiniteError(
+            f"the {'gradient norm' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})",
+            where=f"step {pending.step}, rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
+            why=f"the update was not applied; the last good checkpoint: {saved}",
+            fix="lower train.learning_rate or lengthen train.warmup; look at those rows with `tunesmith data`; "
+            "model.dtype=fp32 tells rounding from bad data",
+        )
+
+    def make_record(self, pending: Pending, loss: float, norm: float, seconds: float) -> StepRecord:
+        """The step's record in the form of metrics.jsonl."""
+        batch, device = pending.batch, self.s.device
+        utilization, watts = self.gauges.read()
+        course = self.s.data.course
+        work = flops(
+            self.s.facts,
+            course.lengths[batch.indices],
+            batch.supervised,
+            trained=self.s.trained,
+            adapter_parameters=self.s.adapter_parameters,
+        )
+        return StepRecord(
+            step=pending.step,
+            epoch=batch.epoch,
+            loss=loss,
+            learning_rate=pending.rate,
+            grad_norm=norm,
+            tokens=batch.tokens,
+            supervised_tokens=batch.supervised,
+            examples=batch.examples,
+            step_seconds=seconds,
+            data_seconds=batch.data_seconds,
+            tokens_per_second=batch.tokens / seconds,
+            mfu=work / seconds / (self.peak * 1e12) if self.peak else None,
+            mfu_peak_tflops=self.peak,
+            memory_gib=hardware.memory_gib(device),
+            gpu_utilization=utilization,
+            gpu_power_watts=watts,
+        )
+
+    def write_record(self) -> None:
+        """Hand the step's record to every view."""
+        assert self.record is not None
+        self.validated = True
+        self.records.append(self.record)
+        self.sinks.step(self.record)
+
+    # ---- validation -----------------------------------------------------------------------------------------------
+
+    def finish_step(self) -> None:
+        """Validate, add the loss to the step's record and write it; a signal leaves the validation to the next start."""
+        assert self.record is not None
+        assert self.s.data.validation is not None
+        found = validation_loss(
+            self.s.model,
+            self.s.data.validation,
+            micro_tokens=self.s.micro_tokens or self.run.data.seq_len * 4,
+            pad_id=self.s.pad_id,
+            device=self.s.device,
+            cancelled=lambda: self.stop.signal is not None,
+        )
+        self.s.model.train()
+        if found is None:
+            return
+        self.record = dataclasses.replace(self.record, val_loss=found[0])
+        self.write_record()
+        self.sinks.validation(self.step, found[0])
+        self.note_best(found[0])
+        if self.run.log.samples:
+            self.sinks.samples(self.step, self.sample_answers(self.run.log.samples))
+            self.s.model.train()
+
+    def sample_answers(self, count: int) -> list[tuple[str, str]]:
+        """(prompt, answer) of the first held-out rows, greedily, by the model as it is now."""
+        tokens, model, tokenizer = self.s.data.validation, self.s.model.model, self.s.tokenizer
+        assert tokens is not None
+        rows = [tokens[i] for i in range(min(count, len(tokens)))]
+        # What stands before the first trained token is the prompt; a row that is trained whole has none to ask.
+        prompts = [ids for ids in (row.ids[: int(row.trained.argmax())].tolist() for row in rows) if len(ids) > 1]
+        decoding, stops = Decoding(max_new_tokens=SAMPLE_TOKENS), self.s.data.template.stops
+        model.set_attn_implementation("sdpa")
+        try:
+            answers = [answer_batch(model, tokenizer, [ids], decoding, stops=stops)[0] for ids in prompts]
+        finally:
+            self.s.model.use_training_attention()
+        return [(decode(tokenizer, ids), a.text) for ids, a in zip(prompts, answers, strict=True)]
+
+    def note_best(self, loss: float) -> None:
+        """Remember the best validation, in best.json too."""
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_step, self.best_loss, self.worse = self.step, loss, 0
+            state.write_json(self.out / "best.json", {"step": self.step, "val_loss": loss})
+        else:
+            self.worse += 1
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write checkpoint-<step>, then drop the oldest beyond `keep` (never the best one)."""
+        if self.saved_step == self.step and not self.ended:
+            return
+        assert self.record is not None
+        self.sinks.flush()
+        progress = Progress(
+            step=self.step,
+            seconds=self.seconds,
+            record=json.loads(self.record.to_json()),
+            validated=self.validated,
+            best_step=self.best_step,
+            best_loss=self.best_loss,
+            worse=self.worse,
+            loss_scale=self.s.optimizer.scale,
+            good_steps=self.s.optimizer.good_steps,
+            ended=str(self.run.train.duration) if self.ended else None,
+        )
+        with state.writing(self.out / f"checkpoint-{self.step}", self.step) as folder:
+            export.write_model(folder, self.run, self.s.model, self.s.tokenizer, self.s.data.template)
+            export.write_optimizer(folder, self.s.optimizer.state())
+            progress.write(folder)
+        self.saved_step = self.step
+        state.prune(self.out, self.run.checkpoint.keep, spare=self.best_step)
+
+    def save_and_stop(self) -> None:
+        """Save the last step and leave with exit code 75."""
+        if self.record is not None:
+            self.save()
+        raise StoppedError(
+            f"stopped by {self.stop.signal}: step {self.step} is saved",
+            where=str(self.out / f"checkpoint-{self.step}"),
+            fix="start the same command again: it goes on from there",
+        )
+
+    def end(self) -> Result:
+        """The last checkpoint and final/; a signal that cut off the last validation leaves both to the next start."""
+        if not self.validated:
+            self.save_and_stop()
+        self.ended = True
+        self.save()
+        with state.writing(self.out / "final", self.step) as folder:
+            export.write_model(folder, self.run, self.s.model, self.s.tokenizer, self.s.data.template)
+        return Result(
+            output_dir=self.out,
+            steps=self.step,
+            first_step=self.first_step,
+            seconds=self.seconds,
+            tokens=sum(r.tokens for r in self.records),
+            examples=sum(r.examples for r in self.records),
+            records=self.records,
+            best_step=self.best_step,
+            best_loss=self.best_loss,
+        )
+
+
+def train(
+    run: Run, *, fresh: bool = False, argv: list[str] | None = None, say: Callable[[str], None] = print_line
+) -> Result:
+    """Train what a recipe describes, or go on with it.
+
+    Args:
+        run: a checked recipe.
+        fresh: put what an earlier run left in `output_dir` aside and start over.
+        argv: the command line, for env.json.
+        say: takes each line about what was found and chosen before the first step.
+
+    Raises:
+        UsageError: something is wrong with the recipe, data, model or machine; nothing was started.
+        RunError: the run began and failed; failure.json says why.
+        StoppedError: a signal came; everything is saved.
+    """
+    out = Path(run.output_dir)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        stack.enter_context(claimed(out))
+        if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out)):
+            say(f"what an earlier run left is now in {place}")
+        start = decide(run, warn=say)
+        if start.finished is not None:
+            return Result(out, start.finished, finished_before=True)
+        session = build(run, start, say=say)
+        clear_failure(out)
+        write_identity(session, argv)
+        sinks = metric_sinks.for_run(run, out, total_steps=session.total_steps)
+        stack.callback(sinks.close)
+        # A step whose validation was cut off is written again, with its validation.
+        kept = start.progress.step - (not start.progress.validated) if start.progress else 0
+        sinks.open(run, kept)
+        trainer = Trainer(session, start, sinks, stop)
+        stop.hold()
+        try:
+            return trainer.fit()
+        except StoppedError:
+            raise
+        except BaseException as error:
+            raise as_failure(trainer, error) from error
+
+
+def write_identity(session: Session, argv: list[str] | None) -> None:
+    """Write config.yaml and env.json: what was run, on what, from which data."""
+    out = Path(session.run.output_dir)
+    (out / RECIPE).write_text(dump(session.run), encoding="utf-8")
+    data = {"recipe_hash": digest(session.run), "data_hash": session.data.digest}
+    state.write_json(out / "env.json", {**hardware.describe(argv), **data})
+
+
+def as_failure(trainer: Trainer, error: BaseException) -> TunesmithError:
+    """The error of a run that had begun: written to failure.json, with the last good checkpoint in its words."""
+    saved = f"checkpoint-{trainer.saved_step}" if trainer.saved_step else None
+    going_on = f"start the same command again: it goes on from {saved}" if saved else "start the same command again"
+    if isinstance(error, TunesmithError):
+        failure = error
+    elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+        tokens = trainer.s.micro_tokens
+        failure = RunError(
+            "out of memory",
+            where=f"step {trainer.step + 1}",
+            why=f"a micro batch of {tokens or trainer.s.micro_examples} {'tokens' if tokens else 'examples'} did not fit",
+            fix=f"train.micro_batch='{max(trainer.run.data.seq_len, (tokens or 0) // 2)} tokens' or train.recompute=full; {going_on}",
+        )
+    else:
+        failure = RunError(
+            f"{type(error).__name__}: {error}",
+            where=f"step {trainer.step + 1}",
+            why="an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from",
+            fix=going_on,
+        )
+    write_failure(trainer.out, failure, last_step=trainer.step, next_command=going_on)
+    return failure

@@ -1,0 +1,139 @@
+"""Checkpoints that are whole or not there, under kills and a full disk."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tunesmith.checkpoint import state
+from tunesmith.errors import CheckpointError
+
+
+def write(run: Path, step: int, text: str = "weights") -> Path:
+    place = run / f"checkpoint-{step}"
+    with state.writing(place, step) as folder:
+        (folder / "a.bin").write_text(text * 10)
+        (folder / "state").mkdir()
+        (folder / "state" / "b.bin").write_text(text)
+    return place
+
+
+def test_manifest_has_sizes_and_checksums(tmp_path: Path) -> None:
+    place = write(tmp_path, 7)
+    manifest = json.loads((place / "manifest.json").read_text())
+    assert manifest["step"] == 7
+    assert set(manifest["files"]) == {"a.bin", "state/b.bin"}
+    assert manifest["files"]["a.bin"]["bytes"] == 70
+    assert len(manifest["files"]["a.bin"]["sha256"]) == 64
+    assert state.fault(place) is None
+    assert state.step_of(place) == 7
+
+
+@pytest.mark.parametrize(
+    ("tear", "words"),
+    [
+        (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
+        (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda p: (p / "a.bin").unlink(), "a.bin is missing"),
+        (lambda p: (p / "a.bin").write_text("short"), "has 5 bytes of 70"),
+        (lambda p: (p / "a.bin").write_text("WEIGHTS" * 10), "do not match their checksum"),
+    ],
+)
+def test_a_torn_one_is_passed_over_and_said(tmp_path: Path, tear, words: str) -> None:
+    write(tmp_path, 1)
+    tear(write(tmp_path, 2))
+    said: list[str] = []
+    found = state.newest(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 1
+    assert len(said) == 1
+    assert "checkpoint-2" in said[0]
+    assert words in said[0]
+
+
+def test_none_whole(tmp_path: Path) -> None:
+    assert state.newest(tmp_path, pytest.fail) is None
+
+
+def test_an_error_in_the_block_leaves_no_trace_and_the_old_one(tmp_path: Path) -> None:
+    write(tmp_path, 5, "old")
+
+    def fail() -> None:
+        with state.writing(tmp_path / "checkpoint-5", 5) as folder:
+            (folder / "a.bin").write_text("new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (tmp_path / "checkpoint-5" / "a.bin").read_text() == "old" * 10
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-5"]
+
+
+def test_a_full_disk_names_what_is_kept(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    with pytest.raises(CheckpointError) as caught, state.writing(tmp_path / "checkpoint-6", 6):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.what == "the disk is full"
+    assert "checkpoint-5" in caught.value.why
+    assert state.fault(tmp_path / "checkpoint-5") is None
+
+
+def test_replacing_keeps_the_new_one(tmp_path: Path) -> None:
+    write(tmp_path, 5, "old")
+    write(tmp_path, 5, "new")
+    assert (tmp_path / "checkpoint-5" / "a.bin").read_text() == "new" * 10
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 10):
+        write(tmp_path, step)
+    state.prune(tmp_path, 2, spare=1)
+    assert [f.step for f in state.listing(tmp_path)] == [10, 4, 1]
+
+
+def test_sweep_puts_back_a_folder_that_was_being_replaced(tmp_path: Path) -> None:
+    write(tmp_path, 3).rename(tmp_path / ".checkpoint-3.old")
+    (tmp_path / ".checkpoint-4.partial").mkdir()
+    state.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tunesmith.checkpoint import state
+run = Path(sys.argv[1])
+for step in range(1, 100_000):
+    with state.writing(run / f"checkpoint-{step}", step) as folder:
+        for name in "abcd":
+            (folder / name).write_bytes(bytes([step % 256]) * 50_000)
+    state.prune(run, 2, spare=None)
+    print(step, flush=True)
+"""
+
+
+def test_kill_9_at_any_moment_leaves_a_whole_newest_one(tmp_path: Path) -> None:
+    """Twelve kills at moments spread over writing, sealing, renaming and pruning."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for number in range(12):
+        run = tmp_path / str(number)
+        run.mkdir()
+        child = subprocess.Popen([sys.executable, "-c", WRITER, str(run)], stdout=subprocess.PIPE, text=True, env=env)
+        assert child.stdout is not None
+        for _ in range(3):
+            seen = int(child.stdout.readline())
+        time.sleep(0.0013 * number)
+        child.send_signal(signal.SIGKILL)
+        seen = max([seen, *map(int, child.stdout.read().split())])
+        child.wait()
+        state.sweep(run)
+        found = state.newest(run, lambda _: None)
+        assert found is not None
+        assert found.step >= seen
+        assert not list(run.glob(".*"))

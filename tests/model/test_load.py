@@ -1,0 +1,53 @@
+"""Our way of loading against Transformers' from_pretrained, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tunesmith.config.schema import Model
+from tunesmith.model import load
+
+from . import families
+
+
+def ours(folder: Path, dtype: str = "fp32", **more):
+    spec = Model(name=str(folder), dtype=dtype)
+    built = load.on_meta(load.config_of(folder, spec), spec, **more)
+    assert all(p.is_meta for p in built.parameters())
+    empty = load.materialise(built, torch.device("cpu"))
+    assert set(empty) == {n for n, _ in built.named_parameters(remove_duplicate=False)}
+    load.load_weights(built, folder)
+    return built.eval()
+
+
+@pytest.fixture(scope="module", params=sorted(families.VARIANTS))
+def family(request, tmp_path_factory) -> Path:
+    return families.build(request.param, tmp_path_factory.mktemp("families"))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_tensor_is_from_pretraineds(family: Path, dtype: str) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(family, dtype=load.DTYPES[dtype]).eval()
+    mine = ours(family, dtype)
+    for kind in ("named_parameters", "named_buffers"):
+        left, right = dict(getattr(mine, kind)()), dict(getattr(theirs, kind)())
+        assert left.keys() == right.keys()
+        for name, tensor in right.items():
+            assert left[name].dtype == tensor.dtype, name
+            assert torch.equal(left[name], tensor), name
+            assert left[name].requires_grad == tensor.requires_grad
+    assert sum(1 for _ in mine.named_buffers()) > 0
+    tied = mine.get_input_embeddings().weight is mine.get_output_embeddings().weight
+    assert tied == (theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight)
+
+
+def test_logits_are_from_pretraineds(family: Path) -> None:
+    ids = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))
+    theirs = AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32).eval()
+    mine = ours(family)
+    with torch.no_grad():
+        assert torch.equal(mine(ids).logits, theirs(ids).logits)
