@@ -65,19 +65,24 @@ class Text:
 Sample = Conversation | Completion | Text
 
 
-def convert(row: Mapping[str, Any], source: Source, *, where: str) -> Sample:
+def convert(row: Mapping[str, Any], source: Source, *, where: str, system: str | None = None) -> Sample:
     """Bring one row into form.
 
     Args:
         row: column names and values as the file has them; null counts as absent.
         source: gives `format` and `columns` (the format's name of a column: the file's name of it).
         where: the row's place, for errors.
+        system: a system message for conversations that have none.
 
     Raises:
         DataError: a column is missing or of a wrong type, a role is unknown or out of order, a call is broken.
     """
     sample = _READERS[source.format](_Row(row, source, where))
     if isinstance(sample, Conversation):
+        if system is not None and sample.messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *sample.messages]
+            given = sample.given + 1 if sample.given else 0
+            sample = Conversation(messages, sample.tools, given, sample.instruction)
         _check_order(sample.messages, where)
     return sample
 

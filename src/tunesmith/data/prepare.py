@@ -11,10 +11,10 @@ from typing import Any
 from tunesmith.config.schema import Run
 from tunesmith.data import contract as contracts
 from tunesmith.data.cache import cache_folder
-from tunesmith.data.chat import choose
+from tunesmith.data.chat import Template, choose
 from tunesmith.data.contract import Contract
 from tunesmith.data.loader import Course
-from tunesmith.data.tokens import Counts, Template, TokenSet, tokenise
+from tunesmith.data.tokens import Counts, TokenSet, tokenise
 from tunesmith.errors import DataError
 
 FEW_STEPS = 50  # with fewer, the schedule is mostly warm-up and little is learnt
