@@ -1,4 +1,14 @@
-"""`tunesmith data`: see what a recipe's model will learn from, token by token, before it learns."""
+"""Show what a recipe's model will learn from, token by token, before it learns.
+
+Tokens that are learnt stand in green, or without colours between ⟦ and ⟧. Below them: counts, lengths, packing, the
+number of optimizer steps, and the token contract. The exit code is 2 where the contract is broken.
+Of a model on the Hub only the tokenizer and the configuration are fetched.
+
+examples:
+  tunesmith data smollm2-135m-lora
+  tunesmith data my-recipe.yaml data.train_on=last --rows 10
+  tunesmith data my-recipe.yaml --json > tokens.json
+"""
 
 from __future__ import annotations
 
@@ -18,15 +28,6 @@ if TYPE_CHECKING:
     from tunesmith.data.prepare import Prepared
     from tunesmith.data.tokens import TokenSet
 
-SUMMARY = "show the tokens a recipe trains on: coloured mask, statistics, token contract"
-EPILOG = """examples:
-  tunesmith data my-recipe.yaml
-  tunesmith data my-recipe.yaml data.train_on=last --rows 10
-  tunesmith data my-recipe.yaml --json > tokens.json
-
-Tokens that are learnt stand in green, or without colours between ⟦ and ⟧. The exit code is 2 when the
-token contract is broken.
-"""
 _BARS = 16  # of the length histogram
 _SHOWN = 800  # tokens of a row that are shown
 
@@ -45,11 +46,14 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load(args.recipe, args.overrides)
     from tunesmith.data.prepare import prepare
-    from tunesmith.model.hub import fetch
+    from tunesmith.model import hub
     from tunesmith.model.load import config_of
     from tunesmith.model.tokenizer import eos_ids, tokenizer_of, vocab_rows
 
-    folder = fetch(recipe.model, progress=_say)
+    if hub.local(recipe.model) is not None:
+        folder = hub.fetch(recipe.model)
+    else:
+        folder = hub.in_cache(recipe.model) or hub.tokenizer_folder(recipe.model.name, recipe.model.revision)
     tokenizer = tokenizer_of(folder, recipe.model)
     rows = vocab_rows(config_of(folder, recipe.model), tokenizer)
     prepared = prepare(recipe, tokenizer, eos_ids(folder, tokenizer), rows, strict=False)
@@ -58,10 +62,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(prepared, tokenizer, args.rows)
     return EXIT_USAGE if any(contract.broken for contract in prepared.contracts) else EXIT_OK
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def show(prepared: Prepared, tokenizer: Any, rows: int) -> None:

@@ -120,7 +120,8 @@ def course_text(course: Course, run: Run) -> tuple[str, str]:
         return line, ""
     epochs = math.ceil(FEW_STEPS / sums.steps_per_epoch)
     size = run.train.global_batch
-    smaller = max(1, size.amount * sums.steps // FEW_STEPS)
+    whole = course.row_length if size.unit == "tokens" else 1  # a step takes whole rows
+    smaller = max(1, size.amount * sums.steps // FEW_STEPS // whole) * whole
     mend = f'train.duration="{epochs} epochs"'
     if smaller < size.amount:
         mend += f' or train.global_batch="{smaller} {size.unit}"'
