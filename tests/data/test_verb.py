@@ -146,3 +146,13 @@ def test_prepare_stops_on_a_broken_contract(recipe, tiny: Path) -> None:
     assert len(prepared(path, tiny, vocab=100, strict=False).contracts[0].broken) == 1
     with pytest.raises(DataError, match="no example in an epoch"):
         prepared(path, tiny, "data.train.weight=0.001")
+
+
+def test_validation_rows_that_are_trained_on_are_told(recipe, tiny: Path, write) -> None:
+    held = "  validation: {source: held.jsonl, format: alpaca}\n"
+    write("held.jsonl", alpaca(9) + alpaca(70)[len(alpaca(68)) :] + alpaca(2))  # 9 and 2 known rows, 2 new ones
+    data = prepared(recipe(alpaca(60), held), tiny)
+    assert data.overlap == 11
+    assert any("11 of 13 validation examples are trained on" in text for text in data.warnings())
+    path = recipe(alpaca(60), held)
+    assert prepared(path, tiny, "data.train.split=train[10:]").overlap == 0

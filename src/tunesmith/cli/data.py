@@ -76,9 +76,8 @@ def show(prepared: Prepared, tokenizer: Any, rows: int) -> None:
     console.print(prepared.template.describe(), markup=False)
     console.print(_counts(prepared))
     console.print(_histogram(prepared.train))
-    line, warning = course_text(prepared.course, prepared.run)
-    console.print(line, markup=False)
-    if warning:
+    console.print(course_text(prepared.course, prepared.run)[0], markup=False)
+    for warning in prepared.warnings():
         console.print(warning, style="yellow", markup=False)
     console.print(_contracts(prepared))
 
@@ -195,10 +194,7 @@ def values(prepared: Prepared, tokenizer: Any, rows: int) -> dict[str, Any]:
     """The same as plain values, for --json."""
     from dataclasses import asdict
 
-    from tunesmith.data.prepare import course_text
-
     train = prepared.train
-    _, warning = course_text(prepared.course, prepared.run)
     held = prepared.validation.sources if prepared.validation is not None else ()
     return {
         "template": {"name": prepared.template.name, "end_ids": sorted(prepared.template.end_ids)},
@@ -206,7 +202,7 @@ def values(prepared: Prepared, tokenizer: Any, rows: int) -> dict[str, Any]:
         "validation": [asdict(counts) for counts in held],
         "lengths": [{"from": low, "to": high, "examples": n} for low, high, n in histogram(train)],
         "course": asdict(prepared.course.summary(prepared.run.train.duration)),
-        "warnings": [warning] if warning else [],
+        "warnings": prepared.warnings(),
         "contract": [{"split": c.what, **asdict(check)} for c in prepared.contracts for check in c.checks],
         "rows": [
             {
