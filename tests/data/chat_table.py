@@ -7,7 +7,7 @@ says that the form cannot hold the conversation, and the package must refuse it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 Message = dict[str, Any]
@@ -54,7 +54,7 @@ CONVERSATIONS: dict[str, tuple[list[Message], list[dict[str, Any]] | None]] = {
     "system with blanks": ([system("  Be brief.\n\n"), user("Who?"), answer("They.")], None),
     "greek and chinese": ([user("Τι είναι αυτό;"), answer("这是一座桥。 Γέφυρα."), user("再说"), answer("好。")], None),
     "emoji": ([user("🎉🎉 party?"), answer("🥳 yes 👩‍👩‍👧‍👦🏳️‍🌈!"), user("👍"), answer("🙂")], None),
-    "right to left": ([user("מה השעה?"), answer("الساعة الآن الخامسة ‏(5)"), user("תודה"), answer("عفوا")], None),
+    "right to left": ([user("מה השעה?"), answer("الساعة الآن الخامسة \u200f(5)"), user("תודה"), answer("عفوا")], None),
     "combining marks": ([user("e\u0301 or é?"), answer("Z̴a̷l̸g̵o: n\u0303, ñ, \u200b\u00ad\ufeff.")], None),
     "empty answer": ([user("Say nothing."), answer("")], None),
     "empty answers": ([user("Hush."), answer(""), user("Still."), answer(""), user("Now?"), answer("Now.")], None),
@@ -353,10 +353,15 @@ FORMS: dict[str, tuple[Callable[[list[Message], Any], Segments], str, str, list[
 }
 
 
-def filled(value: Any, end: str, head: str) -> Any:
-    """A conversation with the form's own words where END, HEAD and BOS stand."""
+def conversations(end: str = "", head: str = "") -> Iterator[tuple[str, list[Message], Any]]:
+    """(name, messages, tools) of every conversation, with a form's own words where END, HEAD and BOS stand."""
+    for name, (messages, tools) in CONVERSATIONS.items():
+        yield name, _filled(messages, end, head), _filled(tools, end, head)
+
+
+def _filled(value: Any, end: str, head: str) -> Any:
     if isinstance(value, str):
         return value.replace(END, end).replace(HEAD, head).replace(BOS, "<s>")
     if isinstance(value, dict):
-        return {k: filled(v, end, head) for k, v in value.items()}
-    return [filled(v, end, head) for v in value] if isinstance(value, list) else value
+        return {k: _filled(v, end, head) for k, v in value.items()}
+    return [_filled(v, end, head) for v in value] if isinstance(value, list) else value

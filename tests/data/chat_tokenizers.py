@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 # Merges such as "\n" + " ", ":" + "\n\n" and "> " make tokens that lie across the start of an answer.
@@ -13,7 +13,7 @@ _CORPUS = [
 ] * 4
 
 
-@lru_cache(maxsize=None)
+@cache
 def train(kind: str, special: tuple[str, ...], adds_bos: bool, strips: bool = False) -> Any:
     """A fast tokenizer.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_table import CONVERSATIONS, FORMS, answer, filled, user
+from chat_table import CONVERSATIONS, FORMS, answer, conversations, user
 from chat_tokenizers import train
 
 from tunesmith.data.batch import Example
@@ -83,8 +83,7 @@ def test_mask_is_exact_to_the_token(form: str, kind: str, smollm2_tokenizer: Any
     template, core = template_for(form, tokenizer), exact(tokenizer)
     write, end, head, _, _ = FORMS[form]
     checked = clean = refused = 0
-    for name, (messages, tools) in CONVERSATIONS.items():
-        messages, tools = filled(messages, end, head), filled(tools, end, head)
+    for name, messages, tools in conversations(end, head):
         segments = write(messages, tools)
         sample = Conversation(messages, tools)
         if segments is None:
@@ -108,9 +107,9 @@ def test_mask_is_exact_to_the_token(form: str, kind: str, smollm2_tokenizer: Any
 
 def test_size_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     cells = [
-        write(filled(messages, end, head), tools)
+        write(messages, tools)
         for write, end, head, _, _ in FORMS.values()
-        for messages, tools in CONVERSATIONS.values()
+        for _, messages, tools in conversations(end, head)
     ]
     held = sum(cell is not None for cell in cells)
     with capsys.disabled():
@@ -128,8 +127,7 @@ def test_answers_after_an_end_token_are_learnt_from_the_prompt_in_use(form: str,
     tokenizer = tokenizer_for(form, "bytes", smollm2_tokenizer)
     template = template_for(form, tokenizer)
     compared = 0
-    for messages, tools in CONVERSATIONS.values():
-        messages, tools = filled(messages, "", ""), filled(tools, "", "")
+    for _, messages, tools in conversations():
         if FORMS[form][0](messages, tools) is None:
             continue
         sample = Conversation(messages, tools)
@@ -193,10 +191,9 @@ def test_our_blocks_and_theirs_agree() -> None:
     tokenizer = train("bytes", ("<|im_start|>", "<|im_end|>"), False)
     template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=jinja, name="tagged")
     compared = 0
-    for messages, tools in CONVERSATIONS.values():
+    for _, messages, tools in conversations():
         if FORMS["tagged"][0](messages, tools) is None:
             continue
-        messages = filled(messages, "", "")
         theirs = tokenizer.apply_chat_template(messages, chat_template=jinja, return_assistant_tokens_mask=True)
         before = sum(template.notes.values())
         example = template.encode(Conversation(messages), "response", where="r")
