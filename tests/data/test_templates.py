@@ -218,10 +218,10 @@ def test_raw_rows_have_one_bos_and_one_end(adds_bos: bool) -> None:
         example = template.encode(Text(text), "response", where="r")
         assert example.trained.tolist() == [False] + [True] * (len(example.ids) - 1)
         assert mine.endswith("</s>")
-    sample = Completion("Q: why?\nA:", " So.")
+    sample = Completion("Q: why?\nA>", "So.")
     whole, mine = learnt(template, sample)
-    assert (whole, mine) == (f"{bos}Q: why?\nA: So.</s>", " So.</s>")
-    assert tokenizer.decode(template.prompt(sample)) == f"{bos}Q: why?\nA:"
+    assert (whole, mine) == (f"{bos}Q: why?\nA>So.</s>", "So.</s>")
+    assert tokenizer.decode(template.prompt(sample)) == f"{bos}Q: why?\nA>"
     assert (
         template.encode(sample, "all", where="r").trained.sum()
         == len(template.encode(sample, "all", where="r").ids) - 1
@@ -321,7 +321,7 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
     "end after the next header only": (
         CHATML.replace("~ '<|im_end|>", "~ '").replace("'<|im_start|>' ~", "'<|im_end|><|im_start|>' ~"),
         [user("a"), answer("b")],
-        "writes no end token",
+        "",
     ),
     "upper case": (
         CHATML.replace("message.content", "message.content | upper"),
@@ -390,8 +390,8 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
 def test_what_cannot_be_masked_is_refused(name: str) -> None:
     jinja, messages, what = REFUSED[name]
     tokenizer = train("bytes", (*IM, "<start_of_turn>", "<end_of_turn>"), False)
+    template = Template(tokenizer, {tokenizer.convert_tokens_to_ids("<|im_end|>")}, jinja=jinja, name="own.jinja")
     with pytest.raises(DataError) as caught:
-        template = Template(tokenizer, {tokenizer.convert_tokens_to_ids("<|im_end|>")}, jinja=jinja, name="own.jinja")
         template.encode(Conversation(messages), "response", where="rows.jsonl:7")
     assert what in caught.value.what
     assert caught.value.where == "rows.jsonl:7"

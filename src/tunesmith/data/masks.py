@@ -275,8 +275,12 @@ class Masker:
         if not blocks:
             raise self._refuse(f"has no {{% generation %}} block for message {i + 1}", where, fix="mend the template")
         own = [mark.at for mark in view.marks if view.marker.fields[mark.field].message == i]
-        start, end = blocks[-1]
-        found = [(at, -len(e)) for e in self.ends if (at := view.text.find(e, max([start, *own]), end)) >= 0]
+        found = [
+            (at, -len(end), n)
+            for n, (start, stop) in enumerate(blocks)
+            for end in self.ends
+            if (at := view.text.find(end, max([start, *own]), stop)) >= 0
+        ]
         if not found:
             raise self._refuse(
                 f"has a {{% generation %}} block without an end token, at message {i + 1}",
@@ -284,17 +288,17 @@ class Masker:
                 f"the model would never learn to stop; end tokens: {', '.join(self.ends) or 'none'}",
                 "move {% endgeneration %} behind the end token",
             )
-        stop, size = min(found)
+        stop, size, n = min(found)
         # A block may open before the header of the answer, which the model is given: not learnt.
-        numbers = [n for n, mark in enumerate(view.marks) if view.marker.fields[mark.field].message == i]
-        anchor, prompt = self._prompt(view, i, numbers, where) if i else (None, "")
+        marks = [k for k, mark in enumerate(view.marks) if view.marker.fields[mark.field].message == i]
+        anchor, prompt = self._prompt(view, i, marks, where) if i else (None, "")
         begin = 0
         if anchor is not None:
             at = view.marks[anchor].at if anchor >= 0 else 0
             pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, view.text[at:], strict=False))
             shared = sum(1 for _ in pairs)
             begin = min([at + shared, *own])
-        spans = [*(Span(*block) for block in blocks[:-1]), Span(start, stop - size, stop)]
+        spans = [*(Span(*block) for block in blocks[:n]), Span(blocks[n][0], stop - size, stop)]
         return Answer(i, [Span(max(s.start, begin), s.end, s.stop) for s in spans if s.end > begin])
 
     # --- what the template can do -----------------------------------------------------------------------------------
