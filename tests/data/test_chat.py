@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from chat_table import CONVERSATIONS, FORMS, answer, conversations, user
 from chat_tokenizers import train
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tunesmith.data.batch import Example
 from tunesmith.data.chat import Template
@@ -202,3 +204,25 @@ def test_our_blocks_and_theirs_agree() -> None:
         assert example.trained.tolist() == [bool(x) for x in theirs["assistant_masks"]]
         compared += 1
     assert compared >= 20
+
+
+WORDS = st.sampled_from(
+    ["a", "So", " ", "  ", "\n", "\t", ":", "é", "🎉", "ה", "好", "<", "user", "assistant\n", "zq0W", "{{", "|>"]
+)
+CONTENT = st.lists(WORDS | st.text(max_size=3), max_size=6).map("".join)
+
+
+@pytest.mark.parametrize("form", ["chatml", "llama3", "gemma", "mistral", "phi", "qwen3", "tagged"])
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(turns=st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4))
+def test_any_words_in_any_turn(form: str, kind: str, turns: list[tuple[str, str]]) -> None:
+    tokenizer = tokenizer_for(form, kind, None)
+    write, end, *_ = FORMS[form]
+    messages = [message for asked, said in turns for message in (user(asked), answer(said))]
+    segments = write(messages, None)
+    assert segments is not None
+    core = exact(tokenizer)
+    ids, mask, _ = expected(core, segments, end)
+    example = template_for(form, tokenizer).encode(Conversation(messages), "response", where="row 1")
+    assert_same(example, ids, mask, core, f"{form}: {messages}")

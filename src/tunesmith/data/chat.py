@@ -136,7 +136,8 @@ class Template:
         }.get(self.name, f"{self.name}: a chat template from a file")
         tools = "; tools in Hermes' form, which the tokenizer's ChatML lacks" if self._hermes else ""
         how = "its {% generation %} blocks" if self._masker.generation else "marks"
-        return f"{what}{tools}; answers end with {ends}; mask by {how}"
+        date = "; it writes today's date" if "strftime_now" in (self.jinja or "") else ""
+        return f"{what}{tools}{date}; answers end with {ends}; mask by {how}"
 
     def encode(self, sample: Sample, train_on: TrainOn, *, where: str) -> Example:
         """Tokens and mask of one sample, however long it is.
