@@ -35,7 +35,10 @@ THING = (
     "mugs lamps chairs blankets baskets plates jackets clocks mirrors cushions vases tables bowls scarves shelves "
     "kettles rugs candles curtains stools trays pillows frames bottles towels benches aprons teapots"
 ).split()
-COLOUR = "teal red navy white green black yellow grey orange brown pink blue cream purple".split()
+COLOUR = (
+    "teal red navy white green black yellow grey orange brown pink blue cream purple charcoal ivory crimson lavender amber "
+    "beige coral indigo khaki lilac magenta mint mustard ochre peach plum ruby russet salmon sand scarlet tan umber"
+).split()
 CITY = (
     "Tucson|Oslo|Bristol|Lyon|Denver|Kyoto|Porto|Hamburg|Austin|Leeds|Geneva|Madrid|Toronto|Krakow|Lisbon|Dublin|Turin|"
     "Boston|Vienna|Perth|Bergen|Dallas|Prague|Seville|Ottawa|Zurich|Naples|Chicago|Antwerp|Glasgow|Phoenix|Malmo|"

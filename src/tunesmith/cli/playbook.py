@@ -18,14 +18,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from tunesmith.checkpoint.resume import claimed, put_aside
+from tunesmith.config.load import from_mapping, to_mapping
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
 from tunesmith.errors import EXIT_OK, MachineError, TunesmithError
+from tunesmith.metrics.record import StepRecord, read
 from tunesmith.units import Length, Size
-
-if TYPE_CHECKING:
-    from tunesmith.train import Result
 
 # Their one text for every row; a row without an input keeps the empty field.
 PROMPT = (
@@ -190,7 +190,6 @@ def recipe(name: str, args: argparse.Namespace, *, rows: Path, folder: Path, ran
         checkpoint=Checkpoint(
             every=Length(200 if mode == "full" else 25, "steps"),
             keep=1 if mode == "full" else 2,
-            resume="never" if args.fresh else "auto",
         ),
         log=Log(every=Length(args.logging_steps, "steps"), tensorboard_dir=str(Path(args.log_dir).resolve())),
         output_dir=str(folder),
@@ -206,15 +205,15 @@ def write_rows(args: argparse.Namespace, folder: Path) -> tuple[Path, int]:
     """
     import numpy as np
 
+    from tunesmith.data import source as sources
     from tunesmith.data.format import Conversation, convert
-    from tunesmith.data.source import read
 
     if args.data:
         source = Source(source=str(Path(args.data).resolve()), format="alpaca", max_examples=args.dataset_size)
     else:
         source = Source(source="tatsu-lab/alpaca", split="train", format="alpaca", max_examples=args.dataset_size)
     print(f"Loading dataset with {args.dataset_size} samples...")
-    rows = read(source)
+    rows = sources.read(source)
     if len(rows) < args.dataset_size:
         print(f"{source.source} has {len(rows)} rows: all of them are taken")
     lines = []
@@ -251,19 +250,26 @@ def _run(name: str, args: argparse.Namespace) -> int:
     folder = Path(args.output_dir) if args.output_dir else default_folder(name, args)
     if first:
         print(opening(script, args))
+        if args.fresh:
+            with claimed(folder):
+                put_aside(folder)
     rows, count = write_rows(args, folder)
-    run = recipe(name, args, rows=rows.resolve(), folder=folder, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    told = recipe(name, args, rows=rows.resolve(), folder=folder, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    # The rules that span several keys, and the paths, are those of every recipe.
+    run = from_mapping(to_mapping(told), where=f"{name}.py", base=Path.cwd())
 
     from tunesmith.train import train
 
-    if args.use_torch_compile and (args.fresh or not any(folder.glob("checkpoint-*/manifest.json"))):
+    if args.use_torch_compile and not any(folder.glob("checkpoint-*/manifest.json")):
         print("Running warmup for torch.compile()...")
         with tempfile.TemporaryDirectory() as scratch:
-            train(warm_up(run, count, Path(scratch)))
+            train(warm_up(run, count, Path(scratch)), say=lambda line: None)
     print(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
-    result = train(run)
+    result = train(run, argv=sys.argv)
     if first:
-        print(closing(result))
+        print(closing(read(folder / "metrics.jsonl"), result.seconds))
+        if result.finished_before:
+            print("This run was finished before: nothing was left to train (--fresh starts over)")
         print(f"Saving model to {folder}...")
         lay_out(folder)
         print(f"Model saved successfully! Metrics, log and checkpoints: {folder}; TensorBoard: {args.log_dir}")
@@ -294,21 +300,27 @@ def opening(script: Script, args: argparse.Namespace) -> str:
     return "\n".join(rows)
 
 
-def closing(result: Result) -> str:
-    """The block of lines that the scripts close with. Their train loss is the mean over all steps."""
-    losses = [record.loss for record in result.records]
-    seconds = max(result.seconds, 1e-9)
-    rows = [f"\n{RULE}", "TRAINING COMPLETED", RULE, f"Training runtime: {result.seconds:.2f} seconds"]
-    if losses:
-        rows += [
-            f"Samples per second: {result.examples / seconds:.2f}",
-            f"Steps per second: {len(losses) / seconds:.2f}",
-            f"Train loss: {sum(losses) / len(losses):.4f}",
-            f"Final loss: {losses[-1]:.4f}",
-        ]
-    else:
-        rows.append("Nothing was left to train: the run in this folder is finished (--fresh starts over)")
-    return "\n".join([*rows, f"{RULE}\n"])
+def closing(records: Sequence[StepRecord], seconds: float) -> str:
+    """The block of lines that the scripts close with; their train loss is the mean over all steps.
+
+    Args:
+        records: of all starts of the run.
+        seconds: its training time; 0 takes the sum of the steps' times.
+    """
+    losses = [record.loss for record in records]
+    seconds = seconds or sum(record.step_seconds for record in records)
+    rows = [
+        f"\n{RULE}",
+        "TRAINING COMPLETED",
+        RULE,
+        f"Training runtime: {seconds:.2f} seconds",
+        f"Samples per second: {sum(record.examples for record in records) / seconds:.2f}",
+        f"Steps per second: {len(losses) / seconds:.2f}",
+        f"Train loss: {sum(losses) / len(losses):.4f}",
+        f"Final loss: {losses[-1]:.4f}",
+        f"{RULE}\n",
+    ]
+    return "\n".join(rows)
 
 
 def warm_up(run: Run, rows: int, scratch: Path) -> Run:

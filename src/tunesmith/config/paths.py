@@ -1,7 +1,7 @@
 """Which values of a recipe are files, and what a relative one starts from.
 
 In a recipe a relative path starts from the recipe's folder, so that a recipe and its data can move together; on
-the command line it starts from the working directory, and so does `output_dir` always.
+the command line it starts from the working directory, and so do `output_dir` and `log.tensorboard_dir` always.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ KINDS = {
     "data.train.source": _DATA,
     "data.validation.source": _DATA,
     "data.template": _TEMPLATE,
+    "log.tensorboard_dir": _OUTPUT,
     "output_dir": _OUTPUT,
 }
 _INDEX = re.compile(r"\.[0-9]+(?=\.|$)")

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
@@ -53,35 +54,76 @@ def clear_failure(folder: Path) -> None:
     (folder / FAILURE).unlink(missing_ok=True)
 
 
-def closing(run: Run, folder: Path, *, seconds: float | None = None, validation_file: str | None = None) -> str:
-    """The closing summary of the run in `folder`, as plain text.
+class Outcome(Protocol):
+    """What a run came to, as `tunesmith.train.Result` tells it."""
 
-    Args:
-        seconds: wall time of this start; the sum of all steps' times is told where it is left out.
-        validation_file: rows for the `tunesmith eval` line; the first validation file of the recipe unless said.
-    """
+    @property
+    def output_dir(self) -> Path: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def finished_before(self) -> bool: ...
+    @property
+    def best_step(self) -> int | None: ...
+    @property
+    def best_loss(self) -> float | None: ...
+
+
+def closing(run: Run, result: Outcome) -> str:
+    """The closing summary, as plain text: figures of all starts of the run, files written, what to type next."""
+    folder = result.output_dir
     records = read(folder / "metrics.jsonl")
-    if not records:
-        return f"no step was taken; see {folder / 'log.txt'}"
-    rows = [*_figures(records, seconds), "", *_written(folder), "", *_next(run, folder, validation_file)]
+    rows = [*_figures(records, result.seconds), "", *_written(folder), "", *_next(run, folder)]
+    if result.finished_before:
+        rows = [
+            f"this run is finished: it took its {result.steps} steps before",
+            "  to go on: the same command with a longer train.duration",
+            "  to start over: the same command with --fresh (the old run is put aside)",
+            "",
+            *rows,
+        ]
     return "\n".join(rows)
 
 
-def _figures(records: Sequence[StepRecord], seconds: float | None) -> list[str]:
-    first, last = records[0], records[-1]
-    steps_seconds = sum(r.step_seconds for r in records)
-    tokens = sum(r.tokens for r in records)
-    supervised = sum(r.supervised_tokens for r in records)
+def result_values(result: Outcome) -> dict[str, Any]:
+    """The closing summary for a script: plain values for JSON, over all starts of the run."""
+    records = read(result.output_dir / "metrics.jsonl")
+    measured = [r.val_loss for r in records if r.val_loss is not None]
+    return {
+        "output_dir": str(result.output_dir),
+        "final": str(result.output_dir / "final"),
+        "finished_before": result.finished_before,
+        "steps": result.steps,
+        "seconds": result.seconds or sum(r.step_seconds for r in records),
+        "tokens": sum(r.tokens for r in records),
+        "supervised_tokens": sum(r.supervised_tokens for r in records),
+        "examples": sum(r.examples for r in records),
+        "tokens_per_second": _rate(records[1:] or records),
+        "first_loss": records[0].loss if records else None,
+        "last_loss": records[-1].loss if records else None,
+        "val_loss": measured[-1] if measured else None,
+        "best_val_loss": result.best_loss,
+        "best_step": result.best_step,
+        "peak_memory_gib": max((r.memory_gib for r in records), default=None),
+    }
+
+
+def _figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
+    if not records:
+        return ["no step was taken"]
+    first, last, supervised = records[0], records[-1], sum(r.supervised_tokens for r in records)
+    # The first step compiles and fills caches, so rates leave it out as soon as there are others.
+    settled = records[1:] or records
     rows = {
         "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {sum(r.examples for r in records):,} examples)",
-        "time": span(steps_seconds if seconds is None else seconds)
-        + (f", of which {span(steps_seconds)} in the steps of all starts" if seconds is not None else ""),
-        "tokens": f"{tokens:,} without padding, {supervised:,} of them trained",
-        # The first step compiles and fills caches, so the rate leaves it out as soon as there are others.
-        "speed": f"{_rate(records[1:] or records):,.0f} tokens/s",
+        "time": span(seconds or sum(r.step_seconds for r in records)),
+        "tokens": f"{sum(r.tokens for r in records):,} without padding, {supervised:,} of them trained",
+        "speed": f"{_rate(settled):,.0f} tokens/s",
         "loss": f"{first.loss:.4f} -> {last.loss:.4f}" + _tail_mean(records),
     }
-    known = [r for r in records[1:] or records if r.mfu is not None]
+    known = [r for r in settled if r.mfu is not None]
     if known:
         share = sum((r.mfu or 0.0) * r.step_seconds for r in known) / sum(r.step_seconds for r in known)
         rows["speed"] += f", {share:.1%} MFU of {known[-1].mfu_peak_tflops or 0:,.0f} TFLOP/s"
@@ -125,11 +167,11 @@ def _written(folder: Path) -> list[str]:
     return rows
 
 
-def _next(run: Run, folder: Path, validation_file: str | None) -> list[str]:
+def _next(run: Run, folder: Path) -> list[str]:
     """The commands that a user may want to type now, each whole."""
     here = shlex.quote(str(folder))
     merged = shlex.quote(f"{folder}-merged")
-    held_out = validation_file or (run.data.validation[0].source if run.data.validation else "HELD_OUT.jsonl")
+    held_out = run.data.validation[0].source if run.data.validation else "HELD_OUT.jsonl"
     rows = ["next", f"  tunesmith chat {here}", f"  tunesmith eval {here} --data {shlex.quote(held_out)}"]
     if run.adapter.kind == "none":
         return [*rows, f"  vllm serve {shlex.quote(str(folder / 'final'))}"]
@@ -188,7 +230,7 @@ def _dots(values: Sequence[float], columns: int, rows: int, low: float, high: fl
         at = column * (len(values) - 1) / max(columns - 1, 1)
         left = math.floor(at)
         right = min(left + 1, len(values) - 1)
-        value = values[left] + (values[right] - values[left]) * (at - left)
+        value = values[left] + (values[right] - values[left]) * (at - left) if at > left else values[left]
         if not math.isfinite(value):
             before = None
             continue

@@ -10,13 +10,13 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from huggingface_hub import (
     HfApi,
@@ -50,6 +50,7 @@ SUPPORT = (
 MARGIN = 64 << 20  # bytes to leave free
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Who is told what goes on; `tunesmith fetch` draws a bar."""
 
@@ -60,14 +61,18 @@ class Progress(Protocol):
 
 
 class Lines:
-    """Plain lines on stderr, at most one in ten seconds while bytes arrive. Sizes in bytes."""
+    """Plain lines to `say` (None: stderr), at most one in ten seconds while bytes arrive. Sizes in bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+        self._say = say
         self._total = self._done = 0
         self._told = 0.0
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr)
+        if self._say is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._say(text)
 
     def start(self, what: str, total: int, done: int) -> None:
         self._total, self._done, self._told = total, done, time.monotonic()
@@ -91,12 +96,12 @@ def size_text(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def fetch(model: Model, *, progress: Progress | None = None, update: bool = False) -> Path:
+def fetch(model: Model, *, progress: Progress | Callable[[str], None] | None = None, update: bool = False) -> Path:
     """The model's folder, brought here if it must be.
 
     Args:
         model: the recipe's block; `name` is a folder, a .gguf file or a Hub id.
-        progress: who is told; None: plain lines on stderr.
+        progress: who is told, or what takes one line; None: plain lines on stderr.
         update: ask the Hub for a newer commit although the cache is whole.
 
     Returns:
@@ -106,7 +111,8 @@ def fetch(model: Model, *, progress: Progress | None = None, update: bool = Fals
         ModelError: missing, unsupported, gated, damaged, or only in a format that is not read.
         MachineError: no room, a cache that cannot be written, a package that a .gguf file needs.
     """
-    progress = progress or Lines()
+    if not isinstance(progress, Progress):
+        progress = Lines(progress)
     found = local(model)
     if found is not None:
         if found.suffix == ".gguf":
@@ -215,8 +221,7 @@ def plan(model: Model, progress: Progress) -> Plan:
 
 
 def _plan(model: Model, progress: Progress) -> Plan:
-    listing = about(model.name, model.revision)
-    progress.note(f"{model.name}: licence {listing.licence}{', gated' if listing.gated else ''} ({page(model.name)})")
+    listing = about(model.name, model.revision, "model", progress)
     names = [n for n in listing.sizes if "/" not in n]
     if "config.json" not in names or not {INDEX, SINGLE} & set(names):
         raise no_safetensors(names, name=model.name, where=page(model.name), repo=True)
@@ -316,16 +321,28 @@ class Listing:
     sizes: dict[str, int]
 
 
-def about(repo: str, revision: str | None, kind: str = "model") -> Listing:
-    """Ask the Hub about a repository. Raises huggingface_hub's errors; see `download.refused`."""
+def describe(repo: str, revision: str | None, kind: str, progress: Progress) -> Listing:
+    """Ask the Hub about a repository and tell its licence.
+
+    Raises:
+        ModelError: not there, not permitted, or the Hub does not answer.
+    """
+    try:
+        with _quiet():
+            return about(repo, revision, kind, progress)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, TRANSPORT, OSError) as error:
+        raise refused(error, repo, revision, kind) from error
+
+
+def about(repo: str, revision: str | None, kind: str, progress: Progress) -> Listing:
+    """The same, with huggingface_hub's own errors."""
     info: Any = patiently(lambda: HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=True))
     card = info.card_data.to_dict() if info.card_data is not None else {}
     tags = [t.removeprefix("license:") for t in info.tags or () if t.startswith("license:")]
     licence = card.get("license_name") or card.get("license") or (tags[0] if tags else "not stated")
-    if isinstance(licence, list):
-        licence = ", ".join(licence)
-    sizes = {s.rfilename: s.size or 0 for s in info.siblings or ()}
-    return Listing(info.sha, str(licence), bool(info.gated), sizes)
+    said = ", ".join(licence) if isinstance(licence, list) else str(licence)
+    progress.note(f"{repo}: licence {said}{', gated' if info.gated else ''} ({page(repo, kind)})")
+    return Listing(info.sha, said, bool(info.gated), {s.rfilename: s.size or 0 for s in info.siblings or ()})
 
 
 def tokenizer_folder(name: str) -> Path:
