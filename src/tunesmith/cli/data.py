@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import EXIT_OK, EXIT_USAGE
@@ -69,7 +70,8 @@ def show(prepared: Prepared, tokenizer: Any, rows: int) -> None:
 
     from tunesmith.data.prepare import course_text
 
-    console = Console(highlight=False, soft_wrap=True)
+    # A file or a pipe has no width to keep to; 80 columns would fold the tables for nothing.
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     _rows(console, prepared.train, tokenizer, rows)
     console.print(prepared.template.describe(), markup=False)
     console.print(_counts(prepared))
@@ -132,11 +134,13 @@ def _table(title: str, *columns: str) -> Table:
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(column, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
     return table
 
 
 def _counts(prepared: Prepared) -> Table:
+    from tunesmith.data.source import is_local
+
     columns = ("source", "rows", "kept", "weight", "tokens", "learnt", "cut", "dropped", "emptied", "longest")
     table = _table("what is learnt from", *columns)
     for what, tokens in (("train", prepared.train), ("validation", prepared.validation)):
@@ -145,7 +149,7 @@ def _counts(prepared: Prepared) -> Table:
             numbers = (c.rows, c.kept, f"{part.weight:g}", c.tokens, f"{c.supervised / max(1, c.tokens):.1%}")
             rest = (c.cut, c.dropped, c.emptied, c.longest)
             cells = (f"{n:,}" if isinstance(n, int) else n for n in (*numbers, *rest))
-            table.add_row(f"{what}: {c.source}", *cells)
+            table.add_row(f"{what}: {Path(c.source).name if is_local(c.source) else c.source}", *cells)
     return table
 
 
@@ -175,7 +179,7 @@ def _contracts(prepared: Prepared) -> Table:
     from rich.text import Text
 
     table = _table("token contract", "check", "looked at", "result")
-    table.columns[2].justify = "left"
+    table.columns[2].justify, table.columns[2].no_wrap = "left", False
     for contract in prepared.contracts:
         for check in contract.checks:
             if check.broken:

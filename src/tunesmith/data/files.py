@@ -235,7 +235,7 @@ def _read_json(path: Path) -> Table:
             else "put the rows in [ ], or one a line in a .jsonl",
         )
     if not isinstance(rows, list) or not rows:
-        what = "the file holds no rows" if rows == [] else f"the file holds {_kind(rows)}, not an array of rows"
+        what = "the file holds no rows" if rows == [] else f"the file holds {kind(rows)}, not an array of rows"
         raise DataError(what, where=str(path), fix='write an array of objects: [{"messages": ...}, ...]')
     return Listed(rows, _Numbered(path, len(rows)), _digest(path))
 
@@ -389,7 +389,8 @@ def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     return {k: clean(v) for k, v in row.items()}
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a JSON value is, in a user's words."""
     names = {
         str: "a text",
         int: "a number",
@@ -399,8 +400,3 @@ def _kind(value: Any) -> str:
         dict: "an object",
     }
     return names.get(type(value), "null")
-
-
-def kind(value: Any) -> str:
-    """What a JSON value is, in a user's words."""
-    return _kind(value)

@@ -37,7 +37,7 @@ class Conversation:
     messages: dicts of `role` (system, user, assistant, tool) and `content` (str); an assistant's may have
         `reasoning_content` (str) and `tool_calls` ([{"type": "function", "function": {"name", "arguments": dict}}]).
     tools: OpenAI's tool schemas, or None.
-    given: how many leading messages are a prompt of which nothing is learnt, whatever `train_on` says.
+    given: how many leading messages are a prompt, whose answers are not learnt unless `train_on` is `all`.
     instruction: alpaca's (instruction, input, output) for a row of that format, so that alpaca's own text can be made.
     """
 
@@ -80,9 +80,9 @@ def convert(row: Mapping[str, Any], source: Source, *, where: str, system: str |
     sample = _READERS[source.format](_Row(row, source, where))
     if isinstance(sample, Conversation):
         if system is not None and sample.messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *sample.messages]
             given = sample.given + 1 if sample.given else 0
-            first = {"role": "system", "content": system}
-            sample = Conversation([first, *sample.messages], sample.tools, given, sample.instruction)
+            sample = Conversation(messages, sample.tools, given, sample.instruction)
         _check_order(sample.messages, where)
     return sample
 

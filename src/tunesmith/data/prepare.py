@@ -10,10 +10,11 @@ from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.data import contract as contracts
-from tunesmith.data.chat import choose
+from tunesmith.data.cache import cache_folder
+from tunesmith.data.chat import Template, choose
 from tunesmith.data.contract import Contract
 from tunesmith.data.loader import Course
-from tunesmith.data.tokens import Counts, Template, TokenSet, cache_folder, tokenise
+from tunesmith.data.tokens import Counts, TokenSet, tokenise
 from tunesmith.errors import DataError
 
 FEW_STEPS = 50  # with fewer, the schedule is mostly warm-up and little is learnt
@@ -33,7 +34,7 @@ class Prepared:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of the training rows, the template, the tokenizer and all keys that shape the tokens."""
+        """sha256 (hex) of the training examples: tokens, mask, order in the source, and weights."""
         return self.train.counts.digest
 
     def describe(self) -> str:
