@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from records import RUN, record
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import NonFiniteError
-from tunesmith.metrics.report import clear_failure, curve, read_failure, result_values, write_failure
-from tunesmith.metrics.report import closing as closing_of
-
-
-@dataclass(frozen=True)
-class Result:
-    """The part of `tunesmith.train.Result` that the report reads."""
-
-    output_dir: Path
-    steps: int = 20
-    seconds: float = 0.0
-    finished_before: bool = False
-    best_step: int | None = None
-    best_loss: float | None = None
-
-
-def closing(run: Run, folder: Path, **told: object) -> str:
-    return closing_of(run, Result(folder, **told))
+from tunesmith.metrics.report import clear_failure, closing, curve, read_failure, write_failure
 
 
 @pytest.fixture
-def folder(tmp_path: Path, record) -> Path:
+def run() -> Run:
+    return RUN
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "my run"
     (folder / "final").mkdir(parents=True)
     (folder / "checkpoint-10").mkdir()
@@ -95,25 +84,11 @@ def test_eval_takes_the_recipes_held_out_file(run: Run, folder: Path) -> None:
 
 def test_a_run_without_a_step_says_so(run: Run, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "no step was taken" in closing(run, tmp_path, steps=0)
-    assert result_values(Result(tmp_path, steps=0))["last_loss"] is None
+    assert "no step was taken" in closing(run, tmp_path)
 
 
-def test_a_finished_run_names_the_two_ways_on(run: Run, folder: Path) -> None:
-    text = closing(run, folder, finished_before=True)
-    assert text.startswith("this run is finished: it took its 20 steps before")
-    assert "longer train.duration" in text
-    assert "--fresh" in text
-    assert "15 s" in text, "the time of the steps, as this start took none"
-
-
-def test_the_values_for_a_script_are_those_of_the_summary(folder: Path) -> None:
-    values = result_values(Result(folder, seconds=100.0, best_step=10, best_loss=0.5))
-    json.dumps(values, allow_nan=False)
-    wanted = {"seconds": 100.0, "tokens": 2000, "examples": 80, "first_loss": 2.0, "last_loss": 0.1, "val_loss": 0.75}
-    assert {name: values[name] for name in wanted} == wanted
-    assert values["tokens_per_second"] == 400.0
-    assert (values["best_val_loss"], values["best_step"]) == (0.5, 10)
+def test_without_a_time_the_steps_are_summed(run: Run, folder: Path) -> None:
+    assert "time        15 s\n" in closing(run, folder)
 
 
 def test_failure_is_one_block_that_comes_and_goes(tmp_path: Path) -> None:

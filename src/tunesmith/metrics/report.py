@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
@@ -54,60 +53,15 @@ def clear_failure(folder: Path) -> None:
     (folder / FAILURE).unlink(missing_ok=True)
 
 
-class Outcome(Protocol):
-    """What a run came to, as `tunesmith.train.Result` tells it."""
+def closing(run: Run, folder: Path, *, seconds: float = 0.0) -> str:
+    """The closing summary as plain text: figures over all starts of the run, files written, what to type next.
 
-    @property
-    def output_dir(self) -> Path: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def finished_before(self) -> bool: ...
-    @property
-    def best_step(self) -> int | None: ...
-    @property
-    def best_loss(self) -> float | None: ...
-
-
-def closing(run: Run, result: Outcome) -> str:
-    """The closing summary, as plain text: figures of all starts of the run, files written, what to type next."""
-    folder = result.output_dir
+    Args:
+        folder: the run directory.
+        seconds: training time of all starts; 0 takes the sum of the steps' times.
+    """
     records = read(folder / "metrics.jsonl")
-    rows = [*_figures(records, result.seconds), "", *_written(folder), "", *_next(run, folder)]
-    if result.finished_before:
-        rows = [
-            f"this run is finished: it took its {result.steps} steps before",
-            "  to go on: the same command with a longer train.duration",
-            "  to start over: the same command with --fresh (the old run is put aside)",
-            "",
-            *rows,
-        ]
-    return "\n".join(rows)
-
-
-def result_values(result: Outcome) -> dict[str, Any]:
-    """The closing summary for a script: plain values for JSON, over all starts of the run."""
-    records = read(result.output_dir / "metrics.jsonl")
-    measured = [r.val_loss for r in records if r.val_loss is not None]
-    return {
-        "output_dir": str(result.output_dir),
-        "final": str(result.output_dir / "final"),
-        "finished_before": result.finished_before,
-        "steps": result.steps,
-        "seconds": result.seconds or sum(r.step_seconds for r in records),
-        "tokens": sum(r.tokens for r in records),
-        "supervised_tokens": sum(r.supervised_tokens for r in records),
-        "examples": sum(r.examples for r in records),
-        "tokens_per_second": _rate(records[1:] or records),
-        "first_loss": records[0].loss if records else None,
-        "last_loss": records[-1].loss if records else None,
-        "val_loss": measured[-1] if measured else None,
-        "best_val_loss": result.best_loss,
-        "best_step": result.best_step,
-        "peak_memory_gib": max((r.memory_gib for r in records), default=None),
-    }
+    return "\n".join([*_figures(records, seconds), "", *_written(folder), "", *_next(run, folder)])
 
 
 def _figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
