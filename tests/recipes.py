@@ -35,7 +35,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def recipe(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+def recipe(model: Path, folder: Path, /, **changes: Any) -> dict[str, Any]:
     """A small recipe on the rows of `folder`; `changes` are laid over it, section by section."""
     train, held = folder / "train.jsonl", folder / "held.jsonl"
     if not train.exists():
@@ -58,6 +58,6 @@ def recipe(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return merge(base, changes)
 
 
-def make_run(model: Path, folder: Path, **changes: Any) -> Run:
+def make_run(model: Path, folder: Path, /, **changes: Any) -> Run:
     """The same as a checked Run."""
     return from_mapping(recipe(model, folder, **changes), where="test", base=folder)

@@ -103,7 +103,7 @@ def lines(run_dir: Path) -> int:
 
 CASES = {
     "LoRA, dropout, packed": ({"adapter": {"dropout": 0.1}, "train": {"micro_batch": "128 tokens"}}, 20),
-    "full, bf16, masters": ({"adapter": {"kind": "none", "rank": 8, "alpha": 16}, "model": {"dtype": "bf16"}, "data": {"pack": False}}, 4),
+    "full, bf16, masters": ({"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}, "data": {"pack": False}}, 4),
 }  # fmt: skip
 
 
@@ -112,7 +112,7 @@ CASES = {
 def test_kill_9_at_random_moments_changes_no_number(case: str, tiny: Path, tmp_path: Path, starter: Starter) -> None:
     changes, kills = CASES[case]
     whole = recipe(tiny, tmp_path, **changes)
-    whole["train"]["duration"] = "90 steps"
+    whole["train"]["duration"] = "300 steps"
     if changes["adapter"].get("kind") == "none":
         whole["adapter"] = {"kind": "none"}
     cut = whole | {"output_dir": str(tmp_path / "cut")}
@@ -123,16 +123,17 @@ def test_kill_9_at_random_moments_changes_no_number(case: str, tiny: Path, tmp_p
         before, pid = lines(tmp_path / "cut"), starter.start(cut)
         deadline = time.monotonic() + 60
         # At least one new step each time, so that twenty kills come to an end; then any moment of the next steps.
-        while lines(tmp_path / "cut") <= before and time.monotonic() < deadline:
+        while lines(tmp_path / "cut") <= before:
+            assert time.monotonic() < deadline, "no step within a minute"
             time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.12))
+        time.sleep(chance.uniform(0, 0.08))
         os.kill(pid, signal.SIGKILL)
         assert starter.wait() == -signal.SIGKILL, "the run ended before it could be killed: make it longer"
         inside += bool(list((tmp_path / "cut").glob(".checkpoint-*")))
     starter.start(cut)
     assert starter.wait() == 0
     assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "run")
-    assert len(steps_of(tmp_path / "run")) == 90
+    assert len(steps_of(tmp_path / "run")) == 300
     if kills >= 20:
         assert inside >= 1, "no kill fell into the writing of a checkpoint"
 

@@ -290,7 +290,6 @@ def open_model(
     """
     import torch
 
-    from tunesmith.data.chat import choose
     from tunesmith.model.hub import fetch
     from tunesmith.model.load import tokenizer_of
     from tunesmith.model.tokenizer import eos_ids
@@ -305,12 +304,27 @@ def open_model(
     train_model.eval()
     train_model.model.set_attn_implementation("sdpa")
     tokenizer = tokenizer_of(saved or weights, replace(run.model, tokenizer=None) if saved else run.model)
-    # What was written holds the template in use as its chat template; a recipe's plain base has none of ours yet.
-    data = replace(run.data, template="auto") if saved else run.data
-    template = choose(data, tokenizer, eos_ids(saved or weights, tokenizer) | eos_ids(weights, tokenizer))
+    template = _template(run.data, tokenizer, eos_ids(saved or weights, tokenizer) | eos_ids(weights, tokenizer), saved)
     return Opened(
         train_model.model, train_model, tokenizer, template, place.run, place.base.name, place.kind, place, weights
     )
+
+
+def _template(data: Data, tokenizer: Any, ends: set[int], saved: Path | None) -> Template:
+    """The template in use; what a run has written holds it as the tokenizer's chat template.
+
+    The system message is left to the caller, who may want another one, or none.
+    """
+    from tunesmith.data import texts
+    from tunesmith.data.chat import Template, choose
+
+    data = replace(data, system=None, template="auto" if saved else data.template)
+    chosen = choose(data, tokenizer, ends)
+    if saved is None or chosen.jinja is None or "message.input" not in chosen.jinja:
+        return chosen
+    # A text of our own that lays out instruction and input apart: rows must come to it in that form, as in training.
+    ours = any(chosen.jinja == texts.alpaca(bos=bos) for bos in (True, False))
+    return Template(tokenizer, ends, jinja=chosen.jinja, name="alpaca" if ours else "pattern")
 
 
 def _as_run(place: Place, dtype: Literal["bf16", "fp16", "fp32"] | None) -> Run:

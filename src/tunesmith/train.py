@@ -80,7 +80,6 @@ class Result:
         """Loss of the last step."""
         return self.records[-1].loss if self.records else None
 
-
     def values(self) -> dict[str, Any]:
         """The result as plain values, for `--json`."""
         return {

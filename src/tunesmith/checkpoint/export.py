@@ -18,7 +18,9 @@ from tunesmith.method.base import TrainModel
 SHARD = "5GB"
 
 
-def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+def write_model(
+    folder: Path, run: Run, model: TrainModel, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> None:
     """Write the adapter (PEFT) or the whole model (Transformers), and the tokenizer with the template that was trained.
 
     Args:

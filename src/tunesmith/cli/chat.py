@@ -1,4 +1,19 @@
-"""`tunesmith chat`: talk to what was trained, to its base, or to both."""
+"""Talk to what was trained, to its base, or to both.
+
+commands in the chat:
+  /base  /adapter  /both   who answers from here on
+  /reset                   forget what was said
+  /system [TEXT]           show the system message, or set it (/system - for none)
+  /save FILE               append the conversation to FILE as training rows
+  /quit                    leave (so does ctrl-D, or ctrl-C twice)
+
+example:
+  tunesmith chat runs/my-run
+  tunesmith chat runs/my-run --side-by-side
+  echo "What do you know?" | tunesmith chat runs/my-run
+
+ctrl-C ends an answer. Without a terminal every line of stdin is a question, and only answers go to stdout.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +30,11 @@ from tunesmith.errors import EXIT_OK, TunesmithError, UsageError
 if TYPE_CHECKING:
     from tunesmith.cli.dialogue import Dialogue, Who
 
-SUMMARY = "talk to what was trained, beside its base if you like"
 COMMANDS = """/base  /adapter  /both   who answers from here on
 /reset                   forget what was said
 /system [TEXT]           show the system message, or set it (/system - for none)
 /save FILE               append the conversation to FILE as training rows
 /quit                    leave (so does ctrl-D, or ctrl-C twice)"""
-EPILOG = f"""commands in the chat:
-{COMMANDS}
-
-examples:
-  tunesmith chat runs/my-run
-  tunesmith chat runs/my-run --side-by-side
-  echo "What do you know?" | tunesmith chat runs/my-run
-
-ctrl-C ends an answer. Without a terminal every line of stdin is a question, and only answers go to stdout.
-"""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x9b]")  # a model's escape sequences must not drive the terminal
 
 

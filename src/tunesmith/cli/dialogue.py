@@ -130,7 +130,7 @@ class Dialogue:
 
     def save(self, path: Path) -> int:
         """Append what was said as rows of the `messages` format, one for each that answered; return how many."""
-        who: list[Who] = [w for w in ("base", "tuned") if any(w in t.answers for t in self.turns)]  # type: ignore[misc]
+        who: list[Who] = [w for w in ("base", "tuned") if any(w in t.answers for t in self.turns)]
         rows = [json.dumps({"messages": self.messages(w), "model": w}, ensure_ascii=False) for w in who]
         with path.open("a", encoding="utf-8") as file:
             file.writelines(row + "\n" for row in rows)

@@ -1,4 +1,14 @@
-"""`tunesmith eval`: how good a run is on a held-out file, beside its base."""
+"""How good a run is on a held-out file, beside its base.
+
+example:
+  tunesmith eval runs/my-run --data held-out.jsonl
+  tunesmith eval runs/my-run --data held-out.jsonl --exact-match --max-examples 100
+  tunesmith eval runs/my-run --data held-out.jsonl --no-base --json
+
+Loss, perplexity and token accuracy are over the supervised tokens, given all true tokens before, computed as in
+training. Exact match answers greedily and compares with the row's answer after taking outer whitespace off and making
+every run of whitespace one space.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +26,6 @@ from tunesmith.errors import EXIT_OK, UsageError
 if TYPE_CHECKING:
     from tunesmith.evaluate import Score
     from tunesmith.opening import Opened
-
-SUMMARY = "loss, perplexity, token accuracy and exact match on a held-out file, base against tuned"
-EPILOG = """examples:
-  tunesmith eval runs/my-run --data held-out.jsonl
-  tunesmith eval runs/my-run --data held-out.jsonl --exact-match --max-examples 100
-  tunesmith eval runs/my-run --data held-out.jsonl --no-base --json
-
-Loss, perplexity and token accuracy are over the supervised tokens, given all true tokens before, computed as in
-training. Exact match answers greedily and compares with the row's answer after taking outer whitespace off and making
-every run of whitespace one space.
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,8 +101,15 @@ class Exam:
         source = replace(source, format=told.format, columns=told.columns)
         data = opened.run.data if opened.run else Data(train=(source,), seq_len=min(context_of(opened.model), 1 << 20))
         self.tokens = tokenise((source,), data, opened.template, opened.tokenizer, cache=None, what=args.data)
-        counts = self.tokens.counts
-        self.rows, self.dropped, self.cut = len(rows), counts.dropped, counts.cut
+        counts = self.tokens.sources[0]
+        self.rows, self.dropped, self.cut = len(rows), counts.dropped + counts.emptied, counts.cut
+        if not len(self.tokens):
+            raise UsageError(
+                f"none of the {self.rows} rows can be scored",
+                where=args.data,
+                why=f"all are longer than data.seq_len: {data.seq_len} and were dropped",
+                fix="give shorter rows",
+            )
         self.decoding = Decoding(max_new_tokens=args.max_new_tokens)
         self.asked = []
         if args.exact_match:

@@ -1,4 +1,13 @@
-"""`tunesmith generate`: answer every row of a file."""
+"""Answer every row of a file.
+
+example:
+  tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl
+  tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl --resume
+  echo '{"prompt": "Say hello"}' | tunesmith generate runs/my-run --input - --output -
+
+Each output row is the input row with `output` added, and `reference` where the row held an answer. Rows are written
+as they are ready, in the order of the input; ctrl-C keeps what is written, and --resume goes on from there.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +26,6 @@ if TYPE_CHECKING:
     from tunesmith.data.questions import Question
     from tunesmith.data.source import Rows
 
-SUMMARY = "answer every row of a file"
-EPILOG = """examples:
-  tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl
-  tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl --resume
-  echo '{"prompt": "Say hello"}' | tunesmith generate runs/my-run --input - --output -
-
-Each output row is the input row with `output` added, and `reference` where the row held an answer. Rows are written
-as they are ready, in the order of the input; ctrl-C keeps what is written, and --resume goes on from there.
-"""
 FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text")
 
 

@@ -1,4 +1,12 @@
-"""`tunesmith merge`: the adapter into its base, with a proof."""
+"""The adapter into its base, with a proof.
+
+example:
+  tunesmith merge runs/my-run --output merged
+  tunesmith merge runs/my-run --output merged --dtype fp32 --json
+
+The folder is plain Transformers: weights in safetensors, tokenizer, chat template. It gets its name only after
+Transformers has loaded it and answered like the adapter; otherwise it is kept as OUTPUT.rejected and the exit code is 1.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +18,6 @@ from tunesmith.errors import EXIT_OK
 
 if TYPE_CHECKING:
     from tunesmith.merge import Merged
-
-SUMMARY = "put the adapter into its base, and prove that it answers alike"
-EPILOG = """examples:
-  tunesmith merge runs/my-run --output merged
-  tunesmith merge runs/my-run --output merged --dtype fp32 --json
-
-The folder is plain Transformers: weights in safetensors, tokenizer, chat template. It gets its name only after
-Transformers has loaded it and answered like the adapter; otherwise it is kept as OUTPUT.rejected and the exit code is 1.
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import sys
 
 from tunesmith.errors import EXIT_OK
 
-EXAMPLE = """example:
+EPILOG = """examples:
   tunesmith train smollm2-135m-lora data.train.source=rows.jsonl data.train.format=alpaca
   tunesmith train my-recipe.yaml train.duration='2 epochs'      # goes on where it stopped
   tunesmith train my-recipe.yaml --fresh                        # puts the old run aside and starts over
@@ -32,14 +32,5 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.train import train
 
     result = train(recipe, fresh=args.fresh, argv=sys.argv)
-    if args.json:
-        print(json.dumps(result.values()))
-    elif result.finished_before:
-        print(
-            f"{recipe.output_dir} holds a finished run of {result.steps} steps; nothing was done. Two ways on:\n"
-            f"  tunesmith train {args.recipe} train.duration='...'   # longer: goes on from the last step\n"
-            f"  tunesmith train {args.recipe} --fresh                # starts over; the old run is put aside"
-        )
-    else:
-        print(closing(recipe, result.output_dir, seconds=result.seconds))
+    print(json.dumps(result.values()) if args.json else closing(recipe, result))
     return EXIT_OK

@@ -209,7 +209,7 @@ def _lasting(key: str, length: Length | None, example: str, units: tuple[str, ..
     if length is None:
         return
     if length.unit not in units:
-        yield Problem(key, f"{key}: {length}: it is counted in {', '.join(units)}", f"{key}: {example}")
+        yield Problem(key, f"{key}: {length}: here it is counted in {', '.join(units)}", f"{key}: {example}")
     if length.amount <= 0:
         yield Problem(key, f"{key} is {length}, it must be above 0", f"{key}: {example}")
 
@@ -227,7 +227,8 @@ def _parallel(run: Run) -> Iterator[Problem]:
 
 
 def _on_the_way(run: Run, checkpoint: Checkpoint) -> Iterator[Problem]:
-    often = ("steps", "epochs", "s", "min", "h")
+    # A share of the run is a number of steps, which a run that ends by the clock does not know.
+    often = ("steps", "epochs", "s", "min", "h", *(("%",) if run.train.duration.seconds is None else ()))
     yield from _lasting("validate.every", run.validate.every, "100 steps", often)
     yield from _at_least("validate.max_examples", run.validate.max_examples, 1)
     yield from _at_least("validate.patience", run.validate.patience, 1)

@@ -126,7 +126,7 @@ def _byte_sizes(tokenizer: Any) -> np.ndarray | None:
     alphabet = set(ByteLevel.alphabet())
     vocabulary = tokenizer.get_vocab()
     plain = {id_: token for token, id_ in vocabulary.items() if id_ not in added}
-    if not plain or not set("".join(plain.values())) <= alphabet or not alphabet <= vocabulary.keys():
+    if not plain or not set("".join(plain.values())) <= alphabet or "Ġ" not in vocabulary:
         return None
     sizes = np.zeros(max(*plain, *added, 0) + 1, dtype=np.int64)
     for id_, token in plain.items():

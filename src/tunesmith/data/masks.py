@@ -21,6 +21,7 @@ way is refused with a DataError, never guessed: a text that the template drops, 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -370,15 +371,16 @@ class Masker:
                 f"the model would never learn to stop; end tokens: {', '.join(self.ends) or 'none'}",
                 "move {% endgeneration %} behind the end token",
             )
-        at, size = min(found)
+        stop, size = min(found)
         # A block may open before the header of the answer, which the model is given: not learnt.
         numbers = [n for n, mark in enumerate(view.marks) if view.marker.fields[mark.field].message == i]
         anchor, prompt = self._prompt(view, i, numbers, where) if i else (None, "")
         begin = 0
         if anchor is not None:
-            begin = view.marks[anchor].at if anchor >= 0 else 0
-            begin += len(prompt) if view.text.startswith(prompt, begin) else 0
-        spans = [*(Span(*block) for block in blocks[:-1]), Span(start, at - size, at)]
+            at = view.marks[anchor].at if anchor >= 0 else 0
+            shared = len(os.path.commonprefix([prompt, view.text[at : at + len(prompt)]]))
+            begin = min([at + shared, *own])
+        spans = [*(Span(*block) for block in blocks[:-1]), Span(start, stop - size, stop)]
         return Answer(i, [Span(max(s.start, begin), s.end, s.stop) for s in spans if s.end > begin])
 
     # --- what the template can do -----------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def _damaged(file: Path, why: str) -> ModelError:
         f"{file.name} is damaged or not a safetensors file",
         where=str(file),
         why=why,
-        fix="delete the file and fetch the model again: tunesmith fetch MODEL",
+        fix="copy the file again; in the Hub's cache: tunesmith fetch --remove MODEL, then tunesmith fetch MODEL",
     )
 
 
@@ -140,8 +140,8 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def no_safetensors(names: list[str], *, name: str, where: str) -> ModelError:
-    """The error for a folder or repository without model.safetensors, by what it holds instead."""
+def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = False) -> ModelError:
+    """The error for a folder (`repo`: a repository) without model.safetensors, by what it holds instead."""
     if "adapter_config.json" in names:
         return ModelError(
             "this is a PEFT adapter, not a model",
@@ -153,7 +153,9 @@ def no_safetensors(names: list[str], *, name: str, where: str) -> ModelError:
         return ModelError(
             f"the weights are in GGUF: {', '.join(gguf[:3])}",
             where=where,
-            fix=f"name the file itself: model.name: PATH/{gguf[0]}",
+            fix=f"hf download {name} {gguf[0]} --local-dir models, then model.name: models/{gguf[0]}"
+            if repo
+            else f"name the file itself: model.name: {name}/{gguf[0]}",
         )
     if any(n.endswith((".bin", ".pth", ".pt")) for n in names):
         return ModelError(
