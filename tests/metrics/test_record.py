@@ -133,3 +133,8 @@ def test_read_leaves_out_a_torn_last_line_and_names_a_broken_one(tmp_path: Path)
     with pytest.raises(RunError) as raised:
         read(path)
     assert raised.value.where == f"{path}:2"
+
+
+def test_the_page_explains_every_name() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert [name for name in StepRecord.__dataclass_fields__ if f"`{name}`" not in page] == []
