@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,27 @@ import pytest
 from records import RUN, record
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import NonFiniteError
-from tunesmith.metrics.report import clear_failure, closing, curve, read_failure, write_failure
+from tunesmith.metrics.report import clear_failure, curve, read_failure, write_failure
+from tunesmith.metrics.report import closing as closing_of
 
 
 @pytest.fixture
 def run() -> Run:
     return RUN
+
+
+@dataclass(frozen=True)
+class Result:
+    """The part of `tunesmith.train.Result` that the report reads."""
+
+    output_dir: Path
+    steps: int = 20
+    seconds: float = 0.0
+    finished_before: bool = False
+
+
+def closing(run: Run, folder: Path, **told: object) -> str:
+    return closing_of(run, Result(folder, **told))
 
 
 @pytest.fixture
@@ -84,11 +99,15 @@ def test_eval_takes_the_recipes_held_out_file(run: Run, folder: Path) -> None:
 
 def test_a_run_without_a_step_says_so(run: Run, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "no step was taken" in closing(run, tmp_path)
+    assert "no step was taken" in closing(run, tmp_path, steps=0)
 
 
-def test_without_a_time_the_steps_are_summed(run: Run, folder: Path) -> None:
-    assert "time        15 s\n" in closing(run, folder)
+def test_a_finished_run_names_the_two_ways_on(run: Run, folder: Path) -> None:
+    text = closing(run, folder, finished_before=True)
+    assert text.startswith("this run is finished: it took its 20 steps before")
+    assert "longer train.duration" in text
+    assert "--fresh" in text
+    assert "15 s" in text, "the time of the steps, as this start took none"
 
 
 def test_failure_is_one_block_that_comes_and_goes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
@@ -53,15 +54,33 @@ def clear_failure(folder: Path) -> None:
     (folder / FAILURE).unlink(missing_ok=True)
 
 
-def closing(run: Run, folder: Path, *, seconds: float = 0.0) -> str:
-    """The closing summary as plain text: figures over all starts of the run, files written, what to type next.
+class Outcome(Protocol):
+    """What a run came to, as `tunesmith.train.Result` tells it."""
 
-    Args:
-        folder: the run directory.
-        seconds: training time of all starts; 0 takes the sum of the steps' times.
-    """
+    @property
+    def output_dir(self) -> Path: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def finished_before(self) -> bool: ...
+
+
+def closing(run: Run, result: Outcome) -> str:
+    """The closing summary, as plain text: figures of all starts of the run, files written, what to type next."""
+    folder = result.output_dir
     records = read(folder / "metrics.jsonl")
-    return "\n".join([*_figures(records, seconds), "", *_written(folder), "", *_next(run, folder)])
+    rows = [*_figures(records, result.seconds), "", *_written(folder), "", *_next(run, folder)]
+    if result.finished_before:
+        rows = [
+            f"this run is finished: it took its {result.steps} steps before",
+            "  to go on: the same command with a longer train.duration",
+            "  to start over: the same command with --fresh (the old run is put aside)",
+            "",
+            *rows,
+        ]
+    return "\n".join(rows)
 
 
 def _figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
