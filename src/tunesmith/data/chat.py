@@ -195,7 +195,7 @@ class Template:
     def _prepare(self, sample: Conversation) -> Conversation:
         """The recipe's system message where there is none; instruction and input apart for the texts of our own."""
         messages, given = sample.messages, sample.given
-        if sample.instruction is not None and self.name in ("alpaca", "pattern"):
+        if sample.instruction is not None and "message.input" in (self.jinja or ""):
             instruction, extra, _ = sample.instruction
             at = max(i for i, message in enumerate(messages) if message["role"] == "user")
             messages = [*messages[:at], {"role": "user", "content": instruction, "input": extra}, *messages[at + 1 :]]
