@@ -13,6 +13,7 @@ from chat_tokenizers import train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import byte_tokenizer
 from tunesmith.data.batch import Example
 from tunesmith.data.chat import Template
 from tunesmith.data.format import Conversation
@@ -226,3 +227,16 @@ def test_any_words_in_any_turn(form: str, kind: str, turns: list[tuple[str, str]
     ids, mask, _ = expected(core, segments, end)
     example = template_for(form, tokenizer).encode(Conversation(messages), "response", where="row 1")
     assert_same(example, ids, mask, core, f"{form}: {messages}")
+
+
+def test_a_date_in_the_template_stands_still() -> None:
+    """Rendered on another day, the same row gives the same tokens, and the saved template writes the same date."""
+    from tunesmith.data.texts import with_fixed_date
+
+    llama = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}|{{ strftime_now( \"%Y\" ) }}"
+    fixed = with_fixed_date(llama)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = fixed
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "26 Jul 2024|2024"
+    with pytest.raises(DataError, match="today's date"):
+        with_fixed_date("{{ strftime_now(format) }}")

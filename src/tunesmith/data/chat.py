@@ -85,7 +85,9 @@ class Template:
     def __init__(
         self, tokenizer: Any, eos_ids: Collection[int], *, jinja: str | None, name: str, system: str | None = None
     ) -> None:
-        self.name, self.tokenizer, self.jinja, self.system = name, tokenizer, jinja, system
+        dated = jinja is not None and "strftime_now(" in jinja
+        jinja = texts.with_fixed_date(jinja) if jinja is not None and dated else jinja
+        self.name, self.tokenizer, self.jinja, self.system, self._dated = name, tokenizer, jinja, system, dated
         self._aligner = Aligner(tokenizer)
         self._eos = frozenset(eos_ids) or frozenset({_eos(tokenizer)})
         titles = {"chat": "the tokenizer's chat template", "alpaca": "the alpaca text", "pattern": "the prompt's text"}
@@ -136,7 +138,9 @@ class Template:
         }.get(self.name, f"{self.name}: a chat template from a file")
         tools = "; tools in Hermes' form, which the tokenizer's ChatML lacks" if self._hermes else ""
         how = "its {% generation %} blocks" if self._masker.generation else "marks"
-        date = "; it writes today's date" if "strftime_now" in (self.jinja or "") else ""
+        date = (
+            f"; its date stands at {texts.DATE:%d %b %Y}, at every start and in what is written" if self._dated else ""
+        )
         return f"{what}{tools}{date}; answers end with {ends}; mask by {how}"
 
     def encode(self, sample: Sample, train_on: TrainOn, *, where: str) -> Example:
