@@ -35,13 +35,13 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def recipe(model: Path, folder: Path, /, **changes: Any) -> dict[str, Any]:
-    """A small recipe on the rows of `folder`; `changes` are laid over it, section by section."""
+def recipe(model: Path, folder: Path, /, *, held: bool = True, **changes: Any) -> dict[str, Any]:
+    """A small recipe on the rows of `folder`, with held-out rows or without; `changes` are laid over it by section."""
     train, held = folder / "train.jsonl", folder / "held.jsonl"
     if not train.exists():
         write_rows(train, 48)
         write_rows(held, 8)
-    base = {
+    base: dict[str, Any] = {
         "model": {"name": str(model), "dtype": "fp32"},
         "adapter": {"kind": "lora", "rank": 4, "alpha": 8},
         "data": {
@@ -55,9 +55,13 @@ def recipe(model: Path, folder: Path, /, **changes: Any) -> dict[str, Any]:
         "log": {"tensorboard": False, "samples": 0},
         "output_dir": str(folder / "run"),
     }
+    if not held:
+        del base["data"]["validation"], base["validate"]
+    if changes.get("adapter", {}).get("kind") == "none":
+        del base["adapter"]
     return merge(base, changes)
 
 
-def make_run(model: Path, folder: Path, /, **changes: Any) -> Run:
+def make_run(model: Path, folder: Path, /, *, held: bool = True, **changes: Any) -> Run:
     """The same as a checked Run."""
-    return from_mapping(recipe(model, folder, **changes), where="test", base=folder)
+    return from_mapping(recipe(model, folder, held=held, **changes), where="test", base=folder)

@@ -113,8 +113,6 @@ def test_kill_9_at_random_moments_changes_no_number(case: str, tiny: Path, tmp_p
     changes, kills = CASES[case]
     whole = recipe(tiny, tmp_path, **changes)
     whole["train"]["duration"] = "300 steps"
-    if changes["adapter"].get("kind") == "none":
-        whole["adapter"] = {"kind": "none"}
     cut = whole | {"output_dir": str(tmp_path / "cut")}
     starter.start(whole)
     assert starter.wait() == 0
