@@ -56,6 +56,7 @@ CONVERSATIONS: dict[str, tuple[list[Message], list[dict[str, Any]] | None]] = {
     "emoji": ([user("🎉🎉 party?"), answer("🥳 yes 👩‍👩‍👧‍👦🏳️‍🌈!"), user("👍"), answer("🙂")], None),
     "right to left": ([user("מה השעה?"), answer("الساعة الآن الخامسة \u200f(5)"), user("תודה"), answer("عفوا")], None),
     "combining marks": ([user("e\u0301 or é?"), answer("Z̴a̷l̸g̵o: n\u0303, ñ, \u200b\u00ad\ufeff.")], None),
+    "blanks and unnormalised": ([user("e\u0301 "), answer("  user e\u0301"), user(" ?"), answer("    return 1")], None),
     "empty answer": ([user("Say nothing."), answer("")], None),
     "empty answers": ([user("Hush."), answer(""), user("Still."), answer(""), user("Now?"), answer("Now.")], None),
     "empty question": ([user(""), answer("You said nothing.")], None),

@@ -48,6 +48,16 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
         [user("a"), answer("b")],
         "",
     ),
+    "end token for questions only": (
+        CHATML.replace("~ '<|im_end|>\\n'", "~ ('<|im_end|>' if message.role == 'user' or loop.last else '') ~ '\\n'"),
+        [user("a"), answer("b"), user("<|im_end|>"), answer("d")],
+        "writes no end token after message 2",
+    ),
+    "cut text with an end token": (
+        CHATML.replace("message.content", "message.content.split('#')[0]"),
+        [user("a"), answer("b <|im_end|> c # d")],
+        "holds an end token",
+    ),
     "upper case": (
         CHATML.replace("message.content", "message.content | upper"),
         [user("a"), answer("b")],

@@ -109,7 +109,7 @@ class Aligner:
         for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
             starts, last = [], 0
             for token, (start, end) in zip(self.tokenizer.convert_ids_to_tokens(ids), offsets, strict=True):
-                cut = text[start : start + 1].strip() != "" and last < start
+                cut = last < start and (start == end or not text[start].isspace())
                 blanks = len(token) - len(token.lstrip(_BLANK_MARKS)) if cut else 0
                 starts.append(max(last, start - blanks) if cut else start)
                 last = end
