@@ -146,7 +146,7 @@ def build(run: Run, start: Start, *, say: Callable[[str], None]) -> Session:
     config = load.config_of(folder, run.model)
     facts = model_facts.read(config.to_dict(), where=str(folder))
     tokenizer = load.tokenizer_of(folder, run.model)
-    data = prepare(run, tokenizer, load.eos_ids(folder, tokenizer), facts.vocab)
+    data = prepare(run, tokenizer, load.eos_ids(folder, tokenizer), load.vocab_rows(config, tokenizer))
     say(data.describe())
     total_steps = data.course.steps(run.train.duration)
 

@@ -114,7 +114,7 @@ def score(
     total, hits, count, rows = 0.0, 0, 0, 0
     with _evaluating(train_model):
         for batch in packed(tokens, capacity=micro_tokens, pad_id=pad_id):
-            losses, right = train_model.token_losses(batch.to(device))
+            losses, right = train_model.token_scores(batch.to(device))
             total += losses.double().sum().item()
             hits += int(right.sum())
             count += batch.supervised

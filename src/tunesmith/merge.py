@@ -1,15 +1,11 @@
 """Put an adapter into its base, write a plain Transformers folder, and prove that it answers alike.
 
     open -> ask (adapter, base, noise) -> fold B A into each weight -> write beside the goal -> reload with plain
-    Transformers -> ask again -> judge -> rename into place
+    Transformers -> ask again -> judge (proof.py) -> rename into place
 
-The proof compares logits of the written folder, loaded by Transformers alone, with those of our model before the
-merge. In fp32 the two differ by rounding only. In bf16 every merged weight is rounded once more, which no merge can
-avoid: there the difference is judged beside two measured ones, that between base and adapter (what the training
-taught) and that of the unmerged model with itself under another attention kernel (what bf16 arithmetic makes of
-one and the same formula). A merge that fails is kept as `DIR.rejected` and never under the name that was asked for.
-
-Peak memory is one model: modules are folded one by one, and the model is freed before the folder is read again.
+A merge that fails is kept as `DIR.rejected` and never under the name that was asked for. Peak memory is one model
+(modules are folded one by one, and the model is freed before the folder is read again), and one more in fp32 for the
+second half of a 16-bit merge's proof, where there is room.
 """
 
 from __future__ import annotations
@@ -18,16 +14,24 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from tunesmith import proof
+from tunesmith.adapter.lora import Lora, disabled, loras, merged, saved
+from tunesmith.adapter.nf4 import Nf4Linear
 from tunesmith.errors import CheckpointError, MachineError, UsageError
+from tunesmith.model import facts
+from tunesmith.model.hub import fetch
+from tunesmith.model.load import DTYPES
+from tunesmith.model.weights import read_json
+from tunesmith.opening import locate, open_model
+from tunesmith.proof import Exact, Proof
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,61 +40,8 @@ if TYPE_CHECKING:
 
 SHARD = "5GB"
 ROOM = 1.1  # of the weights: the rest of the folder, and a head that stands for itself
-FP32_LIMIT = 1e-4  # largest logit difference, per unit of the logits' own size (see `judge`)
-KL_SHARE = 0.1  # of what the training taught
-KL_FLOOR = 1e-4  # nats a token; below this nobody can tell two models apart
-NOISE_TIMES = 4.0
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SENTENCES = (
-    "The lighthouse keeper wrote down the weather every morning before breakfast.",
-    "To bake bread you need flour, water, salt, yeast and some patience.",
-    "def area(width, height):\n    return width * height\n",
-    "Question: Which is heavier, a kilogram of iron or a kilogram of wool?\nAnswer:",
-    "In 1969 two people walked on the Moon while a third waited in orbit.",
-    "Name: Ada. City: Turin. Order: two lamps, blue, by Friday.",
-)
-PROBE_TOKENS = 48  # of each prompt: enough to see every layer, few enough to hold the logits of 128k tokens
-PROBES = 6
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far two sets of logits over the same positions are apart.
-
-    Attributes:
-        max_logit: largest absolute difference of any logit.
-        mean_kl: Kullback-Leibler divergence of the second from the first, in nats, mean over positions.
-        agreement: share of positions where both have the same most likely token.
-    """
-
-    max_logit: float
-    mean_kl: float
-    agreement: float
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What was compared, and the verdict.
-
-    Attributes:
-        merged: written folder against the unmerged model.
-        base: the base against the unmerged model: the size of what was taught.
-        noise: the unmerged model under another attention kernel against itself.
-        largest: largest absolute logit, the scale of `max_logit`.
-        positions: token positions compared.
-        probes: where the prompts came from.
-        passed: the merged model answers like the adapter.
-        rule: the condition that was tested, in words.
-    """
-
-    merged: Difference
-    base: Difference
-    noise: Difference
-    largest: float
-    positions: int
-    probes: str
-    passed: bool
-    rule: str
+NF4_SLACK = 4.0  # see `_exact`
+EXACT_BYTES = 8  # a parameter: written, fp32, and what comparing takes
 
 
 @dataclass(frozen=True)
@@ -107,51 +58,6 @@ class Merged:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
-
-
-def difference(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
-    """Compare logits, prompt by prompt.
-
-    Args:
-        reference, other: fp32 [tokens, vocabulary] each, on the CPU, of the same shapes.
-
-    Raises:
-        ValueError: NaN or Inf among them; a comparison with NaN would pass every limit.
-    """
-    largest, kl, same, positions = 0.0, 0.0, 0, 0
-    for p, q in zip(reference, other, strict=True):
-        if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
-            raise ValueError("logits are not finite")
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        largest = max(largest, (p - q).abs().max().item())
-        kl += (log_p.exp() * (log_p - log_q)).sum().item()
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        positions += len(p)
-    return Difference(largest, max(kl / positions, 0.0), same / positions)
-
-
-def judge(merged: Difference, base: Difference, noise: Difference, largest: float, dtype: str) -> tuple[bool, str]:
-    """Whether merged and adapter answer alike, and the rule in words.
-
-    fp32: rounding alone; it grows with the logits, so the limit is FP32_LIMIT for logits up to 10 and rises with them.
-    bf16, fp16: mean KL at most a tenth of what was taught, or within a few times the measured noise of the format.
-    A merge that left the adapter out, or applied it twice, has a KL near the whole of what was taught.
-    """
-    if dtype == "fp32":
-        limit = FP32_LIMIT * max(1.0, largest / 10)
-        return merged.max_logit <= limit, f"largest logit difference at most {limit:.1e} (logits reach {largest:.0f})"
-    limit = max(KL_SHARE * base.mean_kl, NOISE_TIMES * noise.mean_kl, KL_FLOOR)
-    parts = f"{KL_SHARE:.0%} of base against adapter, {NOISE_TIMES:g} x the noise of {dtype}, {KL_FLOOR:g}"
-    return merged.mean_kl <= limit, f"mean KL at most {limit:.1e} nats, the largest of: {parts}"
-
-
-@torch.no_grad()
-def logits_of(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits of each prompt alone, no padding: fp32 [tokens, vocabulary] on the CPU."""
-    return [
-        model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0].float().cpu()
-        for ids in prompts
-    ]
 
 
 def check_output(output: Path, place: Place, *, force: bool) -> None:
@@ -193,41 +99,12 @@ def check_room(output: Path, needed: int) -> None:
         )
 
 
-@contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("sdpa")
-
-
-def probes_of(opened: Opened) -> tuple[list[list[int]], str]:
-    """A handful of prompts as token ids, at most PROBE_TOKENS each: the run's held-out or training rows, else ours."""
-    from tunesmith.data.questions import first_examples
-    from tunesmith.errors import TunesmithError
-
-    if opened.run is not None:
-        for name, sources in (("validation", opened.run.data.validation), ("training", opened.run.data.train)):
-            try:
-                rows = first_examples(sources, opened.run.data, opened.template, PROBES)
-            except TunesmithError:
-                continue  # the data need not be on the machine that merges
-            if rows:
-                return [example.ids[:PROBE_TOKENS].tolist() for example in rows], f"{len(rows)} {name} rows"
-    ids = [opened.tokenizer(text, add_special_tokens=True)["input_ids"][:PROBE_TOKENS] for text in SENTENCES]
-    return ids, f"{len(ids)} built-in sentences"
-
-
 def fold(model: PreTrainedModel, dtype: torch.dtype) -> int:
     """Turn each adapted or 4-bit layer into a plain linear one, in place: weight + scaling B A, added in fp32.
 
     Returns:
         how many layers had an adapter.
     """
-    from tunesmith.adapter.lora import Lora, loras, merged, saved
-    from tunesmith.adapter.nf4 import Nf4Linear
-
     count = sum(1 for _ in loras(model))
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Lora | Nf4Linear)]
     for name, module in layers:
@@ -246,8 +123,6 @@ def fold(model: PreTrainedModel, dtype: torch.dtype) -> int:
 
 def write(opened: Opened, folder: Path, dtype: str) -> None:
     """Write the folded model as Transformers files: weights in shards, tokenizer with its template, settings, a card."""
-    from transformers import GenerationConfig
-
     model, base_folder = opened.model, opened.folder
     settings = base_folder / "generation_config.json"
     known = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
@@ -304,8 +179,6 @@ def _reload(folder: Path, device: torch.device) -> PreTrainedModel:
     Raises:
         CheckpointError: weights are missing from the files, or the files hold some that the model does not know.
     """
-    from transformers import AutoModelForCausalLM
-
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", attn_implementation="sdpa", output_loading_info=True
     )
@@ -341,11 +214,6 @@ def merge(
         MachineError: no room on the disk.
         CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
     """
-    from tunesmith.model import facts
-    from tunesmith.model.hub import fetch
-    from tunesmith.model.weights import read_json
-    from tunesmith.opening import locate, open_model
-
     place, goal = locate(path), Path(output)
     if place.kind != "adapter":
         whole = "a full fine-tune: it is a whole model already" if place.kind == "full" else "a plain model"
@@ -363,49 +231,63 @@ def merge(
     opened = open_model(path, device=device, dtype=chosen, place=place)
     temp = goal.with_name(f".{goal.name}.{os.getpid()}.part")
     try:
-        proof = _merge(opened, temp, chosen)
-        (temp / "merge.json").write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
+        found = _merge(opened, temp, chosen)
+        (temp / "merge.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
         size = sum(p.stat().st_size for p in temp.rglob("*") if p.is_file())
-        _settle(temp, goal, proof)
+        _settle(temp, goal, found)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     nf4 = place.base.quantize == "nf4"
     note = f"the base was held in nf4: the adapter went into its dequantised {chosen} weights" if nf4 else ""
-    return Merged(str(goal), place.base.name, str(place.folder), chosen, size, note, proof)
+    return Merged(str(goal), place.base.name, str(place.folder), chosen, size, note, found)
 
 
 def _merge(opened: Opened, temp: Path, dtype: str) -> Proof:
-    from tunesmith.adapter.lora import disabled
-
-    model, device = opened.model, opened.model.device
-    prompts, source = probes_of(opened)
-    adapted = logits_of(model, prompts)
-    with _attention(model, "eager"):
-        noise = difference(adapted, logits_of(model, prompts))
+    model, device, place = opened.model, opened.model.device, opened.place
+    prompts, source = proof.probes_of(opened)
+    adapted = proof.logits_of(model, prompts)
+    with proof.eager(model):
+        noise = proof.difference(adapted, proof.logits_of(model, prompts))
     with disabled(model):
-        base = difference(adapted, logits_of(model, prompts))
+        base = proof.difference(adapted, proof.logits_of(model, prompts))
     fold(model, DTYPES[dtype])
     temp.mkdir(parents=True)
     write(opened, temp, dtype)
-    del opened.model, opened.train_model, model
+    del opened, model
     gc.collect()
-    again = difference(adapted, logits_of(_reload(temp, device), prompts))
-    largest = max(logits.abs().max().item() for logits in adapted)
-    passed, rule = judge(again, base, noise, largest, dtype)
-    return Proof(again, base, noise, largest, sum(map(len, prompts)), source, passed, rule)
+    written = _reload(temp, device)
+    again = proof.difference(adapted, proof.logits_of(written, prompts))
+    largest, positions = proof.largest_of(adapted), sum(map(len, prompts))
+    exact = None if dtype == "fp32" else _exact(place, written, prompts)
+    rules = proof.rules(dtype, again, base, noise, largest, exact)
+    return Proof(dtype, again, base, noise, largest, positions, source, exact, rules)
 
 
-def _settle(temp: Path, goal: Path, proof: Proof) -> None:
+def _exact(place: Place, written: PreTrainedModel, prompts: list[list[int]]) -> Exact | None:
+    """The same merge in fp32 on the CPU, and the written weights beside it; None where there is no room for it."""
+    parameters = sum(p.numel() for p in written.parameters())
+    if parameters * EXACT_BYTES > proof.memory_available():
+        return None
+    opened = open_model(place.folder or "", device="cpu", dtype="fp32", place=place)
+    adapted = proof.logits_of(opened.model, prompts)
+    fold(opened.model, torch.float32)
+    found = proof.difference(adapted, proof.logits_of(opened.model, prompts))
+    # A 4-bit base is first brought to the written type, then merged: one rounding more.
+    slack = 1.001 if place.base.quantize == "none" else NF4_SLACK
+    return Exact(found, proof.largest_of(adapted), *proof.rounded_once(written, opened.model, slack=slack))
+
+
+def _settle(temp: Path, goal: Path, found: Proof) -> None:
     """Give the written folder its name: the goal, or `<goal>.rejected` if the proof failed."""
-    if not proof.passed:
+    if not found.passed:
         rejected = goal.with_name(goal.name + ".rejected")
         shutil.rmtree(rejected, ignore_errors=True)
         temp.rename(rejected)
         raise CheckpointError(
-            f"the merged model answers differently: logits up to {proof.merged.max_logit:.3g} apart, "
-            f"mean KL {proof.merged.mean_kl:.3g} nats (base against adapter: {proof.base.mean_kl:.3g})",
+            f"the merged model answers differently: logits up to {found.merged.max_logit:.3g} apart, "
+            f"mean KL {found.merged.mean_kl:.3g} nats (base against adapter: {found.base.mean_kl:.3g})",
             where=str(rejected),
-            why=f"asked for: {proof.rule}",
+            why="; ".join(text for text, holds in found.rules if not holds),
             fix="merge with --dtype fp32, or serve the adapter beside its base",
         )
     old = goal.with_name(f".{goal.name}.{os.getpid()}.old")

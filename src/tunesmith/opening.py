@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tunesmith.checkpoint import state
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import CheckpointError, ModelError, UsageError
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["adapter", "full", "base"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+$")
-_STEP = re.compile(r"^checkpoint-(\d+)$")
+_OURS = re.compile(r"^(final|checkpoint-\d+)$")
 _HERE = "."  # output_dir of a Run that is made up for loading: nothing is ever written there
 
 
@@ -148,14 +149,13 @@ def _from_file(path: Path) -> Place:
 
 
 def _from_run(folder: Path) -> Place:
-    steps = [(int(m[1]), p) for p in folder.iterdir() if (m := _STEP.match(p.name)) and p.is_dir()]
-    order = [folder / "final", *(p for _, p in sorted(steps, reverse=True))]
+    order = [folder / "final", *(found.path for found in state.listing(folder))]
     torn = []
     for candidate in order:
         if not candidate.is_dir():
             continue
-        fault = damage(candidate)
-        if fault:
+        fault = state.fault(candidate, contents=False)
+        if fault is not None:
             torn.append(f"{candidate.name}: {fault}")
             continue
         if not _written(candidate):
@@ -171,27 +171,14 @@ def _from_run(folder: Path) -> Place:
     )
 
 
-def damage(folder: Path) -> str:
-    """Why a checkpoint is not whole, or an empty text: its manifest is written last, and names every file's size."""
-    manifest = folder / "manifest.json"
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        wrong = [n for n, f in files.items() if not (folder / n).is_file() or (folder / n).stat().st_size != f["bytes"]]
-    except FileNotFoundError:
-        return "no manifest.json, so it was never finished"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"manifest.json cannot be read ({error})"
-    return f"{wrong[0]} is missing or has another size than its manifest says" if wrong else ""
-
-
 def _written(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file()
 
 
 def _from_folder(folder: Path, *, note: str) -> Place:
-    ours = folder.name == "final" or _STEP.match(folder.name) is not None
+    ours = _OURS.match(folder.name) is not None
     run = _run_beside(folder) if ours else None
-    if ours and run is not None and not note and (fault := damage(folder)):
+    if ours and run is not None and not note and (fault := state.fault(folder, contents=False)):
         raise CheckpointError(
             f"{folder} is not whole",
             where=str(folder),

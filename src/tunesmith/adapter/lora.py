@@ -40,7 +40,7 @@ class Lora(nn.Module):
         enabled: False computes the base alone.
     """
 
-    bias: nn.Parameter
+    bias: Any  # nn.Parameter or None
     in_features: int
     out_features: int
     scaling: float

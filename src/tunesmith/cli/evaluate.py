@@ -76,10 +76,15 @@ def run(args: argparse.Namespace) -> int:
         scores = {"base": exam.score(open_model(args.run, device=args.device, base_only=True), nullcontext()), **scores}
     if args.json:
         about = {"run": str(args.run), "data": args.data, "dropped": exam.dropped, "cut": exam.cut}
-        print(json.dumps(about | {name: asdict(score) for name, score in scores.items()}, indent=2))
+        print(json.dumps(about | {name: plain(score) for name, score in scores.items()}, indent=2))
     else:
         show(scores, exam)
     return EXIT_OK
+
+
+def plain(score: Score) -> dict[str, Any]:
+    """The score for JSON, which knows neither NaN nor infinity: such values become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(score).items()}
 
 
 class Exam:

@@ -1,7 +1,7 @@
 """The command line's frame: finds the verb, imports only that verb, and turns every end into words and an exit code.
 
-Each verb is a module of this package with `add_arguments(parser)` and `run(args) -> int`; its docstring is its help
-page and holds an example that works. The list of verbs is written here, so that `tunesmith --help` starts at once.
+Each verb is a module of this package with `add_arguments(parser)` and `run(args) -> int`. Its docstring opens its help
+page and an `EPILOG`, if it has one, ends it; one of the two holds an example that works. The list of verbs is written here, so that `tunesmith --help` starts at once.
 
 Exit codes: 0 done, 1 failed, 2 the command or recipe is wrong, 75 stopped with all saved, 130 interrupted before
 there was anything to save.
@@ -14,6 +14,7 @@ import difflib
 import errno
 import io
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -70,8 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(words)
         sys.stdout.flush()
     except SystemExit as stop:  # argparse ends --help so
-        return stop.code if isinstance(stop.code, int) else EXIT_OK
-    except BrokenPipeError:
+        return stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_OK
+    except BrokenPipeError as error:
+        if not _reader_is_gone():  # some other pipe, and a fault that must be told
+            return _failed(error)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
@@ -80,6 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _failed(error)
     return code
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that no one reads any more, as in `tunesmith recipes | head -1`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(state & select.POLLERR for _, state in poll.poll(0))
 
 
 def _dispatch(words: list[str]) -> int:
@@ -99,6 +109,7 @@ def _dispatch(words: list[str]) -> int:
     about = Parser(
         prog=f"tunesmith {verb}",
         description=(module.__doc__ or purpose).strip(),
+        epilog=vars(module).get("EPILOG"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -50,12 +50,18 @@ def show(done: Merged) -> None:
     from rich.table import Table
 
     proof = done.proof
-    table = Table("against the adapter", "largest logit difference", "mean KL (nats)", "same first choice")
-    rows = (("merged", proof.merged), ("base (what was taught)", proof.base), ("noise of the format", proof.noise))
+    table = Table("against the adapter", "max logit diff", "mean KL (nats)", "same top token")
+    rows = [("merged", proof.merged), ("base: what was taught", proof.base), (f"noise of {proof.dtype}", proof.noise)]
+    if proof.exact is not None:
+        rows.insert(1, ("merged, in fp32", proof.exact.difference))
     for name, diff in rows:
         table.add_row(name, f"{diff.max_logit:.3g}", f"{diff.mean_kl:.3g}", f"{diff.agreement:.2%}")
     Console(file=sys.stdout).print(table)
-    print(f"proof: {proof.rule}: passed, over {proof.positions} positions of {proof.probes}")
+    print(f"largest logit difference {proof.merged.max_logit:.3g}, over {proof.positions} positions of {proof.probes}")
+    for text, _ in proof.rules:
+        print(f"passed: {text}")
+    if proof.exact is None and proof.dtype != "fp32":
+        print("not compared in fp32: no room in memory for the model in fp32")
     if done.note:
         print(done.note)
     print(f"{done.output}: {done.bytes / 2**20:.0f} MiB in {done.dtype}, to be loaded by Transformers as it is")

@@ -1,13 +1,4 @@
-"""List, show and copy the recipes that ship with tunesmith.
-
-  tunesmith recipes                                        a table of them
-  tunesmith recipes show NAME [key=value ...]              one with every default written out
-  tunesmith recipes copy NAME [DEST]                       one to edit; DEST is a file or a folder
-
-example:
-  tunesmith recipes show smollm2-135m-lora train.learning_rate=5e-4
-  tunesmith recipes copy smollm2-135m-lora mine.yaml
-"""
+"""`tunesmith recipes`: list, show and copy the recipes that ship."""
 
 from __future__ import annotations
 
@@ -21,6 +12,12 @@ from tunesmith.config.names import nearest
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import purpose, shipped
 from tunesmith.errors import EXIT_OK, MachineError, UsageError
+
+EPILOG = """examples:
+  tunesmith recipes                                                     # a table of them
+  tunesmith recipes show smollm2-135m-lora train.learning_rate=5e-4     # one, every default written out
+  tunesmith recipes copy smollm2-135m-lora mine.yaml                    # one to edit; a file or a folder
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

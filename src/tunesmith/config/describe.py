@@ -29,6 +29,7 @@ file: `tunesmith train recipe.yaml train.learning_rate=2e-4 data.train.split='tr
 
 - `extends: NAME` at the top goes on from a recipe that ships (`tunesmith recipes`) or from a file, relative to this one.
   Mappings are merged, lists and single values replaced. `adapter: {{kind: none}}` drops the other adapter keys below it.
+  A new `source` keeps the `split` and `format` that the layer below gave: give these with it.
 - Relative paths start from the recipe's folder; on the command line and for `output_dir` from the working directory.
 - Nothing is coerced: `pack: "true"` is refused, and so are duplicate keys, unknown keys and a second document. A whole
   number may stand where a number is asked for.

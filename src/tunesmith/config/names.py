@@ -227,7 +227,7 @@ def keys() -> tuple[str, ...]:
             yield key
             hint = get_type_hints(cls)[field_.name]
             for inner in (hint, *get_args(hint)[:1]):
-                if isinstance(inner, type) and is_dataclass(inner):
+                if isinstance(inner, type) and is_dataclass(inner) and "doc" in fields(inner)[0].metadata:
                     yield from below(inner, key + ".")
 
     return tuple(below(Run, ""))

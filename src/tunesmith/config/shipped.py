@@ -32,7 +32,7 @@ def locate(recipe: str | Path, *, base: Path, where: str) -> Path:
     """
     path = base / Path(recipe).expanduser()
     if path.is_file():
-        return path if base != Path() else Path(recipe).expanduser()
+        return path
     known = shipped()
     if str(recipe) in known:
         return known[str(recipe)]

@@ -112,17 +112,17 @@ class _Look:
             first += len(part)
 
     def _chunks(self, part: Part, first: int) -> Iterator[_Chunk]:
-        at = 0
+        at, arrays = 0, part.arrays
         while at < len(part):
-            to = int(np.searchsorted(part.offsets, part.offsets[at] + _CHUNK, side="right")) - 1
+            to = int(np.searchsorted(arrays.offsets, arrays.offsets[at] + _CHUNK, side="right")) - 1
             to = min(max(to, at + 1), len(part))
-            begin, end = int(part.offsets[at]), int(part.offsets[to])
+            begin, end = int(arrays.offsets[at]), int(arrays.offsets[to])
             yield _Chunk(
                 first + at,
-                np.asarray(part.ids[begin:end]),
-                np.asarray(part.trained[begin:end]),
-                part.offsets[at : to + 1] - begin,
-                part.cut[at:to],
+                np.asarray(arrays.ids[begin:end]),
+                np.asarray(arrays.trained[begin:end]),
+                arrays.offsets[at : to + 1] - begin,
+                arrays.cut[at:to],
             )
             at = to
 

@@ -203,7 +203,7 @@ class Loader:
     """Iterates GlobalBatch from `start_step` up to `stop_step` (None: without end), made ahead in one thread.
 
     Args:
-        micro_tokens: tokens of a micro batch, padding counted; one longer example still goes alone.
+        micro_tokens: tokens of a micro batch, padding counted; a longer example counts as the limit of its step.
         micro_examples: examples of a micro batch; give one of the two.
         pad_to: None pads as little as may be: packed micro batches are one row [1, n] of their documents with no
             padding, others [rows, longest]. A number fixes the shape, for compiled graphs: [1, pad_to] packed,

@@ -3,6 +3,7 @@
     alpaca(...)     Stanford's instruction text, with and without input
     pattern(...)    one text with the fields {instruction}, {input} and {response}
     with_tools(...) a ChatML template that knows no tools, made to render them in Hermes' form
+    with_fixed_date a template that writes today's date, made to write one that stands
 
 A template of `alpaca` and `pattern` reads `message.input` beside `message.content` where a row has one; a chat that
 has none gets the variant without input.
@@ -10,7 +11,9 @@ has none gets the variant without input.
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 import string
 
 from tunesmith.errors import DataError
@@ -160,3 +163,26 @@ def either(condition: str, this: str, that: str) -> str:
         "\n" + text.removesuffix("\n") if text.startswith("\n") else text.removesuffix("\n") for text in (this, that)
     )
     return f"{condition}{this}{{% else %}}{that}{{% endif %}}"
+
+
+# Templates such as Llama 3.1's write the day of the rendering. Tokens must not depend on the day on which a run goes on,
+# and the prompt in use must be the one that was trained; this is the day that Llama's own template falls back to.
+DATE = datetime.date(2024, 7, 26)
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def with_fixed_date(jinja: str) -> str:
+    """The template with DATE in place of every `strftime_now(FORMAT)`.
+
+    Raises:
+        DataError: a format that is not a literal, which cannot be replaced.
+    """
+    fixed = _TODAY.sub(lambda found: json.dumps(DATE.strftime(found[2])), jinja)
+    if "strftime_now(" in fixed:
+        raise DataError(
+            "the chat template writes today's date in a way that cannot be fixed to one day",
+            where="data.template",
+            why="a run that goes on tomorrow would train on another prompt",
+            fix="save the template to a file, write a date in it, and name the file in data.template",
+        )
+    return fixed
