@@ -13,7 +13,7 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.model import gguf, hub, load
 
-LAYERS, WIDTH, INNER, HEADS, KV, VOCAB = 2, 64, 128, 8, 4, 261
+LAYERS, WIDTH, INNER, HEADS, KV, VOCAB = 2, 64, 128, 8, 4, 262
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,10 @@ def file(tmp_path_factory) -> Path:
         (1, writer.add_bos_token_id), ("gpt2", writer.add_tokenizer_model),
     ):  # fmt: skip
         add(value)
-    tokens = ["<unk>", "<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    tokens = ["<unk>", "<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
     writer.add_token_list(tokens)
-    writer.add_token_types([3] * 4 + [1] * 257)
-    writer.add_token_merges(["a b"])
+    writer.add_token_types([3] * 4 + [1] * 258)
+    writer.add_token_merges(["a b", "c d"])
     random = np.random.default_rng(3)
     shapes = {"token_embd": (VOCAB, WIDTH), "output": (VOCAB, WIDTH), "output_norm": (WIDTH,)}
     for i in range(LAYERS):
