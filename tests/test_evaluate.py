@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import ROWS, make_run, peft_model
 
+from runs import ROWS, make_run, peft_model
 from tunesmith.data.batch import Example
 from tunesmith.data.tokens import TokenSet, tokenise
 from tunesmith.evaluate import exact_matches, normalise, packed, score, validation_loss
@@ -63,9 +63,7 @@ def test_score_is_that_of_transformers_and_peft(tiny: Path, opened: Opened, toke
 def test_loss_does_not_depend_on_the_rows_of_a_batch(opened: Opened, tokens: TokenSet, micro_tokens: int) -> None:
     with for_loss(opened) as train_model:
         whole = score(train_model, tokens, pad_id=opened.pad_id, device=CPU)
-        found = validation_loss(
-            train_model, tokens, micro_tokens=micro_tokens, pad_id=opened.pad_id, device=CPU
-        )
+        found = validation_loss(train_model, tokens, micro_tokens=micro_tokens, pad_id=opened.pad_id, device=CPU)
     assert found is not None
     assert found[0] == pytest.approx(whole.loss, rel=1e-6)
     assert found[1] == whole.tokens

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import peft_model
 from transformers import GenerationConfig
 
+from runs import peft_model
 from tunesmith.errors import DataError, UsageError
 from tunesmith.generate import Decoding, answer_all, answer_batch, check_room, decode, merged_meanwhile
 from tunesmith.opening import Opened, open_model
@@ -40,9 +40,9 @@ def test_greedy_batches_answer_as_peft_does_one_by_one(tiny: Path, opened: Opene
     assert list(found) == list(range(len(prompts)))
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
-        expected = peft.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
-        )[0, len(prompt) :].tolist()
+        expected = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)[
+            0, len(prompt) :
+        ].tolist()
         cut = next((n for n, token in enumerate(expected) if token in stops), None)
         assert found[i].ids == expected[:cut]
         assert found[i].finished == (cut is not None)
@@ -85,9 +85,7 @@ def test_sampling_follows_its_seed_and_leaves_the_callers_random_state(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_settings_that_ship_with_a_model_are_set_aside_and_put_back(
-    opened: Opened, prompts: list[list[int]]
-) -> None:
+def test_settings_that_ship_with_a_model_are_set_aside_and_put_back(opened: Opened, prompts: list[list[int]]) -> None:
     plain = answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops=set())
     shipped = GenerationConfig(repetition_penalty=9.0, temperature=0.7, do_sample=True, top_k=3, num_beams=2)
     kept, opened.model.generation_config = opened.model.generation_config, shipped

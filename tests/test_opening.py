@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import make_run, peft_model, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from runs import make_run, peft_model, write_checkpoint
 from tunesmith.data import texts
 from tunesmith.data.format import Conversation
 from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, TunesmithError
@@ -173,7 +173,9 @@ def test_opened_model_is_that_of_peft(run: Path, tiny: Path) -> None:
 
 def test_the_saved_template_is_the_one_in_use(run: Path) -> None:
     """Whatever the recipe says by now: a run's prompt is what lies beside its weights."""
-    (run / "final" / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}{{ eos_token }}{% endfor %}")
+    (run / "final" / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
     manifest = json.loads((run / "final" / "manifest.json").read_text())
     manifest["files"]["chat_template.jinja"]["bytes"] = (run / "final" / "chat_template.jinja").stat().st_size
     (run / "final" / "manifest.json").write_text(json.dumps(manifest))

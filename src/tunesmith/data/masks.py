@@ -21,10 +21,10 @@ way is refused with a DataError, never guessed: a text that the template drops, 
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
+from os.path import commonpath
 from typing import Any, Literal, NamedTuple
 
 from tunesmith.data.align import Span
@@ -378,7 +378,7 @@ class Masker:
         begin = 0
         if anchor is not None:
             at = view.marks[anchor].at if anchor >= 0 else 0
-            shared = len(os.path.commonprefix([prompt, view.text[at : at + len(prompt)]]))
+            shared = len(commonpath([prompt, view.text[at : at + len(prompt)]]))
             begin = min([at + shared, *own])
         spans = [*(Span(*block) for block in blocks[:-1]), Span(start, stop - size, stop)]
         return Answer(i, [Span(max(s.start, begin), s.end, s.stop) for s in spans if s.end > begin])
