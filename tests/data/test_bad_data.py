@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +64,7 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.json", '"text"', {}, "a text, not an array", "a.json", "array of objects"),
     ("a.json", f'{{"data": [{GOOD}]}}', {}, "one object, not an array", "a.json", "jq '.data'"),
     ("a.json", f'[{GOOD},\n{GOOD},\n{{"text": "cut', {}, "ends in the middle", "a.json row 3", "fetch or write"),
-    ("a.json", f"[{GOOD},\n{{text: 1}},\n{GOOD}]", {}, "not JSON", "a.json row 2", "sed -n 2p"),
+    ("a.json", f"[{GOOD},\n{{text: 1}},\n{GOOD}]", {}, "not JSON", "a.json row 2", "at line 2 column 2"),
     ("a.json", f"[{GOOD}, 7]", {}, "a number, not an object", "a.json row 2", "delete it"),
     ("a.json", b"[{\"text\": \"a\n\xff\"}]", {}, "not UTF-8", "a.json:2", "iconv"),
     ("a.csv", "text\n", {}, "a header and no rows", "a.csv", "write rows"),
@@ -77,8 +81,8 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", GOOD, {"split": "train[:200%]"}, "cannot be read", "a.jsonl", "train[:95%]"),
     ("a.jsonl", GOOD, {"split": "train[10%:20]"}, "cannot be read", "a.jsonl", "train[:95%]"),
     ("a.jsonl", GOOD, {"split": "train[a:b]"}, "cannot be read", "a.jsonl", "train[:95%]"),
-    ("a.jsonl", GOOD, {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "another format: text"),
-    ("a.jsonl", line(question="q", output="a"), {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "columns: {instruction: question}"),
+    ("a.jsonl", GOOD, {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "or format: text"),
+    ("a.jsonl", line(question="q", answer="a"), {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "columns: {instruction: question, output: answer}"),
     ("a.jsonl", line(instruction="q", output=None), {"format": "alpaca"}, "column output is null", "a.jsonl:1", "delete the row"),
     ("a.jsonl", line(instruction="q", output=7), {"format": "alpaca"}, "output is a number", "a.jsonl:1", "quotes"),
     ("a.jsonl", f"{GOOD}\n{line(text=['a'])}", {}, "text is an array", "a.jsonl:2", "quotes"),
@@ -203,3 +207,48 @@ def test_answers_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Any, what: s
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     expect(Source(source="a/b"), what, "a/b", fix)
+
+
+class _Gate(BaseHTTPRequestHandler):
+    """The Hub's answer for what may not be read: the status is the first part of the path's repository name."""
+
+    def do_GET(self) -> None:
+        status, code = (403, "GatedRepo") if "gated" in self.path else (401, "RepoNotFound")
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "fix"),
+    [
+        ("some/gated", "no access to the dataset some/gated", "hf auth login"),
+        ("some/private", "or it is private", "hf auth login"),
+    ],
+)
+def test_a_hub_that_refuses(tmp_path: Path, name: str, what: str, fix: str) -> None:
+    """By the Hub's own protocol, against a server on this machine; in a process of its own, as HF_ENDPOINT is read once."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Gate) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code = (
+            "from tunesmith.config.schema import Source\nfrom tunesmith.data.source import read\n"
+            "from tunesmith.errors import DataError\n"
+            f"try: read(Source(source={name!r}))\nexcept DataError as e: print(e.text())"
+        )
+        environment = {
+            **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret", "no_proxy": "*",
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+        server.shutdown()
+    assert what in done.stdout
+    assert fix in done.stdout
+    assert "hf_secret" not in done.stdout + done.stderr

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from records import record
 from tunesmith.errors import RunError
 from tunesmith.metrics.record import StepRecord, cut_back, read
 
@@ -51,7 +52,7 @@ def refuse(constant: str) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_non_finite_values_are_legal_json(record, value: float) -> None:
+def test_non_finite_values_are_legal_json(value: float) -> None:
     line = record(loss=value, val_loss=value).to_json()
     json.loads(line, parse_constant=refuse)
     after = StepRecord.from_json(line)
@@ -59,7 +60,7 @@ def test_non_finite_values_are_legal_json(record, value: float) -> None:
     assert bits(after.val_loss) == bits(value)
 
 
-def test_names_are_the_published_ones_and_unmeasured_ones_are_left_out(record) -> None:
+def test_names_are_the_published_ones_and_unmeasured_ones_are_left_out() -> None:
     assert list(json.loads(record().to_json())) == REQUIRED
     full = record(mfu=0.4, mfu_peak_tflops=989.5, gpu_utilization=99.0, gpu_power_watts=650.0, val_loss=1.0)
     optional = ["mfu_peak_tflops", "gpu_utilization", "gpu_power_watts", "val_loss"]
@@ -76,13 +77,13 @@ def test_what_is_no_record_is_refused(line: str, error: type[Exception]) -> None
 
 
 @pytest.mark.parametrize(("name", "value"), [("step", 1.5), ("step", True), ("loss", "high"), ("loss", None)])
-def test_a_value_of_another_type_is_refused(record, name: str, value: object) -> None:
+def test_a_value_of_another_type_is_refused(name: str, value: object) -> None:
     values = json.loads(record().to_json()) | {name: value}
     with pytest.raises(TypeError, match=name):
         StepRecord.from_json(json.dumps(values))
 
 
-def test_names_of_a_later_version_are_passed_over(record) -> None:
+def test_names_of_a_later_version_are_passed_over() -> None:
     values = json.loads(record().to_json()) | {"nvlink_gib": 3.0}
     assert StepRecord.from_json(json.dumps(values)) == record()
 
@@ -91,7 +92,7 @@ def lines(*records: StepRecord) -> bytes:
     return "".join(r.to_json() + "\n" for r in records).encode()
 
 
-def test_cut_back_keeps_the_bytes_up_to_the_step(tmp_path: Path, record) -> None:
+def test_cut_back_keeps_the_bytes_up_to_the_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     kept = lines(record(1), record(2))
     path.write_bytes(kept + lines(record(3), record(4)))
@@ -103,7 +104,7 @@ def test_cut_back_keeps_the_bytes_up_to_the_step(tmp_path: Path, record) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_cut_back_drops_every_torn_last_line(tmp_path: Path, record) -> None:
+def test_cut_back_drops_every_torn_last_line(tmp_path: Path) -> None:
     """A kill can tear the line at any byte; even a line that lacks only its end would run into the next one."""
     path = tmp_path / "metrics.jsonl"
     whole, last = lines(record(1), record(2)), lines(record(3))
@@ -115,7 +116,7 @@ def test_cut_back_drops_every_torn_last_line(tmp_path: Path, record) -> None:
     assert cut_back(path, 3) == 0
 
 
-def test_cut_back_drops_unreadable_bytes_and_leaves_a_missing_file_missing(tmp_path: Path, record) -> None:
+def test_cut_back_drops_unreadable_bytes_and_leaves_a_missing_file_missing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert cut_back(path, 3) == 0
     assert not path.exists()
@@ -124,7 +125,7 @@ def test_cut_back_drops_unreadable_bytes_and_leaves_a_missing_file_missing(tmp_p
     assert [r.step for r in read(path)] == [1, 2]
 
 
-def test_read_leaves_out_a_torn_last_line_and_names_a_broken_one(tmp_path: Path, record) -> None:
+def test_read_leaves_out_a_torn_last_line_and_names_a_broken_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(lines(record(1), record(2)) + b'{"step": 3, "lo')
     assert [r.step for r in read(path)] == [1, 2]
@@ -132,3 +133,8 @@ def test_read_leaves_out_a_torn_last_line_and_names_a_broken_one(tmp_path: Path,
     with pytest.raises(RunError) as raised:
         read(path)
     assert raised.value.where == f"{path}:2"
+
+
+def test_the_page_explains_every_name() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert [name for name in StepRecord.__dataclass_fields__ if f"`{name}`" not in page] == []

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from records import RUN, record
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import NonFiniteError
-from tunesmith.metrics.report import clear_failure, curve, read_failure, result_values, write_failure
+from tunesmith.metrics.report import clear_failure, curve, read_failure, write_failure
 from tunesmith.metrics.report import closing as closing_of
+
+
+@pytest.fixture
+def run() -> Run:
+    return RUN
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,6 @@ class Result:
     steps: int = 20
     seconds: float = 0.0
     finished_before: bool = False
-    best_step: int | None = None
-    best_loss: float | None = None
 
 
 def closing(run: Run, folder: Path, **told: object) -> str:
@@ -32,7 +36,7 @@ def closing(run: Run, folder: Path, **told: object) -> str:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, record) -> Path:
+def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "my run"
     (folder / "final").mkdir(parents=True)
     (folder / "checkpoint-10").mkdir()
@@ -96,7 +100,6 @@ def test_eval_takes_the_recipes_held_out_file(run: Run, folder: Path) -> None:
 def test_a_run_without_a_step_says_so(run: Run, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert "no step was taken" in closing(run, tmp_path, steps=0)
-    assert result_values(Result(tmp_path, steps=0))["last_loss"] is None
 
 
 def test_a_finished_run_names_the_two_ways_on(run: Run, folder: Path) -> None:
@@ -105,15 +108,6 @@ def test_a_finished_run_names_the_two_ways_on(run: Run, folder: Path) -> None:
     assert "longer train.duration" in text
     assert "--fresh" in text
     assert "15 s" in text, "the time of the steps, as this start took none"
-
-
-def test_the_values_for_a_script_are_those_of_the_summary(folder: Path) -> None:
-    values = result_values(Result(folder, seconds=100.0, best_step=10, best_loss=0.5))
-    json.dumps(values, allow_nan=False)
-    wanted = {"seconds": 100.0, "tokens": 2000, "examples": 80, "first_loss": 2.0, "last_loss": 0.1, "val_loss": 0.75}
-    assert {name: values[name] for name in wanted} == wanted
-    assert values["tokens_per_second"] == 400.0
-    assert (values["best_val_loss"], values["best_step"]) == (0.5, 10)
 
 
 def test_failure_is_one_block_that_comes_and_goes(tmp_path: Path) -> None:

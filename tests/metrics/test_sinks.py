@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from records import RUN, record
 from tunesmith.config.schema import Log, Run, Train
 from tunesmith.errors import MachineError
 from tunesmith.metrics.record import read
 from tunesmith.metrics.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, WandbSink, for_run
 from tunesmith.metrics.terminal import Every, Terminal, span, wants_bar
 from tunesmith.units import Length
+
+
+@pytest.fixture
+def run() -> Run:
+    return RUN
 
 
 class TtyStream(io.StringIO):
@@ -38,7 +44,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(e.step, e.value) for e in events(folder).Scalars(tag)]
 
 
-def test_jsonl_is_cut_back_and_goes_on(tmp_path: Path, run: Run, record) -> None:
+def test_jsonl_is_cut_back_and_goes_on(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     sink.open(run, 0)
@@ -53,7 +59,7 @@ def test_jsonl_is_cut_back_and_goes_on(tmp_path: Path, run: Run, record) -> None
     assert [(r.step, r.loss) for r in read(path)] == [(1, 2.0), (2, 1.0), (3, 2.0 / 3), (4, 9.0)]
 
 
-def test_tensorboard_has_each_measured_value_under_its_name(tmp_path: Path, run: Run, record) -> None:
+def test_tensorboard_has_each_measured_value_under_its_name(tmp_path: Path, run: Run) -> None:
     sink = TensorBoardSink(tmp_path)
     sink.open(run, 0)
     sink.step(record(1, mfu=0.25, mfu_peak_tflops=92.0, val_loss=7.0))
@@ -75,9 +81,7 @@ def test_tensorboard_has_each_measured_value_under_its_name(tmp_path: Path, run:
 
 
 @pytest.mark.parametrize(("resumed_at", "steps"), [(3, [1, 2, 3, 4]), (0, [1])])
-def test_tensorboard_purges_what_a_run_repeats(
-    tmp_path: Path, run: Run, record, resumed_at: int, steps: list[int]
-) -> None:
+def test_tensorboard_purges_what_a_run_repeats(tmp_path: Path, run: Run, resumed_at: int, steps: list[int]) -> None:
     first = TensorBoardSink(tmp_path)
     first.open(run, 0)
     for step in range(1, 6):
@@ -92,7 +96,7 @@ def test_tensorboard_purges_what_a_run_repeats(
     assert shown[-1][1] == 9.0
 
 
-def test_a_shared_folder_keeps_what_others_wrote(tmp_path: Path, run: Run, record) -> None:
+def test_a_shared_folder_keeps_what_others_wrote(tmp_path: Path, run: Run) -> None:
     for _ in range(2):
         sink = TensorBoardSink(tmp_path, shared=True)
         sink.open(run, 0)
@@ -158,7 +162,7 @@ def shown(run: Run, folder: Path, records, *, total: int | None, stream: io.Stri
     return stream.getvalue(), (folder / "log.txt").read_text()
 
 
-def test_plain_lines_say_what_a_step_did(tmp_path: Path, run: Run, record) -> None:
+def test_plain_lines_say_what_a_step_did(tmp_path: Path, run: Run) -> None:
     text, log = shown(run, tmp_path, [record(1, mfu=0.25)], total=3)
     line = "step 1/3  loss 2.0000  lr 1.00e-04  grad 0.5  400 tok/s  mfu 25.0%  1.5 GiB  left 0 s"
     assert text.splitlines() == [line, "step 1  val_loss 1.2500", "12 checks", "all hold"]
@@ -168,7 +172,7 @@ def test_plain_lines_say_what_a_step_did(tmp_path: Path, run: Run, record) -> No
     ]
 
 
-def test_log_every_thins_lines_and_keeps_first_and_last(tmp_path: Path, run: Run, record) -> None:
+def test_log_every_thins_lines_and_keeps_first_and_last(tmp_path: Path, run: Run) -> None:
     run = replace(run, log=Log(every=Length(4, "steps")))
     _, log = shown(run, tmp_path, [record(step) for step in range(1, 11)], total=10)
     steps = [row.split("step ")[1].split("/")[0] for row in log.splitlines() if "loss" in row and "/10" in row]
@@ -179,12 +183,12 @@ def test_log_every_thins_lines_and_keeps_first_and_last(tmp_path: Path, run: Run
     ("interval", "wanted"),
     [("3 steps", [1, 3, 6, 9, 10]), ("0.5 epochs", [1, 5, 10]), ("20 %", [1, 2, 4, 6, 8, 10]), ("1 h", [1, 10])],
 )
-def test_every_unit_of_a_length_is_an_interval(record, interval: str, wanted: list[int]) -> None:
+def test_every_unit_of_a_length_is_an_interval(interval: str, wanted: list[int]) -> None:
     every = Every(Length.parse(interval), 10)
     assert [step for step in range(1, 11) if every.due(record(step))] == wanted
 
 
-def test_a_flood_is_held_back_on_the_terminal_and_not_in_the_log(tmp_path: Path, run: Run, record) -> None:
+def test_a_flood_is_held_back_on_the_terminal_and_not_in_the_log(tmp_path: Path, run: Run) -> None:
     text, log = shown(run, tmp_path, [record(step) for step in range(1, 201)], total=200)
     assert sum("/200" in row for row in log.splitlines()) == 200
     lines = [row for row in text.splitlines() if "/200" in row]
@@ -193,21 +197,21 @@ def test_a_flood_is_held_back_on_the_terminal_and_not_in_the_log(tmp_path: Path,
     assert lines[-1].startswith("step 200/200")
 
 
-def test_time_left_leaves_the_first_step_out(tmp_path: Path, run: Run, record) -> None:
+def test_time_left_leaves_the_first_step_out(tmp_path: Path, run: Run) -> None:
     records = [record(1, step_seconds=60.0), record(2, step_seconds=2.0), record(3, step_seconds=4.0)]
     _, log = shown(run, tmp_path, records, total=10)
     assert "step 1/10" in log
     assert [row.rsplit("left ", 1)[1] for row in log.splitlines() if "left" in row] == ["9:00 min", "16 s", "21 s"]
 
 
-def test_a_run_by_the_clock_tells_what_is_left_of_it(tmp_path: Path, run: Run, record) -> None:
+def test_a_run_by_the_clock_tells_what_is_left_of_it(tmp_path: Path, run: Run) -> None:
     run = replace(run, train=Train(duration=Length.parse("2 h")))
     _, log = shown(run, tmp_path, [record(1)], total=None)
     assert "left 2:00 h" in log
 
 
 def test_a_terminal_gets_a_bar_with_loss_rate_and_time(
-    tmp_path: Path, run: Run, record, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
@@ -235,7 +239,7 @@ def test_spans_read_well() -> None:
     assert [span(s) for s in (0.2, 59.4, 59.6, 187, 7500)] == ["0 s", "59 s", "1:00 min", "3:07 min", "2:05 h"]
 
 
-def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run, record) -> None:
+def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
     def kinds(**log: object) -> list[str]:
         return [type(s).__name__ for s in for_run(replace(run, log=Log(**log)), tmp_path, total_steps=1).all]
 

@@ -1,4 +1,14 @@
-"""`tunesmith data`: see what a recipe's model will learn from, token by token, before it learns."""
+"""Show what a recipe's model will learn from, token by token, before it learns.
+
+Tokens that are learnt stand in green, or without colours between ⟦ and ⟧. Below them: counts, lengths, packing, the
+number of optimizer steps, and the token contract. The exit code is 2 where the contract is broken.
+Of a model on the Hub only the tokenizer and the configuration are fetched.
+
+examples:
+  tunesmith data smollm2-135m-lora
+  tunesmith data my-recipe.yaml data.train_on=last --rows 10
+  tunesmith data my-recipe.yaml --json > tokens.json
+"""
 
 from __future__ import annotations
 
@@ -18,15 +28,6 @@ if TYPE_CHECKING:
     from tunesmith.data.prepare import Prepared
     from tunesmith.data.tokens import TokenSet
 
-SUMMARY = "show the tokens a recipe trains on: coloured mask, statistics, token contract"
-EPILOG = """examples:
-  tunesmith data my-recipe.yaml
-  tunesmith data my-recipe.yaml data.train_on=last --rows 10
-  tunesmith data my-recipe.yaml --json > tokens.json
-
-Tokens that are learnt stand in green, or without colours between ⟦ and ⟧. The exit code is 2 when the
-token contract is broken.
-"""
 _BARS = 16  # of the length histogram
 _SHOWN = 800  # tokens of a row that are shown
 
@@ -45,11 +46,14 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load(args.recipe, args.overrides)
     from tunesmith.data.prepare import prepare
-    from tunesmith.model.hub import fetch
+    from tunesmith.model import hub
     from tunesmith.model.load import config_of
     from tunesmith.model.tokenizer import eos_ids, tokenizer_of, vocab_rows
 
-    folder = fetch(recipe.model, progress=_say)
+    if hub.local(recipe.model) is not None:
+        folder = hub.fetch(recipe.model)
+    else:
+        folder = hub.in_cache(recipe.model) or hub.tokenizer_folder(recipe.model.name, recipe.model.revision)
     tokenizer = tokenizer_of(folder, recipe.model)
     rows = vocab_rows(config_of(folder, recipe.model), tokenizer)
     prepared = prepare(recipe, tokenizer, eos_ids(folder, tokenizer), rows, strict=False)
@@ -58,10 +62,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(prepared, tokenizer, args.rows)
     return EXIT_USAGE if any(contract.broken for contract in prepared.contracts) else EXIT_OK
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def show(prepared: Prepared, tokenizer: Any, rows: int) -> None:
@@ -76,9 +76,8 @@ def show(prepared: Prepared, tokenizer: Any, rows: int) -> None:
     console.print(prepared.template.describe(), markup=False)
     console.print(_counts(prepared))
     console.print(_histogram(prepared.train))
-    line, warning = course_text(prepared.course, prepared.run)
-    console.print(line, markup=False)
-    if warning:
+    console.print(course_text(prepared.course, prepared.run)[0], markup=False)
+    for warning in prepared.warnings():
         console.print(warning, style="yellow", markup=False)
     console.print(_contracts(prepared))
 
@@ -195,10 +194,7 @@ def values(prepared: Prepared, tokenizer: Any, rows: int) -> dict[str, Any]:
     """The same as plain values, for --json."""
     from dataclasses import asdict
 
-    from tunesmith.data.prepare import course_text
-
     train = prepared.train
-    _, warning = course_text(prepared.course, prepared.run)
     held = prepared.validation.sources if prepared.validation is not None else ()
     return {
         "template": {"name": prepared.template.name, "end_ids": sorted(prepared.template.end_ids)},
@@ -206,7 +202,7 @@ def values(prepared: Prepared, tokenizer: Any, rows: int) -> dict[str, Any]:
         "validation": [asdict(counts) for counts in held],
         "lengths": [{"from": low, "to": high, "examples": n} for low, high, n in histogram(train)],
         "course": asdict(prepared.course.summary(prepared.run.train.duration)),
-        "warnings": [warning] if warning else [],
+        "warnings": prepared.warnings(),
         "contract": [{"split": c.what, **asdict(check)} for c in prepared.contracts for check in c.checks],
         "rows": [
             {

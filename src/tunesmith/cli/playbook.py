@@ -27,12 +27,21 @@ from tunesmith.errors import EXIT_OK, MachineError, TunesmithError
 from tunesmith.metrics.record import StepRecord, read
 from tunesmith.units import Length, Size
 
-# Their one text for every row; a row without an input keeps the empty field.
-PROMPT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n"
-    "### Instruction: {}\n\n### Input: {}\n\n### Response:"
-)
+# Their one text for every row, as a chat template: a row without an input keeps the empty field. The space before the
+# response belongs to it, as a byte-pair tokenizer joins it with the first word.
+TEMPLATE = """\
+{%- for message in messages %}
+{%- if message.role == 'user' %}
+{{- BOS + 'Below is an instruction that describes a task, paired with an input that provides further context. ' }}
+{{- 'Write a response that appropriately completes the request.\\n### Instruction: ' + message.content }}
+{{- '\\n\\n### Input: ' + (message.input or '') + '\\n\\n### Response:' }}
+{%- elif message.role == 'assistant' %}
+{%- generation %}{{- ' ' + message.content + eos_token }}{%- endgeneration %}
+{%- else %}
+{{- raise_exception('the playbook text takes an instruction and a response') }}
+{%- endif %}
+{%- endfor %}"""
+ROWS, JINJA = Path("data", "rows.jsonl"), Path("data", "template.jinja")  # in the run directory
 SHUFFLE_SEED = 42
 RULE = "=" * 60
 DTYPES: dict[str, Literal["fp32", "fp16", "bf16"]] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -149,16 +158,14 @@ def _positive(text: str) -> float:
     return value
 
 
-def recipe(name: str, args: argparse.Namespace, *, rows: Path, folder: Path, ranks: int) -> Run:
-    """The recipe that a script's flags stand for.
+def recipe(name: str, args: argparse.Namespace, *, folder: Path, ranks: int) -> Run:
+    """The recipe that a script's flags stand for; `write_inputs` makes the two files that it names.
 
     Args:
-        rows: what `write_rows` wrote.
         folder: the run directory.
         ranks: how many ranks share the work; the batch is per rank, as theirs.
     """
     mode = SCRIPTS[name].mode
-    on_all = args.train_on == "all"
     adapter = (
         Adapter(kind="none")
         if mode == "full"
@@ -168,7 +175,8 @@ def recipe(name: str, args: argparse.Namespace, *, rows: Path, folder: Path, ran
         model=Model(name=args.model_name, dtype=DTYPES[args.dtype], quantize="nf4" if mode == "QLoRA" else "none"),
         adapter=adapter,
         data=Data(
-            train=(Source(source=str(rows), format="text" if on_all else "prompt-completion"),),
+            train=(Source(source=str(folder / ROWS), format="alpaca"),),
+            template=str(folder / JINJA),
             seq_len=args.seq_length,
             pack=False,
             train_on=args.train_on,
@@ -196,12 +204,10 @@ def recipe(name: str, args: argparse.Namespace, *, rows: Path, folder: Path, ran
     )
 
 
-def write_rows(args: argparse.Namespace, folder: Path) -> tuple[Path, int]:
-    """Their selection in their order and text -> (the file that the recipe trains on, how many rows it has).
+def selection(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Their rows in their order: the first `dataset_size`, then `datasets.Dataset.shuffle(seed=42)`.
 
-    The first `dataset_size` rows, then the permutation of `datasets.Dataset.shuffle(seed=42)`, which is NumPy's
-    PCG64 generator's. Loss on every token makes `text` rows, loss on the response `prompt-completion` rows; the
-    engine ends either with the tokenizer's EOS. Every rank writes the same bytes and moves them into place.
+    That shuffle is the permutation that NumPy's PCG64 generator draws from the seed.
     """
     import numpy as np
 
@@ -212,30 +218,44 @@ def write_rows(args: argparse.Namespace, folder: Path) -> tuple[Path, int]:
         source = Source(source=str(Path(args.data).resolve()), format="alpaca", max_examples=args.dataset_size)
     else:
         source = Source(source="tatsu-lab/alpaca", split="train", format="alpaca", max_examples=args.dataset_size)
-    print(f"Loading dataset with {args.dataset_size} samples...")
     rows = sources.read(source)
     if len(rows) < args.dataset_size:
         print(f"{source.source} has {len(rows)} rows: all of them are taken")
-    lines = []
+    chosen = []
     for index in np.random.default_rng(SHUFFLE_SEED).permutation(len(rows)).tolist():
         sample = convert(rows[index], source, where=rows.where(index))
         assert isinstance(sample, Conversation)
         assert sample.instruction is not None
-        instruction, given, output = sample.instruction
-        prompt, response = PROMPT.format(instruction, given), f" {output}"
-        row = {"text": prompt + response} if args.train_on == "all" else {"prompt": prompt, "completion": response}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    path = folder / "data" / f"{args.train_on}.jsonl"
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("".join(lines), encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise MachineError(
-            "the rows cannot be written", where=str(path), why=str(error), fix="give another --output_dir"
-        ) from None
-    return path, len(rows)
+        chosen.append(dict(zip(("instruction", "input", "output"), sample.instruction, strict=True)))
+    return chosen
+
+
+def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> None:
+    """Write the rows and the template into the run directory, each in one move; every rank writes the same bytes.
+
+    Args:
+        bos: the model's tokenizer opens a text with its BOS token.
+    """
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for path, text in ((folder / ROWS, lines), (folder / JINJA, TEMPLATE.replace("BOS", "bos_token" if bos else "''"))):
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, path)
+        except OSError as error:
+            raise MachineError(
+                "the rows cannot be written", where=str(path), why=str(error), fix="give another --output_dir"
+            ) from None
+
+
+def opens_with_bos(model: Model) -> bool:
+    """Bring the model here and ask its tokenizer whether it puts a BOS token before a text."""
+    from tunesmith.model.hub import fetch
+    from tunesmith.model.tokenizer import tokenizer_of
+
+    tokenizer = tokenizer_of(fetch(model), model)
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def default_folder(name: str, args: argparse.Namespace) -> Path:
@@ -253,8 +273,12 @@ def _run(name: str, args: argparse.Namespace) -> int:
         if args.fresh:
             with claimed(folder):
                 put_aside(folder)
-    rows, count = write_rows(args, folder)
-    told = recipe(name, args, rows=rows.resolve(), folder=folder, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    told = recipe(name, args, folder=folder, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    print(f"Loading model: {args.model_name}")
+    bos = opens_with_bos(told.model)
+    print(f"Loading dataset with {args.dataset_size} samples...")
+    rows = selection(args)
+    write_inputs(rows, folder, bos=bos)
     # The rules that span several keys, and the paths, are those of every recipe.
     run = from_mapping(to_mapping(told), where=f"{name}.py", base=Path.cwd())
 
@@ -263,7 +287,7 @@ def _run(name: str, args: argparse.Namespace) -> int:
     if args.use_torch_compile and not any(folder.glob("checkpoint-*/manifest.json")):
         print("Running warmup for torch.compile()...")
         with tempfile.TemporaryDirectory() as scratch:
-            train(warm_up(run, count, Path(scratch)), say=lambda line: None)
+            train(warm_up(run, len(rows), Path(scratch)), say=lambda line: None)
     print(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
     result = train(run, argv=sys.argv)
     if first:

@@ -49,6 +49,11 @@ def choose(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> Template:
     formats = {source.format for source in (*data.train, *data.validation)}
     tools = bool(formats & _TOOLS)
     own = _own_template(tokenizer, tools=tools)
+    if data.template == "auto" and formats and formats <= _RAW:
+        try:  # chats with what is trained here go on by the tokenizer's template, if it has one
+            return Template(tokenizer, eos_ids, jinja=own, name="text", system=data.system)
+        except DataError:
+            return Template(tokenizer, eos_ids, jinja=None, name="text", system=data.system)
     if data.template == "chat" and own is None:
         raise DataError(
             "the tokenizer has no chat template",
@@ -59,8 +64,6 @@ def choose(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> Template:
     if data.template in ("auto", "chat") and own is not None:
         chat = Template(tokenizer, eos_ids, jinja=own, name="chat", system=data.system)
         return chat.with_tools() if tools else chat
-    if data.template == "auto" and formats and formats <= _RAW:
-        return Template(tokenizer, eos_ids, jinja=None, name="text", system=None)
     if data.template in ("auto", "alpaca"):
         jinja = texts.alpaca(bos=_adds_bos(tokenizer))
         return Template(tokenizer, eos_ids, jinja=jinja, name="alpaca", system=data.system)
@@ -124,8 +127,8 @@ class Template:
     def describe(self) -> str:
         """One line for the user: which prompt is in use, how an answer ends and how the mask is found."""
         ends = ", ".join(repr(self.tokenizer.decode([id_])) for id_ in sorted(self.end_ids))
-        if self._masker is None:
-            return f"text: rows as they stand; ends with {ends}"
+        if self._masker is None or self.name == "text":
+            return f"text: rows as they stand; each ends with {self.tokenizer.decode([_eos(self.tokenizer)])!r}"
         what = {
             "chat": "chat: the tokenizer's chat template",
             "alpaca": "alpaca: Stanford's instruction text",
@@ -133,7 +136,8 @@ class Template:
         }.get(self.name, f"{self.name}: a chat template from a file")
         tools = "; tools in Hermes' form, which the tokenizer's ChatML lacks" if self._hermes else ""
         how = "its {% generation %} blocks" if self._masker.generation else "marks"
-        return f"{what}{tools}; answers end with {ends}; mask by {how}"
+        date = "; it writes today's date" if "strftime_now" in (self.jinja or "") else ""
+        return f"{what}{tools}{date}; answers end with {ends}; mask by {how}"
 
     def encode(self, sample: Sample, train_on: TrainOn, *, where: str) -> Example:
         """Tokens and mask of one sample, however long it is.
@@ -191,22 +195,25 @@ class Template:
     def _prepare(self, sample: Conversation) -> Conversation:
         """The recipe's system message where there is none; instruction and input apart for the texts of our own."""
         messages, given = sample.messages, sample.given
-        if sample.instruction is not None and self.name in ("alpaca", "pattern"):
+        if sample.instruction is not None and "message.input" in (self.jinja or ""):
             instruction, extra, _ = sample.instruction
             at = max(i for i, message in enumerate(messages) if message["role"] == "user")
             messages = [*messages[:at], {"role": "user", "content": instruction, "input": extra}, *messages[at + 1 :]]
         if self.system is not None and messages and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
             given += 1 if given else 0
+        if self.jinja is not None and "tool_call" in self.jinja and ".id" in self.jinja:
+            messages = _with_ids(messages)
         return Conversation(messages, sample.tools or None, given, sample.instruction)
 
     def _locate(self, sample: Sample, train_on: TrainOn, where: str) -> tuple[str, list[Span]]:
         """The text of a sample, and the spans of its characters that are learnt."""
-        if isinstance(sample, Completion):
-            whole = sample.prompt + sample.completion
-            return whole, [Span(0 if train_on == "all" else len(sample.prompt), len(whole))]
         if not isinstance(sample, Conversation):
-            return sample.text, [Span(0, len(sample.text))]
+            whole = sample.prompt + sample.completion if isinstance(sample, Completion) else sample.text
+            if not whole:
+                raise DataError("the row holds no text", where=where, fix="delete the row")
+            given = len(sample.prompt) if isinstance(sample, Completion) and train_on != "all" else 0
+            return whole, [Span(given, len(whole))]
         sample = self._prepare(sample)
         if not sample.messages or sample.messages[-1]["role"] != "assistant":
             raise DataError(
@@ -217,6 +224,8 @@ class Template:
             )
         text, answers = self._chat(where).answers(sample.messages, sample.tools, where=where)
         answers = answers[-1:] if train_on == "last" else [a for a in answers if a.message >= sample.given]
+        if train_on == "all":
+            return text, [Span(answers[0].spans[0].start if sample.given else 0, len(text))]
         return text, [span for answer in answers for span in answer.spans]
 
     def _example(self, sample: Sample, aligned: Aligned, train_on: TrainOn, where: str) -> Example:
@@ -231,9 +240,7 @@ class Template:
                 )
         else:
             ids, trained = self._closed(ids, trained)
-        if train_on == "all":
-            trained = np.ones(len(ids), dtype=bool)
-        elif aligned.straddled:
+        if aligned.straddled:
             self.notes["tokens that straddle the start of an answer, not learnt"] += aligned.straddled
         if len(ids) < 2:
             raise DataError("the row holds no text", where=where, fix="delete the row")
@@ -287,6 +294,28 @@ def _own_template(tokenizer: Any, *, tools: bool) -> str | None:
     if tools and "default" in own and "tool_use" in own:
         return texts.either("{%- if tools %}", own["tool_use"], own["default"])
     return own.get("default")
+
+
+def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ids for calls that have none, and for their results in the same order.
+
+    Templates that write ids insist on them (Mistral's: nine letters and digits), and most rows have none.
+    """
+    numbered: list[dict[str, Any]] = []
+    waiting: list[str] = []
+    count = 0
+    for message in messages:
+        more: dict[str, Any] = {}
+        if message.get("tool_calls"):
+            more["tool_calls"] = [
+                {"id": f"call{n:05d}", **call} for n, call in enumerate(message["tool_calls"], count + 1)
+            ]
+            count += len(message["tool_calls"])
+            waiting = [call["id"] for call in more["tool_calls"]]
+        elif message["role"] == "tool" and waiting:
+            more["tool_call_id"] = message.get("tool_call_id", waiting.pop(0))
+        numbered.append({**message, **more})
+    return numbered
 
 
 def _is_chatml(masker: Masker) -> bool:

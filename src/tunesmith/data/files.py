@@ -13,15 +13,15 @@ import hashlib
 import io
 import json
 import mmap
-import shlex
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
+from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
 from tunesmith.errors import DataError
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
 MAX_ROW_BYTES = 32 << 20  # a longer row is a file with its line breaks lost; tokenising it would take minutes
 _BLOCK = 256  # rows of an Arrow table turned into Python at once
 
@@ -65,7 +65,10 @@ def open_table(path: Path) -> Table:
         return _read_json(path) if suffix == ".json" else JsonLines(path)
     except OSError as error:
         raise DataError(
-            "the file cannot be read", where=str(path), why=error.strerror or str(error), fix=f"ls -l {_quoted(path)}"
+            "the file cannot be read",
+            where=str(path),
+            why=error.strerror or str(error),
+            fix=f"ls -l {quote(str(path))}",
         ) from error
 
 
@@ -99,10 +102,6 @@ def _must_be_file(path: Path) -> None:
     )
 
 
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
-
-
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -118,7 +117,7 @@ def _not_utf8(path: Path, where: str, error: UnicodeDecodeError) -> DataError:
         "the file is not UTF-8 text",
         where=where,
         why=f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}: {error.reason}",
-        fix=f"iconv -f {code} -t utf-8 {_quoted(path)} > fixed{path.suffix}",
+        fix=f"iconv -f {code} -t utf-8 {quote(str(path))} > fixed{path.suffix}",
     )
 
 
@@ -178,14 +177,14 @@ class JsonLines:
 
     def _broken(self, i: int, data: bytes, error: Exception) -> DataError:
         last = i == len(self) - 1 and not data.endswith(b"\n")
-        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        fix = f"sed -n {self._lines[i]}p {_quoted(self._path)}   # mend or delete this line: one JSON object a line"
+        why = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        fix = f"sed -n {self._lines[i]}p {quote(str(self._path))}   # mend or delete this line: one JSON object a line"
         if last:
             why += "; the file ends here without a line break, as one does that was cut off"
             fix = "fetch or write the file again, or delete its last line"
         elif i == 0 and data.lstrip().startswith(b"["):
             why += "; the file looks like one JSON array"
-            fix = f"mv {_quoted(self._path)} {_quoted(self._path.with_suffix('.json'))}   # and name that"
+            fix = f"mv {quote(str(self._path))} {quote(str(self._path.with_suffix('.json')))}   # and name that"
         return DataError("the line is not JSON", where=self.where(i), why=why, fix=fix)
 
     def fingerprint(self) -> str:
@@ -230,7 +229,7 @@ def _read_json(path: Path) -> Table:
             "the file holds one object, not an array of rows",
             where=str(path),
             why=f"its keys are {', '.join(map(str, list(rows)[:8])) or 'none'}",
-            fix=f"jq '.{name}' {_quoted(path)} > rows.json"
+            fix=f"jq '.{name}' {quote(str(path))} > rows.json"
             if name
             else "put the rows in [ ], or one a line in a .jsonl",
         )
@@ -279,7 +278,7 @@ def _broken_array(path: Path, text: str, error: json.JSONDecodeError) -> DataErr
         "the file ends in the middle of its JSON" if cut else "the file is not JSON",
         where=f"{path} row {row}" if array_like else f"{path}:{error.lineno}",
         why=f"{error.msg}, line {error.lineno} column {error.colno}",
-        fix="fetch or write the file again" if cut else f"sed -n {error.lineno}p {_quoted(path)}   # mend this line",
+        fix="fetch or write the file again" if cut else f"mend it at line {error.lineno} column {error.colno}",
     )
 
 

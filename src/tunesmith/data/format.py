@@ -21,12 +21,16 @@ from tunesmith.config.schema import Source
 from tunesmith.data.files import MAX_ROW_BYTES, kind
 from tunesmith.errors import DataError
 
-ROLES = ("system", "user", "assistant", "tool")
 _ROLE_NAMES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant", "function_call": "call",
     "tool_call": "call", "observation": "tool", "tool": "tool", "function_response": "tool", "tool_response": "tool",
     "function": "tool", "ipython": "tool",
+}  # fmt: skip
+
+_NEEDED = {
+    "alpaca": ("instruction", "output"), "messages": ("messages",), "sharegpt": ("conversations",),
+    "prompt-completion": ("prompt", "completion"), "text": ("text",),
 }  # fmt: skip
 
 
@@ -103,15 +107,23 @@ class _Row:
         column = self.source.columns.get(name, name)
         if column not in self.row:
             have = [str(c) for c in self.row]
-            like = next((c for c in have if c.lower() == column.lower()), have[0] if have else "...")
             raise self.error(
                 f"there is no column {column}",
                 why=f"format {self.source.format} needs it; the columns are {', '.join(have) or 'none'}",
-                fix=f"columns: {{{name}: {like}}}   # or another format: {_fitting(have)}",
+                fix=self._mend(name, have),
             )
         if self.row[column] is None:
             raise self.error(f"column {column} is null", fix="fill it, or delete the row")
         return self.row[column]
+
+    def _mend(self, name: str, have: list[str]) -> str:
+        """The `columns:` line that would mend missing columns, and the formats that these columns fit as they are."""
+        needed = _NEEDED[self.source.format]
+        spare = [c for c in have if c not in needed and c not in self.source.columns.values()]
+        missing = [n for n in needed if self.source.columns.get(n, n) not in self.row]
+        pairs = [f"{n}: {c}" for n, c in zip(missing, spare, strict=False)] or [f"{name}: ..."]
+        fitting = [form for form, need in _NEEDED.items() if set(need) <= set(have)]
+        return f"columns: {{{', '.join(pairs)}}}" + (f", or format: {' or '.join(fitting)}" if fitting else "")
 
     def text(self, value: Any, at: str) -> str:
         """A value that must be text; numbers of a CSV or JSON column are no text."""
@@ -146,19 +158,10 @@ class _Row:
             ) from None
 
     def list(self, value: Any, at: str) -> list[Any]:
-        value = self.json(value, at)
-        if not isinstance(value, list):
-            raise self.error(f"{at} is {kind(value)}, not a list", fix="write a list: [...]")
-        return value
-
-
-def _fitting(columns: list[str]) -> str:
-    """The formats that these columns would fit, for the hint."""
-    needs = {
-        "alpaca": {"instruction", "output"}, "messages": {"messages"}, "sharegpt": {"conversations"},
-        "prompt-completion": {"prompt", "completion"}, "text": {"text"},
-    }  # fmt: skip
-    return ", ".join(name for name, need in needs.items() if need <= set(columns)) or "none fits these columns"
+        found = self.json(value, at)
+        if not isinstance(found, list):
+            raise self.error(f"{at} is {kind(found)}, not a list", fix="write a list: [...]")
+        return found
 
 
 # --- the five formats -----------------------------------------------------------------------------------------------
@@ -270,7 +273,7 @@ def _read_messages(row: _Row, value: Any, column: str) -> list[dict[str, Any]]:
             raise row.error("a message has no role", at=at, fix='write {"role": "user", "content": "..."}')
         role = _role(row, message["role"], at)
         if role == "call":
-            raise row.error(f"unknown role {message['role']!r}", at=at, why=f"the roles are {', '.join(ROLES)}")
+            raise row.error(f"unknown role {message['role']!r}", at=at, why="calls stand in an assistant's tool_calls")
         messages.append(_message(row, role, message, at))
     return _not_empty(row, messages, column)
 
@@ -340,17 +343,14 @@ def _calls(row: _Row, value: Any, at: str) -> list[dict[str, Any]]:
             raise row.error(
                 "a tool call has no name", at=at, fix='write {"name": "f", "arguments": {...}}, or a list of these'
             )
-        arguments = row.json(body.get("arguments", {}), f"{at} arguments")
-        if arguments is None:
-            arguments = {}
+        given = row.json(body.get("arguments"), f"{at} arguments")
+        arguments = {} if given is None else given
         if not isinstance(arguments, dict):
             raise row.error(
                 f"the arguments of {body['name']} are {kind(arguments)}, not an object", at=at, fix='write {"a": 1}'
             )
-        made: dict[str, Any] = {"type": "function"}
-        if isinstance(call.get("id"), str):
-            made["id"] = call["id"]
-        calls.append({**made, "function": {"name": body["name"], "arguments": arguments}})
+        name = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        calls.append({"type": "function", **name, "function": {"name": body["name"], "arguments": arguments}})
     if not calls:
         raise row.error("a list of tool calls is empty", at=at)
     return calls

@@ -23,16 +23,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
-from os.path import commonpath
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 from tunesmith.data.align import Span
+from tunesmith.data.marks import PLACES, Mark, Marker, Message, Messages, Tools
 from tunesmith.errors import DataError
-
-Message = dict[str, Any]
-Messages = Sequence[Message]
-Tools = list[dict[str, Any]] | None
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FIX = "give a template that can be read: data.template=FILE.jinja, with {% generation %} around what is learnt"
@@ -45,99 +41,12 @@ class Answer(NamedTuple):
     spans: list[Span]
 
 
-class _Field(NamedTuple):
-    """One marked text: the index of its message (-1 for tools), what it is, and the text."""
-
-    message: int
-    what: str
-    text: str
-
-
-class _Mark(NamedTuple):
-    """A mark found in a rendering: which field's, its side, and where it stood in the text without marks."""
-
-    field: int
-    side: str
-    at: int
-
-
-_Place = Literal["both", "last", "first", "middle"]
-_PLACES: tuple[_Place, ...] = ("both", "last", "first", "middle")
-
-
-class _Marker:
-    """Sets marks into the texts of a conversation and takes them out of renderings."""
-
-    def __init__(self, word: str, place: _Place) -> None:
-        self.word, self.place = word, place
-        self.fields: list[_Field] = []
-        self._found = re.compile(word + r"(\d+)([be])Q")
-
-    def mark(self, messages: Messages, tools: Tools) -> tuple[list[Message], Tools]:
-        """Copies with marks; `fields` names them."""
-        marked = [self._message(i, message) for i, message in enumerate(messages)]
-        if tools is None:
-            return marked, None
-        return marked, [self._tool(tool) for tool in tools]
-
-    def unmark(self, text: str) -> tuple[str, list[_Mark]]:
-        marks, gone = [], 0
-        for found in self._found.finditer(text):
-            marks.append(_Mark(int(found[1]), found[2], found.start() - gone))
-            gone += len(found[0])
-        return (self._found.sub("", text) if marks else text), marks
-
-    def _message(self, i: int, message: Message) -> Message:
-        copy = dict(message)
-        for what in ("reasoning_content", "content"):
-            if isinstance(copy.get(what), str):
-                copy[what] = self._put(copy[what], i, what)
-        if copy.get("tool_calls"):
-            calls = []
-            for call in copy["tool_calls"]:
-                function = dict(call["function"])
-                function["name"] = self._put(function["name"], i, "tool_calls")
-                function["arguments"] = self._leaves(function.get("arguments"), i)
-                calls.append({**call, "function": function})
-            copy["tool_calls"] = calls
-        return copy
-
-    def _leaves(self, value: Any, i: int) -> Any:
-        """Marks on every text within a call's arguments; numbers and keys stay bare."""
-        if isinstance(value, str):
-            return self._put(value, i, "tool_calls")
-        if isinstance(value, dict):
-            return {key: self._leaves(item, i) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._leaves(item, i) for item in value]
-        return value
-
-    def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(tool.get("function"), dict):
-            return {**tool, "function": self._tool(tool["function"])}
-        name = tool.get("name")
-        return {**tool, "name": self._put(name, -1, "tools")} if isinstance(name, str) else tool
-
-    def _put(self, text: str, message: int, what: str) -> str:
-        body = text.strip()
-        if not body:
-            return text  # a mark would make an empty text a full one, and templates ask `if content`
-        n, lead = len(self.fields), len(text) - len(text.lstrip())
-        self.fields.append(_Field(message, what, text))
-        begin, end = f"{self.word}{n}bQ", f"{self.word}{n}eQ"
-        cut = {"both": len(body), "last": len(body), "first": 0, "middle": len(body) // 2}[self.place]
-        head, tail = text[: lead + cut], text[lead + cut :]
-        if self.place == "both":
-            return f"{head[:lead]}{begin}{head[lead:]}{end}{tail}"
-        return f"{head}{end if self.place == 'last' else begin}{tail}"
-
-
 class _View(NamedTuple):
     """A rendering whose marks are known."""
 
     text: str
-    marks: list[_Mark]
-    marker: _Marker
+    marks: list[Mark]
+    marker: Marker
     messages: list[Message]
     tools: Tools
     shown: frozenset[int]  # fields that some way of marking found in the rendering
@@ -202,8 +111,8 @@ class Masker:
         word = next(w for n in itertools.count() if (w := f"zq{n}W") not in text and w not in repr((messages, tools)))
         best: _View | None = None
         shown: set[int] = set()
-        for place in _PLACES:
-            marker = _Marker(word, place)
+        for place in PLACES:
+            marker = Marker(word, place)
             marked, marked_tools = marker.mark(messages, tools)
             plain, marks = marker.unmark(self.render(marked, marked_tools, where=where))
             if plain != text:
@@ -245,6 +154,10 @@ class Masker:
                 whose = f"message {message + 1} ({view.messages[message]['role']})"
             fix = "take it out of the rows, or give a template that shows it: data.template=FILE.jinja"
             raise self._refuse(f"drops {whose}", where, "half a conversation would be learnt", fix)
+        if any(end in name for name in view.marker.bare for end in self.ends):
+            raise self._refuse(
+                "writes a call whose argument is named with an end token", where, "its end cannot be told"
+            )
         sides = Counter(mark.field for mark in view.marks)
         for n, field in enumerate(fields):
             if n in view.shown and sides[n] < 2 and any(end in field.text for end in self.ends):
@@ -362,8 +275,12 @@ class Masker:
         if not blocks:
             raise self._refuse(f"has no {{% generation %}} block for message {i + 1}", where, fix="mend the template")
         own = [mark.at for mark in view.marks if view.marker.fields[mark.field].message == i]
-        start, end = blocks[-1]
-        found = [(at, -len(e)) for e in self.ends if (at := view.text.find(e, max([start, *own]), end)) >= 0]
+        found = [
+            (at, -len(end), n)
+            for n, (start, stop) in enumerate(blocks)
+            for end in self.ends
+            if (at := view.text.find(end, max([start, *own]), stop)) >= 0
+        ]
         if not found:
             raise self._refuse(
                 f"has a {{% generation %}} block without an end token, at message {i + 1}",
@@ -371,16 +288,17 @@ class Masker:
                 f"the model would never learn to stop; end tokens: {', '.join(self.ends) or 'none'}",
                 "move {% endgeneration %} behind the end token",
             )
-        stop, size = min(found)
+        stop, size, n = min(found)
         # A block may open before the header of the answer, which the model is given: not learnt.
-        numbers = [n for n, mark in enumerate(view.marks) if view.marker.fields[mark.field].message == i]
-        anchor, prompt = self._prompt(view, i, numbers, where) if i else (None, "")
+        marks = [k for k, mark in enumerate(view.marks) if view.marker.fields[mark.field].message == i]
+        anchor, prompt = self._prompt(view, i, marks, where) if i else (None, "")
         begin = 0
         if anchor is not None:
             at = view.marks[anchor].at if anchor >= 0 else 0
-            shared = len(commonpath([prompt, view.text[at : at + len(prompt)]]))
+            pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, view.text[at:], strict=False))
+            shared = sum(1 for _ in pairs)
             begin = min([at + shared, *own])
-        spans = [*(Span(*block) for block in blocks[:-1]), Span(start, stop - size, stop)]
+        spans = [*(Span(*block) for block in blocks[:n]), Span(blocks[n][0], stop - size, stop)]
         return Answer(i, [Span(max(s.start, begin), s.end, s.stop) for s in spans if s.end > begin])
 
     # --- what the template can do -----------------------------------------------------------------------------------
@@ -434,7 +352,7 @@ class Masker:
         if any(token.content in rest for token in self.tokenizer.added_tokens_decoder.values()):
             raise self._refuse(
                 "has no generation prompt",
-                "",
+                "data.template",
                 f"the model would have to write {rest!r} itself",
                 "add {% if add_generation_prompt %}...{% endif %} with the header of an answer to the template",
             )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tunesmith.config.schema import Run
 from tunesmith.data import contract as contracts
@@ -23,7 +26,8 @@ FEW_STEPS = 50  # with fewer, the schedule is mostly warm-up and little is learn
 @dataclass(frozen=True)
 class Prepared:
     """What the loop needs of the data. validation: None where the recipe names none.
-    contracts: of train and, where there is one, of validation."""
+    contracts: of train and, where there is one, of validation.
+    overlap: validation examples that are among the training examples, token for token."""
 
     run: Run
     train: TokenSet
@@ -31,6 +35,7 @@ class Prepared:
     template: Template
     course: Course
     contracts: tuple[Contract, ...]
+    overlap: int = 0
 
     @property
     def digest(self) -> str:
@@ -42,11 +47,21 @@ class Prepared:
         lines = [self.template.describe()]
         for what, tokens in (("train", self.train), ("validation", self.validation)):
             lines += [f"{what}: {counts_text(counts)}" for counts in (tokens.sources if tokens is not None else ())]
-        lines += [text for text in course_text(self.course, self.run) if text]
+        lines += [course_text(self.course, self.run)[0], *self.warnings()]
         for contract in self.contracts:
             checks = ", ".join(f"{c.name} ({c.looked:,} {c.of})" for c in contract.checks)
             lines.append(f"token contract of {contract.what}: {'BROKEN' if contract.broken else 'holds'}: {checks}")
         return "\n".join(lines)
+
+    def warnings(self) -> list[str]:
+        """What is not wrong but seldom meant, each with its mend."""
+        found = [course_text(self.course, self.run)[1]]
+        if self.overlap:
+            found.append(
+                f"warning: {self.overlap:,} of {len(self.validation or ()):,} validation examples are trained on too, so "
+                "val_loss says little of new rows; mend: splits that share no row, such as train[:95%] and train[95%:]"
+            )
+        return [text for text in found if text]
 
 
 def prepare(
@@ -91,7 +106,15 @@ def prepare(
             why=f"{len(train)} examples with weights {', '.join(str(s.weight) for s in run.data.train)}",
             fix="raise weight",
         )
-    return Prepared(run, train, held, template, course, tuple(found))
+    shared = overlap(train, held) if held is not None else 0
+    return Prepared(run, train, held, template, course, tuple(found), shared)
+
+
+def overlap(train: TokenSet, held: TokenSet) -> int:
+    """How many examples of `held` are in `train`, token for token."""
+    wanted = Counter(example.ids.tobytes() for example in held)
+    alike = np.flatnonzero(np.isin(train.lengths, held.lengths)).tolist()  # only these can be equal
+    return sum(wanted.pop(train[i].ids.tobytes(), 0) for i in alike)
 
 
 def counts_text(counts: Counts) -> str:
@@ -120,7 +143,8 @@ def course_text(course: Course, run: Run) -> tuple[str, str]:
         return line, ""
     epochs = math.ceil(FEW_STEPS / sums.steps_per_epoch)
     size = run.train.global_batch
-    smaller = max(1, size.amount * sums.steps // FEW_STEPS)
+    whole = course.row_length if size.unit == "tokens" else 1  # a step takes whole rows
+    smaller = max(1, size.amount * sums.steps // FEW_STEPS // whole) * whole
     mend = f'train.duration="{epochs} epochs"'
     if smaller < size.amount:
         mend += f' or train.global_batch="{smaller} {size.unit}"'

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Source
-from tunesmith.data.files import SUFFIXES, Listed, Table, kind, open_table, without_nulls
+from tunesmith.data.files import Listed, Table, kind, open_table, without_nulls
 from tunesmith.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def from_list(rows: list[dict[str, Any]], name: str = "rows") -> Rows:
 def is_local(name: str) -> bool:
     """Whether a source names a local file: it exists, is written as a path, or ends as a data file does."""
     written_as_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-    return written_as_path or name.lower().endswith(SUFFIXES) or Path(name).exists()
+    return written_as_path or name.lower().endswith(DATA_SUFFIXES) or Path(name).exists()
 
 
 # --- splits ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
@@ -65,10 +65,6 @@ class Outcome(Protocol):
     def seconds(self) -> float: ...
     @property
     def finished_before(self) -> bool: ...
-    @property
-    def best_step(self) -> int | None: ...
-    @property
-    def best_loss(self) -> float | None: ...
 
 
 def closing(run: Run, result: Outcome) -> str:
@@ -85,29 +81,6 @@ def closing(run: Run, result: Outcome) -> str:
             *rows,
         ]
     return "\n".join(rows)
-
-
-def result_values(result: Outcome) -> dict[str, Any]:
-    """The closing summary for a script: plain values for JSON, over all starts of the run."""
-    records = read(result.output_dir / "metrics.jsonl")
-    measured = [r.val_loss for r in records if r.val_loss is not None]
-    return {
-        "output_dir": str(result.output_dir),
-        "final": str(result.output_dir / "final"),
-        "finished_before": result.finished_before,
-        "steps": result.steps,
-        "seconds": result.seconds or sum(r.step_seconds for r in records),
-        "tokens": sum(r.tokens for r in records),
-        "supervised_tokens": sum(r.supervised_tokens for r in records),
-        "examples": sum(r.examples for r in records),
-        "tokens_per_second": _rate(records[1:] or records),
-        "first_loss": records[0].loss if records else None,
-        "last_loss": records[-1].loss if records else None,
-        "val_loss": measured[-1] if measured else None,
-        "best_val_loss": result.best_loss,
-        "best_step": result.best_step,
-        "peak_memory_gib": max((r.memory_gib for r in records), default=None),
-    }
 
 
 def _figures(records: Sequence[StepRecord], seconds: float) -> list[str]:

@@ -52,15 +52,13 @@ class Group:
         start: first token of the only document, where `count` is 1 (nothing is gathered then).
         count: documents.
         length: tokens of the longest.
-        gather: int64 [count * length]; the token at each padded place; padding repeats the document's last token.
-        places: int64 [tokens]; padded places that hold a real token. None where count is 1, like `gather`.
-        tokens: int64 [tokens]; the token at each of `places`.
+        places: int64 [tokens]; of the count * length padded places those that hold a token; None where count is 1.
+        tokens: int64 [tokens]; the token at each of `places`; None where count is 1.
     """
 
     start: int
     count: int
     length: int
-    gather: Tensor | None = None
     places: Tensor | None = None
     tokens: Tensor | None = None
 
@@ -107,10 +105,9 @@ class Documents:
         lengths = torch.tensor([length for length, _ in members]).unsqueeze(1)
         starts = torch.tensor([start for _, start in members]).unsqueeze(1)
         column = torch.arange(longest)
-        gather = (starts + torch.minimum(column, lengths - 1)).flatten()
-        places = (column < lengths).flatten().nonzero().squeeze(1)
-        on = [t.to(device) for t in (gather, places, gather[places])]
-        return Group(start=-1, count=len(members), length=longest, gather=on[0], places=on[1], tokens=on[2])
+        real = column < lengths
+        places, tokens = real.flatten().nonzero().squeeze(1), (starts + column)[real]
+        return Group(start=-1, count=len(members), length=longest, places=places.to(device), tokens=tokens.to(device))
 
 
 class Rule(NamedTuple):
@@ -369,10 +366,12 @@ def _lay(x: Tensor, group: Group, kv_heads: int | None, scale: float | None = No
         For keys and values (`kv_heads` None) [count * heads, length, d]; for queries
         [count * kv heads, heads a kv head, length, d], times `scale`.
     """
-    if group.gather is None:
+    if group.places is None or group.tokens is None:
         rows = x[group.start : group.start + group.length].unsqueeze(0)
     else:
-        rows = x.index_select(0, group.gather).unflatten(0, (group.count, group.length))
+        # Zeros in the padding: in the backward they are the gradients of rows that nobody reads.
+        rows = x.new_zeros(group.count * group.length, *x.shape[1:])
+        rows = rows.index_copy_(0, group.places, x.index_select(0, group.tokens)).unflatten(0, (group.count, -1))
     if kv_heads is None:
         return rows.transpose(1, 2).reshape(-1, group.length, x.shape[2])
     rows = rows.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)

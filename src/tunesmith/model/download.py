@@ -62,11 +62,18 @@ def page(repo: str, kind: str = "model") -> str:
     return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
 
 
+def _token() -> str | None:
+    try:
+        return get_token()
+    except OSError:  # HF_HOME is a file, or may not be read; the same error names it where it is written to
+        return None
+
+
 def clean(error: BaseException | str) -> str:
     """An error in one line, without tokens and without the query of an address, which may carry a signature."""
     text = " ".join(str(error).split())
     text = re.sub(r"hf_[A-Za-z0-9]{4,}", "hf_***", re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", text))
-    token = get_token()
+    token = _token()
     return (text.replace(token, "***") if token else text)[:300]
 
 
@@ -107,7 +114,7 @@ def refused(error: Exception, repo: str, revision: str | None, kind: str = "mode
 def _denied(error: HfHubHTTPError, repo: str, revision: str | None, kind: str) -> ModelError:
     """The same for an answer of the Hub that is an error, most special first (a gated repository is a missing one too)."""
     address, login = page(repo, kind), "log in: hf auth login (or set HF_TOKEN)"
-    known, status = get_token() is not None, error.response.status_code
+    known, status = _token() is not None, error.response.status_code
     ask = f"ask for access on {address}"
     if isinstance(error, GatedRepoError):
         whom = "the account of your token" if known else "you: there is no token"
@@ -243,7 +250,9 @@ def _receive(file: Remote, part: Path, advance: Callable[[int], None], stop: thr
                 f.truncate(0)
                 advance(-have)
                 have, digest = 0, _digest(file)
-            for chunk in response.iter_bytes(CHUNK):
+            for (
+                chunk
+            ) in response.iter_bytes():  # as they come: what is collected to a size is lost when the line breaks
                 if stop.is_set():
                     return False
                 f.write(chunk)

@@ -345,8 +345,8 @@ def about(repo: str, revision: str | None, kind: str, progress: Progress) -> Lis
     return Listing(info.sha, said, bool(info.gated), {s.rfilename: s.size or 0 for s in info.siblings or ()})
 
 
-def tokenizer_folder(name: str) -> Path:
-    """The folder of another tokenizer: a local one, the Hub's cache, the Hub.
+def tokenizer_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a tokenizer and its model's configuration, without weights: a local one, the Hub's cache, the Hub.
 
     Raises:
         ModelError: there is none.
@@ -355,13 +355,13 @@ def tokenizer_folder(name: str) -> Path:
     if path.is_dir():
         return path
     try:
-        cached = try_to_load_from_cache(name, "tokenizer_config.json")
+        cached = try_to_load_from_cache(name, "tokenizer_config.json", revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent
         with _quiet():
-            return Path(patiently(lambda: snapshot_download(name, allow_patterns=list(SUPPORT))))
+            return Path(patiently(lambda: snapshot_download(name, revision=revision, allow_patterns=list(SUPPORT))))
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, TRANSPORT, OSError) as error:
-        raise refused(error, name, None) from error
+        raise refused(error, name, revision) from error
 
 
 @contextmanager

@@ -1,0 +1,109 @@
+"""The chunked head and loss against plain logits and `F.cross_entropy`, values and gradients, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tunesmith.adapter.lora import LoraLinear
+from tunesmith.config.schema import Adapter
+from tunesmith.loss import chunk_size, chunked_cross_entropy, token_cross_entropy
+
+CAPS = [{}, {"softcap": 3.0}, {"scale": 0.25}, {"softcap": 3.0, "scale": 2.0}]
+
+
+def plain(hidden, head, targets, *, softcap=None, scale=1.0, reduction="sum"):
+    logits = head(hidden) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, reduction=reduction)
+
+
+def case(kind: str):
+    torch.manual_seed(0)
+    head = nn.Linear(6, 40, bias=kind == "bias", dtype=torch.float64)
+    nn.init.normal_(head.weight)
+    if kind == "frozen":
+        head.requires_grad_(False)
+    if kind == "lora":
+        head.requires_grad_(False)
+        head = LoraLinear(head, Adapter(rank=2)).double()
+        nn.init.normal_(head.lora_A)
+        nn.init.normal_(head.lora_B)
+    hidden = torch.randn(23, 6, dtype=torch.float64, requires_grad=True)
+    return hidden, head, torch.randint(0, 40, (23,))
+
+
+@pytest.mark.parametrize("options", CAPS, ids=str)
+@pytest.mark.parametrize("kind", ["frozen", "trained", "bias", "lora"])
+@pytest.mark.parametrize("chunk", [1, 5, 23, 100])
+def test_value_and_gradients(kind, options, chunk):
+    hidden, head, targets = case(kind)
+    leaves = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    ours = chunked_cross_entropy(hidden, head, targets, chunk=chunk, **options)
+    expected = plain(hidden, head, targets, **options)
+    torch.testing.assert_close(ours, expected, rtol=1e-13, atol=0)
+    got = torch.autograd.grad(ours * 0.37, leaves)
+    wanted = torch.autograd.grad(expected * 0.37, leaves)
+    for a, b in zip(got, wanted, strict=True):
+        assert b.abs().max() > 1e-3, "a zero reference proves nothing"
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_tied_head_gets_both_gradients():
+    torch.manual_seed(1)
+    embedding, head = nn.Embedding(11, 4), nn.Linear(4, 11, bias=False)
+    head.weight = embedding.weight
+    ids, targets = torch.randint(0, 11, (9,)), torch.randint(0, 11, (9,))
+    (ours,) = torch.autograd.grad(chunked_cross_entropy(embedding(ids), head, targets, chunk=4), embedding.weight)
+    (wanted,) = torch.autograd.grad(plain(embedding(ids), head, targets), embedding.weight)
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_head_sums_its_gradient_in_fp32():
+    """4,096 equal rows, one a chunk: a bf16 sum of them would stop growing at 256 times the first."""
+    hidden = torch.ones(4096, 1, dtype=torch.bfloat16)
+    head = nn.Linear(1, 2, bias=False, dtype=torch.bfloat16)
+    nn.init.zeros_(head.weight)
+    loss = chunked_cross_entropy(hidden, head, torch.zeros(4096, dtype=torch.long), chunk=1)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.item(), 4096 * 0.6931472, rtol=1e-4, atol=0)
+    assert head.weight.grad.flatten().tolist() == [-2048.0, 2048.0]
+
+
+def test_no_more_than_a_chunk_of_logits_exists():
+    vocabulary, largest = 5000, 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == vocabulary:
+                largest = max(largest, len(out))
+            return out
+
+    head = nn.Linear(4, vocabulary, bias=False)
+    with Watch():
+        chunked_cross_entropy(torch.randn(300, 4), head, torch.zeros(300, dtype=torch.long), chunk=64)
+    assert largest == 64
+    assert chunk_size(128256, torch.device("cpu")) * 128256 * 4 <= 64 << 20
+
+
+def test_no_positions_make_a_zero_that_can_be_differentiated():
+    hidden = torch.zeros(0, 6, requires_grad=True)
+    loss = chunked_cross_entropy(hidden, nn.Linear(6, 40), torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("options", CAPS, ids=str)
+def test_token_losses_and_hits(options):
+    hidden, head, targets = case("trained")
+    losses, hits = token_cross_entropy(hidden, head, targets, **options)
+    torch.testing.assert_close(losses, plain(hidden, head, targets, reduction="none", **options), rtol=0, atol=1e-12)
+    assert hits.tolist() == (head(hidden).argmax(-1) == targets).tolist()
+    assert not losses.requires_grad
