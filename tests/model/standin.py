@@ -28,6 +28,7 @@ class Repo:
     granted: str = ""  # the token that a gated repository lets in
     failing: int = 0  # so many answers 503 come first
     cut: list[int] = field(default_factory=list)  # the next downloads of a large file break off after so many bytes
+    stall: int = 0  # so many downloads of a large file send half of it and then nothing
     bad_byte: bool = False  # one byte of a large file is changed on the way
     ignores_range: bool = False
 
@@ -45,6 +46,7 @@ class StandIn:
 
     def __init__(self, repos: dict[str, Repo]) -> None:
         self.repos, self.seen = repos, []
+        self.closing = threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -73,6 +75,7 @@ class StandIn:
         return self
 
     def __exit__(self, *args: object) -> None:
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -83,7 +86,7 @@ class StandIn:
         path = unquote(urlsplit(http.path).path)
         token = (http.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.seen.append(Seen(http.command, path, token, http.headers.get("Range")))
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
+        api = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         network = re.fullmatch(r"/network/([^/]+/[^/]+)/(.+)", path)
         found = api or file or network
@@ -165,6 +168,13 @@ class StandIn:
             data = data[:100] + bytes([data[100] ^ 1]) + data[101:]
         http.send_header("Content-Length", str(len(data) - start))
         http.end_headers()
+        if repo.stall:
+            repo.stall -= 1
+            http.wfile.write(data[start : len(data) // 2])
+            http.wfile.flush()
+            self.closing.wait(20)
+            http.close_connection = True
+            return
         if repo.cut:
             http.wfile.write(data[start : start + repo.cut.pop(0)])
             http.wfile.flush()

@@ -53,16 +53,20 @@ def files(tiny: Path) -> dict[str, bytes]:
 def ask(tmp_path: Path):
     """Run a fetch against a stand-in; returns (answer, stderr)."""
 
-    def call(hub: StandIn | None, *, token: str | None = None, offline: bool = False, **spec):
+    def call(hub: StandIn | None, *, token: str | None = None, offline: bool = False, env: dict | None = None, **spec):
         spec.setdefault("model", {"name": NAME})
-        env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-        env |= {
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "1" if offline else "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9",
-        }
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+        env = (
+            clean
+            | (env or {})
+            | {
+                "HF_HOME": str(tmp_path / "home"),
+                "HF_HUB_OFFLINE": "1" if offline else "0",
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9",
+            }
+        )
         if token:
             env["HF_TOKEN"] = token
         done = subprocess.run(
@@ -148,6 +152,14 @@ def test_a_connection_that_always_breaks_ends_with_words(ask, files) -> None:
     with StandIn({NAME: Repo(files, cut=[0] * 20)}) as hub:
         answer, _ = ask(hub)
         mended(answer, "cannot be reached", "what has arrived is kept")
+
+
+def test_a_silent_connection_is_left_and_resumed(ask, files) -> None:
+    with StandIn({NAME: Repo(files, stall=1)}) as hub:
+        answer, _ = ask(hub, env={"HF_HUB_DOWNLOAD_TIMEOUT": "1"})
+        assert (Path(answer["folder"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+        half = len(files["model.safetensors"]) // 2
+        assert hub.downloads("/network/someone/tiny/model.safetensors")[-1].range == f"bytes={half}-"
 
 
 def test_damaged_bytes_are_not_kept(ask, files) -> None:
