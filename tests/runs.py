@@ -23,18 +23,18 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def peft_model(base: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """PEFT over plain Transformers; A and B are drawn, B so large that the adapter changes most answers."""
+def peft_model(base: Path, *, seed: int = 0, std: float = 0.1, **options: Any) -> Any:
+    """PEFT over plain Transformers in fp32; A is drawn as usual, B with `std` in place of zeros."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     given = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
     tuned = get_peft_model(model, LoraConfig(**given)).eval()
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)
+            torch.nn.init.normal_(weight, std=std)
         elif weight.requires_grad and "modules_to_save" in name:
             weight.data += 0.05 * torch.randn_like(weight)
     return tuned

@@ -23,8 +23,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tunesmith import proof
-from tunesmith.adapter.lora import Lora, disabled, loras, merged, saved
+from tunesmith.adapter.lora import Lora, LoraLinear, disabled, loras, saved
 from tunesmith.adapter.nf4 import Nf4Linear
+from tunesmith.config.schema import Adapter
 from tunesmith.errors import CheckpointError, MachineError, UsageError
 from tunesmith.model import facts
 from tunesmith.model.hub import fetch
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 SHARD = "5GB"
 ROOM = 1.1  # of the weights: the rest of the folder, and a head that stands for itself
-NF4_SLACK = 4.0  # see `_exact`
 EXACT_BYTES = 8  # a parameter: written, fp32, and what comparing takes
 
 
@@ -99,21 +99,51 @@ def check_room(output: Path, needed: int) -> None:
         )
 
 
+def widen(model: PreTrainedModel) -> None:
+    """Bring a model to fp32 in place, adapter and all; 4-bit layers become plain ones that hold their dense weights.
+
+    The base's values stay what they were in the type that was trained, so this is the trained model in exact arithmetic.
+    """
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, Nf4Linear)]:
+        plain = _linear(module.dense().float(), module.bias)
+        if isinstance(module, Lora):
+            adapted = LoraLinear(plain, Adapter(rank=module.lora_A.shape[0]))
+            adapted.lora_A, adapted.lora_B, adapted.scaling = module.lora_A, module.lora_B, module.scaling
+            plain = adapted
+        model.set_submodule(name, plain)
+    _cast(model, torch.float32)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return plain
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """All parameters to a type; tied ones stay tied, and buffers (rotary frequencies) as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def summed(module: Lora) -> torch.Tensor:
+    """weight + scaling B A in fp32, [out_features, in_features], not rounded."""
+    return module.dense().detach().float() + module.update().detach()
+
+
 def fold(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Turn each adapted or 4-bit layer into a plain linear one, in place: weight + scaling B A, added in fp32.
+    """Turn each adapted or 4-bit layer into a plain linear one, in place, its sum rounded once; all weights to `dtype`.
 
     Returns:
         how many layers had an adapter.
     """
     count = sum(1 for _ in loras(model))
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Lora | Nf4Linear)]
-    for name, module in layers:
-        weight = (merged(module) if isinstance(module, Lora) else module.dense()).to(dtype)
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta", dtype=dtype)
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        if module.bias is not None:
-            plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-        model.set_submodule(name, plain)
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, Lora | Nf4Linear)]:
+        weight = summed(module) if isinstance(module, Lora) else module.dense()
+        model.set_submodule(name, _linear(weight.to(dtype), module.bias))
+    _cast(model, dtype)
     ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings())]
     if any(True for _ in saved(model)) and ends[0] is not ends[1]:
         # An embedding trained in full left the head that was tied to it as it was: two matrices now, not one.
@@ -228,7 +258,7 @@ def merge(
     config = fetch(place.base) / "config.json"
     parameters = facts.read(read_json(config), where=str(config)).parameters
     check_room(goal, round(parameters * DTYPES[chosen].itemsize * ROOM))
-    opened = open_model(path, device=device, dtype=chosen, place=place)
+    opened = open_model(path, device=device, place=place)
     temp = goal.with_name(f".{goal.name}.{os.getpid()}.part")
     try:
         found = _merge(opened, temp, chosen)
@@ -245,9 +275,9 @@ def merge(
 def _merge(opened: Opened, temp: Path, dtype: str) -> Proof:
     model, device, place = opened.model, opened.model.device, opened.place
     prompts, source = proof.probes_of(opened)
+    if dtype == "fp32":
+        widen(model)
     adapted = proof.logits_of(model, prompts)
-    with proof.eager(model):
-        noise = proof.difference(adapted, proof.logits_of(model, prompts))
     with disabled(model):
         base = proof.difference(adapted, proof.logits_of(model, prompts))
     fold(model, DTYPES[dtype])
@@ -256,11 +286,14 @@ def _merge(opened: Opened, temp: Path, dtype: str) -> Proof:
     del opened, model
     gc.collect()
     written = _reload(temp, device)
-    again = proof.difference(adapted, proof.logits_of(written, prompts))
+    again = proof.logits_of(written, prompts)
+    with proof.eager(written):
+        noise = proof.difference(again, proof.logits_of(written, prompts))
+    merged = proof.difference(adapted, again)
     largest, positions = proof.largest_of(adapted), sum(map(len, prompts))
     exact = None if dtype == "fp32" else _exact(place, written, prompts)
-    rules = proof.rules(dtype, again, base, noise, largest, exact)
-    return Proof(dtype, again, base, noise, largest, positions, source, exact, rules)
+    rules = proof.rules(dtype, merged, base, noise, largest, exact)
+    return Proof(dtype, merged, base, noise, largest, positions, source, exact, rules)
 
 
 def _exact(place: Place, written: PreTrainedModel, prompts: list[list[int]]) -> Exact | None:
@@ -268,13 +301,12 @@ def _exact(place: Place, written: PreTrainedModel, prompts: list[list[int]]) -> 
     parameters = sum(p.numel() for p in written.parameters())
     if parameters * EXACT_BYTES > proof.memory_available():
         return None
-    opened = open_model(place.folder or "", device="cpu", dtype="fp32", place=place)
-    adapted = proof.logits_of(opened.model, prompts)
-    fold(opened.model, torch.float32)
-    found = proof.difference(adapted, proof.logits_of(opened.model, prompts))
-    # A 4-bit base is first brought to the written type, then merged: one rounding more.
-    slack = 1.001 if place.base.quantize == "none" else NF4_SLACK
-    return Exact(found, proof.largest_of(adapted), *proof.rounded_once(written, opened.model, slack=slack))
+    model = open_model(place.folder or "", device="cpu", place=place).model
+    widen(model)
+    adapted = proof.logits_of(model, prompts)
+    fold(model, torch.float32)
+    found = proof.difference(adapted, proof.logits_of(model, prompts))
+    return Exact(found, proof.largest_of(adapted), *proof.rounded_once(written, model))
 
 
 def _settle(temp: Path, goal: Path, found: Proof) -> None:

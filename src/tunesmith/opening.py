@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.checkpoint import state
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
-from tunesmith.errors import CheckpointError, ModelError, UsageError
+from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +162,7 @@ def _from_run(folder: Path) -> Place:
             torn.append(f"{candidate.name}: holds training state only")
             continue
         skipped = f" (skipped {'; '.join(torn)})" if torn else ""
-        return _from_folder(candidate, note=f"{candidate}{skipped}")
+        return _from_folder(candidate, note=f"from {candidate}{skipped}")
     raise CheckpointError(
         "this run has no finished checkpoint",
         where=str(folder),
@@ -275,18 +275,16 @@ def open_model(
         UsageError, CheckpointError: as `locate`.
         ModelError: the base is missing, gated, damaged, or does not fit the adapter.
     """
-    import torch
-
     from tunesmith.model.hub import fetch
     from tunesmith.model.load import tokenizer_of
     from tunesmith.model.tokenizer import eos_ids
     from tunesmith.parallel.apply import prepare
 
+    chosen = device_of(device)
     place = place or locate(path, base_only=base_only)
     run = _as_run(place, dtype)
     weights = place.folder if place.kind == "full" and place.folder else fetch(place.base)
     saved = place.folder if place.folder and (place.folder / "tokenizer_config.json").is_file() else None
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     train_model = prepare(run, weights, device=chosen)
     train_model.eval()
     train_model.model.set_attn_implementation("sdpa")
@@ -295,6 +293,27 @@ def open_model(
     return Opened(
         train_model.model, train_model, tokenizer, template, place.run, place.base.name, place.kind, place, weights
     )
+
+
+def device_of(name: str | torch.device | None) -> torch.device:
+    """The device by its name; None takes the GPU where there is one.
+
+    Raises:
+        MachineError: there is no such device here.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if str(name) not in there and not (str(name) == "cuda" and len(there) > 1):
+        raise MachineError(
+            f"there is no device {name}",
+            where="--device",
+            why=f"this machine has {', '.join(there)}",
+            fix="name one of these",
+        )
+    return torch.device(name)
 
 
 def _template(data: Data, tokenizer: Any, ends: set[int], saved: Path | None) -> Template:
