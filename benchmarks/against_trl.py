@@ -116,10 +116,7 @@ def contend(a: argparse.Namespace) -> None:
     """One contender in this process; the report goes to stdout's last line."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if a.contender == "tunesmith":
-            out = tunesmith_run(a, folder)
-        else:
-            out = trl_run(a, folder, CONTENDERS[a.contender])
+        out = tunesmith_run(a, folder) if a.contender == "tunesmith" else trl_run(a, folder, CONTENDERS[a.contender])
     import torch
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -54,9 +55,14 @@ class Session:
     total_steps: int | None
 
     @property
-    def trained(self) -> str:
-        """What is trained, in the word of `facts.flops`: `lora` or `full`."""
+    def trained(self) -> Literal["full", "lora"]:
+        """What is trained, in the word of `facts.flops`."""
         return "lora" if self.run.adapter.kind == "lora" else "full"
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters trained beside a frozen base; 0 for full fine-tuning."""
+        return sum(p.numel() for p in self.optimizer.params.values()) if self.trained == "lora" else 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,7 +146,7 @@ def build(run: Run, start: Start, *, say: Callable[[str], None]) -> Session:
     config = load.config_of(folder, run.model)
     facts = model_facts.read(config.to_dict(), where=str(folder))
     tokenizer = load.tokenizer_of(folder, run.model)
-    data = prepare(run, tokenizer, load.eos_ids(folder, tokenizer), facts.vocab)
+    data = prepare(run, tokenizer, load.eos_ids(folder, tokenizer), load.vocab_rows(config, tokenizer))
     say(data.describe())
     total_steps = data.course.steps(run.train.duration)
 

@@ -24,17 +24,17 @@ from torch import Tensor
 from tunesmith.build import Session, build
 from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.resume import RECIPE, Progress, Start, claimed, decide, put_aside
-from tunesmith.config.load import digest, dump
+from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError
 from tunesmith.evaluate import validation_loss
-from tunesmith.generate import Decoding, answer_batch, decode, generating
+from tunesmith.generate import Decoding, answer_batch, decode
 from tunesmith.metrics import hardware
 from tunesmith.metrics import sinks as metric_sinks
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
-from tunesmith.metrics.report import write_failure
+from tunesmith.metrics.report import clear_failure, write_failure
 from tunesmith.model.facts import flops
 from tunesmith.optim import learning_rate, warmup_steps
 from tunesmith.signals import StopRequest
@@ -79,6 +79,22 @@ class Result:
     def last_loss(self) -> float | None:
         """Loss of the last step."""
         return self.records[-1].loss if self.records else None
+
+    def values(self) -> dict[str, Any]:
+        """The result as plain values, for `--json`."""
+        return {
+            "output_dir": str(self.output_dir),
+            "steps": self.steps,
+            "first_step": self.first_step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "examples": self.examples,
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "best_step": self.best_step,
+            "best_val_loss": self.best_loss,
+            "finished_before": self.finished_before,
+        }
 
 
 @dataclass(frozen=True)
@@ -173,7 +189,8 @@ class Trainer:
         if not self.validated:
             self.sinks.text("validation", "the validation that a stop cut off is made up for")
             self.finish_step()
-        with Profiler(self.run, self.out) as profiler, self.s.loader(self.step) as loader:
+        profiler = Profiler(self.run.profile, self.out, rank=0, device=self.s.device)
+        with profiler, self.s.loader(self.step) as loader:
             self.clock = time.perf_counter()
             for batch in loader:
                 if self.stop.signal or self.over():
@@ -240,7 +257,7 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or searching):
             return
         saved = f"checkpoint-{self.saved_step}" if self.saved_step else "none was written yet"
-        rows = pending.batch.names()
+        rows = pending.batch.row_names()
         raise NonFiniteError(
             f"the {'gradient norm' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})",
             where=f"step {pending.step}, rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
@@ -253,10 +270,17 @@ class Trainer:
         """The step's record in the form of metrics.jsonl."""
         batch, device = pending.batch, self.s.device
         utilization, watts = self.gauges.read()
-        work = flops(self.s.facts, batch.lengths(), batch.supervised, trained=self.s.trained)
+        course = self.s.data.course
+        work = flops(
+            self.s.facts,
+            course.lengths[batch.indices],
+            batch.supervised,
+            trained=self.s.trained,
+            adapter_parameters=self.s.adapter_parameters,
+        )
         return StepRecord(
             step=pending.step,
-            epoch=self.s.data.course.epoch(pending.step),
+            epoch=batch.epoch,
             loss=loss,
             learning_rate=pending.rate,
             grad_norm=norm,
@@ -292,7 +316,6 @@ class Trainer:
             micro_tokens=self.s.micro_tokens or self.run.data.seq_len * 4,
             pad_id=self.s.pad_id,
             device=self.s.device,
-            max_examples=self.run.validate.max_examples,
             cancelled=lambda: self.stop.signal is not None,
         )
         self.s.model.train()
@@ -313,13 +336,12 @@ class Trainer:
         rows = [tokens[i] for i in range(min(count, len(tokens)))]
         # What stands before the first trained token is the prompt; a row that is trained whole has none to ask.
         prompts = [ids for ids in (row.ids[: int(row.trained.argmax())].tolist() for row in rows) if len(ids) > 1]
-        with generating(model):
-            answers = [
-                answer_batch(
-                    model, tokenizer, [ids], Decoding(max_new_tokens=SAMPLE_TOKENS), stops=self.s.data.template.stops
-                )[0]
-                for ids in prompts
-            ]
+        decoding, stops = Decoding(max_new_tokens=SAMPLE_TOKENS), self.s.data.template.stops
+        model.set_attn_implementation("sdpa")
+        try:
+            answers = [answer_batch(model, tokenizer, [ids], decoding, stops=stops)[0] for ids in prompts]
+        finally:
+            self.s.model.use_training_attention()
         return [(decode(tokenizer, ids), a.text) for ids, a in zip(prompts, answers, strict=True)]
 
     def note_best(self, loss: float) -> None:
@@ -414,7 +436,7 @@ def train(
         if start.finished is not None:
             return Result(out, start.finished, finished_before=True)
         session = build(run, start, say=say)
-        (out / "failure.json").unlink(missing_ok=True)
+        clear_failure(out)
         write_identity(session, argv)
         sinks = metric_sinks.for_run(run, out, total_steps=session.total_steps)
         stack.callback(sinks.close)
@@ -460,5 +482,5 @@ def as_failure(trainer: Trainer, error: BaseException) -> TunesmithError:
             why="an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from",
             fix=going_on,
         )
-    write_failure(trainer.out, failure, last_step=trainer.step)
+    write_failure(trainer.out, failure, last_step=trainer.step, next_command=going_on)
     return failure

@@ -77,7 +77,9 @@ def test_sdpa_by_document_equals_the_products(window):
     one, other = attention._sdpa(q, k, v, rule), attend(q, k, v, rule.documents, scale=0.2, window=window)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
     for a, b in zip(
-        torch.autograd.grad(one.square().sum(), (q, k, v)), torch.autograd.grad(other.square().sum(), (q, k, v)), strict=True
+        torch.autograd.grad(one.square().sum(), (q, k, v)),
+        torch.autograd.grad(other.square().sum(), (q, k, v)),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 

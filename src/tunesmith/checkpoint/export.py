@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.adapter import peft_io
 from tunesmith.checkpoint.resume import OPTIMIZER
@@ -17,7 +18,9 @@ from tunesmith.method.base import TrainModel
 SHARD = "5GB"
 
 
-def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: object, template: Template) -> None:
+def write_model(
+    folder: Path, run: Run, model: TrainModel, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> None:
     """Write the adapter (PEFT) or the whole model (Transformers), and the tokenizer with the template that was trained.
 
     Args:
@@ -37,7 +40,7 @@ def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: object, te
     save_tokenizer(folder, tokenizer, template)
 
 
-def save_tokenizer(folder: Path, tokenizer: object, template: Template) -> None:
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
     """Write the tokenizer, with the template in use as its chat template."""
     before = tokenizer.chat_template
     try:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.checkpoint.state import Found, listing, newest, step_of, sweep
-from tunesmith.config.load import differences, from_mapping, read_mapping
+from tunesmith.config.dump import differences
+from tunesmith.config.load import load
 from tunesmith.config.schema import Run
 from tunesmith.errors import CheckpointError, MachineError, RecipeError
 
@@ -135,8 +136,7 @@ def decide(run: Run, *, warn: Callable[[str], None]) -> Start:
     if not listing(output_dir) and step_of(output_dir / "final") is None:
         return Start()
     if recipe.is_file():
-        before = from_mapping(read_mapping(recipe), where=str(recipe), base=output_dir)
-        changes = differences(before, run)
+        changes = differences(load(recipe), run)
         refused = [c for c in changes if not c.allowed]
         if refused and run.checkpoint.resume != "force":
             raise RecipeError(

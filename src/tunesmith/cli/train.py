@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.config.load import load
 
     recipe = load(args.recipe, args.overrides)
-    from tunesmith.metrics.report import closing, result_values
+    from tunesmith.metrics.report import closing
     from tunesmith.train import train
 
     result = train(recipe, fresh=args.fresh, argv=sys.argv)
-    print(json.dumps(result_values(result)) if args.json else closing(recipe, result))
+    print(json.dumps(result.values()) if args.json else closing(recipe, result))
     return EXIT_OK

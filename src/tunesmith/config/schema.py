@@ -40,7 +40,9 @@ class Model:
         "auto", doc="auto takes the fastest block-diagonal attention; eager is Transformers' own plain one"
     )
     trust_remote_code: bool = key(False, doc="run Python code that the model's repository ships")
-    added_tokens: tuple[str, ...] = key((), doc="special tokens to add to the vocabulary; their embeddings are trained")
+    added_tokens: tuple[str, ...] = key(
+        (), doc="special tokens to add to the vocabulary; with LoRA, `adapter.modules_to_save` must name `embed_tokens`"
+    )
     pad_token: str | None = key(None, doc="padding token; null takes the tokenizer's own, else its unk, else its eos")
 
 
@@ -168,6 +170,9 @@ class Log:
 
     every: Length = key(Length(1, "steps"), doc="how often a line is printed; metrics.jsonl has every step")
     tensorboard: bool = key(True, doc="write TensorBoard events")
+    tensorboard_dir: str | None = key(
+        None, doc="folder of the TensorBoard events; null takes `tensorboard/` in output_dir"
+    )
     wandb: bool = key(False, doc="send to Weights & Biases, set up by its own WANDB_ variables")
     samples: int = key(2, doc="sample generations written to TensorBoard at each validation; 0: none")
 

@@ -107,9 +107,7 @@ class Documents:
         column = torch.arange(longest)
         real = column < lengths
         places, tokens = real.flatten().nonzero().squeeze(1), (starts + column)[real]
-        return Group(
-            start=-1, count=len(members), length=longest, places=places.to(device), tokens=tokens.to(device)
-        )
+        return Group(start=-1, count=len(members), length=longest, places=places.to(device), tokens=tokens.to(device))
 
 
 class Rule(NamedTuple):

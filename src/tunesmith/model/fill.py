@@ -98,7 +98,8 @@ def load_weights(
     """
     hooks = dict(convert or {})
     places = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not skip(n) and n not in hooks}
-    places |= {n: b for n, b in model.named_buffers() if n in model.state_dict(keep_vars=True) and not skip(n)}
+    kept = model.state_dict(keep_vars=True).keys()  # without the buffers that no checkpoint holds
+    places |= {n: b for n, b in model.named_buffers() if n in kept and not skip(n)}
     plan = _Plan(places, hooks, [e for f in weight_files(folder) for e in entries(f)], grows=_grows(model))
     plan.check(str(folder))
     total = 0

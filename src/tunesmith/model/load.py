@@ -115,7 +115,10 @@ def on_meta(
             )
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(
-            f"Transformers cannot build this {config.model_type}", where="config.json", why=_first_line(error)
+            f"Transformers cannot build this {config.model_type}",
+            where=f"{config.name_or_path}/config.json",
+            why=_first_line(error),
+            fix="correct the value there, or fetch the model again: tunesmith fetch MODEL",
         ) from error
     _replace(built, lambda p: p.to("meta"))
     return built

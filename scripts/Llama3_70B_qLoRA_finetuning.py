@@ -1,0 +1,8 @@
+"""QLoRA fine-tuning of Llama 3.1 70B on an nf4 base, or of any model by --model_name; `--help` lists the flags."""
+
+import sys
+
+from tunesmith.cli.playbook import main
+
+if __name__ == "__main__":
+    sys.exit(main("Llama3_70B_qLoRA_finetuning"))

@@ -1,0 +1,218 @@
+"""Show what a recipe's model will learn from, token by token, before it learns.
+
+Tokens that are learnt stand in green, or without colours between ⟦ and ⟧. Below them: counts, lengths, packing, the
+number of optimizer steps, and the token contract. The exit code is 2 where the contract is broken.
+Of a model on the Hub only the tokenizer and the configuration are fetched.
+
+examples:
+  tunesmith data smollm2-135m-lora
+  tunesmith data my-recipe.yaml data.train_on=last --rows 10
+  tunesmith data my-recipe.yaml --json > tokens.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import EXIT_OK, EXIT_USAGE
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tunesmith.data.prepare import Prepared
+    from tunesmith.data.tokens import TokenSet
+
+_BARS = 16  # of the length histogram
+_SHOWN = 800  # tokens of a row that are shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `tunesmith data`."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of one that ships")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows to show (default 3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the data as `train` does, and show it; errors leave as TunesmithError with their exit code."""
+    from tunesmith.config.load import load
+
+    recipe = load(args.recipe, args.overrides)
+    from tunesmith.data.prepare import prepare
+    from tunesmith.model import hub
+    from tunesmith.model.load import config_of
+    from tunesmith.model.tokenizer import eos_ids, tokenizer_of, vocab_rows
+
+    if hub.local(recipe.model) is not None:
+        folder = hub.fetch(recipe.model)
+    else:
+        folder = hub.in_cache(recipe.model) or hub.tokenizer_folder(recipe.model.name, recipe.model.revision)
+    tokenizer = tokenizer_of(folder, recipe.model)
+    rows = vocab_rows(config_of(folder, recipe.model), tokenizer)
+    prepared = prepare(recipe, tokenizer, eos_ids(folder, tokenizer), rows, strict=False)
+    if args.json:
+        print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))
+    else:
+        show(prepared, tokenizer, args.rows)
+    return EXIT_USAGE if any(contract.broken for contract in prepared.contracts) else EXIT_OK
+
+
+def show(prepared: Prepared, tokenizer: Any, rows: int) -> None:
+    """Everything, on stdout: rows, counts, lengths, packing, contract."""
+    from rich.console import Console
+
+    from tunesmith.data.prepare import course_text
+
+    # A file or a pipe has no width to keep to; 80 columns would fold the tables for nothing.
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    _rows(console, prepared.train, tokenizer, rows)
+    console.print(prepared.template.describe(), markup=False)
+    console.print(_counts(prepared))
+    console.print(_histogram(prepared.train))
+    console.print(course_text(prepared.course, prepared.run)[0], markup=False)
+    for warning in prepared.warnings():
+        console.print(warning, style="yellow", markup=False)
+    console.print(_contracts(prepared))
+
+
+def segments(tokens: TokenSet, tokenizer: Any, i: int, limit: int = _SHOWN) -> list[tuple[str, bool, bool]]:
+    """Example i as (text, learnt, special) stretches; of a long one the beginning and the end.
+
+    Stretches are decoded as what each adds to the text before it: alone, a piece of a character or a leading space
+    would decode to something else.
+    """
+    example = tokens[i]
+    ids, special = [int(t) for t in example.ids], set(tokenizer.all_special_ids)
+    kinds = [(bool(t), token in special) for t, token in zip(example.trained, ids, strict=True)]
+    out: list[tuple[str, bool, bool]] = []
+    begin, before = 0, ""
+    for at in range(1, len(ids) + 1):
+        skipping = limit // 2 <= at <= len(ids) - limit // 2 and len(ids) > limit
+        if at < len(ids) and (kinds[at] == kinds[begin] and not (skipping and at == limit // 2)):
+            continue
+        text = tokenizer.decode(ids[:at], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        out.append((text[len(before) :], *kinds[begin]))
+        begin, before = at, text
+        if skipping and at == limit // 2:
+            begin = len(ids) - limit // 2
+            before = tokenizer.decode(ids[:begin], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            out.append((f"\n… {begin - at:,} tokens …\n", False, False))
+    return out
+
+
+def _rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) -> None:
+    from rich.text import Text
+
+    coloured = console.color_system is not None and not console.no_color and "NO_COLOR" not in os.environ
+    for i in range(min(count, len(tokens))):
+        example = tokens[i]
+        console.rule(
+            Text(f"{tokens.where(i)}: {len(example.ids):,} tokens, {int(example.trained.sum()):,} learnt"), align="left"
+        )
+        text, learning = Text(), False
+        for piece, learnt, special in segments(tokens, tokenizer, i):
+            if not coloured and learnt != learning:
+                text.append("⟦" if learnt else "⟧")
+                learning = learnt
+            style = ("bold green" if learnt else "dim") + (" reverse" if special else "")
+            text.append(piece, style=style if coloured else "")
+        console.print(text.append("⟧" if learning else ""))
+    console.print()
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
+    return table
+
+
+def _counts(prepared: Prepared) -> Table:
+    from tunesmith.data.source import is_local
+
+    columns = ("source", "rows", "kept", "weight", "tokens", "learnt", "cut", "dropped", "emptied", "longest")
+    table = _table("what is learnt from", *columns)
+    for what, tokens in (("train", prepared.train), ("validation", prepared.validation)):
+        for part in tokens.parts if tokens is not None else ():
+            c = part.counts
+            numbers = (c.rows, c.kept, f"{part.weight:g}", c.tokens, f"{c.supervised / max(1, c.tokens):.1%}")
+            rest = (c.cut, c.dropped, c.emptied, c.longest)
+            cells = (f"{n:,}" if isinstance(n, int) else n for n in (*numbers, *rest))
+            table.add_row(f"{what}: {Path(c.source).name if is_local(c.source) else c.source}", *cells)
+    return table
+
+
+def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
+    """(shortest, longest, examples) of equal steps of length, in tokens."""
+    import numpy as np
+
+    if not len(tokens):
+        return []
+    top = int(tokens.lengths.max())
+    step = max(1, -(-top // _BARS))
+    counts = np.bincount((tokens.lengths - 1) // step)
+    return [(k * step + 1, min((k + 1) * step, top), int(n)) for k, n in enumerate(counts)]
+
+
+def _histogram(tokens: TokenSet) -> Table:
+    table = _table("tokens of an example", "from - to", "examples", "")
+    table.columns[2].justify = "left"
+    bars = histogram(tokens)
+    most = max((n for _, _, n in bars), default=1)
+    for low, high, n in bars:
+        table.add_row(f"{low:,} - {high:,}", f"{n:,}", "█" * round(40 * n / most) or ("▏" if n else ""))
+    return table
+
+
+def _contracts(prepared: Prepared) -> Table:
+    from rich.text import Text
+
+    table = _table("token contract", "check", "looked at", "result")
+    table.columns[2].justify, table.columns[2].no_wrap = "left", False
+    for contract in prepared.contracts:
+        for check in contract.checks:
+            if check.broken:
+                lines = [f"BROKEN {check.broken:,} times, first in {check.where}", check.why, f"fix: {check.fix}"]
+                result = Text("\n".join(lines), style="red")
+            else:
+                result = Text(f"holds{f' ({check.note})' if check.note else ''}", style="green" if check.looked else "")
+            table.add_row(f"{contract.what}: {check.name}", f"{check.looked:,} {check.of}", result)
+    return table
+
+
+def values(prepared: Prepared, tokenizer: Any, rows: int) -> dict[str, Any]:
+    """The same as plain values, for --json."""
+    from dataclasses import asdict
+
+    train = prepared.train
+    held = prepared.validation.sources if prepared.validation is not None else ()
+    return {
+        "template": {"name": prepared.template.name, "end_ids": sorted(prepared.template.end_ids)},
+        "train": [{**asdict(part.counts), "weight": part.weight} for part in train.parts],
+        "validation": [asdict(counts) for counts in held],
+        "lengths": [{"from": low, "to": high, "examples": n} for low, high, n in histogram(train)],
+        "course": asdict(prepared.course.summary(prepared.run.train.duration)),
+        "warnings": prepared.warnings(),
+        "contract": [{"split": c.what, **asdict(check)} for c in prepared.contracts for check in c.checks],
+        "rows": [
+            {
+                "where": train.where(i),
+                "tokens": len(train[i].ids),
+                "segments": [
+                    {"text": text, "learnt": learnt, "special": special}
+                    for text, learnt, special in segments(train, tokenizer, i, limit=1 << 30)
+                ],
+            }
+            for i in range(min(rows, len(train)))
+        ],
+    }

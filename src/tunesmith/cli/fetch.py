@@ -1,0 +1,223 @@
+"""`tunesmith fetch`: licence, access and disk first, then a model and a recipe's data; what the cache holds."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config.names import nearest
+from tunesmith.errors import EXIT_OK, MachineError, UsageError
+
+if TYPE_CHECKING:
+    from tunesmith.config.schema import Model, Source
+    from tunesmith.model.hub import Progress
+
+EPILOG = """examples:
+  tunesmith fetch smollm2-135m-lora              # the model and the data of a recipe
+  tunesmith fetch Qwen/Qwen3-8B --dry-run        # licence, access, sizes and room; nothing is brought
+  tunesmith fetch --list
+  tunesmith fetch --remove Qwen/Qwen3-8B
+
+What was cut off goes on where it stopped. HF_HOME says where the cache is, HF_TOKEN who asks.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The words and options of this verb."""
+    parser.add_argument("name", nargs="?", metavar="RECIPE|MODEL", help="a recipe, or a Hub id, folder or .gguf file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    parser.add_argument("--revision", help="branch, tag or commit of a model that is named without a recipe")
+    parser.add_argument("--update", action="store_true", help="ask the Hub for a newer commit although it is here")
+    parser.add_argument("--dry-run", action="store_true", help="check and show; bring or remove nothing")
+    parser.add_argument("--list", action="store_true", help="what the caches hold, the largest first")
+    parser.add_argument("--remove", metavar="NAME", help="delete a model or data set from the cache")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout, for scripts")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line says; the exit code."""
+    if args.list:
+        return _list(as_json=args.json)
+    if args.remove is not None:
+        return _remove(args.remove, dry=args.dry_run, as_json=args.json)
+    if args.name is None:
+        what = "fetch needs a recipe or a model"
+        raise UsageError(what, where="command line", fix="tunesmith fetch smollm2-135m-lora, or --list")
+    model, sources = _wanted(args)
+    progress: Progress = Bar() if _on_terminal() else _lines()
+    rows = [_model(model, progress, dry=args.dry_run, update=args.update)]
+    rows += [_dataset(source, progress, dry=args.dry_run) for source in sources]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            print(_line(row))
+    return EXIT_OK
+
+
+def _wanted(args: argparse.Namespace) -> tuple[Model, list[Source]]:
+    """The model and the Hub's data sets that the command line asks for."""
+    from tunesmith.config.load import load
+    from tunesmith.config.schema import Model
+    from tunesmith.config.shipped import shipped
+
+    if args.name in shipped() or Path(args.name).suffix in (".yaml", ".yml"):
+        if args.revision is not None:
+            fix = f"tunesmith fetch {args.name} model.revision={args.revision}"
+            raise UsageError("a recipe has its own revision", where="--revision", fix=fix)
+        from tunesmith.data.source import is_local
+
+        recipe = load(args.name, args.overrides)
+        distinct = {(s.source, s.name, s.revision): s for s in (*recipe.data.train, *recipe.data.validation)}
+        return recipe.model, [s for s in distinct.values() if not is_local(s.source)]
+    if args.overrides:
+        fix = f"tunesmith fetch {args.name} --revision REVISION; key=value goes with a recipe"
+        raise UsageError(f"{args.overrides[0]!r} belongs to no recipe", where="command line", fix=fix)
+    return Model(name=args.name, revision=args.revision), []
+
+
+def _model(model: Model, progress: Progress, *, dry: bool, update: bool) -> dict[str, Any]:
+    """Fetch a model, or with `dry` only look; what was found, with sizes in bytes."""
+    from tunesmith.model import facts, hub
+    from tunesmith.model.weights import read_json
+
+    here = hub.local(model)
+    row: dict[str, Any] = {"name": model.name, "kind": "model", "licence": None, "bytes": None, "missing_bytes": 0}
+    if here is None:
+        here = None if update else hub.in_cache(model)
+        if here is None:
+            plan = hub.plan(model, progress)
+            row |= {"licence": plan.licence, "gated": plan.gated, "revision": plan.commit, "bytes": plan.total}
+            row |= {"missing_bytes": plan.missing, "left_out": list(plan.left_out)}
+            hub.check_room(model.name, plan.missing)
+            here = None if dry else hub.bring(plan, progress)
+    elif not dry or here.is_dir():
+        here = hub.fetch(model, progress=progress)
+    if here is not None and here.is_dir():
+        found = facts.read(read_json(here / "config.json"), where=str(here), trust_remote_code=model.trust_remote_code)
+        row |= {"type": found.model_type, "parameters": found.parameters}
+        row["bytes"] = row["bytes"] or sum(f.stat().st_size for f in here.iterdir() if f.is_file())
+    if model.tokenizer is not None and not dry:
+        hub.tokenizer_folder(model.tokenizer)
+    return row | {"folder": None if here is None else str(here)}
+
+
+def _dataset(source: Source, progress: Progress, *, dry: bool) -> dict[str, Any]:
+    """Fetch one of the Hub's data sets, or with `dry` only look."""
+    from huggingface_hub import constants
+
+    from tunesmith.model import hub
+
+    row: dict[str, Any] = {"name": source.source, "kind": "dataset", "licence": None, "bytes": None}
+    if not constants.HF_HUB_OFFLINE:
+        listing = hub.describe(source.source, source.revision, "dataset", progress)
+        size = sum(listing.sizes.values())
+        row |= {"licence": listing.licence, "gated": listing.gated, "revision": listing.commit, "bytes": size}
+        if not hub.storage_of(source.source, "dataset").exists():
+            hub.check_room(source.source, 2 * size)  # as it is on the Hub, and as an Arrow table
+    if not dry:
+        from tunesmith.data.source import read
+
+        row["rows"] = len(read(source))
+    return row
+
+
+def _line(row: dict[str, Any]) -> str:
+    from tunesmith.model.hub import size_text
+
+    said = [str(row["kind"]), f"licence {row['licence']}" if row["licence"] else ""]
+    said += [size_text(row["bytes"]) if row["bytes"] else ""]
+    if row.get("missing_bytes") and row["folder"] is None:
+        said += [f"{size_text(row['missing_bytes'])} to come"]
+    said += [f"{row['parameters'] / 1e9:.2f} B parameters" if row.get("parameters") else ""]
+    said += [f"{row['rows']} rows" if "rows" in row else "", row.get("folder") or ""]
+    return "  ".join([row["name"], *(s for s in said if s)])
+
+
+def _list(*, as_json: bool) -> int:
+    from tunesmith.model.cache import held
+    from tunesmith.model.hub import size_text
+
+    items = held()
+    if as_json:
+        print(json.dumps([{**dataclasses.asdict(i), "folder": str(i.folder)} for i in items], indent=2))
+        return EXIT_OK
+    width = max((len(i.name) for i in items), default=0)
+    for item in items:
+        print(f"{item.name:<{width}}  {item.kind:<9}  {size_text(item.size):>10}  {item.folder}")
+    print(f"{len(items)} in the caches, {size_text(sum(i.size for i in items))}", file=sys.stderr)
+    return EXIT_OK
+
+
+def _remove(name: str, *, dry: bool, as_json: bool) -> int:
+    from tunesmith.model.cache import held, remove
+    from tunesmith.model.hub import size_text
+
+    items = held()
+    chosen = [item for item in items if item.name == name]
+    if not chosen:
+        near = nearest(name, [item.name for item in items])
+        fix = f"did you mean {near}?" if near else "tunesmith fetch --list"
+        raise UsageError(f"the caches hold no {name}", where="--remove", fix=fix)
+    for item in chosen:
+        if not dry:
+            try:
+                remove(item)
+            except OSError as error:
+                what = f"cannot delete {name}: {error.strerror}"
+                raise MachineError(what, where=str(item.folder), fix=f"ls -ld {item.folder}") from error
+        if not as_json:
+            print(f"{'would remove' if dry else 'removed'} {item.kind} {item.name}  {size_text(item.size)}")
+    if as_json:
+        done = [{"name": i.name, "kind": i.kind, "bytes": i.size, "removed": not dry} for i in chosen]
+        print(json.dumps(done, indent=2))
+    return EXIT_OK
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def _lines() -> Progress:
+    from tunesmith.model.hub import Lines
+
+    return Lines()
+
+
+class Bar:
+    """A `Progress` as a bar on the terminal, with rate and time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )  # fmt: skip
+        self._task = self._bar.add_task("", visible=False)
+
+    def note(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def start(self, what: str, total: int, done: int) -> None:
+        self._task = self._bar.add_task(what, total=total, completed=done)
+        self._bar.start()
+
+    def advance(self, count: int) -> None:
+        self._bar.advance(self._task, count)
+
+    def end(self) -> None:
+        self._bar.stop()

@@ -1,0 +1,193 @@
+"""The command line's frame: finds the verb, imports only that verb, and turns every end into words and an exit code.
+
+Each verb is a module of this package with `add_arguments(parser)` and `run(args) -> int`. Its docstring opens its help
+page and an `EPILOG`, if it has one, ends it; one of the two holds an example that works. The list of verbs is written here, so that `tunesmith --help` starts at once.
+
+Exit codes: 0 done, 1 failed, 2 the command or recipe is wrong, 75 stopped with all saved, 130 interrupted before
+there was anything to save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import io
+import os
+import select
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from tunesmith import __version__
+from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError, StoppedError, TunesmithError, UsageError
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+# verb -> (module, what it does)
+VERBS = {
+    "train": ("tunesmith.cli.train", "fine-tune a model from a recipe"),
+    "recipes": ("tunesmith.cli.recipes", "list, show and copy the recipes that ship"),
+    "fetch": ("tunesmith.cli.fetch", "check licence and disk, then bring model and data in"),
+    "data": ("tunesmith.cli.data", "see the tokens that a recipe trains on"),
+    "chat": ("tunesmith.cli.chat", "talk to a trained model in the terminal"),
+    "generate": ("tunesmith.cli.generate", "answer the rows of a file"),
+    "eval": ("tunesmith.cli.evaluate", "measure a trained model on held-out rows, beside its base"),
+    "merge": ("tunesmith.cli.merge", "put an adapter into its base model, and prove that it answers alike"),
+}
+
+_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your quota of the disk is used up"}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: with the nearest option, exit code 2, and no page of usage before the point."""
+
+    def error(self, message: str) -> NoReturn:
+        fix = f"{self.prog} --help"
+        if message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ").split()[0]
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            fix = f"did you mean {near[0]}? see {fix}" if near else fix
+        raise UsageError(message, where=f"command line: {self.prog}", fix=fix)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after `tunesmith`; None takes those of the process.
+
+    Returns:
+        the exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape, not an error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+    except SystemExit as stop:  # argparse ends --help so
+        return stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_OK
+    except BrokenPipeError as error:
+        if not _reader_is_gone():  # some other pipe, and a fault that must be told
+            return _failed(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        return _failed(error)
+    return code
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that no one reads any more, as in `tunesmith recipes | head -1`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(state & select.POLLERR for _, state in poll.poll(0))
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return EXIT_OK
+    if words[0] in ("-V", "--version"):
+        print(f"tunesmith {__version__}")
+        return EXIT_OK
+    verb, *rest = words
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        fix = f"did you mean tunesmith {near[0]}?" if near else "tunesmith --help"
+        raise UsageError(f"there is no command {verb!r}", where="command line", fix=fix)
+    name, purpose = VERBS[verb]
+    module = import_module(name)
+    about = Parser(
+        prog=f"tunesmith {verb}",
+        description=(module.__doc__ or purpose).strip(),
+        epilog=vars(module).get("EPILOG"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(about)
+    run: Callable[[argparse.Namespace], int] = module.run
+    return run(about.parse_intermixed_args(rest))
+
+
+def _overview() -> str:
+    width = max(len(verb) for verb in VERBS) + 2
+    listed = "\n".join(f"  {verb:<{width}}{purpose}" for verb, (_, purpose) in VERBS.items())
+    return f"""usage: tunesmith COMMAND [...]
+
+Fine-tune open-weight language models from one recipe file.
+
+commands:
+{listed}
+
+  tunesmith COMMAND --help    options of a command, with an example
+  tunesmith --version
+
+example:
+  tunesmith recipes copy smollm2-135m-lora mine.yaml
+  tunesmith train mine.yaml train.learning_rate=5e-4"""
+
+
+def _failed(error: Exception) -> int:
+    """Print what a user should read about an error; its exit code."""
+    if os.environ.get("TUNESMITH_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    error = _machine(error) or error
+    if isinstance(error, StoppedError):  # stopped with all saved is no error
+        print(error.text().removeprefix("error: "), file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, TunesmithError):
+        print(error.text(), file=sys.stderr)
+        return error.exit_code
+    return _internal(error)
+
+
+def _machine(error: Exception) -> MachineError | None:
+    """What this machine lacks, met where no one looked for it: a disk, a permission, a package; no fault of ours."""
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("tunesmith"):
+        package = error.name.partition(".")[0]
+        return MachineError(f"the Python package {package} is missing", fix=f"pip install {package}")
+    if not isinstance(error, OSError):
+        return None
+    where = str(error.filename or "")
+    if error.errno in _DISK:
+        return MachineError(_DISK[error.errno], where=where, fix="make room (df -h), then start the same command again")
+    if error.errno in _DENIED and where:
+        what = f"not permitted: {error.strerror}"
+        return MachineError(what, where=where, fix=f"ls -ld {where}; choose a place that you may write to")
+    return None
+
+
+def _internal(error: Exception) -> int:
+    """One block for a fault of ours; the traceback goes to a file, because few who meet it can use it."""
+    import tempfile
+    import traceback
+
+    lines = "".join(traceback.format_exception(error))
+    said = str(error).strip().splitlines()
+    what = f"internal error: {type(error).__name__}: {said[0] if said else 'no message'}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="tunesmith-", suffix=".log", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(f"tunesmith {__version__}, python {sys.version}\n{lines}")
+        fix = f"please report it with {file.name}; TUNESMITH_DEBUG=1 shows the traceback here"
+    except OSError:
+        print(lines, file=sys.stderr)
+        fix = "please report it with the traceback above"
+    print(TunesmithError(what, fix=fix).text(), file=sys.stderr)
+    return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

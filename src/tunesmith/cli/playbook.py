@@ -1,0 +1,372 @@
+"""The four DGX Spark playbook scripts, as thin ways into `tunesmith train`.
+
+`scripts/Llama3_8B_LoRA_finetuning.py` and its three sisters keep their names, flags, defaults, data selection, text
+and closing lines. What they do with them is one recipe (`recipe`) and one call of `train`. Each of our ways that
+differs from theirs is one line of `DIFFERENCES`, which `--help` shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith.checkpoint.resume import claimed, put_aside
+from tunesmith.config.load import from_mapping, to_mapping
+from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
+from tunesmith.errors import EXIT_OK, MachineError, TunesmithError
+from tunesmith.metrics.record import StepRecord, read
+from tunesmith.units import Length, Size
+
+# Their one text for every row, as a chat template: a row without an input keeps the empty field. The space before the
+# response belongs to it, as a byte-pair tokenizer joins it with the first word.
+TEMPLATE = """\
+{%- for message in messages %}
+{%- if message.role == 'user' %}
+{{- BOS + 'Below is an instruction that describes a task, paired with an input that provides further context. ' }}
+{{- 'Write a response that appropriately completes the request.\\n### Instruction: ' + message.content }}
+{{- '\\n\\n### Input: ' + (message.input or '') + '\\n\\n### Response:' }}
+{%- elif message.role == 'assistant' %}
+{%- generation %}{{- ' ' + message.content + eos_token }}{%- endgeneration %}
+{%- else %}
+{{- raise_exception('the playbook text takes an instruction and a response') }}
+{%- endif %}
+{%- endfor %}"""
+ROWS, JINJA = Path("data", "rows.jsonl"), Path("data", "template.jinja")  # in the run directory
+SHUFFLE_SEED = 42
+RULE = "=" * 60
+DTYPES: dict[str, Literal["fp32", "fp16", "bf16"]] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+DIFFERENCES = (
+    "checkpoints are written on the way; the same command after a kill goes on where it was (--fresh starts over)",
+    "without --output_dir the result is kept under runs/, not thrown away",
+    "--output_dir is a run directory: metrics, log and checkpoints lie beside the model files",
+    "each epoch's order is drawn from seed 42 by our own sampler, theirs by torch's RandomSampler",
+    "LoRA parameters, and a bf16 model's master weights in full fine-tuning, are fp32",
+    "the warm-up of --use_torch_compile runs on a copy that is thrown away; theirs trained the model twice",
+    "code that a model's repository ships is not run (some of theirs set trust_remote_code)",
+    "any --batch_size and --seq_length is taken; every script has every common flag",
+)
+
+
+@dataclass(frozen=True)
+class Script:
+    """What one of the four scripts does when no flag is given."""
+
+    title: str
+    mode: str  # full | LoRA | QLoRA
+    model: str
+    batch_size: int
+    learning_rate: float
+    dataset_size: int
+    checkpointing: bool = False
+
+
+SCRIPTS = {
+    "Llama3_3B_full_finetuning": Script(
+        "LLAMA 3.2 3B FULL FINE-TUNING", "full", "meta-llama/Llama-3.2-3B-Instruct", 8, 5e-5, 512
+    ),
+    "Llama3_8B_LoRA_finetuning": Script(
+        "LLAMA 3.1 8B LoRA FINE-TUNING", "LoRA", "meta-llama/Llama-3.1-8B-Instruct", 8, 1e-4, 512
+    ),
+    "Llama3_70B_LoRA_finetuning": Script(
+        "LLAMA 3.1 70B LoRA FINE-TUNING", "LoRA", "meta-llama/Llama-3.1-70B-Instruct", 4, 1e-4, 500, True
+    ),
+    "Llama3_70B_qLoRA_finetuning": Script(
+        "LLAMA 3.1 70B QLoRA FINE-TUNING", "QLoRA", "unsloth/Meta-Llama-3.1-70B-bnb-4bit", 8, 1e-4, 512
+    ),
+}
+
+
+def main(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run the script `name` (a key of SCRIPTS) -> exit code, as `tunesmith train` gives it."""
+    args = parser(name).parse_args(argv)
+    try:
+        return _run(name, args)
+    except TunesmithError as error:
+        print(error.text(), file=sys.stderr)
+        return error.exit_code
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """The script's flags, with the defaults of its latest version."""
+    script = SCRIPTS[name]
+    p = argparse.ArgumentParser(
+        prog=f"{name}.py",
+        description=f"{script.title} on alpaca rows: one recipe behind it, see `tunesmith train --help`.",
+        epilog="differs from the playbook's script:\n" + "\n".join(f"  - {line}" for line in DIFFERENCES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(flag: str, text: str, default: object, **more: Any) -> None:
+        p.add_argument(flag, default=default, help=f"{text} (default: {default})", **more)
+
+    add("--model_name", "Hub id, local folder or .gguf file", script.model)
+    add("--dtype", "of weights and products; float16 scales the loss", "bfloat16", choices=list(DTYPES))
+    add("--batch_size", "examples that one rank takes at once", script.batch_size, type=_count)
+    add("--seq_length", "longest example in tokens; longer ones are cut and counted", 2048, type=_count)
+    add("--num_epochs", "passes over the rows", 1, type=_positive)
+    add("--gradient_accumulation_steps", "batches that one optimizer step learns from", 1, type=_count)
+    add("--learning_rate", "at the start; it falls linearly to 0", script.learning_rate, type=_positive)
+    add(
+        "--gradient_checkpointing",
+        "run each layer's forward again in the backward, to save memory",
+        script.checkpointing,
+        action=argparse.BooleanOptionalAction,
+    )
+    if script.mode != "full":
+        add("--lora_rank", "LoRA's r; alpha is 16", 8, type=_count)
+    add("--dataset_size", "take the first N rows, then shuffle them with seed 42", script.dataset_size, type=_count)
+    add("--logging_steps", "print a line every N steps", 1, type=_count)
+    add("--log_dir", "folder of the TensorBoard events", "logs")
+    add("--use_torch_compile", "torch.compile, with a warm-up before the clock starts", False, action="store_true")
+    add("--output_dir", "where all is written; a folder under runs/ unless given", None)
+    ours = p.add_argument_group("beside theirs")
+    ours.add_argument(
+        "--train_on",
+        default="all",
+        choices=["all", "response"],
+        help="tokens that carry loss: all, as theirs, or the response alone, which is better (default: all)",
+    )
+    ours.add_argument(
+        "--data", metavar="FILE", help="local alpaca rows (json, jsonl, csv, parquet) in place of tatsu-lab/alpaca"
+    )
+    ours.add_argument("--fresh", action="store_true", help="start over where an earlier run lies in the folder")
+    return p
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def recipe(name: str, args: argparse.Namespace, *, folder: Path, ranks: int) -> Run:
+    """The recipe that a script's flags stand for; `write_inputs` makes the two files that it names.
+
+    Args:
+        folder: the run directory.
+        ranks: how many ranks share the work; the batch is per rank, as theirs.
+    """
+    mode = SCRIPTS[name].mode
+    adapter = (
+        Adapter(kind="none")
+        if mode == "full"
+        else Adapter(kind="lora", rank=args.lora_rank, alpha=16.0, dropout=0.0, target="all-linear")
+    )
+    return Run(
+        model=Model(name=args.model_name, dtype=DTYPES[args.dtype], quantize="nf4" if mode == "QLoRA" else "none"),
+        adapter=adapter,
+        data=Data(
+            train=(Source(source=str(folder / ROWS), format="alpaca"),),
+            template=str(folder / JINJA),
+            seq_len=args.seq_length,
+            pack=False,
+            train_on=args.train_on,
+        ),
+        train=Train(
+            duration=Length(args.num_epochs, "epochs"),
+            global_batch=Size(args.batch_size * args.gradient_accumulation_steps * ranks, "examples"),
+            micro_batch=Size(args.batch_size, "examples"),
+            learning_rate=args.learning_rate,
+            schedule="linear",
+            warmup=Length(0, "steps"),
+            weight_decay=0.0,
+            clip_norm=1.0,
+            seed=SHUFFLE_SEED,
+            recompute="full" if args.gradient_checkpointing else "none",
+            compile="on" if args.use_torch_compile else "off",
+        ),
+        # A full checkpoint holds every weight and the optimizer's two moments: fewer of them, further apart.
+        checkpoint=Checkpoint(
+            every=Length(200 if mode == "full" else 25, "steps"),
+            keep=1 if mode == "full" else 2,
+        ),
+        log=Log(every=Length(args.logging_steps, "steps"), tensorboard_dir=str(Path(args.log_dir).resolve())),
+        output_dir=str(folder),
+    )
+
+
+def selection(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Their rows in their order: the first `dataset_size`, then `datasets.Dataset.shuffle(seed=42)`.
+
+    That shuffle is the permutation that NumPy's PCG64 generator draws from the seed.
+    """
+    import numpy as np
+
+    from tunesmith.data import source as sources
+    from tunesmith.data.format import Conversation, convert
+
+    if args.data:
+        source = Source(source=str(Path(args.data).resolve()), format="alpaca", max_examples=args.dataset_size)
+    else:
+        source = Source(source="tatsu-lab/alpaca", split="train", format="alpaca", max_examples=args.dataset_size)
+    rows = sources.read(source)
+    if len(rows) < args.dataset_size:
+        print(f"{source.source} has {len(rows)} rows: all of them are taken")
+    chosen = []
+    for index in np.random.default_rng(SHUFFLE_SEED).permutation(len(rows)).tolist():
+        sample = convert(rows[index], source, where=rows.where(index))
+        assert isinstance(sample, Conversation)
+        assert sample.instruction is not None
+        chosen.append(dict(zip(("instruction", "input", "output"), sample.instruction, strict=True)))
+    return chosen
+
+
+def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> None:
+    """Write the rows and the template into the run directory, each in one move; every rank writes the same bytes.
+
+    Args:
+        bos: the model's tokenizer opens a text with its BOS token.
+    """
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for path, text in ((folder / ROWS, lines), (folder / JINJA, TEMPLATE.replace("BOS", "bos_token" if bos else "''"))):
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, path)
+        except OSError as error:
+            raise MachineError(
+                "the rows cannot be written", where=str(path), why=str(error), fix="give another --output_dir"
+            ) from None
+
+
+def opens_with_bos(model: Model) -> bool:
+    """Bring the model here and ask its tokenizer whether it puts a BOS token before a text."""
+    from tunesmith.model.hub import fetch
+    from tunesmith.model.tokenizer import tokenizer_of
+
+    tokenizer = tokenizer_of(fetch(model), model)
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def default_folder(name: str, args: argparse.Namespace) -> Path:
+    """Where a run without --output_dir goes: a name of its own for each set of flags that changes what is learnt."""
+    free = ("output_dir", "log_dir", "logging_steps", "use_torch_compile", "gradient_checkpointing", "fresh")
+    learnt = {key: value for key, value in vars(args).items() if key not in free}
+    return Path("runs") / f"{name}-{hashlib.sha256(json.dumps(learnt, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def _run(name: str, args: argparse.Namespace) -> int:
+    script, first = SCRIPTS[name], os.environ.get("RANK", "0") == "0"
+    folder = Path(args.output_dir) if args.output_dir else default_folder(name, args)
+    if first:
+        print(opening(script, args))
+        if args.fresh:
+            with claimed(folder):
+                put_aside(folder)
+    told = recipe(name, args, folder=folder, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    print(f"Loading model: {args.model_name}")
+    bos = opens_with_bos(told.model)
+    print(f"Loading dataset with {args.dataset_size} samples...")
+    rows = selection(args)
+    write_inputs(rows, folder, bos=bos)
+    # The rules that span several keys, and the paths, are those of every recipe.
+    run = from_mapping(to_mapping(told), where=f"{name}.py", base=Path.cwd())
+
+    from tunesmith.train import train
+
+    if args.use_torch_compile and not any(folder.glob("checkpoint-*/manifest.json")):
+        print("Running warmup for torch.compile()...")
+        with tempfile.TemporaryDirectory() as scratch:
+            train(warm_up(run, len(rows), Path(scratch)), say=lambda line: None)
+    print(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
+    result = train(run, argv=sys.argv)
+    if first:
+        print(closing(read(folder / "metrics.jsonl"), result.seconds))
+        if result.finished_before:
+            print("This run was finished before: nothing was left to train (--fresh starts over)")
+        print(f"Saving model to {folder}...")
+        lay_out(folder)
+        print(f"Model saved successfully! Metrics, log and checkpoints: {folder}; TensorBoard: {args.log_dir}")
+    return EXIT_OK
+
+
+def opening(script: Script, args: argparse.Namespace) -> str:
+    """The block of lines that the scripts open with."""
+    rows = [
+        f"\n{RULE}",
+        f"{script.title} CONFIGURATION",
+        RULE,
+        f"Model: {args.model_name}",
+        f"Training mode: {script.mode}",
+        f"Batch size: {args.batch_size}",
+        f"Gradient accumulation: {args.gradient_accumulation_steps}",
+        f"Effective batch size: {args.batch_size * args.gradient_accumulation_steps}",
+        f"Sequence length: {args.seq_length}",
+        f"Number of epochs: {args.num_epochs:g}",
+        f"Learning rate: {args.learning_rate}",
+        *([f"LoRA rank: {args.lora_rank}"] if script.mode != "full" else []),
+        f"Dataset size: {args.dataset_size}",
+        f"Gradient checkpointing: {args.gradient_checkpointing}",
+        f"Torch compile: {args.use_torch_compile}",
+        f"Loss on: {'every token' if args.train_on == 'all' else 'the response'}",
+        f"{RULE}\n",
+    ]
+    return "\n".join(rows)
+
+
+def closing(records: Sequence[StepRecord], seconds: float) -> str:
+    """The block of lines that the scripts close with; their train loss is the mean over all steps.
+
+    Args:
+        records: of all starts of the run.
+        seconds: its training time; 0 takes the sum of the steps' times.
+    """
+    losses = [record.loss for record in records]
+    seconds = seconds or sum(record.step_seconds for record in records)
+    rows = [
+        f"\n{RULE}",
+        "TRAINING COMPLETED",
+        RULE,
+        f"Training runtime: {seconds:.2f} seconds",
+        f"Samples per second: {sum(record.examples for record in records) / seconds:.2f}",
+        f"Steps per second: {len(losses) / seconds:.2f}",
+        f"Train loss: {sum(losses) / len(losses):.4f}",
+        f"Final loss: {losses[-1]:.4f}",
+        f"{RULE}\n",
+    ]
+    return "\n".join(rows)
+
+
+def warm_up(run: Run, rows: int, scratch: Path) -> Run:
+    """The same run for a twentieth of an epoch, as theirs, in a folder that is thrown away: it fills compile's cache."""
+    steps = math.ceil(0.05 * rows / run.train.global_batch.amount)
+    return replace(
+        run,
+        train=replace(run.train, duration=Length(steps, "steps")),
+        checkpoint=Checkpoint(every=None, keep=1, resume="never"),
+        log=replace(run.log, tensorboard=False, tensorboard_dir=None),
+        output_dir=str(scratch / "warm-up"),
+    )
+
+
+def lay_out(folder: Path) -> None:
+    """Put the files of final/ into the folder itself too, where the scripts had them: as links where these can be."""
+    for file in sorted((folder / "final").iterdir()):
+        target = folder / file.name
+        if file.name == "manifest.json" or not file.is_file():
+            continue
+        target.unlink(missing_ok=True)
+        try:
+            os.link(file, target)
+        except OSError:
+            shutil.copy2(file, target)

@@ -1,0 +1,107 @@
+"""`tunesmith recipes`: list, show and copy the recipes that ship."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tunesmith.config.load import dump, load, to_mapping
+from tunesmith.config.names import nearest
+from tunesmith.config.schema import Run
+from tunesmith.config.shipped import purpose, shipped
+from tunesmith.errors import EXIT_OK, MachineError, UsageError
+
+EPILOG = """examples:
+  tunesmith recipes                                                     # a table of them
+  tunesmith recipes show smollm2-135m-lora train.learning_rate=5e-4     # one, every default written out
+  tunesmith recipes copy smollm2-135m-lora mine.yaml                    # one to edit; a file or a folder
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The words and options of this verb."""
+    parser.add_argument("action", nargs="?", choices=("list", "show", "copy"), default="list", help="list if left out")
+    parser.add_argument("name", nargs="?", help="show: a shipped recipe or a file; copy: a shipped recipe")
+    parser.add_argument("rest", nargs="*", metavar="key=value | DEST", help="overrides to show, or where to copy to")
+    parser.add_argument("--json", action="store_true", help="list and show: JSON for scripts")
+    parser.add_argument("--force", action="store_true", help="copy: write over a file that is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line says; the exit code."""
+    if args.action == "list":
+        return _list(as_json=args.json)
+    if args.name is None:
+        example = f"tunesmith recipes {args.action} smollm2-135m-lora"
+        raise UsageError(f"recipes {args.action} needs a recipe's name", where="command line", fix=example)
+    if args.action == "show":
+        return _show(args.name, args.rest, as_json=args.json)
+    if len(args.rest) > 1:
+        what = f"recipes copy takes one destination, not {len(args.rest)}"
+        raise UsageError(what, where="command line", fix=f"tunesmith recipes copy {args.name} {args.rest[0]}")
+    return _copy(args.name, Path(args.rest[0] if args.rest else "."), force=args.force)
+
+
+def method(run: Run) -> str:
+    """How a recipe trains, in two words: `full`, `LoRA r=8`, `QLoRA r=8`."""
+    if run.adapter.kind == "none":
+        return "full"
+    return f"{'QLoRA' if run.model.quantize == 'nf4' else 'LoRA'} r={run.adapter.rank}"
+
+
+def _list(*, as_json: bool) -> int:
+    rows = []
+    for name, path in shipped().items():
+        recipe = load(path)
+        row = {"name": name, "model": recipe.model.name, "method": method(recipe), "purpose": purpose(path)}
+        rows.append({**row, "file": str(path)})
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return EXIT_OK
+    if not sys.stdout.isatty():
+        widths = [max(len(row[column]) for row in rows) for column in ("name", "model", "method")]
+        for row in rows:
+            cells = [row[c].ljust(w) for c, w in zip(("name", "model", "method"), widths, strict=True)]
+            print("  ".join([*cells, row["purpose"]]))
+        return EXIT_OK
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("recipe", "model", "method", "what for"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("recipe", "method"))
+    for row in rows:
+        table.add_row(row["name"], row["model"], row["method"], row["purpose"])
+    Console().print(table)
+    print("\ntunesmith recipes copy NAME    writes one to edit", file=sys.stderr)
+    return EXIT_OK
+
+
+def _show(name: str, overrides: list[str], *, as_json: bool) -> int:
+    recipe = load(name, overrides)
+    print(json.dumps(to_mapping(recipe), indent=2) if as_json else dump(recipe), end="\n" if as_json else "")
+    return EXIT_OK
+
+
+def _copy(name: str, destination: Path, *, force: bool) -> int:
+    known = shipped()
+    if name not in known:
+        near = nearest(name, known)
+        fix = f"did you mean {near}?" if near else "tunesmith recipes"
+        raise UsageError(f"no recipe {name!r} ships with tunesmith", where="command line", fix=fix)
+    path = destination / f"{name}.yaml" if destination.is_dir() else destination
+    text = known[name].read_text(encoding="utf-8")
+    try:
+        with path.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        fix = f"name another file, or: tunesmith recipes copy {name} {destination} --force"
+        raise UsageError("this file is there already", where=str(path), fix=fix) from error
+    except OSError as error:
+        fix = f"mkdir -p {path.parent}" if not path.parent.exists() else "name a place that you may write to"
+        raise MachineError(f"cannot write: {error.strerror}", where=str(path), fix=fix) from error
+    print(path)
+    print(f"edit it, then: tunesmith train {path}", file=sys.stderr)
+    return EXIT_OK

@@ -1,0 +1,170 @@
+"""A recipe file and its overrides -> one frozen, checked `Run`.
+
+    file -> extends, from the base up -> key=value -> absolute paths -> types -> rules
+
+Later layers win: mappings are merged, lists and scalars replaced. Every value keeps the place it came from, so an
+error names the file and line, or the key on the command line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.check import check
+from tunesmith.config.dump import Change, differences, digest, dump, to_mapping
+from tunesmith.config.paths import absolute
+from tunesmith.config.schema import Run
+from tunesmith.config.shipped import locate
+from tunesmith.config.tree import Node, children, read_file, read_value, wrap
+from tunesmith.config.typed import section
+from tunesmith.errors import RecipeError
+
+__all__ = ["Change", "differences", "digest", "dump", "from_mapping", "load", "read_mapping", "to_mapping"]
+
+EXTENDS = "extends"
+COMMAND_LINE = "command line"
+
+
+def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a recipe, apply overrides, check it.
+
+    Args:
+        recipe: a file, or the name of a recipe that ships.
+        overrides: `key.sub=value`, the value in YAML 1.2.
+
+    Raises:
+        RecipeError: anything wrong with the recipe or an override, with its place and its mend.
+        MachineError: something that this version cannot do.
+    """
+    tree = _layers(locate(recipe, base=Path(), where=str(recipe)), seen=())
+    for text in overrides:
+        tree = _override(tree, text)
+    return _run(tree)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The plain values of a YAML file, as written: for a run's `config.yaml`, which extends nothing.
+
+    Raises:
+        RecipeError: it cannot be read, or is no mapping in YAML 1.2.
+    """
+    values = read_file(path).plain()
+    assert isinstance(values, dict)
+    return values
+
+
+def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
+    """A `Run` from plain values, as `to_mapping` gives them: for `config.yaml` and for scripts.
+
+    Args:
+        values: the recipe; lists may be tuples.
+        where: what errors call it, such as the file's name; the key is added.
+        base: the folder that relative paths start from.
+
+    Raises:
+        RecipeError, MachineError: as `load`.
+    """
+    return _run(wrap(values, where=where, base=base))
+
+
+def _run(tree: Node) -> Run:
+    run = section(absolute(tree), Run)
+    places = dict(tree.places())
+    check(run, lambda key: places.get(key, ""))
+    return run
+
+
+def _layers(path: Path, seen: tuple[Path, ...]) -> Node:
+    """The file's tree over those of the recipes that it extends."""
+    tree = read_file(path)
+    assert isinstance(tree.value, dict)
+    above = tree.value.pop(EXTENDS, None)
+    if above is None:
+        return tree
+    if not isinstance(above.value, str):
+        fix = "extends: llama3.1-8b-lora, or a file such as ../base.yaml"
+        raise RecipeError("extends takes one recipe's name or file", where=above.where, fix=fix)
+    base = locate(above.value, base=path.parent, where=above.where)
+    line = (*seen, path.resolve())
+    if base.resolve() in line:
+        circle = " -> ".join(p.name for p in (*line[line.index(base.resolve()) :], base))
+        what = "recipes extend each other in a circle"
+        raise RecipeError(what, where=above.where, why=circle, fix="remove one extends")
+    return _merge(_layers(base, line), tree)
+
+
+def _merge(lower: Node, upper: Node) -> Node:
+    """The upper layer over the lower: mappings merged, all else replaced; places stay with their values.
+
+    Full fine-tuning over a recipe with an adapter leaves that adapter's keys behind: they would have no effect.
+    """
+    if not isinstance(lower.value, dict) or not isinstance(upper.value, dict):
+        return upper
+    merged = dict(lower.value)
+    for name, node in upper.value.items():
+        below = merged.get(name)
+        if below is not None and not (name == "adapter" and _is_full(node)):
+            node = _merge(below, node)  # noqa: PLW2901
+        merged[name] = node
+    return replace(upper, value=merged)
+
+
+def _is_full(adapter: Node) -> bool:
+    return isinstance(adapter.value, dict) and "kind" in adapter.value and adapter.value["kind"].value == "none"
+
+
+def _override(tree: Node, text: str) -> Node:
+    """The tree with one `key.sub=value` set."""
+    key, found, value = text.partition("=")
+    key = key.strip()
+    if not found or not re.fullmatch(r"[\w-]+(\.[^.\s]+)*", key):
+        fix = "such as train.learning_rate=2e-4; with spaces in quotes: 'train.duration=3 epochs'"
+        raise RecipeError(f"{text!r} is not of the form key.sub=value", where=COMMAND_LINE, fix=fix)
+    where = f"{COMMAND_LINE}: {key}"
+    if key == EXTENDS:
+        raise RecipeError("extends belongs in a file", where=where, fix="name that recipe in place of this one")
+    node = read_value(value, where=where, base=Path.cwd())
+    return _set(tree, key.split("."), node, key)
+
+
+def _set(tree: Node, parts: list[str], node: Node, key: str) -> Node:
+    """`node` at the path `parts` below `tree`; sections that are not there yet are made."""
+    name, rest = parts[0], parts[1:]
+    if isinstance(tree.value, list):
+        return replace(tree, value=_set_item(tree.value, name, rest, node, key))
+    if not isinstance(tree.value, dict):
+        fix = f"give the whole of {key.removesuffix('.' + '.'.join(parts))} instead"
+        raise RecipeError(f"{key}: there is no key {name!r} in a single value", where=node.where, fix=fix)
+    if name == "0" and rest and name not in tree.value and "source" in tree.value:
+        return _set(tree, rest, node, key)  # data.train.0.split of a single source
+    below = tree.value.get(name)
+    if rest:
+        if below is None or below.value is None:
+            below = Node({}, node.where, node.base)
+        fresh = _set(below, rest, node, key)
+        if key == "adapter.kind" and node.value == "none":
+            fresh = _full(fresh)
+    else:
+        fresh = _merge(below, node) if below is not None else node
+        if key == "adapter" and _is_full(node):
+            fresh = node
+    return replace(tree, value={**tree.value, name: fresh})
+
+
+def _full(adapter: Node) -> Node:
+    """The adapter section without the keys that a file gave: `adapter.kind=none` leaves them without effect."""
+    return replace(adapter, value={k: v for k, v in children(adapter) if v.where.startswith(COMMAND_LINE)})
+
+
+def _set_item(items: list[Node], name: str, rest: list[str], node: Node, key: str) -> list[Node]:
+    if not name.isdigit() or int(name) >= len(items):
+        last = len(items) - 1
+        what = f"{key}: the list has no entry {name!r}"
+        fix = f"name one of its entries by number, 0 to {last}" if items else "give the whole list"
+        raise RecipeError(what, where=node.where, fix=fix)
+    fresh = _set(items[int(name)], rest, node, key) if rest else node
+    return [fresh if i == int(name) else item for i, item in enumerate(items)]

@@ -1,0 +1,46 @@
+"""The recipes that come with tunesmith: `recipes/` of a checkout, `tunesmith/recipes` of an installed package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunesmith.config.names import nearest
+from tunesmith.errors import RecipeError
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of every shipped recipe, by name."""
+    package = Path(__file__).resolve().parents[1]
+    folders = (package / "recipes", package.parents[1] / "recipes")
+    folder = next((f for f in folders if f.is_dir()), folders[0])
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def purpose(path: Path) -> str:
+    """What a recipe is for: its first line, a comment."""
+    with path.open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").strip()
+
+
+def locate(recipe: str | Path, *, base: Path, where: str) -> Path:
+    """The file that a recipe's name or path means.
+
+    A file that exists wins over a shipped recipe of the same name.
+
+    Raises:
+        RecipeError: there is neither; with the nearest shipped name.
+    """
+    path = base / Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    known = shipped()
+    if str(recipe) in known:
+        return known[str(recipe)]
+    if path.is_dir() and (path / "config.yaml").is_file():
+        fix = f"the recipe of that run is {path / 'config.yaml'}"
+        raise RecipeError(f"{recipe} is a run directory, not a recipe", where=where, fix=fix)
+    if path.is_dir():
+        raise RecipeError(f"{recipe} is a folder, not a recipe", where=where, fix="name a .yaml file in it")
+    near = nearest(Path(recipe).stem, known)
+    fix = f"did you mean {near}? all of them: tunesmith recipes" if near else "see those that ship: tunesmith recipes"
+    raise RecipeError(f"no recipe {str(recipe)!r}: neither a file nor one that ships", where=where, fix=fix)

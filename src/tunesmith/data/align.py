@@ -1,0 +1,154 @@
+"""Spans of characters -> tokens.
+
+A token is learnt if all of it lies within a span. One that begins in the prompt and ends in the answer (byte-pair
+merges such as "\\n" + " ") belongs to the prompt: the mask never reaches what the model is given.
+
+Where tokens lie in the text is taken from their bytes: in a byte-level vocabulary (Llama 3, Qwen, SmolLM, GPT) each
+token is a known number of bytes, and these must add up to the text. Where they do not (SentencePiece, normalised
+text, a special token that swallows the blanks beside it) the tokenizer's own offsets are used. Offsets alone would not
+do: byte-level post-processors often cut blanks off them (`trim_offsets`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tunesmith.errors import ModelError
+
+_BLANK_MARKS = "ĠĊĉč▁ \t\r\n"
+
+
+class Span(NamedTuple):
+    """Characters [start, end) of a text that are learnt; the end token begins at `stop`, or there is none (-1)."""
+
+    start: int
+    end: int
+    stop: int = -1
+
+
+class Aligned(NamedTuple):
+    """What `Aligner.encode` gives for a text.
+
+    ids: int32 [n].
+    trained: bool [n].
+    straddled: how many tokens begin before a span and end in it.
+    ended: at the `stop` of every span that has one stands one token, of the ids asked for.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    straddled: int
+    ended: bool
+
+
+class _Edges(NamedTuple):
+    """Where tokens begin and end, int64 [n] each, in bytes or in characters of the text."""
+
+    starts: np.ndarray
+    ends: np.ndarray
+    in_bytes: bool
+
+
+class Aligner:
+    """Tokenises text once and lays the spans of its characters on the tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"the tokenizer {type(tokenizer).__name__} cannot say where its tokens lie in the text",
+                why="masks need a fast tokenizer, one with a tokenizer.json",
+                fix="name one: model.tokenizer=FOLDER",
+            )
+        self.tokenizer = tokenizer
+        self.sizes = _byte_sizes(tokenizer)
+
+    def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], stops: Collection[int]) -> list[Aligned]:
+        """Tokenise texts and mark what their spans cover. No special token is added.
+
+        Args:
+            texts: n texts.
+            spans: the spans of each, disjoint.
+            stops: the ids of which one must stand at a span's `stop`.
+        """
+        batch = self.ids(texts)
+        edges = [self._by_bytes(text, ids) for text, ids in zip(texts, batch, strict=True)]
+        rest = [i for i, edge in enumerate(edges) if edge is None]
+        for i, edge in zip(rest, self._by_offsets([texts[i] for i in rest]), strict=True):
+            edges[i] = edge
+        return [
+            _mark(text, ids, edge, own, stops)
+            for text, ids, edge, own in zip(texts, batch, edges, spans, strict=True)
+            if edge is not None
+        ]
+
+    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int32 [n] for each text: its tokens, no special token added."""
+        if not texts:
+            return []
+        found = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [np.array(ids, dtype=np.int32) for ids in found["input_ids"]]
+
+    def _by_bytes(self, text: str, ids: np.ndarray) -> _Edges | None:
+        """Edges in bytes, or None where the sizes of the tokens do not add up to the text."""
+        if self.sizes is None:
+            return None
+        sizes = self.sizes[ids]
+        ends = np.cumsum(sizes)
+        whole = len(text) if text.isascii() else len(text.encode())
+        return _Edges(ends - sizes, ends, in_bytes=True) if sizes.sum() == whole else None
+
+    def _by_offsets(self, texts: Sequence[str]) -> list[_Edges]:
+        """Edges in characters, as the tokenizer tells them, with the blanks given back that it may have cut off."""
+        if not texts:
+            return []
+        found = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        edges = []
+        for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
+            starts, last = [], 0
+            for token, (start, end) in zip(self.tokenizer.convert_ids_to_tokens(ids), offsets, strict=True):
+                cut = last < start and (start == end or not text[start].isspace())
+                blanks = len(token) - len(token.lstrip(_BLANK_MARKS)) if cut else 0
+                starts.append(max(last, start - blanks) if cut else start)
+                last = end
+            ends = np.array([end for _, end in offsets], dtype=np.int64)
+            edges.append(_Edges(np.array(starts, dtype=np.int64), ends, in_bytes=False))
+        return edges
+
+
+def _byte_sizes(tokenizer: Any) -> np.ndarray | None:
+    """Bytes of every token, int64 [vocabulary], if the vocabulary is byte-level; a token of such is written byte by byte."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
+    alphabet = set(ByteLevel.alphabet())
+    vocabulary = tokenizer.get_vocab()
+    plain = {id_: token for token, id_ in vocabulary.items() if id_ not in added}
+    if not plain or not set("".join(plain.values())) <= alphabet or "Ġ" not in vocabulary:
+        return None
+    sizes = np.zeros(max(*plain, *added, 0) + 1, dtype=np.int64)
+    for id_, token in plain.items():
+        sizes[id_] = len(token)
+    for id_, token in added.items():
+        sizes[id_] = len(token.encode())
+    return sizes
+
+
+def _mark(text: str, ids: np.ndarray, edges: _Edges, spans: Sequence[Span], stops: Collection[int]) -> Aligned:
+    trained = np.zeros(len(ids), dtype=bool)
+    straddled, ended = 0, True
+    plain = not edges.in_bytes or text.isascii()
+    for span in spans:
+        start, end, stop = span if plain else (len(text[:at].encode()) if at >= 0 else at for at in span)
+        trained |= (edges.starts >= start) & (edges.starts < end) & (edges.ends <= end)
+        straddled += int(((edges.starts < start) & (edges.ends > start)).sum())
+        if stop < 0:
+            continue
+        at = int(np.searchsorted(edges.ends, stop, side="right"))
+        if at < len(ids) and int(ids[at]) in stops:
+            trained[at] = True  # even where it swallows blanks that follow it (`rstrip`, as Phi 3's do)
+        else:
+            ended = False
+    return Aligned(ids, trained, straddled, ended)

@@ -1,0 +1,188 @@
+"""Prompt texts of our own, each as a Jinja chat template, so that training, chat and any server render the same.
+
+    alpaca(...)     Stanford's instruction text, with and without input
+    pattern(...)    one text with the fields {instruction}, {input} and {response}
+    with_tools(...) a ChatML template that knows no tools, made to render them in Hermes' form
+    with_fixed_date a template that writes today's date, made to write one that stands
+
+A template of `alpaca` and `pattern` reads `message.input` beside `message.content` where a row has one; a chat that
+has none gets the variant without input.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import string
+
+from tunesmith.errors import DataError
+
+# The wording of the `text` column of tatsu-lab/alpaca. It ends the prompt with a newline, unlike the authors' train.py:
+# after a bare colon a byte-pair tokenizer merges ":" with a quote or a bracket that opens the answer.
+_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+_PREAMBLE_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+
+# A system message takes the place of the preamble; a second turn goes on after the end token of the first.
+_ALPACA = """\
+{%%- if messages[0].role == 'system' %%}
+{%%- set preamble = messages[0].content + '\\n\\n' %%}
+{%%- set turns = messages[1:] %%}
+{%%- else %%}
+{%%- set preamble = '' %%}
+{%%- set turns = messages %%}
+{%%- endif %%}
+{{- %(bos)s }}
+{%%- for message in turns %%}
+{%%- if (message.role == 'user') != (loop.index0 %% 2 == 0) or message.role not in ['user', 'assistant'] %%}
+{{- raise_exception('the alpaca text takes an optional system message, then user and assistant in turn') }}
+{%%- endif %%}
+{%%- if message.role == 'assistant' %%}
+{{- message.content + eos_token }}
+{%%- else %%}
+{{- '\\n\\n' if not loop.first else preamble if preamble else %(with_input)s if message.input else %(without)s }}
+{{- '### Instruction:\\n' + message.content }}
+{{- '\\n\\n### Input:\\n' + message.input if message.input else '' }}
+{{- '\\n\\n### Response:\\n' }}
+{%%- endif %%}
+{%%- endfor %%}"""
+
+_PATTERN = """\
+{{- %(bos)s }}
+{%%- for message in messages %%}
+{%%- if loop.index0 > 1 or message.role != ['user', 'assistant'][loop.index0] %%}
+{{- raise_exception('this text takes one instruction and one response') }}
+{%%- endif %%}
+{%%- if message.role == 'assistant' %%}
+{{- message.content + %(tail)s + eos_token }}
+{%%- else %%}
+{{- %(prompt)s }}
+{%%- endif %%}
+{%%- endfor %%}"""
+
+
+def _literal(text: str) -> str:
+    """`text` as a Jinja string literal."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def alpaca(*, bos: bool) -> str:
+    """Stanford's text as a chat template. `bos`: open with bos_token, as the tokenizer itself would."""
+    return _ALPACA % {
+        "bos": "bos_token" if bos else "''",
+        "with_input": _literal(_PREAMBLE_INPUT),
+        "without": _literal(_PREAMBLE),
+    }
+
+
+def pattern(text: str, *, bos: bool) -> str:
+    """A text such as `"### Instruction:\\n{instruction}\\n\\n### Response:\\n{response}"` as a chat template.
+
+    The end token is written after the text. Fields: {instruction} and {response}, once each, and {input}, which
+    renders as nothing where a row has none; doubled braces are braces.
+
+    Raises:
+        DataError: another field, none for the instruction or response, or a field after {response}.
+    """
+    fields = {"instruction": "message.content", "input": "(message.input or '')"}
+    prompt: list[str] = []
+    tail: str | None = None
+    for literal, field, _, _ in string.Formatter().parse(text):
+        if tail is not None:
+            tail += literal
+        elif literal:
+            prompt.append(_literal(literal))
+        if field is None:
+            continue
+        if field == "response" and tail is None:
+            tail = ""
+        elif field in fields and tail is None:
+            prompt.append(fields[field])
+        else:
+            raise DataError(
+                f"the text of the prompt has the field {{{field}}} where it cannot stand",
+                fix="write {instruction} and, if wanted, {input}, then {response} once, after them",
+            )
+    if tail is None or fields["instruction"] not in prompt:
+        raise DataError("the text of the prompt lacks {instruction} or {response}", fix="name both fields in it")
+    return _PATTERN % {"bos": "bos_token" if bos else "''", "prompt": " + ".join(prompt), "tail": _literal(tail)}
+
+
+# Hermes' function calling: signatures in the system message, calls as JSON between tags, results as a user turn.
+# The tags are those that the tool parsers of servers look for (vLLM's `hermes`).
+_HERMES = """\
+{%- set first = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}
+{%- if tools %}
+{{- '<|im_start|>system\\n' + first + 'You can call the functions whose signatures stand between <tools> and </tools>:\\n<tools>' }}
+{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
+{{- '\\n</tools>\\nFor each call write one JSON object between tags:\\n<tool_call>\\n{"name": <function>, "arguments": <object>}\\n</tool_call><|im_end|>\\n' }}
+{%- elif first %}
+{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{{- '<|im_start|>user' if loop.first or messages[loop.index0 - 1].role != 'tool' else '' }}
+{{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+{{- '<|im_end|>\\n' if loop.last or messages[loop.index0 + 1].role != 'tool' else '' }}
+{%- elif message.role == 'assistant' and message.tool_calls %}
+{{- '<|im_start|>assistant\\n' + (message.content or '') }}
+{%- for call in message.tool_calls %}
+{{- '\\n' if message.content or not loop.first else '' }}
+{{- '<tool_call>\\n{"name": ' + (call.function.name | tojson) + ', "arguments": ' }}
+{{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- elif message.role != 'system' or not loop.first %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+
+def with_tools(jinja: str) -> str:
+    """`jinja`, a ChatML template that drops tools, with Hermes' form for those conversations that have some.
+
+    A conversation without tools is rendered by the given template, untouched.
+    """
+    ours = "{%- set used = namespace(tools=tools) %}{%- for message in messages %}"
+    ours += (
+        "{%- if message.role == 'tool' or message.tool_calls %}{%- set used.tools = true %}{%- endif %}{%- endfor %}"
+    )
+    return either(ours + "{%- if used.tools %}", _HERMES, jinja)
+
+
+def either(condition: str, this: str, that: str) -> str:
+    """One template out of two. `condition` ends with an open `if` block."""
+    # trim_blocks eats the newline after a block's tag, and a template's last newline is dropped: both kept as they were.
+    this, that = (
+        "\n" + text.removesuffix("\n") if text.startswith("\n") else text.removesuffix("\n") for text in (this, that)
+    )
+    return f"{condition}{this}{{% else %}}{that}{{% endif %}}"
+
+
+# Templates such as Llama 3.1's write the day of the rendering. Tokens must not depend on the day on which a run goes on,
+# and the prompt in use must be the one that was trained; this is the day that Llama's own template falls back to.
+DATE = datetime.date(2024, 7, 26)
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def with_fixed_date(jinja: str) -> str:
+    """The template with DATE in place of every `strftime_now(FORMAT)`.
+
+    Raises:
+        DataError: a format that is not a literal, which cannot be replaced.
+    """
+    fixed = _TODAY.sub(lambda found: json.dumps(DATE.strftime(found[2])), jinja)
+    if "strftime_now(" in fixed:
+        raise DataError(
+            "the chat template writes today's date in a way that cannot be fixed to one day",
+            where="data.template",
+            why="a run that goes on tomorrow would train on another prompt",
+            fix="save the template to a file, write a date in it, and name the file in data.template",
+        )
+    return fixed

@@ -1,0 +1,188 @@
+"""The machine under a run: what env.json says of it, its published peak, its memory and its gauges.
+
+`describe` is an allow-list. It never dumps the environment, and what looks like a secret on the command line is
+masked.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "bitsandbytes")
+
+# Dense bf16 / fp16 tensor-core peaks with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets (where a sheet states
+# the figure "with sparsity", half of it). The first pattern that fits the device's name wins; laptop parts share the
+# names of desktop ones at other clocks and are left out.
+_PEAKS: tuple[tuple[str, float, str], ...] = (
+    (r"laptop|max-q", 0.0, ""),
+    (r"\bGB10\b", 92.0, "measured on a DGX Spark, dense bf16"),
+    (r"\bGB[23]00\b", 2500.0, "GB200 NVL72 data sheet"),
+    (r"\bB[23]00\b", 2250.0, "HGX B200 data sheet"),
+    (r"\bH[12]00 NVL\b", 835.5, "H100/H200 NVL data sheet"),
+    (r"\bH100 PCIe\b", 756.5, "H100 data sheet, PCIe"),
+    (r"\bGH200\b|\bH200\b", 989.5, "H200 data sheet"),
+    (r"\bH[18]00\b", 989.5, "H100 data sheet, SXM"),
+    (r"\bH20\b", 148.0, "H20 data sheet"),
+    (r"\bA[18]00\b", 312.0, "A100 data sheet"),
+    (r"\bL40S\b", 362.0, "L40S data sheet"),
+    (r"\bL40\b", 181.0, "L40 data sheet"),
+    (r"\bL4\b", 121.0, "L4 data sheet"),
+    (r"\bA40\b", 149.7, "A40 data sheet"),
+    (r"\bA30\b", 165.0, "A30 data sheet"),
+    (r"\bA10G?\b", 125.0, "A10 data sheet"),
+    (r"\bRTX A6000\b", 154.8, "Ampere GA102 white paper"),
+    (r"\bRTX 5090(?! ?D)\b", 209.5, "RTX Blackwell white paper"),
+    (r"\bRTX 4090(?! ?D)\b", 165.2, "Ada white paper"),
+    (r"\bRTX 3090\b(?! ?Ti)", 71.0, "Ampere GA102 white paper"),
+)
+
+
+def peak_of(name: str) -> tuple[float | None, str]:
+    """Dense bf16 peak of a GPU by its name -> (TFLOP/s, where the figure is from); (None, "") where none is known."""
+    for pattern, tflops, source in _PEAKS:
+        if re.search(pattern, name, re.IGNORECASE):
+            return (tflops, source) if tflops else (None, "")
+    return None, ""
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+    """The peak that MFU is taken against -> (TFLOP/s, source), or (None, "").
+
+    Only the 16-bit types have an entry: an fp32 run's peak depends on whether TF32 is allowed, and no CPU publishes
+    one that its clock under AVX-512 holds.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None, ""
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def memory_gib(device: torch.device | None = None) -> float:
+    """Peak memory of this process so far, GiB: allocated on the CUDA device, else resident in RAM."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
+
+
+class Gauges:
+    """A GPU's utilisation and power, read at most once in `every` seconds, and given up for good at the first failure.
+
+    NVML answers in about a millisecond, and its own window is 1/6 to 1 s long: asking at each step buys nothing. It is
+    missing in many containers (no nvidia-ml-py) and in part on unified-memory chips.
+    """
+
+    def __init__(self, device: torch.device, *, every: float = 1.0) -> None:
+        self.device, self.every = device, every
+        self.usable = device.type == "cuda"
+        self._at = -every
+        self._last: tuple[float | None, float | None] = (None, None)
+
+    def read(self) -> tuple[float | None, float | None]:
+        """(utilisation in percent, power in watts); None for what this machine does not tell."""
+        now = time.monotonic()
+        if self.usable and now - self._at >= self.every:
+            self._at = now
+            try:
+                percent = float(torch.cuda.utilization(self.device))
+                self._last = (percent, torch.cuda.power_draw(self.device) / 1000.0)
+            except Exception:  # NVML's own error type cannot be imported without NVML, and a gauge may not end a run
+                self.usable, self._last = False, (None, None)
+        return self._last
+
+
+def describe(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """What env.json says of software, hardware and command: versions, chips, cores, memory, commit, scrubbed argv."""
+    return {
+        "python": platform.python_version(),
+        **{name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cpu_threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "commit": _commit(Path.cwd()),
+        "command": scrub(sys.argv if argv is None else argv),
+    }
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    facts = torch.cuda.get_device_properties(index)
+    return {
+        "name": facts.name,
+        "memory_gib": round(facts.total_memory / 2**30, 1),
+        "capability": f"{facts.major}.{facts.minor}",
+        "peak_tflops_bf16": peak_of(facts.name)[0],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """The processor's name as the kernel tells it; on ARM, where it tells none, the architecture."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def _commit(folder: Path) -> str | None:
+    """The git commit of the folder's repository, with "+" where tracked files differ from it; None outside of one."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=5, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+_SECRET_NAME = re.compile(r"token|secret|passw|api[-_]?key|credential", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[\w-]{8,}|gh[opsu]_[A-Za-z0-9]{8,}|github_pat_\w{8,})\b")
+_URL_PASSWORD = re.compile(r"(://)[^/\s@]+@")
+
+
+def scrub(argv: Sequence[str]) -> list[str]:
+    """The command's words with secrets masked: values of options named like one, tokens by form, passwords in URLs."""
+    words: list[str] = []
+    hide_next = False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        if hide_next and not word.startswith("-"):
+            words.append("***")
+        elif equals and _SECRET_NAME.search(name) and not _is_recipe_key(name):
+            words.append(f"{name}=***")
+        else:
+            words.append(_URL_PASSWORD.sub(r"\1***@", _SECRET_VALUE.sub("***", word)))
+        hide_next = word.startswith("-") and not equals and bool(_SECRET_NAME.search(word))
+    return words
+
+
+def _is_recipe_key(name: str) -> bool:
+    """`model.tokenizer=...`, `model.pad_token=...` and `model.added_tokens=...` are no secrets."""
+    return name in ("model.tokenizer", "model.pad_token", "model.added_tokens")

@@ -1,0 +1,114 @@
+"""`profile:` of a recipe: traces and a memory picture of some steps, on every rank.
+
+In `output_dir/profile/` each rank r leaves, for each cycle:
+
+    rank<r>.<time>.pt.trace.json.gz   the trace: ui.perfetto.dev, or TensorBoard's profiler plugin on the folder
+    memory-rank<r>-<cycle>.json.gz    allocated bytes over time as counter tracks, for Perfetto
+    memory-rank<r>-<cycle>.pickle     GPU only: the allocator's segments, for pytorch.org/memory_viz
+    top-rank<r>-<cycle>.txt           the ten dearest operations
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
+
+from tunesmith.config.schema import Profile
+
+
+class Profiler:
+    """Context around the training loop; `step()` at the end of each optimizer step. Free of cost when not enabled.
+
+    >>> with Profiler(run.profile, folder, rank=0, device=device) as profiler:
+    ...     for batch in loader:
+    ...         train_step(batch)
+    ...         profiler.step()
+    """
+
+    def __init__(self, settings: Profile, folder: Path, *, rank: int, device: torch.device) -> None:
+        self.folder, self.rank, self.device = folder / "profile", rank, device
+        self.cycles_written = 0
+        self._steps_left = (settings.wait + settings.warmup + settings.active) * settings.cycles
+        self._profile: profile | None = None
+        if not settings.enabled:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._trace = tensorboard_trace_handler(str(self.folder), worker_name=f"rank{rank}", use_gzip=True)
+        self._profile = profile(
+            activities=activities,
+            schedule=schedule(
+                wait=settings.wait, warmup=settings.warmup, active=settings.active, repeat=settings.cycles
+            ),
+            on_trace_ready=self._write,
+            profile_memory=True,
+            record_shapes=True,
+        )
+
+    def __enter__(self) -> Profiler:
+        if self._profile is not None:
+            self._profile.start()
+        return self
+
+    def step(self) -> None:
+        """One optimizer step is done. After the last cycle the profiler is taken off, so that the rest runs free."""
+        if self._profile is None:
+            return
+        self._profile.step()
+        self._steps_left -= 1
+        if self._steps_left == 0:
+            self._stop()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._profile is not None:
+            running, self._profile = self._profile, None
+            running.stop()
+
+    def _write(self, done: profile) -> None:
+        """Called by torch at the end of each cycle, and of a cycle that the run's end cuts short."""
+        cycle, self.cycles_written = self.cycles_written + 1, self.cycles_written + 1
+        before = set(self.folder.glob("*.pt.trace.json.gz"))
+        self._trace(done)
+        (trace,) = set(self.folder.glob(f"rank{self.rank}.*.pt.trace.json.gz")) - before
+        name = f"rank{self.rank}-{cycle}"
+        _write_memory(trace, self.folder / f"memory-{name}.json.gz")
+        if self.device.type == "cuda":
+            with (self.folder / f"memory-{name}.pickle").open("wb") as out:
+                pickle.dump({"segments": torch.cuda.memory_snapshot(), "device_traces": []}, out)
+        order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        table = done.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=60)
+        (self.folder / f"top-{name}.txt").write_text(table + "\n", encoding="utf-8")
+
+
+_DEVICES = {0: "CPU", 1: "GPU"}  # c10::DeviceType
+
+
+def _write_memory(trace: Path, out: Path) -> None:
+    """Counter tracks of allocated bytes, one per device, from the allocation events of a trace."""
+    with gzip.open(trace, "rt", encoding="utf-8") as file:
+        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+    counters = []
+    for event in events:
+        if event.get("name") != "[memory]":
+            continue
+        facts = event["args"]
+        device = _DEVICES.get(facts["Device Type"], f"device type {facts['Device Type']}")
+        number = f" {facts['Device Id']}" if facts["Device Id"] >= 0 else ""
+        track = {"name": f"{device}{number} allocated", "ph": "C", "ts": event["ts"], "pid": event["pid"]}
+        counters.append(track | {"args": {"bytes": facts["Total Allocated"]}})
+    with gzip.open(out, "wt", encoding="utf-8") as file:
+        json.dump({"displayTimeUnit": "ms", "traceEvents": counters}, file)

@@ -1,0 +1,192 @@
+"""The run as a person sees it: a progress bar on a terminal, one plain line a step elsewhere, and log.txt for both."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from tunesmith.config.schema import Run
+from tunesmith.metrics.record import StepRecord
+from tunesmith.metrics.sinks import Sink
+from tunesmith.units import Length
+
+LINES_A_SECOND = 10.0
+
+
+def wants_bar(stream: TextIO) -> bool:
+    """Whether a progress bar is welcome: a terminal that can move its cursor, whose user has not refused it."""
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def span(seconds: float) -> str:
+    """Seconds as a person reads them: `42 s`, `3:07 min`, `2:05 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+class Every:
+    """Says when an interval of a recipe (`10 steps`, `1 epochs`, `30 s`, `5 %`) has passed; the first step counts."""
+
+    def __init__(self, interval: Length, total_steps: int | None) -> None:
+        self.interval, self.total = interval, total_steps
+        self._passed: int | None = None
+
+    def due(self, record: StepRecord) -> bool:
+        """Whether `record` is the first one, the last one, or the first after another interval."""
+        passed = math.floor(self._intervals(record))
+        if passed != self._passed:
+            self._passed = passed
+            return True
+        return record.step == self.total
+
+    def _intervals(self, record: StepRecord) -> float:
+        """How many intervals have passed, as a fraction, since the run or the clock began."""
+        amount = self.interval.amount
+        if self.interval.unit == "steps":
+            return record.step / amount
+        if self.interval.unit == "epochs":
+            return record.epoch / amount
+        if self.interval.unit == "%":  # of a run that ends by the clock the share is not known: every step is shown
+            return 100.0 * record.step / self.total / amount if self.total else record.step
+        return time.monotonic() / (self.interval.seconds or 1.0)
+
+
+class Terminal(Sink):
+    """Progress for a person, on stderr, and log.txt.
+
+    Args:
+        log: path of log.txt; None writes none.
+        total_steps: optimizer steps of the whole run; None where it ends by the clock.
+        stream: where progress is shown; stderr unless said.
+        bar: show a progress bar; None finds out.
+    """
+
+    def __init__(
+        self,
+        log: Path | None,
+        *,
+        total_steps: int | None,
+        stream: TextIO | None = None,
+        bar: bool | None = None,
+    ) -> None:
+        self.log, self.total = log, total_steps
+        self.stream = stream or sys.stderr
+        self.bar = wants_bar(self.stream) if bar is None else bar
+        self._file: TextIO | None = None
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._recent: deque[float] = deque(maxlen=20)
+        self._steps = 0
+        self._shown_at = 0.0
+        self._seconds: float | None = None
+        self._started = time.monotonic()
+
+    def open(self, run: Run, resumed_at: int) -> None:
+        if self.log is not None:
+            self._file = self.log.open("a", buffering=1, encoding="utf-8")
+        self._every = Every(run.log.every, self.total)
+        self._seconds = run.train.duration.seconds
+        self._started = time.monotonic()
+        if self.bar:
+            self._progress = Progress(
+                TextColumn("step {task.fields[step]}"),
+                BarColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                TextColumn("left {task.fields[left]}"),
+                console=Console(file=self.stream, force_terminal=True),
+            )
+            whole = float(self.total) if self.total else self._seconds
+            self._task = self._progress.add_task(
+                "", total=whole, completed=resumed_at if self.total else 0, step=str(resumed_at), facts="", left="?"
+            )
+            self._progress.start()
+
+    def step(self, record: StepRecord) -> None:
+        if self._steps == 1:  # the first step compiles and warms up: it says nothing about the others
+            self._recent.clear()
+        self._steps += 1
+        self._recent.append(record.step_seconds)
+        due = self._every.due(record)
+        if self._progress is not None:
+            done = float(record.step) if self.total else time.monotonic() - self._started
+            facts = f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s"
+            self._progress.update(
+                self._task, completed=done, step=self._count(record), facts=facts, left=self._left(record)
+            )
+        if not due:
+            return
+        line = self.line(record)
+        self._write(line)
+        now = time.monotonic()
+        # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have what is not shown.
+        if self._progress is None and (now - self._shown_at >= 1 / LINES_A_SECOND or record.step == self.total):
+            self._shown_at = now
+            self._show(line)
+
+    def validation(self, step: int, loss: float) -> None:
+        self._tell(f"step {step}  val_loss {loss:.4f}")
+
+    def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
+        for prompt, answer in rows:
+            self._write(f"step {step}  sample  {prompt!r} -> {answer!r}")
+
+    def text(self, title: str, body: str) -> None:
+        if title != "recipe":  # config.yaml lies beside the log
+            self._tell(body)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def line(self, record: StepRecord) -> str:
+        """One step as one line, its names and units readable without a key."""
+        mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
+        return (
+            f"step {self._count(record)}  loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
+            f"grad {record.grad_norm:.3g}  {record.tokens_per_second:,.0f} tok/s{mfu}  "
+            f"{record.memory_gib:.1f} GiB  left {self._left(record)}"
+        )
+
+    def _count(self, record: StepRecord) -> str:
+        return f"{record.step}/{self.total}" if self.total else str(record.step)
+
+    def _left(self, record: StepRecord) -> str:
+        """Time to the end, from the mean of the last steps."""
+        if self.total is None:
+            if self._seconds is None:
+                return "?"
+            return span(max(0.0, self._seconds - (time.monotonic() - self._started)))
+        return span((self.total - record.step) * sum(self._recent) / len(self._recent))
+
+    def _tell(self, text: str) -> None:
+        self._show(text)
+        for row in text.splitlines():
+            self._write(row)
+
+    def _show(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def _write(self, line: str) -> None:
+        if self._file is not None:
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")

@@ -1,0 +1,146 @@
+"""A .gguf file becomes a Transformers folder, once, in a cache.
+
+Transformers reads the format and dequantises it (`gguf_file=`); doing so at every start would cost a full copy in memory
+and minutes. The folder is made aside and renamed into place, so that a stopped conversion leaves nothing half.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tunesmith.errors import MachineError, ModelError
+
+MAGIC = b"GGUF"
+LAYOUT = 1  # goes up when what is written changes, so that older conversions are made again
+
+
+def cache_folder() -> Path:
+    """`$TUNESMITH_CACHE/models`, else `$XDG_CACHE_HOME/tunesmith/models`, else `~/.cache/tunesmith/models`."""
+    own = os.environ.get("TUNESMITH_CACHE")
+    if own:
+        return Path(own).expanduser() / "models"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tunesmith" / "models"
+
+
+def converted(file: Path, dtype: str, note: Callable[[str], None] = lambda text: None) -> Path:
+    """The Transformers folder of a .gguf file, converted now or before.
+
+    Args:
+        file: the .gguf file.
+        dtype: `bf16`, `fp16` or `fp32`: the type that the weights are kept in.
+        note: told when a conversion begins.
+
+    Raises:
+        ModelError: the file is no GGUF, cut off, or of an architecture that Transformers cannot read.
+        MachineError: the package `gguf` is missing, or the cache cannot be written.
+    """
+    file = file.resolve()
+    _check_magic(file)
+    stat = file.stat()
+    identity = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, dtype, LAYOUT])
+    target = cache_folder() / f"{file.stem}-{dtype}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    if target.is_dir():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise MachineError(
+            "the package gguf is missing, which reads .gguf files", where=str(file), fix="pip install 'tunesmith[gguf]'"
+        )
+    note(f"converting {file.name} to {dtype} safetensors, once, in {target}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
+            made = Path(scratch) / "model"
+            _convert(file, dtype, made)
+            _move(made, target)
+    except OSError as error:
+        raise MachineError(
+            "the converted model cannot be written",
+            where=str(target.parent),
+            why=str(error),
+            fix="make room there, or point TUNESMITH_CACHE at another folder",
+        ) from error
+    return target
+
+
+def _check_magic(file: Path) -> None:
+    try:
+        with file.open("rb") as f:
+            start = f.read(4)
+    except OSError as error:
+        raise ModelError(f"{file.name} cannot be read", where=str(file), why=str(error)) from error
+    if start != MAGIC:
+        raise ModelError(
+            f"{file.name} is not a GGUF file",
+            where=str(file),
+            why=f"it begins with {start!r}, not {MAGIC!r}",
+            fix="download it again; a small file is often a saved web page or a Git LFS pointer",
+        )
+
+
+def _convert(file: Path, dtype: str, made: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kept = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=kept)
+    except Exception as error:  # gguf and Transformers raise many kinds for a file that is cut off or unknown to them
+        text = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{file.name} cannot be read as a model",
+            where=str(file),
+            why=f"{type(error).__name__}: {text}",
+            fix="download it again, or take the model's safetensors from the Hub",
+        ) from error
+    # Written file by file rather than by save_pretrained, which refuses a model that was loaded from a quantised file.
+    config = model.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):  # the weights are plain now, and the path is of this machine
+        config.pop(key, None)
+    config |= {"dtype": str(kept).removeprefix("torch."), "architectures": [type(model).__name__]}
+    # named_parameters and named_buffers name a shared tensor once, and no buffer of these families is in a checkpoint
+    state = {name: tensor.detach().to(kept).contiguous() for name, tensor in model.named_parameters()}
+    made.mkdir()
+    with _quiet():
+        tokenizer.save_pretrained(made)
+        model.generation_config.save_pretrained(made)
+        type(model.config).from_dict(config).save_pretrained(made)
+    save_file(state, made / "model.safetensors", metadata={"format": "pt"})
+
+
+def _move(made: Path, target: Path) -> None:
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process finished the same conversion first
+            raise
+        shutil.rmtree(made)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Transformers' bars and warnings about the conversion off the terminal."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the dequantiser draws its bar with tqdm itself
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

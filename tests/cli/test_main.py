@@ -1,0 +1,186 @@
+"""The frame of the command line: speed, exit codes, and words instead of tracebacks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import tunesmith
+from tunesmith.cli import main as frame
+from tunesmith.cli.main import VERBS, main
+from tunesmith.errors import RecipeError, RunError, StoppedError
+
+HEAVY = {"torch", "transformers", "datasets", "peft", "numpy"}
+MODULES = "import sys; from tunesmith.cli.main import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tunesmith.__file__).parents[1])}
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], int]], None]:
+    """Put a verb `try` in place whose work is the given function."""
+
+    def put(work: Callable[[], int]) -> None:
+        module = ModuleType("tunesmith.cli.try_")
+        vars(module).update(add_arguments=lambda parser: None, run=lambda args: work(), EPILOG="")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(VERBS, "try", (module.__name__, "for a test"))
+
+    return put
+
+
+def _raising(error: BaseException) -> Callable[[], int]:
+    def work() -> int:
+        raise error
+
+    return work
+
+
+def test_help_starts_at_once() -> None:
+    """Under 0.4 s with an interpreter's own start, best of three; and nothing heavy is imported on the way."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        shown = _python("-m", "tunesmith", "--help")
+        seconds.append(time.perf_counter() - start)
+        assert (shown.returncode, shown.stderr) == (0, "")
+    assert min(seconds) < 0.4
+    assert all(f"  {verb} " in shown.stdout for verb in VERBS)
+    loaded = set(_python("-c", MODULES, "--help").stderr.split())
+    assert "argparse" in loaded
+    assert not loaded & {*HEAVY, "rich", "ruamel.yaml", "huggingface_hub", "jinja2"}
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_help_of_each_verb(name: str) -> None:
+    """Every verb's help has an example, and comes before anything heavy is imported."""
+    shown = _python("-c", MODULES, name, "--help")
+    assert re.search(rf"^ .*tunesmith {name}\b", shown.stdout, re.MULTILINE), shown.stdout + shown.stderr
+    imported = set(shown.stderr.split())
+    assert VERBS[name][0] in imported
+    assert not imported & HEAVY
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tunesmith {tunesmith.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "fix"),
+    [
+        (["trian"], "there is no command 'trian'", "did you mean tunesmith train?"),
+        (["zzz"], "there is no command 'zzz'", "tunesmith --help"),
+        (["--json"], "there is no command '--json'", "tunesmith --help"),
+        (["recipes", "--jsn"], "unrecognized arguments: --jsn", "did you mean --json?"),
+        (["recipes", "lst"], "invalid choice: 'lst'", "tunesmith recipes --help"),
+        (["recipes", "show"], "recipes show needs a recipe's name", "tunesmith recipes show smollm2-135m-lora"),
+        (["recipes", "show", "qwen3-8b"], "no recipe 'qwen3-8b'", "did you mean qwen3-8b-lora?"),
+        (["recipes", "copy", "mistral-7b"], "no recipe 'mistral-7b' ships", "did you mean mistral-7b-lora?"),
+        (["recipes", "copy", "mistral-7b-lora", "a", "b"], "one destination, not 2", "copy mistral-7b-lora a"),
+        (["recipes", "copy", "mistral-7b-lora", "no/such/x.yaml"], "cannot write", "mkdir -p no/such"),
+    ],
+)
+def test_wrong_commands(words: list[str], what: str, fix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    first, *rest = shown.err.splitlines()
+    assert first.startswith("error: ")
+    assert what in first
+    assert any(line.startswith("  fix: ") and fix in line for line in rest), shown.err
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RecipeError("no", where="r.yaml:1", fix="yes"), 2, "error: no\n  where: r.yaml:1\n  fix: yes\n"),
+        (RunError("it failed"), 1, "error: it failed\n"),
+        (StoppedError("stopped at step 3", fix="start again"), 75, "stopped at step 3\n  fix: start again\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OSError(errno.ENOSPC, "No space left", "/x"), 2, "error: the disk is full\n  where: /x\n  fix: make room"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: not permitted: Permission denied\n  where: /x"),
+        (ModuleNotFoundError("no", name="wandb.sdk"), 2, "error: the Python package wandb is missing\n  fix: pip install wandb"),
+    ],
+)  # fmt: skip
+def test_ends(
+    error: BaseException, code: int, said: str, verb: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb(_raising(error))
+    assert main(["try"]) == code
+    shown = capsys.readouterr()
+    assert shown.err.startswith(said)
+    assert "Traceback" not in shown.err
+
+
+def test_internal_error(
+    verb: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fault of ours is one block; the traceback lies in a file, and is shown only when asked for."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    verb(_raising(ZeroDivisionError("one\ntwo")))
+    assert main(["try"]) == 1
+    shown = capsys.readouterr().err
+    (file,) = tmp_path.iterdir()
+    assert shown.startswith("error: internal error: ZeroDivisionError: one\n  fix: please report it with ")
+    assert str(file) in shown
+    assert "Traceback" not in shown
+    assert "Traceback (most recent call last)" in file.read_text()
+    assert tunesmith.__version__ in file.read_text()
+    monkeypatch.setenv("TUNESMITH_DEBUG", "1")
+    main(["try"])
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_internal_error_without_a_place_to_write(
+    verb: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
+    verb(_raising(ZeroDivisionError("one")))
+    assert main(["try"]) == 1
+    assert "Traceback" in capsys.readouterr().err  # nowhere else to put it
+
+
+def test_options_between_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["recipes", "show", "mistral-7b-lora", "train.seed=1", "--json", "train.eps=1e-7"]
+    assert main(words) == 0
+    assert '"seed": 1' in capsys.readouterr().out
+
+
+def test_closed_pipe_is_quiet() -> None:
+    """`tunesmith recipes show ... | head -1`: no complaint, and the status of a process that SIGPIPE ended."""
+    script = (
+        f"{sys.executable} -c 'import sys, time; from tunesmith.cli.main import main; time.sleep(0.5);"
+        ' sys.exit(main(["recipes", "show", "mistral-7b-lora"]))\' | true; echo ${PIPESTATUS[0]}'
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == (str(frame.EXIT_BROKEN_PIPE), "")
+
+
+def test_another_broken_pipe_is_told(
+    verb: Callable[..., None], capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    verb(_raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    assert main(["try"]) == 1
+    assert "internal error: BrokenPipeError" in capfd.readouterr().err

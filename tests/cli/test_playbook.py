@@ -1,0 +1,391 @@
+"""The four playbook scripts: every flag has an effect, and rows, order, text and closing lines are theirs."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import byte_tokenizer
+from tunesmith.cli import playbook
+from tunesmith.cli.playbook import SCRIPTS, default_folder, parser, recipe, selection, write_inputs
+from tunesmith.config.load import from_mapping, to_mapping
+from tunesmith.config.schema import Data, Run, Source
+from tunesmith.metrics.record import StepRecord
+
+SCRIPT_FOLDER = Path(__file__).parents[2] / "scripts"
+FULL, LORA, BIG, QLORA = SCRIPTS
+COMMON = (
+    "model_name", "dtype", "batch_size", "seq_length", "num_epochs", "gradient_accumulation_steps", "learning_rate",
+    "gradient_checkpointing", "dataset_size", "logging_steps", "log_dir", "use_torch_compile", "output_dir", "train_on",
+    "data", "fresh",
+)  # fmt: skip
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from leaves(getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
+    else:
+        yield name, value
+
+
+def values(run: Run) -> dict[str, str]:
+    flat = dict(leaves(run)) | {f"source.{key}": item for key, item in leaves(run.data.train[0])}
+    units = (
+        "train.duration",
+        "train.global_batch",
+        "train.micro_batch",
+        "train.warmup",
+        "checkpoint.every",
+        "log.every",
+    )
+    for name in units:
+        amount, unit = flat.pop(f"{name}.amount"), flat.pop(f"{name}.unit")
+        flat[name] = f"{amount:g} {unit}"
+    return flat
+
+
+def run_of(script: str, *flags: str, folder: Path = Path("out"), ranks: int = 1) -> dict[str, Any]:
+    run = recipe(script, parser(script).parse_args(flags), folder=folder, ranks=ranks)
+    return values(run)
+
+
+SHARED_DEFAULTS = {
+    "model.dtype": "bf16",
+    "model.trust_remote_code": False,
+    "data.seq_len": 2048,
+    "data.pack": False,
+    "data.train_on": "all",
+    "source.format": "alpaca",
+    "train.duration": "1 epochs",
+    "train.schedule": "linear",
+    "train.warmup": "0 steps",
+    "train.min_learning_rate": 0.0,
+    "train.weight_decay": 0.0,
+    "train.clip_norm": 1.0,
+    "train.betas": (0.9, 0.999),
+    "train.eps": 1e-8,
+    "train.seed": 42,
+    "train.compile": "off",
+    "log.every": "1 steps",
+}
+LORA_DEFAULTS = {"adapter.kind": "lora", "adapter.rank": 8, "adapter.alpha": 16.0, "adapter.dropout": 0.0}
+DEFAULTS = {
+    FULL: {"model.name": "meta-llama/Llama-3.2-3B-Instruct", "adapter.kind": "none", "train.learning_rate": 5e-5,
+           "train.global_batch": "8 examples", "train.micro_batch": "8 examples", "train.recompute": "none",
+           "model.quantize": "none"},
+    LORA: LORA_DEFAULTS | {"model.name": "meta-llama/Llama-3.1-8B-Instruct", "train.learning_rate": 1e-4,
+           "train.global_batch": "8 examples", "train.recompute": "none", "model.quantize": "none"},
+    BIG: LORA_DEFAULTS | {"model.name": "meta-llama/Llama-3.1-70B-Instruct", "train.learning_rate": 1e-4,
+          "train.global_batch": "4 examples", "train.recompute": "full", "model.quantize": "none"},
+    QLORA: LORA_DEFAULTS | {"model.name": "unsloth/Meta-Llama-3.1-70B-bnb-4bit", "train.learning_rate": 1e-4,
+            "train.global_batch": "8 examples", "train.recompute": "none", "model.quantize": "nf4"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults_are_theirs(script: str) -> None:
+    got = run_of(script)
+    wanted = SHARED_DEFAULTS | DEFAULTS[script]
+    assert {name: got[name] for name in wanted} == wanted
+    size = parser(script).parse_args([]).dataset_size
+    assert size == {FULL: 512, LORA: 512, BIG: 500, QLORA: 512}[script]
+
+
+EFFECTS: list[tuple[list[str], dict[str, Any]]] = [
+    (["--model_name", "org/other"], {"model.name": "org/other"}),
+    (["--dtype", "float32"], {"model.dtype": "fp32"}),
+    (["--dtype", "float16"], {"model.dtype": "fp16"}),
+    (["--batch_size", "2"], {"train.global_batch": "2 examples", "train.micro_batch": "2 examples"}),
+    (["--seq_length", "333"], {"data.seq_len": 333}),
+    (["--num_epochs", "3"], {"train.duration": "3 epochs"}),
+    (["--batch_size", "4", "--gradient_accumulation_steps", "5"],
+     {"train.global_batch": "20 examples", "train.micro_batch": "4 examples"}),
+    (["--learning_rate", "3e-4"], {"train.learning_rate": 3e-4}),
+    (["--gradient_checkpointing"], {"train.recompute": "full"}),
+    (["--no-gradient_checkpointing"], {"train.recompute": "none"}),
+    (["--logging_steps", "7"], {"log.every": "7 steps"}),
+    (["--log_dir", "/somewhere/events"], {"log.tensorboard_dir": "/somewhere/events"}),
+    (["--use_torch_compile"], {"train.compile": "on"}),
+    (["--train_on", "response"], {"data.train_on": "response"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("flags", "wanted"), EFFECTS)
+def test_each_flag_changes_its_key_and_no_other(script: str, flags: list[str], wanted: dict[str, Any]) -> None:
+    before, after = run_of(script), run_of(script, *flags)
+    changed = {name for name in after if after[name] != before[name]}
+    assert {name: after[name] for name in wanted} == wanted
+    assert changed <= set(wanted)
+
+
+@pytest.mark.parametrize("script", [LORA, BIG, QLORA])
+def test_the_rank_is_a_flag_of_the_lora_scripts(script: str) -> None:
+    assert run_of(script, "--lora_rank", "32")["adapter.rank"] == 32
+    with pytest.raises(SystemExit) as raised:
+        parser(FULL).parse_args(["--lora_rank", "32"])
+    assert raised.value.code == 2
+
+
+def test_the_batch_is_per_rank() -> None:
+    got = run_of(LORA, "--gradient_accumulation_steps", "2", ranks=4)
+    assert (got["train.global_batch"], got["train.micro_batch"]) == ("64 examples", "8 examples")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_named_here(script: str) -> None:
+    known = set(COMMON) | ({"lora_rank"} if script != FULL else set())
+    assert set(vars(parser(script).parse_args([]))) == known
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--batch_size", "0"], ["--seq_length", "x"], ["--learning_rate", "0"], ["--learning_rate", "nan"],
+     ["--num_epochs", "-1"], ["--dtype", "int8"], ["--train_on", "prompt"], ["--no_such_flag"], ["--dataset_size", "0"]],
+)  # fmt: skip
+def test_a_wrong_value_ends_with_2_and_names_the_flag(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        playbook.main(LORA, flags)
+    assert raised.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_recipe_holds_the_rules_of_every_recipe(script: str, tmp_path: Path) -> None:
+    args = parser(script).parse_args(["--model_name", "org/base", "--log_dir", str(tmp_path / "logs")])
+    write_inputs(ROWS, tmp_path, bos=False)
+    run = recipe(script, args, folder=tmp_path, ranks=1)
+    assert from_mapping(to_mapping(run), where=script, base=tmp_path) == run
+
+
+# --- rows, order, text ----------------------------------------------------------------------------------------------
+
+ROWS = [{"instruction": f"say {i}", "input": "loudly" if i % 3 else "", "output": f"{i}!"} for i in range(40)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(ROWS))
+    return path
+
+
+def test_the_first_rows_are_taken_and_shuffled_as_datasets_does(data: Path) -> None:
+    from datasets import Dataset
+
+    got = selection(parser(LORA).parse_args(["--data", str(data), "--dataset_size", "25"]))
+    theirs = Dataset.from_list(ROWS).select(range(25)).shuffle(seed=42)
+    assert got == theirs.to_list()
+    assert got != ROWS[:25]
+
+
+def test_fewer_rows_than_asked_for_are_all_taken_and_said(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(selection(parser(LORA).parse_args(["--data", str(data)]))) == 40
+    assert f"{data} has 40 rows" in capsys.readouterr().out
+
+
+THEIRS = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n"
+    "### Instruction: {}\n\n### Input: {}\n\n### Response: {}"
+)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("row", ROWS[:2])
+def test_text_and_mask_are_theirs(tmp_path: Path, row: dict[str, str], bos: bool) -> None:
+    """Every token carries loss as in theirs; with `--train_on response` the answer and its end token alone."""
+    from tunesmith.data.chat import choose
+    from tunesmith.data.format import convert
+
+    tokenizer = byte_tokenizer(bos_token="<s>")
+    write_inputs([row], tmp_path, bos=bos)
+    source = Source(source=str(tmp_path / playbook.ROWS), format="alpaca")
+    kept = json.loads((tmp_path / playbook.ROWS).read_text())
+    text = ("<s>" if bos else "") + THEIRS.format(row["instruction"], row["input"], row["output"])
+    for train_on, learnt in (("all", None), ("response", f" {row['output']}<|im_end|>")):
+        template = choose(
+            Data(train=(source,), template=str(tmp_path / playbook.JINJA), train_on=train_on),
+            tokenizer,
+            [tokenizer.eos_token_id],
+        )
+        sample = convert(kept, source, where="row")
+        example = template.encode(sample, train_on, where="row")
+        assert tokenizer.decode(example.ids) == text + "<|im_end|>"
+        if learnt is None:
+            assert example.trained.tolist() == [False] + [True] * (len(example.ids) - 1)
+        else:
+            assert tokenizer.decode(example.ids[example.trained]) == learnt
+        prompt = tokenizer.decode(template.prompt(sample))
+        assert text.startswith(prompt)
+        assert prompt.endswith("### Response:")
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    from tunesmith.errors import MachineError
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError) as raised:
+        write_inputs(ROWS, tmp_path / "file", bos=False)
+    assert "--output_dir" in raised.value.fix
+
+
+# --- where it goes, what is said ------------------------------------------------------------------------------------
+
+
+def test_without_output_dir_each_set_of_learning_flags_has_its_folder() -> None:
+    def folder(*flags: str) -> Path:
+        return default_folder(LORA, parser(LORA).parse_args(flags))
+
+    assert folder() == folder() == folder("--logging_steps", "9", "--log_dir", "x", "--use_torch_compile", "--fresh")
+    assert folder().parent == Path("runs")
+    assert folder().name.startswith(LORA)
+    others = [folder(*flags) for flags in (["--lora_rank", "9"], ["--learning_rate", "1"], ["--train_on", "response"])]
+    assert len({folder(), *others}) == 4
+
+
+def test_closing_lines_have_their_form() -> None:
+    records = [
+        StepRecord(step=s, epoch=s / 4, loss=4.0 / s, learning_rate=1e-4, grad_norm=1.0, tokens=10, supervised_tokens=10,
+                   examples=8, step_seconds=0.5, data_seconds=0.0, tokens_per_second=20.0, mfu=None, memory_gib=1.0)
+        for s in (1, 2, 4)
+    ]  # fmt: skip
+    rule = "=" * 60
+    assert playbook.closing(records, 2.0).splitlines() == [
+        "", rule, "TRAINING COMPLETED", rule, "Training runtime: 2.00 seconds", "Samples per second: 12.00",
+        "Steps per second: 1.50", "Train loss: 2.3333", "Final loss: 1.0000", rule,
+    ]  # fmt: skip
+    assert "Training runtime: 1.50 seconds" in playbook.closing(records, 0.0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_opening_lines_name_what_was_asked(script: str) -> None:
+    args = parser(script).parse_args(
+        ["--batch_size", "3", "--gradient_accumulation_steps", "2", "--model_name", "org/m"]
+    )
+    lines = playbook.opening(SCRIPTS[script], args).splitlines()
+    assert lines[1] == lines[3] == "=" * 60
+    assert {"Model: org/m", "Batch size: 3", "Effective batch size: 6", "Torch compile: False"} <= set(lines)
+    assert ("LoRA rank: 8" in lines) == (script != FULL)
+
+
+def test_the_warm_up_is_a_twentieth_of_an_epoch_elsewhere(tmp_path: Path) -> None:
+    run = recipe(LORA, parser(LORA).parse_args(["--use_torch_compile"]), folder=tmp_path, ranks=1)
+    warm = playbook.warm_up(run, 512, tmp_path / "scratch")
+    assert str(warm.train.duration) == "4 steps"
+    assert warm.train.compile == "on"
+    assert not Path(warm.output_dir).is_relative_to(Path(run.output_dir)) or "scratch" in warm.output_dir
+    assert not warm.log.tensorboard
+    assert warm.checkpoint.every is None
+
+
+def test_final_files_lie_in_the_folder_too(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    final.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "manifest.json"):
+        (final / name).write_text(name)
+    for _ in range(2):
+        playbook.lay_out(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "final",
+        ]
+    assert (tmp_path / "adapter_config.json").read_text() == "adapter_config.json"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_thin_and_calls_its_own_name(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = SCRIPT_FOLDER / f"{script}.py"
+    assert len(path.read_text().splitlines()) <= 15
+    called = []
+    monkeypatch.setattr(playbook, "main", lambda name: called.append(name) or 0)
+    with pytest.raises(SystemExit) as raised:
+        runpy.run_path(str(path), run_name="__main__")
+    assert (called, raised.value.code) == ([script], 0)
+
+
+def test_help_shows_flags_and_differences_without_torch() -> None:
+    code = (
+        "import runpy, sys\nsys.argv = ['x', '--help']\n"
+        f"try:\n    runpy.run_path({str(SCRIPT_FOLDER / (LORA + '.py'))!r}, run_name='__main__')\n"
+        "except SystemExit as e:\n    assert not e.code, e\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for part in ("--lora_rank", "--train_on", "differs from the playbook's script", *playbook.DIFFERENCES[:2]):
+        assert part in done.stdout
+
+
+# --- end to end -----------------------------------------------------------------------------------------------------
+
+
+def run_script(script: str, tiny: Path, data: Path, out: Path, *flags: str) -> int:
+    common = ["--model_name", str(tiny), "--data", str(data), "--dtype", "float32", "--seq_length", "512"]
+    return playbook.main(
+        script,
+        [*common, "--log_dir", str(out / "logs"), "--output_dir", str(out / "run"), "--dataset_size", "32", *flags],
+    )
+
+
+@pytest.mark.parametrize("script", [FULL, LORA, BIG])
+def test_a_script_trains_saves_and_says_so(
+    script: str, tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert run_script(script, tiny, data, tmp_path) == 0
+    shown = capsys.readouterr().out
+    steps = {FULL: 4, LORA: 4, BIG: 8}[script]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
+    rates = [json.loads(line)["learning_rate"] for line in lines]
+    peak = SCRIPTS[script].learning_rate
+    assert rates == pytest.approx([peak * (1 - i / steps) for i in range(steps)], rel=1e-12), "linear, no warm-up"
+    assert "TRAINING COMPLETED" in shown
+    assert f"Final loss: {json.loads(lines[-1])['loss']:.4f}" in shown
+    assert list((tmp_path / "logs").glob("events.out.tfevents.*")), "the events lie straight in --log_dir"
+    folder = tmp_path / "run"
+    assert "### Instruction:" in AutoTokenizer.from_pretrained(folder).chat_template
+    if script == FULL:
+        AutoModelForCausalLM.from_pretrained(folder)
+    else:
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(folder))
+    # the same command again finds it finished, and --fresh does not
+    assert run_script(script, tiny, data, tmp_path) == 0
+    assert "finished before" in capsys.readouterr().out
+    assert run_script(script, tiny, data, tmp_path, "--fresh") == 0
+    assert (folder / "metrics.jsonl").read_text().count("\n") == steps
+    assert (tmp_path / "run.previous-1" / "metrics.jsonl").exists()
+
+
+def test_loss_on_every_token_counts_them_all(tiny: Path, data: Path, tmp_path: Path) -> None:
+    counts = {}
+    for train_on in ("all", "response"):
+        out = tmp_path / train_on
+        out.mkdir()
+        assert run_script(LORA, tiny, data, out, "--train_on", train_on) == 0
+        record = json.loads((out / "run" / "metrics.jsonl").read_text().splitlines()[0])
+        counts[train_on] = (record["tokens"], record["supervised_tokens"])
+    assert counts["all"][0] == counts["response"][0]
+    assert counts["all"][1] == counts["all"][0] - 8, "all but the first token of each of the 8 rows"
+    assert 0 < counts["response"][1] < counts["all"][1] / 5
+
+
+def test_what_is_wrong_ends_with_2_and_one_block(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(LORA, tmp_path / "no-such-model", data, tmp_path) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert run_script(LORA, tmp_path, tmp_path / "no-rows.jsonl", tmp_path) == 2

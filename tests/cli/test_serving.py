@@ -1,0 +1,341 @@
+"""`generate`, `chat`, `eval` and `merge` by their command lines: what is written, what goes where, and every wrong use."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runs import ROWS, make_run, peft_model, write_rows
+from tunesmith.cli.main import main
+from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
+
+SHORT = ["--max-new-tokens", "6", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serving") / "run"
+    make_run(folder, tiny, peft_model(tiny, std=0.3))
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# --- generate -------------------------------------------------------------------------------------------------------
+
+
+def test_generate_adds_an_answer_to_every_row_in_order(run: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out.jsonl"
+    assert (
+        main(["generate", str(run), "--input", str(rows), "--output", str(out), "--batch-size", "2", *SHORT]) == EXIT_OK
+    )
+    found = lines(out)
+    assert [row["instruction"] for row in found] == [row["instruction"] for row in ROWS]
+    assert [row["reference"] for row in found] == [row["output"] for row in ROWS]
+    assert all(isinstance(row["output"], str) for row in found)
+
+
+def test_a_broken_off_job_goes_on_to_the_same_file(run: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    command = ["generate", str(run), "--input", str(rows), "--output", str(out), "--batch-size", "1", *SHORT]
+    sampled = [*command, "--temperature", "1.0", "--seed", "4"]
+    assert main(sampled) == EXIT_OK
+    whole = out.read_bytes()
+    kept = whole.splitlines(keepends=True)
+    out.write_bytes(b"".join(kept[:5]) + kept[5][:20])  # killed inside a line
+    assert main([*sampled, "--resume"]) == EXIT_OK
+    assert out.read_bytes() == whole
+    assert main([*sampled, "--resume"]) == EXIT_OK  # nothing left to do
+    assert out.read_bytes() == whole
+
+
+def test_generate_reads_stdin_and_writes_stdout(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row of each format without an answer, in one stream; stdout holds rows and nothing else."""
+    asked = [
+        {"prompt": "a", "id": 7},
+        {"instruction": "b"},
+        {"messages": [{"role": "user", "content": "c"}]},
+        {"conversations": [{"from": "human", "value": "d"}]},
+        {"prompt": [{"role": "user", "content": "e"}]},
+        {"text": "f é"},
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n".join(map(json.dumps, asked))))
+    assert main(["generate", str(run), "--input", "-", "--output", "-", *SHORT]) == EXIT_OK
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [{k: v for k, v in row.items() if k != "output"} for row in found] == asked
+
+
+def test_base_answers_as_without_the_adapter(run: Path, rows: Path, tmp_path: Path, tiny: Path) -> None:
+    for name, words in (("tuned", [str(run)]), ("base", [str(run), "--base"]), ("plain", [str(tiny)])):
+        out = tmp_path / f"{name}.jsonl"
+        assert main(["generate", *words, "--input", str(rows), "--output", str(out), *SHORT]) == EXIT_OK
+    assert lines(tmp_path / "base.jsonl") == lines(tmp_path / "plain.jsonl") != lines(tmp_path / "tuned.jsonl")
+
+
+def test_ctrl_c_keeps_what_is_written(run: Path, tmp_path: Path) -> None:
+    many = write_rows(tmp_path / "many.jsonl", [{"prompt": "x" * (n % 9 + 1), "n": n} for n in range(4000)])
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "tunesmith", "generate", str(run), "--input", str(many), "--output", str(out)]
+    process = subprocess.Popen([*command, "--batch-size", "1", *SHORT], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out.exists() and out.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == EXIT_STOPPED, errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    found = lines(out)
+    assert [row["n"] for row in found] == list(range(len(found)))
+    assert 0 < len(found) < 4000
+
+
+# --- chat -----------------------------------------------------------------------------------------------------------
+
+
+def chat(monkeypatch: pytest.MonkeyPatch, text: str, *words: str) -> int:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    return main(["chat", *words, *SHORT])
+
+
+def test_chat_without_a_terminal_answers_line_by_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answers are those of `generate` on the same conversation; no prompt signs on stdout."""
+    from tunesmith.generate import Decoding, answer_batch
+    from tunesmith.opening import open_model
+
+    assert chat(monkeypatch, "hello\n", str(run)) == EXIT_OK
+    opened = open_model(run, device="cpu")
+    from tunesmith.data.format import Conversation
+
+    prompt = opened.template.prompt(Conversation([{"role": "user", "content": "hello"}]))
+    expected = answer_batch(opened.model, opened.tokenizer, [prompt], Decoding(6), stops=opened.template.stops)[0]
+    assert capsys.readouterr().out == expected.text + "\n"
+
+
+def test_chat_side_by_side_and_its_commands(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "talk.jsonl"
+    talk = f"hello\n/save {saved}\n/base\nhow?\n/adapter\n/system Be brief.\nwhy?\n/save {saved}\n/reset\n/nonsense\n/quit\nnot asked\n"
+    assert chat(monkeypatch, talk, str(run), "--side-by-side") == EXIT_OK
+    told = capsys.readouterr()
+    base, tuned = lines(saved)[:2]
+    assert [m["role"] for m in base["messages"]] == ["user", "assistant"]  # type: ignore[attr-defined]
+    assert (base["model"], tuned["model"]) == ("base", "tuned")
+    assert base["messages"] != tuned["messages"]
+    later = lines(saved)[3]["messages"]
+    assert [m["role"] for m in later] == ["system", *["user", "assistant"] * 3]  # type: ignore[attr-defined]
+    assert told.out.startswith("base: ")
+    assert "\ntuned: " in told.out
+    assert "there is no command /nonsense" in told.err
+    assert "not asked" not in told.out
+
+
+def test_chat_forgets_the_oldest_turns_and_says_so(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A context of 1024 byte tokens holds two of these questions, not three."""
+    assert chat(monkeypatch, f"{'a' * 400}\n{'b' * 400}\n{'c' * 400}\n", str(run)) == EXIT_OK
+    assert "forgot the 1 oldest turn" in capsys.readouterr().err
+    assert chat(monkeypatch, "d" * 1100, str(run)) == EXIT_USAGE
+    assert "there is room for 1018" in capsys.readouterr().err
+
+
+def test_chat_with_a_full_run_opens_its_base_beside_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = peft_model(tiny).merge_and_unload()
+    make_run(tmp_path / "full", tiny, whole)
+    assert chat(monkeypatch, "hello there\n", str(tmp_path / "full"), "--side-by-side") == EXIT_OK
+    both = capsys.readouterr().out
+    assert chat(monkeypatch, "hello there\n", str(tiny)) == EXIT_OK
+    assert both.startswith(f"base: {capsys.readouterr().out}tuned: ")
+
+
+# --- eval -----------------------------------------------------------------------------------------------------------
+
+
+def test_eval_compares_base_and_tuned(run: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", str(run), "--data", str(rows), "--max-examples", "5", "--exact-match", *SHORT]
+    assert main([*command, "--json"]) == EXIT_OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["base"]["rows"] == found["tuned"]["rows"] == 5
+    assert found["base"]["loss"] != found["tuned"]["loss"]
+    assert found["tuned"]["asked"] == 5
+    assert main(command) == EXIT_OK
+    table = capsys.readouterr().out
+    assert f"{found['base']['loss']:.4f}" in table
+    assert f"{found['tuned']['loss']:.4f}" in table
+    assert "exact match" in table
+
+
+def test_eval_scores_an_answer_that_is_right(
+    run: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tuned model's own answers as references: it matches all of them, and its base does not."""
+    answers = tmp_path / "answers.jsonl"
+    assert main(["generate", str(run), "--input", str(rows), "--output", str(answers), *SHORT]) == EXIT_OK
+    own = [
+        {"instruction": row["instruction"], "input": row["input"], "output": row["output"]} for row in lines(answers)
+    ]
+    own = [row for row in own if str(row["output"]).strip() and "\ufffd" not in str(row["output"])]
+    assert len(own) >= 3
+    mine = write_rows(tmp_path / "own.jsonl", own)
+    capsys.readouterr()
+    assert main(["eval", str(run), "--data", str(mine), "--exact-match", "--json", *SHORT]) == EXIT_OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["tuned"]["exact_match"] == 1.0
+    assert found["base"]["exact_match"] < 1.0
+
+
+def test_eval_of_a_full_run_loads_its_base_after_it(
+    tiny: Path, tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "full", tiny, peft_model(tiny).merge_and_unload())
+    make_run(tmp_path / "lora", tiny, peft_model(tiny))
+    scores = []
+    for name in ("full", "lora"):
+        assert main(["eval", str(tmp_path / name), "--data", str(rows), "--json", "--device", "cpu"]) == EXIT_OK
+        scores.append(json.loads(capsys.readouterr().out))
+    for who in ("base", "tuned"):  # fp32: folding moves the last digits
+        assert scores[0][who]["loss"] == pytest.approx(scores[1][who]["loss"], rel=1e-5)
+    assert (
+        main(["eval", str(tmp_path / "full"), "--data", str(rows), "--json", "--no-base", "--device", "cpu"]) == EXIT_OK
+    )
+    assert "base" not in json.loads(capsys.readouterr().out)
+
+
+# --- merge ----------------------------------------------------------------------------------------------------------
+
+
+def test_merge_prints_its_proof_and_the_next_command(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["merge", str(run), "--output", str(tmp_path / "m"), "--device", "cpu"]) == EXIT_OK
+    text = capsys.readouterr().out
+    assert "largest logit difference" in text
+    assert f"next: tunesmith chat {tmp_path / 'm'}" in text
+    assert main(["merge", str(run), "--output", str(tmp_path / "j"), "--json", "--device", "cpu"]) == EXIT_OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["proof"]["merged"]["max_logit"] <= 1e-4
+
+
+# --- wrong uses -----------------------------------------------------------------------------------------------------
+
+
+def _file(folder: Path, name: str, content: str | bytes) -> str:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+Case = Callable[[str, str, Path], list[str]]
+BAD: dict[str, tuple[Case, int, str]] = {
+    "no such run": (lambda r, i, t: ["generate", str(t / "no"), "--input", i, "--output", "-"], EXIT_USAGE, "there is no"),
+    "no such input": (lambda r, i, t: ["generate", r, "--input", str(t / "no"), "--output", "-"], EXIT_USAGE, "no file"),
+    "output is there": (lambda r, i, t: ["generate", r, "--input", i, "--output", _file(t, "o", "{}\n")], EXIT_USAGE, "--resume"),
+    "output is the input": (lambda r, i, t: ["generate", r, "--input", i, "--output", i, "--force"], EXIT_USAGE, "same file"),
+    "output is a folder": (lambda r, i, t: ["generate", r, "--input", i, "--output", str(t)], EXIT_USAGE, "is a folder"),
+    "resume of other rows": (lambda r, i, t: ["generate", r, "--input", i, "--output", _file(t, "o", '{"a": 1, "output": ""}\n'), "--resume"], EXIT_USAGE, "other rows"),
+    "resume of no JSON": (lambda r, i, t: ["generate", r, "--input", i, "--output", _file(t, "o", "hello\n"), "--resume"], EXIT_USAGE, "o:1"),
+    "resume of stdout": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--resume"], EXIT_USAGE, "--resume needs"),
+    "resume and force": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--resume", "--force"], EXIT_USAGE, "not allowed with"),
+    "broken line": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", '{"prompt": "a"}\n{"prompt":\n'), "--output", "-"], EXIT_USAGE, "b.jsonl:2"),
+    "not UTF-8": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", b'{"prompt": "\xff\xfe"}\n'), "--output", "-"], EXIT_USAGE, "UTF-8"),
+    "empty file": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", ""), "--output", "-"], EXIT_USAGE, "b.jsonl"),
+    "unknown columns": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", '{"question": "a"}\n'), "--output", "-"], EXIT_USAGE, "--format"),
+    "format without its column": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--format", "messages"], EXIT_USAGE, "no column messages"),
+    "a prompt that is a number": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", '{"prompt": 5}\n'), "--output", "-"], EXIT_USAGE, "a number"),
+    "messages that are no list": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", '{"messages": {"role": "user"}}\n'), "--output", "-"], EXIT_USAGE, "b.jsonl:1"),
+    "no messages": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", '{"messages": []}\n'), "--output", "-"], EXIT_USAGE, "empty"),
+    "an unknown role": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", '{"messages": [{"role": "king", "content": "a"}]}\n'), "--output", "-"], EXIT_USAGE, "unknown role"),
+    "a huge prompt": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", json.dumps({"prompt": "a" * 5000}) + "\n"), "--output", "-"], EXIT_USAGE, "too long"),
+    "temperature": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--temperature", "-1"], EXIT_USAGE, "--temperature"),
+    "temperature is a word": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--temperature", "hot"], EXIT_USAGE, "invalid float"),
+    "top-p alone": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--top-p", "0.5"], EXIT_USAGE, "no effect"),
+    "batch size": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--batch-size", "0"], EXIT_USAGE, "--batch-size"),
+    "new tokens": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--max-new-tokens", "0"], EXIT_USAGE, "--max-new-tokens"),
+    "a device that is not there": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--device", "cuda:99"], EXIT_USAGE, "--device"),
+    "a device that is none": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--device", "toaster"], EXIT_USAGE, "--device"),
+    "an unwritable output": (lambda r, i, t: ["generate", r, "--input", i, "--output", _file(t, "f", "") + "/out.jsonl"], EXIT_USAGE, "cannot be written"),
+    "chat, nothing beside": (lambda r, i, t: ["chat", _base(r), "--side-by-side"], EXIT_USAGE, "plain model"),
+    "chat, both flags": (lambda r, i, t: ["chat", r, "--side-by-side", "--base"], EXIT_USAGE, "not allowed with"),
+    "eval, no data": (lambda r, i, t: ["eval", r], EXIT_USAGE, "--data"),
+    "eval, no such file": (lambda r, i, t: ["eval", r, "--data", str(t / "no.jsonl")], EXIT_USAGE, "no.jsonl"),
+    "eval, zero rows": (lambda r, i, t: ["eval", r, "--data", i, "--max-examples", "0"], EXIT_USAGE, "--max-examples"),
+    "eval, rows without answers": (lambda r, i, t: ["eval", r, "--data", _file(t, "b.jsonl", '{"instruction": "a"}\n')], EXIT_USAGE, "no column output"),
+    "eval, text has no answers": (lambda r, i, t: ["eval", r, "--data", _file(t, "b.jsonl", '{"text": "abc"}\n'), "--exact-match"], EXIT_USAGE, "no row holds an answer"),
+    "eval, an unknown split": (lambda r, i, t: ["eval", r, "--data", i, "--split", "test"], EXIT_USAGE, "no split test"),
+    "merge, no output": (lambda r, i, t: ["merge", r], EXIT_USAGE, "--output"),
+    "merge, a plain model": (lambda r, i, t: ["merge", _base(r), "--output", str(t / "m")], EXIT_USAGE, "no adapter"),
+    "merge, output is taken": (lambda r, i, t: ["merge", r, "--output", str(Path(i).parent)], EXIT_USAGE, "--force"),
+    "merge, an unknown type": (lambda r, i, t: ["merge", r, "--output", str(t / "m"), "--dtype", "int8"], EXIT_USAGE, "invalid choice"),
+    "a run that did not finish": (lambda r, i, t: ["chat", _unfinished(r, t)], EXIT_FAILED, "tunesmith train"),
+}  # fmt: skip
+
+
+def _base(run: str) -> str:
+    return str(json.loads((Path(run) / "final" / "adapter_config.json").read_text())["base_model_name_or_path"])
+
+
+def _unfinished(run: str, folder: Path) -> str:
+    (folder / "begun").mkdir()
+    shutil.copyfile(Path(run) / "config.yaml", folder / "begun" / "config.yaml")
+    return str(folder / "begun")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_uses_are_told(
+    run: Path,
+    rows: Path,
+    tmp_path: Path,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    make, code, words = BAD[name]
+    (tmp_path / "work").mkdir()
+    command = make(str(run), str(rows), tmp_path / "work")
+    written = rows.read_bytes()
+    assert main(command) == code
+    told = capsys.readouterr()
+    assert words in told.err
+    assert "error: " in told.err
+    assert "fix: " in told.err
+    assert "internal error" not in told.err
+    assert "Traceback" not in told.err
+    assert told.out == ""
+    assert rows.read_bytes() == written
+
+
+def test_help_of_every_verb_starts_without_torch() -> None:
+    for verb in ("chat", "generate", "eval", "merge"):
+        code = f"import sys; from tunesmith.cli.main import main; main(['{verb}', '--help']); sys.exit('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"tunesmith {verb} runs/my-run" in done.stdout

@@ -1,0 +1,188 @@
+"""Recipes that must be refused, each with what the error says, where, and the mend: one table.
+
+A row is (name, recipe text, overrides, in `what`, in `where`, in `fix`). The text's lines count from 1; BASE is put
+before a text that begins with "+", and has 3 lines.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+BASE = "model: {name: org/model}\noutput_dir: runs/x\ndata: {train: {source: org/rows, format: messages}}\n"
+
+
+class Bad(NamedTuple):
+    name: str
+    text: str
+    overrides: tuple[str, ...]
+    what: str
+    where: str
+    fix: str
+
+    @property
+    def recipe(self) -> str:
+        return BASE + self.text[1:] if self.text.startswith("+") else self.text
+
+
+def _file(name: str, text: str, what: str, where: str, fix: str) -> Bad:
+    return Bad(name, text, (), what, where, fix)
+
+
+def _line(name: str, overrides: str | tuple[str, ...], what: str, where: str, fix: str) -> Bad:
+    listed = (overrides,) if isinstance(overrides, str) else overrides
+    return Bad(name, "+", listed, what, f"command line{': ' + where if where else ''}", fix)
+
+
+def _rule(name: str, override: str, what: str, fix: str) -> Bad:
+    """A rule broken by one override of the base recipe."""
+    return _line(name, override, what, override.partition("=")[0], fix)
+
+
+_FORM = [
+    _file("empty", "", "is empty", "r.yaml", "tunesmith recipes"),
+    _file("only comments", "# nothing\n", "is empty", "r.yaml", "tunesmith recipes"),
+    _file("list at the top", "- model\n", "this is a list", "r.yaml:1", "model:"),
+    _file("word at the top", "\nhello\n", "this is a single value", "r.yaml:2", "model:"),
+    _file("two documents", "+---\nmethod: sft\n", "second YAML document", "r.yaml:4", "remove the line `---`"),
+    _file("tab", "model:\n\tname: x\n", "not YAML 1.2", "r.yaml:2", "indent with spaces"),
+    _file("open bracket", "+adapter: {rank: [1\n", "not YAML 1.2", "r.yaml:5", "mend the YAML"),
+    _file("bad character", "+method: \x07\n", "not YAML 1.2", "r.yaml:4", "mend the YAML"),
+    _file("bad escape", '+method: "\\UFFFFFFFF"\n', "not YAML 1.2", "r.yaml", "mend the YAML"),
+    _file("duplicate key", "+train:\n  seed: 1\n  seed: 2\n", "'seed' is given twice", "r.yaml:6", "remove one"),
+    _file("duplicate section", "+model: {name: a/b}\n", "'model' is given twice", "r.yaml:4", "remove one"),
+    _file("number as key", "+train: {1: 2}\n", "a key is text", "r.yaml:4", "quotes"),
+    _file("unknown alias", "+method: *gone\n", "*gone", "r.yaml:4", "&gone"),
+    _file("alias to itself", "+train: &a {seed: *a}\n", "*a", "r.yaml:4", "further up"),
+    _file("tag", "+method: !!python/name:os.system x\n", "tag", "r.yaml:4", "plain value"),
+    _file("merge of a word", "+train: {<<: sft}\n", "`<<` takes a mapping", "r.yaml:4", "<<: *"),
+    _file("too deep", "+train: " + "[" * 40 + "]" * 40 + "\n", "too deeply nested", "r.yaml:4", "write out"),
+]  # fmt: skip
+
+_KEYS = [
+    _file("no model", "output_dir: x\ndata: {train: {source: a/b}}\n", "model is missing", "r.yaml:1", "add model: {name:"),
+    _file("no model name", "model: {dtype: bf16}\noutput_dir: x\ndata: {train: {source: a/b}}\n", "model.name is missing", "r.yaml:1", "add model.name"),
+    _file("no data", "model: {name: a/b}\noutput_dir: x\n", "data is missing", "r.yaml:1", "add data: {train:"),
+    _file("no output_dir", "model: {name: a/b}\ndata: {train: {source: a/b}}\n", "output_dir is missing", "r.yaml:1", "add output_dir: runs/mine"),
+    _file("mistyped key", "+train:\n  learning_rat: 1\n", "unknown key train.learning_rat", "r.yaml:5", "did you mean learning_rate?"),
+    _file("mistyped section", "+trian: {seed: 1}\n", "unknown key trian", "r.yaml:4", "did you mean train?"),
+    _file("key of another section", "+learning_rate: 1\n", "unknown key learning_rate", "r.yaml:4", "did you mean train.learning_rate?"),
+    _file("case", "+train: {Seed: 1}\n", "unknown key train.Seed", "r.yaml:4", "write it seed"),
+    _file("dash", "+train: {weight-decay: 1}\n", "unknown key", "r.yaml:4", "write it weight_decay"),
+    _file("dotted key", "+train.seed: 1\n", "unknown key train.seed", "r.yaml:4", "train: {seed: ...}"),
+    _file("nothing near", "+adapter: {zzzzqqq: 1}\n", "unknown key adapter.zzzzqqq", "r.yaml:4", "adapter has kind, rank"),
+    _file("TRL", "+per_device_train_batch_size: 8\n", "unknown key", "r.yaml:4", "here it is train.micro_batch"),
+    _file("TRL accumulation", "+train: {gradient_accumulation_steps: 8}\n", "unknown key", "r.yaml:4", "here it is train.global_batch"),
+    _file("LLaMA-Factory", "+cutoff_len: 1024\n", "unknown key", "r.yaml:4", "here it is data.seq_len: 2048"),
+    _file("Axolotl", "+sample_packing: true\n", "unknown key", "r.yaml:4", "here it is data.pack"),
+    _file("PEFT", "+adapter: {lora_r: 8}\n", "unknown key adapter.lora_r", "r.yaml:4", "here it is adapter.rank: 8"),
+    _file("torchtune", "+train: {clip_grad_norm: 1}\n", "unknown key", "r.yaml:4", "here it is train.clip_norm"),
+    _file("Unsloth", "+load_in_4bit: true\n", "unknown key", "r.yaml:4", "here it is model.quantize: nf4"),
+    _line("override without =", "train.seed", "not of the form", "", "train.learning_rate=2e-4"),
+    _line("override of nothing", "=3", "not of the form", "", "train.learning_rate=2e-4"),
+    _line("override of an unknown key", "train.sed=3", "unknown key train.sed", "train.sed", "did you mean seed?"),
+    _line("override below a value", ("train.seed=1", "train.seed.x=3"), "no key 'x' in a single value", "train.seed.x", "the whole of train.seed"),
+    _line("override of no entry", ("train.betas=[0.9, 0.99]", "train.betas.2=3"), "no entry '2'", "train.betas.2", "0 to 1"),
+    _line("override with broken YAML", "train.betas=[0.9", "not YAML 1.2", "train.betas", "mend the YAML"),
+    _line("extends as an override", "extends=qwen3-8b-lora", "extends belongs in a file", "extends", "name that recipe"),
+]  # fmt: skip
+
+_EXTENDS = [
+    _file("extends itself", "extends: ./r.yaml\n", "circle", "r.yaml:1", "remove one extends"),
+    _file("extends nothing", "extends: qwen3-8b-lara\n", "no recipe", "r.yaml:1", "did you mean qwen3-8b-lora?"),
+    _file("extends two", "extends: [a, b]\n", "one recipe's name or file", "r.yaml:1", "extends: llama3.1-8b-lora"),
+]
+
+_TYPES = [
+    _file("quoted truth", '+log: {wandb: "true"}\n', "log.wandb: expected true or false, found the text 'true'", "r.yaml:4", "write wandb: true, without quotes"),
+    _file("YAML 1.1 truth", "+log: {wandb: yes}\n", "log.wandb: expected true or false", "r.yaml:4", "wandb: true"),
+    _file("truth as number", "+adapter: {rank: true}\n", "adapter.rank: expected a whole number, found true", "r.yaml:4", "rank: 8"),
+    _file("number as truth", "+log: {wandb: 1}\n", "log.wandb: expected true or false, found 1", "r.yaml:4", "wandb: true"),
+    _file("quoted number", '+adapter: {rank: "16"}\n', "adapter.rank: expected a whole number", "r.yaml:4", "rank: 16, without quotes"),
+    _file("fraction", "+adapter: {rank: 8.0}\n", "adapter.rank: expected a whole number, found 8.0", "r.yaml:4", "rank: 8"),
+    _file("section as a word", "+adapter: lora\n", "adapter: expected a mapping of keys, found the text 'lora'", "r.yaml:4", "adapter"),
+    _file("empty section", "+train:\n", "train: expected a mapping of keys, found nothing", "r.yaml:4", "remove the line"),
+    _file("text as a list", "+adapter: {modules_to_save: lm_head}\n", "expected a list of texts", "r.yaml:4", "modules_to_save: [lm_head]"),
+    _file("number as text", "+adapter: {from: 5}\n", "adapter.from: expected text or null, found 5", "r.yaml:4", 'from: "5"'),
+    _file("date", "+train: {duration: 2026-01-31}\n", "'2026-01-31' is not a length", "r.yaml:4", "200 steps"),
+    _line("bare length", "train.duration=3", "train.duration: expected a length, found 3", "train.duration", "'train.duration=3 steps' or 'train.duration=3 epochs'"),
+    _line("bare size", "train.global_batch=64", "train.global_batch: expected a size, found 64", "train.global_batch", "64 examples"),
+    _line("unknown unit", "train.duration=3 weeks", "is not a length", "train.duration", "200 steps"),
+    _line("half an example", "train.global_batch=1.5 examples", "are whole", "train.global_batch", "64 examples"),
+    _line("half a step", "train.duration=1.5 steps", "steps are whole", "train.duration", "200 steps"),
+    _line("infinite", "train.learning_rate=.inf", "train.learning_rate: inf is not a finite number", "train.learning_rate", "1e-4"),
+    _line("not a number", "train.eps=.nan", "train.eps: nan is not a finite number", "train.eps", "1e-4"),
+    _line("overflow", "train.learning_rate=1e999", "is not a finite number", "train.learning_rate", "1e-4"),
+    _line("huge whole number", "train.seed=" + "9" * 200, "is not a finite number of a usable size", "train.seed", "8"),
+    _line("one beta", "train.betas=[0.9]", "expected a list of 2 numbers, found 1", "train.betas", "[0.9, 0.9]"),
+    _line("null seed", "train.seed=", "train.seed: expected a whole number, found nothing", "train.seed", "remove the line"),
+    _line("dtype of others", "model.dtype=bfloat16", "model.dtype: expected `bf16`, `fp16` or `fp32`", "model.dtype", "'model.dtype=bf16'"),
+    _line("format of others", "data.train.format=chatml", "data.train.format: expected", "data.train.format", "'data.train.format=messages'"),
+    _line("optimizer of others", "train.optimizer=paged_adamw_8bit", "train.optimizer: expected `adamw`", "train.optimizer", "adamw"),
+    _line("schedule mistyped", "train.schedule=cosin", "train.schedule: expected", "train.schedule", "'train.schedule=cosine'"),
+    _line("compile as truth", "train.compile=true", "train.compile: expected", "train.compile", "'train.compile=on'"),
+    _line("method", "method=dpo", "method: expected `sft`, found the text 'dpo'", "method", "write one of sft"),
+    _line("resume mistyped", "checkpoint.resume=atuo", "checkpoint.resume: expected", "checkpoint.resume", "'checkpoint.resume=auto'"),
+    _line("micro_batch word", "train.micro_batch=max", "expected a size or `auto`", "train.micro_batch", "write one of auto"),
+    _line("columns value", "data.train.columns={messages: 3}", "data.train.columns.messages: expected text", "data.train.columns", '"3"'),
+]  # fmt: skip
+
+_PATHS = [
+    _rule("variable", "output_dir=$SCRATCH/x", "variables such as $SCRATCH/x", "command line"),
+    _rule("URL of a model", "model.name=https://huggingface.co/org/model", "not a URL", "write the Hub id: org/model"),
+    _rule("URL of data", "data.train.source=https://x.org/rows.jsonl", "not a URL", "download it"),
+    _rule("empty name", "model.name=''", "model.name is empty", "name one"),
+    _rule("no such template", "data.template=alpacca", "no such file", "did you mean alpaca?"),
+]
+
+_RULES = [
+    _rule("fp8", "model.quantize=fp8", "fp8 base is not built yet", "nf4"),
+    _line("quantised full", ("adapter.kind=none", "model.quantize=nf4"), "model.quantize: nf4 with adapter.kind: none", "model.quantize", "model.quantize: none"),
+    _line("rank without adapter", ("adapter.kind=none", "adapter.rank=4"), "adapter.rank has no effect", "adapter.rank", "remove adapter.rank"),
+    _line("adapter.from without adapter", ("adapter.from=org/adapter", "adapter.kind=none"), "adapter.from has no effect", "adapter.from", "adapter.kind: lora"),
+    _file("saved modules without adapter", "+adapter:\n  kind: none\n  modules_to_save: [lm_head]\n", "adapter.modules_to_save has no effect", "r.yaml:6", "remove"),
+    _rule("rank 0", "adapter.rank=0", "adapter.rank is 0", "1 or more"),
+    _rule("alpha 0", "adapter.alpha=0", "adapter.alpha is 0.0", "16"),
+    _rule("dropout 1", "adapter.dropout=1", "adapter.dropout is 1.0", "0.05"),
+    _rule("target mistyped", "adapter.target=all_linear", "all_linear is no module's name", "all-linear"),
+    _rule("target empty", "adapter.target=[]", "names nothing", "all-linear"),
+    _rule("all-linear in a list", "adapter.target=[all-linear, lm_head]", "stands alone", "adapter.target: all-linear"),
+    _rule("added tokens untrained", "model.added_tokens=['<|x|>']", "without trained embeddings", "modules_to_save: [embed_tokens"),
+    _rule("added token twice", "model.added_tokens=[a, a]", "repeated token", "once"),
+    _rule("no rows", "data.train=[]", "data.train is an empty list", "data.train: {source:"),
+    _rule("seq_len", "data.seq_len=1", "data.seq_len is 1", "2 or more"),
+    _rule("max_examples", "data.train.max_examples=0", "data.train.max_examples is 0", "1 or more"),
+    _rule("weight", "data.train.weight=0", "data.train.weight is 0.0", "2.0"),
+    _line("column of another format", "data.train.columns={instruction: question}", "format messages has no column 'instruction'", "data.train.columns", "its columns: messages, tools"),
+    _line("column mistyped", "data.train.columns={mesages: m}", "has no column 'mesages'", "data.train.columns", "did you mean messages?"),
+    _line("columns the wrong way round", "data.train.columns={dialogue: messages}", "has no column 'dialogue'", "data.train.columns", "write messages: dialogue"),
+    _line("system on plain text", ("data.train.format=text", "data.system=Be kind."), "data.system has no effect on rows of format text", "data.system", "remove it"),
+    _rule("duration in %", "train.duration=3 %", "train.duration: 3 %", "train.duration: 1 epochs"),
+    _rule("duration 0", "train.duration=0 steps", "must be above 0", "train.duration: 1 epochs"),
+    _rule("warm-up by the clock", "train.warmup=3 min", "counted in %, steps or epochs", "train.warmup: 3 %"),
+    _rule("warm-up of 200 %", "train.warmup=200 %", "more than the whole run", "train.warmup: 3 %"),
+    _line("warm-up too long", ("train.duration=50 steps", "train.warmup=100 steps"), "longer than train.duration of 50 steps", "train.warmup", "train.warmup: 3 %"),
+    _rule("small token batch", "train.global_batch=1024 tokens", "smaller than one row of data.seq_len 2048", "2048 tokens"),
+    _line("token batch unpacked", ("train.global_batch=8192 tokens", "data.pack=false"), "needs packed rows", "train.global_batch", "data.pack: true"),
+    _rule("small micro batch", "train.micro_batch=512 tokens", "smaller than one row of data.seq_len 2048", "auto"),
+    _rule("micro above global", "train.micro_batch=128 examples", "larger than train.global_batch of 64 examples", "auto"),
+    _rule("rate 0", "train.learning_rate=0", "train.learning_rate is 0.0", "1e-4"),
+    _rule("rate below 0", "train.min_learning_rate=-1", "train.min_learning_rate is -1.0", "0 or more"),
+    _rule("least rate above the rate", "train.min_learning_rate=1", "is above train.learning_rate", "smaller"),
+    _line("least rate of a constant", ("train.schedule=constant", "train.min_learning_rate=1e-6"), "no effect with train.schedule: constant", "train.min_learning_rate", "cosine"),
+    _rule("beta 1", "train.betas=[0.9, 1]", "train.betas.1 is 1.0", "[0.9, 0.999]"),
+    _rule("clipping at 0", "train.clip_norm=0", "train.clip_norm is 0.0", "null for no clipping"),
+    _rule("decay below 0", "train.weight_decay=-0.1", "train.weight_decay is -0.1", "0 or more"),
+    _rule("seed below 0", "train.seed=-1", "train.seed -1 is outside", "42"),
+    _rule("stochastic rounding of an adapter", "train.master_weights=stochastic", "nothing to round", "adapter.kind: none"),
+    _rule("tensor parallel", "parallel.tensor=2", "this version trains on one rank", "parallel.tensor: 1"),
+    _rule("sharding", "parallel.shard=8", "this version trains on one rank", "parallel.shard: auto"),
+    _rule("no replica", "parallel.replicate=0", "parallel.replicate is 0", "1 or more"),
+    _rule("patience without rows", "validate.patience=3", "without data.validation", "add data.validation"),
+    _line("share of a timed run", ("train.duration=1 h", "checkpoint.every=10 %"), "checkpoint.every: 10 %", "checkpoint.every", "200 steps"),
+    _rule("never checkpoint", "checkpoint.every=0 steps", "must be above 0", "200 steps"),
+    _rule("keep none", "checkpoint.keep=0", "checkpoint.keep is 0", "1 or more"),
+    _rule("samples below 0", "log.samples=-1", "log.samples is -1", "0 or more"),
+    _rule("profile nothing", "profile.active=0", "profile.active is 0", "1 or more"),
+]  # fmt: skip
+
+BAD_RECIPES = [*_FORM, *_KEYS, *_EXTENDS, *_TYPES, *_PATHS, *_RULES]

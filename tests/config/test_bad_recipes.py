@@ -1,0 +1,72 @@
+"""Every wrong recipe is refused with what, where and the mend, and with the exit code of a usage error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunesmith.config.load import load
+from tunesmith.errors import UsageError
+
+from .bad_recipes import BAD_RECIPES, BASE, Bad
+
+
+@pytest.mark.parametrize("bad", BAD_RECIPES, ids=[bad.name for bad in BAD_RECIPES])
+def test_refused(bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(bad.recipe, encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        load("r.yaml", bad.overrides)
+    error = caught.value
+    assert bad.what in error.what
+    assert error.where == bad.where
+    assert bad.fix in error.fix
+    assert error.exit_code == 2
+
+
+def test_table_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base of all rows is a good recipe, so that each row is refused for its own fault; names are unique."""
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(BASE)
+    assert load("r.yaml").model.name == "org/model"
+    assert len({bad.name for bad in BAD_RECIPES}) == len(BAD_RECIPES) >= 60
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"model:\n  name: caf\xe9\n")
+    huge = tmp_path / "huge.yaml"
+    huge.write_bytes(b"#" * (1 << 20) + b"\n")
+    run = tmp_path / "run"
+    run.mkdir()
+    cases = [
+        (latin, "byte 0xe9", f"{latin}:2", "iconv"),
+        (huge, "larger than 1 MiB", str(huge), "page of YAML"),
+        (tmp_path / "gone.yaml", "neither a file nor one that ships", str(tmp_path / "gone.yaml"), "tunesmith recipes"),
+        (run, "is a folder", str(run), "name a .yaml file"),
+    ]
+    for path, what, where, fix in cases:
+        with pytest.raises(UsageError) as caught:
+            load(path)
+        assert (what in caught.value.what, caught.value.where, fix in caught.value.fix) == (True, where, True)
+    (run / "config.yaml").write_text(BASE)
+    with pytest.raises(UsageError, match="is a run directory") as caught:
+        load(run)
+    assert str(run / "config.yaml") in caught.value.fix
+
+
+def test_aliases_cannot_grow_without_bound(tmp_path: Path) -> None:
+    """The billion laughs: nine lines that stand for 10^9 values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    path = tmp_path / "laughs.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UsageError) as caught:
+        load(path)
+    assert "aliases written out" in caught.value.what
+    assert caught.value.where == f"{path}:4"
+    deep = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 40)]
+    path.write_text("\n".join(deep))
+    with pytest.raises(UsageError, match="too deeply nested"):
+        load(path)

@@ -1,0 +1,143 @@
+"""What is written reads back as the same run; what differs is told, and told whether it may."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunesmith.config.dump import to_yaml
+from tunesmith.config.load import differences, digest, dump, from_mapping, load, to_mapping
+from tunesmith.config.schema import Adapter, Data, Log, Model, Run, Source, Train
+from tunesmith.config.tree import read_value
+from tunesmith.units import Length, Size
+
+# Text that YAML can hold: no lone surrogates, no control characters, which no file of UTF-8 YAML carries either.
+text = st.text(st.characters(exclude_categories=("Cs",)), max_size=30) | st.sampled_from(
+    ["yes", "3e-4", "null", "~", "0x10", "1_0", "- a", "a: b", "#x", "*a", "&a", "!t", "%", "a\nb\n", " x ", "'", '"', "\\", "\t", "🙂", "\x85", "\u2028", "\ufeff", "\x07"]
+)  # fmt: skip
+word = st.from_regex(r"[a-z]{1,8}/[a-z]{1,8}", fullmatch=True)
+positive = st.floats(1e-300, 1e300)
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> Run:
+    """Any recipe that passes the checks; paths stay Hub ids, which do not depend on the disk."""
+    sources = st.builds(
+        Source,
+        source=word,
+        split=st.none() | text,
+        columns=st.dictionaries(st.sampled_from(["messages", "tools"]), text),
+        weight=positive,
+    )
+    rate = draw(st.floats(1e-12, 10))
+    adapter = draw(
+        st.just(Adapter(kind="none"))
+        | st.builds(
+            Adapter,
+            alpha=positive,
+            rank=st.integers(1, 999),
+            rslora=st.booleans(),
+            target=st.just("all-linear") | st.lists(st.sampled_from(["q_proj", "v_proj"]), min_size=1).map(tuple),
+        )
+    )
+    return Run(
+        model=Model(name=draw(word), revision=draw(st.none() | text), pad_token=draw(st.none() | text)),
+        adapter=adapter,
+        data=Data(
+            train=tuple(draw(st.lists(sources, min_size=1, max_size=3))),
+            validation=tuple(draw(st.lists(sources, max_size=2))),
+            system=draw(st.none() | text),
+        ),
+        train=Train(
+            learning_rate=rate,
+            eps=draw(positive),
+            betas=(draw(st.floats(0, 0.9999)), 0.95),
+            clip_norm=draw(st.none() | positive),
+            duration=Length(draw(st.floats(0.1, 1e6)), "epochs"),
+            global_batch=Size(draw(st.integers(1, 10**6)), "examples"),
+        ),
+        log=Log(wandb=draw(st.booleans())),
+        output_dir="/runs/x",
+    )
+
+
+@given(runs())
+@settings(deadline=None)
+def test_round_trip(run: Run) -> None:
+    values = read_value(dump(run), where="config.yaml", base=Path("/")).plain()
+    assert from_mapping(values, where="config.yaml", base=Path("/")) == run
+
+
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.dictionaries(text, text | numbers | st.booleans() | st.none(), min_size=1))
+def test_every_scalar_round_trips(values: dict[str, object]) -> None:
+    back = read_value(to_yaml(values), where="", base=Path()).plain()
+    assert back == values
+    assert [type(v) for v in back.values()] == [type(v) for v in values.values()]
+
+
+@pytest.fixture
+def run() -> Run:
+    return load("llama3.1-8b-lora")
+
+
+def test_dump_is_read_by_load(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(run))
+    assert load(path) == run
+    full = load("llama3.1-8b-lora", ["adapter.kind=none"])
+    path.write_text(dump(full))
+    assert load(path) == full
+    assert to_mapping(full)["adapter"] == {"kind": "none"}
+
+
+FREE = {
+    "log.every": "10 steps", "log.wandb": "true", "validate.every": "7 steps", "checkpoint.keep": "9", "checkpoint.resume": "force",
+    "train.micro_batch": "2048 tokens", "train.recompute": "full", "train.compile": "off", "profile.enabled": "true",
+    "output_dir": "elsewhere", "model.attention": "eager", "parallel.replicate": "1", "train.duration": "2 epochs",
+}  # fmt: skip
+REFUSED = {
+    "model.name": "a/b", "model.dtype": "fp32", "adapter.rank": "4", "data.seq_len": "512", "data.train.split": "train[:9]",
+    "data.validation.split": "test", "train.seed": "1", "train.global_batch": "16 examples", "train.learning_rate": "1e-3",
+    "train.betas": "[0.9, 0.95]", "train.duration": "0.5 epochs", "train.warmup": "10 steps", "data.pack": "false",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [*FREE.items(), *REFUSED.items()])
+def test_differences(run: Run, key: str, value: str) -> None:
+    new = load("llama3.1-8b-lora", [f"{key}={value}"])
+    (change,) = differences(run, new)
+    assert change.key.replace(".0.", ".") == key
+    assert change.allowed == (FREE.get(key) == value)
+    assert change.old != change.new
+    if key != "train.duration":  # it is judged by its direction, and is no part of the digest
+        assert (digest(run) == digest(new)) == change.allowed
+
+
+def test_differences_of_several(run: Run) -> None:
+    assert differences(run, run) == []
+    two = replace(run, data=replace(run.data, train=(*run.data.train, Source(source="a/b"))))
+    changes = differences(run, two)
+    assert {change.key.rpartition(".")[0] for change in changes} == {"data.train.1"}
+    assert not any(change.allowed for change in changes)
+    assert str(next(c for c in changes if c.key == "data.train.1.source")) == 'data.train.1.source: null -> "a/b"'
+
+
+def test_duration_by_the_clock_and_in_other_units(run: Run) -> None:
+    hour, more = (load("llama3.1-8b-lora", [f"train.duration={d}", "train.warmup=0 steps"]) for d in ("1 h", "90 min"))
+    assert [c.allowed for c in differences(hour, more)] == [True]
+    assert [c.allowed for c in differences(more, hour)] == [False]
+    steps = load("llama3.1-8b-lora", ["train.duration=9000 steps"])
+    assert [c.allowed for c in differences(run, steps)] == [False]
+
+
+def test_digest_is_stable(run: Run) -> None:
+    """The same recipe has the same digest in another process and version: config.yaml of old runs must match."""
+    assert digest(run) == digest(load("llama3.1-8b-lora"))
+    assert len(digest(run)) == 64

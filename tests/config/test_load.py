@@ -1,0 +1,144 @@
+"""Layers, overrides and paths: what wins, and where a relative path starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunesmith.config.load import from_mapping, load, read_mapping, to_mapping
+from tunesmith.config.names import ELSEWHERE, WORDS, keys, nearest
+from tunesmith.config.schema import Run
+from tunesmith.errors import RecipeError
+from tunesmith.units import Length, Size
+
+from .bad_recipes import BASE
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A good recipe in a folder of its own, which is not the working directory."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    path = tmp_path / "recipes" / "base.yaml"
+    path.write_text(BASE + "adapter: {rank: 4, alpha: 8, target: [q_proj]}\ntrain: {seed: 1, betas: [0.9, 0.95]}\n")
+    return path
+
+
+def _extending(recipe: Path, text: str) -> Run:
+    path = recipe.parent / "top.yaml"
+    path.write_text(f"extends: base.yaml\n{text}")
+    return load(path)
+
+
+def test_typed(recipe: Path) -> None:
+    run = load(recipe, ["train.duration=3 epochs", "train.global_batch=32768 tokens", "train.clip_norm=null"])
+    assert (run.adapter.rank, run.adapter.alpha, run.adapter.target) == (4, 8.0, ("q_proj",))
+    assert type(run.adapter.alpha) is float  # a whole number where a number is asked for
+    assert run.train.duration == Length(3, "epochs")
+    assert run.train.global_batch == Size(32768, "tokens")
+    assert run.train.clip_norm is None
+    assert [source.source for source in run.data.train] == ["org/rows"]
+
+
+def test_extends_merges_mappings_and_replaces_lists(recipe: Path) -> None:
+    run = _extending(recipe, "adapter: {rank: 16, target: [v_proj, o_proj]}\ntrain: {betas: [0.8, 0.9]}\n")
+    assert (run.adapter.rank, run.adapter.alpha, run.adapter.target) == (16, 8.0, ("v_proj", "o_proj"))
+    assert (run.train.betas, run.train.seed) == ((0.8, 0.9), 1)
+
+
+def test_extends_a_shipped_recipe(recipe: Path) -> None:
+    top = recipe.parent / "top.yaml"
+    top.write_text("extends: llama3.1-8b-lora\noutput_dir: mine\n")
+    assert load(top).model.name == "meta-llama/Llama-3.1-8B-Instruct"
+
+
+def test_an_error_below_extends_names_the_file_below(recipe: Path) -> None:
+    recipe.write_text(BASE + "train:\n  sed: 1\n")
+    with pytest.raises(RecipeError) as caught:
+        _extending(recipe, "")
+    assert caught.value.where.endswith("base.yaml:5")
+
+
+def test_full_fine_tuning_over_an_adapter(recipe: Path) -> None:
+    assert _extending(recipe, "adapter: {kind: none}\n").adapter.kind == "none"
+    for override in ("adapter.kind=none", "adapter={kind: none}"):
+        run = load(recipe, [override])
+        assert (run.adapter.kind, run.adapter.rank) == ("none", 8)
+    assert load(recipe, ["adapter.kind=lora"]).adapter.rank == 4
+
+
+def test_overrides_in_order(recipe: Path) -> None:
+    run = load(recipe, ["train.seed=2", "train.seed=3", "train={weight_decay: 0.1}", "train.betas.1=0.99"])
+    assert (run.train.seed, run.train.weight_decay, run.train.betas) == (3, 0.1, (0.9, 0.99))
+    assert load(recipe, ["data.system=a=b"]).data.system == "a=b"
+    assert load(
+        recipe, ["model.added_tokens=['<|a|>']", "adapter.modules_to_save=[embed_tokens]"]
+    ).model.added_tokens == ("<|a|>",)
+
+
+def test_overrides_of_sources(recipe: Path) -> None:
+    """A single source and a list of them take the same key, with the index left out where there is one."""
+    for key in ("data.train.split", "data.train.0.split"):
+        assert load(recipe, [f"{key}=train[:10%]"]).data.train[0].split == "train[:10%]"
+    two = "data.train=[{source: a/b}, {source: c/d, weight: 2}]"
+    run = load(recipe, [two, "data.train.1.split=test", "data.train.0.source=e/f"])
+    assert [(s.source, s.split, s.weight) for s in run.data.train] == [("e/f", None, 1.0), ("c/d", "test", 2.0)]
+    with pytest.raises(RecipeError, match="no entry 'split'") as caught:
+        load(recipe, [two, "data.train.split=test"])
+    assert "0 to 1" in caught.value.fix
+    held_out = load(recipe, ["data.validation.source=a/b", "data.validation.format=text"]).data.validation
+    assert [(s.source, s.format) for s in held_out] == [("a/b", "text")]
+
+
+def test_paths(recipe: Path) -> None:
+    here, there = Path.cwd(), recipe.parent
+    (there / "org").mkdir()
+    (there / "org" / "model").mkdir()
+    (there / "prompt.jinja").write_text("x")
+    recipe.write_text(
+        BASE.replace("org/rows", "rows.jsonl")
+        + "adapter: {from: ../adapter}\n"
+        + "# a folder of that name lies beside the recipe\n"
+    )
+    run = load(recipe, ["data.template=auto"])
+    assert run.model.name == str(there / "org" / "model")
+    assert run.data.train[0].source == str(there / "rows.jsonl")
+    assert run.adapter.from_ == str(there.parent / "adapter")
+    assert run.output_dir == str(here / "runs" / "x")
+    run = load(recipe, ["model.name=org/model", "data.train.source=more.csv", "adapter.from=org/adapter"])
+    assert (run.model.name, run.adapter.from_) == ("org/model", "org/adapter")  # Hub ids: no such folder here
+    assert run.data.train[0].source == str(here / "more.csv")
+    assert load(recipe, ["model.name=small.gguf"]).model.name == str(here / "small.gguf")
+    assert load(recipe, ["model.name=~/model"]).model.name == str(Path.home() / "model")
+    with pytest.raises(RecipeError, match="no such file"):
+        load(recipe, ["data.template=prompt.jinja"])
+    assert load(recipe, [f"data.template={there}/prompt.jinja"]).data.template == str(there / "prompt.jinja")
+
+
+def test_from_mapping_names_the_key() -> None:
+    values = {"model": {"name": "a/b"}, "data": {"train": {"source": "c/d"}}, "output_dir": "x", "train": {"seed": "1"}}
+    with pytest.raises(RecipeError) as caught:
+        from_mapping(values, where="config.yaml", base=Path())
+    assert caught.value.where == "config.yaml: train.seed"
+    values["train"] = {"betas": (0.9, 0.95)}
+    run = from_mapping(values, where="config.yaml", base=Path())
+    assert run.train.betas == (0.9, 0.95)
+    assert from_mapping(to_mapping(run), where="", base=Path()) == run
+
+
+def test_read_mapping(recipe: Path) -> None:
+    assert read_mapping(recipe)["train"] == {"seed": 1, "betas": [0.9, 0.95]}
+
+
+def test_names_from_elsewhere_lead_to_real_keys() -> None:
+    """Every line that the table of other tools' names gives begins with a key of the recipe."""
+    assert len(ELSEWHERE) >= 50
+    for name, line in ELSEWHERE.items():
+        first = line.split()[0].rstrip(":;,")
+        assert first in keys(), f"{name} -> {line}"
+
+
+def test_words_from_elsewhere_are_taken() -> None:
+    assert all(nearest(word, options) == options[0] for word, options in WORDS.items())

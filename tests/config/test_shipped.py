@@ -1,0 +1,80 @@
+"""Every shipped recipe loads, and carries the values that its source gives; the reference page is up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunesmith.config.describe import main, reference
+from tunesmith.config.load import load
+from tunesmith.config.names import keys
+from tunesmith.config.shipped import purpose, shipped
+from tunesmith.units import Length, Size
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The four playbook scripts and the two files of the Slurm guide: (model, adapter, rank, alpha, batch, rate, rows).
+SCRIPTS = {
+    "llama3.2-3b-full": ("meta-llama/Llama-3.2-3B-Instruct", "none", 8, 5e-5, "train[:512]", "linear"),
+    "llama3.1-8b-lora": ("meta-llama/Llama-3.1-8B-Instruct", "lora", 8, 1e-4, "train[:512]", "linear"),
+    "llama3.1-70b-lora": ("meta-llama/Llama-3.1-70B-Instruct", "lora", 4, 1e-4, "train[:500]", "linear"),
+    "llama3.1-70b-qlora": ("unsloth/Meta-Llama-3.1-70B-bnb-4bit", "lora", 8, 1e-4, "train[:512]", "linear"),
+}
+
+
+def test_all_load() -> None:
+    assert len(shipped()) >= 11
+    for name, path in shipped().items():
+        run = load(name)
+        assert run == load(path)
+        assert run.output_dir == str(Path.cwd() / "runs" / name)
+        assert len(purpose(path)) > 20
+        assert run.data.validation, f"{name} has no held-out rows"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_values_of_the_playbook(name: str) -> None:
+    model, kind, batch, rate, split, schedule = SCRIPTS[name]
+    run = load(name)
+    assert (run.model.name, run.adapter.kind, run.adapter.rank, run.adapter.alpha) == (model, kind, 8, 16.0)
+    assert (run.train.global_batch, run.train.learning_rate) == (Size(batch, "examples"), rate)
+    assert (run.train.duration, run.train.warmup, run.train.schedule) == (Length(1, "epochs"), Length(0, "%"), schedule)
+    assert (run.data.train[0].source, run.data.train[0].split, run.data.seq_len) == ("tatsu-lab/alpaca", split, 2048)
+    assert run.model.quantize == ("nf4" if "qlora" in name else "none")
+    assert run.model.dtype == "bf16"
+
+
+def test_values_of_the_slurm_guide() -> None:
+    full, lora = load("llama3.3-70b-full"), load("llama3.3-70b-lora")
+    assert full.model.name == lora.model.name == "meta-llama/Llama-3.3-70B-Instruct"
+    for run in (full, lora):
+        assert [s.split for s in (*run.data.train, *run.data.validation)] == ["train[:95%]", "train[95%:]"]
+        assert run.train.clip_norm is None
+    assert (full.adapter.kind, full.train.learning_rate, full.data.pack, full.train.compile) == (
+        "none",
+        2e-5,
+        True,
+        "on",
+    )
+    # 2 data-parallel ranks (16 GPUs, tensor parallel over 8) x 4 packed rows of 1024 tokens
+    assert full.train.global_batch == Size(2 * 4 * 1024, "tokens")
+    assert (lora.adapter.rank, lora.adapter.alpha, lora.train.learning_rate) == (16, 32.0, 3e-4)
+    assert lora.train.global_batch == Size(16 * 2, "examples")
+    assert (lora.train.warmup, lora.train.weight_decay, lora.train.recompute) == (Length(100, "steps"), 0.01, "full")
+
+
+def test_reference_page_is_up_to_date(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--check", str(ROOT / "docs" / "recipe.md")]) == 0, capsys.readouterr().err
+    old = tmp_path / "old.md"
+    old.write_text(reference().replace("learning_rate", "learning_rat"))
+    assert main(["--check", str(old)]) == 1
+    assert main(["--write", str(old)]) == 0
+    assert main(["--check", str(old)]) == 0
+    assert main([]) == 2
+
+
+def test_reference_names_every_key() -> None:
+    page = reference()
+    for key in keys():
+        assert f"`{key.rpartition('.')[2]}`" in page, key

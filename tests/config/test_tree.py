@@ -1,0 +1,91 @@
+"""YAML 1.2 as its core schema says (yaml.org, 1.2.2, section 10.3.2), with places."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunesmith.config.tree import Node, read_file, read_value, scalar
+from tunesmith.errors import RecipeError
+
+FACTS = {
+    "3e-4": 3e-4, "1E5": 1e5, "1.": 1.0, ".5": 0.5, "-1.5e+3": -1500.0, "0": 0, "-7": -7, "+7": 7, "007": 7, "0o17": 15,
+    "0xFF": 255, "0b11": "0b11", "1_000": "1_000", "12:30:45": "12:30:45", "2026-01-31": "2026-01-31", "on": "on",
+    "off": "off", "yes": "yes", "No": "No", "y": "y", "true": True, "True": True, "FALSE": False, "tRue": "tRue",
+    "null": None, "~": None, "Null": None, "none": "none", ".inf": math.inf, "-.INF": -math.inf, "inf": "inf", "nan": "nan",
+    "3 %": "3 %", "train[:95%]": "train[:95%]", "e5": "e5", "1e": "1e", ".": ".", "=": "=",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FACTS)
+def test_scalars(text: str) -> None:
+    for value in (scalar(text), read_value(text, where="", base=Path()).value):
+        assert value == FACTS[text]
+        assert type(value) is type(FACTS[text])
+
+
+def test_nan_is_a_number() -> None:
+    assert math.isnan(scalar(".nan"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["3e-4", "true", "null", "7", ""])
+def test_quotes_make_text(text: str) -> None:
+    assert read_value(f'"{text}"', where="", base=Path()).value == text
+    assert read_value(f"'{text}'", where="", base=Path()).value == text
+
+
+def test_every_key_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "# head\na:\n  b: 1\n  c:\n    - x\n    - y: 2\nd: {e: 3,\n    f: 4}\ng: |\n  long\n  text\nh:\n  1\n"
+    )
+    found = {key: place.removeprefix(f"{path}:") for key, place in read_file(path).places()}
+    lines = {
+        "a": 2,
+        "a.b": 3,
+        "a.c": 4,
+        "a.c.0": 5,
+        "a.c.1": 6,
+        "a.c.1.y": 6,
+        "d": 7,
+        "d.e": 7,
+        "d.f": 8,
+        "g": 9,
+        "h": 12,
+    }
+    assert found == {key: str(line) for key, line in lines.items()}
+
+
+def test_anchors_and_merges(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: *a\nc: {<<: *a, y: 3}\nd: &d [1, 2]\ne: [*d, *d]\n")
+    tree = read_file(path)
+    both = {"x": 1, "y": 2}
+    assert tree.plain() == {"a": both, "b": both, "c": {"x": 1, "y": 3}, "d": [1, 2], "e": [[1, 2], [1, 2]]}
+    assert dict(tree.places())["b"] == f"{path}:2"  # where it is used, not where it was marked
+
+
+def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n")
+    tree = read_file(path)
+    assert tree.plain() == {"a": 1, "b": 2}
+    assert dict(tree.places())["b"] == f"{path}:2"
+
+
+@given(st.text(max_size=60) | st.text("[]{}:,-&*!|>'\"%@`# \n\tax0?~<=", max_size=40))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    refused = None
+    try:
+        node = read_value(text, where="here", base=Path())
+    except RecipeError as error:
+        refused = error
+    if refused is None:
+        assert isinstance(node, Node)
+    else:
+        assert refused.where == "here"
+        assert refused.fix

@@ -1,0 +1,254 @@
+"""What is wrong with data is said as what, where and how to mend it, and never as a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.config.schema import Source
+from tunesmith.data import files
+from tunesmith.data.format import convert
+from tunesmith.data.source import read
+from tunesmith.errors import DataError
+
+U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+
+
+def through(source: Source) -> None:
+    rows = read(source)
+    for i in range(len(rows)):
+        convert(rows[i], source, where=rows.where(i))
+
+
+def expect(source: Source, what: str, where: str, fix: str) -> None:
+    with pytest.raises(DataError) as caught:
+        through(source)
+    error = caught.value
+    assert what in error.what
+    assert where in error.where
+    assert fix in error.fix
+    assert error.exit_code == 2
+    assert all(len(line) < 1000 for line in error.text().splitlines())
+
+
+def line(**row: Any) -> str:
+    return json.dumps(row)
+
+
+GOOD = line(text="a")
+
+# file name, content, keys of the source, and parts of what, where and fix
+FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
+    ("a.jsonl", "", {}, "the file is empty", "a.jsonl", "write rows"),
+    ("a.jsonl", "\n \n", {}, "only blank lines", "a.jsonl", "write rows"),
+    ("a.jsonl", f"{GOOD}\nnot json\n", {}, "not JSON", "a.jsonl:2", "sed -n 2p"),
+    ("a.jsonl", f'{GOOD}\n\n{{"text": "cut', {}, "not JSON", "a.jsonl:3", "delete its last line"),
+    ("a.jsonl", f"[\n{GOOD},\n{GOOD}\n]\n", {}, "not JSON", "a.jsonl:1", "a.json"),
+    ("a.jsonl", f'{GOOD}\n["text"]\n', {}, "an array, not an object", "a.jsonl:2", '{"column": value'),
+    ("a.jsonl", f"{GOOD}\nnull\n", {}, "null, not an object", "a.jsonl:2", "delete it"),
+    ("a.jsonl", f"{GOOD}\n".encode() + b'{"text": "caf\xe9"}\n', {}, "not UTF-8", "a.jsonl:2", "iconv -f latin1"),
+    ("a.jsonl", GOOD.encode("utf-16"), {}, "not UTF-8", "a.jsonl:1", "iconv -f utf-16"),
+    ("a.jsonl", '{"a":' * 200_000, {}, "not JSON", "a.jsonl:1", "delete its last line"),
+    ("a.jsonl", f'{GOOD}\n{{"text": "\\ud83d"}}\n', {}, "half of a character", "a.jsonl:2", "write the whole character"),
+    ("a.json", "[]", {}, "holds no rows", "a.json", "array of objects"),
+    ("a.json", '"text"', {}, "a text, not an array", "a.json", "array of objects"),
+    ("a.json", f'{{"data": [{GOOD}]}}', {}, "one object, not an array", "a.json", "jq '.data'"),
+    ("a.json", f'[{GOOD},\n{GOOD},\n{{"text": "cut', {}, "ends in the middle", "a.json row 3", "fetch or write"),
+    ("a.json", f"[{GOOD},\n{{text: 1}},\n{GOOD}]", {}, "not JSON", "a.json row 2", "at line 2 column 2"),
+    ("a.json", f"[{GOOD}, 7]", {}, "a number, not an object", "a.json row 2", "delete it"),
+    ("a.json", b"[{\"text\": \"a\n\xff\"}]", {}, "not UTF-8", "a.json:2", "iconv"),
+    ("a.csv", "text\n", {}, "a header and no rows", "a.csv", "write rows"),
+    ("a.csv", "text,text\n1,2\n", {}, "names text twice", "a.csv:1", "a name of its own"),
+    ("a.csv", "text,n\na,1\nb, c,2\n", {}, "3 values under a header of 2", "a.csv:3", "double quotes"),
+    ("a.csv", 'text\n"open\n', {}, "not CSV", "a.csv", "quote values"),
+    ("a.parquet", b"PAR1 torn", {}, "not parquet", "a.parquet", "fetch or write"),
+    ("a.arrow", b"ARROW1 torn", {}, "not arrow", "a.arrow", "fetch or write"),
+    ("a.txt", "hello", {}, "not a kind of file", "a.txt", "JSON lines"),
+    ("a.jsonl", GOOD, {"split": "test"}, "no split test", "a.jsonl", "split: train"),
+    ("a.jsonl", GOOD, {"split": "test[:5]"}, "no split test", "a.jsonl", "split: train[:5]"),
+    ("a.jsonl", GOOD, {"split": "train[5:]"}, "selects no rows", "a.jsonl", "widen"),
+    ("a.jsonl", GOOD, {"split": "train[:1%]"}, "selects no rows", "a.jsonl", "widen"),
+    ("a.jsonl", GOOD, {"split": "train[:200%]"}, "cannot be read", "a.jsonl", "train[:95%]"),
+    ("a.jsonl", GOOD, {"split": "train[10%:20]"}, "cannot be read", "a.jsonl", "train[:95%]"),
+    ("a.jsonl", GOOD, {"split": "train[a:b]"}, "cannot be read", "a.jsonl", "train[:95%]"),
+    ("a.jsonl", GOOD, {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "or format: text"),
+    ("a.jsonl", line(question="q", answer="a"), {"format": "alpaca"}, "no column instruction", "a.jsonl:1", "columns: {instruction: question, output: answer}"),
+    ("a.jsonl", line(instruction="q", output=None), {"format": "alpaca"}, "column output is null", "a.jsonl:1", "delete the row"),
+    ("a.jsonl", line(instruction="q", output=7), {"format": "alpaca"}, "output is a number", "a.jsonl:1", "quotes"),
+    ("a.jsonl", f"{GOOD}\n{line(text=['a'])}", {}, "text is an array", "a.jsonl:2", "quotes"),
+    ("a.jsonl", line(text=""), {}, "the text is empty", "a.jsonl:1", "delete the row"),
+    ("a.jsonl", line(prompt="a", completion=[A]), {"format": "prompt-completion"}, "two kinds", "a.jsonl:1", "lists of messages"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES, ids=lambda c: f"{c[0]}: {c[3]}")
+def test_files(write, case: tuple[str, str | bytes, dict[str, Any], str, str, str]) -> None:
+    name, content, keys, what, where, fix = case
+    expect(Source(**{"source": write(name, content), "format": "text", **keys}), what, where, fix)
+
+
+CALL = {"name": "f", "arguments": {}}
+MESSAGES: list[tuple[Any, str, str, str]] = [
+    ([], "messages is empty", ":1", "delete the row"),
+    ("hi", "messages is not JSON", ":1", "mend the text"),
+    ({"role": "user"}, "messages is an object, not a list", ":1", "[...]"),
+    ([U, "ho"], "has no role", "message 2", '"role"'),
+    ([U, {"role": "narrator", "content": "x"}], "unknown role 'narrator'", "message 2", "rename"),
+    ([U, {"role": "assistant"}], "has no content", "message 2", '"content"'),
+    ([U, {"role": "assistant", "content": 3}], "content is a number", ":1", "quotes"),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, A], "part of type 'image_url'", "message 1", "take the part out"),
+    ([U], "no assistant turn", ":1", "columns:"),
+    ([A, U, A], "answers nothing", "message 1", "order"),
+    ([U, A, {"role": "system", "content": "S"}, U, A], "stands after others", "message 3", "order"),
+    ([U, {"role": "tool", "content": "3"}, A], "no tool was called", "message 2", "order"),
+    ([U, {"role": "assistant", "tool_calls": [{"function": {}}]}], "no name", "message 2", '"name"'),
+    ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": "{a: 1}"}]}], "arguments is not JSON", ":1", "mend"),
+    ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": [1]}]}], "not an object", "message 2", '{"a": 1}'),
+    ([{**U, "tool_calls": [CALL]}, A], "a user message has", "message 1", "mend the row"),
+    ([U, {**A, "loss_weight": 0.5}], "loss weight 0.5", "message 2", "take the weight out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("messages", "what", "where", "fix"), MESSAGES)
+def test_messages(write, messages: Any, what: str, where: str, fix: str) -> None:
+    expect(Source(source=write("a.jsonl", line(messages=messages)), format="messages"), what, where, fix)
+
+
+@pytest.mark.parametrize(
+    ("row", "what", "fix"),
+    [
+        ({"conversations": [{"role": "user", "content": "x"}]}, "no `from` and `value`", '"from"'),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role 'alien'", "rename"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]}, "not JSON", "mend"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": "add"}, "tools is not JSON", "mend"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": ["add"]}, "tool 1 is a text", "parameters"),
+        ({"conversations": [{"from": "human", "value": "x"}], "chosen": {"from": "gpt", "value": "y"}}, "no assistant turn", "columns:"),
+    ],
+)  # fmt: skip
+def test_sharegpt(write, row: dict[str, Any], what: str, fix: str) -> None:
+    expect(Source(source=write("a.jsonl", line(**row)), format="sharegpt"), what, "a.jsonl:1", fix)
+
+
+def test_a_file_that_is_missing_names_the_nearest(tmp_path: Path, write: Callable[..., str]) -> None:
+    write("alpaca.jsonl", GOOD)
+    expect(Source(source=str(tmp_path / "alpacca.jsonl")), "no such file", "alpacca.jsonl", "alpaca.jsonl?")
+    expect(Source(source=str(tmp_path / "no" / "a.jsonl")), "no such file", "a.jsonl", "mend the path")
+
+
+def test_a_folder_names_the_files_in_it(tmp_path: Path, write: Callable[..., str]) -> None:
+    expect(Source(source=str(tmp_path)), "a folder, not a file", str(tmp_path), "name a file")
+    name = write("rows.jsonl", GOOD)
+    expect(Source(source=str(tmp_path)), "a folder, not a file", str(tmp_path), f"source: {name}")
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")  # opening it would wait for ever
+    expect(Source(source=str(tmp_path / "pipe.jsonl")), "not a regular file", "pipe.jsonl", "copy its rows")
+
+
+def test_a_file_that_may_not_be_read(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = write("a.jsonl", GOOD)
+
+    def refuse(self: Path, *args: object, **keys: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything, so a mode of 000 would prove nothing
+    expect(Source(source=name), "cannot be read", "a.jsonl", "ls -l")
+
+
+def test_a_huge_row(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 1 << 20)
+    big = line(text="x" * (3 << 20))
+    expect(
+        Source(source=write("a.jsonl", f"{GOOD}\n{big}\n"), format="text"),
+        "a row of 3 MiB",
+        "a.jsonl:2",
+        "one row a line",
+    )
+    monkeypatch.setattr("tunesmith.data.format.MAX_ROW_BYTES", 1 << 20)
+    expect(Source(source=write("a.json", f"[{big}]"), format="text"), "a text of 3 MiB", "a.json row 1", "split it")
+
+
+def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline by the tests' own setting, so nothing is asked of the network."""
+
+    def no_network(*args: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    expect(Source(source="nobody/no-such-rows"), "not in the Hub cache", "nobody/no-such-rows", "unset HF_HUB_OFFLINE")
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "fix"),
+    [
+        (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. Visit it"), "no access", "hf auth login"),
+        (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), "no dataset a/b", "./a/b"),
+        (lambda d: ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectTimeout)"), "cannot be fetched", "check the network"),
+        (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs a configuration", "name:"),
+        (lambda d: RuntimeError("Dataset scripts are no longer supported"), "cannot be read", "local copy"),
+    ],
+)  # fmt: skip
+def test_answers_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Any, what: str, fix: str) -> None:
+    import datasets
+
+    def refuse(*args: object, **keys: object) -> None:
+        raise error(datasets)
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    expect(Source(source="a/b"), what, "a/b", fix)
+
+
+class _Gate(BaseHTTPRequestHandler):
+    """The Hub's answer for what may not be read: the status is the first part of the path's repository name."""
+
+    def do_GET(self) -> None:
+        status, code = (403, "GatedRepo") if "gated" in self.path else (401, "RepoNotFound")
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "fix"),
+    [
+        ("some/gated", "no access to the dataset some/gated", "hf auth login"),
+        ("some/private", "or it is private", "hf auth login"),
+    ],
+)
+def test_a_hub_that_refuses(tmp_path: Path, name: str, what: str, fix: str) -> None:
+    """By the Hub's own protocol, against a server on this machine; in a process of its own, as HF_ENDPOINT is read once."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Gate) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code = (
+            "from tunesmith.config.schema import Source\nfrom tunesmith.data.source import read\n"
+            "from tunesmith.errors import DataError\n"
+            f"try: read(Source(source={name!r}))\nexcept DataError as e: print(e.text())"
+        )
+        environment = {
+            **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret", "no_proxy": "*",
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+        server.shutdown()
+    assert what in done.stdout
+    assert fix in done.stdout
+    assert "hf_secret" not in done.stdout + done.stderr

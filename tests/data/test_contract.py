@@ -1,0 +1,166 @@
+"""Each clause of the token contract: what breaks it is named, and what holds says how much was looked at."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rows import Simple, alpaca
+from tunesmith.data.batch import Example
+from tunesmith.data.cache import Store
+from tunesmith.data.contract import check, inspect
+from tunesmith.data.format import Sample
+from tunesmith.data.source import from_list
+from tunesmith.data.tokens import Counts, Part, TokenSet
+from tunesmith.errors import DataError
+
+VOCAB = 272
+CHECKS = 6
+
+
+def given(
+    simple: Simple, *examples: tuple[list[int], list[int]], cut: bool = False, train_on: str = "response"
+) -> TokenSet:
+    """A token set of hand-made (ids, trained) pairs."""
+    store = Store(None)
+    for i, (ids, trained) in enumerate(examples):
+        store.add(Example(np.asarray(ids, np.int32), np.asarray(trained, bool)), i, cut)
+    arrays = store.arrays()
+    rows = from_list([{"text": ""}] * max(1, len(examples)), "made")
+    counts = Counts("made", len(examples), len(examples), len(arrays.ids), 0, 0, 0, 0, 0, "")
+    return TokenSet([Part(arrays, counts, rows)], train_on=train_on)
+
+
+def broken(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> DataError:
+    contract = inspect(tokens, simple, simple.tokenizer, vocab_size=vocab, what="train")
+    assert len(contract.broken) == 1
+    with pytest.raises(DataError) as caught:
+        check(tokens, simple, simple.tokenizer, vocab_size=vocab, what="train")
+    error = caught.value
+    assert error.why
+    assert error.fix
+    return error
+
+
+def test_a_good_set_holds_and_says_what_was_looked_at(make, simple: Simple) -> None:
+    tokens = make(alpaca(50), alpaca(30), seq_len=256)
+    contract = check(tokens, simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    assert [c.looked for c in contract.checks] == [80, 80, 80, 0, 80, int(tokens.lengths.sum())]
+    assert "80 prompts rendered apart" in contract.checks[4].note
+    assert contract.checks[3].note == "the tokenizer has no BOS"
+
+
+def test_train_on_all_holds(make, simple: Simple) -> None:
+    """The line break that the template writes after the end token is learnt too."""
+    check(make(alpaca(9), seq_len=256, train_on="all"), simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+
+
+def test_an_empty_split(make, simple: Simple) -> None:
+    error = broken(simple, make(alpaca(4), seq_len=8))
+    assert "not empty" in error.what
+    assert "4 left with nothing to learn" in error.why
+    assert "data.seq_len" in error.fix
+
+
+def test_a_row_with_nothing_to_learn(simple: Simple) -> None:
+    end = simple.tokenizer.eos_token_id
+    error = broken(simple, given(simple, ([70, 71, end], [0, 1, 1]), ([72, 73, end], [0, 0, 0])))
+    assert "a token to learn (1 of 2 rows)" in error.what
+    assert error.where == "train: made row 2"
+
+
+def test_a_missing_end_token(simple: Simple) -> None:
+    end = simple.tokenizer.eos_token_id
+    two = ([70, 71, end, 72, 73, 74], [0, 1, 1, 0, 1, 0])
+    error = broken(simple, given(simple, ([70, 71, end], [0, 1, 1]), two))
+    assert "ends with an end token (1 of 3 answers)" in error.what
+    assert error.where == "train: made row 2"
+    word = simple.tokenizer.decode([73])
+    assert f"⟦{word}⟧".encode("unicode_escape").decode() in error.why
+    assert "<|im_end|>" in error.why
+    broken(simple, given(simple, ([70, 71, 72], [0, 1, 1])))
+    # A stretch of one example does not borrow the end token that begins the next.
+    broken(simple, given(simple, ([70, 71], [0, 1]), ([end, 71, end], [0, 1, 1])))
+
+
+def test_a_cut_answer_need_not_end(simple: Simple) -> None:
+    tokens = given(simple, ([70, 71, 72], [0, 1, 1]), cut=True)
+    check(tokens, simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    end = simple.tokenizer.eos_token_id
+    # ... but an earlier answer in the same row must.
+    broken(simple, given(simple, ([70, 71, 72, 73, end], [0, 1, 0, 0, 0]), cut=True))
+
+
+def test_a_doubled_bos(simple: Simple) -> None:
+    end = simple.tokenizer.eos_token_id
+    simple.tokenizer.bos_token = "<|im_start|>"
+    bos = simple.tokenizer.bos_token_id
+    check(given(simple, ([bos, 70, end], [0, 1, 1])), simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    error = broken(simple, given(simple, ([bos, 70, end], [0, 1, 1]), ([bos, bos, 70, end], [0, 0, 1, 1])))
+    assert "two BOS tokens (1 of 2 rows)" in error.what
+    assert error.where == "train: made row 2"
+
+
+def test_a_mask_on_the_first_token(simple: Simple) -> None:
+    end = simple.tokenizer.eos_token_id
+    error = broken(simple, given(simple, ([70, end], [1, 1])))
+    assert "reach the prompt" in error.what
+
+
+def test_a_mask_that_reaches_into_the_prompt(make, simple: Simple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token too many, in one row: found by rendering the prompt apart."""
+    honest = Simple.encode
+
+    def greedy(self: Simple, sample: Sample, train_on: str) -> Example:
+        example = honest(self, sample, train_on)
+        if "say 3" in str(sample):
+            example.trained[np.flatnonzero(example.trained)[0] - 1] = True
+        return example
+
+    monkeypatch.setattr(Simple, "encode", greedy)
+    error = broken(simple, make(alpaca(5), seq_len=256))
+    assert "reach the prompt (1 of 5 rows)" in error.what
+    assert error.where.endswith("rows0.jsonl:4")
+    assert "assistant⟦\\n⟧".encode("unicode_escape").decode().replace("\\\\", "\\") in error.why
+
+
+def test_a_label_outside_the_vocabulary(make, simple: Simple) -> None:
+    tokens = make(alpaca(4), seq_len=256)
+    end = simple.tokenizer.eos_token_id
+    error = broken(simple, tokens, vocab=end)
+    assert "in the model's vocabulary" in error.what
+    assert f"{end:,} entries" in error.why
+    assert "model.added_tokens" in error.fix
+
+
+def test_chunks_see_every_row(simple: Simple, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.data.contract._CHUNK", 50)
+    end = simple.tokenizer.eos_token_id
+    good, bad = ([70, 71, end], [0, 1, 1]), ([70, 71, 72], [0, 1, 1])
+    error = broken(simple, given(simple, *[good] * 40, bad, *[good] * 40, bad))
+    assert "(2 of 82 answers)" in error.what
+    assert error.where == "train: made row 41"
+    check(make(alpaca(50), alpaca(30), seq_len=256), simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+
+
+@pytest.mark.slow
+def test_a_million_rows_take_seconds(simple: Simple) -> None:
+    n, length = 1_000_000, 60
+    ids = np.full(n * length, 70, np.int32)
+    ids[length - 1 :: length] = simple.tokenizer.eos_token_id
+    trained = np.zeros(n * length, bool)
+    trained.reshape(n, length)[:, 20:] = True
+    store = Store(None)
+    arrays: Any = store.arrays().__class__(
+        ids, trained, np.arange(0, n * length + 1, length), np.arange(n), np.zeros(n, bool)
+    )
+    counts = Counts("made", n, n, n * length, 0, 0, 0, 0, 0, "")
+    tokens = TokenSet([Part(arrays, counts, from_list([{}]))], train_on="response")
+    began = time.perf_counter()
+    contract = check(tokens, simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    assert contract.checks[2].looked == n
+    assert time.perf_counter() - began < 20  # 2 s when written
+    assert len(contract.checks) == CHECKS

@@ -1,0 +1,280 @@
+"""What a step learns from is fixed by seed and recipe; how it is laid out changes nothing."""
+
+from __future__ import annotations
+
+import threading
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rows import alpaca
+from tunesmith.config.schema import Data, Source, Train
+from tunesmith.data.batch import IGNORE, Batch
+from tunesmith.data.loader import Course, Loader
+from tunesmith.units import Length, Size
+
+LENGTHS = np.random.default_rng(1).integers(4, 200, 512)
+
+
+def course(
+    batch: str = "8 examples", *, lengths: Any = LENGTHS, seed: int = 42, repeats: Any = None, **keys: Any
+) -> Course:
+    data = Data(train=(Source(source="x"),), **{"seq_len": 256, **keys})
+    return Course(lengths, data, Train(global_batch=Size.parse(batch), seed=seed), repeats=repeats)
+
+
+def flat(rows: list[list[int]]) -> list[int]:
+    return [i for row in rows for i in row]
+
+
+@pytest.mark.parametrize("batch", ["8 examples", "1024 tokens"])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_example_once_an_epoch(batch: str, shuffle: bool) -> None:
+    c = course(batch, shuffle=shuffle)
+    for epoch in (0, 1):
+        first = epoch * c.steps_per_epoch(0)
+        steps = [c.examples(first + k) for k in range(c.steps_per_epoch(epoch))]
+        assert sorted(flat(steps)) == list(range(512))
+        assert all(sorted(flat(c.rows(first + k))) == sorted(step) for k, step in enumerate(steps))
+
+
+def test_512_examples_8_a_step_are_64_steps() -> None:
+    for pack in (True, False):
+        assert course(pack=pack).steps(Length.parse("1 epochs")) == 64
+
+
+@pytest.mark.parametrize("batch", ["8 examples", "1024 tokens"])
+def test_packing_does_not_enter_into_the_order(batch: str) -> None:
+    packed, plain = course(batch, pack=True), course(batch, pack=False)
+    for step in range(2 * packed.steps_per_epoch(0)):
+        assert packed.examples(step) == plain.examples(step)
+    assert all(len(row) == 1 for row in plain.rows(0))
+    assert len(packed.rows(0)) < len(plain.rows(0))
+
+
+def test_rows_fit_and_token_bins_are_full() -> None:
+    c = course("1024 tokens")
+    rows = [row for k in range(c.steps_per_epoch(0)) for row in c.rows(k)]
+    sums = [int(LENGTHS[row].sum()) for row in rows]
+    assert max(sums) <= 256
+    assert sum(sums) / (256 * len(rows)) >= 0.99
+    assert {len(c.rows(k)) for k in range(c.steps_per_epoch(0) - 1)} == {4}
+    assert c.summary(Length.parse("1 epochs")).fill >= 0.99
+
+
+def test_the_seed_and_the_epoch_fix_the_order() -> None:
+    assert course().examples(3) == course().examples(3)
+    assert course().examples(3) != course(seed=43).examples(3)
+    assert course().examples(3) != course().examples(67)  # the same place in the next epoch
+    assert course(shuffle=False).examples(3) == list(range(24, 32))
+    # Written down once: raw Philox output may not change with numpy, and a resumed run depends on it.
+    assert course(lengths=np.full(8, 5)).examples(0) == GOLDEN
+
+
+GOLDEN = [0, 1, 4, 2, 6, 5, 7, 3]
+
+
+def test_the_last_batch_is_short_and_never_dropped() -> None:
+    c = course("100 examples")
+    assert [len(c.examples(k)) for k in range(c.steps_per_epoch(0))] == [100, 100, 100, 100, 100, 12]
+    assert c.epoch(5) == 1.0
+    assert c.epoch(6) == pytest.approx(1 + 1 / 6)
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [
+        ("1 epochs", 64),
+        ("3 epochs", 192),
+        ("0.5 epochs", 32),
+        ("1.1 epochs", 71),
+        ("0.001 epochs", 1),
+        ("7 steps", 7),
+        ("2 h", None),
+    ],
+)
+def test_durations(duration: str, steps: int | None) -> None:
+    assert course().steps(Length.parse(duration)) == steps
+
+
+def test_weights() -> None:
+    repeats = np.repeat([2.0, 0.5, 1.0], [100, 101, 311])
+    c = course("10 examples", repeats=repeats)
+    seen = []
+    for epoch in (0, 1):
+        first = epoch * c.steps_per_epoch(0)
+        counts = np.bincount(flat([c.examples(first + k) for k in range(c.steps_per_epoch(0))]), minlength=512)
+        assert set(counts[:100]) == {2}
+        assert set(counts[201:]) == {1}
+        assert counts[100:201].sum() == 50
+        assert counts[100:201].max() == 1
+        seen.append(counts[100:201])
+    assert (seen[0] != seen[1]).any()  # another half each epoch
+    half = course("1024 tokens", repeats=np.full(512, 0.5))
+    assert half.locate(half.steps_per_epoch(0) + 2) == (1, 2)
+    total = half.steps(Length.parse("2 epochs"))
+    assert total == half.steps_per_epoch(0) + half.steps_per_epoch(1)
+
+
+def documents(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """(input, targets) of each document with a target, sorted: what a batch teaches, however it is laid out."""
+    ids, targets = batch.input_ids.flatten(), batch.targets.flatten()
+    edges = batch.cu_seqlens.tolist()
+    parts = [(ids[a:b].tolist(), targets[a:b].tolist()) for a, b in pairwise(edges)]
+    return [(i, t) for i, t in parts if any(x != IGNORE for x in t)]
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"micro_tokens": 100_000},
+    {"micro_tokens": 300},
+    {"micro_tokens": 1},
+    {"micro_examples": 8},
+    {"micro_examples": 3},
+    {"micro_tokens": 600, "pad_to": 600},
+    {"micro_examples": 2, "pad_to": 512},
+]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layouts_teach_the_same(make, pack: bool, layout: dict[str, Any]) -> None:
+    tokens = make(alpaca(20, letters=lambda i: 3 + 7 * i), seq_len=512)
+    c = course(lengths=tokens.lengths, seq_len=512, pack=pack)
+    loader = Loader(tokens, c, pad_id=0, **layout)
+    for step in range(3):
+        batch = loader.batch(step)
+        got = sorted(d for micro in batch.micro for d in documents(micro))
+        expected = []
+        for i in batch.indices:
+            ids, trained = (x.tolist() for x in tokens[i])
+            expected.append((ids, [t if on else IGNORE for t, on in zip(ids[1:], trained[1:], strict=True)] + [IGNORE]))
+        assert got == sorted(expected)
+        assert batch.indices == c.examples(step)
+        assert batch.examples == len(batch.indices)
+        assert batch.tokens == sum(len(ids) for ids, _ in expected)
+        assert batch.supervised == sum(t != IGNORE for _, ts in expected for t in ts)
+        assert all(m.supervised == int((m.targets != IGNORE).sum()) for m in batch.micro)
+        check_layout(batch.micro, pack, layout, int(tokens.lengths[batch.indices].max()))
+
+
+def check_layout(micro: list[Batch], pack: bool, layout: dict[str, Any], longest: int) -> None:
+    for m in micro:
+        rows, length = m.input_ids.shape
+        if "micro_examples" in layout:
+            assert m.examples <= layout["micro_examples"]
+        elif m.examples > 1 or "pad_to" in layout:
+            assert rows * length <= max(layout["micro_tokens"], longest)
+        if "pad_to" in layout:
+            assert length == layout["pad_to"]
+        elif pack:
+            assert (rows, length) == (1, m.tokens)  # no padding at all
+        if pack:
+            assert rows == 1
+    if "pad_to" in layout:
+        assert len({m.input_ids.shape for m in micro}) == 1
+
+
+def test_targets_never_cross_the_edge_of_a_document(make) -> None:
+    tokens = make(alpaca(9), seq_len=512, train_on="all")
+    c = course("9 examples", lengths=tokens.lengths, seq_len=512)
+    [micro] = Loader(tokens, c, pad_id=0, micro_tokens=10_000).batch(0).micro
+    edges = micro.cu_seqlens.tolist()
+    assert len(edges) == 10
+    flat_targets, positions = micro.targets.flatten(), micro.position_ids.flatten()
+    for a, b in pairwise(edges):
+        assert flat_targets[b - 1] == IGNORE  # the last token of a document predicts nothing
+        assert torch.equal(positions[a:b], torch.arange(b - a))
+        assert torch.equal(flat_targets[a : b - 1], micro.input_ids.flatten()[a + 1 : b])
+
+
+def same(a: Any, b: Any) -> bool:
+    return (a.step, a.epoch, a.indices, a.tokens, a.supervised) == (
+        b.step,
+        b.epoch,
+        b.indices,
+        b.tokens,
+        b.supervised,
+    ) and all(
+        torch.equal(x.input_ids, y.input_ids)
+        and torch.equal(x.targets, y.targets)
+        and torch.equal(x.cu_seqlens, y.cu_seqlens)
+        for x, y in zip(a.micro, b.micro, strict=True)
+    )
+
+
+@pytest.mark.parametrize("batch", ["8 examples", "1024 tokens"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_going_on_at_step_k_is_the_run_that_never_stopped(make, batch: str, pack: bool) -> None:
+    tokens = make(alpaca(50), alpaca(30), weights=(1.5, 1.0), seq_len=256)
+
+    def run(start: int) -> list[Any]:
+        c = course(batch, lengths=tokens.lengths, repeats=tokens.repeats, pack=pack)
+        with Loader(tokens, c, pad_id=0, micro_tokens=512, start_step=start, stop_step=20) as loader:
+            return list(loader)
+
+    whole = run(0)
+    assert [b.step for b in whole] == list(range(20))
+    for k in (1, 7, 19):
+        assert all(same(a, b) for a, b in zip(run(k), whole[k:], strict=True))
+    assert run(20) == []
+
+
+def data_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "tunesmith-data"]
+
+
+def test_the_thread_ends_with_the_loader(make) -> None:
+    tokens = make(alpaca(40), seq_len=256)
+    c = course(lengths=tokens.lengths)
+    with Loader(tokens, c, pad_id=0, micro_tokens=512) as loader:
+        for batch in loader:  # without end: the queue is full when it is left
+            if batch.step == 3:
+                break
+        assert len(data_threads()) <= 1
+    assert data_threads() == []
+    assert batch.data_seconds >= 0
+    with pytest.raises(RuntimeError, match="once"):
+        next(iter(loader))
+    Loader(tokens, c, pad_id=0, micro_tokens=512).close()  # never begun
+
+
+def test_an_error_in_the_thread_reaches_the_loop(make) -> None:
+    tokens = make(alpaca(40), seq_len=256)
+    broken = Course(tokens.lengths, Data(train=(), seq_len=256), Train(global_batch=Size(8, "examples")))
+    broken.lengths = np.zeros(0)  # the rows of step 0 cannot be looked up any more
+    with Loader(tokens, broken, pad_id=0, micro_tokens=512) as loader, pytest.raises(IndexError):
+        list(loader)
+    assert data_threads() == []
+
+
+def test_rows_are_named_for_the_report(make) -> None:
+    tokens = make(alpaca(12), seq_len=256)
+    c = course("4 examples", lengths=tokens.lengths, shuffle=False)
+    names = Loader(tokens, c, pad_id=0, micro_tokens=512).batch(1).row_names()
+    assert [name.rpartition("/")[2] for name in names] == [f"rows0.jsonl:{n}" for n in (5, 6, 7, 8)]
+
+
+def test_wrong_use(make) -> None:
+    tokens = make(alpaca(4), seq_len=256)
+    c = course(lengths=tokens.lengths)
+    with pytest.raises(ValueError, match="micro_tokens or micro_examples"):
+        Loader(tokens, c, pad_id=0)
+    with pytest.raises(ValueError, match="pad_to is 3"):
+        Loader(tokens, c, pad_id=0, micro_tokens=8, pad_to=3)
+    with pytest.raises(ValueError, match="no examples"):
+        course(lengths=np.zeros(0, int)).examples(0)
+
+
+@pytest.mark.slow
+def test_a_million_examples_are_ordered_in_seconds() -> None:
+    import time
+
+    lengths = np.clip(np.random.default_rng(0).lognormal(5, 0.7, 1_000_000).astype(int), 5, 2048)
+    for batch in ("64 examples", "65536 tokens"):
+        c = course(batch, lengths=lengths, seq_len=2048)
+        began = time.perf_counter()
+        c.examples(c.steps_per_epoch(0) - 1)
+        assert time.perf_counter() - began < 10

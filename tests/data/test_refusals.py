@@ -1,0 +1,197 @@
+"""Templates and rows whose answers cannot be told for certain are refused; public templates are an outside judge."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chat_table import TOOLS, answer, call, result, system, user
+from chat_tokenizers import train
+
+from tunesmith.data import texts
+from tunesmith.data.chat import Template
+from tunesmith.data.format import Conversation
+from tunesmith.errors import DataError
+
+TEMPLATES = Path(__file__).parent / "templates"
+CHATML = (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")
+IM = ("<|im_start|>", "<|im_end|>")
+WORDS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+NO_PROMPT = CHATML.split("{%- if add_generation_prompt")[0]
+REFUSED: dict[str, tuple[str, list[Any], str]] = {
+    "ends with a question": (CHATML, [user("a"), answer("b"), user("c")], "does not end with an answer"),
+    "no messages": (CHATML, [], "does not end with an answer"),
+    "no answer": (CHATML, [system("a")], "does not end with an answer"),
+    "answer first": (CHATML, [answer("a")], "opens the conversation"),
+    "thinking dropped": (CHATML, [user("a"), answer("b", reasoning_content="c")], "drops the reasoning_content"),
+    "system dropped": (
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        [system("s"), user("a"), answer("b")],
+        "drops message 1 (system)",
+    ),
+    "first turns dropped": (
+        "{% for m in messages[-2:] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        [user("a"), answer("b"), user("c"), answer("d")],
+        "drops message 1",
+    ),
+    "no end token": (CHATML.replace("<|im_end|>", ""), [user("a"), answer("b")], "writes no end token"),
+    "end after the next header only": (
+        CHATML.replace("~ '<|im_end|>", "~ '").replace("'<|im_start|>' ~", "'<|im_end|><|im_start|>' ~"),
+        [user("a"), answer("b")],
+        "",
+    ),
+    "end token for questions only": (
+        CHATML.replace("~ '<|im_end|>\\n'", "~ ('<|im_end|>' if message.role == 'user' or loop.last else '') ~ '\\n'"),
+        [user("a"), answer("b"), user("<|im_end|>"), answer("d")],
+        "writes no end token after message 2",
+    ),
+    "cut text with an end token": (
+        CHATML.replace("message.content", "message.content.split('#')[0]"),
+        [user("a"), answer("b <|im_end|> c # d")],
+        "holds an end token",
+    ),
+    "upper case": (
+        CHATML.replace("message.content", "message.content | upper"),
+        [user("a"), answer("b")],
+        "changes with",
+    ),
+    "sorted by text": (
+        CHATML.replace("in messages", "in messages | sort(attribute='content')"),
+        [user("b"), answer("a"), user("0"), answer("1")],
+        "",
+    ),
+    "lengths": (
+        CHATML.replace("message.content", "(message.content | length)"),
+        [user("a"), answer("b")],
+        "changes with",
+    ),
+    "prompt unlike rows": (
+        CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}"),
+        [user("a"), answer("b")],
+        "other than its generation prompt",
+    ),
+    "roles must alternate": (
+        (TEMPLATES / "gemma.jinja").read_text(encoding="utf-8"),
+        [user("a"), user("b"), answer("c")],
+        "cannot render",
+    ),
+    "reversed": (CHATML.replace("in messages", "in messages[::-1]"), [user("a"), answer("b")], ""),
+    "answer twice": (
+        CHATML.replace("~ message.content", "~ message.content ~ '|' ~ messages[-1].content"),
+        [user("a"), answer("b")],
+        "",
+    ),
+    "block without the end": (
+        (TEMPLATES / "tagged.jinja")
+        .read_text(encoding="utf-8")
+        .replace(
+            "{{ message.content ~ '<|im_end|>\\n' }}{%- endg",
+            "{{ message.content }}{%- endgeneration -%}<|im_end|>{%- g",
+            1,
+        )
+        .replace("<|im_end|>{%- generation -%}", "<|im_end|>"),
+        [user("a"), answer("b")],
+        "block without an end token",
+    ),
+    "block around questions": (
+        "{% generation %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% endgeneration %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        [user("a"), answer("b")],
+        "covers message 1",
+    ),
+    "block around the last only": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}{% generation %}{{ m.content }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+        [user("a"), answer("b"), user("c"), answer("d")],
+        "leaves out",
+    ),
+    "end token names an argument": (
+        texts.with_tools(CHATML),
+        [user("a"), answer("", tool_calls=[call("f", **{"<|im_end|>": "x"})]), result("r"), answer("b")],
+        "named with an end token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_masked_is_refused(name: str) -> None:
+    jinja, messages, what = REFUSED[name]
+    tokenizer = train("bytes", (*IM, "<start_of_turn>", "<end_of_turn>"), False)
+    template = Template(tokenizer, {tokenizer.convert_tokens_to_ids("<|im_end|>")}, jinja=jinja, name="own.jinja")
+    with pytest.raises(DataError) as caught:
+        template.encode(Conversation(messages), "response", where="rows.jsonl:7")
+    assert what in caught.value.what
+    assert caught.value.where == "rows.jsonl:7"
+    assert caught.value.fix
+
+
+def test_a_template_without_a_generation_prompt_is_refused_at_once() -> None:
+    with pytest.raises(DataError, match="no generation prompt") as caught:
+        Template(train("bytes", IM, False), {2}, jinja=NO_PROMPT, name="own.jinja")
+    assert caught.value.where == "data.template"
+
+
+def test_an_end_that_is_no_token_of_its_own_is_refused() -> None:
+    """A base model's tokenizer that does not know ChatML's tokens: they are plain text to it."""
+    tokenizer = train("bytes", WORDS, False)
+    template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=CHATML, name="own.jinja")
+    with pytest.raises(DataError, match="no end token") as caught:
+        template.encode(Conversation([user("a"), answer("b")]), "response", where="rows.jsonl:7")
+    assert "model.added_tokens" in caught.value.fix
+
+
+# --- public templates -----------------------------------------------------------------------------------------------
+
+
+def test_trls_templates_and_their_training_twins(capsys: pytest.CaptureFixture[str]) -> None:
+    """TRL ships public templates, and twins of them with {% generation %} set by hand: an independent judge.
+
+    A twin may render otherwise (thinking kept, say); where it renders the same text, the masks must be the same.
+    """
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "chat_templates"
+    rows: list[tuple[list[Any], Any]] = [
+        ([user("hi"), answer("yo")], None),
+        ([user("hi"), answer("yo"), user("hi"), answer(" yo\n")], None),
+        ([system("Be."), user("a"), answer("")], None),
+        ([user("hi"), answer("yo", reasoning_content="hm")], None),
+        ([user("a"), answer("b", reasoning_content="c"), user("d"), answer("e", reasoning_content="f")], None),
+        ([user("hi"), answer("", tool_calls=[call("weather", place="Oslo")]), result("wet"), answer("Yes.")], TOOLS),
+    ]
+    compared, masked, names = 0, 0, set()
+    for twin in sorted(folder.glob("*_training.jinja")):
+        pair = [twin.with_name(twin.name.replace("_training", "")), twin]
+        jinjas = [path.read_text(encoding="utf-8") for path in pair]
+        words = sorted(
+            set(re.findall(r"<[|｜][^<>\n]*?[|｜]>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>", "".join(jinjas)))
+        )
+        tokenizer = train("bytes", tuple(words), False)
+        for messages, tools in rows:
+            found = []
+            for jinja in jinjas:
+                try:
+                    template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=jinja, name="it")
+                    found.append(template.encode(Conversation(messages, tools), "response", where="r"))
+                except DataError:
+                    continue
+            masked += len(found)
+            if len(found) == 2 and found[0].ids.tolist() == found[1].ids.tolist():
+                assert np.array_equal(found[0].trained, found[1].trained), f"{pair[0].name}: {messages}"
+                compared += 1
+                names.add(pair[0].name)
+    with capsys.disabled():
+        print(
+            f"\nmasks of TRL's templates: {masked} made, {compared} equal to {len(names)} twins with generation blocks"
+        )
+    assert compared >= 20
+    assert len(names) >= 8

@@ -1,0 +1,159 @@
+"""Splits by the rounding of `datasets`, files of every kind, rows named by their place."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunesmith.config.schema import Source
+from tunesmith.data.files import Listed
+from tunesmith.data.source import from_list, is_local, read, select
+
+ROWS = [{"text": f"row {i}"} for i in range(10)]
+
+
+def parquet(path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+def arrow_stream(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+
+
+def arrow_file(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
+        out.write_table(table)
+
+
+def comma(path: Path) -> None:
+    with path.open("w", newline="") as file:
+        out = csv.DictWriter(file, ["text"])
+        out.writeheader()
+        out.writerows(ROWS)
+
+
+def lines(path: Path) -> None:
+    path.write_text("\n\n".join(json.dumps(row) for row in ROWS) + "\n")
+
+
+def array(path: Path) -> None:
+    path.write_text(json.dumps(ROWS, indent=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "where"),
+    [
+        ("a.json", array, "a.json row 3"),
+        ("a.json", lines, "a.json:5"),  # a blank line stands after each row
+        ("a.jsonl", lines, "a.jsonl:5"),
+        ("a.ndjson", lines, "a.ndjson:5"),
+        ("a.csv", comma, "a.csv:4"),
+        ("a.parquet", parquet, "a.parquet row 3"),
+        ("a.arrow", arrow_stream, "a.arrow row 3"),
+        ("a.arrow", arrow_file, "a.arrow row 3"),
+    ],
+)
+def test_kinds_of_files(tmp_path: Path, name: str, make, where: str) -> None:
+    make(tmp_path / name)
+    rows = read(Source(source=str(tmp_path / name)))
+    assert list(rows) == ROWS
+    assert rows.where(2) == f"{tmp_path}/{where}"
+    # The digest is of the content and the selection; the name and the place do not enter.
+    (tmp_path / "other").mkdir()
+    make(tmp_path / "other" / name)
+    assert read(Source(source=str(tmp_path / "other" / name))).digest() == rows.digest()
+    assert read(Source(source=str(tmp_path / name), split="train[1:]")).digest() != rows.digest()
+
+
+def test_csv_names_the_line_where_a_row_begins(write) -> None:
+    rows = read(Source(source=write("a.csv", 'a,b\n1,"two\nlines"\n3,4\n')))
+    assert list(rows) == [{"a": "1", "b": "two\nlines"}, {"a": "3", "b": "4"}]
+    assert [rows.where(i).rpartition(":")[2] for i in (0, 1)] == ["2", "4"]
+
+
+def test_byte_order_mark_and_crlf(write) -> None:
+    for name, text in (("a.jsonl", '{"a": 1}\r\n{"a": 2}\r\n'), ("a.csv", "a\r\n1\r\n2\r\n"), ("a.json", '[{"a": 1}]')):
+        rows = read(Source(source=write(name, b"\xef\xbb\xbf" + text.encode())))
+        assert int(rows[0]["a"]) == 1
+
+
+def test_unlike_tool_arguments_survive(write) -> None:
+    """Arrow would give each row the other's keys; JSON rows keep theirs, and Parquet's nulls are taken out again."""
+    rows = [{"arguments": {"city": "Rome"}}, {"arguments": {"x": None, "y": [1, {"z": 2}]}}]
+    assert list(read(Source(source=write("a.jsonl", "\n".join(map(json.dumps, rows)))))) == rows
+    path = Path(write("a.parquet", b""))
+    pq.write_table(pa.Table.from_pylist([{"call": {"a": 1}}, {"call": {"b": "two"}}]), path)
+    assert list(read(Source(source=str(path)))) == [{"call": {"a": 1}}, {"call": {"b": "two"}}]
+
+
+bound = st.one_of(st.none(), st.integers(-130, 130))
+
+
+@settings(max_examples=300, deadline=None)
+@given(n=st.integers(1, 120), start=bound, stop=bound, percent=st.booleans())
+def test_slices_are_those_of_datasets(n: int, start: int | None, stop: int | None, percent: bool) -> None:
+    if percent and any(b is not None and abs(b) > 100 for b in (start, stop)):
+        return
+    unit = "%" if percent and (start is not None or stop is not None) else ""
+    spec = f"train[{'' if start is None else f'{start}{unit}'}:{'' if stop is None else f'{stop}{unit}'}]"
+    [theirs] = datasets.ReadInstruction.from_spec(spec).to_absolute({"train": n})
+    table = Listed(list(range(n)), [""] * n, "")
+    expected = list(range(theirs.from_, theirs.to))
+    if expected:
+        [part] = select({"train": table}, spec, where="x")
+        assert list(part.rows) == expected
+    else:
+        with pytest.raises(Exception, match="selects no rows"):
+            select({"train": table}, spec, where="x")
+
+
+def test_splits_that_meet_share_no_row_and_lose_none(write) -> None:
+    name = write("a.jsonl", "".join(f'{{"n": {i}}}\n' for i in range(999)))
+    parts = [read(Source(source=name, split=s)) for s in ("train[:95%]", "train[95%:]")]
+    assert [row["n"] for rows in parts for row in rows] == list(range(999))
+    assert [len(rows) for rows in parts] == [949, 50]
+    both = read(Source(source=name, split="train[990:]+train[:2]", max_examples=10))
+    assert [row["n"] for row in both] == [*range(990, 999), 0]
+    assert both.where(9).endswith("a.jsonl:1")
+
+
+def test_what_counts_as_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").write_text("")
+    assert all(is_local(name) for name in ("here", "a.jsonl", "./a", "/a/b", "~/x", "a/b/c", "data/rows.parquet"))
+    assert not any(is_local(name) for name in ("tatsu-lab/alpaca", "squad"))
+
+
+def test_rows_made_by_a_program() -> None:
+    rows = from_list([{"text": "a"}, {"text": "b"}], "questions")
+    assert (len(rows), rows[1], rows.where(1)) == (2, {"text": "b"}, "questions row 2")
+
+
+def test_hub_rows_are_named_by_split_and_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = datasets.DatasetDict(
+        train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list([{"text": "held out"}])
+    )
+    asked = []
+
+    def load_dataset(*args: object, **keys: object) -> datasets.DatasetDict:
+        asked.append((args, keys))
+        return loaded
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = read(Source(source="me/rows", name="main", revision="v1", split="train[50%:]"))
+    assert (len(rows), rows[0]["text"], rows.where(0)) == (5, "row 5", "me/rows train row 6")
+    assert asked == [(("me/rows", "main"), {"revision": "v1"})]
+    assert rows.digest() == read(Source(source="me/rows", split="train[50%:]")).digest()
+    assert read(Source(source="me/rows", split="test"))[0] == {"text": "held out"}
+    assert len(read(Source(source="me/rows"))) == 11  # all rows of all splits, with a warning

@@ -1,0 +1,294 @@
+"""Which template is taken, our own texts, raw rows, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_table import TOOLS, answer, call, result, system, user
+from chat_tokenizers import train
+
+from tunesmith.config.schema import Data, Source
+from tunesmith.data import texts
+from tunesmith.data.chat import Template, choose
+from tunesmith.data.format import Completion, Conversation, Sample, Text
+from tunesmith.errors import DataError
+
+TEMPLATES = Path(__file__).parent / "templates"
+CHATML = (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")
+IM = ("<|im_start|>", "<|im_end|>")
+WORDS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+def base(adds_bos: bool = False) -> Any:
+    return train("bytes", WORDS, adds_bos)
+
+
+def chat_tokenizer(jinja: Any = CHATML) -> Any:
+    import copy
+
+    tokenizer = copy.deepcopy(train("bytes", IM, False))
+    tokenizer.chat_template = jinja
+    return tokenizer
+
+
+def data(form: str = "messages", template: str = "auto", **more: Any) -> Data:
+    return Data(train=(Source(source="rows.jsonl", format=form),), template=template, **more)
+
+
+def learnt(template: Template, sample: Sample, train_on: str = "response") -> tuple[str, str]:
+    """(all of the text, what of it is learnt)"""
+    example = template.encode(sample, train_on, where="row 1")
+    decode = template.tokenizer.decode
+    return decode(example.ids), decode(example.ids[example.trained])
+
+
+def alpaca_row(instruction: str, extra: str, output: str) -> Conversation:
+    both = f"{instruction}\n{extra}" if extra else instruction
+    return Conversation([user(both), answer(output)], instruction=(instruction, extra, output))
+
+
+# --- choice ---------------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_tokenizers_template_or_the_alpaca_text() -> None:
+    chat = choose(data("alpaca"), chat_tokenizer(), {2})
+    assert (chat.name, chat.jinja) == ("chat", CHATML)
+    assert learnt(chat, alpaca_row("Add.", "1 2", "3"))[1] == "3<|im_end|>"
+    assert "Add.\n1 2<|im_end|>" in learnt(chat, alpaca_row("Add.", "1 2", "3"))[0]
+    assert choose(data("alpaca"), base(), {2}).name == "alpaca"
+    assert choose(data("text"), base(), {2}).jinja is None
+    assert choose(data("prompt-completion"), chat_tokenizer(), {2}).jinja == CHATML
+    with pytest.raises(DataError, match="no chat template"):
+        choose(data(template="chat"), base(), {2})
+
+
+def test_end_ids_are_those_of_generation_and_the_templates_own() -> None:
+    tokenizer = chat_tokenizer()
+    template = choose(data(), tokenizer, {tokenizer.eos_token_id})
+    assert template.end_ids == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert template.stops == template.end_ids
+    known = {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert choose(data(), tokenizer, known).end_ids == known
+
+
+def test_describe_is_one_line_that_names_what_is_in_use(tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(CHATML)
+    tokenizer = chat_tokenizer()
+    lines = {
+        choose(data(), tokenizer, {2}).describe(): ["chat", "Hermes", "<|im_end|>", "marks"],
+        choose(data("alpaca"), base(), {2}).describe(): ["alpaca", "</s>"],
+        choose(data(template=str(file)), tokenizer, {2}).describe(): ["own.jinja", "<|im_end|>"],
+        choose(data("text"), base(), {2}).describe(): ["as they stand", "</s>"],
+    }
+    for line, words in lines.items():
+        assert "\n" not in line
+        assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b"{% for m in messages %}\n{{ m.content }}\n{% endfo %}", "bad.jinja:3"),
+        (b"one\n{{ messages[0].content", "bad.jinja:2"),
+        (b"\xff\xfe\x00", "data.template"),
+        (None, "data.template"),
+    ],
+)
+def test_a_broken_template_file_is_named_with_its_line(tmp_path: Path, content: bytes | None, where: str) -> None:
+    file = tmp_path / "bad.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        choose(data(template=str(file)), chat_tokenizer(), {2})
+    assert caught.value.where.endswith(where)
+    assert caught.value.fix
+
+
+def test_a_tokenizer_with_templates_by_name() -> None:
+    tokenizer = chat_tokenizer({"default": CHATML, "tool_use": texts.with_tools(CHATML)})
+    template = choose(data("sharegpt"), tokenizer, {2})
+    assert "<tools>" in learnt(template, Conversation([user("a"), answer("b")], TOOLS))[0]
+    assert "<tools>" not in learnt(template, Conversation([user("a"), answer("b")]))[0]
+
+
+# --- our own texts --------------------------------------------------------------------------------------------------
+
+PLAIN = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName a bird.\n\n### Response:\n"
+)
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n"
+)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_alpaca_text_with_and_without_input(adds_bos: bool) -> None:
+    tokenizer = base(adds_bos)
+    template = choose(data("alpaca"), tokenizer, {2})
+    bos = "<s>" if adds_bos else ""
+    for sample, prompt, output in (
+        (alpaca_row("Name a bird.", "", "A wren."), PLAIN, "A wren."),
+        (alpaca_row("Add.", "1, 2", "3"), WITH_INPUT, "3"),
+    ):
+        whole, mine = learnt(template, sample)
+        assert whole == f"{bos}{prompt}{output}</s>"
+        assert mine == f"{output}</s>"
+        assert tokenizer.decode(template.prompt(sample)) == bos + prompt
+        assert (
+            template.encode(sample, "all", where="r").ids.tolist()
+            == tokenizer(whole, add_special_tokens=False)["input_ids"]
+        )
+
+
+def test_the_saved_alpaca_template_gives_the_prompt_that_was_trained() -> None:
+    """What a server renders from the saved chat template is what `prompt` gave while training."""
+    tokenizer = base(True)
+    trained = choose(data("alpaca"), tokenizer, {2})
+    saved = chat_tokenizer(trained.jinja)
+    assert (
+        saved.apply_chat_template([user("Name a bird.")], add_generation_prompt=True, tokenize=False) == "<s>" + PLAIN
+    )
+    with_input = {"role": "user", "content": "Add.", "input": "1, 2"}
+    assert saved.apply_chat_template([with_input], add_generation_prompt=True, tokenize=False) == "<s>" + WITH_INPUT
+    tokenizer = train("bytes", WORDS, True)
+    again = Template(tokenizer, {2}, jinja=trained.jinja, name="chat")
+    row = Conversation([user("Name a bird."), answer("A wren.")])
+    assert (
+        again.encode(row, "response", where="r").trained.tolist()
+        == trained.encode(row, "response", where="r").trained.tolist()
+    )
+
+
+def test_alpaca_text_goes_on_for_several_turns() -> None:
+    template = choose(data("messages", "alpaca"), base(), {2})
+    whole, mine = learnt(template, Conversation([system("Be."), user("a"), answer("b"), user("c"), answer("d")]))
+    assert whole == "Be.\n\n### Instruction:\na\n\n### Response:\nb</s>\n\n### Instruction:\nc\n\n### Response:\nd</s>"
+    assert mine == "b</s>d</s>"
+    with pytest.raises(DataError, match="cannot render"):
+        template.encode(Conversation([user("a"), user("b"), answer("c")]), "response", where="r")
+
+
+def test_one_text_with_fields() -> None:
+    text = 'Instruction: {instruction}\nInput: {input} {{"x"}}\nResponse: {response}\n---'
+    template = Template.text(text, base(), {2})
+    whole, mine = learnt(template, alpaca_row("Add.", "1, 2", "3"))
+    assert whole == 'Instruction: Add.\nInput: 1, 2 {"x"}\nResponse: 3\n---</s>'
+    assert mine in ("3\n---</s>", " 3\n---</s>")
+    assert learnt(template, alpaca_row("Add.", "1, 2", "3"), "all")[1] in whole
+    example = template.encode(alpaca_row("Add.", "", "3"), "all", where="r")
+    assert example.trained.sum() == len(example.ids) - 1
+    assert base().decode(template.prompt(alpaca_row("Add.", "", "3"))).startswith("Instruction: Add.\nInput:  {")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{instruction}",
+        "{response}",
+        "{instruction} {response} {response}",
+        "{instruction} {answer} {response}",
+        "{response} {instruction}",
+    ],
+)
+def test_a_text_with_wrong_fields_is_refused(text: str) -> None:
+    with pytest.raises(DataError):
+        Template.text(text, base(), {2})
+
+
+# --- raw rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_raw_rows_have_one_bos_and_one_end(adds_bos: bool) -> None:
+    tokenizer = base(adds_bos)
+    template = choose(data("text"), tokenizer, {2})
+    bos = "<s>" if adds_bos else ""
+    for text in ("A line.", "A line.</s>", "<s>A line.", "<s>A line.</s>"):
+        whole, mine = learnt(template, Text(text))
+        assert whole == ("<s>" if text.startswith("<s>") else bos) + "A line.</s>"
+        example = template.encode(Text(text), "response", where="r")
+        assert example.trained.tolist() == [False] + [True] * (len(example.ids) - 1)
+        assert mine.endswith("</s>")
+    sample = Completion("Q: why?\nA>", "So.")
+    whole, mine = learnt(template, sample)
+    assert (whole, mine) == (f"{bos}Q: why?\nA>So.</s>", "So.</s>")
+    assert tokenizer.decode(template.prompt(sample)) == f"{bos}Q: why?\nA>"
+    assert (
+        template.encode(sample, "all", where="r").trained.sum()
+        == len(template.encode(sample, "all", where="r").ids) - 1
+    )
+    for empty in (Text(""), Completion("", "")):
+        with pytest.raises(DataError, match="no text"):
+            template.encode(empty, "response", where="row 1")
+    with pytest.raises(DataError, match="raw text"):
+        template.prompt(Conversation([user("a")]))
+
+
+def test_an_empty_completion_teaches_the_end_alone() -> None:
+    assert learnt(choose(data("prompt-completion"), base(), {2}), Completion("So", ""))[1] == "</s>"
+
+
+# --- tools in a ChatML that knows none ------------------------------------------------------------------------------
+
+CALLED = [
+    user("Rain and time?"),
+    answer("I ask.", tool_calls=[call("weather", place='O"slo'), call("time", 2)]),
+    result("wet"),
+    result("noon", 2),
+    answer("Wet, at noon."),
+]
+
+
+def test_hermes_form_for_a_chatml_without_tools() -> None:
+    template = choose(data("sharegpt"), chat_tokenizer(), {2})
+    whole, mine = learnt(template, Conversation([system("Be."), *CALLED], TOOLS))
+    calls = '<tool_call>\n{"name": "weather", "arguments": {"place": "O\\"slo"}}\n</tool_call>'
+    calls += '\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+    assert mine == f"I ask.\n{calls}<|im_end|>Wet, at noon.<|im_end|>"
+    assert whole.startswith("<|im_start|>system\nBe.\n\nYou can call")
+    assert all(f'"name": "{name}"' in whole for name in ("weather", "time"))
+    results = "<tool_response>\nwet\n</tool_response>\n<tool_response>\nnoon\n</tool_response>"
+    assert f"<|im_start|>user\n{results}<|im_end|>\n<|im_start|>assistant\nWet" in whole
+    saved = chat_tokenizer(template.jinja)
+    assert choose(data("sharegpt"), saved, {2}).jinja == template.jinja, "what is saved is taken as it is"
+
+
+def test_hermes_form_leaves_conversations_without_tools_alone() -> None:
+    for jinja in (CHATML, "\n" + CHATML + "\n", CHATML + "  \n"):
+        tokenizer = chat_tokenizer(jinja)
+        template = choose(data("messages"), tokenizer, {2})
+        assert template.jinja != jinja
+        for messages in ([user("a"), answer("b")], [system("s"), user("a\n"), answer(" b"), user("c"), answer("d")]):
+            theirs = [
+                tokenizer.apply_chat_template(messages, chat_template=j, tokenize=False)
+                for j in (jinja, template.jinja)
+            ]
+            assert theirs[0] == theirs[1]
+
+
+def test_no_hermes_form_for_other_templates(tmp_path: Path) -> None:
+    llama = (TEMPLATES / "bos.jinja").read_text(encoding="utf-8")
+    tokenizer = train("bytes", WORDS, True)
+    template = Template(tokenizer, {2}, jinja=llama, name="bos").with_tools()
+    assert template.jinja == llama
+    with pytest.raises(DataError, match="drops the tool"):
+        template.encode(Conversation(CALLED, TOOLS), "response", where="row 1")
+
+
+def test_calls_without_ids_get_some_where_the_template_wants_them() -> None:
+    tokenizer = train("bytes", ("[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]"), True)
+    jinja = (TEMPLATES / "mistral.jinja").read_text(encoding="utf-8")
+    bare = call("time")
+    del bare["id"]
+    messages = [user("Time?"), answer("", tool_calls=[bare, bare]), *({"role": "tool", "content": c} for c in "ab")]
+    mine = learnt(
+        Template(tokenizer, {2}, jinja=jinja, name="mistral"), Conversation([*messages, answer("So.")], TOOLS)
+    )[0]
+    assert re.findall(r"call0000\d", mine) == ["call00001", "call00002", "call00001", "call00002"]

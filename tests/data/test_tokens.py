@@ -1,0 +1,216 @@
+"""The cache gives what tokenising gives, and only when it is whole; what is left out is counted."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rows import Simple, alpaca
+from tunesmith.config.schema import Data, Source
+from tunesmith.data import cache as disk
+from tunesmith.data.cache import cache_folder
+from tunesmith.data.format import Text
+from tunesmith.data.tokens import TokenSet, tokenise
+from tunesmith.errors import DataError
+
+
+def equal(a: TokenSet, b: TokenSet) -> bool:
+    return (
+        len(a) == len(b)
+        and a.sources == b.sources
+        and all(
+            np.array_equal(x.ids, y.ids) and np.array_equal(x.trained, y.trained) for x, y in zip(a, b, strict=True)
+        )
+    )
+
+
+def test_examples_are_those_of_the_template(make, simple: Simple) -> None:
+    tokens = make(alpaca(5), seq_len=256)
+    text = simple.tokenizer.decode(tokens[1].ids)
+    assert text == "<|im_start|>user\nsay 1<|im_end|>\n<|im_start|>assistant\nxxxxxx<|im_end|>\n"
+    assert simple.tokenizer.decode(tokens[1].ids[tokens[1].trained]) == "xxxxxx<|im_end|>"
+    assert tokens[1].ids.dtype == np.int32
+    assert tokens[1].trained.dtype == np.bool_
+    assert tokens.lengths.tolist() == [len(e.ids) for e in tokens]
+    counts = tokens.counts
+    assert (counts.rows, counts.kept, counts.prompts) == (5, 5, 5)
+    assert counts.supervised == sum(6 + i for i in range(5))
+    assert tokens.where(4).endswith("rows0.jsonl:5")
+    assert tokens.row(4)["instruction"] == "say 4"
+    with pytest.raises(IndexError):
+        tokens[5]
+
+
+def test_the_cache_is_used_and_gives_the_same(make, simple: Simple, tmp_path: Path) -> None:
+    plain = make(alpaca(300), seq_len=256)
+    made = make(alpaca(300), seq_len=256, cache=tmp_path / "c")
+    assert simple.encoded == 600
+    taken = make(alpaca(300), seq_len=256, cache=tmp_path / "c")
+    assert simple.encoded == 600  # nothing was tokenised again
+    assert isinstance(taken.parts[0].arrays.ids, np.memmap)
+    assert equal(plain, made)
+    assert equal(plain, taken)
+    assert [p.name for p in (tmp_path / "c").iterdir() if p.name.startswith(".")] == []
+
+
+def test_what_shapes_the_tokens_names_the_entry(make, simple: Simple, tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+
+    def entries(*contents: str, **keys: Any) -> int:
+        make(*(contents or (alpaca(4),)), **{"seq_len": 256, "cache": folder, **keys})
+        return len(list(folder.iterdir()))
+
+    assert entries() == 1
+    assert entries(weights=(2.0,)) == 1  # how often rows are seen does not shape them
+    assert entries(alpaca(5)) == 2
+    assert entries(seq_len=255) == 3
+    assert entries(too_long="drop") == 4
+    assert entries(train_on="all") == 5
+    assert entries(system="S") == 6
+    simple.name = "another"
+    assert entries() == 7
+    simple.end_ids = frozenset({1})
+    assert entries() == 8
+    simple.tokenizer.add_special_tokens({"additional_special_tokens": ["<|more|>"]})
+    assert entries() == 9
+
+
+FILES = ("ids.bin", "trained.bin", "offsets.npy", "rows.npy", "cut.npy", "meta.json")
+
+
+@pytest.mark.parametrize("case", [(file, damage) for file in FILES for damage in ("lost", "torn", "flipped")], ids=str)
+def test_a_damaged_entry_is_made_again(
+    make, simple: Simple, tmp_path: Path, caplog: pytest.LogCaptureFixture, case: tuple[str, str]
+) -> None:
+    file, damage = case
+    whole = make(alpaca(20), seq_len=256)
+    make(alpaca(20), seq_len=256, cache=tmp_path / "c")
+    [entry] = (tmp_path / "c").iterdir()
+    path = entry / file
+    data = bytearray(path.read_bytes())
+    if damage == "lost":
+        path.unlink()
+    else:
+        if damage == "flipped":
+            at = data.index(b'"supervised": ') + 14 if file == "meta.json" else len(data) - 1
+            data[at] = ord("x") if file == "meta.json" else data[at] ^ 1
+        path.write_bytes(data[: len(data) // 2] if damage == "torn" else data)
+    with caplog.at_level(logging.WARNING):
+        again = make(alpaca(20), seq_len=256, cache=tmp_path / "c")
+    assert "damaged" in caplog.text
+    assert simple.encoded == 60
+    assert equal(whole, again)
+    make(alpaca(20), seq_len=256, cache=tmp_path / "c")
+    assert simple.encoded == 60  # and now it is whole
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "c").write_text("a file where the folder should be")
+    tokens = make(alpaca(7), seq_len=256, cache=tmp_path / "c")
+    assert len(tokens) == 7
+    assert "kept in memory" in caplog.text
+
+
+def test_a_full_disk_leaves_no_torn_entry(
+    make, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **keys: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk.np, "save", full)
+    tokens = make(alpaca(7), seq_len=256, cache=tmp_path / "c")
+    assert len(tokens) == 7
+    assert "No space left" in caplog.text
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TUNESMITH_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "tunesmith" / "tokens"
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own" / "tokens"
+    monkeypatch.delenv("TUNESMITH_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "tunesmith" / "tokens"
+
+
+def test_too_long(make) -> None:
+    rows = alpaca(3, letters=lambda i: 4 + 40 * i)  # 30, 70, 110 tokens
+    lengths = make(rows, seq_len=256).lengths.tolist()
+    assert lengths == [30, 70, 110]
+    cut = make(rows, seq_len=75)
+    assert cut.lengths.tolist() == [30, 70, 75]
+    assert (cut.counts.cut, cut.counts.dropped, cut.counts.emptied, cut.counts.longest) == (1, 0, 0, 110)
+    assert cut.parts[0].arrays.cut.tolist() == [False, False, True]
+    dropped = make(rows, seq_len=75, too_long="drop")
+    assert dropped.lengths.tolist() == [30, 70]
+    assert (dropped.counts.kept, dropped.counts.cut, dropped.counts.dropped) == (2, 0, 1)
+    with pytest.raises(DataError, match="110 tokens") as caught:
+        make(rows, seq_len=75, too_long="error")
+    assert caught.value.where.endswith("rows0.jsonl:3")
+    assert "data.seq_len=110" in caught.value.fix
+
+
+def test_a_cut_that_leaves_nothing_to_learn_is_dropped_and_counted(make) -> None:
+    rows = alpaca(3, letters=lambda i: 4 + 40 * i)
+    tokens = make(rows, seq_len=24)  # the prompt alone
+    assert (len(tokens), tokens.counts.emptied, tokens.counts.dropped) == (0, 3, 0)
+
+
+def test_rows_keep_their_place_when_others_are_left_out(make) -> None:
+    tokens = make(alpaca(10, letters=lambda i: 200 if i % 2 else 5), alpaca(2), seq_len=100, too_long="drop")
+    assert [tokens.where(i).rpartition("/")[2] for i in (1, 4, 5, 6)] == [
+        "rows0.jsonl:3", "rows0.jsonl:9", "rows1.jsonl:1", "rows1.jsonl:2",
+    ]  # fmt: skip
+
+
+def test_sources_and_weights(make) -> None:
+    tokens = make(alpaca(3), alpaca(2), weights=(2.0, 0.5), seq_len=256)
+    assert tokens.repeats.tolist() == [2.0, 2.0, 2.0, 0.5, 0.5]
+    assert [c.kept for c in tokens.sources] == [3, 2]
+    assert tokens.counts.digest != make(alpaca(3), alpaca(2), seq_len=256).counts.digest
+
+
+def test_the_digest_is_of_what_is_learnt(make) -> None:
+    base = make(alpaca(4), seq_len=256).counts.digest
+    assert base == make(alpaca(4), seq_len=512).counts.digest
+    assert base != make(alpaca(4), seq_len=256, train_on="all").counts.digest
+    assert base != make(alpaca(5), seq_len=256).counts.digest
+
+
+def test_the_first_n(make) -> None:
+    tokens = make(alpaca(3), alpaca(4), seq_len=256)
+    some = tokens.first(5)
+    assert len(some) == 5
+    assert [some.where(i) for i in range(5)] == [tokens.where(i) for i in range(5)]
+    assert some.counts.tokens == int(tokens.lengths[:5].sum())
+    assert equal(tokens.first(99), make(alpaca(3), alpaca(4), seq_len=256)) is False  # it says that it is a part
+    assert len(tokens.first(99)) == 7
+
+
+def test_tokenise_reads_the_recipes_keys(simple: Simple, write) -> None:
+    source = Source(source=write("a.jsonl", alpaca(10)), format="alpaca", split="train[:50%]", max_examples=3)
+    data = Data(train=(source,), seq_len=256)
+    assert len(tokenise((source,), data, simple, simple.tokenizer, cache=None, what="train")) == 3
+    other = replace(source, split="train[50%:]")
+    tokens = tokenise((other,), data, simple, simple.tokenizer, cache=None, what="train")
+    assert tokens.row(0)["instruction"] == "say 5"
+
+
+def test_memory_does_not_grow_with_what_was_written(
+    simple: Simple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_FLUSH", 100)
+    store = disk.Store(tmp_path)
+    for i in range(30):
+        store.add(simple.encode(Text(f"text {i}"), "all"), i, False)
+    assert os.path.getsize(tmp_path / "ids.bin") > 0
+    arrays = store.arrays()
+    assert simple.tokenizer.decode(arrays.ids[arrays.offsets[29] :]) == "text 29<|im_end|>"

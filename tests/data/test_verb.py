@@ -1,0 +1,158 @@
+"""`tunesmith data`: what it shows is what is trained, and a broken contract ends in exit code 2."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rows import alpaca
+from tunesmith.cli import data as verb
+from tunesmith.cli.main import main
+from tunesmith.config.load import load
+from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.errors import DataError
+from tunesmith.model.tokenizer import eos_ids, tokenizer_of
+
+
+@pytest.fixture
+def recipe(tiny: Path, write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Write a recipe for the tiny model over `content`; give its path."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+
+    def make(content: str, more: str = "") -> str:
+        rows = write("rows.jsonl", content)
+        text = (
+            f"model: {{name: {tiny}, dtype: fp32}}\n"
+            f"data:\n  train: {{source: {rows}, format: alpaca}}\n  seq_len: 128\n{more}output_dir: {tmp_path / 'run'}\n"
+        )
+        return write("recipe.yaml", text)
+
+    return make
+
+
+def prepared(path: str, tiny: Path, *overrides: str, vocab: int = 272, **keys: Any) -> Prepared:
+    run = load(path, overrides)
+    tokenizer = tokenizer_of(tiny, run.model)
+    return prepare(run, tokenizer, eos_ids(tiny, tokenizer), vocab, **keys)
+
+
+def test_it_shows_what_is_learnt(recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", recipe(alpaca(60)), "--rows", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "<|im_start|>user\nsay 1<|im_end|>\n<|im_start|>assistant\n⟦xxxxxx<|im_end|>⟧" in out
+    assert out.count("⟦") == out.count("⟧") == 2
+    assert "rows.jsonl:2: " in out
+    assert re.search(r"rows\.jsonl +60 +60 +1 ", out)
+    assert "60 examples" in out
+    assert "1 epochs: 1 optimizer steps" in out
+    assert "warning: only 1 optimizer steps" in out
+    assert "\x1b" not in out
+    assert out.count("holds") == 6
+
+
+def test_the_mend_of_few_steps_mends(recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(alpaca(600), "train: {global_batch: 512 tokens}\n")
+    for start in ([], ["train.global_batch=64 examples"]):
+        assert main(["data", path, *start, "train.duration=0.5 epochs"]) == 0
+        warning = re.search(r"warning: .*mend: (.*)", capsys.readouterr().out)
+        assert warning is not None
+        for mend in warning[1].split(" or "):
+            key = mend.replace('"', "")
+            again = [*start, "train.duration=0.5 epochs", key] if "batch" in key else [*start, key]
+            assert main(["data", path, *again]) == 0
+            assert "warning" not in capsys.readouterr().out, mend
+
+
+def test_colours_mark_what_is_learnt_on_a_terminal(recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    monkeypatch.delenv("NO_COLOR")
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system="standard", soft_wrap=True, highlight=False)
+    data = prepared(recipe(alpaca(1)), tiny)
+    verb._rows(console, data.train, tokenizer_of(tiny, data.run.model), 1)
+    text = out.getvalue()
+    assert "⟦" not in text
+    assert "\x1b[1;32mxxxxx\x1b[0m" in text  # learnt: bold green
+    assert "\x1b[1;7;32m<|im_end|>" in text  # learnt and special
+    assert "\x1b[2;7m<|im_start|>" in text  # special
+
+
+def test_json(recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", recipe(alpaca(10)), "--json", "--rows", "1"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["train"][0]["kept"] == 10
+    assert sum(bar["examples"] for bar in values["lengths"]) == 10
+    assert values["course"]["steps"] == 1
+    assert [c["broken"] for c in values["contract"]] == [0] * 6
+    [row] = values["rows"]
+    learnt = "".join(s["text"] for s in row["segments"] if s["learnt"])
+    assert learnt == "xxxxx<|im_end|>"
+
+
+def test_a_long_row_shows_its_two_ends(recipe, tiny: Path) -> None:
+    data = prepared(recipe(alpaca(1, letters=lambda i: 90)), tiny)
+    tokenizer = tokenizer_of(tiny, data.run.model)
+    whole = "".join(text for text, _, _ in verb.segments(data.train, tokenizer, 0))
+    assert whole == tokenizer.decode(data.train[0].ids)
+    for limit in (20, 60, 110):
+        pieces = verb.segments(data.train, tokenizer, 0, limit)
+        shown = "".join(text for text, _, _ in pieces)
+        n = len(data.train[0].ids)
+        assert f"… {n - limit:,} tokens …" in shown
+        assert shown.startswith(tokenizer.decode(data.train[0].ids[: limit // 2]))
+        assert shown.endswith(tokenizer.decode(data.train[0].ids[-(limit // 2) :]))
+
+
+def test_a_broken_contract_is_shown_and_ends_in_2(recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", recipe(alpaca(3)), "data.seq_len=10"]) == 2
+    out = capsys.readouterr().out
+    assert "BROKEN" in out
+    assert "raise data.seq_len" in out
+
+
+def test_broken_rows_end_in_2_with_their_line(recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", recipe(alpaca(3) + "{broken\n")]) == 2
+    err = capsys.readouterr().err
+    assert "rows.jsonl:4" in err
+    assert "Traceback" not in err
+
+
+def test_prepare_for_training(recipe, tiny: Path, write) -> None:
+    held = write("held.jsonl", alpaca(9))
+    path = recipe(alpaca(60), "  validation: {source: held.jsonl, format: alpaca}\nvalidate: {max_examples: 4}\n")
+    data = prepared(path, tiny)
+    assert Path(held).exists()
+    assert (len(data.train), len(data.validation or ()), len(data.contracts)) == (60, 4, 2)
+    assert data.course.steps(data.run.train.duration) == 1
+    assert data.digest == data.train.counts.digest
+    text = data.describe()
+    assert "60 of 60 rows" in text
+    assert "token contract of validation: holds" in text
+    assert "\n\n" not in text
+
+
+def test_prepare_stops_on_a_broken_contract(recipe, tiny: Path) -> None:
+    path = recipe(alpaca(3))
+    with pytest.raises(DataError, match="vocabulary"):
+        prepared(path, tiny, vocab=100)
+    assert len(prepared(path, tiny, vocab=100, strict=False).contracts[0].broken) == 1
+    with pytest.raises(DataError, match="no example in an epoch"):
+        prepared(path, tiny, "data.train.weight=0.001")
+
+
+def test_validation_rows_that_are_trained_on_are_told(recipe, tiny: Path, write) -> None:
+    held = "  validation: {source: held.jsonl, format: alpaca}\n"
+    write("held.jsonl", alpaca(9) + alpaca(70)[len(alpaca(68)) :] + alpaca(2))  # 9 and 2 known rows, 2 new ones
+    data = prepared(recipe(alpaca(60), held), tiny)
+    assert data.overlap == 11
+    assert any("11 of 13 validation examples are trained on" in text for text in data.warnings())
+    path = recipe(alpaca(60), held)
+    assert prepared(path, tiny, "data.train.split=train[10:]").overlap == 0

@@ -1,0 +1,115 @@
+"""env.json is an allow-list; peaks are those of the data sheets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+
+from tunesmith.metrics.hardware import Gauges, describe, memory_gib, peak_of, peak_tflops, scrub
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H200", 989.5), ("NVIDIA H200 NVL", 835.5), ("NVIDIA H100 80GB HBM3", 989.5), ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5), ("NVIDIA GH200 480GB", 989.5), ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0), ("NVIDIA L40S", 362.0), ("NVIDIA L40", 181.0), ("NVIDIA L4", 121.0),
+        ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 5090", 209.5), ("NVIDIA GeForce RTX 3090", 71.0),
+        ("NVIDIA GB10", 92.0), ("NVIDIA B200", 2250.0), ("NVIDIA GB200", 2500.0), ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA A10G", 125.0), ("NVIDIA H20", 148.0),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA Tesla X9", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None), ("Tesla P40", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_name_finds_its_own_peak_and_no_other(name: str, tflops: float | None) -> None:
+    found, source = peak_of(name)
+    assert found == tflops
+    assert bool(source) == (tflops is not None)
+
+
+def test_no_peak_is_made_up_for_a_cpu() -> None:
+    assert peak_tflops(torch.device("cpu"), torch.bfloat16) == (None, "")
+
+
+def test_memory_is_the_peak_of_this_process() -> None:
+    before = memory_gib()
+    block = torch.ones(2**26)  # 256 MiB
+    grown = memory_gib(torch.device("cpu"))
+    del block
+    assert grown >= before
+    assert 0.05 < grown < 1000
+    assert memory_gib() >= grown, "a peak does not fall"
+
+
+def test_gauges_are_none_without_a_gpu() -> None:
+    assert Gauges(torch.device("cpu")).read() == (None, None)
+
+
+def test_a_gauge_that_fails_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def utilization(device: torch.device) -> int:
+        asked.append(device)
+        raise RuntimeError("no NVML")
+
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    gauges = Gauges(torch.device("cuda"), every=0.0)
+    assert [gauges.read(), gauges.read()] == [(None, None)] * 2
+    assert len(asked) == 1
+
+
+def test_a_gauge_is_read_once_in_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: asked.append(device) or 97)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 612_345)
+    gauges = Gauges(torch.device("cuda"), every=60.0)
+    assert [gauges.read() for _ in range(3)] == [(97.0, 612.345)] * 3
+    assert len(asked) == 1
+
+
+def test_the_description_is_an_allow_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    monkeypatch.setenv("A_VARIABLE", "its-value")
+    found = describe(["tunesmith", "train", "r.yaml"])
+    assert {"python", "torch", "transformers", "peft", "datasets", "cuda", "platform", "cpu", "cpu_cores", "memory_gib",
+            "gpus", "commit", "command"} <= set(found)  # fmt: skip
+    text = json.dumps(found)
+    assert "hf_abc" not in text
+    assert "its-value" not in text
+    assert found["torch"] == torch.__version__
+    assert found["memory_gib"] > 0.5
+
+
+def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert describe([])["commit"] is None
+    names = {f"GIT_{role}_{part}": "a@b" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
+    (tmp_path / "file").write_text("1")
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
+        subprocess.run(["git", *words], check=True, env=os.environ | names)
+    commit = describe([])["commit"]
+    assert len(commit) == 40
+    (tmp_path / "file").write_text("2")
+    assert describe([])["commit"] == commit + "+"
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["--token", "abc", "x"], ["--token", "***", "x"]),
+        (["--hf-token=abc"], ["--hf-token=***"]),
+        (["WANDB_API_KEY=abc"], ["WANDB_API_KEY=***"]),
+        (["hf_abcdefghijklmnop"], ["***"]),
+        (["https://user:pw@host/x"], ["https://***@host/x"]),
+        (["model.tokenizer=org/tok", "model.pad_token=<pad>"], ["model.tokenizer=org/tok", "model.pad_token=<pad>"]),
+        (["train.global_batch=32768 tokens"], ["train.global_batch=32768 tokens"]),
+        (["model.revision=0123456789abcdef0123456789abcdef01234567"],) * 2,
+        (["--token", "--json"], ["--token", "--json"]),
+    ],
+)
+def test_secrets_on_the_command_line_are_masked(argv: list[str], shown: list[str]) -> None:
+    assert scrub(argv) == shown

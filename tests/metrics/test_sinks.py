@@ -1,0 +1,273 @@
+"""Every sink tells the same story, on a fresh start and after a resume."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from records import RUN, record
+from tunesmith.config.schema import Log, Run, Train
+from tunesmith.errors import MachineError
+from tunesmith.metrics.record import read
+from tunesmith.metrics.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, WandbSink, for_run
+from tunesmith.metrics.terminal import Every, Terminal, span, wants_bar
+from tunesmith.units import Length
+
+
+@pytest.fixture
+def run() -> Run:
+    return RUN
+
+
+class TtyStream(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def events(folder: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # 0: keep every event; by default only a sample is kept
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    return [(e.step, e.value) for e in events(folder).Scalars(tag)]
+
+
+def test_jsonl_is_cut_back_and_goes_on(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.open(run, 0)
+    for step in range(1, 6):
+        sink.step(record(step))
+    assert len(path.read_text().splitlines()) == 5, "a line must be on its way before close"
+    sink.close()
+    sink = JsonlSink(path)
+    sink.open(run, 3)
+    sink.step(record(4, loss=9.0))
+    sink.close()
+    assert [(r.step, r.loss) for r in read(path)] == [(1, 2.0), (2, 1.0), (3, 2.0 / 3), (4, 9.0)]
+
+
+def test_tensorboard_has_each_measured_value_under_its_name(tmp_path: Path, run: Run) -> None:
+    sink = TensorBoardSink(tmp_path)
+    sink.open(run, 0)
+    sink.step(record(1, mfu=0.25, mfu_peak_tflops=92.0, val_loss=7.0))
+    sink.step(record(2))
+    sink.validation(2, 1.5)
+    sink.samples(2, [("ask", "line one\nline *two*")])
+    sink.text("contract", "12 checks")
+    sink.close()
+    accumulator = events(tmp_path)
+    measured = {f"train/{name}" for name in record(1, mfu=0.25, mfu_peak_tflops=92.0).values()} - {"train/step"}
+    assert set(accumulator.Tags()["scalars"]) == measured | {"validation/loss"}
+    assert scalars(tmp_path, "train/loss") == [(1, 2.0), (2, 1.0)]
+    assert scalars(tmp_path, "train/mfu") == [(1, 0.25)]
+    assert scalars(tmp_path, "validation/loss") == [(2, 1.5)]
+    texts = {t: accumulator.Tensors(t)[0].tensor_proto.string_val[0].decode() for t in accumulator.Tags()["tensors"]}
+    assert "org/base" in texts["recipe/text_summary"]
+    assert "    line *two*" in texts["sample/1/text_summary"]
+    assert "12 checks" in texts["contract/text_summary"]
+
+
+@pytest.mark.parametrize(("resumed_at", "steps"), [(3, [1, 2, 3, 4]), (0, [1])])
+def test_tensorboard_purges_what_a_run_repeats(tmp_path: Path, run: Run, resumed_at: int, steps: list[int]) -> None:
+    first = TensorBoardSink(tmp_path)
+    first.open(run, 0)
+    for step in range(1, 6):
+        first.step(record(step))
+    first.close()
+    again = TensorBoardSink(tmp_path)
+    again.open(run, resumed_at)
+    again.step(record(resumed_at + 1, loss=9.0))
+    again.close()
+    shown = scalars(tmp_path, "train/loss")
+    assert [step for step, _ in shown] == steps
+    assert shown[-1][1] == 9.0
+
+
+def test_a_shared_folder_keeps_what_others_wrote(tmp_path: Path, run: Run) -> None:
+    for _ in range(2):
+        sink = TensorBoardSink(tmp_path, shared=True)
+        sink.open(run, 0)
+        sink.step(record(1))
+        sink.close()
+    assert len(scalars(tmp_path, "train/loss")) == 2
+
+
+def test_wandb_missing_names_the_install(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MachineError) as raised:
+        WandbSink(tmp_path).open(run, 0)
+    assert "pip install 'tunesmith[wandb]'" in raised.value.fix
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed (extra: wandb)")
+def test_wandb_offline_keeps_its_id_over_a_resume(tmp_path: Path, run: Run) -> None:
+    """In a process of its own: W&B starts a service that would outlive the test's environment."""
+    code = """
+import sys
+from pathlib import Path
+from tunesmith.config.schema import Data, Model, Run, Source
+from tunesmith.metrics.record import StepRecord
+from tunesmith.metrics.sinks import WandbSink
+folder, resumed = Path(sys.argv[1]), int(sys.argv[2])
+run = Run(model=Model(name="org/base"), data=Data(train=(Source(source="rows.jsonl"),)), output_dir=str(folder))
+sink = WandbSink(folder)
+sink.open(run, resumed)
+step = resumed + 1
+sink.step(StepRecord(step=step, epoch=0.1, loss=2.5, learning_rate=1e-4, grad_norm=1.0, tokens=1,
+    supervised_tokens=1, examples=1, step_seconds=1.0, data_seconds=0.0, tokens_per_second=1.0, mfu=None, memory_gib=1.0))
+sink.validation(step, 1.5)
+sink.samples(step, [("ask", "answer")])
+sink.close()
+"""
+    ids = []
+    for resumed in (0, 1):
+        environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": ":".join(sys.path), "PATH": "",
+                       "HOME": str(tmp_path)}  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), str(resumed)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        ids.append((tmp_path / "wandb-id.txt").read_text())
+    assert ids[0] == ids[1]
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
+
+
+def shown(run: Run, folder: Path, records, *, total: int | None, stream: io.StringIO | None = None) -> tuple[str, str]:
+    stream = stream or io.StringIO()
+    sink = Terminal(folder / "log.txt", total_steps=total, stream=stream)
+    sink.open(run, 0)
+    for each in records:
+        sink.step(each)
+    sink.validation(len(records), 1.25)
+    sink.text("contract", "12 checks\nall hold")
+    sink.samples(1, [("ask", "answer")])
+    sink.close()
+    return stream.getvalue(), (folder / "log.txt").read_text()
+
+
+def test_plain_lines_say_what_a_step_did(tmp_path: Path, run: Run) -> None:
+    text, log = shown(run, tmp_path, [record(1, mfu=0.25)], total=3)
+    line = "step 1/3  loss 2.0000  lr 1.00e-04  grad 0.5  400 tok/s  mfu 25.0%  1.5 GiB  left 0 s"
+    assert text.splitlines() == [line, "step 1  val_loss 1.2500", "12 checks", "all hold"]
+    assert [row.split("  ", 1)[1] for row in log.splitlines()] == [
+        *text.splitlines(),
+        "step 1  sample  'ask' -> 'answer'",
+    ]
+
+
+def test_log_every_thins_lines_and_keeps_first_and_last(tmp_path: Path, run: Run) -> None:
+    run = replace(run, log=Log(every=Length(4, "steps")))
+    _, log = shown(run, tmp_path, [record(step) for step in range(1, 11)], total=10)
+    steps = [row.split("step ")[1].split("/")[0] for row in log.splitlines() if "loss" in row and "/10" in row]
+    assert steps == ["1", "4", "8", "10"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "wanted"),
+    [("3 steps", [1, 3, 6, 9, 10]), ("0.5 epochs", [1, 5, 10]), ("20 %", [1, 2, 4, 6, 8, 10]), ("1 h", [1, 10])],
+)
+def test_every_unit_of_a_length_is_an_interval(interval: str, wanted: list[int]) -> None:
+    every = Every(Length.parse(interval), 10)
+    assert [step for step in range(1, 11) if every.due(record(step))] == wanted
+
+
+def test_a_flood_is_held_back_on_the_terminal_and_not_in_the_log(tmp_path: Path, run: Run) -> None:
+    text, log = shown(run, tmp_path, [record(step) for step in range(1, 201)], total=200)
+    assert sum("/200" in row for row in log.splitlines()) == 200
+    lines = [row for row in text.splitlines() if "/200" in row]
+    assert 2 <= len(lines) < 100
+    assert lines[0].startswith("step 1/200")
+    assert lines[-1].startswith("step 200/200")
+
+
+def test_time_left_leaves_the_first_step_out(tmp_path: Path, run: Run) -> None:
+    records = [record(1, step_seconds=60.0), record(2, step_seconds=2.0), record(3, step_seconds=4.0)]
+    _, log = shown(run, tmp_path, records, total=10)
+    assert "step 1/10" in log
+    assert [row.rsplit("left ", 1)[1] for row in log.splitlines() if "left" in row] == ["9:00 min", "16 s", "21 s"]
+
+
+def test_a_run_by_the_clock_tells_what_is_left_of_it(tmp_path: Path, run: Run) -> None:
+    run = replace(run, train=Train(duration=Length.parse("2 h")))
+    _, log = shown(run, tmp_path, [record(1)], total=None)
+    assert "left 2:00 h" in log
+
+
+def test_a_terminal_gets_a_bar_with_loss_rate_and_time(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    text, log = shown(run, tmp_path, [record(1), record(2)], total=4, stream=TtyStream())
+    for part in ("step 2/4", "loss 1.0000", "400 tok/s", "left 0 s", "12 checks"):
+        assert part in text
+    assert "\x1b[" in text
+    assert "\x1b[" not in log
+
+
+def test_no_bar_without_a_terminal_or_where_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert wants_bar(TtyStream())
+    assert not wants_bar(io.StringIO())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not wants_bar(TtyStream())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not wants_bar(TtyStream())
+
+
+def test_spans_read_well() -> None:
+    assert [span(s) for s in (0.2, 59.4, 59.6, 187, 7500)] == ["0 s", "59 s", "1:00 min", "3:07 min", "2:05 h"]
+
+
+def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
+    def kinds(**log: object) -> list[str]:
+        return [type(s).__name__ for s in for_run(replace(run, log=Log(**log)), tmp_path, total_steps=1).all]
+
+    assert kinds() == ["Terminal", "JsonlSink", "TensorBoardSink"]
+    assert kinds(tensorboard=False) == ["Terminal", "JsonlSink"]
+    assert kinds(wandb=True) == ["Terminal", "JsonlSink", "TensorBoardSink", "WandbSink"]
+    elsewhere = replace(run, log=Log(tensorboard_dir=str(tmp_path / "logs")))
+    sinks = for_run(elsewhere, tmp_path, total_steps=1, stream=io.StringIO())
+    sinks.open(elsewhere, 0)
+    sinks.step(record())
+    sinks.flush()
+    sinks.close()
+    assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
+
+
+def test_closing_closes_all_and_raises_the_error() -> None:
+    class Bad(Sink):
+        def close(self) -> None:
+            raise OSError("full")
+
+    class Good(Sink):
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    good = Good()
+    with pytest.raises(OSError, match="full"):
+        Sinks([Bad(), good]).close()
+    assert good.closed

@@ -1,0 +1,139 @@
+"""`tunesmith fetch` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .standin import COMMIT, Repo, StandIn
+
+NAME = "someone/tiny"
+RECIPE = """
+model: {{name: {model}, dtype: fp32}}
+data: {{train: {{source: {data}, format: messages}}}}
+output_dir: runs/x
+"""
+
+
+@pytest.fixture
+def fetch(tmp_path: Path):
+    """Run the command; returns (exit code, stdout, stderr)."""
+
+    def call(*words: str, hub: StandIn | None = None, **env: str):
+        base = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+        base |= {"HF_HOME": str(tmp_path / "home"), "TUNESMITH_CACHE": str(tmp_path / "own"), "HF_HUB_DISABLE_XET": "1"}
+        base |= {"HF_ENDPOINT": hub.url} if hub else {"HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "tunesmith.cli.main", "fetch", *words],
+            check=False, env=base | env, capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout, done.stderr
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def files(tiny: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in tiny.iterdir()}
+
+
+def test_look_bring_list_remove(fetch, files, tmp_path: Path) -> None:
+    total = sum(len(data) for data in files.values())
+    with StandIn({NAME: Repo(files)}) as hub:
+        code, out, err = fetch(NAME, "--dry-run", "--json", hub=hub)
+        looked = json.loads(out)[0]
+        assert (code, looked["licence"], looked["bytes"]) == (0, "apache-2.0", total)
+        assert looked["folder"] is None
+        assert looked["missing_bytes"] == total - len(files["config.json"])
+        assert not hub.downloads("/network/someone/tiny/model.safetensors")
+        assert "licence apache-2.0" in err
+
+        code, out, err = fetch(NAME, "--json", hub=hub)
+        brought = json.loads(out)[0]
+        assert code == 0
+        assert (brought["revision"], brought["type"]) == (COMMIT, "llama")
+        assert brought["parameters"] == 91_456
+        assert (Path(brought["folder"]) / "model.safetensors").read_bytes() == files["model.safetensors"]
+        assert f"fetching {NAME}" in err
+        assert "licence" in fetch(NAME, "--update", hub=hub)[2], "with --update the Hub is asked again"
+
+    code, out, _ = fetch(NAME)
+    assert code == 0
+    assert brought["folder"] in out
+
+    code, out, err = fetch("--list", "--json")
+    held = json.loads(out)
+    assert [(h["name"], h["kind"]) for h in held] == [(NAME, "model")]
+    assert total <= held[0]["size"] < total + 10_000
+    assert NAME in fetch("--list")[1]
+
+    assert "would remove" in fetch("--remove", NAME, "--dry-run")[1]
+    assert Path(brought["folder"]).exists()
+    code, out, err = fetch("--remove", "someone/tiney")
+    assert code == 2
+    assert f"did you mean {NAME}?" in err
+    code, out, _ = fetch("--remove", NAME)
+    assert (code, "removed model someone/tiny" in out) == (0, True)
+    assert not Path(brought["folder"]).exists()
+    assert fetch("--list", "--json")[1].strip() == "[]"
+
+
+def test_a_recipe_names_model_and_data(fetch, files, tiny: Path, tmp_path: Path) -> None:
+    local = tmp_path / "local.yaml"
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    local.write_text(RECIPE.format(model=tiny, data="rows.jsonl"))
+    code, out, _ = fetch("local.yaml")
+    assert code == 0
+    assert len(out.splitlines()) == 1, "rows in a local file need no fetching"
+    assert str(tiny) in out
+
+    remote = tmp_path / "remote.yaml"
+    remote.write_text(RECIPE.format(model=NAME, data="someone/rows"))
+    rows = Repo({"train.jsonl": b"{}\n" * 50}, card={"license": ["cc-by-4.0", "mit"]})
+    with StandIn({NAME: Repo(files), "someone/rows": rows}) as hub:
+        code, out, err = fetch("remote.yaml", "--dry-run", "--json", hub=hub)
+        model, data = json.loads(out)
+        assert code == 0
+        assert (model["name"], data["name"], data["kind"]) == (NAME, "someone/rows", "dataset")
+        assert (data["bytes"], data["licence"]) == (150, "cc-by-4.0, mit")
+        assert f"{hub.url}/datasets/someone/rows" in err
+        code, _, err = fetch("remote.yaml", "data.train.source=someone/nothing", "--dry-run", hub=hub)
+        assert (code, "no dataset someone/nothing" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "needs a recipe or a model"),
+        (("no/such/path",), "there is nothing at no/such/path"),
+        (("./nothing",), "there is nothing at ./nothing"),
+        (("bad id!",), "neither a folder"),
+        (("missing.yaml",), "missing.yaml"),
+        (("someone/tiny",), "HF_HUB_OFFLINE"),
+        (("someone/tiny", "model.dtype=fp32"), "--revision"),
+        (("smollm2-135m-lora", "--revision", "x"), "model.revision=x"),
+        (("pyproject.toml",), "pyproject.toml"),
+    ],
+)
+def test_what_is_wrong_is_said(fetch, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    (tmp_path / "pyproject.toml").write_text("")
+    code, out, err = fetch(*words)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert "fix:" in err
+
+
+def test_converted_files_are_listed_and_removed(fetch, tmp_path: Path) -> None:
+    made = tmp_path / "own" / "models" / "tiny-bf16-0123"
+    made.mkdir(parents=True)
+    (made / "model.safetensors").write_bytes(bytes(1000))
+    listed = json.loads(fetch("--list", "--json")[1])
+    assert [(h["name"], h["kind"], h["size"]) for h in listed] == [("tiny-bf16-0123", "converted", 1000)]
+    assert fetch("--remove", "tiny-bf16-0123")[0] == 0
+    assert not made.exists()

@@ -1,0 +1,67 @@
+"""Recipes and rows that tests of whole runs share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.load import from_mapping
+from tunesmith.config.schema import Run
+
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "juniper"]
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    """Short prompt-completion rows, all different, of varied length."""
+    return [
+        {"prompt": f"Say {WORDS[i % 10]} {i % 7 + 1} times: ", "completion": " ".join([WORDS[i % 10]] * (i % 7 + 1))}
+        for i in range(count)
+    ]
+
+
+def write_rows(path: Path, count: int) -> Path:
+    """`rows(count)` as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
+    return path
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` laid over `base`, mapping by mapping."""
+    both = dict(base)
+    for name, value in changes.items():
+        old = both.get(name)
+        both[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
+def recipe(model: Path, folder: Path, /, *, held: bool = True, **changes: Any) -> dict[str, Any]:
+    """A small recipe on the rows of `folder`, with held-out rows or without; `changes` are laid over it by section."""
+    train, held = folder / "train.jsonl", folder / "held.jsonl"
+    if not train.exists():
+        write_rows(train, 48)
+        write_rows(held, 8)
+    base: dict[str, Any] = {
+        "model": {"name": str(model), "dtype": "fp32"},
+        "adapter": {"kind": "lora", "rank": 4, "alpha": 8},
+        "data": {
+            "train": {"source": str(train), "format": "prompt-completion"},
+            "validation": {"source": str(held), "format": "prompt-completion"},
+            "seq_len": 128,
+        },
+        "train": {"duration": "8 steps", "global_batch": "8 examples", "learning_rate": 1e-3, "warmup": "2 steps"},
+        "validate": {"every": "4 steps"},
+        "checkpoint": {"every": "2 steps", "keep": 2},
+        "log": {"tensorboard": False, "samples": 0},
+        "output_dir": str(folder / "run"),
+    }
+    if not held:
+        del base["data"]["validation"], base["validate"]
+    if changes.get("adapter", {}).get("kind") == "none":
+        del base["adapter"]
+    return merge(base, changes)
+
+
+def make_run(model: Path, folder: Path, /, *, held: bool = True, **changes: Any) -> Run:
+    """The same as a checked Run."""
+    return from_mapping(recipe(model, folder, held=held, **changes), where="test", base=folder)

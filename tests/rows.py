@@ -1,0 +1,106 @@
+"""Fixtures for rows and tokens: a template small enough to see through: ChatML, byte tokens, the mask written down by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tunesmith.config.schema import Data, Source
+from tunesmith.data.batch import Example
+from tunesmith.data.format import Completion, Conversation, Sample
+from tunesmith.data.tokens import TokenSet, tokenise
+
+
+class Simple:
+    """<|im_start|>role\\ncontent<|im_end|>\\n, with the assistant's content and end token learnt."""
+
+    name = "simple"
+    jinja = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.end_ids = frozenset({tokenizer.eos_token_id})
+        self.encoded = 0
+
+    def describe(self) -> str:
+        return "simple: a template of the tests"
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def pieces(self, sample: Sample) -> list[tuple[str, bool]]:
+        if isinstance(sample, Conversation):
+            out = []
+            for n, m in enumerate(sample.messages):
+                answer = m["role"] == "assistant" and n >= sample.given
+                out += [(f"<|im_start|>{m['role']}\n", False), (f"{m['content']}<|im_end|>", answer), ("\n", False)]
+            return out
+        if isinstance(sample, Completion):
+            return [(sample.prompt, False), (f"{sample.completion}<|im_end|>", True)]
+        return [(f"{sample.text}<|im_end|>", True)]
+
+    def encode_many(self, samples: Sequence[Sample], train_on: str, *, where: Sequence[str]) -> list[Example]:
+        self.encoded += len(samples)
+        return [self.encode(s, train_on) for s in samples]
+
+    def encode(self, sample: Sample, train_on: str) -> Example:
+        ids: list[int] = []
+        trained: list[bool] = []
+        for text, learnt in self.pieces(sample):
+            new = self._ids(text)
+            ids += new
+            trained += [learnt or train_on == "all"] * len(new)
+        trained[0] = False
+        return Example(np.asarray(ids, np.int32), np.asarray(trained, np.bool_))
+
+    def prompt(self, sample: Sample) -> list[int]:
+        if isinstance(sample, Conversation):
+            head = "".join(text for text, _ in self.pieces(Conversation(sample.messages[:-1])))
+            return self._ids(head + "<|im_start|>assistant\n")
+        return self._ids(sample.prompt) if isinstance(sample, Completion) else []
+
+
+@pytest.fixture
+def simple() -> Simple:
+    from conftest import byte_tokenizer
+
+    return Simple(byte_tokenizer())
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str | bytes], str]:
+    """Write a file into the test's folder and give its path."""
+
+    def put(name: str, content: str | bytes) -> str:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return put
+
+
+def alpaca(n: int, *, letters: Callable[[int], int] = lambda i: 5 + i % 7) -> str:
+    """n alpaca rows as JSON lines; row i answers with `letters(i)` letters."""
+    import json
+
+    rows = ({"instruction": f"say {i}", "input": "", "output": "x" * letters(i)} for i in range(n))
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def make(simple: Simple, write: Callable[[str, str | bytes], str]) -> Callable[..., TokenSet]:
+    """Rows -> TokenSet by the simple template, without a cache."""
+
+    def build(*contents: str, weights: Sequence[float] = (), cache: Path | None = None, **keys: Any) -> TokenSet:
+        sources = tuple(
+            Source(source=write(f"rows{k}.jsonl", text), format="alpaca", weight=weights[k] if weights else 1.0)
+            for k, text in enumerate(contents)
+        )
+        data = Data(train=sources, **keys)
+        return tokenise(sources, data, simple, simple.tokenizer, cache=cache, what="train")
+
+    return build
