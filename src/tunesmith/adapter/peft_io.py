@@ -98,6 +98,28 @@ def _saved_names(model: nn.Module, saved: set[str]) -> list[str]:
     return sorted(short if meant == saved else saved)
 
 
+def find(name: str) -> Path:
+    """The folder of an adapter: `name` itself, or what the Hub (or its cache) has under that id.
+
+    Raises:
+        ModelError: it is in neither place, or may not be read.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"the adapter {name!r} is neither a folder nor an adapter on the Hub that can be read",
+            where="adapter.from",
+            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            fix="name a folder with adapter_config.json, or a Hub id; for a private one set HF_TOKEN",
+        ) from error
+
+
 def read_adapter(folder: Path) -> Adapter:
     """The adapter that `adapter_config.json` in `folder` describes.
 
