@@ -125,7 +125,15 @@ class TensorBoardSink(Sink):
 
         # A start record with step n makes TensorBoard drop every older event from step n on.
         purge = resumed_at + 1 if resumed_at else None if self.shared else 0
-        self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=10)
+        try:
+            self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=10)
+        except OSError as error:
+            raise MachineError(
+                "TensorBoard's events cannot be written",
+                where=str(self.folder),
+                why=str(error),
+                fix="choose another folder: log.tensorboard_dir=..., or log.tensorboard=false",
+            ) from None
         self._writer.add_text("recipe", f"```yaml\n{dump(run)}```", global_step=resumed_at)
 
     def step(self, record: StepRecord) -> None:
