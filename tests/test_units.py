@@ -22,13 +22,13 @@ def test_lengths(text: str, amount: float, unit: str) -> None:
     "text", ["", "steps", "200", "-3 steps", "2 weeks", "1.5 steps", "1e999 steps", "3 % %", "nan h"]
 )
 def test_what_is_no_length(text: str) -> None:
-    with pytest.raises(ValueError, match="length|whole|finite"):
+    with pytest.raises(ValueError, match=r"length|whole|finite"):
         Length.parse(text)
 
 
 @pytest.mark.parametrize("text", ["0 examples", "1.5 tokens", "64", "64 rowz", "-1 tokens"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match="size|whole"):
+    with pytest.raises(ValueError, match=r"size|whole"):
         Size.parse(text)
 
 
