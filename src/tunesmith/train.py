@@ -7,6 +7,7 @@ On CUDA a step's numbers are read one step late, so that the host never waits fo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -27,7 +28,7 @@ from tunesmith.checkpoint.resume import RECIPE, Progress, Start, claimed, decide
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import GlobalBatch
-from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError
+from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError, UsageError, disk_fault
 from tunesmith.evaluate import validation_loss
 from tunesmith.generate import Decoding, answer_batch, decode
 from tunesmith.metrics import hardware
@@ -371,13 +372,14 @@ class Trainer:
             loss_scale=self.s.optimizer.scale,
             good_steps=self.s.optimizer.good_steps,
             ended=str(self.run.train.duration) if self.ended else None,
+            data_hash=self.s.data.digest,
         )
         with state.writing(self.out / f"checkpoint-{self.step}", self.step) as folder:
             export.write_model(folder, self.run, self.s.model, self.s.tokenizer, self.s.data.template)
             export.write_optimizer(folder, self.s.optimizer.state())
             progress.write(folder)
         self.saved_step = self.step
-        state.prune(self.out, self.run.checkpoint.keep, spare=self.best_step)
+        state.prune(self.out, self.run.checkpoint.keep, latest=self.step, spare=self.best_step)
 
     def save_and_stop(self) -> None:
         """Save the last step and leave with exit code 75."""
@@ -432,31 +434,42 @@ def train(
         stack.enter_context(claimed(out))
         if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out)):
             say(f"what an earlier run left is now in {place}")
-        start = decide(run, warn=say)
-        if start.finished is not None:
-            return Result(out, start.finished, finished_before=True)
-        session = build(run, start, say=say)
+        try:
+            start = decide(run, warn=say)
+            if start.finished is not None:
+                return Result(out, start.finished, finished_before=True)
+            session = build(run, start, say=say)
+            sinks = metric_sinks.for_run(run, out, total_steps=session.total_steps)
+            stack.callback(close_after_all, sinks)
+            # A step whose validation was cut off is written again, with its validation.
+            kept = start.progress.step - (not start.progress.validated) if start.progress else 0
+            sinks.open(run, kept)
+            write_identity(session, argv)
+        except RunError as error:  # a checkpoint that cannot be read, say: nothing has begun
+            raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
         clear_failure(out)
-        write_identity(session, argv)
-        sinks = metric_sinks.for_run(run, out, total_steps=session.total_steps)
-        stack.callback(sinks.close)
-        # A step whose validation was cut off is written again, with its validation.
-        kept = start.progress.step - (not start.progress.validated) if start.progress else 0
-        sinks.open(run, kept)
         trainer = Trainer(session, start, sinks, stop)
         stop.hold()
         try:
-            return trainer.fit()
+            result = trainer.fit()
+            sinks.close()
         except StoppedError:
             raise
         except BaseException as error:
             raise as_failure(trainer, error) from error
+        return result
+
+
+def close_after_all(sinks: metric_sinks.Sinks) -> None:
+    """Close what is still open when a run leaves early; a fault in that must not hide why it left."""
+    with contextlib.suppress(OSError):
+        sinks.close()
 
 
 def write_identity(session: Session, argv: list[str] | None) -> None:
     """Write config.yaml and env.json: what was run, on what, from which data."""
     out = Path(session.run.output_dir)
-    (out / RECIPE).write_text(dump(session.run), encoding="utf-8")
+    state.write_text(out / RECIPE, dump(session.run))
     data = {"recipe_hash": digest(session.run), "data_hash": session.data.digest}
     state.write_json(out / "env.json", {**hardware.describe(argv), **data})
 
@@ -466,7 +479,14 @@ def as_failure(trainer: Trainer, error: BaseException) -> TunesmithError:
     saved = f"checkpoint-{trainer.saved_step}" if trainer.saved_step else None
     going_on = f"start the same command again: it goes on from {saved}" if saved else "start the same command again"
     if isinstance(error, TunesmithError):
-        failure = error
+        # What is a wrong input before the first step is a failed run after it.
+        words = {"where": error.where, "why": error.why, "fix": error.fix}
+        failure = RunError(error.what, **words) if isinstance(error, UsageError) else error
+    elif full := disk_fault(error):
+        kept = f"{saved} is whole" if saved else "no checkpoint was written before"
+        failure = RunError(
+            full, where=f"step {trainer.step + 1}, in {trainer.out}", why=kept, fix=f"make room (df -h), then {going_on}"
+        )
     elif isinstance(error, torch.OutOfMemoryError | MemoryError):
         tokens = trainer.s.micro_tokens
         failure = RunError(
@@ -482,5 +502,8 @@ def as_failure(trainer: Trainer, error: BaseException) -> TunesmithError:
             why="an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from",
             fix=going_on,
         )
-    write_failure(trainer.out, failure, last_step=trainer.step, next_command=going_on)
+    try:
+        write_failure(trainer.out, failure, last_step=trainer.step, next_command=going_on)
+    except OSError as unwritten:
+        print_line(f"failure.json could not be written: {unwritten.strerror}")
     return failure
