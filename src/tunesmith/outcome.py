@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.errors import RunError, TunesmithError
+from tunesmith.errors import RunError, TunesmithError, UsageError, disk_fault
 from tunesmith.metrics.record import StepRecord
 
 
@@ -60,17 +60,25 @@ class Result:
         }
 
 
-def as_failure(error: BaseException, *, step: int, saved_step: int | None, micro: str, smaller: str) -> TunesmithError:
+def as_failure(
+    error: BaseException, *, folder: Path, step: int, saved_step: int | None, micro: str, smaller: str
+) -> TunesmithError:
     """The error of a run that had begun, in the words of failure.json.
 
     Args:
+        folder: the run directory.
         step: the last step done.
         saved_step: step of the newest checkpoint, or None.
         micro: what one forward pass took, such as `4096 tokens`; smaller: what it could take instead.
     """
     again = going_on(saved_step)
     if isinstance(error, TunesmithError):
-        return error
+        # What is a wrong input before the first step is a failed run after it.
+        words = {"where": error.where, "why": error.why, "fix": error.fix}
+        return RunError(error.what, **words) if isinstance(error, UsageError) else error
+    if full := disk_fault(error):
+        kept = f"checkpoint-{saved_step} is whole" if saved_step else "no checkpoint was written before"
+        return RunError(full, where=f"step {step + 1}, in {folder}", why=kept, fix=f"make room (df -h), then {again}")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return RunError(
             "out of memory",

@@ -7,6 +7,7 @@ On CUDA a step's numbers are read one step late, so that the host never waits fo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -303,13 +304,14 @@ class Trainer:
             loss_scale=self.s.optimizer.scale,
             good_steps=self.s.optimizer.good_steps,
             ended=str(self.run.train.duration) if self.ended else None,
+            data_hash=self.s.data.digest,
         )
         with state.writing(self.out / f"checkpoint-{self.step}", self.step) as folder:
             export.write_model(folder, self.run, self.s.model, self.s.tokenizer, self.s.data.template)
             export.write_optimizer(folder, self.s.optimizer.state())
             progress.write(folder)
         self.saved_step = self.step
-        state.prune(self.out, self.run.checkpoint.keep, spare=self.best_step)
+        state.prune(self.out, self.run.checkpoint.keep, latest=self.step, spare=self.best_step)
 
     def save_and_stop(self) -> None:
         """Save the last step and leave with exit code 75."""
@@ -350,7 +352,7 @@ class Trainer:
             if tokens
             else f"{max(1, (examples or 2) // 2)} examples"
         )
-        return as_failure(error, step=self.step, saved_step=self.saved_step, micro=micro, smaller=half)
+        return as_failure(error, folder=self.out, step=self.step, saved_step=self.saved_step, micro=micro, smaller=half)
 
 
 def train(
@@ -375,32 +377,46 @@ def train(
         stack.enter_context(claimed(out))
         if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out)):
             say(f"what an earlier run left is now in {place}")
-        start = decide(run, warn=say)
-        if start.finished is not None:
-            return Result(out, start.finished, finished_before=True)
-        session = build(run, start, say=say)
+        try:
+            start = decide(run, warn=say)
+            if start.finished is not None:
+                return Result(out, start.finished, finished_before=True)
+            session = build(run, start, say=say)
+            sinks = metric_sinks.for_run(run, out, total_steps=session.total_steps)
+            stack.callback(close_after_all, sinks)
+            # A step whose validation was cut off is written again, with its validation.
+            kept = start.progress.step - (not start.progress.validated) if start.progress else 0
+            sinks.open(run, kept)
+            write_identity(session, argv)
+        except RunError as error:  # a checkpoint that cannot be read, say: nothing has begun
+            raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
         clear_failure(out)
-        write_identity(session, argv)
-        sinks = metric_sinks.for_run(run, out, total_steps=session.total_steps)
-        stack.callback(sinks.close)
-        # A step whose validation was cut off is written again, with its validation.
-        kept = start.progress.step - (not start.progress.validated) if start.progress else 0
-        sinks.open(run, kept)
         trainer = Trainer(session, start, sinks, stop)
         stop.hold()
         try:
-            return trainer.fit()
+            result = trainer.fit()
+            sinks.close()
         except StoppedError:
             raise
         except BaseException as error:
             failure = trainer.as_failure(error)
-            write_failure(out, failure, last_step=trainer.step, next_command=going_on(trainer.saved_step))
+            try:
+                write_failure(out, failure, last_step=trainer.step, next_command=going_on(trainer.saved_step))
+            except OSError as unwritten:
+                say(f"failure.json could not be written: {unwritten.strerror}")
             raise failure from error
+        return result
+
+
+def close_after_all(sinks: metric_sinks.Sinks) -> None:
+    """Close what is still open when a run leaves early; a fault in that must not hide why it left."""
+    with contextlib.suppress(OSError):
+        sinks.close()
 
 
 def write_identity(session: Session, argv: list[str] | None) -> None:
     """Write config.yaml and env.json: what was run, on what, from which data."""
     out = Path(session.run.output_dir)
-    (out / RECIPE).write_text(dump(session.run), encoding="utf-8")
+    state.write_text(out / RECIPE, dump(session.run))
     data = {"recipe_hash": digest(session.run), "data_hash": session.data.digest}
     state.write_json(out / "env.json", {**hardware.describe(argv), **data})

@@ -21,7 +21,15 @@ from importlib import import_module
 from typing import NoReturn
 
 from tunesmith import __version__
-from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError, StoppedError, TunesmithError, UsageError
+from tunesmith.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    MachineError,
+    StoppedError,
+    TunesmithError,
+    UsageError,
+    disk_fault,
+)
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -38,7 +46,6 @@ VERBS = {
     "merge": ("tunesmith.cli.merge", "put an adapter into its base model, and prove that it answers alike"),
 }
 
-_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your quota of the disk is used up"}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -64,11 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    return framed(lambda: _dispatch(words))
+
+
+def framed(command: Callable[[], int]) -> int:
+    """Run a command so that every way it may end becomes words for a user and an exit code, which is returned."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _dispatch(words)
+        code = command()
         sys.stdout.flush()
     except SystemExit as stop:  # argparse ends --help so
         return stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_OK
@@ -157,11 +169,11 @@ def _machine(error: Exception) -> MachineError | None:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("tunesmith"):
         package = error.name.partition(".")[0]
         return MachineError(f"the Python package {package} is missing", fix=f"pip install {package}")
+    where = str(error.filename or "") if isinstance(error, OSError) else ""
+    if (full := disk_fault(error)) is not None:
+        return MachineError(full, where=where, fix="make room (df -h), then start the same command again")
     if not isinstance(error, OSError):
         return None
-    where = str(error.filename or "")
-    if error.errno in _DISK:
-        return MachineError(_DISK[error.errno], where=where, fix="make room (df -h), then start the same command again")
     if error.errno in _DENIED and where:
         what = f"not permitted: {error.strerror}"
         return MachineError(what, where=where, fix=f"ls -ld {where}; choose a place that you may write to")

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.checkpoint.resume import claimed, put_aside
+from tunesmith.cli.main import Parser, framed
 from tunesmith.config.load import from_mapping, to_mapping
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
-from tunesmith.errors import EXIT_OK, MachineError, TunesmithError
+from tunesmith.errors import EXIT_OK, MachineError
 from tunesmith.metrics.record import StepRecord, read
 from tunesmith.units import Length, Size
 
@@ -89,18 +90,13 @@ SCRIPTS = {
 
 def main(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the script `name` (a key of SCRIPTS) -> exit code, as `tunesmith train` gives it."""
-    args = parser(name).parse_args(argv)
-    try:
-        return _run(name, args)
-    except TunesmithError as error:
-        print(error.text(), file=sys.stderr)
-        return error.exit_code
+    return framed(lambda: _run(name, parser(name).parse_args(argv)))
 
 
 def parser(name: str) -> argparse.ArgumentParser:
     """The script's flags, with the defaults of its latest version."""
     script = SCRIPTS[name]
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog=f"{name}.py",
         description=f"{script.title} on alpaca rows: one recipe behind it, see `tunesmith train --help`.",
         epilog="differs from the playbook's script:\n" + "\n".join(f"  - {line}" for line in DIFFERENCES),
@@ -145,14 +141,20 @@ def parser(name: str) -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not math.isfinite(value) or value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
