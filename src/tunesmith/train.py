@@ -28,7 +28,7 @@ from tunesmith.checkpoint.resume import RECIPE, Progress, Start, claimed, decide
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import GlobalBatch
-from tunesmith.errors import NonFiniteError, StoppedError, TunesmithError
+from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError, UsageError
 from tunesmith.evaluate import validation_loss
 from tunesmith.generate import Decoding, answer_batch, decode
 from tunesmith.metrics import hardware
