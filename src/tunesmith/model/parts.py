@@ -76,6 +76,7 @@ def fuse(model: nn.Module, *, project: Project = separately) -> int:
         how many modules were changed.
     """
     count = 0
+    module: Any
     for module in model.modules():
         part = _part(module)
         if part is not None:
@@ -99,11 +100,13 @@ def become(module: nn.Module, part: type[nn.Module]) -> None:
     A class instead of a function bound on the instance: torch.compile shares one graph among the layers of a model
     when these are of one class, and would compile each anew for a function of its own.
     """
-    module.__class__ = _class_of(part, type(module))
+    first: Any = part
+    second: Any = type(module)
+    module.__class__ = _class_of(first, second)
 
 
 @cache
-def _class_of(part: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
+def _class_of(part: Any, own: Any) -> Any:
     return type(f"{part.__name__}{own.__name__}", (part, own), {"kind": ATTENTION.get(own)})
 
 
