@@ -92,18 +92,28 @@ def claimed(output_dir: Path) -> Iterator[None]:
     Raises:
         MachineError: if the folder cannot be made or written, or another run holds it.
     """
-    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    made = missing(output_dir)
     lock = output_dir / LOCK
     handle = _held(output_dir, lock)
     try:
         yield
     finally:
-        if made and [path.name for path in output_dir.iterdir()] == [LOCK]:
-            with contextlib.suppress(OSError):  # another start may be making the same folders at this moment
-                lock.unlink()
-                for folder in made:
-                    folder.rmdir()
+        take_away(made)
         os.close(handle)
+
+
+def missing(output_dir: Path) -> list[Path]:
+    """The run directory and the folders above it, as far as they have to be made: the innermost first."""
+    return [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+
+
+def take_away(made: list[Path]) -> None:
+    """Remove folders that a start made, if it wrote nothing into them: a start that is refused leaves no trace."""
+    if made and made[0].is_dir() and [path.name for path in made[0].iterdir()] == [LOCK]:
+        with contextlib.suppress(OSError):  # another start may be making the same folders at this moment
+            (made[0] / LOCK).unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def _held(output_dir: Path, lock: Path) -> int:

@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def framed(command: Callable[[], int]) -> int:
     """Run a command so that every way it may end becomes words for a user and an exit code, which is returned."""
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -95,6 +96,13 @@ def framed(command: Callable[[], int]) -> int:
     except Exception as error:
         return _failed(error)
     return code
+
+
+def _open_streams() -> None:
+    """Put the null device where a caller closed a standard stream (`<&-`), or the next file opened would take its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if vars(sys)[name] is None:
+            vars(sys)[name] = open(os.devnull, mode)  # noqa: SIM115  it lives as long as the process
 
 
 def _reader_is_gone() -> bool:
@@ -171,7 +179,7 @@ def _machine(error: Exception) -> MachineError | None:
         return MachineError(f"the Python package {package} is missing", fix=f"pip install {package}")
     where = str(error.filename or "") if isinstance(error, OSError) else ""
     if (full := disk_fault(error)) is not None:
-        return MachineError(full, where=where, fix="make room (df -h), then start the same command again")
+        return MachineError(full, where=where or "standard output, or a file being written", fix="make room (df -h), then start the same command again")
     if not isinstance(error, OSError):
         return None
     if error.errno in _DENIED and where:

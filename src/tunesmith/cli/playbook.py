@@ -15,16 +15,17 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.checkpoint.resume import claimed, put_aside
+from tunesmith.checkpoint.resume import claimed, missing, put_aside, take_away
 from tunesmith.cli.main import Parser, framed
 from tunesmith.config.load import from_mapping, to_mapping
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
-from tunesmith.errors import EXIT_OK, MachineError
+from tunesmith.errors import EXIT_OK, MachineError, UsageError
 from tunesmith.metrics.record import StepRecord, read
 from tunesmith.units import Length, Size
 
@@ -251,6 +252,26 @@ def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> 
             ) from None
 
 
+@contextmanager
+def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> Iterator[None]:
+    """The two files in their place; as they were before, if the start is refused before its first step."""
+    made = missing(folder)
+    before = {path: path.read_bytes() if path.is_file() else None for path in (folder / ROWS, folder / JINJA)}
+    try:
+        write_inputs(rows, folder, bos=bos)
+        yield
+    except UsageError:
+        with suppress(OSError):
+            for path, content in before.items():
+                if content is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    path.write_bytes(content)
+            (folder / ROWS.parent).rmdir()  # fails where earlier files lie in it
+        take_away(made)
+        raise
+
+
 def opens_with_bos(model: Model) -> bool:
     """Bring the model here and ask its tokenizer whether it puts a BOS token before a text."""
     from tunesmith.model.hub import fetch
@@ -280,18 +301,18 @@ def _run(name: str, args: argparse.Namespace) -> int:
     bos = opens_with_bos(told.model)
     print(f"Loading dataset with {args.dataset_size} samples...")
     rows = selection(args)
-    write_inputs(rows, folder, bos=bos)
-    # The rules that span several keys, and the paths, are those of every recipe.
-    run = from_mapping(to_mapping(told), where=f"{name}.py", base=Path.cwd())
+    with inputs(rows, folder, bos=bos):
+        # The rules that span several keys, and the paths, are those of every recipe.
+        run = from_mapping(to_mapping(told), where=f"{name}.py", base=Path.cwd())
 
-    from tunesmith.train import train
+        from tunesmith.train import train
 
-    if args.use_torch_compile and not any(folder.glob("checkpoint-*/manifest.json")):
-        print("Running warmup for torch.compile()...")
-        with tempfile.TemporaryDirectory() as scratch:
-            train(warm_up(run, len(rows), Path(scratch)), say=lambda line: None)
-    print(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
-    result = train(run, argv=sys.argv)
+        if args.use_torch_compile and not any(folder.glob("checkpoint-*/manifest.json")):
+            print("Running warmup for torch.compile()...")
+            with tempfile.TemporaryDirectory() as scratch:
+                train(warm_up(run, len(rows), Path(scratch)), say=lambda line: None)
+        print(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
+        result = train(run, argv=sys.argv)
     if first:
         print(closing(read(folder / "metrics.jsonl"), result.seconds))
         if result.finished_before:
