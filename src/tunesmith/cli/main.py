@@ -13,6 +13,7 @@ import argparse
 import difflib
 import errno
 import io
+import logging
 import os
 import select
 import sys
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def framed(command: Callable[[], int]) -> int:
     """Run a command so that every way it may end becomes words for a user and an exit code, which is returned."""
     _open_streams()
+    # bitsandbytes warns of a CPU kernel that it would fetch from the Hub; the user has asked for none.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -179,7 +182,11 @@ def _machine(error: Exception) -> MachineError | None:
         return MachineError(f"the Python package {package} is missing", fix=f"pip install {package}")
     where = str(error.filename or "") if isinstance(error, OSError) else ""
     if (full := disk_fault(error)) is not None:
-        return MachineError(full, where=where or "standard output, or a file being written", fix="make room (df -h), then start the same command again")
+        return MachineError(
+            full,
+            where=where or "standard output, or a file being written",
+            fix="make room (df -h), then start the same command again",
+        )
     if not isinstance(error, OSError):
         return None
     if error.errno in _DENIED and where:
