@@ -48,6 +48,7 @@ VERBS = {
 }
 
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_UNFIT = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class Parser(argparse.ArgumentParser):
@@ -192,6 +193,9 @@ def _machine(error: Exception) -> MachineError | None:
     if error.errno in _DENIED and where:
         what = f"not permitted: {error.strerror}"
         return MachineError(what, where=where, fix=f"ls -ld {where}; choose a place that you may write to")
+    if error.errno in _UNFIT and where:
+        what = f"this path cannot be used: {error.strerror}"
+        return MachineError(what, where=where, fix="mend the path, or move away what lies there")
     return None
 
 
