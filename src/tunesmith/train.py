@@ -432,7 +432,7 @@ def train(
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         stack.enter_context(claimed(out))
-        if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out)):
+        if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
             say(f"what an earlier run left is now in {place}")
         try:
             start = decide(run, warn=say)
@@ -460,6 +460,12 @@ def train(
         return result
 
 
+def inputs_of(run: Run) -> list[str]:
+    """All that a run reads, as its recipe names it: files, folders, and names on the Hub."""
+    names = [run.model.name, run.model.tokenizer, run.adapter.from_, run.data.template]
+    return [n for n in (*names, *(s.source for s in (*run.data.train, *run.data.validation))) if n is not None]
+
+
 def close_after_all(sinks: metric_sinks.Sinks) -> None:
     """Close what is still open when a run leaves early; a fault in that must not hide why it left."""
     with contextlib.suppress(OSError):
@@ -485,7 +491,10 @@ def as_failure(trainer: Trainer, error: BaseException) -> TunesmithError:
     elif full := disk_fault(error):
         kept = f"{saved} is whole" if saved else "no checkpoint was written before"
         failure = RunError(
-            full, where=f"step {trainer.step + 1}, in {trainer.out}", why=kept, fix=f"make room (df -h), then {going_on}"
+            full,
+            where=f"step {trainer.step + 1}, in {trainer.out}",
+            why=kept,
+            fix=f"make room (df -h), then {going_on}",
         )
     elif isinstance(error, torch.OutOfMemoryError | MemoryError):
         tokens = trainer.s.micro_tokens

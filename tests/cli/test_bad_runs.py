@@ -96,6 +96,25 @@ REFUSED: dict[str, tuple[Callable[[World], object], list[str], str, str, str]] =
 }  # fmt: skip
 
 
+def resealed(name: str, content: bytes) -> Callable[[World], None]:
+    """A checkpoint that is whole by its manifest, as one of another version may be, and that cannot be read."""
+
+    def spoil(world: World) -> None:
+        from tunesmith.checkpoint.state import seal
+
+        world.write(f"run/checkpoint-4/{name}", content)
+        seal(world.out / "checkpoint-4", 4)
+
+    return spoil
+
+
+REFUSED |= {
+    "progress of another version": (resealed("state/progress.json", b'{"step": 4}'), [], "no readable state/progress.json", "checkpoint-4", "delete that folder"),
+    "optimizer of another form": (resealed("state/optimizer.safetensors", b"x"), [], "no readable state/optimizer", "checkpoint-4", "--fresh"),
+    "adapter of another form": (resealed("adapter_model.safetensors", b"x"), [], "cannot be read", "checkpoint-4", "copy"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_start_that_is_refused_touches_nothing(name: str, world: World, capsys: Capture) -> None:
     spoil, words, what, where, fix = REFUSED[name]
@@ -248,7 +267,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], check=False, capture_output=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], check=False, capture_output=True
+    )
     if made.returncode:
         pytest.skip("mounting needs root; the limit on a file's size is tested beside")
     yield place
@@ -256,7 +277,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("held", [250, 300, 330])
-def test_a_full_disk(world: World, small_disk: Path, held: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(
+    world: World, small_disk: Path, held: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the first checkpoint or a later one: exit 1, whole ones stay, and with room the run ends as it should."""
     import tunesmith.build
 
@@ -322,7 +345,10 @@ def test_a_limit_on_the_size_of_files(world: World, capsys: Capture) -> None:
 
 def grown(folder: Path) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
-    save_file({k: torch.cat([v, v], 0 if "lora_A" in k else 1) for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {k: torch.cat([v, v], 0 if "lora_A" in k else 1) for k, v in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
 
 
 def setting(**values: Any) -> Callable[[Path], None]:
@@ -381,7 +407,9 @@ def test_verbs_take_the_newest_whole_one_and_refuse_a_torn_one_by_name(
     assert snapshot(world.folder) == before
 
 
-def test_generate_into_a_full_disk_keeps_whole_rows_and_goes_on(world: World, small_disk: Path, capsys: Capture) -> None:
+def test_generate_into_a_full_disk_keeps_whole_rows_and_goes_on(
+    world: World, small_disk: Path, capsys: Capture
+) -> None:
     run, out = world.begun(), small_disk / "out.jsonl"
     rows = world.write("in.jsonl", line(prompt="ab", note="x" * 2000) * 40)
     words = ["generate", str(run), "--input", str(rows), "--output", str(out), *SHORT]
@@ -414,5 +442,3 @@ def test_a_spoilt_token_cache_costs_time_only(
     code, _, err = started(words, capsys)
     assert code == EXIT_OK, err
     assert spoil != "a file" or cache.read_text() == "mine"
-
-

@@ -180,7 +180,11 @@ def _machine(error: Exception) -> MachineError | None:
         return MachineError(f"the Python package {package} is missing", fix=f"pip install {package}")
     where = str(error.filename or "") if isinstance(error, OSError) else ""
     if (full := disk_fault(error)) is not None:
-        return MachineError(full, where=where or "standard output, or a file being written", fix="make room (df -h), then start the same command again")
+        return MachineError(
+            full,
+            where=where or "standard output, or a file being written",
+            fix="make room (df -h), then start the same command again",
+        )
     if not isinstance(error, OSError):
         return None
     if error.errno in _DENIED and where:
