@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tunesmith.checkpoint.resume import RECIPE, Progress, Start, claimed, decide
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import GlobalBatch
-from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError, UsageError, disk_fault
+from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError, UsageError
 from tunesmith.evaluate import validation_loss
 from tunesmith.generate import Decoding, answer_batch, decode
 from tunesmith.metrics import hardware
@@ -38,8 +38,9 @@ from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.report import clear_failure, write_failure
 from tunesmith.model.facts import flops
 from tunesmith.optim import learning_rate, warmup_steps
+from tunesmith.outcome import Result, as_failure, going_on
 from tunesmith.signals import StopRequest
-from tunesmith.units import Length
+from tunesmith.units import Cadence
 
 
 def print_line(text: str) -> None:
@@ -51,54 +52,6 @@ SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a run came to.
-
-    Attributes:
-        finished_before: the directory held a finished run, and nothing was done.
-        first_step: the step that this start went on from, 0 for a new run.
-        records: the records of this start's steps.
-    """
-
-    output_dir: Path
-    steps: int
-    first_step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    examples: int = 0
-    records: list[StepRecord] = field(default_factory=list)
-    finished_before: bool = False
-    best_step: int | None = None
-    best_loss: float | None = None
-
-    @property
-    def first_loss(self) -> float | None:
-        """Loss of the first step of this start."""
-        return self.records[0].loss if self.records else None
-
-    @property
-    def last_loss(self) -> float | None:
-        """Loss of the last step."""
-        return self.records[-1].loss if self.records else None
-
-    def values(self) -> dict[str, Any]:
-        """The result as plain values, for `--json`."""
-        return {
-            "output_dir": str(self.output_dir),
-            "steps": self.steps,
-            "first_step": self.first_step,
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "examples": self.examples,
-            "first_loss": self.first_loss,
-            "last_loss": self.last_loss,
-            "best_step": self.best_step,
-            "best_val_loss": self.best_loss,
-            "finished_before": self.finished_before,
-        }
-
-
-@dataclass(frozen=True)
 class Pending:
     """A step whose numbers may still be on their way from the device."""
 
@@ -107,27 +60,6 @@ class Pending:
     loss: Tensor
     norm: Tensor
     rate: float
-
-
-class Cadence:
-    """When something that comes `every` so often is due."""
-
-    def __init__(self, every: Length | None, *, total: int | None, steps_per_epoch: int, seconds: float) -> None:
-        self.interval, self.period, self.last = 0, None, seconds
-        if every is None:
-            return
-        whole = {"steps": 1.0, "epochs": float(steps_per_epoch), "%": (total or steps_per_epoch) / 100}
-        self.period = every.seconds
-        if self.period is None:
-            self.interval = max(1, round(every.amount * whole[every.unit]))
-
-    def due(self, step: int, seconds: float) -> bool:
-        """Whether it is due after `step`, `seconds` into the training; by the clock, counted from the last time."""
-        if self.period is not None:
-            due = seconds - self.last >= self.period
-            self.last = seconds if due else self.last
-            return due
-        return self.interval > 0 and step % self.interval == 0
 
 
 class Trainer:
@@ -411,6 +343,17 @@ class Trainer:
             best_loss=self.best_loss,
         )
 
+    def as_failure(self, error: BaseException) -> TunesmithError:
+        """The error that ends this run, with what it knows of where it stood."""
+        tokens, examples = self.s.micro_tokens, self.s.micro_examples
+        micro = f"{tokens} tokens" if tokens else f"{examples} examples"
+        half = (
+            f"{max(self.run.data.seq_len, tokens // 2)} tokens"
+            if tokens
+            else f"{max(1, (examples or 2) // 2)} examples"
+        )
+        return as_failure(error, folder=self.out, step=self.step, saved_step=self.saved_step, micro=micro, smaller=half)
+
 
 def train(
     run: Run, *, fresh: bool = False, argv: list[str] | None = None, say: Callable[[str], None] = print_line
@@ -456,7 +399,12 @@ def train(
         except StoppedError:
             raise
         except BaseException as error:
-            raise as_failure(trainer, error) from error
+            failure = trainer.as_failure(error)
+            try:
+                write_failure(out, failure, last_step=trainer.step, next_command=going_on(trainer.saved_step))
+            except OSError as unwritten:
+                say(f"failure.json could not be written: {unwritten.strerror}")
+            raise failure from error
         return result
 
 
@@ -478,41 +426,3 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     state.write_text(out / RECIPE, dump(session.run))
     data = {"recipe_hash": digest(session.run), "data_hash": session.data.digest}
     state.write_json(out / "env.json", {**hardware.describe(argv), **data})
-
-
-def as_failure(trainer: Trainer, error: BaseException) -> TunesmithError:
-    """The error of a run that had begun: written to failure.json, with the last good checkpoint in its words."""
-    saved = f"checkpoint-{trainer.saved_step}" if trainer.saved_step else None
-    going_on = f"start the same command again: it goes on from {saved}" if saved else "start the same command again"
-    if isinstance(error, TunesmithError):
-        # What is a wrong input before the first step is a failed run after it.
-        words = {"where": error.where, "why": error.why, "fix": error.fix}
-        failure = RunError(error.what, **words) if isinstance(error, UsageError) else error
-    elif full := disk_fault(error):
-        kept = f"{saved} is whole" if saved else "no checkpoint was written before"
-        failure = RunError(
-            full,
-            where=f"step {trainer.step + 1}, in {trainer.out}",
-            why=kept,
-            fix=f"make room (df -h), then {going_on}",
-        )
-    elif isinstance(error, torch.OutOfMemoryError | MemoryError):
-        tokens = trainer.s.micro_tokens
-        failure = RunError(
-            "out of memory",
-            where=f"step {trainer.step + 1}",
-            why=f"a micro batch of {tokens or trainer.s.micro_examples} {'tokens' if tokens else 'examples'} did not fit",
-            fix=f"train.micro_batch='{max(trainer.run.data.seq_len, (tokens or 0) // 2)} tokens' or train.recompute=full; {going_on}",
-        )
-    else:
-        failure = RunError(
-            f"{type(error).__name__}: {error}",
-            where=f"step {trainer.step + 1}",
-            why="an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from",
-            fix=going_on,
-        )
-    try:
-        write_failure(trainer.out, failure, last_step=trainer.step, next_command=going_on)
-    except OSError as unwritten:
-        print_line(f"failure.json could not be written: {unwritten.strerror}")
-    return failure

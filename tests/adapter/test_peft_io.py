@@ -10,9 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from recipes import make_run
 from tunesmith.adapter import lora, peft_io
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
+from tunesmith.parallel.apply import prepare
 
 CASES = {
     "all-linear": Adapter(rank=4, alpha=12),
@@ -161,3 +163,21 @@ def test_another_scaling_is_refused(written, tiny):
     lora.attach(model, Adapter(alpha=32), seed=3)
     with pytest.raises(ModelError, match="scales its update by 2, the recipe by 4"):
         peft_io.load(model, folder)
+
+
+def test_an_adapter_that_is_nowhere_is_named(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="'nobody/nothing' is neither a folder nor an adapter on the Hub"):
+        peft_io.find("nobody/nothing")
+
+
+def test_a_run_goes_on_from_an_adapter(tiny, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    lora.attach(model, Adapter(rank=4), seed=3)
+    randomise(model)
+    peft_io.save(model, tmp_path, Adapter(rank=4), "x", None)
+    run = make_run(
+        tiny, tmp_path, held=False, adapter={"rank": 4, "alpha": 16.0, "from": str(tmp_path)}, model={"dtype": "fp32"}
+    )
+    started = dict(prepare(run, tiny, device=torch.device("cpu")).trained_parameters())
+    assert all(torch.equal(p, started[n]) for n, p in model.named_parameters() if p.requires_grad)

@@ -188,11 +188,14 @@ def _head_name(model: nn.Module) -> str:
 
 
 def _saved_names(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Full names of `modules_to_save`; these must hold parameters of their own, such as an embedding or a norm."""
+    """Full names of `modules_to_save`; these must hold parameters of their own, such as an embedding or a norm.
+
+    As in PEFT a name means every module whose full name ends in it, with or without a dot before.
+    """
     own = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
     found: list[str] = []
     for wanted in adapter.modules_to_save:
-        matching = _matching(own, wanted)
+        matching = [n for n in own if n.endswith(wanted)]
         if not matching:
             raise RecipeError(
                 f"the model has no module named {wanted!r} with weights of its own",
@@ -200,7 +203,7 @@ def _saved_names(model: nn.Module, adapter: Adapter) -> list[str]:
                 why=f"it has: {', '.join(_leaves(own))}",
                 fix="name some of these",
             )
-        found += matching
+        found += [n for n in matching if n not in found]
     return found
 
 

@@ -74,7 +74,7 @@ def save(model: nn.Module, folder: Path, adapter: Adapter, base_name: str, revis
         lora_dropout=adapter.dropout,
         use_rslora=adapter.rslora,
         target_modules=_target_names(model, list(layers)),
-        modules_to_save=sorted({name.rsplit(".", 1)[-1] for name, _, _ in saved}) or None,
+        modules_to_save=_saved_names(model, {name for name, _, _ in saved}) or None,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
@@ -89,6 +89,35 @@ def _target_names(model: nn.Module, layers: list[str]) -> list[str]:
     short = {n.rsplit(".", 1)[-1] for n in layers}
     meant = {n for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in short and not isinstance(m, nn.ModuleList)}
     return sorted(short) if meant == set(layers) else sorted(layers)
+
+
+def _saved_names(model: nn.Module, saved: set[str]) -> list[str]:
+    """Last names of the modules trained in full; full names where PEFT would take a last name for others too."""
+    short = {n.rsplit(".", 1)[-1] for n in saved}
+    meant = {n for n, _ in model.named_modules() if n.endswith(tuple(short))}
+    return sorted(short if meant == saved else saved)
+
+
+def find(name: str) -> Path:
+    """The folder of an adapter: `name` itself, or what the Hub (or its cache) has under that id.
+
+    Raises:
+        ModelError: it is in neither place, or may not be read.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"the adapter {name!r} is neither a folder nor an adapter on the Hub that can be read",
+            where="adapter.from",
+            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            fix="name a folder with adapter_config.json, or a Hub id; for a private one set HF_TOKEN",
+        ) from error
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -163,6 +192,7 @@ def load(model: nn.Module, folder: Path) -> None:
     try:
         with safe_open(str(file), framework="pt") as stored:
             names = set(stored.keys())
+            names -= {n for n in names - places.keys() if _is_base(model, n, stored.get_tensor(n))}
             _check(names, {k: tuple(stored.get_slice(k).get_shape()) for k in names}, places, file)
             for name in names:
                 places[name].copy_(stored.get_tensor(name))
@@ -181,6 +211,13 @@ def _places(model: nn.Module) -> dict[str, Tensor]:
     for name, trained, key in lora.saved(model):
         places[f"{PREFIX}{name}.{key}"] = trained.get_parameter(key)
     return places
+
+
+def _is_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether it is a copy of a base weight: PEFT adds embedding and head when one of them carries an adapter."""
+    name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    own = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    return own is not None and own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
 
 
 def _check(names: set[str], shapes: dict[str, tuple[int, ...]], places: dict[str, Tensor], file: Path) -> None:

@@ -13,6 +13,7 @@ import argparse
 import difflib
 import errno
 import io
+import logging
 import os
 import select
 import sys
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def framed(command: Callable[[], int]) -> int:
     """Run a command so that every way it may end becomes words for a user and an exit code, which is returned."""
     _open_streams()
+    # bitsandbytes warns of a CPU kernel that it would fetch from the Hub; the user has asked for none.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,18 +1,19 @@
 """Faster equal parts for blocks that are known: attention's projections, gated MLPs, norms and rotary embeddings.
 
 Transformers' blocks read their input once for each of q, k and v, again for gate and up, and leave many small tensors
-for the backward. Here a module's `forward` is bound anew on the instance: parameters, names and hooks stay as they
-are, every other model keeps the plain path, and so does generation, which has a cache and no documents.
+for the backward. Here a module is given a class with another `forward`: parameters, names and hooks stay as they are,
+every other model keeps the plain path, and so does generation, which has a cache and no documents.
 
-The parts compute in the input's dtype where Transformers does, and in fp32 (fp64 for fp64 input) where it does.
+The parts compute in the input's dtype where Transformers does, and in fp32 (fp64 for fp64 input) where it does. Inside
+torch.compile they are written as plain formulas, which the compiler fuses better than it does somebody's backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,69 +76,93 @@ def fuse(model: nn.Module, *, project: Project = separately) -> int:
         how many modules were changed.
     """
     count = 0
+    module: Any
     for module in model.modules():
-        forward = _faster(module, project)
-        if forward is not None:
-            module.forward = forward
+        part = _part(module)
+        if part is not None:
+            become(module, part)
+            module.project = project
             count += 1
     return count
 
 
-def _faster(module: Any, project: Project) -> Callable[..., Any] | None:
+def _part(module: Any) -> type[nn.Module] | None:
     if type(module) in ATTENTION:
-        return partial(_attention, Attention(module, ATTENTION[type(module)], project, module.forward))
+        return FastAttention
     if type(module) in MLPS and module.config.hidden_act == "silu":
-        return partial(_mlp, module, project)
-    if type(module) in NORMS:
-        return partial(_norm, module)
-    return None
+        return FastMLP
+    return FastNorm if type(module) in NORMS else None
 
 
-class Attention(NamedTuple):
-    """An attention module with what is known of it, and its own forward."""
+def become(module: nn.Module, part: type[nn.Module]) -> None:
+    """Let `module` be of a class that has `part` before its own: parameters, names and hooks stay as they are.
 
-    module: Any
+    A class instead of a function bound on the instance: torch.compile shares one graph among the layers of a model
+    when these are of one class, and would compile each anew for a function of its own.
+    """
+    first: Any = part
+    second: Any = type(module)
+    module.__class__ = _class_of(first, second)
+
+
+@cache
+def _class_of(part: Any, own: Any) -> Any:
+    return type(f"{part.__name__}{own.__name__}", (part, own), {"kind": ATTENTION.get(own)})
+
+
+class FastAttention(nn.Module):
+    """q, k and v of one reading, rotated, and attended by document."""
+
     kind: Kind
     project: Project
-    plain: Callable[..., Any]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        documents: Documents | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: [1, n, width]. Without documents (generation, eager) it is the module's own forward."""
+        own: Any = self
+        if documents is None or position_embeddings is None:
+            given: dict[str, Any] = {} if documents is None else {"documents": documents}
+            result: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, position_embeddings, attention_mask, **given, **others
+            )
+            return result
+        projected = self.project(hidden_states.flatten(0, -2), (own.q_proj, own.k_proj, own.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, own.head_dim)) for y in projected)
+        if self.kind.qk_norm:
+            q, k = own.q_norm(q), own.k_norm(k)
+        if self.kind.rotated(self):
+            cos, sin = (t.flatten(0, -2) for t in position_embeddings)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        dropout = own.attention_dropout if self.training else 0.0
+        out = attend(q, k, v, documents, scale=own.scaling, window=self.kind.window(self), dropout=dropout)
+        return own.o_proj(out.flatten(1)).view_as(hidden_states), None
 
 
-def _attention(
-    of: Attention,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    attention_mask: Tensor | None = None,
-    *,
-    documents: Documents | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """q, k and v of one reading, rotated, and attended by document. hidden_states: [1, n, width]."""
-    module, kind, project, plain = of
-    if documents is None or position_embeddings is None:
-        # Generation and eager attention: the module's own forward.
-        given = {} if documents is None else {"documents": documents}
-        result: tuple[Tensor, None] = plain(hidden_states, position_embeddings, attention_mask, **given, **others)
-        return result
-    projected = project(hidden_states.flatten(0, -2), (module.q_proj, module.k_proj, module.v_proj))
-    q, k, v = (y.unflatten(-1, (-1, module.head_dim)) for y in projected)
-    if kind.qk_norm:
-        q, k = module.q_norm(q), module.k_norm(k)
-    if kind.rotated(module):
-        cos, sin = (t.flatten(0, -2) for t in position_embeddings)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    dropout = module.attention_dropout if module.training else 0.0
-    out = attend(q, k, v, documents, scale=module.scaling, window=kind.window(module), dropout=dropout)
-    return module.o_proj(out.flatten(1)).view_as(hidden_states), None
+class FastMLP(nn.Module):
+    """A gated MLP whose gate and up are made of one reading."""
+
+    project: Project
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Any = self
+        gate, up = self.project(x, (own.gate_proj, own.up_proj))
+        out: Tensor = own.down_proj(swiglu(gate, up))
+        return out
 
 
-def _mlp(module: Any, project: Project, x: Tensor) -> Tensor:
-    gate, up = project(x, (module.gate_proj, module.up_proj))
-    out: Tensor = module.down_proj(swiglu(gate, up))
-    return out
+class FastNorm(nn.Module):
+    """An RMSNorm that keeps its input and one number a row for the backward."""
 
-
-def _norm(module: Any, hidden_states: Tensor) -> Tensor:
-    return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        own: Any = self
+        return rms_norm(hidden_states, own.weight, own.variance_epsilon)
 
 
 # The parts
@@ -149,6 +174,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         x: [n, heads, d]; cos, sin: [n, d], both halves alike.
     """
+    if torch.compiler.is_compiling():
+        return x * cos.unsqueeze(1) + torch.cat(
+            (-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1
+        ) * sin.unsqueeze(1)
     out: Tensor = _Rotate.apply(x, cos.unsqueeze(1), sin.unsqueeze(1))
     return out
 
@@ -175,6 +204,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202); keeps the two inputs only."""
+    if torch.compiler.is_compiling():
+        return F.silu(gate) * up
     out: Tensor = _SwiGLU.apply(gate, up)
     return out
 
@@ -198,6 +229,9 @@ class _SwiGLU(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, arXiv:1910.07467), the mean and root in fp32."""
+    if torch.compiler.is_compiling():
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     out: Tensor = _RMSNorm.apply(x, weight, eps)
     return out
 

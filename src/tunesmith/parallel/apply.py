@@ -53,7 +53,7 @@ def prepare(run: Run, folder: Path, *, device: torch.device) -> TrainModel:
     if run.adapter.kind == "lora":
         lora.initialise(model, run.adapter, seed=run.train.seed)
     if run.adapter.kind == "lora" and run.adapter.from_ is not None:
-        peft_io.load(model, Path(run.adapter.from_))
+        peft_io.load(model, peft_io.find(run.adapter.from_))
     return TrainModel(
         model,
         METHODS[run.method],

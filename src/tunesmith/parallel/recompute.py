@@ -7,24 +7,29 @@ forward of each decoder layer is all it is.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.model.parts import become
+
 
 def recompute_layers(layers: Iterable[nn.Module]) -> int:
-    """Recompute every layer; returns how many. Without gradient, or in eval mode, a layer runs as before."""
+    """Recompute every layer; returns how many. In eval mode a layer runs as before."""
     count = 0
     for layer in layers:
-        layer.forward = partial(_recomputed, layer, layer.forward)
+        become(layer, Recomputed)
         count += 1
     return count
 
 
-def _recomputed(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not layer.training:
-        return forward(*args, **kwargs)
-    # The batch's documents and the rotary tables travel in kwargs; both are made once a batch and kept anyway.
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+class Recomputed(nn.Module):
+    """A layer whose forward runs again in the backward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward = super().forward
+        if not self.training:
+            return forward(*args, **kwargs)
+        # The batch's documents and the rotary tables travel in kwargs; both are made once a batch and kept anyway.
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
