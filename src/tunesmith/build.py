@@ -149,6 +149,11 @@ def build(run: Run, start: Start, *, say: Callable[[str], None]) -> Session:
     data = prepare(run, tokenizer, load.eos_ids(folder, tokenizer), load.vocab_rows(config, tokenizer))
     check_data(start, run, data.digest)
     say(data.describe())
+    if (longest := data.train.counts.longest) > facts.context:
+        say(
+            f"warning: the longest example has {longest:,} tokens, and the model was made for {facts.context:,}; "
+            f"mend: data.seq_len={facts.context}"
+        )
     total_steps = data.course.steps(run.train.duration)
 
     memory = plan(run, facts, device, trained=trained_parameters(run, facts))

@@ -375,7 +375,7 @@ def train(
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         stack.enter_context(claimed(out))
-        if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out)):
+        if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
             say(f"what an earlier run left is now in {place}")
         try:
             start = decide(run, warn=say)
@@ -406,6 +406,12 @@ def train(
                 say(f"failure.json could not be written: {unwritten.strerror}")
             raise failure from error
         return result
+
+
+def inputs_of(run: Run) -> list[str]:
+    """All that a run reads, as its recipe names it: files, folders, and names on the Hub."""
+    names = [run.model.name, run.model.tokenizer, run.adapter.from_, run.data.template]
+    return [n for n in (*names, *(s.source for s in (*run.data.train, *run.data.validation))) if n is not None]
 
 
 def close_after_all(sinks: metric_sinks.Sinks) -> None:

@@ -179,6 +179,10 @@ FOLDERS = [
     Case("folder", "output_dir is a file", lambda w: w.train(output_dir=str(w.write("taken", "mine"))), "cannot be written", "taken", "output_dir"),
     Case("folder", "output_dir under a file", lambda w: w.train(output_dir=str(w.write("taken", "mine") / "run")), "cannot be written", "taken", "output_dir"),
     Case("folder", "output_dir in /proc", lambda w: w.train(output_dir="/proc/tunesmith"), "cannot be written", "/proc", "output_dir"),
+    Case("folder", "output_dir has too long a name", lambda w: w.train(output_dir=str(w.folder / ("a" * 300))), "too long", "aaa", "mend the path"),
+    Case("folder", "output_dir in no one's home", lambda w: w.train("output_dir=~no.one/run"), "no home", "output_dir", "path"),
+    Case("folder", "output_dir with a null character", lambda w: w.train('output_dir="a\\0b"'), "null character", "output_dir", "anew"),
+    Case("folder", "--fresh where the rows lie", lambda w: w.train("--fresh", output_dir=str(w.folder)), "more than a run", "", "of its own"),
     Case("folder", "TensorBoard under a file", lambda w: w.train(log={"tensorboard": True, "tensorboard_dir": str(w.write("f", "mine") / "tb")}), "TensorBoard", "f/tb", "log.tensorboard"),
 ]  # fmt: skip
 ALL = [*RECIPES, *DATA, *MODELS, *VERBS, *SCRIPTS, *FOLDERS]

@@ -10,8 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from recipes import recipe
+from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
+from tunesmith.errors import EXIT_OK
+
+Capture = pytest.CaptureFixture[str]
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
@@ -132,3 +138,14 @@ def told(err: str) -> dict[str, str]:
 def records(folder: Path) -> Iterator[dict[str, Any]]:
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         yield json.loads(line)
+
+
+def started(words: list[str], capsys: Capture) -> tuple[int, dict[str, str], str]:
+    """Run a command: its exit code, what it told by parts, and stderr; stdout is for answers alone."""
+    capsys.readouterr()
+    code = main(words)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert "internal error" not in err
+    assert code == EXIT_OK or out == ""
+    return code, told(err), err

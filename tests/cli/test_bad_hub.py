@@ -51,7 +51,7 @@ def repos(tiny: Path) -> dict[str, Repo]:
         "someone/gated": replace(good, gated=True, granted="another", card=terms),
         "someone/busy": replace(good, failing=10_000),
         "someone/damaged": replace(good, bad_byte=True),
-        "someone/breaking": replace(good, cut=[100] * 50),
+        "someone/breaking": replace(good, cut=[0] * 500),
         "someone/pickled": less("model.safetensors", **{"pytorch_model.bin": b"x" * 50}),
         "someone/no-config": less("config.json"),
         "someone/no-tokenizer": less("tokenizer.json"),

@@ -88,3 +88,9 @@ GOOD_ROWS = [
 @pytest.mark.parametrize(("name", "content"), GOOD_ROWS)
 def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(world: World, name: str, content: bytes) -> None:
     assert main(["data", *world.rows(name, content)[1:]]) == 0
+
+
+def test_rows_beyond_the_model_s_context_are_warned_of(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = '{"prompt": "a", "completion": "' + "b" * 1100 + '"}\n'
+    assert main([*world.rows("rows.jsonl", rows, seq_len=2048), "train.duration=1 steps", "train.warmup=0 steps"]) == 0
+    assert "the model was made for 1,024; mend: data.seq_len=1024" in capsys.readouterr().err

@@ -67,11 +67,13 @@ def test_bad_rows_on_stdin(
 
 
 def test_bytes_that_are_no_text_on_stdin(world: World) -> None:
-    run = world.begun()
-    done = shell(f"generate {run} --input - --output - < {world.write('junk', bytes(range(128, 256)))}", world)
-    assert done.returncode == 2, done.stderr
-    assert "UTF-8" in told(done.stderr)["error"]
-    assert told(done.stderr)["where"].startswith("stdin")
+    run, junk = world.begun(), world.write("junk", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n')
+    for command in (f"generate {run} --input - --output -", f"chat {run} --max-new-tokens 1"):
+        done = shell(f"{command} < {junk}", world)
+        assert done.returncode == 2, done.stderr
+        assert "UTF-8" in told(done.stderr)["error"]
+        assert told(done.stderr)["where"] == "stdin:2"
+        assert "iconv" in told(done.stderr)["fix"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

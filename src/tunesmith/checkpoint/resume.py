@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ PROGRESS = "state/progress.json"
 OPTIMIZER = "state/optimizer.safetensors"
 RECIPE = "config.yaml"
 LOCK = ".lock"
+DELETE = "delete that folder: the run goes on from the one before it; or start over with --fresh"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Progress:
                 f"{folder.name} has no readable {PROGRESS}",
                 where=str(folder),
                 why=str(error),
-                fix="delete that folder: the run goes on from the one before it; or start over with --fresh",
+                fix=DELETE,
             ) from error
 
 
@@ -144,11 +145,27 @@ def _held(output_dir: Path, lock: Path) -> int:
     return handle
 
 
-def put_aside(output_dir: Path) -> Path | None:
-    """Move what an earlier run left to `<output_dir>.previous-<n>`, so that starting over loses nothing."""
+def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
+    """Move what an earlier run left to `<output_dir>.previous-<n>`, so that starting over loses nothing.
+
+    Args:
+        inputs: what the new run reads; a name of the Hub is no path and lies nowhere.
+
+    Raises:
+        UsageError: the folder holds more than a run: one of the inputs, or the working directory.
+    """
     old = [p for p in output_dir.iterdir() if p.name != LOCK]
     if not old:
         return None
+    here = output_dir.resolve()
+    for path in (Path.cwd(), *map(Path, inputs)):
+        if path.exists() and path.resolve().is_relative_to(here):
+            raise UsageError(
+                "output_dir holds more than a run, and starting over would move it away",
+                where=str(output_dir),
+                why=f"{path} lies in it",
+                fix="use a folder of its own: output_dir=runs/my-run",
+            )
     number = 1
     while (place := output_dir.with_name(f"{output_dir.name}.previous-{number}")).exists():
         number += 1

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.generate import add_decoding
+from tunesmith.cli.lines import stdin_lines
 from tunesmith.errors import EXIT_OK, TunesmithError, UsageError
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Chat:
 
     def _lines(self) -> Iterator[str]:
         if not self.on_terminal:
-            yield from (line.strip() for line in sys.stdin if line.strip())
+            yield from (line.strip() for _, line in stdin_lines())
             return
         import readline  # noqa: F401  line editing and history for input()
 
