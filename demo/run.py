@@ -11,7 +11,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import task
@@ -47,14 +46,12 @@ def find_model() -> str:
     return str(next(Path(spec.origin).parent.glob("*.gguf")))
 
 
-def tunesmith(*words: str) -> float:
-    """Show a command and run it -> its seconds; end with its exit code where it fails."""
+def tunesmith(*words: str) -> None:
+    """Show a command and run it; end with its exit code where it fails."""
     print(f"\n$ tunesmith {shlex.join(words)}", flush=True)
-    began = time.perf_counter()
     code = subprocess.run([sys.executable, "-m", "tunesmith", *words], check=False).returncode
     if code:
         sys.exit(code)
-    return time.perf_counter() - began
 
 
 def ask(run: str, held_out: Path, answers: Path, *more: str) -> list[dict[str, str]]:
@@ -103,22 +100,23 @@ def main() -> None:
     model = find_model()
     RUN.parent.mkdir(exist_ok=True)
     before = ask(model, held_out, RUN.parent / "demo-base.jsonl", "--base")
-    seconds = tunesmith("train", str(HERE / "recipe.yaml"), f"model.name={model}")
+    tunesmith("train", str(HERE / "recipe.yaml"), f"model.name={model}")
     after = ask(str(RUN), held_out, RUN.parent / "demo-tuned.jsonl")
 
     records = read(RUN / "metrics.jsonl")
     print(f"\nloss, step 1 to {len(records)}\n{curve([record.loss for record in records])}\n")
     show_answers(console, before, after)
     show_scores(console, before, after)
-    steps = span(sum(record.step_seconds for record in records))
-    print(f"training took {steps} in its {len(records)} steps, {span(seconds)} with loading and saving")
+    print(f"training took {span(sum(record.step_seconds for record in records))} in its {len(records)} steps")
+    print("\nwhere it lies")
+    for path, what in (
+        (RUN / "final", "the adapter, in PEFT's files"),
+        (RUN / "metrics.jsonl", "one record a step"),
+        (RUN.parent / "demo-tuned.jsonl", "its answers on the held-out rows"),
+        (HERE / "recipe.yaml", "the recipe, to change"),
+    ):
+        print(f"  {path!s:<24}{what}")
     print(f"""
-where it lies
-  {RUN / "final"}              the adapter, in PEFT's files
-  {RUN / "metrics.jsonl"}      one record a step
-  {RUN.parent / "demo-tuned.jsonl"}         its answers on the held-out rows
-  {HERE / "recipe.yaml"}          the recipe
-
 next
   tunesmith chat {RUN}
   tunesmith eval {RUN} --data {held_out} --exact-match

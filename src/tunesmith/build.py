@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.adapter import peft_io
 from tunesmith.checkpoint.export import read_optimizer
-from tunesmith.checkpoint.resume import Start
+from tunesmith.checkpoint.resume import Start, check_data
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import Loader
 from tunesmith.data.prepare import Prepared, prepare
@@ -147,7 +147,13 @@ def build(run: Run, start: Start, *, say: Callable[[str], None]) -> Session:
     facts = model_facts.read(config.to_dict(), where=str(folder))
     tokenizer = load.tokenizer_of(folder, run.model)
     data = prepare(run, tokenizer, load.eos_ids(folder, tokenizer), load.vocab_rows(config, tokenizer))
+    check_data(start, run, data.digest)
     say(data.describe())
+    if (longest := data.train.counts.longest) > facts.context:
+        say(
+            f"warning: the longest example has {longest:,} tokens, and the model was made for {facts.context:,}; "
+            f"mend: data.seq_len={facts.context}"
+        )
     total_steps = data.course.steps(run.train.duration)
 
     memory = plan(run, facts, device, trained=trained_parameters(run, facts))

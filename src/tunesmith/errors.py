@@ -17,6 +17,9 @@ command or edit that mends it. `TunesmithError.text()` is the block that a user 
 
 from __future__ import annotations
 
+import errno
+import re
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -91,3 +94,18 @@ class StoppedError(TunesmithError):
     """A signal asked for an end; everything is saved. `start again` goes on from there."""
 
     exit_code = EXIT_STOPPED
+
+
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your quota of the disk is used up",
+    errno.EFBIG: "a file grew larger than this file system or `ulimit -f` allows",
+}
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """What is wrong where a disk takes no more, or None; libraries in Rust tell the number in their words alone."""
+    if isinstance(error, OSError):
+        return _DISK.get(error.errno or 0)
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return _DISK.get(int(said[1])) if said else None

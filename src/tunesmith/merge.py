@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging as hf_logging
 
 from tunesmith import proof
 from tunesmith.adapter.lora import Lora, LoraLinear, disabled, loras, saved
@@ -260,6 +261,8 @@ def merge(
     check_room(goal, round(parameters * DTYPES[chosen].itemsize * ROOM))
     opened = open_model(path, device=device, place=place)
     temp = goal.with_name(f".{goal.name}.{os.getpid()}.part")
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     try:
         found = _merge(opened, temp, chosen)
         (temp / "merge.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
@@ -267,6 +270,8 @@ def merge(
         _settle(temp, goal, found)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+        if bars:
+            hf_logging.enable_progress_bar()
     nf4 = place.base.quantize == "nf4"
     note = f"the base was held in nf4: the adapter went into its dequantised {chosen} weights" if nf4 else ""
     return Merged(str(goal), place.base.name, str(place.folder), chosen, size, note, found)

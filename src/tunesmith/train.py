@@ -7,6 +7,7 @@ On CUDA a step's numbers are read one step late, so that the host never waits fo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tunesmith.checkpoint.resume import RECIPE, Progress, Start, claimed, decide
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import GlobalBatch
-from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError
+from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError, UsageError
 from tunesmith.evaluate import validation_loss
 from tunesmith.generate import Decoding, answer_batch, decode
 from tunesmith.metrics import hardware
@@ -37,8 +38,9 @@ from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.report import clear_failure, write_failure
 from tunesmith.model.facts import flops
 from tunesmith.optim import learning_rate, warmup_steps
+from tunesmith.outcome import Result, as_failure, going_on
 from tunesmith.signals import StopRequest
-from tunesmith.units import Length
+from tunesmith.units import Cadence
 
 
 def print_line(text: str) -> None:
@@ -50,54 +52,6 @@ SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a run came to.
-
-    Attributes:
-        finished_before: the directory held a finished run, and nothing was done.
-        first_step: the step that this start went on from, 0 for a new run.
-        records: the records of this start's steps.
-    """
-
-    output_dir: Path
-    steps: int
-    first_step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    examples: int = 0
-    records: list[StepRecord] = field(default_factory=list)
-    finished_before: bool = False
-    best_step: int | None = None
-    best_loss: float | None = None
-
-    @property
-    def first_loss(self) -> float | None:
-        """Loss of the first step of this start."""
-        return self.records[0].loss if self.records else None
-
-    @property
-    def last_loss(self) -> float | None:
-        """Loss of the last step."""
-        return self.records[-1].loss if self.records else None
-
-    def values(self) -> dict[str, Any]:
-        """The result as plain values, for `--json`."""
-        return {
-            "output_dir": str(self.output_dir),
-            "steps": self.steps,
-            "first_step": self.first_step,
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "examples": self.examples,
-            "first_loss": self.first_loss,
-            "last_loss": self.last_loss,
-            "best_step": self.best_step,
-            "best_val_loss": self.best_loss,
-            "finished_before": self.finished_before,
-        }
-
-
-@dataclass(frozen=True)
 class Pending:
     """A step whose numbers may still be on their way from the device."""
 
@@ -106,27 +60,6 @@ class Pending:
     loss: Tensor
     norm: Tensor
     rate: float
-
-
-class Cadence:
-    """When something that comes `every` so often is due."""
-
-    def __init__(self, every: Length | None, *, total: int | None, steps_per_epoch: int, seconds: float) -> None:
-        self.interval, self.period, self.last = 0, None, seconds
-        if every is None:
-            return
-        whole = {"steps": 1.0, "epochs": float(steps_per_epoch), "%": (total or steps_per_epoch) / 100}
-        self.period = every.seconds
-        if self.period is None:
-            self.interval = max(1, round(every.amount * whole[every.unit]))
-
-    def due(self, step: int, seconds: float) -> bool:
-        """Whether it is due after `step`, `seconds` into the training; by the clock, counted from the last time."""
-        if self.period is not None:
-            due = seconds - self.last >= self.period
-            self.last = seconds if due else self.last
-            return due
-        return self.interval > 0 and step % self.interval == 0
 
 
 class Trainer:
@@ -371,13 +304,14 @@ class Trainer:
             loss_scale=self.s.optimizer.scale,
             good_steps=self.s.optimizer.good_steps,
             ended=str(self.run.train.duration) if self.ended else None,
+            data_hash=self.s.data.digest,
         )
         with state.writing(self.out / f"checkpoint-{self.step}", self.step) as folder:
             export.write_model(folder, self.run, self.s.model, self.s.tokenizer, self.s.data.template)
             export.write_optimizer(folder, self.s.optimizer.state())
             progress.write(folder)
         self.saved_step = self.step
-        state.prune(self.out, self.run.checkpoint.keep, spare=self.best_step)
+        state.prune(self.out, self.run.checkpoint.keep, latest=self.step, spare=self.best_step)
 
     def save_and_stop(self) -> None:
         """Save the last step and leave with exit code 75."""
@@ -409,6 +343,17 @@ class Trainer:
             best_loss=self.best_loss,
         )
 
+    def as_failure(self, error: BaseException) -> TunesmithError:
+        """The error that ends this run, with what it knows of where it stood."""
+        tokens, examples = self.s.micro_tokens, self.s.micro_examples
+        micro = f"{tokens} tokens" if tokens else f"{examples} examples"
+        half = (
+            f"{max(self.run.data.seq_len, tokens // 2)} tokens"
+            if tokens
+            else f"{max(1, (examples or 2) // 2)} examples"
+        )
+        return as_failure(error, folder=self.out, step=self.step, saved_step=self.saved_step, micro=micro, smaller=half)
+
 
 def train(
     run: Run, *, fresh: bool = False, argv: list[str] | None = None, say: Callable[[str], None] = print_line
@@ -430,57 +375,54 @@ def train(
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         stack.enter_context(claimed(out))
-        if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out)):
+        if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
             say(f"what an earlier run left is now in {place}")
-        start = decide(run, warn=say)
-        if start.finished is not None:
-            return Result(out, start.finished, finished_before=True)
-        session = build(run, start, say=say)
+        try:
+            start = decide(run, warn=say)
+            if start.finished is not None:
+                return Result(out, start.finished, finished_before=True)
+            session = build(run, start, say=say)
+            sinks = metric_sinks.for_run(run, out, total_steps=session.total_steps)
+            stack.callback(close_after_all, sinks)
+            # A step whose validation was cut off is written again, with its validation.
+            kept = start.progress.step - (not start.progress.validated) if start.progress else 0
+            sinks.open(run, kept)
+            write_identity(session, argv)
+        except RunError as error:  # a checkpoint that cannot be read, say: nothing has begun
+            raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
         clear_failure(out)
-        write_identity(session, argv)
-        sinks = metric_sinks.for_run(run, out, total_steps=session.total_steps)
-        stack.callback(sinks.close)
-        # A step whose validation was cut off is written again, with its validation.
-        kept = start.progress.step - (not start.progress.validated) if start.progress else 0
-        sinks.open(run, kept)
         trainer = Trainer(session, start, sinks, stop)
         stop.hold()
         try:
-            return trainer.fit()
+            result = trainer.fit()
+            sinks.close()
         except StoppedError:
             raise
         except BaseException as error:
-            raise as_failure(trainer, error) from error
+            failure = trainer.as_failure(error)
+            try:
+                write_failure(out, failure, last_step=trainer.step, next_command=going_on(trainer.saved_step))
+            except OSError as unwritten:
+                say(f"failure.json could not be written: {unwritten.strerror}")
+            raise failure from error
+        return result
+
+
+def inputs_of(run: Run) -> list[str]:
+    """All that a run reads, as its recipe names it: files, folders, and names on the Hub."""
+    names = [run.model.name, run.model.tokenizer, run.adapter.from_, run.data.template]
+    return [n for n in (*names, *(s.source for s in (*run.data.train, *run.data.validation))) if n is not None]
+
+
+def close_after_all(sinks: metric_sinks.Sinks) -> None:
+    """Close what is still open when a run leaves early; a fault in that must not hide why it left."""
+    with contextlib.suppress(OSError):
+        sinks.close()
 
 
 def write_identity(session: Session, argv: list[str] | None) -> None:
     """Write config.yaml and env.json: what was run, on what, from which data."""
     out = Path(session.run.output_dir)
-    (out / RECIPE).write_text(dump(session.run), encoding="utf-8")
+    state.write_text(out / RECIPE, dump(session.run))
     data = {"recipe_hash": digest(session.run), "data_hash": session.data.digest}
     state.write_json(out / "env.json", {**hardware.describe(argv), **data})
-
-
-def as_failure(trainer: Trainer, error: BaseException) -> TunesmithError:
-    """The error of a run that had begun: written to failure.json, with the last good checkpoint in its words."""
-    saved = f"checkpoint-{trainer.saved_step}" if trainer.saved_step else None
-    going_on = f"start the same command again: it goes on from {saved}" if saved else "start the same command again"
-    if isinstance(error, TunesmithError):
-        failure = error
-    elif isinstance(error, torch.OutOfMemoryError | MemoryError):
-        tokens = trainer.s.micro_tokens
-        failure = RunError(
-            "out of memory",
-            where=f"step {trainer.step + 1}",
-            why=f"a micro batch of {tokens or trainer.s.micro_examples} {'tokens' if tokens else 'examples'} did not fit",
-            fix=f"train.micro_batch='{max(trainer.run.data.seq_len, (tokens or 0) // 2)} tokens' or train.recompute=full; {going_on}",
-        )
-    else:
-        failure = RunError(
-            f"{type(error).__name__}: {error}",
-            where=f"step {trainer.step + 1}",
-            why="an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from",
-            fix=going_on,
-        )
-    write_failure(trainer.out, failure, last_step=trainer.step, next_command=going_on)
-    return failure

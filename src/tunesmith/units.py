@@ -1,6 +1,7 @@
 """The two grammars of a recipe: lengths (`200 steps`, `2 epochs`, `10 min`, `3 %`) and sizes (`64 examples`, `32768 tokens`).
 
-Both are an amount and a unit, read from text and printed back in the same form.
+Both are an amount and a unit, read from text and printed back in the same form. `Cadence` says when an interval of the
+first kind has passed.
 """
 
 from __future__ import annotations
@@ -84,3 +85,24 @@ class Size:
 
     def __str__(self) -> str:
         return f"{self.amount} {self.unit}"
+
+
+class Cadence:
+    """When something that comes `every` so often is due."""
+
+    def __init__(self, every: Length | None, *, total: int | None, steps_per_epoch: int, seconds: float) -> None:
+        self.interval, self.period, self.last = 0, None, seconds
+        if every is None:
+            return
+        whole = {"steps": 1.0, "epochs": float(steps_per_epoch), "%": (total or steps_per_epoch) / 100}
+        self.period = every.seconds
+        if self.period is None:
+            self.interval = max(1, round(every.amount * whole[every.unit]))
+
+    def due(self, step: int, seconds: float) -> bool:
+        """Whether it is due after `step`, `seconds` into the training; by the clock, counted from the last time."""
+        if self.period is not None:
+            due = seconds - self.last >= self.period
+            self.last = seconds if due else self.last
+            return due
+        return self.interval > 0 and step % self.interval == 0

@@ -176,6 +176,55 @@ def test_chat_with_a_full_run_opens_its_base_beside_it(
     assert both.startswith(f"base: {capsys.readouterr().out}tuned: ")
 
 
+def on_a_terminal(command: list[str], steps: list[tuple[str, bytes]], *, columns: int) -> tuple[str, int]:
+    """Run a command on a pseudo-terminal; for each step wait for a text, then type. All that was shown, and the exit code."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        for name in ("NO_COLOR", "COLUMNS", "LINES"):
+            os.environ.pop(name, None)
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *command])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    shown, seen = "", 0
+    for wanted, typed in steps:
+        while wanted not in shown[seen:]:
+            try:
+                shown += os.read(terminal, 4096).decode(errors="replace")
+            except OSError:  # the command has ended
+                pytest.fail(f"{wanted!r} was not shown: {shown}")
+        seen = len(shown)
+        os.write(terminal, typed)
+    try:
+        while data := os.read(terminal, 4096):
+            shown += data.decode(errors="replace")
+    except OSError:
+        pass
+    return shown, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize(("columns", "sign"), [(120, "┏"), (60, "tuned> ")])
+def test_chat_on_a_terminal(run: Path, columns: int, sign: str) -> None:
+    """Both answers, in columns where there is room; then ctrl-C twice leaves without a fault."""
+    steps = [("you> ", b"hello\n"), ("you> ", b"/base\n"), ("you> ", b"\x03"), ("again leaves", b"\x03")]
+    shown, code = on_a_terminal(["chat", str(run), "--side-by-side", *SHORT], steps, columns=columns)
+    assert code == EXIT_OK, shown
+    assert sign in shown
+    assert "from here on: base" in shown
+    assert "Traceback" not in shown
+
+
+def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(run: Path) -> None:
+    words = ["chat", str(run), "--max-new-tokens", "900", "--device", "cpu"]
+    shown, code = on_a_terminal(words, [("you> ", b"hello\n"), ("k", b"\x03"), ("you> ", b"/quit\n")], columns=100)
+    assert code == EXIT_OK, shown
+    assert "(stopped)" in shown
+
+
 # --- eval -----------------------------------------------------------------------------------------------------------
 
 

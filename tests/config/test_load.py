@@ -142,3 +142,10 @@ def test_names_from_elsewhere_lead_to_real_keys() -> None:
 
 def test_words_from_elsewhere_are_taken() -> None:
     assert all(nearest(word, options) == options[0] for word, options in WORDS.items())
+
+
+def test_null_takes_away_the_validation_rows_of_a_recipe() -> None:
+    """Who brings own rows to a shipped recipe must be able to say that there are none held out."""
+    run = load("smollm2-135m-lora", ["data.validation=null"])
+    assert run.data.validation == ()
+    assert load("smollm2-135m-lora", ["data.validation=[]"]) == run

@@ -113,9 +113,10 @@ def test_a_long_row_shows_its_two_ends(recipe, tiny: Path) -> None:
 
 def test_a_broken_contract_is_shown_and_ends_in_2(recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", recipe(alpaca(3)), "data.seq_len=10"]) == 2
-    out = capsys.readouterr().out
-    assert "BROKEN" in out
-    assert "raise data.seq_len" in out
+    told = capsys.readouterr()
+    assert "BROKEN" in told.out
+    assert "raise data.seq_len" in told.out
+    assert "error: the token contract is broken" in told.err
 
 
 def test_broken_rows_end_in_2_with_their_line(recipe, capsys: pytest.CaptureFixture[str]) -> None:

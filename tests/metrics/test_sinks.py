@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def test_tensorboard_purges_what_a_run_repeats(tmp_path: Path, run: Run, resumed
     for step in range(1, 6):
         first.step(record(step))
     first.close()
+    time.sleep(1.1)  # event files are read in the order of the second in their names
     again = TensorBoardSink(tmp_path)
     again.open(run, resumed_at)
     again.step(record(resumed_at + 1, loss=9.0))

@@ -134,9 +134,13 @@ def read_adapter(folder: Path) -> Adapter:
             "there is no adapter_config.json", where=str(folder), fix="name a PEFT adapter's folder"
         ) from error
     except (OSError, ValueError) as error:
-        raise ModelError("the adapter's configuration cannot be read", where=str(file), why=str(error)) from error
+        raise ModelError(
+            "the adapter's configuration cannot be read", where=str(file), why=str(error), fix="copy the adapter again"
+        ) from error
     if not isinstance(raw, dict):
-        raise ModelError("the adapter's configuration is not a JSON object", where=str(file))
+        raise ModelError(
+            "the adapter's configuration is not a JSON object", where=str(file), fix="name a PEFT adapter's folder"
+        )
     for name, neutral in NEUTRAL.items():
         if name in raw and not neutral(raw[name]):
             raise ModelError(

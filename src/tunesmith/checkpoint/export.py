@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.adapter import peft_io
-from tunesmith.checkpoint.resume import OPTIMIZER
+from tunesmith.checkpoint.resume import DELETE, OPTIMIZER
 from tunesmith.config.schema import Run
 from tunesmith.data.chat import Template
+from tunesmith.errors import CheckpointError
 from tunesmith.method.base import TrainModel
 
 SHARD = "5GB"
@@ -58,5 +60,10 @@ def write_optimizer(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_optimizer(folder: Path) -> dict[str, Tensor]:
-    """Read the optimizer's tensors of a checkpoint, onto the CPU."""
-    return load_file(folder / OPTIMIZER)
+    """Read the optimizer's tensors of a checkpoint, onto the CPU; CheckpointError if they cannot be read."""
+    try:
+        return load_file(folder / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder.name} has no readable {OPTIMIZER}", where=str(folder / OPTIMIZER), why=str(error), fix=DELETE
+        ) from error

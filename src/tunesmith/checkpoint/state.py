@@ -8,7 +8,6 @@ pickle is written or read.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, disk_fault
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -140,16 +139,15 @@ def writing(place: Path, step: int) -> Iterator[Path]:
         remove(old)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) or "No space left" in str(error):
+        if isinstance(error, OSError) or disk_fault(error):
             raise _failed(place, error) from error
         raise
 
 
 def _failed(place: Path, error: BaseException) -> CheckpointError:
-    full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
     kept = [f.path.name for f in listing(place.parent) if fault(f.path, contents=False) is None]
     return CheckpointError(
-        "the disk is full" if full else f"cannot write {place.name}: {error}",
+        disk_fault(error) or f"cannot write {place.name}: {error}",
         where=str(place),
         why="earlier checkpoints are whole: " + ", ".join(kept) if kept else "no checkpoint was written before",
         fix="make room (checkpoint.keep=1 needs less) and start the same command again: it goes on from the newest one",
@@ -163,10 +161,15 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def prune(run_dir: Path, keep: int, *, spare: int | None) -> None:
-    """Keep the newest `keep` checkpoints, and the one of step `spare`; sweep away what a kill left behind."""
-    for found in listing(run_dir)[keep:]:
-        if found.step != spare:
+def prune(run_dir: Path, keep: int, *, latest: int, spare: int | None) -> None:
+    """Keep the newest `keep` checkpoints up to the one just written, of step `latest`, and the one of step `spare`.
+
+    One of a later step is torn: this run passed over it and went on from an earlier one. It must not take the place
+    of a whole one.
+    """
+    kept = [f.step for f in listing(run_dir) if f.step <= latest][:keep]
+    for found in listing(run_dir):
+        if found.step not in kept and found.step != spare:
             remove(found.path)
 
 
@@ -177,12 +180,24 @@ def sweep(run_dir: Path) -> None:
         if not place.exists() and fault(rest) is None:
             rest.rename(place)
     for rest in (*run_dir.glob(".*.partial"), *run_dir.glob(".*.old")):
-        remove(rest)
+        if rest.is_dir():
+            remove(rest)
+        else:
+            rest.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new text, never half of one; a full disk leaves the old one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old or the new text, never half of one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=1))
-    _flush(temporary)
-    temporary.replace(path)
+    """The same for a value as JSON."""
+    write_text(path, json.dumps(value, indent=1))

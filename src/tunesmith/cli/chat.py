@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.generate import add_decoding
+from tunesmith.cli.lines import stdin_lines
 from tunesmith.errors import EXIT_OK, TunesmithError, UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ COMMANDS = """/base  /adapter  /both   who answers from here on
 /system [TEXT]           show the system message, or set it (/system - for none)
 /save FILE               append the conversation to FILE as training rows
 /quit                    leave (so does ctrl-D, or ctrl-C twice)"""
+COLUMNS = 80  # a terminal this wide shows two answers beside each other
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x9b]")  # a model's escape sequences must not drive the terminal
 
 
@@ -120,7 +123,7 @@ class Chat:
 
     def _lines(self) -> Iterator[str]:
         if not self.on_terminal:
-            yield from (line.strip() for line in sys.stdin if line.strip())
+            yield from (line.strip() for _, line in stdin_lines())
             return
         import readline  # noqa: F401  line editing and history for input()
 
@@ -143,25 +146,58 @@ class Chat:
                 yield line
 
     def _answer(self, question: str) -> bool:
-        """Answer by all who are asked; False when ctrl-C came twice."""
-        from tunesmith.cli.signals import stop_on_interrupt
-
+        """Answer by all who are asked; False when ctrl-C came twice, or once where no one could ask again."""
+        if self.on_terminal and len(self.who) > 1 and shutil.get_terminal_size().columns >= COLUMNS:
+            return self._beside(question)
         for who in self.who:
             if self.on_terminal or len(self.who) > 1:
                 sys.stdout.write(f"{who}> " if self.on_terminal else f"{who}: ")
-            try:
-                with stop_on_interrupt() as stop:
-                    answer = self.dialogue.ask(question, who, self._write, tell, stop)
-            except KeyboardInterrupt:
-                sys.stdout.write("\n")
-                return False
+            ended = self._ask(question, who, self._write)
             sys.stdout.write("\n")
             sys.stdout.flush()
-            if not answer.finished and not stop.is_set():
-                tell(f"(cut at {self.dialogue.decoding.max_new_tokens} tokens; --max-new-tokens gives more)")
-            if stop.is_set():
-                tell("(stopped)")
-                return self.on_terminal
+            if ended is not None:
+                return ended
+        return True
+
+    def _ask(self, question: str, who: Who, write: Callable[[str], None]) -> bool | None:
+        """One answer; None when the next may follow, else what `_answer` is to return."""
+        from tunesmith.cli.signals import stop_on_interrupt
+
+        try:
+            with stop_on_interrupt() as stop:
+                answer = self.dialogue.ask(question, who, write, tell, stop)
+        except KeyboardInterrupt:
+            return False
+        if stop.is_set():
+            tell("\n(stopped)")
+            return self.on_terminal
+        if not answer.finished:
+            tell(f"\n(cut at {self.dialogue.decoding.max_new_tokens} tokens; --max-new-tokens gives more)")
+        return None
+
+    def _beside(self, question: str) -> bool:
+        """The answers in columns that fill as they come."""
+        from rich.live import Live
+        from rich.table import Table
+        from rich.text import Text
+
+        said = dict.fromkeys(self.who, "")
+
+        def columns() -> Table:
+            table = Table(*said, expand=True)
+            table.add_row(*(Text(text) for text in said.values()))
+            return table
+
+        with Live(columns(), refresh_per_second=12) as live:
+            for who in self.who:
+
+                def write(text: str, who: Who = who) -> None:
+                    said[who] += _CONTROL.sub("", text)
+                    live.update(columns())
+
+                ended = self._ask(question, who, write)
+                if ended is not None:
+                    return ended
         return True
 
     def _write(self, text: str) -> None:

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import EXIT_OK, EXIT_USAGE
+from tunesmith.errors import EXIT_OK
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))
     else:
         show(prepared, tokenizer, args.rows)
-    return EXIT_USAGE if any(contract.broken for contract in prepared.contracts) else EXIT_OK
+    for contract in prepared.contracts:
+        contract.raise_if_broken()
+    return EXIT_OK
 
 
 def show(prepared: Prepared, tokenizer: Any, rows: int) -> None:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     opened = open_model(args.run, device=args.device, place=place)
     exam = Exam(args, opened)
-    scores = {"base" if place.kind == "base" else "tuned": exam.score(opened, nullcontext())}
+    scores = {"model" if place.kind == "base" else "tuned": exam.score(opened, nullcontext())}
     if args.base and place.kind == "adapter":
         from tunesmith.adapter.lora import disabled
 

@@ -164,6 +164,7 @@ def read_rows(name: str) -> Rows:
     Raises:
         DataError: it cannot be read, a line is broken, or there is none.
     """
+    from tunesmith.cli.lines import stdin_lines
     from tunesmith.config.schema import Source
     from tunesmith.data.source import from_list, read
 
@@ -175,9 +176,7 @@ def read_rows(name: str) -> Rows:
             )
         return read(Source(source=str(path.absolute())))
     rows = []
-    for number, line in enumerate(sys.stdin, 1):
-        if not line.strip():
-            continue
+    for number, line in stdin_lines():
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -13,6 +13,7 @@ import argparse
 import difflib
 import errno
 import io
+import logging
 import os
 import select
 import sys
@@ -21,7 +22,15 @@ from importlib import import_module
 from typing import NoReturn
 
 from tunesmith import __version__
-from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError, StoppedError, TunesmithError, UsageError
+from tunesmith.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    MachineError,
+    StoppedError,
+    TunesmithError,
+    UsageError,
+    disk_fault,
+)
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -38,8 +47,8 @@ VERBS = {
     "merge": ("tunesmith.cli.merge", "put an adapter into its base model, and prove that it answers alike"),
 }
 
-_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your quota of the disk is used up"}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_UNFIT = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,11 +73,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    return framed(lambda: _dispatch(words))
+
+
+def framed(command: Callable[[], int]) -> int:
+    """Run a command so that every way it may end becomes words for a user and an exit code, which is returned."""
+    _open_streams()
+    # bitsandbytes warns of a CPU kernel that it would fetch from the Hub; the user has asked for none.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _dispatch(words)
+        code = command()
         sys.stdout.flush()
     except SystemExit as stop:  # argparse ends --help so
         return stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_OK
@@ -83,6 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _failed(error)
     return code
+
+
+def _open_streams() -> None:
+    """Put the null device where a caller closed a standard stream (`<&-`), or the next file opened would take its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if vars(sys)[name] is None:
+            vars(sys)[name] = open(os.devnull, mode)  # noqa: SIM115  it lives as long as the process
 
 
 def _reader_is_gone() -> bool:
@@ -157,14 +181,21 @@ def _machine(error: Exception) -> MachineError | None:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("tunesmith"):
         package = error.name.partition(".")[0]
         return MachineError(f"the Python package {package} is missing", fix=f"pip install {package}")
+    where = str(error.filename or "") if isinstance(error, OSError) else ""
+    if (full := disk_fault(error)) is not None:
+        return MachineError(
+            full,
+            where=where or "standard output, or a file being written",
+            fix="make room (df -h), then start the same command again",
+        )
     if not isinstance(error, OSError):
         return None
-    where = str(error.filename or "")
-    if error.errno in _DISK:
-        return MachineError(_DISK[error.errno], where=where, fix="make room (df -h), then start the same command again")
     if error.errno in _DENIED and where:
         what = f"not permitted: {error.strerror}"
         return MachineError(what, where=where, fix=f"ls -ld {where}; choose a place that you may write to")
+    if error.errno in _UNFIT and where:
+        what = f"this path cannot be used: {error.strerror}"
+        return MachineError(what, where=where, fix="mend the path, or move away what lies there")
     return None
 
 

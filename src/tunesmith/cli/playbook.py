@@ -15,15 +15,17 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.checkpoint.resume import claimed, put_aside
+from tunesmith.checkpoint.resume import claimed, missing, put_aside, take_away
+from tunesmith.cli.main import Parser, framed
 from tunesmith.config.load import from_mapping, to_mapping
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
-from tunesmith.errors import EXIT_OK, MachineError, TunesmithError
+from tunesmith.errors import EXIT_OK, MachineError, UsageError
 from tunesmith.metrics.record import StepRecord, read
 from tunesmith.units import Length, Size
 
@@ -89,18 +91,13 @@ SCRIPTS = {
 
 def main(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the script `name` (a key of SCRIPTS) -> exit code, as `tunesmith train` gives it."""
-    args = parser(name).parse_args(argv)
-    try:
-        return _run(name, args)
-    except TunesmithError as error:
-        print(error.text(), file=sys.stderr)
-        return error.exit_code
+    return framed(lambda: _run(name, parser(name).parse_args(argv)))
 
 
 def parser(name: str) -> argparse.ArgumentParser:
     """The script's flags, with the defaults of its latest version."""
     script = SCRIPTS[name]
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog=f"{name}.py",
         description=f"{script.title} on alpaca rows: one recipe behind it, see `tunesmith train --help`.",
         epilog="differs from the playbook's script:\n" + "\n".join(f"  - {line}" for line in DIFFERENCES),
@@ -145,14 +142,20 @@ def parser(name: str) -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not math.isfinite(value) or value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
@@ -249,6 +252,26 @@ def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> 
             ) from None
 
 
+@contextmanager
+def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> Iterator[None]:
+    """The two files in their place; as they were before, if the start is refused before its first step."""
+    made = missing(folder)
+    before = {path: path.read_bytes() if path.is_file() else None for path in (folder / ROWS, folder / JINJA)}
+    try:
+        write_inputs(rows, folder, bos=bos)
+        yield
+    except UsageError:
+        with suppress(OSError):
+            for path, content in before.items():
+                if content is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    path.write_bytes(content)
+            (folder / ROWS.parent).rmdir()  # fails where earlier files lie in it
+        take_away(made)
+        raise
+
+
 def opens_with_bos(model: Model) -> bool:
     """Bring the model here and ask its tokenizer whether it puts a BOS token before a text."""
     from tunesmith.model.hub import fetch
@@ -278,18 +301,18 @@ def _run(name: str, args: argparse.Namespace) -> int:
     bos = opens_with_bos(told.model)
     print(f"Loading dataset with {args.dataset_size} samples...")
     rows = selection(args)
-    write_inputs(rows, folder, bos=bos)
-    # The rules that span several keys, and the paths, are those of every recipe.
-    run = from_mapping(to_mapping(told), where=f"{name}.py", base=Path.cwd())
+    with inputs(rows, folder, bos=bos):
+        # The rules that span several keys, and the paths, are those of every recipe.
+        run = from_mapping(to_mapping(told), where=f"{name}.py", base=Path.cwd())
 
-    from tunesmith.train import train
+        from tunesmith.train import train
 
-    if args.use_torch_compile and not any(folder.glob("checkpoint-*/manifest.json")):
-        print("Running warmup for torch.compile()...")
-        with tempfile.TemporaryDirectory() as scratch:
-            train(warm_up(run, len(rows), Path(scratch)), say=lambda line: None)
-    print(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
-    result = train(run, argv=sys.argv)
+        if args.use_torch_compile and not any(folder.glob("checkpoint-*/manifest.json")):
+            print("Running warmup for torch.compile()...")
+            with tempfile.TemporaryDirectory() as scratch:
+                train(warm_up(run, len(rows), Path(scratch)), say=lambda line: None)
+        print(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
+        result = train(run, argv=sys.argv)
     if first:
         print(closing(read(folder / "metrics.jsonl"), result.seconds))
         if result.finished_before:

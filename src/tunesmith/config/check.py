@@ -116,9 +116,8 @@ def _adapter(adapter: Adapter, model: Model, given: Callable[[str], str]) -> Ite
 
 def _data(data: Data, given: Callable[[str], str]) -> Iterator[Problem]:
     for part, sources in (("train", data.train), ("validation", data.validation)):
-        if not sources and (part == "train" or given(f"data.{part}")):
-            fix = f"data.{part}: {{source: rows.jsonl, format: messages}}"
-            yield Problem(f"data.{part}", f"data.{part} is an empty list", fix)
+        if not sources and part == "train":
+            yield Problem("data.train", "data.train is empty", "data.train: {source: rows.jsonl, format: messages}")
         for i, source in enumerate(sources):
             # A single source is written without an index, and its places are known without one.
             key = f"data.{part}.{i}" if given(f"data.{part}.{i}") or len(sources) > 1 else f"data.{part}"

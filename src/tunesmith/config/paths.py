@@ -57,8 +57,15 @@ def _resolve(text: str, kind: str, node: Node, key: str) -> str:
         hub = _HUB.match(text)
         fix = f"write the Hub id: {hub[1]}" if hub else "download it, and give the file or folder"
         raise RecipeError(f"{key} is a Hub id or a file, not a URL: {text}", where=node.where, fix=fix)
+    if "\0" in text:
+        raise RecipeError(f"{key} has a null character in it: {text!r}", where=node.where, fix="write the name anew")
     base = Path.cwd() if kind == _OUTPUT else node.base
-    path = os.path.abspath(base / Path(text).expanduser())
+    try:
+        path = os.path.abspath(base / Path(text).expanduser())
+    except RuntimeError as error:  # ~name of no user
+        raise RecipeError(
+            f"{key}: {text} has no home", where=node.where, why=str(error), fix="write ~/ or a path"
+        ) from None
     return path if _is_path(text, path, kind) else text
 
 

@@ -85,7 +85,7 @@ class Data:
     """Rows, and how they become tokens."""
 
     train: tuple[Source, ...] = key(doc="a source, or a list of them")
-    validation: tuple[Source, ...] = key((), doc="held-out rows: a source, or a list of them")
+    validation: tuple[Source, ...] = key((), doc="held-out rows: a source, a list of them, or null")
     template: str = key(
         "auto", doc="`auto` (the tokenizer's chat template, else alpaca), `chat`, `alpaca`, or a Jinja file"
     )

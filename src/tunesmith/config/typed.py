@@ -82,7 +82,8 @@ def _fits(node: Node, hint: Any) -> bool:
     if hint in (Length, Size):
         return isinstance(value, str)
     if get_origin(hint) is tuple:
-        return isinstance(value, list) or (is_dataclass(get_args(hint)[0]) and isinstance(value, dict))
+        # A single source need not stand in a list, and null takes away the sources of the recipe below.
+        return isinstance(value, list) or (is_dataclass(get_args(hint)[0]) and isinstance(value, dict | NoneType))
     return isinstance(value, dict)  # a section, or dict[str, str]
 
 
@@ -119,7 +120,9 @@ def _number(node: Node, hint: Any, key: str) -> Any:
 
 def _tuple(node: Node, hint: Any, key: str) -> tuple[Any, ...]:
     inside = get_args(hint)
-    if isinstance(node.value, dict):  # one source, not in a list
+    if node.value is None:
+        return ()
+    if isinstance(node.value, dict):
         return (section(node, inside[0], key),)
     items = children(node)
     if inside[-1] is Ellipsis:

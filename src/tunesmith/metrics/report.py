@@ -36,8 +36,12 @@ def write_failure(folder: Path, error: TunesmithError, *, last_step: int, next_c
     """Write failure.json, in one move, from the error that ended the run; its `fix` stands before `next_command`."""
     failure = Failure(error.what, error.where, error.why, last_step, error.fix or next_command)
     part = folder / (FAILURE + ".part")
-    part.write_text(json.dumps(asdict(failure), indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / FAILURE)
+    try:
+        part.write_text(json.dumps(asdict(failure), indent=2) + "\n", encoding="utf-8")
+        os.replace(part, folder / FAILURE)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     return failure
 
 

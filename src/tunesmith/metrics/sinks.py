@@ -49,7 +49,8 @@ class Sinks(Sink):
         self.all = list(sinks)
 
     def open(self, run: Run, resumed_at: int) -> None:
-        for sink in self.all:
+        """Open all of them, last first: one that may be refused comes before the run's own files are touched."""
+        for sink in reversed(self.all):
             sink.open(run, resumed_at)
 
     def step(self, record: StepRecord) -> None:

@@ -223,8 +223,15 @@ def plan(model: Model, progress: Progress) -> Plan:
 def _plan(model: Model, progress: Progress) -> Plan:
     listing = about(model.name, model.revision, "model", progress)
     names = [n for n in listing.sizes if "/" not in n]
-    if "config.json" not in names or not {INDEX, SINGLE} & set(names):
+    if not {INDEX, SINGLE} & set(names):
         raise no_safetensors(names, name=model.name, where=page(model.name), repo=True)
+    if "config.json" not in names:
+        raise ModelError(
+            "the repository has weights and no config.json",
+            where=page(model.name),
+            why="nothing says which model they are of",
+            fix="take another revision, or a repository in the form of Transformers",
+        )
 
     def small(name: str) -> Path:
         return Path(patiently(lambda: hf_hub_download(model.name, name, revision=listing.commit)))

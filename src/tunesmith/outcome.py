@@ -1,0 +1,100 @@
+"""What a run came to: a Result, or the error that ended it in words that help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.errors import RunError, TunesmithError, UsageError, disk_fault
+from tunesmith.metrics.record import StepRecord
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        finished_before: the directory held a finished run, and nothing was done.
+        first_step: the step that this start went on from, 0 for a new run.
+        records: the records of this start's steps.
+    """
+
+    output_dir: Path
+    steps: int
+    first_step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    examples: int = 0
+    records: list[StepRecord] = field(default_factory=list)
+    finished_before: bool = False
+    best_step: int | None = None
+    best_loss: float | None = None
+
+    @property
+    def first_loss(self) -> float | None:
+        """Loss of the first step of this start."""
+        return self.records[0].loss if self.records else None
+
+    @property
+    def last_loss(self) -> float | None:
+        """Loss of the last step."""
+        return self.records[-1].loss if self.records else None
+
+    def values(self) -> dict[str, Any]:
+        """The result as plain values, for `--json`."""
+        return {
+            "output_dir": str(self.output_dir),
+            "steps": self.steps,
+            "first_step": self.first_step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "examples": self.examples,
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "best_step": self.best_step,
+            "best_val_loss": self.best_loss,
+            "finished_before": self.finished_before,
+        }
+
+
+def as_failure(
+    error: BaseException, *, folder: Path, step: int, saved_step: int | None, micro: str, smaller: str
+) -> TunesmithError:
+    """The error of a run that had begun, in the words of failure.json.
+
+    Args:
+        folder: the run directory.
+        step: the last step done.
+        saved_step: step of the newest checkpoint, or None.
+        micro: what one forward pass took, such as `4096 tokens`; smaller: what it could take instead.
+    """
+    again = going_on(saved_step)
+    if isinstance(error, TunesmithError):
+        # What is a wrong input before the first step is a failed run after it.
+        words = {"where": error.where, "why": error.why, "fix": error.fix}
+        return RunError(error.what, **words) if isinstance(error, UsageError) else error
+    if full := disk_fault(error):
+        kept = f"checkpoint-{saved_step} is whole" if saved_step else "no checkpoint was written before"
+        return RunError(full, where=f"step {step + 1}, in {folder}", why=kept, fix=f"make room (df -h), then {again}")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return RunError(
+            "out of memory",
+            where=f"step {step + 1}",
+            why=f"a micro batch of {micro} did not fit",
+            fix=f"train.micro_batch='{smaller}' or train.recompute=full; {again}",
+        )
+    return RunError(
+        f"{type(error).__name__}: {error}",
+        where=f"step {step + 1}",
+        why="an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from",
+        fix=again,
+    )
+
+
+def going_on(saved_step: int | None) -> str:
+    """The advice on how to start again."""
+    again = "start the same command again"
+    return f"{again}: it goes on from checkpoint-{saved_step}" if saved_step else again

@@ -1,0 +1,151 @@
+"""A user's folder in which one thing is wrong: files to spoil, commands to type, and what must be true afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import recipe
+from tunesmith.cli.main import main
+from tunesmith.config.dump import to_yaml
+from tunesmith.errors import EXIT_OK
+
+Capture = pytest.CaptureFixture[str]
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+@dataclass
+class World:
+    """A folder with rows and a good small recipe; each method spoils a part, and returns its path or a command line.
+
+    tiny: the good model. template: a folder with a run of four of eight steps (see `begun`).
+    """
+
+    folder: Path
+    tiny: Path
+    template: Path | None = None
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "run"
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def recipe(self, **changes: Any) -> Path:
+        """The small recipe, with `changes` laid over it, as a file."""
+        held = changes.pop("held", False)
+        values = recipe(changes.pop("tiny", self.tiny), self.folder, held=held, **changes)
+        return self.write("recipe.yaml", to_yaml(values))
+
+    def train(self, *words: str, **changes: Any) -> list[str]:
+        return ["train", str(self.recipe(**changes)), *words]
+
+    def text(self, text: str) -> list[str]:
+        """`train` of a recipe of exactly this text."""
+        return ["train", str(self.write("recipe.yaml", text))]
+
+    def rows(self, name: str, content: str | bytes, format: str = "prompt-completion", **keys: Any) -> list[str]:  # noqa: A002
+        """`train` on a file of exactly this content."""
+        path = self.write(name, content)
+        data = {"train": {"source": str(path), "format": format, **keys.pop("source", {})}, **keys}
+        return self.train(data=data)
+
+    def model(self, spoil: Callable[[Path], object]) -> Path:
+        """A copy of the good model, spoilt."""
+        folder = Path(shutil.copytree(self.tiny, self.folder / "model"))
+        spoil(folder)
+        return folder
+
+    def spoilt(self, spoil: Callable[[Path], object], **changes: Any) -> list[str]:
+        """`train` of a spoilt copy of the model."""
+        return self.train(tiny=self.model(spoil), **changes)
+
+    def begun(self) -> Path:
+        """A copy of a run that took four of its steps: checkpoint-2, checkpoint-4, final; its recipe beside it."""
+        assert self.template is not None
+        shutil.copytree(self.template, self.folder, dirs_exist_ok=True)
+        for file in (self.folder / "recipe.yaml", self.out / "config.yaml"):
+            file.write_text(file.read_text().replace(str(self.template), str(self.folder)))
+        return self.out
+
+    def again(self, *words: str) -> list[str]:
+        """The same run with twice the steps: it goes on, if nothing is wrong."""
+        return ["train", str(self.folder / "recipe.yaml"), "train.duration=8 steps", *words]
+
+    def script(self, *flags: str, name: str = "Llama3_8B_LoRA_finetuning") -> list[str]:
+        """One of the four scripts on alpaca rows, at the smallest size."""
+        rows = self.write("alpaca.jsonl", '{"instruction": "Say a", "input": "", "output": "a"}\n' * 8)
+        fixed = {"--model_name": str(self.tiny), "--data": str(rows), "--dtype": "float32", "--dataset_size": "8",
+                 "--output_dir": str(self.out), "--log_dir": str(self.folder / "logs"), "--seq_length": "256"}  # fmt: skip
+        for flag, value in zip(flags[::2], flags[1::2], strict=True):
+            fixed[flag] = value
+        return [name, *(word for pair in fixed.items() for word in pair)]
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file, folder and link below `folder` with the hash of its content; a lock file is no content."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = f"-> {path.readlink()}"
+        elif path.is_file() and path.name != ".lock":
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.is_dir():
+            found[name] = "folder"
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bad input. make: spoils the world and returns the command line. what, where, fix: parts of what is told."""
+
+    kind: str
+    name: str
+    make: Callable[[World], list[str]]
+    what: str
+    where: str
+    fix: str
+    code: int = 2
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.name}"
+
+
+def told(err: str) -> dict[str, str]:
+    """The block that a user reads, by its parts."""
+    parts: dict[str, str] = {}
+    for line in err.splitlines():
+        for name in ("error", "where", "why", "fix"):
+            if line.lstrip().startswith(f"{name}: "):
+                parts[name] = line.split(": ", 1)[1]
+    return parts
+
+
+def records(folder: Path) -> Iterator[dict[str, Any]]:
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        yield json.loads(line)
+
+
+def started(words: list[str], capsys: Capture) -> tuple[int, dict[str, str], str]:
+    """Run a command: its exit code, what it told by parts, and stderr; stdout is for answers alone."""
+    capsys.readouterr()
+    code = main(words)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert "internal error" not in err
+    assert code == EXIT_OK or out == ""
+    return code, told(err), err

@@ -1,0 +1,49 @@
+"""A folder to spoil, for the tests of bad inputs."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cli.bad_world import World
+
+
+@pytest.fixture(scope="session")
+def begun(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and a run of it that took four steps."""
+    from tunesmith.cli.main import main
+
+    world = World(tmp_path_factory.mktemp("begun"), tiny)
+    assert main(world.train("train.duration=4 steps")) == 0
+    return world.folder
+
+
+@pytest.fixture
+def world(
+    tiny: Path, begun: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> World:
+    """An own folder; the caches lie elsewhere."""
+    env = {"TUNESMITH_CACHE": str(tmp_path_factory.getbasetemp() / "tunesmith"),
+           "HF_HOME": str(tmp_path_factory.getbasetemp() / "hf"), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    made = World(tmp_path, tiny, begun, env)
+    made.recipe()
+    return made
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], check=False, capture_output=True
+    )
+    if made.returncode:
+        pytest.skip("mounting needs root; the limit on a file's size is tested beside")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)

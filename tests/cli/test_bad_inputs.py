@@ -1,0 +1,96 @@
+"""Whatever is wrong before the first step: told with what, where and how to mend it, exit code 2, nothing touched."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from cli.bad_table import ALL
+from cli.bad_world import Case, World, snapshot, told
+from tunesmith.cli import playbook
+from tunesmith.cli.main import main
+from tunesmith.errors import EXIT_USAGE
+
+AS_PROCESS = ("recipe: unknown key", "data: row 40 is no JSON", "model: cut-off weights", "script: no such data")
+
+
+def call(words: list[str]) -> int:
+    """A command line, by its script's name or by the verb of `tunesmith`."""
+    return playbook.main(words[0], words[1:]) if words[0] in playbook.SCRIPTS else main(words)
+
+
+def check(case: Case, world: World, before: dict[str, str], code: int, out: str, err: str) -> None:
+    parts = told(err)
+    assert code == case.code, err
+    assert case.what in parts["error"], err
+    assert case.where in parts["where"], err
+    assert case.fix in parts["fix"], err
+    assert "Traceback" not in err
+    assert "internal error" not in err
+    report = case.kind == "script" or case.name.startswith("data verb, nothing")  # what these show is their answer
+    assert report or out == ""
+    assert snapshot(world.folder) == before
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_bad_input(
+    case: Case, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    words = case.make(world)
+    before = snapshot(world.folder)
+    capsys.readouterr()
+    code = call(words)
+    check(case, world, before, code, *capsys.readouterr())
+
+
+@pytest.mark.parametrize("case", [c for c in ALL if str(c) in AS_PROCESS], ids=str)
+def test_bad_input_of_a_process(case: Case, world: World) -> None:
+    words = case.make(world)
+    before = snapshot(world.folder)
+    script = Path(__file__).parents[2] / "scripts" / f"{words[0]}.py"
+    command = [str(script), *words[1:]] if script.exists() else ["-m", "tunesmith", *words]
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | world.env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+    check(case, world, before, done.returncode, done.stdout, done.stderr)
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len({str(c) for c in ALL}) == len(ALL) >= 60
+    kinds = Counter(c.kind for c in ALL)
+    assert min(kinds.values()) >= 2, kinds
+    assert {c.code for c in ALL} == {EXIT_USAGE}
+    assert sum(str(c) in AS_PROCESS for c in ALL) == len(AS_PROCESS)
+    assert all(c.what and c.fix for c in ALL)
+
+
+GOOD_ROWS = [
+    ("rows.jsonl", '{"prompt": "a é", "completion": "b"}\n'.encode("utf-8-sig") * 1),
+    ("rows.jsonl", b'{"prompt": "a", "completion": "b"}\r\n' * 3),
+    ("rows.csv", b"\xef\xbb\xbfprompt,completion\r\na,b\r\n"),
+    ("rows.json", b'\xef\xbb\xbf[{"prompt": "a", "completion": "b"}]'),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), GOOD_ROWS)
+def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(world: World, name: str, content: bytes) -> None:
+    assert main(["data", *world.rows(name, content)[1:]]) == 0
+
+
+def test_rows_beyond_the_model_s_context_are_warned_of(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = '{"prompt": "a", "completion": "' + "b" * 1100 + '"}\n'
+    assert main([*world.rows("rows.jsonl", rows, seq_len=2048), "train.duration=1 steps", "train.warmup=0 steps"]) == 0
+    assert "the model was made for 1,024; mend: data.seq_len=1024" in capsys.readouterr().err

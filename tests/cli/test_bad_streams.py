@@ -1,0 +1,102 @@
+"""Standard streams that are closed, full or unread, and interrupts before there is anything to save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cli.bad_world import World, snapshot, told
+from recipes import write_rows
+from tunesmith.cli.main import main
+
+SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
+
+
+def shell(text: str, world: World) -> subprocess.CompletedProcess[str]:
+    """A command line of `tunesmith` with a shell's redirections."""
+    return subprocess.run(
+        ["bash", "-c", f'set -o pipefail; "$0" -m tunesmith {text}', sys.executable],
+        env=os.environ | world.env, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+# command, redirections, exit code, a part of stderr
+STREAMS: dict[str, tuple[str, str, int, str]] = {
+    "chat, stdin closed": ("chat {run}", "<&-", 0, ""),
+    "generate, stdin closed": ("generate {run} --input - --output -", "<&-", 2, "stdin holds no rows"),
+    "recipes, stdout closed": ("recipes", ">&-", 0, ""),
+    "recipes, stdout full": ("recipes", "> /dev/full", 2, "the disk is full"),
+    "recipes, no reader": ("recipes list --json", "| true", 141, ""),
+    "an error, stderr closed": ("train nothing.yaml", "2>&-", 2, ""),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_streams(name: str, world: World) -> None:
+    text, redirected, code, said = STREAMS[name]
+    run = world.begun()
+    before = snapshot(world.folder)
+    done = shell(f"{text.format(run=run)} {redirected}", world)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert "internal error" not in done.stderr
+    assert done.stdout == ""
+    assert snapshot(world.folder) == before
+
+
+@pytest.mark.parametrize(("rows", "where"), [("{'a': 1}\n", "stdin:1"), ('{"prompt": "a"}\n[1]\n', "stdin:2")])
+def test_bad_rows_on_stdin(
+    rows: str, where: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(rows))
+    run = world.begun()
+    capsys.readouterr()
+    assert main(["generate", str(run), "--input", "-", "--output", "-", *SHORT]) == 2
+    out, err = capsys.readouterr()
+    assert (out, told(err)["where"]) == ("", where)
+    assert told(err)["fix"]
+
+
+def test_bytes_that_are_no_text_on_stdin(world: World) -> None:
+    run, junk = world.begun(), world.write("junk", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n')
+    for command in (f"generate {run} --input - --output -", f"chat {run} --max-new-tokens 1"):
+        done = shell(f"{command} < {junk}", world)
+        assert done.returncode == 2, done.stderr
+        assert "UTF-8" in told(done.stderr)["error"]
+        assert told(done.stderr)["where"] == "stdin:2"
+        assert "iconv" in told(done.stderr)["fix"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_rows_become_tokens(number: signal.Signals, world: World) -> None:
+    """Nothing is learnt yet: exit 75, no run directory, no half of a cache."""
+    cache = world.folder / "cache"
+    write_rows(world.folder / "train.jsonl", 300_000)
+    words = world.train()
+    before = snapshot(world.folder)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tunesmith", *words],
+        env=os.environ | world.env | {"TUNESMITH_CACHE": str(cache)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not list(cache.glob("tokens/.*/ids.bin")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, err
+    assert "before the first step" in err
+    assert "Traceback" not in err
+    assert not [p for p in cache.rglob("*") if p.is_file()]
+    assert {k: v for k, v in snapshot(world.folder).items() if not k.startswith("cache")} == before

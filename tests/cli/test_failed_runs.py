@@ -1,0 +1,139 @@
+"""Runs that fail after they began: numbers that are not finite, full disks; what was saved stays, and they go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from cli.bad_table import line
+from cli.bad_world import Capture, World, records, snapshot, started, told
+from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+
+SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
+
+
+def failure(run: Path) -> dict[str, Any]:
+    """failure.json, which has all that it should."""
+    found = json.loads((run / "failure.json").read_text())
+    assert set(found) == {"what", "where", "why", "last_step", "next"}
+    assert found["what"]
+    assert found["next"]
+    return found
+
+
+def infinite(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("inf")
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_weights_that_are_not_finite(world: World, capsys: Capture) -> None:
+    code, parts, err = started(world.spoilt(infinite), capsys)
+    assert code == EXIT_FAILED, err
+    assert "not finite" in parts["error"]
+    assert "step 1, rows" in parts["where"]
+    assert "train.jsonl:" in parts["where"]
+    found = failure(world.out)
+    assert (found["what"], found["where"], found["last_step"]) == (parts["error"], parts["where"], 1)
+    assert not list(world.out.glob("checkpoint-*"))
+
+
+def test_a_learning_rate_that_blows_up_keeps_the_last_good_checkpoint(world: World, capsys: Capture) -> None:
+    words = world.train("checkpoint.every=1 steps", train={"learning_rate": 1e30, "warmup": "0 steps"})
+    code, parts, err = started(words, capsys)
+    assert code == EXIT_FAILED, err
+    assert parts["fix"].startswith("lower train.learning_rate")
+    found = failure(world.out)
+    kept = sorted(p.name for p in world.out.glob("checkpoint-*"))
+    assert kept
+    assert kept[-1] in found["why"]
+    assert len(list(records(world.out))) == found["last_step"] - 1
+
+
+@pytest.mark.parametrize("held", [250, 300, 330])
+def test_a_full_disk(
+    world: World, small_disk: Path, held: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first checkpoint or a later one: exit 1, whole ones stay, and with room the run ends as it should."""
+    import tunesmith.build
+
+    monkeypatch.setattr(tunesmith.build, "check_disk", lambda run, size: None)  # it would refuse to begin
+    ballast = small_disk / "ballast"
+    words = world.train(output_dir=str(small_disk / "run"), train={"duration": "6 steps"})
+    ballast.write_bytes(bytes((1024 - held) << 10))
+    code, parts, err = started(words, capsys)
+    assert code == EXIT_FAILED, err
+    assert parts["error"] == "the disk is full", err
+    assert "make room" in parts["fix"]
+    run = small_disk / "run"
+    assert (run / "failure.json").exists() or "failure.json could not be written" in err
+    assert not list(run.glob(".*partial*"))
+    if (run / "failure.json").exists():
+        assert failure(run)["what"] == "the disk is full"
+    ballast.unlink()
+    code, _, err = started(words, capsys)
+    assert code == EXIT_OK, err
+    assert not (run / "failure.json").exists()
+    assert [r["step"] for r in records(run)] == list(range(1, 7))
+
+
+def test_no_room_is_told_before_the_first_step(world: World, small_disk: Path, capsys: Capture) -> None:
+    (small_disk / "ballast").write_bytes(bytes(900 << 10))
+    code, parts, err = started(world.train(output_dir=str(small_disk / "run")), capsys)
+    assert code == EXIT_USAGE, err
+    assert "no room for the checkpoints" in parts["error"]
+    assert os.listdir(small_disk) == ["ballast"]
+
+
+def limited(words: list[str], size: int, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A process whose files may not grow beyond `size` bytes."""
+    return subprocess.run(
+        [sys.executable, "-m", "tunesmith", *words],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+
+
+def test_a_limit_on_the_size_of_files(world: World, capsys: Capture) -> None:
+    """Needs no root: what is written grows too large inside a checkpoint, of a run that has an earlier one."""
+    run = world.begun()
+    kept = snapshot(run / "checkpoint-4")
+    done = limited(world.again(), 30_000, world.env)
+    assert done.returncode == EXIT_FAILED, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ulimit -f" in told(done.stderr)["error"]
+    assert failure(run)["last_step"] == 6
+    assert snapshot(run / "checkpoint-4") == kept
+    assert not list(run.glob(".*partial*"))
+    code, _, err = started(world.again(), capsys)
+    assert code == EXIT_OK, err
+    assert [r["step"] for r in records(run)] == list(range(1, 9))
+
+
+def test_generate_into_a_full_disk_keeps_whole_rows_and_goes_on(
+    world: World, small_disk: Path, capsys: Capture
+) -> None:
+    run, out = world.begun(), small_disk / "out.jsonl"
+    rows = world.write("in.jsonl", line(prompt="ab", note="x" * 2000) * 40)
+    words = ["generate", str(run), "--input", str(rows), "--output", str(out), *SHORT]
+    (small_disk / "ballast").write_bytes(bytes(990 << 10))
+    code, parts, err = started(words, capsys)
+    assert code != EXIT_OK
+    assert parts["error"] == "the disk is full", err
+    (small_disk / "ballast").unlink()
+    code, _, err = started([*words, "--resume"], capsys)
+    assert code == EXIT_OK, err
+    assert len(out.read_text().splitlines()) == 40

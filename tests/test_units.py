@@ -1,0 +1,60 @@
+"""Lengths, sizes, and when an interval is due."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunesmith.units import LENGTH_UNITS, Cadence, Length, Size
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit"),
+    [
+        ("200 steps", 200, "steps"), ("1 epoch", 1, "epochs"), ("1.5 epochs", 1.5, "epochs"), ("10 min", 10, "min"),
+        ("2h", 2, "h"), ("3 %", 3, "%"), ("3%", 3, "%"), ("90 seconds", 90, "s"), ("1_000 steps", 1000, "steps"),
+    ],
+)  # fmt: skip
+def test_lengths(text: str, amount: float, unit: str) -> None:
+    assert Length.parse(text) == Length(amount, unit)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "steps", "200", "-3 steps", "2 weeks", "1.5 steps", "1e999 steps", "3 % %", "nan h"]
+)
+def test_what_is_no_length(text: str) -> None:
+    with pytest.raises(ValueError, match=r"length|whole|finite"):
+        Length.parse(text)
+
+
+@pytest.mark.parametrize("text", ["0 examples", "1.5 tokens", "64", "64 rowz", "-1 tokens"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match=r"size|whole"):
+        Size.parse(text)
+
+
+@given(st.floats(0.001, 1e9), st.sampled_from([u for u in LENGTH_UNITS if u != "steps"]))
+def test_a_length_reads_back_what_it_prints(amount: float, unit: str) -> None:
+    assert Length.parse(str(Length(amount, unit))) == Length(amount, unit)
+
+
+@pytest.mark.parametrize(
+    ("every", "total", "due"),
+    [
+        (Length(3, "steps"), 10, [3, 6, 9]),
+        (Length(0.5, "epochs"), 10, [2, 4, 6, 8, 10]),
+        (Length(50, "%"), 10, [5, 10]),
+        (Length(50, "%"), None, [2, 4, 6, 8, 10]),
+        (Length(1, "%"), 10, list(range(1, 11))),
+        (None, 10, []),
+    ],
+)
+def test_cadence_in_steps(every: Length | None, total: int | None, due: list[int]) -> None:
+    cadence = Cadence(every, total=total, steps_per_epoch=4, seconds=0.0)
+    assert [step for step in range(1, 11) if cadence.due(step, 0.0)] == due
+
+
+def test_cadence_by_the_clock_counts_from_the_last_time() -> None:
+    cadence = Cadence(Length(1, "min"), total=None, steps_per_epoch=4, seconds=100.0)
+    assert [cadence.due(step, at) for step, at in enumerate([130.0, 161.0, 200.0, 221.0, 222.0])] == [
+        False, True, False, True, False,
+    ]  # fmt: skip
