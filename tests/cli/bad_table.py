@@ -136,7 +136,7 @@ MODELS = [
     Case("model", "empty GGUF", lambda w: w.train(tiny=w.write("m.gguf", b"")), "not a GGUF", "m.gguf", "download it again"),
     Case("model", "fp16 on a CPU", lambda w: w.train("model.dtype=fp16"), "fp16", "model.dtype", "bf16"),
     Case("model", "target that is not there", lambda w: w.train("adapter.target=[q_prj]"), "q_prj", "adapter.target", "all-linear"),
-    Case("adapter", "no such adapter", lambda w: w.train(adapter={"from": str(w.folder / "no-adapter")}), "adapter_config.json", "no-adapter", "PEFT"),
+    Case("adapter", "no such adapter", lambda w: w.train(adapter={"from": str(w.folder / "no-adapter")}), "neither a folder", "adapter.from", "adapter_config.json"),
     Case("adapter", "a folder without one", lambda w: w.train(adapter={"from": str(w.tiny)}), "adapter_config.json", "tiny", "PEFT"),
 ]  # fmt: skip
 

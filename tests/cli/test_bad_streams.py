@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -27,8 +28,7 @@ def shell(text: str, world: World) -> subprocess.CompletedProcess[str]:
 
 # command, redirections, exit code, a part of stderr
 STREAMS: dict[str, tuple[str, str, int, str]] = {
-    "chat, stdin closed": ("chat {run}", "<&-", 0, ""),
-    "generate, stdin closed": ("generate {run} --input - --output -", "<&-", 2, "stdin holds no rows"),
+    "train of a finished run, stdin closed": ("train {run}/config.yaml 'train.duration=4 steps'", "<&- >&-", 0, ""),
     "recipes, stdout closed": ("recipes", ">&-", 0, ""),
     "recipes, stdout full": ("recipes", "> /dev/full", 2, "the disk is full"),
     "recipes, no reader": ("recipes list --json", "| true", 141, ""),
@@ -55,8 +55,6 @@ def test_streams(name: str, world: World) -> None:
 def test_bad_rows_on_stdin(
     rows: str, where: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.StringIO(rows))
     run = world.begun()
     capsys.readouterr()
@@ -66,18 +64,32 @@ def test_bad_rows_on_stdin(
     assert told(err)["fix"]
 
 
-def test_bytes_that_are_no_text_on_stdin(world: World) -> None:
-    run, junk = world.begun(), world.write("junk", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n')
-    for command in (f"generate {run} --input - --output -", f"chat {run} --max-new-tokens 1"):
-        done = shell(f"{command} < {junk}", world)
-        assert done.returncode == 2, done.stderr
-        assert "UTF-8" in told(done.stderr)["error"]
-        assert told(done.stderr)["where"] == "stdin:2"
-        assert "iconv" in told(done.stderr)["fix"]
+@pytest.mark.parametrize("verb", ["chat", "generate"])
+def test_bytes_that_are_no_text_on_stdin(
+    verb: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows before are no reason to stay silent; chat has answered the first line by then."""
+    junk = io.TextIOWrapper(io.BytesIO(b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n'), errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", junk)
+    run = str(world.begun())
+    assert main([verb, run, *([] if verb == "chat" else ["--input", "-", "--output", "-"]), *SHORT]) == 2
+    parts = told(capsys.readouterr().err)
+    assert "UTF-8" in parts["error"]
+    assert parts["where"] == "stdin:2"
+    assert "iconv" in parts["fix"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_while_rows_become_tokens(number: signal.Signals, world: World) -> None:
+@pytest.mark.parametrize(("verb", "code"), [("chat", 0), ("generate", 2)])
+def test_a_closed_stdin_holds_no_lines(
+    verb: str, code: int, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # what Python makes of `<&-`
+    run = str(world.begun())
+    assert main([verb, run, *([] if verb == "chat" else ["--input", "-", "--output", "-"]), *SHORT]) == code
+    assert code == 0 or told(capsys.readouterr().err)["error"] == "stdin holds no rows"
+
+
+def test_an_interrupt_while_rows_become_tokens(world: World) -> None:
     """Nothing is learnt yet: exit 75, no run directory, no half of a cache."""
     cache = world.folder / "cache"
     write_rows(world.folder / "train.jsonl", 300_000)
@@ -91,7 +103,7 @@ def test_an_interrupt_while_rows_become_tokens(number: signal.Signals, world: Wo
         deadline = time.monotonic() + 60
         while not list(cache.glob("tokens/.*/ids.bin")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
