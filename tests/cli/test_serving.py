@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import pty
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,35 +181,34 @@ def test_chat_with_a_full_run_opens_its_base_beside_it(
     assert both.startswith(f"base: {capsys.readouterr().out}tuned: ")
 
 
+ECHO = "hello\r\n"  # a question is on its way
+
+
 def on_a_terminal(command: list[str], steps: list[tuple[str, bytes]], *, columns: int) -> tuple[str, int]:
     """Run a command on a pseudo-terminal; for each step wait for a text, then type. All that was shown, and the exit code."""
-    import fcntl
-    import pty
-    import struct
-    import termios
-
     pid, terminal = pty.fork()
     if pid == 0:
-        for name in ("NO_COLOR", "COLUMNS", "LINES"):
-            os.environ.pop(name, None)
-        os.environ["TERM"] = "xterm"
-        os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *command])
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        # Given in full: readline, which pytest imports, puts COLUMNS into the process's environment behind Python's back.
+        kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")} | {"TERM": "xterm"}
+        os.execve(sys.executable, [sys.executable, "-m", "tunesmith", *command], kept)
     shown, seen = "", 0
-    for wanted, typed in steps:
-        while wanted not in shown[seen:]:
+    for wanted, typed in [*steps, ("", b"")]:
+        while not wanted or wanted not in shown[seen:]:
             try:
+                if not select.select([terminal], [], [], 90)[0]:
+                    os.kill(pid, signal.SIGKILL)
+                    pytest.fail(f"waited in vain for {wanted!r} after: {shown}")
                 shown += os.read(terminal, 4096).decode(errors="replace")
             except OSError:  # the command has ended
-                pytest.fail(f"{wanted!r} was not shown: {shown}")
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                assert not wanted, f"{wanted!r} was not shown before the end, exit code {code}: {shown}"
+                return shown, code
         seen = len(shown)
+        # A signal between the prompt and Python's wait for a key is only seen at the next key; no one types so fast.
+        time.sleep(0 if typed != b"\x03" else 0.15 if wanted == ECHO else 0.5)
         os.write(terminal, typed)
-    try:
-        while data := os.read(terminal, 4096):
-            shown += data.decode(errors="replace")
-    except OSError:
-        pass
-    return shown, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    raise AssertionError("unreachable")
 
 
 @pytest.mark.parametrize(("columns", "sign"), [(120, "┏"), (60, "tuned> ")])
@@ -220,7 +224,8 @@ def test_chat_on_a_terminal(run: Path, columns: int, sign: str) -> None:
 
 def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(run: Path) -> None:
     words = ["chat", str(run), "--max-new-tokens", "900", "--device", "cpu"]
-    shown, code = on_a_terminal(words, [("you> ", b"hello\n"), ("k", b"\x03"), ("you> ", b"/quit\n")], columns=100)
+    steps = [("you> ", b"hello\n"), (ECHO, b"\x03"), ("you> ", b"/quit\n")]
+    shown, code = on_a_terminal(words, steps, columns=100)
     assert code == EXIT_OK, shown
     assert "(stopped)" in shown
 

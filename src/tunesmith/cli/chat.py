@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.cli.generate import add_decoding
 from tunesmith.cli.lines import stdin_lines
+from tunesmith.cli.signals import stop_on_interrupt
 from tunesmith.errors import EXIT_OK, TunesmithError, UsageError
 
 if TYPE_CHECKING:
@@ -161,8 +162,6 @@ class Chat:
 
     def _ask(self, question: str, who: Who, write: Callable[[str], None]) -> bool | None:
         """One answer; None when the next may follow, else what `_answer` is to return."""
-        from tunesmith.cli.signals import stop_on_interrupt
-
         try:
             with stop_on_interrupt() as stop:
                 answer = self.dialogue.ask(question, who, write, tell, stop)
