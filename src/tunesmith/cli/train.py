@@ -8,7 +8,7 @@ import sys
 
 from tunesmith.errors import EXIT_OK
 
-EXAMPLE = """example:
+EPILOG = """example:
   tunesmith train smollm2-135m-lora data.train.source=rows.jsonl data.train.format=alpaca
   tunesmith train my-recipe.yaml train.duration='2 epochs'      # goes on where it stopped
   tunesmith train my-recipe.yaml --fresh                        # puts the old run aside and starts over
