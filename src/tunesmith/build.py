@@ -15,13 +15,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.adapter import peft_io
+from tunesmith.checkpoint import state
 from tunesmith.checkpoint.export import read_optimizer
-from tunesmith.checkpoint.resume import Start, check_data
+from tunesmith.checkpoint.resume import RECIPE, Start, check_data
+from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import Loader
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.errors import MachineError
 from tunesmith.method.base import TrainModel
+from tunesmith.metrics import hardware
 from tunesmith.model import facts as model_facts
 from tunesmith.model import hub, load
 from tunesmith.model.facts import Facts
@@ -191,3 +194,11 @@ def make_optimizer(run: Run, model: TrainModel, start: Start) -> Optimizer:
         tensors, progress = read_optimizer(start.found.path), start.progress
         optimizer.load(tensors, scale=progress.loss_scale, good_steps=progress.good_steps, where=str(start.found.path))
     return optimizer
+
+
+def write_identity(session: Session, argv: list[str] | None) -> None:
+    """Write config.yaml and env.json: what was run, on what, from which data."""
+    out = Path(session.run.output_dir)
+    state.write_text(out / RECIPE, dump(session.run))
+    data = {"recipe_hash": digest(session.run), "data_hash": session.data.digest}
+    state.write_json(out / "env.json", {**hardware.describe(argv), **data})

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
+    from tunesmith.build import Session
+
+SAMPLE_TOKENS = 64  # of a sample answer while training
 WINDOW_BATCHES = 4  # sorting needs company, and a restarted job does one window again
 
 
@@ -249,3 +252,19 @@ def check_room(lengths: Sequence[int], where: Sequence[str], decoding: Decoding,
             why=f"the model's context is {context} tokens, and {decoding.max_new_tokens} are kept for the answer",
             fix="shorten these rows, or give a smaller --max-new-tokens",
         )
+
+
+def sample_answers(session: Session, count: int) -> list[tuple[str, str]]:
+    """(prompt, answer) of a run's first held-out rows, greedily, by the model as it is now."""
+    tokens, root, tokenizer = session.data.validation, session.model, session.tokenizer
+    assert tokens is not None
+    rows = [tokens[i] for i in range(min(count, len(tokens)))]
+    # What stands before the first trained token is the prompt; a row that is trained whole has none to ask.
+    prompts = [ids for ids in (row.ids[: int(row.trained.argmax())].tolist() for row in rows) if len(ids) > 1]
+    decoding, stops = Decoding(max_new_tokens=SAMPLE_TOKENS), session.data.template.stops
+    root.model.set_attn_implementation("sdpa")
+    try:
+        answers = [answer_batch(root.model, tokenizer, [ids], decoding, stops=stops)[0] for ids in prompts]
+    finally:
+        root.use_training_attention()
+    return [(decode(tokenizer, ids), a.text) for ids, a in zip(prompts, answers, strict=True)]

@@ -22,15 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.build import Session, build
+from tunesmith.build import Session, build, write_identity
 from tunesmith.checkpoint import export, state
-from tunesmith.checkpoint.resume import RECIPE, Progress, Start, claimed, decide, put_aside
-from tunesmith.config.dump import digest, dump
+from tunesmith.checkpoint.resume import Progress, Start, claimed, decide, put_aside
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError, UsageError
 from tunesmith.evaluate import validation_loss
-from tunesmith.generate import Decoding, answer_batch, decode
+from tunesmith.generate import sample_answers
 from tunesmith.metrics import hardware
 from tunesmith.metrics import sinks as metric_sinks
 from tunesmith.metrics.profile import Profiler
@@ -46,9 +45,6 @@ from tunesmith.units import Cadence
 def print_line(text: str) -> None:
     """One line for the user, on stderr: stdout is for answers."""
     print(text, file=sys.stderr, flush=True)
-
-
-SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -259,23 +255,8 @@ class Trainer:
         self.sinks.validation(self.step, found[0])
         self.note_best(found[0])
         if self.run.log.samples:
-            self.sinks.samples(self.step, self.sample_answers(self.run.log.samples))
+            self.sinks.samples(self.step, sample_answers(self.s, self.run.log.samples))
             self.s.model.train()
-
-    def sample_answers(self, count: int) -> list[tuple[str, str]]:
-        """(prompt, answer) of the first held-out rows, greedily, by the model as it is now."""
-        tokens, model, tokenizer = self.s.data.validation, self.s.model.model, self.s.tokenizer
-        assert tokens is not None
-        rows = [tokens[i] for i in range(min(count, len(tokens)))]
-        # What stands before the first trained token is the prompt; a row that is trained whole has none to ask.
-        prompts = [ids for ids in (row.ids[: int(row.trained.argmax())].tolist() for row in rows) if len(ids) > 1]
-        decoding, stops = Decoding(max_new_tokens=SAMPLE_TOKENS), self.s.data.template.stops
-        model.set_attn_implementation("sdpa")
-        try:
-            answers = [answer_batch(model, tokenizer, [ids], decoding, stops=stops)[0] for ids in prompts]
-        finally:
-            self.s.model.use_training_attention()
-        return [(decode(tokenizer, ids), a.text) for ids, a in zip(prompts, answers, strict=True)]
 
     def note_best(self, loss: float) -> None:
         """Remember the best validation, in best.json too."""
@@ -418,11 +399,3 @@ def close_after_all(sinks: metric_sinks.Sinks) -> None:
     """Close what is still open when a run leaves early; a fault in that must not hide why it left."""
     with contextlib.suppress(OSError):
         sinks.close()
-
-
-def write_identity(session: Session, argv: list[str] | None) -> None:
-    """Write config.yaml and env.json: what was run, on what, from which data."""
-    out = Path(session.run.output_dir)
-    state.write_text(out / RECIPE, dump(session.run))
-    data = {"recipe_hash": digest(session.run), "data_hash": session.data.digest}
-    state.write_json(out / "env.json", {**hardware.describe(argv), **data})

@@ -88,7 +88,7 @@ def _model(model: Model, adapter: Adapter) -> Iterator[Problem]:
     embeds = any(name.rpartition(".")[2].startswith("embed") for name in adapter.modules_to_save)
     if model.added_tokens and adapter.kind == "lora" and not embeds:
         why = "their embeddings are new, and an adapter alone leaves them as random as they start"
-        fix = "adapter.modules_to_save: [embed_tokens, lm_head]   # lm_head where the head is not tied to the embedding"
+        fix = "adapter.modules_to_save: [embed_tokens, lm_head]   # both, tied or not: each is trained as a copy of its own"
         yield Problem("model.added_tokens", "model.added_tokens without trained embeddings", fix, why)
 
 
