@@ -29,7 +29,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 CONTENDERS = {
     "tunesmith": {},
     "trl default": {},
-    "trl best": {"gradient_checkpointing": False},  # the fastest of the settings listed in docs/performance.md
+    "trl best": {"gradient_checkpointing": False},  # the fastest of its settings on a CPU that we know
 }
 
 
