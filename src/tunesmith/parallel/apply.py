@@ -15,7 +15,7 @@ from tunesmith.method.base import Method, TrainModel
 from tunesmith.method.sft import sft
 from tunesmith.model import load, parts, quirks
 from tunesmith.parallel import compiled, recompute
-from tunesmith.parallel.host import keep_freed_pages
+from tunesmith.parallel.host import bound_product_caches, keep_freed_pages
 
 METHODS: dict[str, Method] = {"sft": sft}
 
@@ -36,6 +36,7 @@ def prepare(run: Run, folder: Path, *, device: torch.device) -> TrainModel:
     """
     if device.type == "cpu":
         keep_freed_pages()
+        bound_product_caches()
     config = load.config_of(folder, run.model)
     tokenizer = load.tokenizer_of(folder, run.model)
     model = load.on_meta(config, run.model, rows=load.vocab_rows(config, tokenizer))
