@@ -120,14 +120,16 @@ def test_kill_9_at_random_moments_changes_no_number(case: str, tiny: Path, tmp_p
     starter.start(whole)
     assert starter.wait() == 0
     chance, inside = random.Random(0), 0
-    for _ in range(kills):
+    for number in range(kills):
         before, pid = lines(tmp_path / "cut"), starter.start(cut)
         deadline = time.monotonic() + 60
-        # At least one new step each time, so that twenty kills come to an end; then any moment of the next steps.
+        # At least one new step each time, so that the kills come to an end; then any moment of the next steps.
         while lines(tmp_path / "cut") <= before:
             assert time.monotonic() < deadline, "no step within a minute"
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.08))
+        while number % 4 == 0 and not list((tmp_path / "cut").glob(".checkpoint-*.partial")):
+            assert time.monotonic() < deadline, "no checkpoint is written"
         os.kill(pid, signal.SIGKILL)
         assert starter.wait() == -signal.SIGKILL, "the run ended before it could be killed: make it longer"
         inside += bool(list((tmp_path / "cut").glob(".checkpoint-*")))

@@ -189,6 +189,8 @@ def on_a_terminal(command: list[str], steps: list[tuple[str, bytes]], *, columns
     pid, terminal = pty.fork()
     if pid == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        # A test run that was started in the background ignores SIGINT, and so would its children; a terminal's do not.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         # Given in full: readline, which pytest imports, puts COLUMNS into the process's environment behind Python's back.
         kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")} | {"TERM": "xterm"}
         os.execve(sys.executable, [sys.executable, "-m", "tunesmith", *command], kept)

@@ -33,17 +33,16 @@ def test_two_hundred_mib_that_were_freed_are_kept():
 
 
 SHAPES = """
-import torch
+import sys, torch
 from tunesmith.parallel.host import bound_product_caches
-bound_product_caches()
+if sys.argv[1] == "bound":
+    bound_product_caches()
 torch.set_num_threads(1)
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
 weight, rows = torch.randn(2048, 576).bfloat16(), torch.randn(900, 576).bfloat16()
-for n in range(100, 300):
-    torch.nn.functional.linear(rows[:n], weight)
 before = resident()
-for n in range(300, 900):
+for n in range(100, 900):
     torch.nn.functional.linear(rows[:n], weight)
 print(resident() - before)
 """
@@ -51,6 +50,11 @@ print(resident() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_new_shapes_of_products_do_not_pile_up() -> None:
-    """Six hundred new shapes after two hundred: unbounded, they took 300 MB and more where oneDNN has bf16 kernels."""
-    done = subprocess.run([sys.executable, "-c", SHAPES], check=True, capture_output=True, text=True)
-    assert int(done.stdout) < 60
+    """Eight hundred shapes: every one is kept without the bound, where oneDNN has kernels for bf16."""
+    bound, free = (
+        int(subprocess.run([sys.executable, "-c", SHAPES, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("bound", "free")
+    )
+    if free < 200:
+        pytest.skip(f"this machine keeps little anyway: {free} MiB")
+    assert bound < 0.6 * free
