@@ -31,6 +31,7 @@ from tunesmith.errors import (
     UsageError,
     disk_fault,
 )
+from tunesmith.parallel.host import bound_product_caches
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -81,6 +82,7 @@ def framed(command: Callable[[], int]) -> int:
     _open_streams()
     # bitsandbytes warns of a CPU kernel that it would fetch from the Hub; the user has asked for none.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    bound_product_caches()  # one of the two is read when torch is loaded
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
