@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.adapter import products
 from tunesmith.adapter.nf4 import Nf4Linear
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
@@ -41,6 +42,8 @@ class Lora(nn.Module):
     """
 
     bias: Any  # nn.Parameter or None
+    dense: Callable[..., Tensor]  # the base weight [out_features, in_features], in the dtype of its products
+    held: Callable[..., products.Held]  # the same in the form that the products take
     in_features: int
     out_features: int
     scaling: float
@@ -56,9 +59,10 @@ class Lora(nn.Module):
         self.dropout = adapter.dropout
         self.enabled = True
 
-    def dense(self) -> Tensor:
-        """The base weight [out_features, in_features], in the dtype of its products."""
-        raise NotImplementedError
+    def base(self, x: Tensor) -> Tensor:
+        """The layer without its adapter: [..., in_features] -> [..., out_features]."""
+        y: Tensor = super().forward(x)
+        return y
 
     def update(self) -> Tensor:
         """scaling * B A: fp32 [out_features, in_features]."""
@@ -81,7 +85,12 @@ class LoraLinear(Lora, nn.Linear):
         self.add_lora(adapter, base.weight.device)
 
     def dense(self) -> Tensor:
+        """The base weight [out_features, in_features], in the dtype of its products."""
         return self.weight
+
+    def held(self) -> products.Held:
+        """The base weight in the form that the products take."""
+        return products.Held("dense", [self.weight], self.out_features)
 
 
 class LoraNf4Linear(Lora, Nf4Linear):
@@ -91,9 +100,6 @@ class LoraNf4Linear(Lora, Nf4Linear):
         super().__init__(base.in_features, base.out_features, base.bias is not None, base.compute_dtype, device="meta")
         self.take(base)
         self.add_lora(adapter, base.weight.device)
-
-    def dense(self) -> Tensor:
-        return Nf4Linear.dense(self)
 
 
 def attach(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
@@ -252,11 +258,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 # The products
 
 
-def project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
     """Outputs of several layers for one input.
 
-    Where all carry an adapter on a frozen base, x is read once for all the A's and saved once, and the gradient of x is
-    added up in place. Otherwise each layer is computed by itself, by plain autograd.
+    Where all are frozen and held alike, x is read once for all of them (`products.grouped`). Otherwise (dropout before
+    A, a base that is trained, an adapter that is switched off) each layer is computed by itself, by plain autograd.
 
     Args:
         x: [..., in_features].
@@ -265,14 +271,12 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     Returns:
         [..., out_features] each.
     """
-    layers = [m for m in linears if isinstance(m, Lora) and m.enabled]
-    fusible = len(layers) == len(linears) and not any(_plain(m) for m in layers)
-    if not fusible or torch.compiler.is_compiling():
-        return tuple(_alone(x, m) if isinstance(m, Lora) else m(x) for m in linears)
-    weights = [None if isinstance(m, Nf4Linear) else m.dense() for m in layers]
-    adapters = [p for m in layers for p in (m.lora_A, m.lora_B)]
-    outputs: tuple[Tensor, ...] = _FrozenLora.apply(x, layers, *weights, *adapters)
-    return outputs
+    layers = [m for m in linears if isinstance(m, Lora) and m.enabled and not _plain(m)]
+    held = [m.held() for m in layers]
+    if len(layers) < len(linears) or len({h.kind for h in held}) != 1:
+        return [_alone(x, m) if isinstance(m, Lora) else m(x) for m in linears]
+    downs, ups = [m.lora_A for m in layers], [m.lora_B * m.scaling for m in layers]
+    return products.grouped(x, held, [m.bias for m in layers], downs, ups)
 
 
 def _plain(module: Lora) -> bool:
@@ -281,49 +285,8 @@ def _plain(module: Lora) -> bool:
 
 
 def _alone(x: Tensor, module: Lora) -> Tensor:
-    y = Nf4Linear.forward(module, x) if isinstance(module, Nf4Linear) else F.linear(x, module.dense(), module.bias)
+    y = module.base(x)
     if not module.enabled:
         return y
     dropped = F.dropout(x, module.dropout, module.training)
     return y + F.linear(F.linear(dropped, module.lora_A.to(x.dtype)), module.lora_B.to(x.dtype)) * module.scaling
-
-
-class _FrozenLora(torch.autograd.Function):
-    """y_i = x W_i^T + b_i + scaling_i (x A_i^T) B_i^T for several layers; no gradient for W and b."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: list[Lora], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        weights, adapters = tensors[: len(layers)], tensors[len(layers) :]
-        rows = x.reshape(-1, x.shape[-1])
-        down = torch.cat([a for a in adapters[::2] if a is not None]).to(x.dtype)  # all A's: [sum of ranks, in]
-        ups = [(m.lora_B * m.scaling).to(x.dtype) for m in layers]
-        ranks = [m.lora_A.shape[0] for m in layers]
-        low = rows @ down.T
-        outputs = []
-        for module, weight, up, part in zip(layers, weights, ups, low.split(ranks, 1), strict=True):
-            y = F.linear(rows, module.dense() if weight is None else weight, module.bias)
-            outputs.append(y.addmm_(part, up.T).view(*x.shape[:-1], -1))
-        ctx.save_for_backward(rows, low, down, *ups, *weights)
-        ctx.layers, ctx.ranks, ctx.shape = layers, ranks, x.shape
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | list[Lora] | None, ...]:
-        layers, ranks = ctx.layers, ctx.ranks
-        rows, low, down, *rest = ctx.saved_tensors
-        ups, weights = rest[: len(layers)], rest[len(layers) :]
-        d_rows: Tensor | None = None
-        d_low, d_ups = [], []
-        for module, weight, up, part, grad in zip(layers, weights, ups, low.split(ranks, 1), grads, strict=True):
-            dy = grad.reshape(-1, grad.shape[-1])
-            d_low.append(dy @ up)
-            d_ups.append((dy.T @ part).to(module.lora_B.dtype).mul_(module.scaling))
-            if ctx.needs_input_grad[0]:
-                base = module.dense() if weight is None else weight
-                d_rows = dy @ base if d_rows is None else d_rows.addmm_(dy, base)
-        d_all = torch.cat(d_low, 1)
-        d_downs = (d_all.T @ rows).to(layers[0].lora_A.dtype).split(ranks)
-        if d_rows is not None:
-            d_rows = d_rows.addmm_(d_all, down).view(ctx.shape)
-        pairs = [g for pair in zip(d_downs, d_ups, strict=True) for g in pair]
-        return d_rows, None, *(None,) * len(layers), *pairs

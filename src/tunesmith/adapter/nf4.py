@@ -8,14 +8,14 @@ and the dense weight is made again in the backward instead of being kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.adapter import products
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.model.fill import Stored
 
@@ -34,6 +34,18 @@ def bitsandbytes() -> Any:
     return bitsandbytes.functional
 
 
+class Blocks(NamedTuple):
+    """How a packed weight is cut.
+
+    size: weights that share a scale. nested: scales that share a scale, or None for plain fp32 scales.
+    dtype: what the codes were made from, and are turned back into.
+    """
+
+    size: int
+    nested: int | None
+    dtype: torch.dtype
+
+
 class Nf4Linear(nn.Module):
     """y = x W^T + b with W held in NF4.
 
@@ -45,17 +57,22 @@ class Nf4Linear(nn.Module):
         bias: compute_dtype [out_features], or None.
     """
 
+    absmax: Tensor
+    code: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor
+    nested_offset: Tensor
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool, compute_dtype: torch.dtype, device: Any = "meta"
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.compute_dtype = in_features, out_features, compute_dtype
-        self.block, self.nested_block = BLOCK, NESTED_BLOCK
         count = in_features * out_features
         blocks = -(-count // BLOCK)
         packed = torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.state_dtype = compute_dtype  # what the codes were made from, and are turned back into
+        self._is_held(Blocks(BLOCK, NESTED_BLOCK, compute_dtype))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=compute_dtype, device=device)) if bias else None
         # Not persistent: they are not in a dense checkpoint, whose reader would miss them.
         self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8, device=device), persistent=False)
@@ -64,10 +81,14 @@ class Nf4Linear(nn.Module):
         self.register_buffer("nested_code", torch.empty(256, device=device), persistent=False)
         self.register_buffer("nested_offset", torch.empty((), device=device), persistent=False)
 
+    def _is_held(self, blocks: Blocks) -> None:
+        self.blocks, self.kind = blocks, f"nf4 {blocks}"
+        products.KINDS.setdefault(self.kind, Nf4(blocks))
+
     def take(self, other: Nf4Linear) -> None:
         """Hold the very tensors of another layer."""
         self.weight, self.bias = other.weight, other.bias
-        self.block, self.nested_block, self.state_dtype = other.block, other.nested_block, other.state_dtype
+        self._is_held(other.blocks)
         for name, buffer in other.named_buffers(recurse=False):
             self.register_buffer(name, buffer, persistent=False)
 
@@ -108,11 +129,10 @@ class Nf4Linear(nn.Module):
 
     def _hold(self, packed: Tensor, state: Any) -> None:
         self.weight = nn.Parameter(packed.reshape(-1, 1), requires_grad=False)
-        self.block, self.state_dtype = state.blocksize, state.dtype
+        self._is_held(Blocks(state.blocksize, state.state2.blocksize if state.nested else None, state.dtype))
         self.register_buffer("absmax", state.absmax, persistent=False)
         self.register_buffer("code", state.code, persistent=False)
         if state.nested:
-            self.nested_block = state.state2.blocksize
             self.register_buffer("nested_absmax", state.state2.absmax, persistent=False)
             self.register_buffer("nested_code", state.state2.code, persistent=False)
             self.register_buffer("nested_offset", state.offset, persistent=False)
@@ -120,48 +140,71 @@ class Nf4Linear(nn.Module):
             for name in ("nested_absmax", "nested_code", "nested_offset"):
                 self.register_buffer(name, None, persistent=False)
 
+    def held(self) -> products.Held:
+        """The packed weight in the form that the products take."""
+        tensors = [self.weight, self.absmax, self.code]
+        if self.nested_absmax is not None:
+            tensors += [self.nested_absmax, self.nested_code, self.nested_offset]
+        return products.Held(self.kind, tensors, self.out_features)
+
     @torch.no_grad()
     def dense(self) -> Tensor:
         """The weight, [out_features, in_features] in the compute dtype; a new tensor each time."""
-        functional = bitsandbytes()
-        nested = None
-        if self.nested_absmax is not None:
-            nested = functional.QuantState(
-                absmax=self.nested_absmax, blocksize=self.nested_block, code=self.nested_code, dtype=torch.float32
-            )
-        state = functional.QuantState(
-            absmax=self.absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
-            code=self.code,
-            blocksize=self.block,
-            quant_type="nf4",
-            dtype=self.state_dtype,
-            offset=self.nested_offset,
-            state2=nested,
-        )
-        weight: Tensor = functional.dequantize_4bit(self.weight, state)
-        return weight.to(self.compute_dtype)
+        shape = (self.out_features, self.in_features)
+        return _unpack(self.held().tensors, shape, self.blocks).to(self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
-        y: Tensor = _Dequantised.apply(x, self)
-        return y if self.bias is None else y + self.bias
+        return products.grouped(x, [self.held()], [self.bias])[0]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, nf4"
 
 
-class _Dequantised(torch.autograd.Function):
-    """x W^T, with W made again in the backward: a dense copy of every layer would undo the saving of 4 bits."""
+class Nf4:
+    """Products with an NF4 weight. It is made dense in the forward and again in the backward, and dropped at once: a
+    dense copy of every layer would undo the saving of 4 bits."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(x, Nf4Linear.dense(layer))
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        self.tensors = 3 if blocks.nested is None else 6
+        self.dense = products.Dense()
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ Nf4Linear.dense(ctx.layer), None
+    def quantise(self, x: Tensor) -> list[Tensor]:
+        return []
+
+    def times(
+        self, x: Tensor, quantised: Sequence[Tensor], weight: Sequence[Tensor], update: products.Update | None
+    ) -> Tensor:
+        w = _unpack(weight, (weight[0].numel() * 2 // x.shape[1], x.shape[1]), self.blocks)
+        return self.dense.times(x, (), [w.to(x.dtype)], update)
+
+    def back(self, dy: Tensor, quantised: Sequence[Tensor], weight: Sequence[Tensor], onto: Tensor | None) -> Tensor:
+        w = _unpack(weight, (dy.shape[1], weight[0].numel() * 2 // dy.shape[1]), self.blocks)
+        return self.dense.back(dy, (), [w.to(dy.dtype)], onto)
+
+
+def _unpack(tensors: Sequence[Tensor], shape: tuple[int, int], blocks: Blocks) -> Tensor:
+    functional = bitsandbytes()
+    packed, absmax, code, *outer = tensors
+    nested, offset = None, None
+    if outer:
+        nested_absmax, nested_code, offset = outer
+        nested = functional.QuantState(
+            absmax=nested_absmax, blocksize=blocks.nested, code=nested_code, dtype=torch.float32
+        )
+    state = functional.QuantState(
+        absmax=absmax,
+        shape=torch.Size(shape),
+        code=code,
+        blocksize=blocks.size,
+        quant_type="nf4",
+        dtype=blocks.dtype,
+        offset=offset,
+        state2=nested,
+    )
+    dense: Tensor = functional.dequantize_4bit(packed, state)
+    return dense
 
 
 def hooks(model: nn.Module) -> dict[str, Any]:
