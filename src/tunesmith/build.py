@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,10 +30,30 @@ from tunesmith.model import facts as model_facts
 from tunesmith.model import hub, load
 from tunesmith.model.facts import Facts
 from tunesmith.optim import Optimizer
+from tunesmith.parallel import eight_bits
+from tunesmith.parallel.apply import door_of
 from tunesmith.parallel.apply import prepare as prepare_model
-from tunesmith.parallel.memory import plan
+from tunesmith.parallel.choices import Choice, line, reasons
+from tunesmith.parallel.compiled import wanted
+from tunesmith.parallel.fit import CudaMeter, fit
+from tunesmith.parallel.memory import USABLE, MemoryPlan, describe_recompute, has_own_memory, plan
 
 LOSS_SCALE = 2.0**16
+# Compiled graphs: rows of steps that differ are padded to a multiple of so many tokens, a hundredth of a usual step...
+MULTIPLE = 128
+# ... and the longest document is stated in blocks of the attention kernel.
+BOUND = 128
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How micro batches are laid out; the fields are the Loader's. Either `micro_tokens` or `micro_examples` is set."""
+
+    micro_tokens: int | None
+    micro_examples: int | None
+    pad_to: int | None = None
+    multiple: int = 1
+    bound: int | None = None
 
 
 @dataclass
@@ -41,7 +62,9 @@ class Session:
 
     Attributes:
         folder: the model's files.
-        micro_tokens, micro_examples: what one forward pass takes; exactly one of them is set.
+        rows: how micro batches are laid out.
+        recomputed: decoder layers that are run again in the backward.
+        choices: what was decided for this machine, and why.
         total_steps: optimizer steps of the whole run, or None where it ends by the clock.
     """
 
@@ -53,8 +76,9 @@ class Session:
     model: TrainModel
     optimizer: Optimizer
     device: torch.device
-    micro_tokens: int | None
-    micro_examples: int | None
+    rows: Rows
+    recomputed: int
+    choices: list[Choice]
     total_steps: int | None
 
     @property
@@ -82,8 +106,7 @@ class Session:
         return Loader(
             self.data.train,
             self.data.course,
-            micro_tokens=self.micro_tokens,
-            micro_examples=self.micro_examples,
+            **asdict(self.rows),
             pad_id=self.pad_id,
             start_step=start_step,
             stop_step=self.total_steps,
@@ -135,13 +158,14 @@ def check_disk(run: Run, trained_bytes: int) -> None:
         )
 
 
-def build(run: Run, start: Start, *, say: Callable[[str], None]) -> Session:
+def build(run: Run, start: Start, *, say: Callable[[str], None], why: bool = False) -> Session:
     """Make a Session, checking before each slow thing what can be checked without it.
 
     Args:
         run: the resolved recipe.
         start: where the run goes on from, if it does.
         say: takes one line for the user about each choice made here.
+        why: say the reason of each choice too.
     """
     device = choose_device()
     check_machine(run, device)
@@ -159,20 +183,80 @@ def build(run: Run, start: Start, *, say: Callable[[str], None]) -> Session:
         )
     total_steps = data.course.steps(run.train.duration)
 
-    memory = plan(run, facts, device, trained=trained_parameters(run, facts))
-    check_disk(run, trained_parameters(run, facts) * (load.DTYPES[run.model.dtype].itemsize + 12))
-    resolved = replace(run, train=replace(run.train, recompute="full" if memory.recompute else "none"))
-    torch.manual_seed(run.train.seed)
+    trained = trained_parameters(run, facts)
+    fixed = wanted(run.train.compile, device) and data.course.packed and run.train.global_batch.unit == "tokens"
+    memory = plan(run, facts, device, trained=trained, step=data.course.step_size(), fixed=fixed)
+    check_disk(run, trained * (load.DTYPES[run.model.dtype].itemsize + 12))
+    rows = rows_of(run, data, memory.micro_tokens, compiled=wanted(run.train.compile, device), fixed=fixed)
+    loader = partial(Loader, data.train, data.course, pad_id=int(tokenizer.pad_token_id), **asdict(rows))
     saved = start.found.path if start.found else None
-    model = prepare_model(resolved, saved if saved and run.adapter.kind == "none" else folder, device=device)
+
+    def make_model() -> TrainModel:
+        torch.manual_seed(run.train.seed)
+        files = saved if saved and run.adapter.kind == "none" else folder
+        return prepare_model(run, files, device=device, recomputed=memory.recomputed, varied=not fixed)
+
+    model = make_model()
+    probe = loader().batch(0).micro[0].to(device)
+    base = Choice("base", run.model.quantize if run.model.quantize != "none" else run.model.dtype, "as the recipe says")
+    if run.model.quantize == "fp8":
+        base = eight_bits.hold(model, probe)
+        if not base.taken.startswith("fp8"):
+            say(f"warning: the base stays in bf16: {base.why}")
+            del model
+            model = make_model()
     if saved and run.adapter.kind == "lora":
         peft_io.load(model.model, saved)
+    recomputed = memory.recomputed
+    if run.train.recompute == "auto" and has_own_memory(device):
+        budget = int(memory.free_bytes * USABLE)
+        recomputed = fit(model, probe, memory, CudaMeter(device), budget=budget, later=trained * 12)
     optimizer = make_optimizer(run, model, start)
-    micro = run.train.micro_batch
-    tokens = memory.micro_tokens if micro == "auto" else micro.amount if micro.unit == "tokens" else None
-    examples = None if micro == "auto" or micro.unit == "tokens" else micro.amount
+    choices = choices_of(run, model, memory, rows, base, recomputed)
     say(model.describe())
-    return Session(run, folder, facts, tokenizer, data, model, optimizer, device, tokens, examples, total_steps)
+    for text in reasons(choices) if why else [line(choices)]:
+        say(text)
+    return Session(
+        run, folder, facts, tokenizer, data, model, optimizer, device, rows, recomputed, choices, total_steps
+    )
+
+
+def rows_of(run: Run, data: Prepared, tokens: int, *, compiled: bool, fixed: bool) -> Rows:
+    """How micro batches are laid out: freely, or for compiled graphs so that little varies (`parallel.compiled`)."""
+    micro = run.train.micro_batch
+    examples = micro.amount if micro != "auto" and micro.unit == "examples" else None
+    room = None if examples else tokens
+    if not compiled:
+        return Rows(room, examples)
+    longest = data.train.counts.longest
+    bound = -(-longest // BOUND) * BOUND
+    if fixed and examples is None:
+        return Rows(max(tokens, longest), None, pad_to=max(tokens, longest), bound=bound)
+    return Rows(room, examples, multiple=MULTIPLE if data.course.packed else BOUND // 8, bound=bound)
+
+
+def choices_of(
+    run: Run, model: TrainModel, memory: MemoryPlan, rows: Rows, base: Choice, recomputed: int
+) -> list[Choice]:
+    """What this machine decided, for the line at the start and for env.json."""
+    layers, device = len(model.layers), next(model.parameters()).device
+    door = door_of(run, model.model.config, device)
+    on = wanted(run.train.compile, device)
+    where = "on a GPU" if device.type == "cuda" else "on a CPU, where it gains nothing"
+    why = f"train.compile: {run.train.compile}, {where}"
+    rerun = "as train.recompute says" if run.train.recompute != "auto" else "no more than the memory needs"
+    return [
+        Choice("attention", door.name, door.why),
+        Choice("loss", "chunked, compiled" if on else "chunked", "head and loss on supervised positions alone"),
+        base,
+        Choice("compile", "per layer" if on else "off", why),
+        Choice("recompute", describe_recompute(recomputed, layers), rerun),
+        Choice(
+            "micro batch",
+            f"{rows.micro_examples} examples" if rows.micro_examples else f"{rows.micro_tokens:,} tokens",
+            memory.why,
+        ),
+    ]
 
 
 def trained_parameters(run: Run, facts: Facts) -> int:
@@ -200,5 +284,6 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     """Write config.yaml and env.json: what was run, on what, from which data."""
     out = Path(session.run.output_dir)
     state.write_text(out / RECIPE, dump(session.run))
-    data = {"recipe_hash": digest(session.run), "data_hash": session.data.digest}
-    state.write_json(out / "env.json", {**hardware.describe(argv), **data})
+    found = {"recipe_hash": digest(session.run), "data_hash": session.data.digest}
+    choices = {c.part: {"taken": c.taken, "why": c.why} for c in session.choices}
+    state.write_json(out / "env.json", {**hardware.describe(argv), **found, "choices": choices})

@@ -9,12 +9,16 @@ trained head, a tied one, a soft cap and a scale all take the same way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+# Raw logits [c, vocabulary], targets [c], soft cap, scale -> loss sum (0-d) and its derivative by the raw logits.
+Score = Callable[[Tensor, Tensor, float | None, float], tuple[Tensor, Tensor]]
 
 # What one chunk of fp32 logits may take. On a GPU larger chunks keep the products efficient; on a CPU the chunk should
 # stay in the last-level cache.
@@ -29,6 +33,7 @@ def chunked_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     chunk: int | None = None,
+    score: Score | None = None,
 ) -> Tensor:
     """Sum of the cross-entropy of `cap(scale * head(hidden))` against `targets`, in nats.
 
@@ -40,17 +45,19 @@ def chunked_cross_entropy(
         softcap: c in c * tanh(logits / c) (Gemma 2), or None.
         scale: factor on the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
         chunk: positions at a time; None keeps a chunk of fp32 logits within `CHUNK_BYTES`.
+        score: what makes loss and slope of a chunk; None takes `loss_and_slope`, else the same compiled.
 
     Returns:
         0-d, fp32 (fp64 where hidden is fp64).
     """
-    size = chunk or chunk_size(_vocabulary(head), hidden.device)
+    size = _even(len(targets), chunk or chunk_size(_vocabulary(head), hidden.device, trained=_is_trained(head)))
     if type(head) is nn.Linear:
-        loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, _Course(targets, softcap, scale, size))
+        course = _Course(targets, softcap, scale, size, score or loss_and_slope)
+        loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, course)
         return loss
     total = hidden.new_zeros((), dtype=_wide(hidden))
     for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-        total = total + checkpoint(_plain_loss, h, head, _Course(t, softcap, scale, size), use_reentrant=False)
+        total = total + checkpoint(_plain_loss, h, head, t, softcap, scale, use_reentrant=False)
     return total
 
 
@@ -74,10 +81,23 @@ def token_cross_entropy(
     return torch.cat(losses), torch.cat(hits)
 
 
-def chunk_size(vocabulary: int, device: torch.device) -> int:
-    """Positions whose fp32 logits fit the budget of the device."""
+def chunk_size(vocabulary: int, device: torch.device, *, trained: bool = False) -> int:
+    """Positions whose fp32 logits fit the budget of the device.
+
+    A `trained` head has its gradient added up once a chunk, [vocabulary, h] in fp32: on a GPU that takes longer than
+    the products of a small chunk, so it gets four times the room.
+    """
     budget = CHUNK_BYTES["cpu" if device.type == "cpu" else "other"]
-    return max(16, budget // (4 * vocabulary))
+    return max(16, budget * (4 if trained and device.type != "cpu" else 1) // (4 * vocabulary))
+
+
+def _even(count: int, size: int) -> int:
+    """The size of as many chunks as `size` makes of `count`, but all alike: a compiled score has no small last one."""
+    return -(-count // max(1, -(-count // size))) or 1
+
+
+def _is_trained(head: nn.Module) -> bool:
+    return any(p.requires_grad for p in head.parameters())
 
 
 def _vocabulary(head: nn.Module) -> int:
@@ -97,8 +117,7 @@ def _logits(raw: Tensor, softcap: float | None, scale: float) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _plain_loss(hidden: Tensor, head: nn.Module, course: _Course) -> Tensor:
-    targets, softcap, scale, _ = course
+def _plain_loss(hidden: Tensor, head: nn.Module, targets: Tensor, softcap: float | None, scale: float) -> Tensor:
     return F.cross_entropy(_logits(head(hidden), softcap, scale), targets, reduction="sum")
 
 
@@ -109,6 +128,7 @@ class _Course(NamedTuple):
     softcap: float | None
     scale: float
     size: int
+    score: Score
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -116,7 +136,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, course: _Course) -> Tensor:
-        targets, softcap, scale, size = course
+        targets, softcap, scale, size, score = course
         wide = _wide(hidden)
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         total = hidden.new_zeros((), dtype=wide)
@@ -127,7 +147,7 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], size):
             span = slice(start, start + size)
             raw = F.linear(hidden[span], weight, bias)
-            loss, slope = _loss_and_slope(raw, targets[span], softcap, scale)
+            loss, slope = score(raw, targets[span], softcap, scale)
             total += loss
             if d_hidden is not None:
                 d_hidden[span] = slope @ weight
@@ -151,7 +171,7 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def _loss_and_slope(raw: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
+def loss_and_slope(raw: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
     """Loss sum of a chunk and its derivative by the raw logits, in their dtype; `raw` is [c, vocabulary]."""
     # raw belongs to this chunk alone, so the wide copy and all after it work in place.
     logits = raw.to(_wide(raw))

@@ -242,7 +242,7 @@ class Trainer:
         found = validation_loss(
             self.s.model,
             self.s.data.validation,
-            micro_tokens=self.s.micro_tokens or self.run.data.seq_len * 4,
+            micro_tokens=self.s.rows.micro_tokens or self.run.data.seq_len * 4,
             pad_id=self.s.pad_id,
             device=self.s.device,
             cancelled=lambda: self.stop.signal is not None,
@@ -326,7 +326,7 @@ class Trainer:
 
     def as_failure(self, error: BaseException) -> TunesmithError:
         """The error that ends this run, with what it knows of where it stood."""
-        tokens, examples = self.s.micro_tokens, self.s.micro_examples
+        tokens, examples = self.s.rows.micro_tokens, self.s.rows.micro_examples
         micro = f"{tokens} tokens" if tokens else f"{examples} examples"
         half = (
             f"{max(self.run.data.seq_len, tokens // 2)} tokens"
@@ -337,13 +337,19 @@ class Trainer:
 
 
 def train(
-    run: Run, *, fresh: bool = False, argv: list[str] | None = None, say: Callable[[str], None] = print_line
+    run: Run,
+    *,
+    fresh: bool = False,
+    why: bool = False,
+    argv: list[str] | None = None,
+    say: Callable[[str], None] = print_line,
 ) -> Result:
     """Train what a recipe describes, or go on with it.
 
     Args:
         run: a checked recipe.
         fresh: put what an earlier run left in `output_dir` aside and start over.
+        why: say the reason of each choice that was made for this machine.
         argv: the command line, for env.json.
         say: takes each line about what was found and chosen before the first step.
 
@@ -362,7 +368,7 @@ def train(
             start = decide(run, warn=say)
             if start.finished is not None:
                 return Result(out, start.finished, finished_before=True)
-            session = build(run, start, say=say)
+            session = build(run, start, say=say, why=why)
             sinks = metric_sinks.for_run(run, out, total_steps=session.total_steps)
             stack.callback(close_after_all, sinks)
             # A step whose validation was cut off is written again, with its validation.

@@ -262,7 +262,7 @@ def test_wrong_use(make) -> None:
     c = course(lengths=tokens.lengths)
     with pytest.raises(ValueError, match="micro_tokens or micro_examples"):
         Loader(tokens, c, pad_id=0)
-    with pytest.raises(ValueError, match="pad_to is 3"):
+    with pytest.raises(ValueError, match="there is room for 3"):
         Loader(tokens, c, pad_id=0, micro_tokens=8, pad_to=3)
     with pytest.raises(ValueError, match="no examples"):
         course(lengths=np.zeros(0, int)).examples(0)

@@ -7,7 +7,8 @@ import torch
 
 from tunesmith.errors import ModelError
 from tunesmith.model import attention
-from tunesmith.model.attention import Documents, attend
+from tunesmith.model.attention import attend
+from tunesmith.model.documents import QUERIES, Documents
 
 
 def documents(lengths: list[int]) -> Documents:
@@ -99,7 +100,7 @@ def test_long_documents_never_hold_the_square_of_their_length():
     q, k, v = (torch.randn(8192, h, 4) for h in (4, 1, 1))
     with Watch(), torch.no_grad():
         out = attention._Products.forward(_Context(), q, k, v, attention.Rule(documents([8192]), 0.5))
-    assert largest == 4 * attention.QUERIES * 8192
+    assert largest == 4 * QUERIES * 8192
     assert torch.isfinite(out).all()
 
 

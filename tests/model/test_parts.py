@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
 from tunesmith.model import attention, parts
-from tunesmith.model.attention import Documents
+from tunesmith.model.documents import Documents
 
 from . import families
 

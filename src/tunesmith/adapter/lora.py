@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.adapter import products
+from tunesmith.adapter import fp8, products
+from tunesmith.adapter.fp8 import Fp8Linear
 from tunesmith.adapter.nf4 import Nf4Linear
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
@@ -100,6 +101,31 @@ class LoraNf4Linear(Lora, Nf4Linear):
         super().__init__(base.in_features, base.out_features, base.bias is not None, base.compute_dtype, device="meta")
         self.take(base)
         self.add_lora(adapter, base.weight.device)
+
+
+class LoraFp8Linear(Lora, Fp8Linear):
+    """An `Fp8Linear` with an adapter; it takes over the trained parameters of a `LoraLinear`."""
+
+    def __init__(self, base: LoraLinear, kind: str) -> None:
+        super().__init__(base, kind)
+        self.lora_A, self.lora_B = base.lora_A, base.lora_B
+        self.scaling, self.dropout, self.enabled = base.scaling, base.dropout, base.enabled
+
+
+def to_fp8(model: nn.Module, kind: str) -> int:
+    """Hold the frozen linear layers of a loaded model in fp8, with or without adapters; returns how many.
+
+    Args:
+        kind: of `fp8.KINDS`.
+    """
+
+    def make(base: nn.Module) -> nn.Module:
+        if isinstance(base, LoraLinear):
+            return LoraFp8Linear(base, kind)
+        assert isinstance(base, nn.Linear)
+        return Fp8Linear(base, kind)
+
+    return fp8.replace_linears(model, make)
 
 
 def attach(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:

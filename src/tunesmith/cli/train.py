@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe file, or the name of one that ships (see `tunesmith recipes`)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
     parser.add_argument("--fresh", action="store_true", help="put an earlier run in output_dir aside and start over")
+    parser.add_argument("--why", action="store_true", help="say why each choice was made for this machine")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 
 
@@ -31,6 +32,6 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.metrics.report import closing
     from tunesmith.train import train
 
-    result = train(recipe, fresh=args.fresh, argv=sys.argv)
+    result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv)
     print(json.dumps(result.values()) if args.json else closing(recipe, result))
     return EXIT_OK

@@ -76,9 +76,11 @@ def _above_zero(key: str, value: float | None, example: str, otherwise: str = ""
 
 
 def _model(model: Model, adapter: Adapter) -> Iterator[Problem]:
-    if model.quantize == "fp8":
-        fix = "model.quantize: none, or nf4 for less memory"
-        yield Problem("model.quantize", "an fp8 base is not built yet in this version", fix, error=MachineError)
+    if model.quantize == "fp8" and model.dtype != "bf16":
+        why = "the products of an fp8 base come out in bf16"
+        yield Problem(
+            "model.quantize", f"model.quantize: fp8 with model.dtype: {model.dtype}", "model.dtype: bf16", why
+        )
     if model.quantize != "none" and adapter.kind == "none":
         why = "full fine-tuning changes the base, and a quantised base is frozen"
         fix = "train an adapter on it (adapter.kind: lora), or model.quantize: none"
@@ -156,6 +158,8 @@ def _train(train: Train, run: Run) -> Iterator[Problem]:
         fix = "remove it, or train.schedule: cosine"
         what = "train.min_learning_rate has no effect with train.schedule: constant"
         yield Problem("train.min_learning_rate", what, fix)
+    if isinstance(train.recompute, int):
+        yield from _at_least("train.recompute", train.recompute, 0)
     for i, beta in enumerate(train.betas):
         if not 0 <= beta < 1:
             yield Problem("train.betas", f"train.betas.{i} is {beta}, outside [0, 1)", "train.betas: [0.9, 0.999]")

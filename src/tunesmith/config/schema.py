@@ -34,7 +34,7 @@ class Model:
         "bf16", doc="type of the weights and of the products; fp16 scales the loss"
     )
     quantize: Literal["none", "fp8", "nf4"] = key(
-        "none", doc="how the frozen base is held; nf4 is bitsandbytes' format"
+        "none", doc="how the frozen base is held; fp8 for speed (needs bf16), nf4 (bitsandbytes' format) for memory"
     )
     attention: Literal["auto", "eager"] = key(
         "auto", doc="auto takes the fastest block-diagonal attention; eager is Transformers' own plain one"
@@ -129,8 +129,8 @@ class Train:
         "fp32", doc="full fine-tuning in bf16: an fp32 copy of the weights, or stochastic rounding"
     )
     seed: int = key(42, doc="fixes the order of the data, new weights and dropout")
-    recompute: Literal["auto", "none", "full"] = key(
-        "auto", doc="run each layer's forward again in the backward, to save memory"
+    recompute: int | Literal["auto", "none", "full"] = key(
+        "auto", doc="run the forward of layers again in the backward, to save memory: as few as must be, or this many"
     )
     compile: Literal["auto", "on", "off"] = key("auto", doc="torch.compile")
 

@@ -41,7 +41,7 @@ class Batch:
         position_ids: int64 [rows, length]; each document counts from 0.
         targets: int64 [rows, length]; the next token, or IGNORE.
         cu_seqlens: int32 [documents + 1]; edges of the documents in the flattened block, from 0 to rows * length.
-        max_seqlen: longest document, in tokens.
+        max_seqlen: longest document, in tokens, or a bound of it that all batches of a run share.
         tokens: non-padding tokens.
         supervised: positions whose target is not IGNORE.
         examples: real examples (padding documents are none).
@@ -65,13 +65,14 @@ class Batch:
         return Batch(**{**self.__dict__, **moved})
 
 
-def collate(rows: Sequence[Sequence[Example]], *, length: int, pad_id: int) -> Batch:
+def collate(rows: Sequence[Sequence[Example]], *, length: int, pad_id: int, bound: int | None = None) -> Batch:
     """Lay rows of examples into one Batch.
 
     Args:
         rows: each row is the list of examples that share it; their tokens together must fit `length`.
         length: tokens of every row, padding counted.
         pad_id: the token that fills the end of a row; it is never attended to nor trained.
+        bound: no document is longer; it becomes `max_seqlen`, and padding is cut into documents of that length.
     """
     shape = (len(rows), length)
     ids = np.full(shape, pad_id, dtype=np.int64)
@@ -92,15 +93,17 @@ def collate(rows: Sequence[Sequence[Example]], *, length: int, pad_id: int) -> B
         if at > length:
             raise ValueError(f"row {r} holds {at} tokens and has room for {length}")
         if at < length:
-            positions[r, at:] = np.arange(length - at)
+            piece = bound or length
+            positions[r, at:] = np.arange(length - at) % piece
+            edges += range(r * length + at + piece, (r + 1) * length, piece)
             edges.append((r + 1) * length)
-            longest = max(longest, length - at)
+            longest = max(longest, min(length - at, piece))
     return Batch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         targets=torch.from_numpy(targets),
         cu_seqlens=torch.tensor(edges, dtype=torch.int32),
-        max_seqlen=longest,
+        max_seqlen=bound or longest,
         tokens=tokens,
         supervised=int((targets != IGNORE).sum()),
         examples=examples,

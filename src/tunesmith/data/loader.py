@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,6 +38,13 @@ class Summary:
     fill: float
     steps_per_epoch: int
     steps: int | None
+
+
+class StepSize(NamedTuple):
+    """Tokens of an optimizer step that take room in its rows: of an average one, and of the largest."""
+
+    mean: float
+    largest: int
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,15 @@ class Course:
     def row_length(self) -> int:
         return self._data.seq_len
 
+    def step_size(self) -> StepSize:
+        """Of the first epoch. Bins of `seq_len` count whole, examples with their own tokens."""
+        units, per_step = self._epoch(0).units, self._epoch(0).per_step
+        if not isinstance(units, np.ndarray):
+            whole = min(per_step, len(units)) * self._data.seq_len
+            return StepSize(whole, whole)
+        sums = np.add.reduceat(self.lengths[units], np.arange(0, len(units), per_step))
+        return StepSize(float(sums.mean()), int(sums.max()))
+
     def summary(self, duration: Length) -> Summary:
         """Examples -> rows -> optimizer steps, over the first epoch."""
         examples = tokens = rows = room = 0
@@ -208,6 +225,8 @@ class Loader:
         pad_to: None pads as little as may be: packed micro batches are one row [1, n] of their documents with no
             padding, others [rows, longest]. A number fixes the shape, for compiled graphs: [1, pad_to] packed,
             [rows, pad_to] otherwise, with empty rows where there are no more examples.
+        multiple: rows are padded up to a multiple of this many tokens.
+        bound: what all batches state as their longest document; no example may be longer.
         ahead: global batches that wait ready.
 
     Use it in a `with`, or call `close()`: the thread ends with it.
@@ -224,14 +243,18 @@ class Loader:
         start_step: int = 0,
         stop_step: int | None = None,
         pad_to: int | None = None,
+        multiple: int = 1,
+        bound: int | None = None,
         ahead: int = 2,
     ) -> None:
         if (micro_tokens is None) == (micro_examples is None):
             raise ValueError("give micro_tokens or micro_examples")
-        if pad_to is not None and len(tokens) and pad_to < int(tokens.lengths.max()):
-            raise ValueError(f"the longest example has {tokens.lengths.max()} tokens, and pad_to is {pad_to}")
+        least = min((n for n in (pad_to, bound) if n is not None), default=None)
+        if least is not None and len(tokens) and least < int(tokens.lengths.max()):
+            raise ValueError(f"the longest example has {tokens.lengths.max()} tokens, and there is room for {least}")
         self._tokens, self._course, self._pad_id = tokens, course, pad_id
         self._micro_tokens, self._micro_examples, self._pad_to = micro_tokens, micro_examples, pad_to
+        self._multiple, self._bound = multiple, bound
         self._start, self._stop = start_step, stop_step
         self._queue: queue.Queue[GlobalBatch | BaseException | None] = queue.Queue(maxsize=ahead)
         self._closing = threading.Event()
@@ -343,11 +366,10 @@ class Loader:
 
     def _lay(self, group: list[int]) -> Batch:
         examples = [self._tokens[i] for i in group]
-        if self._course.packed:
-            length = self._pad_to or sum(len(e.ids) for e in examples)
-            return collate([examples], length=length, pad_id=self._pad_id)
-        rows: list[list[Example]] = [[e] for e in examples]
-        if self._pad_to is not None:
+        rows: list[list[Example]] = [examples] if self._course.packed else [[e] for e in examples]
+        if self._pad_to is not None and not self._course.packed:
             count = self._micro_examples or max(1, (self._micro_tokens or 0) // self._pad_to)
             rows += [[] for _ in range(count - len(rows))]
-        return collate(rows, length=self._pad_to or max(len(e.ids) for e in examples), pad_id=self._pad_id)
+        longest = max(sum(len(e.ids) for e in row) for row in rows)
+        length = self._pad_to or -(-longest // self._multiple) * self._multiple
+        return collate(rows, length=length, pad_id=self._pad_id, bound=self._bound)

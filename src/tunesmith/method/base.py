@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from tunesmith.data.batch import IGNORE, Batch
 from tunesmith.errors import ModelError
-from tunesmith.loss import chunked_cross_entropy, token_cross_entropy
+from tunesmith.loss import Score, chunked_cross_entropy, loss_and_slope, token_cross_entropy
 from tunesmith.model import attention
+from tunesmith.model.documents import Documents
 
 
 class Method(Protocol):
@@ -33,9 +34,11 @@ class TrainModel(nn.Module):
     Args:
         model: the causal LM; its parameters keep their names below `model.`.
         method: what the loss is.
+        layers: name of the module that holds the decoder layers.
         softcap: soft cap of the logits (Gemma 2), or None.
         logit_scale: factor on the logits.
-        attention: "packed", our block-diagonal attention on the flattened batch, or "eager", Transformers' own.
+        door: the way of our block-diagonal attention on the flattened batch (`attention.choose`), or "eager" for
+            Transformers' own on padded rows.
     """
 
     def __init__(
@@ -43,21 +46,29 @@ class TrainModel(nn.Module):
         model: PreTrainedModel,
         method: Method,
         *,
+        layers: str,
+        door: str,
         softcap: float | None = None,
         logit_scale: float = 1.0,
-        attention: str = "packed",
     ) -> None:
         super().__init__()
         self.model = model
         self.method = method
+        self.layers_name = layers
+        self.score: Score = loss_and_slope
         self.softcap = softcap
         self.logit_scale = logit_scale
-        self.flat = attention == "packed"
+        self.door = door
         self.use_training_attention()
 
     def use_training_attention(self) -> None:
         """Take the attention of training; generation sets "sdpa" and calls this when it is done."""
-        self.model.set_attn_implementation(attention.register() if self.flat else "eager")
+        self.model.set_attn_implementation("eager" if self.door == "eager" else attention.register())
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, in their order."""
+        return list(self.model.get_submodule(self.layers_name).children())
 
     @property
     def head(self) -> nn.Module:
@@ -73,17 +84,19 @@ class TrainModel(nn.Module):
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, [rows * length, width]; each document is computed as if it were alone."""
         ids, positions, options = batch.input_ids, batch.position_ids, {}
-        if self.flat:
+        if self.door != "eager":
             # One row: every layer but attention works position by position, and attention goes by the documents.
             ids, positions = ids.view(1, -1), positions.view(1, -1)
-            options["documents"] = attention.Documents(batch.cu_seqlens, batch.max_seqlen)
+            options["documents"] = Documents(batch.cu_seqlens, batch.max_seqlen, self.door)
         output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **options)
         hidden: Tensor = output.last_hidden_state.flatten(0, 1)
         return hidden
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy summed over the positions of hidden [n, width] and targets [n]."""
-        return chunked_cross_entropy(hidden, self.head, targets, softcap=self.softcap, scale=self.logit_scale)
+        return chunked_cross_entropy(
+            hidden, self.head, targets, softcap=self.softcap, scale=self.logit_scale, score=self.score
+        )
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Cross-entropy of every position: fp32 (or fp64) [rows, length], 0 where the target is IGNORE; no gradient."""

@@ -16,96 +16,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from tunesmith.errors import ModelError
+from tunesmith.model.documents import KEEP, QUERIES, Documents, Group
 
 NAME = "tunesmith"
 
-# Queries of a document are taken this many at a time, so that scores are [heads, QUERIES, n] and keys that lie in the
-# future of a whole block are never multiplied. On 2 cores 128 is 10 % faster than 512 for documents of 75 to 310 tokens.
-QUERIES = 128
-# Documents up to this length keep their probabilities for the backward; longer ones compute them again.
-KEEP = 512
-# Documents within one block of queries that are alike are padded to a common length and multiplied together, up to
-# this many tokens: nearly twice as fast at 15 to 45 tokens, a tenth at 90 to 130, and a loss above.
-GROUP_TOKENS = 512
-ALIKE = 0.8
+# Keywords of this torch's varlen_attn: `is_causal` until 2.11, `window_size` and `enable_gqa` later.
+VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
 
 # What Transformers passes to every attention function and that does not change the result here.
 HARMLESS = frozenset(
     {"position_ids", "use_cache", "output_attentions", "cache_position", "position_embeddings", "is_causal"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
 )
-
-
-@dataclass(frozen=True)
-class Group:
-    """Documents of nearly one length, padded to the longest.
-
-    Attributes:
-        start: first token of the only document, where `count` is 1 (nothing is gathered then).
-        count: documents.
-        length: tokens of the longest.
-        places: int64 [tokens]; of the count * length padded places those that hold a token; None where count is 1.
-        tokens: int64 [tokens]; the token at each of `places`; None where count is 1.
-    """
-
-    start: int
-    count: int
-    length: int
-    places: Tensor | None = None
-    tokens: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Edges of the documents in a flattened block of n tokens.
-
-    Attributes:
-        cu_seqlens: int32 [documents + 1], from 0 to n, on the device of the tokens; equal neighbours are empty documents.
-        max_seqlen: an upper bound of the longest document, in tokens.
-    """
-
-    cu_seqlens: Tensor
-    max_seqlen: int
-
-    @cached_property
-    def edges(self) -> list[int]:
-        """`cu_seqlens` on the host; waits for the device, so only the doors that need it ask."""
-        edges: list[int] = self.cu_seqlens.tolist()
-        return edges
-
-    @cached_property
-    def groups(self) -> list[Group]:
-        """Documents grouped for `products`, made once a batch and used by every layer."""
-        spans = sorted(((b - a, a) for a, b in zip(self.edges, self.edges[1:], strict=False) if b > a), reverse=True)
-        groups: list[list[tuple[int, int]]] = []
-        for length, start in spans:
-            longest, count = (groups[-1][0][0], len(groups[-1])) if groups else (0, 0)
-            fits = ALIKE * longest <= length and 0 < longest <= QUERIES and (count + 1) * longest <= GROUP_TOKENS
-            if fits:
-                groups[-1].append((length, start))
-            else:
-                groups.append([(length, start)])
-        return [self._group(members) for members in groups]
-
-    def _group(self, members: list[tuple[int, int]]) -> Group:
-        longest, device = members[0][0], self.cu_seqlens.device
-        if len(members) == 1:
-            return Group(start=members[0][1], count=1, length=longest)
-        lengths = torch.tensor([length for length, _ in members]).unsqueeze(1)
-        starts = torch.tensor([start for _, start in members]).unsqueeze(1)
-        column = torch.arange(longest)
-        real = column < lengths
-        places, tokens = real.flatten().nonzero().squeeze(1), (starts + column)[real]
-        return Group(start=-1, count=len(members), length=longest, places=places.to(device), tokens=tokens.to(device))
 
 
 class Rule(NamedTuple):
@@ -199,62 +130,69 @@ def attend(
                 fix="set the model's attention_dropout to 0",
             )
         return _sdpa(q, k, v, rule, dropout)
-    if q.device.type == "cuda" and softcap is None:
-        works = _varlen_works(q.device, q.dtype, q.shape[-1])
-        return _varlen(q, k, v, rule) if works else _sdpa(q, k, v, rule)
-    return _products(q, k, v, rule)
+    door = documents.door or choose(q.device, q.dtype, q.shape[-1]).name
+    if door == "products" or softcap is not None:
+        return _products(q, k, v, rule)
+    if door == "varlen" and (window is None or "window_size" in VARLEN):
+        return _varlen(q, k, v, rule)
+    return _sdpa(q, k, v, rule)
 
 
-# varlen
+class Door(NamedTuple):
+    """One of the ways, and why it is the one to take."""
+
+    name: str
+    why: str
+
+
+# Not one of ours: Transformers' own, on padded rows.
+EAGER = Door("eager", "as model.attention says")
 
 
 @cache
-def _varlen_options() -> frozenset[str]:
-    """Keywords of this torch's varlen_attn: `is_causal` until 2.11, `window_size` and `enable_gqa` later."""
-    from torch.nn.attention.varlen import varlen_attn
+def choose(device: torch.device, dtype: torch.dtype, width: int, *, soft: bool = False) -> Door:
+    """The quickest way that works here: found by trying, not by version.
 
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    documents, scale, window, _ = rule
-    options = _varlen_options()
-    given: dict[str, Any] = {}
-    if "is_causal" in options:
-        given["is_causal"] = True
-    if "window_size" in options:
-        given["window_size"] = (-1 if window is None else window - 1, 0)
-    elif window is not None:
-        return _sdpa(q, k, v, rule)
-    if "enable_gqa" in options:
-        given["enable_gqa"] = q.shape[1] != k.shape[1]
-    if "scale" in options:
-        given["scale"] = scale
-    elif scale != q.shape[-1] ** -0.5:
-        q = q * (scale * q.shape[-1] ** 0.5)
-    # The kernel takes the bound for the size of its grid only: rounding it up to a power of two keeps the number of
-    # compiled graphs to a handful, since an int is a constant of the graph.
-    longest = min(1 << (documents.max_seqlen - 1).bit_length(), q.shape[0])
-    edges = documents.cu_seqlens
-    out = varlen_attn(q, k, v, edges, edges, longest, longest, **given)
-    assert isinstance(out, Tensor)  # the tuple is for return_aux
-    return out
-
-
-@torch.compiler.assume_constant_result
-@cache
-def _varlen_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether varlen runs forward and backward on this device and dtype: found by trying, not by version."""
+    Args:
+        width: channels of a head.
+        soft: whether the model caps its scores softly.
+    """
+    if soft:
+        return Door("products", "the model caps its scores softly, which torch's attention does not know")
+    if device.type != "cuda":
+        return Door("products", "on a CPU batched products are quicker than torch's attention, document by document")
     documents = Documents(torch.tensor([0, 8, 16], dtype=torch.int32, device=device), 8)
     q = torch.zeros(16, 2, width, device=device, dtype=dtype, requires_grad=True)
     try:
         with torch.enable_grad():
             _varlen(q, q[:, :1], q[:, :1], Rule(documents, 1.0)).sum().backward()
-    except (RuntimeError, ImportError, ValueError, TypeError):
-        return False
-    return True
+    except (RuntimeError, ImportError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return Door("sdpa", f"this GPU's varlen attention does not run in {dtype}: {reason[0]}")
+    return Door("varlen", "FlashAttention over packed documents runs here, forward and backward")
+
+
+# varlen
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    documents, scale, window, _ = rule
+    given: dict[str, Any] = {}
+    if "is_causal" in VARLEN:
+        given["is_causal"] = True
+    if "window_size" in VARLEN:
+        given["window_size"] = (-1 if window is None else window - 1, 0)
+    if "enable_gqa" in VARLEN:
+        given["enable_gqa"] = q.shape[1] != k.shape[1]
+    if "scale" in VARLEN:
+        given["scale"] = scale
+    elif scale != q.shape[-1] ** -0.5:
+        q = q * (scale * q.shape[-1] ** 0.5)
+    # The bound is a constant of a compiled graph; the batches of a run all state the same one (see data/loader.py).
+    edges, longest = documents.cu_seqlens, documents.max_seqlen
+    out = varlen_attn(q, k, v, edges, edges, longest, longest, **given)
+    assert isinstance(out, Tensor)  # the tuple is for return_aux
+    return out
 
 
 # sdpa

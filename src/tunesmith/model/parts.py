@@ -24,7 +24,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Q
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention, SmolLM3MLP, SmolLM3RMSNorm
 
-from tunesmith.model.attention import Documents, attend
+from tunesmith.model.attention import attend
+from tunesmith.model.documents import Documents
 
 Project = Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor]]
 

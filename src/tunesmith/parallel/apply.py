@@ -8,28 +8,32 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from tunesmith.adapter import lora, nf4, peft_io
 from tunesmith.config.schema import Run
 from tunesmith.method.base import Method, TrainModel
 from tunesmith.method.sft import sft
-from tunesmith.model import load, parts, quirks
+from tunesmith.model import attention, facts, load, parts, quirks
 from tunesmith.parallel import compiled, recompute
 from tunesmith.parallel.host import bound_product_caches, keep_freed_pages
 
 METHODS: dict[str, Method] = {"sft": sft}
 
 
-def prepare(run: Run, folder: Path, *, device: torch.device) -> TrainModel:
+def prepare(run: Run, folder: Path, *, device: torch.device, recomputed: int = 0, varied: bool = True) -> TrainModel:
     """Build the model of a recipe, with weights, ready to be trained.
 
     Args:
         run: the resolved recipe.
         folder: where the model's config and safetensors files are.
         device: where the weights go.
+        recomputed: decoder layers that are run again in the backward.
+        varied: whether micro batches differ in their number of tokens, as `compiled.compile_layers` wants to know.
 
     Returns:
-        The root module. What the recipe does not train has `requires_grad` False.
+        The root module. What the recipe does not train has `requires_grad` False. A base to be held in fp8 is still
+        dense: `adapter.lora.to_fp8` is for when its loss has been measured.
 
     Raises:
         ModelError, RecipeError: the files or the recipe do not fit each other.
@@ -48,23 +52,36 @@ def prepare(run: Run, folder: Path, *, device: torch.device) -> TrainModel:
     if run.adapter.kind == "lora":
         lora.attach(model, run.adapter, seed=run.train.seed)
     parts.fuse(model, project=lora.project)
-    if run.train.recompute == "full":
-        recompute.recompute_layers(layers)
-    if compiled.wanted(run.train.compile, device):
-        compiled.compile_layers(layers)
+    recompute.recompute_layers(layers, recomputed)
+    fast = compiled.wanted(run.train.compile, device)
+    if fast:
+        compiled.compile_layers(layers, varied=varied)
     load.materialise(model, device)
     load.load_weights(model, folder, skip=_made_here(model), convert=nf4.hooks(model))
     if run.adapter.kind == "lora":
         lora.initialise(model, run.adapter, seed=run.train.seed)
     if run.adapter.kind == "lora" and run.adapter.from_ is not None:
         peft_io.load(model, peft_io.find(run.adapter.from_))
-    return TrainModel(
+    root = TrainModel(
         model,
         METHODS[run.method],
+        layers=quirk.layers,
         softcap=quirk.final_softcap,
         logit_scale=quirk.logit_scale,
-        attention="eager" if run.model.attention == "eager" else "packed",
+        door=door_of(run, config, device).name,
     )
+    if fast:
+        root.score = compiled.compile_score(root.score)
+    return root
+
+
+def door_of(run: Run, config: PretrainedConfig, device: torch.device) -> attention.Door:
+    """How attention is computed in a run, and why."""
+    if run.model.attention == "eager":
+        return attention.EAGER
+    width = facts.read(config.to_dict(), where=run.model.name, trust_remote_code=run.model.trust_remote_code).head_dim
+    soft = quirks.of(config).attention_softcap is not None
+    return attention.choose(device, load.DTYPES[run.model.dtype], width, soft=soft)
 
 
 def _made_here(model: nn.Module) -> Callable[[str], bool]:

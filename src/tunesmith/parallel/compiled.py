@@ -1,18 +1,35 @@
 """torch.compile where it pays.
 
 On CUDA every decoder layer is compiled by itself: the layers are alike, so one graph serves all, and the first step
-takes seconds instead of the minutes of a whole model. On a CPU the matrix products are already those of oneDNN, and the
-length of documents is part of attention's shapes; compiling the rest of each layer gained nothing there (SmolLM2-135M,
-2 cores), so on a CPU it happens only when it is asked for.
+takes seconds instead of the minutes of a whole model. What would make another graph is kept from varying: the longest
+document is one number for the whole run, the count of documents is marked as varying, and so is the count of tokens
+where steps differ in it (`global_batch` in examples); else every micro batch has the same. What was compiled is kept
+on disk between runs.
+
+On a CPU the matrix products are already those of oneDNN, and the length of documents is part of attention's shapes;
+compiling the rest of each layer gained nothing there (SmolLM2-135M, 2 cores), so on a CPU it happens only when it is
+asked for.
+
+torch has no public name for "this dimension varies"; the private ones are used in this file alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo.utils import counters
+
+from tunesmith.loss import Score
+from tunesmith.model.documents import Documents
+from tunesmith.model.parts import become
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def wanted(choice: str, device: torch.device) -> bool:
@@ -20,10 +37,85 @@ def wanted(choice: str, device: torch.device) -> bool:
     return choice == "on" or (choice == "auto" and device.type == "cuda")
 
 
-def compile_layers(layers: Iterable[nn.Module], *, backend: str | Callable[..., Any] = "inductor") -> int:
-    """Compile each layer in place, at its first forward; returns how many."""
+def keep_cache() -> Path:
+    """Keep compiled code in the user's cache folder; torch's default lies in /tmp, which many clusters empty.
+
+    Who has set TORCHINDUCTOR_CACHE_DIR keeps it. Returns the folder.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.setdefault(CACHE, str(Path(base) / "tunesmith" / "compiled")))
+
+
+def compile_layers(layers: Iterable[nn.Module], *, varied: bool, backend: str | Callable[..., Any] = "inductor") -> int:
+    """Compile each layer in place, at its first forward in training; returns how many.
+
+    Args:
+        layers: decoder layers, called with hidden states [1, n, width].
+        varied: whether n differs from micro batch to micro batch.
+        backend: torch.compile's.
+    """
+    keep_cache()
     count = 0
+    shared = torch.compile(_forward, backend=backend)
     for layer in layers:
-        layer.compile(backend=backend)
+        made: Any = layer
+        become(made, Compiled)
+        made.compiled, made.varied = shared, varied
         count += 1
     return count
+
+
+class Compiled(nn.Module):
+    """A layer whose forward is compiled while it trains. Generation and validation have other shapes in every batch
+    and no backward to fuse: they run as before."""
+
+    compiled: Callable[..., Any]
+    varied: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        documents: Documents | None = kwargs.get("documents")
+        if not self.training or documents is None:
+            return super().forward(*args, **kwargs)
+        hidden, *rest = args
+        if not hidden.requires_grad:
+            # The first layer over frozen embeddings: a gradient that nobody reads costs a thousandth of the step, and a
+            # graph of its own for one layer would double what there is to compile.
+            args = (hidden.detach().requires_grad_(), *rest)
+        maybe_mark_dynamic(documents.cu_seqlens, 0)
+        if self.varied:
+            n = args[0].shape[1]
+            for tensor in _tensors((args, kwargs)):
+                if tensor.dim() > 1 and tensor.shape[1] == n:
+                    maybe_mark_dynamic(tensor, 1)
+        return self.compiled(self, args, kwargs)
+
+
+def _forward(layer: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return super(Compiled, layer).forward(*args, **kwargs)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def compile_score(score: Score) -> Score:
+    """The loss of a chunk of logits as one or two kernels; chunks differ in their number of positions."""
+    compiled: Score = torch.compile(score)
+
+    def run(raw: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
+        maybe_mark_dynamic(raw, 0)
+        maybe_mark_dynamic(targets, 0)
+        return compiled(raw, targets, softcap, scale)
+
+    return run
+
+
+def graphs_compiled() -> int:
+    """How many graphs torch.compile has made in this process so far."""
+    return int(counters["stats"]["unique_graphs"])

@@ -1,48 +1,78 @@
-"""How many tokens one forward pass takes, and whether layers are run again in the backward: an estimate, not a promise.
+"""How many tokens one forward pass takes, and how many layers are run again in the backward.
 
-What is held per token and layer without recompute, in elements, for a Llama-like block whose base is frozen: six
-vectors of the hidden width (block input, two norms' outputs, attention's output, two residuals), q, k and v, and
-four of the MLP's width (gate, up, their product, its gradient). With recompute only the block's input is held, and one
-block's worth at a time. For an 8B LoRA run at 16,384 tokens
-it says 101 GiB, weights included, where 86 were measured: it errs on the careful side.
+Both are chosen together, for the least time: a larger micro batch spreads what a pass costs whatever its size (reading
+or unpacking every weight, launching every kernel), a smaller one leaves memory in which more layers keep what they
+computed. The estimate is of what the backward needs; `fit.py` corrects it by a trial on the real model.
+
+Kept per token and layer of a Llama-like block, in elements, where the layer is compiled: five vectors of the hidden
+width (the block's input, the sum after attention, the two normed inputs, attention's output), q, k and v, and three of
+the MLP's width (gate, up, and their product). Without a compiler one more of each. A layer that is run again keeps its
+input alone. At 16,384 tokens of an 8B LoRA run this comes to 68 GiB; 69 were measured (85.7 less 16.3 of weights, on an
+H200, by a trial that this engine grew from).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tunesmith.config.schema import Run
+from tunesmith.data.loader import StepSize
 from tunesmith.model.facts import Facts
+from tunesmith.parallel.compiled import wanted
 
 MOST_TOKENS = {"cuda": 16384, "cpu": 4096}  # beyond these a larger block is not faster
-WANTED_TOKENS = 8192  # below this the products on a GPU are too small: recompute is the better price
-USABLE = 0.85  # of the free memory: the rest is the allocator's and the estimate's error
+USABLE = 0.9  # of the free memory: the rest is the allocator's
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# What a pass costs whatever its size, as the tokens whose work takes as long: the weights' way through memory against
+# four operations a weight and token, at the 4 TB/s and 700 TFLOP/s of an H200; and unpacking nf4 adds about as much.
+PASS_TOKENS = {"none": 160, "fp8": 320, "nf4": 320}
+RERUN = {"full": 1 / 3, "lora": 1 / 2}  # a second forward, as a share of a step's work: 2 of 6 operations, or of 4
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What `auto` came to: tokens of a micro batch, full recompute or none, and the estimate behind it in bytes."""
+    """What `auto` came to, and the estimate behind it.
+
+    Attributes:
+        micro_tokens: tokens of a micro batch, padding counted.
+        recomputed: decoder layers that are run again in the backward.
+        static_bytes: weights, gradients and optimizer state.
+        kept_bytes: what one layer keeps of one token; rerun_bytes: if it is run again.
+        free_bytes: memory that there was before anything was built.
+        why: the choice in words.
+    """
 
     micro_tokens: int
-    recompute: bool
+    recomputed: int
     static_bytes: int
-    bytes_per_token: int
+    kept_bytes: int
+    rerun_bytes: int
     free_bytes: int
+    why: str
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on `device`, in bytes."""
-    if device.type == "cuda":
+    """Memory that can still be had on `device`, in bytes.
+
+    Where GPU and host share it (GB10) the driver tells what is unused, not what can be had: there the host's figure
+    counts, as on a CPU.
+    """
+    if has_own_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(row.split()[1]) * 1024 for row in lines if row.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return 8 << 30  # no /proc: a small laptop's worth, which only makes `auto` careful
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether `device` is a GPU with memory of its own, where running out raises an error that can be caught."""
+    return device.type == "cuda" and not torch.cuda.get_device_properties(device).is_integrated
 
 
 def static_bytes(run: Run, facts: Facts, trained: int) -> int:
@@ -56,23 +86,73 @@ def static_bytes(run: Run, facts: Facts, trained: int) -> int:
     return base + trained * (12 + (4 if weight == 2 else 0))
 
 
-def bytes_per_token(run: Run, facts: Facts, *, recompute: bool) -> int:
-    """Activations that the backward needs, in bytes per token."""
-    block = 6 * facts.hidden + facts.head_dim * (facts.heads + 2 * facts.kv_heads) + 4 * facts.intermediate
-    elements = facts.layers * facts.hidden + block if recompute else facts.layers * block
-    return elements * BYTES[run.model.dtype]
+def kept_bytes(run: Run, facts: Facts, *, compiled: bool) -> int:
+    """What the backward needs of one layer that is not run again, in bytes per token."""
+    more = 0 if compiled else 1
+    block = (5 + more) * facts.hidden + facts.head_dim * (facts.heads + 2 * facts.kv_heads)
+    return (block + (3 + more) * facts.intermediate) * BYTES[run.model.dtype]
 
 
-def plan(run: Run, facts: Facts, device: torch.device, *, trained: int) -> MemoryPlan:
-    """Resolve `train.micro_batch: auto` and `train.recompute: auto` by what is free on the device."""
-    free, static, seq = free_bytes(device), static_bytes(run, facts, trained), run.data.seq_len
-    room = max(0, int(free * USABLE) - static)
-    most = max(seq, MOST_TOKENS.get(device.type, 4096))
+def passing_bytes(run: Run, facts: Facts, device: torch.device, tokens: int) -> int:
+    """What is there for a moment: one layer's gradients, the head's chunk of logits, the embeddings' rows."""
+    chunk = 3 * (256 << 20) if device.type == "cuda" else 3 * (32 << 20)
+    layer = (2 * facts.hidden + 4 * facts.intermediate) * BYTES[run.model.dtype] * tokens
+    widest = max(facts.hidden * facts.intermediate, 1) * BYTES[run.model.dtype]  # one weight made dense
+    return chunk + layer + widest + 4 * facts.hidden * BYTES[run.model.dtype] * tokens
 
-    def fitting(recompute: bool) -> int:
-        return min(most, room // bytes_per_token(run, facts, recompute=recompute))
 
-    wanted = max(seq, min(WANTED_TOKENS, most))
-    recompute = {"none": False, "full": True}.get(run.train.recompute, fitting(False) < wanted)
-    tokens = max(seq, fitting(recompute) // seq * seq)
-    return MemoryPlan(tokens, recompute, static, bytes_per_token(run, facts, recompute=recompute), free)
+def plan(run: Run, facts: Facts, device: torch.device, *, trained: int, step: StepSize, fixed: bool) -> MemoryPlan:
+    """Resolve `train.micro_batch: auto` and `train.recompute: auto` by what is free on the device.
+
+    Args:
+        trained: parameters that are trained.
+        step: tokens of one optimizer step.
+        fixed: whether every micro batch is padded to one size, so that a step should be a whole number of them.
+    """
+    free, static = free_bytes(device), static_bytes(run, facts, trained)
+    kept = kept_bytes(run, facts, compiled=wanted(run.train.compile, device))
+    rerun = facts.hidden * BYTES[run.model.dtype]
+    seq, micro = run.data.seq_len, run.train.micro_batch
+    room = int(free * USABLE) - static
+
+    def layers(tokens: int) -> int:
+        given = {"none": 0, "full": facts.layers}.get(str(run.train.recompute), run.train.recompute)
+        if isinstance(given, int):
+            return min(given, facts.layers)
+        left = room - passing_bytes(run, facts, device, tokens)
+        return recomputed_layers(left, tokens, facts.layers, kept=kept, rerun=rerun)
+
+    def price(tokens: int) -> float:
+        work = 1 + RERUN["lora" if run.adapter.kind == "lora" else "full"] * layers(tokens) / facts.layers
+        passes = math.ceil(step.mean / tokens)
+        waste = passes * tokens / step.mean if fixed else 1.0
+        fits = _held(tokens, layers(tokens), facts.layers, kept, rerun) + passing_bytes(run, facts, device, tokens)
+        return work * waste + PASS_TOKENS[run.model.quantize] * passes / step.mean + (1e6 if fits > room else 0)
+
+    if micro == "auto":
+        most = max(seq, min(MOST_TOKENS.get(device.type, 4096), math.ceil(step.largest / seq) * seq))
+        sizes = range(most // seq * seq, 0, -seq)
+        tokens = min(sizes, key=price)  # the largest of equal ones
+        why = "the least time by the estimate"
+    else:
+        tokens = micro.amount * (1 if micro.unit == "tokens" else seq)
+        why = "as train.micro_batch says"
+    count = layers(tokens)
+    needed = static + _held(tokens, count, facts.layers, kept, rerun) + passing_bytes(run, facts, device, tokens)
+    why = f"{why}: about {needed / 2**30:.1f} of {free / 2**30:.1f} GiB"
+    return MemoryPlan(tokens, count, static, kept, rerun, free, why)
+
+
+def recomputed_layers(left: float, tokens: int, layers: int, *, kept: int, rerun: int) -> int:
+    """The fewest layers to run again so that what all layers keep of `tokens` fits into `left` bytes; at most all."""
+    over = layers * kept * tokens - left
+    return min(layers, max(0, math.ceil(over / ((kept - rerun) * tokens))))
+
+
+def _held(tokens: int, recomputed: int, layers: int, kept: int, rerun: int) -> int:
+    return tokens * ((layers - recomputed) * kept + recomputed * rerun)
+
+
+def describe_recompute(count: int, layers: int) -> str:
+    """In the words of the recipe: none, full, or how many layers of how many."""
+    return {0: "none", layers: "full"}.get(count, f"{count} of {layers} layers")
