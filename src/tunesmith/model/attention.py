@@ -29,7 +29,7 @@ from tunesmith.model.documents import KEEP, QUERIES, Documents, Group
 
 NAME = "tunesmith"
 
-# Keywords of this torch's varlen_attn: `is_causal` until 2.11, `window_size` and `enable_gqa` later.
+# Keywords of this torch's varlen_attn: they differ between releases; `enable_gqa` came after 2.11, which needs no word for it.
 VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
 
 # What Transformers passes to every attention function and that does not change the result here.

@@ -11,7 +11,9 @@ from tunesmith.data.batch import Batch
 from tunesmith.method.base import TrainModel
 from tunesmith.parallel.choices import Choice
 
-TOLERANCE = 0.01  # of the loss
+# Of the loss. Rounding both factors of every product to e4m3 moved that of SmolLM2-135M by 1.8 %, nf4 by 6.6 %; what moves
+# it further is not rounding.
+TOLERANCE = 0.02
 
 
 def hold(model: TrainModel, batch: Batch) -> Choice:

@@ -1,0 +1,111 @@
+"""Weights in fp8: what rounding costs, what is left out, and a fall-back that says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tunesmith.adapter import fp8, lora, products
+from tunesmith.adapter.fp8 import Fp8Linear
+from tunesmith.config.schema import Adapter
+
+CPU = torch.device("cpu")
+
+
+def test_quantising_keeps_every_element_within_half_a_step_of_e4m3():
+    x = torch.randn(64, 96) * torch.logspace(-3, 3, 64).unsqueeze(1)
+    for whole in (False, True):
+        form, scale = fp8.quantise(x, whole=whole)
+        assert form.dtype is torch.float8_e4m3fn
+        assert scale.shape == ((1, 1) if whole else (64, 1))
+        error = (form.float() * scale - x).abs()
+        # 3 bits of mantissa: 2^-4 of the element; below 2^-6 of the scale's unit the steps are 2^-9 apart.
+        assert bool((error <= torch.maximum(x.abs() * 2**-4, scale * 2**-10) * 1.001).all())
+
+
+def test_rows_of_zeros_and_rows_that_are_not_finite():
+    x = torch.ones(3, 16)
+    x[0], x[1, 3] = 0, float("inf")
+    form, scale = fp8.quantise(x, whole=False)
+    back = form.float() * scale
+    assert bool((back[0] == 0).all())
+    assert bool(back[1].isnan().any())
+    assert torch.equal(back[2], x[2])
+
+
+def test_row_wise_is_nearer_than_tensor_wise_where_rows_differ():
+    x = torch.randn(64, 96) * torch.logspace(-4, 2, 64).unsqueeze(1)
+
+    def error(whole: bool) -> float:
+        form, scale = fp8.quantise(x, whole=whole)
+        return float(((form.float() * scale - x).norm(dim=1) / x.norm(dim=1)).mean())
+
+    assert error(False) < 0.5 * error(True)
+
+
+def test_the_way_is_found_by_trying(monkeypatch):
+    fp8.choose.cache_clear()
+    assert fp8.choose(CPU).kind == fp8.ROW
+
+    def refuse(*_, **__):
+        raise RuntimeError("row-wise scaling is not supported\non this chip")
+
+    monkeypatch.setattr(products.KINDS[fp8.ROW], "times", refuse)
+    fp8.choose.cache_clear()
+    assert fp8.choose(CPU).kind == fp8.TENSOR
+    monkeypatch.setattr(products.KINDS[fp8.TENSOR], "times", refuse)
+    fp8.choose.cache_clear()
+    way = fp8.choose(CPU)
+    assert way.kind is None
+    assert way.why.endswith("row-wise scaling is not supported")
+    monkeypatch.undo()
+    monkeypatch.setattr(products.KINDS[fp8.ROW], "back", lambda x, *_: x * 0)
+    fp8.choose.cache_clear()
+    assert fp8.choose(CPU).kind == fp8.TENSOR  # a way that runs and computes nonsense is no way
+    fp8.choose.cache_clear()
+
+
+def test_only_frozen_layers_of_fitting_widths_are_held_in_fp8():
+    model = nn.ModuleDict(
+        {
+            "fits": nn.Linear(32, 48, bias=False),
+            "odd": nn.Linear(32, 40, bias=False),
+            "trained": nn.Linear(32, 32, bias=False),
+            "norm": nn.LayerNorm(32),
+        }
+    ).bfloat16()
+    model.requires_grad_(False)
+    model["trained"].requires_grad_(True)
+    assert lora.to_fp8(model, fp8.ROW) == 1
+    assert isinstance(model["fits"], Fp8Linear)
+    assert type(model["odd"]) is type(model["trained"]) is nn.Linear
+
+
+def test_an_adapter_keeps_its_very_parameters_and_the_head_its_weight(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    lora.attach(model, Adapter(rank=2, target=("q_proj", "down_proj")), seed=1)
+    before = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert lora.to_fp8(model, fp8.ROW) == 14
+    after = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert list(before) == list(after)
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert isinstance(model.get_submodule("model.layers.0.mlp.gate_proj"), Fp8Linear)
+    assert model.lm_head.weight.dtype is torch.bfloat16
+    assert not any("turned" in name or "scale" in name for name in model.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_the_gpu_multiplies_as_the_cpu_does():
+    x, w = torch.randn(256, 512, dtype=torch.bfloat16), torch.randn(384, 512, dtype=torch.bfloat16)
+    kind = fp8.choose(torch.device("cuda")).kind
+    if kind is None:
+        pytest.skip("this GPU has no fp8 products")
+    way, results = products.KINDS[kind], []
+    for device in ("cpu", "cuda"):
+        held = fp8._hold(w.to(device), kind)
+        results.append(way.times(x.to(device), way.quantise(x.to(device)), held, None).cpu().double())
+    # Fast accumulation on the chip keeps fewer bits between partial sums.
+    assert (results[1] - results[0]).norm() / results[0].norm() < 0.01
