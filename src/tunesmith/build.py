@@ -31,6 +31,7 @@ from tunesmith.model.facts import Facts
 from tunesmith.optim import Optimizer
 from tunesmith.parallel.apply import prepare as prepare_model
 from tunesmith.parallel.memory import plan
+from tunesmith.parallel.transfer import Placer
 
 LOSS_SCALE = 2.0**16
 
@@ -78,7 +79,7 @@ class Session:
         return int(self.tokenizer.pad_token_id)
 
     def loader(self, start_step: int) -> Loader:
-        """Global batches from step `start_step` (0 for the first) to the end of the run."""
+        """Global batches from step `start_step` (0 for the first) to the end of the run, on the device."""
         return Loader(
             self.data.train,
             self.data.course,
@@ -87,6 +88,7 @@ class Session:
             pad_id=self.pad_id,
             start_step=start_step,
             stop_step=self.total_steps,
+            place=Placer(self.device) if self.device.type == "cuda" else None,
         )
 
 
