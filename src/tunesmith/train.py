@@ -79,7 +79,6 @@ class Trainer:
         self.validated = before.validated if before else True
         self.writer = Writer(self.out, self.run.checkpoint.keep, self.step if before else None, sync=sinks.flush)
         self.checkpoint_stalls: list[float] = []
-        self.tokenizer = export.tokenizer_to_save(session.tokenizer, session.data.template)
         self.ended = False
         self.pending: Pending | None = None
         per_epoch = session.data.course.steps_per_epoch(0)
@@ -121,6 +120,7 @@ class Trainer:
 
     def fit(self) -> Result:
         """Run to the end of the duration; raise StoppedError after saving when a signal came."""
+        self.tokenizer = export.tokenizer_files(self.s.tokenizer, self.s.data.template, self.out)
         self.s.model.train()
         if not self.validated:
             self.sinks.text("validation", "the validation that a stop cut off is made up for")

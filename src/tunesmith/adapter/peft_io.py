@@ -47,6 +47,23 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "init_lora_weights": lambda v: v in (None, True, False, "gaussian", "orthogonal", "eva", "olora"),
 }  # fmt: skip
 
+# What every plain LoRA's configuration says; readers take what is left out at PEFT's defaults, which mean the same. It
+# is written by hand because `import peft` takes a second in which the training's own thread hardly gets the interpreter.
+PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "inference_mode": True,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "auto_mapping": None,
+}
+
 
 @dataclass(frozen=True)
 class Files:
@@ -54,7 +71,7 @@ class Files:
 
     Attributes:
         tensors: the parameters by PEFT's names: those of the model, not copies.
-        settings: the arguments of PEFT's LoraConfig.
+        settings: the configuration, by the names of PEFT's LoraConfig.
     """
 
     tensors: Mapping[str, Tensor]
@@ -80,7 +97,7 @@ def files(model: nn.Module, adapter: Adapter, base_name: str, revision: str | No
     tensors = {f"{PREFIX}{n}.lora_A.weight": m.lora_A for n, m in layers.items()}
     tensors |= {f"{PREFIX}{n}.lora_B.weight": m.lora_B for n, m in layers.items()}
     tensors |= {f"{PREFIX}{name}.{key}": parameter for name, parameter, key in saved}
-    settings = {
+    settings = PLAIN | {
         "base_model_name_or_path": base_name,
         "revision": revision,
         "r": adapter.rank,
@@ -89,18 +106,15 @@ def files(model: nn.Module, adapter: Adapter, base_name: str, revision: str | No
         "use_rslora": adapter.rslora,
         "target_modules": _target_names(model, list(layers)),
         "modules_to_save": _saved_names(model, {name for name, _, _ in saved}) or None,
-        "inference_mode": True,
     }
     return Files(tensors, settings)
 
 
 def write(folder: Path, content: Files) -> None:
     """Write PEFT's two files to `folder`, which exists already."""
-    from peft import LoraConfig, TaskType
-
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in content.tensors.items()}
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    LoraConfig(task_type=TaskType.CAUSAL_LM, **content.settings).save_pretrained(str(folder))
+    (folder / CONFIG).write_text(json.dumps(content.settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _whole(number: float) -> int | float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,26 +23,44 @@ from tunesmith.parallel.transfer import Copies
 
 SHARD = "5GB"
 
+Files = Mapping[str, bytes]  # contents by name
 
-def tokenizer_to_save(tokenizer: PreTrainedTokenizerBase, template: Template) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer whose chat template is the one in use: the prompt in use is the one that was trained.
 
-    A copy, because a thread may write it: Hugging Face's fast tokenizers raise "Already borrowed" when one thread
-    changes the padding, as each call does, while another reads.
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase, template: Template, scratch: Path) -> Files:
+    """The tokenizer's files, with the template in use as its chat template: the prompt in use is the one trained.
+
+    They are the same in every checkpoint, so they are made once. A thread could not make them: the tokenizer's other
+    users may change it meanwhile, and a large vocabulary would keep the interpreter from the training.
+
+    Args:
+        scratch: a folder to write into and clear again; `state.sweep` takes away what a kill leaves there.
     """
-    copied = copy.deepcopy(tokenizer)
-    copied.chat_template = template.jinja
-    return copied
+    before = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = template.jinja
+        with tempfile.TemporaryDirectory(dir=scratch, prefix=".tokenizer-", suffix=".partial") as folder:
+            tokenizer.save_pretrained(folder)
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    finally:
+        tokenizer.chat_template = before
 
 
-def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_files(folder: Path, files: Files) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: Files) -> None:
     """Write the adapter (PEFT) or the whole model (Transformers), and the tokenizer.
 
     Args:
         folder: an existing, empty folder.
         run: its `adapter.kind` says which form.
         model: the trained model; its weights are read, not copied.
-        tokenizer: from `tokenizer_to_save`.
+        tokenizer: from `tokenizer_files`.
     """
     if run.adapter.kind == "lora":
         peft_io.write(folder, _adapter(run, model))
@@ -51,7 +69,7 @@ def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: PreTrained
         model.model.config.save_pretrained(folder)
         if model.model.generation_config is not None:
             model.model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _write_files(folder, tokenizer)
 
 
 def _adapter(run: Run, model: TrainModel) -> peft_io.Files:
@@ -62,7 +80,7 @@ def write_checkpoint(
     folder: Path,
     run: Run,
     model: TrainModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Files,
     optimizer: Mapping[str, Tensor],
     progress: Progress,
 ) -> None:
@@ -75,7 +93,7 @@ def write_checkpoint(
 def snapshot(
     run: Run,
     model: TrainModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Files,
     optimizer: Mapping[str, Tensor],
     progress: Progress,
 ) -> Callable[[Path], None]:
@@ -92,7 +110,7 @@ def snapshot(
 
     def write(folder: Path) -> None:
         peft_io.write(folder, replace(files, tensors=adapter.on_host()))
-        tokenizer.save_pretrained(folder)
+        _write_files(folder, tokenizer)
         write_optimizer(folder, moments.on_host())
         progress.write(folder)
 
