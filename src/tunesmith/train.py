@@ -164,7 +164,7 @@ class Trainer:
         if validate:
             self.validated = False
             self.finish_step()
-        if save and not self.stop.signal:
+        if save and not last and not self.stop.signal:  # the last step's is written at the end
             began = time.perf_counter()
             self.save(on_the_way=True)
             self.checkpoint_stalls.append(time.perf_counter() - began)
