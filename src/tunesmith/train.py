@@ -78,6 +78,7 @@ class Trainer:
         self.record = StepRecord.from_json(json.dumps(before.record)) if before else None
         self.validated = before.validated if before else True
         self.writer = Writer(self.out, self.run.checkpoint.keep, self.step if before else None, sync=sinks.flush)
+        self.tokenizer = export.tokenizer_files(session.tokenizer, session.data.template, self.out)
         self.checkpoint_stalls: list[float] = []
         self.ended = False
         self.pending: Pending | None = None
@@ -120,7 +121,6 @@ class Trainer:
 
     def fit(self) -> Result:
         """Run to the end of the duration; raise StoppedError after saving when a signal came."""
-        self.tokenizer = export.tokenizer_files(self.s.tokenizer, self.s.data.template, self.out)
         self.s.model.train()
         if not self.validated:
             self.sinks.text("validation", "the validation that a stop cut off is made up for")
