@@ -37,6 +37,7 @@ from tunesmith.parallel.choices import Choice, line, reasons
 from tunesmith.parallel.compiled import wanted
 from tunesmith.parallel.fit import CudaMeter, fit
 from tunesmith.parallel.memory import USABLE, MemoryPlan, describe_recompute, has_own_memory, plan
+from tunesmith.parallel.transfer import Placer
 
 LOSS_SCALE = 2.0**16
 # Compiled graphs: rows of steps that differ are padded to a multiple of so many tokens, a hundredth of a usual step...
@@ -102,7 +103,7 @@ class Session:
         return int(self.tokenizer.pad_token_id)
 
     def loader(self, start_step: int) -> Loader:
-        """Global batches from step `start_step` (0 for the first) to the end of the run."""
+        """Global batches from step `start_step` (0 for the first) to the end of the run, on the device."""
         return Loader(
             self.data.train,
             self.data.course,
@@ -110,6 +111,7 @@ class Session:
             pad_id=self.pad_id,
             start_step=start_step,
             stop_step=self.total_steps,
+            place=Placer(self.device) if self.device.type == "cuda" else None,
         )
 
 

@@ -2,7 +2,8 @@
 
     resolve the run directory -> build -> [step -> record -> validate? -> checkpoint?]* -> final/ -> Result
 
-On CUDA a step's numbers are read one step late, so that the host never waits for the device inside a step.
+On CUDA a step's numbers are read one step late, so that the host never waits for the device inside a step. An adapter's
+checkpoint is copied in a moment and written behind the steps that follow.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tunesmith.build import Session, build, write_identity
 from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.resume import Progress, Start, claimed, decide, put_aside
+from tunesmith.checkpoint.writer import Writer
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError, UsageError
@@ -38,6 +39,7 @@ from tunesmith.metrics.report import clear_failure, write_failure
 from tunesmith.model.facts import flops
 from tunesmith.optim import learning_rate, warmup_steps
 from tunesmith.outcome import Result, as_failure, going_on
+from tunesmith.parallel.transfer import Reading
 from tunesmith.signals import StopRequest
 from tunesmith.units import Cadence
 
@@ -49,17 +51,20 @@ def print_line(text: str) -> None:
 
 @dataclass(frozen=True)
 class Pending:
-    """A step whose numbers may still be on their way from the device."""
+    """A step whose numbers, loss and gradient norm, may still be on their way from the device."""
 
     step: int
     batch: GlobalBatch
-    loss: Tensor
-    norm: Tensor
+    numbers: Reading
     rate: float
 
 
 class Trainer:
-    """One start of a run, from its first step to its end, stop or failure."""
+    """One start of a run, from its first step to its end, stop or failure.
+
+    Attributes:
+        checkpoint_stalls: seconds that each checkpoint on the way held up the loop.
+    """
 
     def __init__(self, session: Session, start: Start, sinks: metric_sinks.Sinks, stop: StopRequest) -> None:
         self.s, self.run, self.sinks, self.stop = session, session.run, sinks, stop
@@ -72,7 +77,9 @@ class Trainer:
         self.records: list[StepRecord] = []
         self.record = StepRecord.from_json(json.dumps(before.record)) if before else None
         self.validated = before.validated if before else True
-        self.saved_step = self.step if before else None
+        self.writer = Writer(self.out, self.run.checkpoint.keep, self.step if before else None, sync=sinks.flush)
+        self.tokenizer = export.tokenizer_files(session.tokenizer, session.data.template, self.out)
+        self.checkpoint_stalls: list[float] = []
         self.ended = False
         self.pending: Pending | None = None
         per_epoch = session.data.course.steps_per_epoch(0)
@@ -102,7 +109,7 @@ class Trainer:
             total = total + loss_sum.detach()
         rate = learning_rate(self.run.train, batch.step, warmup=self.warmup, progress=self.progress(batch.step))
         norm = optimizer.step(rate, batch.step)
-        return Pending(batch.step + 1, batch, total / batch.supervised, norm, rate)
+        return Pending(batch.step + 1, batch, Reading(total / batch.supervised, norm), rate)
 
     def progress(self, step: int) -> float:
         """Share of the course after the warm-up that lies behind update `step` (from 0), by steps or by the clock."""
@@ -124,6 +131,7 @@ class Trainer:
             for batch in loader:
                 if self.stop.signal or self.over():
                     break
+                self.writer.check()
                 pending = self.train_step(batch)
                 if self.late:
                     self.settle()
@@ -156,8 +164,10 @@ class Trainer:
         if validate:
             self.validated = False
             self.finish_step()
-        if save and not self.stop.signal:
-            self.save()
+        if save and not last and not self.stop.signal:  # the last step's is written at the end
+            began = time.perf_counter()
+            self.save(on_the_way=True)
+            self.checkpoint_stalls.append(time.perf_counter() - began)
         if validate or save:
             self.clock = time.perf_counter()
 
@@ -170,7 +180,7 @@ class Trainer:
         pending, self.pending = self.pending, None
         if pending is None:
             return
-        loss, norm = float(pending.loss), float(pending.norm)
+        loss, norm = pending.numbers.read()
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         self.seconds += seconds
@@ -185,7 +195,8 @@ class Trainer:
         searching = scale is not None and scale >= 1.0
         if math.isfinite(loss) and (math.isfinite(norm) or searching):
             return
-        saved = f"checkpoint-{self.saved_step}" if self.saved_step else "none was written yet"
+        self.writer.close()  # the checkpoint under way may be the last good one
+        saved = f"checkpoint-{self.writer.saved_step}" if self.writer.saved_step else "none was written yet"
         rows = pending.batch.row_names()
         raise NonFiniteError(
             f"the {'gradient norm' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})",
@@ -268,13 +279,30 @@ class Trainer:
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write checkpoint-<step>, then drop the oldest beyond `keep` (never the best one)."""
-        if self.saved_step == self.step and not self.ended:
+    def save(self, *, on_the_way: bool = False) -> None:
+        """Write checkpoint-<step>, then drop the oldest beyond `keep` (never the best one).
+
+        Args:
+            on_the_way: more steps follow, so an adapter is copied and written while they run. A model trained in full
+                is written here and now: a second copy of its weights and moments would not fit beside the first.
+        """
+        self.writer.wait()
+        if self.writer.saved_step == self.step and not self.ended:
             return
+        parts = (self.run, self.s.model, self.tokenizer, self.s.optimizer.state(), self.progress_made())
+        if on_the_way and self.run.adapter.kind == "lora":
+            try:
+                self.writer.write_behind(export.snapshot(*parts), self.step, spare=self.best_step)
+            except torch.OutOfMemoryError:
+                self.sinks.text("checkpoint", "no room on the device for a copy: training waits while it is written")
+            else:
+                return
+        self.writer.write(lambda folder: export.write_checkpoint(folder, *parts), self.step, spare=self.best_step)
+
+    def progress_made(self) -> Progress:
+        """Where the run stands, for the checkpoint of this step."""
         assert self.record is not None
-        self.sinks.flush()
-        progress = Progress(
+        return Progress(
             step=self.step,
             seconds=self.seconds,
             record=json.loads(self.record.to_json()),
@@ -287,12 +315,6 @@ class Trainer:
             ended=str(self.run.train.duration) if self.ended else None,
             data_hash=self.s.data.digest,
         )
-        with state.writing(self.out / f"checkpoint-{self.step}", self.step) as folder:
-            export.write_model(folder, self.run, self.s.model, self.s.tokenizer, self.s.data.template)
-            export.write_optimizer(folder, self.s.optimizer.state())
-            progress.write(folder)
-        self.saved_step = self.step
-        state.prune(self.out, self.run.checkpoint.keep, latest=self.step, spare=self.best_step)
 
     def save_and_stop(self) -> None:
         """Save the last step and leave with exit code 75."""
@@ -311,7 +333,7 @@ class Trainer:
         self.ended = True
         self.save()
         with state.writing(self.out / "final", self.step) as folder:
-            export.write_model(folder, self.run, self.s.model, self.s.tokenizer, self.s.data.template)
+            export.write_model(folder, self.run, self.s.model, self.tokenizer)
         return Result(
             output_dir=self.out,
             steps=self.step,
@@ -327,13 +349,14 @@ class Trainer:
     def as_failure(self, error: BaseException) -> TunesmithError:
         """The error that ends this run, with what it knows of where it stood."""
         tokens, examples = self.s.rows.micro_tokens, self.s.rows.micro_examples
+        saved = self.writer.saved_step
         micro = f"{tokens} tokens" if tokens else f"{examples} examples"
         half = (
             f"{max(self.run.data.seq_len, tokens // 2)} tokens"
             if tokens
             else f"{max(1, (examples or 2) // 2)} examples"
         )
-        return as_failure(error, folder=self.out, step=self.step, saved_step=self.saved_step, micro=micro, smaller=half)
+        return as_failure(error, folder=self.out, step=self.step, saved_step=saved, micro=micro, smaller=half)
 
 
 def train(
@@ -379,6 +402,7 @@ def train(
             raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
         clear_failure(out)
         trainer = Trainer(session, start, sinks, stop)
+        stack.callback(trainer.writer.close)
         stop.hold()
         try:
             result = trainer.fit()
@@ -386,9 +410,10 @@ def train(
         except StoppedError:
             raise
         except BaseException as error:
+            trainer.writer.close()  # what it is writing still counts
             failure = trainer.as_failure(error)
             try:
-                write_failure(out, failure, last_step=trainer.step, next_command=going_on(trainer.saved_step))
+                write_failure(out, failure, last_step=trainer.step, next_command=going_on(trainer.writer.saved_step))
             except OSError as unwritten:
                 say(f"failure.json could not be written: {unwritten.strerror}")
             raise failure from error

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +57,32 @@ def test_ours_opens_in_peft(adapter, tiny, tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny-llama", "v1")
     assert str(tiny) not in (tmp_path / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("adapter", CASES.values(), ids=CASES.keys())
+def test_the_configuration_is_what_peft_would_write(adapter, tiny, tmp_path, monkeypatch):
+    """It is written without PEFT: read back by PEFT it must be the LoraConfig that one would build for this adapter."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    lora.attach(model, adapter, seed=3)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)  # importing it while training runs stops the training for a second
+        peft_io.save(model, tmp_path, adapter, "someone/tiny-llama", "v1")
+    ours = json.loads((tmp_path / "adapter_config.json").read_text())
+    built = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="someone/tiny-llama",
+        revision="v1",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        target_modules=ours["target_modules"],
+        modules_to_save=ours["modules_to_save"],
+        inference_mode=True,
+    ).to_dict()
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == built
+    as_json = json.loads(json.dumps(built, default=sorted))
+    assert ours == {name: as_json[name] for name in ours}
 
 
 @pytest.mark.parametrize("adapter", CASES.values(), ids=CASES.keys())

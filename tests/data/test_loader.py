@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -248,6 +249,83 @@ def test_an_error_in_the_thread_reaches_the_loop(make) -> None:
     with Loader(tokens, broken, pad_id=0, micro_tokens=512) as loader, pytest.raises(IndexError):
         list(loader)
     assert data_threads() == []
+
+
+class Shelf:
+    """A place that marks what it is given, and notes who puts and who takes."""
+
+    def __init__(self, *, fails_at: int | None = None) -> None:
+        self.put: list[tuple[str, Any]] = []
+        self.taken: list[tuple[str, Any]] = []
+        self.fails_at = fails_at
+
+    def __call__(self, batch: Batch) -> Batch:
+        if len(self.put) == self.fails_at:
+            raise MemoryError("no room on the shelf")
+        placed = batch.each(torch.Tensor.clone)
+        self.put.append((threading.current_thread().name, placed))
+        return placed
+
+    def claim(self, batch: Batch) -> None:
+        self.taken.append((threading.current_thread().name, batch))
+
+
+def test_batches_are_placed_in_the_thread_and_claimed_where_they_are_taken(make) -> None:
+    tokens, shelf = make(alpaca(40), seq_len=256), Shelf()
+    c = course(lengths=tokens.lengths)
+    plain = list(Loader(tokens, c, pad_id=0, micro_tokens=256, stop_step=6))
+    seen: list[Any] = []
+    with Loader(tokens, c, pad_id=0, micro_tokens=256, stop_step=6, place=shelf) as loader:
+        for batch in loader:
+            seen.append(batch)
+            # All of a step is claimed before any of it is used.
+            assert [b for _, b in shelf.taken][-len(batch.micro) :] == batch.micro
+    assert all(same(a, b) for a, b in zip(seen, plain, strict=True))
+    assert max(len(b.micro) for b in seen) > 1
+    micro = [m for batch in seen for m in batch.micro]
+    assert [id(b) for _, b in shelf.put] == [id(m) for m in micro]
+    assert [id(b) for _, b in shelf.taken] == [id(m) for m in micro]
+    assert {name for name, _ in shelf.put} == {"tunesmith-data"}
+    assert {name for name, _ in shelf.taken} == {threading.current_thread().name}
+
+
+def test_the_wait_for_a_place_is_a_wait_for_data(make) -> None:
+    """What is slow in the thread shows in data_seconds, where the loop was quicker; what was ready costs nothing."""
+    tokens = make(alpaca(40), seq_len=256)
+    c = course(lengths=tokens.lengths)
+
+    class Slow(Shelf):
+        def __call__(self, batch: Batch) -> Batch:
+            time.sleep(0.2)
+            return super().__call__(batch)
+
+    with Loader(tokens, c, pad_id=0, micro_tokens=4096, stop_step=3, place=Slow()) as loader:
+        waits = [batch.data_seconds for batch in loader]
+    assert all(wait > 0.15 for wait in waits)
+    with Loader(tokens, c, pad_id=0, micro_tokens=4096, stop_step=3, place=Slow()) as loader:
+        batches = iter(loader)
+        next(batches)
+        time.sleep(1.0)
+        assert next(batches).data_seconds < 0.1
+
+
+def test_an_error_of_the_place_reaches_the_loop(make) -> None:
+    tokens, shelf = make(alpaca(40), seq_len=256), Shelf(fails_at=3)
+    c = course(lengths=tokens.lengths)
+    with Loader(tokens, c, pad_id=0, micro_tokens=4096, place=shelf) as loader:
+        batches = iter(loader)
+        assert [next(batches).step for _ in range(3)] == [0, 1, 2], "what was placed before it is still handed over"
+        with pytest.raises(MemoryError, match="shelf"):
+            next(batches)
+    assert data_threads() == []
+
+
+def test_a_batch_that_is_there_is_not_copied(make) -> None:
+    tokens = make(alpaca(8), seq_len=256)
+    [micro] = Loader(tokens, course(lengths=tokens.lengths), pad_id=0, micro_tokens=10_000).batch(0).micro
+    there = micro.to(torch.device("cpu"))
+    assert set(there.tensors()) == {"input_ids", "position_ids", "targets", "cu_seqlens"}
+    assert all(there.tensors()[name] is tensor for name, tensor in micro.tensors().items())
 
 
 def test_rows_are_named_for_the_report(make) -> None:

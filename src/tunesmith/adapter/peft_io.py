@@ -12,7 +12,8 @@ What an adapter asks for and we do not compute (DoRA, a rank by layer, ...) is r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,38 +47,74 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "init_lora_weights": lambda v: v in (None, True, False, "gaussian", "orthogonal", "eva", "olora"),
 }  # fmt: skip
 
+# What every plain LoRA's configuration says; readers take what is left out at PEFT's defaults, which mean the same. It
+# is written by hand because `import peft` takes a second in which the training's own thread hardly gets the interpreter.
+PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "inference_mode": True,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "auto_mapping": None,
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """What PEFT's two files are to hold.
+
+    Attributes:
+        tensors: the parameters by PEFT's names: those of the model, not copies.
+        settings: the configuration, by the names of PEFT's LoraConfig.
+    """
+
+    tensors: Mapping[str, Tensor]
+    settings: dict[str, Any]
+
 
 def save(model: nn.Module, folder: Path, adapter: Adapter, base_name: str, revision: str | None) -> None:
-    """Write the model's adapter to `folder`, as PEFT would.
+    """Write the model's adapter to `folder`, which exists already, as PEFT would; the rest as in `files`."""
+    write(folder, files(model, adapter, base_name, revision))
+
+
+def files(model: nn.Module, adapter: Adapter, base_name: str, revision: str | None) -> Files:
+    """What is to be written for the model's adapter; quick, and nothing is copied.
 
     Args:
         model: the causal LM with its adapter.
-        folder: exists already.
         adapter: rank, alpha and the rest; written into the configuration.
         base_name: Hub id (or the folder that the recipe names) of the base model.
         revision: the base's revision, or None.
     """
-    from peft import LoraConfig, TaskType
-
     layers = dict(lora.loras(model))
     saved = [(name, module.get_parameter(key), key) for name, module, key in lora.saved(model)]
     tensors = {f"{PREFIX}{n}.lora_A.weight": m.lora_A for n, m in layers.items()}
     tensors |= {f"{PREFIX}{n}.lora_B.weight": m.lora_B for n, m in layers.items()}
     tensors |= {f"{PREFIX}{name}.{key}": parameter for name, parameter, key in saved}
-    save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base_name,
-        revision=revision,
-        r=adapter.rank,
-        lora_alpha=_whole(adapter.alpha),
-        lora_dropout=adapter.dropout,
-        use_rslora=adapter.rslora,
-        target_modules=_target_names(model, list(layers)),
-        modules_to_save=_saved_names(model, {name for name, _, _ in saved}) or None,
-        inference_mode=True,
-    )
-    config.save_pretrained(str(folder))
+    settings = PLAIN | {
+        "base_model_name_or_path": base_name,
+        "revision": revision,
+        "r": adapter.rank,
+        "lora_alpha": _whole(adapter.alpha),
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rslora,
+        "target_modules": _target_names(model, list(layers)),
+        "modules_to_save": _saved_names(model, {name for name, _, _ in saved}) or None,
+    }
+    return Files(tensors, settings)
+
+
+def write(folder: Path, content: Files) -> None:
+    """Write PEFT's two files to `folder`, which exists already."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in content.tensors.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(content.settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _whole(number: float) -> int | float:

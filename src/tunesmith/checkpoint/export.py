@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
@@ -11,48 +14,110 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.adapter import peft_io
-from tunesmith.checkpoint.resume import DELETE, OPTIMIZER
+from tunesmith.checkpoint.resume import DELETE, OPTIMIZER, Progress
 from tunesmith.config.schema import Run
 from tunesmith.data.chat import Template
 from tunesmith.errors import CheckpointError
 from tunesmith.method.base import TrainModel
+from tunesmith.parallel.transfer import Copies
 
 SHARD = "5GB"
 
+Files = Mapping[str, bytes]  # contents by name
 
-def write_model(
-    folder: Path, run: Run, model: TrainModel, tokenizer: PreTrainedTokenizerBase, template: Template
-) -> None:
-    """Write the adapter (PEFT) or the whole model (Transformers), and the tokenizer with the template that was trained.
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase, template: Template, scratch: Path) -> Files:
+    """The tokenizer's files, with the template in use as its chat template: the prompt in use is the one trained.
+
+    They are the same in every checkpoint, so they are made once. A thread could not make them: the tokenizer's other
+    users may change it meanwhile, and a large vocabulary would keep the interpreter from the training.
+
+    Args:
+        scratch: a folder to write into and clear again; `state.sweep` takes away what a kill leaves there.
+    """
+    before = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = template.jinja
+        with tempfile.TemporaryDirectory(dir=scratch, prefix=".tokenizer-", suffix=".partial") as folder:
+            tokenizer.save_pretrained(folder)
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    finally:
+        tokenizer.chat_template = before
+
+
+def _write_files(folder: Path, files: Files) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: Files) -> None:
+    """Write the adapter (PEFT) or the whole model (Transformers), and the tokenizer.
 
     Args:
         folder: an existing, empty folder.
         run: its `adapter.kind` says which form.
         model: the trained model; its weights are read, not copied.
-        tokenizer: the Transformers tokenizer in use.
-        template: its Jinja text becomes the saved chat template, so that the prompt in use is the one that was trained.
+        tokenizer: from `tokenizer_files`.
     """
     if run.adapter.kind == "lora":
-        peft_io.save(model.model, folder, run.adapter, run.model.name, run.model.revision)
+        peft_io.write(folder, _adapter(run, model))
     else:
         save_torch_state_dict(model.model.state_dict(), folder, max_shard_size=SHARD, shared_tensors_to_discard=None)
         model.model.config.save_pretrained(folder)
         if model.model.generation_config is not None:
             model.model.generation_config.save_pretrained(folder)
-    save_tokenizer(folder, tokenizer, template)
+    _write_files(folder, tokenizer)
 
 
-def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-    """Write the tokenizer, with the template in use as its chat template."""
-    before = tokenizer.chat_template
-    try:
-        tokenizer.chat_template = template.jinja
-        tokenizer.save_pretrained(folder)
-    finally:
-        tokenizer.chat_template = before
+def _adapter(run: Run, model: TrainModel) -> peft_io.Files:
+    return peft_io.files(model.model, run.adapter, run.model.name, run.model.revision)
 
 
-def write_optimizer(folder: Path, tensors: dict[str, Tensor]) -> None:
+def write_checkpoint(
+    folder: Path,
+    run: Run,
+    model: TrainModel,
+    tokenizer: Files,
+    optimizer: Mapping[str, Tensor],
+    progress: Progress,
+) -> None:
+    """Write all that a checkpoint holds, as it is while this runs; `optimizer` is its state, the rest as above."""
+    write_model(folder, run, model, tokenizer)
+    write_optimizer(folder, optimizer)
+    progress.write(folder)
+
+
+def snapshot(
+    run: Run,
+    model: TrainModel,
+    tokenizer: Files,
+    optimizer: Mapping[str, Tensor],
+    progress: Progress,
+) -> Callable[[Path], None]:
+    """An adapter's checkpoint as it is now: what is returned writes it into a folder, from any thread, once.
+
+    Tensors are copied where they lie, in the order of the device's work, so that this waits for nothing. Until they are
+    written the copies take there what adapter and optimizer state take.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for the copies.
+    """
+    files = _adapter(run, model)
+    adapter, moments = Copies(files.tensors), Copies(optimizer)
+
+    def write(folder: Path) -> None:
+        peft_io.write(folder, replace(files, tensors=adapter.on_host()))
+        _write_files(folder, tokenizer)
+        write_optimizer(folder, moments.on_host())
+        progress.write(folder)
+
+    return write
+
+
+def write_optimizer(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the optimizer's tensors to state/optimizer.safetensors."""
     path = folder / OPTIMIZER
     path.parent.mkdir(parents=True, exist_ok=True)

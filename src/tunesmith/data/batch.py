@@ -10,7 +10,7 @@ predict, or IGNORE. No later code shifts, so no label can leak over the edge of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,12 +57,17 @@ class Batch:
     examples: int
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`, copied without blocking where the source is pinned."""
-        moved = {
-            k: getattr(self, k).to(device, non_blocking=True)
-            for k in ("input_ids", "position_ids", "targets", "cu_seqlens")
-        }
-        return Batch(**{**self.__dict__, **moved})
+        """The same batch with its tensors on `device`, copied without blocking where the source is pinned; those that
+        lie there already are not copied."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name."""
+        return {name: value for name, value in self.__dict__.items() if isinstance(value, torch.Tensor)}
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+        return Batch(**{**self.__dict__, **{name: change(tensor) for name, tensor in self.tensors().items()}})
 
 
 def collate(rows: Sequence[Sequence[Example]], *, length: int, pad_id: int, bound: int | None = None) -> Batch:

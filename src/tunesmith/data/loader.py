@@ -4,7 +4,8 @@
 without playing the steps before it, so a run that goes on at k sees what an unbroken one sees. Neither packing nor
 the micro batch nor the number of ranks enters into which examples a step has.
 
-`Loader` lays the examples of each step into micro batches, in a thread that works ahead of the training.
+`Loader` lays the examples of each step into micro batches and puts them in their place, in a thread that works ahead of
+the training.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -198,7 +199,7 @@ class GlobalBatch:
     """What one optimizer step learns from, local to a rank.
 
     step: counted from 0. epoch: epochs done after it. micro: its micro batches. tokens, supervised, examples: sums
-    over them. indices: the examples. data_seconds: how long the training waited for it.
+    over them. indices: the examples. data_seconds: how long the training waited for it, in its place.
     """
 
     step: int
@@ -216,6 +217,16 @@ class GlobalBatch:
         return [self.source.where(i) for i in self.indices] if self.source is not None else []
 
 
+class Place(Protocol):
+    """Brings micro batches to where they are computed, ahead of the step that needs them."""
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch in its place; called in the loader's thread."""
+
+    def claim(self, batch: Batch) -> None:
+        """Called with it in the thread that takes it, before it is handed over."""
+
+
 class Loader:
     """Iterates GlobalBatch from `start_step` up to `stop_step` (None: without end), made ahead in one thread.
 
@@ -228,6 +239,7 @@ class Loader:
         multiple: rows are padded up to a multiple of this many tokens.
         bound: what all batches state as their longest document; no example may be longer.
         ahead: global batches that wait ready.
+        place: where each micro batch is put before it waits; None leaves it in host memory.
 
     Use it in a `with`, or call `close()`: the thread ends with it.
     """
@@ -246,6 +258,7 @@ class Loader:
         multiple: int = 1,
         bound: int | None = None,
         ahead: int = 2,
+        place: Place | None = None,
     ) -> None:
         if (micro_tokens is None) == (micro_examples is None):
             raise ValueError("give micro_tokens or micro_examples")
@@ -255,7 +268,7 @@ class Loader:
         self._tokens, self._course, self._pad_id = tokens, course, pad_id
         self._micro_tokens, self._micro_examples, self._pad_to = micro_tokens, micro_examples, pad_to
         self._multiple, self._bound = multiple, bound
-        self._start, self._stop = start_step, stop_step
+        self._start, self._stop, self._place = start_step, stop_step, place
         self._queue: queue.Queue[GlobalBatch | BaseException | None] = queue.Queue(maxsize=ahead)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -289,6 +302,9 @@ class Loader:
                     return
                 if isinstance(item, BaseException):
                     raise item
+                if self._place is not None:
+                    for micro in item.micro:
+                        self._place.claim(micro)
                 yield replace(item, data_seconds=time.perf_counter() - began)
         finally:
             self.close()
@@ -297,14 +313,18 @@ class Loader:
         try:
             step = self._start
             while not self._closing.is_set() and (self._stop is None or step < self._stop):
-                self._queue.put(self.batch(step))
+                self._queue.put(self._placed(self.batch(step)))
                 step += 1
             self._queue.put(None)
         except BaseException as error:  # raised again where the batch is asked for
             self._queue.put(error)
 
+    def _placed(self, batch: GlobalBatch) -> GlobalBatch:
+        place = self._place
+        return batch if place is None else replace(batch, micro=[place(micro) for micro in batch.micro])
+
     def batch(self, step: int) -> GlobalBatch:
-        """The global batch of one step, made here and now."""
+        """The global batch of one step, made here and now, in host memory."""
         members = self._course.examples(step)
         micro = [self._lay(group) for group in self._groups(step, members)]
         return GlobalBatch(

@@ -36,7 +36,10 @@ class Sink:
         """Something to read: the recipe, the token contract, a warning."""
 
     def flush(self) -> None:
-        """Called before a checkpoint becomes valid: what was told must survive a crash from here on."""
+        """Called before a checkpoint becomes valid: what was told must survive a crash from here on.
+
+        It may be called in the thread that writes the checkpoint, while the loop tells the next step.
+        """
 
     def close(self) -> None:
         """After the last step, or on the way out of a failure. May be called twice."""
@@ -96,8 +99,9 @@ class JsonlSink(Sink):
             self._file.write(record.to_json() + "\n")
 
     def flush(self) -> None:
+        # The file is buffered by line, so whole lines are the kernel's already; the file object itself is not safe to
+        # flush in one thread while another writes.
         if self._file is not None:
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -76,14 +76,17 @@ def has_own_memory(device: torch.device) -> bool:
 
 
 def static_bytes(run: Run, facts: Facts, trained: int) -> int:
-    """Weights, gradients and optimizer state, in bytes; `trained` counts the trained parameters."""
+    """Weights, gradients, optimizer state and a checkpoint's copies, in bytes; `trained` counts the trained parameters."""
     weight = BYTES[run.model.dtype]
     if run.model.quantize == "nf4":
         base = int(facts.matmul_parameters * 0.56) + (facts.parameters - facts.matmul_parameters) * weight
     else:
         base = facts.parameters * weight
     # AdamW's two moments, the fp32 gradient, and an fp32 copy where the weights are 16 bit.
-    return base + trained * (12 + (4 if weight == 2 else 0))
+    state = trained * (12 + (4 if weight == 2 else 0))
+    # While an adapter's checkpoint is written, its weights and moments lie there twice.
+    copies = trained * 12 if run.adapter.kind == "lora" else 0
+    return base + state + copies
 
 
 def kept_bytes(run: Run, facts: Facts, *, compiled: bool) -> int:

@@ -1,0 +1,232 @@
+"""An adapter's checkpoint is that of its step, though it is written while later steps run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from recipes import make_run
+from tunesmith.checkpoint import export, state
+from tunesmith.checkpoint.writer import Writer
+from tunesmith.errors import NonFiniteError, RunError, StoppedError
+from tunesmith.parallel.transfer import Copies
+from tunesmith.train import Pending, Trainer, train
+
+CLOCKS = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib")
+
+
+@dataclass
+class Watched:
+    """A run seen from outside: its Trainer, and the steps at which each thread's write of optimizer state began."""
+
+    trainer: Trainer | None = None
+    wrote: list[tuple[str, int, int]] = field(default_factory=list)  # thread, step written, last step recorded by then
+
+    def step(self) -> int:
+        assert self.trainer is not None
+        return self.trainer.record.step if self.trainer.record else 0
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    seen, init = Watched(), Trainer.__init__
+
+    def made(self: Trainer, *args: Any) -> None:
+        init(self, *args)
+        seen.trainer = self
+
+    monkeypatch.setattr(Trainer, "__init__", made)
+    return seen
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, seen: Watched, steps: int = 2) -> None:
+    """A write in the thread begins only after `steps` more steps were taken, where as many are to come."""
+    write = Writer._write
+
+    def late(self: Writer, fill: Callable[[Path], None], step: int, spare: int | None) -> None:
+        name = threading.current_thread().name
+        if name != "MainThread":
+            until = time.monotonic() + 30
+            while seen.step() < step + steps:
+                assert time.monotonic() < until, "the training waits for the writer"
+                time.sleep(0.001)
+        seen.wrote.append((name.partition("_")[0], step, seen.step()))
+        write(self, fill, step, spare)
+
+    monkeypatch.setattr(Writer, "_write", late)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file of a checkpoint but its manifest; of the last record what no clock says."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != state.MANIFEST):
+        found[path.relative_to(folder).as_posix()] = path.read_bytes()
+    progress = json.loads(found["state/progress.json"])
+    record = {k: v for k, v in progress.pop("record").items() if k not in CLOCKS}
+    return found | {"state/progress.json": progress | {"record": record, "seconds": None}}
+
+
+@pytest.mark.parametrize("adapter", [{}, {"modules_to_save": ["embed_tokens", "norm"]}], ids=["LoRA", "modules too"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_it_holds_what_a_run_that_waits_writes(
+    adapter: dict[str, Any], dtype: str, tiny: Path, tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"adapter": adapter, "model": {"dtype": dtype}, "checkpoint": {"every": "3 steps", "keep": 9}}
+    for name in ("waits", "runs on"):
+        (tmp_path / name).mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write_behind", Writer.write)
+        train(make_run(tiny, tmp_path / "waits", **changes), say=lambda text: None)
+    with monkeypatch.context() as patch:
+        slow_down(patch, watched)
+        train(make_run(tiny, tmp_path / "runs on", **changes), say=lambda text: None)
+    assert [(thread, step) for thread, step, _ in watched.wrote] == [
+        ("tunesmith-checkpoint", 3),
+        ("tunesmith-checkpoint", 6),
+        ("MainThread", 8),
+    ]
+    assert [recorded - step for _, step, recorded in watched.wrote] == [2, 2, 0]
+    assert watched.trainer is not None
+    assert len(watched.trainer.checkpoint_stalls) == 2
+    for step in (3, 6, 8):
+        here, there = (tmp_path / name / "run" / f"checkpoint-{step}" for name in ("waits", "runs on"))
+        assert state.fault(there) is None
+        assert contents(here) == contents(there)
+
+
+def test_a_model_trained_in_full_is_written_while_the_loop_waits(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Writer, "write_behind", lambda *args, **how: pytest.fail("a second copy would not fit"))
+    written, write = [], Writer.write
+
+    def noted(self: Writer, fill: Callable[[Path], None], step: int, *, spare: int | None) -> None:
+        written.append(step)
+        write(self, fill, step, spare=spare)
+
+    monkeypatch.setattr(Writer, "write", noted)
+    train(make_run(tiny, tmp_path, adapter={"kind": "none"}), say=lambda text: None)
+    assert written == [2, 4, 6, 8]
+    found = state.newest(tmp_path / "run", pytest.fail)
+    assert found is not None
+    assert found.step == 8
+
+
+def test_without_room_for_a_copy_the_loop_waits(
+    tiny: Path, tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init, told = Copies.__init__, []
+
+    def full(self: Copies, tensors: Mapping[str, Tensor]) -> None:
+        if any(name.endswith("exp_avg") for name in tensors):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        init(self, tensors)
+
+    monkeypatch.setattr(Copies, "__init__", full)
+    monkeypatch.setattr(Writer, "write_behind", lambda *args, **how: pytest.fail("there was no copy to write"))
+    result = train(make_run(tiny, tmp_path, checkpoint={"keep": 9}), say=told.append)
+    assert result.steps == 8
+    assert sorted(f.step for f in state.listing(tmp_path / "run")) == [2, 4, 6, 8]
+    assert "no room on the device for a copy" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, step: int, then: Callable[[], None] = lambda: None) -> None:
+    """Writing the checkpoint of `step` runs into a full disk."""
+    write, calls = export.write_optimizer, []
+
+    def full(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        calls.append(folder.name)
+        if folder.name == f".checkpoint-{step}.partial":
+            then()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, tensors)
+
+    monkeypatch.setattr(export, "write_optimizer", full)
+
+
+def failed(run_dir: Path) -> dict[str, Any]:
+    found = json.loads((run_dir / "failure.json").read_text())
+    assert found.pop("last_step") in (4, 5, 6, 7, 8)
+    return {k: str(v).replace(str(run_dir), "RUN") for k, v in found.items()}
+
+
+def test_a_full_disk_behind_the_steps_ends_the_run_as_one_in_the_loop_does(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    for name in ("waits", "runs on"):
+        (tmp_path / name).mkdir()
+        with monkeypatch.context() as patch:
+            spoil(patch, 4)
+            if name == "waits":
+                patch.setattr(Writer, "write_behind", Writer.write)
+            with pytest.raises(RunError) as caught:
+                train(make_run(tiny, tmp_path / name), say=lambda text: None)
+        out = tmp_path / name / "run"
+        assert state.newest(out, pytest.fail).step == 2  # type: ignore[union-attr]
+        assert not list(out.glob(".*.partial"))
+        told.append((caught.value.text().replace(str(out), "RUN"), caught.value.exit_code, failed(out)))
+    assert told[0] == told[1]
+    assert "earlier checkpoints are whole: checkpoint-2" in told[0][0]
+    result = train(make_run(tiny, tmp_path / "runs on"), say=lambda text: None)
+    assert (result.first_step, result.steps) == (2, 8)
+
+
+@pytest.mark.parametrize("fault", ["numbers", "code"])
+def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
+    fault: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 6 fails while checkpoint-4 is still written: it is whole in the end, and it is the one named."""
+    begun, write, step = threading.Event(), Writer._write, Trainer.train_step
+
+    def late(self: Writer, fill: Callable[[Path], None], number: int, spare: int | None) -> None:
+        assert begun.wait(30)
+        time.sleep(0.2)
+        write(self, fill, number, spare)
+
+    def broken(self: Trainer, batch: Any) -> Pending:
+        if batch.step == 5:
+            begun.set()
+            if fault == "code":
+                raise ZeroDivisionError("never meant to be")
+            with torch.no_grad():
+                next(p for p in self.s.model.parameters() if p.requires_grad).fill_(float("nan"))
+        return step(self, batch)
+
+    monkeypatch.setattr(Writer, "_write", late)
+    monkeypatch.setattr(Trainer, "train_step", broken)
+    with pytest.raises(RunError) as caught:
+        train(make_run(tiny, tmp_path, checkpoint={"every": "4 steps"}), say=lambda text: None)
+    assert isinstance(caught.value, NonFiniteError) == (fault == "numbers")
+    found = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert "checkpoint-4" in found["why" if fault == "numbers" else "next"]
+    assert state.fault(tmp_path / "run" / "checkpoint-4") is None
+
+
+def test_a_stop_waits_for_the_write_and_saves_its_own_step(
+    tiny: Path, tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_down(monkeypatch, watched, steps=1)
+    after = Trainer.after_step
+
+    def stopped(self: Trainer) -> None:
+        if self.step == 5:
+            self.stop.signal = "SIGTERM"
+        after(self)
+
+    monkeypatch.setattr(Trainer, "after_step", stopped)
+    with pytest.raises(StoppedError):
+        train(make_run(tiny, tmp_path, checkpoint={"every": "4 steps"}), say=lambda text: None)
+    assert [(thread, step) for thread, step, _ in watched.wrote] == [("tunesmith-checkpoint", 4), ("MainThread", 5)]
+    assert [f.step for f in state.listing(tmp_path / "run") if state.fault(f.path) is None] == [5, 4]
+    assert not [t for t in threading.enumerate() if t.name.startswith("tunesmith-")]

@@ -1,0 +1,127 @@
+"""Checkpoints written behind the training: what is said of them stays true, whatever the thread is doing."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tunesmith.checkpoint import state
+from tunesmith.checkpoint.writer import Writer
+from tunesmith.errors import CheckpointError
+
+
+class Held:
+    """Fills a checkpoint's folder once it is let go."""
+
+    def __init__(self, error: OSError | None = None) -> None:
+        self.begun, self.go, self.error = threading.Event(), threading.Event(), error
+
+    def __call__(self, folder: Path) -> None:
+        (folder / "weights").write_bytes(b"x" * 1000)
+        self.begun.set()
+        assert self.go.wait(30), "never let go"
+        if self.error is not None:
+            raise self.error
+
+
+def quick(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"x")
+
+
+@pytest.fixture
+def synced() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def writer(tmp_path: Path, synced: list[str]) -> Iterator[Writer]:
+    def sync() -> None:
+        synced.append(",".join(sorted(p.name for p in tmp_path.iterdir())))
+
+    writer = Writer(tmp_path, 2, None, sync=sync)
+    yield writer
+    writer.close()
+
+
+def whole(run_dir: Path) -> list[int]:
+    return sorted(f.step for f in state.listing(run_dir) if state.fault(f.path) is None)
+
+
+def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(
+    writer: Writer, tmp_path: Path, synced: list[str]
+) -> None:
+    for step in (1, 2):
+        writer.write(quick, step, spare=None)
+    assert writer.saved_step == 2
+    fill = Held()
+    writer.write_behind(fill, 3, spare=None)
+    assert fill.begun.wait(30)
+    writer.check()
+    assert (writer.saved_step, whole(tmp_path)) == (2, [1, 2]), "the older ones are needed until it is whole"
+    fill.go.set()
+    writer.wait()
+    assert (writer.saved_step, whole(tmp_path)) == (3, [2, 3])
+    assert synced == ["", "checkpoint-1", "checkpoint-1,checkpoint-2"], "the records are on the disk first"
+
+
+def test_the_next_one_waits_and_the_spared_one_stays(writer: Writer, tmp_path: Path) -> None:
+    first, order = Held(), []
+    writer.write_behind(first, 1, spare=1)
+    threading.Timer(0.1, lambda: (order.append("let go"), first.go.set())).start()
+    writer.write_behind(quick, 2, spare=1)
+    order.append("second begun")
+    assert order == ["let go", "second begun"]
+    for step in (3, 4):
+        writer.write_behind(quick, step, spare=1)
+    writer.wait()
+    assert whole(tmp_path) == [1, 3, 4]
+
+
+def again(call: Callable[[Writer], None], writer: Writer) -> None:
+    """`check` says nothing until the thread has ended."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        call(writer)
+
+
+@pytest.mark.parametrize("call", [Writer.check, Writer.wait])
+def test_a_full_disk_in_the_thread_is_raised_in_the_loop(
+    call: Callable[[Writer], None], writer: Writer, tmp_path: Path
+) -> None:
+    """The error is the very one that a write in the loop raises, once; what was whole stays."""
+
+    def fill(folder: Path) -> None:
+        quick(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer.write(quick, 1, spare=None)
+    with pytest.raises(CheckpointError) as at_once:
+        writer.write(fill, 2, spare=None)
+    writer.write_behind(fill, 2, spare=None)
+    with pytest.raises(CheckpointError) as behind:
+        again(call, writer)
+    assert behind.value.text() == at_once.value.text()
+    assert (writer.saved_step, whole(tmp_path)) == (1, [1])
+    assert not list(tmp_path.glob(".*"))
+    call(writer)
+
+
+def test_close_lets_it_end_and_keeps_its_fault_to_itself(writer: Writer, tmp_path: Path) -> None:
+    fill = Held()
+    writer.write_behind(fill, 5, spare=None)
+    threading.Timer(0.1, fill.go.set).start()
+    writer.close()
+    assert (writer.saved_step, whole(tmp_path)) == (5, [5])
+    other = Writer(tmp_path, 2, 5, sync=lambda: None)
+    broken = Held(OSError(errno.ENOSPC, "No space left on device"))
+    broken.go.set()
+    other.write_behind(broken, 6, spare=None)
+    other.close()
+    other.close()
+    assert (other.saved_step, whole(tmp_path)) == (5, [5])
+    assert not [t for t in threading.enumerate() if t.name.startswith("tunesmith-checkpoint")]
