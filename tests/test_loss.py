@@ -88,7 +88,7 @@ def test_no_more_than_a_chunk_of_logits_exists():
     head = nn.Linear(4, vocabulary, bias=False)
     with Watch():
         chunked_cross_entropy(torch.randn(300, 4), head, torch.zeros(300, dtype=torch.long), chunk=64)
-    assert largest == 64
+    assert largest == 60  # 300 in five chunks, all alike
     assert chunk_size(128256, torch.device("cpu")) * 128256 * 4 <= 64 << 20
 
 

@@ -135,7 +135,8 @@ _PATHS = [
 ]
 
 _RULES = [
-    _rule("fp8", "model.quantize=fp8", "fp8 base is not built yet", "nf4"),
+    _line("fp8 beside fp32", ("model.quantize=fp8", "model.dtype=fp32"), "model.quantize: fp8 with model.dtype: fp32", "model.quantize", "model.dtype: bf16"),
+    _rule("recompute below 0", "train.recompute=-1", "train.recompute is -1", "0 or more"),
     _line("quantised full", ("adapter.kind=none", "model.quantize=nf4"), "model.quantize: nf4 with adapter.kind: none", "model.quantize", "model.quantize: none"),
     _line("rank without adapter", ("adapter.kind=none", "adapter.rank=4"), "adapter.rank has no effect", "adapter.rank", "remove adapter.rank"),
     _line("adapter.from without adapter", ("adapter.from=org/adapter", "adapter.kind=none"), "adapter.from has no effect", "adapter.from", "adapter.kind: lora"),

@@ -87,7 +87,7 @@ def test_a_step_is_cut_into_whole_micro_batches_where_all_are_of_one_size(gpu):
 
 
 def test_a_card_that_is_too_small_gets_the_smallest_plan(gpu):
-    gpu(18)
+    gpu(16)
     found = planned(recipe(), LLAMA)
     assert (found.micro_tokens, found.recomputed) == (2048, 32)
 
