@@ -29,6 +29,7 @@ from tunesmith.model import facts as model_facts
 from tunesmith.model import hub, load
 from tunesmith.model.facts import Facts
 from tunesmith.optim import Optimizer
+from tunesmith.parallel.apply import Weights
 from tunesmith.parallel.apply import prepare as prepare_model
 from tunesmith.parallel.memory import plan
 
@@ -43,6 +44,7 @@ class Session:
         folder: the model's files.
         micro_tokens, micro_examples: what one forward pass takes; exactly one of them is set.
         total_steps: optimizer steps of the whole run, or None where it ends by the clock.
+        recomputed_layers: decoder layers whose forward runs again in the backward.
     """
 
     run: Run
@@ -56,6 +58,7 @@ class Session:
     micro_tokens: int | None
     micro_examples: int | None
     total_steps: int | None
+    recomputed_layers: int = 0
 
     @property
     def trained(self) -> Literal["full", "lora"]:
@@ -135,17 +138,21 @@ def check_disk(run: Run, trained_bytes: int) -> None:
         )
 
 
-def build(run: Run, start: Start, *, say: Callable[[str], None]) -> Session:
+def build(
+    run: Run, start: Start, *, say: Callable[[str], None], weights: Weights = "stored", checkpoints: bool = True
+) -> Session:
     """Make a Session, checking before each slow thing what can be checked without it.
 
     Args:
         run: the resolved recipe.
         start: where the run goes on from, if it does.
         say: takes one line for the user about each choice made here.
+        weights: "random" draws them on the device; `model.name` is then a folder that needs none.
+        checkpoints: False where none will be written, so that no room is asked for them.
     """
     device = choose_device()
     check_machine(run, device)
-    folder = hub.fetch(run.model, progress=say)
+    folder = hub.fetch(run.model, progress=say) if weights == "stored" else Path(run.model.name)
     config = load.config_of(folder, run.model)
     facts = model_facts.read(config.to_dict(), where=str(folder))
     tokenizer = load.tokenizer_of(folder, run.model)
@@ -160,11 +167,13 @@ def build(run: Run, start: Start, *, say: Callable[[str], None]) -> Session:
     total_steps = data.course.steps(run.train.duration)
 
     memory = plan(run, facts, device, trained=trained_parameters(run, facts))
-    check_disk(run, trained_parameters(run, facts) * (load.DTYPES[run.model.dtype].itemsize + 12))
+    if checkpoints:
+        check_disk(run, trained_parameters(run, facts) * (load.DTYPES[run.model.dtype].itemsize + 12))
     resolved = replace(run, train=replace(run.train, recompute="full" if memory.recompute else "none"))
     torch.manual_seed(run.train.seed)
     saved = start.found.path if start.found else None
-    model = prepare_model(resolved, saved if saved and run.adapter.kind == "none" else folder, device=device)
+    source = saved if saved and run.adapter.kind == "none" else folder
+    model = prepare_model(resolved, source, device=device, weights=weights)
     if saved and run.adapter.kind == "lora":
         peft_io.load(model.model, saved)
     optimizer = make_optimizer(run, model, start)
@@ -172,7 +181,10 @@ def build(run: Run, start: Start, *, say: Callable[[str], None]) -> Session:
     tokens = memory.micro_tokens if micro == "auto" else micro.amount if micro.unit == "tokens" else None
     examples = None if micro == "auto" or micro.unit == "tokens" else micro.amount
     say(model.describe())
-    return Session(run, folder, facts, tokenizer, data, model, optimizer, device, tokens, examples, total_steps)
+    recomputed = facts.layers if memory.recompute else 0
+    return Session(
+        run, folder, facts, tokenizer, data, model, optimizer, device, tokens, examples, total_steps, recomputed
+    )
 
 
 def trained_parameters(run: Run, facts: Facts) -> int:

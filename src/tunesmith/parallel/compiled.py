@@ -20,6 +20,16 @@ def wanted(choice: str, device: torch.device) -> bool:
     return choice == "on" or (choice == "auto" and device.type == "cuda")
 
 
+def graphs_compiled() -> int:
+    """How many graphs this process has compiled so far.
+
+    The compiler's own counter; torch has no public name for it, and this function is the one place that knows it.
+    """
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
 def compile_layers(layers: Iterable[nn.Module], *, backend: str | Callable[..., Any] = "inductor") -> int:
     """Compile each layer in place, at its first forward; returns how many."""
     count = 0
