@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.config.names import nearest
+from tunesmith.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -116,3 +119,16 @@ SHAPES: dict[str, Shape] = {
         },
     ),
 }
+
+
+def named(name: str) -> Shape:
+    """A shape of the table.
+
+    Raises:
+        UsageError: there is none of that name; with the nearest one.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    near = nearest(name, SHAPES)
+    fix = f"did you mean --shape {near}?" if near else f"one of {', '.join(SHAPES)}"
+    raise UsageError(f"there is no shape {name!r}", where="--shape", fix=fix)
