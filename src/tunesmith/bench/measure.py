@@ -141,7 +141,7 @@ class _Seen:
     graphs: list[int]  # compiled so far, before the first step and after each timed one
     memory: dict[str, float | None]
     traces: tuple[Path, ...]
-    stall: float | None
+    stalls: dict[str, float | None]
 
 
 def _drive(plan: Plan, trainer: Trainer) -> _Seen:
@@ -164,8 +164,7 @@ def _drive(plan: Plan, trainer: Trainer) -> _Seen:
                 stack.enter_context(profiler)
             elif step > timed:
                 profiler.step()
-    stall = _checkpoint_stall(trainer) if session.trained == "lora" else None
-    return _Seen(noted.padded, graphs, memory, tuple(profiler.traces), stall)
+    return _Seen(noted.padded, graphs, memory, tuple(profiler.traces), _checkpoint_stalls(trainer))
 
 
 def _peak_memory(device: torch.device) -> dict[str, float | None]:
@@ -178,13 +177,16 @@ def _peak_memory(device: torch.device) -> dict[str, float | None]:
     }
 
 
-def _checkpoint_stall(trainer: Trainer) -> float:
-    """Seconds that writing a checkpoint keeps the loop from its next step."""
-    if trainer.s.device.type == "cuda":
-        torch.cuda.synchronize(trainer.s.device)
-    began = time.perf_counter()
-    trainer.save()
-    return time.perf_counter() - began
+def _checkpoint_stalls(trainer: Trainer) -> dict[str, float | None]:
+    """Seconds that writing a checkpoint keeps the loop from its next step: the first one, with its imports, and another."""
+    stalls: list[float | None] = [None, None]
+    if trainer.s.trained == "lora":  # a full one takes as long as the disk does
+        for turn in (0, 1):
+            trainer.saved_step = None  # else a second one at the same step is none
+            began = time.perf_counter()
+            trainer.save()
+            stalls[turn] = time.perf_counter() - began
+    return {"first_checkpoint_stall_seconds": stalls[0], "checkpoint_stall_seconds": stalls[1]}
 
 
 def _work(plan: Plan, trainer: Trainer, padded: dict[int, int]) -> Work:
@@ -228,6 +230,7 @@ def _result(plan: Plan, trainer: Trainer, seen: _Seen, build_seconds: float) -> 
         **figures.speeds(work, timing["seconds"], run.data.seq_len),
         **shares,
         **seen.memory,
+        **seen.stalls,
     }
     found = Figures(
         device=_device_name(session.device),
@@ -243,7 +246,6 @@ def _result(plan: Plan, trainer: Trainer, seen: _Seen, build_seconds: float) -> 
         graphs_compiled=seen.graphs[-1] - seen.graphs[0],
         graphs_compiled_after_step_3=seen.graphs[-1] - seen.graphs[min(SETTLED, len(seen.graphs) - 1)],
         power_mean_watts=statistics.fmean(watts) if watts else None,
-        checkpoint_stall_seconds=seen.stall,
         first_loss=records[0].loss,
         last_loss=records[-1].loss,
         **values,
