@@ -266,6 +266,7 @@ def _device_name(device: torch.device) -> str:
 
 def let_go() -> None:
     """Give the device's memory back, for a process that is to run beside this one."""
+    torch.compiler.reset()  # compiled layers must not be what keeps a model alive
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

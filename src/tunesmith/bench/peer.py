@@ -12,6 +12,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -109,8 +110,9 @@ def race(asked: Request, folder: Path) -> dict[str, Any]:
     found = [line for line in done.stdout.splitlines() if line.startswith(REPORT)]
     if done.returncode or not found:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
-        (log := Path.cwd() / "trl.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-        raise RunError("TRL's run failed", where=str(log), why=said[-1], fix="run without --against, or mend that")
+        with tempfile.NamedTemporaryFile("w", prefix="tunesmith-trl-", suffix=".log", delete=False) as log:
+            log.write(done.stdout + done.stderr)
+        raise RunError("TRL's run failed", where=log.name, why=said[-1], fix="mend that, or leave --against away")
     report: dict[str, Any] = json.loads(found[-1].removeprefix(REPORT))
     return report
 

@@ -58,6 +58,7 @@ def recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]) -> R
         overrides: `key.sub=value`.
 
     Raises:
+        UsageError: a key names another model or tokenizer.
         RecipeError, MachineError: as `config.load.load`.
     """
     values = {
@@ -68,4 +69,12 @@ def recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]) -> R
     }
     file = folder.parent / "shape.yaml"
     file.write_text(to_yaml(values), encoding="utf-8")
-    return load(file, overrides)
+    run = load(file, overrides)
+    if (run.model.name, run.model.tokenizer) != (str(folder), None):
+        raise UsageError(
+            "a shape's model and tokenizer are not keys",
+            where="command line: model.name, model.tokenizer",
+            why="the model is the shape with random weights, and its folder holds the tokenizer",
+            fix="--shape NAME --tokenizer DIR_OR_ID; or give a recipe in place of --shape",
+        )
+    return run

@@ -145,7 +145,8 @@ def bench(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], Figur
         summary = summarise(measured.traces)
         report["profile"] = {"traces": [str(trace) for trace in measured.traces], **summary.values()}
         lines += [*summary.lines(), *(f"trace: {trace}" for trace in measured.traces)]
-    let_go()
+    if args.cold or args.against:
+        let_go()
     if args.cold:
         lines += cold(report, args, folder)
     if args.against:
