@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,24 @@ def test_the_steps_are_those_of_train(tiny: Path, tmp_path: Path) -> None:
     assert found.figures.tokens == sum(record.tokens for record in result.records[2:])
     assert sum(len(ids) for ids, _ in found.examples) == result.tokens
     assert not (tmp_path / "measured" / "final").exists()
+
+
+def test_numbers_that_are_read_late_are_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a step's numbers are read while the next one runs. Nothing is lost at the edges of the timed steps."""
+
+    class Late(Trainer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.late = True
+
+    run = make_run(tiny, tmp_path, held=False, profile={"wait": 0, "warmup": 1, "active": 1})
+    plan = Plan(run, steps=3, warmup=2, traces=tmp_path / "traces")
+    at_once = run_plan(plan, tmp_path).figures
+    monkeypatch.setattr("tunesmith.bench.measure.Trainer", Late)
+    late = run_plan(plan, tmp_path, "late").figures
+    consistent(late)
+    same = ("steps", "tokens", "supervised_tokens", "padded_tokens", "examples", "first_loss", "last_loss")
+    assert [vars(late)[name] for name in same] == [vars(at_once)[name] for name in same]
 
 
 def test_recomputed_layers_count_as_work_of_the_hardware(tiny: Path, tmp_path: Path) -> None:

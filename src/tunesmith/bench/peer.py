@@ -6,6 +6,7 @@ its own defaults. Tokens are counted as ours are: the non-padding ones of the ti
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -217,7 +218,8 @@ def _answer(asked: Request, folder: Path) -> dict[str, Any]:
         model, tokenizer, Dataset.from_dict({"input_ids": asked.input_ids, "assistant_masks": asked.masks}), lora,
         steps=asked.steps, skip=asked.skip, accumulate=accumulate, output_dir=str(folder / "trl"), **settings,
     )  # fmt: skip
-    return report | {"rows": per_device * accumulate, "settings": settings | {"accumulate": accumulate}}
+    about = {"trl": importlib.metadata.version("trl"), "rows": per_device * accumulate}
+    return report | about | {"settings": settings | {"gradient_accumulation_steps": accumulate}}
 
 
 def main(words: Sequence[str]) -> None:

@@ -258,7 +258,7 @@ def against(
     report["trl"] = {**theirs, "ratio": ratio}
     memory = ours.peak_allocated_gib if ours.peak_allocated_gib is not None else ours.peak_resident_gib
     return [
-        f"TRL, {theirs['rows']} rows a step: {theirs['tokens_per_second']:,.0f} non-padding tokens/s, "
+        f"TRL {theirs['trl']}, its defaults, {theirs['rows']} rows a step: {theirs['tokens_per_second']:,.0f} non-padding tokens/s, "
         f"{theirs['peak_gib']:.1f} GiB; ours {ours.tokens_per_second:,.0f} ({ratio:.2f} x), {memory:.1f} GiB"
     ]
 
