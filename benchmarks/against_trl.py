@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -71,45 +70,19 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tunesmith.bench.peer import train_with_trl
 
     tokenizer = AutoTokenizer.from_pretrained(a.model)
-    data = Dataset.from_dict({"text": texts(a.data, a.steps * a.batch, tokenizer.eos_token)})
-    seen: list[int] = []
-    clock: list[float] = []
-
-    class InOrder(SFTTrainer):
-        def _get_train_sampler(self, dataset: Any = None) -> Any:
-            return SequentialSampler(self.train_dataset)
-
-        def training_step(self, model: Any, inputs: Any, *rest: Any, **kw: Any) -> Any:
-            seen.append(int(inputs["attention_mask"].sum()))
-            return super().training_step(model, inputs, *rest, **kw)
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.append(time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            clock.append(time.perf_counter())
-
-    config = SFTConfig(
-        output_dir=str(folder / "run"), per_device_train_batch_size=a.batch, max_steps=a.steps, learning_rate=1e-4,
-        save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True, max_length=a.seq,
-        lr_scheduler_type="linear", use_cpu=not torch.cuda.is_available(), **options,
+    return train_with_trl(
+        AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16),
+        tokenizer,
+        Dataset.from_dict({"text": texts(a.data, a.steps * a.batch, tokenizer.eos_token)}),
+        LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM"),
+        steps=a.steps, skip=a.skip, output_dir=str(folder / "run"), per_device_train_batch_size=a.batch,
+        learning_rate=1e-4, max_length=a.seq, lr_scheduler_type="linear", **options,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM")
-    trainer = InOrder(
-        model=model, processing_class=tokenizer, train_dataset=data, args=config, peft_config=lora, callbacks=[Clock()]
-    )
-    trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return {"tokens": sum(seen[a.skip :]), "seconds": clock[-1] - clock[a.skip], "loss": losses}
 
 
 def contend(a: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from tunesmith.model import hub, load
 from tunesmith.model.facts import Facts
 from tunesmith.optim import Optimizer
 from tunesmith.parallel import eight_bits
-from tunesmith.parallel.apply import door_of
+from tunesmith.parallel.apply import Weights, door_of
 from tunesmith.parallel.apply import prepare as prepare_model
 from tunesmith.parallel.choices import Choice, line, reasons
 from tunesmith.parallel.compiled import wanted
@@ -64,9 +64,10 @@ class Session:
     Attributes:
         folder: the model's files.
         rows: how micro batches are laid out.
-        recomputed: decoder layers that are run again in the backward.
+        recomputed_layers: decoder layers that are run again in the backward.
         choices: what was decided for this machine, and why.
         total_steps: optimizer steps of the whole run, or None where it ends by the clock.
+        recomputed_layers: decoder layers whose forward runs again in the backward.
     """
 
     run: Run
@@ -78,7 +79,7 @@ class Session:
     optimizer: Optimizer
     device: torch.device
     rows: Rows
-    recomputed: int
+    recomputed_layers: int
     choices: list[Choice]
     total_steps: int | None
 
@@ -160,7 +161,15 @@ def check_disk(run: Run, trained_bytes: int) -> None:
         )
 
 
-def build(run: Run, start: Start, *, say: Callable[[str], None], why: bool = False) -> Session:
+def build(
+    run: Run,
+    start: Start,
+    *,
+    say: Callable[[str], None],
+    why: bool = False,
+    weights: Weights = "stored",
+    checkpoints: bool = True,
+) -> Session:
     """Make a Session, checking before each slow thing what can be checked without it.
 
     Args:
@@ -168,10 +177,12 @@ def build(run: Run, start: Start, *, say: Callable[[str], None], why: bool = Fal
         start: where the run goes on from, if it does.
         say: takes one line for the user about each choice made here.
         why: say the reason of each choice too.
+        weights: "random" draws them on the device; `model.name` is then a folder that needs none.
+        checkpoints: False where none will be written, so that no room is asked for them.
     """
     device = choose_device()
     check_machine(run, device)
-    folder = hub.fetch(run.model, progress=say)
+    folder = hub.fetch(run.model, progress=say) if weights == "stored" else Path(run.model.name)
     config = load.config_of(folder, run.model)
     facts = model_facts.read(config.to_dict(), where=str(folder))
     tokenizer = load.tokenizer_of(folder, run.model)
@@ -188,7 +199,8 @@ def build(run: Run, start: Start, *, say: Callable[[str], None], why: bool = Fal
     trained = trained_parameters(run, facts)
     fixed = wanted(run.train.compile, device) and data.course.packed and run.train.global_batch.unit == "tokens"
     memory = plan(run, facts, device, trained=trained, step=data.course.step_size(), fixed=fixed)
-    check_disk(run, trained * (load.DTYPES[run.model.dtype].itemsize + 12))
+    if checkpoints:
+        check_disk(run, trained * (load.DTYPES[run.model.dtype].itemsize + 12))
     rows = rows_of(run, data, memory.micro_tokens, compiled=wanted(run.train.compile, device), fixed=fixed)
     loader = partial(Loader, data.train, data.course, pad_id=int(tokenizer.pad_token_id), **asdict(rows))
     saved = start.found.path if start.found else None
@@ -196,7 +208,7 @@ def build(run: Run, start: Start, *, say: Callable[[str], None], why: bool = Fal
     def make_model() -> TrainModel:
         torch.manual_seed(run.train.seed)
         files = saved if saved and run.adapter.kind == "none" else folder
-        return prepare_model(run, files, device=device, recomputed=memory.recomputed, varied=not fixed)
+        return prepare_model(run, files, device=device, recomputed=memory.recomputed, varied=not fixed, weights=weights)
 
     model = make_model()
     probe = loader().batch(0).micro[0].to(device)

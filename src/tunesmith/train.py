@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,17 +125,9 @@ class Trainer:
         if not self.validated:
             self.sinks.text("validation", "the validation that a stop cut off is made up for")
             self.finish_step()
-        profiler = Profiler(self.run.profile, self.out, rank=0, device=self.s.device)
+        profiler = Profiler(self.run.profile, self.out / "profile", rank=0, device=self.s.device)
         with profiler, self.s.loader(self.step) as loader:
-            self.clock = time.perf_counter()
-            for batch in loader:
-                if self.stop.signal or self.over():
-                    break
-                self.writer.check()
-                pending = self.train_step(batch)
-                if self.late:
-                    self.settle()
-                self.pending, self.step = pending, pending.step
+            for _ in self.steps(loader):
                 profiler.step()
                 self.after_step()
                 if self.worse and self.worse == self.run.validate.patience:
@@ -147,6 +139,19 @@ class Trainer:
         if self.stop.signal and not self.over():
             self.save_and_stop()
         return self.end()
+
+    def steps(self, batches: Iterable[GlobalBatch]) -> Iterator[int]:
+        """Take one optimizer step on each batch until the run is over; yields the number of steps taken so far."""
+        self.clock = time.perf_counter()
+        for batch in batches:
+            if self.stop.signal or self.over():
+                return
+            self.writer.check()
+            pending = self.train_step(batch)
+            if self.late:
+                self.settle()
+            self.pending, self.step = pending, pending.step
+            yield self.step
 
     def over(self) -> bool:
         """Whether the duration is used up."""

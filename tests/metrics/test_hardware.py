@@ -20,7 +20,7 @@ from tunesmith.metrics.hardware import Gauges, describe, memory_gib, peak_of, pe
         ("NVIDIA A100 80GB PCIe", 312.0), ("NVIDIA L40S", 362.0), ("NVIDIA L40", 181.0), ("NVIDIA L4", 121.0),
         ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 5090", 209.5), ("NVIDIA GeForce RTX 3090", 71.0),
         ("NVIDIA GB10", 92.0), ("NVIDIA B200", 2250.0), ("NVIDIA GB200", 2500.0), ("NVIDIA RTX A6000", 154.8),
-        ("NVIDIA A10G", 125.0), ("NVIDIA H20", 148.0),
+        ("NVIDIA A10G", 70.0), ("NVIDIA A10", 125.0), ("NVIDIA H20", 148.0),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA Tesla X9", None),
         ("NVIDIA GeForce RTX 3090 Ti", None), ("Tesla P40", None), ("", None),
     ],

@@ -12,7 +12,6 @@ full name): the start depends neither on the order of layers nor, later, on how 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from tunesmith.adapter.fp8 import Fp8Linear
 from tunesmith.adapter.nf4 import Nf4Linear
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
+from tunesmith.model.draw import seed_of
 
 ALL_LINEAR = "all-linear"
 ORIGINAL = "before_tuning_"  # a module trained in full keeps its base values in buffers of this prefix
@@ -166,11 +166,6 @@ def initialise(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
             # A copy: a head tied to a trained embedding stays what it was, as in PEFT.
             trained.register_parameter(key, nn.Parameter(base.detach().clone()))
             trained.register_buffer(ORIGINAL + key, base.detach(), persistent=False)
-
-
-def seed_of(seed: int, name: str) -> int:
-    """A seed for one tensor, fixed by the run's seed and the tensor's full name."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
 def targets(model: nn.Module, adapter: Adapter) -> list[str]:

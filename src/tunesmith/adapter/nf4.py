@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tunesmith.adapter import products
 from tunesmith.errors import MachineError, ModelError
-from tunesmith.model.fill import Stored
+from tunesmith.model.fill import Source
 
 BLOCK = 64  # weights that share a scale
 NESTED_BLOCK = 256  # scales that share a scale
@@ -212,7 +212,7 @@ def hooks(model: nn.Module) -> dict[str, Any]:
     return {f"{n}.weight": partial(_fill, m, n) for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
 
 
-def _fill(layer: Nf4Linear, name: str, stored: Mapping[str, Stored]) -> None:
+def _fill(layer: Nf4Linear, name: str, stored: Mapping[str, Source]) -> None:
     device = layer.weight.device
     parts = {suffix: part.read().to(device) for suffix, part in stored.items()}
     if len(parts) == 1:

@@ -44,6 +44,7 @@ VERBS = {
     "data": ("tunesmith.cli.data", "see the tokens that a recipe trains on"),
     "chat": ("tunesmith.cli.chat", "talk to a trained model in the terminal"),
     "generate": ("tunesmith.cli.generate", "answer the rows of a file"),
+    "bench": ("tunesmith.cli.bench", "measure how fast a recipe trains here, and the share of the chip"),
     "eval": ("tunesmith.cli.evaluate", "measure a trained model on held-out rows, beside its base"),
     "merge": ("tunesmith.cli.merge", "put an adapter into its base model, and prove that it answers alike"),
 }

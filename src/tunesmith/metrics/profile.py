@@ -1,6 +1,6 @@
 """`profile:` of a recipe: traces and a memory picture of some steps, on every rank.
 
-In `output_dir/profile/` each rank r leaves, for each cycle:
+In its folder, `output_dir/profile/` for a training run, each rank r leaves for each cycle:
 
     rank<r>.<time>.pt.trace.json.gz   the trace: ui.perfetto.dev, or TensorBoard's profiler plugin on the folder
     memory-rank<r>-<cycle>.json.gz    allocated bytes over time as counter tracks, for Perfetto
@@ -33,8 +33,8 @@ class Profiler:
     """
 
     def __init__(self, settings: Profile, folder: Path, *, rank: int, device: torch.device) -> None:
-        self.folder, self.rank, self.device = folder / "profile", rank, device
-        self.cycles_written = 0
+        self.folder, self.rank, self.device = folder, rank, device
+        self.traces: list[Path] = []  # written so far
         self._steps_left = (settings.wait + settings.warmup + settings.active) * settings.cycles
         self._profile: profile | None = None
         if not settings.enabled:
@@ -80,11 +80,11 @@ class Profiler:
 
     def _write(self, done: profile) -> None:
         """Called by torch at the end of each cycle, and of a cycle that the run's end cuts short."""
-        cycle, self.cycles_written = self.cycles_written + 1, self.cycles_written + 1
         before = set(self.folder.glob("*.pt.trace.json.gz"))
         self._trace(done)
         (trace,) = set(self.folder.glob(f"rank{self.rank}.*.pt.trace.json.gz")) - before
-        name = f"rank{self.rank}-{cycle}"
+        self.traces.append(trace)
+        name = f"rank{self.rank}-{len(self.traces)}"
         _write_memory(trace, self.folder / f"memory-{name}.json.gz")
         if self.device.type == "cuda":
             with (self.folder / f"memory-{name}.pickle").open("wb") as out:

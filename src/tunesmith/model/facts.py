@@ -7,7 +7,7 @@ name, before a byte of weights is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -278,10 +278,26 @@ def flops(
     tokens = sum(lengths)
     per_parameter = 6 if trained == "full" else 4
     matmul = per_parameter * (facts.layers * facts.layer_matmul * tokens + facts.head_matmul * supervised)
+    # The backward of attention takes twice its forward.
+    return float(matmul + 3 * _attention(facts, lengths) + 6 * adapter_parameters * tokens)
+
+
+def recompute_flops(facts: Facts, documents: Iterable[int], layers: int, *, adapter_parameters: int = 0) -> float:
+    """Floating-point operations of running the forward of `layers` decoder layers once more, as the backward does.
+
+    Args:
+        facts, documents, adapter_parameters: as in `flops`.
+        layers: how many are run again; where layers differ (windows), each counts as their mean.
+    """
+    lengths = list(documents)
+    matrices = facts.layers * facts.layer_matmul + adapter_parameters
+    return float(layers / facts.layers * (2 * matrices * sum(lengths) + _attention(facts, lengths)))
+
+
+def _attention(facts: Facts, lengths: Sequence[int]) -> int:
+    """Operations of attention's forward in all layers: q k^T and p v, 2 products of 2 operations a pair and channel."""
     counted: dict[int | None, int] = {}
     for window in facts.windows:
         counted[window] = counted.get(window, 0) + 1
-    # q k^T and p v: 2 products of 2 operations a pair and channel forward; the backward takes twice that.
     pairs = sum(many * sum(_pairs(n, window) for n in lengths) for window, many in counted.items())
-    attention = 12 * pairs * facts.heads * facts.head_dim
-    return float(matmul + attention + 6 * adapter_parameters * tokens)
+    return 4 * pairs * facts.heads * facts.head_dim

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -69,7 +70,13 @@ class Stored:
             read_into(self._fd, self._entry, flat.view(torch.uint8).numpy().data, offset)
 
 
-Hook = Callable[[Mapping[str, Stored]], None]
+class Source(Protocol):
+    """What a hook is handed for a tensor: one of a file (`Stored`), or one that is drawn."""
+
+    def read(self) -> torch.Tensor: ...
+
+
+Hook = Callable[[Mapping[str, Source]], None]
 
 
 def load_weights(

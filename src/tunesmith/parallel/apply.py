@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,14 +15,23 @@ from tunesmith.adapter import lora, nf4, peft_io
 from tunesmith.config.schema import Run
 from tunesmith.method.base import Method, TrainModel
 from tunesmith.method.sft import sft
-from tunesmith.model import attention, facts, load, parts, quirks
+from tunesmith.model import attention, draw, facts, load, parts, quirks
 from tunesmith.parallel import compiled, recompute
 from tunesmith.parallel.host import bound_product_caches, keep_freed_pages
 
 METHODS: dict[str, Method] = {"sft": sft}
+Weights = Literal["stored", "random"]
 
 
-def prepare(run: Run, folder: Path, *, device: torch.device, recomputed: int = 0, varied: bool = True) -> TrainModel:
+def prepare(
+    run: Run,
+    folder: Path,
+    *,
+    device: torch.device,
+    recomputed: int = 0,
+    varied: bool = True,
+    weights: Weights = "stored",
+) -> TrainModel:
     """Build the model of a recipe, with weights, ready to be trained.
 
     Args:
@@ -30,6 +40,7 @@ def prepare(run: Run, folder: Path, *, device: torch.device, recomputed: int = 0
         device: where the weights go.
         recomputed: decoder layers that are run again in the backward.
         varied: whether micro batches differ in their number of tokens, as `compiled.compile_layers` wants to know.
+        weights: those of the files, or random ones of the same shape, drawn on the device: for measuring speed.
 
     Returns:
         The root module. What the recipe does not train has `requires_grad` False. A base to be held in fp8 is still
@@ -44,6 +55,7 @@ def prepare(run: Run, folder: Path, *, device: torch.device, recomputed: int = 0
     config = load.config_of(folder, run.model)
     tokenizer = load.tokenizer_of(folder, run.model)
     model = load.on_meta(config, run.model, rows=load.vocab_rows(config, tokenizer))
+    checkpoint = dict(model.named_parameters())  # on meta: names and shapes, before an adapter adds its own
     quirk, dtype = quirks.of(config), load.DTYPES[run.model.dtype]
     layers = list(model.get_submodule(quirk.layers).children())
 
@@ -57,7 +69,10 @@ def prepare(run: Run, folder: Path, *, device: torch.device, recomputed: int = 0
     if fast:
         compiled.compile_layers(layers, varied=varied)
     load.materialise(model, device)
-    load.load_weights(model, folder, skip=_made_here(model), convert=nf4.hooks(model))
+    if weights == "random":
+        draw.draw_weights(model, checkpoint, seed=run.train.seed, convert=nf4.hooks(model))
+    else:
+        load.load_weights(model, folder, skip=_made_here(model), convert=nf4.hooks(model))
     if run.adapter.kind == "lora":
         lora.initialise(model, run.adapter, seed=run.train.seed)
     if run.adapter.kind == "lora" and run.adapter.from_ is not None:

@@ -130,7 +130,11 @@ def plan(run: Run, facts: Facts, device: torch.device, *, trained: int, step: St
         passes = math.ceil(step.mean / tokens)
         waste = passes * tokens / step.mean if fixed else 1.0
         fits = _held(tokens, layers(tokens), facts.layers, kept, rerun) + passing_bytes(run, facts, device, tokens)
-        return work * waste + PASS_TOKENS[run.model.quantize] * passes / step.mean + (1e6 * fits / max(room, 1) if fits > room else 0)
+        return (
+            work * waste
+            + PASS_TOKENS[run.model.quantize] * passes / step.mean
+            + (1e6 * fits / max(room, 1) if fits > room else 0)
+        )
 
     if micro == "auto":
         most = max(seq, min(MOST_TOKENS.get(device.type, 4096), math.ceil(step.largest / seq) * seq))

@@ -1,0 +1,150 @@
+"""A real run on the CPU: its figures agree with each other, and with what the loop recorded."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recipes import make_run
+from tunesmith.bench.ceiling import fp8_matmul_tflops, matmul_tflops
+from tunesmith.bench.figures import Figures
+from tunesmith.bench.measure import Measured, Plan, measure
+from tunesmith.errors import RunError
+from tunesmith.model import facts
+from tunesmith.parallel import compiled
+from tunesmith.train import Trainer, train
+
+
+def run_plan(plan: Plan, folder: Path, name: str = "measured") -> Measured:
+    out = folder / name
+    out.mkdir()
+    return measure(plan, out, say=lambda text: None)
+
+
+def consistent(found: Figures) -> None:
+    """What must hold of any figures: counts over seconds, shares in [0, 1], the order of percentiles."""
+    for count, speed in (
+        (found.tokens, found.tokens_per_second),
+        (found.supervised_tokens, found.supervised_tokens_per_second),
+        (found.padded_tokens, found.padded_tokens_per_second),
+    ):
+        assert speed * found.seconds == pytest.approx(count, rel=1e-12)
+    assert found.fill_share == found.tokens / found.padded_tokens
+    assert 0 < found.supervised_tokens < found.tokens <= found.padded_tokens
+    for share in (found.fill_share, found.mfu_of_ceiling, found.hardware_share_of_ceiling, found.data_wait_share):
+        assert 0 <= share <= 1
+    assert found.mfu_of_ceiling <= found.hardware_share_of_ceiling
+    assert found.mfu_of_ceiling * found.ceiling_tflops == pytest.approx(found.model_tflops_per_second)
+    assert 0 < found.step_seconds_p50 <= found.step_seconds_p95
+    assert found.step_p95_over_p50 == found.step_seconds_p95 / found.step_seconds_p50
+    assert found.steps * found.step_seconds_p50 < 3 * found.seconds
+
+
+def test_figures_of_unpacked_rows_over_several_epochs(tiny: Path, tmp_path: Path) -> None:
+    """8 of 48 rows a step: 2 + 9 steps go into the second epoch."""
+    run = make_run(tiny, tmp_path, data={"pack": False}, train={"duration": "1 epochs", "recompute": "none"})
+    found = run_plan(Plan(run, steps=9, warmup=2), tmp_path).figures
+    consistent(found)
+    assert (found.steps, found.warmup_steps, found.examples) == (9, 2, 72)
+    assert found.samples_times_seq_len_per_second * found.seconds == pytest.approx(72 * 128)
+    assert found.fill_share < 1
+    assert found.hardware_share_of_ceiling == found.mfu_of_ceiling
+    assert (found.published_peak_tflops, found.mfu_of_published_peak, found.peak_allocated_gib) == (None, None, None)
+    assert found.checkpoint_stall_seconds is not None
+    assert found.checkpoint_stall_seconds > 0
+    assert found.graphs_compiled == 0
+    assert found.first_step_seconds > 0
+
+
+def test_the_steps_are_those_of_train(tiny: Path, tmp_path: Path) -> None:
+    """Losses, bit for bit: the same course, the same warm-up of the rate, the same order of rows."""
+    run = make_run(tiny, tmp_path, train={"duration": "7 steps"}, checkpoint={"every": None}, held=False)
+    result = train(run, say=lambda text: None)
+    found = run_plan(Plan(run, steps=5, warmup=2), tmp_path)
+    losses = [record.loss for record in result.records]
+    assert (found.figures.first_loss, found.figures.last_loss) == (losses[2], losses[6])
+    assert found.figures.tokens == sum(record.tokens for record in result.records[2:])
+    assert sum(len(ids) for ids, _ in found.examples) == result.tokens
+    assert not (tmp_path / "measured" / "final").exists()
+
+
+def test_numbers_that_are_read_late_are_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a step's numbers are read while the next one runs. Nothing is lost at the edges of the timed steps."""
+
+    class Late(Trainer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.late = True
+
+    run = make_run(tiny, tmp_path, held=False, profile={"wait": 0, "warmup": 1, "active": 1})
+    plan = Plan(run, steps=3, warmup=2, traces=tmp_path / "traces")
+    at_once = run_plan(plan, tmp_path).figures
+    monkeypatch.setattr("tunesmith.bench.measure.Trainer", Late)
+    late = run_plan(plan, tmp_path, "late").figures
+    consistent(late)
+    same = ("steps", "tokens", "supervised_tokens", "padded_tokens", "examples", "first_loss", "last_loss")
+    assert [vars(late)[name] for name in same] == [vars(at_once)[name] for name in same]
+
+
+def test_recomputed_layers_count_as_work_of_the_hardware(tiny: Path, tmp_path: Path) -> None:
+    """Reference: for a frozen base the forward is half of what is counted without the head, attention a third."""
+    run = make_run(tiny, tmp_path, train={"recompute": "full"}, held=False)
+    found = run_plan(Plan(run, steps=3, warmup=1), tmp_path).figures
+    consistent(found)
+    assert found.recomputed_layers == 2
+    assert 1.2 < found.hardware_share_of_ceiling / found.mfu_of_ceiling < 1.5
+
+
+def test_recomputation_is_one_more_forward() -> None:
+    shape = facts.read(
+        {
+            "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 8, "intermediate_size": 16, "vocab_size": 10,
+            "num_attention_heads": 2,
+        },
+        where="test",
+    )  # fmt: skip
+    once = facts.recompute_flops(shape, [5, 3], 4, adapter_parameters=7)
+    pairs = 5 * 6 // 2 + 3 * 4 // 2
+    assert once == 2 * (4 * (4 * 8 * 8 + 3 * 8 * 16) + 7) * 8 + 4 * 4 * pairs * 8
+    assert facts.recompute_flops(shape, [5, 3], 1, adapter_parameters=7) == once / 4
+    assert facts.recompute_flops(shape, [5, 3], 0) == 0
+
+
+def test_graphs_are_counted(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With layers compiled (by a backend that needs no C++ compiler) graphs appear, and none when nothing is new."""
+    torch.compiler.reset()
+    monkeypatch.setattr(compiled, "compile_layers", partial(compiled.compile_layers, backend="eager"))
+    run = make_run(tiny, tmp_path, train={"compile": "on"}, held=False)
+    found = run_plan(Plan(run, steps=4, warmup=2), tmp_path).figures
+    torch.compiler.reset()
+    assert found.graphs_compiled > 0
+    assert 0 <= found.graphs_compiled_after_step_3 < found.graphs_compiled
+
+
+def test_traces_are_of_steps_after_the_timed_ones(tiny: Path, tmp_path: Path) -> None:
+    run = make_run(tiny, tmp_path, profile={"wait": 1, "warmup": 1, "active": 2, "cycles": 2}, held=False)
+    plan = Plan(run, steps=2, warmup=1, traces=tmp_path / "traces")
+    assert plan.traced == 8
+    found = run_plan(plan, tmp_path)
+    assert found.figures.steps == 2
+    assert len(found.traces) == 2
+    assert all(trace.parent == tmp_path / "traces" for trace in found.traces)
+
+
+def test_a_step_that_fails_says_where(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Trainer, batch: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    with pytest.raises(RunError, match="out of memory"):
+        run_plan(Plan(make_run(tiny, tmp_path), steps=1, warmup=0), tmp_path)
+
+
+def test_the_ceiling_is_a_speed_of_products() -> None:
+    """Sanity by what a CPU core can do at all: between a megaflop and 100 TFLOP/s; fp8 has none here."""
+    assert 1e-6 < matmul_tflops(torch.device("cpu"), torch.float32, size=128) < 100
+    assert fp8_matmul_tflops(torch.device("cpu")) is None

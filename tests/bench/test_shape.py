@@ -1,0 +1,46 @@
+"""Each shape of the table, its sizes cut down, through the road of real ones: config, tokenizer, random weights, steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes import rows
+from tunesmith.bench import shape
+from tunesmith.bench.measure import Plan, measure
+from tunesmith.errors import UsageError
+from tunesmith.model.shapes import SHAPES
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 16,
+    "num_key_value_heads": 2, "vocab_size": 384,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path) -> None:
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
+    folder, out, data = tmp_path / "model", tmp_path / "run", tmp_path / "rows.jsonl"
+    folder.mkdir()
+    out.mkdir()
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(40)))
+    shape.write_model(folder, {**SHAPES[name].config, **SIZES}, str(tiny))
+    assert not list(folder.glob("*.safetensors"))
+    keys = ["data.seq_len=128", "train.global_batch=256 tokens", "train.micro_batch=256 tokens"]
+    run = shape.recipe(
+        folder, data=str(data), rows="prompt-completion", overrides=[*keys, f"model.quantize={quantize}"]
+    )
+    assert (run.adapter.kind, run.adapter.rank, run.adapter.alpha, run.adapter.target) == ("lora", 8, 16, "all-linear")
+    found = measure(Plan(run, steps=2, warmup=1, weights="random"), out, say=lambda text: None).figures
+    assert found.tokens > 0
+    # Untrained: near the entropy of an even guess among the rows of the head, ln 384 = 5.95.
+    assert found.first_loss == pytest.approx(5.95, abs=0.3)
+
+
+def test_a_tokenizer_that_does_not_fit(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the shape's vocabulary 100"):
+        shape.write_model(tmp_path, {**SHAPES["llama3-8b"].config, **SIZES, "vocab_size": 100}, str(tiny))

@@ -1,0 +1,186 @@
+"""`tunesmith bench` as typed: a shape and a recipe end to end, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunesmith
+from recipes import recipe
+from tunesmith.bench.figures import Figures
+from tunesmith.cli.main import main
+from tunesmith.config.dump import to_yaml
+from tunesmith.model.shapes import SHAPES, Shape
+
+Capture = pytest.CaptureFixture[str]
+SMALL = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 320, "max_position_embeddings": 1024,
+}  # fmt: skip
+BATCH = ["data.seq_len=256", "train.global_batch=512 tokens", "train.micro_batch=512 tokens"]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.json"
+    lines = [
+        {"instruction": f"Count to {n}", "input": "", "output": " ".join(map(str, range(1, n + 1)))}
+        for n in range(1, 31)
+    ]
+    path.write_text(json.dumps(lines))
+    return path
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A shape of the table that a CPU can train."""
+    monkeypatch.setitem(SHAPES, "small", Shape("a test", SMALL))
+    return "small"
+
+
+def typed(*words: object) -> list[str]:
+    return ["bench", *map(str, words)]
+
+
+def test_a_shape_end_to_end(small: str, tiny: Path, rows: Path, tmp_path: Path, capsys: Capture) -> None:
+    out, traces = tmp_path / "out.json", tmp_path / "traces"
+    words = typed(
+        "--shape", small, "--tokenizer", tiny, "--data", rows, *BATCH, "--steps", 3, "--warmup", 1, "--json", out,
+        "--profile", traces, "profile.wait=0", "profile.warmup=1", "profile.active=1", "model.dtype=fp32",
+    )  # fmt: skip
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    report = json.loads(out.read_text())
+    assert set(report) == {"figures", "recipe", "machine", "date", "profile"}
+    figures = Figures(**report["figures"])  # every name, and no other
+    assert (figures.steps, figures.warmup_steps, figures.micro_batch, figures.dtype) == (3, 1, "512 tokens", "fp32")
+    assert f"{figures.tokens_per_second:,.0f} /s" in shown.out
+    assert "counts tokens that do not exist" in shown.out
+    assert "top 10 operators by CPU time" in shown.out
+    recipe = report["recipe"]
+    assert recipe["model"]["name"] == "shape small (a test)"
+    assert recipe["train"]["global_batch"] == "512 tokens"
+    assert recipe["adapter"]["rank"] == 8
+    assert {"torch", "cpu", "command"} <= set(report["machine"])
+    assert report["profile"]["traces"] == [str(path) for path in traces.glob("*.pt.trace.json.gz")]
+    assert len(report["profile"]["top"]) == 10
+    assert "step 6/6" in shown.err, "progress goes to stderr"
+    assert str(tmp_path) not in json.dumps(report["recipe"]["model"]["name"])
+
+
+def test_a_recipe_with_real_weights_and_every_weight_trained(tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, adapter={"kind": "none"})))
+    before = set(tmp_path.iterdir())
+    assert main(typed(file, "train.learning_rate=1e-4", "--steps", 2, "--warmup", 0, "--plain")) == 0
+    shown = capsys.readouterr().out
+    assert "non-padding tokens" in shown
+    assert "adapter checkpoint" not in shown
+    assert set(tmp_path.iterdir()) == before, "nothing is kept"
+
+
+GOOD: list[Any] = ["--shape", "llama3-8b", "--tokenizer", "t", "--data", "d"]
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "fix"),
+    [
+        ([], "bench needs a recipe or a shape", "--shape llama3-8b --tokenizer"),
+        (["train.seed=1"], "bench needs a recipe or a shape", "tunesmith bench my-recipe.yaml"),
+        (["a.yaml", "b.yaml"], "several recipes: a.yaml, b.yaml", "tunesmith bench my-recipe.yaml"),
+        (["a.yaml", *GOOD], "both a recipe (a.yaml) and --shape llama3-8b", "leave one of the two away"),
+        (["--shape", "lama3-8b", *GOOD[2:]], "there is no shape 'lama3-8b'", "did you mean --shape llama3-8b?"),
+        (["--shape", "zzz", *GOOD[2:]], "there is no shape 'zzz'", "qwen3-8b"),
+        (GOOD[:4], "--shape needs --data", "--data rows.json"),
+        ([*GOOD[:2], *GOOD[4:]], "--shape needs --tokenizer", "--tokenizer HuggingFaceTB/"),
+        (["a.yaml", "--data", "x"], "--data goes with --shape", "data.train.source=x"),
+        (["a.yaml", "--format", "text"], "--format goes with --shape", "data.train.format=text"),
+        ([*GOOD, "--steps", "0"], "--steps 0 is out of range", "at least 1"),
+        ([*GOOD, "--warmup", "-1"], "--warmup -1 is out of range", "at least 0"),
+        ([*GOOD, "--against", "unsloth"], "invalid choice: 'unsloth'", "tunesmith bench --help"),
+        ([*GOOD, "--json", "no/such/x.json"], "there is no folder no/such", "mkdir -p no/such"),
+        ([*GOOD, "--profile", __file__], "is a file", "name a folder"),
+        ([*GOOD, "model.name=gpt2"], "a shape's model and tokenizer are not keys", "--shape NAME --tokenizer"),
+        ([*GOOD, "train.sed=1"], "unknown key train.sed", "did you mean seed?"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(words: list[str], what: str, fix: str, capsys: Capture) -> None:
+    assert main(typed(*words)) == 2
+    shown = capsys.readouterr()
+    first, *rest = shown.err.splitlines()
+    assert what in first
+    assert any(line.startswith("  fix: ") and fix in line for line in rest), shown.err
+    assert (shown.out, "Traceback" in shown.err) == ("", False)
+
+
+def test_what_is_refused_once_the_tokenizer_is_known(
+    small: str, tiny: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(SHAPES, "narrow", Shape("a test", {**SMALL, "vocab_size": 64}))
+    good = ["--tokenizer", tiny, "--data", rows, *BATCH, "--steps", 1, "--warmup", 0]
+    for words, what in (
+        (["--shape", "narrow", *good], "the shape's vocabulary 64"),
+        (["--shape", small, *good, "--cold"], "--cold measures compilation"),
+        (["--shape", small, *good, "--against", "trl", "model.quantize=nf4"], "compares unquantised bases"),
+        (["--shape", small, "--tokenizer", rows.parent / "none", *good[2:]], "none"),
+    ):
+        assert main(typed(*words)) == 2
+        assert what in capsys.readouterr().err
+
+
+def test_a_missing_peer_is_told_before_anything_runs(
+    small: str, tiny: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    found = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trl" else found(name))
+    assert main(typed("--shape", small, "--tokenizer", tiny, "--data", rows, *BATCH, "--against", "trl")) == 2
+    shown = capsys.readouterr().err
+    assert "--against trl needs the package trl" in shown
+    assert "fix: pip install trl" in shown
+    assert "step 1" not in shown
+
+
+def bench(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a compile cache of its own needs."""
+    env = {**os.environ, "PYTHONPATH": str(Path(tunesmith.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tunesmith", *typed(*words)]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+def test_cold_and_warm_first_steps(tiny: Path, tmp_path: Path) -> None:
+    """The second process finds what the first has compiled, so its first step is much shorter."""
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
+    changes = {"train": {"compile": "on"}, "model": {"attention": "eager"}}  # few graphs: compiling is what takes time
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False, **changes)))
+    done = bench(tmp_path, file, "--cold", "--steps", 1, "--warmup", 0, "--json", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["cold"]
+    assert 0 < found["warm_first_step_seconds"] < found["first_step_seconds"]
+    assert "with an empty compile cache" in done.stdout
+
+
+@pytest.mark.slow
+def test_against_trl(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
+    done = bench(tmp_path, file, "--against", "trl", "--steps", 2, "--warmup", 1, "--json", out)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    theirs, ours = report["trl"], report["figures"]
+    assert theirs["rows"] == 8
+    # The same rows in the same steps, none cut: the same tokens, counted by TRL's own batches.
+    assert theirs["tokens"] == ours["tokens"]
+    assert theirs["tokens_per_second"] * theirs["seconds"] == pytest.approx(theirs["tokens"])
+    assert theirs["ratio"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
+    # The first timed step's loss is over the same labels with weights that took one step each: equal to 1 %.
+    assert theirs["loss"][1] == pytest.approx(ours["first_loss"], rel=0.01)
