@@ -8,7 +8,8 @@ from torch import nn
 
 from tunesmith.config.schema import Train
 from tunesmith.errors import CheckpointError
-from tunesmith.optim import Optimizer, learning_rate, round_stochastically, warmup_steps
+from tunesmith.optim import Optimizer, learning_rate, warmup_steps
+from tunesmith.optim.update import round_stochastically
 from tunesmith.units import Length
 
 
@@ -24,6 +25,12 @@ def feed(named: list[tuple[str, nn.Parameter]], step: int) -> None:
         (p * grad).sum().backward()
 
 
+def advance(optimizer: Optimizer, rate: float, number: int) -> torch.Tensor:
+    """The update at the end of a step, for gradients that are there."""
+    optimizer.begin(rate, number)
+    return optimizer.step()
+
+
 def test_fp32_follows_torch_adamw_with_decay_on_matrices_only() -> None:
     train = Train(learning_rate=1e-2, weight_decay=0.1, clip_norm=None)
     ours, theirs = params(), params()
@@ -34,7 +41,7 @@ def test_fp32_follows_torch_adamw_with_decay_on_matrices_only() -> None:
     for step in range(5):
         feed(ours, step)
         feed(theirs, step)
-        optimizer.step(1e-2, step)
+        advance(optimizer, 1e-2, step)
         reference.step()
         reference.zero_grad()
     for (_, a), (_, b) in zip(ours, theirs, strict=True):
@@ -49,7 +56,7 @@ def test_clipping_is_torch_s_and_the_norm_is_taken_before_it() -> None:
     feed(other, 1)
     wanted = torch.nn.utils.clip_grad_norm_([p for _, p in other], 0.5)
     grads = optimizer.grads()
-    norm = optimizer.step(0.0, 0)
+    norm = advance(optimizer, 0.0, 0)
     assert float(norm) == pytest.approx(float(wanted), rel=1e-6)
     for name, p in other:
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-6, atol=0)
@@ -69,7 +76,7 @@ def test_small_updates_survive_in_the_master() -> None:
     optimizer = Optimizer([("w", weight)], Train(clip_norm=None))
     for step in range(20):
         weight.sum().backward()
-        optimizer.step(1e-3, step)  # each update of 1e-3 is below bf16's spacing at 1
+        advance(optimizer, 1e-3, step)  # each update of 1e-3 is below bf16's spacing at 1
     assert float(optimizer.masters["w"].detach()) == pytest.approx(1 - 20e-3, rel=1e-4)
     assert float(weight.detach()) == pytest.approx(1 - 20e-3, abs=2**-8)
 
@@ -94,7 +101,7 @@ def test_stochastic_updates_follow_fp32_on_average() -> None:
     for step in range(50):
         grad = torch.randn(4096, generator=torch.Generator().manual_seed(step)) + 0.5
         half.grad, full.grad = grad.bfloat16(), grad.bfloat16().float()
-        ours.step(1e-3, step)
+        advance(ours, 1e-3, step)
         theirs.step()
     drift = half.detach().float() - full.detach()
     # A weight's rounding errors are independent with variance <= spacing^2 / 4; their mean over 4,096 weights is small.
@@ -111,7 +118,7 @@ def test_resumed_state_gives_the_same_bits(dtype: torch.dtype, masters: str) -> 
     one = Optimizer(whole, train)
     for step in range(3):
         feed(whole, step)
-        one.step(1e-3, step)
+        advance(one, 1e-3, step)
     saved = {k: v.clone() for k, v in one.state().items()}
     again = [(n, nn.Parameter(p.detach().clone())) for n, p in whole]
     two = Optimizer(again, train)
@@ -119,7 +126,7 @@ def test_resumed_state_gives_the_same_bits(dtype: torch.dtype, masters: str) -> 
     for step in range(3, 6):
         for named, optimizer in ((whole, one), (again, two)):
             feed(named, step)
-            optimizer.step(1e-3, step)
+            advance(optimizer, 1e-3, step)
     for (_, a), (_, b) in zip(whole, again, strict=True):
         assert torch.equal(a, b)
 
@@ -135,7 +142,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     before = [p.detach().clone() for _, p in named]
     optimizer = Optimizer(named, Train())
     (named[0][1] * math.inf).sum().backward()
-    assert not optimizer.step(1e-3, 0).isfinite()
+    assert not advance(optimizer, 1e-3, 0).isfinite()
     assert all(torch.equal(a, p) for a, (_, p) in zip(before, named, strict=True))
 
 
@@ -143,9 +150,9 @@ def test_loss_scale_halves_on_overflow_and_leaves_the_gradient_unscaled() -> Non
     named = [("w", nn.Parameter(torch.ones(2)))]
     optimizer = Optimizer(named, Train(clip_norm=None), loss_scale=8.0)
     (named[0][1].sum() * 8.0).backward()
-    assert float(optimizer.step(1e-3, 0)) == pytest.approx(math.sqrt(2))
+    assert float(advance(optimizer, 1e-3, 0)) == pytest.approx(math.sqrt(2))
     (named[0][1] * math.inf).sum().backward()
-    optimizer.step(1e-3, 1)
+    advance(optimizer, 1e-3, 1)
     assert (optimizer.scale, optimizer.good_steps) == (4.0, 0)
 
 

@@ -14,21 +14,22 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith import packages
 from tunesmith.adapter import peft_io
 from tunesmith.checkpoint import state
 from tunesmith.checkpoint.export import read_optimizer
 from tunesmith.checkpoint.resume import RECIPE, Start, check_data
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
-from tunesmith.data.loader import Loader
+from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import Prepared, prepare
-from tunesmith.errors import MachineError
+from tunesmith.errors import MachineError, UsageError
 from tunesmith.method.base import TrainModel
 from tunesmith.metrics import hardware
 from tunesmith.model import facts as model_facts
 from tunesmith.model import hub, load
 from tunesmith.model.facts import Facts
-from tunesmith.optim import Optimizer
+from tunesmith.optim import Optimizer, checkpoint_bytes_per_parameter
 from tunesmith.parallel.apply import prepare as prepare_model
 from tunesmith.parallel.memory import plan
 
@@ -99,8 +100,10 @@ def check_machine(run: Run, device: torch.device) -> None:
     """Refuse what this machine cannot do, before anything is fetched.
 
     Raises:
-        MachineError: a type of weights that the device has no products for.
+        MachineError: a type of weights that the device has no products for, or a package that is not installed.
     """
+    if run.train.optimizer == "adamw-8bit":
+        packages.bitsandbytes("8-bit moments", "train.optimizer")
     if run.model.dtype == "fp16" and device.type == "cpu":
         raise MachineError(
             "fp16 cannot be trained on a CPU",
@@ -160,7 +163,7 @@ def build(run: Run, start: Start, *, say: Callable[[str], None]) -> Session:
     total_steps = data.course.steps(run.train.duration)
 
     memory = plan(run, facts, device, trained=trained_parameters(run, facts))
-    check_disk(run, trained_parameters(run, facts) * (load.DTYPES[run.model.dtype].itemsize + 12))
+    check_disk(run, checkpoint_bytes(run, facts))
     resolved = replace(run, train=replace(run.train, recompute="full" if memory.recompute else "none"))
     torch.manual_seed(run.train.seed)
     saved = start.found.path if start.found else None
@@ -168,11 +171,15 @@ def build(run: Run, start: Start, *, say: Callable[[str], None]) -> Session:
     if saved and run.adapter.kind == "lora":
         peft_io.load(model.model, saved)
     optimizer = make_optimizer(run, model, start)
-    micro = run.train.micro_batch
+    micro = run.train.global_batch if run.train.optimizer_in_backward else run.train.micro_batch
     tokens = memory.micro_tokens if micro == "auto" else micro.amount if micro.unit == "tokens" else None
     examples = None if micro == "auto" or micro.unit == "tokens" else micro.amount
     say(model.describe())
-    return Session(run, folder, facts, tokenizer, data, model, optimizer, device, tokens, examples, total_steps)
+    session = Session(run, folder, facts, tokenizer, data, model, optimizer, device, tokens, examples, total_steps)
+    first = start.progress.step if start.progress else 0
+    if run.train.optimizer_in_backward and (total_steps is None or first < total_steps):
+        check_one_pass(run, session.loader(first).batch(first))
+    return session
 
 
 def trained_parameters(run: Run, facts: Facts) -> int:
@@ -184,6 +191,27 @@ def trained_parameters(run: Run, facts: Facts) -> int:
     )
     saved = 2 * facts.vocab * facts.hidden if run.adapter.modules_to_save else 0
     return run.adapter.rank * facts.layers * widths + saved
+
+
+def checkpoint_bytes(run: Run, facts: Facts) -> int:
+    """What one checkpoint takes: trained weights and the optimizer's state; for LoRA an upper estimate."""
+    weight = 4 if run.adapter.kind == "lora" else load.DTYPES[run.model.dtype].itemsize
+    return int(trained_parameters(run, facts) * (weight + checkpoint_bytes_per_parameter(run.train, weight)))
+
+
+def check_one_pass(run: Run, batch: GlobalBatch) -> None:
+    """Refuse a step of several backwards where the first of them already updates the weights.
+
+    Raises:
+        UsageError: `train.optimizer_in_backward`, and the batch does not fit one micro batch.
+    """
+    if run.train.optimizer_in_backward and len(batch.micro) > 1:
+        raise UsageError(
+            f"step {batch.step + 1} takes {len(batch.micro)} forward passes, and train.optimizer_in_backward needs one",
+            where="train.optimizer_in_backward",
+            why="each parameter is updated as soon as its gradient is there, so no gradient can be added up",
+            fix="a smaller train.global_batch, or train.optimizer_in_backward=false",
+        )
 
 
 def make_optimizer(run: Run, model: TrainModel, start: Start) -> Optimizer:

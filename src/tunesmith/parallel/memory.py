@@ -16,6 +16,7 @@ import torch
 
 from tunesmith.config.schema import Run
 from tunesmith.model.facts import Facts
+from tunesmith.optim import state_bytes_per_parameter
 
 MOST_TOKENS = {"cuda": 16384, "cpu": 4096}  # beyond these a larger block is not faster
 WANTED_TOKENS = 8192  # below this the products on a GPU are too small: recompute is the better price
@@ -52,8 +53,9 @@ def static_bytes(run: Run, facts: Facts, trained: int) -> int:
         base = int(facts.matmul_parameters * 0.56) + (facts.parameters - facts.matmul_parameters) * weight
     else:
         base = facts.parameters * weight
-    # AdamW's two moments, the fp32 gradient, and an fp32 copy where the weights are 16 bit.
-    return base + trained * (12 + (4 if weight == 2 else 0))
+    # An adapter's weights are fp32 and not in the base.
+    each = 4 + state_bytes_per_parameter(run.train, 4)
+    return base + int(trained * (each if run.adapter.kind == "lora" else state_bytes_per_parameter(run.train, weight)))
 
 
 def bytes_per_token(run: Run, facts: Facts, *, recompute: bool) -> int:
