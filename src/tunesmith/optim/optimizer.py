@@ -45,7 +45,9 @@ class Optimizer:
         self.params = dict(named)
         self.parts = {name: self._part(name, param) for name, param in self.params.items()}
         device = next(iter(self.params.values())).device if self.params else torch.device("cpu")
-        self.update = Update(train, device, compiled=device.type == "cuda" and train.compile != "off")
+        self.update = Update(train, device)
+        if device.type == "cuda" and train.compile != "off":
+            self.update.compile(self.parts.values())
         # On a CPU a number is there at once. On CUDA the kernels read a flag instead: the host never waits for them;
         # but the loss scale, which changes with an overflow, lives on the host.
         self.asks_host = device.type != "cuda" or loss_scale is not None

@@ -8,7 +8,7 @@ one kernel of. bitsandbytes' optimizer class is not used because it synchronises
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,9 @@ from torch.optim.adamw import adamw
 from tunesmith import packages
 from tunesmith.config.schema import Train
 from tunesmith.optim.cost import BLOCK, LEAST_8BIT
+
+# What changes no bit of a weight and its moments, in the order of `_rounded_adamw`; their gradient is then 0.
+NOTHING = (0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0)
 
 
 @dataclass(eq=False)
@@ -70,22 +73,36 @@ class Update:
     Args:
         train: the recipe's part.
         device: where the parameters are.
-        compiled: compile the stochastically rounded update (`train.compile` on CUDA).
 
     Raises:
         MachineError: adamw-8bit without the package bitsandbytes.
     """
 
-    def __init__(self, train: Train, device: torch.device, *, compiled: bool) -> None:
+    def __init__(self, train: Train, device: torch.device) -> None:
         self.train, self.device = train, device
+        self.rounded = _rounded_adamw
+        self._numbers: dict[tuple[float, ...], Tensor] = {}
         self.functional: Any = None
         if train.optimizer == "adamw-8bit":
             self.functional = packages.bitsandbytes("8-bit moments", "train.optimizer")
             # The values of the 256 codes; v is never negative, and has all of them above zero.
             self.codes = [self.functional.create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
-        # One graph for tensors of every size; without `dynamic` each new size would be compiled once more.
-        self.rounded = torch.compile(_rounded_adamw, dynamic=True, fullgraph=True) if compiled else _rounded_adamw
-        self._numbers: dict[tuple[float, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def compile(self, parts: Iterable[Part], *, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the stochastically rounded update, here and now: one kernel a tensor in place of a dozen.
+
+        One graph for vectors and one for matrices, of every size, made from small ones whose sides differ: from a square
+        one it would be for squares only. In the backward, a thread of autograd finds the graph ready.
+        """
+        ranks = {part.param.ndim for part in parts if part.rounded and not part.eight}
+        self.rounded = torch.compile(_rounded_adamw, dynamic=True, fullgraph=True, backend=backend)
+        for rank in sorted(ranks):
+            weight = torch.zeros([16 * (i + 2) for i in range(rank)], dtype=torch.bfloat16, device=self.device)
+            mean, square = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(2))
+            noise = torch.zeros_like(weight, dtype=torch.int16)
+            numbers, bad = torch.ones(2, 7, device=self.device), torch.zeros((), device=self.device)
+            self.rounded(weight, weight.clone(), mean, square, noise, numbers, bad)
 
     @torch.no_grad()
     def __call__(self, parts: Iterable[Part], rate: float, number: int, bad: Tensor | None) -> None:
@@ -143,16 +160,15 @@ class Update:
         of_betas = (1 - beta1, beta2, 1 - beta2)
         of_step = (1 - rate * part.decay, rate / (1 - beta1**count), (1 - beta2**count) ** 0.5)
         numbers = self._on_device((*of_betas, self.train.eps, *of_step))
-        weight, grad = part.param.detach().view(-1), _grad(part).reshape(-1)
-        moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-        self.rounded(weight, grad, *moments, self._noise(part, number).view(-1), numbers, bad)
+        noise = self._noise(part, number)
+        self.rounded(part.param.data, _grad(part), state["exp_avg"], state["exp_avg_sq"], noise, numbers, bad)
 
     def _on_device(self, values: tuple[float, ...]) -> Tensor:
-        """fp32 numbers in a tensor, so that a graph need not be compiled again for each value; made once a step."""
+        """Numbers in a tensor (see `_rounded_adamw`), so that no value needs a graph of its own; made once a step."""
         if values not in self._numbers:
             if len(self._numbers) > 8:
                 self._numbers.clear()
-            here = torch.tensor(values, dtype=torch.float32)
+            here = torch.tensor((values, NOTHING), dtype=torch.float32)
             cuda = self.device.type == "cuda"
             # From pinned memory the host does not wait for the copy.
             self._numbers[values] = here.pin_memory().to(self.device, non_blocking=True) if cuda else here
@@ -177,8 +193,9 @@ def draw_noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _round(value: Tensor, noise: Tensor) -> Tensor:
     """fp32 -> bf16, up or down by int16 noise so that the expectation is kept; NaN and Inf pass unchanged."""
-    bits = (value.view(torch.int32) + (noise.int() & 0xFFFF)) & -65536
-    return torch.where(value.isfinite(), bits.view(torch.float32), value).to(torch.bfloat16)
+    bits = noise.int().add_(value.view(torch.int32)).add_(1 << 15).bitwise_and_(-65536)
+    # Infinity has no bits that noise could carry over; a NaN may have, and would become a number.
+    return torch.where(value.isnan(), value, bits.view(torch.float32)).to(torch.bfloat16)
 
 
 def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
@@ -195,19 +212,18 @@ def _rounded_adamw(
     numbers: Tensor,
     bad: Tensor | None,
 ) -> None:
-    """AdamW in fp32 on a bf16 weight [n], rounded stochastically by int16 noise [n]; moments are fp32 [n], in place.
+    """AdamW in fp32 on a bf16 weight, rounded stochastically by int16 noise; fp32 moments; all of one shape, in place.
 
-    numbers: fp32 [7]: 1 - beta1, beta2, 1 - beta2, eps, the factor of the decay, the step size, root of the correction.
+    numbers: fp32 [2, 7]: 1 - beta1, beta2, 1 - beta2, eps, factor of the decay, step size, root of the correction; and
+    those that change nothing, taken where `bad` is 1.
     """
-    rest1, beta2, rest2, eps, shrink, size, root = numbers.unbind()
     value, slope = weight.float(), grad.float()
-    mean = torch.lerp(exp_avg, slope, rest1)
-    square = exp_avg_sq * beta2 + slope * slope * rest2
-    rounded = _round(value * shrink - size * mean / (square.sqrt() / root + eps), noise)
+    taken = numbers[0]
     if bad is not None:
-        keep = bad == 0
-        mean, square = torch.where(keep, mean, exp_avg), torch.where(keep, square, exp_avg_sq)
-        rounded = torch.where(keep, rounded, weight)
-    exp_avg.copy_(mean)
-    exp_avg_sq.copy_(square)
-    weight.copy_(rounded)
+        taken = torch.where(bad == 0, numbers[0], numbers[1])
+        slope = torch.where(bad == 0, slope, 0.0)
+    rest1, beta2, rest2, eps, shrink, size, root = taken.unbind()
+    exp_avg.lerp_(slope, rest1)
+    exp_avg_sq.mul_(beta2).add_((slope * slope).mul_(rest2))
+    step = exp_avg / exp_avg_sq.sqrt().div_(root).add_(eps)
+    weight.copy_(_round(value.mul_(shrink).sub_(step.mul_(size)), noise))
