@@ -163,6 +163,43 @@ def test_8bit_without_its_package_says_what_to_install(monkeypatch: pytest.Monke
         Optimizer(params(), Train(optimizer="adamw-8bit"))
 
 
+def test_8bit_that_the_device_has_no_code_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes.functional
+
+    def missing(*args: Any) -> None:
+        raise NotImplementedError("could not run it\n  somewhere inside")
+
+    monkeypatch.setattr(bitsandbytes.functional, "optimizer_update_8bit_blockwise", missing)
+    with pytest.raises(
+        MachineError, match=r"no 8-bit optimizer for cpu\n.*\n.*could not run it\n.*--upgrade bitsandbytes"
+    ):
+        Optimizer(params(), Train(optimizer="adamw-8bit"))
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_8bit_gradients_of_a_bad_step_are_all_nan_where_the_host_is_not_asked(clip: float | None) -> None:
+    """bitsandbytes' CUDA kernel leaves a weight whose gradient is NaN; its CPU code does not, so here it is not run."""
+    named = [("w", nn.Parameter(torch.ones(80, 64))), ("b", nn.Parameter(torch.ones(5)))]
+    optimizer = Optimizer(named, Train(clip_norm=clip, optimizer="adamw-8bit"))
+    assert optimizer.asks_host
+    optimizer.asks_host = False
+    seen: list[tuple[list[torch.Tensor], float]] = []
+    optimizer.update = lambda parts, rate, number, bad: seen.append(([p.weight.grad for p in parts], float(bad)))
+    feed(named, 0)
+    wanted = [g.clone() for g in optimizer.grads().values()]
+    norm = advance(optimizer, 1e-3, 0)
+    factor = 1.0 if clip is None else clip / (norm + 1e-6)
+    grads, bad = seen[0]
+    assert bad == 0.0
+    assert all(torch.equal(g, w * factor) for g, w in zip(grads, wanted, strict=True))
+    feed(named, 1)
+    named[1][1].grad[0] = math.inf
+    assert advance(optimizer, 1e-3, 1).isinf()
+    grads, bad = seen[1]
+    assert bad == 1.0
+    assert all(g.isnan().all() for g in grads)
+
+
 def test_8bit_updates_are_adamw_s_but_for_the_rounding_of_the_moments() -> None:
     torch.manual_seed(0)
     ours = nn.Parameter(torch.randn(64, 100))
@@ -351,6 +388,32 @@ def test_in_the_backward_a_gradient_that_is_not_finite_changes_no_weight_of_its_
     assert torch.equal(named[0][1], before[0])
     assert not torch.equal(named[1][1], before[1])  # a torn step, as the docstring says
     assert named[1][1].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: waiting for one cannot be seen")
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("case", IN_BACKWARD)
+def test_on_cuda_no_step_waits_for_the_device_and_a_bad_one_changes_nothing(case: str, inside: bool) -> None:
+    dtype, changes = IN_BACKWARD[case]
+    model = Tied(dtype).cuda()
+    clip = None if inside else 1.0
+    optimizer = Optimizer(model.named_parameters(), Train(clip_norm=clip, optimizer_in_backward=inside, **changes))
+    assert not optimizer.asks_host
+    ids = torch.arange(80, device="cuda")
+    for step in range(6):
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.begin(1e-2, step)
+        loss = model(ids) * (math.nan if step == 5 else 1.0)
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps compile and allocate
+        try:
+            loss.backward()
+            norm = optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        same = [torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True)]
+        assert all(same) if step == 5 else not any(same)
+        assert norm.isfinite() == (step < 5)
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -50,7 +50,7 @@ class Optimizer:
             self.update.compile(self.parts.values())
         # On a CPU a number is there at once. On CUDA the kernels read a flag instead: the host never waits for them;
         # but the loss scale, which changes with an overflow, lives on the host.
-        self.asks_host = device.type != "cuda" or loss_scale is not None
+        self.asks_host = device.type != "cuda" or loss_scale is not None or not self.update.takes_flag
         self.rate, self.number = 0.0, 0
         self.norms: list[Tensor] = []
         for part in self.parts.values():
@@ -97,7 +97,7 @@ class Optimizer:
         Nothing here waits for the device on CUDA, but with a loss scale.
         """
         if self.train.optimizer_in_backward:
-            return torch.linalg.vector_norm(torch.stack(self.norms))
+            return _norm(torch.stack(self.norms))
         return self._advance([part for part in self.parts.values() if part.weight.grad is not None])
 
     @torch.no_grad()
@@ -186,8 +186,13 @@ def _move_to_master(part: Part, param: Tensor) -> None:
 
 def total_norm(grads: list[Tensor]) -> Tensor:
     """L2 norm over all gradients, 0-d in fp32 or wider."""
+    if len(grads) == 1:
+        return _norm(grads[0])
     if any(grad.dtype in HALF for grad in grads):
         # torch's own would round each tensor's norm to 16 bits.
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        return _norm(torch.stack([_norm(grad) for grad in grads]))
     return get_total_norm(grads)
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))

@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 
 from tunesmith import packages
 from tunesmith.config.schema import Train
+from tunesmith.errors import MachineError
 from tunesmith.optim.cost import BLOCK, LEAST_8BIT
 
 # What changes no bit of a weight and its moments, in the order of `_rounded_adamw`; their gradient is then 0.
@@ -75,7 +76,10 @@ class Update:
         device: where the parameters are.
 
     Raises:
-        MachineError: adamw-8bit without the package bitsandbytes.
+        MachineError: adamw-8bit without the package bitsandbytes, or with one that cannot do it on this device.
+
+    Attributes:
+        takes_flag: a step can be skipped on the device, see `bad` of a call.
     """
 
     def __init__(self, train: Train, device: torch.device) -> None:
@@ -87,10 +91,29 @@ class Update:
             self.functional = packages.bitsandbytes("8-bit moments", "train.optimizer")
             # The values of the 256 codes; v is never negative, and has all of them above zero.
             self.codes = [self.functional.create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
+        self.takes_flag = self.functional is None or self._leaves_nan()
+
+    @torch.no_grad()
+    def _leaves_nan(self) -> bool:
+        """Whether bitsandbytes leaves a weight alone whose gradient is NaN: its CUDA kernel does, its CPU code not."""
+        weight = nn.Parameter(torch.ones(LEAST_8BIT, device=self.device))
+        weight.grad = torch.full_like(weight, float("nan"))
+        part = Part("", weight, weight, 0.1, rounded=False, eight=True)
+        part.state = part.fresh()
+        try:
+            self._eight(part, 1.0, 0)
+        except (NotImplementedError, RuntimeError) as error:
+            raise MachineError(
+                f"the installed bitsandbytes has no 8-bit optimizer for {self.device.type}",
+                where="train.optimizer",
+                why=str(error).strip().splitlines()[0],
+                fix="pip install --upgrade bitsandbytes, or train.optimizer=adamw",
+            ) from error
+        return bool((weight == 1.0).all())
 
     @torch.no_grad()
     def compile(self, parts: Iterable[Part], *, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compile the stochastically rounded update, here and now: one kernel a tensor in place of a dozen.
+        """Compile the stochastically rounded update, here and now: its dozen kernels a tensor become one.
 
         One graph for vectors and one for matrices, of every size, made from small ones whose sides differ: from a square
         one it would be for squares only. In the backward, a thread of autograd finds the graph ready.
@@ -113,7 +136,7 @@ class Update:
             number: index of the step, from 0; with the parameter's name it seeds the stochastic rounding, so that a
                 resumed run rounds as the uninterrupted one did.
             bad: fp32 [] on the device; where it is 1, no weight changes. With 8-bit moments all gradients must then be
-                NaN or infinite: bitsandbytes' CUDA kernel leaves a weight of such a gradient as it is. None: all is well.
+                NaN, and `takes_flag` True: bitsandbytes' kernel knows no flag. None: all is well.
         """
         fused: dict[float, list[Part]] = {}
         for part in parts:
