@@ -15,28 +15,37 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith import packages
 from tunesmith.adapter import peft_io
 from tunesmith.checkpoint import state
 from tunesmith.checkpoint.export import read_optimizer
 from tunesmith.checkpoint.resume import RECIPE, Start, check_data
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
-from tunesmith.data.loader import Loader
+from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import Prepared, prepare
-from tunesmith.errors import MachineError
+from tunesmith.errors import MachineError, UsageError
 from tunesmith.method.base import TrainModel
 from tunesmith.metrics import hardware
 from tunesmith.model import facts as model_facts
 from tunesmith.model import hub, load
 from tunesmith.model.facts import Facts
-from tunesmith.optim import Optimizer
+from tunesmith.optim import Optimizer, checkpoint_bytes_per_parameter
 from tunesmith.parallel import eight_bits
 from tunesmith.parallel.apply import Weights, door_of
 from tunesmith.parallel.apply import prepare as prepare_model
 from tunesmith.parallel.choices import Choice, line, reasons
 from tunesmith.parallel.compiled import wanted
 from tunesmith.parallel.fit import CudaMeter, fit
-from tunesmith.parallel.memory import USABLE, MemoryPlan, describe_recompute, has_own_memory, plan
+from tunesmith.parallel.memory import (
+    USABLE,
+    MemoryPlan,
+    describe_recompute,
+    has_own_memory,
+    in_one_pass,
+    plan,
+    state_bytes,
+)
 from tunesmith.parallel.transfer import Placer
 
 LOSS_SCALE = 2.0**16
@@ -125,8 +134,10 @@ def check_machine(run: Run, device: torch.device) -> None:
     """Refuse what this machine cannot do, before anything is fetched.
 
     Raises:
-        MachineError: a type of weights that the device has no products for.
+        MachineError: a type of weights that the device has no products for, or a package that is not installed.
     """
+    if run.train.optimizer == "adamw-8bit":
+        packages.bitsandbytes("8-bit moments", "train.optimizer")
     if run.model.dtype == "fp16" and device.type == "cpu":
         raise MachineError(
             "fp16 cannot be trained on a CPU",
@@ -200,7 +211,7 @@ def build(
     fixed = wanted(run.train.compile, device) and data.course.packed and run.train.global_batch.unit == "tokens"
     memory = plan(run, facts, device, trained=trained, step=data.course.step_size(), fixed=fixed)
     if checkpoints:
-        check_disk(run, trained * (load.DTYPES[run.model.dtype].itemsize + 12))
+        check_disk(run, checkpoint_bytes(run, facts))
     rows = rows_of(run, data, memory.micro_tokens, compiled=wanted(run.train.compile, device), fixed=fixed)
     loader = partial(Loader, data.train, data.course, pad_id=int(tokenizer.pad_token_id), **asdict(rows))
     saved = start.found.path if start.found else None
@@ -224,20 +235,24 @@ def build(
     recomputed = memory.recomputed
     if run.train.recompute == "auto" and has_own_memory(device):
         budget = int(memory.free_bytes * USABLE)
-        recomputed = fit(model, probe, memory, CudaMeter(device), budget=budget, later=trained * 12)
+        recomputed = fit(model, probe, memory, CudaMeter(device), budget=budget, later=state_bytes(run, trained))
     optimizer = make_optimizer(run, model, start)
     choices = choices_of(run, model, memory, rows, base, recomputed)
     say(model.describe())
     for text in reasons(choices) if why else [line(choices)]:
         say(text)
-    return Session(
+    session = Session(
         run, folder, facts, tokenizer, data, model, optimizer, device, rows, recomputed, choices, total_steps
     )
+    first = start.progress.step if start.progress else 0
+    if run.train.optimizer_in_backward and (total_steps is None or first < total_steps):
+        check_one_pass(run, session.loader(first).batch(first))
+    return session
 
 
 def rows_of(run: Run, data: Prepared, tokens: int, *, compiled: bool, fixed: bool) -> Rows:
     """How micro batches are laid out: freely, or for compiled graphs so that little varies (`parallel.compiled`)."""
-    micro = run.train.micro_batch
+    micro = in_one_pass(run.train)
     examples = micro.amount if micro != "auto" and micro.unit == "examples" else None
     room = None if examples else tokens
     if not compiled:
@@ -282,6 +297,27 @@ def trained_parameters(run: Run, facts: Facts) -> int:
     )
     saved = 2 * facts.vocab * facts.hidden if run.adapter.modules_to_save else 0
     return run.adapter.rank * facts.layers * widths + saved
+
+
+def checkpoint_bytes(run: Run, facts: Facts) -> int:
+    """What one checkpoint takes: trained weights and the optimizer's state; for LoRA an upper estimate."""
+    weight = 4 if run.adapter.kind == "lora" else load.DTYPES[run.model.dtype].itemsize
+    return int(trained_parameters(run, facts) * (weight + checkpoint_bytes_per_parameter(run.train, weight)))
+
+
+def check_one_pass(run: Run, batch: GlobalBatch) -> None:
+    """Refuse a step of several backwards where the first of them already updates the weights.
+
+    Raises:
+        UsageError: `train.optimizer_in_backward`, and the batch does not fit one micro batch.
+    """
+    if run.train.optimizer_in_backward and len(batch.micro) > 1:
+        raise UsageError(
+            f"step {batch.step + 1} takes {len(batch.micro)} forward passes, and train.optimizer_in_backward needs one",
+            where="train.optimizer_in_backward",
+            why="each parameter is updated as soon as its gradient is there, so no gradient can be added up",
+            fix="a smaller train.global_batch, or train.optimizer_in_backward=false",
+        )
 
 
 def make_optimizer(run: Run, model: TrainModel, start: Start) -> Optimizer:

@@ -69,7 +69,7 @@ def as_failure(
         folder: the run directory.
         step: the last step done.
         saved_step: step of the newest checkpoint, or None.
-        micro: what one forward pass took, such as `4096 tokens`; smaller: what it could take instead.
+        micro: what one forward pass took, such as `4096 tokens`; smaller: the override by which it takes less.
     """
     again = going_on(saved_step)
     if isinstance(error, TunesmithError):
@@ -84,7 +84,7 @@ def as_failure(
             "out of memory",
             where=f"step {step + 1}",
             why=f"a micro batch of {micro} did not fit",
-            fix=f"train.micro_batch='{smaller}' or train.recompute=full; {again}",
+            fix=f"{smaller} or train.recompute=full; {again}",
         )
     return RunError(
         f"{type(error).__name__}: {error}",

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.build import Session, build, write_identity
+from tunesmith.build import Session, build, check_one_pass, write_identity
 from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.resume import Progress, Start, claimed, decide, put_aside
 from tunesmith.checkpoint.writer import Writer
@@ -99,6 +99,9 @@ class Trainer:
     def train_step(self, batch: GlobalBatch) -> Pending:
         """Forward, backward and update on one global batch; the loss is divided once, by all its supervised tokens."""
         optimizer, device = self.s.optimizer, self.s.device
+        check_one_pass(self.run, batch)
+        rate = learning_rate(self.run.train, batch.step, warmup=self.warmup, progress=self.progress(batch.step))
+        optimizer.begin(rate, batch.step)
         scale = (optimizer.scale or 1.0) / batch.supervised
         total = torch.zeros((), device=device)
         for index, micro in enumerate(batch.micro):
@@ -107,9 +110,7 @@ class Trainer:
             loss_sum, _ = self.s.model(micro.to(device))
             (loss_sum * scale).backward()
             total = total + loss_sum.detach()
-        rate = learning_rate(self.run.train, batch.step, warmup=self.warmup, progress=self.progress(batch.step))
-        norm = optimizer.step(rate, batch.step)
-        return Pending(batch.step + 1, batch, Reading(total / batch.supervised, norm), rate)
+        return Pending(batch.step + 1, batch, Reading(total / batch.supervised, optimizer.step()), rate)
 
     def progress(self, step: int) -> float:
         """Share of the course after the warm-up that lies behind update `step` (from 0), by steps or by the clock."""
@@ -180,7 +181,8 @@ class Trainer:
         """Turn the pending step into its record; write it, unless a validation is to be added first.
 
         Raises:
-            NonFiniteError: if the loss or the gradient norm is NaN or infinite; its update was not applied.
+            NonFiniteError: if the loss or the gradient norm is NaN or infinite; its update was not applied, or in the
+            backward in part.
         """
         pending, self.pending = self.pending, None
         if pending is None:
@@ -203,10 +205,13 @@ class Trainer:
         self.writer.close()  # the checkpoint under way may be the last good one
         saved = f"checkpoint-{self.writer.saved_step}" if self.writer.saved_step else "none was written yet"
         rows = pending.batch.row_names()
+        applied = "the update was not applied"
+        if self.run.train.optimizer_in_backward:
+            applied = "of this step only the parameters with a finite gradient were updated, and nothing of it is saved"
         raise NonFiniteError(
             f"the {'gradient norm' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})",
             where=f"step {pending.step}, rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
-            why=f"the update was not applied; the last good checkpoint: {saved}",
+            why=f"{applied}; the last good checkpoint: {saved}",
             fix="lower train.learning_rate or lengthen train.warmup; look at those rows with `tunesmith data`; "
             "model.dtype=fp32 tells rounding from bad data",
         )
@@ -361,7 +366,10 @@ class Trainer:
             if tokens
             else f"{max(1, (examples or 2) // 2)} examples"
         )
-        return as_failure(error, folder=self.out, step=self.step, saved_step=saved, micro=micro, smaller=half)
+        # An update in the backward takes the global batch in one forward pass.
+        key = "train.global_batch" if self.run.train.optimizer_in_backward else "train.micro_batch"
+        less = f"{key}='{half}'"
+        return as_failure(error, folder=self.out, step=self.step, saved_step=saved, micro=micro, smaller=less)
 
 
 def train(

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tunesmith import packages
 from tunesmith.adapter import products
-from tunesmith.errors import MachineError, ModelError
+from tunesmith.errors import ModelError
 from tunesmith.model.fill import Source
 
 BLOCK = 64  # weights that share a scale
@@ -25,13 +26,7 @@ NESTED_BLOCK = 256  # scales that share a scale
 
 def bitsandbytes() -> Any:
     """`bitsandbytes.functional`, or a MachineError that says how to install it."""
-    try:
-        import bitsandbytes.functional
-    except ImportError as error:
-        raise MachineError(
-            "nf4 weights need the package bitsandbytes", where="model.quantize", fix="pip install 'tunesmith[nf4]'"
-        ) from error
-    return bitsandbytes.functional
+    return packages.bitsandbytes("nf4 weights", "model.quantize")
 
 
 class Blocks(NamedTuple):

@@ -59,6 +59,7 @@ def problems(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
     yield from _data(run.data, given)
     yield from _train(run.train, run)
     yield from _batch(run.train, run.data)
+    yield from _in_backward(run.train, run)
     yield from _course(run.train)
     yield from _parallel(run)
     yield from _on_the_way(run, run.checkpoint)
@@ -193,6 +194,26 @@ def _batch(train: Train, data: Data) -> Iterator[Problem]:
     if micro.unit == batch.unit and micro.amount > batch.amount:
         what = f"train.micro_batch of {micro} is larger than train.global_batch of {batch}"
         yield Problem("train.micro_batch", what, f"train.micro_batch: {batch}, or auto")
+
+
+def _in_backward(train: Train, run: Run) -> Iterator[Problem]:
+    """An update in the backward knows one gradient and one backward: nothing that looks at all of them fits with it."""
+    if not train.optimizer_in_backward:
+        return
+    key, off = "train.optimizer_in_backward", "train.optimizer_in_backward: false"
+    if run.adapter.kind != "none":
+        why = "it saves the memory of gradients, and those of an adapter are small beside its frozen base"
+        yield Problem(key, f"{key} gains nothing with adapter.kind: {run.adapter.kind}", f"remove it, or {off}", why)
+    if train.clip_norm is not None:
+        why = "the norm is known after the last gradient, when the weights are already updated"
+        yield Problem(key, f"{key} with train.clip_norm: {train.clip_norm}", f"train.clip_norm: null, or {off}", why)
+    if run.model.dtype == "fp16":
+        why = "an overflow of the scaled loss is known after the last gradient, when the weights are already updated"
+        yield Problem(key, f"{key} with model.dtype: fp16", f"model.dtype: bf16, or {off}", why)
+    if train.micro_batch not in ("auto", train.global_batch):
+        why = "the first forward pass of a step would update the weights before the next one: it takes the global batch whole"
+        what = f"{key} with train.micro_batch of {train.micro_batch} and train.global_batch of {train.global_batch}"
+        yield Problem("train.micro_batch", what, f"train.micro_batch: auto, or {off}", why)
 
 
 def _course(train: Train) -> Iterator[Problem]:

@@ -118,7 +118,14 @@ class Train:
         "cosine", doc="course of the learning rate after the warm-up"
     )
     warmup: Length = key(Length(3, "%"), doc="share of the run, or steps, with a rising learning rate")
-    optimizer: Literal["adamw"] = key("adamw", doc="AdamW, fused where there is a fused one")
+    optimizer: Literal["adamw", "adamw-8bit"] = key(
+        "adamw", doc="AdamW; adamw-8bit holds both moments in 8 bits, a scale a block (bitsandbytes)"
+    )
+    optimizer_in_backward: bool = key(
+        False,
+        doc="update each parameter inside the backward and drop its gradient: full fine-tuning in less memory; "
+        "needs `clip_norm: null`, and takes the global batch in one forward pass",
+    )
     betas: tuple[float, float] = key((0.9, 0.999), doc="AdamW's betas")
     eps: float = key(1e-8, doc="AdamW's epsilon")
     weight_decay: float = key(

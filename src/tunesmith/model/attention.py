@@ -49,16 +49,15 @@ class Rule(NamedTuple):
 
 
 def register() -> str:
-    """Make the attention known to Transformers and return the name to give to `set_attn_implementation`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Make the attention known to Transformers and return the name to give to `set_attn_implementation`.
+
+    It is registered without a mask function: the documents say who sees whom, a [1, 1, n, n] mask would be 16 million
+    entries for 4096 tokens, and before it makes one Transformers asks the device whether the row is packed.
+    """
+    from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, documents_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
     return NAME
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The documents say who sees whom; a [1, 1, n, n] mask would be 16 million entries for 4096 tokens."""
 
 
 def documents_attention(

@@ -16,13 +16,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import Run, Train
 from tunesmith.data.loader import StepSize
 from tunesmith.model.facts import Facts
+from tunesmith.optim import state_bytes_per_parameter
 from tunesmith.parallel.compiled import wanted
+from tunesmith.units import Size
 
 MOST_TOKENS = {"cuda": 16384, "cpu": 4096}  # beyond these a larger block is not faster
 USABLE = 0.9  # of the free memory: the rest is the allocator's
@@ -82,11 +85,16 @@ def static_bytes(run: Run, facts: Facts, trained: int) -> int:
         base = int(facts.matmul_parameters * 0.56) + (facts.parameters - facts.matmul_parameters) * weight
     else:
         base = facts.parameters * weight
-    # AdamW's two moments, the fp32 gradient, and an fp32 copy where the weights are 16 bit.
-    state = trained * (12 + (4 if weight == 2 else 0))
-    # While an adapter's checkpoint is written, its weights and moments lie there twice.
-    copies = trained * 12 if run.adapter.kind == "lora" else 0
-    return base + state + copies
+    return base + state_bytes(run, trained)
+
+
+def state_bytes(run: Run, trained: int) -> int:
+    """Gradients and optimizer state of what is trained, an adapter's own weights, and a copy for its checkpoints."""
+    if run.adapter.kind == "none":
+        return int(trained * state_bytes_per_parameter(run.train, BYTES[run.model.dtype]))
+    # An adapter's weights are fp32 and not in the base. While its checkpoint is written, they and the moments lie there
+    # twice.
+    return int(trained * (4 + state_bytes_per_parameter(run.train, 4) + 12))
 
 
 def kept_bytes(run: Run, facts: Facts, *, compiled: bool) -> int:
@@ -104,6 +112,11 @@ def passing_bytes(run: Run, facts: Facts, device: torch.device, tokens: int) -> 
     return chunk + layer + widest + 4 * facts.hidden * BYTES[run.model.dtype] * tokens
 
 
+def in_one_pass(train: Train) -> Size | Literal["auto"]:
+    """What one forward pass takes by the recipe: an update in the backward leaves no place for a second one."""
+    return train.global_batch if train.optimizer_in_backward else train.micro_batch
+
+
 def plan(run: Run, facts: Facts, device: torch.device, *, trained: int, step: StepSize, fixed: bool) -> MemoryPlan:
     """Resolve `train.micro_batch: auto` and `train.recompute: auto` by what is free on the device.
 
@@ -115,7 +128,7 @@ def plan(run: Run, facts: Facts, device: torch.device, *, trained: int, step: St
     free, static = free_bytes(device), static_bytes(run, facts, trained)
     kept = kept_bytes(run, facts, compiled=wanted(run.train.compile, device))
     rerun = facts.hidden * BYTES[run.model.dtype]
-    seq, micro = run.data.seq_len, run.train.micro_batch
+    seq, micro = run.data.seq_len, in_one_pass(run.train)
     room = int(free * USABLE) - static
 
     def layers(tokens: int) -> int:
@@ -142,8 +155,8 @@ def plan(run: Run, facts: Facts, device: torch.device, *, trained: int, step: St
         tokens = min(sizes, key=price)  # the largest of equal ones
         why = "the least time by the estimate"
     else:
-        tokens = micro.amount * (1 if micro.unit == "tokens" else seq)
-        why = "as train.micro_batch says"
+        tokens = micro.amount if micro.unit == "tokens" else min(micro.amount * seq, max(step.largest, seq))
+        why = "the whole global batch" if run.train.optimizer_in_backward else "as train.micro_batch says"
     count = layers(tokens)
     needed = static + _held(tokens, count, facts.layers, kept, rerun) + passing_bytes(run, facts, device, tokens)
     why = f"{why}: about {needed / 2**30:.1f} of {free / 2**30:.1f} GiB"

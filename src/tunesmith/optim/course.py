@@ -1,0 +1,35 @@
+"""The learning rate of every update."""
+
+from __future__ import annotations
+
+import math
+
+from tunesmith.config.schema import Train
+
+
+def warmup_steps(train: Train, total: int | None, steps_per_epoch: float) -> int:
+    """Optimizer steps of rising learning rate; a percentage of a run that ends by the clock counts epochs as one."""
+    amount, unit = train.warmup.amount, train.warmup.unit
+    if unit == "steps":
+        return int(amount)
+    whole = steps_per_epoch if unit == "epochs" or total is None else total
+    return math.ceil(whole * (amount / 100 if unit == "%" else amount))
+
+
+def learning_rate(train: Train, step: int, *, warmup: int, progress: float) -> float:
+    """The rate of one update.
+
+    Args:
+        train: peak, floor and schedule.
+        step: index of the update, from 0.
+        warmup: the first `warmup` updates rise linearly; update `warmup - 1` is the first at the peak.
+        progress: share of the course after the warm-up that lies behind this update, 0 to 1.
+    """
+    if step < warmup:
+        return train.learning_rate * (step + 1) / warmup
+    span, left = train.learning_rate - train.min_learning_rate, 1.0 - min(max(progress, 0.0), 1.0)
+    if train.schedule == "linear":
+        return train.min_learning_rate + span * left
+    if train.schedule == "cosine":
+        return train.min_learning_rate + span * 0.5 * (1.0 - math.cos(math.pi * left))
+    return train.learning_rate
