@@ -1,8 +1,4 @@
-"""Compiled layers answer as plain ones do, all layers of a model share their graphs, and so do all batches.
-
-torch's varlen attention has no CPU kernel. Here an operator of its signature takes its place, with the arithmetic of
-our own products inside: what the compiler sees is what it sees on a GPU.
-"""
+"""Compiled layers answer as plain ones do, all layers of a model share their graphs, and so do all batches."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunesmith.adapter import lora
@@ -26,51 +21,8 @@ from tunesmith.parallel.compiled import compile_layers, compile_score, wanted
 from tunesmith.parallel.recompute import recompute_layers
 
 
-@torch.library.custom_op("tunesmith_test::varlen", mutates_args=())
-def varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float) -> Tensor:
-    assert int(edges.diff().max()) <= longest
-    return attention._products(q, k, v, attention.Rule(Documents(edges, longest), scale))
-
-
-@varlen.register_fake
-def _(q, k, v, edges, longest, scale):
-    return torch.empty_like(q)
-
-
-def _keep(ctx, inputs, output):
-    *tensors, ctx.longest, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-@torch.library.custom_op("tunesmith_test::varlen_backward", mutates_args=())
-def varlen_backward(
-    d: Tensor, q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float
-) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = attention._products(*leaves, attention.Rule(Documents(edges, longest), scale))
-        return list(torch.autograd.grad(out, leaves, d))
-
-
-@varlen_backward.register_fake
-def _(d, q, k, v, edges, longest, scale):
-    return [torch.empty_like(t) for t in (q, k, v)]
-
-
-def _back(ctx, d):
-    return *varlen_backward(d.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.scale), None, None, None
-
-
-varlen.register_autograd(_back, setup_context=_keep)
-
-
 @pytest.fixture(autouse=True)
-def packed_kernel(monkeypatch):
-    def varlen_attn(q, k, v, edges, _, longest, __, *, scale, **others):
-        assert others.get("window_size", (-1, 0)) == (-1, 0)
-        return varlen(q, k, v, edges, longest, scale)
-
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+def packed_kernel(varlen_on_cpu):
     torch.compiler.reset()
     yield
     torch.compiler.reset()

@@ -1,0 +1,64 @@
+"""torch's varlen attention has no CPU kernel. An operator of its signature takes its place here, with the arithmetic of our
+own products inside: what a compiler and a dispatcher see is what they see on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunesmith.model import attention
+from tunesmith.model.documents import Documents
+
+
+@torch.library.custom_op("tunesmith_test::varlen", mutates_args=())
+def varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float) -> Tensor:
+    assert int(edges.diff().max()) <= longest
+    return attention._products(q, k, v, attention.Rule(Documents(edges, longest), scale))
+
+
+@varlen.register_fake
+def _(q, k, v, edges, longest, scale):
+    return torch.empty_like(q)
+
+
+def _keep(ctx, inputs, output):
+    *tensors, ctx.longest, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+@torch.library.custom_op("tunesmith_test::varlen_backward", mutates_args=())
+def varlen_backward(
+    d: Tensor, q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float
+) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = attention._products(*leaves, attention.Rule(Documents(edges, longest), scale))
+        return list(torch.autograd.grad(out, leaves, d))
+
+
+@varlen_backward.register_fake
+def _(d, q, k, v, edges, longest, scale):
+    return [torch.empty_like(t) for t in (q, k, v)]
+
+
+def _back(ctx, d):
+    return *varlen_backward(d.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.scale), None, None, None
+
+
+varlen.register_autograd(_back, setup_context=_keep)
+
+
+@pytest.fixture
+def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention takes the way of CUDA."""
+
+    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, _: Tensor, longest: int, __: int, **others: Any):
+        assert others.get("window_size", (-1, 0)) == (-1, 0)
+        return varlen(q, k, v, edges, longest, others["scale"])
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "choose", lambda *_, **__: attention.Door("varlen", "for this test"))
