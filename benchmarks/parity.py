@@ -90,6 +90,19 @@ def trl_curve(a: argparse.Namespace, batches: list[list[Example]], adapter: Path
     return losses
 
 
+def examples_of(a: argparse.Namespace, tokenizer: Any) -> tuple[list[str], list[list[Example]]]:
+    """The first rows whose text fits, and the same as examples, batch by batch; every token is learnt."""
+    texts = [
+        TEXT.format(r["instruction"], r.get("input") or "", r["output"]) for r in json.loads(Path(a.data).read_text())
+    ]
+    coded = [[*tokenizer(t, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for t in texts]
+    fitting = [(t, ids) for t, ids in zip(texts, coded, strict=True) if len(ids) <= a.seq][: a.steps * a.batch]
+    examples = [
+        Example(np.array(ids, dtype=np.int32), np.array([False] + [True] * (len(ids) - 1))) for _, ids in fitting
+    ]
+    return [t for t, _ in fitting], [examples[i * a.batch : (i + 1) * a.batch] for i in range(a.steps)]
+
+
 def compare(ours: list[float], theirs: list[float]) -> dict[str, float]:
     """Largest relative difference at the first step and over all."""
     apart = [abs(x - y) / abs(y) for x, y in zip(ours, theirs, strict=True)]
@@ -112,20 +125,12 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(a.model)
-    texts = [
-        TEXT.format(r["instruction"], r.get("input") or "", r["output"]) for r in json.loads(Path(a.data).read_text())
-    ]
-    coded = [[*tokenizer(t, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for t in texts]
-    fitting = [(t, ids) for t, ids in zip(texts, coded, strict=True) if len(ids) <= a.seq][: a.steps * a.batch]
-    examples = [
-        Example(np.array(ids, dtype=np.int32), np.array([False] + [True] * (len(ids) - 1))) for _, ids in fitting
-    ]
-    batches = [examples[i * a.batch : (i + 1) * a.batch] for i in range(a.steps)]
+    texts, batches = examples_of(a, tokenizer)
     report: dict[str, Any] = {"command": sys.argv, "curves": {}, "difference": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = folder / "rows.jsonl"
-        rows.write_text("".join(json.dumps({"text": t}) + "\n" for t, _ in fitting))
+        rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
         for kind in a.kinds:
             run = recipe(a, rows, folder / f"run-{kind}", kind)
             adapter = None

@@ -1,6 +1,7 @@
 """A shape as a recipe: a folder with the config and a tokenizer in the place of a model, and the keys around it.
 
-8B LoRA, r = 8 on every linear layer, sequences of 2,048 packed, one pass of 16,384 tokens a step; key=value wins.
+LoRA, r = 8 on every linear layer, sequences of 2,048 packed, 16,384 tokens a step in as many passes as take the least
+time; key=value wins.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]) -> R
     values = {
         "model": {"name": str(folder)},
         "data": {"train": {"source": str(Path(data).resolve()) if Path(data).exists() else data, "format": rows}},
-        "train": {"global_batch": BATCH, "micro_batch": BATCH},
+        "train": {"global_batch": BATCH},
         "output_dir": str(folder.parent / "run"),
     }
     file = folder.parent / "shape.yaml"

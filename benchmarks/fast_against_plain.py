@@ -1,0 +1,148 @@
+"""The fast path beside the plain one on a real model in bf16: is what lies between them more than rounding?
+
+    python benchmarks/fast_against_plain.py --model BF16_DIR --data rows.json --json out.json
+
+Plain is Transformers + PEFT + torch.optim: padded rows, torch's attention, whole logits. It runs twice, once on each
+step's rows together and once row by row: the same arithmetic rounded in another order. What lies between these two is
+the noise that bf16 has; what lies between ours and the plain one is held against it, as the root mean square of the
+relative difference of the loss over all steps, and as its mean, which a bias would show in.
+
+nf4: the plain loop has the very weights that nf4 stands for (bitsandbytes makes them dense). fp8 also rounds each input,
+so it is told beside bf16 as what it is: an offset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from reference import loss_of
+
+from parity import examples_of, recipe
+from tunesmith.adapter import peft_io
+from tunesmith.config.load import from_mapping, to_mapping
+from tunesmith.config.schema import Run
+from tunesmith.data.batch import Example
+from tunesmith.parallel.apply import prepare
+from tunesmith.train import train
+
+
+def plain_model(folder: Path, adapter: Path, quantize: str) -> torch.nn.Module:
+    """Transformers in bf16 under PEFT, whose adapter is in fp32; of an nf4 base the dense weights."""
+    import bitsandbytes.functional as bnb
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if quantize == "nf4":
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                packed, state = bnb.quantize_4bit(
+                    module.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True
+                )
+                module.weight.data = bnb.dequantize_4bit(packed, state).to(torch.bfloat16)
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
+
+
+def plain_curve(
+    model: torch.nn.Module, batches: Sequence[Sequence[Example]], rate: float, pad: int, *, rows: bool
+) -> list[float]:
+    """Loss before each update; with `rows`, gradients are added up row by row."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    losses = []
+    for batch in batches:
+        counts = [sum(int(e.trained.sum()) for e in part) for part in ([[e] for e in batch] if rows else [batch])]
+        total = 0.0
+        for part, count in zip([[e] for e in batch] if rows else [batch], counts, strict=True):
+            loss = loss_of(model, part, pad) * (count / sum(counts))
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+def apart(one: list[float], other: list[float]) -> dict[str, float]:
+    """Relative difference of two curves: root mean square, mean, and the mean of the last fifth."""
+    d = torch.tensor([(a - b) / b for a, b in zip(one, other, strict=True)], dtype=torch.float64)
+    return {
+        "rms": float(d.square().mean().sqrt()),
+        "mean": float(d.mean()),
+        "mean_of_last_fifth": float(d[-len(d) // 5 :].mean()),
+    }
+
+
+def held_as(run: Run, quantize: str, out: Path) -> Run:
+    values = to_mapping(run)
+    values["model"] |= {"dtype": "bf16", "quantize": quantize}
+    values["output_dir"] = str(out)
+    return from_mapping(values, where="fast against plain", base=Path.cwd())
+
+
+def main() -> None:
+    """bf16, nf4 and fp8 bases."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True, help="a Transformers folder in bf16")
+    p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
+    p.add_argument("--steps", type=int, default=100)
+    p.add_argument("--batch", type=int, default=2)
+    p.add_argument("--seq", type=int, default=160)
+    p.add_argument("--rate", type=float, default=1e-4)
+    p.add_argument("--json", help="write the curves here")
+    a = p.parse_args()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(a.model)
+    texts, batches = examples_of(a, tokenizer)
+    report: dict[str, Any] = {"command": sys.argv, "curves": {}, "difference": {}}
+    curves, difference = report["curves"], report["difference"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = folder / "rows.jsonl"
+        rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        run = recipe(a, rows, folder / "run", "lora")
+        begun = prepare(run, Path(a.model), device=torch.device("cpu"))
+        (folder / "first").mkdir()
+        peft_io.save(begun.model, folder / "first", run.adapter, a.model, None)
+        del begun
+        for quantize in ("none", "nf4", "fp8"):
+            ours = train(held_as(run, quantize, folder / f"run-{quantize}"), say=lambda text: None).records
+            curves[f"ours {quantize}"] = [r.loss for r in ours]
+            for way, by_row in (("together", False), ("row by row", True)):
+                if quantize == "none" or (quantize == "nf4" and not by_row):
+                    model = plain_model(Path(a.model), folder / "first", quantize)
+                    curves[f"plain {quantize} {way}"] = plain_curve(
+                        model, batches, a.rate, tokenizer.pad_token_id, rows=by_row
+                    )
+                    del model
+        pairs = {
+            "noise: plain, row by row | together": ("plain none row by row", "plain none together"),
+            "bf16: ours | plain": ("ours none", "plain none together"),
+            "nf4: ours | plain with nf4's weights": ("ours nf4", "plain nf4 together"),
+            "fp8: ours | ours in bf16": ("ours fp8", "ours none"),
+            "nf4: ours | ours in bf16": ("ours nf4", "ours none"),
+        }
+        for text, (one, other) in pairs.items():
+            difference[text] = apart(curves[one], curves[other])
+            d = difference[text]
+            print(
+                f"{text:40} rms {d['rms']:.2e}  mean {d['mean']:+.2e}  last fifth {d['mean_of_last_fifth']:+.2e}  "
+                f"loss {curves[one][0]:.4f} -> {sum(curves[one][-10:]) / 10:.4f}"
+            )
+    if a.json:
+        Path(a.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
