@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +15,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith import packages
-from tunesmith.adapter import peft_io
 from tunesmith.checkpoint import state
 from tunesmith.checkpoint.export import read_optimizer
 from tunesmith.checkpoint.resume import RECIPE, Start, check_data
@@ -31,21 +29,11 @@ from tunesmith.model import facts as model_facts
 from tunesmith.model import hub, load
 from tunesmith.model.facts import Facts
 from tunesmith.optim import Optimizer, checkpoint_bytes_per_parameter
-from tunesmith.parallel import eight_bits
 from tunesmith.parallel.apply import Weights, door_of
-from tunesmith.parallel.apply import prepare as prepare_model
 from tunesmith.parallel.choices import Choice, line, reasons
 from tunesmith.parallel.compiled import wanted
-from tunesmith.parallel.fit import CudaMeter, fit
-from tunesmith.parallel.memory import (
-    USABLE,
-    MemoryPlan,
-    describe_recompute,
-    has_own_memory,
-    in_one_pass,
-    plan,
-    state_bytes,
-)
+from tunesmith.parallel.memory import MemoryPlan, describe_recompute, in_one_pass, plan
+from tunesmith.parallel.ready import ready
 from tunesmith.parallel.transfer import Placer
 
 LOSS_SCALE = 2.0**16
@@ -207,35 +195,25 @@ def build(
         )
     total_steps = data.course.steps(run.train.duration)
 
-    trained = trained_parameters(run, facts)
-    fixed = wanted(run.train.compile, device) and data.course.packed and run.train.global_batch.unit == "tokens"
+    trained, compiled = trained_parameters(run, facts), wanted(run.train.compile, device)
+    fixed = compiled and data.course.packed and run.train.global_batch.unit == "tokens" and not micro_examples(run)
     memory = plan(run, facts, device, trained=trained, step=data.course.step_size(), fixed=fixed)
     if checkpoints:
         check_disk(run, checkpoint_bytes(run, facts))
-    rows = rows_of(run, data, memory.micro_tokens, compiled=wanted(run.train.compile, device), fixed=fixed)
-    loader = partial(Loader, data.train, data.course, pad_id=int(tokenizer.pad_token_id), **asdict(rows))
+    rows = rows_of(run, data, memory.micro_tokens, compiled=compiled, fixed=fixed)
+    probe = Loader(data.train, data.course, pad_id=int(tokenizer.pad_token_id), **asdict(rows)).batch(0).micro[0]
     saved = start.found.path if start.found else None
-
-    def make_model() -> TrainModel:
-        torch.manual_seed(run.train.seed)
-        files = saved if saved and run.adapter.kind == "none" else folder
-        return prepare_model(run, files, device=device, recomputed=memory.recomputed, varied=not fixed, weights=weights)
-
-    model = make_model()
-    probe = loader().batch(0).micro[0].to(device)
-    base = Choice("base", run.model.quantize if run.model.quantize != "none" else run.model.dtype, "as the recipe says")
-    if run.model.quantize == "fp8":
-        base = eight_bits.hold(model, probe)
-        if not base.taken.startswith("fp8"):
-            say(f"warning: the base stays in bf16: {base.why}")
-            del model
-            model = make_model()
-    if saved and run.adapter.kind == "lora":
-        peft_io.load(model.model, saved)
-    recomputed = memory.recomputed
-    if run.train.recompute == "auto" and has_own_memory(device):
-        budget = int(memory.free_bytes * USABLE)
-        recomputed = fit(model, probe, memory, CudaMeter(device), budget=budget, later=state_bytes(run, trained))
+    model, base, recomputed = ready(
+        run,
+        saved if saved and run.adapter.kind == "none" else folder,
+        saved if run.adapter.kind == "lora" else None,
+        probe.to(device),
+        memory,
+        trained=trained,
+        varied=not fixed,
+        weights=weights,
+        say=say,
+    )
     optimizer = make_optimizer(run, model, start)
     choices = choices_of(run, model, memory, rows, base, recomputed)
     say(model.describe())
@@ -250,16 +228,21 @@ def build(
     return session
 
 
+def micro_examples(run: Run) -> int | None:
+    """Examples of a micro batch, if the recipe counts in examples."""
+    micro = in_one_pass(run.train)
+    return micro.amount if micro != "auto" and micro.unit == "examples" else None
+
+
 def rows_of(run: Run, data: Prepared, tokens: int, *, compiled: bool, fixed: bool) -> Rows:
     """How micro batches are laid out: freely, or for compiled graphs so that little varies (`parallel.compiled`)."""
-    micro = in_one_pass(run.train)
-    examples = micro.amount if micro != "auto" and micro.unit == "examples" else None
+    examples = micro_examples(run)
     room = None if examples else tokens
     if not compiled:
         return Rows(room, examples)
     longest = data.train.counts.longest
     bound = -(-longest // BOUND) * BOUND
-    if fixed and examples is None:
+    if fixed:
         return Rows(max(tokens, longest), None, pad_to=max(tokens, longest), bound=bound)
     return Rows(room, examples, multiple=MULTIPLE if data.course.packed else BOUND // 8, bound=bound)
 

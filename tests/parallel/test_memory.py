@@ -9,6 +9,7 @@ import torch
 
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.data.loader import StepSize
+from tunesmith.errors import MachineError
 from tunesmith.model.facts import Facts, read
 from tunesmith.parallel import fit, memory
 from tunesmith.parallel.memory import plan, recomputed_layers
@@ -180,5 +181,5 @@ def test_a_trial_runs_more_layers_again_until_the_micro_batch_fits(tiny):
     assert count > 0
     assert [layer.recomputed for layer in model.layers] == [i < count for i in range(2)]
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(MachineError, match="128 tokens does not fit"):
         trial(1000, 0)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from tunesmith.data.batch import Batch
+from tunesmith.errors import MachineError
 from tunesmith.method.base import TrainModel
 from tunesmith.parallel.memory import MemoryPlan
 from tunesmith.parallel.recompute import recompute_layers
@@ -59,7 +60,7 @@ def fit(model: TrainModel, batch: Batch, plan: MemoryPlan, meter: Meter, *, budg
         later: bytes of optimizer state, which comes with the first step.
 
     Raises:
-        torch.OutOfMemoryError: the micro batch does not fit even where every layer is run again.
+        MachineError: the micro batch does not fit even where every layer is run again.
     """
     layers, count = model.layers, plan.recomputed
     was = model.training
@@ -73,9 +74,14 @@ def fit(model: TrainModel, batch: Batch, plan: MemoryPlan, meter: Meter, *, budg
             kept = meter.held() - before
             loss.backward()
             break
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if count == len(layers):
-                raise
+                raise MachineError(
+                    f"a micro batch of {batch.input_ids.numel():,} tokens does not fit into this GPU's memory",
+                    where="train.micro_batch",
+                    why=f"with every layer run again; {str(error).partition('.')[0]}",
+                    fix="a smaller train.micro_batch or data.seq_len, or model.quantize=nf4",
+                ) from error
         finally:
             model.zero_grad(set_to_none=True)
         count = min(len(layers), count + max(1, len(layers) // 8))
