@@ -1,0 +1,120 @@
+"""Every command of the README is typed here, in its order, on a tiny model; and every shipped recipe takes a step.
+
+What stands for another is named in STAND_INS: the model, and rows in the place of a reader's own files. A command that is
+neither run nor named in NOT_OURS fails the test.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith.cli.main import main
+from tunesmith.config.shipped import shipped
+from tunesmith.model.shapes import SHAPES, Shape
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+# Programs of others, and what has tests of its own: make (CI), the four scripts (test_playbook.py).
+NOT_OURS = ("pip install", "make ", "vllm serve", "tensorboard ", "python scripts/")
+TINY_SHAPE = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 272,
+    "max_position_embeddings": 2048, "tie_word_embeddings": False,
+}  # fmt: skip
+ROWS = [
+    {
+        "instruction": f"Say {n}",
+        "output": f"number {n}",
+        "tools": [],
+        "conversations": [{"from": "human", "value": f"Say {n}"}, {"from": "gpt", "value": f"number {n}"}],
+        "messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"number {n}"}],
+    }
+    for n in range(24)
+]
+
+
+def blocks(language: str = "") -> list[list[str]]:
+    """The lines of each fenced block of a language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+    return [block.splitlines() for of, block in found if of == language]
+
+
+def typed(line: str) -> str:
+    return re.sub(r"\s{2,}#.*$", "", line).strip()
+
+
+@pytest.fixture
+def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A reader's folder: rows, held-out rows, questions, and a recipe of the README on the tiny model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(SHAPES, "llama3-8b", Shape("a test", TINY_SHAPE))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Say 3\n"))
+    for name, rows in (("rows.jsonl", ROWS), ("held-out.jsonl", ROWS[:4]), ("questions.jsonl", ROWS[:2])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    return tmp_path
+
+
+def stand_ins(words: list[str], tiny: Path) -> list[str]:
+    """A command on the tiny model and few rows, on a CPU that has little time."""
+    words = [str(tiny) if word == "HuggingFaceTB/SmolLM2-135M-Instruct" else word for word in words]
+    verb = words[0]
+    if verb == "bench":
+        return [*words, "--steps", "2", "--warmup", "1", "data.seq_len=64", "train.global_batch=256 tokens", *TRACED]
+    if verb == "train" and words[1] in shipped():
+        return [*words, f"model.name={tiny}", *OWN_ROWS, "train.duration=2 steps"]
+    return [*words, *TRACED] if "profile.enabled=true" in words else words
+
+
+TRACED = ["profile.wait=0", "profile.warmup=0", "profile.active=1"]
+# A reader's rows in the place of a shipped recipe's data sets.
+OWN_ROWS = [
+    "data.train.source=rows.jsonl", "data.train.split=null", "data.validation.source=held-out.jsonl",
+    "data.validation.split=null", "data.seq_len=256", "train.global_batch=4 examples", "train.warmup=0 steps",
+]  # fmt: skip
+
+
+def test_every_command_of_the_readme_runs(place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = next(b for b in blocks("yaml") if "my-recipe.yaml" in b[0])
+    ours = re.sub(r"name: meta-llama/[\w.-]+", f"name: {tiny}, dtype: fp32", "\n".join(recipe))
+    run_count = 0
+    for block in blocks():
+        commands = [typed(line) for line in block if line.strip()]
+        for command in commands:
+            if command.startswith(NOT_OURS):
+                continue
+            program, *words = shlex.split(command)
+            assert program == "tunesmith", f"who runs {command!r}?"
+            code = main(stand_ins(words, tiny))
+            captured = capsys.readouterr()
+            assert code == 0, f"{command}\n{captured.err}"
+            run_count += 1
+            if words[:2] == ["recipes", "copy"]:
+                copied = Path(words[3]).read_text()
+                assert copied == shipped()[words[2]].read_text()
+                Path(words[3]).write_text(ours)
+            if "data.train.source=rows.jsonl" in words or words[0] == "merge":
+                shutil.rmtree(place / "runs")  # what follows is another run: on the recipe's own rows, or to be watched
+    assert run_count >= 15
+    assert json.loads((place / "speed.json").read_text())["figures"]["steps"] == 2
+    assert list((place / "traces").iterdir())
+    assert list((place / "runs/my-run/profile").iterdir())
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_takes_a_step(
+    name: str, place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", name, f"model.name={tiny}", *OWN_ROWS, "train.duration=1 steps", "validate.every=null"]
+    assert main(words) == 0, capsys.readouterr().err
+    records = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    assert len(records) == 1
+    assert json.loads(records[0])["val_loss"] > 0
