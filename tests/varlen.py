@@ -15,9 +15,7 @@ from tunesmith.model.documents import Documents
 
 
 @torch.library.custom_op("tunesmith_test::varlen", mutates_args=())
-def varlen(
-    q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float, window: int | None
-) -> Tensor:
+def varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float, window: int | None) -> Tensor:
     assert int(edges.diff().max()) <= longest
     return attention._products(q, k, v, attention.Rule(Documents(edges, longest), scale, window))
 
