@@ -220,6 +220,22 @@ def test_a_compiled_score_is_the_plain_one_for_every_size_of_chunk():
     assert compiled.graphs_compiled() == before + 1
 
 
+def test_a_compiled_score_scatters_nothing():
+    """A scatter's target must lie in memory: the compiler would write the whole chunk once more, in fp32."""
+    targets: list[str] = []
+
+    def noting(module: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return module
+
+    raw, labels = torch.randn(5, 11, dtype=torch.bfloat16), torch.randint(0, 11, (5,))
+    expected = loss_and_slope(raw.clone(), labels, 3.0, 0.5)
+    got = torch.compile(loss_and_slope, backend=noting)(raw, labels, 3.0, 0.5)
+    torch.testing.assert_close(got, expected)
+    assert any("gather" in target for target in targets)
+    assert not any("scatter" in target for target in targets)
+
+
 def test_the_cache_lies_in_the_users_folder_unless_it_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(compiled.CACHE, raising=False)
