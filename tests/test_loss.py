@@ -9,7 +9,7 @@ from torch import nn
 
 from tunesmith.adapter.lora import LoraLinear
 from tunesmith.config.schema import Adapter
-from tunesmith.loss import chunk_size, chunked_cross_entropy, token_cross_entropy
+from tunesmith.loss import TILE, chunk_size, chunked_cross_entropy, even, token_cross_entropy
 
 CAPS = [{}, {"softcap": 3.0}, {"scale": 0.25}, {"softcap": 3.0, "scale": 2.0}]
 
@@ -107,3 +107,24 @@ def test_token_losses_and_hits(options):
     torch.testing.assert_close(losses, plain(hidden, head, targets, reduction="none", **options), rtol=0, atol=1e-12)
     assert hits.tolist() == (head(hidden).argmax(-1) == targets).tolist()
     assert not losses.requires_grad
+
+
+def test_chunks_are_alike_and_on_a_gpu_whole_tiles():
+    assert even(23, 5) == 5
+    assert even(100, 40) == 34
+    for size in (32, 384, 512):
+        for count in range(1, 2000):
+            chunk = even(count, size, tile=TILE)
+            assert chunk <= size
+            assert -(-count // chunk) <= -(-count // size)
+            assert count == 1 or count % chunk != 1 or size < TILE
+            if size >= TILE and (count - 1) % TILE:
+                assert chunk % TILE == 0 or count <= chunk
+
+
+def test_a_chunk_on_a_gpu_is_whole_tiles_within_its_budget():
+    gpu = torch.device("cuda")
+    assert chunk_size(128_256, gpu) == 512
+    assert chunk_size(151_936, gpu) == 384
+    assert chunk_size(151_936, gpu, trained=True) == 1664
+    assert chunk_size(1_000_000, gpu) == 67

@@ -15,38 +15,38 @@ from tunesmith.model.documents import Documents
 
 
 @torch.library.custom_op("tunesmith_test::varlen", mutates_args=())
-def varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float) -> Tensor:
+def varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float, window: int | None) -> Tensor:
     assert int(edges.diff().max()) <= longest
-    return attention._products(q, k, v, attention.Rule(Documents(edges, longest), scale))
+    return attention._products(q, k, v, attention.Rule(Documents(edges, longest), scale, window))
 
 
 @varlen.register_fake
-def _(q, k, v, edges, longest, scale):
+def _(q, k, v, edges, longest, scale, window):
     return torch.empty_like(q)
 
 
 def _keep(ctx, inputs, output):
-    *tensors, ctx.longest, ctx.scale = inputs
+    *tensors, ctx.longest, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(*tensors)
 
 
 @torch.library.custom_op("tunesmith_test::varlen_backward", mutates_args=())
 def varlen_backward(
-    d: Tensor, q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float
+    d: Tensor, q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, scale: float, window: int | None
 ) -> list[Tensor]:
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = attention._products(*leaves, attention.Rule(Documents(edges, longest), scale))
+        out = attention._products(*leaves, attention.Rule(Documents(edges, longest), scale, window))
         return list(torch.autograd.grad(out, leaves, d))
 
 
 @varlen_backward.register_fake
-def _(d, q, k, v, edges, longest, scale):
+def _(d, q, k, v, edges, longest, scale, window):
     return [torch.empty_like(t) for t in (q, k, v)]
 
 
 def _back(ctx, d):
-    return *varlen_backward(d.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.scale), None, None, None
+    return *varlen_backward(d.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.scale, ctx.window), *[None] * 4
 
 
 varlen.register_autograd(_back, setup_context=_keep)
@@ -57,8 +57,9 @@ def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention takes the way of CUDA."""
 
     def varlen_attn(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, _: Tensor, longest: int, __: int, **others: Any):
-        assert others.get("window_size", (-1, 0)) == (-1, 0)
-        return varlen(q, k, v, edges, longest, others["scale"])
+        left, right = others["window_size"]
+        assert right == 0
+        return varlen(q, k, v, edges, longest, others["scale"], None if left < 0 else left + 1)
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
     monkeypatch.setattr(attention, "choose", lambda *_, **__: attention.Door("varlen", "for this test"))

@@ -23,6 +23,8 @@ Score = Callable[[Tensor, Tensor, float | None, float], tuple[Tensor, Tensor]]
 # What one chunk of fp32 logits may take. On a GPU larger chunks keep the products efficient; on a CPU the chunk should
 # stay in the last-level cache.
 CHUNK_BYTES = {"cpu": 32 << 20, "other": 256 << 20}
+# Rows of a product's tile on a GPU, where a part of one takes as long as a whole.
+TILE = 128
 
 
 def chunked_cross_entropy(
@@ -50,7 +52,8 @@ def chunked_cross_entropy(
     Returns:
         0-d, fp32 (fp64 where hidden is fp64).
     """
-    size = _even(len(targets), chunk or chunk_size(_vocabulary(head), hidden.device, trained=_is_trained(head)))
+    size = chunk or chunk_size(_vocabulary(head), hidden.device, trained=_is_trained(head))
+    size = even(len(targets), size, tile=1 if chunk or hidden.device.type == "cpu" else TILE)
     if type(head) is nn.Linear:
         course = _Course(targets, softcap, scale, size, score or loss_and_slope)
         loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, course)
@@ -87,13 +90,21 @@ def chunk_size(vocabulary: int, device: torch.device, *, trained: bool = False) 
     A `trained` head has its gradient added up once a chunk, [vocabulary, h] in fp32: on a GPU that takes longer than
     the products of a small chunk, so it gets four times the room.
     """
-    budget = CHUNK_BYTES["cpu" if device.type == "cpu" else "other"]
-    return max(16, budget * (4 if trained and device.type != "cpu" else 1) // (4 * vocabulary))
+    if device.type == "cpu":
+        return max(16, CHUNK_BYTES["cpu"] // (4 * vocabulary))
+    rows = CHUNK_BYTES["other"] * (4 if trained else 1) // (4 * vocabulary)
+    return max(16, rows // TILE * TILE or rows)
 
 
-def _even(count: int, size: int) -> int:
-    """The size of as many chunks as `size` makes of `count`, but all alike: a compiled score has no small last one."""
-    return -(-count // max(1, -(-count // size))) or 1
+def even(count: int, size: int, *, tile: int = 1) -> int:
+    """The size of as many chunks as `size` makes of `count`, but all alike: a compiled score has no small last one.
+
+    With a `tile` all but the last are whole tiles, unless one position alone would be left for the last: a compiler makes
+    another graph for a dimension of 1.
+    """
+    alike = -(-count // max(1, -(-count // size))) or 1
+    whole = -(-alike // tile) * tile
+    return alike if count % whole == 1 or whole > size else whole
 
 
 def _is_trained(head: nn.Module) -> bool:
@@ -188,7 +199,12 @@ def loss_and_slope(raw: Tensor, targets: Tensor, softcap: float | None, scale: f
     slope = logits.sub_(largest).exp_()
     total = slope.sum(-1, keepdim=True)
     loss = (total.log().add_(largest) - picked).sum()
-    slope.div_(total).scatter_add_(1, column, slope.new_full((), -1.0).expand(len(targets), 1))
+    slope.div_(total)
+    if torch.compiler.is_compiling():
+        # Fused into the kernel that writes the slope; for a scatter the compiler would first write it out in fp32.
+        slope = slope - (torch.arange(slope.shape[1], device=slope.device) == column).to(slope.dtype)
+    else:
+        slope.scatter_add_(1, column, slope.new_full((), -1.0).expand(len(targets), 1))
     if bend is not None:
         slope.mul_(bend)
     if scale != 1.0:

@@ -121,6 +121,30 @@ def test_the_compiled_operator_gives_the_same_numbers(kind):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("kind", ["dense", "nf4", *fp8.KINDS])
+def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
+    """Shapes, types and strides of the outputs, no output that shares memory with an input, and gradients in a graph:
+    a compiler lays out memory by these promises, and a broken one shows on a GPU only."""
+    layers = kinds()[kind]
+    held = [m.held() for m in layers]
+    x = torch.randn(40, 64, dtype=torch.bfloat16)
+    small = [torch.cat([m.lora_A for m in layers]).bfloat16(), *((m.lora_B * 2).bfloat16() for m in layers)]
+    small = [t.detach() for t in small]
+    way, tensors, widths = products.KINDS[held[0].kind], [t for h in held for t in h.tensors], list(WIDTHS)
+    # The check for writes to an input compares sums, which fp8 does not have.
+    tests = ("test_autograd_registration", "test_faketensor", *(() if kind in fp8.KINDS else ("test_schema",)))
+    for factors in (small, []):
+        leaves = [t.clone().requires_grad_() for t in factors]
+        given = (x.clone().requires_grad_(), way.quantise(x), leaves, tensors, held[0].kind, widths)
+        torch.library.opcheck(products.frozen_products, given, test_utils=tests)
+        dys = [torch.randn(40, width, dtype=torch.bfloat16) for width in widths]
+        beside = [t for dy in dys for t in way.quantise(dy)]
+        saved = [x, x @ factors[0].T] if factors else []
+        for wanted in (True, False):
+            given = (dys, beside, saved, factors, tensors, held[0].kind, 64, wanted)
+            torch.library.opcheck(products.frozen_products_backward, given, test_utils=tests)
+
+
 @pytest.mark.parametrize("kind", ["nf4", *fp8.KINDS])
 def test_a_frozen_layer_without_an_adapter_passes_its_gradient_on(kind):
     adapter = kinds()[kind][0]

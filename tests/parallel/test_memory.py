@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,3 +185,35 @@ def test_a_trial_runs_more_layers_again_until_the_micro_batch_fits(tiny):
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(MachineError, match="128 tokens does not fit"):
         trial(1000, 0)
+
+
+def test_a_trial_whose_backward_fails_leaves_nothing_in_the_way_of_the_next():
+    losses: list[weakref.ref[torch.Tensor]] = []
+
+    class Full(torch.nn.Module):
+        """Its first two backwards find no room."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(8))
+
+        def forward(self, batch: object) -> tuple[torch.Tensor, int]:
+            loss = self.layers[0](torch.ones(1, 2)).sum()
+            loss.register_hook(self.refuse)
+            losses.append(weakref.ref(loss))
+            return loss, 1
+
+        def refuse(self, grad: torch.Tensor) -> None:
+            if len(losses) < 3:
+                raise torch.OutOfMemoryError("no room")
+
+    class Watching(Small):
+        def restart(self) -> None:
+            assert all(loss() is None for loss in losses)
+            super().restart()
+
+    model, meter = Full(), Watching(10**9)
+    estimate = memory.MemoryPlan(128, 0, 0, 1, 1, 10**9, "")
+    batch = SimpleNamespace(input_ids=torch.zeros(1, 128))
+    fit.fit(model, batch, estimate, meter, budget=10**9, later=0)
+    assert (meter.tries, len(losses)) == (3, 3)

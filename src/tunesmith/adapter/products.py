@@ -131,19 +131,19 @@ def _backward(
     """Gradients of x (of no rows unless `wanted`) and of `small`. `saved` is [x, low], or empty without updates;
     `quantised` holds the same count of tensors for each of `dys`."""
     way, each = KINDS[kind], len(quantised) // len(dys)
-    d_small, d_x = [], None
+    d_low, d_small, d_x = None, [], None
     if small:
-        (x, low), (down, *ups) = saved, small
+        (x, low), (_, *ups) = saved, small
         d_low = torch.cat([dy @ up for dy, up in zip(dys, ups, strict=True)], 1)
         parts = low.split([up.shape[1] for up in ups], 1)
         d_small = [d_low.T @ x, *(dy.T @ part for dy, part in zip(dys, parts, strict=True))]
-        d_x = d_low @ down if wanted else None
     if not wanted:
         return [dys[0].new_empty(0), *d_small]
     for i, (dy, w) in enumerate(zip(dys, _each(held, kind), strict=True)):
         d_x = way.back(dy, quantised[i * each : (i + 1) * each], w, d_x)
     assert d_x is not None
-    return [d_x, *d_small]
+    # The update's part last: a product that cannot add onto what is there (fp8's) then has one less to add up.
+    return [d_x if d_low is None else d_x.addmm_(d_low, small[0]), *d_small]
 
 
 def _each(held: list[Tensor], kind: str) -> list[list[Tensor]]:

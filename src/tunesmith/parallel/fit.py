@@ -68,11 +68,8 @@ def fit(model: TrainModel, batch: Batch, plan: MemoryPlan, meter: Meter, *, budg
     while True:
         recompute_layers(layers, count)
         meter.restart()
-        before = meter.held()
         try:
-            loss, _ = model(batch)
-            kept = meter.held() - before
-            loss.backward()
+            kept = _trial(model, batch, meter)
             break
         except torch.OutOfMemoryError as error:
             if count == len(layers):
@@ -91,6 +88,16 @@ def fit(model: TrainModel, batch: Batch, plan: MemoryPlan, meter: Meter, *, budg
     recompute_layers(layers, count)
     model.train(was)
     return count
+
+
+def _trial(model: TrainModel, batch: Batch, meter: Meter) -> int:
+    """Forward and backward; the bytes that the forward kept. A function of its own, so that a loss whose backward
+    failed, and all that hangs on it, is gone before the next trial."""
+    before = meter.held()
+    loss, _ = model(batch)
+    kept = meter.held() - before
+    loss.backward()
+    return kept
 
 
 def revised(count: int, layers: int, *, kept: float, rerun: float, room: float) -> int:
