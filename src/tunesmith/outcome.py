@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tunesmith.errors import RunError, TunesmithError, UsageError, disk_fault
+from tunesmith.build import Rows
+from tunesmith.config.schema import Run
+from tunesmith.errors import NonFiniteError, RunError, TunesmithError, UsageError, disk_fault
 from tunesmith.metrics.record import StepRecord
 
 
@@ -91,6 +94,39 @@ def as_failure(
         where=f"step {step + 1}",
         why="an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from",
         fix=again,
+    )
+
+
+def passes(run: Run, rows: Rows) -> tuple[str, str]:
+    """What one forward pass takes, such as `4096 tokens`, and the override by which it takes half."""
+    tokens, examples = rows.micro_tokens, rows.micro_examples
+    taken = f"{tokens} tokens" if tokens else f"{examples} examples"
+    half = f"{max(run.data.seq_len, tokens // 2)} tokens" if tokens else f"{max(1, (examples or 2) // 2)} examples"
+    # An update in the backward takes the global batch in one forward pass.
+    key = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
+    return taken, f"{key}='{half}'"
+
+
+def not_finite(
+    loss: float, norm: float, *, step: int, rows: list[str], saved_step: int | None, in_backward: bool
+) -> NonFiniteError:
+    """The stop on a loss or gradient norm that is NaN or infinite.
+
+    Args:
+        step: the step it was found in; rows: the places of what that step learnt from.
+        saved_step: step of the newest checkpoint, or None.
+        in_backward: whether updates are made in the backward.
+    """
+    applied = "the update was not applied"
+    if in_backward:
+        applied = "of this step only the parameters with a finite gradient were updated, and nothing of it is saved"
+    saved = f"checkpoint-{saved_step}" if saved_step else "none was written yet"
+    return NonFiniteError(
+        f"the {'gradient norm' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})",
+        where=f"step {step}, rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
+        why=f"{applied}; the last good checkpoint: {saved}",
+        fix="lower train.learning_rate or lengthen train.warmup; look at those rows with `tunesmith data`; "
+        "model.dtype=fp32 tells rounding from bad data",
     )
 
 

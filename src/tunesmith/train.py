@@ -28,7 +28,7 @@ from tunesmith.checkpoint.resume import Progress, Start, claimed, decide, put_as
 from tunesmith.checkpoint.writer import Writer
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import GlobalBatch
-from tunesmith.errors import NonFiniteError, RunError, StoppedError, TunesmithError, UsageError
+from tunesmith.errors import RunError, StoppedError, TunesmithError, UsageError
 from tunesmith.evaluate import validation_loss
 from tunesmith.generate import sample_answers
 from tunesmith.metrics import hardware
@@ -38,7 +38,7 @@ from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.report import clear_failure, write_failure
 from tunesmith.model.facts import flops
 from tunesmith.optim import learning_rate, warmup_steps
-from tunesmith.outcome import Result, as_failure, going_on
+from tunesmith.outcome import Result, as_failure, going_on, not_finite, passes
 from tunesmith.parallel.transfer import Reading
 from tunesmith.signals import StopRequest
 from tunesmith.units import Cadence
@@ -203,17 +203,13 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or searching):
             return
         self.writer.close()  # the checkpoint under way may be the last good one
-        saved = f"checkpoint-{self.writer.saved_step}" if self.writer.saved_step else "none was written yet"
-        rows = pending.batch.row_names()
-        applied = "the update was not applied"
-        if self.run.train.optimizer_in_backward:
-            applied = "of this step only the parameters with a finite gradient were updated, and nothing of it is saved"
-        raise NonFiniteError(
-            f"the {'gradient norm' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})",
-            where=f"step {pending.step}, rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
-            why=f"{applied}; the last good checkpoint: {saved}",
-            fix="lower train.learning_rate or lengthen train.warmup; look at those rows with `tunesmith data`; "
-            "model.dtype=fp32 tells rounding from bad data",
+        raise not_finite(
+            loss,
+            norm,
+            step=pending.step,
+            rows=pending.batch.row_names(),
+            saved_step=self.writer.saved_step,
+            in_backward=self.run.train.optimizer_in_backward,
         )
 
     def make_record(self, pending: Pending, loss: float, norm: float, seconds: float) -> StepRecord:
@@ -358,18 +354,10 @@ class Trainer:
 
     def as_failure(self, error: BaseException) -> TunesmithError:
         """The error that ends this run, with what it knows of where it stood."""
-        tokens, examples = self.s.rows.micro_tokens, self.s.rows.micro_examples
-        saved = self.writer.saved_step
-        micro = f"{tokens} tokens" if tokens else f"{examples} examples"
-        half = (
-            f"{max(self.run.data.seq_len, tokens // 2)} tokens"
-            if tokens
-            else f"{max(1, (examples or 2) // 2)} examples"
+        taken, smaller = passes(self.run, self.s.rows)
+        return as_failure(
+            error, folder=self.out, step=self.step, saved_step=self.writer.saved_step, micro=taken, smaller=smaller
         )
-        # An update in the backward takes the global batch in one forward pass.
-        key = "train.global_batch" if self.run.train.optimizer_in_backward else "train.micro_batch"
-        less = f"{key}='{half}'"
-        return as_failure(error, folder=self.out, step=self.step, saved_step=saved, micro=micro, smaller=less)
 
 
 def train(

@@ -69,6 +69,7 @@ class Fp8:
     """Products with a weight held in fp8: [form, scale] of [out, in], then of [in, out]."""
 
     tensors = 4
+    adds = False
 
     def __init__(self, *, whole: bool) -> None:
         self.whole = whole

@@ -160,6 +160,8 @@ class Nf4:
     """Products with an NF4 weight. It is made dense in the forward and again in the backward, and dropped at once: a
     dense copy of every layer would undo the saving of 4 bits."""
 
+    adds = True
+
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
         self.tensors = 3 if blocks.nested is None else 6

@@ -25,6 +25,7 @@ class Kind(Protocol):
     """How a frozen weight is held, and how it is multiplied with. `weight` are the tensors that hold one layer's."""
 
     tensors: int  # how many these are
+    adds: bool  # whether `back` adds onto what is there in its own epilogue; else it takes another pass
 
     def quantise(self, x: Tensor) -> list[Tensor]:
         """What the products need of an input beside itself: nothing, or its fp8 form. Plain tensor code: under
@@ -48,6 +49,7 @@ class Dense:
     """A weight [out, in] in the dtype of its products."""
 
     tensors = 1
+    adds = True
 
     def quantise(self, x: Tensor) -> list[Tensor]:
         return []
@@ -133,17 +135,20 @@ def _backward(
     way, each = KINDS[kind], len(quantised) // len(dys)
     d_low, d_small, d_x = None, [], None
     if small:
-        (x, low), (_, *ups) = saved, small
+        (x, low), (down, *ups) = saved, small
         d_low = torch.cat([dy @ up for dy, up in zip(dys, ups, strict=True)], 1)
         parts = low.split([up.shape[1] for up in ups], 1)
         d_small = [d_low.T @ x, *(dy.T @ part for dy, part in zip(dys, parts, strict=True))]
     if not wanted:
         return [dys[0].new_empty(0), *d_small]
+    if d_low is not None and way.adds:
+        d_x = d_low @ down
     for i, (dy, w) in enumerate(zip(dys, _each(held, kind), strict=True)):
         d_x = way.back(dy, quantised[i * each : (i + 1) * each], w, d_x)
     assert d_x is not None
-    # The update's part last: a product that cannot add onto what is there (fp8's) then has one less to add up.
-    return [d_x if d_low is None else d_x.addmm_(d_low, small[0]), *d_small]
+    if d_low is not None and not way.adds:
+        d_x.addmm_(d_low, down)
+    return [d_x, *d_small]
 
 
 def _each(held: list[Tensor], kind: str) -> list[list[Tensor]]:

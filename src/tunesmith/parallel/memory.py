@@ -82,7 +82,8 @@ def static_bytes(run: Run, facts: Facts, trained: int) -> int:
     """Weights, gradients, optimizer state and a checkpoint's copies, in bytes; `trained` counts the trained parameters."""
     weight = BYTES[run.model.dtype]
     if run.model.quantize == "nf4":
-        base = int(facts.matmul_parameters * 0.56) + (facts.parameters - facts.matmul_parameters) * weight
+        packed = facts.layers * facts.layer_matmul  # 4 bits, and 8 bits a block of 64
+        base = int(packed * 0.53) + (facts.parameters - packed) * weight
     else:
         base = facts.parameters * weight
     return base + state_bytes(run, trained)
