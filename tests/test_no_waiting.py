@@ -19,7 +19,7 @@ from tunesmith.build import build
 from tunesmith.checkpoint.resume import Start
 from tunesmith.metrics.sinks import Sinks
 from tunesmith.signals import StopRequest
-from tunesmith.train import Trainer
+from tunesmith.trainer import Trainer
 
 ASKING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique", "aten::item"}
 INSIDE = {"tunesmith_test::varlen", "tunesmith_test::varlen_backward"}  # what stands for the GPU's own kernel

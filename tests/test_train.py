@@ -10,7 +10,9 @@ import pytest
 
 from recipes import make_run
 from tunesmith.checkpoint import state
-from tunesmith.train import Result, Trainer, train
+from tunesmith.outcome import Result
+from tunesmith.train import train
+from tunesmith.trainer import Trainer
 
 FIELDS = [
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "examples", "step_seconds",

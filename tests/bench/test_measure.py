@@ -16,7 +16,8 @@ from tunesmith.bench.measure import Measured, Plan, measure
 from tunesmith.errors import RunError
 from tunesmith.model import facts
 from tunesmith.parallel import compiled
-from tunesmith.train import Trainer, train
+from tunesmith.train import train
+from tunesmith.trainer import Trainer
 
 
 def run_plan(plan: Plan, folder: Path, name: str = "measured") -> Measured:

@@ -20,7 +20,8 @@ from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.writer import Writer
 from tunesmith.errors import NonFiniteError, RunError, StoppedError
 from tunesmith.parallel.transfer import Copies
-from tunesmith.train import Pending, Trainer, train
+from tunesmith.train import train
+from tunesmith.trainer import Pending, Trainer
 
 CLOCKS = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib")
 

@@ -23,7 +23,7 @@ def run() -> Run:
 
 @dataclass(frozen=True)
 class Result:
-    """The part of `tunesmith.train.Result` that the report reads."""
+    """The part of `tunesmith.outcome.Result` that the report reads."""
 
     output_dir: Path
     steps: int = 20

@@ -34,7 +34,8 @@ from tunesmith.model.facts import flops, recompute_flops
 from tunesmith.parallel.apply import Weights
 from tunesmith.parallel.compiled import graphs_compiled
 from tunesmith.signals import StopRequest
-from tunesmith.train import Trainer, print_line
+from tunesmith.train import print_line
+from tunesmith.trainer import Trainer
 from tunesmith.units import Length
 
 SETTLED = 3  # a shape that comes later than this step should find its graph

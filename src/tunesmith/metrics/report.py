@@ -59,7 +59,7 @@ def clear_failure(folder: Path) -> None:
 
 
 class Outcome(Protocol):
-    """What a run came to, as `tunesmith.train.Result` tells it."""
+    """What a run came to, as `tunesmith.outcome.Result` tells it."""
 
     @property
     def output_dir(self) -> Path: ...
