@@ -31,7 +31,7 @@ from tunesmith.model.facts import Facts
 from tunesmith.optim import Optimizer, checkpoint_bytes_per_parameter
 from tunesmith.parallel.apply import Weights, door_of
 from tunesmith.parallel.choices import Choice, line, reasons
-from tunesmith.parallel.compiled import wanted
+from tunesmith.parallel.compiled import reason, wanted
 from tunesmith.parallel.memory import MemoryPlan, describe_recompute, in_one_pass, plan
 from tunesmith.parallel.ready import ready
 from tunesmith.parallel.transfer import Placer
@@ -254,14 +254,12 @@ def choices_of(
     layers, device = len(model.layers), next(model.parameters()).device
     door = door_of(run, model.model.config, device)
     on = wanted(run.train.compile, device)
-    where = "on a GPU" if device.type == "cuda" else "on a CPU, where it gains nothing"
-    why = f"train.compile: {run.train.compile}, {where}"
     rerun = "as train.recompute says" if run.train.recompute != "auto" else "no more than the memory needs"
     return [
         Choice("attention", door.name, door.why),
         Choice("loss", "chunked, compiled" if on else "chunked", "head and loss on supervised positions alone"),
         base,
-        Choice("compile", "per layer" if on else "off", why),
+        Choice("compile", "per layer" if on else "off", reason(run.train.compile, device)),
         Choice("recompute", describe_recompute(recomputed, layers), rerun),
         Choice(
             "micro batch",

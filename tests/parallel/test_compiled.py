@@ -23,9 +23,11 @@ from tunesmith.parallel.recompute import recompute_layers
 
 @pytest.fixture(autouse=True)
 def packed_kernel(varlen_on_cpu):
+    forget = compiled.fault.cache_clear
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+    forget()
 
 
 SIZES = {
@@ -248,5 +250,29 @@ def test_the_cache_lies_in_the_users_folder_unless_it_is_said(monkeypatch, tmp_p
     ("choice", "device", "expected"),
     [("auto", "cuda", True), ("auto", "cpu", False), ("on", "cpu", True), ("off", "cuda", False)],
 )
-def test_where_layers_are_compiled(choice, device, expected):
+def test_where_layers_are_compiled(choice, device, expected, monkeypatch):
+    monkeypatch.setattr(compiled, "fault", lambda device: "")
     assert wanted(choice, torch.device(device)) is expected
+    assert compiled.reason(choice, torch.device(device))
+
+
+def test_a_compiler_that_does_not_run_is_done_without(monkeypatch):
+    cpu = torch.device("cpu")
+    compiled.fault.cache_clear()
+    assert compiled.fault(cpu) == ""
+
+    def refuse(*_, **__):
+        raise RuntimeError("ptxas: no target sm_999\nmore")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    compiled.fault.cache_clear()
+    assert compiled.fault(cpu) == "the compiler does not run here: ptxas: no target sm_999"
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: x)
+    compiled.fault.cache_clear()
+    assert "wrong results" in compiled.fault(cpu)
+
+
+def test_where_the_compiler_does_not_run_auto_goes_without_it_and_says_so(monkeypatch):
+    monkeypatch.setattr(compiled, "fault", lambda device: "the compiler does not run here: why")
+    assert not wanted("auto", torch.device("cuda"))
+    assert compiled.reason("auto", torch.device("cuda")).endswith("why")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,35 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 def wanted(choice: str, device: torch.device) -> bool:
     """Whether `train.compile` (auto, on or off) means that layers are compiled on `device`."""
-    return choice == "on" or (choice == "auto" and device.type == "cuda")
+    return choice == "on" or (choice == "auto" and device.type == "cuda" and not fault(device))
+
+
+def reason(choice: str, device: torch.device) -> str:
+    """Why `wanted` says what it says."""
+    if choice != "auto":
+        return "as train.compile says"
+    if device.type != "cuda":
+        return "on a CPU it gains nothing"
+    return fault(device) or "the compiler runs on this GPU"
+
+
+@cache
+def fault(device: torch.device) -> str:
+    """Why the compiler does not run on a device, or "": found by trying a small function.
+
+    New chips come before the assembler that Triton brings knows them, and a C compiler is not on every machine.
+    """
+    keep_cache()
+    x = torch.linspace(-1, 1, 64, device=device)
+    try:
+        right = torch.allclose(torch.compile(_try)(x), _try(x))
+    except Exception as error:  # whatever a compiler may raise, training goes on without it
+        return f"the compiler does not run here: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+    return "" if right else "the compiler runs here and gives wrong results"
+
+
+def _try(x: Tensor) -> Tensor:
+    return x.sigmoid() * x + 1
 
 
 def keep_cache() -> Path:
