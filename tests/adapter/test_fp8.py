@@ -46,24 +46,36 @@ def test_row_wise_is_nearer_than_tensor_wise_where_rows_differ():
 
 
 def test_the_way_is_found_by_trying(monkeypatch):
-    fp8.choose.cache_clear()
-    assert fp8.choose(CPU).kind == fp8.ROW
+    def chosen() -> fp8.Way:
+        fp8.choose.cache_clear()
+        return fp8.choose(CPU)
 
     def refuse(*_, **__):
         raise RuntimeError("row-wise scaling is not supported\non this chip")
 
+    def multiply(self, x, *_):
+        return torch.full((32, 32), 32.0, dtype=x.dtype)
+
+    def nonsense(self, x, *_):
+        return torch.zeros(32, 32, dtype=x.dtype)
+
+    ways = type(products.KINDS[fp8.ROW])
+    with monkeypatch.context() as changed:  # torch 2.11 has no products scaled by rows on a CPU
+        changed.setattr(ways, "times", multiply)
+        changed.setattr(ways, "back", multiply)
+        assert chosen().kind == fp8.ROW
+        changed.setattr(products.KINDS[fp8.ROW], "back", lambda *given: nonsense(None, *given))
+        assert chosen().kind == fp8.TENSOR  # a way that runs and computes nonsense is no way
+        changed.setattr(products.KINDS[fp8.ROW], "times", refuse)
+        assert chosen().kind == fp8.TENSOR
+        changed.setattr(products.KINDS[fp8.TENSOR], "times", refuse)
+        way = chosen()
+        assert way.kind is None
+        assert way.why.endswith("row-wise scaling is not supported")
+    assert chosen().kind in fp8.KINDS  # in earnest
     monkeypatch.setattr(products.KINDS[fp8.ROW], "times", refuse)
-    fp8.choose.cache_clear()
-    assert fp8.choose(CPU).kind == fp8.TENSOR
-    monkeypatch.setattr(products.KINDS[fp8.TENSOR], "times", refuse)
-    fp8.choose.cache_clear()
-    way = fp8.choose(CPU)
-    assert way.kind is None
-    assert way.why.endswith("row-wise scaling is not supported")
+    assert chosen().kind == fp8.TENSOR
     monkeypatch.undo()
-    monkeypatch.setattr(products.KINDS[fp8.ROW], "back", lambda x, *_: x * 0)
-    fp8.choose.cache_clear()
-    assert fp8.choose(CPU).kind == fp8.TENSOR  # a way that runs and computes nonsense is no way
     fp8.choose.cache_clear()
 
 

@@ -78,7 +78,9 @@ def build(layers: int, family: str = "llama", *, base: str = "dense") -> Any:
         if base == "dense":
             layer.double()
     if base == "fp8":
-        assert lora.to_fp8(model, fp8.ROW) > 0
+        kind = fp8.choose(torch.device("cpu")).kind
+        assert kind is not None
+        assert lora.to_fp8(model, kind) > 0
     parts.fuse(model, project=lora.project)
     model.set_attn_implementation(attention.register())
     return model.train()

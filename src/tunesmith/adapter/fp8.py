@@ -91,7 +91,8 @@ class Fp8:
 def _product(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """left [n, k] times the transpose of right [m, k], each a form and its scales: [n, m].
 
-    torch._scaled_mm is private and the only product in fp8 that torch 2.11 to 2.13 share.
+    torch._scaled_mm is private and the only product in fp8 that torch 2.11 to 2.13 share on GPU and CPU (on a CPU, 2.11
+    scales by tensor alone).
     """
     (a, a_scale), (b, b_scale) = left, right
     return torch._scaled_mm(
