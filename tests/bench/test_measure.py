@@ -13,6 +13,8 @@ from recipes import make_run
 from tunesmith.bench.ceiling import fp8_matmul_tflops, matmul_tflops
 from tunesmith.bench.figures import Figures
 from tunesmith.bench.measure import Measured, Plan, measure
+from tunesmith.build import Session
+from tunesmith.build import build as session_of
 from tunesmith.errors import RunError
 from tunesmith.model import facts
 from tunesmith.parallel import compiled
@@ -124,6 +126,20 @@ def test_graphs_are_counted(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monk
     torch.compiler.reset()
     assert found.graphs_compiled > 0
     assert 0 <= found.graphs_compiled_after_step_3 < found.graphs_compiled
+
+
+def test_graphs_of_the_build_are_counted_too(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the trial of memory compiles the layers before there is a first step."""
+
+    def build(*args: Any, **options: Any) -> Session:
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+        return session_of(*args, **options)
+
+    torch.compiler.reset()
+    monkeypatch.setattr("tunesmith.bench.measure.build", build)
+    found = run_plan(Plan(make_run(tiny, tmp_path, held=False), steps=4, warmup=2), tmp_path).figures
+    torch.compiler.reset()
+    assert (found.graphs_compiled, found.graphs_compiled_after_step_3) == (1, 0)
 
 
 def test_traces_are_of_steps_after_the_timed_ones(tiny: Path, tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ class Figures:
         hardware_share_of_ceiling: the same with recomputed layers counted. What attention's kernels recompute inside is
             not.
         mfu_of_fp8_ceiling: over the fp8 product, where the base is fp8.
-        graphs_compiled: in all; _after_step_3: those that came late, which a steady run has none of.
-        build_seconds: from the recipe to a model that is ready: reading rows, weights, optimizer.
+        graphs_compiled: in all, by the build's trial of memory too; _after_step_3: those that came late, which a steady run has none of.
+        build_seconds: from the recipe to a model that is ready: reading rows, weights, optimizer; on a GPU with a trial
+            micro batch, and what that compiles.
         first_step_seconds: the first step alone, with what it compiles.
         peak_allocated_gib, peak_reserved_gib: on the GPU, from the build to the last timed step; peak_resident_gib:
             in RAM.

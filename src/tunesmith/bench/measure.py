@@ -117,14 +117,14 @@ def measure(plan: Plan, folder: Path, *, say: Callable[[str], None] = print_line
     run = plan.bare(folder)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
+    began, compiled = time.perf_counter(), graphs_compiled()
     session = build(run, Start(), say=say, weights=plan.weights, checkpoints=False)
     build_seconds = time.perf_counter() - began
     sinks = Sinks([Terminal(None, total_steps=session.total_steps)])
     trainer = Trainer(session, Start(), sinks, StopRequest())
     sinks.open(run, 0)
     try:
-        seen = _drive(plan, trainer)
+        seen = _drive(plan, trainer, compiled)
     except TunesmithError:
         raise
     except Exception as error:
@@ -139,17 +139,21 @@ class _Seen:
     """What the loop alone can see."""
 
     padded: dict[int, int]
-    graphs: list[int]  # compiled so far, before the first step and after each timed one
+    graphs: list[int]  # compiled so far, before the build (whose trial compiles) and after each step
     memory: dict[str, float | None]
     traces: tuple[Path, ...]
     stalls: dict[str, float | None]
 
 
-def _drive(plan: Plan, trainer: Trainer) -> _Seen:
-    """The trainer's own loop over warm-up, timed and traced steps; then one adapter checkpoint."""
+def _drive(plan: Plan, trainer: Trainer, compiled: int) -> _Seen:
+    """The trainer's own loop over warm-up, timed and traced steps; then one adapter checkpoint.
+
+    Args:
+        compiled: graphs that there were before the build.
+    """
     session, noted, timed = trainer.s, Noted(), plan.warmup + plan.steps
     session.model.train()
-    graphs, memory = [graphs_compiled()], {}
+    graphs, memory = [compiled], {}
     settings = trainer.run.profile if plan.traces else Profile()
     profiler = Profiler(settings, plan.traces or trainer.out, rank=0, device=session.device)
     with ExitStack() as stack:
