@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith import packages
+from tunesmith.adapter import nf4
 from tunesmith.checkpoint import state
 from tunesmith.checkpoint.export import read_optimizer
 from tunesmith.checkpoint.resume import RECIPE, Start, check_data
@@ -126,6 +127,8 @@ def check_machine(run: Run, device: torch.device) -> None:
     """
     if run.train.optimizer == "adamw-8bit":
         packages.bitsandbytes("8-bit moments", "train.optimizer")
+    if run.model.quantize == "nf4":
+        nf4.check(device)
     if run.model.dtype == "fp16" and device.type == "cpu":
         raise MachineError(
             "fp16 cannot be trained on a CPU",

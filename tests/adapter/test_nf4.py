@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tunesmith.adapter import lora, nf4
+from tunesmith.build import check_machine
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.parallel.apply import prepare
@@ -141,3 +142,24 @@ def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(MachineError, match=r"pip install 'tunesmith\[nf4\]'"):
         nf4.bitsandbytes()
+
+
+def test_a_bitsandbytes_that_cannot_pack_here_is_refused_before_anything_is_read(monkeypatch, tmp_path):
+    """As with a wheel that was not built for this machine's CUDA."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("Attempted to use bitsandbytes native library functionality\nbut it's not available.")
+
+    run = Run(
+        model=Model(name=str(tmp_path / "nowhere"), quantize="nf4"),
+        adapter=Adapter(),
+        data=Data(train=(Source(source="x"),)),
+        train=Train(),
+        output_dir=str(tmp_path),
+    )
+    check_machine(run, torch.device("cpu"))
+    monkeypatch.setattr(nf4.bitsandbytes(), "quantize_4bit", refuse)
+    with pytest.raises(MachineError) as caught:
+        check_machine(run, torch.device("cpu"))
+    assert caught.value.where == "model.quantize"
+    assert caught.value.why == "Attempted to use bitsandbytes native library functionality"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tunesmith import packages
 from tunesmith.adapter import products
-from tunesmith.errors import ModelError
+from tunesmith.errors import MachineError, ModelError
 from tunesmith.model.fill import Source
 
 BLOCK = 64  # weights that share a scale
@@ -27,6 +27,27 @@ NESTED_BLOCK = 256  # scales that share a scale
 def bitsandbytes() -> Any:
     """`bitsandbytes.functional`, or a MachineError that says how to install it."""
     return packages.bitsandbytes("nf4 weights", "model.quantize")
+
+
+@torch.no_grad()
+def check(device: torch.device) -> None:
+    """Pack and unpack a small weight, to find out before anything is fetched or loaded.
+
+    Raises:
+        MachineError: bitsandbytes is not installed, or has no nf4 for this device: wheels are built for some versions of
+            CUDA, and say so in their first call only.
+    """
+    try:
+        layer = Nf4Linear(BLOCK, BLOCK, False, torch.bfloat16, device=device)
+        layer.quantise(torch.ones(BLOCK, BLOCK, device=device))
+        layer.dense()
+    except (RuntimeError, NotImplementedError) as error:
+        raise MachineError(
+            f"the installed bitsandbytes has no nf4 for {device.type}",
+            where="model.quantize",
+            why=str(error).strip().splitlines()[0],
+            fix="pip install --upgrade bitsandbytes, or model.quantize=none; `python -m bitsandbytes` tells more",
+        ) from error
 
 
 class Blocks(NamedTuple):
