@@ -21,6 +21,7 @@ from tunesmith.checkpoint.export import read_optimizer
 from tunesmith.checkpoint.resume import RECIPE, Start, check_data
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
+from tunesmith.data.batch import Batch
 from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.errors import MachineError, UsageError
@@ -33,6 +34,7 @@ from tunesmith.optim import Optimizer, checkpoint_bytes_per_parameter
 from tunesmith.parallel.apply import Weights, door_of
 from tunesmith.parallel.choices import Choice, line, reasons
 from tunesmith.parallel.compiled import reason, wanted
+from tunesmith.parallel.eight_bits import PROBED
 from tunesmith.parallel.memory import MemoryPlan, describe_recompute, in_one_pass, plan
 from tunesmith.parallel.ready import ready
 from tunesmith.parallel.transfer import Placer
@@ -204,13 +206,13 @@ def build(
     if checkpoints:
         check_disk(run, checkpoint_bytes(run, facts))
     rows = rows_of(run, data, memory.micro_tokens, compiled=compiled, fixed=fixed)
-    probe = Loader(data.train, data.course, pad_id=int(tokenizer.pad_token_id), **asdict(rows)).batch(0).micro[0]
+    loader = Loader(data.train, data.course, pad_id=int(tokenizer.pad_token_id), **asdict(rows))
     saved = start.found.path if start.found else None
     model, base, recomputed = ready(
         run,
         saved if saved and run.adapter.kind == "none" else folder,
         saved if run.adapter.kind == "lora" else None,
-        probe.to(device),
+        [batch.to(device) for batch in first_batches(loader, PROBED if run.model.quantize == "fp8" else 1)],
         memory,
         trained=trained,
         varied=not fixed,
@@ -229,6 +231,16 @@ def build(
     if run.train.optimizer_in_backward and (total_steps is None or first < total_steps):
         check_one_pass(run, session.loader(first).batch(first))
     return session
+
+
+def first_batches(loader: Loader, tokens: int) -> list[Batch]:
+    """Micro batches from the first step on, until they hold so many tokens; epochs repeat."""
+    found: list[Batch] = []
+    step = 0
+    while sum(batch.tokens for batch in found) < tokens:
+        found += loader.batch(step).micro
+        step += 1
+    return found
 
 
 def micro_examples(run: Run) -> int | None:

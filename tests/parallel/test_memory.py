@@ -13,7 +13,7 @@ from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.data.loader import StepSize
 from tunesmith.errors import MachineError
 from tunesmith.model.facts import Facts, read
-from tunesmith.parallel import fit, memory
+from tunesmith.parallel import compiled, fit, memory
 from tunesmith.parallel.memory import plan, recomputed_layers
 from tunesmith.units import Size
 
@@ -39,7 +39,8 @@ def recipe(**train) -> Run:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU of some size, as far as a plan asks: how much is free."""
+    """A GPU of some size, as far as a plan asks: how much is free, and whether the compiler runs."""
+    monkeypatch.setattr(compiled, "fault", lambda device: "")
 
     def of(gib: float) -> None:
         monkeypatch.setattr(memory, "free_bytes", lambda device: int(gib * GIB))

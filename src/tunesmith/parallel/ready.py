@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ def ready(
     run: Run,
     files: Path,
     adapter: Path | None,
-    probe: Batch,
+    probes: Sequence[Batch],
     memory: MemoryPlan,
     *,
     trained: int,
@@ -36,8 +36,8 @@ def ready(
         run: the resolved recipe.
         files: folder of the model's files.
         adapter: folder of the checkpoint whose adapter is gone on with, or None.
-        probe: a micro batch of the run, on the device that the model goes to. The same at every start: what is decided
-            on it must not differ when a run goes on.
+        probes: the first micro batches of the run, on the device that the model goes to. The same at every start: what
+            is decided on them must not differ when a run goes on.
         memory: the plan to begin with.
         trained: parameters that are trained.
         varied, weights: as `apply.prepare`.
@@ -49,7 +49,7 @@ def ready(
     Raises:
         MachineError: it does not fit.
     """
-    device = probe.input_ids.device
+    device = probes[0].input_ids.device
 
     def make() -> TrainModel:
         torch.manual_seed(run.train.seed)
@@ -58,7 +58,7 @@ def ready(
     model = make()
     base = Choice("base", run.model.quantize if run.model.quantize != "none" else run.model.dtype, "as the recipe says")
     if run.model.quantize == "fp8":
-        base = eight_bits.hold(model, probe)
+        base = eight_bits.hold(model, probes)
         if not base.taken.startswith("fp8"):
             say(f"warning: the base stays in bf16: {base.why}")
             del model
@@ -68,4 +68,4 @@ def ready(
     if run.train.recompute != "auto" or not has_own_memory(device):
         return model, base, memory.recomputed
     budget, later = int(memory.free_bytes * USABLE), state_bytes(run, trained)
-    return model, base, fit(model, probe, memory, CudaMeter(device), budget=budget, later=later)
+    return model, base, fit(model, probes[0], memory, CudaMeter(device), budget=budget, later=later)
