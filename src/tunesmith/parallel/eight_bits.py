@@ -12,9 +12,9 @@ from tunesmith.data.batch import Batch
 from tunesmith.method.base import TrainModel
 from tunesmith.parallel.choices import Choice
 
-# Of the loss. Rounding both factors of every product to e4m3 moved that of SmolLM2-135M by 1.2 % on 4,520 tokens of alpaca
-# rows, where nf4 moved it by 7 %. What moves it further than this is not rounding.
-TOLERANCE = 0.02
+# Of the loss. Rounding both factors of every product to e4m3 moved that of SmolLM2-135M by 1.2 to 2.2 % on some 4,500
+# tokens of alpaca rows, as chats and as plain text; nf4 moved it by 7 %. What moves it further than this is not rounding.
+TOLERANCE = 0.03
 PROBED = 4096  # tokens, at least
 
 
