@@ -79,6 +79,26 @@ def test_the_way_is_found_by_trying(monkeypatch):
     fp8.choose.cache_clear()
 
 
+def test_a_product_is_that_of_its_rounded_factors():
+    """Beside float64 on the same e4m3 numbers only the sum (fp32) and the result (bf16: 2^-9) are rounded."""
+    kind = fp8.choose(CPU).kind
+    assert kind is not None
+    way = products.KINDS[kind]
+    x, w = torch.randn(48, 64, dtype=torch.bfloat16), torch.randn(32, 64, dtype=torch.bfloat16)
+    dy, held = torch.randn(48, 32, dtype=torch.bfloat16), fp8._hold(w, kind)
+
+    def plain(left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:
+        (a, a_scale), (b, b_scale) = left, right
+        return (a.double() * a_scale.double()) @ (b.double() * b_scale.double()).T
+
+    for got, left, right in (
+        (way.times(x, way.quantise(x), held, None), way.quantise(x), held[:2]),
+        (way.back(dy, way.quantise(dy), held, None), way.quantise(dy), held[2:]),
+    ):
+        expected = plain(left, right)
+        assert (got.double() - expected).norm() / expected.norm() < 2**-8
+
+
 def test_only_frozen_layers_of_fitting_widths_are_held_in_fp8():
     model = nn.ModuleDict(
         {

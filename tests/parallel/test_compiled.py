@@ -19,6 +19,7 @@ from tunesmith.model.documents import Documents
 from tunesmith.parallel import compiled
 from tunesmith.parallel.compiled import compile_layers, compile_score, wanted
 from tunesmith.parallel.recompute import recompute_layers
+from tunesmith.private import graphs_compiled
 
 
 @pytest.fixture(autouse=True)
@@ -188,11 +189,11 @@ def test_three_hundred_varied_steps_make_no_graph_after_the_first(varied):
 def test_the_real_compiler_answers_alike():
     plain = build(2)
     fast = copy.deepcopy(plain)
-    before = compiled.graphs_compiled()
+    before = graphs_compiled()
     compile_layers(fast.model.layers, varied=True)
     for n in (40, 56):
         assert_alike(run(fast, batch(n, length=n)), run(plain, batch(n, length=n)))
-    assert compiled.graphs_compiled() == before + 1
+    assert graphs_compiled() == before + 1
 
 
 def test_without_training_nothing_is_compiled():
@@ -213,7 +214,7 @@ def test_on_a_cpu_compiled_layers_with_packed_attention_answer_alike():
 
 
 def test_a_compiled_score_is_the_plain_one_for_every_size_of_chunk():
-    score, before = compile_score(loss_and_slope), compiled.graphs_compiled()
+    score, before = compile_score(loss_and_slope), graphs_compiled()
     for n in (7, 12, 30):
         raw, targets = torch.randn(n, 50, dtype=torch.bfloat16), torch.randint(0, 50, (n,))
         for got, expected in zip(
@@ -221,7 +222,7 @@ def test_a_compiled_score_is_the_plain_one_for_every_size_of_chunk():
         ):
             # The compiler keeps fp32 where the plain way does, in another order of adding: one bf16 rounding apart.
             torch.testing.assert_close(got, expected, rtol=8e-3, atol=1e-6)
-    assert compiled.graphs_compiled() == before + 1
+    assert graphs_compiled() == before + 1
 
 
 def test_a_compiled_score_scatters_nothing():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.adapter import products
+from tunesmith.private import scaled_mm
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -89,13 +90,9 @@ class Fp8:
 
 
 def _product(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """left [n, k] times the transpose of right [m, k], each a form and its scales: [n, m].
-
-    torch._scaled_mm is private and the only product in fp8 that torch 2.11 to 2.13 share on GPU and CPU (on a CPU, 2.11
-    scales by tensor alone).
-    """
+    """left [n, k] times the transpose of right [m, k], each a form and its scales: [n, m]."""
     (a, a_scale), (b, b_scale) = left, right
-    return torch._scaled_mm(
+    return scaled_mm(
         a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), out_dtype=dtype, use_fast_accum=a.device.type == "cuda"
     )
 

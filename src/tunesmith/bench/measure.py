@@ -32,7 +32,7 @@ from tunesmith.metrics.sinks import Sinks
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.model.facts import flops, recompute_flops
 from tunesmith.parallel.apply import Weights
-from tunesmith.parallel.compiled import graphs_compiled
+from tunesmith.private import graphs_compiled
 from tunesmith.signals import StopRequest
 from tunesmith.train import print_line
 from tunesmith.trainer import Trainer

@@ -9,8 +9,6 @@ on disk between runs.
 On a CPU the matrix products are already those of oneDNN, and the length of documents is part of attention's shapes;
 compiling the rest of each layer gained nothing there (SmolLM2-135M, 2 cores), so on a CPU it happens only when it is
 asked for.
-
-torch has no public name for "this dimension varies"; the private ones are used in this file alone.
 """
 
 from __future__ import annotations
@@ -23,12 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import maybe_mark_dynamic
-from torch._dynamo.utils import counters
 
 from tunesmith.loss import Score
 from tunesmith.model.documents import Documents
 from tunesmith.model.parts import become
+from tunesmith.private import mark_varying
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -110,12 +107,12 @@ class Compiled(nn.Module):
             # The first layer over frozen embeddings: a gradient that nobody reads costs a thousandth of the step, and a
             # graph of its own for one layer would double what there is to compile.
             args = (hidden.detach().requires_grad_(), *rest)
-        maybe_mark_dynamic(documents.cu_seqlens, 0)
+        mark_varying(documents.cu_seqlens, 0)
         if self.varied:
             n = args[0].shape[1]
             for tensor in _tensors((args, kwargs)):
                 if tensor.dim() > 1 and tensor.shape[1] == n:
-                    maybe_mark_dynamic(tensor, 1)
+                    mark_varying(tensor, 1)
         return self.compiled(self, args, kwargs)
 
 
@@ -138,13 +135,8 @@ def compile_score(score: Score) -> Score:
     compiled: Score = torch.compile(score)
 
     def run(raw: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
-        maybe_mark_dynamic(raw, 0)
-        maybe_mark_dynamic(targets, 0)
+        mark_varying(raw, 0)
+        mark_varying(targets, 0)
         return compiled(raw, targets, softcap, scale)
 
     return run
-
-
-def graphs_compiled() -> int:
-    """How many graphs torch.compile has made in this process so far."""
-    return int(counters["stats"]["unique_graphs"])

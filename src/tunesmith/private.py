@@ -1,0 +1,23 @@
+"""The private names of torch that the engine needs, here and nowhere else: a new release may move them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The only product of fp8 factors that torch 2.11 to 2.13 share on GPU and CPU (on a CPU, 2.11 scales by tensor alone).
+scaled_mm = torch._scaled_mm
+
+
+def mark_varying(tensor: Tensor, dim: int) -> None:
+    """Tell torch.compile that a dimension differs from call to call, so that no size of it makes a graph of its own."""
+    from torch._dynamo import maybe_mark_dynamic  # takes a second to import, for who compiles nothing
+
+    maybe_mark_dynamic(tensor, dim)
+
+
+def graphs_compiled() -> int:
+    """How many graphs torch.compile has made in this process so far."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
