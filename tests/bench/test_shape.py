@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from recipes import rows
 from tunesmith.bench import shape
 from tunesmith.bench.measure import Plan, measure
-from tunesmith.errors import UsageError
 from tunesmith.model.shapes import SHAPES
 
 SIZES = {
@@ -41,6 +41,10 @@ def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path
     assert found.first_loss == pytest.approx(5.95, abs=0.3)
 
 
-def test_a_tokenizer_that_does_not_fit(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="the shape's vocabulary 100"):
-        shape.write_model(tmp_path, {**SHAPES["llama3-8b"].config, **SIZES, "vocab_size": 100}, str(tiny))
+def test_a_vocabulary_too_small_for_the_tokenizer_grows_and_that_is_told(tiny: Path, tmp_path: Path) -> None:
+    given = {**SHAPES["llama3-8b"].config, **SIZES, "vocab_size": 100}
+    changed = shape.write_model(tmp_path, given, str(tiny))
+    config = json.loads((tmp_path / "config.json").read_text())
+    size = len(AutoTokenizer.from_pretrained(tiny))
+    assert config["vocab_size"] == size > 100
+    assert changed == f"vocabulary of {size} in place of 100: the tokenizer's ids must fit"

@@ -120,13 +120,9 @@ def test_what_is_refused(words: list[str], what: str, fix: str, capsys: Capture)
     assert (shown.out, "Traceback" in shown.err) == ("", False)
 
 
-def test_what_is_refused_once_the_tokenizer_is_known(
-    small: str, tiny: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.setitem(SHAPES, "narrow", Shape("a test", {**SMALL, "vocab_size": 64}))
+def test_what_is_refused_once_the_tokenizer_is_known(small: str, tiny: Path, rows: Path, capsys: Capture) -> None:
     good = ["--tokenizer", tiny, "--data", rows, *BATCH, "--steps", 1, "--warmup", 0]
     for words, what in (
-        (["--shape", "narrow", *good], "the shape's vocabulary 64"),
         (["--shape", small, *good, "--cold"], "--cold measures compilation"),
         (["--shape", small, *good, "--against", "trl", "model.quantize=nf4"], "compares unquantised bases"),
         (["--shape", small, "--tokenizer", rows.parent / "none", *good[2:]], "none"),

@@ -23,31 +23,32 @@ from tunesmith.model.tokenizer import tokenizer_of
 BATCH = "16384 tokens"
 
 
-def write_model(folder: Path, config: Mapping[str, Any], tokenizer: str) -> None:
+def write_model(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
     """Write a model's folder without weights: config.json, whose token ids are the tokenizer's, and the tokenizer.
+
+    A vocabulary that is too small for the tokenizer's ids becomes as large as the tokenizer.
 
     Args:
         folder: an existing one.
         config: the values of a shape.
         tokenizer: a Hub id or a folder.
 
+    Returns:
+        what was changed of the shape, in words; empty if nothing was.
+
     Raises:
-        UsageError: the tokenizer knows more tokens than the shape has rows; the embedding would have to grow, and
-            what is measured would be another model.
         ModelError: the tokenizer, or the config, cannot be read.
     """
     facts.read(config, where="--shape")
     found: PreTrainedTokenizerBase = tokenizer_of(folder, Model(name=str(folder), tokenizer=tokenizer))
-    if len(found) > config["vocab_size"]:
-        raise UsageError(
-            f"the tokenizer has {len(found):,} tokens, and the shape's vocabulary {config['vocab_size']:,}",
-            where=f"--tokenizer {tokenizer}",
-            why="its ids would lie outside the embedding",
-            fix="take the tokenizer of the shape's own model, or of a smaller vocabulary",
-        )
+    changed, rows = "", config["vocab_size"]
+    if len(found) > rows:
+        changed = f"vocabulary of {len(found):,} in place of {rows:,}: the tokenizer's ids must fit"
+        config = {**config, "vocab_size": len(found)}
     ids = {f"{kind}_token_id": getattr(found, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     (folder / "config.json").write_text(json.dumps({**config, **ids}, indent=1), encoding="utf-8")
     found.save_pretrained(folder)
+    return changed
 
 
 def recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]) -> Run:

@@ -165,7 +165,8 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
 
     folder.mkdir()
     checked = shape.recipe(folder, data=args.data, rows=args.format or FORMATS[0], overrides=overrides)
-    shape.write_model(folder, named(args.shape).config, args.tokenizer)
+    if changed := shape.write_model(folder, named(args.shape).config, args.tokenizer):
+        print(f"warning: {args.shape} with a {changed}", file=sys.stderr, flush=True)
     return checked
 
 
@@ -193,6 +194,7 @@ def described(args: argparse.Namespace, recipe: Run) -> dict[str, Any]:
     values = to_mapping(recipe)
     if args.shape:
         values["model"] |= {"name": f"shape {args.shape} ({named(args.shape).source})", "tokenizer": args.tokenizer}
+        values["model"]["vocab_size"] = json.loads((Path(recipe.model.name) / "config.json").read_text())["vocab_size"]
         del values["output_dir"]
     return values
 
