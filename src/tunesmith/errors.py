@@ -109,3 +109,9 @@ def disk_fault(error: BaseException) -> str | None:
         return _DISK.get(error.errno or 0)
     said = re.search(r"\(os error (\d+)\)", str(error))
     return _DISK.get(int(said[1])) if said else None
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line: its first, or the error's type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

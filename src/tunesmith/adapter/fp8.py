@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.adapter import products
+from tunesmith.errors import first_line
 from tunesmith.private import scaled_mm
 
 E4M3 = torch.float8_e4m3fn
@@ -47,7 +48,7 @@ def choose(device: torch.device) -> Way:
             y = way.times(x, way.quantise(x), held, None)
             dx = way.back(x, way.quantise(x), held, None)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = reason or first_line(error)
             continue
         if torch.equal(y, torch.full_like(y, 32)) and torch.equal(dx, y):
             return Way(kind, f"{kind} products run here")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tunesmith import packages
 from tunesmith.adapter import products
-from tunesmith.errors import MachineError, ModelError
+from tunesmith.errors import MachineError, ModelError, first_line
 from tunesmith.model.fill import Source
 
 BLOCK = 64  # weights that share a scale
@@ -45,7 +45,7 @@ def check(device: torch.device) -> None:
         raise MachineError(
             f"the installed bitsandbytes has no nf4 for {device.type}",
             where="model.quantize",
-            why=str(error).strip().splitlines()[0],
+            why=first_line(error),
             fix="pip install --upgrade bitsandbytes, or model.quantize=none; `python -m bitsandbytes` tells more",
         ) from error
 

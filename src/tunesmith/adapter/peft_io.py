@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -152,7 +152,7 @@ def find(name: str) -> Path:
         raise ModelError(
             f"the adapter {name!r} is neither a folder nor an adapter on the Hub that can be read",
             where="adapter.from",
-            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            why=first_line(error),
             fix="name a folder with adapter_config.json, or a Hub id; for a private one set HF_TOKEN",
         ) from error
 

@@ -20,7 +20,7 @@ from shlex import quote
 from typing import Any, Protocol
 
 from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, first_line
 
 MAX_ROW_BYTES = 32 << 20  # a longer row is a file with its line breaks lost; tokenising it would take minutes
 _BLOCK = 256  # rows of an Arrow table turned into Python at once
@@ -347,7 +347,7 @@ def _read_arrow(path: Path) -> Any:
         raise DataError(
             f"the file is not {path.suffix[1:]}",
             where=str(path),
-            why=str(error).splitlines()[0],
+            why=first_line(error),
             fix="fetch or write the file again",
         ) from None
 

@@ -13,7 +13,7 @@ from typing import Any
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Source
 from tunesmith.data.files import Listed, Table, kind, open_table, without_nulls
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _hub_error(source: Source, error: Exception) -> DataError:
     import datasets
 
     name, text = source.source, str(error)
-    why = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    why = first_line(error)
     gated = "gated" in text or any(code in text for code in ("401", "403"))
     if isinstance(error, datasets.exceptions.DatasetNotFoundError) and gated:
         return DataError(

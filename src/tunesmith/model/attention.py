@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 from tunesmith.model.documents import KEEP, QUERIES, Documents, Group
 
 NAME = "tunesmith"
@@ -166,8 +166,7 @@ def choose(device: torch.device, dtype: torch.dtype, width: int, *, soft: bool =
         with torch.enable_grad():
             _varlen(q, q[:, :1], q[:, :1], Rule(documents, 1.0)).sum().backward()
     except (RuntimeError, ImportError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        return Door("sdpa", f"this GPU's varlen attention does not run in {dtype}: {reason[0]}")
+        return Door("sdpa", f"this GPU's varlen attention does not run in {dtype}: {first_line(error)}")
     return Door("varlen", "FlashAttention over packed documents runs here, forward and backward")
 
 

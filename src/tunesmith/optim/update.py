@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw
 
 from tunesmith import packages
 from tunesmith.config.schema import Train
-from tunesmith.errors import MachineError
+from tunesmith.errors import MachineError, first_line
 from tunesmith.optim.cost import BLOCK, LEAST_8BIT
 
 # What changes no bit of a weight and its moments, in the order of `_rounded_adamw`; their gradient is then 0.
@@ -106,7 +106,7 @@ class Update:
             raise MachineError(
                 f"the installed bitsandbytes has no 8-bit optimizer for {self.device.type}",
                 where="train.optimizer",
-                why=str(error).strip().splitlines()[0],
+                why=first_line(error),
                 fix="pip install --upgrade bitsandbytes, or train.optimizer=adamw",
             ) from error
         return bool((weight == 1.0).all())

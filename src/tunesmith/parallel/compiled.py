@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.errors import first_line
 from tunesmith.loss import Score
 from tunesmith.model.documents import Documents
 from tunesmith.model.parts import become
@@ -55,7 +56,7 @@ def fault(device: torch.device) -> str:
     try:
         right = torch.allclose(torch.compile(_try)(x), _try(x))
     except Exception as error:  # whatever a compiler may raise, training goes on without it
-        return f"the compiler does not run here: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        return f"the compiler does not run here: {first_line(error)}"
     return "" if right else "the compiler runs here and gives wrong results"
 
 
