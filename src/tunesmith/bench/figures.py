@@ -34,6 +34,7 @@ class Figures:
     """Speeds are means over the timed steps, `seconds` long in all; a share lies between 0 and 1.
 
     Attributes:
+        quantize: how the base was held in fact: none, nf4, an fp8 form, or bf16 where fp8 was given up.
         samples_times_seq_len_per_second: what others often quote as tokens/s: each example counted as if it filled
             `seq_len`. These tokens do not exist.
         fill_share: non-padding tokens of those computed.
@@ -42,7 +43,8 @@ class Figures:
         hardware_share_of_ceiling: the same with recomputed layers counted. What attention's kernels recompute inside is
             not.
         mfu_of_fp8_ceiling: over the fp8 product, where the base is fp8.
-        graphs_compiled: in all, by the build's trial of memory too; _after_step_3: those that came late, which a steady run has none of.
+        graphs_compiled: in all, by the build's trial of memory too; _after_step_3: those that came late, which a steady
+            run has none of.
         build_seconds: from the recipe to a model that is ready: reading rows, weights, optimizer; on a GPU with a trial
             micro batch, and what that compiles.
         first_step_seconds: the first step alone, with what it compiles.

@@ -221,13 +221,14 @@ def _result(plan: Plan, trainer: Trainer, seen: _Seen, build_seconds: float) -> 
     records = trainer.records[plan.warmup : plan.warmup + plan.steps]
     work, timing = _work(plan, trainer, seen.padded), figures.timing(records)
     peak, source = hardware.peak_tflops(session.device, session.dtype)
+    held = "none" if run.model.quantize == "none" else next(c.taken for c in session.choices if c.part == "base")
     watts = [r.gpu_power_watts for r in records if r.gpu_power_watts is not None]
     shares = figures.shares(
         work,
         timing["seconds"],
         peak=peak,
         ceiling=matmul_tflops(session.device, session.dtype),
-        ceiling_fp8=fp8_matmul_tflops(session.device) if run.model.quantize == "fp8" else None,
+        ceiling_fp8=fp8_matmul_tflops(session.device) if held.startswith("fp8") else None,
     )
     tokens, examples = session.rows.micro_tokens, session.rows.micro_examples
     values: dict[str, Any] = {
@@ -241,7 +242,7 @@ def _result(plan: Plan, trainer: Trainer, seen: _Seen, build_seconds: float) -> 
     found = Figures(
         device=_device_name(session.device),
         dtype=run.model.dtype,
-        quantize=run.model.quantize,
+        quantize=held,
         micro_batch=f"{tokens} tokens" if tokens else f"{examples} examples",
         recomputed_layers=session.recomputed_layers,
         steps=len(records),

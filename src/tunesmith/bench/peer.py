@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.bench.measure import Measured
+from tunesmith.build import choose_device
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RunError, UsageError
+from tunesmith.metrics import hardware
+from tunesmith.model import load
 
 PER_DEVICE = 8  # TRL's default; larger steps accumulate, as its users do
 REPORT = "REPORT "
@@ -169,15 +171,12 @@ def train_with_trl(
         model=model, processing_class=tokenizer, train_dataset=data, args=config, peft_config=lora, callbacks=[Clock()]
     )
     trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
     tokens, seconds = sum(int(count) for count in seen[skip * accumulate :]), clock[steps] - clock[skip]
     return {
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "peak_gib": peak / 2**30,
+        "peak_gib": hardware.memory_gib(choose_device()),
         "loss": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     }
 
@@ -189,7 +188,7 @@ def _answer(asked: Request, folder: Path) -> dict[str, Any]:
     from peft import LoraConfig
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[asked.dtype]
+    dtype = load.DTYPES[asked.dtype]
     torch.manual_seed(asked.seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         if asked.random:
