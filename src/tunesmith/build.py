@@ -5,6 +5,7 @@ machine -> model files -> configuration -> tokenizer -> data and token contract 
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -67,7 +68,6 @@ class Session:
         recomputed_layers: decoder layers that are run again in the backward.
         choices: what was decided for this machine, and why.
         total_steps: optimizer steps of the whole run, or None where it ends by the clock.
-        recomputed_layers: decoder layers whose forward runs again in the backward.
     """
 
     run: Run
@@ -193,11 +193,7 @@ def build(
     data = prepare(run, tokenizer, load.eos_ids(folder, tokenizer), load.vocab_rows(config, tokenizer))
     check_data(start, run, data.digest)
     say(data.describe())
-    if (longest := data.train.counts.longest) > facts.context:
-        say(
-            f"warning: the longest example has {longest:,} tokens, and the model was made for {facts.context:,}; "
-            f"mend: data.seq_len={facts.context}"
-        )
+    warn_of_length(data, facts, say)
     total_steps = data.course.steps(run.train.duration)
 
     trained, compiled = trained_parameters(run, facts), wanted(run.train.compile, device)
@@ -233,13 +229,22 @@ def build(
     return session
 
 
+def warn_of_length(data: Prepared, facts: Facts, say: Callable[[str], None]) -> None:
+    """Tell of examples that are longer than the model was made for."""
+    if (longest := data.train.counts.longest) > facts.context:
+        say(
+            f"warning: the longest example has {longest:,} tokens, and the model was made for {facts.context:,}; "
+            f"mend: data.seq_len={facts.context}"
+        )
+
+
 def first_batches(loader: Loader, tokens: int) -> list[Batch]:
     """Micro batches from the first step on, until they hold so many tokens; epochs repeat."""
     found: list[Batch] = []
-    step = 0
-    while sum(batch.tokens for batch in found) < tokens:
-        found += loader.batch(step).micro
-        step += 1
+    for batch in (micro for step in itertools.count() for micro in loader.batch(step).micro):
+        found.append(batch)
+        if sum(batch.tokens for batch in found) >= tokens:
+            break
     return found
 
 

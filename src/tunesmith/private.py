@@ -11,7 +11,7 @@ scaled_mm = torch._scaled_mm
 
 def mark_varying(tensor: Tensor, dim: int) -> None:
     """Tell torch.compile that a dimension differs from call to call, so that no size of it makes a graph of its own."""
-    from torch._dynamo import maybe_mark_dynamic  # takes a second to import, for who compiles nothing
+    from torch._dynamo import maybe_mark_dynamic  # a large import, for who compiles nothing
 
     maybe_mark_dynamic(tensor, dim)
 

@@ -165,3 +165,14 @@ def test_the_ceiling_is_a_speed_of_products() -> None:
     """Sanity by what a CPU core can do at all: between a megaflop and 100 TFLOP/s; fp8 has none here."""
     assert 1e-6 < matmul_tflops(torch.device("cpu"), torch.float32, size=128) < 100
     assert fp8_matmul_tflops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("tolerance", [1.0, -1.0])
+def test_the_base_is_told_as_it_was_held(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerance: float
+) -> None:
+    """Where fp8 was asked for and given up, the speed is bf16's and must not stand under fp8's name."""
+    monkeypatch.setattr("tunesmith.parallel.eight_bits.TOLERANCE", tolerance)
+    run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
+    found = run_plan(Plan(run, steps=1, warmup=0), tmp_path).figures
+    assert found.quantize.startswith("fp8") if tolerance > 0 else found.quantize == "bf16"

@@ -218,3 +218,11 @@ def test_a_trial_whose_backward_fails_leaves_nothing_in_the_way_of_the_next():
     batch = SimpleNamespace(input_ids=torch.zeros(1, 128))
     fit.fit(model, batch, estimate, meter, budget=10**9, later=0)
     assert (meter.tries, len(losses)) == (3, 3)
+
+
+def test_what_a_trial_has_not_brought_is_counted_once():
+    """LoRA: fp32 gradients and weights are there, two moments and a checkpoint's copies to come. Full bf16: its gradients
+    are there in bf16; their fp32 form, moments and master come with the optimizer."""
+    assert memory.later_bytes(recipe(), 100) == 100 * (8 + 12)
+    full = replace(recipe(), adapter=Adapter(kind="none"))
+    assert memory.later_bytes(full, 100) == 100 * (4 + 8 + 4 - 2)

@@ -157,11 +157,24 @@ def _each(held: list[Tensor], kind: str) -> list[list[Tensor]]:
     return [held[i : i + size] for i in range(0, len(held), size)]
 
 
-def _for_backward(dys: Sequence[Tensor | None], widths: list[int], like: Tensor, kind: str) -> tuple[list, list]:
-    """Gradients of all outputs, and what their kind needs of them beside; an output that nobody used has zeros."""
-    whole = [like.new_zeros(like.shape[0], n) if dy is None else dy for dy, n in zip(dys, widths, strict=True)]
-    whole = [dy.contiguous() for dy in whole]
-    return whole, [t for dy in whole for t in KINDS[kind].quantise(dy)]
+def _save(ctx: Any, x: Tensor, low: Tensor | None, small: list[Tensor], held: list[Tensor]) -> None:
+    """Keep what the backward reads; `low` is None without updates."""
+    ctx.smalls = len(small)
+    ctx.save_for_backward(*([] if low is None else [x, low]), *small, *held)
+
+
+def _for_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor], ...]:
+    """Gradients of all outputs, what their kind needs of them beside, and what `_save` kept: x and low, small, held.
+
+    An output that nobody used has zeros.
+    """
+    tensors = list(ctx.saved_tensors)
+    cut = 2 if ctx.smalls else 0
+    saved, small, held = tensors[:cut], tensors[cut : cut + ctx.smalls], tensors[cut + ctx.smalls :]
+    like = next(g for g in grads if g is not None)
+    wide = zip(grads[: len(ctx.widths)], ctx.widths, strict=True)
+    dys = [like.new_zeros(like.shape[0], n) if dy is None else dy.contiguous() for dy, n in wide]
+    return dys, [t for dy in dys for t in KINDS[ctx.kind].quantise(dy)], saved, small, held
 
 
 # Without a compiler
@@ -174,20 +187,15 @@ class _FrozenProducts(torch.autograd.Function):
         quantised, small = list(tensors[: held_at - smalls]), list(tensors[held_at - smalls : held_at])
         held = list(tensors[held_at:])
         outputs = _forward(x, quantised, small, held, kind)
-        ctx.save_for_backward(*([x, outputs[-1]] if small else []), *small, *held)
-        ctx.kind, ctx.widths, ctx.smalls, ctx.quantised = kind, widths, smalls, len(quantised)
+        _save(ctx, x, outputs[-1] if small else None, small, held)
+        ctx.kind, ctx.widths, ctx.quantised = kind, widths, len(quantised)
         if small:
             ctx.mark_non_differentiable(outputs[-1])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        tensors, saved = list(ctx.saved_tensors), []
-        if ctx.smalls:
-            saved, tensors = tensors[:2], tensors[2:]
-        small, held = tensors[: ctx.smalls], tensors[ctx.smalls :]
-        like = next(g for g in grads if g is not None)
-        dys, quantised = _for_backward(grads[: len(ctx.widths)], ctx.widths, like, ctx.kind)
+        dys, quantised, saved, small, held = _for_backward(ctx, grads)
         d_x, *d_small = _backward(dys, quantised, saved, small, held, ctx.kind, ctx.needs_input_grad[0])
         none: list[None] = [None] * ctx.quantised
         return (d_x if ctx.needs_input_grad[0] else None, None, None, None, *none, *d_small, *[None] * len(held))
@@ -231,18 +239,13 @@ def _(dys, quantised, saved, small, held, kind, width, wanted):  # type: ignore[
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, quantised, small, held, kind, widths = inputs
-    ctx.save_for_backward(*([x, output[-1]] if small else []), *small, *held)
-    ctx.kind, ctx.widths, ctx.smalls, ctx.width = kind, widths, len(small), x.shape[1]
+    _save(ctx, x, output[-1] if small else None, small, held)
+    ctx.kind, ctx.widths, ctx.width = kind, widths, x.shape[1]
     ctx.unused = (len(quantised), len(held))
 
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    tensors, saved = list(ctx.saved_tensors), []
-    if ctx.smalls:
-        saved, tensors = tensors[:2], tensors[2:]
-    small, held = tensors[: ctx.smalls], tensors[ctx.smalls :]
-    like = next(g for g in grads if g is not None)
-    dys, quantised = _for_backward(grads[: len(ctx.widths)], ctx.widths, like, ctx.kind)
+    dys, quantised, saved, small, held = _for_backward(ctx, grads)
     wanted = ctx.needs_input_grad[0]
     d_x, *d_small = frozen_products_backward(dys, quantised, saved, small, held, ctx.kind, ctx.width, wanted)
     inputs, weights = ctx.unused

@@ -56,17 +56,16 @@ def prepare(
     tokenizer = load.tokenizer_of(folder, run.model)
     model = load.on_meta(config, run.model, rows=load.vocab_rows(config, tokenizer))
     checkpoint = dict(model.named_parameters())  # on meta: names and shapes, before an adapter adds its own
-    quirk, dtype = quirks.of(config), load.DTYPES[run.model.dtype]
+    quirk = quirks.of(config)
     layers = list(model.get_submodule(quirk.layers).children())
 
     if run.model.quantize == "nf4":
-        nf4.replace_linears(model, dtype)
+        nf4.replace_linears(model, load.DTYPES[run.model.dtype])
     if run.adapter.kind == "lora":
         lora.attach(model, run.adapter, seed=run.train.seed)
     parts.fuse(model, project=lora.project)
     recompute.recompute_layers(layers, recomputed)
-    fast = compiled.wanted(run.train.compile, device)
-    if fast:
+    if fast := compiled.wanted(run.train.compile, device):
         compiled.compile_layers(layers, varied=varied)
     load.materialise(model, device)
     if weights == "random":
@@ -75,16 +74,11 @@ def prepare(
         load.load_weights(model, folder, skip=_made_here(model), convert=nf4.hooks(model))
     if run.adapter.kind == "lora":
         lora.initialise(model, run.adapter, seed=run.train.seed)
-    if run.adapter.kind == "lora" and run.adapter.from_ is not None:
-        peft_io.load(model, peft_io.find(run.adapter.from_))
-    root = TrainModel(
-        model,
-        METHODS[run.method],
-        layers=quirk.layers,
-        softcap=quirk.final_softcap,
-        logit_scale=quirk.logit_scale,
-        door=door_of(run, config, device).name,
-    )
+        if run.adapter.from_ is not None:
+            peft_io.load(model, peft_io.find(run.adapter.from_))
+    door = door_of(run, config, device).name
+    soft, scale = quirk.final_softcap, quirk.logit_scale
+    root = TrainModel(model, METHODS[run.method], layers=quirk.layers, softcap=soft, logit_scale=scale, door=door)
     if fast:
         root.score = compiled.compile_score(root.score)
     return root

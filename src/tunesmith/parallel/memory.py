@@ -22,6 +22,7 @@ import torch
 
 from tunesmith.config.schema import Run, Train
 from tunesmith.data.loader import StepSize
+from tunesmith.loss import chunk_size
 from tunesmith.model.facts import Facts
 from tunesmith.optim import state_bytes_per_parameter
 from tunesmith.parallel.compiled import wanted
@@ -98,6 +99,13 @@ def state_bytes(run: Run, trained: int) -> int:
     return int(trained * (4 + state_bytes_per_parameter(run.train, 4) + 12))
 
 
+def later_bytes(run: Run, trained: int) -> int:
+    """Of `state_bytes` what a forward and backward without an optimizer has not brought yet: all but an adapter's own
+    weights, and gradients in the weights' type."""
+    weight = 4 if run.adapter.kind == "lora" else BYTES[run.model.dtype]
+    return state_bytes(run, trained) - trained * weight * (2 if run.adapter.kind == "lora" else 1)
+
+
 def kept_bytes(run: Run, facts: Facts, *, compiled: bool) -> int:
     """What the backward needs of one layer that is not run again, in bytes per token."""
     more = 0 if compiled else 1
@@ -107,7 +115,8 @@ def kept_bytes(run: Run, facts: Facts, *, compiled: bool) -> int:
 
 def passing_bytes(run: Run, facts: Facts, device: torch.device, tokens: int) -> int:
     """What is there for a moment: one layer's gradients, the head's chunk of logits, the embeddings' rows."""
-    chunk = 3 * (256 << 20) if device.type == "cuda" else 3 * (32 << 20)
+    # Raw logits, their fp32 form and the slope; a trained head's chunk is as `loss.chunk_size` makes it.
+    chunk = 3 * 4 * facts.vocab * chunk_size(facts.vocab, device, trained=run.adapter.kind == "none")
     layer = (2 * facts.hidden + 4 * facts.intermediate) * BYTES[run.model.dtype] * tokens
     widest = max(facts.hidden * facts.intermediate, 1) * BYTES[run.model.dtype]  # one weight made dense
     return chunk + layer + widest + 4 * facts.hidden * BYTES[run.model.dtype] * tokens

@@ -15,7 +15,7 @@ from tunesmith.parallel import eight_bits
 from tunesmith.parallel.apply import Weights, prepare
 from tunesmith.parallel.choices import Choice
 from tunesmith.parallel.fit import CudaMeter, fit
-from tunesmith.parallel.memory import USABLE, MemoryPlan, has_own_memory, state_bytes
+from tunesmith.parallel.memory import USABLE, MemoryPlan, has_own_memory, later_bytes
 
 
 def ready(
@@ -67,5 +67,6 @@ def ready(
         peft_io.load(model.model, adapter)
     if run.train.recompute != "auto" or not has_own_memory(device):
         return model, base, memory.recomputed
-    budget, later = int(memory.free_bytes * USABLE), state_bytes(run, trained)
-    return model, base, fit(model, probes[0], memory, CudaMeter(device), budget=budget, later=later)
+    budget = int(memory.free_bytes * USABLE)
+    count = fit(model, probes[0], memory, CudaMeter(device), budget=budget, later=later_bytes(run, trained))
+    return model, base, count
