@@ -161,9 +161,7 @@ class Trainer:
             self.validated = False
             self.finish_step()
         if save and not last and not self.stop.signal:  # the last step's is written at the end
-            began = time.perf_counter()
-            self.save(on_the_way=True)
-            self.checkpoint_stalls.append(time.perf_counter() - began)
+            self.save_on_the_way()
         if validate or save:
             self.clock = time.perf_counter()
 
@@ -294,6 +292,12 @@ class Trainer:
             else:
                 return
         self.writer.write(lambda folder: export.write_checkpoint(folder, *parts), self.step, spare=self.best_step)
+
+    def save_on_the_way(self) -> None:
+        """Save while more steps follow, and note how long that held them up."""
+        began = time.perf_counter()
+        self.save(on_the_way=True)
+        self.checkpoint_stalls.append(time.perf_counter() - began)
 
     def progress_made(self) -> Progress:
         """Where the run stands, for the checkpoint of this step."""

@@ -188,9 +188,8 @@ def _checkpoint_stalls(trainer: Trainer) -> dict[str, float | None]:
     if trainer.s.trained == "lora":  # a full one takes as long as the disk does
         for turn in (0, 1):
             trainer.writer.saved_step = None  # else a second one at the same step is none
-            began = time.perf_counter()
-            trainer.save(on_the_way=True)
-            stalls[turn] = time.perf_counter() - began
+            trainer.save_on_the_way()
+            stalls[turn] = trainer.checkpoint_stalls[-1]
             trainer.writer.wait()
     return {"first_checkpoint_stall_seconds": stalls[0], "checkpoint_stall_seconds": stalls[1]}
 
