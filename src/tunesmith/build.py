@@ -223,9 +223,7 @@ def build(
     session = Session(
         run, folder, facts, tokenizer, data, model, optimizer, device, rows, recomputed, choices, total_steps
     )
-    first = start.progress.step if start.progress else 0
-    if run.train.optimizer_in_backward and (total_steps is None or first < total_steps):
-        check_one_pass(run, session.loader(first).batch(first))
+    check_first_step(session, start.progress.step if start.progress else 0)
     return session
 
 
@@ -304,6 +302,13 @@ def checkpoint_bytes(run: Run, facts: Facts) -> int:
     """What one checkpoint takes: trained weights and the optimizer's state; for LoRA an upper estimate."""
     weight = 4 if run.adapter.kind == "lora" else load.DTYPES[run.model.dtype].itemsize
     return int(trained_parameters(run, facts) * (weight + checkpoint_bytes_per_parameter(run.train, weight)))
+
+
+def check_first_step(session: Session, step: int) -> None:
+    """`check_one_pass` before anything is trained: on the step, from 0, that this start begins with."""
+    more = session.total_steps is None or step < session.total_steps
+    if session.run.train.optimizer_in_backward and more:
+        check_one_pass(session.run, session.loader(step).batch(step))
 
 
 def check_one_pass(run: Run, batch: GlobalBatch) -> None:

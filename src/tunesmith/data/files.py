@@ -344,12 +344,8 @@ def _read_arrow(path: Path) -> Any:
         # Two containers share the suffix: the file format, and the stream that `datasets` writes.
         return (pa.ipc.open_file(opened) if head == b"ARROW1" else pa.ipc.open_stream(opened)).read_all()
     except pa.ArrowException as error:
-        raise DataError(
-            f"the file is not {path.suffix[1:]}",
-            where=str(path),
-            why=first_line(error),
-            fix="fetch or write the file again",
-        ) from None
+        what, fix = f"the file is not {path.suffix[1:]}", "fetch or write the file again"
+        raise DataError(what, where=str(path), why=first_line(error), fix=fix) from None
 
 
 class ArrowRows:
