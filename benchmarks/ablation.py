@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith import build_model
 from tunesmith.adapter import lora
 from tunesmith.bench import shape
-from tunesmith.bench.measure import Plan, measure
-from tunesmith.config.load import load
+from tunesmith.bench.measure import BenchPlan, measure
+from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
-from tunesmith.method import base
-from tunesmith.model import attention, parts
+from tunesmith.methods import base
+from tunesmith.model import attention, fused
 from tunesmith.model.shapes import named
-from tunesmith.parallel import apply
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def adapters_alone() -> None:
         return [one(m) if isinstance(m, lora.Lora) else m(x) for m in linears]
 
     lora.project = alone
-    apply.lora.project = alone
+    build_model.lora.project = alone
 
 
 def transformers_parts() -> None:
     """Transformers' own norms, rotary embedding, gated MLP and projections."""
-    parts.fuse = lambda model, **_: 0
+    fused.fuse_modules = lambda model, **_: 0
 
 
 def head_everywhere() -> None:
@@ -77,7 +77,7 @@ def head_everywhere() -> None:
         wasted = model.loss(hidden.index_select(0, rest), torch.zeros_like(rest))
         return model.loss(hidden.index_select(0, index), labels) + wasted * 0, batch.supervised
 
-    apply.METHODS["sft"] = whole
+    build_model.METHODS["sft"] = whole
 
 
 def whole_logits() -> None:
@@ -92,12 +92,14 @@ def whole_logits() -> None:
 
 def document_by_document() -> None:
     """torch's scaled_dot_product_attention, one call a document."""
-    attention.choose = lambda *_, **__: attention.Door("sdpa", "switched on for this measurement")
+    attention.select_attention_backend = lambda *_, **__: attention.AttentionBackend(
+        "sdpa", "switched on for this measurement"
+    )
 
 
 def default_malloc() -> None:
     """glibc gives freed activations back to the kernel."""
-    apply.keep_freed_pages = lambda: False
+    build_model.keep_freed_pages = lambda: False
 
 
 VARIANTS = {
@@ -120,7 +122,7 @@ VARIANTS = {
 def recipe(a: argparse.Namespace, folder: Path) -> Run:
     keys = [w for w in a.words if "=" in w] + list(VARIANTS[a.one].keys if a.one else ())
     if a.shape is None:
-        return load(next(w for w in a.words if "=" not in w), keys)
+        return load_recipe(next(w for w in a.words if "=" not in w), keys)
     (folder / "model").mkdir()
     run = shape.recipe(folder / "model", data=a.data, rows="alpaca", overrides=keys)
     shape.write_model(folder / "model", named(a.shape).config, a.tokenizer)
@@ -134,7 +136,7 @@ def one(a: argparse.Namespace) -> None:
         run = recipe(a, Path(name))
         (Path(name) / "run").mkdir()
         weights = "stored" if a.shape is None else "random"
-        measured = measure(Plan(run, a.steps, a.warmup, weights=weights), Path(name) / "run")
+        measured = measure(BenchPlan(run, a.steps, a.warmup, weights=weights), Path(name) / "run")
     print(json.dumps(measured.figures.values()))
 
 

@@ -42,7 +42,7 @@ def texts(path: str, count: int, eos: str = "") -> list[str]:
 def tunesmith_run(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Ours, through the same `train` that the command calls."""
     from tunesmith.config.load import from_mapping
-    from tunesmith.train import train
+    from tunesmith.training.run import train
 
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(a.data, a.steps * a.batch)))

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "parity"))
 from reference import loss_of
 
 from parity import examples_of, recipe
-from tunesmith.adapter import peft_io
+from tunesmith.adapter import peft_files
+from tunesmith.build_model import build_model
 from tunesmith.config.load import from_mapping, to_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Example
-from tunesmith.parallel.apply import prepare
-from tunesmith.train import train
+from tunesmith.training.run import train
 
 
 def plain_model(folder: Path, adapter: Path, quantize: str) -> torch.nn.Module:
@@ -116,9 +116,9 @@ def main() -> None:
         rows = folder / "rows.jsonl"
         rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
         run = recipe(a, rows, folder / "run", "lora")
-        begun = prepare(run, Path(a.model), device=torch.device("cpu"))
+        begun = build_model(run, Path(a.model), device=torch.device("cpu"))
         (folder / "first").mkdir()
-        peft_io.save(begun.model, folder / "first", run.adapter, a.model, None)
+        peft_files.save_adapter(begun.model, folder / "first", run.adapter, a.model, None)
         del begun
 
         def add(text: str, make: Callable[[], list[float]]) -> None:

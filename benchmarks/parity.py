@@ -22,12 +22,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "parity"))
 from reference import curve, load
 
-from tunesmith.adapter import peft_io
+from tunesmith.adapter import peft_files
+from tunesmith.build_model import build_model
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Example
-from tunesmith.parallel.apply import prepare
-from tunesmith.train import train
+from tunesmith.training.run import train
 
 TEXT = "### Instruction: {}\n\n### Input: {}\n\n### Response: {}"
 
@@ -137,8 +137,8 @@ def main() -> None:
             if kind == "lora":
                 adapter = folder / "first"
                 adapter.mkdir()
-                begun = prepare(run, Path(a.model), device=torch.device("cpu"))
-                peft_io.save(begun.model, adapter, run.adapter, a.model, None)
+                begun = build_model(run, Path(a.model), device=torch.device("cpu"))
+                peft_files.save_adapter(begun.model, adapter, run.adapter, a.model, None)
                 del begun
             curves = {"tunesmith": [r.loss for r in train(run, say=lambda text: None).records]}
             if "peft" in a.against:

@@ -14,7 +14,7 @@ from huggingface_hub import save_torch_state_dict
 
 from tunesmith.bench import shape
 from tunesmith.config.schema import Model
-from tunesmith.model import draw, load
+from tunesmith.model import load, random_init
 from tunesmith.model.shapes import SHAPES, named
 
 
@@ -30,10 +30,10 @@ def main() -> None:
     a.output.mkdir(parents=True)
     shape.write_model(a.output, config, a.tokenizer)
     recipe = Model(name=str(a.output))
-    model = load.on_meta(load.config_of(a.output, recipe), recipe, rows=config["vocab_size"])
+    model = load.build_on_meta(load.load_config(a.output, recipe), recipe, rows=config["vocab_size"])
     stored = dict(model.state_dict())
     load.materialise(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    draw.draw_weights(model, stored, seed=0)
+    random_init.init_random_weights(model, stored, seed=0)
     save_torch_state_dict(model.state_dict(), a.output, max_shard_size="5GB", shared_tensors_to_discard=None)
     sizes = sum(f.stat().st_size for f in a.output.glob("*.safetensors"))
     print(json.dumps({"folder": str(a.output), "gib": round(sizes / 2**30, 2)}))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.bench import shape
-from tunesmith.bench.measure import Plan, measure
+from tunesmith.bench.measure import BenchPlan, measure
 from tunesmith.model.shapes import SHAPES, named
 
 
@@ -33,7 +33,7 @@ def one(a: argparse.Namespace) -> dict[str, Any]:
         if a.layers:
             config |= {"num_hidden_layers": a.layers} | ({"layer_types": None} if "layer_types" in config else {})
         shape.write_model(folder / "model", config, a.tokenizer)
-        return measure(Plan(run, a.steps, a.warmup, weights="random"), folder / "run").figures.values()
+        return measure(BenchPlan(run, a.steps, a.warmup, weights="random"), folder / "run").figures.values()
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tunesmith.metrics.record import read
-from tunesmith.metrics.report import curve
+from tunesmith.metrics.summary import curve
 from tunesmith.metrics.terminal import span
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # short in the commands that are shown

@@ -11,7 +11,7 @@ import pytest
 
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Example
-from tunesmith.data.format import Completion, Conversation, Sample
+from tunesmith.data.formats import Completion, Conversation, Sample
 from tunesmith.data.tokens import TokenSet, tokenise
 
 

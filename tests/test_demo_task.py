@@ -69,9 +69,9 @@ def test_the_score_counts_whole_answers_and_fields() -> None:
 
 
 def test_the_recipe_is_a_recipe() -> None:
-    from tunesmith.config.load import load
+    from tunesmith.config.load import load_recipe
 
-    run = load(DEMO / "recipe.yaml")
+    run = load_recipe(DEMO / "recipe.yaml")
     assert (run.adapter.rank, run.train.learning_rate, str(run.train.duration)) == (16, 1e-3, "75 steps")
     assert run.data.train[0].source == str(DEMO / "data" / "train.jsonl")
     assert run.train.duration.amount * run.train.global_batch.amount == task.TRAIN_ROWS, "one pass over the rows"

@@ -55,7 +55,7 @@ def chunked_cross_entropy(
     size = chunk or chunk_size(_vocabulary(head), hidden.device, trained=_is_trained(head))
     size = even(len(targets), size, tile=1 if chunk or hidden.device.type == "cpu" else TILE)
     if type(head) is nn.Linear:
-        course = _Course(targets, softcap, scale, size, score or loss_and_slope)
+        course = _LossArguments(targets, softcap, scale, size, score or loss_and_grad)
         loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, course)
         return loss
     total = hidden.new_zeros((), dtype=_wide(hidden))
@@ -132,7 +132,7 @@ def _plain_loss(hidden: Tensor, head: nn.Module, targets: Tensor, softcap: float
     return F.cross_entropy(_logits(head(hidden), softcap, scale), targets, reduction="sum")
 
 
-class _Course(NamedTuple):
+class _LossArguments(NamedTuple):
     """What `_HeadLoss` is given beside its differentiable inputs; `size` positions make a chunk."""
 
     targets: Tensor
@@ -146,7 +146,7 @@ class _HeadLoss(torch.autograd.Function):
     """Loss sum and its gradients in one pass over chunks of logits."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, course: _Course) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, course: _LossArguments) -> Tensor:
         targets, softcap, scale, size, score = course
         wide = _wide(hidden)
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
@@ -182,7 +182,7 @@ class _HeadLoss(torch.autograd.Function):
         )
 
 
-def loss_and_slope(raw: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
+def loss_and_grad(raw: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
     """Loss sum of a chunk and its derivative by the raw logits, in their dtype; `raw` is [c, vocabulary]."""
     # raw belongs to this chunk alone, so the wide copy and all after it work in place.
     logits = raw.to(_wide(raw))

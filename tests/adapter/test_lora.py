@@ -81,7 +81,7 @@ def test_dropout_falls_on_the_input_of_a_while_training_only():
 
 
 def test_all_linear_is_every_linear_layer_but_the_head(model):
-    names = lora.attach(model, Adapter(), seed=1)
+    names = lora.attach_lora(model, Adapter(), seed=1)
     assert len(names) == 2 * 7
     assert "lm_head" not in names
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -110,7 +110,7 @@ def test_targets_match_names_and_endings(model):
 )
 def test_names_that_do_not_fit_are_refused_with_what_there_is(model, adapter, says):
     with pytest.raises(RecipeError) as caught:
-        lora.attach(model, adapter, seed=1)
+        lora.attach_lora(model, adapter, seed=1)
     assert says in caught.value.text()
 
 
@@ -118,7 +118,7 @@ def test_the_start_depends_on_seed_and_name_alone(tiny):
     def start(seed, target):
         model = AutoModelForCausalLM.from_pretrained(tiny)
         torch.rand(3)  # the global generator has no say
-        lora.attach(model, Adapter(target=target), seed=seed)
+        lora.attach_lora(model, Adapter(target=target), seed=seed)
         return dict(lora.loras(model))
 
     a, b, c = start(1, "all-linear"), start(1, ("down_proj",)), start(2, ("down_proj",))
@@ -135,7 +135,7 @@ def test_disabled_is_the_base_model_and_comes_back(model, tiny):
     base = AutoModelForCausalLM.from_pretrained(tiny)
     ids = torch.randint(0, 250, (1, 11))
     expected = base(ids).logits
-    lora.attach(model, Adapter(modules_to_save=("norm", "embed_tokens")), seed=1)
+    lora.attach_lora(model, Adapter(modules_to_save=("norm", "embed_tokens")), seed=1)
     randomise(model)
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
@@ -148,7 +148,7 @@ def test_disabled_is_the_base_model_and_comes_back(model, tiny):
 
 
 def test_merged_weights_answer_as_the_adapter_does(model):
-    lora.attach(model, Adapter(target=("all-linear")), seed=1)
+    lora.attach_lora(model, Adapter(target=("all-linear")), seed=1)
     randomise(model)
     ids = torch.randint(0, 250, (1, 11))
     expected = model(ids).logits
@@ -169,7 +169,7 @@ def test_merging_rounds_once():
 
 
 def test_a_trained_embedding_leaves_a_tied_head_as_it_was(model):
-    lora.attach(model, Adapter(modules_to_save=("embed_tokens",)), seed=1)
+    lora.attach_lora(model, Adapter(modules_to_save=("embed_tokens",)), seed=1)
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
     assert embedding.requires_grad
     assert not head.requires_grad

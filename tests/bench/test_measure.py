@@ -10,25 +10,25 @@ import pytest
 import torch
 
 from recipes import make_run
-from tunesmith.bench.ceiling import fp8_matmul_tflops, matmul_tflops
-from tunesmith.bench.figures import Figures
-from tunesmith.bench.measure import Measured, Plan, measure
-from tunesmith.build import Session
-from tunesmith.build import build as session_of
+from tunesmith.bench.figures import BenchReport
+from tunesmith.bench.measure import BenchPlan, Measured, measure
+from tunesmith.bench.measured_peak import fp8_matmul_tflops, matmul_tflops
 from tunesmith.errors import RunError
-from tunesmith.model import facts
-from tunesmith.parallel import compiled
-from tunesmith.train import train
-from tunesmith.trainer import Trainer
+from tunesmith.model import spec
+from tunesmith.runtime import compilation
+from tunesmith.training.build import Session
+from tunesmith.training.build import build as session_of
+from tunesmith.training.run import train
+from tunesmith.training.trainer import Trainer
 
 
-def run_plan(plan: Plan, folder: Path, name: str = "measured") -> Measured:
+def run_plan(plan: BenchPlan, folder: Path, name: str = "measured") -> Measured:
     out = folder / name
     out.mkdir()
     return measure(plan, out, say=lambda text: None)
 
 
-def consistent(found: Figures) -> None:
+def consistent(found: BenchReport) -> None:
     """What must hold of any figures: counts over seconds, shares in [0, 1], the order of percentiles."""
     for count, speed in (
         (found.tokens, found.tokens_per_second),
@@ -50,7 +50,7 @@ def consistent(found: Figures) -> None:
 def test_figures_of_unpacked_rows_over_several_epochs(tiny: Path, tmp_path: Path) -> None:
     """8 of 48 rows a step: 2 + 9 steps go into the second epoch."""
     run = make_run(tiny, tmp_path, data={"pack": False}, train={"duration": "1 epochs", "recompute": "none"})
-    found = run_plan(Plan(run, steps=9, warmup=2), tmp_path).figures
+    found = run_plan(BenchPlan(run, steps=9, warmup=2), tmp_path).figures
     consistent(found)
     assert (found.steps, found.warmup_steps, found.examples) == (9, 2, 72)
     assert found.samples_times_seq_len_per_second * found.seconds == pytest.approx(72 * 128)
@@ -67,7 +67,7 @@ def test_the_steps_are_those_of_train(tiny: Path, tmp_path: Path) -> None:
     """Losses, bit for bit: the same course, the same warm-up of the rate, the same order of rows."""
     run = make_run(tiny, tmp_path, train={"duration": "7 steps"}, checkpoint={"every": None}, held=False)
     result = train(run, say=lambda text: None)
-    found = run_plan(Plan(run, steps=5, warmup=2), tmp_path)
+    found = run_plan(BenchPlan(run, steps=5, warmup=2), tmp_path)
     losses = [record.loss for record in result.records]
     assert (found.figures.first_loss, found.figures.last_loss) == (losses[2], losses[6])
     assert found.figures.tokens == sum(record.tokens for record in result.records[2:])
@@ -84,7 +84,7 @@ def test_numbers_that_are_read_late_are_the_same(tiny: Path, tmp_path: Path, mon
             self.late = True
 
     run = make_run(tiny, tmp_path, held=False, profile={"wait": 0, "warmup": 1, "active": 1})
-    plan = Plan(run, steps=3, warmup=2, traces=tmp_path / "traces")
+    plan = BenchPlan(run, steps=3, warmup=2, traces=tmp_path / "traces")
     at_once = run_plan(plan, tmp_path).figures
     monkeypatch.setattr("tunesmith.bench.measure.Trainer", Late)
     late = run_plan(plan, tmp_path, "late").figures
@@ -96,33 +96,33 @@ def test_numbers_that_are_read_late_are_the_same(tiny: Path, tmp_path: Path, mon
 def test_recomputed_layers_count_as_work_of_the_hardware(tiny: Path, tmp_path: Path) -> None:
     """Reference: for a frozen base the forward is half of what is counted without the head, attention a third."""
     run = make_run(tiny, tmp_path, train={"recompute": "full"}, held=False)
-    found = run_plan(Plan(run, steps=3, warmup=1), tmp_path).figures
+    found = run_plan(BenchPlan(run, steps=3, warmup=1), tmp_path).figures
     consistent(found)
     assert found.recomputed_layers == 2
     assert 1.2 < found.hardware_share_of_ceiling / found.mfu_of_ceiling < 1.5
 
 
 def test_recomputation_is_one_more_forward() -> None:
-    shape = facts.read(
+    shape = spec.read_spec(
         {
             "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 8, "intermediate_size": 16, "vocab_size": 10,
             "num_attention_heads": 2,
         },
         where="test",
     )  # fmt: skip
-    once = facts.recompute_flops(shape, [5, 3], 4, adapter_parameters=7)
+    once = spec.recompute_flops(shape, [5, 3], 4, adapter_parameters=7)
     pairs = 5 * 6 // 2 + 3 * 4 // 2
     assert once == 2 * (4 * (4 * 8 * 8 + 3 * 8 * 16) + 7) * 8 + 4 * 4 * pairs * 8
-    assert facts.recompute_flops(shape, [5, 3], 1, adapter_parameters=7) == once / 4
-    assert facts.recompute_flops(shape, [5, 3], 0) == 0
+    assert spec.recompute_flops(shape, [5, 3], 1, adapter_parameters=7) == once / 4
+    assert spec.recompute_flops(shape, [5, 3], 0) == 0
 
 
 def test_graphs_are_counted(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With layers compiled (by a backend that needs no C++ compiler) graphs appear, and none when nothing is new."""
     torch.compiler.reset()
-    monkeypatch.setattr(compiled, "compile_layers", partial(compiled.compile_layers, backend="eager"))
+    monkeypatch.setattr(compilation, "compile_layers", partial(compilation.compile_layers, backend="eager"))
     run = make_run(tiny, tmp_path, train={"compile": "on"}, held=False)
-    found = run_plan(Plan(run, steps=4, warmup=2), tmp_path).figures
+    found = run_plan(BenchPlan(run, steps=4, warmup=2), tmp_path).figures
     torch.compiler.reset()
     assert found.graphs_compiled > 0
     assert 0 <= found.graphs_compiled_after_step_3 < found.graphs_compiled
@@ -137,14 +137,14 @@ def test_graphs_of_the_build_are_counted_too(tiny: Path, tmp_path: Path, monkeyp
 
     torch.compiler.reset()
     monkeypatch.setattr("tunesmith.bench.measure.build", build)
-    found = run_plan(Plan(make_run(tiny, tmp_path, held=False), steps=4, warmup=2), tmp_path).figures
+    found = run_plan(BenchPlan(make_run(tiny, tmp_path, held=False), steps=4, warmup=2), tmp_path).figures
     torch.compiler.reset()
     assert (found.graphs_compiled, found.graphs_compiled_after_step_3) == (1, 0)
 
 
 def test_traces_are_of_steps_after_the_timed_ones(tiny: Path, tmp_path: Path) -> None:
     run = make_run(tiny, tmp_path, profile={"wait": 1, "warmup": 1, "active": 2, "cycles": 2}, held=False)
-    plan = Plan(run, steps=2, warmup=1, traces=tmp_path / "traces")
+    plan = BenchPlan(run, steps=2, warmup=1, traces=tmp_path / "traces")
     assert plan.traced == 8
     found = run_plan(plan, tmp_path)
     assert found.figures.steps == 2
@@ -158,7 +158,7 @@ def test_a_step_that_fails_says_where(tiny: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Trainer, "train_step", full)
     with pytest.raises(RunError, match="out of memory"):
-        run_plan(Plan(make_run(tiny, tmp_path), steps=1, warmup=0), tmp_path)
+        run_plan(BenchPlan(make_run(tiny, tmp_path), steps=1, warmup=0), tmp_path)
 
 
 def test_the_ceiling_is_a_speed_of_products() -> None:
@@ -172,7 +172,7 @@ def test_the_base_is_told_as_it_was_held(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerance: float
 ) -> None:
     """Where fp8 was asked for and given up, the speed is bf16's and must not stand under fp8's name."""
-    monkeypatch.setattr("tunesmith.parallel.eight_bits.TOLERANCE", tolerance)
+    monkeypatch.setattr("tunesmith.fp8_base.TOLERANCE", tolerance)
     run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
-    found = run_plan(Plan(run, steps=1, warmup=0), tmp_path).figures
+    found = run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path).figures
     assert found.quantize.startswith("fp8") if tolerance > 0 else found.quantize == "bf16"

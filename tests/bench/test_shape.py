@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from recipes import rows
 from tunesmith.bench import shape
-from tunesmith.bench.measure import Plan, measure
+from tunesmith.bench.measure import BenchPlan, measure
 from tunesmith.model.shapes import SHAPES
 
 SIZES = {
@@ -35,7 +35,7 @@ def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path
         folder, data=str(data), rows="prompt-completion", overrides=[*keys, f"model.quantize={quantize}"]
     )
     assert (run.adapter.kind, run.adapter.rank, run.adapter.alpha, run.adapter.target) == ("lora", 8, 16, "all-linear")
-    found = measure(Plan(run, steps=2, warmup=1, weights="random"), out, say=lambda text: None).figures
+    found = measure(BenchPlan(run, steps=2, warmup=1, weights="random"), out, say=lambda text: None).figures
     assert found.tokens > 0
     # Untrained: near the entropy of an even guess among the rows of the head, ln 384 = 5.95.
     assert found.first_loss == pytest.approx(5.95, abs=0.3)

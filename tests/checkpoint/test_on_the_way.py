@@ -19,9 +19,9 @@ from recipes import make_run
 from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.writer import Writer
 from tunesmith.errors import NonFiniteError, RunError, StoppedError
-from tunesmith.parallel.transfer import Copies
-from tunesmith.train import train
-from tunesmith.trainer import Pending, Trainer
+from tunesmith.runtime.transfer import Snapshot
+from tunesmith.training.run import train
+from tunesmith.training.trainer import Pending, Trainer
 
 CLOCKS = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib")
 
@@ -101,7 +101,7 @@ def test_it_holds_what_a_run_that_waits_writes(
     assert len(watched.trainer.checkpoint_stalls) == 2
     for step in (3, 6, 8):
         here, there = (tmp_path / name / "run" / f"checkpoint-{step}" for name in ("waits", "runs on"))
-        assert state.fault(there) is None
+        assert state.find_damage(there) is None
         assert contents(here) == contents(there)
 
 
@@ -118,7 +118,7 @@ def test_a_model_trained_in_full_is_written_while_the_loop_waits(
     monkeypatch.setattr(Writer, "write", noted)
     train(make_run(tiny, tmp_path, adapter={"kind": "none"}), say=lambda text: None)
     assert written == [2, 4, 6, 8]
-    found = state.newest(tmp_path / "run", pytest.fail)
+    found = state.newest_checkpoint(tmp_path / "run", pytest.fail)
     assert found is not None
     assert found.step == 8
 
@@ -126,18 +126,18 @@ def test_a_model_trained_in_full_is_written_while_the_loop_waits(
 def test_without_room_for_a_copy_the_loop_waits(
     tiny: Path, tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    init, told = Copies.__init__, []
+    init, told = Snapshot.__init__, []
 
-    def full(self: Copies, tensors: Mapping[str, Tensor]) -> None:
+    def full(self: Snapshot, tensors: Mapping[str, Tensor]) -> None:
         if any(name.endswith("exp_avg") for name in tensors):
             raise torch.OutOfMemoryError("CUDA out of memory")
         init(self, tensors)
 
-    monkeypatch.setattr(Copies, "__init__", full)
+    monkeypatch.setattr(Snapshot, "__init__", full)
     monkeypatch.setattr(Writer, "write_behind", lambda *args, **how: pytest.fail("there was no copy to write"))
     result = train(make_run(tiny, tmp_path, checkpoint={"keep": 9}), say=told.append)
     assert result.steps == 8
-    assert sorted(f.step for f in state.listing(tmp_path / "run")) == [2, 4, 6, 8]
+    assert sorted(f.step for f in state.list_checkpoints(tmp_path / "run")) == [2, 4, 6, 8]
     assert "no room on the device for a copy" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -174,7 +174,7 @@ def test_a_full_disk_behind_the_steps_ends_the_run_as_one_in_the_loop_does(
             with pytest.raises(RunError) as caught:
                 train(make_run(tiny, tmp_path / name), say=lambda text: None)
         out = tmp_path / name / "run"
-        assert state.newest(out, pytest.fail).step == 2  # type: ignore[union-attr]
+        assert state.newest_checkpoint(out, pytest.fail).step == 2  # type: ignore[union-attr]
         assert not list(out.glob(".*.partial"))
         told.append((caught.value.text().replace(str(out), "RUN"), caught.value.exit_code, failed(out)))
     assert told[0] == told[1]
@@ -211,7 +211,7 @@ def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
     assert isinstance(caught.value, NonFiniteError) == (fault == "numbers")
     found = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert "checkpoint-4" in found["why" if fault == "numbers" else "next"]
-    assert state.fault(tmp_path / "run" / "checkpoint-4") is None
+    assert state.find_damage(tmp_path / "run" / "checkpoint-4") is None
 
 
 def test_a_stop_waits_for_the_write_and_saves_its_own_step(
@@ -229,5 +229,5 @@ def test_a_stop_waits_for_the_write_and_saves_its_own_step(
     with pytest.raises(StoppedError):
         train(make_run(tiny, tmp_path, checkpoint={"every": "4 steps"}), say=lambda text: None)
     assert [(thread, step) for thread, step, _ in watched.wrote] == [("tunesmith-checkpoint", 4), ("MainThread", 5)]
-    assert [f.step for f in state.listing(tmp_path / "run") if state.fault(f.path) is None] == [5, 4]
+    assert [f.step for f in state.list_checkpoints(tmp_path / "run") if state.find_damage(f.path) is None] == [5, 4]
     assert not [t for t in threading.enumerate() if t.name.startswith("tunesmith-")]

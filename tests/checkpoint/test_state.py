@@ -31,7 +31,7 @@ def test_manifest_has_sizes_and_checksums(tmp_path: Path) -> None:
     assert set(manifest["files"]) == {"a.bin", "state/b.bin"}
     assert manifest["files"]["a.bin"]["bytes"] == 70
     assert len(manifest["files"]["a.bin"]["sha256"]) == 64
-    assert state.fault(place) is None
+    assert state.find_damage(place) is None
     assert state.step_of(place) == 7
 
 
@@ -49,7 +49,7 @@ def test_a_torn_one_is_passed_over_and_said(tmp_path: Path, tear, words: str) ->
     write(tmp_path, 1)
     tear(write(tmp_path, 2))
     said: list[str] = []
-    found = state.newest(tmp_path, said.append)
+    found = state.newest_checkpoint(tmp_path, said.append)
     assert found is not None
     assert found.step == 1
     assert len(said) == 1
@@ -58,7 +58,7 @@ def test_a_torn_one_is_passed_over_and_said(tmp_path: Path, tear, words: str) ->
 
 
 def test_none_whole(tmp_path: Path) -> None:
-    assert state.newest(tmp_path, pytest.fail) is None
+    assert state.newest_checkpoint(tmp_path, pytest.fail) is None
 
 
 def test_an_error_in_the_block_leaves_no_trace_and_the_old_one(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_full_disk_names_what_is_kept(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.what == "the disk is full"
     assert "checkpoint-5" in caught.value.why
-    assert state.fault(tmp_path / "checkpoint-5") is None
+    assert state.find_damage(tmp_path / "checkpoint-5") is None
 
 
 def test_replacing_keeps_the_new_one(tmp_path: Path) -> None:
@@ -94,14 +94,14 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 10):
         write(tmp_path, step)
     state.prune(tmp_path, 2, latest=10, spare=1)
-    assert [f.step for f in state.listing(tmp_path)] == [10, 4, 1]
+    assert [f.step for f in state.list_checkpoints(tmp_path)] == [10, 4, 1]
 
 
 def test_a_torn_one_of_a_later_step_takes_no_place(tmp_path: Path) -> None:
     for step in (2, 4, 8):
         write(tmp_path, step)
     state.prune(tmp_path, 1, latest=4, spare=None)
-    assert [f.step for f in state.listing(tmp_path)] == [4]
+    assert [f.step for f in state.list_checkpoints(tmp_path)] == [4]
 
 
 def test_sweep_puts_back_a_folder_that_was_being_replaced(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_newest_one(tmp_path: Path) -> None:
         seen = max([seen, *map(int, child.stdout.read().split())])
         child.wait()
         state.sweep(run)
-        found = state.newest(run, lambda _: None)
+        found = state.newest_checkpoint(run, lambda _: None)
         assert found is not None
         assert found.step >= seen
         assert not list(run.glob(".*"))

@@ -49,7 +49,7 @@ def writer(tmp_path: Path, synced: list[str]) -> Iterator[Writer]:
 
 
 def whole(run_dir: Path) -> list[int]:
-    return sorted(f.step for f in state.listing(run_dir) if state.fault(f.path) is None)
+    return sorted(f.step for f in state.list_checkpoints(run_dir) if state.find_damage(f.path) is None)
 
 
 def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(

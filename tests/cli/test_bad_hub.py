@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from cli.bad_world import TURNS, World, snapshot, told
-from model.standin import Repo, StandIn
+from hub.standin import Repo, StandIn
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz0123456789"
 CHILD = """
 import contextlib, io, json, os, sys, traceback
 from tunesmith.cli.main import main
-from tunesmith.model import download
+from tunesmith.hub import download
 download.PAUSE = 0.01
 for line in sys.stdin:
     words, token = json.loads(line)

@@ -14,7 +14,7 @@ import pytest
 
 import tunesmith
 from recipes import recipe
-from tunesmith.bench.figures import Figures
+from tunesmith.bench.figures import BenchReport
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.model.shapes import SHAPES, Shape
@@ -59,7 +59,7 @@ def test_a_shape_end_to_end(small: str, tiny: Path, rows: Path, tmp_path: Path, 
     shown = capsys.readouterr()
     report = json.loads(out.read_text())
     assert set(report) == {"figures", "recipe", "machine", "date", "profile"}
-    figures = Figures(**report["figures"])  # every name, and no other
+    figures = BenchReport(**report["figures"])  # every name, and no other
     assert (figures.steps, figures.warmup_steps, figures.micro_batch, figures.dtype) == (3, 1, "512 tokens", "fp32")
     assert f"{figures.tokens_per_second:,.0f} /s" in shown.out
     assert "counts tokens that do not exist" in shown.out

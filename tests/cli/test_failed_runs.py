@@ -64,9 +64,9 @@ def test_a_full_disk(
     world: World, small_disk: Path, held: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the first checkpoint or a later one: exit 1, whole ones stay, and with room the run ends as it should."""
-    import tunesmith.build
+    import tunesmith.training.build
 
-    monkeypatch.setattr(tunesmith.build, "check_disk", lambda run, size: None)  # it would refuse to begin
+    monkeypatch.setattr(tunesmith.training.build, "check_disk", lambda run, size: None)  # it would refuse to begin
     ballast = small_disk / "ballast"
     words = world.train(output_dir=str(small_disk / "run"), train={"duration": "6 steps"})
     ballast.write_bytes(bytes((1024 - held) << 10))

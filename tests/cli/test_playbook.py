@@ -202,8 +202,8 @@ THEIRS = (
 @pytest.mark.parametrize("row", ROWS[:2])
 def test_text_and_mask_are_theirs(tmp_path: Path, row: dict[str, str], bos: bool) -> None:
     """Every token carries loss as in theirs; with `--train_on response` the answer and its end token alone."""
-    from tunesmith.data.chat import choose
-    from tunesmith.data.format import convert
+    from tunesmith.data.formats import convert_row
+    from tunesmith.data.template import select_template
 
     tokenizer = byte_tokenizer(bos_token="<s>")
     write_inputs([row], tmp_path, bos=bos)
@@ -211,12 +211,12 @@ def test_text_and_mask_are_theirs(tmp_path: Path, row: dict[str, str], bos: bool
     kept = json.loads((tmp_path / playbook.ROWS).read_text())
     text = ("<s>" if bos else "") + THEIRS.format(row["instruction"], row["input"], row["output"])
     for train_on, learnt in (("all", None), ("response", f" {row['output']}<|im_end|>")):
-        template = choose(
+        template = select_template(
             Data(train=(source,), template=str(tmp_path / playbook.JINJA), train_on=train_on),
             tokenizer,
             [tokenizer.eos_token_id],
         )
-        sample = convert(kept, source, where="row")
+        sample = convert_row(kept, source, where="row")
         example = template.encode(sample, train_on, where="row")
         assert tokenizer.decode(example.ids) == text + "<|im_end|>"
         if learnt is None:

@@ -9,7 +9,7 @@ import pytest
 
 from tunesmith.cli.main import main
 from tunesmith.cli.recipes import method
-from tunesmith.config.load import load
+from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import shipped
 
 NAME = "smollm2-135m-lora"
@@ -25,7 +25,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     by_name = {row["name"]: row["method"] for row in rows}
     assert by_name["llama3.1-70b-qlora"] == "QLoRA r=8"
     assert by_name["llama3.2-3b-full"] == "full"
-    assert by_name[NAME] == method(load(NAME)) == "LoRA r=16"
+    assert by_name[NAME] == method(load_recipe(NAME)) == "LoRA r=16"
 
 
 def test_table_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_show_is_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert main(["recipes", "show", NAME, "train.learning_rate=5e-4"]) == 0
     path = tmp_path / "shown.yaml"
     path.write_text(capsys.readouterr().out)
-    assert load(path) == load(NAME, ["train.learning_rate=5e-4"])
+    assert load_recipe(path) == load_recipe(NAME, ["train.learning_rate=5e-4"])
     assert main(["recipes", "show", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["train"]["learning_rate"] == 5e-4
 
@@ -53,7 +53,7 @@ def test_copy(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
         assert main(["recipes", "copy", NAME, *words]) == 0
         assert capsys.readouterr().out == f"{path}\n"
         assert Path(path).read_text() == shipped()[NAME].read_text()
-    assert load("mine.yaml") == load(NAME)
+    assert load_recipe("mine.yaml") == load_recipe(NAME)
 
 
 def test_copy_never_writes_over_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -129,12 +129,12 @@ def test_chat_without_a_terminal_answers_line_by_line(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The answers are those of `generate` on the same conversation; no prompt signs on stdout."""
-    from tunesmith.generate import Decoding, answer_batch
-    from tunesmith.opening import open_model
+    from tunesmith.inference.generate import Decoding, answer_batch
+    from tunesmith.inference.load_run import load_run
 
     assert chat(monkeypatch, "hello\n", str(run)) == EXIT_OK
-    opened = open_model(run, device="cpu")
-    from tunesmith.data.format import Conversation
+    opened = load_run(run, device="cpu")
+    from tunesmith.data.formats import Conversation
 
     prompt = opened.template.prompt(Conversation([{"role": "user", "content": "hello"}]))
     expected = answer_batch(opened.model, opened.tokenizer, [prompt], Decoding(6), stops=opened.template.stops)[0]
@@ -297,7 +297,7 @@ def test_merge_prints_its_proof_and_the_next_command(
     assert f"next: tunesmith chat {tmp_path / 'm'}" in text
     assert main(["merge", str(run), "--output", str(tmp_path / "j"), "--json", "--device", "cpu"]) == EXIT_OK
     found = json.loads(capsys.readouterr().out)
-    assert found["proof"]["merged"]["max_logit"] <= 1e-4
+    assert found["merge_check"]["merged"]["max_logit"] <= 1e-4
 
 
 # --- wrong uses -----------------------------------------------------------------------------------------------------

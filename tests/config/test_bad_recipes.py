@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.config.load import load
+from tunesmith.config.load import load_recipe
 from tunesmith.errors import UsageError
 
 from .bad_recipes import BAD_RECIPES, BASE, Bad
@@ -17,7 +17,7 @@ def test_refused(bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(bad.recipe, encoding="utf-8")
     with pytest.raises(UsageError) as caught:
-        load("r.yaml", bad.overrides)
+        load_recipe("r.yaml", bad.overrides)
     error = caught.value
     assert bad.what in error.what
     assert error.where == bad.where
@@ -29,7 +29,7 @@ def test_table_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """The base of all rows is a good recipe, so that each row is refused for its own fault; names are unique."""
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(BASE)
-    assert load("r.yaml").model.name == "org/model"
+    assert load_recipe("r.yaml").model.name == "org/model"
     assert len({bad.name for bad in BAD_RECIPES}) == len(BAD_RECIPES) >= 60
 
 
@@ -48,11 +48,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     ]
     for path, what, where, fix in cases:
         with pytest.raises(UsageError) as caught:
-            load(path)
+            load_recipe(path)
         assert (what in caught.value.what, caught.value.where, fix in caught.value.fix) == (True, where, True)
     (run / "config.yaml").write_text(BASE)
     with pytest.raises(UsageError, match="is a run directory") as caught:
-        load(run)
+        load_recipe(run)
     assert str(run / "config.yaml") in caught.value.fix
 
 
@@ -63,10 +63,10 @@ def test_aliases_cannot_grow_without_bound(tmp_path: Path) -> None:
     path = tmp_path / "laughs.yaml"
     path.write_text("\n".join(lines))
     with pytest.raises(UsageError) as caught:
-        load(path)
+        load_recipe(path)
     assert "aliases written out" in caught.value.what
     assert caught.value.where == f"{path}:4"
     deep = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 40)]
     path.write_text("\n".join(deep))
     with pytest.raises(UsageError, match="too deeply nested"):
-        load(path)
+        load_recipe(path)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.config.dump import to_yaml
-from tunesmith.config.load import differences, digest, dump, from_mapping, load, to_mapping
+from tunesmith.config.load import differences, digest, dump, from_mapping, load_recipe, to_mapping
 from tunesmith.config.schema import Adapter, Data, Log, Model, Run, Source, Train
 from tunesmith.config.tree import read_value
 from tunesmith.units import Length, Size
@@ -84,16 +84,16 @@ def test_every_scalar_round_trips(values: dict[str, object]) -> None:
 
 @pytest.fixture
 def run() -> Run:
-    return load("llama3.1-8b-lora")
+    return load_recipe("llama3.1-8b-lora")
 
 
 def test_dump_is_read_by_load(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(dump(run))
-    assert load(path) == run
-    full = load("llama3.1-8b-lora", ["adapter.kind=none"])
+    assert load_recipe(path) == run
+    full = load_recipe("llama3.1-8b-lora", ["adapter.kind=none"])
     path.write_text(dump(full))
-    assert load(path) == full
+    assert load_recipe(path) == full
     assert to_mapping(full)["adapter"] == {"kind": "none"}
 
 
@@ -111,7 +111,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("key", "value"), [*FREE.items(), *REFUSED.items()])
 def test_differences(run: Run, key: str, value: str) -> None:
-    new = load("llama3.1-8b-lora", [f"{key}={value}"])
+    new = load_recipe("llama3.1-8b-lora", [f"{key}={value}"])
     (change,) = differences(run, new)
     assert change.key.replace(".0.", ".") == key
     assert change.allowed == (FREE.get(key) == value)
@@ -130,14 +130,16 @@ def test_differences_of_several(run: Run) -> None:
 
 
 def test_duration_by_the_clock_and_in_other_units(run: Run) -> None:
-    hour, more = (load("llama3.1-8b-lora", [f"train.duration={d}", "train.warmup=0 steps"]) for d in ("1 h", "90 min"))
+    hour, more = (
+        load_recipe("llama3.1-8b-lora", [f"train.duration={d}", "train.warmup=0 steps"]) for d in ("1 h", "90 min")
+    )
     assert [c.allowed for c in differences(hour, more)] == [True]
     assert [c.allowed for c in differences(more, hour)] == [False]
-    steps = load("llama3.1-8b-lora", ["train.duration=9000 steps"])
+    steps = load_recipe("llama3.1-8b-lora", ["train.duration=9000 steps"])
     assert [c.allowed for c in differences(run, steps)] == [False]
 
 
 def test_digest_is_stable(run: Run) -> None:
     """The same recipe has the same digest in another process and version: config.yaml of old runs must match."""
-    assert digest(run) == digest(load("llama3.1-8b-lora"))
+    assert digest(run) == digest(load_recipe("llama3.1-8b-lora"))
     assert len(digest(run)) == 64

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.config.load import from_mapping, load, read_mapping, to_mapping
+from tunesmith.config.load import from_mapping, load_recipe, read_mapping, to_mapping
 from tunesmith.config.names import ELSEWHERE, WORDS, keys, nearest
 from tunesmith.config.schema import Run
 from tunesmith.errors import RecipeError
@@ -29,11 +29,11 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _extending(recipe: Path, text: str) -> Run:
     path = recipe.parent / "top.yaml"
     path.write_text(f"extends: base.yaml\n{text}")
-    return load(path)
+    return load_recipe(path)
 
 
 def test_typed(recipe: Path) -> None:
-    run = load(recipe, ["train.duration=3 epochs", "train.global_batch=32768 tokens", "train.clip_norm=null"])
+    run = load_recipe(recipe, ["train.duration=3 epochs", "train.global_batch=32768 tokens", "train.clip_norm=null"])
     assert (run.adapter.rank, run.adapter.alpha, run.adapter.target) == (4, 8.0, ("q_proj",))
     assert type(run.adapter.alpha) is float  # a whole number where a number is asked for
     assert run.train.duration == Length(3, "epochs")
@@ -51,7 +51,7 @@ def test_extends_merges_mappings_and_replaces_lists(recipe: Path) -> None:
 def test_extends_a_shipped_recipe(recipe: Path) -> None:
     top = recipe.parent / "top.yaml"
     top.write_text("extends: llama3.1-8b-lora\noutput_dir: mine\n")
-    assert load(top).model.name == "meta-llama/Llama-3.1-8B-Instruct"
+    assert load_recipe(top).model.name == "meta-llama/Llama-3.1-8B-Instruct"
 
 
 def test_an_error_below_extends_names_the_file_below(recipe: Path) -> None:
@@ -64,16 +64,16 @@ def test_an_error_below_extends_names_the_file_below(recipe: Path) -> None:
 def test_full_fine_tuning_over_an_adapter(recipe: Path) -> None:
     assert _extending(recipe, "adapter: {kind: none}\n").adapter.kind == "none"
     for override in ("adapter.kind=none", "adapter={kind: none}"):
-        run = load(recipe, [override])
+        run = load_recipe(recipe, [override])
         assert (run.adapter.kind, run.adapter.rank) == ("none", 8)
-    assert load(recipe, ["adapter.kind=lora"]).adapter.rank == 4
+    assert load_recipe(recipe, ["adapter.kind=lora"]).adapter.rank == 4
 
 
 def test_overrides_in_order(recipe: Path) -> None:
-    run = load(recipe, ["train.seed=2", "train.seed=3", "train={weight_decay: 0.1}", "train.betas.1=0.99"])
+    run = load_recipe(recipe, ["train.seed=2", "train.seed=3", "train={weight_decay: 0.1}", "train.betas.1=0.99"])
     assert (run.train.seed, run.train.weight_decay, run.train.betas) == (3, 0.1, (0.9, 0.99))
-    assert load(recipe, ["data.system=a=b"]).data.system == "a=b"
-    assert load(
+    assert load_recipe(recipe, ["data.system=a=b"]).data.system == "a=b"
+    assert load_recipe(
         recipe, ["model.added_tokens=['<|a|>']", "adapter.modules_to_save=[embed_tokens]"]
     ).model.added_tokens == ("<|a|>",)
 
@@ -81,14 +81,14 @@ def test_overrides_in_order(recipe: Path) -> None:
 def test_overrides_of_sources(recipe: Path) -> None:
     """A single source and a list of them take the same key, with the index left out where there is one."""
     for key in ("data.train.split", "data.train.0.split"):
-        assert load(recipe, [f"{key}=train[:10%]"]).data.train[0].split == "train[:10%]"
+        assert load_recipe(recipe, [f"{key}=train[:10%]"]).data.train[0].split == "train[:10%]"
     two = "data.train=[{source: a/b}, {source: c/d, weight: 2}]"
-    run = load(recipe, [two, "data.train.1.split=test", "data.train.0.source=e/f"])
+    run = load_recipe(recipe, [two, "data.train.1.split=test", "data.train.0.source=e/f"])
     assert [(s.source, s.split, s.weight) for s in run.data.train] == [("e/f", None, 1.0), ("c/d", "test", 2.0)]
     with pytest.raises(RecipeError, match="no entry 'split'") as caught:
-        load(recipe, [two, "data.train.split=test"])
+        load_recipe(recipe, [two, "data.train.split=test"])
     assert "0 to 1" in caught.value.fix
-    held_out = load(recipe, ["data.validation.source=a/b", "data.validation.format=text"]).data.validation
+    held_out = load_recipe(recipe, ["data.validation.source=a/b", "data.validation.format=text"]).data.validation
     assert [(s.source, s.format) for s in held_out] == [("a/b", "text")]
 
 
@@ -102,19 +102,19 @@ def test_paths(recipe: Path) -> None:
         + "adapter: {from: ../adapter}\n"
         + "# a folder of that name lies beside the recipe\n"
     )
-    run = load(recipe, ["data.template=auto"])
+    run = load_recipe(recipe, ["data.template=auto"])
     assert run.model.name == str(there / "org" / "model")
     assert run.data.train[0].source == str(there / "rows.jsonl")
     assert run.adapter.from_ == str(there.parent / "adapter")
     assert run.output_dir == str(here / "runs" / "x")
-    run = load(recipe, ["model.name=org/model", "data.train.source=more.csv", "adapter.from=org/adapter"])
+    run = load_recipe(recipe, ["model.name=org/model", "data.train.source=more.csv", "adapter.from=org/adapter"])
     assert (run.model.name, run.adapter.from_) == ("org/model", "org/adapter")  # Hub ids: no such folder here
     assert run.data.train[0].source == str(here / "more.csv")
-    assert load(recipe, ["model.name=small.gguf"]).model.name == str(here / "small.gguf")
-    assert load(recipe, ["model.name=~/model"]).model.name == str(Path.home() / "model")
+    assert load_recipe(recipe, ["model.name=small.gguf"]).model.name == str(here / "small.gguf")
+    assert load_recipe(recipe, ["model.name=~/model"]).model.name == str(Path.home() / "model")
     with pytest.raises(RecipeError, match="no such file"):
-        load(recipe, ["data.template=prompt.jinja"])
-    assert load(recipe, [f"data.template={there}/prompt.jinja"]).data.template == str(there / "prompt.jinja")
+        load_recipe(recipe, ["data.template=prompt.jinja"])
+    assert load_recipe(recipe, [f"data.template={there}/prompt.jinja"]).data.template == str(there / "prompt.jinja")
 
 
 def test_from_mapping_names_the_key() -> None:
@@ -146,6 +146,6 @@ def test_words_from_elsewhere_are_taken() -> None:
 
 def test_null_takes_away_the_validation_rows_of_a_recipe() -> None:
     """Who brings own rows to a shipped recipe must be able to say that there are none held out."""
-    run = load("smollm2-135m-lora", ["data.validation=null"])
+    run = load_recipe("smollm2-135m-lora", ["data.validation=null"])
     assert run.data.validation == ()
-    assert load("smollm2-135m-lora", ["data.validation=[]"]) == run
+    assert load_recipe("smollm2-135m-lora", ["data.validation=[]"]) == run

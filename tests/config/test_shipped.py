@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.config.describe import main, reference
-from tunesmith.config.load import load
+from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.shipped import purpose, shipped
 from tunesmith.units import Length, Size
@@ -26,8 +26,8 @@ SCRIPTS = {
 def test_all_load() -> None:
     assert len(shipped()) >= 11
     for name, path in shipped().items():
-        run = load(name)
-        assert run == load(path)
+        run = load_recipe(name)
+        assert run == load_recipe(path)
         assert run.output_dir == str(Path.cwd() / "runs" / name)
         assert len(purpose(path)) > 20
         assert run.data.validation, f"{name} has no held-out rows"
@@ -36,7 +36,7 @@ def test_all_load() -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_values_of_the_playbook(name: str) -> None:
     model, kind, batch, rate, split, schedule = SCRIPTS[name]
-    run = load(name)
+    run = load_recipe(name)
     assert (run.model.name, run.adapter.kind, run.adapter.rank, run.adapter.alpha) == (model, kind, 8, 16.0)
     assert (run.train.global_batch, run.train.learning_rate) == (Size(batch, "examples"), rate)
     assert (run.train.duration, run.train.warmup, run.train.schedule) == (Length(1, "epochs"), Length(0, "%"), schedule)
@@ -46,7 +46,7 @@ def test_values_of_the_playbook(name: str) -> None:
 
 
 def test_values_of_the_slurm_guide() -> None:
-    full, lora = load("llama3.3-70b-full"), load("llama3.3-70b-lora")
+    full, lora = load_recipe("llama3.3-70b-full"), load_recipe("llama3.3-70b-lora")
     assert full.model.name == lora.model.name == "meta-llama/Llama-3.3-70B-Instruct"
     for run in (full, lora):
         assert [s.split for s in (*run.data.train, *run.data.validation)] == ["train[:95%]", "train[95%:]"]

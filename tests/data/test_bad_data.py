@@ -17,17 +17,17 @@ import pytest
 
 from tunesmith.config.schema import Source
 from tunesmith.data import files
-from tunesmith.data.format import convert
-from tunesmith.data.source import read
+from tunesmith.data.formats import convert_row
+from tunesmith.data.source import read_rows
 from tunesmith.errors import DataError
 
 U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
 
 def through(source: Source) -> None:
-    rows = read(source)
+    rows = read_rows(source)
     for i in range(len(rows)):
-        convert(rows[i], source, where=rows.where(i))
+        convert_row(rows[i], source, where=rows.where(i))
 
 
 def expect(source: Source, what: str, where: str, fix: str) -> None:
@@ -175,7 +175,7 @@ def test_a_huge_row(write, monkeypatch: pytest.MonkeyPatch) -> None:
         "a.jsonl:2",
         "one row a line",
     )
-    monkeypatch.setattr("tunesmith.data.format.MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr("tunesmith.data.formats.MAX_ROW_BYTES", 1 << 20)
     expect(Source(source=write("a.json", f"[{big}]"), format="text"), "a text of 3 MiB", "a.json row 1", "split it")
 
 

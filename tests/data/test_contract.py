@@ -11,8 +11,8 @@ import pytest
 from rows import Simple, alpaca
 from tunesmith.data.batch import Example
 from tunesmith.data.cache import Store
-from tunesmith.data.contract import check, inspect
-from tunesmith.data.format import Sample
+from tunesmith.data.contract import check_contract, inspect
+from tunesmith.data.formats import Sample
 from tunesmith.data.source import from_list
 from tunesmith.data.tokens import Counts, Part, TokenSet
 from tunesmith.errors import DataError
@@ -38,7 +38,7 @@ def broken(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> DataError:
     contract = inspect(tokens, simple, simple.tokenizer, vocab_size=vocab, what="train")
     assert len(contract.broken) == 1
     with pytest.raises(DataError) as caught:
-        check(tokens, simple, simple.tokenizer, vocab_size=vocab, what="train")
+        check_contract(tokens, simple, simple.tokenizer, vocab_size=vocab, what="train")
     error = caught.value
     assert error.why
     assert error.fix
@@ -47,7 +47,7 @@ def broken(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> DataError:
 
 def test_a_good_set_holds_and_says_what_was_looked_at(make, simple: Simple) -> None:
     tokens = make(alpaca(50), alpaca(30), seq_len=256)
-    contract = check(tokens, simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    contract = check_contract(tokens, simple, simple.tokenizer, vocab_size=VOCAB, what="train")
     assert [c.looked for c in contract.checks] == [80, 80, 80, 0, 80, int(tokens.lengths.sum())]
     assert "80 prompts rendered apart" in contract.checks[4].note
     assert contract.checks[3].note == "the tokenizer has no BOS"
@@ -55,7 +55,9 @@ def test_a_good_set_holds_and_says_what_was_looked_at(make, simple: Simple) -> N
 
 def test_train_on_all_holds(make, simple: Simple) -> None:
     """The line break that the template writes after the end token is learnt too."""
-    check(make(alpaca(9), seq_len=256, train_on="all"), simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    check_contract(
+        make(alpaca(9), seq_len=256, train_on="all"), simple, simple.tokenizer, vocab_size=VOCAB, what="train"
+    )
 
 
 def test_an_empty_split(make, simple: Simple) -> None:
@@ -88,7 +90,7 @@ def test_a_missing_end_token(simple: Simple) -> None:
 
 def test_a_cut_answer_need_not_end(simple: Simple) -> None:
     tokens = given(simple, ([70, 71, 72], [0, 1, 1]), cut=True)
-    check(tokens, simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    check_contract(tokens, simple, simple.tokenizer, vocab_size=VOCAB, what="train")
     end = simple.tokenizer.eos_token_id
     # ... but an earlier answer in the same row must.
     broken(simple, given(simple, ([70, 71, 72, 73, end], [0, 1, 0, 0, 0]), cut=True))
@@ -98,7 +100,7 @@ def test_a_doubled_bos(simple: Simple) -> None:
     end = simple.tokenizer.eos_token_id
     simple.tokenizer.bos_token = "<|im_start|>"
     bos = simple.tokenizer.bos_token_id
-    check(given(simple, ([bos, 70, end], [0, 1, 1])), simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    check_contract(given(simple, ([bos, 70, end], [0, 1, 1])), simple, simple.tokenizer, vocab_size=VOCAB, what="train")
     error = broken(simple, given(simple, ([bos, 70, end], [0, 1, 1]), ([bos, bos, 70, end], [0, 0, 1, 1])))
     assert "two BOS tokens (1 of 2 rows)" in error.what
     assert error.where == "train: made row 2"
@@ -143,7 +145,7 @@ def test_chunks_see_every_row(simple: Simple, make, monkeypatch: pytest.MonkeyPa
     error = broken(simple, given(simple, *[good] * 40, bad, *[good] * 40, bad))
     assert "(2 of 82 answers)" in error.what
     assert error.where == "train: made row 41"
-    check(make(alpaca(50), alpaca(30), seq_len=256), simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    check_contract(make(alpaca(50), alpaca(30), seq_len=256), simple, simple.tokenizer, vocab_size=VOCAB, what="train")
 
 
 @pytest.mark.slow
@@ -160,7 +162,7 @@ def test_a_million_rows_take_seconds(simple: Simple) -> None:
     counts = Counts("made", n, n, n * length, 0, 0, 0, 0, 0, "")
     tokens = TokenSet([Part(arrays, counts, from_list([{}]))], train_on="response")
     began = time.perf_counter()
-    contract = check(tokens, simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    contract = check_contract(tokens, simple, simple.tokenizer, vocab_size=VOCAB, what="train")
     assert contract.checks[2].looked == n
     assert time.perf_counter() - began < 20  # 2 s when written
     assert len(contract.checks) == CHECKS

@@ -14,7 +14,7 @@ import torch
 from rows import alpaca
 from tunesmith.config.schema import Data, Source, Train
 from tunesmith.data.batch import IGNORE, Batch
-from tunesmith.data.loader import Course, Loader
+from tunesmith.data.loader import BatchSchedule, Loader
 from tunesmith.units import Length, Size
 
 LENGTHS = np.random.default_rng(1).integers(4, 200, 512)
@@ -22,9 +22,9 @@ LENGTHS = np.random.default_rng(1).integers(4, 200, 512)
 
 def course(
     batch: str = "8 examples", *, lengths: Any = LENGTHS, seed: int = 42, repeats: Any = None, **keys: Any
-) -> Course:
+) -> BatchSchedule:
     data = Data(train=(Source(source="x"),), **{"seq_len": 256, **keys})
-    return Course(lengths, data, Train(global_batch=Size.parse(batch), seed=seed), repeats=repeats)
+    return BatchSchedule(lengths, data, Train(global_batch=Size.parse(batch), seed=seed), repeats=repeats)
 
 
 def flat(rows: list[list[int]]) -> list[int]:
@@ -244,7 +244,7 @@ def test_the_thread_ends_with_the_loader(make) -> None:
 
 def test_an_error_in_the_thread_reaches_the_loop(make) -> None:
     tokens = make(alpaca(40), seq_len=256)
-    broken = Course(tokens.lengths, Data(train=(), seq_len=256), Train(global_batch=Size(8, "examples")))
+    broken = BatchSchedule(tokens.lengths, Data(train=(), seq_len=256), Train(global_batch=Size(8, "examples")))
     broken.lengths = np.zeros(0)  # the rows of step 0 cannot be looked up any more
     with Loader(tokens, broken, pad_id=0, micro_tokens=512) as loader, pytest.raises(IndexError):
         list(loader)

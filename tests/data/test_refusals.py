@@ -12,9 +12,9 @@ import pytest
 from chat_table import TOOLS, answer, call, result, system, user
 from chat_tokenizers import train
 
-from tunesmith.data import texts
-from tunesmith.data.chat import Template
-from tunesmith.data.format import Conversation
+from tunesmith.data import builtin_templates
+from tunesmith.data.formats import Conversation
+from tunesmith.data.template import Template
 from tunesmith.errors import DataError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
         "leaves out",
     ),
     "end token names an argument": (
-        texts.with_tools(CHATML),
+        builtin_templates.with_tools(CHATML),
         [user("a"), answer("", tool_calls=[call("f", **{"<|im_end|>": "x"})]), result("r"), answer("b")],
         "named with an end token",
     ),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tunesmith.config.schema import Source
 from tunesmith.data.files import Listed
-from tunesmith.data.source import from_list, is_local, read, select
+from tunesmith.data.source import from_list, is_local, read_rows, select
 
 ROWS = [{"text": f"row {i}"} for i in range(10)]
 
@@ -66,35 +66,35 @@ def array(path: Path) -> None:
 )
 def test_kinds_of_files(tmp_path: Path, name: str, make, where: str) -> None:
     make(tmp_path / name)
-    rows = read(Source(source=str(tmp_path / name)))
+    rows = read_rows(Source(source=str(tmp_path / name)))
     assert list(rows) == ROWS
     assert rows.where(2) == f"{tmp_path}/{where}"
     # The digest is of the content and the selection; the name and the place do not enter.
     (tmp_path / "other").mkdir()
     make(tmp_path / "other" / name)
-    assert read(Source(source=str(tmp_path / "other" / name))).digest() == rows.digest()
-    assert read(Source(source=str(tmp_path / name), split="train[1:]")).digest() != rows.digest()
+    assert read_rows(Source(source=str(tmp_path / "other" / name))).digest() == rows.digest()
+    assert read_rows(Source(source=str(tmp_path / name), split="train[1:]")).digest() != rows.digest()
 
 
 def test_csv_names_the_line_where_a_row_begins(write) -> None:
-    rows = read(Source(source=write("a.csv", 'a,b\n1,"two\nlines"\n3,4\n')))
+    rows = read_rows(Source(source=write("a.csv", 'a,b\n1,"two\nlines"\n3,4\n')))
     assert list(rows) == [{"a": "1", "b": "two\nlines"}, {"a": "3", "b": "4"}]
     assert [rows.where(i).rpartition(":")[2] for i in (0, 1)] == ["2", "4"]
 
 
 def test_byte_order_mark_and_crlf(write) -> None:
     for name, text in (("a.jsonl", '{"a": 1}\r\n{"a": 2}\r\n'), ("a.csv", "a\r\n1\r\n2\r\n"), ("a.json", '[{"a": 1}]')):
-        rows = read(Source(source=write(name, b"\xef\xbb\xbf" + text.encode())))
+        rows = read_rows(Source(source=write(name, b"\xef\xbb\xbf" + text.encode())))
         assert int(rows[0]["a"]) == 1
 
 
 def test_unlike_tool_arguments_survive(write) -> None:
     """Arrow would give each row the other's keys; JSON rows keep theirs, and Parquet's nulls are taken out again."""
     rows = [{"arguments": {"city": "Rome"}}, {"arguments": {"x": None, "y": [1, {"z": 2}]}}]
-    assert list(read(Source(source=write("a.jsonl", "\n".join(map(json.dumps, rows)))))) == rows
+    assert list(read_rows(Source(source=write("a.jsonl", "\n".join(map(json.dumps, rows)))))) == rows
     path = Path(write("a.parquet", b""))
     pq.write_table(pa.Table.from_pylist([{"call": {"a": 1}}, {"call": {"b": "two"}}]), path)
-    assert list(read(Source(source=str(path)))) == [{"call": {"a": 1}}, {"call": {"b": "two"}}]
+    assert list(read_rows(Source(source=str(path)))) == [{"call": {"a": 1}}, {"call": {"b": "two"}}]
 
 
 bound = st.one_of(st.none(), st.integers(-130, 130))
@@ -120,10 +120,10 @@ def test_slices_are_those_of_datasets(n: int, start: int | None, stop: int | Non
 
 def test_splits_that_meet_share_no_row_and_lose_none(write) -> None:
     name = write("a.jsonl", "".join(f'{{"n": {i}}}\n' for i in range(999)))
-    parts = [read(Source(source=name, split=s)) for s in ("train[:95%]", "train[95%:]")]
+    parts = [read_rows(Source(source=name, split=s)) for s in ("train[:95%]", "train[95%:]")]
     assert [row["n"] for rows in parts for row in rows] == list(range(999))
     assert [len(rows) for rows in parts] == [949, 50]
-    both = read(Source(source=name, split="train[990:]+train[:2]", max_examples=10))
+    both = read_rows(Source(source=name, split="train[990:]+train[:2]", max_examples=10))
     assert [row["n"] for row in both] == [*range(990, 999), 0]
     assert both.where(9).endswith("a.jsonl:1")
 
@@ -151,9 +151,9 @@ def test_hub_rows_are_named_by_split_and_row(monkeypatch: pytest.MonkeyPatch) ->
         return loaded
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = read(Source(source="me/rows", name="main", revision="v1", split="train[50%:]"))
+    rows = read_rows(Source(source="me/rows", name="main", revision="v1", split="train[50%:]"))
     assert (len(rows), rows[0]["text"], rows.where(0)) == (5, "row 5", "me/rows train row 6")
     assert asked == [(("me/rows", "main"), {"revision": "v1"})]
-    assert rows.digest() == read(Source(source="me/rows", split="train[50%:]")).digest()
-    assert read(Source(source="me/rows", split="test"))[0] == {"text": "held out"}
-    assert len(read(Source(source="me/rows"))) == 11  # all rows of all splits, with a warning
+    assert rows.digest() == read_rows(Source(source="me/rows", split="train[50%:]")).digest()
+    assert read_rows(Source(source="me/rows", split="test"))[0] == {"text": "held out"}
+    assert len(read_rows(Source(source="me/rows"))) == 11  # all rows of all splits, with a warning

@@ -11,9 +11,9 @@ from chat_table import TOOLS, answer, call, result, system, user
 from chat_tokenizers import train
 
 from tunesmith.config.schema import Data, Source
-from tunesmith.data import texts
-from tunesmith.data.chat import Template, choose
-from tunesmith.data.format import Completion, Conversation, Sample, Text
+from tunesmith.data import builtin_templates
+from tunesmith.data.formats import Completion, Conversation, Sample, Text
+from tunesmith.data.template import Template, select_template
 from tunesmith.errors import DataError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -54,24 +54,24 @@ def alpaca_row(instruction: str, extra: str, output: str) -> Conversation:
 
 
 def test_auto_takes_the_tokenizers_template_or_the_alpaca_text() -> None:
-    chat = choose(data("alpaca"), chat_tokenizer(), {2})
+    chat = select_template(data("alpaca"), chat_tokenizer(), {2})
     assert (chat.name, chat.jinja) == ("chat", CHATML)
     assert learnt(chat, alpaca_row("Add.", "1 2", "3"))[1] == "3<|im_end|>"
     assert "Add.\n1 2<|im_end|>" in learnt(chat, alpaca_row("Add.", "1 2", "3"))[0]
-    assert choose(data("alpaca"), base(), {2}).name == "alpaca"
-    assert choose(data("text"), base(), {2}).jinja is None
-    assert choose(data("prompt-completion"), chat_tokenizer(), {2}).jinja == CHATML
+    assert select_template(data("alpaca"), base(), {2}).name == "alpaca"
+    assert select_template(data("text"), base(), {2}).jinja is None
+    assert select_template(data("prompt-completion"), chat_tokenizer(), {2}).jinja == CHATML
     with pytest.raises(DataError, match="no chat template"):
-        choose(data(template="chat"), base(), {2})
+        select_template(data(template="chat"), base(), {2})
 
 
 def test_end_ids_are_those_of_generation_and_the_templates_own() -> None:
     tokenizer = chat_tokenizer()
-    template = choose(data(), tokenizer, {tokenizer.eos_token_id})
+    template = select_template(data(), tokenizer, {tokenizer.eos_token_id})
     assert template.end_ids == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert template.stops == template.end_ids
     known = {tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    assert choose(data(), tokenizer, known).end_ids == known
+    assert select_template(data(), tokenizer, known).end_ids == known
 
 
 def test_describe_is_one_line_that_names_what_is_in_use(tmp_path: Path) -> None:
@@ -79,10 +79,10 @@ def test_describe_is_one_line_that_names_what_is_in_use(tmp_path: Path) -> None:
     file.write_text(CHATML)
     tokenizer = chat_tokenizer()
     lines = {
-        choose(data(), tokenizer, {2}).describe(): ["chat", "Hermes", "<|im_end|>", "marks"],
-        choose(data("alpaca"), base(), {2}).describe(): ["alpaca", "</s>"],
-        choose(data(template=str(file)), tokenizer, {2}).describe(): ["own.jinja", "<|im_end|>"],
-        choose(data("text"), base(), {2}).describe(): ["as they stand", "</s>"],
+        select_template(data(), tokenizer, {2}).describe(): ["chat", "Hermes", "<|im_end|>", "marks"],
+        select_template(data("alpaca"), base(), {2}).describe(): ["alpaca", "</s>"],
+        select_template(data(template=str(file)), tokenizer, {2}).describe(): ["own.jinja", "<|im_end|>"],
+        select_template(data("text"), base(), {2}).describe(): ["as they stand", "</s>"],
     }
     for line, words in lines.items():
         assert "\n" not in line
@@ -103,14 +103,14 @@ def test_a_broken_template_file_is_named_with_its_line(tmp_path: Path, content: 
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        choose(data(template=str(file)), chat_tokenizer(), {2})
+        select_template(data(template=str(file)), chat_tokenizer(), {2})
     assert caught.value.where.endswith(where)
     assert caught.value.fix
 
 
 def test_a_tokenizer_with_templates_by_name() -> None:
-    tokenizer = chat_tokenizer({"default": CHATML, "tool_use": texts.with_tools(CHATML)})
-    template = choose(data("sharegpt"), tokenizer, {2})
+    tokenizer = chat_tokenizer({"default": CHATML, "tool_use": builtin_templates.with_tools(CHATML)})
+    template = select_template(data("sharegpt"), tokenizer, {2})
     assert "<tools>" in learnt(template, Conversation([user("a"), answer("b")], TOOLS))[0]
     assert "<tools>" not in learnt(template, Conversation([user("a"), answer("b")]))[0]
 
@@ -131,7 +131,7 @@ WITH_INPUT = (
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_alpaca_text_with_and_without_input(adds_bos: bool) -> None:
     tokenizer = base(adds_bos)
-    template = choose(data("alpaca"), tokenizer, {2})
+    template = select_template(data("alpaca"), tokenizer, {2})
     bos = "<s>" if adds_bos else ""
     for sample, prompt, output in (
         (alpaca_row("Name a bird.", "", "A wren."), PLAIN, "A wren."),
@@ -150,7 +150,7 @@ def test_alpaca_text_with_and_without_input(adds_bos: bool) -> None:
 def test_the_saved_alpaca_template_gives_the_prompt_that_was_trained() -> None:
     """What a server renders from the saved chat template is what `prompt` gave while training."""
     tokenizer = base(True)
-    trained = choose(data("alpaca"), tokenizer, {2})
+    trained = select_template(data("alpaca"), tokenizer, {2})
     saved = chat_tokenizer(trained.jinja)
     assert (
         saved.apply_chat_template([user("Name a bird.")], add_generation_prompt=True, tokenize=False) == "<s>" + PLAIN
@@ -167,7 +167,7 @@ def test_the_saved_alpaca_template_gives_the_prompt_that_was_trained() -> None:
 
 
 def test_alpaca_text_goes_on_for_several_turns() -> None:
-    template = choose(data("messages", "alpaca"), base(), {2})
+    template = select_template(data("messages", "alpaca"), base(), {2})
     whole, mine = learnt(template, Conversation([system("Be."), user("a"), answer("b"), user("c"), answer("d")]))
     assert whole == "Be.\n\n### Instruction:\na\n\n### Response:\nb</s>\n\n### Instruction:\nc\n\n### Response:\nd</s>"
     assert mine == "b</s>d</s>"
@@ -208,7 +208,7 @@ def test_a_text_with_wrong_fields_is_refused(text: str) -> None:
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_raw_rows_have_one_bos_and_one_end(adds_bos: bool) -> None:
     tokenizer = base(adds_bos)
-    template = choose(data("text"), tokenizer, {2})
+    template = select_template(data("text"), tokenizer, {2})
     bos = "<s>" if adds_bos else ""
     for text in ("A line.", "A line.</s>", "<s>A line.", "<s>A line.</s>"):
         whole, mine = learnt(template, Text(text))
@@ -232,7 +232,7 @@ def test_raw_rows_have_one_bos_and_one_end(adds_bos: bool) -> None:
 
 
 def test_an_empty_completion_teaches_the_end_alone() -> None:
-    assert learnt(choose(data("prompt-completion"), base(), {2}), Completion("So", ""))[1] == "</s>"
+    assert learnt(select_template(data("prompt-completion"), base(), {2}), Completion("So", ""))[1] == "</s>"
 
 
 # --- tools in a ChatML that knows none ------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ CALLED = [
 
 
 def test_hermes_form_for_a_chatml_without_tools() -> None:
-    template = choose(data("sharegpt"), chat_tokenizer(), {2})
+    template = select_template(data("sharegpt"), chat_tokenizer(), {2})
     whole, mine = learnt(template, Conversation([system("Be."), *CALLED], TOOLS))
     calls = '<tool_call>\n{"name": "weather", "arguments": {"place": "O\\"slo"}}\n</tool_call>'
     calls += '\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
@@ -257,13 +257,13 @@ def test_hermes_form_for_a_chatml_without_tools() -> None:
     results = "<tool_response>\nwet\n</tool_response>\n<tool_response>\nnoon\n</tool_response>"
     assert f"<|im_start|>user\n{results}<|im_end|>\n<|im_start|>assistant\nWet" in whole
     saved = chat_tokenizer(template.jinja)
-    assert choose(data("sharegpt"), saved, {2}).jinja == template.jinja, "what is saved is taken as it is"
+    assert select_template(data("sharegpt"), saved, {2}).jinja == template.jinja, "what is saved is taken as it is"
 
 
 def test_hermes_form_leaves_conversations_without_tools_alone() -> None:
     for jinja in (CHATML, "\n" + CHATML + "\n", CHATML + "  \n"):
         tokenizer = chat_tokenizer(jinja)
-        template = choose(data("messages"), tokenizer, {2})
+        template = select_template(data("messages"), tokenizer, {2})
         assert template.jinja != jinja
         for messages in ([user("a"), answer("b")], [system("s"), user("a\n"), answer(" b"), user("c"), answer("d")]):
             theirs = [
@@ -297,12 +297,12 @@ def test_calls_without_ids_get_some_where_the_template_wants_them() -> None:
 def test_raw_rows_end_where_generation_stops() -> None:
     tokenizer = base()
     stop = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    template = choose(data("text"), tokenizer, {stop})
+    template = select_template(data("text"), tokenizer, {stop})
     assert template.encode(Text("A line."), "response", where="r").ids[-1] == stop
     assert template.end_ids == {stop}
 
 
 def test_all_leaves_out_what_is_given() -> None:
-    template = choose(data(), chat_tokenizer(), {2})
+    template = select_template(data(), chat_tokenizer(), {2})
     sample = Conversation([user("a"), answer("b"), user("c"), answer("d")], given=3)
     assert learnt(template, sample, "all")[1] == "d<|im_end|>\n"

@@ -15,7 +15,7 @@ from rows import Simple, alpaca
 from tunesmith.config.schema import Data, Source
 from tunesmith.data import cache as disk
 from tunesmith.data.cache import cache_folder
-from tunesmith.data.format import Text
+from tunesmith.data.formats import Text
 from tunesmith.data.tokens import TokenSet, tokenise
 from tunesmith.errors import DataError
 

@@ -13,10 +13,10 @@ import pytest
 from rows import alpaca
 from tunesmith.cli import data as verb
 from tunesmith.cli.main import main
-from tunesmith.config.load import load
-from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.config.load import load_recipe
+from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.errors import DataError
-from tunesmith.model.tokenizer import eos_ids, tokenizer_of
+from tunesmith.model.tokenizer import eos_ids, load_tokenizer
 
 
 @pytest.fixture
@@ -35,10 +35,10 @@ def recipe(tiny: Path, write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return make
 
 
-def prepared(path: str, tiny: Path, *overrides: str, vocab: int = 272, **keys: Any) -> Prepared:
-    run = load(path, overrides)
-    tokenizer = tokenizer_of(tiny, run.model)
-    return prepare(run, tokenizer, eos_ids(tiny, tokenizer), vocab, **keys)
+def prepared(path: str, tiny: Path, *overrides: str, vocab: int = 272, **keys: Any) -> TrainingData:
+    run = load_recipe(path, overrides)
+    tokenizer = load_tokenizer(tiny, run.model)
+    return prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), vocab, **keys)
 
 
 def test_it_shows_what_is_learnt(recipe, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +77,7 @@ def test_colours_mark_what_is_learnt_on_a_terminal(recipe, tiny: Path, monkeypat
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system="standard", soft_wrap=True, highlight=False)
     data = prepared(recipe(alpaca(1)), tiny)
-    verb._rows(console, data.train, tokenizer_of(tiny, data.run.model), 1)
+    verb._rows(console, data.train, load_tokenizer(tiny, data.run.model), 1)
     text = out.getvalue()
     assert "⟦" not in text
     assert "\x1b[1;32mxxxxx\x1b[0m" in text  # learnt: bold green
@@ -99,7 +99,7 @@ def test_json(recipe, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_long_row_shows_its_two_ends(recipe, tiny: Path) -> None:
     data = prepared(recipe(alpaca(1, letters=lambda i: 90)), tiny)
-    tokenizer = tokenizer_of(tiny, data.run.model)
+    tokenizer = load_tokenizer(tiny, data.run.model)
     whole = "".join(text for text, _, _ in verb.segments(data.train, tokenizer, 0))
     assert whole == tokenizer.decode(data.train[0].ids)
     for limit in (20, 60, 110):

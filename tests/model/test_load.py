@@ -16,7 +16,7 @@ from . import families
 
 def ours(folder: Path, dtype: str = "fp32", **more):
     spec = Model(name=str(folder), dtype=dtype)
-    built = load.on_meta(load.config_of(folder, spec), spec, **more)
+    built = load.build_on_meta(load.load_config(folder, spec), spec, **more)
     assert all(p.is_meta for p in built.parameters())
     empty = load.materialise(built, torch.device("cpu"))
     assert set(empty) == {n for n, _ in built.named_parameters(remove_duplicate=False)}

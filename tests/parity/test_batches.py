@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from recipes import make_run, write_rows
+from tunesmith.build_model import build_model
 from tunesmith.data.loader import Loader
-from tunesmith.data.prepare import prepare as prepare_data
+from tunesmith.data.prepare import prepare_data
 from tunesmith.model import load
-from tunesmith.parallel.apply import prepare
 
 CPU = torch.device("cpu")
 LAYOUTS = [(pack, examples) for pack in (True, False) for examples in (64, 8, 1)]
@@ -26,7 +26,7 @@ def whole_batch(tiny: Path, folder: Path, pack: bool, examples: int) -> tuple[fl
     tokenizer = load.tokenizer_of(tiny, run.model)
     data = prepare_data(run, tokenizer, load.eos_ids(tiny, tokenizer), len(tokenizer), cache=folder / "cache")
     batch = Loader(data.train, data.course, micro_examples=examples, pad_id=0).batch(0)
-    model = prepare(run, tiny, device=CPU).train()
+    model = build_model(run, tiny, device=CPU).train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.trained_parameters():
         if name.endswith("lora_B"):

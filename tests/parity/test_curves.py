@@ -17,13 +17,13 @@ import torch
 from reference import curve, load
 
 from recipes import make_run, rows
-from tunesmith.adapter import peft_io
+from tunesmith.adapter import peft_files
+from tunesmith.build_model import build_model
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Example, collate
-from tunesmith.method.base import TrainModel
+from tunesmith.methods.base import TrainModel
 from tunesmith.optim import Optimizer
-from tunesmith.parallel.apply import prepare
-from tunesmith.train import train
+from tunesmith.training.run import train
 
 STEPS, BATCH, RATE = 50, 4, 1e-3
 CPU = torch.device("cpu")
@@ -68,8 +68,8 @@ def first_adapter(run: Run, folder: Path) -> Path:
     """The adapter that the run begins with, in PEFT's files."""
     place = folder / "first"
     place.mkdir()
-    model = prepare(run, Path(run.model.name), device=CPU)
-    peft_io.save(model.model, place, run.adapter, run.model.name, None)
+    model = build_model(run, Path(run.model.name), device=CPU)
+    peft_files.save_adapter(model.model, place, run.adapter, run.model.name, None)
     return place
 
 
@@ -135,7 +135,7 @@ def our_curve(model: TrainModel, run: Run, all_batches: list[list[Example]]) -> 
 def test_float64_curve_is_the_same_formula(kind: str, tiny: Path, tmp_path: Path) -> None:
     run = constant(tiny, tmp_path, kind)
     adapter = first_adapter(run, tmp_path) if kind == "lora" else None
-    ours = our_curve(prepare(run, tiny, device=CPU).double().train(), run, batches(tiny))
+    ours = our_curve(build_model(run, tiny, device=CPU).double().train(), run, batches(tiny))
     theirs = curve(load(tiny, adapter, torch.float64), batches(tiny), rate=RATE, pad_id=0)
     first, most = furthest(ours, theirs)
     assert first <= 1e-12

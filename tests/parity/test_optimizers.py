@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from recipes import make_run
-from tunesmith.build import Session, build
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import Loader
 from tunesmith.errors import MachineError, NonFiniteError, UsageError
-from tunesmith.train import train
+from tunesmith.training.build import Session, build
+from tunesmith.training.run import train
 
 SAME = ("step", "loss", "learning_rate", "tokens", "supervised_tokens", "examples")
 INSIDE = {"clip_norm": None, "optimizer_in_backward": True}
@@ -121,7 +121,7 @@ def test_in_the_backward_a_loss_that_is_not_finite_stops_with_finite_weights(
         sessions.append(build(*args, **options))
         return sessions[0]
 
-    monkeypatch.setattr("tunesmith.train.build", kept)
+    monkeypatch.setattr("tunesmith.training.run.build", kept)
     run = full(tiny, tmp_path, "run", optimizer_in_backward=True, learning_rate=1e37)
     with pytest.raises(NonFiniteError, match="only the parameters with a finite gradient were updated"):
         go(run)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from recipes import make_run
 from tunesmith.adapter import lora
+from tunesmith.build_model import build_model
 from tunesmith.data.batch import IGNORE, Batch, Example, collate
-from tunesmith.method.base import TrainModel, supervised
-from tunesmith.parallel.apply import prepare
-from tunesmith.parallel.recompute import recompute_layers
+from tunesmith.methods.base import TrainModel, supervised
+from tunesmith.runtime.recompute import recompute_layers
 
 TOLERANCE = 1e-5
 LENGTHS = (30, 5, 31, 2, 57, 30)
@@ -48,7 +48,7 @@ def model_of(tiny: Path, tmp_path: Path, **changes) -> TrainModel:
         adapter=dataclasses.replace(run.adapter, **changes.get("adapter", {})),
         train=dataclasses.replace(run.train, recompute="none", **changes.get("train", {})),
     )
-    model = prepare(run, tiny, device=torch.device("cpu")).train()
+    model = build_model(run, tiny, device=torch.device("cpu")).train()
     torch.manual_seed(1)
     for _, layer in lora.loras(model):
         torch.nn.init.normal_(layer.lora_B, std=0.05)

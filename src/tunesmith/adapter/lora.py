@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.adapter import fp8, products
-from tunesmith.adapter.fp8 import Fp8Linear
-from tunesmith.adapter.nf4 import Nf4Linear
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
-from tunesmith.model.draw import seed_of
+from tunesmith.model.random_init import seed_of
+from tunesmith.quant import fp8, frozen_matmul
+from tunesmith.quant.fp8 import Fp8Linear
+from tunesmith.quant.nf4 import Nf4Linear
 
 ALL_LINEAR = "all-linear"
 ORIGINAL = "before_tuning_"  # a module trained in full keeps its base values in buffers of this prefix
@@ -44,7 +44,7 @@ class Lora(nn.Module):
 
     bias: Any  # nn.Parameter or None
     dense: Callable[..., Tensor]  # the base weight [out_features, in_features], in the dtype of its products
-    held: Callable[..., products.Held]  # the same in the form that the products take
+    held: Callable[..., frozen_matmul.FrozenWeight]  # the same in the form that the products take
     in_features: int
     out_features: int
     scaling: float
@@ -89,9 +89,9 @@ class LoraLinear(Lora, nn.Linear):
         """The base weight [out_features, in_features], in the dtype of its products."""
         return self.weight
 
-    def held(self) -> products.Held:
+    def held(self) -> frozen_matmul.FrozenWeight:
         """The base weight in the form that the products take."""
-        return products.Held("dense", [self.weight], self.out_features)
+        return frozen_matmul.FrozenWeight("dense", [self.weight], self.out_features)
 
 
 class LoraNf4Linear(Lora, Nf4Linear):
@@ -112,7 +112,7 @@ class LoraFp8Linear(Lora, Fp8Linear):
         self.scaling, self.dropout, self.enabled = base.scaling, base.dropout, base.enabled
 
 
-def to_fp8(model: nn.Module, kind: str) -> int:
+def convert_to_fp8(model: nn.Module, kind: str) -> int:
     """Hold the frozen linear layers of a loaded model in fp8, with or without adapters; returns how many.
 
     Args:
@@ -128,7 +128,7 @@ def to_fp8(model: nn.Module, kind: str) -> int:
     return fp8.replace_linears(model, make)
 
 
-def attach(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
+def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     """Put an adapter on the model in place, freeze all else, and return the names of the adapted layers.
 
     On a model without storage (meta device) values are still missing: call `initialise` when the weights are there.
@@ -147,11 +147,11 @@ def attach(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
             model.set_submodule(name, LoraLinear(base, adapter))
     _saved_names(model, adapter)
     if not any(p.is_meta for p in model.parameters()):
-        initialise(model, adapter, seed=seed)
+        init_lora(model, adapter, seed=seed)
     return names
 
 
-def initialise(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
+def init_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
     """Draw A, clear B, and set apart the modules that are trained in full; the base weights must be loaded."""
     for name, module in loras(model):
         generator = torch.Generator().manual_seed(seed_of(seed, f"{name}.lora_A"))
@@ -297,7 +297,7 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
     if len(layers) < len(linears) or len({h.kind for h in held}) != 1:
         return [_alone(x, m) if isinstance(m, Lora) else m(x) for m in linears]
     downs, ups = [m.lora_A for m in layers], [m.lora_B * m.scaling for m in layers]
-    return products.grouped(x, held, [m.bias for m in layers], downs, ups)
+    return frozen_matmul.grouped_matmul(x, held, [m.bias for m in layers], downs, ups)
 
 
 def _plain(module: Lora) -> bool:

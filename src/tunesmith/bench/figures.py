@@ -30,7 +30,7 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class BenchReport:
     """Speeds are means over the timed steps, `seconds` long in all; a share lies between 0 and 1.
 
     Attributes:

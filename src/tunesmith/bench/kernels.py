@@ -38,7 +38,7 @@ class Gap(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelTime:
     """All runs of one kernel. share: of the time of all kernels."""
 
     name: str
@@ -60,7 +60,7 @@ class Summary:
     """
 
     device: str
-    top: tuple[Kernel, ...]
+    top: tuple[KernelTime, ...]
     window_seconds: float | None
     idle_share: float | None
     gaps: tuple[Gap, ...]
@@ -108,7 +108,7 @@ def self_times(spans: Iterable[Span]) -> list[tuple[str, float]]:
     return own
 
 
-def dearest(times: Iterable[tuple[str, float]], count: int = TOP) -> tuple[Kernel, ...]:
+def dearest(times: Iterable[tuple[str, float]], count: int = TOP) -> tuple[KernelTime, ...]:
     """The `count` names with the most time, from (name, microseconds) of each run."""
     total: dict[str, float] = defaultdict(float)
     runs: dict[str, int] = defaultdict(int)
@@ -117,7 +117,7 @@ def dearest(times: Iterable[tuple[str, float]], count: int = TOP) -> tuple[Kerne
         runs[name] += 1
     everything = sum(total.values()) or 1.0
     ranked = sorted(total, key=lambda name: (-total[name], name))[:count]
-    return tuple(Kernel(n, total[n] / 1e6, runs[n], total[n] / everything) for n in ranked)
+    return tuple(KernelTime(n, total[n] / 1e6, runs[n], total[n] / everything) for n in ranked)
 
 
 def summarise(traces: Sequence[Path]) -> Summary:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from tunesmith.bench import figures
-from tunesmith.bench.ceiling import fp8_matmul_tflops, matmul_tflops
-from tunesmith.bench.figures import Figures, Work
-from tunesmith.build import Session, build
+from tunesmith.bench.figures import BenchReport, Work
+from tunesmith.bench.measured_peak import fp8_matmul_tflops, matmul_tflops
+from tunesmith.build_model import Weights
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Checkpoint, Log, Profile, Run, Validate
 from tunesmith.data.loader import GlobalBatch
@@ -30,19 +30,19 @@ from tunesmith.metrics import hardware
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sinks import Sinks
 from tunesmith.metrics.terminal import Terminal
-from tunesmith.model.facts import flops, recompute_flops
-from tunesmith.parallel.apply import Weights
+from tunesmith.model.spec import flops, recompute_flops
 from tunesmith.private import graphs_compiled
 from tunesmith.signals import StopRequest
-from tunesmith.train import print_line
-from tunesmith.trainer import Trainer
+from tunesmith.training.build import Session, build
+from tunesmith.training.run import print_line
+from tunesmith.training.trainer import Trainer
 from tunesmith.units import Length
 
 SETTLED = 3  # a shape that comes later than this step should find its graph
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What is measured.
 
     Attributes:
@@ -83,7 +83,7 @@ class Plan:
 class Measured:
     """Figures of a run, its traces, and the rows of its timed steps: [token ids, mask of trained ones] in order."""
 
-    figures: Figures
+    figures: BenchReport
     folder: Path  # of the model
     traces: tuple[Path, ...]
     examples: list[tuple[list[int], list[int]]]
@@ -102,7 +102,7 @@ class Noted:
             yield batch
 
 
-def measure(plan: Plan, folder: Path, *, say: Callable[[str], None] = print_line) -> Measured:
+def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print_line) -> Measured:
     """Run a recipe's steps and measure them.
 
     Args:
@@ -145,7 +145,7 @@ class _Seen:
     stalls: dict[str, float | None]
 
 
-def _drive(plan: Plan, trainer: Trainer, compiled: int) -> _Seen:
+def _drive(plan: BenchPlan, trainer: Trainer, compiled: int) -> _Seen:
     """The trainer's own loop over warm-up, timed and traced steps; then one adapter checkpoint.
 
     Args:
@@ -194,7 +194,7 @@ def _checkpoint_stalls(trainer: Trainer) -> dict[str, float | None]:
     return {"first_checkpoint_stall_seconds": stalls[0], "checkpoint_stall_seconds": stalls[1]}
 
 
-def _work(plan: Plan, trainer: Trainer, padded: dict[int, int]) -> Work:
+def _work(plan: BenchPlan, trainer: Trainer, padded: dict[int, int]) -> Work:
     """What the timed steps computed."""
     session = trainer.s
     course, records = session.data.course, trainer.records[plan.warmup : plan.warmup + plan.steps]
@@ -214,7 +214,7 @@ def _work(plan: Plan, trainer: Trainer, padded: dict[int, int]) -> Work:
     )
 
 
-def _result(plan: Plan, trainer: Trainer, seen: _Seen, build_seconds: float) -> Measured:
+def _result(plan: BenchPlan, trainer: Trainer, seen: _Seen, build_seconds: float) -> Measured:
     """Figures from the records; the ceiling is measured here, on the chip as the steps have left it."""
     session, run = trainer.s, trainer.run
     records = trainer.records[plan.warmup : plan.warmup + plan.steps]
@@ -238,7 +238,7 @@ def _result(plan: Plan, trainer: Trainer, seen: _Seen, build_seconds: float) -> 
         **seen.memory,
         **seen.stalls,
     }
-    found = Figures(
+    found = BenchReport(
         device=_device_name(session.device),
         dtype=run.model.dtype,
         quantize=held,
@@ -259,7 +259,7 @@ def _result(plan: Plan, trainer: Trainer, seen: _Seen, build_seconds: float) -> 
     return Measured(found, session.folder, seen.traces, _examples(plan, session), session.pad_id)
 
 
-def _examples(plan: Plan, session: Session) -> list[tuple[list[int], list[int]]]:
+def _examples(plan: BenchPlan, session: Session) -> list[tuple[list[int], list[int]]]:
     """The rows that the warm-up and the timed steps learnt from, in order."""
     course, tokens = session.data.course, session.data.train
     chosen = [i for step in range(plan.warmup + plan.steps) for i in course.examples(step)]

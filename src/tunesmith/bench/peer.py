@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.bench.measure import Measured
-from tunesmith.build import choose_device
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RunError, UsageError
 from tunesmith.metrics import hardware
 from tunesmith.model import load
+from tunesmith.training.build import choose_device
 
 PER_DEVICE = 8  # TRL's default; larger steps accumulate, as its users do
 REPORT = "REPORT "

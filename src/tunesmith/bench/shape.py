@@ -14,11 +14,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.config.dump import to_yaml
-from tunesmith.config.load import load
+from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Model, Run
 from tunesmith.errors import UsageError
-from tunesmith.model import facts
-from tunesmith.model.tokenizer import tokenizer_of
+from tunesmith.model import spec
+from tunesmith.model.tokenizer import load_tokenizer
 
 BATCH = "16384 tokens"
 
@@ -39,8 +39,8 @@ def write_model(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
     Raises:
         ModelError: the tokenizer, or the config, cannot be read.
     """
-    facts.read(config, where="--shape")
-    found: PreTrainedTokenizerBase = tokenizer_of(folder, Model(name=str(folder), tokenizer=tokenizer))
+    spec.read_spec(config, where="--shape")
+    found: PreTrainedTokenizerBase = load_tokenizer(folder, Model(name=str(folder), tokenizer=tokenizer))
     changed, rows = "", config["vocab_size"]
     if len(found) > rows:
         changed = f"vocabulary of {len(found):,} in place of {rows:,}: the tokenizer's ids must fit"
@@ -71,7 +71,7 @@ def recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]) -> R
     }
     file = folder.parent / "shape.yaml"
     file.write_text(to_yaml(values), encoding="utf-8")
-    run = load(file, overrides)
+    run = load_recipe(file, overrides)
     if (run.model.name, run.model.tokenizer) != (str(folder), None):
         raise UsageError(
             "a shape's model and tokenizer are not keys",

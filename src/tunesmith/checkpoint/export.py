@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.adapter import peft_io
+from tunesmith.adapter import peft_files
 from tunesmith.checkpoint.resume import DELETE, OPTIMIZER, Progress
 from tunesmith.config.schema import Run
-from tunesmith.data.chat import Template
+from tunesmith.data.template import Template
 from tunesmith.errors import CheckpointError
-from tunesmith.method.base import TrainModel
-from tunesmith.parallel.transfer import Copies
+from tunesmith.methods.base import TrainModel
+from tunesmith.runtime.transfer import Snapshot
 
 SHARD = "5GB"
 
@@ -63,7 +63,7 @@ def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: Files) -> 
         tokenizer: from `tokenizer_files`.
     """
     if run.adapter.kind == "lora":
-        peft_io.write(folder, _adapter(run, model))
+        peft_files.write(folder, _adapter(run, model))
     else:
         save_torch_state_dict(model.model.state_dict(), folder, max_shard_size=SHARD, shared_tensors_to_discard=None)
         model.model.config.save_pretrained(folder)
@@ -72,8 +72,8 @@ def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: Files) -> 
     _write_files(folder, tokenizer)
 
 
-def _adapter(run: Run, model: TrainModel) -> peft_io.Files:
-    return peft_io.files(model.model, run.adapter, run.model.name, run.model.revision)
+def _adapter(run: Run, model: TrainModel) -> peft_files.AdapterFiles:
+    return peft_files.adapter_files(model.model, run.adapter, run.model.name, run.model.revision)
 
 
 def write_checkpoint(
@@ -106,10 +106,10 @@ def snapshot(
         torch.OutOfMemoryError: there is no room for the copies.
     """
     files = _adapter(run, model)
-    adapter, moments = Copies(files.tensors), Copies(optimizer)
+    adapter, moments = Snapshot(files.tensors), Snapshot(optimizer)
 
     def write(folder: Path) -> None:
-        peft_io.write(folder, replace(files, tensors=adapter.on_host()))
+        peft_files.write(folder, replace(files, tensors=adapter.on_host()))
         _write_files(folder, tokenizer)
         write_optimizer(folder, moments.on_host())
         progress.write(folder)

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.checkpoint.state import Found, listing, newest, step_of, sweep
+from tunesmith.checkpoint.state import Checkpoint, list_checkpoints, newest_checkpoint, step_of, sweep
 from tunesmith.config.dump import differences
-from tunesmith.config.load import load
+from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.errors import CheckpointError, DataError, MachineError, RecipeError, TunesmithError, UsageError
 
@@ -79,7 +79,7 @@ START_OVER = "start over with --fresh (what lies there is put aside), or use ano
 class Start:
     """How a run begins: from nothing (`found` is None), from a checkpoint, or not at all (`finished`)."""
 
-    found: Found | None = None
+    found: Checkpoint | None = None
     progress: Progress | None = None
     finished: int | None = None
 
@@ -184,7 +184,7 @@ def decide(run: Run, *, warn: Callable[[str], None]) -> Start:
     """
     output_dir = Path(run.output_dir)
     sweep(output_dir)
-    if not listing(output_dir) and step_of(output_dir / "final") is None:
+    if not list_checkpoints(output_dir) and step_of(output_dir / "final") is None:
         return Start()
     refused = [c for c in differences(_begun_with(output_dir), run) if not c.allowed]
     if refused and run.checkpoint.resume != "force":
@@ -195,7 +195,7 @@ def decide(run: Run, *, warn: Callable[[str], None]) -> Start:
             fix=f"{START_OVER}, or go on all the same with checkpoint.resume=force",
         )
     final = step_of(output_dir / "final")
-    found = newest(output_dir, warn)
+    found = newest_checkpoint(output_dir, warn)
     if found is None:
         if final is not None:
             return Start(finished=final)
@@ -214,7 +214,7 @@ def _begun_with(output_dir: Path) -> Run:
     """
     recipe = output_dir / RECIPE
     if not recipe.is_file():
-        names = [f.path.name for f in listing(output_dir)] or ["final"]
+        names = [f.path.name for f in list_checkpoints(output_dir)] or ["final"]
         raise UsageError(
             f"output_dir holds {', '.join(names[:5])}, and no {RECIPE} that says which run they belong to",
             where=str(output_dir),
@@ -222,7 +222,7 @@ def _begun_with(output_dir: Path) -> Run:
             fix=START_OVER,
         )
     try:
-        return load(recipe)
+        return load_recipe(recipe)
     except TunesmithError as error:
         raise RecipeError(
             f"the recipe that this run began with cannot be read: {error.what}",

@@ -27,7 +27,7 @@ _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A whole checkpoint: its folder and the step after which it was written."""
 
     path: Path
@@ -66,7 +66,7 @@ def seal(folder: Path, step: int) -> None:
     _flush(folder)
 
 
-def fault(folder: Path, *, contents: bool = True) -> str | None:
+def find_damage(folder: Path, *, contents: bool = True) -> str | None:
     """Why `folder` is no whole checkpoint, in words for a warning; None if it is one.
 
     Args:
@@ -94,23 +94,23 @@ def fault(folder: Path, *, contents: bool = True) -> str | None:
 
 def step_of(folder: Path) -> int | None:
     """The step in a whole folder's manifest (sizes compared, contents not), or None."""
-    if fault(folder, contents=False) is not None:
+    if find_damage(folder, contents=False) is not None:
         return None
     return int(json.loads((folder / MANIFEST).read_text())["step"])
 
 
-def listing(run_dir: Path) -> list[Found]:
+def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
     """All folders named checkpoint-<step>, whole or not, newest first."""
     if not run_dir.is_dir():
         return []
     named = [(p, _NAME.match(p.name)) for p in run_dir.iterdir() if p.is_dir()]
-    return sorted((Found(p, int(m[1])) for p, m in named if m), key=lambda f: -f.step)
+    return sorted((Checkpoint(p, int(m[1])) for p, m in named if m), key=lambda f: -f.step)
 
 
-def newest(run_dir: Path, warn: Callable[[str], None]) -> Found | None:
+def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint; each torn one that is passed over is told to `warn`."""
-    for found in listing(run_dir):
-        reason = fault(found.path)
+    for found in list_checkpoints(run_dir):
+        reason = find_damage(found.path)
         if reason is None:
             return found
         warn(f"{found.path.name} is passed over: {reason}")
@@ -145,7 +145,7 @@ def writing(place: Path, step: int) -> Iterator[Path]:
 
 
 def _failed(place: Path, error: BaseException) -> CheckpointError:
-    kept = [f.path.name for f in listing(place.parent) if fault(f.path, contents=False) is None]
+    kept = [f.path.name for f in list_checkpoints(place.parent) if find_damage(f.path, contents=False) is None]
     return CheckpointError(
         disk_fault(error) or f"cannot write {place.name}: {error}",
         where=str(place),
@@ -167,8 +167,8 @@ def prune(run_dir: Path, keep: int, *, latest: int, spare: int | None) -> None:
     One of a later step is torn: this run passed over it and went on from an earlier one. It must not take the place
     of a whole one.
     """
-    kept = [f.step for f in listing(run_dir) if f.step <= latest][:keep]
-    for found in listing(run_dir):
+    kept = [f.step for f in list_checkpoints(run_dir) if f.step <= latest][:keep]
+    for found in list_checkpoints(run_dir):
         if found.step not in kept and found.step != spare:
             remove(found.path)
 
@@ -177,7 +177,7 @@ def sweep(run_dir: Path) -> None:
     """Clear hidden rests of writes that a kill cut off; put back a folder that was being replaced."""
     for rest in run_dir.glob(".*.old"):
         place = run_dir / rest.name[1:-4]
-        if not place.exists() and fault(rest) is None:
+        if not place.exists() and find_damage(rest) is None:
             rest.rename(place)
     for rest in (*run_dir.glob(".*.partial"), *run_dir.glob(".*.old")):
         if rest.is_dir():

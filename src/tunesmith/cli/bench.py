@@ -23,7 +23,7 @@ from tunesmith.errors import EXIT_OK, RunError, UsageError
 from tunesmith.model.shapes import SHAPES, named
 
 if TYPE_CHECKING:
-    from tunesmith.bench.figures import Figures
+    from tunesmith.bench.figures import BenchReport
     from tunesmith.bench.measure import Measured
     from tunesmith.config.schema import Run
 
@@ -116,14 +116,14 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.profile} is a file", where="--profile", fix="name a folder for the traces")
 
 
-def bench(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], Figures, list[str]]:
+def bench(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], BenchReport, list[str]]:
     """Measure in `folder`; the report for --json, its figures, and the lines that follow their table."""
     recipe = recipe_of(args, folder / "model")
     check_machine(args, recipe)
-    from tunesmith.bench.measure import Plan, let_go, measure
+    from tunesmith.bench.measure import BenchPlan, let_go, measure
     from tunesmith.metrics import hardware
 
-    plan = Plan(
+    plan = BenchPlan(
         recipe,
         args.steps,
         args.warmup,
@@ -158,9 +158,9 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
     """The checked recipe; a shape's model, without weights, is written to `folder` first."""
     overrides = [word for word in args.words if "=" in word]
     if args.shape is None:
-        from tunesmith.config.load import load
+        from tunesmith.config.load import load_recipe
 
-        return load(next(word for word in args.words if "=" not in word), overrides)
+        return load_recipe(next(word for word in args.words if "=" not in word), overrides)
     from tunesmith.bench import shape
 
     folder.mkdir()
@@ -173,10 +173,10 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
 def check_machine(args: argparse.Namespace, recipe: Run) -> None:
     """Refuse what this machine cannot measure."""
     from tunesmith.bench import peer
-    from tunesmith.build import choose_device
-    from tunesmith.parallel.compiled import wanted
+    from tunesmith.runtime.compilation import should_compile
+    from tunesmith.training.build import choose_device
 
-    if args.cold and not wanted(recipe.train.compile, choose_device()):
+    if args.cold and not should_compile(recipe.train.compile, choose_device()):
         raise UsageError(
             "--cold measures compilation, and nothing is compiled here",
             where="--cold",
@@ -272,7 +272,7 @@ def against(
 # ---- what is shown ------------------------------------------------------------------------------------------------
 
 
-def show(figures: Figures, lines: Sequence[str], *, plain: bool) -> None:
+def show(figures: BenchReport, lines: Sequence[str], *, plain: bool) -> None:
     """The table and what follows it, on stdout: by rich on a terminal, as aligned text elsewhere."""
     rows = list(figures.rows())
     title = f"{figures.device}, {figures.dtype}, base {figures.quantize}, {figures.micro_batch} a pass"

@@ -53,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tunesmith.opening import locate
+    from tunesmith.inference.load_run import locate_run
 
-    place = locate(args.run)
+    place = locate_run(args.run)
     if place.kind == "base" and args.side_by_side:
         raise UsageError(
             f"{args.run} is a plain model, with nothing to set beside it",
@@ -63,14 +63,14 @@ def run(args: argparse.Namespace) -> int:
             fix="give a run, a checkpoint or an adapter, or leave --side-by-side out",
         )
     from tunesmith.cli.dialogue import Dialogue
-    from tunesmith.generate import Decoding
-    from tunesmith.opening import open_model, system_of
+    from tunesmith.inference.generate import Decoding
+    from tunesmith.inference.load_run import load_run, system_of
 
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
-    opened = open_model(args.run, device=args.device, place=place)
+    opened = load_run(args.run, device=args.device, place=place)
     dialogue = Dialogue(
         opened,
-        lambda: open_model(args.run, device=args.device, base_only=True),
+        lambda: load_run(args.run, device=args.device, base_only=True),
         decoding,
         args.system if args.system is not None else system_of(opened.run),
     )

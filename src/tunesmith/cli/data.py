@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from tunesmith.data.prepare import Prepared
+    from tunesmith.data.prepare import TrainingData
     from tunesmith.data.tokens import TokenSet
 
 _BARS = 16  # of the length histogram
@@ -42,21 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the data as `train` does, and show it; errors leave as TunesmithError with their exit code."""
-    from tunesmith.config.load import load
+    from tunesmith.config.load import load_recipe
 
-    recipe = load(args.recipe, args.overrides)
-    from tunesmith.data.prepare import prepare
-    from tunesmith.model import hub
-    from tunesmith.model.load import config_of
-    from tunesmith.model.tokenizer import eos_ids, tokenizer_of, vocab_rows
+    recipe = load_recipe(args.recipe, args.overrides)
+    from tunesmith.data.prepare import prepare_data
+    from tunesmith.hub import fetch
+    from tunesmith.model.load import load_config
+    from tunesmith.model.tokenizer import eos_ids, load_tokenizer, vocab_rows
 
-    if hub.local(recipe.model) is not None:
-        folder = hub.fetch(recipe.model)
+    if fetch.local(recipe.model) is not None:
+        folder = fetch.fetch(recipe.model)
     else:
-        folder = hub.in_cache(recipe.model) or hub.tokenizer_folder(recipe.model.name, recipe.model.revision)
-    tokenizer = tokenizer_of(folder, recipe.model)
-    rows = vocab_rows(config_of(folder, recipe.model), tokenizer)
-    prepared = prepare(recipe, tokenizer, eos_ids(folder, tokenizer), rows, strict=False)
+        folder = fetch.in_cache(recipe.model) or fetch.tokenizer_folder(recipe.model.name, recipe.model.revision)
+    tokenizer = load_tokenizer(folder, recipe.model)
+    rows = vocab_rows(load_config(folder, recipe.model), tokenizer)
+    prepared = prepare_data(recipe, tokenizer, eos_ids(folder, tokenizer), rows, strict=False)
     if args.json:
         print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))
     else:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def show(prepared: Prepared, tokenizer: Any, rows: int) -> None:
+def show(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
     """Everything, on stdout: rows, counts, lengths, packing, contract."""
     from rich.console import Console
 
@@ -139,7 +139,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _counts(prepared: Prepared) -> Table:
+def _counts(prepared: TrainingData) -> Table:
     from tunesmith.data.source import is_local
 
     columns = ("source", "rows", "kept", "weight", "tokens", "learnt", "cut", "dropped", "emptied", "longest")
@@ -176,7 +176,7 @@ def _histogram(tokens: TokenSet) -> Table:
     return table
 
 
-def _contracts(prepared: Prepared) -> Table:
+def _contracts(prepared: TrainingData) -> Table:
     from rich.text import Text
 
     table = _table("token contract", "check", "looked at", "result")
@@ -192,7 +192,7 @@ def _contracts(prepared: Prepared) -> Table:
     return table
 
 
-def values(prepared: Prepared, tokenizer: Any, rows: int) -> dict[str, Any]:
+def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
     """The same as plain values, for --json."""
     from dataclasses import asdict
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 from transformers import TextStreamer
 
 from tunesmith.adapter.lora import disabled
-from tunesmith.data.format import Conversation
+from tunesmith.data.formats import Conversation
 from tunesmith.errors import UsageError
-from tunesmith.generate import Answer, Decoding, answer_batch
-from tunesmith.opening import Opened, context_of
+from tunesmith.inference.generate import Answer, Decoding, answer_batch
+from tunesmith.inference.load_run import LoadedModel, context_of
 
 Who = Literal["base", "tuned"]
 _LATER = "?"  # stands where the answer will be; a prompt ends before it
@@ -51,10 +51,12 @@ class Dialogue:
         system: the system message to begin with, or None.
     """
 
-    def __init__(self, opened: Opened, open_base: Callable[[], Opened], decoding: Decoding, system: str | None) -> None:
+    def __init__(
+        self, opened: LoadedModel, open_base: Callable[[], LoadedModel], decoding: Decoding, system: str | None
+    ) -> None:
         self.opened, self.open_base, self.decoding, self.system = opened, open_base, decoding, system
         self.turns: list[Turn] = []
-        self._base: Opened | None = opened if opened.kind == "base" else None
+        self._base: LoadedModel | None = opened if opened.kind == "base" else None
 
     def reset(self) -> None:
         self.turns = []
@@ -88,7 +90,7 @@ class Dialogue:
         self.turns[-1].answers[who] = answers[0].text
         return answers[0]
 
-    def _model(self, who: Who) -> tuple[Opened, AbstractContextManager[None]]:
+    def _model(self, who: Who) -> tuple[LoadedModel, AbstractContextManager[None]]:
         if who == "tuned" or self.opened.kind == "base":
             return self.opened, nullcontext()
         if self.opened.kind == "adapter":
@@ -107,7 +109,7 @@ class Dialogue:
                 said.append({"role": "assistant", "content": answer})
         return said
 
-    def _fitting(self, who: Who, opened: Opened, note: Callable[[str], None]) -> list[int]:
+    def _fitting(self, who: Who, opened: LoadedModel, note: Callable[[str], None]) -> list[int]:
         """The prompt; as many of the oldest turns as do not fit beside the answer are forgotten, and it is said."""
         room = context_of(opened.model) - self.decoding.max_new_tokens
         dropped = 0

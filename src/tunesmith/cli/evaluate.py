@@ -24,8 +24,8 @@ from tunesmith.cli.generate import FORMATS
 from tunesmith.errors import EXIT_OK, UsageError
 
 if TYPE_CHECKING:
-    from tunesmith.evaluate import Score
-    from tunesmith.opening import Opened
+    from tunesmith.inference.evaluate import Score
+    from tunesmith.inference.load_run import LoadedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,16 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tunesmith.opening import locate
+    from tunesmith.inference.load_run import locate_run
 
     for name, value in (("--max-examples", args.max_examples), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value} is out of range", where=name, fix="give at least 1")
-    place = locate(args.run)
-    from tunesmith.opening import open_model
+    place = locate_run(args.run)
+    from tunesmith.inference.load_run import load_run
 
-    opened = open_model(args.run, device=args.device, place=place)
-    exam = Exam(args, opened)
+    opened = load_run(args.run, device=args.device, place=place)
+    exam = EvalSet(args, opened)
     scores = {"model" if place.kind == "base" else "tuned": exam.score(opened, nullcontext())}
     if args.base and place.kind == "adapter":
         from tunesmith.adapter.lora import disabled
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         scores = {"base": exam.score(opened, disabled(opened.model)), **scores}
     elif args.base and place.kind == "full":
         del opened  # one model at a time
-        scores = {"base": exam.score(open_model(args.run, device=args.device, base_only=True), nullcontext()), **scores}
+        scores = {"base": exam.score(load_run(args.run, device=args.device, base_only=True), nullcontext()), **scores}
     if args.json:
         about = {"run": str(args.run), "data": args.data, "dropped": exam.dropped, "cut": exam.cut}
         print(json.dumps(about | {name: plain(score) for name, score in scores.items()}, indent=2))
@@ -87,20 +87,20 @@ def plain(score: Score) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(score).items()}
 
 
-class Exam:
+class EvalSet:
     """The rows of one file as tokens and, for exact match, as questions; the same for every model that sits it."""
 
-    def __init__(self, args: argparse.Namespace, opened: Opened) -> None:
+    def __init__(self, args: argparse.Namespace, opened: LoadedModel) -> None:
         from tunesmith.config.schema import Data, Source
-        from tunesmith.data.questions import questions, source_of
-        from tunesmith.data.source import read
+        from tunesmith.data.source import read_rows
         from tunesmith.data.tokens import tokenise
-        from tunesmith.generate import Decoding, check_room
-        from tunesmith.opening import context_of, known_sources, system_of
+        from tunesmith.inference.generate import Decoding, check_room
+        from tunesmith.inference.load_run import context_of, known_sources, system_of
+        from tunesmith.inference.prompts import prompts_of, source_of
 
         self.args, self.template, self.tokenizer = args, opened.template, opened.tokenizer
         source = Source(source=args.data, split=args.split, max_examples=args.max_examples)
-        rows = read(source)
+        rows = read_rows(source)
         known = known_sources(opened.run)
         told = source_of(rows[0], rows.where(0), args.format, known)
         source = replace(source, format=told.format, columns=told.columns)
@@ -118,7 +118,7 @@ class Exam:
         self.decoding = Decoding(max_new_tokens=args.max_new_tokens)
         self.asked = []
         if args.exact_match:
-            asked = questions(
+            asked = prompts_of(
                 rows, self.template, self.tokenizer, asked=told.format, known=known, system=system_of(opened.run)
             )
             self.asked = [q for q in asked if q.reference is not None]
@@ -132,12 +132,12 @@ class Exam:
             places = [q.where for q in self.asked]
             check_room([len(q.prompt) for q in self.asked], places, self.decoding, context_of(opened.model))
 
-    def score(self, opened: Opened, view: AbstractContextManager[None]) -> Score:
+    def score(self, opened: LoadedModel, view: AbstractContextManager[None]) -> Score:
         """One model's score; `view` switches the adapter off for the base."""
         from tunesmith.cli.progress import Counter
-        from tunesmith.evaluate import exact_matches, score
-        from tunesmith.generate import answer_all, merged_meanwhile
-        from tunesmith.opening import for_loss
+        from tunesmith.inference.evaluate import exact_matches, score
+        from tunesmith.inference.generate import answer_all, merged_meanwhile
+        from tunesmith.inference.load_run import for_loss
 
         texts: list[str] = []
         with view:
@@ -157,7 +157,7 @@ class Exam:
         return replace(result, exact_match=sum(hits) / len(hits), asked=len(hits))
 
 
-def show(scores: dict[str, Score], exam: Exam) -> None:
+def show(scores: dict[str, Score], exam: EvalSet) -> None:
     """The table, on stdout; what was left out, below it."""
     from rich.console import Console
     from rich.table import Table

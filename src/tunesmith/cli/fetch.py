@@ -15,7 +15,7 @@ from tunesmith.errors import EXIT_OK, MachineError, UsageError
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Source
-    from tunesmith.model.hub import Progress
+    from tunesmith.hub.fetch import FetchProgress
 
 EPILOG = """examples:
   tunesmith fetch smollm2-135m-lora              # the model and the data of a recipe
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         what = "fetch needs a recipe or a model"
         raise UsageError(what, where="command line", fix="tunesmith fetch smollm2-135m-lora, or --list")
     model, sources = _wanted(args)
-    progress: Progress = Bar() if _on_terminal() else _lines()
+    progress: FetchProgress = Bar() if _on_terminal() else _lines()
     rows = [_model(model, progress, dry=args.dry_run, update=args.update)]
     rows += [_dataset(source, progress, dry=args.dry_run) for source in sources]
     if args.json:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _wanted(args: argparse.Namespace) -> tuple[Model, list[Source]]:
     """The model and the Hub's data sets that the command line asks for."""
-    from tunesmith.config.load import load
+    from tunesmith.config.load import load_recipe
     from tunesmith.config.schema import Model
     from tunesmith.config.shipped import shipped
 
@@ -72,7 +72,7 @@ def _wanted(args: argparse.Namespace) -> tuple[Model, list[Source]]:
             raise UsageError("a recipe has its own revision", where="--revision", fix=fix)
         from tunesmith.data.source import is_local
 
-        recipe = load(args.name, args.overrides)
+        recipe = load_recipe(args.name, args.overrides)
         distinct = {(s.source, s.name, s.revision): s for s in (*recipe.data.train, *recipe.data.validation)}
         return recipe.model, [s for s in distinct.values() if not is_local(s.source)]
     if args.overrides:
@@ -81,54 +81,57 @@ def _wanted(args: argparse.Namespace) -> tuple[Model, list[Source]]:
     return Model(name=args.name, revision=args.revision), []
 
 
-def _model(model: Model, progress: Progress, *, dry: bool, update: bool) -> dict[str, Any]:
+def _model(model: Model, progress: FetchProgress, *, dry: bool, update: bool) -> dict[str, Any]:
     """Fetch a model, or with `dry` only look; what was found, with sizes in bytes."""
-    from tunesmith.model import facts, hub
-    from tunesmith.model.weights import read_json
+    from tunesmith.hub import fetch
+    from tunesmith.model import spec
+    from tunesmith.model.safetensors_files import read_json
 
-    here = hub.local(model)
+    here = fetch.local(model)
     row: dict[str, Any] = {"name": model.name, "kind": "model", "licence": None, "bytes": None, "missing_bytes": 0}
     if here is None:
-        here = None if update else hub.in_cache(model)
+        here = None if update else fetch.in_cache(model)
         if here is None:
-            plan = hub.plan(model, progress)
+            plan = fetch.plan_download(model, progress)
             row |= {"licence": plan.licence, "gated": plan.gated, "revision": plan.commit, "bytes": plan.total}
             row |= {"missing_bytes": plan.missing, "left_out": list(plan.left_out)}
-            hub.check_room(model.name, plan.missing)
-            here = None if dry else hub.bring(plan, progress)
+            fetch.check_room(model.name, plan.missing)
+            here = None if dry else fetch.bring(plan, progress)
     elif not dry or here.is_dir():
-        here = hub.fetch(model, progress=progress)
+        here = fetch.fetch(model, progress=progress)
     if here is not None and here.is_dir():
-        found = facts.read(read_json(here / "config.json"), where=str(here), trust_remote_code=model.trust_remote_code)
+        found = spec.read_spec(
+            read_json(here / "config.json"), where=str(here), trust_remote_code=model.trust_remote_code
+        )
         row |= {"type": found.model_type, "parameters": found.parameters}
         row["bytes"] = row["bytes"] or sum(f.stat().st_size for f in here.iterdir() if f.is_file())
     if model.tokenizer is not None and not dry:
-        hub.tokenizer_folder(model.tokenizer)
+        fetch.tokenizer_folder(model.tokenizer)
     return row | {"folder": None if here is None else str(here)}
 
 
-def _dataset(source: Source, progress: Progress, *, dry: bool) -> dict[str, Any]:
+def _dataset(source: Source, progress: FetchProgress, *, dry: bool) -> dict[str, Any]:
     """Fetch one of the Hub's data sets, or with `dry` only look."""
     from huggingface_hub import constants
 
-    from tunesmith.model import hub
+    from tunesmith.hub import fetch
 
     row: dict[str, Any] = {"name": source.source, "kind": "dataset", "licence": None, "bytes": None}
     if not constants.HF_HUB_OFFLINE:
-        listing = hub.describe(source.source, source.revision, "dataset", progress)
+        listing = fetch.describe(source.source, source.revision, "dataset", progress)
         size = sum(listing.sizes.values())
         row |= {"licence": listing.licence, "gated": listing.gated, "revision": listing.commit, "bytes": size}
-        if not hub.storage_of(source.source, "dataset").exists():
-            hub.check_room(source.source, 2 * size)  # as it is on the Hub, and as an Arrow table
+        if not fetch.storage_of(source.source, "dataset").exists():
+            fetch.check_room(source.source, 2 * size)  # as it is on the Hub, and as an Arrow table
     if not dry:
-        from tunesmith.data.source import read
+        from tunesmith.data.source import read_rows
 
-        row["rows"] = len(read(source))
+        row["rows"] = len(read_rows(source))
     return row
 
 
 def _line(row: dict[str, Any]) -> str:
-    from tunesmith.model.hub import size_text
+    from tunesmith.hub.fetch import size_text
 
     said = [str(row["kind"]), f"licence {row['licence']}" if row["licence"] else ""]
     said += [size_text(row["bytes"]) if row["bytes"] else ""]
@@ -140,10 +143,10 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _list(*, as_json: bool) -> int:
-    from tunesmith.model.cache import held
-    from tunesmith.model.hub import size_text
+    from tunesmith.hub.cache import cached_items
+    from tunesmith.hub.fetch import size_text
 
-    items = held()
+    items = cached_items()
     if as_json:
         print(json.dumps([{**dataclasses.asdict(i), "folder": str(i.folder)} for i in items], indent=2))
         return EXIT_OK
@@ -155,10 +158,10 @@ def _list(*, as_json: bool) -> int:
 
 
 def _remove(name: str, *, dry: bool, as_json: bool) -> int:
-    from tunesmith.model.cache import held, remove
-    from tunesmith.model.hub import size_text
+    from tunesmith.hub.cache import cached_items, remove
+    from tunesmith.hub.fetch import size_text
 
-    items = held()
+    items = cached_items()
     chosen = [item for item in items if item.name == name]
     if not chosen:
         near = nearest(name, [item.name for item in items])
@@ -183,10 +186,10 @@ def _on_terminal() -> bool:
     return sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
-def _lines() -> Progress:
-    from tunesmith.model.hub import Lines
+def _lines() -> FetchProgress:
+    from tunesmith.hub.fetch import ProgressLines
 
-    return Lines()
+    return ProgressLines()
 
 
 class Bar:

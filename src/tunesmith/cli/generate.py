@@ -23,8 +23,8 @@ from tunesmith.errors import EXIT_OK, EXIT_STOPPED, DataError, MachineError, Usa
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tunesmith.data.questions import Question
     from tunesmith.data.source import Rows
+    from tunesmith.inference.prompts import Prompt
 
 FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text")
 
@@ -73,11 +73,11 @@ def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> Non
 
 
 def run(args: argparse.Namespace) -> int:
-    from tunesmith.opening import locate
+    from tunesmith.inference.load_run import locate_run
 
     if args.batch_size < 1:
         raise UsageError(f"--batch-size {args.batch_size} is out of range", where="--batch-size", fix="give at least 1")
-    place = locate(args.run, base_only=args.base)
+    place = locate_run(args.run, base_only=args.base)
     rows = read_rows(args.input)
     output = None if args.output == "-" else Path(args.output)
     done = _already(output, rows, resume=args.resume, force=args.force, source=args.input)
@@ -85,13 +85,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"all {done} rows are already in {output}", file=sys.stderr)
         return EXIT_OK
 
-    from tunesmith.data.questions import questions
-    from tunesmith.generate import Decoding, check_room
-    from tunesmith.opening import context_of, known_sources, open_model, system_of
+    from tunesmith.inference.generate import Decoding, check_room
+    from tunesmith.inference.load_run import context_of, known_sources, load_run, system_of
+    from tunesmith.inference.prompts import prompts_of
 
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
-    opened = open_model(args.run, device=args.device, place=place)
-    asked = questions(
+    opened = load_run(args.run, device=args.device, place=place)
+    asked = prompts_of(
         rows,
         opened.template,
         opened.tokenizer,
@@ -106,10 +106,10 @@ def run(args: argparse.Namespace) -> int:
     return _write(opened, asked, decoding, args.batch_size, done, output)
 
 
-def _write(opened: Any, asked: list[Question], decoding: Any, batch_size: int, done: int, output: Path | None) -> int:
+def _write(opened: Any, asked: list[Prompt], decoding: Any, batch_size: int, done: int, output: Path | None) -> int:
     from tunesmith.cli.progress import Counter
     from tunesmith.cli.signals import stop_on_interrupt
-    from tunesmith.generate import answer_all, merged_meanwhile
+    from tunesmith.inference.generate import answer_all, merged_meanwhile
 
     count = done
     with (
@@ -140,7 +140,7 @@ def _write(opened: Any, asked: list[Question], decoding: Any, batch_size: int, d
     return EXIT_OK
 
 
-def line_of(question: Question, answer: str) -> str:
+def line_of(question: Prompt, answer: str) -> str:
     """One output row: the input's fields, `output`, and `reference` where the input held the answer."""
     row = {**question.row, "output": answer}
     if question.reference is not None:
@@ -166,7 +166,7 @@ def read_rows(name: str) -> Rows:
     """
     from tunesmith.cli.lines import stdin_lines
     from tunesmith.config.schema import Source
-    from tunesmith.data.source import from_list, read
+    from tunesmith.data.source import from_list, read_rows
 
     if name != "-":
         path = Path(name)
@@ -174,7 +174,7 @@ def read_rows(name: str) -> Rows:
             raise DataError(
                 f"there is no file {name}", where=name, fix="name a jsonl, json, csv or parquet file, or - for stdin"
             )
-        return read(Source(source=str(path.absolute())))
+        return read_rows(Source(source=str(path.absolute())))
     rows = []
     for number, line in stdin_lines():
         try:

@@ -22,16 +22,8 @@ from importlib import import_module
 from typing import NoReturn
 
 from tunesmith import __version__
-from tunesmith.errors import (
-    EXIT_FAILED,
-    EXIT_OK,
-    MachineError,
-    StoppedError,
-    TunesmithError,
-    UsageError,
-    disk_fault,
-)
-from tunesmith.parallel.host import bound_product_caches
+from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError, StoppedError, TunesmithError, UsageError, disk_fault
+from tunesmith.runtime.host import bound_product_caches
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE

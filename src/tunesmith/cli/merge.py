@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from tunesmith.errors import EXIT_OK
 
 if TYPE_CHECKING:
-    from tunesmith.merge import Merged
+    from tunesmith.inference.merge import Merged
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tunesmith.merge import merge
+    from tunesmith.inference.merge import merge
 
     done = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)
     if args.json:
@@ -49,7 +49,7 @@ def show(done: Merged) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    proof = done.proof
+    proof = done.merge_check
     table = Table("against the adapter", "max logit diff", "mean KL (nats)", "same top token")
     rows = [("merged", proof.merged), ("base: what was taught", proof.base), (f"noise of {proof.dtype}", proof.noise)]
     if proof.exact is not None:

@@ -215,18 +215,18 @@ def selection(args: argparse.Namespace) -> list[dict[str, str]]:
     import numpy as np
 
     from tunesmith.data import source as sources
-    from tunesmith.data.format import Conversation, convert
+    from tunesmith.data.formats import Conversation, convert_row
 
     if args.data:
         source = Source(source=str(Path(args.data).resolve()), format="alpaca", max_examples=args.dataset_size)
     else:
         source = Source(source="tatsu-lab/alpaca", split="train", format="alpaca", max_examples=args.dataset_size)
-    rows = sources.read(source)
+    rows = sources.read_rows(source)
     if len(rows) < args.dataset_size:
         print(f"{source.source} has {len(rows)} rows: all of them are taken")
     chosen = []
     for index in np.random.default_rng(SHUFFLE_SEED).permutation(len(rows)).tolist():
-        sample = convert(rows[index], source, where=rows.where(index))
+        sample = convert_row(rows[index], source, where=rows.where(index))
         assert isinstance(sample, Conversation)
         assert sample.instruction is not None
         chosen.append(dict(zip(("instruction", "input", "output"), sample.instruction, strict=True)))
@@ -274,10 +274,10 @@ def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> Iterat
 
 def opens_with_bos(model: Model) -> bool:
     """Bring the model here and ask its tokenizer whether it puts a BOS token before a text."""
-    from tunesmith.model.hub import fetch
-    from tunesmith.model.tokenizer import tokenizer_of
+    from tunesmith.hub.fetch import fetch
+    from tunesmith.model.tokenizer import load_tokenizer
 
-    tokenizer = tokenizer_of(fetch(model), model)
+    tokenizer = load_tokenizer(fetch(model), model)
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
@@ -305,7 +305,7 @@ def _run(name: str, args: argparse.Namespace) -> int:
         # The rules that span several keys, and the paths, are those of every recipe.
         run = from_mapping(to_mapping(told), where=f"{name}.py", base=Path.cwd())
 
-        from tunesmith.train import train
+        from tunesmith.training.run import train
 
         if args.use_torch_compile and not any(folder.glob("checkpoint-*/manifest.json")):
             print("Running warmup for torch.compile()...")

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from tunesmith.config.load import dump, load, to_mapping
+from tunesmith.config.load import dump, load_recipe, to_mapping
 from tunesmith.config.names import nearest
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import purpose, shipped
@@ -54,7 +54,7 @@ def method(run: Run) -> str:
 def _list(*, as_json: bool) -> int:
     rows = []
     for name, path in shipped().items():
-        recipe = load(path)
+        recipe = load_recipe(path)
         row = {"name": name, "model": recipe.model.name, "method": method(recipe), "purpose": purpose(path)}
         rows.append({**row, "file": str(path)})
     if as_json:
@@ -80,7 +80,7 @@ def _list(*, as_json: bool) -> int:
 
 
 def _show(name: str, overrides: list[str], *, as_json: bool) -> int:
-    recipe = load(name, overrides)
+    recipe = load_recipe(name, overrides)
     print(json.dumps(to_mapping(recipe), indent=2) if as_json else dump(recipe), end="\n" if as_json else "")
     return EXIT_OK
 

@@ -26,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; errors leave as TunesmithError with their exit code."""
-    from tunesmith.config.load import load
+    from tunesmith.config.load import load_recipe
 
-    recipe = load(args.recipe, args.overrides)
-    from tunesmith.metrics.report import closing
-    from tunesmith.train import train
+    recipe = load_recipe(args.recipe, args.overrides)
+    from tunesmith.metrics.summary import closing
+    from tunesmith.training.run import train
 
     result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv)
     print(json.dumps(result.values()) if args.json else closing(recipe, result))

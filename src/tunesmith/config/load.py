@@ -14,22 +14,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config.check import check
+from tunesmith.config.check import check_run
 from tunesmith.config.dump import Change, differences, digest, dump, to_mapping
 from tunesmith.config.paths import absolute
 from tunesmith.config.schema import Run
-from tunesmith.config.shipped import locate
+from tunesmith.config.shipped import locate_recipe
 from tunesmith.config.tree import Node, children, read_file, read_value, wrap
 from tunesmith.config.typed import section
 from tunesmith.errors import RecipeError
 
-__all__ = ["Change", "differences", "digest", "dump", "from_mapping", "load", "read_mapping", "to_mapping"]
+__all__ = ["Change", "differences", "digest", "dump", "from_mapping", "load_recipe", "read_mapping", "to_mapping"]
 
 EXTENDS = "extends"
 COMMAND_LINE = "command line"
 
 
-def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Run:
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read a recipe, apply overrides, check it.
 
     Args:
@@ -40,7 +40,7 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Run:
         RecipeError: anything wrong with the recipe or an override, with its place and its mend.
         MachineError: something that this version cannot do.
     """
-    tree = _layers(locate(recipe, base=Path(), where=str(recipe)), seen=())
+    tree = _layers(locate_recipe(recipe, base=Path(), where=str(recipe)), seen=())
     for text in overrides:
         tree = _override(tree, text)
     return _run(tree)
@@ -74,7 +74,7 @@ def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
 def _run(tree: Node) -> Run:
     run = section(absolute(tree), Run)
     places = dict(tree.places())
-    check(run, lambda key: places.get(key, ""))
+    check_run(run, lambda key: places.get(key, ""))
     return run
 
 
@@ -88,7 +88,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> Node:
     if not isinstance(above.value, str):
         fix = "extends: llama3.1-8b-lora, or a file such as ../base.yaml"
         raise RecipeError("extends takes one recipe's name or file", where=above.where, fix=fix)
-    base = locate(above.value, base=path.parent, where=above.where)
+    base = locate_recipe(above.value, base=path.parent, where=above.where)
     line = (*seen, path.resolve())
     if base.resolve() in line:
         circle = " -> ".join(p.name for p in (*line[line.index(base.resolve()) :], base))

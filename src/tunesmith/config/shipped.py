@@ -22,7 +22,7 @@ def purpose(path: Path) -> str:
         return file.readline().lstrip("# ").strip()
 
 
-def locate(recipe: str | Path, *, base: Path, where: str) -> Path:
+def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
     """The file that a recipe's name or path means.
 
     A file that exists wins over a shipped recipe of the same name.

@@ -57,7 +57,7 @@ class Contract:
             )
 
 
-def check(tokens: TokenSet, template: Template, tokenizer: Any, *, vocab_size: int, what: str) -> Contract:
+def check_contract(tokens: TokenSet, template: Template, tokenizer: Any, *, vocab_size: int, what: str) -> Contract:
     """Hold the tokens to the contract.
 
     Args:

@@ -234,7 +234,7 @@ def _read_json(path: Path) -> Table:
             else "put the rows in [ ], or one a line in a .jsonl",
         )
     if not isinstance(rows, list) or not rows:
-        what = "the file holds no rows" if rows == [] else f"the file holds {kind(rows)}, not an array of rows"
+        what = "the file holds no rows" if rows == [] else f"the file holds {kind_of_value(rows)}, not an array of rows"
         raise DataError(what, where=str(path), fix='write an array of objects: [{"messages": ...}, ...]')
     return Listed(rows, _Numbered(path, len(rows)), _digest(path))
 
@@ -384,7 +384,7 @@ def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     return {k: clean(v) for k, v in row.items()}
 
 
-def kind(value: Any) -> str:
+def kind_of_value(value: Any) -> str:
     """What a JSON value is, in a user's words."""
     names = {
         str: "a text",

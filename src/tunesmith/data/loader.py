@@ -63,7 +63,7 @@ class _Epoch:
         return self.units[k * self.per_step : (k + 1) * self.per_step]
 
 
-class Course:
+class BatchSchedule:
     """The sequence of global batches. Steps are counted from 0.
 
     Args:
@@ -217,7 +217,7 @@ class GlobalBatch:
         return [self.source.where(i) for i in self.indices] if self.source is not None else []
 
 
-class Place(Protocol):
+class BatchPlacer(Protocol):
     """Brings micro batches to where they are computed, ahead of the step that needs them."""
 
     def __call__(self, batch: Batch) -> Batch:
@@ -247,7 +247,7 @@ class Loader:
     def __init__(
         self,
         tokens: TokenSet,
-        course: Course,
+        course: BatchSchedule,
         *,
         pad_id: int,
         micro_tokens: int | None = None,
@@ -258,7 +258,7 @@ class Loader:
         multiple: int = 1,
         bound: int | None = None,
         ahead: int = 2,
-        place: Place | None = None,
+        place: BatchPlacer | None = None,
     ) -> None:
         if (micro_tokens is None) == (micro_examples is None):
             raise ValueError("give micro_tokens or micro_examples")

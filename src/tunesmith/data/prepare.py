@@ -14,9 +14,9 @@ import numpy as np
 from tunesmith.config.schema import Run
 from tunesmith.data import contract as contracts
 from tunesmith.data.cache import cache_folder
-from tunesmith.data.chat import Template, choose
 from tunesmith.data.contract import Contract
-from tunesmith.data.loader import Course
+from tunesmith.data.loader import BatchSchedule
+from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import Counts, TokenSet, tokenise
 from tunesmith.errors import DataError
 
@@ -24,7 +24,7 @@ FEW_STEPS = 50  # with fewer, the schedule is mostly warm-up and little is learn
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TrainingData:
     """What the loop needs of the data. validation: None where the recipe names none.
     contracts: of train and, where there is one, of validation.
     overlap: validation examples that are among the training examples, token for token."""
@@ -33,7 +33,7 @@ class Prepared:
     train: TokenSet
     validation: TokenSet | None
     template: Template
-    course: Course
+    course: BatchSchedule
     contracts: tuple[Contract, ...]
     overlap: int = 0
 
@@ -64,7 +64,7 @@ class Prepared:
         return [text for text in found if text]
 
 
-def prepare(
+def prepare_data(
     run: Run,
     tokenizer: Any,
     eos_ids: Collection[int],
@@ -72,7 +72,7 @@ def prepare(
     *,
     cache: Path | None = None,
     strict: bool = True,
-) -> Prepared:
+) -> TrainingData:
     """Read, tokenise and check the rows of a recipe.
 
     Args:
@@ -85,7 +85,7 @@ def prepare(
         DataError: a source, a row or the contract is broken.
     """
     folder = cache or cache_folder()
-    template = choose(run.data, tokenizer, eos_ids)
+    template = select_template(run.data, tokenizer, eos_ids)
     train = tokenise(run.data.train, run.data, template, tokenizer, cache=folder, what="train")
     held = None
     if run.data.validation:
@@ -98,7 +98,7 @@ def prepare(
             found.append(contracts.inspect(tokens, template, tokenizer, vocab_size=vocab_size, what=what))
             if strict:
                 found[-1].raise_if_broken()
-    course = Course(train.lengths, run.data, run.train, repeats=train.repeats)
+    course = BatchSchedule(train.lengths, run.data, run.train, repeats=train.repeats)
     if len(train) and course.steps_per_epoch(0) == 0:
         raise DataError(
             "the weights of the sources leave no example in an epoch",
@@ -107,7 +107,7 @@ def prepare(
             fix="raise weight",
         )
     shared = overlap(train, held) if held is not None else 0
-    return Prepared(run, train, held, template, course, tuple(found), shared)
+    return TrainingData(run, train, held, template, course, tuple(found), shared)
 
 
 def overlap(train: TokenSet, held: TokenSet) -> int:
@@ -130,7 +130,7 @@ def counts_text(counts: Counts) -> str:
     return f"{text}; longest {counts.longest:,} tokens"
 
 
-def course_text(course: Course, run: Run) -> tuple[str, str]:
+def course_text(course: BatchSchedule, run: Run) -> tuple[str, str]:
     """Two lines for the user: examples -> rows -> optimizer steps, and a warning with its mend, empty if none is due."""
     sums = course.summary(run.train.duration)
     kind = f"packed rows of {course.row_length}" if course.packed else "rows"

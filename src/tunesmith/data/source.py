@@ -12,7 +12,7 @@ from typing import Any
 
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Source
-from tunesmith.data.files import Listed, Table, kind, open_table, without_nulls
+from tunesmith.data.files import Listed, Table, kind_of_value, open_table, without_nulls
 from tunesmith.errors import DataError, first_line
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _SLICE = re.compile(
 
 
 @dataclass(frozen=True)
-class Part:
+class RowRange:
     """A run of rows of one table."""
 
     table: Table
@@ -33,7 +33,7 @@ class Part:
 class Rows:
     """The rows of one source, in order: `rows[i]` is a dict, `rows.where(i)` its place, counted from 1."""
 
-    def __init__(self, name: str, parts: list[Part]) -> None:
+    def __init__(self, name: str, parts: list[RowRange]) -> None:
         self.name = name
         self._parts = parts
 
@@ -55,7 +55,7 @@ class Rows:
         row = table.row(at)
         if not isinstance(row, dict):
             raise DataError(
-                f"the row is {kind(row)}, not an object",
+                f"the row is {kind_of_value(row)}, not an object",
                 where=table.where(at),
                 why="each row is an object with named columns",
                 fix='write it as {"column": value, ...}, or delete it',
@@ -75,7 +75,7 @@ class Rows:
         return total.hexdigest()
 
 
-def read(source: Source) -> Rows:
+def read_rows(source: Source) -> Rows:
     """Read a source: its file or Hub dataset, its split, at most `max_examples` rows.
 
     Raises:
@@ -93,7 +93,7 @@ def from_list(rows: list[dict[str, Any]], name: str = "rows") -> Rows:
     """Rows that a program made."""
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     table = Listed(rows, [f"{name} row {i + 1}" for i in range(len(rows))], digest)
-    return Rows(name, [Part(table, range(len(rows)))])
+    return Rows(name, [RowRange(table, range(len(rows)))])
 
 
 def is_local(name: str) -> bool:
@@ -105,7 +105,7 @@ def is_local(name: str) -> bool:
 # --- splits ---------------------------------------------------------------------------------------------------------
 
 
-def select(tables: dict[str, Table], split: str | None, *, where: str) -> list[Part]:
+def select(tables: dict[str, Table], split: str | None, *, where: str) -> list[RowRange]:
     """The rows that `train[:95%]` and its like name; the rounding is that of `datasets` (to the closest row).
 
     `a+b` takes several after one another; None takes all rows of all splits.
@@ -114,7 +114,7 @@ def select(tables: dict[str, Table], split: str | None, *, where: str) -> list[P
         if len(tables) > 1:
             names = ", ".join(f"{name} ({len(table)})" for name, table in tables.items())
             log.warning("%s: no split is named, so all rows of all splits are taken: %s", where, names)
-        return [Part(table, range(len(table))) for table in tables.values()]
+        return [RowRange(table, range(len(table))) for table in tables.values()]
     parts = [_slice(tables, piece.strip(), where) for piece in split.split("+")]
     if not any(len(part.rows) for part in parts):
         sizes = ", ".join(f"{name} has {len(table)} rows" for name, table in tables.items())
@@ -122,7 +122,7 @@ def select(tables: dict[str, Table], split: str | None, *, where: str) -> list[P
     return parts
 
 
-def _slice(tables: dict[str, Table], spec: str, where: str) -> Part:
+def _slice(tables: dict[str, Table], spec: str, where: str) -> RowRange:
     found = _SLICE.match(spec)
     pct = bool(found and (found["start_pct"] or found["stop_pct"]))
     bounds = [found[k] for k in ("start", "stop") if found[k] is not None] if found else []
@@ -151,13 +151,13 @@ def _slice(tables: dict[str, Table], spec: str, where: str) -> Part:
         return min(max(at + n, 0) if at < 0 else at, n)
 
     start, stop = edge(found["start"], 0), edge(found["stop"], n)
-    return Part(table, range(start, max(start, stop)))
+    return RowRange(table, range(start, max(start, stop)))
 
 
-def _first(parts: list[Part], n: int) -> list[Part]:
+def _first(parts: list[RowRange], n: int) -> list[RowRange]:
     taken = []
     for part in parts:
-        taken.append(Part(part.table, part.rows[:n]))
+        taken.append(RowRange(part.table, part.rows[:n]))
         n -= len(taken[-1].rows)
     return [part for part in taken if len(part.rows)]
 

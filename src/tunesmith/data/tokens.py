@@ -16,8 +16,8 @@ from tunesmith.config.schema import Data, Source
 from tunesmith.data import cache as disk
 from tunesmith.data.batch import Example
 from tunesmith.data.cache import Arrays, Store
-from tunesmith.data.format import Conversation, Sample, Text, convert
-from tunesmith.data.source import Rows, read
+from tunesmith.data.formats import Conversation, Sample, Text, convert_row
+from tunesmith.data.source import Rows, read_rows
 from tunesmith.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def tokenise(
     tokenizer_hash = _tokenizer_hash(tokenizer)
     parts = []
     for source in sources:
-        rows = read(source)
+        rows = read_rows(source)
         key = _key(rows, source, data, template, tokenizer_hash)
         job = _Job(key, rows, source, data, template, what)
         parts.append(_made(job, cache))
@@ -319,7 +319,7 @@ def _encoded(job: _Job) -> Iterator[tuple[int, Sample, Example, str]]:
     for start in _progress(range(0, len(rows), _BATCH), f"tokenise {job.what}: {rows.name}"):
         span = range(start, min(start + _BATCH, len(rows)))
         places = [rows.where(i) for i in span]
-        samples = [convert(rows[i], job.source, where=place) for i, place in zip(span, places, strict=True)]
+        samples = [convert_row(rows[i], job.source, where=place) for i, place in zip(span, places, strict=True)]
         examples = job.template.encode_many(samples, job.data.train_on, where=places)
         yield from zip(span, samples, examples, places, strict=True)
 

@@ -129,7 +129,7 @@ def attend(
                 fix="set the model's attention_dropout to 0",
             )
         return _sdpa(q, k, v, rule, dropout)
-    door = documents.door or choose(q.device, q.dtype, q.shape[-1]).name
+    door = documents.door or select_attention_backend(q.device, q.dtype, q.shape[-1]).name
     if door == "products" or softcap is not None:
         return _products(q, k, v, rule)
     if door == "varlen" and (window is None or "window_size" in VARLEN):
@@ -137,7 +137,7 @@ def attend(
     return _sdpa(q, k, v, rule)
 
 
-class Door(NamedTuple):
+class AttentionBackend(NamedTuple):
     """One of the ways, and why it is the one to take."""
 
     name: str
@@ -145,11 +145,13 @@ class Door(NamedTuple):
 
 
 # Not one of ours: Transformers' own, on padded rows.
-EAGER = Door("eager", "as model.attention says")
+EAGER = AttentionBackend("eager", "as model.attention says")
 
 
 @cache
-def choose(device: torch.device, dtype: torch.dtype, width: int, *, soft: bool = False) -> Door:
+def select_attention_backend(
+    device: torch.device, dtype: torch.dtype, width: int, *, soft: bool = False
+) -> AttentionBackend:
     """The quickest way that works here: found by trying, not by version.
 
     Args:
@@ -157,17 +159,19 @@ def choose(device: torch.device, dtype: torch.dtype, width: int, *, soft: bool =
         soft: whether the model caps its scores softly.
     """
     if soft:
-        return Door("products", "the model caps its scores softly, which torch's attention does not know")
+        return AttentionBackend("products", "the model caps its scores softly, which torch's attention does not know")
     if device.type != "cuda":
-        return Door("products", "on a CPU batched products are quicker than torch's attention, document by document")
+        return AttentionBackend(
+            "products", "on a CPU batched products are quicker than torch's attention, document by document"
+        )
     documents = Documents(torch.tensor([0, 8, 16], dtype=torch.int32, device=device), 8)
     q = torch.zeros(16, 2, width, device=device, dtype=dtype, requires_grad=True)
     try:
         with torch.enable_grad():
             _varlen(q, q[:, :1], q[:, :1], Rule(documents, 1.0)).sum().backward()
     except (RuntimeError, ImportError, ValueError, TypeError) as error:
-        return Door("sdpa", f"this GPU's varlen attention does not run in {dtype}: {first_line(error)}")
-    return Door("varlen", "FlashAttention over packed documents runs here, forward and backward")
+        return AttentionBackend("sdpa", f"this GPU's varlen attention does not run in {dtype}: {first_line(error)}")
+    return AttentionBackend("varlen", "FlashAttention over packed documents runs here, forward and backward")
 
 
 # varlen

@@ -22,20 +22,29 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.model import facts
-from tunesmith.model.fill import Hook, Stored, load_weights
-from tunesmith.model.tokenizer import eos_ids, set_padding, tokenizer_of, vocab_rows
-from tunesmith.model.weights import read_json
+from tunesmith.model import spec
+from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.tokenizer import eos_ids, load_tokenizer, set_padding, vocab_rows
+from tunesmith.model.weights import Hook, Stored, load_weights
 
 __all__ = [
-    "DTYPES", "Hook", "Stored", "config_of", "eos_ids", "load_weights", "materialise", "on_meta", "set_padding",
-    "tokenizer_of", "vocab_rows",
+    "DTYPES",
+    "Hook",
+    "Stored",
+    "build_on_meta",
+    "eos_ids",
+    "load_config",
+    "load_tokenizer",
+    "load_weights",
+    "materialise",
+    "set_padding",
+    "vocab_rows",
 ]  # fmt: skip
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def config_of(folder: Path, model: Model) -> PretrainedConfig:
+def load_config(folder: Path, model: Model) -> PretrainedConfig:
     """The model's configuration.
 
     Raises:
@@ -43,7 +52,7 @@ def config_of(folder: Path, model: Model) -> PretrainedConfig:
     """
     file = folder / "config.json"
     raw = read_json(file)
-    found = facts.read(raw, where=str(file), trust_remote_code=model.trust_remote_code)
+    found = spec.read_spec(raw, where=str(file), trust_remote_code=model.trust_remote_code)
     if found.quantised and model.quantize != "nf4":
         raise ModelError(
             "the checkpoint is already in bitsandbytes nf4",
@@ -83,7 +92,7 @@ class _MatricesOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def on_meta(
+def build_on_meta(
     config: PretrainedConfig, model: Model, *, attention: str | None = None, rows: int | None = None
 ) -> PreTrainedModel:
     """Build the model: every parameter on meta, in the recipe's dtype; every buffer real, on the CPU.

@@ -10,13 +10,13 @@ from transformers import AddedToken, AutoTokenizer, PretrainedConfig, PreTrained
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.model.hub import tokenizer_folder
-from tunesmith.model.weights import read_json
+from tunesmith.hub.fetch import tokenizer_folder
+from tunesmith.model.safetensors_files import read_json
 
 ROW_MULTIPLE = 64  # tensor cores want the vocabulary, a dimension of the head's product, in multiples of this
 
 
-def tokenizer_of(folder: Path, model: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe: the model's own or `model.tokenizer`, with added tokens and a padding token.
 
     Args:

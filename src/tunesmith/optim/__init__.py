@@ -14,9 +14,9 @@ never exist together (Lv et al. 2023, arXiv:2306.09782). Decoupled weight decay 
 arXiv:1711.05101.
 """
 
-from tunesmith.optim.cost import checkpoint_bytes_per_parameter, state_bytes_per_parameter
-from tunesmith.optim.course import learning_rate, warmup_steps
+from tunesmith.optim.lr_schedule import learning_rate, warmup_steps
 from tunesmith.optim.optimizer import Optimizer
+from tunesmith.optim.state_size import checkpoint_bytes_per_parameter, state_bytes_per_parameter
 
 __all__ = [
     "Optimizer",

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tunesmith.config.schema import Train
 from tunesmith.errors import CheckpointError
-from tunesmith.optim.update import Part, Update, holds_8bit
+from tunesmith.optim.adamw import AdamWUpdate, ParameterState, holds_8bit
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -45,7 +45,7 @@ class Optimizer:
         self.params = dict(named)
         self.parts = {name: self._part(name, param) for name, param in self.params.items()}
         device = next(iter(self.params.values())).device if self.params else torch.device("cpu")
-        self.update = Update(train, device)
+        self.update = AdamWUpdate(train, device)
         if device.type == "cuda" and train.compile != "off":
             self.update.compile(self.parts.values())
         # On a CPU a number is there at once. On CUDA the kernels read a flag instead: the host never waits for them;
@@ -57,21 +57,21 @@ class Optimizer:
             if hook := self._hook(part):
                 part.param.register_post_accumulate_grad_hook(hook)
 
-    def _part(self, name: str, param: nn.Parameter) -> Part:
+    def _part(self, name: str, param: nn.Parameter) -> ParameterState:
         rounded = param.dtype in HALF and self.train.master_weights == "stochastic"
         mastered = param.dtype in HALF and not rounded
         weight = nn.Parameter(param.detach().float()) if mastered else param
         # Decay pulls weights of products towards zero; norms, biases and scalars have no reason to go there.
         decay = self.train.weight_decay if param.ndim >= 2 else 0.0
-        return Part(name, param, weight, decay, rounded, holds_8bit(self.train, param))
+        return ParameterState(name, param, weight, decay, rounded, holds_8bit(self.train, param))
 
-    def _hook(self, part: Part) -> Callable[[Tensor], None] | None:
+    def _hook(self, part: ParameterState) -> Callable[[Tensor], None] | None:
         """What happens to a parameter's gradient as soon as autograd has made it."""
         if self.train.optimizer_in_backward:
             return partial(self._update_now, part)
         return None if part.weight is part.param else partial(_move_to_master, part)
 
-    def _update_now(self, part: Part, param: Tensor) -> None:
+    def _update_now(self, part: ParameterState, param: Tensor) -> None:
         if part.weight is not part.param:
             _move_to_master(part, param)
         self.norms.append(self._advance([part]))
@@ -101,7 +101,7 @@ class Optimizer:
         return self._advance([part for part in self.parts.values() if part.weight.grad is not None])
 
     @torch.no_grad()
-    def _advance(self, parts: list[Part]) -> Tensor:
+    def _advance(self, parts: list[ParameterState]) -> Tensor:
         weights = [part.weight for part in parts]
         grads = [weight.grad for weight in weights if weight.grad is not None]
         if self.scale is not None:
@@ -174,7 +174,7 @@ class Optimizer:
         self.scale, self.good_steps = scale, good_steps
 
 
-def _move_to_master(part: Part, param: Tensor) -> None:
+def _move_to_master(part: ParameterState, param: Tensor) -> None:
     """Add a 16-bit gradient to its master's fp32 one, and drop it."""
     assert param.grad is not None
     if part.weight.grad is None:

@@ -1,0 +1,274 @@
+"""PEFT's files: `adapter_config.json` and `adapter_model.safetensors`, written and read.
+
+Their names stand for our parameters like this:
+
+    base_model.model.<layer>.lora_A.weight          <layer>.lora_A
+    base_model.model.<layer>.lora_B.weight          <layer>.lora_B
+    base_model.model.<module>.weight                <module>.weight, of a module trained in full
+
+What an adapter asks for and we do not compute (DoRA, a rank by layer, ...) is refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tunesmith.adapter import lora
+from tunesmith.config.schema import Adapter
+from tunesmith.errors import ModelError, first_line
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Options of PEFT's LoraConfig that change the result, and the values that leave it as we compute it.
+NEUTRAL: dict[str, Callable[[Any], bool]] = {
+    "peft_type": lambda v: v == "LORA",
+    "task_type": lambda v: v in (None, "CAUSAL_LM"),
+    "bias": lambda v: v in (None, "none"),
+    "fan_in_fan_out": lambda v: not v,
+    **{
+        name: lambda v: not v
+        for name in (
+            "use_dora", "rank_pattern", "alpha_pattern", "use_qalora", "lora_bias", "layers_to_transform",
+            "layers_pattern", "exclude_modules", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
+            "layer_replication", "megatron_config", "corda_config", "eva_config", "arrow_config", "use_bdlora",
+        )
+    },
+    # These prepare the base weight; PEFT stores an adapter that was converted back under the plain name.
+    "init_lora_weights": lambda v: v in (None, True, False, "gaussian", "orthogonal", "eva", "olora"),
+}  # fmt: skip
+
+# What every plain LoRA's configuration says; readers take what is left out at PEFT's defaults, which mean the same. It
+# is written by hand because `import peft` takes a second in which the training's own thread hardly gets the interpreter.
+PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "inference_mode": True,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "auto_mapping": None,
+}
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What PEFT's two files are to hold.
+
+    Attributes:
+        tensors: the parameters by PEFT's names: those of the model, not copies.
+        settings: the configuration, by the names of PEFT's LoraConfig.
+    """
+
+    tensors: Mapping[str, Tensor]
+    settings: dict[str, Any]
+
+
+def save_adapter(model: nn.Module, folder: Path, adapter: Adapter, base_name: str, revision: str | None) -> None:
+    """Write the model's adapter to `folder`, which exists already, as PEFT would; the rest as in `files`."""
+    write(folder, adapter_files(model, adapter, base_name, revision))
+
+
+def adapter_files(model: nn.Module, adapter: Adapter, base_name: str, revision: str | None) -> AdapterFiles:
+    """What is to be written for the model's adapter; quick, and nothing is copied.
+
+    Args:
+        model: the causal LM with its adapter.
+        adapter: rank, alpha and the rest; written into the configuration.
+        base_name: Hub id (or the folder that the recipe names) of the base model.
+        revision: the base's revision, or None.
+    """
+    layers = dict(lora.loras(model))
+    saved = [(name, module.get_parameter(key), key) for name, module, key in lora.saved(model)]
+    tensors = {f"{PREFIX}{n}.lora_A.weight": m.lora_A for n, m in layers.items()}
+    tensors |= {f"{PREFIX}{n}.lora_B.weight": m.lora_B for n, m in layers.items()}
+    tensors |= {f"{PREFIX}{name}.{key}": parameter for name, parameter, key in saved}
+    settings = PLAIN | {
+        "base_model_name_or_path": base_name,
+        "revision": revision,
+        "r": adapter.rank,
+        "lora_alpha": _whole(adapter.alpha),
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rslora,
+        "target_modules": _target_names(model, list(layers)),
+        "modules_to_save": _saved_names(model, {name for name, _, _ in saved}) or None,
+    }
+    return AdapterFiles(tensors, settings)
+
+
+def write(folder: Path, content: AdapterFiles) -> None:
+    """Write PEFT's two files to `folder`, which exists already."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in content.tensors.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(content.settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number == int(number) else number
+
+
+def _target_names(model: nn.Module, layers: list[str]) -> list[str]:
+    """Last names of the adapted layers; full names where a last name also belongs to a layer without an adapter."""
+    short = {n.rsplit(".", 1)[-1] for n in layers}
+    meant = {n for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in short and not isinstance(m, nn.ModuleList)}
+    return sorted(short) if meant == set(layers) else sorted(layers)
+
+
+def _saved_names(model: nn.Module, saved: set[str]) -> list[str]:
+    """Last names of the modules trained in full; full names where PEFT would take a last name for others too."""
+    short = {n.rsplit(".", 1)[-1] for n in saved}
+    meant = {n for n, _ in model.named_modules() if n.endswith(tuple(short))}
+    return sorted(short if meant == saved else saved)
+
+
+def find_adapter(name: str) -> Path:
+    """The folder of an adapter: `name` itself, or what the Hub (or its cache) has under that id.
+
+    Raises:
+        ModelError: it is in neither place, or may not be read.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"the adapter {name!r} is neither a folder nor an adapter on the Hub that can be read",
+            where="adapter.from",
+            why=first_line(error),
+            fix="name a folder with adapter_config.json, or a Hub id; for a private one set HF_TOKEN",
+        ) from error
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter that `adapter_config.json` in `folder` describes.
+
+    Raises:
+        ModelError: the file is missing or broken, or asks for something that is not computed here.
+    """
+    file = folder / CONFIG
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            "there is no adapter_config.json", where=str(folder), fix="name a PEFT adapter's folder"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "the adapter's configuration cannot be read", where=str(file), why=str(error), fix="copy the adapter again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ModelError(
+            "the adapter's configuration is not a JSON object", where=str(file), fix="name a PEFT adapter's folder"
+        )
+    for name, neutral in NEUTRAL.items():
+        if name in raw and not neutral(raw[name]):
+            raise ModelError(
+                f"the adapter has {name} = {json.dumps(raw[name])}, which is not supported",
+                where=str(file),
+                why="only plain LoRA and rsLoRA of one rank are computed here",
+                fix="merge it into its base with PEFT, and start from the merged model",
+            )
+    try:
+        target = raw["target_modules"]
+        return Adapter(
+            rank=int(raw["r"]),
+            alpha=float(raw["lora_alpha"]),
+            dropout=float(raw.get("lora_dropout") or 0.0),
+            rslora=bool(raw.get("use_rslora")),
+            target=target if isinstance(target, str) else tuple(sorted(target)),
+            modules_to_save=tuple(raw.get("modules_to_save") or ()),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the adapter's configuration lacks or garbles a value: {error}",
+            where=str(file),
+            fix="take a whole adapter",
+        ) from error
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Fill the model's adapter from PEFT's files.
+
+    Args:
+        model: carries an adapter of the same layers and rank, from `lora.attach`.
+        folder: PEFT's two files.
+
+    Raises:
+        ModelError: scaling, layers, shapes or names differ; the first few are listed.
+    """
+    adapter = read_adapter(folder)
+    places = _places(model)
+    for name, module in lora.loras(model):
+        theirs = adapter.alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
+        if abs(module.scaling - theirs) > 1e-9 * abs(theirs):
+            raise ModelError(
+                f"the adapter scales its update by {theirs:g}, the recipe by {module.scaling:g}",
+                where=f"{folder / CONFIG}, layer {name}",
+                fix=f"set adapter.rank: {adapter.rank}, adapter.alpha: {adapter.alpha:g}, adapter.rslora: {str(adapter.rslora).lower()}",
+            )
+    file = folder / WEIGHTS
+    try:
+        with safe_open(str(file), framework="pt") as stored:
+            names = set(stored.keys())
+            names -= {n for n in names - places.keys() if _is_base(model, n, stored.get_tensor(n))}
+            _check(names, {k: tuple(stored.get_slice(k).get_shape()) for k in names}, places, file)
+            for name in names:
+                places[name].copy_(stored.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            "the adapter's weights cannot be read", where=str(file), why=str(error), fix="copy the adapter again"
+        ) from error
+
+
+def _places(model: nn.Module) -> dict[str, Tensor]:
+    """Where each of PEFT's tensors goes."""
+    places: dict[str, Tensor] = {}
+    for name, module in lora.loras(model):
+        places[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
+        places[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
+    for name, trained, key in lora.saved(model):
+        places[f"{PREFIX}{name}.{key}"] = trained.get_parameter(key)
+    return places
+
+
+def _is_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether it is a copy of a base weight: PEFT adds embedding and head when one of them carries an adapter."""
+    name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    own = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    return own is not None and own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
+
+
+def _check(names: set[str], shapes: dict[str, tuple[int, ...]], places: dict[str, Tensor], file: Path) -> None:
+    faults = (
+        ("are missing in the adapter", sorted(places.keys() - names)),
+        ("are in the adapter and not in the recipe's target or modules_to_save", sorted(names - places.keys())),
+        ("have another shape", sorted(n for n in names & places.keys() if shapes[n] != tuple(places[n].shape))),
+    )
+    for what, wrong in faults:
+        if wrong:
+            shown = ", ".join(n.removeprefix(PREFIX) for n in wrong[:3])
+            raise ModelError(
+                f"{len(wrong)} tensors {what}: {shown}{', ...' if len(wrong) > 3 else ''}",
+                where=str(file),
+                why="adapter and model do not fit each other",
+                fix="take the base model, target, rank and modules_to_save that the adapter was made with",
+            )

@@ -1,0 +1,143 @@
+"""torch.compile where it pays.
+
+On CUDA every decoder layer is compiled by itself: the layers are alike, so one graph serves all, and the first step
+takes seconds instead of the minutes of a whole model. What would make another graph is kept from varying: the longest
+document is one number for the whole run, the count of documents is marked as varying, and so is the count of tokens
+where steps differ in it (`global_batch` in examples); else every micro batch has the same. What was compiled is kept
+on disk between runs.
+
+On a CPU the matrix products are already those of oneDNN, and the length of documents is part of attention's shapes;
+compiling the rest of each layer gained nothing there (SmolLM2-135M, 2 cores), so on a CPU it happens only when it is
+asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.errors import first_line
+from tunesmith.loss import Score
+from tunesmith.model.documents import Documents
+from tunesmith.model.fused import mix_in
+from tunesmith.private import mark_varying
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def should_compile(choice: str, device: torch.device) -> bool:
+    """Whether `train.compile` (auto, on or off) means that layers are compiled on `device`."""
+    return choice == "on" or (choice == "auto" and device.type == "cuda" and not compiler_fault(device))
+
+
+def compile_reason(choice: str, device: torch.device) -> str:
+    """Why `wanted` says what it says."""
+    if choice != "auto":
+        return "as train.compile says"
+    if device.type != "cuda":
+        return "on a CPU it gains nothing"
+    return compiler_fault(device) or "the compiler runs on this GPU"
+
+
+@cache
+def compiler_fault(device: torch.device) -> str:
+    """Why the compiler does not run on a device, or "": found by trying a small function.
+
+    New chips come before the assembler that Triton brings knows them, and a C compiler is not on every machine.
+    """
+    keep_cache()
+    x = torch.linspace(-1, 1, 64, device=device)
+    try:
+        right = torch.allclose(torch.compile(_try)(x), _try(x))
+    except Exception as error:  # whatever a compiler may raise, training goes on without it
+        return f"the compiler does not run here: {first_line(error)}"
+    return "" if right else "the compiler runs here and gives wrong results"
+
+
+def _try(x: Tensor) -> Tensor:
+    return x.sigmoid() * x + 1
+
+
+def keep_cache() -> Path:
+    """Keep compiled code in the user's cache folder; torch's default lies in /tmp, which many clusters empty.
+
+    Who has set TORCHINDUCTOR_CACHE_DIR keeps it. Returns the folder.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.setdefault(CACHE, str(Path(base) / "tunesmith" / "compiled")))
+
+
+def compile_layers(layers: Iterable[nn.Module], *, varied: bool, backend: str | Callable[..., Any] = "inductor") -> int:
+    """Compile each layer in place, at its first forward in training; returns how many.
+
+    Args:
+        layers: decoder layers, called with hidden states [1, n, width].
+        varied: whether n differs from micro batch to micro batch.
+        backend: torch.compile's.
+    """
+    keep_cache()
+    count = 0
+    shared = torch.compile(_forward, backend=backend)
+    for layer in layers:
+        made: Any = layer
+        mix_in(made, CompiledLayer)
+        made.compiled, made.varied = shared, varied
+        count += 1
+    return count
+
+
+class CompiledLayer(nn.Module):
+    """A layer whose forward is compiled while it trains. Generation and validation have other shapes in every batch
+    and no backward to fuse: they run as before."""
+
+    compiled: Callable[..., Any]
+    varied: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        documents: Documents | None = kwargs.get("documents")
+        if not self.training or documents is None:
+            return super().forward(*args, **kwargs)
+        hidden, *rest = args
+        if not hidden.requires_grad:
+            # The first layer over frozen embeddings: a gradient that nobody reads costs a thousandth of the step, and a
+            # graph of its own for one layer would double what there is to compile.
+            args = (hidden.detach().requires_grad_(), *rest)
+        mark_varying(documents.cu_seqlens, 0)
+        if self.varied:
+            n = args[0].shape[1]
+            for tensor in _tensors((args, kwargs)):
+                if tensor.dim() > 1 and tensor.shape[1] == n:
+                    mark_varying(tensor, 1)
+        return self.compiled(self, args, kwargs)
+
+
+def _forward(layer: CompiledLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return super(CompiledLayer, layer).forward(*args, **kwargs)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def compile_score(score: Score) -> Score:
+    """The loss of a chunk of logits as one or two kernels; chunks differ in their number of positions."""
+    compiled: Score = torch.compile(score)
+
+    def run(raw: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
+        mark_varying(raw, 0)
+        mark_varying(targets, 0)
+        return compiled(raw, targets, softcap, scale)
+
+    return run

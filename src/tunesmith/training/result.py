@@ -1,0 +1,136 @@
+"""What a run came to: a Result, or the error that ended it in words that help."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.config.schema import Run
+from tunesmith.errors import NonFiniteError, RunError, TunesmithError, UsageError, disk_fault
+from tunesmith.metrics.record import StepRecord
+from tunesmith.training.build import MicroBatchLayout
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        finished_before: the directory held a finished run, and nothing was done.
+        first_step: the step that this start went on from, 0 for a new run.
+        records: the records of this start's steps.
+    """
+
+    output_dir: Path
+    steps: int
+    first_step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    examples: int = 0
+    records: list[StepRecord] = field(default_factory=list)
+    finished_before: bool = False
+    best_step: int | None = None
+    best_loss: float | None = None
+
+    @property
+    def first_loss(self) -> float | None:
+        """Loss of the first step of this start."""
+        return self.records[0].loss if self.records else None
+
+    @property
+    def last_loss(self) -> float | None:
+        """Loss of the last step."""
+        return self.records[-1].loss if self.records else None
+
+    def values(self) -> dict[str, Any]:
+        """The result as plain values, for `--json`."""
+        return {
+            "output_dir": str(self.output_dir),
+            "steps": self.steps,
+            "first_step": self.first_step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "examples": self.examples,
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "best_step": self.best_step,
+            "best_val_loss": self.best_loss,
+            "finished_before": self.finished_before,
+        }
+
+
+def describe_failure(
+    error: BaseException, *, folder: Path, step: int, saved_step: int | None, micro: str, smaller: str
+) -> TunesmithError:
+    """The error of a run that had begun, in the words of failure.json.
+
+    Args:
+        folder: the run directory.
+        step: the last step done.
+        saved_step: step of the newest checkpoint, or None.
+        micro: what one forward pass took, such as `4096 tokens`; smaller: the override by which it takes less.
+    """
+    again = going_on(saved_step)
+    if isinstance(error, TunesmithError):
+        # What is a wrong input before the first step is a failed run after it.
+        words = {"where": error.where, "why": error.why, "fix": error.fix}
+        return RunError(error.what, **words) if isinstance(error, UsageError) else error
+    if full := disk_fault(error):
+        kept = f"checkpoint-{saved_step} is whole" if saved_step else "no checkpoint was written before"
+        return RunError(full, where=f"step {step + 1}, in {folder}", why=kept, fix=f"make room (df -h), then {again}")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return RunError(
+            "out of memory",
+            where=f"step {step + 1}",
+            why=f"a micro batch of {micro} did not fit",
+            fix=f"{smaller} or train.recompute=full; {again}",
+        )
+    return RunError(
+        f"{type(error).__name__}: {error}",
+        where=f"step {step + 1}",
+        why="an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from",
+        fix=again,
+    )
+
+
+def passes(run: Run, rows: MicroBatchLayout) -> tuple[str, str]:
+    """What one forward pass takes, such as `4096 tokens`, and the override by which it takes half."""
+    tokens, examples = rows.micro_tokens, rows.micro_examples
+    taken = f"{tokens} tokens" if tokens else f"{examples} examples"
+    half = f"{max(run.data.seq_len, tokens // 2)} tokens" if tokens else f"{max(1, (examples or 2) // 2)} examples"
+    # An update in the backward takes the global batch in one forward pass.
+    key = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
+    return taken, f"{key}='{half}'"
+
+
+def not_finite(
+    loss: float, norm: float, *, step: int, rows: list[str], saved_step: int | None, in_backward: bool
+) -> NonFiniteError:
+    """The stop on a loss or gradient norm that is NaN or infinite.
+
+    Args:
+        step: the step it was found in; rows: the places of what that step learnt from.
+        saved_step: step of the newest checkpoint, or None.
+        in_backward: whether updates are made in the backward.
+    """
+    applied = "the update was not applied"
+    if in_backward:
+        applied = "of this step only the parameters with a finite gradient were updated, and nothing of it is saved"
+    saved = f"checkpoint-{saved_step}" if saved_step else "none was written yet"
+    return NonFiniteError(
+        f"the {'gradient norm' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})",
+        where=f"step {step}, rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
+        why=f"{applied}; the last good checkpoint: {saved}",
+        fix="lower train.learning_rate or lengthen train.warmup; look at those rows with `tunesmith data`; "
+        "model.dtype=fp32 tells rounding from bad data",
+    )
+
+
+def going_on(saved_step: int | None) -> str:
+    """The advice on how to start again."""
+    again = "start the same command again"
+    return f"{again}: it goes on from checkpoint-{saved_step}" if saved_step else again

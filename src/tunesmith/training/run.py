@@ -1,0 +1,100 @@
+"""One start of a recipe: claim the run directory, decide where to go on, build, train, and leave nothing unsaid.
+
+resolve the run directory -> build -> Trainer.fit -> final/ -> Result
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from tunesmith.checkpoint.resume import claimed, decide, put_aside
+from tunesmith.config.schema import Run
+from tunesmith.errors import RunError, StoppedError, UsageError
+from tunesmith.metrics import sinks as metric_sinks
+from tunesmith.metrics.summary import clear_failure, write_failure
+from tunesmith.signals import StopRequest
+from tunesmith.training.build import build, write_identity
+from tunesmith.training.result import Result, going_on
+from tunesmith.training.trainer import Trainer
+
+
+def print_line(text: str) -> None:
+    """One line for the user, on stderr: stdout is for answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def train(
+    run: Run,
+    *,
+    fresh: bool = False,
+    why: bool = False,
+    argv: list[str] | None = None,
+    say: Callable[[str], None] = print_line,
+) -> Result:
+    """Train what a recipe describes, or go on with it.
+
+    Args:
+        run: a checked recipe.
+        fresh: put what an earlier run left in `output_dir` aside and start over.
+        why: say the reason of each choice that was made for this machine.
+        argv: the command line, for env.json.
+        say: takes each line about what was found and chosen before the first step.
+
+    Raises:
+        UsageError: something is wrong with the recipe, data, model or machine; nothing was started.
+        RunError: the run began and failed; failure.json says why.
+        StoppedError: a signal came; everything is saved.
+    """
+    out = Path(run.output_dir)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        stack.enter_context(claimed(out))
+        if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
+            say(f"what an earlier run left is now in {place}")
+        try:
+            start = decide(run, warn=say)
+            if start.finished is not None:
+                return Result(out, start.finished, finished_before=True)
+            session = build(run, start, say=say, why=why)
+            sinks = metric_sinks.for_run(run, out, total_steps=session.total_steps)
+            stack.callback(close_after_all, sinks)
+            # A step whose validation was cut off is written again, with its validation.
+            kept = start.progress.step - (not start.progress.validated) if start.progress else 0
+            sinks.open(run, kept)
+            write_identity(session, argv)
+        except RunError as error:  # a checkpoint that cannot be read, say: nothing has begun
+            raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
+        clear_failure(out)
+        trainer = Trainer(session, start, sinks, stop)
+        stack.callback(trainer.writer.close)
+        stop.hold()
+        try:
+            result = trainer.fit()
+            sinks.close()
+        except StoppedError:
+            raise
+        except BaseException as error:
+            trainer.writer.close()  # what it is writing still counts
+            failure = trainer.as_failure(error)
+            try:
+                write_failure(out, failure, last_step=trainer.step, next_command=going_on(trainer.writer.saved_step))
+            except OSError as unwritten:
+                say(f"failure.json could not be written: {unwritten.strerror}")
+            raise failure from error
+        return result
+
+
+def inputs_of(run: Run) -> list[str]:
+    """All that a run reads, as its recipe names it: files, folders, and names on the Hub."""
+    names = [run.model.name, run.model.tokenizer, run.adapter.from_, run.data.template]
+    return [n for n in (*names, *(s.source for s in (*run.data.train, *run.data.validation))) if n is not None]
+
+
+def close_after_all(sinks: metric_sinks.Sinks) -> None:
+    """Close what is still open when a run leaves early; a fault in that must not hide why it left."""
+    with contextlib.suppress(OSError):
+        sinks.close()

@@ -1,0 +1,210 @@
+"""PEFT's files both ways: ours open in PEFT, PEFT's open here, and the logits are the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from recipes import make_run
+from tunesmith.adapter import lora, peft_files
+from tunesmith.build_model import build_model
+from tunesmith.config.schema import Adapter
+from tunesmith.errors import ModelError
+
+CASES = {
+    "all-linear": Adapter(rank=4, alpha=12),
+    "names and rslora": Adapter(rank=3, alpha=6.5, rslora=True, target=("q_proj", "down_proj"), dropout=0.1),
+    "head": Adapter(rank=4, target=("v_proj", "lm_head")),
+    "embedding and head": Adapter(rank=4, modules_to_save=("embed_tokens", "lm_head")),
+    "norms": Adapter(rank=2, modules_to_save=("norm", "input_layernorm")),
+    "one layer": Adapter(rank=2, target=("model.layers.1.mlp.up_proj",)),
+}
+# fp32 products in another order, through two layers; logits are of order 1.
+TOLERANCE = 1e-5
+
+
+def logits(model) -> torch.Tensor:
+    ids = torch.arange(5, 35).view(2, 15)
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def randomise(model, fraction: float = 0.1) -> None:
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * fraction)
+
+
+@pytest.mark.parametrize("adapter", CASES.values(), ids=CASES.keys())
+def test_ours_opens_in_peft(adapter, tiny, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    plain = logits(model)
+    lora.attach_lora(model, adapter, seed=3)
+    randomise(model)
+    peft_files.save_adapter(model, tmp_path, adapter, "someone/tiny-llama", "v1")
+    expected = logits(model)
+    assert (expected - plain).abs().max() > 0.05, "the adapter must matter"
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path)
+    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=TOLERANCE)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny-llama", "v1")
+    assert str(tiny) not in (tmp_path / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("adapter", CASES.values(), ids=CASES.keys())
+def test_the_configuration_is_what_peft_would_write(adapter, tiny, tmp_path, monkeypatch):
+    """It is written without PEFT: read back by PEFT it must be the LoraConfig that one would build for this adapter."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    lora.attach_lora(model, adapter, seed=3)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)  # importing it while training runs stops the training for a second
+        peft_files.save_adapter(model, tmp_path, adapter, "someone/tiny-llama", "v1")
+    ours = json.loads((tmp_path / "adapter_config.json").read_text())
+    built = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="someone/tiny-llama",
+        revision="v1",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        target_modules=ours["target_modules"],
+        modules_to_save=ours["modules_to_save"],
+        inference_mode=True,
+    ).to_dict()
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == built
+    as_json = json.loads(json.dumps(built, default=sorted))
+    assert ours == {name: as_json[name] for name in ours}
+
+
+@pytest.mark.parametrize("adapter", CASES.values(), ids=CASES.keys())
+def test_pefts_opens_here(adapter, tiny, tmp_path):
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        use_rslora=adapter.rslora,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.target if isinstance(adapter.target, str) else list(adapter.target),
+        modules_to_save=list(adapter.modules_to_save) or None,
+        task_type="CAUSAL_LM",
+    )
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = AutoModelForCausalLM.from_pretrained(tiny)
+    lora.attach_lora(ours, peft_files.read_adapter(tmp_path), seed=3)
+    peft_files.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=TOLERANCE)
+
+
+def test_what_is_written_is_read_back_bit_by_bit(tiny, tmp_path):
+    adapter = CASES["embedding and head"]
+    first, second = (AutoModelForCausalLM.from_pretrained(tiny) for _ in range(2))
+    lora.attach_lora(first, adapter, seed=3)
+    randomise(first)
+    peft_files.save_adapter(first, tmp_path, adapter, "x", None)
+    back = peft_files.read_adapter(tmp_path)
+    assert (back.rank, back.alpha, back.modules_to_save) == (adapter.rank, adapter.alpha, adapter.modules_to_save)
+    lora.attach_lora(second, back, seed=99)
+    peft_files.load_adapter(second, tmp_path)
+    ours, theirs = dict(first.named_parameters()), dict(second.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+@pytest.fixture
+def written(tiny, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    lora.attach_lora(model, Adapter(), seed=3)
+    peft_files.save_adapter(model, tmp_path, Adapter(), "x", None)
+    return model, tmp_path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 4}},
+        {"alpha_pattern": {"q_proj": 4}},
+        {"use_qalora": True},
+        {"bias": "all"},
+        {"peft_type": "LOHA"},
+        {"init_lora_weights": "pissa"},
+        {"layers_to_transform": [0]},
+        {"task_type": "SEQ_CLS"},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_what_is_not_computed_is_refused_by_name(written, change):
+    _, folder = written
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ModelError, match=next(iter(change))):
+        peft_files.read_adapter(folder)
+
+
+def rename(tensors):
+    return {k.replace("q_proj", "query"): v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up_proj.lora_B" not in k}, "missing in the adapter"),
+        (rename, "missing in the adapter"),
+        (lambda t: {**t, "base_model.model.other.lora_A.weight": torch.zeros(8, 4)}, "not in the recipe's target"),
+        (lambda t: {k: v[:4] if "lora_A" in k else v for k, v in t.items()}, "have another shape"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_listed(written, damage, says):
+    model, folder = written
+    file = folder / "adapter_model.safetensors"
+    save_file({k: v.contiguous() for k, v in damage(load_file(file)).items()}, file)
+    with pytest.raises(ModelError, match=says):
+        peft_files.load_adapter(model, folder)
+
+
+def test_broken_files_are_named(written):
+    model, folder = written
+    (folder / "adapter_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{garbage")
+    with pytest.raises(ModelError, match="weights cannot be read"):
+        peft_files.load_adapter(model, folder)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match="configuration cannot be read"):
+        peft_files.read_adapter(folder)
+    with pytest.raises(ModelError, match=r"no adapter_config\.json"):
+        peft_files.read_adapter(folder / "nowhere")
+
+
+def test_another_scaling_is_refused(written, tiny):
+    _, folder = written
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    lora.attach_lora(model, Adapter(alpha=32), seed=3)
+    with pytest.raises(ModelError, match="scales its update by 2, the recipe by 4"):
+        peft_files.load_adapter(model, folder)
+
+
+def test_an_adapter_that_is_nowhere_is_named(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="'nobody/nothing' is neither a folder nor an adapter on the Hub"):
+        peft_files.find_adapter("nobody/nothing")
+
+
+def test_a_run_goes_on_from_an_adapter(tiny, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    lora.attach_lora(model, Adapter(rank=4), seed=3)
+    randomise(model)
+    peft_files.save_adapter(model, tmp_path, Adapter(rank=4), "x", None)
+    run = make_run(
+        tiny, tmp_path, held=False, adapter={"rank": 4, "alpha": 16.0, "from": str(tmp_path)}, model={"dtype": "fp32"}
+    )
+    started = dict(build_model(run, tiny, device=torch.device("cpu")).trained_parameters())
+    assert all(torch.equal(p, started[n]) for n, p in model.named_parameters() if p.requires_grad)

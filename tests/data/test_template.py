@@ -1,0 +1,242 @@
+"""Masks, token by token: conversations x templates x tokenizers against forms written down in plain Python."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chat_table import CONVERSATIONS, FORMS, answer, conversations, user
+from chat_tokenizers import train
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conftest import byte_tokenizer
+from tunesmith.data.batch import Example
+from tunesmith.data.formats import Conversation
+from tunesmith.data.template import Template
+from tunesmith.errors import DataError
+
+TEMPLATES = Path(__file__).parent / "templates"
+KINDS = ("bytes", "trimmed", "pieces", "smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+
+
+def tokenizer_for(form: str, kind: str, real: Any) -> Any:
+    _, _, _, special, adds_bos = FORMS[form]
+    if kind != "smollm2":
+        return train(kind, tuple(special), adds_bos, form == "phi")
+    tokenizer = copy.deepcopy(real)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": special})
+    return tokenizer
+
+
+def template_for(form: str, tokenizer: Any) -> Template:
+    jinja = (TEMPLATES / f"{form}.jinja").read_text(encoding="utf-8")
+    return Template(tokenizer, {tokenizer.eos_token_id}, jinja=jinja, name=f"{form}.jinja")
+
+
+def exact(tokenizer: Any) -> Any:
+    """The tokenizer's core with offsets that nothing cuts."""
+    from tokenizers import Tokenizer, processors
+
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.post_processor = processors.ByteLevel(trim_offsets=False)
+    return core
+
+
+def expected(core: Any, segments: list[tuple[str, bool]], end: str) -> tuple[list[int], list[bool], bool]:
+    """ids and mask of the segments; the last says whether no token lies across an edge of two segments."""
+    whole = core.encode("".join(text for text, _ in segments), add_special_tokens=False)
+    pieces = [core.encode(text, add_special_tokens=False).ids for text, _ in segments]
+    spans, at = [], 0
+    for text, learnt in segments:
+        spans += [(at, at + len(text))] * learnt
+        at += len(text)
+    end_id = core.token_to_id(end)
+    mask = []
+    for id_, (s, e) in zip(whole.ids, whole.offsets, strict=True):
+        inside = any(a <= s < b and e <= b for a, b in spans)
+        ends_here = id_ == end_id and any(s == b - len(end) for _, b in spans)  # it may swallow blanks after it
+        mask.append(inside or ends_here)
+    clean = [id_ for piece in pieces for id_ in piece] == whole.ids
+    if clean:  # then the segments' own tokens are the truth, without any offsets
+        assert mask == [learnt for piece, (_, learnt) in zip(pieces, segments, strict=True) for _ in piece]
+    return whole.ids, mask, clean
+
+
+def assert_same(example: Example, ids: list[int], mask: list[bool], core: Any, label: str) -> None:
+    assert example.ids.tolist() == ids, label
+    wrong = np.flatnonzero(example.trained != np.array(mask))
+    assert not len(wrong), f"{label}: {[(int(i), core.id_to_token(ids[i]), mask[i]) for i in wrong]}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_mask_is_exact_to_the_token(form: str, kind: str, smollm2_tokenizer: Any) -> None:
+    tokenizer = tokenizer_for(form, kind, smollm2_tokenizer)
+    template, core = template_for(form, tokenizer), exact(tokenizer)
+    write, end, head, _, _ = FORMS[form]
+    checked = clean = refused = 0
+    for name, messages, tools in conversations(end, head):
+        segments = write(messages, tools)
+        sample = Conversation(messages, tools)
+        if segments is None:
+            with pytest.raises(DataError):
+                template.encode(sample, "response", where="row 1")
+            refused += 1
+            continue
+        example = template.encode(sample, "response", where="row 1")
+        ids, mask, cut = expected(core, segments, end)
+        assert_same(example, ids, mask, core, f"{form}, {kind}, {name}")
+        same = tokenizer.apply_chat_template(messages, tools=tools, chat_template=template.jinja)["input_ids"]
+        assert example.ids.tolist() == same
+        assert not example.trained[0]
+        assert example.trained.any()
+        checked, clean = checked + 1, clean + cut
+    assert checked + refused == len(CONVERSATIONS)
+    assert checked >= 30
+    if kind == "bytes" and form in ("chatml", "tagged", "mistral", "gemma", "qwen3"):
+        assert clean >= 10, "most rows have tokens across edges: the segments' own tokens judged too few"
+
+
+def test_size_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [
+        write(messages, tools)
+        for write, end, head, _, _ in FORMS.values()
+        for _, messages, tools in conversations(end, head)
+    ]
+    held = sum(cell is not None for cell in cells)
+    with capsys.disabled():
+        print(
+            f"\nmasks: {len(CONVERSATIONS)} conversations x {len(FORMS)} templates x {len(KINDS)} tokenizers: "
+            f"{held * len(KINDS)} compared token by token, {(len(cells) - held) * len(KINDS)} refused as they must be"
+        )
+    assert len(CONVERSATIONS) >= 40
+    assert len(FORMS) >= 8
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_answers_after_an_end_token_are_learnt_from_the_prompt_in_use(form: str, smollm2_tokenizer: Any) -> None:
+    """What `prompt` gives for a conversation is what stands before its last answer, and nothing of it is learnt."""
+    tokenizer = tokenizer_for(form, "bytes", smollm2_tokenizer)
+    template = template_for(form, tokenizer)
+    compared = 0
+    for _, messages, tools in conversations():
+        if FORMS[form][0](messages, tools) is None:
+            continue
+        sample = Conversation(messages, tools)
+        example = template.encode(sample, "last", where="row 1")
+        prompt = template.prompt(sample)
+        assert template.prompt(Conversation(messages[:-1], tools)) == prompt
+        first = int(np.flatnonzero(example.trained)[0])
+        given = tokenizer.decode(prompt)
+        assert given.startswith(tokenizer.decode(example.ids[: first - 1]))
+        if example.ids[: len(prompt)].tolist() == prompt:
+            assert first == len(prompt)
+            compared += 1
+    # Llama 2's prompt ends with "]" and its answer begins with a blank: one token in this vocabulary.
+    assert compared >= (1 if form == "llama2" else 20)
+
+
+def test_last_and_all(smollm2_tokenizer: Any) -> None:
+    template = Template(smollm2_tokenizer, {2}, jinja=smollm2_tokenizer.chat_template, name="chat")
+    sample = Conversation([user("a"), answer("b"), user("c"), answer("d")])
+    every, last, whole = (template.encode(sample, on, where="r") for on in ("response", "last", "all"))
+    assert every.ids.tolist() == last.ids.tolist() == whole.ids.tolist()
+    shown = [smollm2_tokenizer.decode(e.ids[e.trained]) for e in (every, last)]
+    assert shown == ["b<|im_end|>d<|im_end|>", "d<|im_end|>"]
+    assert whole.trained.tolist() == [False] + [True] * (len(whole.ids) - 1)
+
+
+def test_given_messages_are_not_learnt(smollm2_tokenizer: Any) -> None:
+    template = Template(smollm2_tokenizer, {2}, jinja=smollm2_tokenizer.chat_template, name="chat", system="Be.")
+    sample = Conversation([user("a"), answer("b"), user("c"), answer("d")], given=3)
+    example = template.encode(sample, "response", where="r")
+    assert smollm2_tokenizer.decode(example.ids[example.trained]) == "d<|im_end|>"
+    assert "system\nBe.<|im_end|>" in smollm2_tokenizer.decode(example.ids)
+
+
+def test_many_are_as_one_by_one(smollm2_tokenizer: Any) -> None:
+    template = Template(smollm2_tokenizer, {2}, jinja=smollm2_tokenizer.chat_template, name="chat")
+    samples = [Conversation([user(f"{n}?"), answer("é🎉" * (n % 7) + str(n))]) for n in range(600)]
+    where = [f"row {n}" for n in range(600)]
+    for n, example in enumerate(template.encode_many(samples, "response", where=where)):
+        alone = template.encode(samples[n], "response", where=where[n])
+        assert example.ids.tolist() == alone.ids.tolist()
+        assert example.trained.tolist() == alone.trained.tolist()
+
+
+def test_a_token_across_the_start_is_left_out_and_counted() -> None:
+    tokenizer = train("bytes", ("<|im_start|>", "<|im_end|>"), False)
+    template = template_for("chatml", tokenizer)
+    example = template.encode(Conversation([user("x"), answer("  user")]), "response", where="r")
+    learnt = tokenizer.decode(example.ids[example.trained])
+    assert learnt in (" user<|im_end|>", "user<|im_end|>")
+    assert "tokens that straddle the start of an answer, not learnt" in template.notes
+
+
+def test_our_blocks_and_theirs_agree() -> None:
+    """Where a {% generation %} block holds the answer and its end token alone, Transformers' own mask is the same."""
+    jinja = (TEMPLATES / "tagged.jinja").read_text(encoding="utf-8")
+    jinja = jinja.replace(
+        "{{ message.content ~ '<|im_end|>\\n' }}{%- endgeneration -%}",
+        "{{ message.content ~ '<|im_end|>' }}{%- endgeneration -%}{{ '\\n' }}",
+    )
+    tokenizer = train("bytes", ("<|im_start|>", "<|im_end|>"), False)
+    template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=jinja, name="tagged")
+    compared = 0
+    for _, messages, tools in conversations():
+        if FORMS["tagged"][0](messages, tools) is None:
+            continue
+        theirs = tokenizer.apply_chat_template(messages, chat_template=jinja, return_assistant_tokens_mask=True)
+        before = sum(template.notes.values())
+        example = template.encode(Conversation(messages), "response", where="r")
+        if sum(template.notes.values()) > before:
+            continue  # a token lies across the start, and theirs takes it in
+        assert example.trained.tolist() == [bool(x) for x in theirs["assistant_masks"]]
+        compared += 1
+    assert compared >= 20
+
+
+WORDS = st.sampled_from(
+    ["a", "So", " ", "  ", "\n", "\t", ":", "é", "🎉", "ה", "好", "<", "user", "assistant\n", "zq0W", "{{", "|>"]
+)
+CONTENT = st.lists(WORDS | st.text(max_size=3), max_size=6).map("".join)
+
+
+@pytest.mark.parametrize("form", ["chatml", "llama3", "gemma", "mistral", "phi", "qwen3", "tagged"])
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(turns=st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4))
+def test_any_words_in_any_turn(form: str, kind: str, turns: list[tuple[str, str]]) -> None:
+    tokenizer = tokenizer_for(form, kind, None)
+    write, end, *_ = FORMS[form]
+    messages = [message for asked, said in turns for message in (user(asked), answer(said))]
+    segments = write(messages, None)
+    assert segments is not None
+    core = exact(tokenizer)
+    ids, mask, _ = expected(core, segments, end)
+    example = template_for(form, tokenizer).encode(Conversation(messages), "response", where="row 1")
+    assert_same(example, ids, mask, core, f"{form}: {messages}")
+
+
+def test_a_date_in_the_template_stands_still() -> None:
+    """Rendered on another day, the same row gives the same tokens, and the saved template writes the same date."""
+    from tunesmith.data.builtin_templates import with_fixed_date
+
+    llama = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}|{{ strftime_now( \"%Y\" ) }}"
+    fixed = with_fixed_date(llama)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = fixed
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "26 Jul 2024|2024"
+    with pytest.raises(DataError, match="today's date"):
+        with_fixed_date("{{ strftime_now(format) }}")

@@ -1,0 +1,129 @@
+"""A .gguf file becomes a folder, once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tunesmith.config.schema import Model
+from tunesmith.errors import MachineError, ModelError
+from tunesmith.hub import fetch, gguf
+from tunesmith.model import load
+
+LAYERS, WIDTH, INNER, HEADS, KV, VOCAB = 2, 64, 128, 8, 4, 262
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    """A random Llama in GGUF, in fp16, as llama.cpp's converter lays it out."""
+    from gguf import GGUFWriter
+    from tokenizers import pre_tokenizers
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.F16.gguf"
+    writer = GGUFWriter(path, "llama")
+    for value, add in (
+        (VOCAB, writer.add_vocab_size), (512, writer.add_context_length), (WIDTH, writer.add_embedding_length),
+        (INNER, writer.add_feed_forward_length), (LAYERS, writer.add_block_count), (HEADS, writer.add_head_count),
+        (KV, writer.add_head_count_kv), (WIDTH // HEADS, writer.add_rope_dimension_count),
+        (1e-5, writer.add_layer_norm_rms_eps), (1e4, writer.add_rope_freq_base), (2, writer.add_eos_token_id),
+        (1, writer.add_bos_token_id), ("gpt2", writer.add_tokenizer_model),
+    ):  # fmt: skip
+        add(value)
+    tokens = ["<unk>", "<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 4 + [1] * 258)
+    writer.add_token_merges(["a b", "c d"])
+    random = np.random.default_rng(3)
+    shapes = {"token_embd": (VOCAB, WIDTH), "output": (VOCAB, WIDTH), "output_norm": (WIDTH,)}
+    for i in range(LAYERS):
+        head = WIDTH // HEADS
+        shapes |= {
+            f"blk.{i}.{name}": shape
+            for name, shape in {
+                "attn_q": (WIDTH, WIDTH), "attn_k": (KV * head, WIDTH), "attn_v": (KV * head, WIDTH),
+                "attn_output": (WIDTH, WIDTH), "ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH),
+                "ffn_down": (WIDTH, INNER), "attn_norm": (WIDTH,), "ffn_norm": (WIDTH,),
+            }.items()
+        }  # fmt: skip
+    for name, shape in shapes.items():
+        kind = np.float32 if len(shape) == 1 else np.float16
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+def test_the_folder_is_what_transformers_reads_from_the_file(file: Path, cache: Path, capfd) -> None:
+    from transformers import AutoModelForCausalLM
+
+    spec, notes = Model(name=str(file), dtype="fp32"), []
+    folder = fetch.fetch(spec, progress=notes.append)
+    assert capfd.readouterr() == ("", ""), "no bars of the libraries"
+    assert folder.parent == cache
+    assert [n for n in notes if "once" in n]
+    model = load.build_on_meta(load.load_config(folder, spec), spec)
+    load.materialise(model, torch.device("cpu"))
+    load.load_weights(model, folder)
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, theirs.eval()(ids).logits)
+    assert str(file.parent) not in (folder / "config.json").read_text()
+    assert "quantization" not in (folder / "config.json").read_text()
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    assert load.tokenizer_of(folder, spec).decode(load.tokenizer_of(folder, spec)("hello")["input_ids"]) == "hello"
+
+    notes.clear()
+    assert fetch.fetch(spec, progress=notes.append) == folder
+    assert not notes, "the second time nothing is converted"
+    other = fetch.fetch(Model(name=str(file), dtype="bf16"), progress=notes.append)
+    assert other != folder
+    assert json.loads((other / "config.json").read_text())["dtype"] == "bfloat16"
+    assert sorted(p.name for p in cache.iterdir()) == sorted([folder.name, other.name]), "no scratch folder stays"
+
+
+def bad(tmp_path: Path, name: str, data: bytes) -> Model:
+    (tmp_path / name).write_bytes(data)
+    return Model(name=str(tmp_path / name))
+
+
+def test_bad_files_are_named(file: Path, cache: Path, tmp_path: Path) -> None:
+    good = file.read_bytes()
+    for name, data, words in (
+        ("page.gguf", b"<html>", "is not a GGUF file"),
+        ("empty.gguf", b"", "is not a GGUF file"),
+        ("header.gguf", good[:200], "cannot be read as a model"),
+        ("cut.gguf", good[: len(good) // 2], "cannot be read as a model"),
+        ("junk.gguf", b"GGUF" + bytes(range(200)), "cannot be read as a model"),
+    ):
+        with pytest.raises(ModelError, match=words) as caught:
+            fetch.fetch(bad(tmp_path, name, data), progress=print)
+        assert caught.value.fix
+        assert name in caught.value.where
+    with pytest.raises(ModelError, match="there is nothing at"):
+        fetch.fetch(Model(name=str(tmp_path / "none.gguf")))
+    assert not cache.exists() or not list(cache.iterdir()), "nothing half stays"
+
+
+def test_a_missing_package_and_a_cache_that_cannot_be_written(file: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(MachineError, match="cannot be written") as caught:
+        fetch.fetch(Model(name=str(file)), progress=print)
+    assert "TUNESMITH_CACHE" in caught.value.fix
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MachineError, match="package gguf") as caught:
+        fetch.fetch(Model(name=str(file)), progress=print)
+    assert caught.value.fix == "pip install 'tunesmith[gguf]'"

@@ -1,0 +1,125 @@
+"""Scores against plain Transformers, row by row; nothing about them depends on how rows are batched."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from runs import ROWS, make_run, peft_model
+from tunesmith.data.batch import Example
+from tunesmith.data.tokens import TokenSet, tokenise
+from tunesmith.inference.evaluate import exact_matches, normalise, packed, score, validation_loss
+from tunesmith.inference.load_run import LoadedModel, for_loss, load_run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def opened(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    make_run(folder, tiny, peft_model(tiny), adapter={"dropout": 0.5})
+    return load_run(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tokens(opened: LoadedModel) -> TokenSet:
+    assert opened.run is not None
+    data = opened.run.data
+    return tokenise(data.train, data, opened.template, opened.tokenizer, cache=None, what="test")
+
+
+def reference(model: torch.nn.Module, examples: list[Example]) -> tuple[float, int, int]:
+    """Sum of the losses, number of hits and of tokens, by Transformers' own forward on each row alone."""
+    total, hits, count = 0.0, 0, 0
+    for example in examples:
+        ids = torch.tensor(np.asarray(example.ids, dtype=np.int64))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        learnt = torch.tensor(np.asarray(example.trained[1:]))
+        total += F.cross_entropy(logits[learnt].double(), ids[1:][learnt], reduction="sum").item()
+        hits += int((logits[learnt].argmax(-1) == ids[1:][learnt]).sum())
+        count += int(learnt.sum())
+    return total, hits, count
+
+
+def test_score_is_that_of_transformers_and_peft(tiny: Path, opened: LoadedModel, tokens: TokenSet) -> None:
+    """Relative 1e-6: the same sums in fp32, in another order."""
+    total, hits, count = reference(peft_model(tiny), list(tokens))
+    with for_loss(opened) as train_model:
+        found = score(train_model, tokens, pad_id=opened.pad_id, device=CPU)
+    assert (found.rows, found.tokens) == (len(ROWS), count)
+    assert found.loss == pytest.approx(total / count, rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found.token_accuracy == hits / count
+    assert found.exact_match is None
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 300, 700, 100_000])
+def test_loss_does_not_depend_on_the_rows_of_a_batch(opened: LoadedModel, tokens: TokenSet, micro_tokens: int) -> None:
+    with for_loss(opened) as train_model:
+        whole = score(train_model, tokens, pad_id=opened.pad_id, device=CPU)
+        found = validation_loss(train_model, tokens, micro_tokens=micro_tokens, pad_id=opened.pad_id, device=CPU)
+    assert found is not None
+    assert found[0] == pytest.approx(whole.loss, rel=1e-6)
+    assert found[1] == whole.tokens
+
+
+def test_dropout_is_off_and_training_mode_comes_back(opened: LoadedModel, tokens: TokenSet) -> None:
+    options = {"micro_tokens": 512, "pad_id": opened.pad_id, "device": CPU}
+    with for_loss(opened) as train_model:
+        train_model.train()
+        first, again = (validation_loss(train_model, tokens, **options) for _ in range(2))
+        assert train_model.training
+        train_model.eval()
+    assert first == again
+
+
+def test_a_cancelled_validation_has_no_result(opened: LoadedModel, tokens: TokenSet) -> None:
+    with for_loss(opened) as train_model:
+        found = validation_loss(
+            train_model, tokens, micro_tokens=64, pad_id=opened.pad_id, device=CPU, cancelled=lambda: True
+        )
+    assert found is None
+
+
+def test_every_example_is_packed_once_without_padding(opened: LoadedModel, tokens: TokenSet) -> None:
+    batches = list(packed(tokens, capacity=300, pad_id=opened.pad_id))
+    assert sum(b.examples for b in batches) == len(tokens)
+    assert sum(b.tokens for b in batches) == int(tokens.lengths.sum()) == sum(b.input_ids.numel() for b in batches)
+    assert len(batches) < len(tokens)
+
+
+def test_attention_of_generation_comes_back_after_a_loss(opened: LoadedModel) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        before = opened.model(input_ids=ids).logits
+        with for_loss(opened):
+            pass
+        assert torch.equal(opened.model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "same"),
+    [
+        ("a b", "a b", True),
+        ("  a\n\tb ", "a b", True),
+        ("a b", "a  b\n", True),
+        ("", "  ", True),
+        ("A b", "a b", False),
+        ("a b.", "a b", False),
+        ("ab", "a b", False),
+    ],
+)
+def test_exact_match_forgives_whitespace_alone(answer: str, reference: str, same: bool) -> None:
+    assert exact_matches([answer], [reference]) == [same]
+    assert (normalise(answer) == normalise(reference)) is same
+
+
+def test_answers_and_references_are_as_many() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        exact_matches(["a"], ["a", "b"])

@@ -1,0 +1,196 @@
+"""What a path stands for, and that the prompt in use is the one that was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runs import make_run, peft_model, write_checkpoint
+from tunesmith.data import builtin_templates
+from tunesmith.data.formats import Conversation
+from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, TunesmithError
+from tunesmith.inference.load_run import load_run, locate_run
+
+
+@pytest.fixture
+def run(tiny: Path, tmp_path: Path) -> Path:
+    make_run(tmp_path / "run", tiny, peft_model(tiny))
+    return tmp_path / "run"
+
+
+def test_a_run_gives_its_final(run: Path, tiny: Path) -> None:
+    place = locate_run(run)
+    assert (place.kind, place.folder, place.base.name) == ("adapter", run / "final", str(tiny))
+    assert place.run is not None
+    assert place.run.adapter.rank == 4
+
+
+def test_without_final_the_newest_whole_checkpoint_is_taken(run: Path, tiny: Path) -> None:
+    shutil.rmtree(run / "final")
+    for step in (9, 10, 100):
+        write_checkpoint(run / f"checkpoint-{step}", tiny, peft_model(tiny), step)
+    (run / "checkpoint-100" / "manifest.json").unlink()
+    place = locate_run(run)
+    assert place.folder == run / "checkpoint-10"
+    assert "checkpoint-100" in place.note
+
+
+def test_parts_of_a_run_know_their_recipe(run: Path) -> None:
+    place = locate_run(run / "final")
+    assert place.kind == "adapter"
+    assert place.run is not None
+
+
+def test_an_adapter_alone_names_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "final", tmp_path / "elsewhere")
+    place = locate_run(tmp_path / "elsewhere")
+    assert (place.kind, place.base.name, place.base.dtype, place.run) == ("adapter", str(tiny), "fp32", None)
+
+
+def test_a_full_run_and_a_plain_folder(tiny: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "full", tiny, AutoModelForCausalLM.from_pretrained(tiny))
+    assert locate_run(tmp_path / "full").kind == "full"
+    assert locate_run(tmp_path / "full", base_only=True).base.name == str(tiny)
+    assert locate_run(tiny).kind == "base"
+    assert locate_run("some-owner/some-model").kind == "base"
+
+
+def test_a_recipe_gives_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    shutil.copyfile(run / "config.yaml", recipe)
+    place = locate_run(recipe)
+    assert (place.kind, place.base.name, place.folder) == ("base", str(tiny), None)
+
+
+def _nothing(run: Path) -> Path:
+    return run / "missing"
+
+
+def _no_checkpoint(run: Path) -> Path:
+    shutil.rmtree(run / "final")
+    return run
+
+
+def _torn_final(run: Path) -> Path:
+    (run / "final" / "adapter_model.safetensors").write_bytes(b"torn")
+    return run
+
+
+def _torn_by_name(run: Path) -> Path:
+    return _torn_final(run) / "final"
+
+
+def _state_only(run: Path) -> Path:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "manifest.json"):
+        (run / "final" / name).unlink()
+    (run / "final" / "state").mkdir()
+    (run / "config.yaml").unlink()
+    return run / "final"
+
+
+def _empty(run: Path) -> Path:
+    (run.parent / "empty").mkdir()
+    return run.parent / "empty"
+
+
+def _text_file(run: Path) -> Path:
+    (run / "notes.txt").write_text("hello")
+    return run / "notes.txt"
+
+
+def _garbled_adapter(run: Path) -> Path:
+    (run.parent / "ad").mkdir()
+    (run.parent / "ad" / "adapter_config.json").write_text("{")
+    return run.parent / "ad"
+
+
+def _array_adapter(run: Path) -> Path:
+    (run.parent / "ad").mkdir()
+    (run.parent / "ad" / "adapter_config.json").write_text("[]")
+    return run.parent / "ad"
+
+
+def _nameless_base(run: Path) -> Path:
+    (run.parent / "ad").mkdir()
+    (run.parent / "ad" / "adapter_config.json").write_text('{"r": 4}')
+    return run.parent / "ad"
+
+
+def _broken_recipe(run: Path) -> Path:
+    (run / "config.yaml").write_text("model: {nam: x}\n")
+    return run
+
+
+def _broken_manifest(run: Path) -> Path:
+    (run / "final" / "manifest.json").write_text('{"step": 1')
+    return run
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "words"),
+    [
+        (_nothing, EXIT_USAGE, "there is no"),
+        (_no_checkpoint, EXIT_FAILED, "tunesmith train"),
+        (_torn_final, EXIT_FAILED, "adapter_model.safetensors"),
+        (_torn_by_name, EXIT_FAILED, "not whole"),
+        (_state_only, EXIT_FAILED, "training state only"),
+        (_empty, EXIT_USAGE, "holds no model"),
+        (_text_file, EXIT_USAGE, ".txt"),
+        (_garbled_adapter, EXIT_USAGE, "adapter_config.json cannot be read"),
+        (_array_adapter, EXIT_USAGE, "not a JSON object"),
+        (_nameless_base, EXIT_USAGE, "base_model_name_or_path"),
+        (_broken_recipe, EXIT_USAGE, "config.yaml:1"),
+        (_broken_manifest, EXIT_FAILED, "manifest.json cannot be read"),
+    ],
+)
+def test_wrong_paths_are_told(run: Path, make: Callable[[Path], Path], code: int, words: str) -> None:
+    path = make(run)
+    with pytest.raises(TunesmithError) as caught:
+        locate_run(path)
+    assert caught.value.exit_code == code
+    assert words in caught.value.text()
+    assert caught.value.fix
+
+
+def test_opened_model_is_that_of_peft(run: Path, tiny: Path) -> None:
+    """Logits to 1e-5, fp32; and the base by itself is Transformers'."""
+    ids = torch.tensor([[5, 6, 7, 8, 200]])
+    with torch.no_grad():
+        expected = peft_model(tiny)(input_ids=ids).logits
+        found = load_run(run, device="cpu").model(input_ids=ids).logits
+        base = load_run(run, device="cpu", base_only=True).model(input_ids=ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(tiny)(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(base, plain, atol=1e-5, rtol=0)
+    assert (found - base).abs().max() > 0.01
+
+
+def test_the_saved_template_is_the_one_in_use(run: Path) -> None:
+    """Whatever the recipe says by now: a run's prompt is what lies beside its weights."""
+    (run / "final" / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    manifest = json.loads((run / "final" / "manifest.json").read_text())
+    manifest["files"]["chat_template.jinja"]["bytes"] = (run / "final" / "chat_template.jinja").stat().st_size
+    (run / "final" / "manifest.json").write_text(json.dumps(manifest))
+    opened = load_run(run, device="cpu")
+    prompt = opened.template.prompt(Conversation([{"role": "user", "content": "hi"}]))
+    assert opened.tokenizer.decode(prompt) == "[hi<|im_end|>"
+
+
+def test_alpaca_rows_meet_the_saved_alpaca_text_as_in_training(run: Path, tiny: Path, tmp_path: Path) -> None:
+    """Instruction and input apart, as trained; a plain chat template would get them as one message."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = builtin_templates.alpaca(bos=False)
+    shutil.copytree(run / "final", tmp_path / "adapter", ignore=shutil.ignore_patterns("manifest.json"))
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    opened = load_run(tmp_path / "adapter", device="cpu")
+    both = [{"role": "user", "content": "Add\n1 2"}, {"role": "assistant", "content": "3"}]
+    text = opened.tokenizer.decode(opened.template.prompt(Conversation(both, instruction=("Add", "1 2", "3"))))
+    assert "### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n" in text

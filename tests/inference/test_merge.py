@@ -1,0 +1,324 @@
+"""Merged folders against PEFT's merge_and_unload; and that the proof can fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runs import make_run, peft_model
+from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, TunesmithError
+from tunesmith.inference import merge as room
+from tunesmith.inference import merge_check
+from tunesmith.inference.load_run import load_run
+from tunesmith.inference.merge import merge
+from tunesmith.inference.merge_check import Difference, ExactCheck
+
+
+@pytest.fixture
+def run(tiny: Path, tmp_path: Path) -> Path:
+    make_run(tmp_path / "run", tiny, peft_model(tiny))
+    return tmp_path / "run"
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name.startswith(".") or p.name.endswith((".part", ".old"))]
+
+
+def test_merged_weights_are_those_of_peft(run: Path, tiny: Path, tmp_path: Path) -> None:
+    done = merge(run, tmp_path / "out", device="cpu")
+    expected = peft_model(tiny).merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():  # one fp32 rounding of a weight below 1
+        torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=0)
+    assert done.merge_check.passed
+    assert done.merge_check.merged.max_logit <= 1e-4
+    assert done.merge_check.base.max_logit > 0.01
+    assert done.merge_check.probes == "6 training rows"
+    assert (done.dtype, done.merge_check.exact) == ("fp32", None)
+    assert leftovers(tmp_path) == []
+
+
+def test_the_folder_stands_alone(run: Path, tiny: Path, tmp_path: Path) -> None:
+    """Tokenizer, template, end tokens and a card lie in it, and Transformers generates from it."""
+    merge(run, tmp_path / "out", device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny).chat_template
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [tokenizer.eos_token_id]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "licence" in card
+    assert str(tiny.parent) not in card
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = tokenizer("hello", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    assert load_run(tmp_path / "out", device="cpu").kind == "base"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_sixteen_bits_are_proven_in_fp32_too(run: Path, tmp_path: Path, dtype: Any) -> None:
+    done = merge(run, tmp_path / "out", dtype=dtype, device="cpu")
+    exact = done.merge_check.exact
+    assert exact is not None
+    assert exact.difference.max_logit <= 1e-4
+    assert (exact.off, exact.values) == (
+        0,
+        sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "out").parameters()),
+    )
+    assert len(done.merge_check.rules) == 3
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert saved.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+
+def test_without_room_in_memory_the_fp32_part_is_left_out(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_check, "memory_available", lambda: 1000)
+    done = merge(run, tmp_path / "out", dtype="bf16", device="cpu")
+    assert done.merge_check.exact is None
+    assert len(done.merge_check.rules) == 1
+
+
+def test_modules_trained_in_full_are_merged_as_peft_does(tiny: Path, tmp_path: Path) -> None:
+    """An embedding trained in full is no longer tied to the head: both are written."""
+    options = {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj", "v_proj"]}
+    adapter = {"modules_to_save": ["embed_tokens"], "target": ["q_proj", "v_proj"]}
+    make_run(tmp_path / "run", tiny, peft_model(tiny, **options), adapter=adapter)
+    ids = torch.tensor([[1, 2, 3, 99]])
+    done = merge(tmp_path / "run", tmp_path / "out", device="cpu")
+    with torch.no_grad():
+        expected = peft_model(tiny, **options)(input_ids=ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert done.merge_check.passed
+
+
+def test_a_4_bit_base_is_merged_dequantised(tiny: Path, tmp_path: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    make_run(tmp_path / "run", tiny, peft_model(tiny), model={"quantize": "nf4", "dtype": "bf16"})
+    done = merge(tmp_path / "run", tmp_path / "out", device="cpu")
+    assert "dequantised bf16" in done.note
+    assert done.merge_check.exact is not None
+    assert done.merge_check.passed
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    update = {
+        n: m.get_delta_weight("default")
+        for n, m in peft_model(tiny).base_model.model.named_modules()
+        if "proj" in n.split(".")[-1]
+    }
+    for name, weight in AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).state_dict().items():
+        if name.removesuffix(".weight") in update:
+            packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            weight = functional.dequantize_4bit(packed, state).float() + update[name.removesuffix(".weight")]  # noqa: PLW2901
+        # One unit in the last place of bf16: PEFT may sum B A in another order before the rounding.
+        torch.testing.assert_close(found[name].float(), weight.detach().float(), rtol=2**-8, atol=1e-6)
+
+
+def _left_out(module: Any) -> torch.Tensor:
+    return module.dense().float()
+
+
+def _twice(module: Any) -> torch.Tensor:
+    return module.dense().float() + 2 * module.update()
+
+
+@pytest.mark.parametrize("wrong", [_left_out, _twice])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_wrong_merge_is_rejected(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, wrong: Callable[[Any], torch.Tensor]
+) -> None:
+    monkeypatch.setattr(room, "summed", wrong)
+    with pytest.raises(TunesmithError, match="answers differently") as caught:
+        merge(run, tmp_path / "out", dtype=dtype, device="cpu")
+    assert caught.value.exit_code == EXIT_FAILED
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.rejected" / "config.json").is_file()
+    assert leftovers(tmp_path) == []
+
+
+def test_a_weak_adapter_left_out_is_rejected_in_bf16(
+    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it taught drowns in the noise of bf16, so that only the comparison in fp32 can tell."""
+    weak = peft_model(tiny)
+    for name, weight in weak.named_parameters():
+        if "lora_B" in name:
+            weight.data *= 0.02
+    make_run(tmp_path / "weak", tiny, weak)
+    monkeypatch.setattr(room, "summed", _left_out)
+    with pytest.raises(TunesmithError, match="answers differently") as caught:
+        merge(tmp_path / "weak", tmp_path / "out", dtype="bf16", device="cpu")
+    assert "in bf16" not in caught.value.why
+    assert "in fp32" in caught.value.why
+
+
+def test_a_failed_write_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(room, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        merge(run, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_force_replaces_only_once_the_proof_is_passed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("precious")
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "summed", _left_out)
+        with pytest.raises(TunesmithError, match="answers differently"):
+            merge(run, tmp_path / "out", force=True, device="cpu")
+    assert (tmp_path / "out" / "old.txt").read_text() == "precious"
+    merge(run, tmp_path / "out", force=True, device="cpu")
+    assert not (tmp_path / "out" / "old.txt").exists()
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def _not_empty(run: Path) -> tuple[Path, Path]:
+    (run.parent / "out").mkdir()
+    (run.parent / "out" / "x").write_text("x")
+    return run, run.parent / "out"
+
+
+def _a_file(run: Path) -> tuple[Path, Path]:
+    (run.parent / "out").write_text("x")
+    return run, run.parent / "out"
+
+
+def _onto_the_adapter(run: Path) -> tuple[Path, Path]:
+    return run, run / "final"
+
+
+def _over_the_run(run: Path) -> tuple[Path, Path]:
+    return run, run
+
+
+def _plain_model(run: Path) -> tuple[Path, Path]:
+    base = json.loads((run / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return Path(base), run.parent / "out"
+
+
+def _lost_base(run: Path) -> tuple[Path, Path]:
+    config = (run / "config.yaml").read_text()
+    base = json.loads((run / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    (run / "config.yaml").write_text(config.replace(base, "/nowhere/model"))
+    return run, run.parent / "out"
+
+
+def _other_rank(run: Path) -> tuple[Path, Path]:
+    shutil.copytree(run / "final", run.parent / "ad")
+    file = run.parent / "ad" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 5}))
+    return run.parent / "ad", run.parent / "out"
+
+
+def _dora(run: Path) -> tuple[Path, Path]:
+    shutil.copytree(run / "final", run.parent / "ad")
+    file = run.parent / "ad" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
+    return run.parent / "ad", run.parent / "out"
+
+
+def _cut_weights(run: Path) -> tuple[Path, Path]:
+    shutil.copytree(run / "final", run.parent / "ad")
+    file = run.parent / "ad" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return run.parent / "ad", run.parent / "out"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (_not_empty, "--force"),
+        (_a_file, "is a file"),
+        (_onto_the_adapter, "where the adapter or its base lies"),
+        (_over_the_run, "where the adapter or its base lies"),
+        (_plain_model, "no adapter to merge"),
+        (_lost_base, "/nowhere/model"),
+        (_other_rank, "rank"),
+        (_dora, "use_dora"),
+        (_cut_weights, "adapter's weights cannot be read"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(run: Path, make: Callable[[Path], tuple[Path, Path]], words: str) -> None:
+    source, output = make(run)
+    before = sorted(p for p in run.parent.rglob("*") if p.is_file())
+    with pytest.raises(TunesmithError) as caught:
+        merge(source, output, device="cpu")
+    assert caught.value.exit_code == EXIT_USAGE
+    assert words in caught.value.text()
+    assert sorted(p for p in run.parent.rglob("*") if p.is_file()) == before
+
+
+def test_a_full_fine_tune_is_already_whole(tiny: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "full", tiny, AutoModelForCausalLM.from_pretrained(tiny))
+    with pytest.raises(TunesmithError, match="no adapter") as caught:
+        merge(tmp_path / "full", tmp_path / "out")
+    assert str(tmp_path / "full" / "final") in caught.value.fix
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_no_room_on_the_disk_is_found_before_loading(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(room, "open_model", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(TunesmithError, match="not enough room") as caught:
+        merge(run, tmp_path / "out", device="cpu")
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+SMALL, LARGE = Difference(0.01, 1e-6, 1.0), Difference(5.0, 0.5, 0.3)
+GOOD, BAD = (
+    ExactCheck(Difference(5e-5, 0.0, 1.0), 10.0, 3, 100, 0),
+    ExactCheck(Difference(5e-5, 0.0, 1.0), 10.0, 3, 100, 1),
+)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "merged", "base", "noise", "largest", "exact", "passed"),
+    [
+        ("fp32", Difference(9e-5, 0.0, 1.0), LARGE, SMALL, 5.0, None, True),
+        ("fp32", Difference(1.1e-4, 0.0, 1.0), LARGE, SMALL, 5.0, None, False),
+        ("fp32", Difference(1.9e-4, 0.0, 1.0), LARGE, SMALL, 20.0, None, True),  # logits twice as large
+        ("bf16", Difference(2.0, 0.04, 0.9), LARGE, SMALL, 20.0, GOOD, True),  # below a tenth of what was taught
+        ("bf16", Difference(2.0, 0.06, 0.9), LARGE, SMALL, 20.0, GOOD, False),
+        ("bf16", Difference(2.0, 0.04, 0.9), LARGE, SMALL, 20.0, BAD, False),  # one weight is not what it should be
+        ("bf16", Difference(0.1, 9e-5, 1.0), SMALL, SMALL, 20.0, GOOD, True),  # below the floor
+        ("bf16", LARGE, LARGE, SMALL, 20.0, GOOD, False),  # the base's answers
+    ],
+)
+def test_rules(
+    dtype: str,
+    merged: Difference,
+    base: Difference,
+    noise: Difference,
+    largest: float,
+    exact: ExactCheck | None,
+    passed: bool,
+) -> None:
+    assert all(holds for _, holds in merge_check.check_rules(dtype, merged, base, noise, largest, exact)) is passed
+
+
+def test_differences_against_the_formula() -> None:
+    p, q = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.5]])
+    found = merge_check.difference([p[:1], p[1:]], [q[:1], q[1:]])
+    kl = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert found.max_logit == 1.0
+    assert found.mean_kl == pytest.approx(kl.item(), rel=1e-6)
+    assert found.agreement == 0.5
+    with pytest.raises(TunesmithError, match="finite"):
+        merge_check.difference([p], [p * float("nan")])

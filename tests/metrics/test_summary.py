@@ -1,0 +1,155 @@
+"""The closing summary tells what the records say; the plot shows what the numbers do."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from records import RUN, record
+from tunesmith.config.schema import Adapter, Data, Model, Run, Source
+from tunesmith.errors import NonFiniteError
+from tunesmith.metrics.summary import clear_failure, curve, read_failure, write_failure
+from tunesmith.metrics.summary import closing as closing_of
+
+
+@pytest.fixture
+def run() -> Run:
+    return RUN
+
+
+@dataclass(frozen=True)
+class Result:
+    """The part of `tunesmith.training.result.Result` that the report reads."""
+
+    output_dir: Path
+    steps: int = 20
+    seconds: float = 0.0
+    finished_before: bool = False
+
+
+def closing(run: Run, folder: Path, **told: object) -> str:
+    return closing_of(run, Result(folder, **told))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "my run"
+    (folder / "final").mkdir(parents=True)
+    (folder / "checkpoint-10").mkdir()
+    records = [
+        # the first step compiles: 10 s
+        record(s, step_seconds=10.0 if s == 1 else 0.25, mfu=0.5, mfu_peak_tflops=100.0, memory_gib=s / 10)
+        for s in range(1, 21)
+    ]
+    records[9] = replace(records[9], val_loss=0.5)
+    records[19] = replace(records[19], val_loss=0.75)
+    (folder / "metrics.jsonl").write_text("".join(r.to_json() + "\n" for r in records))
+    return folder
+
+
+def test_the_summary_holds_every_figure(run: Run, folder: Path) -> None:
+    text = closing(run, folder, seconds=100.0)
+    for part in (
+        "20 (2.00 epochs, 80 examples)",
+        "1:40 min",
+        "2,000 without padding, 800 of them trained",
+        "400 tokens/s, 50.0% MFU of 100 TFLOP/s",
+        "2.0000 -> 0.1000 (mean of the last 2: 0.1026)",
+        "0.5000 -> 0.7500, best 0.5000 at step 10",
+        "2.0 GiB",
+        "checkpoint-10",
+    ):
+        assert part in text, part
+
+
+def last_lines(text: str) -> list[str]:
+    return [row.strip() for row in text[text.index("\nnext\n") + 6 :].splitlines()]
+
+
+def test_the_next_commands_are_whole_and_quoted(run: Run, folder: Path) -> None:
+    assert last_lines(closing(run, folder)) == [
+        f"tunesmith chat '{folder}'",
+        f"tunesmith eval '{folder}' --data HELD_OUT.jsonl",
+        f"tunesmith merge '{folder}' --output '{folder}-merged'",
+        f"vllm serve org/base --enable-lora --lora-modules 'my run={folder}/final'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "last"),
+    [
+        ({"adapter": Adapter(kind="none")}, "vllm serve '{folder}/final'"),
+        ({"adapter": Adapter(rank=40)}, "vllm serve org/base --enable-lora --max-lora-rank 64 --lora-modules"),
+        ({"model": Model(name="base.gguf")}, "vllm serve '{folder}-merged'"),
+        ({"adapter": Adapter(modules_to_save=("lm_head",))}, "vllm serve '{folder}-merged'"),
+    ],
+)
+def test_the_serving_line_fits_what_was_trained(run: Run, folder: Path, changed: dict, last: str) -> None:
+    assert last_lines(closing(replace(run, **changed), folder))[-1].startswith(last.format(folder=folder))
+
+
+def test_eval_takes_the_recipes_held_out_file(run: Run, folder: Path) -> None:
+    data = Data(train=run.data.train, validation=(Source(source="held out.jsonl"),))
+    assert f"tunesmith eval '{folder}' --data 'held out.jsonl'" in closing(replace(run, data=data), folder)
+
+
+def test_a_run_without_a_step_says_so(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "no step was taken" in closing(run, tmp_path, steps=0)
+
+
+def test_a_finished_run_names_the_two_ways_on(run: Run, folder: Path) -> None:
+    text = closing(run, folder, finished_before=True)
+    assert text.startswith("this run is finished: it took its 20 steps before")
+    assert "longer train.duration" in text
+    assert "--fresh" in text
+    assert "15 s" in text, "the time of the steps, as this start took none"
+
+
+def test_failure_is_one_block_that_comes_and_goes(tmp_path: Path) -> None:
+    assert read_failure(tmp_path) is None
+    error = NonFiniteError("the loss is NaN", where="step 7", why="rows.jsonl:3", fix="lower the rate")
+    written = write_failure(tmp_path, error, last_step=6, next_command="tunesmith train r.yaml")
+    assert list(json.loads((tmp_path / "failure.json").read_text())) == ["what", "where", "why", "last_step", "next"]
+    assert read_failure(tmp_path) == written
+    assert (written.last_step, written.next) == (6, "lower the rate")
+    assert write_failure(tmp_path, NonFiniteError("x"), last_step=6, next_command="again").next == "again"
+    clear_failure(tmp_path)
+    clear_failure(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_curve_falls_where_the_values_fall() -> None:
+    rows = curve([3.0, 2.0, 1.0], width=9, height=5, unicode=False).splitlines()
+    assert rows == [
+        "   3.000 |***",
+        "         |  **",
+        "         |   ****",
+        "         |      **",
+        "   1.000 |       **",
+        "         +---------",
+        "          1       3",
+    ]
+
+
+def test_braille_has_one_dot_a_column_on_a_flat_line() -> None:
+    rows = curve([1.0] * 5, width=4, height=2, unicode=True).splitlines()
+    dots = "".join(rows[:2])[10:].replace("┤", "")
+    assert sum((ord(c) - 0x2800).bit_count() for c in dots if 0x2800 <= ord(c) < 0x2900) == 8
+
+
+def test_the_curve_leaves_a_gap_for_nan_and_says_when_there_is_nothing() -> None:
+    assert "(nothing to plot)" in curve([math.nan])
+    gap = curve([1.0, 1.0, math.nan, 1.0, 1.0], width=17, height=3, unicode=False).splitlines()[1][10:]
+    assert gap == "*****       *****", "one missing value takes its two neighbouring stretches with it"
+
+
+def test_one_value_and_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("locale.getpreferredencoding", lambda _=True: "ANSI_X3.4-1968")
+    assert curve([1.0], width=4, height=3).isascii()
+    monkeypatch.setattr("locale.getpreferredencoding", lambda _=True: "UTF-8")
+    assert not curve([1.0], width=4, height=3).isascii()

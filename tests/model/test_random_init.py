@@ -1,0 +1,95 @@
+"""Random weights: fixed by seed and name, shaped as Transformers starts a model, through the hooks of nf4 too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from recipes import make_run
+from tunesmith.build_model import build_model
+from tunesmith.config.schema import Run
+from tunesmith.model import spec
+from tunesmith.model.load import build_on_meta
+from tunesmith.model.random_init import RandomTensor
+from tunesmith.model.shapes import SHAPES
+from tunesmith.quant.nf4 import Nf4Linear
+
+CPU = torch.device("cpu")
+
+
+def weights(run: Run, folder: Path) -> dict[str, torch.Tensor]:
+    model = build_model(run, folder, device=CPU, weights="random").model
+    return {n: p.detach() for n, p in (*model.named_parameters(), *model.named_buffers())}
+
+
+@pytest.fixture
+def bare(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny model's folder without its weights."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for file in tiny.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_weights_are_fixed_by_seed_and_name(bare: Path, tmp_path: Path) -> None:
+    run = make_run(bare, tmp_path, train={"seed": 1})
+    first, again = weights(run, bare), weights(run, bare)
+    full = weights(make_run(bare, tmp_path, train={"seed": 1}, adapter={"kind": "none"}), bare)
+    other = weights(make_run(bare, tmp_path, train={"seed": 2}), bare)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    matrices = [name for name in full if full[name].ndim == 2]
+    assert len(matrices) == 15  # a tied embedding, and 7 in each of 2 layers
+    for name in matrices:
+        assert torch.equal(first[name], full[name]), "an adapter changes no base weight"
+        assert not torch.equal(first[name], other[name])
+    every = torch.cat([full[name].flatten() for name in matrices])
+    assert every.std().item() == pytest.approx(0.02, rel=4 / (2 * len(every)) ** 0.5)  # 4 of its own errors
+    assert abs(every.mean().item()) < 4 * 0.02 / len(every) ** 0.5
+    flat = [full[name].flatten()[:2048] for name in matrices]
+    assert all(not torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i])
+    norms = [value for name, value in full.items() if "norm" in name]
+    assert len(norms) == 5
+    assert all((value == 1).all() for value in norms)
+
+
+def test_nf4_layers_are_quantised_from_the_same_draw(bare: Path, tmp_path: Path) -> None:
+    """Reference: bitsandbytes on the dense weight that a run without nf4 draws under the same name."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    dense = weights(make_run(bare, tmp_path, model={"dtype": "bf16"}), bare)
+    run = make_run(bare, tmp_path, model={"dtype": "bf16", "quantize": "nf4"})
+    model = build_model(run, bare, device=CPU, weights="random").model
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        packed, _ = functional.quantize_4bit(
+            dense[f"{name}.weight"], blocksize=64, quant_type="nf4", compress_statistics=True
+        )
+        assert torch.equal(layer.weight, packed.reshape(-1, 1)), name
+
+
+def test_biases_are_zero() -> None:
+    assert (RandomTensor("q.bias", torch.empty(8, device="meta"), CPU, 0).read() == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        # The counts of the models' own index files (total_size / 2 bytes); a tied head counted once.
+        ("llama3-8b", 8_030_261_248), ("llama3-3b", 3_212_749_824), ("llama3-70b", 70_553_706_496),
+        ("qwen3-8b", 8_190_735_360), ("mistral-7b", 7_248_023_552),
+    ],
+)  # fmt: skip
+def test_a_shape_has_the_parameters_of_its_model(name: str, parameters: int, tmp_path: Path) -> None:
+    """By our own count, and by Transformers' modules."""
+    import json
+
+    config = SHAPES[name].config
+    assert spec.read_spec(config, where=name).parameters == parameters
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    built = build_on_meta(AutoConfig.from_pretrained(tmp_path), make_run(tmp_path, tmp_path).model)
+    assert sum(p.numel() for p in built.parameters()) == parameters

@@ -1,0 +1,80 @@
+"""A base goes into fp8 only if the loss stays, and the reason is told with its figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes import make_run, write_rows
+from tunesmith import fp8_base
+from tunesmith.checkpoint.resume import Start
+from tunesmith.quant import fp8
+from tunesmith.quant.fp8 import Fp8Linear
+from tunesmith.training.build import Session, build
+
+
+def begin(tiny: Path, folder: Path) -> tuple[Session, list[str]]:
+    for name, rows in (("train", 24), ("held", 8)):
+        write_rows(folder / f"{name}.jsonl", rows)
+    run = make_run(tiny, folder, held=False, train={"global_batch": "4 examples"})
+    run = replace(run, model=replace(run.model, dtype="bf16", quantize="fp8"))
+    Path(run.output_dir).mkdir(parents=True, exist_ok=True)
+    said: list[str] = []
+    return build(run, Start(), say=said.append), said
+
+
+def base(session: Session) -> tuple[str, str]:
+    return next((c.taken, c.why) for c in session.choices if c.part == "base")
+
+
+def count(session: Session) -> int:
+    return sum(isinstance(m, Fp8Linear) for m in session.model.modules())
+
+
+def test_the_base_is_held_in_fp8_and_the_loss_is_told(tiny, tmp_path):
+    session, said = begin(tiny, tmp_path)
+    taken, why = base(session)
+    assert taken == fp8.select_scaling(torch.device("cpu")).kind
+    assert count(session) == 14
+    assert "14 layers" in why
+    assert "loss " in why
+    assert any(f"base: {taken}" in line for line in said)
+    assert not any("warning: the base" in line for line in said)
+
+
+def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(fp8_base, "TOLERANCE", -1.0)
+    session, said = begin(tiny, tmp_path)
+    assert base(session)[0] == "bf16"
+    assert "was tried and given up" in base(session)[1]
+    assert count(session) == 0
+    assert any(line.startswith("warning: the base stays in bf16") for line in said)
+    weights = {n: p for n, p in session.model.named_parameters() if not p.requires_grad}
+    assert len(weights) >= 14
+    assert all(p.dtype is torch.bfloat16 and bool(p.isfinite().all()) for p in weights.values())
+    loss, tokens = session.model(session.loader(0).batch(0).micro[0])
+    assert 0 < float(loss) / tokens < 10
+
+
+def test_a_machine_without_fp8_products_trains_in_bf16(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        fp8, "select_scaling", lambda device: fp8.ScalingRecipe(None, "this chip has no fp8 products: too old")
+    )
+    session, said = begin(tiny, tmp_path)
+    assert base(session) == ("bf16", "this chip has no fp8 products: too old")
+    assert count(session) == 0
+    assert any("too old" in line for line in said)
+
+
+@pytest.mark.parametrize("least", [1, 200, 3000])
+def test_probes_are_the_first_batches_and_hold_enough(tiny, tmp_path, least):
+    from tunesmith.training.build import first_batches
+
+    session, _ = begin(tiny, tmp_path)
+    found = first_batches(session.loader(0), least)
+    assert sum(b.tokens for b in found) >= least
+    assert sum(b.tokens for b in found[:-1]) < least
+    assert torch.equal(found[0].input_ids, session.loader(0).batch(0).micro[0].input_ids)

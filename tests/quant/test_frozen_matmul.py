@@ -1,0 +1,186 @@
+"""Grouped products with frozen weights: equal to the plain formula, in every form of the weight, on both roads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.adapter import lora
+from tunesmith.config.schema import Adapter
+from tunesmith.quant import fp8, frozen_matmul
+from tunesmith.quant.fp8 import Fp8Linear
+from tunesmith.quant.nf4 import Nf4Linear
+
+# torch 2.11 has no products scaled by rows on a CPU.
+FP8 = tuple(kind for kind in fp8.KINDS if kind == fp8.TENSOR or fp8.select_scaling(torch.device("cpu")).kind == fp8.ROW)
+WIDTHS = (48, 16, 16)  # like q, k and v
+ADAPTER = Adapter(rank=4, alpha=8)
+
+
+def dense_layers(dtype: torch.dtype, *, bias: bool = False) -> list[nn.Linear]:
+    torch.manual_seed(0)
+    return [nn.Linear(64, width, bias=bias, dtype=dtype).requires_grad_(False) for width in WIDTHS]
+
+
+def adapted(layers: list[nn.Linear]) -> list[lora.Lora]:
+    made = [lora.LoraLinear(layer, ADAPTER) for layer in layers]
+    for number, layer in enumerate(made):
+        torch.manual_seed(number)
+        nn.init.normal_(layer.lora_A, std=0.2)
+        nn.init.normal_(layer.lora_B, std=0.2)  # with B = 0 the gradient of A is zero and proves nothing
+        if layer.weight.dtype is torch.float64:
+            layer.double()
+    return made
+
+
+def plain(x: Tensor, layers: list[lora.Lora], weights: list[Tensor]) -> list[Tensor]:
+    return [
+        F.linear(x, w, m.bias) + F.linear(F.linear(x, m.lora_A.to(x.dtype)), m.lora_B.to(x.dtype)) * m.scaling
+        for m, w in zip(layers, weights, strict=True)
+    ]
+
+
+def gradients(outputs: list[Tensor], x: Tensor, layers: list[lora.Lora]) -> dict[str, Tensor]:
+    torch.manual_seed(9)
+    leaves = {
+        "x": x,
+        **{f"{i}.{n}": p for i, m in enumerate(layers) for n, p in m.named_parameters() if p.requires_grad},
+    }
+    loss = sum((y * torch.randn_like(y)).sum() for y in outputs)
+    found = torch.autograd.grad(loss, list(leaves.values()))
+    return dict(zip(leaves, found, strict=True))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    assert b.norm() > 0
+    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_gradients_are_those_of_plain_lora(dtype, tolerance, bias):
+    """fp32: both add the same products in another order, 64 terms of one size."""
+    layers = adapted(dense_layers(dtype, bias=bias))
+    x = torch.randn(2, 30, 64, dtype=dtype, requires_grad=True)
+    ours, theirs = lora.project(x, layers), plain(x, layers, [m.weight for m in layers])
+    assert [y.shape for y in ours] == [(2, 30, width) for width in WIDTHS]
+    for a, b in zip(ours, theirs, strict=True):
+        assert distance(a, b) < tolerance
+    expected = gradients(theirs, x, layers)
+    got = gradients(ours, x, layers)
+    for name, gradient in expected.items():
+        assert distance(got[name], gradient) < tolerance, name
+
+
+def kinds() -> dict[str, list[lora.Lora]]:
+    """The same three layers with adapters, in every form, and the dense weights that each form stands for."""
+    made: dict[str, list[lora.Lora]] = {"dense": adapted(dense_layers(torch.bfloat16))}
+    packed = []
+    for layer in adapted(dense_layers(torch.bfloat16)):
+        base = Nf4Linear(64, layer.out_features, bias=False, compute_dtype=torch.bfloat16, device="cpu")
+        base.quantise(layer.weight)
+        packed.append(lora.LoraNf4Linear(base, ADAPTER))
+        packed[-1].lora_A, packed[-1].lora_B = layer.lora_A, layer.lora_B
+    made["nf4"] = packed
+    for kind in FP8:
+        made[kind] = [lora.LoraFp8Linear(layer, kind) for layer in adapted(dense_layers(torch.bfloat16))]
+    return made
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
+def test_every_form_answers_as_the_weight_it_stands_for(kind):
+    """bf16 keeps 8 bits: 2^-9 a rounding. fp8 rounds the input (and each output's gradient) to 3 bits of mantissa:
+    up to 2^-4 an element, about 3 % of a product's length, with a scale a tensor somewhat more."""
+    layers = kinds()[kind]
+    tolerance = 0.01 if kind in ("dense", "nf4") else 0.05
+    x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
+    ours, theirs = lora.project(x, layers), plain(x, layers, [m.dense() for m in layers])
+    expected, got = gradients(theirs, x, layers), gradients(ours, x, layers)
+    for a, b in zip(ours, theirs, strict=True):
+        assert distance(a, b) < tolerance
+    for name, gradient in expected.items():
+        # The adapter's own gradients see no rounded input, only what the output's rounding left: nothing.
+        assert distance(got[name], gradient) < (tolerance if name == "x" else 0.01), name
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
+def test_the_compiled_operator_gives_the_same_numbers(kind):
+    layers = kinds()[kind]
+    x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
+    torch.compiler.reset()
+
+    def step(x: Tensor) -> list[Tensor]:
+        return list(lora.project(x, layers))
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    expected, got = step(x), compiled(x)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    there, here = gradients(expected, x, layers), gradients(got, x, layers)
+    for name, gradient in there.items():
+        assert torch.equal(here[name], gradient), name
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
+def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
+    """Shapes, types and strides of the outputs, no output that shares memory with an input, and gradients in a graph:
+    a compiler lays out memory by these promises, and a broken one shows on a GPU only."""
+    layers = kinds()[kind]
+    held = [m.held() for m in layers]
+    x = torch.randn(40, 64, dtype=torch.bfloat16)
+    small = [torch.cat([m.lora_A for m in layers]).bfloat16(), *((m.lora_B * 2).bfloat16() for m in layers)]
+    small = [t.detach() for t in small]
+    way, tensors, widths = frozen_matmul.KINDS[held[0].kind], [t for h in held for t in h.tensors], list(WIDTHS)
+    # The check for writes to an input compares sums, which fp8 does not have.
+    tests = ("test_autograd_registration", "test_faketensor", *(() if kind in FP8 else ("test_schema",)))
+    for factors in (small, []):
+        leaves = [t.clone().requires_grad_() for t in factors]
+        given = (x.clone().requires_grad_(), way.quantise(x), leaves, tensors, held[0].kind, widths)
+        torch.library.opcheck(frozen_matmul.frozen_products, given, test_utils=tests)
+        dys = [torch.randn(40, width, dtype=torch.bfloat16) for width in widths]
+        beside = [t for dy in dys for t in way.quantise(dy)]
+        saved = [x, x @ factors[0].T] if factors else []
+        for wanted in (True, False):
+            given = (dys, beside, saved, factors, tensors, held[0].kind, 64, wanted)
+            torch.library.opcheck(frozen_matmul.frozen_products_backward, given, test_utils=tests)
+
+
+@pytest.mark.parametrize("kind", ["nf4", *FP8])
+def test_a_frozen_layer_without_an_adapter_passes_its_gradient_on(kind):
+    adapter = kinds()[kind][0]
+    layer = Fp8Linear(dense_layers(torch.bfloat16)[0], kind) if kind in FP8 else adapter
+    x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x) if kind in FP8 else frozen_matmul.grouped_matmul(x, [layer.held()], [None])[0]
+    d = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, d)
+    tolerance = 0.05 if kind in FP8 else 0.01
+    assert distance(y, F.linear(x, layer.dense())) < tolerance
+    assert distance(dx, d @ layer.dense()) < tolerance
+
+
+def test_an_output_that_nobody_uses_has_no_part_in_the_gradient():
+    layers = adapted(dense_layers(torch.float64))
+    x = torch.randn(10, 64, dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad(lora.project(x, layers)[1].sum(), x)
+    (expected,) = torch.autograd.grad(plain(x, layers, [m.weight for m in layers])[1].sum(), x)
+    assert distance(dx, expected) < 1e-12
+
+
+def test_an_input_without_gradient_costs_no_product(monkeypatch):
+    layers = adapted(dense_layers(torch.float64))
+    called: list[int] = []
+    monkeypatch.setattr(frozen_matmul.DenseKind, "back", lambda *_: called.append(1))
+    sum(y.sum() for y in lora.project(torch.randn(10, 64, dtype=torch.float64), layers)).backward()
+    assert not called
+    assert all(m.lora_A.grad is not None and m.lora_A.grad.norm() > 0 for m in layers)
+
+
+def test_layers_of_unlike_forms_are_computed_one_by_one():
+    made = kinds()
+    layers = [made["dense"][0], made[fp8.TENSOR][1]]
+    x = torch.randn(40, 64, dtype=torch.bfloat16)
+    for a, b in zip(lora.project(x, layers), plain(x, layers, [m.dense() for m in layers]), strict=True):
+        assert distance(a, b) < 0.05

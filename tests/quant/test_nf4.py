@@ -1,0 +1,166 @@
+"""NF4 layers against Transformers with bitsandbytes on the same weights."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tunesmith.adapter import lora
+from tunesmith.build_model import build_model
+from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
+from tunesmith.errors import MachineError, ModelError
+from tunesmith.quant import nf4
+from tunesmith.training.build import check_machine
+
+pytest.importorskip("bitsandbytes")
+
+TOLERANCE = 1e-5  # fp32 compute; logits are of order 1
+
+
+def theirs(folder, *, double: bool = True):
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    # Train mode: in eval mode bitsandbytes repacks its weights on some CPUs and answers differently.
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).train()
+
+
+def ours(folder, **adapter):
+    run = Run(
+        model=Model(name=str(folder), dtype="fp32", quantize="nf4"),
+        adapter=Adapter(**adapter),
+        data=Data(train=(Source(source="x"),)),
+        train=Train(recompute="none", compile="off"),
+        output_dir="x",
+    )
+    return build_model(run, folder, device=torch.device("cpu")).model
+
+
+def logits(model):
+    return model(torch.arange(5, 35).view(2, 15)).logits
+
+
+def generating(model):
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def test_quantised_while_loading_equals_transformers_with_bitsandbytes(tiny):
+    expected = logits(theirs(tiny)).detach()
+    plain = logits(AutoModelForCausalLM.from_pretrained(tiny)).detach()
+    assert (expected - plain).abs().max() > 100 * TOLERANCE, "quantising must matter"
+    torch.testing.assert_close(logits(generating(ours(tiny))).detach(), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+def test_a_ready_made_checkpoint_equals_transformers_with_bitsandbytes(tiny, tmp_path, double):
+    model = theirs(tiny, double=double)
+    expected = logits(model).detach()
+    model.save_pretrained(tmp_path)
+    for file in tiny.glob("*token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.testing.assert_close(logits(generating(ours(tmp_path))).detach(), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_lora_on_nf4_has_the_gradient_of_the_dense_weight(tiny):
+    quantised = generating(ours(tiny, rank=4))
+    dense = AutoModelForCausalLM.from_pretrained(tiny)
+    lora.attach_lora(dense, Adapter(rank=4), seed=42)
+    pairs = list(zip(lora.loras(quantised), lora.loras(dense), strict=True))
+    torch.manual_seed(0)
+    for (name, a), (other, b) in pairs:
+        assert name == other
+        assert torch.equal(a.lora_A, b.lora_A)
+        nn.init.normal_(a.lora_B, std=0.1)
+        b.lora_B.data.copy_(a.lora_B)
+        b.weight = nn.Parameter(a.dense(), requires_grad=False)
+    for model in (quantised, dense):
+        logits(model).square().sum().backward()
+    for (name, a), (_, b) in pairs:
+        for x, y in ((a.lora_A.grad, b.lora_A.grad), (a.lora_B.grad, b.lora_B.grad)):
+            assert y.norm() > 0
+            assert (x - y).norm() / y.norm() < 1e-5, name
+
+
+def test_the_packed_weight_is_never_written_to(tiny):
+    model = generating(ours(tiny)).eval()
+    before = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
+    first = logits(model)
+    logits(model.train()).sum().backward()
+    torch.testing.assert_close(logits(model.eval()), first, rtol=0, atol=0)
+    after = dict((*model.named_parameters(), *model.named_buffers()))
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_it_is_small(tiny):
+    layer = ours(tiny).get_submodule("model.layers.0.mlp.up_proj")
+    held = sum(t.numel() * t.element_size() for t in (layer.weight, layer.absmax, layer.nested_absmax))
+    assert held / layer.dense().numel() <= 0.52  # 4 bits, and 8 bits a block of 64 with 32 a block of 256
+
+
+def test_the_head_the_embedding_and_the_norms_stay_dense(tiny):
+    model = ours(tiny)
+    assert not isinstance(model.lm_head, nf4.Nf4Linear)
+    assert {p.dtype for n, p in model.named_parameters() if "norm" in n or "embed" in n} == {torch.float32}
+    assert sum(isinstance(m, nf4.Nf4Linear) for m in model.modules()) == 14
+
+
+def test_gradient_of_a_layer_without_an_adapter():
+    torch.manual_seed(0)
+    layer = nf4.Nf4Linear(64, 32, bias=True, compute_dtype=torch.float32, device="cpu")
+    layer.quantise(torch.randn(32, 64))
+    layer.bias = nn.Parameter(torch.randn(32))
+    x = torch.randn(3, 64, requires_grad=True)
+    y = torch.nn.functional.linear(x, layer.dense(), layer.bias)
+    torch.testing.assert_close(layer(x), y)
+    weight = torch.randn_like(y)
+    (got,) = torch.autograd.grad((layer(x) * weight).sum(), x)
+    (wanted,) = torch.autograd.grad((y * weight).sum(), x)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_parts_of_a_packed_weight_that_do_not_fit_are_refused():
+    layer = nf4.Nf4Linear(64, 32, bias=False, compute_dtype=torch.float32, device="cpu")
+    with pytest.raises(ModelError, match="not whole"):
+        layer.take_packed({"": torch.zeros(1024, 1, dtype=torch.uint8), "absmax": torch.zeros(32)}, where="w")
+    packed, state = nf4.bitsandbytes().quantize_4bit(torch.randn(16, 64), quant_type="nf4")
+    with pytest.raises(ModelError, match=r"shape \(16, 64\)"):
+        layer.take_packed({"": packed, **state.as_dict(packed=True)}, where="w")
+    packed, state = nf4.bitsandbytes().quantize_4bit(torch.randn(32, 64), quant_type="fp4")
+    with pytest.raises(ModelError, match="held as fp4"):
+        layer.take_packed({"": packed, **state.as_dict(packed=True)}, where="w")
+
+
+def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(MachineError, match=r"pip install 'tunesmith\[nf4\]'"):
+        nf4.bitsandbytes()
+
+
+def test_a_bitsandbytes_that_cannot_pack_here_is_refused_before_anything_is_read(monkeypatch, tmp_path):
+    """As with a wheel that was not built for this machine's CUDA."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("Attempted to use bitsandbytes native library functionality\nbut it's not available.")
+
+    run = Run(
+        model=Model(name=str(tmp_path / "nowhere"), quantize="nf4"),
+        adapter=Adapter(),
+        data=Data(train=(Source(source="x"),)),
+        train=Train(),
+        output_dir=str(tmp_path),
+    )
+    check_machine(run, torch.device("cpu"))
+    monkeypatch.setattr(nf4.bitsandbytes(), "quantize_4bit", refuse)
+    with pytest.raises(MachineError) as caught:
+        check_machine(run, torch.device("cpu"))
+    assert caught.value.where == "model.quantize"
+    assert caught.value.why == "Attempted to use bitsandbytes native library functionality"

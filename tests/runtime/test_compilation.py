@@ -1,0 +1,282 @@
+"""Compiled layers answer as plain ones do, all layers of a model share their graphs, and so do all batches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
+
+from tunesmith.adapter import lora
+from tunesmith.config.schema import Adapter
+from tunesmith.data.batch import Batch, Example, collate
+from tunesmith.loss import loss_and_grad
+from tunesmith.model import attention, fused
+from tunesmith.model.documents import Documents
+from tunesmith.private import graphs_compiled
+from tunesmith.quant import fp8, nf4
+from tunesmith.runtime import compilation
+from tunesmith.runtime.compilation import compile_layers, compile_score, should_compile
+from tunesmith.runtime.recompute import recompute_layers
+
+
+@pytest.fixture(autouse=True)
+def packed_kernel(varlen_on_cpu):
+    forget = compilation.compiler_fault.cache_clear
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+    forget()
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+# (configuration, kinds of layers): a window below the bound of the batches, biases on q, k and v, norms of q and k, and
+# layers that do not rotate.
+FAMILIES = {
+    "llama": (lambda layers: LlamaConfig(**SIZES, num_hidden_layers=layers), 1),
+    "mistral": (lambda layers: MistralConfig(**SIZES, num_hidden_layers=layers, sliding_window=8), 1),
+    "qwen2": (lambda layers: Qwen2Config(**SIZES, num_hidden_layers=layers), 1),
+    "qwen2, two windows": (
+        lambda layers: Qwen2Config(
+            **SIZES, num_hidden_layers=layers, use_sliding_window=True, sliding_window=8, max_window_layers=1
+        ),
+        2,
+    ),
+    "qwen3": (lambda layers: Qwen3Config(**SIZES, num_hidden_layers=layers, head_dim=8), 1),
+    "smollm3": (
+        lambda layers: SmolLM3Config(**SIZES, num_hidden_layers=layers, no_rope_layer_interval=3),
+        2,
+    ),
+}
+
+
+def build(layers: int, family: str = "llama", *, base: str = "dense") -> Any:
+    """A model with adapters whose frozen weights are held as `base` says; in fp64 where that is dense, else in fp32."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family][0](layers))
+    model = model.double() if base == "dense" else model.float()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if base == "nf4":
+        names = nf4.replace_linears(model, torch.float32)
+        for name in names:
+            layer = model.get_submodule(name)
+            layer.to_empty(device="cpu")
+            layer.quantise(weights[f"{name}.weight"])
+            if layer.bias is not None:
+                layer.bias.data.copy_(weights[f"{name}.bias"])
+    lora.attach_lora(model, Adapter(rank=2), seed=1)
+    for _, layer in lora.loras(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+        if base == "dense":
+            layer.double()
+    if base == "fp8":
+        kind = fp8.select_scaling(torch.device("cpu")).kind
+        assert kind is not None
+        assert lora.convert_to_fp8(model, kind) > 0
+    fused.fuse_modules(model, project=lora.project)
+    model.set_attn_implementation(attention.register())
+    return model.train()
+
+
+def batch(seed: int, *, length: int, bound: int = 32) -> Batch:
+    """One packed row of documents of 2 to `bound` tokens, up to `length` of them with padding after."""
+    random = np.random.default_rng(seed)
+    examples, left = [], length - int(random.integers(0, 3))
+    while left >= 2:
+        n = min(left, int(random.integers(2, bound + 1)))
+        examples.append(Example(random.integers(0, 64, n).astype(np.int32), np.arange(n) > 0))
+        left -= n
+    return collate([examples], length=length, pad_id=0, bound=bound)
+
+
+def run(model: Any, b: Batch, door: str = "varlen") -> dict[str, torch.Tensor]:
+    torch.manual_seed(b.tokens)
+    model.zero_grad()
+    hidden = model.model(
+        input_ids=b.input_ids,
+        position_ids=b.position_ids,
+        use_cache=False,
+        documents=Documents(b.cu_seqlens, b.max_seqlen, door),
+    ).last_hidden_state
+    (hidden * torch.randn_like(hidden)).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_alike(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-10) -> None:
+    assert expected.keys() == got.keys()
+    for name, reference in expected.items():
+        assert reference.norm() > 0
+        assert (got[name] - reference).norm() / reference.norm() < tolerance, name
+
+
+class Counting:
+    """A compiler that leaves graphs as they are and counts them."""
+
+    graphs = 0
+
+    def __call__(self, module: torch.fx.GraphModule, _: Any) -> Any:
+        self.graphs += 1
+        return module
+
+
+@pytest.mark.parametrize("rerun", [0, 2])
+def test_the_number_of_graphs_does_not_grow_with_layers_and_lengths(rerun):
+    graphs = []
+    for layers in (3, 6):
+        torch.compiler.reset()
+        backend = Counting()
+        plain = build(layers)
+        fast = copy.deepcopy(plain)
+        recompute_layers(fast.model.layers, rerun)
+        assert compile_layers(fast.model.layers, varied=True, backend=backend) == layers
+        for n in (20, 24, 31, 47):
+            assert_alike(run(fast, batch(n, length=n)), run(plain, batch(n, length=n)))
+        graphs.append(backend.graphs)
+    assert graphs == [1 + (rerun > 0)] * 2  # one of the layers that are run again, one of the others
+
+
+@pytest.mark.parametrize("rerun", [False, True], ids=["kept", "rerun"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_has_one_graph_for_each_kind_of_layer(family, rerun):
+    plain, backend = build(6, family), Counting()
+    fast = copy.deepcopy(plain)
+    recompute_layers(fast.model.layers, 6 * rerun)
+    compile_layers(fast.model.layers, varied=True, backend=backend)
+    for n in (40, 48, 61):
+        assert_alike(run(fast, batch(n, length=n)), run(plain, batch(n, length=n)))
+    assert backend.graphs == FAMILIES[family][1]
+
+
+# In fp8 a difference in the last bit of fp32 can turn into one of e4m3.
+TOLERANCE = {"nf4": 1e-4, "fp8": 0.05}
+
+
+@pytest.mark.parametrize("rerun", [False, True], ids=["kept", "rerun"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("base", ["fp8", "nf4"])
+def test_quantised_bases_have_one_graph_too(base, family, rerun):
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    plain, backend = build(4, family, base=base), Counting()
+    fast = copy.deepcopy(plain)
+    recompute_layers(fast.model.layers, 4 * rerun)
+    compile_layers(fast.model.layers, varied=True, backend=backend)
+    for n in (40, 48, 61):
+        assert_alike(run(fast, batch(n, length=n)), run(plain, batch(n, length=n)), tolerance=TOLERANCE[base])
+    assert backend.graphs == 1
+
+
+@pytest.mark.parametrize("varied", [False, True])
+def test_three_hundred_varied_steps_make_no_graph_after_the_first(varied):
+    model, backend = build(2), Counting()
+    compile_layers(model.model.layers, varied=varied, backend=backend)
+    for step in range(300):
+        b = batch(step, length=96 + 16 * (step % 7) if varied else 96)
+        assert len(b.cu_seqlens) > 2
+        run(model, b)
+        assert backend.graphs == 1, step
+
+
+def test_the_real_compiler_answers_alike():
+    plain = build(2)
+    fast = copy.deepcopy(plain)
+    before = graphs_compiled()
+    compile_layers(fast.model.layers, varied=True)
+    for n in (40, 56):
+        assert_alike(run(fast, batch(n, length=n)), run(plain, batch(n, length=n)))
+    assert graphs_compiled() == before + 1
+
+
+def test_without_training_nothing_is_compiled():
+    plain, backend = build(2), Counting()
+    compile_layers(plain.model.layers, varied=True, backend=backend)
+    plain.eval()
+    run(plain, batch(1, length=40))
+    assert backend.graphs == 0
+
+
+def test_on_a_cpu_compiled_layers_with_packed_attention_answer_alike():
+    """Attention by document stays outside the graphs there."""
+    plain = build(2)
+    fast = copy.deepcopy(plain)
+    compile_layers(fast.model.layers, varied=True, backend="eager")
+    b = batch(3, length=40)
+    assert_alike(run(fast, b, "products"), run(plain, b, "products"))
+
+
+def test_a_compiled_score_is_the_plain_one_for_every_size_of_chunk():
+    score, before = compile_score(loss_and_grad), graphs_compiled()
+    for n in (7, 12, 30):
+        raw, targets = torch.randn(n, 50, dtype=torch.bfloat16), torch.randint(0, 50, (n,))
+        for got, expected in zip(
+            score(raw.clone(), targets, None, 1.0), loss_and_grad(raw, targets, None, 1.0), strict=True
+        ):
+            # The compiler keeps fp32 where the plain way does, in another order of adding: one bf16 rounding apart.
+            torch.testing.assert_close(got, expected, rtol=8e-3, atol=1e-6)
+    assert graphs_compiled() == before + 1
+
+
+def test_a_compiled_score_scatters_nothing():
+    """A scatter's target must lie in memory: the compiler would write the whole chunk once more, in fp32."""
+    targets: list[str] = []
+
+    def noting(module: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return module
+
+    raw, labels = torch.randn(5, 11, dtype=torch.bfloat16), torch.randint(0, 11, (5,))
+    expected = loss_and_grad(raw.clone(), labels, 3.0, 0.5)
+    got = torch.compile(loss_and_grad, backend=noting)(raw, labels, 3.0, 0.5)
+    torch.testing.assert_close(got, expected)
+    assert any("gather" in target for target in targets)
+    assert not any("scatter" in target for target in targets)
+
+
+def test_the_cache_lies_in_the_users_folder_unless_it_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(compilation.CACHE, raising=False)
+    assert compilation.keep_cache() == tmp_path / "tunesmith" / "compiled"
+    monkeypatch.setenv(compilation.CACHE, "/elsewhere")
+    assert str(compilation.keep_cache()) == "/elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "expected"),
+    [("auto", "cuda", True), ("auto", "cpu", False), ("on", "cpu", True), ("off", "cuda", False)],
+)
+def test_where_layers_are_compiled(choice, device, expected, monkeypatch):
+    monkeypatch.setattr(compilation, "compiler_fault", lambda device: "")
+    assert should_compile(choice, torch.device(device)) is expected
+    assert compilation.compile_reason(choice, torch.device(device))
+
+
+def test_a_compiler_that_does_not_run_is_done_without(monkeypatch):
+    cpu = torch.device("cpu")
+    compilation.compiler_fault.cache_clear()
+    assert compilation.compiler_fault(cpu) == ""
+
+    def refuse(*_, **__):
+        raise RuntimeError("ptxas: no target sm_999\nmore")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    compilation.compiler_fault.cache_clear()
+    assert compilation.compiler_fault(cpu) == "the compiler does not run here: ptxas: no target sm_999"
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: x)
+    compilation.compiler_fault.cache_clear()
+    assert "wrong results" in compilation.compiler_fault(cpu)
+
+
+def test_where_the_compiler_does_not_run_auto_goes_without_it_and_says_so(monkeypatch):
+    monkeypatch.setattr(compilation, "compiler_fault", lambda device: "the compiler does not run here: why")
+    assert not should_compile("auto", torch.device("cuda"))
+    assert compilation.compile_reason("auto", torch.device("cuda")).endswith("why")

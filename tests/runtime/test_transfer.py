@@ -1,0 +1,103 @@
+"""Values leave a device as they were when they were asked for, and nothing later is waited for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tunesmith.data.batch import Batch
+from tunesmith.runtime.transfer import AsyncScalars, DevicePrefetcher, Snapshot
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and events need a CUDA GPU")]
+DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=gpu)]
+
+
+def busy(device: torch.device, seconds: int = 200) -> torch.Tensor:
+    """Work that keeps a GPU for a good while after this returns."""
+    x = torch.randn(4096, 4096, device=device)
+    for _ in range(seconds):
+        x = (x @ x).clamp(-1, 1)
+    return x
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_numbers_are_those_of_their_step(device: torch.device) -> None:
+    loss, norm = torch.tensor(1 / 3, device=device), torch.tensor(2e300, dtype=torch.float64, device=device)
+    expected = [loss.item(), norm.item()]
+    reading = AsyncScalars(loss, norm)
+    loss.fill_(7.0)  # the next step writes where this one did
+    norm.fill_(float("nan"))
+    assert reading.read() == expected
+    assert reading.read() == expected
+
+
+def test_numbers_that_are_not_finite_arrive_as_they_are() -> None:
+    low, high, none = AsyncScalars(*torch.tensor([-float("inf"), float("inf"), float("nan")])).read()
+    assert (low, high) == (-float("inf"), float("inf"))
+    assert none != none
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_copies_are_as_the_tensors_were(device: torch.device) -> None:
+    """Whole blocks, views, 0-d and host tensors among those of a GPU; `state` of AdamW has all of these."""
+    torch.manual_seed(0)
+    block = torch.randn(300, 200, device=device)
+    tensors = {
+        "block": torch.nn.Parameter(block.clone()),
+        "turned": block.clone().T,
+        "part": block.clone()[::3, 5:],
+        "half": block.bfloat16(),
+        "step": torch.tensor(3.0, device=device),
+        "host": torch.tensor(4.0),
+    }
+    expected = {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}
+    copies = Snapshot(tensors)
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.add_(1)
+    found = copies.on_host()
+    assert list(found) == list(tensors)
+    for name, tensor in found.items():
+        assert tensor.device.type == "cpu"
+        assert tensor.is_contiguous()
+        assert not tensor.requires_grad
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU all work is done when a call returns")
+def test_nothing_waits_for_the_next_step() -> None:
+    device = torch.device("cuda")
+    value = torch.ones(8, device=device)
+    AsyncScalars(value.sum()).read()  # pinned memory is made and kinds of kernels are loaded the first time
+    Snapshot({"value": value}).on_host()
+    torch.cuda.synchronize()
+    reading, copies = AsyncScalars(value.sum()), Snapshot({"value": value})
+    busy(device)
+    end = torch.cuda.Event()
+    end.record()
+    assert reading.read() == [8.0]
+    assert torch.equal(copies.on_host()["value"], torch.ones(8))
+    assert not end.query(), "the next step was over: it was waited for"
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a batch is placed on a CUDA GPU only")
+def test_a_placed_batch_is_there_and_stays_while_it_is_read() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    placer, sums, expected = DevicePrefetcher(device), [], []
+    for number in range(50):
+        ids = torch.full((1, 50_000), number)
+        batch = Batch(ids, ids.clone(), ids.clone(), torch.tensor([0, 50_000], dtype=torch.int32), 50_000, 50_000, 1, 1)
+        placed = placer(batch)
+        placer.claim(placed)
+        assert all(t.device == device for t in placed.tensors().values())
+        moved = placed.to(device)
+        assert all(moved.tensors()[n] is t for n, t in placed.tensors().items()), "copied again"
+        busy(device, 1)  # the sum is read long after Python has let go of the batch
+        sums.append(placed.input_ids.sum())
+        expected.append(number * 50_000)
+        del placed, moved
+    assert torch.stack(sums).tolist() == expected

@@ -1,0 +1,145 @@
+"""The loop: what it writes, when it validates, how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import make_run
+from tunesmith.checkpoint import state
+from tunesmith.training.result import Result
+from tunesmith.training.run import train
+from tunesmith.training.trainer import Trainer
+
+FIELDS = [
+    "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "examples", "step_seconds",
+    "data_seconds", "tokens_per_second", "mfu", "memory_gib",
+]  # fmt: skip
+TIMES = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib")
+
+
+def go(tiny: Path, folder: Path, **changes: Any) -> Result:
+    return train(make_run(tiny, folder, **changes), say=lambda text: None)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """The records without what a clock says."""
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in lines(folder)]
+
+
+def test_run_directory_and_record(tiny: Path, tmp_path: Path) -> None:
+    result = go(tiny, tmp_path)
+    out = tmp_path / "run"
+    assert result.steps == 8
+    records = lines(tmp_path)
+    assert [r["step"] for r in records] == list(range(1, 9))
+    assert all(list(r)[: len(FIELDS)] == FIELDS for r in records)
+    assert [r["step"] for r in records if "val_loss" in r] == [4, 8]
+    assert records[-1]["loss"] < records[0]["loss"]
+    for place in ("checkpoint-6", "checkpoint-8", "final"):
+        assert state.find_damage(out / place) is None
+        assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
+            p.name for p in (out / place).iterdir()
+        }
+    assert not (out / "checkpoint-2").exists(), "keep: 2"
+    assert (out / "checkpoint-8" / "state").is_dir()
+    assert not (out / "final" / "state").exists()
+    assert json.loads((out / "env.json").read_text())["data_hash"]
+    assert json.loads((out / "best.json").read_text())["step"] == result.best_step
+    assert not (out / "failure.json").exists()
+
+
+def test_numbers_read_one_step_late_are_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA a step's numbers are read while the next step runs; here the same road is taken on the CPU."""
+    at_once, late = tmp_path / "a", tmp_path / "b"
+    at_once.mkdir()
+    late.mkdir()
+    go(tiny, at_once, train={"duration": "11 steps"}, checkpoint={"every": "5 steps"})
+    plain, settled = Trainer.__init__, []
+
+    def init(self: Trainer, *args: Any) -> None:
+        plain(self, *args)
+        self.late = True
+
+    settle = Trainer.settle
+
+    def watched(self: Trainer, **how: Any) -> None:
+        if self.pending is not None:
+            settled.append((self.step, self.pending.step))
+        settle(self, **how)
+
+    monkeypatch.setattr(Trainer, "__init__", init)
+    monkeypatch.setattr(Trainer, "settle", watched)
+    go(tiny, late, train={"duration": "11 steps"}, checkpoint={"every": "5 steps"})
+    assert numbers(late) == numbers(at_once)
+    assert [pending for _, pending in settled] == list(range(1, 12))
+    assert {p.name for p in (late / "run").glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-11"}
+
+
+def test_a_run_by_the_clock_ends_with_everything_written(tiny: Path, tmp_path: Path) -> None:
+    result = go(tiny, tmp_path, train={"duration": "1 s"}, validate={"every": "5 steps"})
+    assert 1.0 <= result.seconds < 10.0
+    assert result.steps >= 2
+    assert state.step_of(tmp_path / "run" / "final") == result.steps
+    assert lines(tmp_path)[-1]["step"] == result.steps
+
+
+def test_patience_ends_a_run_that_no_longer_learns(tiny: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "train": {"duration": "40 steps", "learning_rate": 1e-12},
+        "validate": {"every": "1 steps", "patience": 3},
+    }
+    result = go(tiny, tmp_path, **changes)
+    assert result.steps < 40
+    measured = [r["val_loss"] for r in lines(tmp_path)]
+    assert len(measured) == result.steps
+    assert min(measured[-3:]) >= min(measured[:-3])
+    assert state.step_of(tmp_path / "run" / "final") == result.steps
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer(tiny: Path, tmp_path: Path) -> None:
+    go(tiny, tmp_path)
+    assert go(tiny, tmp_path).finished_before
+    longer = go(tiny, tmp_path, train={"duration": "12 steps"})
+    assert (longer.first_step, longer.steps) == (8, 12)
+    assert [r["step"] for r in lines(tmp_path)] == list(range(1, 13))
+    assert go(tiny, tmp_path, train={"duration": "12 steps"}).finished_before
+
+
+def test_samples_and_tensorboard(tiny: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    go(tiny, tmp_path, log={"tensorboard": True, "samples": 1})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    assert {"train/loss", "train/learning_rate", "train/tokens_per_second", "validation/loss"} <= set(scalars)
+    assert [e.step for e in events.Scalars("validation/loss")] == [4, 8]
+    written = lines(tmp_path)
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx([r["loss"] for r in written], rel=1e-6)
+    assert any("sample" in tag for tag in events.Tags()["tensors"])
+
+
+@pytest.mark.parametrize("masters", ["fp32", "stochastic"])
+def test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers(masters: str, tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = go(
+        tiny,
+        tmp_path,
+        model={"dtype": "bf16"},
+        adapter={"kind": "none"},
+        train={"duration": "30 steps", "master_weights": masters},
+    )
+    assert result.first_loss is not None
+    assert result.last_loss is not None
+    assert result.last_loss < result.first_loss - 0.3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
