@@ -237,9 +237,9 @@ def test_a_hub_that_refuses(tmp_path: Path, name: str, what: str, fix: str) -> N
     with ThreadingHTTPServer(("127.0.0.1", 0), _Gate) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         code = (
-            "from tunesmith.config.schema import Source\nfrom tunesmith.data.source import read\n"
+            "from tunesmith.config.schema import Source\nfrom tunesmith.data.source import read_rows\n"
             "from tunesmith.errors import DataError\n"
-            f"try: read(Source(source={name!r}))\nexcept DataError as e: print(e.text())"
+            f"try: read_rows(Source(source={name!r}))\nexcept DataError as e: print(e.text())"
         )
         environment = {
             **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
