@@ -1,0 +1,72 @@
+"""What this machine offers: a cache folder, room on the disk, memory, a terminal; and files written whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TextIO
+
+from tunesmith.errors import MachineError
+
+MEMORY_UNKNOWN = 8 << 30  # bytes: a small laptop's, which only makes callers careful
+
+
+def cache_folder(*parts: str) -> Path:
+    """`parts` below `$TUNESMITH_CACHE`, else `$XDG_CACHE_HOME/tunesmith`, else `~/.cache/tunesmith`; not created."""
+    own, base = os.environ.get("TUNESMITH_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    root = Path(own) if own else Path(base or "~/.cache") / "tunesmith"
+    return root.expanduser().joinpath(*parts)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file in one move, so that a reader, a crash or a full disk leaves the old content or the new.
+
+    Text is written as UTF-8. The temporary file is `.NAME.PID.partial` beside it, so several processes may write at once.
+
+    Raises:
+        OSError: the file cannot be written; the old one stays and the temporary one is gone.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def existing_folder(path: Path) -> Path:
+    """The path itself or its nearest parent that is a folder: where what does not exist yet would be created."""
+    path = path.expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free on the disk that holds `path`, which need not exist yet."""
+    return shutil.disk_usage(existing_folder(path)).free
+
+
+def refuse_full_disk(path: Path, needed: int, *, what: str, fix: str, why: str = "") -> None:
+    """Raise MachineError unless the disk of `path`, which need not exist yet, has `needed` bytes free for `what`."""
+    free, gib = free_disk(path), 1 << 30
+    if needed > free:
+        figures = f"{needed / gib:.2f} GiB needed, {free / gib:.2f} GiB free, {(needed - free) / gib:.2f} GiB short"
+        raise MachineError(f"no room on the disk for {what}: {figures}", where=str(path), why=why, fix=fix)
+
+
+def available_memory() -> int:
+    """Bytes of host memory that can be used without swapping (Linux's MemAvailable); 8 GiB where that is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return MEMORY_UNKNOWN
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether `stream` can draw a progress bar: a terminal that moves its cursor, and NO_COLOR is not set."""
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
