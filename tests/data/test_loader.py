@@ -129,13 +129,13 @@ def documents(batch: Batch) -> list[tuple[list[int], list[int]]]:
 
 
 LAYOUTS: list[dict[str, Any]] = [
-    {"micro_tokens": 100_000},
-    {"micro_tokens": 300},
-    {"micro_tokens": 1},
-    {"micro_examples": 8},
-    {"micro_examples": 3},
-    {"micro_tokens": 600, "pad_to": 600},
-    {"micro_examples": 2, "pad_to": 512},
+    {"micro_batch": Size(100_000, "tokens")},
+    {"micro_batch": Size(300, "tokens")},
+    {"micro_batch": Size(1, "tokens")},
+    {"micro_batch": Size(8, "examples")},
+    {"micro_batch": Size(3, "examples")},
+    {"micro_batch": Size(600, "tokens"), "pad_to": 600},
+    {"micro_batch": Size(2, "examples"), "pad_to": 512},
 ]
 
 
@@ -164,10 +164,11 @@ def test_layouts_teach_the_same(make, pack: bool, layout: dict[str, Any]) -> Non
 def check_layout(micro: list[Batch], pack: bool, layout: dict[str, Any], longest: int) -> None:
     for m in micro:
         rows, length = m.input_ids.shape
-        if "micro_examples" in layout:
-            assert m.examples <= layout["micro_examples"]
+        size = layout["micro_batch"]
+        if size.unit == "examples":
+            assert m.examples <= size.amount
         elif m.examples > 1 or "pad_to" in layout:
-            assert rows * length <= max(layout["micro_tokens"], longest)
+            assert rows * length <= max(size.amount, longest)
         if "pad_to" in layout:
             assert length == layout["pad_to"]
         elif pack:
@@ -181,7 +182,7 @@ def check_layout(micro: list[Batch], pack: bool, layout: dict[str, Any], longest
 def test_targets_never_cross_the_edge_of_a_document(make) -> None:
     tokens = make(alpaca(9), seq_len=512, train_on="all")
     c = course("9 examples", lengths=tokens.lengths, seq_len=512)
-    [micro] = Loader(tokens, c, pad_id=0, micro_tokens=10_000).batch(0).micro
+    [micro] = Loader(tokens, c, pad_id=0, micro_batch=Size(10_000, "tokens")).batch(0).micro
     edges = micro.cu_seqlens.tolist()
     assert len(edges) == 10
     flat_targets, positions = micro.targets.flatten(), micro.position_ids.flatten()
@@ -213,7 +214,7 @@ def test_going_on_at_step_k_is_the_run_that_never_stopped(make, batch: str, pack
 
     def run(start: int) -> list[Any]:
         c = course(batch, lengths=tokens.lengths, repeats=tokens.repeats, pack=pack)
-        with Loader(tokens, c, pad_id=0, micro_tokens=512, start_step=start, stop_step=20) as loader:
+        with Loader(tokens, c, pad_id=0, micro_batch=Size(512, "tokens"), start_step=start, stop_step=20) as loader:
             return list(loader)
 
     whole = run(0)
@@ -230,7 +231,7 @@ def data_threads() -> list[threading.Thread]:
 def test_the_thread_ends_with_the_loader(make) -> None:
     tokens = make(alpaca(40), seq_len=256)
     c = course(lengths=tokens.lengths)
-    with Loader(tokens, c, pad_id=0, micro_tokens=512) as loader:
+    with Loader(tokens, c, pad_id=0, micro_batch=Size(512, "tokens")) as loader:
         for batch in loader:  # without end: the queue is full when it is left
             if batch.step == 3:
                 break
@@ -239,14 +240,14 @@ def test_the_thread_ends_with_the_loader(make) -> None:
     assert batch.data_seconds >= 0
     with pytest.raises(RuntimeError, match="once"):
         next(iter(loader))
-    Loader(tokens, c, pad_id=0, micro_tokens=512).close()  # never begun
+    Loader(tokens, c, pad_id=0, micro_batch=Size(512, "tokens")).close()  # never begun
 
 
 def test_an_error_in_the_thread_reaches_the_loop(make) -> None:
     tokens = make(alpaca(40), seq_len=256)
     broken = BatchSchedule(tokens.lengths, Data(train=(), seq_len=256), Train(global_batch=Size(8, "examples")))
     broken.lengths = np.zeros(0)  # the rows of step 0 cannot be looked up any more
-    with Loader(tokens, broken, pad_id=0, micro_tokens=512) as loader, pytest.raises(IndexError):
+    with Loader(tokens, broken, pad_id=0, micro_batch=Size(512, "tokens")) as loader, pytest.raises(IndexError):
         list(loader)
     assert data_threads() == []
 
@@ -273,9 +274,9 @@ class Shelf:
 def test_batches_are_placed_in_the_thread_and_claimed_where_they_are_taken(make) -> None:
     tokens, shelf = make(alpaca(40), seq_len=256), Shelf()
     c = course(lengths=tokens.lengths)
-    plain = list(Loader(tokens, c, pad_id=0, micro_tokens=256, stop_step=6))
+    plain = list(Loader(tokens, c, pad_id=0, micro_batch=Size(256, "tokens"), stop_step=6))
     seen: list[Any] = []
-    with Loader(tokens, c, pad_id=0, micro_tokens=256, stop_step=6, place=shelf) as loader:
+    with Loader(tokens, c, pad_id=0, micro_batch=Size(256, "tokens"), stop_step=6, place=shelf) as loader:
         for batch in loader:
             seen.append(batch)
             # All of a step is claimed before any of it is used.
@@ -299,10 +300,10 @@ def test_the_wait_for_a_place_is_a_wait_for_data(make) -> None:
             time.sleep(0.2)
             return super().__call__(batch)
 
-    with Loader(tokens, c, pad_id=0, micro_tokens=4096, stop_step=3, place=Slow()) as loader:
+    with Loader(tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), stop_step=3, place=Slow()) as loader:
         waits = [batch.data_seconds for batch in loader]
     assert all(wait > 0.15 for wait in waits)
-    with Loader(tokens, c, pad_id=0, micro_tokens=4096, stop_step=3, place=Slow()) as loader:
+    with Loader(tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), stop_step=3, place=Slow()) as loader:
         batches = iter(loader)
         next(batches)
         time.sleep(1.0)
@@ -312,7 +313,7 @@ def test_the_wait_for_a_place_is_a_wait_for_data(make) -> None:
 def test_an_error_of_the_place_reaches_the_loop(make) -> None:
     tokens, shelf = make(alpaca(40), seq_len=256), Shelf(fails_at=3)
     c = course(lengths=tokens.lengths)
-    with Loader(tokens, c, pad_id=0, micro_tokens=4096, place=shelf) as loader:
+    with Loader(tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), place=shelf) as loader:
         batches = iter(loader)
         assert [next(batches).step for _ in range(3)] == [0, 1, 2], "what was placed before it is still handed over"
         with pytest.raises(MemoryError, match="shelf"):
@@ -322,7 +323,9 @@ def test_an_error_of_the_place_reaches_the_loop(make) -> None:
 
 def test_a_batch_that_is_there_is_not_copied(make) -> None:
     tokens = make(alpaca(8), seq_len=256)
-    [micro] = Loader(tokens, course(lengths=tokens.lengths), pad_id=0, micro_tokens=10_000).batch(0).micro
+    [micro] = (
+        Loader(tokens, course(lengths=tokens.lengths), pad_id=0, micro_batch=Size(10_000, "tokens")).batch(0).micro
+    )
     there = micro.to(torch.device("cpu"))
     assert set(there.tensors()) == {"input_ids", "position_ids", "targets", "cu_seqlens"}
     assert all(there.tensors()[name] is tensor for name, tensor in micro.tensors().items())
@@ -331,17 +334,15 @@ def test_a_batch_that_is_there_is_not_copied(make) -> None:
 def test_rows_are_named_for_the_report(make) -> None:
     tokens = make(alpaca(12), seq_len=256)
     c = course("4 examples", lengths=tokens.lengths, shuffle=False)
-    names = Loader(tokens, c, pad_id=0, micro_tokens=512).batch(1).row_names()
+    names = Loader(tokens, c, pad_id=0, micro_batch=Size(512, "tokens")).batch(1).row_names()
     assert [name.rpartition("/")[2] for name in names] == [f"rows0.jsonl:{n}" for n in (5, 6, 7, 8)]
 
 
 def test_wrong_use(make) -> None:
     tokens = make(alpaca(4), seq_len=256)
     c = course(lengths=tokens.lengths)
-    with pytest.raises(ValueError, match="micro_tokens or micro_examples"):
-        Loader(tokens, c, pad_id=0)
     with pytest.raises(ValueError, match="there is room for 3"):
-        Loader(tokens, c, pad_id=0, micro_tokens=8, pad_to=3)
+        Loader(tokens, c, pad_id=0, micro_batch=Size(8, "tokens"), pad_to=3)
     with pytest.raises(ValueError, match="no examples"):
         course(lengths=np.zeros(0, int)).examples(0)
 

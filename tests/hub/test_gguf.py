@@ -83,7 +83,7 @@ def test_the_folder_is_what_transformers_reads_from_the_file(file: Path, cache: 
     assert str(file.parent) not in (folder / "config.json").read_text()
     assert "quantization" not in (folder / "config.json").read_text()
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
-    assert load.tokenizer_of(folder, spec).decode(load.tokenizer_of(folder, spec)("hello")["input_ids"]) == "hello"
+    assert load.load_tokenizer(folder, spec).decode(load.load_tokenizer(folder, spec)("hello")["input_ids"]) == "hello"
 
     notes.clear()
     assert fetch.fetch(spec, progress=notes.append) == folder

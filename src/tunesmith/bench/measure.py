@@ -229,7 +229,6 @@ def _result(plan: BenchPlan, trainer: Trainer, seen: _Seen, build_seconds: float
         ceiling=matmul_tflops(session.device, session.dtype),
         ceiling_fp8=fp8_matmul_tflops(session.device) if held.startswith("fp8") else None,
     )
-    tokens, examples = session.rows.micro_tokens, session.rows.micro_examples
     values: dict[str, Any] = {
         **{k: v for k, v in vars(work).items() if not k.endswith("_flops")},
         **timing,
@@ -242,7 +241,7 @@ def _result(plan: BenchPlan, trainer: Trainer, seen: _Seen, build_seconds: float
         device=_device_name(session.device),
         dtype=run.model.dtype,
         quantize=held,
-        micro_batch=f"{tokens} tokens" if tokens else f"{examples} examples",
+        micro_batch=str(session.rows.micro_batch),
         recomputed_layers=session.recomputed_layers,
         steps=len(records),
         warmup_steps=plan.warmup,

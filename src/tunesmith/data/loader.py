@@ -25,7 +25,7 @@ from tunesmith.config.schema import Data, Train
 from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.data.tokens import TokenSet
-from tunesmith.units import Length
+from tunesmith.units import Length, Size
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,8 @@ class Loader:
     """Iterates GlobalBatch from `start_step` up to `stop_step` (None: without end), made ahead in one thread.
 
     Args:
-        micro_tokens: tokens of a micro batch, padding counted; a longer example counts as the limit of its step.
-        micro_examples: examples of a micro batch; give one of the two.
+        micro_batch: size of one forward pass, in examples or in tokens with padding; the longest example of a step
+            always fits.
         pad_to: None pads as little as may be: packed micro batches are one row [1, n] of their documents with no
             padding, others [rows, longest]. A number fixes the shape, for compiled graphs: [1, pad_to] packed,
             [rows, pad_to] otherwise, with empty rows where there are no more examples.
@@ -250,8 +250,7 @@ class Loader:
         course: BatchSchedule,
         *,
         pad_id: int,
-        micro_tokens: int | None = None,
-        micro_examples: int | None = None,
+        micro_batch: Size,
         start_step: int = 0,
         stop_step: int | None = None,
         pad_to: int | None = None,
@@ -260,14 +259,11 @@ class Loader:
         ahead: int = 2,
         place: BatchPlacer | None = None,
     ) -> None:
-        if (micro_tokens is None) == (micro_examples is None):
-            raise ValueError("give micro_tokens or micro_examples")
         least = min((n for n in (pad_to, bound) if n is not None), default=None)
         if least is not None and len(tokens) and least < int(tokens.lengths.max()):
             raise ValueError(f"the longest example has {tokens.lengths.max()} tokens, and there is room for {least}")
         self._tokens, self._course, self._pad_id = tokens, course, pad_id
-        self._micro_tokens, self._micro_examples, self._pad_to = micro_tokens, micro_examples, pad_to
-        self._multiple, self._bound = multiple, bound
+        self._micro_batch, self._pad_to, self._multiple, self._bound = micro_batch, pad_to, multiple, bound
         self._start, self._stop, self._place = start_step, stop_step, place
         self._queue: queue.Queue[GlobalBatch | BaseException | None] = queue.Queue(maxsize=ahead)
         self._closing = threading.Event()
@@ -341,11 +337,11 @@ class Loader:
     def _groups(self, step: int, members: list[int]) -> list[list[int]]:
         """The examples of a step, micro batch by micro batch."""
         lengths = self._course.lengths
-        if self._micro_examples is not None:
+        if self._micro_batch.unit == "examples":
             # Like lengths together, so that unpacked rows pad little; the sum over the step does not depend on it.
             line = members if self._course.packed else sorted(members, key=lambda i: -lengths[i])
-            return self._within(line, self._micro_examples)
-        room = self._micro_tokens or 0
+            return self._within(line, self._micro_batch.amount)
+        room = self._micro_batch.amount
         if not self._course.packed:
             return self._by_length(members, room)
         room = self._pad_to or max(room, int(lengths[members].max()))
@@ -388,7 +384,8 @@ class Loader:
         examples = [self._tokens[i] for i in group]
         rows: list[list[Example]] = [examples] if self._course.packed else [[e] for e in examples]
         if self._pad_to is not None and not self._course.packed:
-            count = self._micro_examples or max(1, (self._micro_tokens or 0) // self._pad_to)
+            size = self._micro_batch
+            count = size.amount if size.unit == "examples" else max(1, size.amount // self._pad_to)
             rows += [[] for _ in range(count - len(rows))]
         longest = max(sum(len(e.ids) for e in row) for row in rows)
         length = self._pad_to or -(-longest // self._multiple) * self._multiple

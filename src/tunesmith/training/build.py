@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +40,7 @@ from tunesmith.runtime.choices import Choice, choices_line, choices_table
 from tunesmith.runtime.compilation import compile_reason, should_compile
 from tunesmith.runtime.memory_plan import MemoryPlan, describe_recompute, micro_batch_size, plan_memory
 from tunesmith.runtime.transfer import DevicePrefetcher
+from tunesmith.units import Size
 
 LOSS_SCALE = 2.0**16
 # Compiled graphs: rows of steps that differ are padded to a multiple of so many tokens, a hundredth of a usual step...
@@ -50,10 +51,9 @@ BOUND = 128
 
 @dataclass(frozen=True)
 class MicroBatchLayout:
-    """How micro batches are laid out; the fields are the Loader's. Either `micro_tokens` or `micro_examples` is set."""
+    """How micro batches are laid out; the fields are the Loader's."""
 
-    micro_tokens: int | None
-    micro_examples: int | None
+    micro_batch: Size
     pad_to: int | None = None
     multiple: int = 1
     bound: int | None = None
@@ -109,7 +109,7 @@ class Session:
         return Loader(
             self.data.train,
             self.data.course,
-            **asdict(self.rows),
+            **vars(self.rows),
             pad_id=self.pad_id,
             start_step=start_step,
             stop_step=self.total_steps,
@@ -203,7 +203,7 @@ def build(
     if checkpoints:
         check_disk(run, checkpoint_bytes(run, facts))
     rows = rows_of(run, data, memory.micro_tokens, compiled=compiled, fixed=fixed)
-    loader = Loader(data.train, data.course, pad_id=int(tokenizer.pad_token_id), **asdict(rows))
+    loader = Loader(data.train, data.course, pad_id=int(tokenizer.pad_token_id), **vars(rows))
     saved = start.found.path if start.found else None
     model, base, recomputed = fit_model(
         run,
@@ -256,14 +256,15 @@ def micro_examples(run: Run) -> int | None:
 def rows_of(run: Run, data: TrainingData, tokens: int, *, compiled: bool, fixed: bool) -> MicroBatchLayout:
     """How micro batches are laid out: freely, or for compiled graphs so that little varies (`parallel.compiled`)."""
     examples = micro_examples(run)
-    room = None if examples else tokens
+    size = Size(examples, "examples") if examples else Size(tokens, "tokens")
     if not compiled:
-        return MicroBatchLayout(room, examples)
+        return MicroBatchLayout(size)
     longest = data.train.counts.longest
     bound = -(-longest // BOUND) * BOUND
     if fixed:
-        return MicroBatchLayout(max(tokens, longest), None, pad_to=max(tokens, longest), bound=bound)
-    return MicroBatchLayout(room, examples, multiple=MULTIPLE if data.course.packed else BOUND // 8, bound=bound)
+        room = max(tokens, longest)
+        return MicroBatchLayout(Size(room, "tokens"), pad_to=room, bound=bound)
+    return MicroBatchLayout(size, multiple=MULTIPLE if data.course.packed else BOUND // 8, bound=bound)
 
 
 def choices_of(
@@ -282,7 +283,7 @@ def choices_of(
         Choice("recompute", describe_recompute(recomputed, layers), rerun),
         Choice(
             "micro batch",
-            f"{rows.micro_examples} examples" if rows.micro_examples else f"{rows.micro_tokens:,} tokens",
+            f"{rows.micro_batch.amount:,} {rows.micro_batch.unit}",
             memory.why,
         ),
     ]

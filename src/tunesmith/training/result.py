@@ -13,6 +13,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import NonFiniteError, RunError, TunesmithError, UsageError, disk_fault
 from tunesmith.metrics.record import StepRecord
 from tunesmith.training.build import MicroBatchLayout
+from tunesmith.units import Size
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,11 @@ def describe_failure(
 
 def passes(run: Run, rows: MicroBatchLayout) -> tuple[str, str]:
     """What one forward pass takes, such as `4096 tokens`, and the override by which it takes half."""
-    tokens, examples = rows.micro_tokens, rows.micro_examples
-    taken = f"{tokens} tokens" if tokens else f"{examples} examples"
-    half = f"{max(run.data.seq_len, tokens // 2)} tokens" if tokens else f"{max(1, (examples or 2) // 2)} examples"
+    size = rows.micro_batch
+    half = Size(max(run.data.seq_len if size.unit == "tokens" else 1, size.amount // 2), size.unit)
     # An update in the backward takes the global batch in one forward pass.
     key = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
-    return taken, f"{key}='{half}'"
+    return str(size), f"{key}='{half}'"
 
 
 def not_finite(

@@ -244,10 +244,11 @@ class Trainer:
         """Validate, add the loss to the step's record and write it; a signal leaves the validation to the next start."""
         assert self.record is not None
         assert self.s.data.validation is not None
+        micro = self.s.rows.micro_batch
         found = validation_loss(
             self.s.model,
             self.s.data.validation,
-            micro_tokens=self.s.rows.micro_tokens or self.run.data.seq_len * 4,
+            micro_tokens=micro.amount if micro.unit == "tokens" else self.run.data.seq_len * 4,
             pad_id=self.s.pad_id,
             device=self.s.device,
             cancelled=lambda: self.stop.signal is not None,
