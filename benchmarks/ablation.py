@@ -31,6 +31,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
 from tunesmith.methods import base
+from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.model import attention, fused
 from tunesmith.model.shapes import named
 
@@ -70,14 +71,14 @@ def transformers_parts() -> None:
 def head_everywhere() -> None:
     """The head computes logits for prompts and padding too."""
 
-    def whole(model: base.TrainModel, batch: Batch) -> tuple[Tensor, int]:
+    def whole(model: base.TrainModel, batch: Batch) -> base.MethodOutput:
         hidden, targets = model.hidden(batch), batch.targets.flatten()
-        index, labels = base.supervised(batch)
+        index, labels = base.supervised_positions(batch)
         rest = torch.nonzero_static(targets == base.IGNORE, size=targets.numel() - batch.supervised).squeeze(1)
         wasted = model.loss(hidden.index_select(0, rest), torch.zeros_like(rest))
-        return model.loss(hidden.index_select(0, index), labels) + wasted * 0, batch.supervised
+        return base.MethodOutput(model.loss(hidden.index_select(0, index), labels) + wasted * 0, batch.supervised)
 
-    build_model.METHODS["sft"] = whole
+    SupervisedFineTuning.__call__ = whole
 
 
 def whole_logits() -> None:

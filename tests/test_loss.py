@@ -9,7 +9,7 @@ from torch import nn
 
 from tunesmith.adapter.lora import LoraLinear
 from tunesmith.config.schema import Adapter
-from tunesmith.loss import TILE, chunk_size, chunked_cross_entropy, even, token_cross_entropy
+from tunesmith.loss import TILE, chunk_size, chunked_cross_entropy, even_chunk_size, token_cross_entropy, token_logprobs
 
 CAPS = [{}, {"softcap": 3.0}, {"scale": 0.25}, {"softcap": 3.0, "scale": 2.0}]
 
@@ -36,6 +36,15 @@ def case(kind: str):
     return hidden, head, torch.randint(0, 40, (23,))
 
 
+def compare_with_gradients(ours, expected, leaves):
+    torch.testing.assert_close(ours, expected, rtol=1e-13, atol=0)
+    got = torch.autograd.grad(ours * 0.37, leaves)
+    wanted = torch.autograd.grad(expected * 0.37, leaves)
+    for a, b in zip(got, wanted, strict=True):
+        assert b.abs().max() > 1e-3, "a zero reference proves nothing"
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("options", CAPS, ids=str)
 @pytest.mark.parametrize("kind", ["frozen", "trained", "bias", "lora"])
 @pytest.mark.parametrize("chunk", [1, 5, 23, 100])
@@ -44,12 +53,38 @@ def test_value_and_gradients(kind, options, chunk):
     leaves = [hidden, *(p for p in head.parameters() if p.requires_grad)]
     ours = chunked_cross_entropy(hidden, head, targets, chunk=chunk, **options)
     expected = plain(hidden, head, targets, **options)
-    torch.testing.assert_close(ours, expected, rtol=1e-13, atol=0)
-    got = torch.autograd.grad(ours * 0.37, leaves)
-    wanted = torch.autograd.grad(expected * 0.37, leaves)
-    for a, b in zip(got, wanted, strict=True):
-        assert b.abs().max() > 1e-3, "a zero reference proves nothing"
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    compare_with_gradients(ours, expected, leaves)
+
+
+@pytest.mark.parametrize("options", CAPS, ids=str)
+@pytest.mark.parametrize("kind", ["frozen", "trained", "bias", "lora"])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_weights_per_position(kind, options, chunk):
+    hidden, head, targets = case(kind)
+    weights = torch.rand(23, dtype=torch.float64) + 0.5
+    leaves = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    ours = chunked_cross_entropy(hidden, head, targets, weights=weights, chunk=chunk, **options)
+    expected = (plain(hidden, head, targets, reduction="none", **options) * weights).sum()
+    compare_with_gradients(ours, expected, leaves)
+
+
+@pytest.mark.parametrize("options", CAPS, ids=str)
+@pytest.mark.parametrize("kind", ["frozen", "trained", "bias", "lora"])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_log_probabilities_have_gradients(kind, options, chunk):
+    """Against `log_softmax` of all logits, below a function that is not linear in them."""
+    hidden, head, targets = case(kind)
+    leaves = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    ours = token_logprobs(hidden, head, targets, chunk=chunk, **options)
+    expected = -plain(hidden, head, targets, reduction="none", **options)
+    assert ours.shape == (23,)
+    compare_with_gradients(ours.square().mean(), expected.square().mean(), leaves)
+
+
+def test_log_probabilities_of_no_positions():
+    hidden = torch.zeros(0, 6, requires_grad=True)
+    token_logprobs(hidden, nn.Linear(6, 40), torch.zeros(0, dtype=torch.long)).sum().backward()
+    assert hidden.grad is not None
 
 
 def test_a_tied_head_gets_both_gradients():
@@ -110,11 +145,11 @@ def test_token_losses_and_hits(options):
 
 
 def test_chunks_are_alike_and_on_a_gpu_whole_tiles():
-    assert even(23, 5) == 5
-    assert even(100, 40) == 34
+    assert even_chunk_size(23, 5) == 5
+    assert even_chunk_size(100, 40) == 34
     for size in (32, 384, 512):
         for count in range(1, 2000):
-            chunk = even(count, size, tile=TILE)
+            chunk = even_chunk_size(count, size, tile=TILE)
             assert chunk <= size
             assert -(-count // chunk) <= -(-count // size)
             assert count == 1 or count % chunk != 1 or size < TILE

@@ -13,14 +13,13 @@ from transformers import PretrainedConfig
 
 from tunesmith.adapter import lora, peft_files
 from tunesmith.config.schema import Run
-from tunesmith.methods.base import Method, TrainModel
-from tunesmith.methods.sft import sft
+from tunesmith.methods import METHODS
+from tunesmith.methods.base import TrainModel
 from tunesmith.model import architectures, attention, fused, load, random_init, spec
 from tunesmith.quant import nf4
 from tunesmith.runtime import compilation, recompute
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
 
-METHODS: dict[str, Method] = {"sft": sft}
 Weights = Literal["stored", "random"]
 
 
@@ -77,9 +76,14 @@ def build_model(
         lora.init_lora(model, run.adapter, seed=run.train.seed)
         if run.adapter.from_ is not None:
             peft_files.load_adapter(model, peft_files.find_adapter(run.adapter.from_))
-    door = attention_backend(run, config, device).name
-    soft, scale = quirk.final_softcap, quirk.logit_scale
-    root = TrainModel(model, METHODS[run.method], layers=quirk.layers, softcap=soft, logit_scale=scale, door=door)
+    root = TrainModel(
+        model,
+        METHODS[run.method],
+        layers=quirk.layers,
+        attention_backend=attention_backend(run, config, device).name,
+        softcap=quirk.final_softcap,
+        logit_scale=quirk.logit_scale,
+    )
     if fast:
         root.score = compilation.compile_score(root.score)
     return root

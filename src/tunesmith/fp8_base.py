@@ -49,4 +49,4 @@ def _loss(model: TrainModel, batches: Sequence[Batch]) -> float:
     model.eval()
     results = [model(batch) for batch in batches]
     model.train(training)
-    return sum(float(total) for total, _ in results) / sum(count for _, count in results)
+    return sum(float(made.loss) for made in results) / sum(made.denominator for made in results)

@@ -1,10 +1,10 @@
-"""The head and the cross-entropy in one, a chunk of positions at a time.
+"""The output head and the cross-entropy together, a chunk of positions at a time.
 
 Logits are the largest tensor of a training step: 4096 positions of a 128k vocabulary take 2 GiB in fp32, and autograd
-would keep several of them. Here only positions with a label come in, a chunk of logits exists at a time, and its
-gradient is made while it exists, so that the backward holds nothing larger than the hidden states. The idea is that of
-Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989); the chunks are ours so that a frozen head, a
-trained head, a tied one, a soft cap and a scale all take the same way.
+would keep several copies. Here only positions with a label come in, one chunk of logits exists at a time, and its
+gradient is computed while it exists, so the backward holds nothing larger than the hidden states. The idea is that of
+Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). The chunks are ours so that frozen, trained and
+tied heads, a soft cap, a logit scale and weights per position all take the same path.
 """
 
 from __future__ import annotations
@@ -17,17 +17,56 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Raw logits [c, vocabulary], targets [c], soft cap, scale -> loss sum (0-d) and its derivative by the raw logits.
-Score = Callable[[Tensor, Tensor, float | None, float], tuple[Tensor, Tensor]]
+# Raw logits [c, vocabulary], targets [c], weights [c] or None, soft cap, scale
+# -> weighted losses [c] and the gradient of their sum by the raw logits [c, vocabulary].
+Score = Callable[[Tensor, Tensor, Tensor | None, float | None, float], tuple[Tensor, Tensor]]
 
-# What one chunk of fp32 logits may take. On a GPU larger chunks keep the products efficient; on a CPU the chunk should
-# stay in the last-level cache.
+# Budget of one chunk of fp32 logits. On a GPU larger chunks keep the matmuls efficient; on a CPU the chunk should stay
+# in the last-level cache.
 CHUNK_BYTES = {"cpu": 32 << 20, "other": 256 << 20}
-# Rows of a product's tile on a GPU, where a part of one takes as long as a whole.
+# Rows of a GPU matmul's tile: a partial tile takes as long as a whole one.
 TILE = 128
 
 
 def chunked_cross_entropy(
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk: int | None = None,
+    score: Score | None = None,
+) -> Tensor:
+    """Sum of `weights * cross_entropy(cap(scale * head(hidden)), targets)`, in nats.
+
+    Args:
+        hidden: [n, h], hidden states of the supervised positions.
+        head: the output layer. A plain `nn.Linear`, frozen or trained, has its gradient computed in the forward; any
+            other module (a head with an adapter) is called again in the backward, chunk by chunk.
+        targets: int64 [n].
+        weights: [n], a constant factor per position; None counts each once.
+        softcap: c in c * tanh(logits / c) (Gemma 2), or None.
+        scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
+        chunk: positions per chunk; None keeps a chunk of fp32 logits within `CHUNK_BYTES`.
+        score: computes loss and gradient of a chunk; None takes `loss_and_grad`, which may also be passed compiled.
+
+    Returns:
+        0-d, fp32 (fp64 where hidden is fp64).
+    """
+    args = _arguments(hidden, head, targets, softcap, scale, chunk, score)
+    if type(head) is nn.Linear:
+        loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, weights, args)
+        return loss
+    total = hidden.new_zeros((), dtype=_wide(hidden))
+    for span in args.spans():
+        factors = None if weights is None else weights[span]
+        total = total + checkpoint(_module_loss, hidden[span], head, targets[span], factors, args, use_reentrant=False)
+    return total
+
+
+def token_logprobs(
     hidden: Tensor,
     head: nn.Module,
     targets: Tensor,
@@ -37,40 +76,27 @@ def chunked_cross_entropy(
     chunk: int | None = None,
     score: Score | None = None,
 ) -> Tensor:
-    """Sum of the cross-entropy of `cap(scale * head(hidden))` against `targets`, in nats.
+    """Log-probability of each target, with gradient: fp32 (or fp64) [n].
 
-    Args:
-        hidden: [n, h], the hidden states of the supervised positions.
-        head: the output layer. A plain `nn.Linear`, frozen or trained, has its gradient made in the forward; any other
-            module (a head that carries an adapter) is called again in the backward, chunk by chunk.
-        targets: int64 [n]; every one of them counts.
-        softcap: c in c * tanh(logits / c) (Gemma 2), or None.
-        scale: factor on the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
-        chunk: positions at a time; None keeps a chunk of fp32 logits within `CHUNK_BYTES`.
-        score: what makes loss and slope of a chunk; None takes `loss_and_slope`, else the same compiled.
-
-    Returns:
-        0-d, fp32 (fp64 where hidden is fp64).
+    The backward computes each chunk's logits again, because the gradient by each position is known only then: one more
+    head matmul than `chunked_cross_entropy`, and the same memory. Args as there.
     """
-    size = chunk or chunk_size(_vocabulary(head), hidden.device, trained=_is_trained(head))
-    size = even(len(targets), size, tile=1 if chunk or hidden.device.type == "cpu" else TILE)
+    args = _arguments(hidden, head, targets, softcap, scale, chunk, score)
     if type(head) is nn.Linear:
-        course = _LossArguments(targets, softcap, scale, size, score or loss_and_grad)
-        loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, course)
-        return loss
-    total = hidden.new_zeros((), dtype=_wide(hidden))
-    for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-        total = total + checkpoint(_plain_loss, h, head, t, softcap, scale, use_reentrant=False)
-    return total
+        logprobs: Tensor = _HeadLogprobs.apply(hidden, head.weight, head.bias, args)
+        return logprobs
+    losses = [
+        checkpoint(_module_losses, hidden[span], head, targets[span], args, use_reentrant=False)
+        for span in args.spans()
+    ]
+    return -torch.cat([hidden.new_zeros(0, dtype=_wide(hidden)), *losses])
 
 
 @torch.no_grad()
 def token_cross_entropy(
     hidden: Tensor, head: nn.Module, targets: Tensor, *, softcap: float | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each position, and whether the likeliest token is the target.
-
-    Args and the order of the work as in `chunked_cross_entropy`.
+    """Cross-entropy of each position, and whether the most likely token is the target. Args as above.
 
     Returns:
         (fp32 or fp64 [n], bool [n]); without gradient.
@@ -87,8 +113,8 @@ def token_cross_entropy(
 def chunk_size(vocabulary: int, device: torch.device, *, trained: bool = False) -> int:
     """Positions whose fp32 logits fit the budget of the device.
 
-    A `trained` head has its gradient added up once a chunk, [vocabulary, h] in fp32: on a GPU that takes longer than
-    the products of a small chunk, so it gets four times the room.
+    A `trained` head accumulates its gradient, [vocabulary, h] in fp32, once a chunk: on a GPU that takes longer than
+    the matmuls of a small chunk, so it gets four times the room.
     """
     if device.type == "cpu":
         return max(16, CHUNK_BYTES["cpu"] // (4 * vocabulary))
@@ -96,19 +122,43 @@ def chunk_size(vocabulary: int, device: torch.device, *, trained: bool = False) 
     return max(16, rows // TILE * TILE or rows)
 
 
-def even(count: int, size: int, *, tile: int = 1) -> int:
-    """The size of as many chunks as `size` makes of `count`, but all alike: a compiled score has no small last one.
+def even_chunk_size(count: int, size: int, *, tile: int = 1) -> int:
+    """Size of equal chunks, as many as `size` makes of `count`: a compiled score sees no small last chunk.
 
-    With a `tile` all but the last are whole tiles, unless one position alone would be left for the last: a compiler makes
-    another graph for a dimension of 1.
+    With a `tile` all chunks but the last are whole tiles, unless that leaves one position for the last: torch.compile
+    makes another graph for a dimension of 1.
     """
     alike = -(-count // max(1, -(-count // size))) or 1
     whole = -(-alike // tile) * tile
     return alike if count % whole == 1 or whole > size else whole
 
 
-def _is_trained(head: nn.Module) -> bool:
-    return any(p.requires_grad for p in head.parameters())
+class _LossArguments(NamedTuple):
+    """What the autograd functions take beside their differentiable inputs; a chunk has `size` positions."""
+
+    targets: Tensor
+    softcap: float | None
+    scale: float
+    size: int
+    score: Score
+
+    def spans(self) -> list[slice]:
+        return [slice(start, start + self.size) for start in range(0, len(self.targets), self.size)]
+
+
+def _arguments(
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    softcap: float | None,
+    scale: float,
+    chunk: int | None,
+    score: Score | None,
+) -> _LossArguments:
+    trained = any(p.requires_grad for p in head.parameters())
+    size = chunk or chunk_size(_vocabulary(head), hidden.device, trained=trained)
+    size = even_chunk_size(len(targets), size, tile=1 if chunk or hidden.device.type == "cpu" else TILE)
+    return _LossArguments(targets, softcap, scale, size, score or loss_and_grad)
 
 
 def _vocabulary(head: nn.Module) -> int:
@@ -128,85 +178,118 @@ def _logits(raw: Tensor, softcap: float | None, scale: float) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _plain_loss(hidden: Tensor, head: nn.Module, targets: Tensor, softcap: float | None, scale: float) -> Tensor:
-    return F.cross_entropy(_logits(head(hidden), softcap, scale), targets, reduction="sum")
+def _module_losses(hidden: Tensor, head: nn.Module, targets: Tensor, args: _LossArguments) -> Tensor:
+    return F.cross_entropy(_logits(head(hidden), args.softcap, args.scale), targets, reduction="none")
 
 
-class _LossArguments(NamedTuple):
-    """What `_HeadLoss` is given beside its differentiable inputs; `size` positions make a chunk."""
+def _module_loss(
+    hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor | None, args: _LossArguments
+) -> Tensor:
+    if weights is None:
+        return F.cross_entropy(_logits(head(hidden), args.softcap, args.scale), targets, reduction="sum")
+    return (_module_losses(hidden, head, targets, args) * weights).sum()
 
-    targets: Tensor
-    softcap: float | None
-    scale: float
-    size: int
-    score: Score
+
+class _HeadGradients:
+    """Gradients of a chunked head, accumulated chunk by chunk; None where an input needs none."""
+
+    def __init__(self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        # A sum over many chunks in bf16 would lose what the later ones add.
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=_wide(hidden)) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=_wide(hidden)) if bias is not None and needed[2] else None
+
+    def add(self, span: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Add one chunk's part: grad_logits [c, vocabulary], hidden [c, h]."""
+        if self.hidden is not None:
+            self.hidden[span] = grad_logits @ weight
+        if self.weight is not None:
+            self.weight += grad_logits.T @ hidden
+        if self.bias is not None:
+            self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
     """Loss sum and its gradients in one pass over chunks of logits."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, course: _LossArguments) -> Tensor:
-        targets, softcap, scale, size, score = course
-        wide = _wide(hidden)
-        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        total = hidden.new_zeros((), dtype=wide)
-        d_hidden = torch.empty_like(hidden) if for_hidden else None
-        # A sum over many chunks in bf16 would lose what the later ones add.
-        d_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
-        d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and for_bias else None
-        for start in range(0, hidden.shape[0], size):
-            span = slice(start, start + size)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None, args: _LossArguments
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=_wide(hidden))
+        grads = _HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
+        for span in args.spans():
             raw = F.linear(hidden[span], weight, bias)
-            loss, slope = score(raw, targets[span], softcap, scale)
-            total += loss
-            if d_hidden is not None:
-                d_hidden[span] = slope @ weight
-            if d_weight is not None:
-                d_weight += slope.T @ hidden[span]
-            if d_bias is not None:
-                d_bias += slope.sum(0, dtype=wide)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+            factors = None if weights is None else weights[span]
+            losses, grad_logits = args.score(raw, args.targets[span], factors, args.softcap, args.scale)
+            total += losses.sum()
+            grads.add(span, grad_logits, hidden[span], weight)
+        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
-        of_weight, of_bias = ctx.dtypes
-        return (
-            None if d_hidden is None else (d_hidden * grads[0]).to(d_hidden.dtype),
-            None if d_weight is None else (d_weight * grads[0]).to(of_weight),
-            None if d_bias is None else (d_bias * grads[0]).to(of_bias),
-            None,
-        )
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*(None if grad is None else (grad * grads[0]).to(dtype) for grad, dtype in saved), None, None)
 
 
-def loss_and_grad(raw: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Loss sum of a chunk and its derivative by the raw logits, in their dtype; `raw` is [c, vocabulary]."""
-    # raw belongs to this chunk alone, so the wide copy and all after it work in place.
+class _HeadLogprobs(torch.autograd.Function):
+    """Log-probability of each target; its backward computes the logits again, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: _LossArguments) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.args = args
+        logprobs = hidden.new_empty(len(hidden), dtype=_wide(hidden))
+        for span in args.spans():
+            logits = _logits(F.linear(hidden[span], weight, bias), args.softcap, args.scale)
+            logprobs[span] = -F.cross_entropy(logits, args.targets[span], reduction="none")
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        args, made = ctx.args, _HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
+        for span in args.spans():
+            raw = F.linear(hidden[span], weight, bias)
+            _, grad_logits = args.score(raw, args.targets[span], -grads[0][span], args.softcap, args.scale)
+            made.add(span, grad_logits, hidden[span], weight)
+        of_weight = None if made.weight is None else made.weight.to(weight.dtype)
+        of_bias = None if made.bias is None else made.bias.to(bias.dtype)
+        return made.hidden, of_weight, of_bias, None
+
+
+def loss_and_grad(
+    raw: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Weighted losses [c] of a chunk, and the gradient of their sum by the raw logits [c, vocabulary], in its dtype."""
+    # raw belongs to this chunk alone, so the wide copy and everything after it work in place.
     logits = raw.to(_wide(raw))
     if scale != 1.0:
         logits = logits.mul_(scale)
-    bend = None
+    softcap_grad = None
     if softcap is not None:
         logits = logits.div_(softcap).tanh_()
-        bend = 1 - logits * logits
+        softcap_grad = 1 - logits * logits
         logits = logits.mul_(softcap)
     # One exponential serves the sum and the probabilities: 2.4 times as fast as logsumexp and then exp.
     column = targets.unsqueeze(1)
     largest, picked = logits.amax(-1, keepdim=True), logits.gather(1, column)
-    slope = logits.sub_(largest).exp_()
-    total = slope.sum(-1, keepdim=True)
-    loss = (total.log().add_(largest) - picked).sum()
-    slope.div_(total)
+    grad = logits.sub_(largest).exp_()
+    total = grad.sum(-1, keepdim=True)
+    losses = total.log().add_(largest) - picked
+    grad.div_(total)
     if torch.compiler.is_compiling():
-        # Fused into the kernel that writes the slope; for a scatter the compiler would first write it out in fp32.
-        slope = slope - (torch.arange(slope.shape[1], device=slope.device) == column).to(slope.dtype)
+        # Fused into the kernel that writes the gradient; for a scatter the compiler would first write it out in fp32.
+        grad = grad - (torch.arange(grad.shape[1], device=grad.device) == column).to(grad.dtype)
     else:
-        slope.scatter_add_(1, column, slope.new_full((), -1.0).expand(len(targets), 1))
-    if bend is not None:
-        slope.mul_(bend)
+        grad.scatter_add_(1, column, grad.new_full((), -1.0).expand(len(targets), 1))
+    if softcap_grad is not None:
+        grad.mul_(softcap_grad)
     if scale != 1.0:
-        slope.mul_(scale)
-    return loss, slope.to(raw.dtype)
+        grad.mul_(scale)
+    if weights is not None:
+        losses = losses * weights.unsqueeze(1)
+        grad.mul_(weights.unsqueeze(1))
+    return losses.squeeze(1), grad.to(raw.dtype)

@@ -34,7 +34,7 @@ def whole_batch(tiny: Path, folder: Path, pack: bool, examples: int) -> tuple[fl
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
     total = 0.0
     for micro in batch.micro:
-        loss_sum, _ = model(micro)
+        loss_sum = model(micro).loss
         (loss_sum / batch.supervised).backward()
         total += float(loss_sum.detach().double())
     grads = {name: p.grad for name, p in model.trained_parameters() if p.grad is not None}

@@ -122,7 +122,7 @@ def our_curve(model: TrainModel, run: Run, all_batches: list[list[Example]]) -> 
     for step, batch in enumerate(all_batches):
         optimizer.begin(RATE, step)
         laid = collate([batch], length=sum(len(e.ids) for e in batch), pad_id=0)
-        loss_sum, count = model(laid)
+        loss_sum, count, _ = model(laid)
         loss = loss_sum / count
         loss.backward()
         optimizer.step()

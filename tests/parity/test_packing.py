@@ -18,7 +18,7 @@ from recipes import make_run
 from tunesmith.adapter import lora
 from tunesmith.build_model import build_model
 from tunesmith.data.batch import IGNORE, Batch, Example, collate
-from tunesmith.methods.base import TrainModel, supervised
+from tunesmith.methods.base import TrainModel, supervised_positions
 from tunesmith.runtime.recompute import recompute_layers
 
 TOLERANCE = 1e-5
@@ -68,7 +68,7 @@ def by_document(losses: torch.Tensor, batch: Batch) -> dict[int, torch.Tensor]:
 
 def test_losses_of_every_token_are_the_same_in_every_layout(tiny, tmp_path):
     model, of = model_of(tiny, tmp_path), examples()
-    found = {name: by_document(model.token_losses(batch), batch) for name, batch in layouts(of).items()}
+    found = {name: by_document(model.token_scores(batch)[0], batch) for name, batch in layouts(of).items()}
     plain = plain_losses(model, of)
     for name, documents in found.items():
         assert documents.keys() == plain.keys(), name
@@ -80,7 +80,7 @@ def plain_losses(model: TrainModel, of: list[Example]) -> dict[tuple[int, ...], 
     """Each document alone through Transformers' own attention and head."""
     model.model.set_attn_implementation("eager")
     found = {}
-    for ids, trained in of:
+    for ids, trained, _ in of:
         tokens = torch.from_numpy(ids.astype(np.int64))
         with torch.no_grad():
             logits = model.model(tokens.unsqueeze(0)).logits[0, :-1]
@@ -91,7 +91,7 @@ def plain_losses(model: TrainModel, of: list[Example]) -> dict[tuple[int, ...], 
 
 def gradients(model: TrainModel, batch: Batch) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    loss, count = model(batch)
+    loss, count, _ = model(batch)
     assert count == batch.supervised
     (loss / count).backward()
     return {name: p.grad.clone() for name, p in model.trained_parameters()}
@@ -121,9 +121,9 @@ def test_gradients_are_the_same_in_every_layout(changes, tiny, tmp_path):
 def test_document_two_cannot_see_document_one(tiny, tmp_path):
     """Another document 1 of the same length leaves the losses of document 2 as they were, bit by bit."""
     model, of, other = model_of(tiny, tmp_path), examples(), examples(seed=9)
-    before = model.token_losses(collate([of], length=200, pad_id=0))
+    before = model.token_scores(collate([of], length=200, pad_id=0))[0]
     changed = [other[0], *of[1:]]
-    after = model.token_losses(collate([changed], length=200, pad_id=0))
+    after = model.token_scores(collate([changed], length=200, pad_id=0))[0]
     edge = LENGTHS[0]
     assert torch.equal(before[0, edge:], after[0, edge:])
     assert not torch.equal(before[0, :edge], after[0, :edge])
@@ -133,7 +133,7 @@ def test_document_two_cannot_see_document_one(tiny, tmp_path):
 def test_padding_is_neither_seen_nor_learnt(tiny, tmp_path):
     model, of = model_of(tiny, tmp_path), examples()
     one, other = (collate([of], length=200, pad_id=pad) for pad in (0, 77))
-    assert torch.equal(model.token_losses(one), model.token_losses(other))
+    assert torch.equal(model.token_scores(one)[0], model.token_scores(other)[0])
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
@@ -160,7 +160,7 @@ def test_recomputing_layers_changes_nothing(tiny, tmp_path, count):
 def test_token_scores_agree_with_the_loss(tiny, tmp_path):
     model, batch = model_of(tiny, tmp_path), layouts(examples())["two rows"]
     losses, hits = model.token_scores(batch)
-    total, count = model(batch)
+    total, count, _ = model(batch)
     assert losses.shape == hits.shape == batch.targets.shape
     assert (losses[batch.targets == IGNORE] == 0).all()
     assert (losses != 0).sum() == count == batch.supervised
@@ -169,7 +169,7 @@ def test_token_scores_agree_with_the_loss(tiny, tmp_path):
 
 def test_supervised_positions_are_those_with_a_label():
     batch = layouts(examples())["one row and padding"]
-    index, targets = supervised(batch)
+    index, targets = supervised_positions(batch)
     assert torch.equal(index, (batch.targets.flatten() != IGNORE).nonzero().squeeze(1))
     assert torch.equal(targets, batch.targets.flatten()[index])
 

@@ -219,7 +219,7 @@ def test_a_compiled_score_is_the_plain_one_for_every_size_of_chunk():
     for n in (7, 12, 30):
         raw, targets = torch.randn(n, 50, dtype=torch.bfloat16), torch.randint(0, 50, (n,))
         for got, expected in zip(
-            score(raw.clone(), targets, None, 1.0), loss_and_grad(raw, targets, None, 1.0), strict=True
+            score(raw.clone(), targets, None, None, 1.0), loss_and_grad(raw, targets, None, None, 1.0), strict=True
         ):
             # The compiler keeps fp32 where the plain way does, in another order of adding: one bf16 rounding apart.
             torch.testing.assert_close(got, expected, rtol=8e-3, atol=1e-6)
@@ -235,8 +235,8 @@ def test_a_compiled_score_scatters_nothing():
         return module
 
     raw, labels = torch.randn(5, 11, dtype=torch.bfloat16), torch.randint(0, 11, (5,))
-    expected = loss_and_grad(raw.clone(), labels, 3.0, 0.5)
-    got = torch.compile(loss_and_grad, backend=noting)(raw, labels, 3.0, 0.5)
+    expected = loss_and_grad(raw.clone(), labels, None, 3.0, 0.5)
+    got = torch.compile(loss_and_grad, backend=noting)(raw, labels, None, 3.0, 0.5)
     torch.testing.assert_close(got, expected)
     assert any("gather" in target for target in targets)
     assert not any("scatter" in target for target in targets)

@@ -12,6 +12,7 @@ import torch
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.data.loader import StepSize
 from tunesmith.errors import MachineError
+from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import ModelSpec, read_spec
 from tunesmith.runtime import calibrate, compilation, memory_plan
 from tunesmith.runtime.memory_plan import plan_memory, recomputed_layers
@@ -198,11 +199,11 @@ def test_a_trial_whose_backward_fails_leaves_nothing_in_the_way_of_the_next():
             super().__init__()
             self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(8))
 
-        def forward(self, batch: object) -> tuple[torch.Tensor, int]:
+        def forward(self, batch: object) -> MethodOutput:
             loss = self.layers[0](torch.ones(1, 2)).sum()
             loss.register_hook(self.refuse)
             losses.append(weakref.ref(loss))
-            return loss, 1
+            return MethodOutput(loss, 1)
 
         def refuse(self, grad: torch.Tensor) -> None:
             if len(losses) < 3:

@@ -2,7 +2,7 @@
 
 A `Batch` is a block of rows. Each row holds one document (unpacked) or several (packed), then padding. Documents are
 the units of attention: `cu_seqlens` cuts the flattened block into documents, padding counted as documents of its own,
-so that packed and unpacked rows take the same road through attention and none sees another.
+so packed and unpacked rows take the same path through attention and no document sees another.
 
 Targets are shifted here, on the host, document by document: `targets[r, i]` is the token that position `i` must
 predict, or IGNORE. No later code shifts, so no label can leak over the edge of a document.
@@ -21,15 +21,17 @@ IGNORE = -100
 
 
 class Example(NamedTuple):
-    """One tokenised example.
+    """One tokenised example: one sequence, or several that a method needs side by side (the two of a preference pair).
 
     ids: int32 [n], n >= 2.
-    trained: bool [n]; `trained[i]` says that token i is learnt, that is, predicted from position i - 1 with loss.
-        `trained[0]` is always False: nothing stands before it.
+    trained: bool [n]; `trained[i]` says that token i is supervised: predicted from position i - 1 with loss.
+        The first token of a sequence has none before it and carries no loss.
+    sequences: length of each sequence, n in all; empty for one of n tokens. Each is a document of its own.
     """
 
     ids: np.ndarray
     trained: np.ndarray
+    sequences: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,15 @@ def collate(rows: Sequence[Sequence[Example]], *, length: int, pad_id: int, boun
     for r, row in enumerate(rows):
         at = 0
         for example in row:
-            n = len(example.ids)
-            span = slice(at, at + n)
-            ids[r, span] = example.ids
-            positions[r, span] = np.arange(n)
-            targets[r, at : at + n - 1] = np.where(example.trained[1:], example.ids[1:], IGNORE)
-            at += n
-            edges.append(r * length + at)
-            longest, tokens, examples = max(longest, n), tokens + n, examples + 1
+            first, examples = at, examples + 1
+            for n in example.sequences or (len(example.ids),):
+                part = slice(at - first, at - first + n)
+                ids[r, at : at + n] = example.ids[part]
+                positions[r, at : at + n] = np.arange(n)
+                targets[r, at : at + n - 1] = np.where(example.trained[part][1:], example.ids[part][1:], IGNORE)
+                at += n
+                edges.append(r * length + at)
+                longest, tokens = max(longest, n), tokens + n
         if at > length:
             raise ValueError(f"row {r} holds {at} tokens and has room for {length}")
         if at < length:

@@ -77,22 +77,22 @@ def validation_loss(
     device: torch.device,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> tuple[float, int] | None:
-    """Mean loss over every supervised token of `tokens`, each example once.
+    """The method's mean loss over `tokens`, each example once.
 
     Args:
         micro_tokens: tokens of one packed row; what fits when training fits here.
         cancelled: asked before each row; once true, the work is given up.
 
     Returns:
-        (loss in nats, supervised tokens), or None when it was cancelled.
+        (loss, what its sum was divided by: for SFT nats and supervised tokens), or None when it was cancelled.
     """
     total, count = 0.0, 0
     with _evaluating(train_model):
         for batch in packed(tokens, capacity=micro_tokens, pad_id=pad_id):
             if cancelled():
                 return None
-            loss, supervised = train_model(batch.to(device))
-            total, count = total + loss.double().item(), count + int(supervised)
+            made = train_model(batch.to(device))
+            total, count = total + made.loss.double().item(), count + made.denominator
     return (total / count if count else math.nan), count
 
 

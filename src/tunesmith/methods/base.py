@@ -1,14 +1,14 @@
-"""The root of what is trained: backbone, head and loss in one module.
+"""The root of what is trained, and what a method is.
 
-Everything that touches a parameter happens inside `TrainModel.forward`: a sharded model gathers its weights in the
-root's forward, so calling the backbone or the head from outside would find them cut. A method (`sft.py`) is a function
-that the root calls; it returns a loss sum and a count and owns no loop.
+`TrainModel` holds backbone, head and loss in one module. Everything that touches a parameter happens inside its forward:
+a sharded model gathers its weights in the root's forward, so a backbone or head called from outside finds shards. A
+method (`sft.py`) is called by the root. It returns a loss sum and what to divide it by, and owns no loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,52 @@ from transformers import PreTrainedModel
 
 from tunesmith.data.batch import IGNORE, Batch
 from tunesmith.errors import ModelError
-from tunesmith.loss import Score, chunked_cross_entropy, loss_and_grad, token_cross_entropy
+from tunesmith.loss import Score, chunked_cross_entropy, loss_and_grad, token_cross_entropy, token_logprobs
 from tunesmith.model import attention
 from tunesmith.model.documents import Documents
 
 
-class Method(Protocol):
-    """What the loss is."""
+class BatchCounts(Protocol):
+    """What the host knows of a micro batch or of a whole global batch before it runs."""
 
-    def __call__(self, model: TrainModel, batch: Batch) -> tuple[Tensor, int]:
-        """Loss sum (0-d, fp32 or fp64) over the batch's supervised positions, and how many these are."""
+    @property
+    def supervised(self) -> int:
+        """Positions with a label."""
+
+    @property
+    def examples(self) -> int:
+        """Examples; padding counts as none."""
+
+
+class MethodOutput(NamedTuple):
+    """What a method makes of one micro batch, local to the rank.
+
+    Attributes:
+        loss: 0-d, fp32 or fp64; the sum, not the mean.
+        denominator: this micro batch's part of what the loss of the global batch is divided by.
+        metrics: sums by name, 0-d and detached, divided by the same denominator.
+    """
+
+    loss: Tensor
+    denominator: int
+    metrics: Mapping[str, Tensor] = {}
+
+
+class Method(Protocol):
+    """What the loss is.
+
+    Attributes:
+        metrics: names of the method's own fields in the step's record, in their order.
+    """
+
+    @property
+    def metrics(self) -> Sequence[str]: ...
+
+    def denominator(self, counts: BatchCounts) -> int:
+        """What the loss sum over `counts` is divided by; additive over micro batches and ranks."""
+
+    def __call__(self, model: TrainModel, batch: Batch) -> MethodOutput:
+        """Loss sum and metrics of one micro batch, with `denominator(batch)`."""
 
 
 class TrainModel(nn.Module):
@@ -35,10 +71,10 @@ class TrainModel(nn.Module):
         model: the causal LM; its parameters keep their names below `model.`.
         method: what the loss is.
         layers: name of the module that holds the decoder layers.
+        attention_backend: name of our block-diagonal attention's backend on the flattened batch
+            (`attention.select_attention_backend`), or "eager" for Transformers' own on padded rows.
         softcap: soft cap of the logits (Gemma 2), or None.
         logit_scale: factor on the logits.
-        door: the way of our block-diagonal attention on the flattened batch (`attention.choose`), or "eager" for
-            Transformers' own on padded rows.
     """
 
     def __init__(
@@ -47,7 +83,7 @@ class TrainModel(nn.Module):
         method: Method,
         *,
         layers: str,
-        door: str,
+        attention_backend: str,
         softcap: float | None = None,
         logit_scale: float = 1.0,
     ) -> None:
@@ -55,15 +91,15 @@ class TrainModel(nn.Module):
         self.model = model
         self.method = method
         self.layers_name = layers
-        self.score: Score = loss_and_grad
+        self.attention_backend = attention_backend
         self.softcap = softcap
         self.logit_scale = logit_scale
-        self.door = door
+        self.score: Score = loss_and_grad
         self.use_training_attention()
 
     def use_training_attention(self) -> None:
-        """Take the attention of training; generation sets "sdpa" and calls this when it is done."""
-        self.model.set_attn_implementation("eager" if self.door == "eager" else attention.register())
+        """Set the attention of training; generation sets "sdpa" and calls this when it is done."""
+        self.model.set_attn_implementation("eager" if self.attention_backend == "eager" else attention.register())
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -77,39 +113,47 @@ class TrainModel(nn.Module):
             raise ModelError(f"{type(self.model).__name__} has no output layer", fix="take a causal language model")
         return head
 
-    def forward(self, batch: Batch) -> tuple[Tensor, int]:
-        """Loss sum of this micro batch (0-d, fp32 or fp64, local to the rank) and the number of positions in it."""
+    def forward(self, batch: Batch) -> MethodOutput:
+        """The method's loss sum of this micro batch, local to the rank, and its denominator."""
         return self.method(self, batch)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states, [rows * length, width]; each document is computed as if it were alone."""
         ids, positions, options = batch.input_ids, batch.position_ids, {}
-        if self.door != "eager":
+        if self.attention_backend != "eager":
             # One row: every layer but attention works position by position, and attention goes by the documents.
             ids, positions = ids.view(1, -1), positions.view(1, -1)
-            options["documents"] = Documents(batch.cu_seqlens, batch.max_seqlen, self.door)
+            options["documents"] = Documents(batch.cu_seqlens, batch.max_seqlen, self.attention_backend)
         output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **options)
         hidden: Tensor = output.last_hidden_state.flatten(0, 1)
         return hidden
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy summed over the positions of hidden [n, width] and targets [n]."""
+    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Cross-entropy summed over the positions of hidden [n, width] and targets [n], each times its weight [n]."""
         return chunked_cross_entropy(
+            hidden,
+            self.head,
+            targets,
+            weights=weights,
+            softcap=self.softcap,
+            scale=self.logit_scale,
+            score=self.score,
+        )
+
+    def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of each target, fp32 (or fp64) [n], with gradient; hidden [n, width], targets [n]."""
+        return token_logprobs(
             hidden, self.head, targets, softcap=self.softcap, scale=self.logit_scale, score=self.score
         )
 
-    def token_losses(self, batch: Batch) -> Tensor:
-        """Cross-entropy of every position: fp32 (or fp64) [rows, length], 0 where the target is IGNORE; no gradient."""
-        return self.token_scores(batch)[0]
-
     @torch.no_grad()
     def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of every position, and whether its likeliest token is the target.
+        """Cross-entropy of every position, and whether its most likely token is the target.
 
         Returns:
             fp32 (or fp64) and bool, [rows, length] each; 0 and False where the target is IGNORE.
         """
-        index, targets = supervised(batch)
+        index, targets = supervised_positions(batch)
         hidden = self.hidden(batch)[index]
         losses, hits = token_cross_entropy(hidden, self.head, targets, softcap=self.softcap, scale=self.logit_scale)
         every_loss, every_hit = losses.new_zeros(batch.targets.numel()), hits.new_zeros(batch.targets.numel())
@@ -129,11 +173,29 @@ class TrainModel(nn.Module):
         )
 
 
-def supervised(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Places in the flattened batch that have a label, int64 [n], and these labels, int64 [n].
+def supervised_positions(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Positions in the flattened batch that have a label, int64 [n], and these labels, int64 [n].
 
-    The number is known on the host, so a GPU is not waited for.
+    Their number is known on the host, so nothing waits for a GPU.
     """
     flat = batch.targets.flatten()
     index = torch.nonzero_static(flat != IGNORE, size=batch.supervised).squeeze(1)
     return index, flat[index]
+
+
+def sum_by_sequence(values: Tensor, index: Tensor, batch: Batch, count: int) -> Tensor:
+    """Sum values of supervised positions over each sequence that has any, in the batch's order.
+
+    Args:
+        values: [n], one for each of `supervised_positions`.
+        index: these positions, int64 [n].
+        batch: gives the sequences' edges.
+        count: sequences with a supervised position; known on the host.
+
+    Returns:
+        [count], the dtype of `values`.
+    """
+    document = torch.bucketize(index, batch.cu_seqlens[1:], right=True)
+    first = document.new_zeros(document.shape, dtype=torch.int64)
+    first[1:] = document[1:] != document[:-1]
+    return values.new_zeros(count).index_add(0, first.cumsum(0), values)

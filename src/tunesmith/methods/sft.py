@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from tunesmith.data.batch import Batch
-from tunesmith.methods.base import TrainModel, supervised
+from tunesmith.methods.base import BatchCounts, MethodOutput, TrainModel, supervised_positions
 
 
-def sft(model: TrainModel, batch: Batch) -> tuple[Tensor, int]:
-    """Loss sum in nats and the number of supervised positions. Only these reach the head."""
-    index, targets = supervised(batch)
-    return model.loss(model.hidden(batch).index_select(0, index), targets), batch.supervised
+class SupervisedFineTuning:
+    """Mean loss over the supervised tokens of the global batch, in nats. Only these positions reach the head."""
+
+    metrics = ()
+
+    def denominator(self, counts: BatchCounts) -> int:
+        return counts.supervised
+
+    def __call__(self, model: TrainModel, batch: Batch) -> MethodOutput:
+        index, targets = supervised_positions(batch)
+        loss = model.loss(model.hidden(batch).index_select(0, index), targets)
+        return MethodOutput(loss, self.denominator(batch))

@@ -96,7 +96,7 @@ def _trial(model: TrainModel, batch: Batch, meter: MemoryMeter) -> int:
     """Forward and backward; the bytes that the forward kept. A function of its own, so that a loss whose backward
     failed, and all that hangs on it, is gone before the next trial."""
     before = meter.held()
-    loss, _ = model(batch)
+    loss = model(batch).loss
     kept = meter.held() - before
     loss.backward()
     return kept

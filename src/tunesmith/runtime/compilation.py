@@ -135,9 +135,11 @@ def compile_score(score: Score) -> Score:
     """The loss of a chunk of logits as one or two kernels; chunks differ in their number of positions."""
     compiled: Score = torch.compile(score)
 
-    def run(raw: Tensor, targets: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
-        mark_varying(raw, 0)
-        mark_varying(targets, 0)
-        return compiled(raw, targets, softcap, scale)
+    def run(
+        raw: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        for tensor in (raw, targets) if weights is None else (raw, targets, weights):
+            mark_varying(tensor, 0)
+        return compiled(raw, targets, weights, softcap, scale)
 
     return run

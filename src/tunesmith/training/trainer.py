@@ -87,20 +87,21 @@ class Trainer:
     # ---- one step -------------------------------------------------------------------------------------------------
 
     def train_step(self, batch: GlobalBatch) -> Pending:
-        """Forward, backward and update on one global batch; the loss is divided once, by all its supervised tokens."""
+        """Forward, backward and update on one global batch; the loss is divided once, by its denominator over the batch."""
         optimizer, device = self.s.optimizer, self.s.device
         check_one_pass(self.run, batch)
         rate = learning_rate(self.run.train, batch.step, warmup=self.warmup, progress=self.progress(batch.step))
         optimizer.begin(rate, batch.step)
-        scale = (optimizer.scale or 1.0) / batch.supervised
+        denominator = self.s.model.method.denominator(batch)
+        scale = (optimizer.scale or 1.0) / denominator
         total = torch.zeros((), device=device)
         for index, micro in enumerate(batch.micro):
             # Dropout is a function of (seed, step, micro batch): a resumed run draws what the first one drew.
             torch.manual_seed((self.run.train.seed * 1_000_003 + batch.step) * 4_099 + index)
-            loss_sum, _ = self.s.model(micro.to(device))
-            (loss_sum * scale).backward()
-            total = total + loss_sum.detach()
-        return Pending(batch.step + 1, batch, AsyncScalars(total / batch.supervised, optimizer.step()), rate)
+            loss = self.s.model(micro.to(device)).loss
+            (loss * scale).backward()
+            total = total + loss.detach()
+        return Pending(batch.step + 1, batch, AsyncScalars(total / denominator, optimizer.step()), rate)
 
     def progress(self, step: int) -> float:
         """Share of the course after the warm-up that lies behind update `step` (from 0), by steps or by the clock."""
