@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 from tunesmith.config.load import from_mapping
 from tunesmith.errors import TunesmithError
-from tunesmith.train import train
+from tunesmith.training.run import train
 import peft
 for line in sys.stdin:
     recipe = json.loads(line)
