@@ -69,9 +69,9 @@ def build_model(
         compilation.compile_layers(layers, varied=varied)
     load.materialise(model, device)
     if weights == "random":
-        random_init.init_random_weights(model, checkpoint, seed=run.train.seed, convert=nf4.hooks(model))
+        random_init.init_random_weights(model, checkpoint, seed=run.train.seed, convert=nf4.load_hooks(model))
     else:
-        load.load_weights(model, folder, skip=_made_here(model), convert=nf4.hooks(model))
+        load.load_weights(model, folder, skip=_made_here(model), convert=nf4.load_hooks(model))
     if run.adapter.kind == "lora":
         lora.init_lora(model, run.adapter, seed=run.train.seed)
         if run.adapter.from_ is not None:

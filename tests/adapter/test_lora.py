@@ -90,7 +90,7 @@ def test_all_linear_is_every_linear_layer_but_the_head(model):
 
 
 def test_targets_match_names_and_endings(model):
-    names = lora.targets(model, Adapter(target=("v_proj", "model.layers.1.mlp.down_proj", "lm_head")))
+    names = lora.target_names(model, Adapter(target=("v_proj", "model.layers.1.mlp.down_proj", "lm_head")))
     assert names == [
         "model.layers.0.self_attn.v_proj",
         "model.layers.1.self_attn.v_proj",
@@ -153,7 +153,7 @@ def test_merged_weights_answer_as_the_adapter_does(model):
     ids = torch.randint(0, 250, (1, 11))
     expected = model(ids).logits
     for _, layer in lora.loras(model):
-        layer.weight = nn.Parameter(lora.merged(layer), requires_grad=False)
+        layer.weight = nn.Parameter(lora.merged_weight(layer), requires_grad=False)
         layer.enabled = False
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
 
@@ -164,8 +164,8 @@ def test_merging_rounds_once():
     nn.init.normal_(layer.lora_A)
     nn.init.normal_(layer.lora_B)
     exact = base.weight.float() + 8.0 * (layer.lora_B @ layer.lora_A)
-    assert torch.equal(lora.merged(layer), exact.bfloat16())
-    assert torch.equal(lora.merged(layer, torch.float32), exact)
+    assert torch.equal(lora.merged_weight(layer), exact.bfloat16())
+    assert torch.equal(lora.merged_weight(layer, torch.float32), exact)
 
 
 def test_a_trained_embedding_leaves_a_tied_head_as_it_was(model):

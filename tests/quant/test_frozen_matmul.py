@@ -1,4 +1,4 @@
-"""Grouped products with frozen weights: equal to the plain formula, in every form of the weight, on both roads."""
+"""Grouped matmuls with frozen weights: equal to the plain formula, for every kind of weight, eager and compiled."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
 from tunesmith.quant import fp8, frozen_matmul
 from tunesmith.quant.fp8 import Fp8Linear
+from tunesmith.quant.frozen_weight import ROW_WISE, TENSOR_WISE, DenseWeight
 from tunesmith.quant.nf4 import Nf4Linear
 
-# torch 2.11 has no products scaled by rows on a CPU.
-FP8 = tuple(kind for kind in fp8.KINDS if kind == fp8.TENSOR or fp8.select_scaling(torch.device("cpu")).kind == fp8.ROW)
+# torch 2.11 has no fp8 matmuls scaled by row on a CPU.
+FP8 = tuple(k for k in fp8.KINDS if k == TENSOR_WISE or fp8.select_scaling(torch.device("cpu")).kind == ROW_WISE)
 WIDTHS = (48, 16, 16)  # like q, k and v
 ADAPTER = Adapter(rank=4, alpha=8)
 
@@ -75,12 +76,12 @@ def test_gradients_are_those_of_plain_lora(dtype, tolerance, bias):
 
 
 def kinds() -> dict[str, list[lora.Lora]]:
-    """The same three layers with adapters, in every form, and the dense weights that each form stands for."""
+    """The same three layers with adapters, for each kind of weight."""
     made: dict[str, list[lora.Lora]] = {"dense": adapted(dense_layers(torch.bfloat16))}
     packed = []
     for layer in adapted(dense_layers(torch.bfloat16)):
         base = Nf4Linear(64, layer.out_features, bias=False, compute_dtype=torch.bfloat16, device="cpu")
-        base.quantise(layer.weight)
+        base.quantize(layer.weight)
         packed.append(lora.LoraNf4Linear(base, ADAPTER))
         packed[-1].lora_A, packed[-1].lora_B = layer.lora_A, layer.lora_B
     made["nf4"] = packed
@@ -90,7 +91,7 @@ def kinds() -> dict[str, list[lora.Lora]]:
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
-def test_every_form_answers_as_the_weight_it_stands_for(kind):
+def test_every_kind_answers_as_the_weight_it_stands_for(kind):
     """bf16 keeps 8 bits: 2^-9 a rounding. fp8 rounds the input (and each output's gradient) to 3 bits of mantissa:
     up to 2^-4 an element, about 3 % of a product's length, with a scale a tensor somewhat more."""
     layers = kinds()[kind]
@@ -129,23 +130,23 @@ def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
     """Shapes, types and strides of the outputs, no output that shares memory with an input, and gradients in a graph:
     a compiler lays out memory by these promises, and a broken one shows on a GPU only."""
     layers = kinds()[kind]
-    held = [m.held() for m in layers]
+    weights = [m.frozen_weight() for m in layers]
     x = torch.randn(40, 64, dtype=torch.bfloat16)
-    small = [torch.cat([m.lora_A for m in layers]).bfloat16(), *((m.lora_B * 2).bfloat16() for m in layers)]
-    small = [t.detach() for t in small]
-    way, tensors, widths = frozen_matmul.KINDS[held[0].kind], [t for h in held for t in h.tensors], list(WIDTHS)
+    lora_AB = [torch.cat([m.lora_A for m in layers]).bfloat16(), *((m.lora_B * 2).bfloat16() for m in layers)]
+    lora_AB = [t.detach() for t in lora_AB]
+    weight, tensors, widths = weights[0], [t for w in weights for t in w.tensors], list(WIDTHS)
     # The check for writes to an input compares sums, which fp8 does not have.
     tests = ("test_autograd_registration", "test_faketensor", *(() if kind in FP8 else ("test_schema",)))
-    for factors in (small, []):
+    for factors in (lora_AB, []):
         leaves = [t.clone().requires_grad_() for t in factors]
-        given = (x.clone().requires_grad_(), way.quantise(x), leaves, tensors, held[0].kind, widths)
-        torch.library.opcheck(frozen_matmul.frozen_products, given, test_utils=tests)
+        given = (x.clone().requires_grad_(), weight.quantize_input(x), leaves, tensors, weight.kind, widths)
+        torch.library.opcheck(frozen_matmul.frozen_matmul, given, test_utils=tests)
         dys = [torch.randn(40, width, dtype=torch.bfloat16) for width in widths]
-        beside = [t for dy in dys for t in way.quantise(dy)]
+        quantized = [t for dy in dys for t in weight.quantize_input(dy)]
         saved = [x, x @ factors[0].T] if factors else []
-        for wanted in (True, False):
-            given = (dys, beside, saved, factors, tensors, held[0].kind, 64, wanted)
-            torch.library.opcheck(frozen_matmul.frozen_products_backward, given, test_utils=tests)
+        for needs_dx in (True, False):
+            given = (dys, quantized, saved, factors, tensors, weight.kind, 64, needs_dx)
+            torch.library.opcheck(frozen_matmul.frozen_matmul_backward, given, test_utils=tests)
 
 
 @pytest.mark.parametrize("kind", ["nf4", *FP8])
@@ -153,7 +154,7 @@ def test_a_frozen_layer_without_an_adapter_passes_its_gradient_on(kind):
     adapter = kinds()[kind][0]
     layer = Fp8Linear(dense_layers(torch.bfloat16)[0], kind) if kind in FP8 else adapter
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
-    y = layer(x) if kind in FP8 else frozen_matmul.grouped_matmul(x, [layer.held()], [None])[0]
+    y = layer(x) if kind in FP8 else frozen_matmul.grouped_matmul(x, [layer.frozen_weight()], [None])[0]
     d = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, d)
     tolerance = 0.05 if kind in FP8 else 0.01
@@ -169,18 +170,18 @@ def test_an_output_that_nobody_uses_has_no_part_in_the_gradient():
     assert distance(dx, expected) < 1e-12
 
 
-def test_an_input_without_gradient_costs_no_product(monkeypatch):
+def test_an_input_without_gradient_costs_no_matmul(monkeypatch):
     layers = adapted(dense_layers(torch.float64))
     called: list[int] = []
-    monkeypatch.setattr(frozen_matmul.DenseKind, "back", lambda *_: called.append(1))
+    monkeypatch.setattr(DenseWeight, "backward_matmul", lambda *_: called.append(1))
     sum(y.sum() for y in lora.project(torch.randn(10, 64, dtype=torch.float64), layers)).backward()
     assert not called
     assert all(m.lora_A.grad is not None and m.lora_A.grad.norm() > 0 for m in layers)
 
 
-def test_layers_of_unlike_forms_are_computed_one_by_one():
+def test_layers_of_unlike_kinds_are_computed_one_by_one():
     made = kinds()
-    layers = [made["dense"][0], made[fp8.TENSOR][1]]
+    layers = [made["dense"][0], made[TENSOR_WISE][1]]
     x = torch.randn(40, 64, dtype=torch.bfloat16)
     for a, b in zip(lora.project(x, layers), plain(x, layers, [m.dense() for m in layers]), strict=True):
         assert distance(a, b) < 0.05

@@ -101,8 +101,8 @@ def test_the_packed_weight_is_never_written_to(tiny):
 
 def test_it_is_small(tiny):
     layer = ours(tiny).get_submodule("model.layers.0.mlp.up_proj")
-    held = sum(t.numel() * t.element_size() for t in (layer.weight, layer.absmax, layer.nested_absmax))
-    assert held / layer.dense().numel() <= 0.52  # 4 bits, and 8 bits a block of 64 with 32 a block of 256
+    stored = sum(t.numel() * t.element_size() for t in (layer.weight, layer.absmax, layer.nested_absmax))
+    assert stored / layer.dense().numel() <= 0.52  # 4 bits, and 8 bits a block of 64 with 32 a block of 256
 
 
 def test_the_head_the_embedding_and_the_norms_stay_dense(tiny):
@@ -115,7 +115,7 @@ def test_the_head_the_embedding_and_the_norms_stay_dense(tiny):
 def test_gradient_of_a_layer_without_an_adapter():
     torch.manual_seed(0)
     layer = nf4.Nf4Linear(64, 32, bias=True, compute_dtype=torch.float32, device="cpu")
-    layer.quantise(torch.randn(32, 64))
+    layer.quantize(torch.randn(32, 64))
     layer.bias = nn.Parameter(torch.randn(32))
     x = torch.randn(3, 64, requires_grad=True)
     y = torch.nn.functional.linear(x, layer.dense(), layer.bias)
@@ -129,13 +129,13 @@ def test_gradient_of_a_layer_without_an_adapter():
 def test_parts_of_a_packed_weight_that_do_not_fit_are_refused():
     layer = nf4.Nf4Linear(64, 32, bias=False, compute_dtype=torch.float32, device="cpu")
     with pytest.raises(ModelError, match="not whole"):
-        layer.take_packed({"": torch.zeros(1024, 1, dtype=torch.uint8), "absmax": torch.zeros(32)}, where="w")
+        layer.load_quantized({"": torch.zeros(1024, 1, dtype=torch.uint8), "absmax": torch.zeros(32)}, where="w")
     packed, state = nf4.bitsandbytes().quantize_4bit(torch.randn(16, 64), quant_type="nf4")
     with pytest.raises(ModelError, match=r"shape \(16, 64\)"):
-        layer.take_packed({"": packed, **state.as_dict(packed=True)}, where="w")
+        layer.load_quantized({"": packed, **state.as_dict(packed=True)}, where="w")
     packed, state = nf4.bitsandbytes().quantize_4bit(torch.randn(32, 64), quant_type="fp4")
-    with pytest.raises(ModelError, match="held as fp4"):
-        layer.take_packed({"": packed, **state.as_dict(packed=True)}, where="w")
+    with pytest.raises(ModelError, match="stored as fp4"):
+        layer.load_quantized({"": packed, **state.as_dict(packed=True)}, where="w")
 
 
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):

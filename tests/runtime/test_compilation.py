@@ -71,7 +71,7 @@ def build(layers: int, family: str = "llama", *, base: str = "dense") -> Any:
         for name in names:
             layer = model.get_submodule(name)
             layer.to_empty(device="cpu")
-            layer.quantise(weights[f"{name}.weight"])
+            layer.quantize(weights[f"{name}.weight"])
             if layer.bias is not None:
                 layer.bias.data.copy_(weights[f"{name}.bias"])
     lora.attach_lora(model, Adapter(rank=2), seed=1)

@@ -2,12 +2,12 @@
 
     y = x W^T + b + scaling * (dropout(x) A^T) B^T        A [r, in], B [out, r], scaling = alpha / r
 
-rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / sqrt(r). A starts as Kaiming-uniform with a = sqrt(5), as
-in PEFT, and B as zeros, so that training starts at the base model.
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / sqrt(r). A starts as Kaiming-uniform with a = sqrt(5) and
+B as zeros, as in PEFT: training starts at the base model.
 
-A layer keeps the names `weight` and `bias` of what it replaces, so the base loads into it as if nothing had happened.
-A and B are fp32 parameters, computed in the dtype of x. Each is drawn in full from a generator seeded by (seed, its
-full name): the start depends neither on the order of layers nor, later, on how a tensor is cut over ranks.
+A layer keeps the names `weight` and `bias` of the layer that it replaces, so the base loads into it as before. A and B are
+fp32 parameters, computed in the dtype of x. Each is drawn in full from a generator seeded by (seed, full name): it depends
+neither on the order of the layers nor, later, on how a tensor is sharded.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
 from tunesmith.model.random_init import seed_of
-from tunesmith.quant import fp8, frozen_matmul
-from tunesmith.quant.fp8 import Fp8Linear
+from tunesmith.quant.fp8 import Fp8Linear, fits_fp8
+from tunesmith.quant.frozen_linear import linear_names
+from tunesmith.quant.frozen_matmul import grouped_matmul
+from tunesmith.quant.frozen_weight import DenseWeight, FrozenWeight
 from tunesmith.quant.nf4 import Nf4Linear
 
 ALL_LINEAR = "all-linear"
@@ -33,7 +35,7 @@ ORIGINAL = "before_tuning_"  # a module trained in full keeps its base values in
 
 
 class Lora(nn.Module):
-    """What a linear layer with an adapter has, whatever holds its base weight.
+    """What a linear layer with an adapter has, however its base weight is stored.
 
     Attributes:
         lora_A: fp32 [rank, in_features]; lora_B: fp32 [out_features, rank].
@@ -43,8 +45,8 @@ class Lora(nn.Module):
     """
 
     bias: Any  # nn.Parameter or None
-    dense: Callable[..., Tensor]  # the base weight [out_features, in_features], in the dtype of its products
-    held: Callable[..., frozen_matmul.FrozenWeight]  # the same in the form that the products take
+    dense: Callable[..., Tensor]  # the base weight [out_features, in_features], in the dtype of its matmuls
+    frozen_weight: Callable[..., FrozenWeight]
     in_features: int
     out_features: int
     scaling: float
@@ -52,7 +54,7 @@ class Lora(nn.Module):
     enabled: bool
 
     def add_lora(self, adapter: Adapter, device: torch.device) -> None:
-        """Make the parameters, without values for A; `initialise` draws them."""
+        """Make A and B; `init_lora` draws their values."""
         rank = adapter.rank
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
@@ -86,12 +88,10 @@ class LoraLinear(Lora, nn.Linear):
         self.add_lora(adapter, base.weight.device)
 
     def dense(self) -> Tensor:
-        """The base weight [out_features, in_features], in the dtype of its products."""
         return self.weight
 
-    def held(self) -> frozen_matmul.FrozenWeight:
-        """The base weight in the form that the products take."""
-        return frozen_matmul.FrozenWeight("dense", [self.weight], self.out_features)
+    def frozen_weight(self) -> DenseWeight:
+        return DenseWeight("dense", [self.weight], (self.out_features, self.in_features))
 
 
 class LoraNf4Linear(Lora, Nf4Linear):
@@ -99,7 +99,7 @@ class LoraNf4Linear(Lora, Nf4Linear):
 
     def __init__(self, base: Nf4Linear, adapter: Adapter) -> None:
         super().__init__(base.in_features, base.out_features, base.bias is not None, base.compute_dtype, device="meta")
-        self.take(base)
+        self.share(base)
         self.add_lora(adapter, base.weight.device)
 
 
@@ -112,47 +112,47 @@ class LoraFp8Linear(Lora, Fp8Linear):
         self.scaling, self.dropout, self.enabled = base.scaling, base.dropout, base.enabled
 
 
+def to_fp8(layer: nn.Module, kind: str) -> Fp8Linear:
+    """One dense layer, with or without an adapter, with its frozen weight in fp8; `kind` is one of `fp8.KINDS`."""
+    if isinstance(layer, LoraLinear):
+        return LoraFp8Linear(layer, kind)
+    assert isinstance(layer, nn.Linear)
+    return Fp8Linear(layer, kind)
+
+
 def convert_to_fp8(model: nn.Module, kind: str) -> int:
-    """Hold the frozen linear layers of a loaded model in fp8, with or without adapters; returns how many.
-
-    Args:
-        kind: of `fp8.KINDS`.
-    """
-
-    def make(base: nn.Module) -> nn.Module:
-        if isinstance(base, LoraLinear):
-            return LoraFp8Linear(base, kind)
-        assert isinstance(base, nn.Linear)
-        return Fp8Linear(base, kind)
-
-    return fp8.replace_linears(model, make)
+    """Put every layer but the output layer that `fits_fp8` into fp8, one at a time; return how many."""
+    names = [name for name in linear_names(model, head=False) if fits_fp8(model.get_submodule(name))]
+    for name in names:  # by name: a list of the layers would keep every dense weight alive
+        model.set_submodule(name, to_fp8(model.get_submodule(name), kind))
+    return len(names)
 
 
 def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     """Put an adapter on the model in place, freeze all else, and return the names of the adapted layers.
 
-    On a model without storage (meta device) values are still missing: call `initialise` when the weights are there.
+    On the meta device call `init_lora` once the weights are there.
 
     Raises:
         RecipeError: a target or module to save that the model does not have, or one that cannot carry an adapter.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    names = targets(model, adapter)
+    names = target_names(model, adapter)
     for name in names:
         base = model.get_submodule(name)
         if isinstance(base, Nf4Linear):
             model.set_submodule(name, LoraNf4Linear(base, adapter))
         elif isinstance(base, nn.Linear):
             model.set_submodule(name, LoraLinear(base, adapter))
-    _saved_names(model, adapter)
+    _names_to_save(model, adapter)
     if not any(p.is_meta for p in model.parameters()):
         init_lora(model, adapter, seed=seed)
     return names
 
 
 def init_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
-    """Draw A, clear B, and set apart the modules that are trained in full; the base weights must be loaded."""
+    """Draw A, zero B, and copy the modules that are trained in full; the base weights must be loaded."""
     for name, module in loras(model):
         generator = torch.Generator().manual_seed(seed_of(seed, f"{name}.lora_A"))
         bound = 1 / math.sqrt(module.in_features)  # Kaiming-uniform with a = sqrt(5)
@@ -160,89 +160,75 @@ def init_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
         with torch.no_grad():
             module.lora_A.copy_(drawn)
             module.lora_B.zero_()
-    for name in _saved_names(model, adapter):
-        trained = model.get_submodule(name)
-        for key, base in list(trained.named_parameters(recurse=False)):
+    for name in _names_to_save(model, adapter):
+        to_save = model.get_submodule(name)
+        for key, base in list(to_save.named_parameters(recurse=False)):
             # A copy: a head tied to a trained embedding stays what it was, as in PEFT.
-            trained.register_parameter(key, nn.Parameter(base.detach().clone()))
-            trained.register_buffer(ORIGINAL + key, base.detach(), persistent=False)
+            to_save.register_parameter(key, nn.Parameter(base.detach().clone()))
+            to_save.register_buffer(ORIGINAL + key, base.detach(), persistent=False)
 
 
-def targets(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Names of the layers that `adapter.target` means, in the order of the model.
+def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Full names of the layers that `adapter.target` means, in the order of the model.
 
-    A target matches a module of that name or whose name ends in it after a dot, as in PEFT.
+    As in PEFT a target means every linear layer of that name, and every one whose name ends in it after a dot.
     """
-    head = _head_name(model)
-    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Nf4Linear))]
-    saved = set(_saved_names(model, adapter))
+    linear = linear_names(model, head=True)
+    to_save = set(_names_to_save(model, adapter))
     if adapter.target == ALL_LINEAR:
-        return [n for n in linear if n != head and n not in saved]
+        return [name for name in linear_names(model, head=False) if name not in to_save]
     wanted = (adapter.target,) if isinstance(adapter.target, str) else adapter.target
-    for target in wanted:
-        if not _matching(linear, target):
+    found = {target: [n for n in linear if n == target or n.endswith(f".{target}")] for target in wanted}
+    for target, matching in found.items():
+        if not matching:
             raise RecipeError(
                 f"the model has no linear layer named {target!r}",
                 where="adapter.target",
-                why=f"its linear layers are: {', '.join(_leaves(linear))}",
+                why=f"its linear layers are: {_last_names(linear)}",
                 fix="name some of these, or use all-linear",
             )
-    names = [n for n in linear if any(n in _matching([n], target) for target in wanted)]
-    both = saved.intersection(names)
-    if both:
+    names = set().union(*found.values())
+    if both := to_save & names:
         raise RecipeError(
             f"{min(both)!r} is both an adapter target and a module to save",
             where="adapter.modules_to_save",
             why="a module is either trained in full or through an adapter",
             fix="take it out of one of the two",
         )
-    return names
+    return [name for name in linear if name in names]
 
 
-def _matching(names: Sequence[str], target: str) -> list[str]:
-    return [n for n in names if n == target or n.endswith(f".{target}")]
+def _last_names(names: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(n.rsplit(".", 1)[-1] for n in names))
 
 
-def _leaves(names: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(n.rsplit(".", 1)[-1] for n in names))
-
-
-def _head_name(model: nn.Module) -> str:
-    from transformers import PreTrainedModel
-
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return next((n for n, m in model.named_modules() if m is head), "") if head is not None else ""
-
-
-def _saved_names(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Full names of `modules_to_save`; these must hold parameters of their own, such as an embedding or a norm.
+def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Full names of `modules_to_save`: modules with parameters of their own, such as an embedding or a norm.
 
     As in PEFT a name means every module whose full name ends in it, with or without a dot before.
     """
     own = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
-    found: list[str] = []
+    found: dict[str, None] = {}
     for wanted in adapter.modules_to_save:
         matching = [n for n in own if n.endswith(wanted)]
         if not matching:
             raise RecipeError(
                 f"the model has no module named {wanted!r} with weights of its own",
                 where="adapter.modules_to_save",
-                why=f"it has: {', '.join(_leaves(own))}",
+                why=f"it has: {_last_names(own)}",
                 fix="name some of these",
             )
-        found += [n for n in matching if n not in found]
-    return found
+        found |= dict.fromkeys(matching)
+    return list(found)
 
 
 def loras(model: nn.Module) -> Iterator[tuple[str, Lora]]:
     """Every layer with an adapter, by its full name."""
-    for name, module in model.named_modules():
-        if isinstance(module, Lora):
-            yield name, module
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Lora))
 
 
-def saved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Every parameter trained in full beside the adapter: (module's full name, module, name of the parameter)."""
+def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every parameter of `modules_to_save`: (module's full name, module, name of the parameter)."""
     for name, module in model.named_modules():
         for key, _ in module.named_buffers(recurse=False):
             if key.startswith(ORIGINAL):
@@ -250,7 +236,7 @@ def saved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 @torch.no_grad()
-def merged(module: Lora, dtype: torch.dtype | None = None) -> Tensor:
+def merged_weight(module: Lora, dtype: torch.dtype | None = None) -> Tensor:
     """Base weight plus update [out_features, in_features], added in fp32 and rounded once, to `dtype` or the base's."""
     weight = module.dense()
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -261,8 +247,8 @@ def merged(module: Lora, dtype: torch.dtype | None = None) -> Tensor:
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base model alone: no adapter, and modules trained in full back at their base values."""
     layers = [(module, module.enabled) for _, module in loras(model)]
-    trained = [(m.get_parameter(key), m.get_buffer(ORIGINAL + key)) for _, m, key in saved(model)]
-    held = [parameter.data for parameter, _ in trained]
+    trained = [(m.get_parameter(key), m.get_buffer(ORIGINAL + key)) for _, m, key in saved_parameters(model)]
+    tuned = [parameter.data for parameter, _ in trained]
     try:
         for module, _ in layers:
             module.enabled = False
@@ -272,18 +258,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for module, enabled in layers:
             module.enabled = enabled
-        for (parameter, _), data in zip(trained, held, strict=True):
+        for (parameter, _), data in zip(trained, tuned, strict=True):
             parameter.data = data
-
-
-# The products
 
 
 def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
     """Outputs of several layers for one input.
 
-    Where all are frozen and held alike, x is read once for all of them (`products.grouped`). Otherwise (dropout before
-    A, a base that is trained, an adapter that is switched off) each layer is computed by itself, by plain autograd.
+    If all are frozen with weights of one kind, `grouped_matmul` reads x once for all of them. Otherwise (dropout, a base
+    that is trained, an adapter that is switched off) each layer is computed by itself, by plain autograd.
 
     Args:
         x: [..., in_features].
@@ -292,20 +275,20 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
     Returns:
         [..., out_features] each.
     """
-    layers = [m for m in linears if isinstance(m, Lora) and m.enabled and not _plain(m)]
-    held = [m.held() for m in layers]
-    if len(layers) < len(linears) or len({h.kind for h in held}) != 1:
-        return [_alone(x, m) if isinstance(m, Lora) else m(x) for m in linears]
-    downs, ups = [m.lora_A for m in layers], [m.lora_B * m.scaling for m in layers]
-    return frozen_matmul.grouped_matmul(x, held, [m.bias for m in layers], downs, ups)
+    layers = [m for m in linears if isinstance(m, Lora) and m.enabled and not _needs_autograd(m)]
+    weights = [m.frozen_weight() for m in layers]
+    if len(layers) < len(linears) or len({w.kind for w in weights}) != 1:
+        return [_project_alone(x, m) if isinstance(m, Lora) else m(x) for m in linears]
+    lora_B = [m.lora_B * m.scaling for m in layers]
+    return grouped_matmul(x, weights, [m.bias for m in layers], [m.lora_A for m in layers], lora_B)
 
 
-def _plain(module: Lora) -> bool:
+def _needs_autograd(module: Lora) -> bool:
     trained = isinstance(module, nn.Linear) and module.weight.requires_grad
     return trained or (module.dropout > 0 and module.training)
 
 
-def _alone(x: Tensor, module: Lora) -> Tensor:
+def _project_alone(x: Tensor, module: Lora) -> Tensor:
     y = module.base(x)
     if not module.enabled:
         return y

@@ -93,7 +93,7 @@ def adapter_files(model: nn.Module, adapter: Adapter, base_name: str, revision: 
         revision: the base's revision, or None.
     """
     layers = dict(lora.loras(model))
-    saved = [(name, module.get_parameter(key), key) for name, module, key in lora.saved(model)]
+    saved = [(name, module.get_parameter(key), key) for name, module, key in lora.saved_parameters(model)]
     tensors = {f"{PREFIX}{n}.lora_A.weight": m.lora_A for n, m in layers.items()}
     tensors |= {f"{PREFIX}{n}.lora_B.weight": m.lora_B for n, m in layers.items()}
     tensors |= {f"{PREFIX}{name}.{key}": parameter for name, parameter, key in saved}
@@ -245,7 +245,7 @@ def _places(model: nn.Module) -> dict[str, Tensor]:
     for name, module in lora.loras(model):
         places[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
         places[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
-    for name, trained, key in lora.saved(model):
+    for name, trained, key in lora.saved_parameters(model):
         places[f"{PREFIX}{name}.{key}"] = trained.get_parameter(key)
     return places
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from tunesmith.adapter.lora import LoraLinear, loras, merged
+from tunesmith.adapter.lora import LoraLinear, loras, merged_weight
 from tunesmith.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
     enabled = [module.enabled for module in layers]
     try:
         for module in layers:
-            module.weight = torch.nn.Parameter(merged(module), requires_grad=False)
+            module.weight = torch.nn.Parameter(merged_weight(module), requires_grad=False)
             module.enabled = False
         yield
     finally:

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as hf_logging
 
-from tunesmith.adapter.lora import Lora, LoraLinear, disabled, loras, saved
+from tunesmith.adapter.lora import Lora, LoraLinear, disabled, loras, saved_parameters
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import CheckpointError, MachineError, UsageError
 from tunesmith.hub.fetch import fetch
@@ -146,7 +146,7 @@ def fold(model: PreTrainedModel, dtype: torch.dtype) -> int:
         model.set_submodule(name, _linear(weight.to(dtype), module.bias))
     _cast(model, dtype)
     ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings())]
-    if any(True for _ in saved(model)) and ends[0] is not ends[1]:
+    if any(True for _ in saved_parameters(model)) and ends[0] is not ends[1]:
         # An embedding trained in full left the head that was tied to it as it was: two matrices now, not one.
         model.config.tie_word_embeddings = False
     return count

@@ -19,6 +19,7 @@ from tunesmith.errors import ModelError
 from tunesmith.loss import Score, chunked_cross_entropy, loss_and_grad, token_cross_entropy, token_logprobs
 from tunesmith.model import attention
 from tunesmith.model.documents import Documents
+from tunesmith.quant.frozen_linear import parameter_count
 
 
 class BatchCounts(Protocol):
@@ -166,7 +167,7 @@ class TrainModel(nn.Module):
 
     def describe(self) -> str:
         """One line: the model, and how much of it is trained."""
-        count = sum(p.numel() for p in self.model.parameters())
+        count = parameter_count(self.model)
         trained = sum(p.numel() for _, p in self.trained_parameters())
         return (
             f"model: {type(self.model).__name__}, {trained:,} of {count:,} parameters trained ({trained / count:.2%})"

@@ -1,259 +1,200 @@
-"""Products of one input with several frozen weights, each with its update of low rank: read x once, write y once.
+"""One input times several frozen weights, each with a LoRA update: x is read once, and each y is written once.
 
-    low = x A^T          A: the A's of all layers under each other, [sum of ranks, in]
-    y_i = x W_i^T + low_i B_i^T
+    xa  = x A^T                  A: the A's of all layers stacked, [sum of ranks, in]
+    y_i = x W_i^T + xa_i B_i^T
 
-The update is laid down first and the large product is added onto it in its own epilogue, so that y is not read and
-written again for eight more columns of work. The backward adds up the gradient of x in place in the same manner. How W
-is held (dense, nf4, fp8) is a `Kind`; nothing dense is kept for the backward but x and low.
-
-Two doors lead to the same arithmetic: an autograd function where nothing is compiled, and inside torch.compile one
-operator, which the compiler takes whole: its own patterns would undo the order above.
+The backward keeps x and xa and nothing dense, and adds up dx in place. Two paths share the arithmetic: an autograd
+function in eager mode, and one opaque operator inside torch.compile, whose own patterns would undo the order of the sums
+(see `FrozenWeight.forward_matmul`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-class WeightKind(Protocol):
-    """How a frozen weight is held, and how it is multiplied with. `weight` are the tensors that hold one layer's."""
-
-    tensors: int  # how many these are
-    adds: bool  # whether `back` adds onto what is there in its own epilogue; else it takes another pass
-
-    def quantise(self, x: Tensor) -> list[Tensor]:
-        """What the products need of an input beside itself: nothing, or its fp8 form. Plain tensor code: under
-        torch.compile it is fused into what makes the input."""
-
-    def times(
-        self, x: Tensor, quantised: Sequence[Tensor], weight: Sequence[Tensor], update: LowRankUpdate | None
-    ) -> Tensor:
-        """x W^T, plus the update: x [n, in] -> a new [n, out]."""
-
-    def back(self, dy: Tensor, quantised: Sequence[Tensor], weight: Sequence[Tensor], onto: Tensor | None) -> Tensor:
-        """dy W, plus `onto`, which may be overwritten: dy [n, out] -> [n, in]."""
-
-
-class LowRankUpdate(NamedTuple):
-    """The small factors of one layer's update: low [n, rank], up [out, rank]; both in the dtype of the products."""
-
-    low: Tensor
-    up: Tensor
-
-
-class DenseKind:
-    """A weight [out, in] in the dtype of its products."""
-
-    tensors = 1
-    adds = True
-
-    def quantise(self, x: Tensor) -> list[Tensor]:
-        return []
-
-    def times(
-        self, x: Tensor, quantised: Sequence[Tensor], weight: Sequence[Tensor], update: LowRankUpdate | None
-    ) -> Tensor:
-        if update is None:
-            return F.linear(x, weight[0])
-        return (update.low @ update.up.T).addmm_(x, weight[0].T)
-
-    def back(self, dy: Tensor, quantised: Sequence[Tensor], weight: Sequence[Tensor], onto: Tensor | None) -> Tensor:
-        return dy @ weight[0] if onto is None else onto.addmm_(dy, weight[0])
-
-
-KINDS: dict[str, WeightKind] = {"dense": DenseKind()}
-
-
-class FrozenWeight(NamedTuple):
-    """One frozen weight [out, in]: the name of its kind in KINDS, the tensors that hold it, and `out`."""
-
-    kind: str
-    tensors: list[Tensor]
-    width: int
+from tunesmith.quant.frozen_weight import FrozenWeight, frozen_weight
 
 
 def grouped_matmul(
     x: Tensor,
     weights: Sequence[FrozenWeight],
     biases: Sequence[Tensor | None],
-    downs: Sequence[Tensor] = (),
-    ups: Sequence[Tensor] = (),
+    lora_A: Sequence[Tensor] = (),
+    lora_B: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """y_i = x W_i^T + b_i + (x A_i^T) B_i^T for layers of one kind; no gradient reaches W and b.
+    """y_i = x W_i^T + b_i + (x A_i^T) B_i^T; no gradient reaches W and b.
 
     Args:
         x: [..., in].
-        weights: the layers' frozen weights, all of one kind.
+        weights: of one kind.
         biases: [out_i] each, or None.
-        downs: A_i, [rank_i, in]; ups: B_i times the layer's scaling, [out_i, rank_i]; of any dtype, computed in that of
-            x. Both empty: the frozen layers alone.
+        lora_A: [rank_i, in] each; lora_B: times the layer's scaling, [out_i, rank_i] each. Of any dtype, computed in that
+            of x. Both empty: no update.
 
     Returns:
         [..., out_i] each, in the dtype of x.
     """
     rows = x.flatten(0, -2)
-    kind, widths = weights[0].kind, [w.width for w in weights]
-    held = [t for w in weights for t in w.tensors]
-    small = [torch.cat(list(downs)).to(x.dtype), *(up.to(x.dtype) for up in ups)] if downs else []
-    quantised = KINDS[kind].quantise(rows.detach())
+    kind, widths = weights[0].kind, [w.shape[0] for w in weights]
+    tensors = [t for w in weights for t in w.tensors]
+    lora = [torch.cat(list(lora_A)).to(x.dtype), *(b.to(x.dtype) for b in lora_B)] if lora_A else []
+    quantized = weights[0].quantize_input(rows.detach())
     if torch.compiler.is_compiling():
-        outputs = frozen_products(rows, quantised, small, held, kind, widths)
+        outputs = frozen_matmul(rows, quantized, lora, tensors, kind, widths)
     else:
-        outputs = list(_FrozenProducts.apply(rows, kind, widths, len(small), *quantised, *small, *held))
-    # Where there are updates the last output is low, which the backward alone reads.
+        outputs = list(
+            _FrozenMatmul.apply(rows, kind, widths, (len(quantized), len(lora)), *quantized, *lora, *tensors)
+        )
+    # With updates the last output is xa, which only the backward reads.
     ys = [y if b is None else y + b for y, b in zip(outputs[: len(widths)], biases, strict=True)]
     return [y.unflatten(0, x.shape[:-1]) for y in ys]
 
 
-# The arithmetic, for both doors
+# ---- the arithmetic; `lora` is [stacked A, B_1, B_2, ...], or empty ----
 
 
-def _forward(x: Tensor, quantised: list[Tensor], small: list[Tensor], held: list[Tensor], kind: str) -> list[Tensor]:
-    """The outputs, and low [n, sum of ranks] if there are updates. `small` is [all A's, B_1, B_2, ...], or empty."""
-    if not small:
-        return [KINDS[kind].times(x, quantised, w, None) for w in _each(held, kind)]
-    down, *ups = small
-    low = x @ down.T
-    parts = low.split([up.shape[1] for up in ups], 1)
-    updates = [LowRankUpdate(part, up) for part, up in zip(parts, ups, strict=True)]
-    return [*(KINDS[kind].times(x, quantised, w, u) for w, u in zip(_each(held, kind), updates, strict=True)), low]
+def _weights(kind: str, tensors: list[Tensor], widths: list[int], in_features: int) -> list[FrozenWeight]:
+    each = len(tensors) // len(widths)  # one kind, so equally many tensors a layer
+    cut = (tensors[i : i + each] for i in range(0, len(tensors), each))
+    return [frozen_weight(kind, own, (width, in_features)) for own, width in zip(cut, widths, strict=True)]
+
+
+def _forward(
+    x: Tensor, quantized: list[Tensor], lora: list[Tensor], tensors: list[Tensor], kind: str, widths: list[int]
+) -> list[Tensor]:
+    """The outputs, and xa [n, sum of ranks] if there are updates."""
+    weights = _weights(kind, tensors, widths, x.shape[1])
+    if not lora:
+        return [w.forward_matmul(x, quantized, None) for w in weights]
+    a, *bs = lora
+    xa = x @ a.T
+    updates = zip(xa.split([b.shape[1] for b in bs], 1), bs, strict=True)
+    return [*(w.forward_matmul(x, quantized, u) for w, u in zip(weights, updates, strict=True)), xa]
 
 
 def _backward(
     dys: list[Tensor],
-    quantised: list[Tensor],
+    quantized: list[Tensor],
     saved: list[Tensor],
-    small: list[Tensor],
-    held: list[Tensor],
+    lora: list[Tensor],
+    tensors: list[Tensor],
     kind: str,
-    wanted: bool,
+    in_features: int,
+    needs_dx: bool,
 ) -> list[Tensor]:
-    """Gradients of x (of no rows unless `wanted`) and of `small`. `saved` is [x, low], or empty without updates;
-    `quantised` holds the same count of tensors for each of `dys`."""
-    way, each = KINDS[kind], len(quantised) // len(dys)
-    d_low, d_small, d_x = None, [], None
-    if small:
-        (x, low), (down, *ups) = saved, small
-        d_low = torch.cat([dy @ up for dy, up in zip(dys, ups, strict=True)], 1)
-        parts = low.split([up.shape[1] for up in ups], 1)
-        d_small = [d_low.T @ x, *(dy.T @ part for dy, part in zip(dys, parts, strict=True))]
-    if not wanted:
-        return [dys[0].new_empty(0), *d_small]
-    if d_low is not None and way.adds:
-        d_x = d_low @ down
-    for i, (dy, w) in enumerate(zip(dys, _each(held, kind), strict=True)):
-        d_x = way.back(dy, quantised[i * each : (i + 1) * each], w, d_x)
-    assert d_x is not None
-    if d_low is not None and not way.adds:
-        d_x.addmm_(d_low, down)
-    return [d_x, *d_small]
+    """Gradients of x (empty unless `needs_dx`) and of `lora`. saved: [x, xa], or empty without updates; quantized:
+    `quantize_input` of each of `dys`, one after the other."""
+    weights = _weights(kind, tensors, [dy.shape[1] for dy in dys], in_features)
+    each = len(quantized) // len(dys)
+    d_xa, d_lora, dx = None, [], None
+    if lora:
+        (x, xa), (a, *bs) = saved, lora
+        d_xa = torch.cat([dy @ b for dy, b in zip(dys, bs, strict=True)], 1)
+        parts = xa.split([b.shape[1] for b in bs], 1)
+        d_lora = [d_xa.T @ x, *(dy.T @ part for dy, part in zip(dys, parts, strict=True))]
+    if not needs_dx:
+        return [dys[0].new_empty(0), *d_lora]
+    first = weights[0].adds_in_epilogue
+    if d_xa is not None and first:
+        dx = d_xa @ a
+    for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
+        dx = weight.backward_matmul(dy, quantized[i * each : (i + 1) * each], dx)
+    assert dx is not None
+    if d_xa is not None and not first:
+        dx.addmm_(d_xa, a)
+    return [dx, *d_lora]
 
 
-def _each(held: list[Tensor], kind: str) -> list[list[Tensor]]:
-    """The tensors of each layer; every layer of a group has as many as its kind says, so the list is cut evenly."""
-    size = KINDS[kind].tensors
-    return [held[i : i + size] for i in range(0, len(held), size)]
+# ---- what both paths keep for the backward ----
 
 
-def _save(ctx: Any, x: Tensor, low: Tensor | None, small: list[Tensor], held: list[Tensor]) -> None:
-    """Keep what the backward reads; `low` is None without updates."""
-    ctx.smalls = len(small)
-    ctx.save_for_backward(*([] if low is None else [x, low]), *small, *held)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    """Keep what the backward reads, and the sizes that gradients are told apart by."""
+    x, quantized, lora, tensors, ctx.kind, ctx.widths = inputs
+    ctx.in_features, ctx.counts = x.shape[1], (len(quantized), len(lora), len(tensors))
+    ctx.save_for_backward(*([x, output[-1]] if lora else []), *lora, *tensors)
 
 
-def _for_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor], ...]:
-    """Gradients of all outputs, what their kind needs of them beside, and what `_save` kept: x and low, small, held.
-
-    An output that nobody used has zeros.
-    """
-    tensors = list(ctx.saved_tensors)
-    cut = 2 if ctx.smalls else 0
-    saved, small, held = tensors[:cut], tensors[cut : cut + ctx.smalls], tensors[cut + ctx.smalls :]
+def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """The arguments of `_backward`; an output that nobody used has a gradient of zeros."""
+    kept, (_, n_lora, _) = list(ctx.saved_tensors), ctx.counts
+    at = 2 if n_lora else 0
     like = next(g for g in grads if g is not None)
     wide = zip(grads[: len(ctx.widths)], ctx.widths, strict=True)
     dys = [like.new_zeros(like.shape[0], n) if dy is None else dy.contiguous() for dy, n in wide]
-    return dys, [t for dy in dys for t in KINDS[ctx.kind].quantise(dy)], saved, small, held
+    tensors = kept[at + n_lora :]
+    weight = _weights(ctx.kind, tensors, ctx.widths, ctx.in_features)[0]
+    quantized = [t for dy in dys for t in weight.quantize_input(dy)]
+    needs_dx = ctx.needs_input_grad[0]
+    return dys, quantized, kept[:at], kept[at : at + n_lora], tensors, ctx.kind, ctx.in_features, needs_dx
 
 
-# Without a compiler
+# ---- eager ----
 
 
-class _FrozenProducts(torch.autograd.Function):
+class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: str, widths: list[int], smalls: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        held_at = len(tensors) - len(widths) * KINDS[kind].tensors
-        quantised, small = list(tensors[: held_at - smalls]), list(tensors[held_at - smalls : held_at])
-        held = list(tensors[held_at:])
-        outputs = _forward(x, quantised, small, held, kind)
-        _save(ctx, x, outputs[-1] if small else None, small, held)
-        ctx.kind, ctx.widths, ctx.quantised = kind, widths, len(quantised)
-        if small:
+    def forward(
+        ctx: Any, x: Tensor, kind: str, widths: list[int], counts: tuple[int, int], *flat: Tensor
+    ) -> tuple[Tensor, ...]:
+        n, end = counts[0], sum(counts)
+        inputs = (x, list(flat[:n]), list(flat[n:end]), list(flat[end:]), kind, widths)
+        outputs = _forward(*inputs)
+        _save(ctx, inputs, outputs)
+        if counts[1]:
             ctx.mark_non_differentiable(outputs[-1])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        dys, quantised, saved, small, held = _for_backward(ctx, grads)
-        d_x, *d_small = _backward(dys, quantised, saved, small, held, ctx.kind, ctx.needs_input_grad[0])
-        none: list[None] = [None] * ctx.quantised
-        return (d_x if ctx.needs_input_grad[0] else None, None, None, None, *none, *d_small, *[None] * len(held))
+        dx, *d_lora = _backward(*_backward_inputs(ctx, grads))
+        n_quantized, _, n_tensors = ctx.counts
+        return (dx if ctx.needs_input_grad[0] else None, *[None] * (3 + n_quantized), *d_lora, *[None] * n_tensors)
 
 
-# Inside torch.compile
+# ---- inside torch.compile ----
 
 
-@torch.library.custom_op("tunesmith::frozen_products", mutates_args=())
-def frozen_products(
-    x: Tensor, quantised: list[Tensor], small: list[Tensor], held: list[Tensor], kind: str, widths: list[int]
+@torch.library.custom_op("tunesmith::frozen_matmul", mutates_args=())
+def frozen_matmul(
+    x: Tensor, quantized: list[Tensor], lora: list[Tensor], tensors: list[Tensor], kind: str, widths: list[int]
 ) -> list[Tensor]:
-    return _forward(x, quantised, small, held, kind)
+    return _forward(x, quantized, lora, tensors, kind, widths)
 
 
-@frozen_products.register_fake
-def _(x, quantised, small, held, kind, widths):  # type: ignore[no-untyped-def]
-    low = [x.new_empty(x.shape[0], small[0].shape[0])] if small else []
-    return [*(x.new_empty(x.shape[0], width) for width in widths), *low]
+@frozen_matmul.register_fake
+def _(x, quantized, lora, tensors, kind, widths):  # type: ignore[no-untyped-def]
+    return [x.new_empty(x.shape[0], width) for width in (*widths, *(a.shape[0] for a in lora[:1]))]
 
 
-@torch.library.custom_op("tunesmith::frozen_products_backward", mutates_args=())
-def frozen_products_backward(
+@torch.library.custom_op("tunesmith::frozen_matmul_backward", mutates_args=())
+def frozen_matmul_backward(
     dys: list[Tensor],
-    quantised: list[Tensor],
+    quantized: list[Tensor],
     saved: list[Tensor],
-    small: list[Tensor],
-    held: list[Tensor],
+    lora: list[Tensor],
+    tensors: list[Tensor],
     kind: str,
-    width: int,
-    wanted: bool,
+    in_features: int,
+    needs_dx: bool,
 ) -> list[Tensor]:
-    return _backward(dys, quantised, saved, small, held, kind, wanted)
+    return _backward(dys, quantized, saved, lora, tensors, kind, in_features, needs_dx)
 
 
-@frozen_products_backward.register_fake
-def _(dys, quantised, saved, small, held, kind, width, wanted):  # type: ignore[no-untyped-def]
-    d_x = dys[0].new_empty((dys[0].shape[0], width) if wanted else (0,))
-    return [d_x, *(s.new_empty(s.shape) for s in small)]
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, quantised, small, held, kind, widths = inputs
-    _save(ctx, x, output[-1] if small else None, small, held)
-    ctx.kind, ctx.widths, ctx.width = kind, widths, x.shape[1]
-    ctx.unused = (len(quantised), len(held))
+@frozen_matmul_backward.register_fake
+def _(dys, quantized, saved, lora, tensors, kind, in_features, needs_dx):  # type: ignore[no-untyped-def]
+    dx = dys[0].new_empty((dys[0].shape[0], in_features) if needs_dx else (0,))
+    return [dx, *(factor.new_empty(factor.shape) for factor in lora)]
 
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    dys, quantised, saved, small, held = _for_backward(ctx, grads)
-    wanted = ctx.needs_input_grad[0]
-    d_x, *d_small = frozen_products_backward(dys, quantised, saved, small, held, ctx.kind, ctx.width, wanted)
-    inputs, weights = ctx.unused
-    return d_x if wanted else None, [None] * inputs, d_small, [None] * weights, None, None
+    dx, *d_lora = frozen_matmul_backward(*_backward_inputs(ctx, grads))
+    n_quantized, _, n_tensors = ctx.counts
+    return dx if ctx.needs_input_grad[0] else None, [None] * n_quantized, d_lora, [None] * n_tensors, None, None
 
 
-frozen_products.register_autograd(_differentiate, setup_context=_keep)
+frozen_matmul.register_autograd(_differentiate, setup_context=_save)
