@@ -1,12 +1,6 @@
-"""PEFT's files: `adapter_config.json` and `adapter_model.safetensors`, written and read.
+"""PEFT's files, `adapter_config.json` and `adapter_model.safetensors`, written and read.
 
-Their names stand for our parameters like this:
-
-    base_model.model.<layer>.lora_A.weight          <layer>.lora_A
-    base_model.model.<layer>.lora_B.weight          <layer>.lora_B
-    base_model.model.<module>.weight                <module>.weight, of a module trained in full
-
-What an adapter asks for and we do not compute (DoRA, a rank by layer, ...) is refused by name, never ignored.
+What an adapter asks for and is not computed here (DoRA, a rank by layer, ...) is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +23,7 @@ from tunesmith.errors import ModelError, first_line
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Options of PEFT's LoraConfig that change the result, and the values that leave it as we compute it.
+# Options of PEFT's LoraConfig that change the result, and which of their values mean plain LoRA.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda v: v == "LORA",
     "task_type": lambda v: v in (None, "CAUSAL_LM"),
@@ -47,8 +41,8 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "init_lora_weights": lambda v: v in (None, True, False, "gaussian", "orthogonal", "eva", "olora"),
 }  # fmt: skip
 
-# What every plain LoRA's configuration says; readers take what is left out at PEFT's defaults, which mean the same. It
-# is written by hand because `import peft` takes a second in which the training's own thread hardly gets the interpreter.
+# What every plain LoRA's configuration says; PEFT's defaults for the rest mean the same. Written by hand: `import peft`
+# takes a second, in which the training thread hardly gets the interpreter.
 PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -67,10 +61,10 @@ PLAIN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What PEFT's two files are to hold.
+    """The contents of PEFT's two files.
 
     Attributes:
-        tensors: the parameters by PEFT's names: those of the model, not copies.
+        tensors: the model's own parameters, not copies, by PEFT's names.
         settings: the configuration, by the names of PEFT's LoraConfig.
     """
 
@@ -79,68 +73,66 @@ class AdapterFiles:
 
 
 def save_adapter(model: nn.Module, folder: Path, adapter: Adapter, base_name: str, revision: str | None) -> None:
-    """Write the model's adapter to `folder`, which exists already, as PEFT would; the rest as in `files`."""
-    write(folder, adapter_files(model, adapter, base_name, revision))
+    """Write the model's adapter to `folder`, an existing one, as PEFT would; arguments as of `adapter_files`."""
+    write_adapter(folder, adapter_files(model, adapter, base_name, revision))
 
 
 def adapter_files(model: nn.Module, adapter: Adapter, base_name: str, revision: str | None) -> AdapterFiles:
-    """What is to be written for the model's adapter; quick, and nothing is copied.
+    """The files of the model's adapter; quick, and nothing is copied.
 
     Args:
         model: the causal LM with its adapter.
-        adapter: rank, alpha and the rest; written into the configuration.
+        adapter: rank, alpha and the rest, for the configuration.
         base_name: Hub id (or the folder that the recipe names) of the base model.
         revision: the base's revision, or None.
     """
-    layers = dict(lora.loras(model))
-    saved = [(name, module.get_parameter(key), key) for name, module, key in lora.saved_parameters(model)]
-    tensors = {f"{PREFIX}{n}.lora_A.weight": m.lora_A for n, m in layers.items()}
-    tensors |= {f"{PREFIX}{n}.lora_B.weight": m.lora_B for n, m in layers.items()}
-    tensors |= {f"{PREFIX}{name}.{key}": parameter for name, parameter, key in saved}
     settings = PLAIN | {
         "base_model_name_or_path": base_name,
         "revision": revision,
         "r": adapter.rank,
-        "lora_alpha": _whole(adapter.alpha),
+        "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora,
-        "target_modules": _target_names(model, list(layers)),
-        "modules_to_save": _saved_names(model, {name for name, _, _ in saved}) or None,
+        "target_modules": _target_modules(model, {name for name, _ in lora.loras(model)}),
+        "modules_to_save": _modules_to_save(model, {name for name, _, _ in lora.saved_parameters(model)}) or None,
     }
-    return AdapterFiles(tensors, settings)
+    return AdapterFiles(_peft_tensors(model), settings)
 
 
-def write(folder: Path, content: AdapterFiles) -> None:
-    """Write PEFT's two files to `folder`, which exists already."""
+def write_adapter(folder: Path, content: AdapterFiles) -> None:
+    """Write PEFT's two files to `folder`, an existing one."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in content.tensors.items()}
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(content.settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _whole(number: float) -> int | float:
-    return int(number) if number == int(number) else number
+def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters by PEFT's names."""
+    layers = dict(lora.loras(model))
+    tensors = {f"{PREFIX}{name}.lora_A.weight": layer.lora_A for name, layer in layers.items()}
+    tensors |= {f"{PREFIX}{name}.lora_B.weight": layer.lora_B for name, layer in layers.items()}
+    saved = lora.saved_parameters(model)
+    return tensors | {f"{PREFIX}{name}.{key}": module.get_parameter(key) for name, module, key in saved}
 
 
-def _target_names(model: nn.Module, layers: list[str]) -> list[str]:
+def _target_modules(model: nn.Module, adapted: set[str]) -> list[str]:
     """Last names of the adapted layers; full names where a last name also belongs to a layer without an adapter."""
-    short = {n.rsplit(".", 1)[-1] for n in layers}
-    meant = {n for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in short and not isinstance(m, nn.ModuleList)}
-    return sorted(short) if meant == set(layers) else sorted(layers)
+    short = {n.rsplit(".", 1)[-1] for n in adapted}
+    matched = {
+        n for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in short and not isinstance(m, nn.ModuleList)
+    }
+    return sorted(short if matched == adapted else adapted)
 
 
-def _saved_names(model: nn.Module, saved: set[str]) -> list[str]:
-    """Last names of the modules trained in full; full names where PEFT would take a last name for others too."""
+def _modules_to_save(model: nn.Module, saved: set[str]) -> list[str]:
+    """Last names of the modules trained in full; full names where PEFT would match other modules by a last name too."""
     short = {n.rsplit(".", 1)[-1] for n in saved}
-    meant = {n for n, _ in model.named_modules() if n.endswith(tuple(short))}
-    return sorted(short if meant == saved else saved)
+    matched = {n for n, _ in model.named_modules() if n.endswith(tuple(short))}
+    return sorted(short if matched == saved else saved)
 
 
 def find_adapter(name: str) -> Path:
-    """The folder of an adapter: `name` itself, or what the Hub (or its cache) has under that id.
-
-    Raises:
-        ModelError: it is in neither place, or may not be read.
-    """
+    """The folder of an adapter: `name` itself, or what the Hub (or its cache) has under that id, else a ModelError."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -206,62 +198,46 @@ def read_adapter(folder: Path) -> Adapter:
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Fill the model's adapter from PEFT's files.
-
-    Args:
-        model: carries an adapter of the same layers and rank, from `lora.attach`.
-        folder: PEFT's two files.
+    """Load PEFT's two files in `folder` into the model's adapter.
 
     Raises:
-        ModelError: scaling, layers, shapes or names differ; the first few are listed.
+        ModelError: scaling, layers, shapes or names differ from the model's; the first few are listed.
     """
     adapter = read_adapter(folder)
-    places = _places(model)
+    theirs = adapter.alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
     for name, module in lora.loras(model):
-        theirs = adapter.alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
         if abs(module.scaling - theirs) > 1e-9 * abs(theirs):
             raise ModelError(
                 f"the adapter scales its update by {theirs:g}, the recipe by {module.scaling:g}",
                 where=f"{folder / CONFIG}, layer {name}",
                 fix=f"set adapter.rank: {adapter.rank}, adapter.alpha: {adapter.alpha:g}, adapter.rslora: {str(adapter.rslora).lower()}",
             )
-    file = folder / WEIGHTS
+    file, own = folder / WEIGHTS, _peft_tensors(model)
     try:
         with safe_open(str(file), framework="pt") as stored:
             names = set(stored.keys())
-            names -= {n for n in names - places.keys() if _is_base(model, n, stored.get_tensor(n))}
-            _check(names, {k: tuple(stored.get_slice(k).get_shape()) for k in names}, places, file)
+            names -= {n for n in names - own.keys() if _is_base(model, n, stored.get_tensor(n))}
+            _check_tensors({n: tuple(stored.get_slice(n).get_shape()) for n in names}, own, file)
             for name in names:
-                places[name].copy_(stored.get_tensor(name))
+                own[name].copy_(stored.get_tensor(name))
     except (OSError, SafetensorError) as error:
         raise ModelError(
             "the adapter's weights cannot be read", where=str(file), why=str(error), fix="copy the adapter again"
         ) from error
 
 
-def _places(model: nn.Module) -> dict[str, Tensor]:
-    """Where each of PEFT's tensors goes."""
-    places: dict[str, Tensor] = {}
-    for name, module in lora.loras(model):
-        places[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
-        places[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
-    for name, trained, key in lora.saved_parameters(model):
-        places[f"{PREFIX}{name}.{key}"] = trained.get_parameter(key)
-    return places
-
-
 def _is_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
-    """Whether it is a copy of a base weight: PEFT adds embedding and head when one of them carries an adapter."""
+    """Whether a stored tensor is a copy of a base weight: PEFT adds embedding and head when one of them carries an adapter."""
     name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
     own = dict(model.named_parameters(remove_duplicate=False)).get(name)
     return own is not None and own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
 
 
-def _check(names: set[str], shapes: dict[str, tuple[int, ...]], places: dict[str, Tensor], file: Path) -> None:
+def _check_tensors(stored: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor], file: Path) -> None:
     faults = (
-        ("are missing in the adapter", sorted(places.keys() - names)),
-        ("are in the adapter and not in the recipe's target or modules_to_save", sorted(names - places.keys())),
-        ("have another shape", sorted(n for n in names & places.keys() if shapes[n] != tuple(places[n].shape))),
+        ("are missing in the adapter", sorted(own.keys() - stored.keys())),
+        ("are in the adapter and not in the recipe's target or modules_to_save", sorted(stored.keys() - own.keys())),
+        ("have another shape", sorted(n for n in stored.keys() & own.keys() if stored[n] != tuple(own[n].shape))),
     )
     for what, wrong in faults:
         if wrong:

@@ -63,7 +63,7 @@ def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: Files) -> 
         tokenizer: from `tokenizer_files`.
     """
     if run.adapter.kind == "lora":
-        peft_files.write(folder, _adapter(run, model))
+        peft_files.write_adapter(folder, _adapter(run, model))
     else:
         save_torch_state_dict(model.model.state_dict(), folder, max_shard_size=SHARD, shared_tensors_to_discard=None)
         model.model.config.save_pretrained(folder)
@@ -109,7 +109,7 @@ def snapshot(
     adapter, moments = Snapshot(files.tensors), Snapshot(optimizer)
 
     def write(folder: Path) -> None:
-        peft_files.write(folder, replace(files, tensors=adapter.on_host()))
+        peft_files.write_adapter(folder, replace(files, tensors=adapter.on_host()))
         _write_files(folder, tokenizer)
         write_optimizer(folder, moments.on_host())
         progress.write(folder)

@@ -12,7 +12,7 @@ from tunesmith.quant.frozen_weight import FrozenWeight
 class FrozenLinear(nn.Module):
     """y = x W^T + b with a quantized W that gets no gradient. One layer is quantized without knowing of the others.
 
-    What is large is a parameter, never a buffer: FSDP shards parameters and leaves buffers whole on every rank.
+    What is as large as W is a parameter: FSDP shards parameters, and leaves buffers whole on every rank.
 
     Attributes:
         compute_dtype: of the matmuls' results, and of `dense`.
