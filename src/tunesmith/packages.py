@@ -1,4 +1,4 @@
-"""Packages that only some recipes need, each with its one door."""
+"""Optional packages: where each is imported."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from tunesmith.errors import MachineError
 
 
 def bitsandbytes(what: str, where: str) -> Any:
-    """`bitsandbytes.functional`.
+    """`bitsandbytes.functional`, or a MachineError that says how to install it.
 
-    Args:
-        what: what needs it, in the plural: "nf4 weights".
-        where: the key of the recipe that asks for it.
-
-    Raises:
-        MachineError: it is not installed; says how.
+    `what` needs it, in the plural ("nf4 weights"); `where` is the recipe key that asks for it.
     """
     try:
         import bitsandbytes.functional

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The only product of fp8 factors that torch 2.11 to 2.13 share on GPU and CPU (on a CPU, 2.11 scales by tensor alone).
+# The only fp8 matmul that torch 2.11 to 2.13 share on GPU and CPU (on a CPU, 2.11 scales tensor-wise only).
 scaled_mm = torch._scaled_mm
 
 
 def mark_varying(tensor: Tensor, dim: int) -> None:
     """Tell torch.compile that a dimension differs from call to call, so that no size of it makes a graph of its own."""
-    from torch._dynamo import maybe_mark_dynamic  # a large import, for who compiles nothing
+    from torch._dynamo import maybe_mark_dynamic  # a slow import, for runs that compile only
 
     maybe_mark_dynamic(tensor, dim)
 

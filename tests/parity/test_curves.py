@@ -120,7 +120,7 @@ def our_curve(model: TrainModel, run: Run, all_batches: list[list[Example]]) -> 
     optimizer = Optimizer(model.trained_parameters(), run.train)
     losses = []
     for step, batch in enumerate(all_batches):
-        optimizer.begin(RATE, step)
+        optimizer.start_step(RATE, step)
         laid = collate([batch], length=sum(len(e.ids) for e in batch), pad_id=0)
         loss_sum, count, _ = model(laid)
         loss = loss_sum / count

@@ -1,4 +1,4 @@
-"""A base goes into fp8 only if the loss stays, and the reason is told with its figures."""
+"""A base goes into fp8 only if the loss stays; the reason comes with its figures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def count(session: Session) -> int:
     return sum(isinstance(m, Fp8Linear) for m in session.model.modules())
 
 
-def test_the_base_is_held_in_fp8_and_the_loss_is_told(tiny, tmp_path):
+def test_the_base_is_quantized_and_the_loss_is_told(tiny, tmp_path):
     session, said = begin(tiny, tmp_path)
     taken, why = base(session)
     assert taken == fp8.select_scaling(torch.device("cpu")).kind
@@ -49,7 +49,7 @@ def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypat
     monkeypatch.setattr(fp8_base, "TOLERANCE", -1.0)
     session, said = begin(tiny, tmp_path)
     assert base(session)[0] == "bf16"
-    assert "was tried and given up" in base(session)[1]
+    assert "was tried and dropped" in base(session)[1]
     assert count(session) == 0
     assert any(line.startswith("warning: the base stays in bf16") for line in said)
     weights = {n: p for n, p in session.model.named_parameters() if not p.requires_grad}
@@ -59,12 +59,12 @@ def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypat
     assert 0 < float(loss) / tokens < 10
 
 
-def test_a_machine_without_fp8_products_trains_in_bf16(tiny, tmp_path, monkeypatch):
+def test_a_machine_without_fp8_matmuls_trains_in_bf16(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        fp8, "select_scaling", lambda device: fp8.ScalingRecipe(None, "this chip has no fp8 products: too old")
+        fp8, "select_scaling", lambda device: fp8.ScalingRecipe(None, "this chip has no fp8 matmuls: too old")
     )
     session, said = begin(tiny, tmp_path)
-    assert base(session) == ("bf16", "this chip has no fp8 products: too old")
+    assert base(session) == ("bf16", "this chip has no fp8 matmuls: too old")
     assert count(session) == 0
     assert any("too old" in line for line in said)
 

@@ -128,7 +128,7 @@ def test_gradient_of_a_layer_without_an_adapter():
 
 def test_parts_of_a_packed_weight_that_do_not_fit_are_refused():
     layer = nf4.Nf4Linear(64, 32, bias=False, compute_dtype=torch.float32, device="cpu")
-    with pytest.raises(ModelError, match="not whole"):
+    with pytest.raises(ModelError, match="not complete"):
         layer.load_quantized({"": torch.zeros(1024, 1, dtype=torch.uint8), "absmax": torch.zeros(32)}, where="w")
     packed, state = nf4.bitsandbytes().quantize_4bit(torch.randn(16, 64), quant_type="nf4")
     with pytest.raises(ModelError, match=r"shape \(16, 64\)"):

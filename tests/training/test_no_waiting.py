@@ -57,7 +57,7 @@ def trainer_of(tiny: Path, folder: Path, **changes) -> Trainer:
     run = replace(run, model=replace(run.model, **changes.pop("model", {})))
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
     trainer = Trainer(build(run, Start(), say=lambda text: None), Start(), Sinks([]), StopRequest())
-    trainer.late, trainer.s.optimizer.asks_host = True, False  # as on CUDA
+    trainer.late, trainer.s.optimizer.checks_on_host = True, False  # as on CUDA
     trainer.s.model.train()
     return trainer
 

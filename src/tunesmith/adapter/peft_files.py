@@ -156,20 +156,19 @@ def read_adapter(folder: Path) -> Adapter:
         ModelError: the file is missing or broken, or asks for something that is not computed here.
     """
     file = folder / CONFIG
+
+    def broken(why: str) -> ModelError:
+        what = "the adapter's configuration cannot be read"
+        return ModelError(what, where=str(file), why=why, fix="name a PEFT adapter's folder, or copy the adapter again")
+
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(
-            "there is no adapter_config.json", where=str(folder), fix="name a PEFT adapter's folder"
-        ) from error
+        raise ModelError(f"there is no {CONFIG}", where=str(folder), fix="name a PEFT adapter's folder") from error
     except (OSError, ValueError) as error:
-        raise ModelError(
-            "the adapter's configuration cannot be read", where=str(file), why=str(error), fix="copy the adapter again"
-        ) from error
+        raise broken(str(error)) from error
     if not isinstance(raw, dict):
-        raise ModelError(
-            "the adapter's configuration is not a JSON object", where=str(file), fix="name a PEFT adapter's folder"
-        )
+        raise broken("it is not a JSON object")
     for name, neutral in NEUTRAL.items():
         if name in raw and not neutral(raw[name]):
             raise ModelError(
@@ -189,11 +188,7 @@ def read_adapter(folder: Path) -> Adapter:
             modules_to_save=tuple(raw.get("modules_to_save") or ()),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"the adapter's configuration lacks or garbles a value: {error}",
-            where=str(file),
-            fix="take a whole adapter",
-        ) from error
+        raise broken(f"a value is missing or wrong: {error}") from error
 
 
 @torch.no_grad()

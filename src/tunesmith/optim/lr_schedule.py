@@ -1,4 +1,4 @@
-"""The learning rate of every update."""
+"""The learning rate of every step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tunesmith.config.schema import Train
 
 
 def warmup_steps(train: Train, total: int | None, steps_per_epoch: float) -> int:
-    """Optimizer steps of rising learning rate; a percentage of a run that ends by the clock counts epochs as one."""
+    """Optimizer steps of rising learning rate; a percentage of a run that ends by the clock is one of an epoch."""
     amount, unit = train.warmup.amount, train.warmup.unit
     if unit == "steps":
         return int(amount)
@@ -17,13 +17,13 @@ def warmup_steps(train: Train, total: int | None, steps_per_epoch: float) -> int
 
 
 def learning_rate(train: Train, step: int, *, warmup: int, progress: float) -> float:
-    """The rate of one update.
+    """The learning rate of one step.
 
     Args:
-        train: peak, floor and schedule.
-        step: index of the update, from 0.
-        warmup: the first `warmup` updates rise linearly; update `warmup - 1` is the first at the peak.
-        progress: share of the course after the warm-up that lies behind this update, 0 to 1.
+        train: peak, minimum and schedule.
+        step: from 0.
+        warmup: steps of linear rise; step `warmup - 1` is the first at the peak.
+        progress: share of the steps after the warm-up that are done, 0 to 1.
     """
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup

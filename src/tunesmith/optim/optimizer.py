@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tunesmith.config.schema import Train
 from tunesmith.errors import CheckpointError
-from tunesmith.optim.adamw import AdamWUpdate, ParameterState, holds_8bit
+from tunesmith.optim.adamw import MIN_8BIT, AdamWUpdate, ParameterState
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -19,62 +19,62 @@ HALF = (torch.bfloat16, torch.float16)
 class Optimizer:
     """AdamW over named parameters, with clipping, fp32 masters and a loss scale for fp16.
 
-    A step is `begin(rate, number)`, then every forward and backward, then `step()`.
+    A step is `start_step(lr, step)`, then every forward and backward, then `step()`.
 
     With `train.optimizer_in_backward` a hook updates each parameter within the backward, as soon as its gradient is
-    whole, and `step()` only adds up the norm. Tied parameters are one: autograd adds all their parts up first. Then
-    there must be one backward a step, no clipping and no loss scale: `config/check.py` and `build.py` see to it. A
-    parameter whose gradient is not finite is not updated, but others of the same step may have been by then: such a
-    step is torn. All weights are finite after it, but they are those of no step, so the run must end and go on from its
-    last checkpoint.
+    complete (a tied parameter once: autograd sums its gradients first), and `step()` only takes the norm. There must be
+    one backward a step, no clipping and no loss scale. A parameter whose gradient is not finite is not updated, but
+    others may have been: the weights are finite then but only partially updated, so resume from the last checkpoint.
 
     Args:
         named: name and parameter of everything that is trained, each once; the names key the saved state.
         train: optimizer, betas, eps, decay, clip_norm, master_weights, compile and seed of the recipe.
-        loss_scale: first factor on the loss (fp16), or None. It halves when a gradient overflows and doubles after
-            2,000 good steps, as torch's GradScaler does.
+        loss_scale: first factor on the loss (fp16), or None. As in torch's GradScaler it halves when a gradient overflows
+            and doubles after 2,000 steps without an overflow; `growth_tracker` counts these.
 
     Raises:
-        MachineError: adamw-8bit without the package bitsandbytes.
+        MachineError: adamw-8bit without the package bitsandbytes, or on a device that it has no code for.
     """
 
     GROWTH_INTERVAL = 2000
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], train: Train, *, loss_scale: float | None = None):
-        self.train, self.scale, self.good_steps = train, loss_scale, 0
+        self.train, self.scale, self.growth_tracker = train, loss_scale, 0
         self.params = dict(named)
         self.parts = {name: self._part(name, param) for name, param in self.params.items()}
         device = next(iter(self.params.values())).device if self.params else torch.device("cpu")
         self.update = AdamWUpdate(train, device)
         if device.type == "cuda" and train.compile != "off":
             self.update.compile(self.parts.values())
-        # On a CPU a number is there at once. On CUDA the kernels read a flag instead: the host never waits for them;
-        # but the loss scale, which changes with an overflow, lives on the host.
-        self.asks_host = device.type != "cuda" or loss_scale is not None or not self.update.takes_flag
-        self.rate, self.number = 0.0, 0
+        # On CUDA the kernels read `found_inf`, and the host waits for nothing; but the loss scale lives on the host. On a
+        # CPU the norm is there at once.
+        self.checks_on_host = device.type != "cuda" or loss_scale is not None or not self.update.takes_found_inf
+        self.lr, self.index = 0.0, 0
         self.norms: list[Tensor] = []
         for part in self.parts.values():
-            if hook := self._hook(part):
-                part.param.register_post_accumulate_grad_hook(hook)
+            if train.optimizer_in_backward or part.weight is not part.param:
+                part.param.register_post_accumulate_grad_hook(partial(self._take_grad, part))
 
     def _part(self, name: str, param: nn.Parameter) -> ParameterState:
         rounded = param.dtype in HALF and self.train.master_weights == "stochastic"
-        mastered = param.dtype in HALF and not rounded
-        weight = nn.Parameter(param.detach().float()) if mastered else param
-        # Decay pulls weights of products towards zero; norms, biases and scalars have no reason to go there.
+        has_master = param.dtype in HALF and not rounded
+        weight = nn.Parameter(param.detach().float()) if has_master else param
+        # Decay pulls matrices towards zero; norms, biases and scalars have no reason to go there.
         decay = self.train.weight_decay if param.ndim >= 2 else 0.0
-        return ParameterState(name, param, weight, decay, rounded, holds_8bit(self.train, param))
+        eight_bit = self.train.optimizer == "adamw-8bit" and param.numel() >= MIN_8BIT
+        return ParameterState(name, param, weight, decay, rounded, eight_bit)
 
-    def _hook(self, part: ParameterState) -> Callable[[Tensor], None] | None:
-        """What happens to a parameter's gradient as soon as autograd has made it."""
-        if self.train.optimizer_in_backward:
-            return partial(self._update_now, part)
-        return None if part.weight is part.param else partial(_move_to_master, part)
-
-    def _update_now(self, part: ParameterState, param: Tensor) -> None:
+    def _take_grad(self, part: ParameterState, param: Tensor) -> None:
+        """As soon as autograd has made a gradient: add a 16-bit one to its fp32 master's; update in the backward."""
         if part.weight is not part.param:
-            _move_to_master(part, param)
-        self.norms.append(self._advance([part]))
+            assert param.grad is not None
+            if part.weight.grad is None:
+                part.weight.grad = param.grad.float()
+            else:
+                part.weight.grad.add_(param.grad)
+            param.grad = None
+        if self.train.optimizer_in_backward:
+            self.norms.append(self._clip_and_update([part]))
 
     @property
     def masters(self) -> dict[str, nn.Parameter]:
@@ -85,77 +85,65 @@ class Optimizer:
         """Gradients by parameter name: fp32 where the weights are fp32 or have a master."""
         return {name: p.weight.grad for name, p in self.parts.items() if p.weight.grad is not None}
 
-    def begin(self, rate: float, number: int) -> None:
-        """Say with which learning rate the coming step is taken, and its index from 0; before its backward."""
-        self.rate, self.number = rate, number
+    def start_step(self, lr: float, index: int) -> None:
+        """Set the learning rate and the index (from 0) of the coming step; before its backward."""
+        self.lr, self.index = lr, index
         self.norms.clear()
 
     def step(self) -> Tensor:
         """Clip, update and drop the gradients; return their L2 norm before clipping (0-d fp32, on the device).
 
-        A step whose norm is not finite changes no weight, unless the updates are made in the backward (see above).
-        Nothing here waits for the device on CUDA, but with a loss scale.
+        A step whose norm is not finite changes no weight, unless the updates are made in the backward (see above). On
+        CUDA the host does not wait for the device, except with a loss scale.
         """
         if self.train.optimizer_in_backward:
             return _norm(torch.stack(self.norms))
-        return self._advance([part for part in self.parts.values() if part.weight.grad is not None])
+        return self._clip_and_update([part for part in self.parts.values() if part.weight.grad is not None])
 
     @torch.no_grad()
-    def _advance(self, parts: list[ParameterState]) -> Tensor:
-        weights = [part.weight for part in parts]
-        grads = [weight.grad for weight in weights if weight.grad is not None]
+    def _clip_and_update(self, parts: list[ParameterState]) -> Tensor:
+        weights, grads = [part.weight for part in parts], [part.grad for part in parts]
         if self.scale is not None:
             for grad in grads:
                 grad.div_(self.scale)
         norm = total_norm(grads)
         finite = norm.isfinite()
-        if not self.asks_host:
-            self._clip(weights, norm, poison=any(part.eight for part in parts))
-            self.update(parts, self.rate, self.number, (~finite).float())
-        elif finite.item():
-            self._clip(weights, norm, poison=False)
-            self.update(parts, self.rate, self.number, None)
-            self._went_well()
-        else:
-            self._overflowed()
+        found_inf, divisor, limit = None, norm, self.train.clip_norm
+        if not self.checks_on_host:
+            found_inf = (~finite).float()
+            if any(part.eight_bit for part in parts):
+                # Make every gradient NaN where the norm is not finite: norm - norm is then NaN, else 0. Without a limit
+                # the factor on finite gradients is 1.
+                divisor, limit = norm + (norm - norm), float("inf") if limit is None else limit
+        if not self.checks_on_host or finite.item():
+            if limit is not None:
+                clip_grads_with_norm_(weights, limit, divisor)
+            self.update(parts, self.lr, self.index, found_inf)
+        if self.scale is not None:
+            if finite.item():
+                self.growth_tracker += 1
+                self.scale *= 2.0 if self.growth_tracker % self.GROWTH_INTERVAL == 0 else 1.0
+            else:
+                self.scale, self.growth_tracker = self.scale / 2.0, 0
         for weight in weights:
             weight.grad = None
         return norm
 
-    def _clip(self, weights: list[nn.Parameter], norm: Tensor, *, poison: bool) -> None:
-        """Clip to `clip_norm`; with `poison`, make all gradients NaN where the norm is not finite."""
-        limit = self.train.clip_norm
-        if poison:
-            # norm - norm is 0, or NaN where the norm is not finite; without a limit the factor is then 1.
-            norm, limit = norm + (norm - norm), float("inf") if limit is None else limit
-        if limit is not None:
-            clip_grads_with_norm_(weights, limit, norm)
-
-    def _went_well(self) -> None:
-        if self.scale is not None:
-            self.good_steps += 1
-            if self.good_steps % self.GROWTH_INTERVAL == 0:
-                self.scale *= 2.0
-
-    def _overflowed(self) -> None:
-        if self.scale is not None:
-            self.scale, self.good_steps = self.scale / 2.0, 0
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors that a resumed run needs, by `<parameter>.<field>` (see `Part.fresh`); nothing is copied."""
-        out: dict[str, Tensor] = {}
-        for name, part in self.parts.items():
-            out |= {f"{name}.{field}": value for field, value in part.state.items()}
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors that a resumed run needs, by `<parameter>.<field>` (see `initial_state`); nothing is copied."""
+        out = {f"{name}.{field}": value for name, part in self.parts.items() for field, value in part.state.items()}
         return out | {f"{name}.master": master.data for name, master in self.masters.items()}
 
-    def load(self, tensors: Mapping[str, Tensor], *, scale: float | None, good_steps: int, where: str) -> None:
-        """Take a saved state.
+    def load_state_dict(
+        self, tensors: Mapping[str, Tensor], *, scale: float | None, growth_tracker: int, where: str
+    ) -> None:
+        """Copy a saved state in; `where` names it in errors.
 
         Raises:
-            CheckpointError: if tensors are missing or have another shape or type, that is, if they belong to another run.
+            CheckpointError: tensors are missing or of another shape or type, that is, they belong to another run.
         """
 
-        def take(name: str, like: Tensor) -> Tensor:
+        def copy_of(name: str, like: Tensor) -> Tensor:
             saved = tensors.get(name)
             if saved is None or saved.shape != like.shape or saved.dtype != like.dtype:
                 raise CheckpointError(
@@ -167,21 +155,12 @@ class Optimizer:
             return saved.to(like.device, copy=True)
 
         for name, master in self.masters.items():
-            master.data.copy_(take(f"{name}.master", master))
+            master.data.copy_(copy_of(f"{name}.master", master))
         for name, part in self.parts.items():
             if f"{name}.step" in tensors:  # a parameter that has had no gradient yet has no state
-                part.state = {field: take(f"{name}.{field}", like) for field, like in part.fresh().items()}
-        self.scale, self.good_steps = scale, good_steps
-
-
-def _move_to_master(part: ParameterState, param: Tensor) -> None:
-    """Add a 16-bit gradient to its master's fp32 one, and drop it."""
-    assert param.grad is not None
-    if part.weight.grad is None:
-        part.weight.grad = param.grad.float()
-    else:
-        part.weight.grad.add_(param.grad)
-    param.grad = None
+                initial = part.initial_state()
+                part.state = {field: copy_of(f"{name}.{field}", like) for field, like in initial.items()}
+        self.scale, self.growth_tracker = scale, growth_tracker
 
 
 def total_norm(grads: list[Tensor]) -> Tensor:

@@ -159,30 +159,13 @@ class _FrozenMatmul(torch.autograd.Function):
 # ---- inside torch.compile ----
 
 
-@torch.library.custom_op("tunesmith::frozen_matmul", mutates_args=())
-def frozen_matmul(
-    x: Tensor, quantized: list[Tensor], lora: list[Tensor], tensors: list[Tensor], kind: str, widths: list[int]
-) -> list[Tensor]:
-    return _forward(x, quantized, lora, tensors, kind, widths)
+frozen_matmul = torch.library.custom_op("tunesmith::frozen_matmul", _forward, mutates_args=())
+frozen_matmul_backward = torch.library.custom_op("tunesmith::frozen_matmul_backward", _backward, mutates_args=())
 
 
 @frozen_matmul.register_fake
 def _(x, quantized, lora, tensors, kind, widths):  # type: ignore[no-untyped-def]
     return [x.new_empty(x.shape[0], width) for width in (*widths, *(a.shape[0] for a in lora[:1]))]
-
-
-@torch.library.custom_op("tunesmith::frozen_matmul_backward", mutates_args=())
-def frozen_matmul_backward(
-    dys: list[Tensor],
-    quantized: list[Tensor],
-    saved: list[Tensor],
-    lora: list[Tensor],
-    tensors: list[Tensor],
-    kind: str,
-    in_features: int,
-    needs_dx: bool,
-) -> list[Tensor]:
-    return _backward(dys, quantized, saved, lora, tensors, kind, in_features, needs_dx)
 
 
 @frozen_matmul_backward.register_fake

@@ -99,19 +99,17 @@ class Nf4Linear(FrozenLinear):
         """Store a weight that bitsandbytes has quantized.
 
         Args:
-            parts: the checkpoint's tensors of this weight: "" the codes, and by the rest of their name `absmax`,
-                `quant_map`, `quant_state.bitsandbytes__nf4`, and for double quantization `nested_absmax`,
-                `nested_quant_map`.
+            parts: the checkpoint's tensors of this weight, by the rest of their names; "" are the codes.
             where: the weight's name, for errors.
 
         Raises:
-            ModelError: the tensors are not a whole NF4 weight of this layer's shape.
+            ModelError: the tensors are not a complete NF4 weight of this layer's shape.
         """
         rest = {name: tensor for name, tensor in parts.items() if name}
         try:
             state = bitsandbytes().QuantState.from_dict(rest, device=parts[""].device)
         except (KeyError, ValueError, AssertionError) as error:
-            raise ModelError(f"its bitsandbytes tensors are not whole: {error}", where=where) from error
+            raise ModelError(f"its bitsandbytes tensors are not complete: {error}", where=where) from error
         if state.quant_type != "nf4" or tuple(state.shape) != (self.out_features, self.in_features):
             raise ModelError(
                 f"stored as {state.quant_type} of shape {tuple(state.shape)}, and nf4 of shape "

@@ -333,8 +333,8 @@ def make_optimizer(run: Run, model: TrainModel, start: Start) -> Optimizer:
     scale = LOSS_SCALE if run.model.dtype == "fp16" else None
     optimizer = Optimizer(model.trained_parameters(), run.train, loss_scale=scale)
     if start.found and start.progress:
-        tensors, progress = read_optimizer(start.found.path), start.progress
-        optimizer.load(tensors, scale=progress.loss_scale, good_steps=progress.good_steps, where=str(start.found.path))
+        tensors, saved, where = read_optimizer(start.found.path), start.progress, str(start.found.path)
+        optimizer.load_state_dict(tensors, scale=saved.loss_scale, growth_tracker=saved.good_steps, where=where)
     return optimizer
 
 

@@ -91,7 +91,7 @@ class Trainer:
         optimizer, device = self.s.optimizer, self.s.device
         check_one_pass(self.run, batch)
         rate = learning_rate(self.run.train, batch.step, warmup=self.warmup, progress=self.progress(batch.step))
-        optimizer.begin(rate, batch.step)
+        optimizer.start_step(rate, batch.step)
         denominator = self.s.model.method.denominator(batch)
         scale = (optimizer.scale or 1.0) / denominator
         total = torch.zeros((), device=device)
@@ -285,7 +285,7 @@ class Trainer:
         self.writer.wait()
         if self.writer.saved_step == self.step and not self.ended:
             return
-        parts = (self.run, self.s.model, self.tokenizer, self.s.optimizer.state(), self.progress_made())
+        parts = (self.run, self.s.model, self.tokenizer, self.s.optimizer.state_dict(), self.progress_made())
         if on_the_way and self.run.adapter.kind == "lora":
             try:
                 self.writer.write_behind(export.snapshot(*parts), self.step, spare=self.best_step)
@@ -313,7 +313,7 @@ class Trainer:
             best_loss=self.best_loss,
             worse=self.worse,
             loss_scale=self.s.optimizer.scale,
-            good_steps=self.s.optimizer.good_steps,
+            good_steps=self.s.optimizer.growth_tracker,
             ended=str(self.run.train.duration) if self.ended else None,
             data_hash=self.s.data.digest,
         )
