@@ -151,7 +151,7 @@ def test_resumed_state_gives_the_same_bits(dtype: torch.dtype, masters: str, kin
     assert all(torch.equal(value, ends[name]) for name, value in one.state_dict().items())
 
 
-def test_8bit_state_is_not_taken_for_another_optimizer_s() -> None:
+def test_8bit_state_is_refused_by_another_optimizer() -> None:
     named = [("w", nn.Parameter(torch.ones(80, 64)))]
     one = Optimizer(named, Train(optimizer="adamw-8bit"))
     feed(named, 0)
@@ -183,7 +183,7 @@ def test_8bit_that_the_device_has_no_code_for_is_refused(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_8bit_gradients_of_a_bad_step_are_all_nan_where_the_host_is_not_asked(clip: float | None) -> None:
+def test_8bit_gradients_of_an_infinite_norm_are_all_nan_where_the_host_does_not_check(clip: float | None) -> None:
     """bitsandbytes' CUDA kernel leaves a weight whose gradient is NaN; its CPU code does not, so here it is not run."""
     named = [("w", nn.Parameter(torch.ones(80, 64))), ("b", nn.Parameter(torch.ones(5)))]
     optimizer = Optimizer(named, Train(clip_norm=clip, optimizer="adamw-8bit"))
@@ -252,8 +252,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_flag_on_the_device_does_what_the_question_to_the_host_does(case: str) -> None:
-    """On CUDA kernels read whether the norm is finite; the same road on the CPU, bit for bit."""
+def test_found_inf_on_the_device_does_what_the_check_on_the_host_does(case: str) -> None:
+    """On CUDA the kernels read found_inf; the same path on the CPU, bit for bit."""
     dtype, changes = CASES[case]
     train = Train(**{"clip_norm": None, **changes})
     ends = []
@@ -392,7 +392,7 @@ def test_in_the_backward_a_gradient_that_is_not_finite_changes_no_weight_of_its_
     ((named[0][1] * math.inf).sum() + named[1][1].sum()).backward()
     assert not optimizer.step().isfinite()
     assert torch.equal(named[0][1], before[0])
-    assert not torch.equal(named[1][1], before[1])  # a torn step, as the docstring says
+    assert not torch.equal(named[1][1], before[1])  # partially updated, as the docstring says
     assert named[1][1].isfinite().all()
 
 
@@ -400,7 +400,9 @@ def test_in_the_backward_a_gradient_that_is_not_finite_changes_no_weight_of_its_
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: waiting for one cannot be seen")
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("case", IN_BACKWARD)
-def test_on_cuda_no_step_waits_for_the_device_and_a_bad_one_changes_nothing(case: str, inside: bool) -> None:
+def test_on_cuda_no_step_waits_for_the_device_and_one_that_is_not_finite_changes_nothing(
+    case: str, inside: bool
+) -> None:
     dtype, changes = IN_BACKWARD[case]
     model = Tied(dtype).cuda()
     clip = None if inside else 1.0

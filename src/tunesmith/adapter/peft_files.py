@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,32 +58,24 @@ PLAIN: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class AdapterFiles:
-    """The contents of PEFT's two files.
-
-    Attributes:
-        tensors: the model's own parameters, not copies, by PEFT's names.
-        settings: the configuration, by the names of PEFT's LoraConfig.
-    """
-
-    tensors: Mapping[str, Tensor]
-    settings: dict[str, Any]
-
-
 def save_adapter(model: nn.Module, folder: Path, adapter: Adapter, base_name: str, revision: str | None) -> None:
     """Write the model's adapter to `folder`, an existing one, as PEFT would; arguments as of `adapter_files`."""
-    write_adapter(folder, adapter_files(model, adapter, base_name, revision))
+    write_adapter(folder, *adapter_files(model, adapter, base_name, revision))
 
 
-def adapter_files(model: nn.Module, adapter: Adapter, base_name: str, revision: str | None) -> AdapterFiles:
-    """The files of the model's adapter; quick, and nothing is copied.
+def adapter_files(
+    model: nn.Module, adapter: Adapter, base_name: str, revision: str | None
+) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
+    """The contents of PEFT's two files for the model's adapter; quick, and nothing is copied.
 
     Args:
         model: the causal LM with its adapter.
         adapter: rank, alpha and the rest, for the configuration.
         base_name: Hub id (or the folder that the recipe names) of the base model.
         revision: the base's revision, or None.
+
+    Returns:
+        The trained parameters by PEFT's names, and the configuration by those of PEFT's LoraConfig.
     """
     settings = PLAIN | {
         "base_model_name_or_path": base_name,
@@ -96,14 +87,14 @@ def adapter_files(model: nn.Module, adapter: Adapter, base_name: str, revision: 
         "target_modules": _target_modules(model, {name for name, _ in lora.loras(model)}),
         "modules_to_save": _modules_to_save(model, {name for name, _, _ in lora.saved_parameters(model)}) or None,
     }
-    return AdapterFiles(_peft_tensors(model), settings)
+    return _peft_tensors(model), settings
 
 
-def write_adapter(folder: Path, content: AdapterFiles) -> None:
-    """Write PEFT's two files to `folder`, an existing one."""
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in content.tensors.items()}
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(content.settings, indent=2, sort_keys=True), encoding="utf-8")
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write PEFT's two files, as of `adapter_files`, to `folder`, an existing one."""
+    on_host = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(on_host, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.adapter import peft_files
@@ -63,7 +64,7 @@ def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: Files) -> 
         tokenizer: from `tokenizer_files`.
     """
     if run.adapter.kind == "lora":
-        peft_files.write_adapter(folder, _adapter(run, model))
+        peft_files.write_adapter(folder, *_adapter(run, model))
     else:
         save_torch_state_dict(model.model.state_dict(), folder, max_shard_size=SHARD, shared_tensors_to_discard=None)
         model.model.config.save_pretrained(folder)
@@ -72,7 +73,7 @@ def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: Files) -> 
     _write_files(folder, tokenizer)
 
 
-def _adapter(run: Run, model: TrainModel) -> peft_files.AdapterFiles:
+def _adapter(run: Run, model: TrainModel) -> tuple[dict[str, Parameter], dict[str, Any]]:
     return peft_files.adapter_files(model.model, run.adapter, run.model.name, run.model.revision)
 
 
@@ -105,11 +106,11 @@ def snapshot(
     Raises:
         torch.OutOfMemoryError: there is no room for the copies.
     """
-    files = _adapter(run, model)
-    adapter, moments = Snapshot(files.tensors), Snapshot(optimizer)
+    tensors, settings = _adapter(run, model)
+    adapter, moments = Snapshot(tensors), Snapshot(optimizer)
 
     def write(folder: Path) -> None:
-        peft_files.write_adapter(folder, replace(files, tensors=adapter.on_host()))
+        peft_files.write_adapter(folder, adapter.on_host(), settings)
         _write_files(folder, tokenizer)
         write_optimizer(folder, moments.on_host())
         progress.write(folder)
