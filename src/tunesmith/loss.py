@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # Raw logits [c, vocabulary], targets [c], weights [c] or None, soft cap, scale
-# -> weighted losses [c] and the gradient of their sum by the raw logits [c, vocabulary].
+# -> sum of the weighted losses (0-d) and its gradient by the raw logits [c, vocabulary].
 Score = Callable[[Tensor, Tensor, Tensor | None, float | None, float], tuple[Tensor, Tensor]]
 
 # Budget of one chunk of fp32 logits. On a GPU larger chunks keep the matmuls efficient; on a CPU the chunk should stay
@@ -221,8 +221,8 @@ class _HeadLoss(torch.autograd.Function):
         for span in args.spans():
             raw = F.linear(hidden[span], weight, bias)
             factors = None if weights is None else weights[span]
-            losses, grad_logits = args.score(raw, args.targets[span], factors, args.softcap, args.scale)
-            total += losses.sum()
+            loss, grad_logits = args.score(raw, args.targets[span], factors, args.softcap, args.scale)
+            total += loss
             grads.add(span, grad_logits, hidden[span], weight)
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -263,7 +263,7 @@ class _HeadLogprobs(torch.autograd.Function):
 def loss_and_grad(
     raw: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Weighted losses [c] of a chunk, and the gradient of their sum by the raw logits [c, vocabulary], in its dtype."""
+    """Sum of a chunk's weighted losses (0-d), and its gradient by the raw logits [c, vocabulary], in their dtype."""
     # raw belongs to this chunk alone, so the wide copy and everything after it work in place.
     logits = raw.to(_wide(raw))
     if scale != 1.0:
@@ -292,4 +292,4 @@ def loss_and_grad(
     if weights is not None:
         losses = losses * weights.unsqueeze(1)
         grad.mul_(weights.unsqueeze(1))
-    return losses.squeeze(1), grad.to(raw.dtype)
+    return losses.sum(), grad.to(raw.dtype)
