@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and end: SIGTERM, SIGINT (ctrl-C), SIGHUP (a closed laptop) and SIGUSR1 (Slurm)."""
+"""Signals that ask a command to save and end: SIGTERM, SIGINT (ctrl-C), SIGHUP (a closed laptop) and SIGUSR1 (Slurm)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
 
 class StopRequest:
-    """A context in which those signals are noted instead of ending the process.
+    """A context in which the first signal is noted in `signal` instead of ending the process.
 
-    Until `hold()` is called nothing has been learnt that could be lost, so a signal ends the run at once; afterwards
-    it only sets `signal`, which the loop reads between steps.
+    A training run has nothing to lose before `hold()`, so until then a signal ends it at once; afterwards the loop
+    reads `signal` between steps.
+
+    Args:
+        interactive: for commands that answer: hold SIGTERM and SIGINT from the start, and let a second one raise
+            KeyboardInterrupt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, interactive: bool = False) -> None:
         self.signal: str | None = None
-        self._held = False
+        self._interactive = self._held = interactive
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         # Python lets only the main thread take signals; elsewhere (a notebook's worker) the caller keeps its own.
         if threading.current_thread() is threading.main_thread():
-            for name in NAMES:
+            for name in NAMES[:2] if self._interactive else NAMES:
                 number = signal.Signals[name]
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -40,11 +44,17 @@ class StopRequest:
         """From here on there is something to save: the loop ends the run, not the handler."""
         self._held = True
 
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal is not None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._interactive and self.requested():
+            raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
         if not self._held:
             raise StoppedError(
                 f"stopped by {self.signal} before the first step",
-                why="nothing was learnt yet, so there was nothing to save",
+                why="nothing was trained yet, so there was nothing to save",
                 fix="start the same command again",
             )

@@ -129,7 +129,7 @@ def test_chat_without_a_terminal_answers_line_by_line(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The answers are those of `generate` on the same conversation; no prompt signs on stdout."""
-    from tunesmith.inference.generate import Decoding, answer_batch
+    from tunesmith.inference.decoding import Decoding, answer_batch
     from tunesmith.inference.load_run import load_run
 
     assert chat(monkeypatch, "hello\n", str(run)) == EXIT_OK

@@ -14,7 +14,7 @@ from runs import ROWS, make_run, peft_model
 from tunesmith.data.batch import Example
 from tunesmith.data.tokens import TokenSet, tokenise
 from tunesmith.inference.evaluate import exact_matches, normalise, packed, score, validation_loss
-from tunesmith.inference.load_run import LoadedModel, for_loss, load_run
+from tunesmith.inference.load_run import LoadedModel, load_run
 
 CPU = torch.device("cpu")
 
@@ -40,17 +40,17 @@ def reference(model: torch.nn.Module, examples: list[Example]) -> tuple[float, i
         ids = torch.tensor(np.asarray(example.ids, dtype=np.int64))
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0, :-1]
-        learnt = torch.tensor(np.asarray(example.trained[1:]))
-        total += F.cross_entropy(logits[learnt].double(), ids[1:][learnt], reduction="sum").item()
-        hits += int((logits[learnt].argmax(-1) == ids[1:][learnt]).sum())
-        count += int(learnt.sum())
+        supervised = torch.tensor(np.asarray(example.trained[1:]))
+        total += F.cross_entropy(logits[supervised].double(), ids[1:][supervised], reduction="sum").item()
+        hits += int((logits[supervised].argmax(-1) == ids[1:][supervised]).sum())
+        count += int(supervised.sum())
     return total, hits, count
 
 
 def test_score_is_that_of_transformers_and_peft(tiny: Path, opened: LoadedModel, tokens: TokenSet) -> None:
     """Relative 1e-6: the same sums in fp32, in another order."""
     total, hits, count = reference(peft_model(tiny), list(tokens))
-    with for_loss(opened) as train_model:
+    with opened.training_attention() as train_model:
         found = score(train_model, tokens, pad_id=opened.pad_id, device=CPU)
     assert (found.rows, found.tokens) == (len(ROWS), count)
     assert found.loss == pytest.approx(total / count, rel=1e-6)
@@ -61,7 +61,7 @@ def test_score_is_that_of_transformers_and_peft(tiny: Path, opened: LoadedModel,
 
 @pytest.mark.parametrize("micro_tokens", [1, 300, 700, 100_000])
 def test_loss_does_not_depend_on_the_rows_of_a_batch(opened: LoadedModel, tokens: TokenSet, micro_tokens: int) -> None:
-    with for_loss(opened) as train_model:
+    with opened.training_attention() as train_model:
         whole = score(train_model, tokens, pad_id=opened.pad_id, device=CPU)
         found = validation_loss(train_model, tokens, micro_tokens=micro_tokens, pad_id=opened.pad_id, device=CPU)
     assert found is not None
@@ -71,7 +71,7 @@ def test_loss_does_not_depend_on_the_rows_of_a_batch(opened: LoadedModel, tokens
 
 def test_dropout_is_off_and_training_mode_comes_back(opened: LoadedModel, tokens: TokenSet) -> None:
     options = {"micro_tokens": 512, "pad_id": opened.pad_id, "device": CPU}
-    with for_loss(opened) as train_model:
+    with opened.training_attention() as train_model:
         train_model.train()
         first, again = (validation_loss(train_model, tokens, **options) for _ in range(2))
         assert train_model.training
@@ -80,7 +80,7 @@ def test_dropout_is_off_and_training_mode_comes_back(opened: LoadedModel, tokens
 
 
 def test_a_cancelled_validation_has_no_result(opened: LoadedModel, tokens: TokenSet) -> None:
-    with for_loss(opened) as train_model:
+    with opened.training_attention() as train_model:
         found = validation_loss(
             train_model, tokens, micro_tokens=64, pad_id=opened.pad_id, device=CPU, cancelled=lambda: True
         )
@@ -98,7 +98,7 @@ def test_attention_of_generation_comes_back_after_a_loss(opened: LoadedModel) ->
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         before = opened.model(input_ids=ids).logits
-        with for_loss(opened):
+        with opened.training_attention():
             pass
         assert torch.equal(opened.model(input_ids=ids).logits, before)
 

@@ -1,186 +1,68 @@
-"""Answers in batches against plain Transformers and PEFT, one prompt at a time; order, seeds, and a restart's sameness."""
+"""Rows in, rows with answers out: what is added, in which order, and what is refused before the first answer."""
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from transformers import GenerationConfig
 
-from runs import peft_model
-from tunesmith.errors import DataError, UsageError
-from tunesmith.inference.generate import Decoding, answer_all, answer_batch, check_room, decode, merged_meanwhile
+from runs import ROWS, make_run, peft_model
+from tunesmith.errors import DataError
+from tunesmith.inference.decoding import Decoding
+from tunesmith.inference.generate import generate
 from tunesmith.inference.load_run import LoadedModel, load_run
-
-TEXTS = ["a", "hello there", "Count to seven", "x" * 40, "the end", "b?", "one two three", "zz", "q", "longer " * 9]
 
 
 @pytest.fixture(scope="module")
-def opened(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    folder = tmp_path_factory.mktemp("adapter")
-    peft_model(tiny).save_pretrained(folder)
+def loaded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = tmp_path_factory.mktemp("generate") / "run"
+    make_run(folder, tiny, peft_model(tiny))
     return load_run(folder, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def prompts(opened: LoadedModel) -> list[list[int]]:
-    return [opened.tokenizer(text)["input_ids"] for text in TEXTS]
+def test_rows_come_back_in_order_with_answer_and_reference(loaded: LoadedModel) -> None:
+    answered = list(generate(loaded, ROWS, Decoding(4), batch_size=5))
+    assert [{**row, "output": row["reference"]} for row in answered] == [
+        {**row, "reference": row["output"]} for row in ROWS
+    ]
+    assert answered[3:] == list(generate(loaded, ROWS, Decoding(4), batch_size=5, start=3))
 
 
-def test_greedy_batches_answer_as_peft_does_one_by_one(
-    tiny: Path, opened: LoadedModel, prompts: list[list[int]]
-) -> None:
-    peft = peft_model(tiny)
-    decoding = Decoding(max_new_tokens=12)
-    long = answer_batch(opened.model, opened.tokenizer, prompts[:1], decoding, stops=set())[0].ids
-    stops = {long[5], 256}  # a random model seldom ends by itself; this token ends some answers and not all
-    settings = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=sorted(stops), pad_token_id=257)
-    found = dict(answer_all(opened.model, opened.tokenizer, prompts, decoding, stops=stops, batch_size=3))
-    assert {answer.finished for answer in found.values()} == {True, False}
-    assert list(found) == list(range(len(prompts)))
-    for i, prompt in enumerate(prompts):
-        ids = torch.tensor([prompt])
-        expected = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)[
-            0, len(prompt) :
-        ].tolist()
-        cut = next((n for n, token in enumerate(expected) if token in stops), None)
-        assert found[i].ids == expected[:cut]
-        assert found[i].finished == (cut is not None)
-        assert found[i].text == decode(opened.tokenizer, expected[:cut])
+def test_the_answer_of_a_row_is_not_shown_to_the_model(loaded: LoadedModel) -> None:
+    without = [{k: v for k, v in row.items() if k != "output"} for row in ROWS]
+    assert [row["output"] for row in generate(loaded, without, Decoding(4))] == [
+        row["output"] for row in generate(loaded, ROWS, Decoding(4))
+    ]
+    assert not any("reference" in row for row in generate(loaded, without, Decoding(4)))
 
 
-def test_adapter_changes_answers(opened: LoadedModel, prompts: list[list[int]]) -> None:
-    """Else the comparison above would prove nothing about the adapter."""
-    from tunesmith.adapter.lora import disabled
-
-    tuned = answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops={256})
-    with disabled(opened.model):
-        base = answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops={256})
-    assert sum(a.ids != b.ids for a, b in zip(tuned, base, strict=True)) >= len(prompts) // 2
-
-
-@pytest.mark.parametrize("decoding", [Decoding(6), Decoding(6, temperature=1.0, top_p=0.9, top_k=50, seed=3)])
-@pytest.mark.parametrize("start", [1, 4, 8, 9])
-def test_restart_gives_the_answers_of_an_unbroken_job(
-    opened: LoadedModel, prompts: list[list[int]], decoding: Decoding, start: int
-) -> None:
-    """Window of 2 x 4 = 8 rows: starts inside the first, at its edge and inside the second."""
-    whole = list(answer_all(opened.model, opened.tokenizer, prompts, decoding, stops=set(), batch_size=2))
-    rest = list(answer_all(opened.model, opened.tokenizer, prompts, decoding, stops=set(), batch_size=2, start=start))
-    assert rest == whole[start:]
-
-
-def test_sampling_follows_its_seed_and_leaves_the_callers_random_state(
-    opened: LoadedModel, prompts: list[list[int]]
-) -> None:
-    def draw(seed: int) -> list[list[int]]:
-        sampled = Decoding(8, temperature=1.0, seed=seed)
-        return [a.ids for a in answer_batch(opened.model, opened.tokenizer, prompts, sampled, stops=set())]
-
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    first, again, other = draw(1), draw(1), draw(2)
-    assert first == again
-    assert first != other
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_settings_that_ship_with_a_model_are_set_aside_and_put_back(
-    opened: LoadedModel, prompts: list[list[int]]
-) -> None:
-    plain = answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops=set())
-    shipped = GenerationConfig(repetition_penalty=9.0, temperature=0.7, do_sample=True, top_k=3, num_beams=2)
-    kept, opened.model.generation_config = opened.model.generation_config, shipped
-    try:
-        assert answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops=set()) == plain
-        assert opened.model.generation_config is shipped
-    finally:
-        opened.model.generation_config = kept
-
-
-def test_training_mode_comes_back(opened: LoadedModel, prompts: list[list[int]]) -> None:
-    opened.model.train()
-    answer_batch(opened.model, opened.tokenizer, prompts[:1], Decoding(2), stops=set())
-    assert opened.model.training
-    opened.model.eval()
-
-
-def test_a_stop_gives_up_the_window_under_way(opened: LoadedModel, prompts: list[list[int]]) -> None:
-    stop = threading.Event()
-    found = []
-    for index, answer in answer_all(
-        opened.model, opened.tokenizer, prompts, Decoding(4), stops=set(), batch_size=1, stop=stop
-    ):
-        found.append((index, answer))
-        if index == 3:  # the last of the first window
-            stop.set()
-    assert [index for index, _ in found] == [0, 1, 2, 3]
-
-
-def test_a_stop_ends_a_single_answer_early(opened: LoadedModel, prompts: list[list[int]]) -> None:
-    stop = threading.Event()
-    stop.set()
-    answer = answer_batch(opened.model, opened.tokenizer, prompts[:1], Decoding(50), stops=set(), stop=stop)[0]
-    assert len(answer.ids) == 1
-    assert not answer.finished
-
-
-def test_merged_meanwhile_answers_alike_and_restores_every_bit(opened: LoadedModel, prompts: list[list[int]]) -> None:
-    """Logits to 1e-5: fp32 rounding of one more or one less product in a layer, logits near 1."""
-    ids = torch.tensor([prompts[3]])
-    before = {name: weight.clone() for name, weight in opened.model.state_dict().items()}
-    with torch.no_grad():
-        unmerged = opened.model(input_ids=ids).logits
-        with merged_meanwhile(opened.model):
-            changed = [n for n, w in opened.model.state_dict().items() if not torch.equal(w, before[n])]
-            merged = opened.model(input_ids=ids).logits
-        again = opened.model(input_ids=ids).logits
-    assert len(changed) == 14  # 2 layers of 7 projections
-    torch.testing.assert_close(merged, unmerged, atol=1e-5, rtol=0)
-    assert torch.equal(again, unmerged)
-    assert all(torch.equal(weight, before[name]) for name, weight in opened.model.state_dict().items())
-
-
-def test_a_bf16_model_is_not_merged_meanwhile(tiny: Path, tmp_path: Path) -> None:
-    peft_model(tiny).save_pretrained(tmp_path / "adapter")
-    model = load_run(tmp_path / "adapter", device="cpu", dtype="bf16").model
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with merged_meanwhile(model):
-        assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+TURN = {"role": "user", "content": "a"}
+ENDED = [TURN, {"role": "assistant", "content": "b"}]
 
 
 @pytest.mark.parametrize(
-    ("options", "word"),
+    ("row", "answer"),
     [
-        ({"max_new_tokens": 0}, "--max-new-tokens"),
-        ({"temperature": -0.1}, "--temperature"),
-        ({"temperature": float("nan")}, "--temperature"),
-        ({"temperature": float("inf")}, "--temperature"),
-        ({"temperature": 1.0, "top_p": 0.0}, "--top-p"),
-        ({"temperature": 1.0, "top_p": 1.5}, "--top-p"),
-        ({"temperature": 1.0, "top_k": -1}, "--top-k"),
-        ({"seed": -1}, "--seed"),
-        ({"top_p": 0.9}, "--temperature"),
-        ({"top_k": 5}, "--temperature"),
+        ({"messages": [TURN]}, False),
+        ({"messages": ENDED}, True),
+        ({"messages": [TURN, {"role": "gpt", "content": "b"}]}, True),  # another name of the same role
+        ({"conversations": [{"from": "human", "value": "a"}]}, False),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, True),
+        ({"prompt": [TURN]}, False),
+        ({"prompt": [TURN], "completion": ENDED[1:]}, True),
+        ({"instruction": "a", "input": ""}, False),
     ],
 )
-def test_wrong_decoding_is_refused(options: dict[str, float], word: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        Decoding(**options)  # type: ignore[arg-type]
-    assert word in caught.value.text()
-    assert caught.value.fix
+def test_every_form_of_a_row_gives_one_prompt(loaded: LoadedModel, row: dict[str, Any], answer: bool) -> None:
+    (plain,) = generate(loaded, [{"messages": [TURN]}], Decoding(3))
+    (found,) = generate(loaded, [row], Decoding(3))
+    assert found["output"] == plain["output"]
+    assert found.get("reference") == ("b" if answer else None)
 
 
-def test_prompts_without_room_for_an_answer_are_named() -> None:
-    check_room([10, 20], ["f:1", "f:2"], Decoding(12), context=32)
-    with pytest.raises(DataError, match="1 of 2 prompts") as caught:
-        check_room([10, 21], ["f:1", "f:2"], Decoding(12), context=32)
-    assert caught.value.where == "f:2"
-
-
-def test_special_tokens_are_not_text(opened: LoadedModel) -> None:
-    end = opened.tokenizer.eos_token_id
-    ids = opened.tokenizer("two  words .")["input_ids"]
-    assert decode(opened.tokenizer, [*ids, end]) == "two  words ."
+def test_a_prompt_without_room_for_its_answer_is_refused_at_the_call(loaded: LoadedModel) -> None:
+    with pytest.raises(DataError, match="1 of 2 prompts are too long") as caught:
+        generate(loaded, [{"prompt": "a"}, {"prompt": "a" * 1000}], Decoding(25))
+    assert caught.value.where == "rows row 2"
+    generate(loaded, [{"prompt": "a" * 1000}], Decoding(24))  # the context is 1,024 tokens

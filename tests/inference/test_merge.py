@@ -1,9 +1,10 @@
-"""Merged folders against PEFT's merge_and_unload; and that the proof can fail."""
+"""Merged folders against PEFT's merge_and_unload; and that the check can fail."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def test_the_folder_stands_alone(run: Path, tiny: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = tokenizer("hello", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
-    assert load_run(tmp_path / "out", device="cpu").kind == "base"
+    assert load_run(tmp_path / "out", device="cpu").location.kind == "base"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -77,10 +78,32 @@ def test_sixteen_bits_are_proven_in_fp32_too(run: Path, tmp_path: Path, dtype: A
     assert saved.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 
+def test_the_unmerged_model_is_freed_before_the_folder_is_read(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peak memory is one model."""
+    models: list[weakref.ref[Any]] = []
+    reload, freed = room._reload, []
+
+    def loading(*args: Any, **options: Any) -> Any:
+        loaded = load_run(*args, **options)
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    def reloading(folder: Path) -> Any:
+        freed.append(models[0]() is None)
+        return reload(folder)
+
+    monkeypatch.setattr(room, "load_run", loading)
+    monkeypatch.setattr(room, "_reload", reloading)
+    merge(run, tmp_path / "out", device="cpu")
+    assert freed == [True]
+
+
 def test_without_room_in_memory_the_fp32_part_is_left_out(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_check, "memory_available", lambda: 1000)
+    monkeypatch.setattr(room, "available_memory", lambda: 1000)
     done = merge(run, tmp_path / "out", dtype="bf16", device="cpu")
     assert done.merge_check.exact is None
     assert len(done.merge_check.rules) == 1
@@ -136,7 +159,7 @@ def _twice(module: Any) -> torch.Tensor:
 def test_a_wrong_merge_is_rejected(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, wrong: Callable[[Any], torch.Tensor]
 ) -> None:
-    monkeypatch.setattr(room, "summed", wrong)
+    monkeypatch.setattr(room, "merged_weight", wrong)
     with pytest.raises(TunesmithError, match="answers differently") as caught:
         merge(run, tmp_path / "out", dtype=dtype, device="cpu")
     assert caught.value.exit_code == EXIT_FAILED
@@ -154,7 +177,7 @@ def test_a_weak_adapter_left_out_is_rejected_in_bf16(
         if "lora_B" in name:
             weight.data *= 0.02
     make_run(tmp_path / "weak", tiny, weak)
-    monkeypatch.setattr(room, "summed", _left_out)
+    monkeypatch.setattr(room, "merged_weight", _left_out)
     with pytest.raises(TunesmithError, match="answers differently") as caught:
         merge(tmp_path / "weak", tmp_path / "out", dtype="bf16", device="cpu")
     assert "in bf16" not in caught.value.why
@@ -165,20 +188,20 @@ def test_a_failed_write_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(room, "write", full)
+    monkeypatch.setattr(room, "write_model", full)
     with pytest.raises(OSError, match="No space"):
         merge(run, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
     assert leftovers(tmp_path) == []
 
 
-def test_force_replaces_only_once_the_proof_is_passed(
+def test_force_replaces_only_once_the_check_is_passed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("precious")
     with monkeypatch.context() as patch:
-        patch.setattr(room, "summed", _left_out)
+        patch.setattr(room, "merged_weight", _left_out)
         with pytest.raises(TunesmithError, match="answers differently"):
             merge(run, tmp_path / "out", force=True, device="cpu")
     assert (tmp_path / "out" / "old.txt").read_text() == "precious"
@@ -275,8 +298,8 @@ def test_no_room_on_the_disk_is_found_before_loading(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    monkeypatch.setattr(room, "open_model", lambda *a, **k: pytest.fail("loaded"))
-    with pytest.raises(TunesmithError, match="not enough room") as caught:
+    monkeypatch.setattr(room, "load_run", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(TunesmithError, match="no room on the disk") as caught:
         merge(run, tmp_path / "out", device="cpu")
     assert caught.value.exit_code == EXIT_USAGE
 
@@ -310,15 +333,15 @@ def test_rules(
     exact: ExactCheck | None,
     passed: bool,
 ) -> None:
-    assert all(holds for _, holds in merge_check.check_rules(dtype, merged, base, noise, largest, exact)) is passed
+    assert all(holds for _, holds in merge_check.merge_rules(dtype, merged, base, noise, largest, exact)) is passed
 
 
 def test_differences_against_the_formula() -> None:
     p, q = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.5]])
-    found = merge_check.difference([p[:1], p[1:]], [q[:1], q[1:]])
+    found = merge_check.compare_logits([p[:1], p[1:]], [q[:1], q[1:]])
     kl = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
     assert found.max_logit == 1.0
     assert found.mean_kl == pytest.approx(kl.item(), rel=1e-6)
     assert found.agreement == 0.5
     with pytest.raises(TunesmithError, match="finite"):
-        merge_check.difference([p], [p * float("nan")])
+        merge_check.compare_logits([p], [p * float("nan")])

@@ -1,4 +1,4 @@
-"""The adapter into its base, with a proof.
+"""Merge the adapter into its base, and check that the merged model answers alike.
 
 example:
   tunesmith merge runs/my-run --output merged
@@ -11,9 +11,12 @@ Transformers has loaded it and answered like the adapter; otherwise it is kept a
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from tunesmith.cli.options import add_run
 from tunesmith.errors import EXIT_OK
 
 if TYPE_CHECKING:
@@ -21,16 +24,14 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, final/ or adapter's folder")
+    add_run(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="of the written weights (default: the base's)"
     )
-    parser.add_argument(
-        "--force", action="store_true", help="replace what is in the output folder, once the proof is passed"
-    )
+    force_help = "replace what is in the output folder, once the check is passed"
+    parser.add_argument("--force", action="store_true", help=force_help)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,31 +39,31 @@ def run(args: argparse.Namespace) -> int:
 
     done = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)
     if args.json:
-        print(done.to_json())
+        print(json.dumps(asdict(done), indent=2))
     else:
-        show(done)
+        _print_check(done)
     return EXIT_OK
 
 
-def show(done: Merged) -> None:
-    """The proof as a table, then where the model lies and how to use it; on stdout."""
+def _print_check(done: Merged) -> None:
+    """The check as a table, then where the model is and how to use it; on stdout."""
     from rich.console import Console
     from rich.table import Table
 
-    proof = done.merge_check
+    check = done.merge_check
     table = Table("against the adapter", "max logit diff", "mean KL (nats)", "same top token")
-    rows = [("merged", proof.merged), ("base: what was taught", proof.base), (f"noise of {proof.dtype}", proof.noise)]
-    if proof.exact is not None:
-        rows.insert(1, ("merged, in fp32", proof.exact.difference))
+    rows = [("merged", check.merged), ("base", check.base), (f"noise of {check.dtype}", check.noise)]
+    if check.exact is not None:
+        rows.insert(1, ("merged, in fp32", check.exact.difference))
     for name, diff in rows:
         table.add_row(name, f"{diff.max_logit:.3g}", f"{diff.mean_kl:.3g}", f"{diff.agreement:.2%}")
     Console(file=sys.stdout).print(table)
-    print(f"largest logit difference {proof.merged.max_logit:.3g}, over {proof.positions} positions of {proof.probes}")
-    for text, _ in proof.rules:
+    print(f"largest logit difference {check.merged.max_logit:.3g}, over {check.positions} positions of {check.probes}")
+    for text, _ in check.rules:
         print(f"passed: {text}")
-    if proof.exact is None and proof.dtype != "fp32":
+    if check.exact is None and check.dtype != "fp32":
         print("not compared in fp32: no room in memory for the model in fp32")
     if done.note:
         print(done.note)
-    print(f"{done.output}: {done.bytes / 2**20:.0f} MiB in {done.dtype}, to be loaded by Transformers as it is")
+    print(f"{done.output}: {done.bytes / 2**20:.0f} MiB in {done.dtype}; Transformers loads it as it is")
     print(f"next: tunesmith chat {done.output}")

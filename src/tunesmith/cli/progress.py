@@ -1,52 +1,61 @@
-"""A count that goes up, on stderr: a bar on a terminal, a plain line now and then elsewhere."""
+"""A count that goes up, on stderr: a bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from types import TracebackType
 
+from tunesmith.host_files import is_terminal
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class Counter:
-    """`with Counter("answers", 100) as done: done.to(7)`; nothing reaches stdout."""
+class ProgressCounter:
+    """`with ProgressCounter() as progress: progress("answers", 7, 100)`; another name starts another count.
 
-    def __init__(self, what: str, total: int, *, start: int = 0) -> None:
-        self.what, self.total, self.start, self.at = what, total, start, start
-        self._bar = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    The first call of each name tells where it starts; rates are counted from there.
+    """
 
-    def __enter__(self) -> Counter:
-        self._began = self._told = time.monotonic()
-        if self._bar:
+    def __enter__(self) -> ProgressCounter:
+        self._what, self._done, self._start = "", 0, 0
+        self._bar = None
+        if is_terminal(sys.stderr):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=Console(stderr=True))
-            self._task = self._progress.add_task(self.what, total=self.total, completed=self.start)
-            self._progress.start()
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.start()
         return self
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` are done."""
+        now = time.monotonic()
+        if what != self._what:
+            self._last_line()
+            self._what, self._start, self._began, self._printed = what, done, now, now
+            self._task = self._bar.add_task(what, total=total, completed=done) if self._bar else None
+        self._done, self._total = done, total
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=done)
+        elif now - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = now
+            self._line()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
-            self._progress.stop()
-        elif kind is None and self.at > self.start:
-            self._line()
+            self._bar.stop()
+        elif kind is None:
+            self._last_line()
 
-    def to(self, count: int) -> None:
-        """Show that `count` of the total are done."""
-        self.at = count
-        if self._bar:
-            self._progress.update(self._task, completed=count)
-        elif time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
-            self._told = time.monotonic()
+    def _last_line(self) -> None:
+        if self._bar is None and self._done > self._start:
             self._line()
 
     def _line(self) -> None:
         seconds = time.monotonic() - self._began
-        rate = (self.at - self.start) / seconds if seconds > 0 else 0.0
-        print(f"{self.what}: {self.at}/{self.total}  {rate:.1f}/s", file=sys.stderr, flush=True)
+        rate = (self._done - self._start) / seconds if seconds > 0 else 0.0
+        print(f"{self._what}: {self._done}/{self._total}  {rate:.1f}/s", file=sys.stderr, flush=True)

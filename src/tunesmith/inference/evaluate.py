@@ -1,8 +1,8 @@
 """How good a model is on held-out rows: loss, perplexity, token accuracy, exact match.
 
-Loss and accuracy are teacher-forced over the supervised tokens, by the same `TrainModel` and the same packed batches
-that training uses: there is no second formula. They are sums over all tokens divided once, so that the batching has
-no say in them. Exact match generates greedily and compares texts after `normalise`.
+Loss and accuracy are teacher-forced over the supervised tokens, by the same `TrainModel` and packed batches that
+training uses: there is no second formula. They are sums over all tokens divided once, so they do not depend on the
+batching. Exact match generates greedily and compares texts after `normalise`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from tunesmith.adapter.lora import disabled
+from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Batch, collate
 from tunesmith.data.pack import best_fit_decreasing
+from tunesmith.data.source import Rows, read_rows
+from tunesmith.data.tokens import tokenise
+from tunesmith.errors import UsageError
+from tunesmith.inference.decoding import Decoding, answer_all, merged_meanwhile, never
+from tunesmith.inference.load_run import LoadedModel, load_run, locate_run
+from tunesmith.inference.prompts import Prompt, check_prompt_lengths, make_prompts, row_source
 
 if TYPE_CHECKING:
     from tunesmith.data.tokens import TokenSet
     from tunesmith.methods.base import TrainModel
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is counted, how many are done, and the total."""
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    """The default of `progress`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,22 @@ class Score:
     token_accuracy: float
     exact_match: float | None = None
     asked: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        scores: `base` and `tuned`, or `model` for a plain model.
+        rows: of the file.
+        dropped, cut: rows left out or shortened because they are longer than the recipe's seq_len.
+    """
+
+    scores: dict[str, Score]
+    rows: int
+    dropped: int
+    cut: int
 
 
 def packed(tokens: TokenSet, *, capacity: int, pad_id: int) -> Iterator[Batch]:
@@ -75,7 +107,7 @@ def validation_loss(
     micro_tokens: int,
     pad_id: int,
     device: torch.device,
-    cancelled: Callable[[], bool] = lambda: False,
+    cancelled: Callable[[], bool] = never,
 ) -> tuple[float, int] | None:
     """The method's mean loss over `tokens`, each example once.
 
@@ -103,13 +135,12 @@ def score(
     pad_id: int,
     device: torch.device,
     micro_tokens: int = 4096,
-    done: Callable[[int], None] = lambda count: None,
+    progress: Progress = quiet,
 ) -> Score:
     """Loss, perplexity and token accuracy of every supervised token, each example once.
 
     Args:
         micro_tokens: tokens of one packed row; an example that is longer has a row of its own.
-        done: told the number of examples finished, after each row.
     """
     total, hits, count, rows = 0.0, 0, 0, 0
     with _evaluating(train_model):
@@ -119,7 +150,7 @@ def score(
             hits += int(right.sum())
             count += batch.supervised
             rows += batch.examples
-            done(rows)
+            progress("rows scored", rows, len(tokens))
     if count == 0:
         return Score(rows, 0, math.nan, math.nan, math.nan)
     loss = total / count
@@ -127,10 +158,114 @@ def score(
 
 
 def normalise(text: str) -> str:
-    """What exact match compares: outer whitespace off, any run of whitespace one space; case and marks stay."""
+    """What exact match compares: outer whitespace off, any run of whitespace one space; case and punctuation stay."""
     return " ".join(text.split())
 
 
 def exact_matches(answers: Iterable[str], references: Iterable[str]) -> list[bool]:
     """Whether each answer is its reference, after `normalise`."""
     return [normalise(a) == normalise(r) for a, r in zip(answers, references, strict=True)]
+
+
+# --- a run on a file ------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    path: str | Path,
+    data: str,
+    *,
+    split: str | None = None,
+    format_name: str = "auto",
+    max_examples: int | None = None,
+    base: bool = True,
+    exact_match: bool = False,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    device: str | None = None,
+    progress: Progress = quiet,
+) -> Evaluation:
+    """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
+
+    Args:
+        path: as for `load_run`.
+        data: a file or a Hub id; rows with answers.
+        split: of a Hub dataset, or a slice such as `train[:100]`.
+        format_name: of the rows; `auto` looks at the columns of the first.
+        max_examples: take the first N rows.
+        base: score the base too.
+        exact_match: also answer every row greedily and compare texts.
+        max_new_tokens, batch_size: for exact match: longest answer in tokens, and rows answered at once.
+
+    Raises:
+        UsageError: the run or the data cannot be used; see `load_run` and `read_rows`.
+    """
+    location, decoding = locate_run(path), Decoding(max_new_tokens)
+    source = Source(source=data, split=split, max_examples=max_examples)
+    rows = read_rows(source)
+    loaded = load_run(location, device=device)
+    tokens, prompts = _eval_set(rows, source, loaded, format_name, max_new_tokens if exact_match else None)
+
+    def scored(model: LoadedModel) -> Score:
+        return _score_loaded(model, tokens, prompts, decoding, batch_size, progress)
+
+    scores = {"model" if location.kind == "base" else "tuned": scored(loaded)}
+    if base and location.kind == "adapter":
+        with disabled(loaded.model):
+            scores = {"base": scored(loaded), **scores}
+    elif base and location.kind == "full":
+        del loaded  # one model at a time
+        scores = {"base": scored(load_run(path, device=device, base_only=True)), **scores}
+    counts = tokens.sources[0]
+    return Evaluation(scores, len(rows), counts.dropped + counts.emptied, counts.cut)
+
+
+def _eval_set(
+    rows: Rows, source: Source, loaded: LoadedModel, format_name: str, max_new_tokens: int | None
+) -> tuple[TokenSet, list[Prompt]]:
+    """The rows as tokens and, unless `max_new_tokens` is None, as prompts for exact match."""
+    found = row_source(rows[0], rows.where(0), format_name, loaded.sources)
+    source = replace(source, format=found.format, columns=found.columns)
+    data = loaded.run.data if loaded.run else Data(train=(source,), seq_len=min(loaded.context, 1 << 20))
+    tokens = tokenise((source,), data, loaded.template, loaded.tokenizer, cache=None, what=source.source)
+    if not len(tokens):
+        raise UsageError(
+            f"none of the {len(rows)} rows can be scored",
+            where=source.source,
+            why=f"all are longer than data.seq_len: {data.seq_len} and were dropped",
+            fix="give shorter rows",
+        )
+    if max_new_tokens is None:
+        return tokens, []
+    prompts = [p for p in make_prompts(rows, loaded, found.format) if p.reference is not None]
+    if not prompts:
+        raise UsageError(
+            "no row holds an answer to compare with",
+            where=source.source,
+            why=f"rows of the format {found.format} were read",
+            fix="leave --exact-match out, or give rows with answers",
+        )
+    check_prompt_lengths(prompts, max_new_tokens, loaded.context)
+    return tokens, prompts
+
+
+def _score_loaded(
+    loaded: LoadedModel,
+    tokens: TokenSet,
+    prompts: list[Prompt],
+    decoding: Decoding,
+    batch_size: int,
+    progress: Progress,
+) -> Score:
+    device = loaded.model.device
+    with loaded.training_attention() as train_model:
+        result = score(train_model, tokens, pad_id=loaded.pad_id, device=device, progress=progress)
+    if not prompts:
+        return result
+    texts: list[str] = []
+    ids, stops = [prompt.ids for prompt in prompts], loaded.template.stops
+    with merged_meanwhile(loaded.model):
+        for i, answer in answer_all(loaded.model, loaded.tokenizer, ids, decoding, stops=stops, batch_size=batch_size):
+            texts.append(answer.text)
+            progress("answers", i + 1, len(ids))
+    hits = exact_matches(texts, [prompt.reference or "" for prompt in prompts])
+    return replace(result, exact_match=sum(hits) / len(hits), asked=len(hits))

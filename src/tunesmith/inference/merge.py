@@ -1,11 +1,11 @@
-"""Put an adapter into its base, write a plain Transformers folder, and prove that it answers alike.
+"""Merge an adapter into its base, write a plain Transformers folder, and check that it answers alike.
 
-    open -> ask (adapter, base, noise) -> fold B A into each weight -> write beside the goal -> reload with plain
-    Transformers -> ask again -> judge (proof.py) -> rename into place
+    load -> logits of adapter and base -> add B A to each weight -> write beside OUTPUT -> reload with plain
+    Transformers -> logits again -> check (merge_check.py) -> rename into place
 
-A merge that fails is kept as `DIR.rejected` and never under the name that was asked for. Peak memory is one model
-(modules are folded one by one, and the model is freed before the folder is read again), and one more in fp32 for the
-second half of a 16-bit merge's proof, where there is room.
+A merge that fails the check is kept as `OUTPUT.rejected`, never under the name that was asked for. Peak memory is one
+model (it is freed before the folder is read again), and one more in fp32 for the second half of a 16-bit merge's check,
+where there is room.
 """
 
 from __future__ import annotations
@@ -13,23 +13,33 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as hf_logging
 
-from tunesmith.adapter.lora import Lora, LoraLinear, disabled, loras, saved_parameters
+from tunesmith.adapter.lora import Lora, LoraLinear, disabled, saved
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import CheckpointError, MachineError, UsageError
+from tunesmith.host_files import available_memory, existing_folder, refuse_full_disk
 from tunesmith.hub.fetch import fetch
-from tunesmith.inference import merge_check
-from tunesmith.inference.load_run import load_run, locate_run
-from tunesmith.inference.merge_check import ExactCheck, MergeCheck
+from tunesmith.inference.load_run import Dtype, load_run, locate_run
+from tunesmith.inference.merge_check import (
+    ExactCheck,
+    MergeCheck,
+    compare_logits,
+    count_off,
+    largest_logit,
+    logits_of,
+    merge_rules,
+    probe_prompts,
+)
 from tunesmith.model import spec
 from tunesmith.model.load import DTYPES
 from tunesmith.model.safetensors_files import read_json
@@ -41,13 +51,13 @@ if TYPE_CHECKING:
     from tunesmith.inference.load_run import LoadedModel, RunLocation
 
 SHARD = "5GB"
-ROOM = 1.1  # of the weights: the rest of the folder, and a head that stands for itself
+ROOM = 1.1  # of the weights: the rest of the folder, and an untied head
 EXACT_BYTES = 8  # a parameter: written, fp32, and what comparing takes
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A finished merge: where it lies, what it is, what is to be known about it, and the proof."""
+    """A finished merge: the folder, what it was made from, a note about it, and the check."""
 
     output: str
     base: str
@@ -57,53 +67,155 @@ class Merged:
     note: str
     merge_check: MergeCheck
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+
+def merge(
+    path: str | Path, output: str | Path, *, dtype: Dtype | None = None, force: bool = False, device: str | None = None
+) -> Merged:
+    """Merge the adapter at `path` into its base, write it to `output`, and check that it answers alike.
+
+    Args:
+        path: a run directory, a checkpoint, final/, or an adapter's folder.
+        output: a folder that is new or empty (or, with `force`, holds anything: it is replaced at the very end).
+        dtype: of the written weights; None keeps the base's.
+
+    Raises:
+        UsageError: there is no adapter, or the output cannot be used.
+        MachineError: no room on the disk.
+        CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
+    """
+    location, goal = locate_run(path), Path(output)
+    if location.kind != "adapter":
+        kind = "a full fine-tune: it is a whole model already" if location.kind == "full" else "a plain model"
+        raise UsageError(
+            f"{path} has no adapter to merge",
+            where=str(location.folder or path),
+            why=f"this is {kind}",
+            fix=f"use {location.folder or path} as it is, or copy it",
+        )
+    _check_output(goal, location, force=force)
+    chosen: Dtype = dtype or location.base.dtype
+    config = fetch(location.base) / "config.json"
+    needed = spec.read_spec(read_json(config), where=str(config)).parameters * DTYPES[chosen].itemsize * ROOM
+    fix = "free some space, or write to another disk with --output"
+    refuse_full_disk(goal, round(needed), what="the merged model", fix=fix)
+    temporary = goal.with_name(f".{goal.name}.{os.getpid()}.part")
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        check = _merge_and_check(location, temporary, chosen, device)
+        (temporary / "merge.json").write_text(json.dumps(asdict(check), indent=2) + "\n", encoding="utf-8")
+        size = sum(p.stat().st_size for p in temporary.rglob("*") if p.is_file())
+        _move_into_place(temporary, goal, check)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if bars:
+            hf_logging.enable_progress_bar()
+    nf4 = location.base.quantize == "nf4"
+    note = f"the base was held in nf4: the adapter was merged into its dequantised {chosen} weights" if nf4 else ""
+    return Merged(str(goal), location.base.name, str(location.folder), chosen, size, note, check)
 
 
-def check_output(output: Path, place: RunLocation, *, force: bool) -> None:
-    """Refuse a goal that would overwrite something, or the very thing that is merged.
+def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:
+    """Refuse an output that would overwrite something, or the very thing that is merged.
 
     Raises:
         UsageError: it is a file, holds files and `force` is not set, or is or holds the adapter or the base.
         MachineError: it cannot be written there.
     """
+    where, goal = "--output", output.resolve()
     if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file", where="--output", fix="name a folder that is new or empty")
-    sources = [p.resolve() for p in (place.folder, Path(place.base.name)) if p is not None and p.exists()]
-    goal = output.resolve()
-    if any(goal == s or goal in s.parents for s in sources):
-        raise UsageError(f"{output} is where the adapter or its base lies", where="--output", fix="name another folder")
+        raise UsageError(f"{output} is a file", where=where, fix="name a folder that is new or empty")
+    sources = [p.resolve() for p in (location.folder, Path(location.base.name)) if p is not None and p.exists()]
+    if any(goal == source or goal in source.parents for source in sources):
+        raise UsageError(f"{output} is where the adapter or its base lies", where=where, fix="name another folder")
     if output.is_dir() and any(output.iterdir()) and not force:
-        raise UsageError(
-            f"{output} is not empty", where="--output", fix="name another folder, or add --force to replace it"
-        )
-    parent = _existing(output)
+        raise UsageError(f"{output} is not empty", where=where, fix="name another folder, or add --force to replace it")
+    parent = existing_folder(output.parent)
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise MachineError(f"{parent} cannot be written", where="--output", fix="name a folder that you may write")
+        raise MachineError(f"{parent} cannot be written", where=where, fix="name a folder that you may write")
 
 
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return next(p for p in path.parents if p.is_dir())
+def _merge_and_check(location: RunLocation, folder: Path, dtype: Dtype, device: str | None) -> MergeCheck:
+    loaded = load_run(location, device=device)
+    model, chosen_device = loaded.model, loaded.model.device
+    prompts, source = probe_prompts(loaded)
+    if dtype == "fp32":
+        widen(model)
+    adapted = logits_of(model, prompts)
+    with disabled(model):
+        base = compare_logits(adapted, logits_of(model, prompts))
+    merge_adapter(model, DTYPES[dtype])
+    folder.mkdir(parents=True)
+    write_model(loaded, folder, dtype)
+    del loaded, model
+    gc.collect()
+    written = _reload(folder).to(chosen_device)
+    again = logits_of(written, prompts)
+    written.set_attn_implementation("eager")  # the same formula as sdpa, its sums in another order
+    noise = compare_logits(again, logits_of(written, prompts))
+    merged = compare_logits(adapted, again)
+    exact = None if dtype == "fp32" else _check_exactly(location, written, prompts)
+    largest = largest_logit(adapted)
+    rules = merge_rules(dtype, merged, base, noise, largest, exact)
+    return MergeCheck(dtype, merged, base, noise, largest, sum(map(len, prompts)), source, exact, rules)
 
 
-def check_room(output: Path, needed: int) -> None:
-    """Refuse a disk that has less than `needed` bytes left, before anything is loaded."""
-    parent = _existing(output)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise MachineError(
-            f"not enough room for the merged model: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free",
-            where=str(parent),
-            fix="free some space, or write to another disk with --output",
+def _check_exactly(location: RunLocation, written: PreTrainedModel, prompts: list[list[int]]) -> ExactCheck | None:
+    """The same merge in fp32 on the CPU, and the written weights compared with it; None where there is no room."""
+    if sum(p.numel() for p in written.parameters()) * EXACT_BYTES > available_memory():
+        return None
+    model = load_run(location, device="cpu").model
+    widen(model)
+    adapted = logits_of(model, prompts)
+    merge_adapter(model, torch.float32)
+    found = compare_logits(adapted, logits_of(model, prompts))
+    return ExactCheck(found, largest_logit(adapted), *count_off(written, model))
+
+
+def _reload(folder: Path) -> PreTrainedModel:
+    """The written folder as any Transformers user loads it; every weight must come from the files.
+
+    Raises:
+        CheckpointError: weights are missing from the files, or the files hold some that the model does not know.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", attn_implementation="sdpa", output_loading_info=True
+    )
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
+    if wrong:
+        what = "plain Transformers does not read the merged folder as it was written"
+        raise CheckpointError(what, where=str(folder), why=str(wrong))
+    return model.eval()
+
+
+def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
+    """Give the written folder its name: the goal, or `<goal>.rejected` if the check failed."""
+    if not check.passed:
+        rejected = goal.with_name(goal.name + ".rejected")
+        shutil.rmtree(rejected, ignore_errors=True)
+        temporary.rename(rejected)
+        raise CheckpointError(
+            f"the merged model answers differently: logits up to {check.merged.max_logit:.3g} apart, "
+            f"mean KL {check.merged.mean_kl:.3g} nats (base against adapter: {check.base.mean_kl:.3g})",
+            where=str(rejected),
+            why="; ".join(text for text, holds in check.rules if not holds),
+            fix="merge with --dtype fp32, or serve the adapter beside its base",
         )
+    old = goal.with_name(f".{goal.name}.{os.getpid()}.old")
+    if goal.exists():
+        goal.rename(old)
+    temporary.rename(goal)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
 
 
 def widen(model: PreTrainedModel) -> None:
-    """Bring a model to fp32 in place, adapter and all; 4-bit layers become plain ones that hold their dense weights.
+    """Cast a model to fp32 in place, adapter and all; 4-bit layers become plain ones that hold their dense weights.
 
-    The base's values stay what they were in the type that was trained, so this is the trained model in exact arithmetic.
+    The base's values stay those of the type that was trained, so this is the trained model in exact arithmetic.
     """
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, Nf4Linear)]:
         plain = _linear(module.dense().float(), module.bias)
@@ -113,6 +225,23 @@ def widen(model: PreTrainedModel) -> None:
             plain = adapted
         model.set_submodule(name, plain)
     _cast(model, torch.float32)
+
+
+def merge_adapter(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Turn each adapted or 4-bit layer into a plain linear one in place, its sum rounded once; all weights to `dtype`."""
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, Lora | Nf4Linear)]:
+        weight = merged_weight(module) if isinstance(module, Lora) else module.dense()
+        model.set_submodule(name, _linear(weight.to(dtype), module.bias))
+    _cast(model, dtype)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if any(True for _ in saved(model)) and embedding is not head:
+        # An embedding trained in full left the head that was tied to it unchanged: two matrices now, not one.
+        model.config.tie_word_embeddings = False
+
+
+def merged_weight(module: Lora) -> torch.Tensor:
+    """weight + scaling B A: fp32 [out_features, in_features], not rounded."""
+    return module.dense().detach().float() + module.update().detach()
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
@@ -129,206 +258,43 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def summed(module: Lora) -> torch.Tensor:
-    """weight + scaling B A in fp32, [out_features, in_features], not rounded."""
-    return module.dense().detach().float() + module.update().detach()
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
-def fold(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Turn each adapted or 4-bit layer into a plain linear one, in place, its sum rounded once; all weights to `dtype`.
-
-    Returns:
-        how many layers had an adapter.
-    """
-    count = sum(1 for _ in loras(model))
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, Lora | Nf4Linear)]:
-        weight = summed(module) if isinstance(module, Lora) else module.dense()
-        model.set_submodule(name, _linear(weight.to(dtype), module.bias))
-    _cast(model, dtype)
-    ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings())]
-    if any(True for _ in saved_parameters(model)) and ends[0] is not ends[1]:
-        # An embedding trained in full left the head that was tied to it as it was: two matrices now, not one.
-        model.config.tie_word_embeddings = False
-    return count
-
-
-def write(opened: LoadedModel, folder: Path, dtype: str) -> None:
-    """Write the folded model as Transformers files: weights in shards, tokenizer with its template, settings, a card."""
-    model, base_folder = opened.model, opened.folder
-    settings = base_folder / "generation_config.json"
+def write_model(loaded: LoadedModel, folder: Path, dtype: str) -> None:
+    """Write the merged model as Transformers files: weights in shards, tokenizer with its template, settings, a card."""
+    settings = loaded.weights / "generation_config.json"
     known = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    # The checkpoint's sampling defaults go along unread: save_pretrained refuses some that models do ship.
-    model.generation_config = GenerationConfig()
-    model.save_pretrained(folder, max_shard_size=SHARD)
-    opened.tokenizer.save_pretrained(folder)
-    known |= {"eos_token_id": sorted(opened.template.stops), "pad_token_id": opened.tokenizer.pad_token_id}
+    # The checkpoint's sampling defaults are copied unread: save_pretrained refuses some that models do ship.
+    loaded.model.generation_config = GenerationConfig()
+    loaded.model.save_pretrained(folder, max_shard_size=SHARD)
+    loaded.tokenizer.save_pretrained(folder)
+    known |= {"eos_token_id": sorted(loaded.template.stops), "pad_token_id": loaded.tokenizer.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    for notice in sorted(base_folder.iterdir()):
+    for notice in sorted(loaded.weights.iterdir()):
         if notice.is_file() and notice.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):
             shutil.copyfile(notice, folder / notice.name)
-    (folder / "README.md").write_text(card(opened, dtype), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(loaded, dtype), encoding="utf-8")
 
 
-def card(opened: LoadedModel, dtype: str) -> str:
-    """A short model card: what it was made from, how, and whose licence stands."""
-    base, run = opened.base_name, opened.run
-    licence = _licence(opened.folder)
-    shown = base if not Path(base).exists() else Path(base).name
-    head = ["---", *([f"license: {licence}"] if licence else []), "library_name: transformers"]
-    head += [*([f"base_model: {shown}"] if shown == base else []), "pipeline_tag: text-generation", "---", ""]
-    body = [
-        f"# {shown}, fine-tuned",
-        "",
-        f"`{shown}` with a LoRA adapter folded into its weights ({dtype}), written by tunesmith.",
-        "",
-    ]
-    if run is not None:
-        kept = f"rank {run.adapter.rank}, alpha {run.adapter.alpha:g}, on {run.adapter.target}"
-        body += [
-            f"- adapter: {kept}",
-            f"- trained for {run.train.duration} at a learning rate of {run.train.learning_rate:g}",
-        ]
-        if run.model.quantize != "none":
-            body += [f"- trained over a {run.model.quantize} base; folded into that base's dequantised {dtype} weights"]
-    what = f"`{licence}`, the licence of the base model" if licence else "the licence of the base model"
-    body += [f"- licence: {what}, holds for this model too; read it before you pass the weights on", ""]
-    return "\n".join(head + body)
-
-
-def _licence(base_folder: Path) -> str:
-    """What the base's own card says, without a YAML reader: the line `license: apache-2.0` of its front matter."""
-    readme = base_folder / "README.md"
+def _model_card(loaded: LoadedModel, dtype: str) -> str:
+    """A short model card: what it was made from, how, and which licence applies."""
+    base, run, readme = loaded.location.base.name, loaded.run, loaded.weights / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    front = text.split("---")[1] if text.startswith("---") and text.count("---") >= 2 else ""
-    found = [line.partition(":")[2].strip() for line in front.splitlines() if line.startswith("license:")]
-    return found[0] if found else ""
-
-
-def _reload(folder: Path, device: torch.device) -> PreTrainedModel:
-    """The written folder as any Transformers user loads it; every weight must come from the files.
-
-    Raises:
-        CheckpointError: weights are missing from the files, or the files hold some that the model does not know.
-    """
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", attn_implementation="sdpa", output_loading_info=True
-    )
-    odd = {
-        name: sorted(map(str, info[name]))
-        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[name]
-    }
-    if odd:
-        raise CheckpointError(
-            "plain Transformers does not read the merged folder as it was written", where=str(folder), why=str(odd)
-        )
-    return model.to(device).eval()
-
-
-def merge(
-    path: str | Path,
-    output: str | Path,
-    *,
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
-    force: bool = False,
-    device: str | None = None,
-) -> Merged:
-    """Merge the adapter at `path` into its base and write it to `output`; prove that it answers alike.
-
-    Args:
-        path: a run directory, a checkpoint, final/, or an adapter's folder.
-        output: a folder that is new or empty (or holds anything, with `force`: it is replaced at the very end).
-        dtype: of the written weights; None keeps the base's.
-
-    Raises:
-        UsageError: there is no adapter, or the output cannot be taken.
-        MachineError: no room on the disk.
-        CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
-    """
-    place, goal = locate_run(path), Path(output)
-    if place.kind != "adapter":
-        whole = "a full fine-tune: it is a whole model already" if place.kind == "full" else "a plain model"
-        raise UsageError(
-            f"{path} has no adapter to merge",
-            where=str(place.folder or path),
-            why=f"this is {whole}",
-            fix=f"use {place.folder or path} as it is, or copy it",
-        )
-    check_output(goal, place, force=force)
-    chosen = dtype or place.base.dtype
-    config = fetch(place.base) / "config.json"
-    parameters = spec.read_spec(read_json(config), where=str(config)).parameters
-    check_room(goal, round(parameters * DTYPES[chosen].itemsize * ROOM))
-    opened = load_run(path, device=device, place=place)
-    temp = goal.with_name(f".{goal.name}.{os.getpid()}.part")
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        found = _merge(opened, temp, chosen)
-        (temp / "merge.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
-        size = sum(p.stat().st_size for p in temp.rglob("*") if p.is_file())
-        _settle(temp, goal, found)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-        if bars:
-            hf_logging.enable_progress_bar()
-    nf4 = place.base.quantize == "nf4"
-    note = f"the base was held in nf4: the adapter went into its dequantised {chosen} weights" if nf4 else ""
-    return Merged(str(goal), place.base.name, str(place.folder), chosen, size, note, found)
-
-
-def _merge(opened: LoadedModel, temp: Path, dtype: str) -> MergeCheck:
-    model, device, place = opened.model, opened.model.device, opened.place
-    prompts, source = merge_check.probes_of(opened)
-    if dtype == "fp32":
-        widen(model)
-    adapted = merge_check.logits_of(model, prompts)
-    with disabled(model):
-        base = merge_check.difference(adapted, merge_check.logits_of(model, prompts))
-    fold(model, DTYPES[dtype])
-    temp.mkdir(parents=True)
-    write(opened, temp, dtype)
-    del opened, model
-    gc.collect()
-    written = _reload(temp, device)
-    again = merge_check.logits_of(written, prompts)
-    with merge_check.eager(written):
-        noise = merge_check.difference(again, merge_check.logits_of(written, prompts))
-    merged = merge_check.difference(adapted, again)
-    largest, positions = merge_check.largest_of(adapted), sum(map(len, prompts))
-    exact = None if dtype == "fp32" else _exact(place, written, prompts)
-    rules = merge_check.check_rules(dtype, merged, base, noise, largest, exact)
-    return MergeCheck(dtype, merged, base, noise, largest, positions, source, exact, rules)
-
-
-def _exact(place: RunLocation, written: PreTrainedModel, prompts: list[list[int]]) -> ExactCheck | None:
-    """The same merge in fp32 on the CPU, and the written weights beside it; None where there is no room for it."""
-    parameters = sum(p.numel() for p in written.parameters())
-    if parameters * EXACT_BYTES > merge_check.memory_available():
-        return None
-    model = load_run(place.folder or "", device="cpu", place=place).model
-    widen(model)
-    adapted = merge_check.logits_of(model, prompts)
-    fold(model, torch.float32)
-    found = merge_check.difference(adapted, merge_check.logits_of(model, prompts))
-    return ExactCheck(found, merge_check.largest_of(adapted), *merge_check.rounded_once(written, model))
-
-
-def _settle(temp: Path, goal: Path, found: MergeCheck) -> None:
-    """Give the written folder its name: the goal, or `<goal>.rejected` if the proof failed."""
-    if not found.passed:
-        rejected = goal.with_name(goal.name + ".rejected")
-        shutil.rmtree(rejected, ignore_errors=True)
-        temp.rename(rejected)
-        raise CheckpointError(
-            f"the merged model answers differently: logits up to {found.merged.max_logit:.3g} apart, "
-            f"mean KL {found.merged.mean_kl:.3g} nats (base against adapter: {found.base.mean_kl:.3g})",
-            where=str(rejected),
-            why="; ".join(text for text, holds in found.rules if not holds),
-            fix="merge with --dtype fp32, or serve the adapter beside its base",
-        )
-    old = goal.with_name(f".{goal.name}.{os.getpid()}.old")
-    if goal.exists():
-        goal.rename(old)
-    temp.rename(goal)
-    shutil.rmtree(old, ignore_errors=True)
+    found = re.match(r"---\n(?:(?!---).*\n)*?license:[ ]*(\S.*)", text)  # of the base's front matter
+    licence = found[1].strip() if found else ""
+    on_hub = not Path(base).exists()
+    shown = base if on_hub else Path(base).name
+    lines = ["---", *([f"license: {licence}"] if licence else []), "library_name: transformers"]
+    lines += [*([f"base_model: {base}"] if on_hub else []), "pipeline_tag: text-generation", "---", ""]
+    lines += [f"# {shown}, fine-tuned", ""]
+    lines += [f"`{shown}` with a LoRA adapter merged into its weights ({dtype}), written by tunesmith.", ""]
+    if run is not None:
+        adapter, train = run.adapter, run.train
+        lines += [f"- adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, on {adapter.target}"]
+        lines += [f"- trained for {train.duration} at a learning rate of {train.learning_rate:g}"]
+        if run.model.quantize != "none":
+            lines += [f"- trained over a {run.model.quantize} base; merged into its dequantised {dtype} weights"]
+    whose = f"`{licence}`, the licence of the base model" if licence else "the licence of the base model"
+    lines += [f"- licence: {whose}, holds for this model too; read it before you pass the weights on", ""]
+    return "\n".join(lines)

@@ -1,28 +1,27 @@
-"""Whether a merged model answers like the adapter over its base: what is compared, and what is demanded.
+"""Whether a merged model answers like the adapter over its base: what is compared, and what is required.
 
 fp32    The two differ by rounding only: the largest logit difference is at most 1e-4 for logits up to 10, and in
         proportion above.
-bf16    Every merged weight is rounded once more, which no merge can avoid, and bf16 products are noisy by themselves.
-fp16    So three things are asked. In fp32 arithmetic, the merge of this adapter answers like the adapter (the rule
+bf16    Every merged weight is rounded once more, which no merge can avoid, and 16-bit matmuls are noisy themselves.
+fp16    So three things are required. In fp32 arithmetic, the merge of this adapter answers like the adapter (the rule
         above). The written weights are that merge, rounded once. And in the written type, the mean KL divergence is
-        small beside what the training taught, or beside the noise of the type: that of the merged model with itself
-        under another attention kernel, one and the same formula in another order of sums.
+        small compared with what the training changed, or with the noise of the type: that of the merged model
+        against itself with another attention kernel, the same formula with its sums in another order.
 
-The first two need room for the model in fp32; where there is none, that is said and the third stands alone.
+The first two need room for the model in fp32; where there is none, the result says so and the third stands alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from tunesmith.data.formats import convert_row
+from tunesmith.data.source import read_rows
 from tunesmith.errors import CheckpointError, TunesmithError
-from tunesmith.inference.prompts import first_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,11 +29,11 @@ if TYPE_CHECKING:
     from tunesmith.inference.load_run import LoadedModel
 
 FP32_LIMIT = 1e-4
-KL_SHARE = 0.1  # of what the training taught
+KL_SHARE = 0.1  # of what the training changed
 KL_NOISE = 4.0  # times the noise of the type
 KL_FLOOR = 1e-4  # nats a token; nobody can tell such models apart
 PROBES = 6
-PROBE_TOKENS = 48  # of each prompt: the logits of 128k tokens take 150 MB then
+PROBE_TOKENS = 48  # of each prompt: the logits of a vocabulary of 128k take 150 MB then
 SENTENCES = (
     "The lighthouse keeper wrote down the weather every morning before breakfast.",
     "To bake bread you need flour, water, salt, yeast and some patience.",
@@ -62,13 +61,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class ExactCheck:
-    """The merge in fp32, and the written weights beside it.
+    """The merge in fp32, and the written weights compared with it.
 
     Attributes:
         difference: adapter against merge, both in fp32 arithmetic.
         largest: largest absolute logit there.
         tensors, values: how many were compared.
-        off: values further from the fp32 merge than rounding explains.
+        off: values further from the fp32 merge than one rounding explains.
     """
 
     difference: Difference
@@ -80,18 +79,18 @@ class ExactCheck:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """What was compared, and the verdict.
+    """What was compared, and the result.
 
     Attributes:
-        dtype: of the written weights and of the products below.
-        merged: written folder, loaded by Transformers, against the unmerged model.
-        base: the base against the unmerged model: the size of what was taught.
-        noise: the merged model under another attention kernel against itself.
+        dtype: of the written weights and of the matmuls below.
+        merged: written folder, loaded by Transformers, against the adapter over its base.
+        base: the base against the adapter over it: the size of what the training changed.
+        noise: the merged model with another attention kernel against itself.
         largest: largest absolute logit, the scale of `max_logit`.
         positions: token positions compared.
         probes: where the prompts came from.
         exact: the comparison in fp32; None for fp32 itself, or where there is no room.
-        rules: what was demanded, in words, each with whether it holds.
+        rules: each requirement in words, with whether it holds.
     """
 
     dtype: str
@@ -109,7 +108,7 @@ class MergeCheck:
         return all(holds for _, holds in self.rules)
 
 
-def difference(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
+def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
     """Compare logits, prompt by prompt.
 
     Args:
@@ -134,22 +133,22 @@ def difference(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor])
     return Difference(largest, max(kl / positions, 0.0), same / positions)
 
 
-def check_rules(
+def merge_rules(
     dtype: str, merged: Difference, base: Difference, noise: Difference, largest: float, exact: ExactCheck | None
 ) -> tuple[tuple[str, bool], ...]:
-    """What is demanded of a merge, in words, and whether it holds; see this file's opening text."""
+    """What is required of a merge, in words, and whether it holds; see the module's docstring."""
     if dtype == "fp32":
         return (_fp32_rule("", merged, largest),)
     limit = max(KL_SHARE * base.mean_kl, KL_NOISE * noise.mean_kl, KL_FLOOR)
     parts = f"{KL_SHARE:.0%} of base against adapter, {KL_NOISE:g} x the noise of {dtype}, {KL_FLOOR:g}"
-    found = [
-        (f"in {dtype}: mean KL {merged.mean_kl:.2g}, at most {limit:.2g} (most of {parts})", merged.mean_kl <= limit)
-    ]
+    text = f"in {dtype}: mean KL {merged.mean_kl:.2g}, at most {limit:.2g} (the largest of {parts})"
+    rules = [(text, merged.mean_kl <= limit)]
     if exact is not None:
-        found.append(_fp32_rule("in fp32: ", exact.difference, exact.largest))
-        text = f"written weights: {exact.values:,} in {exact.tensors} tensors are that merge rounded once, {exact.off} are not"
-        found.append((text, exact.off == 0))
-    return tuple(found)
+        rules.append(_fp32_rule("in fp32: ", exact.difference, exact.largest))
+        count = f"{exact.values:,} in {exact.tensors} tensors"
+        text = f"written weights: {count} are the fp32 merge rounded once, except {exact.off}"
+        rules.append((text, exact.off == 0))
+    return tuple(rules)
 
 
 def _fp32_rule(prefix: str, found: Difference, largest: float) -> tuple[str, bool]:
@@ -161,43 +160,39 @@ def _fp32_rule(prefix: str, found: Difference, largest: float) -> tuple[str, boo
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Logits of each prompt alone, no padding: fp32 [tokens, vocabulary] on the CPU."""
-    return [
-        model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0].float().cpu()
-        for ids in prompts
-    ]
+    batches = (torch.tensor([list(ids)], device=model.device) for ids in prompts)
+    return [model(input_ids=batch, use_cache=False).logits[0].float().cpu() for batch in batches]
 
 
-def largest_of(logits: Sequence[torch.Tensor]) -> float:
+def largest_logit(logits: Sequence[torch.Tensor]) -> float:
     return max(part.abs().max().item() for part in logits)
 
 
-@contextmanager
-def eager(model: PreTrainedModel) -> Iterator[None]:
-    """Transformers' plain attention in place of sdpa: the same formula, its sums in another order."""
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("sdpa")
+def probe_prompts(loaded: LoadedModel) -> tuple[list[list[int]], str]:
+    """A few prompts as token ids, at most PROBE_TOKENS each, and where they come from.
 
-
-def probes_of(opened: LoadedModel) -> tuple[list[list[int]], str]:
-    """A handful of prompts as token ids, at most PROBE_TOKENS each: the run's held-out or training rows, else ours."""
-    if opened.run is not None:
-        for name, sources in (("validation", opened.run.data.validation), ("training", opened.run.data.train)):
+    They are the run's held-out or training rows as they are trained, else built-in sentences.
+    """
+    data = loaded.run.data if loaded.run else None
+    if data is not None:
+        for name, source in [*(("validation", s) for s in data.validation[:1]), ("training", data.train[0])]:
+            prompts = []
             try:
-                rows = first_examples(sources, opened.run.data, opened.template, PROBES)
+                rows = read_rows(source)
+                for i in range(min(PROBES, len(rows))):
+                    sample = convert_row(rows[i], source, where=rows.where(i), system=data.system)
+                    example = loaded.template.encode(sample, data.train_on, where=rows.where(i))
+                    prompts.append(example.ids[:PROBE_TOKENS].tolist())
             except TunesmithError:
                 continue  # the data need not be on the machine that merges
-            if rows:
-                return [row.ids[:PROBE_TOKENS].tolist() for row in rows], f"{len(rows)} {name} rows"
-    ids = [opened.tokenizer(text)["input_ids"][:PROBE_TOKENS] for text in SENTENCES]
-    return ids, f"{len(ids)} built-in sentences"
+            return prompts, f"{len(prompts)} {name} rows"
+    prompts = [loaded.tokenizer(text)["input_ids"][:PROBE_TOKENS] for text in SENTENCES]
+    return prompts, f"{len(prompts)} built-in sentences"
 
 
 @torch.no_grad()
-def rounded_once(written: PreTrainedModel, merge: PreTrainedModel) -> tuple[int, int, int]:
-    """Compare the weights of a written 16-bit model with a merge in fp32.
+def count_off(written: PreTrainedModel, merge: PreTrainedModel) -> tuple[int, int, int]:
+    """Compare the weights of a written 16-bit model with a merge in fp32, tensor by tensor.
 
     Returns:
         (tensors, values, values that are off by more than half a unit in the last place).
@@ -205,18 +200,9 @@ def rounded_once(written: PreTrainedModel, merge: PreTrainedModel) -> tuple[int,
     tensors, values, off = 0, 0, 0
     for name, weight in merge.named_parameters():
         found = written.get_parameter(name)
-        kind = torch.finfo(found.dtype)
+        info = torch.finfo(found.dtype)
         # 1.01: two machines may sum B A in another order before the rounding.
-        bound = weight.abs() * (1.01 * kind.eps / 2) + kind.smallest_normal * kind.eps
+        bound = weight.abs() * (1.01 * info.eps / 2) + info.smallest_normal * info.eps
         off += int(((found.cpu().float() - weight).abs() > bound).sum())
         tensors, values = tensors + 1, values + weight.numel()
     return tensors, values, off
-
-
-def memory_available() -> int:
-    """Bytes that can be had without swapping, as Linux estimates it; 0 where that is not known."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)

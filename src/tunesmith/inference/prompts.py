@@ -1,7 +1,7 @@
-"""Rows -> questions to a trained model: the prompt in the form that was trained, and the answer if the row has one.
+"""Rows -> prompts for a trained model, rendered as in training, and the answer if the row has one.
 
-A row may be of any format that trains, with its answer or without. The last assistant turn, the output or the
-completion is taken off and kept as the reference; a row that has none is asked as it stands.
+A row may have any format that trains, with its answer or without. The last assistant turn, the output or the
+completion is taken off and kept as the reference; a row that has none is prompted as it is.
 """
 
 from __future__ import annotations
@@ -10,27 +10,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config.schema import Data, Source
-from tunesmith.data.formats import Conversation, Sample, convert_row
+from tunesmith.config.schema import Source
+from tunesmith.data.formats import Conversation, convert_row
 from tunesmith.errors import DataError
+from tunesmith.inference.decoding import cut_answer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from tunesmith.data.batch import Example
     from tunesmith.data.source import Rows
-    from tunesmith.data.template import Template
+    from tunesmith.inference.load_run import LoadedModel
 
-# The column that tells a format, in the order in which it is looked for.
-TOLD_BY = {
+# The column that identifies a format, in the order of the search, and the column that holds the answer.
+FORMAT_OF_COLUMN = {
     "messages": "messages",
     "conversations": "sharegpt",
     "instruction": "alpaca",
     "prompt": "prompt-completion",
     "text": "text",
 }
-FORMATS = tuple(TOLD_BY.values())
-_LATER = "?"  # stands in for the answer of a row that has none, so that the row converts; never read
+_ANSWER_COLUMN = {
+    "alpaca": "output",
+    "prompt-completion": "completion",
+    "messages": "messages",
+    "sharegpt": "conversations",
+}
+_ANSWER_ROLES = ("assistant", "gpt", "model", "chatgpt", "bot", "function_call", "tool_call")
+PLACEHOLDER = "?"  # stands in for an answer that is to come, so that the row converts; a prompt ends before it
 
 
 @dataclass(frozen=True)
@@ -39,124 +43,106 @@ class Prompt:
 
     Attributes:
         row: as it was read.
-        where: its place, for messages.
-        prompt: token ids up to where the answer starts.
+        where: its place, for errors.
+        ids: tokens up to where the answer starts.
         reference: the text of the answer that the row holds, or None.
     """
 
     row: dict[str, Any]
     where: str
-    prompt: list[int]
+    ids: list[int]
     reference: str | None
 
 
-def source_of(row: dict[str, Any], where: str, asked: str, known: Sequence[Source]) -> Source:
-    """How to read a row: the format that was asked for, else that of a known source whose columns it has, else by its columns.
+def row_source(row: dict[str, Any], where: str, format_name: str, known: Sequence[Source]) -> Source:
+    """How to read a row: in `format_name`, or for `auto` as a known source whose columns it has, else by its columns.
 
     Raises:
-        DataError: no column tells.
+        DataError: no column identifies the format.
     """
-    if asked != "auto":
-        return Source(source=where, format=asked)  # type: ignore[arg-type]
+    if format_name != "auto":
+        return Source(source=where, format=format_name)  # type: ignore[arg-type]
     for source in known:
         if source.columns and set(source.columns.values()) <= set(row):
             return source
-    for column, name in TOLD_BY.items():
+    for column, name in FORMAT_OF_COLUMN.items():
         if column in row:
             return Source(source=where, format=name)  # type: ignore[arg-type]
     raise DataError(
-        "cannot tell the format of the row",
+        "the format of the row is unknown",
         where=where,
-        why=f"its columns are {', '.join(map(repr, row)) or 'none'}; looked for {', '.join(TOLD_BY)}",
-        fix="rename a column, or say --format",
+        why=f"its columns are {', '.join(map(repr, row)) or 'none'}; looked for {', '.join(FORMAT_OF_COLUMN)}",
+        fix="rename a column, or give --format",
     )
 
 
-def prompts_of(
-    rows: Rows,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    asked: str = "auto",
-    known: Sequence[Source] = (),
-    system: str | None = None,
-) -> list[Prompt]:
-    """Every row as a question.
+def make_prompts(rows: Rows, loaded: LoadedModel, format_name: str = "auto") -> list[Prompt]:
+    """Every row as a prompt; conversations without a system message get the run's.
 
     Args:
-        asked: a format, or `auto`.
-        known: sources of the run, whose column mappings are tried first.
-        system: the run's system message, for conversations that have none.
+        format_name: a format of `FORMAT_OF_COLUMN`, or `auto`.
 
     Raises:
         DataError: a row that is broken or has nothing to answer, by its place.
     """
-    found = []
+    prompts = []
     for i in range(len(rows)):
         row, where = rows[i], rows.where(i)
-        source = source_of(row, where, asked, known)
-        whole, answered = with_answer(row, source)
-        sample = convert_row(whole, source, where=where, system=system)
-        if isinstance(sample, Conversation):
-            _check_end(sample, where)
-        answer = reference(sample, template, tokenizer, where=where) if answered else None
-        found.append(Prompt(row, where, list(template.prompt(sample)), answer))
-    return found
+        source = row_source(row, where, format_name, loaded.sources)
+        complete, answered = _with_answer(row, source)
+        sample = convert_row(complete, source, where=where, system=loaded.system)
+        if isinstance(sample, Conversation) and sample.messages[-1]["role"] != "assistant":
+            raise DataError(
+                "the conversation ends with neither a question nor an answer",
+                where=where,
+                why=f"its last message is of the role {sample.messages[-1]['role']}",
+                fix="end it with the turn to answer, or with the answer",
+            )
+        reference = None
+        if answered:
+            # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are compared
+            # in the form in which the model writes them.
+            example = loaded.template.encode(sample, "last", where=where)
+            supervised = example.ids[example.trained].tolist()
+            reference = cut_answer(loaded.tokenizer, supervised, loaded.template.stops).text
+        prompts.append(Prompt(row, where, list(loaded.template.prompt(sample)), reference))
+    return prompts
 
 
-def with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], bool]:
-    """The row with an answer, its own or a stand-in, and whether it is its own."""
-    name = {"alpaca": "output", "prompt-completion": "completion", "messages": "messages", "sharegpt": "conversations"}
+def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], bool]:
+    """The row with an answer, its own or a placeholder, and whether it is its own."""
     if source.format == "text":
         return row, False
-    column = source.columns.get(name[source.format], name[source.format])
-    value = row.get(column)
+    column = source.columns.get(_ANSWER_COLUMN[source.format], _ANSWER_COLUMN[source.format])
+    value, later = row.get(column), {"role": "assistant", "content": PLACEHOLDER}
     if source.format in ("alpaca", "prompt-completion"):
         if value not in (None, ""):
             return row, True
-        listed = isinstance(row.get(source.columns.get("prompt", "prompt")), list)
-        return {**row, column: [{"role": "assistant", "content": _LATER}] if listed else _LATER}, False
-    key, answers = ("role", ("assistant", "model")) if source.format == "messages" else ("from", _SHAREGPT_ANSWERS)
-    if not isinstance(value, list) or not value or not isinstance(value[-1], dict) or value[-1].get(key) in answers:
+        as_messages = isinstance(row.get(source.columns.get("prompt", "prompt")), list)
+        return {**row, column: [later] if as_messages else PLACEHOLDER}, False
+    role = "role" if source.format == "messages" else "from"
+    if (
+        not isinstance(value, list)
+        or not value
+        or not isinstance(value[-1], dict)
+        or value[-1].get(role) in _ANSWER_ROLES
+    ):
         return row, True
-    stand_in = {"role": "assistant", "content": _LATER} if key == "role" else {"from": "gpt", "value": _LATER}
-    return {**row, column: [*value, stand_in]}, False
+    return {**row, column: [*value, later if role == "role" else {"from": "gpt", "value": PLACEHOLDER}]}, False
 
 
-_SHAREGPT_ANSWERS = ("gpt", "assistant", "model", "chatgpt", "bot", "function_call", "tool_call")
+def check_prompt_lengths(prompts: Sequence[Prompt], max_new_tokens: int, context: int) -> None:
+    """Refuse prompts that leave no room for the answer in the model's `context` (tokens), naming the longest.
 
-
-def _check_end(sample: Conversation, where: str) -> None:
-    if sample.messages[-1]["role"] != "assistant":
-        raise DataError(
-            "the conversation ends with neither a question nor an answer",
-            where=where,
-            why=f"its last message is of the role {sample.messages[-1]['role']}",
-            fix="end it with the turn to answer, or with the answer",
-        )
-
-
-def reference(sample: Sample, template: Template, tokenizer: PreTrainedTokenizerBase, *, where: str) -> str:
-    """The text that a perfect answer decodes to: the tokens learnt in the last turn, up to its end token.
-
-    Taken from the tokens rather than from the row, so that tool calls, reasoning and what the template trims are
-    compared in the form in which the model writes them.
+    Raises:
+        DataError: a prompt and its answer would pass the context.
     """
-    example = template.encode(sample, "last", where=where)
-    ids = example.ids[example.trained].tolist()
-    end = next((i for i, token in enumerate(ids) if token in template.stops), len(ids))
-    return str(tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def first_examples(sources: Sequence[Source], data: Data, template: Template, count: int) -> list[Example]:
-    """The first rows of the first source as tokens, as they are trained; none where there is no source."""
-    from tunesmith.data.source import read_rows
-
-    if not sources:
-        return []
-    rows = read_rows(sources[0])
-    found = []
-    for i in range(min(count, len(rows))):
-        sample = convert_row(rows[i], sources[0], where=rows.where(i), system=data.system)
-        found.append(template.encode(sample, data.train_on, where=rows.where(i)))
-    return found
+    too_long = [p for p in prompts if len(p.ids) + max_new_tokens > context]
+    if too_long:
+        worst = max(too_long, key=lambda p: len(p.ids))
+        raise DataError(
+            f"{len(too_long)} of {len(prompts)} prompts are too long: the longest has {len(worst.ids)} tokens",
+            where=worst.where,
+            why=f"the model's context is {context} tokens, and {max_new_tokens} are kept for the answer",
+            fix="shorten these rows, or give a smaller --max-new-tokens",
+        )

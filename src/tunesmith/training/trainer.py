@@ -24,8 +24,8 @@ from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.checkpoint.writer import Writer
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import StoppedError, TunesmithError
+from tunesmith.inference.decoding import sample_answers
 from tunesmith.inference.evaluate import validation_loss
-from tunesmith.inference.generate import sample_answers
 from tunesmith.metrics import hardware
 from tunesmith.metrics import sinks as metric_sinks
 from tunesmith.metrics.profile import Profiler
@@ -262,7 +262,9 @@ class Trainer:
         self.sinks.validation(self.step, found[0])
         self.note_best(found[0])
         if self.run.log.samples:
-            self.sinks.samples(self.step, sample_answers(self.s, self.run.log.samples))
+            examples = self.s.data.validation.first(self.run.log.samples)
+            stops = self.s.data.template.stops
+            self.sinks.samples(self.step, sample_answers(self.s.model, self.s.tokenizer, examples, stops))
             self.s.model.train()
 
     def note_best(self, loss: float) -> None:

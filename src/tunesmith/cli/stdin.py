@@ -1,4 +1,4 @@
-"""stdin as lines of text, whatever a caller pipes into it."""
+"""Lines of standard input, whatever a caller pipes into it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def stdin_lines() -> Iterator[tuple[int, str]]:
                 "the line is not UTF-8 text",
                 where=f"stdin:{number}",
                 why=f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}: {error.reason}",
-                fix="convert it on the way: iconv -f latin1 -t utf-8 rows.jsonl | tunesmith ...",
+                fix="convert it first: iconv -f latin1 -t utf-8 rows.jsonl | tunesmith ...",
             ) from None
         if text.strip():
             yield number, text

@@ -1,0 +1,256 @@
+"""Token ids in, answers out: batched decoding with Transformers' `generate`.
+
+Prompts are padded on the left, sorted by length inside a window of a few batches, and answered window by window in
+their order. Windows start at fixed rows and each batch has its own seed, so a job that is stopped and resumed gives
+the same answers as an uninterrupted one.
+
+Generation settings that ship with a model (a repetition penalty, a default temperature) are ignored: greedy is plain
+greedy, and sampling applies the options of `Decoding` and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from tunesmith.adapter.lora import LoraLinear, loras, merged_weight
+from tunesmith.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+    from tunesmith.data.batch import Example
+    from tunesmith.methods.base import TrainModel
+
+SAMPLE_TOKENS = 64  # of a sample answer while training
+WINDOW_BATCHES = 4  # a larger window sorts better; a resumed job computes one window again
+
+
+def never() -> bool:
+    """The default of `cancelled`."""
+    return False
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 is greedy; above, the logits are divided by it and a token is drawn.
+        top_p: draw from the smallest set of tokens whose probabilities sum to this (1: from all).
+        top_k: draw from the k most likely tokens (0: from all).
+        seed: of the draws; greedy has none.
+
+    Raises:
+        UsageError: a value out of range, or a sampling option without a temperature.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("--temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 (greedy) or above"),
+            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("--top-k", self.top_k, self.top_k >= 0, "0 (off) or above"),
+            ("--seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
+        )
+        for name, value, holds, allowed in rules:
+            if not holds:
+                raise UsageError(f"{name} {value} is out of range", where=name, fix=f"give {allowed}")
+        if self.temperature == 0 and (self.top_p != 1 or self.top_k != 0):
+            raise UsageError(
+                "--top-p and --top-k have no effect without a temperature",
+                where="--temperature",
+                why="at temperature 0 the most likely token is always taken",
+                fix="add --temperature 1.0, or leave both out",
+            )
+
+    def describe(self) -> str:
+        """One line for a log: `greedy, up to 256 new tokens`."""
+        how = "greedy"
+        if self.temperature > 0:
+            how = f"sampled at temperature {self.temperature:g}"
+            how += f", top-p {self.top_p:g}" if self.top_p < 1 else ""
+            how += f", top-k {self.top_k}" if self.top_k else ""
+            how += f", seed {self.seed}"
+        return f"{how}, up to {self.max_new_tokens} new tokens"
+
+    def config(self, stops: Collection[int], pad_id: int) -> GenerationConfig:
+        """Transformers' form, with every setting that a model might bring along at its neutral value."""
+        sampled = self.temperature > 0
+        options = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k} if sampled else {}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=sampled,
+            eos_token_id=sorted(stops) or None,
+            pad_token_id=pad_id,
+            **options,
+        )
+
+
+class Answer(NamedTuple):
+    """What a model wrote.
+
+    Attributes:
+        text: without special tokens.
+        ids: its tokens, without the stop token.
+        finished: it ended by a stop token; False when cut at `max_new_tokens` or by the user.
+    """
+
+    text: str
+    ids: list[int]
+    finished: bool
+
+
+class _Cancelled(StoppingCriteria):
+    """Ends all answers of a batch after the present token once `cancelled` says so."""
+
+    def __init__(self, cancelled: Callable[[], bool]) -> None:
+        self.cancelled = cancelled
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.cancelled(), device=input_ids.device, dtype=torch.bool)
+
+
+@contextmanager
+def _own_settings(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Eval mode, no generation settings from the checkpoint, and the caller's random state untouched."""
+    training, settings = model.training, model.generation_config
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.eval()
+    model.generation_config = GenerationConfig()
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        model.generation_config = settings
+        model.train(training)
+
+
+def answer_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    stops: Collection[int],
+    streamer: BaseStreamer | None = None,
+    cancelled: Callable[[], bool] = never,
+) -> list[Answer]:
+    """Answer a few prompts in one batch, padded on the left.
+
+    Args:
+        model: its attention must take a padding mask (sdpa or eager; not the one for packed rows).
+        prompts: token ids, at least one each.
+        stops: ids that end an answer.
+        streamer: gets the tokens as they come; for a single prompt only.
+        cancelled: asked after each token; once true, the answers end there and are returned as they are.
+    """
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, width - len(prompt) :] = 1
+    with _own_settings(model, decoding.seed):
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=decoding.config(stops, pad_id),
+            stopping_criteria=StoppingCriteriaList([_Cancelled(cancelled)]),
+            streamer=streamer,
+        )
+    return [cut_answer(tokenizer, row, stops) for row in out[:, width:].tolist()]
+
+
+def cut_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Collection[int]) -> Answer:
+    """The answer up to its first stop token, as tokens and text."""
+    end = next((i for i, token in enumerate(ids) if token in stops), None)
+    return Answer(decode(tokenizer, ids[:end]), ids[:end], end is not None)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of tokens without special ones, spaces as the tokens have them."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def answer_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    stops: Collection[int],
+    batch_size: int = 16,
+    start: int = 0,
+    cancelled: Callable[[], bool] = never,
+) -> Iterator[tuple[int, Answer]]:
+    """Answer many prompts; yield (index, answer) in the order of the prompts, from index `start` on.
+
+    The batches do not depend on `start`: the window that holds it is computed whole. Once `cancelled` says so, the
+    current window is given up and the iterator ends.
+    """
+    window = batch_size * WINDOW_BATCHES
+    for first in range(start // window * window, len(prompts), window):
+        order = sorted(range(first, min(first + window, len(prompts))), key=lambda i: (len(prompts[i]), i))
+        done: dict[int, Answer] = {}
+        for at in range(0, len(order), batch_size):
+            rows = order[at : at + batch_size]
+            if all(row < start for row in rows):
+                continue
+            seeded = replace(decoding, seed=(decoding.seed * 1_000_003 + min(rows)) % 2**63)
+            batch = [prompts[i] for i in rows]
+            answers = answer_batch(model, tokenizer, batch, seeded, stops=stops, cancelled=cancelled)
+            if cancelled():
+                return
+            done.update(zip(rows, answers, strict=True))
+        yield from ((i, done[i]) for i in sorted(done) if i >= start)
+
+
+@contextmanager
+def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
+    """Merge an fp32 model's adapter into its weights inside the block, and put the same weights back afterwards.
+
+    Decoding is bound by the number of matmuls, and an adapter adds two to each layer. In fp32 the merged weights give
+    the same answers up to rounding. In bf16 they would be rounded once more and could answer differently, so the
+    adapter stays separate; a 4-bit base has nothing to merge into.
+    """
+    layers = [m for _, m in loras(model) if isinstance(m, LoraLinear) and m.enabled and m.weight.dtype == torch.float32]
+    weights = [module.weight for module in layers]
+    try:
+        for module in layers:
+            module.weight = torch.nn.Parameter(merged_weight(module), requires_grad=False)
+            module.enabled = False
+        yield
+    finally:
+        for module, weight in zip(layers, weights, strict=True):
+            module.weight, module.enabled = weight, True
+
+
+def sample_answers(
+    train_model: TrainModel, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], stops: Collection[int]
+) -> list[tuple[str, str]]:
+    """(prompt, answer) of examples of a run in progress, greedily; the training attention is set again afterwards."""
+    # What stands before the first supervised token is the prompt; an example that is supervised whole has none.
+    prompts = [ids for ids in (e.ids[: int(e.trained.argmax())].tolist() for e in examples) if len(ids) > 1]
+    model, decoding = train_model.model, Decoding(max_new_tokens=SAMPLE_TOKENS)
+    model.set_attn_implementation("sdpa")
+    try:
+        answers = [answer_batch(model, tokenizer, [ids], decoding, stops=stops)[0] for ids in prompts]
+    finally:
+        train_model.use_training_attention()
+    return [(decode(tokenizer, ids), answer.text) for ids, answer in zip(prompts, answers, strict=True)]

@@ -1,0 +1,174 @@
+"""Answers in batches against plain Transformers and PEFT, one prompt at a time; order, seeds, and a restart's sameness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from runs import peft_model
+from tunesmith.errors import UsageError
+from tunesmith.inference.decoding import Decoding, answer_all, answer_batch, decode, merged_meanwhile
+from tunesmith.inference.load_run import LoadedModel, load_run
+
+TEXTS = ["a", "hello there", "Count to seven", "x" * 40, "the end", "b?", "one two three", "zz", "q", "longer " * 9]
+
+
+@pytest.fixture(scope="module")
+def opened(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = tmp_path_factory.mktemp("adapter")
+    peft_model(tiny).save_pretrained(folder)
+    return load_run(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts(opened: LoadedModel) -> list[list[int]]:
+    return [opened.tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+def test_greedy_batches_answer_as_peft_does_one_by_one(
+    tiny: Path, opened: LoadedModel, prompts: list[list[int]]
+) -> None:
+    peft = peft_model(tiny)
+    decoding = Decoding(max_new_tokens=12)
+    long = answer_batch(opened.model, opened.tokenizer, prompts[:1], decoding, stops=set())[0].ids
+    stops = {long[5], 256}  # a random model seldom ends by itself; this token ends some answers and not all
+    settings = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=sorted(stops), pad_token_id=257)
+    found = dict(answer_all(opened.model, opened.tokenizer, prompts, decoding, stops=stops, batch_size=3))
+    assert {answer.finished for answer in found.values()} == {True, False}
+    assert list(found) == list(range(len(prompts)))
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        expected = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)[
+            0, len(prompt) :
+        ].tolist()
+        cut = next((n for n, token in enumerate(expected) if token in stops), None)
+        assert found[i].ids == expected[:cut]
+        assert found[i].finished == (cut is not None)
+        assert found[i].text == decode(opened.tokenizer, expected[:cut])
+
+
+def test_adapter_changes_answers(opened: LoadedModel, prompts: list[list[int]]) -> None:
+    """Else the comparison above would prove nothing about the adapter."""
+    from tunesmith.adapter.lora import disabled
+
+    tuned = answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops={256})
+    with disabled(opened.model):
+        base = answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops={256})
+    assert sum(a.ids != b.ids for a, b in zip(tuned, base, strict=True)) >= len(prompts) // 2
+
+
+@pytest.mark.parametrize("decoding", [Decoding(6), Decoding(6, temperature=1.0, top_p=0.9, top_k=50, seed=3)])
+@pytest.mark.parametrize("start", [1, 4, 8, 9])
+def test_restart_gives_the_answers_of_an_unbroken_job(
+    opened: LoadedModel, prompts: list[list[int]], decoding: Decoding, start: int
+) -> None:
+    """Window of 2 x 4 = 8 rows: starts inside the first, at its edge and inside the second."""
+    whole = list(answer_all(opened.model, opened.tokenizer, prompts, decoding, stops=set(), batch_size=2))
+    rest = list(answer_all(opened.model, opened.tokenizer, prompts, decoding, stops=set(), batch_size=2, start=start))
+    assert rest == whole[start:]
+
+
+def test_sampling_follows_its_seed_and_leaves_the_callers_random_state(
+    opened: LoadedModel, prompts: list[list[int]]
+) -> None:
+    def draw(seed: int) -> list[list[int]]:
+        sampled = Decoding(8, temperature=1.0, seed=seed)
+        return [a.ids for a in answer_batch(opened.model, opened.tokenizer, prompts, sampled, stops=set())]
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = draw(1), draw(1), draw(2)
+    assert first == again
+    assert first != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_settings_that_ship_with_a_model_are_set_aside_and_put_back(
+    opened: LoadedModel, prompts: list[list[int]]
+) -> None:
+    plain = answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops=set())
+    shipped = GenerationConfig(repetition_penalty=9.0, temperature=0.7, do_sample=True, top_k=3, num_beams=2)
+    kept, opened.model.generation_config = opened.model.generation_config, shipped
+    try:
+        assert answer_batch(opened.model, opened.tokenizer, prompts, Decoding(8), stops=set()) == plain
+        assert opened.model.generation_config is shipped
+    finally:
+        opened.model.generation_config = kept
+
+
+def test_training_mode_comes_back(opened: LoadedModel, prompts: list[list[int]]) -> None:
+    opened.model.train()
+    answer_batch(opened.model, opened.tokenizer, prompts[:1], Decoding(2), stops=set())
+    assert opened.model.training
+    opened.model.eval()
+
+
+def test_a_cancelled_job_gives_up_the_window_under_way(opened: LoadedModel, prompts: list[list[int]]) -> None:
+    found: list[int] = []
+    # True once the last answer of the first window, of 4 batches of one row, is out.
+    options = {"stops": set(), "batch_size": 1, "cancelled": lambda: len(found) == 4}
+    for index, _ in answer_all(opened.model, opened.tokenizer, prompts, Decoding(4), **options):
+        found.append(index)
+    assert found == [0, 1, 2, 3]
+
+
+def test_a_cancelled_answer_ends_after_its_present_token(opened: LoadedModel, prompts: list[list[int]]) -> None:
+    options = {"stops": set(), "cancelled": lambda: True}
+    answer = answer_batch(opened.model, opened.tokenizer, prompts[:1], Decoding(50), **options)[0]
+    assert len(answer.ids) == 1
+    assert not answer.finished
+
+
+def test_merged_meanwhile_answers_alike_and_restores_every_bit(opened: LoadedModel, prompts: list[list[int]]) -> None:
+    """Logits to 1e-5: fp32 rounding of one more or one less product in a layer, logits near 1."""
+    ids = torch.tensor([prompts[3]])
+    before = {name: weight.clone() for name, weight in opened.model.state_dict().items()}
+    with torch.no_grad():
+        unmerged = opened.model(input_ids=ids).logits
+        with merged_meanwhile(opened.model):
+            changed = [n for n, w in opened.model.state_dict().items() if not torch.equal(w, before[n])]
+            merged = opened.model(input_ids=ids).logits
+        again = opened.model(input_ids=ids).logits
+    assert len(changed) == 14  # 2 layers of 7 projections
+    torch.testing.assert_close(merged, unmerged, atol=1e-5, rtol=0)
+    assert torch.equal(again, unmerged)
+    assert all(torch.equal(weight, before[name]) for name, weight in opened.model.state_dict().items())
+
+
+def test_a_bf16_model_is_not_merged_meanwhile(tiny: Path, tmp_path: Path) -> None:
+    peft_model(tiny).save_pretrained(tmp_path / "adapter")
+    model = load_run(tmp_path / "adapter", device="cpu", dtype="bf16").model
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with merged_meanwhile(model):
+        assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens"),
+        ({"temperature": -0.1}, "--temperature"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"temperature": float("inf")}, "--temperature"),
+        ({"temperature": 1.0, "top_p": 0.0}, "--top-p"),
+        ({"temperature": 1.0, "top_p": 1.5}, "--top-p"),
+        ({"temperature": 1.0, "top_k": -1}, "--top-k"),
+        ({"seed": -1}, "--seed"),
+        ({"top_p": 0.9}, "--temperature"),
+        ({"top_k": 5}, "--temperature"),
+    ],
+)
+def test_wrong_decoding_is_refused(options: dict[str, float], word: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Decoding(**options)  # type: ignore[arg-type]
+    assert word in caught.value.text()
+    assert caught.value.fix
+
+
+def test_special_tokens_are_not_text(opened: LoadedModel) -> None:
+    end = opened.tokenizer.eos_token_id
+    ids = opened.tokenizer("two  words .")["input_ids"]
+    assert decode(opened.tokenizer, [*ids, end]) == "two  words ."
