@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from tunesmith.checkpoint.resume import claimed, decide, put_aside
+from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError, StoppedError, UsageError
 from tunesmith.metrics import sinks as metric_sinks
@@ -28,7 +29,8 @@ def print_line(text: str) -> None:
 
 
 def train(
-    run: Run,
+    run: Run | str | Path,
+    overrides: Sequence[str] = (),
     *,
     fresh: bool = False,
     why: bool = False,
@@ -38,7 +40,8 @@ def train(
     """Train what a recipe describes, or go on with it.
 
     Args:
-        run: a checked recipe.
+        run: a recipe: its file, the name of one that ships, or a checked `Run`.
+        overrides: `key.sub=value`, for a recipe given by file or name.
         fresh: put what an earlier run left in `output_dir` aside and start over.
         why: say the reason of each choice that was made for this machine.
         argv: the command line, for env.json.
@@ -49,6 +52,10 @@ def train(
         RunError: the run began and failed; failure.json says why.
         StoppedError: a signal came; everything is saved.
     """
+    if not isinstance(run, Run):
+        run = load_recipe(run, overrides)
+    elif overrides:
+        raise UsageError("a checked recipe takes no overrides", fix="give the recipe's file, or dataclasses.replace it")
     out = Path(run.output_dir)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
