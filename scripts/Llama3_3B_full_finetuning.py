@@ -2,7 +2,7 @@
 
 import sys
 
-from tunesmith.cli.playbook import main
+from playbook import main
 
 if __name__ == "__main__":
     sys.exit(main("Llama3_3B_full_finetuning"))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import playbook
 from cli.bad_table import ALL
 from cli.bad_world import Case, World, snapshot, told
-from tunesmith.cli import playbook
 from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_USAGE
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,9 +12,9 @@ from typing import Any
 
 import pytest
 
+import playbook
 from conftest import byte_tokenizer
-from tunesmith.cli import playbook
-from tunesmith.cli.playbook import SCRIPTS, default_folder, parser, recipe, selection, write_inputs
+from playbook import SCRIPTS, default_folder, make_recipe, parser, selection, write_inputs
 from tunesmith.config.load import from_mapping, to_mapping
 from tunesmith.config.schema import Data, Run, Source
 from tunesmith.errors import UsageError
@@ -55,7 +54,7 @@ def values(run: Run) -> dict[str, str]:
 
 
 def run_of(script: str, *flags: str, folder: Path = Path("out"), ranks: int = 1) -> dict[str, Any]:
-    run = recipe(script, parser(script).parse_args(flags), folder=folder, ranks=ranks)
+    run = make_recipe(script, parser(script).parse_args(flags), folder=folder, ranks=ranks)
     return values(run)
 
 
@@ -161,7 +160,7 @@ def test_a_wrong_value_ends_with_2_and_names_the_flag(flags: list[str], capsys: 
 def test_the_recipe_holds_the_rules_of_every_recipe(script: str, tmp_path: Path) -> None:
     args = parser(script).parse_args(["--model_name", "org/base", "--log_dir", str(tmp_path / "logs")])
     write_inputs(ROWS, tmp_path, bos=False)
-    run = recipe(script, args, folder=tmp_path, ranks=1)
+    run = make_recipe(script, args, folder=tmp_path, ranks=1)
     assert from_mapping(to_mapping(run), where=script, base=tmp_path) == run
 
 
@@ -210,7 +209,7 @@ def test_text_and_mask_are_theirs(tmp_path: Path, row: dict[str, str], bos: bool
     source = Source(source=str(tmp_path / playbook.ROWS), format="alpaca")
     kept = json.loads((tmp_path / playbook.ROWS).read_text())
     text = ("<s>" if bos else "") + THEIRS.format(row["instruction"], row["input"], row["output"])
-    for train_on, learnt in (("all", None), ("response", f" {row['output']}<|im_end|>")):
+    for train_on, supervised in (("all", None), ("response", f" {row['output']}<|im_end|>")):
         template = select_template(
             Data(train=(source,), template=str(tmp_path / playbook.JINJA), train_on=train_on),
             tokenizer,
@@ -219,10 +218,10 @@ def test_text_and_mask_are_theirs(tmp_path: Path, row: dict[str, str], bos: bool
         sample = convert_row(kept, source, where="row")
         example = template.encode(sample, train_on, where="row")
         assert tokenizer.decode(example.ids) == text + "<|im_end|>"
-        if learnt is None:
+        if supervised is None:
             assert example.trained.tolist() == [False] + [True] * (len(example.ids) - 1)
         else:
-            assert tokenizer.decode(example.ids[example.trained]) == learnt
+            assert tokenizer.decode(example.ids[example.trained]) == supervised
         prompt = tokenizer.decode(template.prompt(sample))
         assert text.startswith(prompt)
         assert prompt.endswith("### Response:")
@@ -240,7 +239,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 # --- where it goes, what is said ------------------------------------------------------------------------------------
 
 
-def test_without_output_dir_each_set_of_learning_flags_has_its_folder() -> None:
+def test_without_output_dir_each_set_of_training_flags_has_its_folder() -> None:
     def folder(*flags: str) -> Path:
         return default_folder(LORA, parser(LORA).parse_args(flags))
 
@@ -277,7 +276,7 @@ def test_opening_lines_name_what_was_asked(script: str) -> None:
 
 
 def test_the_warm_up_is_a_twentieth_of_an_epoch_elsewhere(tmp_path: Path) -> None:
-    run = recipe(LORA, parser(LORA).parse_args(["--use_torch_compile"]), folder=tmp_path, ranks=1)
+    run = make_recipe(LORA, parser(LORA).parse_args(["--use_torch_compile"]), folder=tmp_path, ranks=1)
     warm = playbook.warm_up(run, 512, tmp_path / "scratch")
     assert str(warm.train.duration) == "4 steps"
     assert warm.train.compile == "on"
@@ -292,7 +291,7 @@ def test_final_files_lie_in_the_folder_too(tmp_path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors", "manifest.json"):
         (final / name).write_text(name)
     for _ in range(2):
-        playbook.lay_out(tmp_path)
+        playbook.link_final(tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == [
             "adapter_config.json",
             "adapter_model.safetensors",
@@ -302,26 +301,17 @@ def test_final_files_lie_in_the_folder_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_is_thin_and_calls_its_own_name(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = SCRIPT_FOLDER / f"{script}.py"
-    assert len(path.read_text().splitlines()) <= 15
-    called = []
-    monkeypatch.setattr(playbook, "main", lambda name: called.append(name) or 0)
-    with pytest.raises(SystemExit) as raised:
-        runpy.run_path(str(path), run_name="__main__")
-    assert (called, raised.value.code) == ([script], 0)
-
-
-def test_help_shows_flags_and_differences_without_torch() -> None:
-    code = (
-        "import runpy, sys\nsys.argv = ['x', '--help']\n"
-        f"try:\n    runpy.run_path({str(SCRIPT_FOLDER / (LORA + '.py'))!r}, run_name='__main__')\n"
-        "except SystemExit as e:\n    assert not e.code, e\nassert 'torch' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_each_file_is_its_own_script_and_shows_its_help_without_torch(script: str) -> None:
+    command = [sys.executable, "-X", "importtime", str(SCRIPT_FOLDER / f"{script}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for part in ("--lora_rank", "--train_on", "differs from the playbook's script", *playbook.DIFFERENCES[:2]):
+    assert done.stdout.startswith(f"usage: {script}.py ")
+    assert ("--lora_rank" in done.stdout) == (script != FULL)
+    for part in ("--train_on", "differs from the playbook's script", *playbook.DIFFERENCES[:2]):
         assert part in done.stdout
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines()}
+    assert "playbook" in imported
+    assert "torch" not in imported
 
 
 # --- end to end -----------------------------------------------------------------------------------------------------

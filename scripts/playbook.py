@@ -1,8 +1,8 @@
-"""The four DGX Spark playbook scripts, as thin ways into `tunesmith train`.
+"""What the four DGX Spark playbook scripts beside this file share.
 
-`scripts/Llama3_8B_LoRA_finetuning.py` and its three sisters keep their names, flags, defaults, data selection, text
-and closing lines. What they do with them is one recipe (`recipe`) and one call of `train`. Each of our ways that
-differs from theirs is one line of `DIFFERENCES`, which `--help` shows.
+`Llama3_8B_LoRA_finetuning.py` and the other three keep the names, flags, defaults, data selection, text and closing
+lines of the playbook. They turn their flags into one recipe (`make_recipe`) and call `train`. Each difference from the
+playbook is one line of `DIFFERENCES`, which `--help` shows.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from typing import Any, Literal
 
 from tunesmith.checkpoint.resume import claimed, missing, put_aside, take_away
 from tunesmith.cli.main import Parser, framed
+from tunesmith.cli.options import positive_number, whole_number
 from tunesmith.config.load import from_mapping, to_mapping
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
 from tunesmith.errors import EXIT_OK, MachineError, UsageError
+from tunesmith.host_files import write_atomically
 from tunesmith.metrics.record import StepRecord, read
 from tunesmith.units import Length, Size
 
-# Their one text for every row, as a chat template: a row without an input keeps the empty field. The space before the
-# response belongs to it, as a byte-pair tokenizer joins it with the first word.
+# The playbook's text as a chat template: a row without an input keeps the empty field. The space before the response
+# belongs to the response, because a byte-pair tokenizer joins it with the first word.
 TEMPLATE = """\
 {%- for message in messages %}
 {%- if message.role == 'user' %}
@@ -109,11 +111,11 @@ def parser(name: str) -> argparse.ArgumentParser:
 
     add("--model_name", "Hub id, local folder or .gguf file", script.model)
     add("--dtype", "of weights and products; float16 scales the loss", "bfloat16", choices=list(DTYPES))
-    add("--batch_size", "examples that one rank takes at once", script.batch_size, type=_count)
-    add("--seq_length", "longest example in tokens; longer ones are cut and counted", 2048, type=_count)
-    add("--num_epochs", "passes over the rows", 1, type=_positive)
-    add("--gradient_accumulation_steps", "batches that one optimizer step learns from", 1, type=_count)
-    add("--learning_rate", "at the start; it falls linearly to 0", script.learning_rate, type=_positive)
+    add("--batch_size", "examples that one rank takes at once", script.batch_size, type=whole_number)
+    add("--seq_length", "longest example in tokens; longer ones are cut and counted", 2048, type=whole_number)
+    add("--num_epochs", "passes over the rows", 1, type=positive_number)
+    add("--gradient_accumulation_steps", "batches that one optimizer step learns from", 1, type=whole_number)
+    add("--learning_rate", "at the start; it falls linearly to 0", script.learning_rate, type=positive_number)
     add(
         "--gradient_checkpointing",
         "run each layer's forward again in the backward, to save memory",
@@ -121,9 +123,14 @@ def parser(name: str) -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
     )
     if script.mode != "full":
-        add("--lora_rank", "LoRA's r; alpha is 16", 8, type=_count)
-    add("--dataset_size", "take the first N rows, then shuffle them with seed 42", script.dataset_size, type=_count)
-    add("--logging_steps", "print a line every N steps", 1, type=_count)
+        add("--lora_rank", "LoRA's r; alpha is 16", 8, type=whole_number)
+    add(
+        "--dataset_size",
+        "take the first N rows, then shuffle them with seed 42",
+        script.dataset_size,
+        type=whole_number,
+    )
+    add("--logging_steps", "print a line every N steps", 1, type=whole_number)
     add("--log_dir", "folder of the TensorBoard events", "logs")
     add("--use_torch_compile", "torch.compile, with a warm-up before the clock starts", False, action="store_true")
     add("--output_dir", "where all is written; a folder under runs/ unless given", None)
@@ -141,28 +148,8 @@ def parser(name: str) -> argparse.ArgumentParser:
     return p
 
 
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not math.isfinite(value) or value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def recipe(name: str, args: argparse.Namespace, *, folder: Path, ranks: int) -> Run:
-    """The recipe that a script's flags stand for; `write_inputs` makes the two files that it names.
+def make_recipe(name: str, args: argparse.Namespace, *, folder: Path, ranks: int) -> Run:
+    """The recipe for a script's flags; `write_inputs` makes the two files that it names.
 
     Args:
         folder: the run directory.
@@ -233,28 +220,9 @@ def selection(args: argparse.Namespace) -> list[dict[str, str]]:
     return chosen
 
 
-def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> None:
-    """Write the rows and the template into the run directory, each in one move; every rank writes the same bytes.
-
-    Args:
-        bos: the model's tokenizer opens a text with its BOS token.
-    """
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    for path, text in ((folder / ROWS, lines), (folder / JINJA, TEMPLATE.replace("BOS", "bos_token" if bos else "''"))):
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
-        except OSError as error:
-            raise MachineError(
-                "the rows cannot be written", where=str(path), why=str(error), fix="give another --output_dir"
-            ) from None
-
-
 @contextmanager
 def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> Iterator[None]:
-    """The two files in their place; as they were before, if the start is refused before its first step."""
+    """The rows and the template in the run directory; as they were before, if the start is refused before its first step."""
     made = missing(folder)
     before = {path: path.read_bytes() if path.is_file() else None for path in (folder / ROWS, folder / JINJA)}
     try:
@@ -272,8 +240,24 @@ def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> Iterat
         raise
 
 
+def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> None:
+    """Write the rows and the template into the run directory; every rank writes the same bytes.
+
+    Args:
+        bos: the model's tokenizer starts a text with its BOS token.
+    """
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for path, text in ((folder / ROWS, lines), (folder / JINJA, TEMPLATE.replace("BOS", "bos_token" if bos else "''"))):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+        except OSError as error:
+            what, fix = "the rows cannot be written", "give another --output_dir"
+            raise MachineError(what, where=str(path), why=str(error), fix=fix) from None
+
+
 def opens_with_bos(model: Model) -> bool:
-    """Bring the model here and ask its tokenizer whether it puts a BOS token before a text."""
+    """Fetch the model; whether its tokenizer puts a BOS token before a text."""
     from tunesmith.hub.fetch import fetch
     from tunesmith.model.tokenizer import load_tokenizer
 
@@ -282,10 +266,10 @@ def opens_with_bos(model: Model) -> bool:
 
 
 def default_folder(name: str, args: argparse.Namespace) -> Path:
-    """Where a run without --output_dir goes: a name of its own for each set of flags that changes what is learnt."""
+    """Where a run without --output_dir goes: one name for each set of flags that changes what is trained."""
     free = ("output_dir", "log_dir", "logging_steps", "use_torch_compile", "gradient_checkpointing", "fresh")
-    learnt = {key: value for key, value in vars(args).items() if key not in free}
-    return Path("runs") / f"{name}-{hashlib.sha256(json.dumps(learnt, sort_keys=True).encode()).hexdigest()[:8]}"
+    kept = {key: value for key, value in vars(args).items() if key not in free}
+    return Path("runs") / f"{name}-{hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def _run(name: str, args: argparse.Namespace) -> int:
@@ -296,14 +280,14 @@ def _run(name: str, args: argparse.Namespace) -> int:
         if args.fresh:
             with claimed(folder):
                 put_aside(folder)
-    told = recipe(name, args, folder=folder, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    recipe = make_recipe(name, args, folder=folder, ranks=int(os.environ.get("WORLD_SIZE", "1")))
     print(f"Loading model: {args.model_name}")
-    bos = opens_with_bos(told.model)
+    bos = opens_with_bos(recipe.model)
     print(f"Loading dataset with {args.dataset_size} samples...")
     rows = selection(args)
     with inputs(rows, folder, bos=bos):
         # The rules that span several keys, and the paths, are those of every recipe.
-        run = from_mapping(to_mapping(told), where=f"{name}.py", base=Path.cwd())
+        run = from_mapping(to_mapping(recipe), where=f"{name}.py", base=Path.cwd())
 
         from tunesmith.training.run import train
 
@@ -318,7 +302,7 @@ def _run(name: str, args: argparse.Namespace) -> int:
         if result.finished_before:
             print("This run was finished before: nothing was left to train (--fresh starts over)")
         print(f"Saving model to {folder}...")
-        lay_out(folder)
+        link_final(folder)
         print(f"Model saved successfully! Metrics, log and checkpoints: {folder}; TensorBoard: {args.log_dir}")
     return EXIT_OK
 
@@ -382,8 +366,8 @@ def warm_up(run: Run, rows: int, scratch: Path) -> Run:
     )
 
 
-def lay_out(folder: Path) -> None:
-    """Put the files of final/ into the folder itself too, where the scripts had them: as links where these can be."""
+def link_final(folder: Path) -> None:
+    """Put the files of final/ into the folder itself too, as the playbook does: hard links, or copies."""
     for file in sorted((folder / "final").iterdir()):
         target = folder / file.name
         if file.name == "manifest.json" or not file.is_file():
