@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.cli.main import main
-from tunesmith.cli.recipes import method
+from tunesmith.cli.recipes import describe_adapter
 from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import shipped
 
@@ -25,7 +25,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     by_name = {row["name"]: row["method"] for row in rows}
     assert by_name["llama3.1-70b-qlora"] == "QLoRA r=8"
     assert by_name["llama3.2-3b-full"] == "full"
-    assert by_name[NAME] == method(load_recipe(NAME)) == "LoRA r=16"
+    assert by_name[NAME] == describe_adapter(load_recipe(NAME)) == "LoRA r=16"
 
 
 def test_table_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,10 @@
-"""The command line's frame: finds the verb, imports only that verb, and turns every end into words and an exit code.
+"""The command line: finds the command, imports only that one, and reports every outcome with an exit code.
 
-Each verb is a module of this package with `add_arguments(parser)` and `run(args) -> int`. Its docstring opens its help
-page and an `EPILOG`, if it has one, ends it; one of the two holds an example that works. The list of verbs is written here, so that `tunesmith --help` starts at once.
+Each command is a module of this package with `add_arguments(parser)` and `run(args) -> int`. Its docstring begins its
+help page and its `EPILOG`, if any, ends it; one of the two holds an example that works.
 
 Exit codes: 0 done, 1 failed, 2 the command or recipe is wrong, 75 stopped with all saved, 130 interrupted before
-there was anything to save.
+there was anything to save, 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -28,25 +28,24 @@ from tunesmith.runtime.host import bound_product_caches
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
-# verb -> (module, what it does)
+# command -> (module, what it does); written here, so that `tunesmith --help` imports none of them
 VERBS = {
     "train": ("tunesmith.cli.train", "fine-tune a model from a recipe"),
     "recipes": ("tunesmith.cli.recipes", "list, show and copy the recipes that ship"),
-    "fetch": ("tunesmith.cli.fetch", "check licence and disk, then bring model and data in"),
+    "fetch": ("tunesmith.cli.fetch", "check licence and disk, then download model and data"),
     "data": ("tunesmith.cli.data", "see the tokens that a recipe trains on"),
     "chat": ("tunesmith.cli.chat", "talk to a trained model in the terminal"),
     "generate": ("tunesmith.cli.generate", "answer the rows of a file"),
     "bench": ("tunesmith.cli.bench", "measure how fast a recipe trains here, and the share of the chip"),
     "eval": ("tunesmith.cli.evaluate", "measure a trained model on held-out rows, beside its base"),
-    "merge": ("tunesmith.cli.merge", "put an adapter into its base model, and prove that it answers alike"),
+    "merge": ("tunesmith.cli.merge", "merge an adapter into its base model, and check that it answers alike"),
 }
 
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_UNFIT = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: with the nearest option, exit code 2, and no page of usage before the point."""
+    """argparse with our errors: the nearest option, exit code 2, and no usage page above the message."""
 
     def error(self, message: str) -> NoReturn:
         fix = f"{self.prog} --help"
@@ -58,50 +57,38 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: the words after `tunesmith`; None takes those of the process.
-
-    Returns:
-        the exit code.
-    """
+    """Run one command: the words after `tunesmith` (None: those of the process) -> exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     return framed(lambda: _dispatch(words))
 
 
 def framed(command: Callable[[], int]) -> int:
-    """Run a command so that every way it may end becomes words for a user and an exit code, which is returned."""
-    _open_streams()
-    # bitsandbytes warns of a CPU kernel that it would fetch from the Hub; the user has asked for none.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    bound_product_caches()  # one of the two is read when torch is loaded
+    """Run a command; whatever ends it becomes a message for the user and the exit code that is returned."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if vars(sys)[name] is None:  # closed by the caller (`<&-`): the next file opened would take its number
+            vars(sys)[name] = open(os.devnull, mode)  # noqa: SIM115  it lives as long as the process
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # bitsandbytes warns of a CPU kernel that it would fetch from the Hub; the user has asked for none.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    bound_product_caches()  # one of the two is read when torch is loaded
     try:
         code = command()
         sys.stdout.flush()
     except SystemExit as stop:  # argparse ends --help so
         return stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_OK
     except BrokenPipeError as error:
-        if not _reader_is_gone():  # some other pipe, and a fault that must be told
-            return _failed(error)
+        if not _reader_is_gone():  # some other pipe: a fault to report
+            return _report(error)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        return _failed(error)
+        return _report(error)
     return code
-
-
-def _open_streams() -> None:
-    """Put the null device where a caller closed a standard stream (`<&-`), or the next file opened would take its place."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if vars(sys)[name] is None:
-            vars(sys)[name] = open(os.devnull, mode)  # noqa: SIM115  it lives as long as the process
 
 
 def _reader_is_gone() -> bool:
@@ -125,16 +112,16 @@ def _dispatch(words: list[str]) -> int:
         raise UsageError(f"there is no command {verb!r}", where="command line", fix=fix)
     name, purpose = VERBS[verb]
     module = import_module(name)
-    about = Parser(
+    parser = Parser(
         prog=f"tunesmith {verb}",
         description=(module.__doc__ or purpose).strip(),
         epilog=vars(module).get("EPILOG"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    module.add_arguments(about)
+    module.add_arguments(parser)
     run: Callable[[argparse.Namespace], int] = module.run
-    return run(about.parse_intermixed_args(rest))
+    return run(parser.parse_intermixed_args(rest))
 
 
 def _overview() -> str:
@@ -155,63 +142,55 @@ example:
   tunesmith train mine.yaml train.learning_rate=5e-4"""
 
 
-def _failed(error: Exception) -> int:
+def _report(error: Exception) -> int:
     """Print what a user should read about an error; its exit code."""
     if os.environ.get("TUNESMITH_DEBUG") == "1":
         import traceback
 
         traceback.print_exception(error)
-    error = _machine(error) or error
-    if isinstance(error, StoppedError):  # stopped with all saved is no error
-        print(error.text().removeprefix("error: "), file=sys.stderr)
-        return error.exit_code
-    if isinstance(error, TunesmithError):
-        print(error.text(), file=sys.stderr)
-        return error.exit_code
-    return _internal(error)
+    known = error if isinstance(error, TunesmithError) else _machine_error(error)
+    if known is None:
+        return _report_internal(error)
+    stopped = isinstance(known, StoppedError)  # with all saved: no error
+    print(known.text().removeprefix("error: " if stopped else ""), file=sys.stderr)
+    return known.exit_code
 
 
-def _machine(error: Exception) -> MachineError | None:
-    """What this machine lacks, met where no one looked for it: a disk, a permission, a package; no fault of ours."""
+def _machine_error(error: Exception) -> MachineError | None:
+    """What this machine lacks, met where nothing checked for it: room on a disk, a permission, a package."""
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("tunesmith"):
         package = error.name.partition(".")[0]
         return MachineError(f"the Python package {package} is missing", fix=f"pip install {package}")
     where = str(error.filename or "") if isinstance(error, OSError) else ""
     if (full := disk_fault(error)) is not None:
-        return MachineError(
-            full,
-            where=where or "standard output, or a file being written",
-            fix="make room (df -h), then start the same command again",
-        )
-    if not isinstance(error, OSError):
+        fix = "make room (df -h), then start the same command again"
+        return MachineError(full, where=where or "standard output, or a file being written", fix=fix)
+    if not isinstance(error, OSError) or not where:
         return None
-    if error.errno in _DENIED and where:
-        what = f"not permitted: {error.strerror}"
-        return MachineError(what, where=where, fix=f"ls -ld {where}; choose a place that you may write to")
-    if error.errno in _UNFIT and where:
-        what = f"this path cannot be used: {error.strerror}"
-        return MachineError(what, where=where, fix="mend the path, or move away what lies there")
-    return None
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        what, fix = "not permitted", f"ls -ld {where}; choose a place that you may write to"
+    elif error.errno in _PATH_ERRORS:
+        what, fix = "this path cannot be used", "correct the path, or move away what lies there"
+    else:
+        return None
+    return MachineError(f"{what}: {error.strerror}", where=where, fix=fix)
 
 
-def _internal(error: Exception) -> int:
+def _report_internal(error: Exception) -> int:
     """One block for a fault of ours; the traceback goes to a file, because few who meet it can use it."""
     import tempfile
     import traceback
 
-    lines = "".join(traceback.format_exception(error))
-    said = str(error).strip().splitlines()
-    what = f"internal error: {type(error).__name__}: {said[0] if said else 'no message'}"
+    trace = "".join(traceback.format_exception(error))
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="tunesmith-", suffix=".log", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(f"tunesmith {__version__}, python {sys.version}\n{lines}")
+        with tempfile.NamedTemporaryFile("w", prefix="tunesmith-", suffix=".log", delete=False) as file:
+            file.write(f"tunesmith {__version__}, python {sys.version}\n{trace}")
         fix = f"please report it with {file.name}; TUNESMITH_DEBUG=1 shows the traceback here"
     except OSError:
-        print(lines, file=sys.stderr)
+        print(trace, file=sys.stderr)
         fix = "please report it with the traceback above"
-    print(TunesmithError(what, fix=fix).text(), file=sys.stderr)
+    message = (str(error).strip().splitlines() or ["no message"])[0]
+    print(TunesmithError(f"internal error: {type(error).__name__}: {message}", fix=fix).text(), file=sys.stderr)
     return EXIT_FAILED
 
 

@@ -37,15 +37,17 @@ def run(args: argparse.Namespace) -> int:
         example = f"tunesmith recipes {args.action} smollm2-135m-lora"
         raise UsageError(f"recipes {args.action} needs a recipe's name", where="command line", fix=example)
     if args.action == "show":
-        return _show(args.name, args.rest, as_json=args.json)
+        recipe = load_recipe(args.name, args.rest)
+        sys.stdout.write(json.dumps(to_mapping(recipe), indent=2) + "\n" if args.json else dump(recipe))
+        return EXIT_OK
     if len(args.rest) > 1:
         what = f"recipes copy takes one destination, not {len(args.rest)}"
         raise UsageError(what, where="command line", fix=f"tunesmith recipes copy {args.name} {args.rest[0]}")
     return _copy(args.name, Path(args.rest[0] if args.rest else "."), force=args.force)
 
 
-def method(run: Run) -> str:
-    """How a recipe trains, in two words: `full`, `LoRA r=8`, `QLoRA r=8`."""
+def describe_adapter(run: Run) -> str:
+    """How a recipe trains: `full`, `LoRA r=8`, `QLoRA r=8`."""
     if run.adapter.kind == "none":
         return "full"
     return f"{'QLoRA' if run.model.quantize == 'nf4' else 'LoRA'} r={run.adapter.rank}"
@@ -55,16 +57,15 @@ def _list(*, as_json: bool) -> int:
     rows = []
     for name, path in shipped().items():
         recipe = load_recipe(path)
-        row = {"name": name, "model": recipe.model.name, "method": method(recipe), "purpose": purpose(path)}
+        row = {"name": name, "model": recipe.model.name, "method": describe_adapter(recipe), "purpose": purpose(path)}
         rows.append({**row, "file": str(path)})
     if as_json:
         print(json.dumps(rows, indent=2))
         return EXIT_OK
     if not sys.stdout.isatty():
-        widths = [max(len(row[column]) for row in rows) for column in ("name", "model", "method")]
+        widths = {column: max(len(row[column]) for row in rows) for column in ("name", "model", "method")}
         for row in rows:
-            cells = [row[c].ljust(w) for c, w in zip(("name", "model", "method"), widths, strict=True)]
-            print("  ".join([*cells, row["purpose"]]))
+            print("  ".join([*(row[column].ljust(width) for column, width in widths.items()), row["purpose"]]))
         return EXIT_OK
     from rich.console import Console
     from rich.table import Table
@@ -76,12 +77,6 @@ def _list(*, as_json: bool) -> int:
         table.add_row(row["name"], row["model"], row["method"], row["purpose"])
     Console().print(table)
     print("\ntunesmith recipes copy NAME    writes one to edit", file=sys.stderr)
-    return EXIT_OK
-
-
-def _show(name: str, overrides: list[str], *, as_json: bool) -> int:
-    recipe = load_recipe(name, overrides)
-    print(json.dumps(to_mapping(recipe), indent=2) if as_json else dump(recipe), end="\n" if as_json else "")
     return EXIT_OK
 
 
