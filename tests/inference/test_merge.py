@@ -109,10 +109,18 @@ def test_without_room_in_memory_the_fp32_part_is_left_out(
     assert len(done.merge_check.rules) == 1
 
 
-def test_modules_trained_in_full_are_merged_as_peft_does(tiny: Path, tmp_path: Path) -> None:
-    """An embedding trained in full is no longer tied to the head: both are written."""
-    options = {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj", "v_proj"]}
-    adapter = {"modules_to_save": ["embed_tokens"], "target": ["q_proj", "v_proj"]}
+@pytest.mark.parametrize(
+    ("options", "adapter"),
+    [
+        ({"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}, {"modules_to_save": ["embed_tokens"], "target": ["q_proj"]}),
+        ({"target_modules": ["q_proj", "lm_head"]}, {"target": ["q_proj", "lm_head"]}),
+    ],
+    ids=["an embedding trained in full", "an adapted head"],
+)  # fmt: skip
+def test_what_unties_the_head_is_merged_as_peft_does(
+    tiny: Path, tmp_path: Path, options: dict[str, Any], adapter: dict[str, Any]
+) -> None:
+    """Embedding and head are no longer one matrix: both are written."""
     make_run(tmp_path / "run", tiny, peft_model(tiny, **options), adapter=adapter)
     ids = torch.tensor([[1, 2, 3, 99]])
     done = merge(tmp_path / "run", tmp_path / "out", device="cpu")

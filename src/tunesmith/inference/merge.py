@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as hf_logging
 
-from tunesmith.adapter.lora import Lora, LoraLinear, disabled, saved
+from tunesmith.adapter.lora import Lora, LoraLinear, disabled
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import CheckpointError, MachineError, UsageError
 from tunesmith.host_files import available_memory, existing_folder, refuse_full_disk
@@ -140,11 +140,11 @@ def _merge_and_check(location: RunLocation, folder: Path, dtype: Dtype, device: 
     model, chosen_device = loaded.model, loaded.model.device
     prompts, source = probe_prompts(loaded)
     if dtype == "fp32":
-        widen(model)
+        to_plain(model, torch.float32, merge_adapter=False)
     adapted = logits_of(model, prompts)
     with disabled(model):
         base = compare_logits(adapted, logits_of(model, prompts))
-    merge_adapter(model, DTYPES[dtype])
+    to_plain(model, DTYPES[dtype], merge_adapter=True)
     folder.mkdir(parents=True)
     write_model(loaded, folder, dtype)
     del loaded, model
@@ -165,9 +165,9 @@ def _check_exactly(location: RunLocation, written: PreTrainedModel, prompts: lis
     if sum(p.numel() for p in written.parameters()) * EXACT_BYTES > available_memory():
         return None
     model = load_run(location, device="cpu").model
-    widen(model)
+    to_plain(model, torch.float32, merge_adapter=False)
     adapted = logits_of(model, prompts)
-    merge_adapter(model, torch.float32)
+    to_plain(model, torch.float32, merge_adapter=True)
     found = compare_logits(adapted, logits_of(model, prompts))
     return ExactCheck(found, largest_logit(adapted), *count_off(written, model))
 
@@ -212,36 +212,27 @@ def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-def widen(model: PreTrainedModel) -> None:
-    """Cast a model to fp32 in place, adapter and all; 4-bit layers become plain ones that hold their dense weights.
+def to_plain(model: PreTrainedModel, dtype: torch.dtype, *, merge_adapter: bool) -> None:
+    """Cast a model to `dtype` in place; 4-bit layers become plain linear ones, and adapted ones if they are merged.
 
-    The base's values stay those of the type that was trained, so this is the trained model in exact arithmetic.
+    The base's values stay those of the type that was trained: in fp32 this is the trained model in exact arithmetic.
+    A merged weight is rounded once.
     """
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, Nf4Linear)]:
-        plain = _linear(module.dense().float(), module.bias)
-        if isinstance(module, Lora):
-            adapted = LoraLinear(plain, Adapter(rank=module.lora_A.shape[0]))
-            adapted.lora_A, adapted.lora_B, adapted.scaling = module.lora_A, module.lora_B, module.scaling
-            plain = adapted
-        model.set_submodule(name, plain)
-    _cast(model, torch.float32)
-
-
-def merge_adapter(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Turn each adapted or 4-bit layer into a plain linear one in place, its sum rounded once; all weights to `dtype`."""
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, Lora | Nf4Linear)]:
-        weight = merged_weight(module) if isinstance(module, Lora) else module.dense()
-        model.set_submodule(name, _linear(weight.to(dtype), module.bias))
-    _cast(model, dtype)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if any(True for _ in saved(model)) and embedding is not head:
-        # An embedding trained in full left the head that was tied to it unchanged: two matrices now, not one.
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Lora) and merge_adapter:
+            model.set_submodule(name, _linear(merged_weight(module).to(dtype), module.bias))
+        elif isinstance(module, Nf4Linear):
+            plain = _linear(module.dense().to(dtype), module.bias)
+            if isinstance(module, Lora):
+                adapted = LoraLinear(plain, Adapter(rank=module.lora_A.shape[0]))
+                adapted.lora_A, adapted.lora_B, adapted.scaling = module.lora_A, module.lora_B, module.scaling
+                plain = adapted
+            model.set_submodule(name, plain)
+    for parameter in model.parameters():  # tied ones stay tied, and buffers (rotary frequencies) as they are
+        parameter.data = parameter.data.to(dtype)
+    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+        # Training changed one of two tied matrices: an embedding trained in full, or an adapted head.
         model.config.tie_word_embeddings = False
-
-
-def merged_weight(module: Lora) -> torch.Tensor:
-    """weight + scaling B A: fp32 [out_features, in_features], not rounded."""
-    return module.dense().detach().float() + module.update().detach()
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
@@ -252,10 +243,9 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return plain
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """All parameters to a type; tied ones stay tied, and buffers (rotary frequencies) as they are."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+def merged_weight(module: Lora) -> torch.Tensor:
+    """weight + scaling B A: fp32 [out_features, in_features], not rounded."""
+    return module.dense().detach().float() + module.update().detach()
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

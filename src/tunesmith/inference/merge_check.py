@@ -46,62 +46,37 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two sets of logits over the same positions are apart.
+    """How far two sets of logits over the same positions are apart."""
 
-    Attributes:
-        max_logit: largest absolute difference of any logit.
-        mean_kl: Kullback-Leibler divergence of the second from the first, in nats, mean over positions.
-        agreement: share of positions where both have the same most likely token.
-    """
-
-    max_logit: float
-    mean_kl: float
-    agreement: float
+    max_logit: float  # largest absolute difference of any logit
+    mean_kl: float  # Kullback-Leibler divergence of the second from the first, in nats, mean over positions
+    agreement: float  # share of positions where both have the same most likely token
 
 
 @dataclass(frozen=True)
 class ExactCheck:
-    """The merge in fp32, and the written weights compared with it.
+    """The merge in fp32, and the written weights compared with it."""
 
-    Attributes:
-        difference: adapter against merge, both in fp32 arithmetic.
-        largest: largest absolute logit there.
-        tensors, values: how many were compared.
-        off: values further from the fp32 merge than one rounding explains.
-    """
-
-    difference: Difference
-    largest: float
+    difference: Difference  # adapter against merge, both in fp32 arithmetic
+    largest: float  # largest absolute logit there
     tensors: int
     values: int
-    off: int
+    off: int  # values further from the fp32 merge than one rounding explains
 
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """What was compared, and the result.
+    """What was compared, and the result."""
 
-    Attributes:
-        dtype: of the written weights and of the matmuls below.
-        merged: written folder, loaded by Transformers, against the adapter over its base.
-        base: the base against the adapter over it: the size of what the training changed.
-        noise: the merged model with another attention kernel against itself.
-        largest: largest absolute logit, the scale of `max_logit`.
-        positions: token positions compared.
-        probes: where the prompts came from.
-        exact: the comparison in fp32; None for fp32 itself, or where there is no room.
-        rules: each requirement in words, with whether it holds.
-    """
-
-    dtype: str
-    merged: Difference
-    base: Difference
-    noise: Difference
-    largest: float
-    positions: int
-    probes: str
-    exact: ExactCheck | None
-    rules: tuple[tuple[str, bool], ...]
+    dtype: str  # of the written weights, and of the matmuls of the next three
+    merged: Difference  # the written folder, loaded by Transformers, against the adapter over its base
+    base: Difference  # the base against the adapter over it: the size of what the training changed
+    noise: Difference  # the merged model with another attention kernel against itself
+    largest: float  # largest absolute logit, the scale of `max_logit`
+    positions: int  # token positions compared
+    probes: str  # where the prompts came from
+    exact: ExactCheck | None  # None for fp32 itself, or where there is no room
+    rules: tuple[tuple[str, bool], ...]  # each requirement in words, and whether it holds
 
     @property
     def passed(self) -> bool:
