@@ -97,17 +97,21 @@ class Chat:
 
     def talk(self) -> None:
         """Until /quit, the end of the input, or ctrl-C twice."""
-        for line in self._typed_lines() if self.on_terminal else (line.strip() for _, line in stdin_lines()):
+        lines = self._typed_lines() if self.on_terminal else (line.strip() for _, line in stdin_lines())
+        for line in lines:
             word, _, rest = line.partition(" ")
-            if word in ("/quit", "/exit"):
-                return
             try:
+                if word in ("/quit", "/exit"):
+                    return
                 if word in self.commands:
                     self.commands[word](rest.strip())
                 elif line.startswith("/"):
                     notify(f"there is no command {word}\n{COMMANDS}")
-                elif not self._answer(line):
-                    return
+                else:
+                    self._answer(line)
+            except KeyboardInterrupt:
+                print(flush=True)
+                return
             except TunesmithError as error:
                 if not self.on_terminal:
                     raise
@@ -119,49 +123,44 @@ class Chat:
         interrupted = False
         while True:
             try:
-                line = input("you> ").strip()
+                if line := input("you> ").strip():
+                    yield line
+                interrupted = False
             except EOFError:
-                notify("")
-                return
+                break
             except KeyboardInterrupt:
-                notify("" if interrupted else "\nctrl-C again leaves")
                 if interrupted:
-                    return
+                    break
+                notify("\nctrl-C again leaves")
                 interrupted = True
-                continue
-            interrupted = False
-            if line:
-                yield line
+        notify("")
 
-    def _answer(self, question: str) -> bool:
-        """Show the answers of all sides; False when the chat ends: ctrl-C came twice, or once without a terminal."""
+    def _answer(self, question: str) -> None:
+        """Show the answers of all sides; KeyboardInterrupt ends the chat: ctrl-C twice, or once without a terminal."""
         if self.on_terminal and len(self.sides) > 1 and shutil.get_terminal_size().columns >= COLUMNS:
-            return self._answer_in_columns(question)
+            self._answer_in_columns(question)
+            return
         for side in self.sides:
             if self.on_terminal or len(self.sides) > 1:
                 sys.stdout.write(f"{side}> " if self.on_terminal else f"{side}: ")
-            end = self._ask(question, side, self._write)
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-            if end is not None:
-                return end
-        return True
+            go_on = self._ask(question, side, self._write)
+            print(flush=True)
+            if not go_on:
+                return
 
-    def _ask(self, question: str, side: Side, write: Callable[[str], None]) -> bool | None:
-        """One answer; None when the next side may follow, else what `_answer` is to return."""
-        try:
-            with StopRequest(interactive=True) as stop:
-                answer = self.dialogue.ask(question, side, write, notify, stop.requested)
-        except KeyboardInterrupt:
-            return False
+    def _ask(self, question: str, side: Side, write: Callable[[str], None]) -> bool:
+        """One answer; False when ctrl-C ended it, so that the other side is not asked."""
+        with StopRequest(interactive=True) as stop:
+            answer = self.dialogue.ask(question, side, write, notify, stop.requested)
         if stop.requested():
             notify("\n(stopped)")
-            return self.on_terminal
-        if not answer.finished:
+            if not self.on_terminal:
+                raise KeyboardInterrupt
+        elif not answer.finished:
             notify(f"\n(cut at {self.dialogue.decoding.max_new_tokens} tokens; --max-new-tokens gives more)")
-        return None
+        return not stop.requested()
 
-    def _answer_in_columns(self, question: str) -> bool:
+    def _answer_in_columns(self, question: str) -> None:
         """The answers beside each other, in columns that fill as they come."""
         from rich.live import Live
         from rich.table import Table
@@ -181,10 +180,8 @@ class Chat:
                     texts[side] += _CONTROL.sub("", text)
                     live.update(columns())
 
-                end = self._ask(question, side, write)
-                if end is not None:
-                    return end
-        return True
+                if not self._ask(question, side, write):
+                    return
 
     def _write(self, text: str) -> None:
         sys.stdout.write(_CONTROL.sub("", text) if sys.stdout.isatty() else text)

@@ -41,22 +41,15 @@ def never() -> bool:
 class Decoding:
     """How tokens are chosen.
 
-    Attributes:
-        max_new_tokens: longest answer, in tokens.
-        temperature: 0 is greedy; above, the logits are divided by it and a token is drawn.
-        top_p: draw from the smallest set of tokens whose probabilities sum to this (1: from all).
-        top_k: draw from the k most likely tokens (0: from all).
-        seed: of the draws; greedy has none.
-
     Raises:
         UsageError: a value out of range, or a sampling option without a temperature.
     """
 
     max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    temperature: float = 0.0  # 0 is greedy; above, the logits are divided by it and a token is drawn
+    top_p: float = 1.0  # draw from the smallest set of tokens whose probabilities sum to this (1: from all)
+    top_k: int = 0  # draw from the k most likely tokens (0: from all)
+    seed: int = 0  # of the draws
 
     def __post_init__(self) -> None:
         rules = (
@@ -101,17 +94,11 @@ class Decoding:
 
 
 class Answer(NamedTuple):
-    """What a model wrote.
+    """What a model wrote."""
 
-    Attributes:
-        text: without special tokens.
-        ids: its tokens, without the stop token.
-        finished: it ended by a stop token; False when cut at `max_new_tokens` or by the user.
-    """
-
-    text: str
-    ids: list[int]
-    finished: bool
+    text: str  # without special tokens
+    ids: list[int]  # without the stop token
+    finished: bool  # it ended by a stop token; False when cut at `max_new_tokens` or cancelled
 
 
 class _Cancelled(StoppingCriteria):

@@ -41,41 +41,25 @@ def quiet(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one file.
-
-    Attributes:
-        rows: examples looked at.
-        tokens: supervised tokens.
-        loss: mean cross-entropy over them, in nats.
-        perplexity: exp(loss).
-        token_accuracy: share of them that are the most likely token given all true tokens before.
-        exact_match: share of `asked` rows whose greedy answer is the reference; None if not asked for.
-        asked: rows that were answered for exact match.
-    """
+    """One model on one file."""
 
     rows: int
-    tokens: int
-    loss: float
-    perplexity: float
-    token_accuracy: float
-    exact_match: float | None = None
-    asked: int = 0
+    tokens: int  # supervised tokens
+    loss: float  # mean cross-entropy over them, in nats
+    perplexity: float  # exp(loss)
+    token_accuracy: float  # share of them that are the most likely token given all true tokens before
+    exact_match: float | None = None  # share of `asked` rows whose greedy answer is the reference
+    asked: int = 0  # rows answered for exact match
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """What `evaluate` found."""
 
-    Attributes:
-        scores: `base` and `tuned`, or `model` for a plain model.
-        rows: of the file.
-        dropped, cut: rows left out or shortened because they are longer than the recipe's seq_len.
-    """
-
-    scores: dict[str, Score]
-    rows: int
-    dropped: int
-    cut: int
+    scores: dict[str, Score]  # `base` and `tuned`, or `model` for a plain model
+    rows: int  # of the file
+    dropped: int  # rows left out, because they are longer than the recipe's seq_len
+    cut: int  # rows shortened for the same reason
 
 
 def packed(tokens: TokenSet, *, capacity: int, pad_id: int) -> Iterator[Batch]:

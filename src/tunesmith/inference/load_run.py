@@ -38,39 +38,24 @@ _PART_OF_RUN = re.compile(r"^(final|checkpoint-\d+)$")
 
 @dataclass(frozen=True)
 class RunLocation:
-    """What a path stands for, read from small files alone.
+    """What a path stands for, read from small files alone."""
 
-    Attributes:
-        kind: adapter (PEFT files over a base), full (a whole model that a run wrote) or base (a plain model).
-        folder: the tokenizer and the adapter or model; None for a base that is not a run's.
-        base: the base model; for `full`, the one it was trained from.
-        run: the resolved recipe beside it, if there is one.
-        note: which of several candidates was taken and why; may be empty.
-    """
-
-    kind: Literal["adapter", "full", "base"]
-    folder: Path | None
-    base: Model
-    run: Run | None
-    note: str = ""
+    kind: Literal["adapter", "full", "base"]  # PEFT files over a base; a whole model that a run wrote; a plain model
+    folder: Path | None  # the tokenizer and the adapter or model; None for a base that is not a run's
+    base: Model  # the base model; for `full`, the one it was trained from
+    run: Run | None  # the resolved recipe beside it, if there is one
+    note: str = ""  # which of several candidates was taken, and why
 
 
 @dataclass
 class LoadedModel:
-    """A model ready to answer: in eval mode, with sdpa attention, which takes padding masks.
+    """A model ready to answer: in eval mode, with sdpa attention, which takes padding masks."""
 
-    Attributes:
-        train_model: the root that training uses, which computes losses; see `training_attention`.
-        tokenizer, template: the saved ones.
-        location: where it comes from.
-        weights: the folder the weights were read from: the base's, or for kind `full` the trained ones.
-    """
-
-    train_model: TrainModel
-    tokenizer: PreTrainedTokenizerBase
-    template: Template
+    train_model: TrainModel  # the root that training uses, which computes losses; see `training_attention`
+    tokenizer: PreTrainedTokenizerBase  # the saved one
+    template: Template  # the saved one
     location: RunLocation
-    weights: Path
+    weights: Path  # the folder the weights were read from: the base's, or for kind `full` the trained ones
 
     @property
     def model(self) -> PreTrainedModel:

@@ -39,19 +39,12 @@ PLACEHOLDER = "?"  # stands in for an answer that is to come, so that the row co
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row to answer.
+    """One row to answer."""
 
-    Attributes:
-        row: as it was read.
-        where: its place, for errors.
-        ids: tokens up to where the answer starts.
-        reference: the text of the answer that the row holds, or None.
-    """
-
-    row: dict[str, Any]
-    where: str
-    ids: list[int]
-    reference: str | None
+    row: dict[str, Any]  # as it was read
+    where: str  # its place, for errors
+    ids: list[int]  # tokens up to where the answer starts
+    reference: str | None  # the text of the answer that the row holds
 
 
 def row_source(row: dict[str, Any], where: str, format_name: str, known: Sequence[Source]) -> Source:
