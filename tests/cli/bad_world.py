@@ -15,7 +15,7 @@ import pytest
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
-from tunesmith.errors import EXIT_OK
+from tunesmith.errors import EXIT_OK, EXIT_USAGE
 
 Capture = pytest.CaptureFixture[str]
 
@@ -81,6 +81,19 @@ class World:
             file.write_text(file.read_text().replace(str(self.template), str(self.folder)))
         return self.out
 
+    def generate(self, content: str | bytes, *words: str) -> list[str]:
+        """`generate` of the run of `begun` on a file of exactly this content."""
+        return ["generate", str(self.begun()), "--input", str(self.write("b.jsonl", content)), "--output", "-", *words]
+
+    def generate_to(self, output: Path, *words: str) -> list[str]:
+        """`generate` of the run of `begun` on its held-out rows."""
+        held = str(self.folder / "held.jsonl")
+        return ["generate", str(self.begun()), "--input", held, "--output", str(output), *words]
+
+    def evaluate(self, content: str, *words: str) -> list[str]:
+        """`eval` of the run of `begun` on a file of exactly this content."""
+        return ["eval", str(self.begun()), "--data", str(self.write("b.jsonl", content)), *words]
+
     def again(self, *words: str) -> list[str]:
         """The same run with twice the steps: it goes on, if nothing is wrong."""
         return ["train", str(self.folder / "recipe.yaml"), "train.duration=8 steps", *words]
@@ -109,17 +122,19 @@ def snapshot(folder: Path) -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
 class Case:
-    """One bad input. make: spoils the world and returns the command line. what, where, fix: parts of what is told."""
+    """One bad input: what is typed, the exit code, the place that is named, and facts that the message holds.
 
-    kind: str
-    name: str
-    make: Callable[[World], list[str]]
-    what: str
-    where: str
-    fix: str
-    code: int = 2
+    Args:
+        make: spoils the world and returns the command line.
+        where: a part of the place: a file with its line, a key, an option.
+        facts: names, numbers, commands and options that the error, its reason or its fix must contain; no sentences.
+    """
+
+    def __init__(
+        self, kind: str, name: str, make: Callable[[World], list[str]], where: str, *facts: str, code: int = EXIT_USAGE
+    ) -> None:
+        self.kind, self.name, self.make, self.where, self.facts, self.code = kind, name, make, where, facts, code
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.name}"

@@ -8,21 +8,19 @@ import json
 import os
 import pty
 import select
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.cli.main import main
-from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
+from tunesmith.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE
 
 SHORT = ["--max-new-tokens", "6", "--device", "cpu"]
 
@@ -298,95 +296,6 @@ def test_merge_prints_its_proof_and_the_next_command(
     assert main(["merge", str(run), "--output", str(tmp_path / "j"), "--json", "--device", "cpu"]) == EXIT_OK
     found = json.loads(capsys.readouterr().out)
     assert found["merge_check"]["merged"]["max_logit"] <= 1e-4
-
-
-# --- wrong uses -----------------------------------------------------------------------------------------------------
-
-
-def _file(folder: Path, name: str, content: str | bytes) -> str:
-    path = folder / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(path)
-
-
-Case = Callable[[str, str, Path], list[str]]
-BAD: dict[str, tuple[Case, int, str]] = {
-    "no such run": (lambda r, i, t: ["generate", str(t / "no"), "--input", i, "--output", "-"], EXIT_USAGE, "there is no"),
-    "no such input": (lambda r, i, t: ["generate", r, "--input", str(t / "no"), "--output", "-"], EXIT_USAGE, "no file"),
-    "output is there": (lambda r, i, t: ["generate", r, "--input", i, "--output", _file(t, "o", "{}\n")], EXIT_USAGE, "--resume"),
-    "output is the input": (lambda r, i, t: ["generate", r, "--input", i, "--output", i, "--force"], EXIT_USAGE, "same file"),
-    "output is a folder": (lambda r, i, t: ["generate", r, "--input", i, "--output", str(t)], EXIT_USAGE, "is a folder"),
-    "resume of other rows": (lambda r, i, t: ["generate", r, "--input", i, "--output", _file(t, "o", '{"a": 1, "output": ""}\n'), "--resume"], EXIT_USAGE, "other rows"),
-    "resume of no JSON": (lambda r, i, t: ["generate", r, "--input", i, "--output", _file(t, "o", "hello\n"), "--resume"], EXIT_USAGE, "o:1"),
-    "resume of stdout": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--resume"], EXIT_USAGE, "--resume needs"),
-    "resume and force": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--resume", "--force"], EXIT_USAGE, "not allowed with"),
-    "broken line": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", '{"prompt": "a"}\n{"prompt":\n'), "--output", "-"], EXIT_USAGE, "b.jsonl:2"),
-    "not UTF-8": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", b'{"prompt": "\xff\xfe"}\n'), "--output", "-"], EXIT_USAGE, "UTF-8"),
-    "empty file": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", ""), "--output", "-"], EXIT_USAGE, "b.jsonl"),
-    "unknown columns": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", '{"question": "a"}\n'), "--output", "-"], EXIT_USAGE, "--format"),
-    "format without its column": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--format", "messages"], EXIT_USAGE, "no column messages"),
-    "a prompt that is a number": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", '{"prompt": 5}\n'), "--output", "-"], EXIT_USAGE, "a number"),
-    "messages that are no list": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", '{"messages": {"role": "user"}}\n'), "--output", "-"], EXIT_USAGE, "b.jsonl:1"),
-    "no messages": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", '{"messages": []}\n'), "--output", "-"], EXIT_USAGE, "empty"),
-    "an unknown role": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", '{"messages": [{"role": "king", "content": "a"}]}\n'), "--output", "-"], EXIT_USAGE, "unknown role"),
-    "a huge prompt": (lambda r, i, t: ["generate", r, "--input", _file(t, "b.jsonl", json.dumps({"prompt": "a" * 5000}) + "\n"), "--output", "-"], EXIT_USAGE, "too long"),
-    "temperature": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--temperature", "-1"], EXIT_USAGE, "--temperature"),
-    "temperature is a word": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--temperature", "hot"], EXIT_USAGE, "invalid float"),
-    "top-p alone": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--top-p", "0.5"], EXIT_USAGE, "no effect"),
-    "batch size": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--batch-size", "0"], EXIT_USAGE, "--batch-size"),
-    "new tokens": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--max-new-tokens", "0"], EXIT_USAGE, "--max-new-tokens"),
-    "a device that is not there": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--device", "cuda:99"], EXIT_USAGE, "--device"),
-    "a device that is none": (lambda r, i, t: ["generate", r, "--input", i, "--output", "-", "--device", "toaster"], EXIT_USAGE, "--device"),
-    "an unwritable output": (lambda r, i, t: ["generate", r, "--input", i, "--output", _file(t, "f", "") + "/out.jsonl"], EXIT_USAGE, "cannot be written"),
-    "chat, nothing beside": (lambda r, i, t: ["chat", _base(r), "--side-by-side"], EXIT_USAGE, "plain model"),
-    "chat, both flags": (lambda r, i, t: ["chat", r, "--side-by-side", "--base"], EXIT_USAGE, "not allowed with"),
-    "eval, no data": (lambda r, i, t: ["eval", r], EXIT_USAGE, "--data"),
-    "eval, no such file": (lambda r, i, t: ["eval", r, "--data", str(t / "no.jsonl")], EXIT_USAGE, "no.jsonl"),
-    "eval, zero rows": (lambda r, i, t: ["eval", r, "--data", i, "--max-examples", "0"], EXIT_USAGE, "--max-examples"),
-    "eval, rows without answers": (lambda r, i, t: ["eval", r, "--data", _file(t, "b.jsonl", '{"instruction": "a"}\n')], EXIT_USAGE, "no column output"),
-    "eval, text has no answers": (lambda r, i, t: ["eval", r, "--data", _file(t, "b.jsonl", '{"text": "abc"}\n'), "--exact-match"], EXIT_USAGE, "no row holds an answer"),
-    "eval, an unknown split": (lambda r, i, t: ["eval", r, "--data", i, "--split", "test"], EXIT_USAGE, "no split test"),
-    "merge, no output": (lambda r, i, t: ["merge", r], EXIT_USAGE, "--output"),
-    "merge, a plain model": (lambda r, i, t: ["merge", _base(r), "--output", str(t / "m")], EXIT_USAGE, "no adapter"),
-    "merge, output is taken": (lambda r, i, t: ["merge", r, "--output", str(Path(i).parent)], EXIT_USAGE, "--force"),
-    "merge, an unknown type": (lambda r, i, t: ["merge", r, "--output", str(t / "m"), "--dtype", "int8"], EXIT_USAGE, "invalid choice"),
-    "a run that did not finish": (lambda r, i, t: ["chat", _unfinished(r, t)], EXIT_FAILED, "tunesmith train"),
-}  # fmt: skip
-
-
-def _base(run: str) -> str:
-    return str(json.loads((Path(run) / "final" / "adapter_config.json").read_text())["base_model_name_or_path"])
-
-
-def _unfinished(run: str, folder: Path) -> str:
-    (folder / "begun").mkdir()
-    shutil.copyfile(Path(run) / "config.yaml", folder / "begun" / "config.yaml")
-    return str(folder / "begun")
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_wrong_uses_are_told(
-    run: Path,
-    rows: Path,
-    tmp_path: Path,
-    name: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    make, code, words = BAD[name]
-    (tmp_path / "work").mkdir()
-    command = make(str(run), str(rows), tmp_path / "work")
-    written = rows.read_bytes()
-    assert main(command) == code
-    told = capsys.readouterr()
-    assert words in told.err
-    assert "error: " in told.err
-    assert "fix: " in told.err
-    assert "internal error" not in told.err
-    assert "Traceback" not in told.err
-    assert told.out == ""
-    assert rows.read_bytes() == written
 
 
 def test_help_of_every_verb_starts_without_torch() -> None:
