@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from tunesmith.adapter.lora import LoraLinear, loras, merged_weight
 from tunesmith.errors import UsageError
@@ -101,16 +102,6 @@ class Answer(NamedTuple):
     finished: bool  # it ended by a stop token; False when cut at `max_new_tokens` or cancelled
 
 
-class _Cancelled(StoppingCriteria):
-    """Ends all answers of a batch after the present token once `cancelled` says so."""
-
-    def __init__(self, cancelled: Callable[[], bool]) -> None:
-        self.cancelled = cancelled
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.cancelled(), device=input_ids.device, dtype=torch.bool)
-
-
 @contextmanager
 def _own_settings(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Eval mode, no generation settings from the checkpoint, and the caller's random state untouched."""
@@ -147,21 +138,22 @@ def answer_batch(
         cancelled: asked after each token; once true, the answers end there and are returned as they are.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        mask[row, width - len(prompt) :] = 1
+    rows = [torch.tensor(prompt, dtype=torch.long, device=model.device) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+
+    def ended(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), cancelled(), device=input_ids.device, dtype=torch.bool)
+
     with _own_settings(model, decoding.seed):
         out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=decoding.config(stops, pad_id),
-            stopping_criteria=StoppingCriteriaList([_Cancelled(cancelled)]),
+            stopping_criteria=StoppingCriteriaList([ended]),
             streamer=streamer,
         )
-    return [cut_answer(tokenizer, row, stops) for row in out[:, width:].tolist()]
+    return [cut_answer(tokenizer, row, stops) for row in out[:, ids.shape[1] :].tolist()]
 
 
 def cut_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Collection[int]) -> Answer:

@@ -2,13 +2,13 @@
 
 Loss and accuracy are teacher-forced over the supervised tokens, by the same `TrainModel` and packed batches that
 training uses: there is no second formula. They are sums over all tokens divided once, so they do not depend on the
-batching. Exact match generates greedily and compares texts after `normalise`.
+batching. Exact match generates greedily and compares texts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,6 +127,7 @@ def score(
         micro_tokens: tokens of one packed row; an example that is longer has a row of its own.
     """
     total, hits, count, rows = 0.0, 0, 0, 0
+    progress("rows scored", 0, len(tokens))
     with _evaluating(train_model):
         for batch in packed(tokens, capacity=micro_tokens, pad_id=pad_id):
             losses, right = train_model.token_scores(batch.to(device))
@@ -141,14 +142,9 @@ def score(
     return Score(rows, count, loss, math.exp(loss) if loss < 709 else math.inf, hits / count)
 
 
-def normalise(text: str) -> str:
-    """What exact match compares: outer whitespace off, any run of whitespace one space; case and punctuation stay."""
-    return " ".join(text.split())
-
-
-def exact_matches(answers: Iterable[str], references: Iterable[str]) -> list[bool]:
-    """Whether each answer is its reference, after `normalise`."""
-    return [normalise(a) == normalise(r) for a, r in zip(answers, references, strict=True)]
+def is_exact_match(answer: str, reference: str) -> bool:
+    """Equal texts, after removing outer whitespace and making every run of whitespace one space; case counts."""
+    return answer.split() == reference.split()
 
 
 # --- a run on a file ------------------------------------------------------------------------------------------------
@@ -240,16 +236,15 @@ def _score_loaded(
     batch_size: int,
     progress: Progress,
 ) -> Score:
-    device = loaded.model.device
     with loaded.training_attention() as train_model:
+        device = loaded.model.device
         result = score(train_model, tokens, pad_id=loaded.pad_id, device=device, progress=progress)
     if not prompts:
         return result
-    texts: list[str] = []
-    ids, stops = [prompt.ids for prompt in prompts], loaded.template.stops
+    hits, ids, stops = 0, [prompt.ids for prompt in prompts], loaded.template.stops
+    progress("answers", 0, len(ids))
     with merged_meanwhile(loaded.model):
         for i, answer in answer_all(loaded.model, loaded.tokenizer, ids, decoding, stops=stops, batch_size=batch_size):
-            texts.append(answer.text)
+            hits += is_exact_match(answer.text, prompts[i].reference or "")
             progress("answers", i + 1, len(ids))
-    hits = exact_matches(texts, [prompt.reference or "" for prompt in prompts])
-    return replace(result, exact_match=sum(hits) / len(hits), asked=len(hits))
+    return replace(result, exact_match=hits / len(ids), asked=len(ids))
