@@ -154,18 +154,18 @@ def test_a_4_bit_base_is_merged_dequantised(tiny: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found[name].float(), weight.detach().float(), rtol=2**-8, atol=1e-6)
 
 
-def _left_out(module: Any) -> torch.Tensor:
-    return module.dense().float()
+def _left_out(module: Any, dtype: torch.dtype) -> torch.Tensor:
+    return module.dense().to(dtype)
 
 
-def _twice(module: Any) -> torch.Tensor:
-    return module.dense().float() + 2 * module.update()
+def _twice(module: Any, dtype: torch.dtype) -> torch.Tensor:
+    return (module.dense().float() + 2 * module.update()).to(dtype)
 
 
 @pytest.mark.parametrize("wrong", [_left_out, _twice])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_wrong_merge_is_rejected(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, wrong: Callable[[Any], torch.Tensor]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, wrong: Callable[..., torch.Tensor]
 ) -> None:
     monkeypatch.setattr(room, "merged_weight", wrong)
     with pytest.raises(TunesmithError, match="answers differently") as caught:

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as hf_logging
 
-from tunesmith.adapter.lora import Lora, LoraLinear, disabled
+from tunesmith.adapter.lora import Lora, LoraLinear, disabled, merged_weight
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import CheckpointError, MachineError, UsageError
 from tunesmith.host_files import available_memory, existing_folder, refuse_full_disk
@@ -220,7 +220,7 @@ def to_plain(model: PreTrainedModel, dtype: torch.dtype, *, merge_adapter: bool)
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, Lora) and merge_adapter:
-            model.set_submodule(name, _linear(merged_weight(module).to(dtype), module.bias))
+            model.set_submodule(name, _linear(merged_weight(module, dtype), module.bias))
         elif isinstance(module, Nf4Linear):
             plain = _linear(module.dense().to(dtype), module.bias)
             if isinstance(module, Lora):
@@ -241,11 +241,6 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return plain
-
-
-def merged_weight(module: Lora) -> torch.Tensor:
-    """weight + scaling B A: fp32 [out_features, in_features], not rounded."""
-    return module.dense().detach().float() + module.update().detach()
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
