@@ -28,7 +28,7 @@ from tunesmith.config.load import from_mapping, to_mapping
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
 from tunesmith.errors import EXIT_OK, MachineError, UsageError
 from tunesmith.host_files import write_atomically
-from tunesmith.metrics.record import StepRecord, read
+from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.units import Length, Size
 
 # The playbook's text as a chat template: a row without an input keeps the empty field. The space before the response
@@ -298,7 +298,7 @@ def _run(name: str, args: argparse.Namespace) -> int:
         print(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
         result = train(run, argv=sys.argv)
     if first:
-        print(closing(read(folder / "metrics.jsonl"), result.seconds))
+        print(closing(read_records(folder / "metrics.jsonl"), result.seconds))
         if result.finished_before:
             print("This run was finished before: nothing was left to train (--fresh starts over)")
         print(f"Saving model to {folder}...")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from records import record
 from tunesmith.errors import RunError
-from tunesmith.metrics.record import StepRecord, cut_back, read
+from tunesmith.metrics.record import StepRecord, cut_back, read_records
 
 REQUIRED = [
     "step",
@@ -83,9 +83,21 @@ def test_a_value_of_another_type_is_refused(name: str, value: object) -> None:
         StepRecord.from_json(json.dumps(values))
 
 
-def test_names_of_a_later_version_are_passed_over() -> None:
-    values = json.loads(record().to_json()) | {"nvlink_gib": 3.0}
-    assert StepRecord.from_json(json.dumps(values)) == record()
+def test_names_of_a_later_version_are_passed_over_or_kept_as_extra_numbers() -> None:
+    values = json.loads(record().to_json()) | {"nvlink": True, "ranks": [1, 2], "host": "a", "nvlink_gib": 3.0}
+    assert StepRecord.from_json(json.dumps(values)) == record(extra={"nvlink_gib": 3.0})
+
+
+def test_a_methods_metrics_stand_beside_the_others_and_come_back() -> None:
+    full = record(val_loss=1.0, extra={"reward_margin": 0.25, "kl": -math.inf})
+    line = full.to_json()
+    assert list(json.loads(line)) == [*REQUIRED, "val_loss", "reward_margin", "kl"]
+    assert StepRecord.from_json(line) == full
+    assert StepRecord.from_plain(full.to_plain()) == full
+    assert full.values()["kl"] == -math.inf
+    for name in ("loss", "val_loss", "extra"):
+        with pytest.raises(ValueError, match=f"{name} in `extra`"):
+            record(extra={"kl": 1.0, name: 2.0})
 
 
 def lines(*records: StepRecord) -> bytes:
@@ -122,16 +134,16 @@ def test_cut_back_drops_unreadable_bytes_and_leaves_a_missing_file_missing(tmp_p
     assert not path.exists()
     path.write_bytes(lines(record(1)) + b"\x00\xff\xfe\n" + lines(record(2)))
     assert cut_back(path, 5) == 1
-    assert [r.step for r in read(path)] == [1, 2]
+    assert [r.step for r in read_records(path)] == [1, 2]
 
 
 def test_read_leaves_out_a_torn_last_line_and_names_a_broken_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(lines(record(1), record(2)) + b'{"step": 3, "lo')
-    assert [r.step for r in read(path)] == [1, 2]
+    assert [r.step for r in read_records(path)] == [1, 2]
     path.write_bytes(lines(record(1)) + b"oops\n" + lines(record(3)))
     with pytest.raises(RunError) as raised:
-        read(path)
+        read_records(path)
     assert raised.value.where == f"{path}:2"
 
 

@@ -16,9 +16,11 @@ import pytest
 from records import RUN, record
 from tunesmith.config.schema import Log, Run, Train
 from tunesmith.errors import MachineError
-from tunesmith.metrics.record import read
-from tunesmith.metrics.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, WandbSink, for_run
-from tunesmith.metrics.terminal import Every, Terminal, span, wants_bar
+from tunesmith.host_files import is_terminal
+from tunesmith.metrics.record import read_records
+from tunesmith.metrics.sink import Sink, Sinks
+from tunesmith.metrics.sinks import JsonlSink, TensorBoardSink, WandbSink, sinks_of
+from tunesmith.metrics.terminal import Terminal, format_seconds
 from tunesmith.units import Length
 
 
@@ -57,7 +59,7 @@ def test_jsonl_is_cut_back_and_goes_on(tmp_path: Path, run: Run) -> None:
     sink.open(run, 3)
     sink.step(record(4, loss=9.0))
     sink.close()
-    assert [(r.step, r.loss) for r in read(path)] == [(1, 2.0), (2, 1.0), (3, 2.0 / 3), (4, 9.0)]
+    assert [(r.step, r.loss) for r in read_records(path)] == [(1, 2.0), (2, 1.0), (3, 2.0 / 3), (4, 9.0)]
 
 
 def test_tensorboard_has_each_measured_value_under_its_name(tmp_path: Path, run: Run) -> None:
@@ -160,7 +162,7 @@ sink.close()
 
 def shown(run: Run, folder: Path, records, *, total: int | None, stream: io.StringIO | None = None) -> tuple[str, str]:
     stream = stream or io.StringIO()
-    sink = Terminal(folder / "log.txt", total_steps=total, stream=stream)
+    sink = Terminal(folder / "log.txt", total_steps=total, steps_per_epoch=10, stream=stream)
     sink.open(run, 0)
     for each in records:
         sink.step(each)
@@ -181,20 +183,23 @@ def test_plain_lines_say_what_a_step_did(tmp_path: Path, run: Run) -> None:
     ]
 
 
-def test_log_every_thins_lines_and_keeps_first_and_last(tmp_path: Path, run: Run) -> None:
-    run = replace(run, log=Log(every=Length(4, "steps")))
-    _, log = shown(run, tmp_path, [record(step) for step in range(1, 11)], total=10)
-    steps = [row.split("step ")[1].split("/")[0] for row in log.splitlines() if "loss" in row and "/10" in row]
-    assert steps == ["1", "4", "8", "10"]
-
-
 @pytest.mark.parametrize(
     ("interval", "wanted"),
-    [("3 steps", [1, 3, 6, 9, 10]), ("0.5 epochs", [1, 5, 10]), ("20 %", [1, 2, 4, 6, 8, 10]), ("1 h", [1, 10])],
+    [
+        ("4 steps", [1, 4, 8, 10]),
+        ("3 steps", [1, 3, 6, 9, 10]),
+        ("0.5 epochs", [1, 5, 10]),
+        ("20 %", [1, 2, 4, 6, 8, 10]),
+        ("1 h", [1, 10]),
+    ],
 )
-def test_every_unit_of_a_length_is_an_interval(interval: str, wanted: list[int]) -> None:
-    every = Every(Length.parse(interval), 10)
-    assert [step for step in range(1, 11) if every.due(record(step))] == wanted
+def test_log_every_thins_lines_and_keeps_first_and_last(
+    tmp_path: Path, run: Run, interval: str, wanted: list[int]
+) -> None:
+    run = replace(run, log=Log(every=Length.parse(interval)))
+    _, log = shown(run, tmp_path, [record(step) for step in range(1, 11)], total=10)
+    steps = [row.split("step ")[1].split("/")[0] for row in log.splitlines() if "loss" in row and "/10" in row]
+    assert steps == [str(step) for step in wanted]
 
 
 def test_a_flood_is_held_back_on_the_terminal_and_not_in_the_log(tmp_path: Path, run: Run) -> None:
@@ -235,28 +240,35 @@ def test_a_terminal_gets_a_bar_with_loss_rate_and_time(
 def test_no_bar_without_a_terminal_or_where_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert wants_bar(TtyStream())
-    assert not wants_bar(io.StringIO())
+    assert is_terminal(TtyStream())
+    assert not is_terminal(io.StringIO())
     monkeypatch.setenv("TERM", "dumb")
-    assert not wants_bar(TtyStream())
+    assert not is_terminal(TtyStream())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not wants_bar(TtyStream())
+    assert not is_terminal(TtyStream())
 
 
-def test_spans_read_well() -> None:
-    assert [span(s) for s in (0.2, 59.4, 59.6, 187, 7500)] == ["0 s", "59 s", "1:00 min", "3:07 min", "2:05 h"]
+def test_seconds_read_well() -> None:
+    assert [format_seconds(s) for s in (0.2, 59.4, 59.6, 187, 7500)] == [
+        "0 s",
+        "59 s",
+        "1:00 min",
+        "3:07 min",
+        "2:05 h",
+    ]
 
 
 def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
     def kinds(**log: object) -> list[str]:
-        return [type(s).__name__ for s in for_run(replace(run, log=Log(**log)), tmp_path, total_steps=1).all]
+        sinks = sinks_of(replace(run, log=Log(**log)), tmp_path, total_steps=1, steps_per_epoch=1)
+        return [type(s).__name__ for s in sinks.all]
 
     assert kinds() == ["Terminal", "JsonlSink", "TensorBoardSink"]
     assert kinds(tensorboard=False) == ["Terminal", "JsonlSink"]
     assert kinds(wandb=True) == ["Terminal", "JsonlSink", "TensorBoardSink", "WandbSink"]
     elsewhere = replace(run, log=Log(tensorboard_dir=str(tmp_path / "logs")))
-    sinks = for_run(elsewhere, tmp_path, total_steps=1, stream=io.StringIO())
+    sinks = sinks_of(elsewhere, tmp_path, total_steps=1, steps_per_epoch=1, stream=io.StringIO())
     sinks.open(elsewhere, 0)
     sinks.step(record())
     sinks.flush()

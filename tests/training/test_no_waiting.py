@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes import make_run, write_rows
 from tunesmith.checkpoint.resume import Start
-from tunesmith.metrics.sinks import Sinks
+from tunesmith.metrics.sink import Sinks
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build
 from tunesmith.training.trainer import Trainer

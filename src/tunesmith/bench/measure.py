@@ -28,7 +28,7 @@ from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import TunesmithError
 from tunesmith.metrics import hardware
 from tunesmith.metrics.profile import Profiler
-from tunesmith.metrics.sinks import Sinks
+from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.model.spec import flops, recompute_flops
 from tunesmith.private import graphs_compiled
@@ -120,7 +120,8 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
     began, compiled = time.perf_counter(), graphs_compiled()
     session = build(run, Start(), say=say, weights=plan.weights, checkpoints=False)
     build_seconds = time.perf_counter() - began
-    sinks = Sinks([Terminal(None, total_steps=session.total_steps)])
+    per_epoch = session.data.course.steps_per_epoch(0)
+    sinks = Sinks([Terminal(None, total_steps=session.total_steps, steps_per_epoch=per_epoch)])
     trainer = Trainer(session, Start(), sinks, StopRequest())
     sinks.open(run, 0)
     try:

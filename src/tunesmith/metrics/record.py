@@ -1,20 +1,21 @@
-"""One record a step, and `metrics.jsonl`, the file of them: the truth that every other view of a run is made from.
+"""One record per step, and `metrics.jsonl`, the file of them: every other view of a run is made from it.
 
-A record is one line of strict JSON. Floats are written by `repr`, so they come back bit for bit; NaN and the
-infinities, which JSON lacks, are written as the strings "NaN", "Infinity" and "-Infinity". A line is one `write`,
-so a process that is killed can tear the last line only: `read` passes over it, `cut_back` removes it.
+A record is one line of strict JSON. Floats are written by `repr`, so they read back bit for bit; NaN and the
+infinities, which JSON lacks, become the strings "NaN", "Infinity" and "-Infinity". A line is one `write`, so a killed
+process can leave at most a partial last line: `read_records` skips it, `cut_back` removes it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RunError
+from tunesmith.host_files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +26,13 @@ class StepRecord:
         step: optimizer steps taken, this one included; the first step is 1.
         epoch: passes over the training rows, such as 1.25.
         loss: mean over the supervised tokens, measured before the step's update.
-        learning_rate: rate of this step's update.
+        learning_rate: of this step's update.
         grad_norm: L2 norm over all trained parameters before clipping, tied ones once.
         tokens: non-padding input tokens.
         supervised_tokens: positions whose label enters the loss.
         examples: examples.
         step_seconds: wall time of the whole step.
-        data_seconds: the part of it that was spent waiting for data.
+        data_seconds: the part of it spent waiting for data.
         tokens_per_second: `tokens / step_seconds`.
         mfu: model FLOPs per second over the peak, from 0 to 1; None where no peak is known.
         memory_gib: peak memory so far: allocated on the GPU, else resident in RAM.
@@ -39,6 +40,10 @@ class StepRecord:
         gpu_utilization: percent, GPU only.
         gpu_power_watts: GPU only.
         val_loss: loss on the held-out rows, where it was measured after this step.
+        extra: further metrics of the method, by name. On disk they follow the other values, side by side with them.
+
+    Raises:
+        ValueError: a name in `extra` is the name of a field.
     """
 
     step: int
@@ -58,60 +63,70 @@ class StepRecord:
     gpu_utilization: float | None = None
     gpu_power_watts: float | None = None
     val_loss: float | None = None
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if taken := [name for name in self.extra if name in self.__dataclass_fields__]:
+            raise ValueError(f"{', '.join(taken)} in `extra`: the record has a field of that name")
 
     def values(self) -> dict[str, int | float | None]:
-        """Name -> value in the order of the fields; what is optional and was not measured is left out."""
+        """Name -> value in the order of the fields, then `extra`; an optional value that was not measured is left out."""
         named = {name: self.__dict__[name] for name in _NAMES}
-        return {name: value for name, value in named.items() if value is not None or name not in _OPTIONAL}
+        return {name: v for name, v in named.items() if v is not None or name not in _OPTIONAL} | dict(self.extra)
+
+    def to_plain(self) -> dict[str, int | float | str | None]:
+        """`values()` as strict JSON can hold them: non-finite floats are strings."""
+        values = self.values().items()
+        return {name: v if v is None or math.isfinite(v) else json.dumps(v) for name, v in values}
 
     def to_json(self) -> str:
-        """One line of strict JSON, without the line's end."""
-        return json.dumps({name: _plain(value) for name, value in self.values().items()}, allow_nan=False)
+        """One line of strict JSON, without the newline."""
+        return json.dumps(self.to_plain(), allow_nan=False)
+
+    @classmethod
+    def from_plain(cls, values: Any) -> StepRecord:
+        """The record that `to_plain` made. Unknown names go to `extra` if their value is a number, else they are skipped.
+
+        Raises:
+            ValueError: a name is missing.
+            TypeError: not a dict, or a value of another type.
+        """
+        if not isinstance(values, dict):
+            raise TypeError("not a JSON object")
+        if missing := [name for name in _NAMES if name not in values and name not in _OPTIONAL]:
+            raise ValueError(f"no value for {', '.join(missing)}")
+        unknown = {
+            n: float(v) if v in _NON_FINITE else v for n, v in values.items() if n not in cls.__dataclass_fields__
+        }
+        extra = {n: v for n, v in unknown.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        return cls(**{n: _typed(n, values[n]) for n in _NAMES if n in values}, extra=extra)
 
     @classmethod
     def from_json(cls, line: str) -> StepRecord:
-        """Read what `to_json` wrote; names of later versions are passed over.
-
-        Raises:
-            ValueError: not JSON, or a name is missing.
-            TypeError: not an object, or a value of another type.
-        """
-        values = json.loads(line)
-        if not isinstance(values, dict):
-            raise TypeError("not a JSON object")
-        missing = [name for name in _NAMES if name not in values and name not in _OPTIONAL]
-        if missing:
-            raise ValueError(f"no value for {', '.join(missing)}")
-        return cls(**{name: _typed(name, values[name]) for name in _NAMES if name in values})
+        """Read what `to_json` wrote; raises as `from_plain`, and ValueError for what is not JSON."""
+        return cls.from_plain(json.loads(line))
 
 
-_NAMES = tuple(field.name for field in fields(StepRecord))
+_NAMES = tuple(field.name for field in fields(StepRecord) if field.name != "extra")
 _OPTIONAL = frozenset(_NAMES[_NAMES.index("memory_gib") + 1 :])
 _WHOLE = frozenset({"step", "tokens", "supervised_tokens", "examples"})
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _plain(value: float | None) -> int | float | str | None:
-    """A value as strict JSON can hold it."""
-    if value is None or math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+_NON_FINITE = ("NaN", "Infinity", "-Infinity")  # as both json.dumps and float() spell them
 
 
 def _typed(name: str, value: Any) -> Any:
-    """The value of a JSON field in its own type; ValueError where it has another."""
+    """The value of a JSON field in the field's type; TypeError where it has another."""
     if value is None and (name in _OPTIONAL or name == "mfu"):
         return None
-    if isinstance(value, str) and value in _NON_FINITE and name not in _WHOLE:
-        return _NON_FINITE[value]
+    if value in _NON_FINITE and name not in _WHOLE:
+        return float(value)
     wanted = (int,) if name in _WHOLE else (int, float)
     if isinstance(value, bool) or not isinstance(value, wanted):
         raise TypeError(f"{name} is {value!r}, which is no {'whole number' if name in _WHOLE else 'number'}")
     return value if name in _WHOLE else float(value)
 
 
-def read(path: str | Path) -> list[StepRecord]:
-    """All whole records of a metrics.jsonl; a torn last line, of a run that still writes or was killed, is left out.
+def read_records(path: str | Path) -> list[StepRecord]:
+    """All records of a metrics.jsonl, without a partial last line (of a run that still writes, or was killed).
 
     Raises:
         RunError: an unreadable line before the last, named by file:line.
@@ -121,7 +136,7 @@ def read(path: str | Path) -> list[StepRecord]:
     for number, line in enumerate(lines, start=1):
         try:
             records.append(StepRecord.from_json(line.decode()))
-        except (ValueError, TypeError) as error:  # ValueError is of JSON and of UTF-8 alike
+        except (ValueError, TypeError) as error:  # JSON and UTF-8 both raise ValueError
             if number == len(lines):
                 break
             raise RunError(
@@ -134,10 +149,9 @@ def read(path: str | Path) -> list[StepRecord]:
 
 
 def cut_back(path: str | Path, step: int) -> int:
-    """Cut a metrics.jsonl back to a checkpoint's step, for a run that goes on from there.
+    """Remove from a metrics.jsonl, in one move, the records after `step` and every unreadable or partial line.
 
-    Lines up to and including `step` stay byte for byte; later ones and unreadable ones go. The file is replaced in
-    one move, so that a kill in between leaves the old or the new one. A missing file stays missing.
+    Lines that stay are not changed by a byte. A missing file stays missing.
 
     Returns:
         How many lines were removed.
@@ -148,12 +162,7 @@ def cut_back(path: str | Path, step: int) -> int:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and 0 < _step_of(line) <= step]
     if len(kept) < len(lines):
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as out:
-            out.writelines(kept)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, path)
+        write_atomically(path, b"".join(kept))
     return len(lines) - len(kept)
 
 

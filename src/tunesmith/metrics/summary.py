@@ -14,8 +14,8 @@ from typing import Protocol
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
-from tunesmith.metrics.record import StepRecord, read
-from tunesmith.metrics.terminal import span
+from tunesmith.metrics.record import StepRecord, read_records
+from tunesmith.metrics.terminal import format_seconds
 
 FAILURE = "failure.json"
 VLLM_MAX_RANK = 16  # vLLM's default for --max-lora-rank
@@ -74,7 +74,7 @@ class RunOutcome(Protocol):
 def closing(run: Run, result: RunOutcome) -> str:
     """The closing summary, as plain text: figures of all starts of the run, files written, what to type next."""
     folder = result.output_dir
-    records = read(folder / "metrics.jsonl")
+    records = read_records(folder / "metrics.jsonl")
     rows = [*_figures(records, result.seconds), "", *_written(folder), "", *_next(run, folder)]
     if result.finished_before:
         rows = [
@@ -95,7 +95,7 @@ def _figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
     settled = records[1:] or records
     rows = {
         "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {sum(r.examples for r in records):,} examples)",
-        "time": span(seconds or sum(r.step_seconds for r in records)),
+        "time": format_seconds(seconds or sum(r.step_seconds for r in records)),
         "tokens": f"{sum(r.tokens for r in records):,} without padding, {supervised:,} of them trained",
         "speed": f"{_rate(settled):,.0f} tokens/s",
         "loss": f"{first.loss:.4f} -> {last.loss:.4f}" + _tail_mean(records),

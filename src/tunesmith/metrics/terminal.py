@@ -1,9 +1,7 @@
-"""The run as a person sees it: a progress bar on a terminal, one plain line a step elsewhere, and log.txt for both."""
+"""Progress for a person: a bar on a terminal, plain lines elsewhere, and log.txt with every line that is due."""
 
 from __future__ import annotations
 
-import math
-import os
 import sys
 import time
 from collections import deque
@@ -15,20 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from tunesmith.config.schema import Run
+from tunesmith.host_files import is_terminal
 from tunesmith.metrics.record import StepRecord
-from tunesmith.metrics.sinks import Sink
-from tunesmith.units import Length
+from tunesmith.metrics.sink import Sink
+from tunesmith.units import Cadence
 
 LINES_A_SECOND = 10.0
 
 
-def wants_bar(stream: TextIO) -> bool:
-    """Whether a progress bar is welcome: a terminal that can move its cursor, whose user has not refused it."""
-    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-
-
-def span(seconds: float) -> str:
-    """Seconds as a person reads them: `42 s`, `3:07 min`, `2:05 h`."""
+def format_seconds(seconds: float) -> str:
+    """Seconds for a person: `42 s`, `3:07 min`, `2:05 h`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -37,41 +31,14 @@ def span(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
-class Every:
-    """Says when an interval of a recipe (`10 steps`, `1 epochs`, `30 s`, `5 %`) has passed; the first step counts."""
-
-    def __init__(self, interval: Length, total_steps: int | None) -> None:
-        self.interval, self.total = interval, total_steps
-        self._passed: int | None = None
-
-    def due(self, record: StepRecord) -> bool:
-        """Whether `record` is the first one, the last one, or the first after another interval."""
-        passed = math.floor(self._intervals(record))
-        if passed != self._passed:
-            self._passed = passed
-            return True
-        return record.step == self.total
-
-    def _intervals(self, record: StepRecord) -> float:
-        """How many intervals have passed, as a fraction, since the run or the clock began."""
-        amount = self.interval.amount
-        if self.interval.unit == "steps":
-            return record.step / amount
-        if self.interval.unit == "epochs":
-            return record.epoch / amount
-        if self.interval.unit == "%":  # of a run that ends by the clock the share is not known: every step is shown
-            return 100.0 * record.step / self.total / amount if self.total else record.step
-        return time.monotonic() / (self.interval.seconds or 1.0)
-
-
 class Terminal(Sink):
     """Progress for a person, on stderr, and log.txt.
 
     Args:
         log: path of log.txt; None writes none.
         total_steps: optimizer steps of the whole run; None where it ends by the clock.
-        stream: where progress is shown; stderr unless said.
-        bar: show a progress bar; None finds out.
+        steps_per_epoch: optimizer steps of one epoch, for `log.every` in epochs.
+        stream: where progress is shown; stderr by default.
     """
 
     def __init__(
@@ -79,17 +46,16 @@ class Terminal(Sink):
         log: Path | None,
         *,
         total_steps: int | None,
+        steps_per_epoch: int,
         stream: TextIO | None = None,
-        bar: bool | None = None,
     ) -> None:
-        self.log, self.total = log, total_steps
+        self.log, self.total, self.steps_per_epoch = log, total_steps, steps_per_epoch
         self.stream = stream or sys.stderr
-        self.bar = wants_bar(self.stream) if bar is None else bar
         self._file: TextIO | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._recent: deque[float] = deque(maxlen=20)
-        self._steps = 0
+        self._steps = 0  # of this start
         self._shown_at = 0.0
         self._seconds: float | None = None
         self._started = time.monotonic()
@@ -97,10 +63,10 @@ class Terminal(Sink):
     def open(self, run: Run, resumed_at: int) -> None:
         if self.log is not None:
             self._file = self.log.open("a", buffering=1, encoding="utf-8")
-        self._every = Every(run.log.every, self.total)
+        self._every = Cadence(run.log.every, total=self.total, steps_per_epoch=self.steps_per_epoch, seconds=0.0)
         self._seconds = run.train.duration.seconds
         self._started = time.monotonic()
-        if self.bar:
+        if is_terminal(self.stream):
             self._progress = Progress(
                 TextColumn("step {task.fields[step]}"),
                 BarColumn(),
@@ -116,23 +82,24 @@ class Terminal(Sink):
             self._progress.start()
 
     def step(self, record: StepRecord) -> None:
-        if self._steps == 1:  # the first step compiles and warms up: it says nothing about the others
+        if self._steps == 1:  # the first step compiles and warms up, so its time is not that of the others
             self._recent.clear()
         self._steps += 1
         self._recent.append(record.step_seconds)
-        due = self._every.due(record)
+        elapsed = time.monotonic() - self._started
         if self._progress is not None:
-            done = float(record.step) if self.total else time.monotonic() - self._started
+            done = float(record.step) if self.total else elapsed
             facts = f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s"
             self._progress.update(
                 self._task, completed=done, step=self._count(record), facts=facts, left=self._left(record)
             )
-        if not due:
+        due = self._every.due(record.step, elapsed)
+        if not (due or self._steps == 1 or record.step == self.total):
             return
         line = self.line(record)
         self._write(line)
         now = time.monotonic()
-        # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have what is not shown.
+        # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have every line.
         if self._progress is None and (now - self._shown_at >= 1 / LINES_A_SECOND or record.step == self.total):
             self._shown_at = now
             self._show(line)
@@ -157,7 +124,7 @@ class Terminal(Sink):
             self._file = None
 
     def line(self, record: StepRecord) -> str:
-        """One step as one line, its names and units readable without a key."""
+        """One step as one line, with names and units."""
         mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
         return (
             f"step {self._count(record)}  loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
@@ -169,12 +136,12 @@ class Terminal(Sink):
         return f"{record.step}/{self.total}" if self.total else str(record.step)
 
     def _left(self, record: StepRecord) -> str:
-        """Time to the end, from the mean of the last steps."""
+        """Time to the end, from the mean of the last 20 steps."""
         if self.total is None:
             if self._seconds is None:
                 return "?"
-            return span(max(0.0, self._seconds - (time.monotonic() - self._started)))
-        return span((self.total - record.step) * sum(self._recent) / len(self._recent))
+            return format_seconds(max(0.0, self._seconds - (time.monotonic() - self._started)))
+        return format_seconds((self.total - record.step) * sum(self._recent) / len(self._recent))
 
     def _tell(self, text: str) -> None:
         self._show(text)

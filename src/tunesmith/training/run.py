@@ -15,7 +15,8 @@ from tunesmith.checkpoint.resume import claimed, decide, put_aside
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError, StoppedError, UsageError
-from tunesmith.metrics import sinks as metric_sinks
+from tunesmith.metrics.sink import Sinks
+from tunesmith.metrics.sinks import sinks_of
 from tunesmith.metrics.summary import clear_failure, write_failure
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build, write_identity
@@ -67,7 +68,8 @@ def train(
             if start.finished is not None:
                 return Result(out, start.finished, finished_before=True)
             session = build(run, start, say=say, why=why)
-            sinks = metric_sinks.for_run(run, out, total_steps=session.total_steps)
+            per_epoch = session.data.course.steps_per_epoch(0)
+            sinks = sinks_of(run, out, total_steps=session.total_steps, steps_per_epoch=per_epoch)
             stack.callback(close_after_all, sinks)
             # A step whose validation was cut off is written again, with its validation.
             kept = start.progress.step - (not start.progress.validated) if start.progress else 0
@@ -101,7 +103,7 @@ def inputs_of(run: Run) -> list[str]:
     return [n for n in (*names, *(s.source for s in (*run.data.train, *run.data.validation))) if n is not None]
 
 
-def close_after_all(sinks: metric_sinks.Sinks) -> None:
+def close_after_all(sinks: Sinks) -> None:
     """Close what is still open when a run leaves early; a fault in that must not hide why it left."""
     with contextlib.suppress(OSError):
         sinks.close()

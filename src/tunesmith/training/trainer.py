@@ -27,9 +27,9 @@ from tunesmith.errors import StoppedError, TunesmithError
 from tunesmith.inference.decoding import sample_answers
 from tunesmith.inference.evaluate import validation_loss
 from tunesmith.metrics import hardware
-from tunesmith.metrics import sinks as metric_sinks
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
+from tunesmith.metrics.sink import Sinks
 from tunesmith.model.spec import flops
 from tunesmith.optim import learning_rate, warmup_steps
 from tunesmith.runtime.transfer import AsyncScalars
@@ -56,7 +56,7 @@ class Trainer:
         checkpoint_stalls: seconds that each checkpoint on the way held up the loop.
     """
 
-    def __init__(self, session: Session, start: Start, sinks: metric_sinks.Sinks, stop: StopRequest) -> None:
+    def __init__(self, session: Session, start: Start, sinks: Sinks, stop: StopRequest) -> None:
         self.s, self.run, self.sinks, self.stop = session, session.run, sinks, stop
         self.out = Path(session.run.output_dir)
         before = start.progress
