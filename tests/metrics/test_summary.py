@@ -1,19 +1,18 @@
-"""The closing summary tells what the records say; the plot shows what the numbers do."""
+"""The closing summary tells what the records say; failure.json comes and goes."""
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from records import RUN, record
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import NonFiniteError
-from tunesmith.metrics.summary import clear_failure, curve, read_failure, write_failure
-from tunesmith.metrics.summary import closing as closing_of
+from tunesmith.metrics.summary import clear_failure, closing_summary, write_failure
 
 
 @pytest.fixture
@@ -21,18 +20,8 @@ def run() -> Run:
     return RUN
 
 
-@dataclass(frozen=True)
-class Result:
-    """The part of `tunesmith.training.result.Result` that the report reads."""
-
-    output_dir: Path
-    steps: int = 20
-    seconds: float = 0.0
-    finished_before: bool = False
-
-
-def closing(run: Run, folder: Path, **told: object) -> str:
-    return closing_of(run, Result(folder, **told))
+def closing(run: Run, folder: Path, **told: Any) -> str:
+    return closing_summary(replace(run, output_dir=str(folder)), **{"steps": 20} | told)
 
 
 @pytest.fixture
@@ -56,7 +45,7 @@ def test_the_summary_holds_every_figure(run: Run, folder: Path) -> None:
     for part in (
         "20 (2.00 epochs, 80 examples)",
         "1:40 min",
-        "2,000 without padding, 800 of them trained",
+        "2,000 without padding, 800 of them supervised",
         "400 tokens/s, 50.0% MFU of 100 TFLOP/s",
         "2.0000 -> 0.1000 (mean of the last 2: 0.1026)",
         "0.5000 -> 0.7500, best 0.5000 at step 10",
@@ -111,45 +100,13 @@ def test_a_finished_run_names_the_two_ways_on(run: Run, folder: Path) -> None:
 
 
 def test_failure_is_one_block_that_comes_and_goes(tmp_path: Path) -> None:
-    assert read_failure(tmp_path) is None
     error = NonFiniteError("the loss is NaN", where="step 7", why="rows.jsonl:3", fix="lower the rate")
-    written = write_failure(tmp_path, error, last_step=6, next_command="tunesmith train r.yaml")
-    assert list(json.loads((tmp_path / "failure.json").read_text())) == ["what", "where", "why", "last_step", "next"]
-    assert read_failure(tmp_path) == written
-    assert (written.last_step, written.next) == (6, "lower the rate")
-    assert write_failure(tmp_path, NonFiniteError("x"), last_step=6, next_command="again").next == "again"
+    write_failure(tmp_path, error, last_step=6, next_command="tunesmith train r.yaml")
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert list(failure) == ["what", "where", "why", "last_step", "next"]
+    assert list(failure.values()) == ["the loss is NaN", "step 7", "rows.jsonl:3", 6, "lower the rate"]
+    write_failure(tmp_path, NonFiniteError("x"), last_step=6, next_command="again")
+    assert json.loads((tmp_path / "failure.json").read_text())["next"] == "again"
     clear_failure(tmp_path)
     clear_failure(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_curve_falls_where_the_values_fall() -> None:
-    rows = curve([3.0, 2.0, 1.0], width=9, height=5, unicode=False).splitlines()
-    assert rows == [
-        "   3.000 |***",
-        "         |  **",
-        "         |   ****",
-        "         |      **",
-        "   1.000 |       **",
-        "         +---------",
-        "          1       3",
-    ]
-
-
-def test_braille_has_one_dot_a_column_on_a_flat_line() -> None:
-    rows = curve([1.0] * 5, width=4, height=2, unicode=True).splitlines()
-    dots = "".join(rows[:2])[10:].replace("┤", "")
-    assert sum((ord(c) - 0x2800).bit_count() for c in dots if 0x2800 <= ord(c) < 0x2900) == 8
-
-
-def test_the_curve_leaves_a_gap_for_nan_and_says_when_there_is_nothing() -> None:
-    assert "(nothing to plot)" in curve([math.nan])
-    gap = curve([1.0, 1.0, math.nan, 1.0, 1.0], width=17, height=3, unicode=False).splitlines()[1][10:]
-    assert gap == "*****       *****", "one missing value takes its two neighbouring stretches with it"
-
-
-def test_one_value_and_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("locale.getpreferredencoding", lambda _=True: "ANSI_X3.4-1968")
-    assert curve([1.0], width=4, height=3).isascii()
-    monkeypatch.setattr("locale.getpreferredencoding", lambda _=True: "UTF-8")
-    assert not curve([1.0], width=4, height=3).isascii()

@@ -29,9 +29,13 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.config.load import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    from tunesmith.metrics.summary import closing
+    from tunesmith.metrics.summary import closing_summary
     from tunesmith.training.run import train
 
     result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv)
-    print(json.dumps(result.values()) if args.json else closing(recipe, result))
+    if args.json:
+        print(json.dumps(result.values()))
+    else:
+        before = result.finished_before
+        print(closing_summary(recipe, steps=result.steps, seconds=result.seconds, finished_before=before))
     return EXIT_OK

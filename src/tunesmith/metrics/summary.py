@@ -1,84 +1,49 @@
-"""What is said when a run is over: the closing summary, the loss curve in the terminal, failure.json."""
+"""The end of a run in words: the closing summary, and failure.json."""
 
 from __future__ import annotations
 
 import json
-import locale
-import math
-import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
+from tunesmith.host_files import write_atomically
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.terminal import format_seconds
 
 FAILURE = "failure.json"
-VLLM_MAX_RANK = 16  # vLLM's default for --max-lora-rank
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts
+VLLM_DEFAULT_RANK = 16
 
 
-@dataclass(frozen=True)
-class Failure:
-    """failure.json: one block that says what stopped a run and how to go on."""
-
-    what: str
-    where: str
-    why: str
-    last_step: int
-    next: str
-
-
-def write_failure(folder: Path, error: TunesmithError, *, last_step: int, next_command: str) -> Failure:
-    """Write failure.json, in one move, from the error that ended the run; its `fix` stands before `next_command`."""
-    failure = Failure(error.what, error.where, error.why, last_step, error.fix or next_command)
-    part = folder / (FAILURE + ".part")
-    try:
-        part.write_text(json.dumps(asdict(failure), indent=2) + "\n", encoding="utf-8")
-        os.replace(part, folder / FAILURE)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    return failure
-
-
-def read_failure(folder: Path) -> Failure | None:
-    """The failure that a run directory tells of, or None."""
-    path = folder / FAILURE
-    if not path.exists():
-        return None
-    return Failure(**json.loads(path.read_text(encoding="utf-8")))
+def write_failure(folder: Path, error: TunesmithError, *, last_step: int, next_command: str) -> None:
+    """Write failure.json: what stopped the run, where, why, its last step, and `error.fix` or else `next_command`."""
+    next_ = error.fix or next_command
+    failure = {"what": error.what, "where": error.where, "why": error.why, "last_step": last_step, "next": next_}
+    write_atomically(folder / FAILURE, json.dumps(failure, indent=2) + "\n")
 
 
 def clear_failure(folder: Path) -> None:
-    """A run that goes on has no failure any more."""
+    """Remove failure.json, for a run that goes on."""
     (folder / FAILURE).unlink(missing_ok=True)
 
 
-class RunOutcome(Protocol):
-    """What a run came to, as `tunesmith.training.result.Result` tells it."""
+def closing_summary(run: Run, *, steps: int, seconds: float = 0.0, finished_before: bool = False) -> str:
+    """The closing summary as plain text: figures of all starts of the run, files written, next commands.
 
-    @property
-    def output_dir(self) -> Path: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def finished_before(self) -> bool: ...
-
-
-def closing(run: Run, result: RunOutcome) -> str:
-    """The closing summary, as plain text: figures of all starts of the run, files written, what to type next."""
-    folder = result.output_dir
+    Args:
+        steps: optimizer steps of the whole run.
+        seconds: of training; 0 takes the sum of the recorded steps.
+        finished_before: the run was finished already, and this start did nothing.
+    """
+    folder = Path(run.output_dir)
     records = read_records(folder / "metrics.jsonl")
-    rows = [*_figures(records, result.seconds), "", *_written(folder), "", *_next(run, folder)]
-    if result.finished_before:
+    rows = [*_figures(records, seconds), "", *_written(folder), "", *_next(run, folder)]
+    if finished_before:
         rows = [
-            f"this run is finished: it took its {result.steps} steps before",
+            f"this run is finished: it took its {steps} steps before",
             "  to go on: the same command with a longer train.duration",
             "  to start over: the same command with --fresh (the old run is put aside)",
             "",
@@ -91,16 +56,16 @@ def _figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
     if not records:
         return ["no step was taken"]
     first, last, supervised = records[0], records[-1], sum(r.supervised_tokens for r in records)
-    # The first step compiles and fills caches, so rates leave it out as soon as there are others.
-    settled = records[1:] or records
+    steady = records[1:] or records  # the first step compiles and fills caches
+    seconds_steady = max(sum(r.step_seconds for r in steady), 1e-9)
     rows = {
         "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {sum(r.examples for r in records):,} examples)",
         "time": format_seconds(seconds or sum(r.step_seconds for r in records)),
-        "tokens": f"{sum(r.tokens for r in records):,} without padding, {supervised:,} of them trained",
-        "speed": f"{_rate(settled):,.0f} tokens/s",
+        "tokens": f"{sum(r.tokens for r in records):,} without padding, {supervised:,} of them supervised",
+        "speed": f"{sum(r.tokens for r in steady) / seconds_steady:,.0f} tokens/s",
         "loss": f"{first.loss:.4f} -> {last.loss:.4f}" + _tail_mean(records),
     }
-    known = [r for r in settled if r.mfu is not None]
+    known = [r for r in steady if r.mfu is not None]
     if known:
         share = sum((r.mfu or 0.0) * r.step_seconds for r in known) / sum(r.step_seconds for r in known)
         rows["speed"] += f", {share:.1%} MFU of {known[-1].mfu_peak_tflops or 0:,.0f} TFLOP/s"
@@ -112,12 +77,8 @@ def _figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
     return [f"{name:<12}{text}" for name, text in rows.items()]
 
 
-def _rate(records: Sequence[StepRecord]) -> float:
-    return sum(r.tokens for r in records) / max(sum(r.step_seconds for r in records), 1e-9)
-
-
 def _tail_mean(records: Sequence[StepRecord]) -> str:
-    """One batch's loss is noisy: beside it the mean over the last tenth, where that is more than one step."""
+    """The mean over the last tenth of the steps, as one batch's loss is noisy; empty if that is one step."""
     tail = records[-max(1, len(records) // 10) :]
     return f" (mean of the last {len(tail)}: {sum(r.loss for r in tail) / len(tail):.4f})" if len(tail) > 1 else ""
 
@@ -145,7 +106,7 @@ def _written(folder: Path) -> list[str]:
 
 
 def _next(run: Run, folder: Path) -> list[str]:
-    """The commands that a user may want to type now, each whole."""
+    """Complete commands that a user may want next."""
     here = shlex.quote(str(folder))
     merged = shlex.quote(f"{folder}-merged")
     held_out = run.data.validation[0].source if run.data.validation else "HELD_OUT.jsonl"
@@ -153,66 +114,10 @@ def _next(run: Run, folder: Path) -> list[str]:
     if run.adapter.kind == "none":
         return [*rows, f"  vllm serve {shlex.quote(str(folder / 'final'))}"]
     rows.append(f"  tunesmith merge {here} --output {merged}")
-    # vLLM reads no GGUF base under an adapter, and no module that was trained in full beside it.
+    # vLLM takes no adapter on a GGUF base, and none with modules trained in full.
     if run.model.name.endswith(".gguf") or run.adapter.modules_to_save or run.model.added_tokens:
         return [*rows, f"  vllm serve {merged}   # after the merge"]
-    rank = f" --max-lora-rank {_rank_step(run.adapter.rank)}" if run.adapter.rank > VLLM_MAX_RANK else ""
+    least = next((rank for rank in VLLM_RANKS if rank >= run.adapter.rank), run.adapter.rank)
+    rank = f" --max-lora-rank {least}" if least > VLLM_DEFAULT_RANK else ""
     adapter = shlex.quote(f"{folder.name}={folder / 'final'}")
     return [*rows, f"  vllm serve {shlex.quote(run.model.name)} --enable-lora{rank} --lora-modules {adapter}"]
-
-
-def _rank_step(rank: int) -> int:
-    """The smallest rank that vLLM takes and that holds ours: 8, 16, 32, 64, 128, 256, 320, 512."""
-    return next((step for step in (8, 16, 32, 64, 128, 256, 320, 512) if step >= rank), rank)
-
-
-def curve(values: Sequence[float], *, width: int = 64, height: int = 10, unicode: bool | None = None) -> str:
-    """A line plot for the terminal, from braille dots (2 x 4 a cell), or from `*` where the locale is not UTF-8.
-
-    Args:
-        values: one per step; non-finite ones leave a gap.
-        width, height: of the plot in characters, axis not counted.
-    """
-    finite = [v for v in values if math.isfinite(v)]
-    if not finite:
-        return "(nothing to plot)"
-    if unicode is None:
-        unicode = locale.getpreferredencoding(False).lower().replace("-", "") == "utf8"
-    low, high = min(finite), max(finite)
-    if high == low:
-        low, high = low - 0.5, high + 0.5
-    wide, tall = (2, 4) if unicode else (1, 1)
-    columns, rows = width * wide, height * tall
-    cells = [[0] * width for _ in range(height)]
-    for column, row in _dots(values, columns, rows, low, high):
-        cells[row // tall][column // wide] |= _DOT[row % tall][column % wide]
-    drawn = [
-        "".join((chr(0x2800 + cell) if unicode else "*") if cell else " " for cell in line).rstrip() for line in cells
-    ]
-    edge, corner, base = ("┤", "└", "─") if unicode else ("|", "+", "-")
-    labels = [f"{high:8.3f} {edge}", *[f"{'':8} {edge}"] * (height - 2), f"{low:8.3f} {edge}"]
-    axis = f"{'':8} {corner}{base * width}"
-    ends = f"{'':10}1{len(values):>{width - 1}}"
-    return "\n".join([*(label + line for label, line in zip(labels, drawn, strict=True)), axis, ends])
-
-
-_DOT = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # Unicode's numbering of the braille dots
-
-
-def _dots(values: Sequence[float], columns: int, rows: int, low: float, high: float) -> list[tuple[int, int]]:
-    """The dots of a line through `values`: (column, row), row 0 on top; neighbours are joined upright."""
-    dots: list[tuple[int, int]] = []
-    before: int | None = None
-    for column in range(columns):
-        at = column * (len(values) - 1) / max(columns - 1, 1)
-        left = math.floor(at)
-        right = min(left + 1, len(values) - 1)
-        value = values[left] + (values[right] - values[left]) * (at - left) if at > left else values[left]
-        if not math.isfinite(value):
-            before = None
-            continue
-        row = round((high - value) / (high - low) * (rows - 1))
-        joined = range(min(row, before), max(row, before) + 1) if before is not None else (row,)
-        dots += [(column, r) for r in joined]
-        before = row
-    return dots
