@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.checkpoint.resume import claimed, missing, put_aside, take_away
+from tunesmith.checkpoint.resume import claim_run_dir, missing_folders, put_aside, remove_unused
 from tunesmith.cli.main import Parser, framed
 from tunesmith.cli.options import positive_number, whole_number
 from tunesmith.config.load import from_mapping, to_mapping
@@ -223,7 +223,7 @@ def selection(args: argparse.Namespace) -> list[dict[str, str]]:
 @contextmanager
 def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> Iterator[None]:
     """The rows and the template in the run directory; as they were before, if the start is refused before its first step."""
-    made = missing(folder)
+    made = missing_folders(folder)
     before = {path: path.read_bytes() if path.is_file() else None for path in (folder / ROWS, folder / JINJA)}
     try:
         write_inputs(rows, folder, bos=bos)
@@ -236,7 +236,7 @@ def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> Iterat
                 else:
                     path.write_bytes(content)
             (folder / ROWS.parent).rmdir()  # fails where earlier files lie in it
-        take_away(made)
+        remove_unused(made)
         raise
 
 
@@ -278,7 +278,7 @@ def _run(name: str, args: argparse.Namespace) -> int:
     if first:
         print(opening(script, args))
         if args.fresh:
-            with claimed(folder):
+            with claim_run_dir(folder):
                 put_aside(folder)
     recipe = make_recipe(name, args, folder=folder, ranks=int(os.environ.get("WORLD_SIZE", "1")))
     print(f"Loading model: {args.model_name}")

@@ -93,14 +93,14 @@ def test_replacing_keeps_the_new_one(tmp_path: Path) -> None:
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 10):
         write(tmp_path, step)
-    state.prune(tmp_path, 2, latest=10, spare=1)
+    state.prune(tmp_path, 2, latest=10, keep_step=1)
     assert [f.step for f in state.list_checkpoints(tmp_path)] == [10, 4, 1]
 
 
 def test_a_torn_one_of_a_later_step_takes_no_place(tmp_path: Path) -> None:
     for step in (2, 4, 8):
         write(tmp_path, step)
-    state.prune(tmp_path, 1, latest=4, spare=None)
+    state.prune(tmp_path, 1, latest=4, keep_step=None)
     assert [f.step for f in state.list_checkpoints(tmp_path)] == [4]
 
 
@@ -121,7 +121,7 @@ for step in range(1, 100_000):
     with state.writing(run / f"checkpoint-{step}", step) as folder:
         for name in "abcd":
             (folder / name).write_bytes(bytes([step % 256]) * 50_000)
-    state.prune(run, 2, latest=step, spare=None)
+    state.prune(run, 2, latest=step, keep_step=None)
     print(step, flush=True)
 """
 

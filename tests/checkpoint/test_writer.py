@@ -1,4 +1,4 @@
-"""Checkpoints written behind the training: what is said of them stays true, whatever the thread is doing."""
+"""Checkpoints written in the background: what is reported of them holds, whatever the thread is doing."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(
     writer: Writer, tmp_path: Path, synced: list[str]
 ) -> None:
     for step in (1, 2):
-        writer.write(quick, step, spare=None)
+        writer.write(quick, step, keep_step=None)
     assert writer.saved_step == 2
     fill = Held()
-    writer.write_behind(fill, 3, spare=None)
+    writer.write_async(fill, 3, keep_step=None)
     assert fill.begun.wait(30)
     writer.check()
     assert (writer.saved_step, whole(tmp_path)) == (2, [1, 2]), "the older ones are needed until it is whole"
@@ -71,13 +71,13 @@ def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(
 
 def test_the_next_one_waits_and_the_spared_one_stays(writer: Writer, tmp_path: Path) -> None:
     first, order = Held(), []
-    writer.write_behind(first, 1, spare=1)
+    writer.write_async(first, 1, keep_step=1)
     threading.Timer(0.1, lambda: (order.append("let go"), first.go.set())).start()
-    writer.write_behind(quick, 2, spare=1)
+    writer.write_async(quick, 2, keep_step=1)
     order.append("second begun")
     assert order == ["let go", "second begun"]
     for step in (3, 4):
-        writer.write_behind(quick, step, spare=1)
+        writer.write_async(quick, step, keep_step=1)
     writer.wait()
     assert whole(tmp_path) == [1, 3, 4]
 
@@ -99,10 +99,10 @@ def test_a_full_disk_in_the_thread_is_raised_in_the_loop(
         quick(folder)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    writer.write(quick, 1, spare=None)
+    writer.write(quick, 1, keep_step=None)
     with pytest.raises(CheckpointError) as at_once:
-        writer.write(fill, 2, spare=None)
-    writer.write_behind(fill, 2, spare=None)
+        writer.write(fill, 2, keep_step=None)
+    writer.write_async(fill, 2, keep_step=None)
     with pytest.raises(CheckpointError) as behind:
         again(call, writer)
     assert behind.value.text() == at_once.value.text()
@@ -113,14 +113,14 @@ def test_a_full_disk_in_the_thread_is_raised_in_the_loop(
 
 def test_close_lets_it_end_and_keeps_its_fault_to_itself(writer: Writer, tmp_path: Path) -> None:
     fill = Held()
-    writer.write_behind(fill, 5, spare=None)
+    writer.write_async(fill, 5, keep_step=None)
     threading.Timer(0.1, fill.go.set).start()
     writer.close()
     assert (writer.saved_step, whole(tmp_path)) == (5, [5])
     other = Writer(tmp_path, 2, 5, sync=lambda: None)
     broken = Held(OSError(errno.ENOSPC, "No space left on device"))
     broken.go.set()
-    other.write_behind(broken, 6, spare=None)
+    other.write_async(broken, 6, keep_step=None)
     other.close()
     other.close()
     assert (other.saved_step, whole(tmp_path)) == (5, [5])

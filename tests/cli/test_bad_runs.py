@@ -152,7 +152,7 @@ def test_a_torn_checkpoint_is_passed_over(name: str, tear: str, world: World, be
         return  # a flipped bit in the whitespace of the manifest leaves it as it was
     assert found is not None
     assert found.step == 2
-    assert said[0].startswith("checkpoint-4 is passed over: ")
+    assert said[0].startswith("checkpoint-4 is skipped: ")
 
 
 def test_a_run_goes_on_over_a_torn_checkpoint_with_the_same_numbers(world: World, begun: Path, capsys: Capture) -> None:
@@ -160,7 +160,7 @@ def test_a_run_goes_on_over_a_torn_checkpoint_with_the_same_numbers(world: World
     flip(world.out / "checkpoint-4" / "adapter_model.safetensors")
     code, _, err = started(world.again("train.duration=4 steps", "checkpoint.keep=1"), capsys)
     assert code == EXIT_OK, err
-    assert "checkpoint-4 is passed over" in err
+    assert "checkpoint-4 is skipped" in err
     keys = ("step", "loss", "grad_norm", "learning_rate")
     assert [[r[k] for k in keys] for r in records(world.out)] == [[r[k] for k in keys] for r in records(begun / "run")]
 
@@ -182,7 +182,7 @@ def test_when_none_is_whole_the_run_starts_over_and_says_so(world: World, capsys
         (folder / "manifest.json").unlink()
     code, _, err = started(world.again(), capsys)
     assert code == EXIT_OK, err
-    assert "no checkpoint is whole: the run starts over" in err
+    assert "no checkpoint is complete: the run starts over" in err
     assert [r["step"] for r in records(world.out)] == list(range(1, 9))
 
 

@@ -1,9 +1,10 @@
-"""Write what was trained in the form that others read: PEFT's adapter files, or a whole Transformers folder."""
+"""The files of a checkpoint: PEFT's adapter or a Transformers model, the tokenizer, the optimizer's state."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,17 @@ from tunesmith.runtime.transfer import Snapshot
 
 SHARD = "5GB"
 
-Files = Mapping[str, bytes]  # contents by name
+TokenizerFiles = Mapping[str, bytes]  # path in the folder -> contents
 
 
-def tokenizer_files(tokenizer: PreTrainedTokenizerBase, template: Template, scratch: Path) -> Files:
-    """The tokenizer's files, with the template in use as its chat template: the prompt in use is the one trained.
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase, template: Template, scratch: Path) -> TokenizerFiles:
+    """The tokenizer's files, with the template in use as its chat template, so that inference prompts as training did.
 
-    They are the same in every checkpoint, so they are made once. A thread could not make them: the tokenizer's other
-    users may change it meanwhile, and a large vocabulary would keep the interpreter from the training.
+    They are the same in every checkpoint, so make them once, in the main thread: others use and change the tokenizer, and
+    serialising a large vocabulary in a background thread would hold the interpreter's lock.
 
     Args:
-        scratch: a folder to write into and clear again; `state.sweep` takes away what a kill leaves there.
+        scratch: a folder for a temporary one; `state.sweep` removes what a kill leaves there.
     """
     before = tokenizer.chat_template
     try:
@@ -47,20 +48,18 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase, template: Template, scra
         tokenizer.chat_template = before
 
 
-def _write_files(folder: Path, files: Files) -> None:
+def _write_files(folder: Path, files: TokenizerFiles) -> None:
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 
 
-def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: Files) -> None:
-    """Write the adapter (PEFT) or the whole model (Transformers), and the tokenizer.
+def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: TokenizerFiles) -> None:
+    """Write the adapter (PEFT) or the whole model (Transformers), by `adapter.kind`, and the tokenizer.
 
     Args:
         folder: an existing, empty folder.
-        run: its `adapter.kind` says which form.
-        model: the trained model; its weights are read, not copied.
         tokenizer: from `tokenizer_files`.
     """
     if run.adapter.kind == "lora":
@@ -81,11 +80,11 @@ def write_checkpoint(
     folder: Path,
     run: Run,
     model: TrainModel,
-    tokenizer: Files,
+    tokenizer: TokenizerFiles,
     optimizer: Mapping[str, Tensor],
     progress: Progress,
 ) -> None:
-    """Write all that a checkpoint holds, as it is while this runs; `optimizer` is its state, the rest as above."""
+    """Write all that a checkpoint holds into an existing, empty folder; `optimizer` is its state dict of tensors."""
     write_model(folder, run, model, tokenizer)
     write_optimizer(folder, optimizer)
     progress.write(folder)
@@ -94,19 +93,20 @@ def write_checkpoint(
 def snapshot(
     run: Run,
     model: TrainModel,
-    tokenizer: Files,
+    tokenizer: TokenizerFiles,
     optimizer: Mapping[str, Tensor],
     progress: Progress,
 ) -> Callable[[Path], None]:
-    """An adapter's checkpoint as it is now: what is returned writes it into a folder, from any thread, once.
+    """Copy an adapter's checkpoint as it is now; the function returned writes the copy into a folder, from any thread, once.
 
-    Tensors are copied where they lie, in the order of the device's work, so that this waits for nothing. Until they are
-    written the copies take there what adapter and optimizer state take.
+    Tensors are copied on their own device, in stream order, so this does not wait for the device. Until they are written,
+    the copies take as much device memory as the adapter and the optimizer state.
 
     Raises:
         torch.OutOfMemoryError: there is no room for the copies.
     """
     tensors, settings = _adapter(run, model)
+    progress = replace(progress)  # the caller changes its own while a thread writes this one
     adapter, moments = Snapshot(tensors), Snapshot(optimizer)
 
     def write(folder: Path) -> None:
@@ -126,7 +126,7 @@ def write_optimizer(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_optimizer(folder: Path) -> dict[str, Tensor]:
-    """Read the optimizer's tensors of a checkpoint, onto the CPU; CheckpointError if they cannot be read."""
+    """The optimizer's tensors of a checkpoint, on the CPU; CheckpointError if they cannot be read."""
     try:
         return load_file(folder / OPTIMIZER)
     except (OSError, SafetensorError) as error:

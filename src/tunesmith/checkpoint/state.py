@@ -1,8 +1,8 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoint folders that are either complete or absent.
 
 A checkpoint is written into a hidden folder beside its place, every file is flushed to the disk, then `manifest.json`
-(sizes and SHA-256 of all files) is written, then the folder is renamed. A kill at any moment leaves the old ones whole
-and at most a hidden rest, which the next start sweeps away. Tensors are safetensors, everything else is JSON: no
+(sizes and SHA-256 of all files) is written, then the folder is renamed. A kill at any moment leaves earlier checkpoints
+complete and at most one hidden folder, which the next start removes. Tensors are safetensors, everything else is JSON: no
 pickle is written or read.
 """
 
@@ -17,29 +17,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunesmith.errors import CheckpointError, disk_fault
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
-_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder and the step after which it was written."""
+    """A folder named checkpoint-<step>, and the step after which it was written."""
 
     path: Path
     step: int
 
 
 def _digest(path: Path) -> str:
-    total = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            total.update(block)
-    return total.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -50,14 +45,10 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-
-
 def seal(folder: Path, step: int) -> None:
     """Flush every file of `folder`, then write and flush its manifest."""
     entries = {}
-    for path in _files(folder):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         _flush(path)
         entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     manifest = folder / MANIFEST
@@ -67,11 +58,10 @@ def seal(folder: Path, step: int) -> None:
 
 
 def find_damage(folder: Path, *, contents: bool = True) -> str | None:
-    """Why `folder` is no whole checkpoint, in words for a warning; None if it is one.
+    """What is wrong with a checkpoint's folder or `final/`, as a clause for a warning; None if it is complete.
 
     Args:
-        folder: a checkpoint's folder or `final/`.
-        contents: also compare the SHA-256 of every file, not only the sizes.
+        contents: compare the SHA-256 of every file too, not only the sizes.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -93,14 +83,14 @@ def find_damage(folder: Path, *, contents: bool = True) -> str | None:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in a whole folder's manifest (sizes compared, contents not), or None."""
+    """The step in a complete folder's manifest (sizes compared, contents not), or None."""
     if find_damage(folder, contents=False) is not None:
         return None
     return int(json.loads((folder / MANIFEST).read_text())["step"])
 
 
 def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """All folders named checkpoint-<step>, whole or not, newest first."""
+    """All folders named checkpoint-<step>, complete or not, newest first."""
     if not run_dir.is_dir():
         return []
     named = [(p, _NAME.match(p.name)) for p in run_dir.iterdir() if p.is_dir()]
@@ -108,27 +98,27 @@ def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
 
 
 def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint; each torn one that is passed over is told to `warn`."""
+    """The newest complete checkpoint; `warn` gets a line about each damaged one that is skipped."""
     for found in list_checkpoints(run_dir):
         reason = find_damage(found.path)
         if reason is None:
             return found
-        warn(f"{found.path.name} is passed over: {reason}")
+        warn(f"{found.path.name} is skipped: {reason}")
     return None
 
 
 @contextmanager
 def writing(place: Path, step: int) -> Iterator[Path]:
-    """A folder to write into, which becomes `place` whole when the block ends, or leaves no trace.
+    """A folder to write into. It becomes `place` when the block ends, or is removed if the block raises.
 
     Raises:
-        CheckpointError: when the disk is full or cannot be written; what was there before stays.
+        CheckpointError: the disk is full or cannot be written; what was there before stays.
     """
     partial = place.with_name(f".{place.name}.partial")
     old = place.with_name(f".{place.name}.old")
     try:
-        for rest in (partial, old):
-            remove(rest)
+        for leftover in (partial, old):
+            remove(leftover)
         partial.mkdir(parents=True)
         yield partial
         seal(partial, step)
@@ -149,55 +139,39 @@ def _failed(place: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
         disk_fault(error) or f"cannot write {place.name}: {error}",
         where=str(place),
-        why="earlier checkpoints are whole: " + ", ".join(kept) if kept else "no checkpoint was written before",
-        fix="make room (checkpoint.keep=1 needs less) and start the same command again: it goes on from the newest one",
+        why="earlier checkpoints are complete: " + ", ".join(kept) if kept else "no checkpoint was written before",
+        fix="make room (checkpoint.keep=1 needs less) and start the same command again: it resumes from the newest one",
     )
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder so that a kill on the way never leaves something that looks whole."""
+    """Delete a folder, its manifest first: a kill in between leaves nothing that looks complete."""
     if folder.exists():
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
-def prune(run_dir: Path, keep: int, *, latest: int, spare: int | None) -> None:
-    """Keep the newest `keep` checkpoints up to the one just written, of step `latest`, and the one of step `spare`.
+def prune(run_dir: Path, keep: int, *, latest: int, keep_step: int | None) -> None:
+    """Delete checkpoints but the newest `keep`, counted from step `latest` down, and the one of `keep_step`.
 
-    One of a later step is torn: this run passed over it and went on from an earlier one. It must not take the place
-    of a whole one.
+    A later one than `latest`, which was just written, is damaged: this run resumed from before it. It must not take the
+    place of a complete one.
     """
-    kept = [f.step for f in list_checkpoints(run_dir) if f.step <= latest][:keep]
-    for found in list_checkpoints(run_dir):
-        if found.step not in kept and found.step != spare:
-            remove(found.path)
+    found = list_checkpoints(run_dir)
+    kept = {keep_step, *[c.step for c in found if c.step <= latest][:keep]}
+    for checkpoint in found:
+        if checkpoint.step not in kept:
+            remove(checkpoint.path)
 
 
 def sweep(run_dir: Path) -> None:
-    """Clear hidden rests of writes that a kill cut off; put back a folder that was being replaced."""
-    for rest in run_dir.glob(".*.old"):
-        place = run_dir / rest.name[1:-4]
-        if not place.exists() and find_damage(rest) is None:
-            rest.rename(place)
-    for rest in (*run_dir.glob(".*.partial"), *run_dir.glob(".*.old")):
-        if rest.is_dir():
-            remove(rest)
+    """Remove what a killed write left behind; restore a folder that was being replaced."""
+    for old in run_dir.glob(".*.old"):
+        place = run_dir / old.name[1:-4]
+        if not place.exists() and find_damage(old) is None:
+            old.rename(place)
+    for leftover in (*run_dir.glob(".*.partial"), *run_dir.glob(".*.old")):
+        if leftover.is_dir():
+            remove(leftover)
         else:
-            rest.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new text, never half of one; a full disk leaves the old one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """The same for a value as JSON."""
-    write_text(path, json.dumps(value, indent=1))
+            leftover.unlink()

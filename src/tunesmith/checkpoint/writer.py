@@ -1,8 +1,8 @@
-"""Who writes a run's checkpoints: the caller itself, or one thread behind the training, one checkpoint at a time.
+"""Writes a run's checkpoints, one at a time: in the calling thread, or in one background thread.
 
-What is said of a checkpoint is as true as if the loop had written it: it counts only once its folder has its name, older
-ones go only after that, and a fault of the disk is raised in the loop, as it was, by the first call after it. Whoever
-ends a run waits first, so that no thread writes into a directory that another run may already hold.
+Both behave alike: a checkpoint counts once its folder has its name, older ones are deleted after that, and an error of
+the background thread is raised unchanged by the next call. A run waits before it ends, so that no thread writes into a
+directory that another run may already hold.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ Fill = Callable[[Path], None]
 
 
 class Writer:
-    """Writes `checkpoint-<step>` into a run directory and drops the oldest beyond `keep`.
+    """Writes `checkpoint-<step>` into a run directory and deletes the oldest beyond `keep`.
 
     Args:
-        run_dir: where the checkpoints lie.
+        run_dir: the folder of the checkpoints.
         keep: how many of them stay.
-        saved_step: step of the checkpoint that the run goes on from, or None.
-        sync: puts on the disk what must be there before a checkpoint counts; called in the thread that writes.
+        saved_step: step of the checkpoint that the run resumes from, or None.
+        sync: flushes to the disk what must be there before a checkpoint counts; called in the thread that writes.
 
     Attributes:
-        saved_step: step of the newest whole checkpoint.
+        saved_step: step of the newest complete checkpoint.
     """
 
     def __init__(self, run_dir: Path, keep: int, saved_step: int | None, *, sync: Callable[[], None]) -> None:
@@ -35,47 +35,47 @@ class Writer:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tunesmith-checkpoint")
         self._running: Future[None] | None = None
 
-    def write(self, fill: Fill, step: int, *, spare: int | None) -> None:
-        """Write a checkpoint now, after the one under way.
+    def write(self, fill: Fill, step: int, *, keep_step: int | None) -> None:
+        """Write a checkpoint now, after the one in progress.
 
         Args:
-            fill: writes all that the checkpoint holds into an empty folder.
+            fill: writes the checkpoint's files into an empty folder.
             step: the step it belongs to.
-            spare: step of the checkpoint that stays however old it is, or None.
+            keep_step: step of a checkpoint that stays however old it is, or None.
 
         Raises:
-            CheckpointError: it cannot be written; what was there before stays. So in all of these.
+            CheckpointError: it cannot be written; what was there before stays. All methods but `close` raise it.
         """
         self.wait()
-        self._write(fill, step, spare)
+        self._write(fill, step, keep_step)
 
-    def write_behind(self, fill: Fill, step: int, *, spare: int | None) -> None:
-        """The same in the thread, once the one under way is done."""
+    def write_async(self, fill: Fill, step: int, *, keep_step: int | None) -> None:
+        """As `write`, in the background thread."""
         self.wait()
-        self._running = self._pool.submit(self._write, fill, step, spare)
+        self._running = self._pool.submit(self._write, fill, step, keep_step)
 
-    def _write(self, fill: Fill, step: int, spare: int | None) -> None:
+    def _write(self, fill: Fill, step: int, keep_step: int | None) -> None:
         self._sync()
         with state.writing(self._run_dir / f"checkpoint-{step}", step) as folder:
             fill(folder)
         self.saved_step = step
-        state.prune(self._run_dir, self._keep, latest=step, spare=spare)
+        state.prune(self._run_dir, self._keep, latest=step, keep_step=keep_step)
 
     def check(self) -> None:
-        """Raise what the last write raised, if it has ended; one that has not is not waited for."""
+        """Raise the error of the last write, if it has ended with one; do not wait for it."""
         if self._running is not None and self._running.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the write under way, if there is one; raise what it raised."""
+        """Wait for the write in progress, if there is one, and raise its error."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
 
     def close(self) -> None:
-        """Let the write under way come to its end, and the thread with it.
+        """Let the write in progress finish, and end the thread.
 
-        A fault of that write is dropped: the run ends for another reason, which is the one to tell.
+        An error of that write is dropped: the run ends for another reason, which is the one to report.
         """
         self._running = None
         self._pool.shutdown()

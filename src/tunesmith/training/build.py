@@ -6,6 +6,7 @@ machine -> model files -> configuration -> tokenizer -> data and token contract 
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith import packages
 from tunesmith.build_model import Weights, attention_backend
-from tunesmith.checkpoint import state
 from tunesmith.checkpoint.export import read_optimizer
 from tunesmith.checkpoint.resume import RECIPE, Start, check_data
 from tunesmith.config.dump import digest, dump
@@ -28,6 +28,7 @@ from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.fit_model import fit_model
 from tunesmith.fp8_base import PROBED
+from tunesmith.host_files import write_atomically
 from tunesmith.hub import fetch
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
@@ -341,7 +342,8 @@ def make_optimizer(run: Run, model: TrainModel, start: Start) -> Optimizer:
 def write_identity(session: Session, argv: list[str] | None) -> None:
     """Write config.yaml and env.json: what was run, on what, from which data."""
     out = Path(session.run.output_dir)
-    state.write_text(out / RECIPE, dump(session.run))
+    write_atomically(out / RECIPE, dump(session.run))
     found = {"recipe_hash": digest(session.run), "data_hash": session.data.digest}
     choices = {c.part: {"taken": c.taken, "why": c.why} for c in session.choices}
-    state.write_json(out / "env.json", {**hardware.describe(argv), **found, "choices": choices})
+    env = {**hardware.describe(argv), **found, "choices": choices}
+    write_atomically(out / "env.json", json.dumps(env, indent=1))

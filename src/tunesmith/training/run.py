@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from tunesmith.checkpoint.resume import claimed, decide, put_aside
+from tunesmith.checkpoint.resume import claim_run_dir, decide_start, put_aside
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError, StoppedError, UsageError
@@ -60,11 +60,11 @@ def train(
     out = Path(run.output_dir)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        stack.enter_context(claimed(out))
+        stack.enter_context(claim_run_dir(out))
         if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
             say(f"what an earlier run left is now in {place}")
         try:
-            start = decide(run, warn=say)
+            start = decide_start(run, warn=say)
             if start.finished is not None:
                 return Result(out, start.finished, finished_before=True)
             session = build(run, start, say=say, why=why)

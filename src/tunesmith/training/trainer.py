@@ -24,6 +24,7 @@ from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.checkpoint.writer import Writer
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import StoppedError, TunesmithError
+from tunesmith.host_files import write_atomically
 from tunesmith.inference.decoding import sample_answers
 from tunesmith.inference.evaluate import validation_loss
 from tunesmith.metrics import hardware
@@ -65,7 +66,7 @@ class Trainer:
         self.best_step, self.best_loss = (before.best_step, before.best_loss) if before else (None, None)
         self.worse = before.worse if before else 0
         self.records: list[StepRecord] = []
-        self.record = StepRecord.from_json(json.dumps(before.record)) if before else None
+        self.record = before.record if before else None
         self.validated = before.validated if before else True
         self.writer = Writer(self.out, self.run.checkpoint.keep, self.step if before else None, sync=sinks.flush)
         self.tokenizer = export.tokenizer_files(session.tokenizer, session.data.template, self.out)
@@ -271,7 +272,8 @@ class Trainer:
         """Remember the best validation, in best.json too."""
         if self.best_loss is None or loss < self.best_loss:
             self.best_step, self.best_loss, self.worse = self.step, loss, 0
-            state.write_json(self.out / "best.json", {"step": self.step, "val_loss": loss})
+            best = {"step": self.step, "val_loss": loss}
+            write_atomically(self.out / "best.json", json.dumps(best, indent=1))
         else:
             self.worse += 1
 
@@ -290,12 +292,12 @@ class Trainer:
         parts = (self.run, self.s.model, self.tokenizer, self.s.optimizer.state_dict(), self.progress_made())
         if on_the_way and self.run.adapter.kind == "lora":
             try:
-                self.writer.write_behind(export.snapshot(*parts), self.step, spare=self.best_step)
+                self.writer.write_async(export.snapshot(*parts), self.step, keep_step=self.best_step)
             except torch.OutOfMemoryError:
                 self.sinks.text("checkpoint", "no room on the device for a copy: training waits while it is written")
             else:
                 return
-        self.writer.write(lambda folder: export.write_checkpoint(folder, *parts), self.step, spare=self.best_step)
+        self.writer.write(lambda folder: export.write_checkpoint(folder, *parts), self.step, keep_step=self.best_step)
 
     def save_on_the_way(self) -> None:
         """Save while more steps follow, and note how long that held them up."""
@@ -309,7 +311,7 @@ class Trainer:
         return Progress(
             step=self.step,
             seconds=self.seconds,
-            record=json.loads(self.record.to_json()),
+            record=self.record,
             validated=self.validated,
             best_step=self.best_step,
             best_loss=self.best_loss,

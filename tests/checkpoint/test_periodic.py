@@ -1,4 +1,4 @@
-"""An adapter's checkpoint is that of its step, though it is written while later steps run."""
+"""A periodic checkpoint of an adapter holds the state of its step, though it is written while later steps run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, seen: Watched, steps: int = 2) ->
     """A write in the thread begins only after `steps` more steps were taken, where as many are to come."""
     write = Writer._write
 
-    def late(self: Writer, fill: Callable[[Path], None], step: int, spare: int | None) -> None:
+    def late(self: Writer, fill: Callable[[Path], None], step: int, keep_step: int | None) -> None:
         name = threading.current_thread().name
         if name != "MainThread":
             until = time.monotonic() + 30
@@ -62,7 +62,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, seen: Watched, steps: int = 2) ->
                 assert time.monotonic() < until, "the training waits for the writer"
                 time.sleep(0.001)
         seen.wrote.append((name.partition("_")[0], step, seen.step()))
-        write(self, fill, step, spare)
+        write(self, fill, step, keep_step)
 
     monkeypatch.setattr(Writer, "_write", late)
 
@@ -86,7 +86,7 @@ def test_it_holds_what_a_run_that_waits_writes(
     for name in ("waits", "runs on"):
         (tmp_path / name).mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "write_behind", Writer.write)
+        patch.setattr(Writer, "write_async", Writer.write)
         train(make_run(tiny, tmp_path / "waits", **changes), say=lambda text: None)
     with monkeypatch.context() as patch:
         slow_down(patch, watched)
@@ -108,12 +108,12 @@ def test_it_holds_what_a_run_that_waits_writes(
 def test_a_model_trained_in_full_is_written_while_the_loop_waits(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Writer, "write_behind", lambda *args, **how: pytest.fail("a second copy would not fit"))
+    monkeypatch.setattr(Writer, "write_async", lambda *args, **how: pytest.fail("a second copy would not fit"))
     written, write = [], Writer.write
 
-    def noted(self: Writer, fill: Callable[[Path], None], step: int, *, spare: int | None) -> None:
+    def noted(self: Writer, fill: Callable[[Path], None], step: int, *, keep_step: int | None) -> None:
         written.append(step)
-        write(self, fill, step, spare=spare)
+        write(self, fill, step, keep_step=keep_step)
 
     monkeypatch.setattr(Writer, "write", noted)
     train(make_run(tiny, tmp_path, adapter={"kind": "none"}), say=lambda text: None)
@@ -134,7 +134,7 @@ def test_without_room_for_a_copy_the_loop_waits(
         init(self, tensors)
 
     monkeypatch.setattr(Snapshot, "__init__", full)
-    monkeypatch.setattr(Writer, "write_behind", lambda *args, **how: pytest.fail("there was no copy to write"))
+    monkeypatch.setattr(Writer, "write_async", lambda *args, **how: pytest.fail("there was no copy to write"))
     result = train(make_run(tiny, tmp_path, checkpoint={"keep": 9}), say=told.append)
     assert result.steps == 8
     assert sorted(f.step for f in state.list_checkpoints(tmp_path / "run")) == [2, 4, 6, 8]
@@ -170,7 +170,7 @@ def test_a_full_disk_behind_the_steps_ends_the_run_as_one_in_the_loop_does(
         with monkeypatch.context() as patch:
             spoil(patch, 4)
             if name == "waits":
-                patch.setattr(Writer, "write_behind", Writer.write)
+                patch.setattr(Writer, "write_async", Writer.write)
             with pytest.raises(RunError) as caught:
                 train(make_run(tiny, tmp_path / name), say=lambda text: None)
         out = tmp_path / name / "run"
@@ -178,7 +178,7 @@ def test_a_full_disk_behind_the_steps_ends_the_run_as_one_in_the_loop_does(
         assert not list(out.glob(".*.partial"))
         told.append((caught.value.text().replace(str(out), "RUN"), caught.value.exit_code, failed(out)))
     assert told[0] == told[1]
-    assert "earlier checkpoints are whole: checkpoint-2" in told[0][0]
+    assert "earlier checkpoints are complete: checkpoint-2" in told[0][0]
     result = train(make_run(tiny, tmp_path / "runs on"), say=lambda text: None)
     assert (result.first_step, result.steps) == (2, 8)
 
@@ -190,10 +190,10 @@ def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
     """Step 6 fails while checkpoint-4 is still written: it is whole in the end, and it is the one named."""
     begun, write, step = threading.Event(), Writer._write, Trainer.train_step
 
-    def late(self: Writer, fill: Callable[[Path], None], number: int, spare: int | None) -> None:
+    def late(self: Writer, fill: Callable[[Path], None], number: int, keep_step: int | None) -> None:
         assert begun.wait(30)
         time.sleep(0.2)
-        write(self, fill, number, spare)
+        write(self, fill, number, keep_step)
 
     def broken(self: Trainer, batch: Any) -> Pending:
         if batch.step == 5:
