@@ -33,7 +33,7 @@ from tunesmith.data.batch import Batch
 from tunesmith.methods import base
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.model import attention, fused
-from tunesmith.model.shapes import named
+from tunesmith.model.shapes import find_shape
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def recipe(a: argparse.Namespace, folder: Path) -> Run:
     if a.shape is None:
         return load_recipe(next(w for w in a.words if "=" not in w), keys)
     (folder / "model").mkdir()
-    run = shape.recipe(folder / "model", data=a.data, rows="alpaca", overrides=keys)
-    shape.write_model(folder / "model", named(a.shape).config, a.tokenizer)
+    run = shape.shape_recipe(folder / "model", data=a.data, rows="alpaca", overrides=keys)
+    shape.write_shape(folder / "model", find_shape(a.shape).config, a.tokenizer)
     return run
 
 

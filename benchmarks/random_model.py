@@ -12,23 +12,23 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from tunesmith.bench import shape
+from tunesmith.bench.shape import write_shape
 from tunesmith.config.schema import Model
 from tunesmith.model import load, random_init
-from tunesmith.model.shapes import SHAPES, named
+from tunesmith.model.shapes import SHAPES
 
 
 def main() -> None:
-    """Draw on the device, save as a Transformers folder."""
+    """Draw the weights on the device and save a Transformers folder."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", required=True, choices=list(SHAPES))
     p.add_argument("--tokenizer", required=True)
     p.add_argument("--output", required=True, type=Path)
-    p.add_argument("--layers", type=int, help="a cut of so many decoder layers")
+    p.add_argument("--layers", type=int, help="only so many decoder layers")
     a = p.parse_args()
-    config = dict(named(a.shape).config) | ({"num_hidden_layers": a.layers} if a.layers else {})
+    config = dict(SHAPES[a.shape].config) | ({"num_hidden_layers": a.layers} if a.layers else {})
     a.output.mkdir(parents=True)
-    shape.write_model(a.output, config, a.tokenizer)
+    write_shape(a.output, config, a.tokenizer)
     recipe = Model(name=str(a.output))
     model = load.build_on_meta(load.load_config(a.output, recipe), recipe, rows=config["vocab_size"])
     stored = dict(model.state_dict())

@@ -19,7 +19,7 @@ from typing import Any
 
 from tunesmith.bench import shape
 from tunesmith.bench.measure import BenchPlan, measure
-from tunesmith.model.shapes import SHAPES, named
+from tunesmith.model.shapes import SHAPES, find_shape
 
 
 def one(a: argparse.Namespace) -> dict[str, Any]:
@@ -28,11 +28,11 @@ def one(a: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         (folder / "model").mkdir()
         (folder / "run").mkdir()
-        run = shape.recipe(folder / "model", data=a.data, rows="alpaca", overrides=a.keys)
-        config = dict(named(a.one).config)
+        run = shape.shape_recipe(folder / "model", data=a.data, rows="alpaca", overrides=a.keys)
+        config = dict(find_shape(a.one).config)
         if a.layers:
             config |= {"num_hidden_layers": a.layers} | ({"layer_types": None} if "layer_types" in config else {})
-        shape.write_model(folder / "model", config, a.tokenizer)
+        shape.write_shape(folder / "model", config, a.tokenizer)
         return measure(BenchPlan(run, a.steps, a.warmup, weights="random"), folder / "run").figures.values()
 
 

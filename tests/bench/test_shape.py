@@ -1,4 +1,4 @@
-"""Each shape of the table, its sizes cut down, through the road of real ones: config, tokenizer, random weights, steps."""
+"""Each shape of the table, its sizes cut down, from config and tokenizer to random weights and steps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from recipes import rows
-from tunesmith.bench import shape
 from tunesmith.bench.measure import BenchPlan, measure
+from tunesmith.bench.shape import shape_recipe, write_shape
 from tunesmith.model.shapes import SHAPES
 
 SIZES = {
@@ -28,10 +28,10 @@ def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path
     folder.mkdir()
     out.mkdir()
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(40)))
-    shape.write_model(folder, {**SHAPES[name].config, **SIZES}, str(tiny))
+    write_shape(folder, {**SHAPES[name].config, **SIZES}, str(tiny))
     assert not list(folder.glob("*.safetensors"))
     keys = ["data.seq_len=128", "train.global_batch=256 tokens", "train.micro_batch=256 tokens"]
-    run = shape.recipe(
+    run = shape_recipe(
         folder, data=str(data), rows="prompt-completion", overrides=[*keys, f"model.quantize={quantize}"]
     )
     assert (run.adapter.kind, run.adapter.rank, run.adapter.alpha, run.adapter.target) == ("lora", 8, 16, "all-linear")
@@ -43,7 +43,7 @@ def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path
 
 def test_a_vocabulary_too_small_for_the_tokenizer_grows_and_that_is_told(tiny: Path, tmp_path: Path) -> None:
     given = {**SHAPES["llama3-8b"].config, **SIZES, "vocab_size": 100}
-    changed = shape.write_model(tmp_path, given, str(tiny))
+    changed = write_shape(tmp_path, given, str(tiny))
     config = json.loads((tmp_path / "config.json").read_text())
     size = len(AutoTokenizer.from_pretrained(tiny))
     assert config["vocab_size"] == size > 100

@@ -107,7 +107,7 @@ GOOD: list[Any] = ["--shape", "llama3-8b", "--tokenizer", "t", "--data", "d"]
         ([*GOOD, "--against", "unsloth"], "invalid choice: 'unsloth'", "tunesmith bench --help"),
         ([*GOOD, "--json", "no/such/x.json"], "there is no folder no/such", "mkdir -p no/such"),
         ([*GOOD, "--profile", __file__], "is a file", "name a folder"),
-        ([*GOOD, "model.name=gpt2"], "a shape's model and tokenizer are not keys", "--shape NAME --tokenizer"),
+        ([*GOOD, "model.name=gpt2"], "the model and tokenizer of a shape cannot be overridden", "--shape NAME --tokenizer"),
         ([*GOOD, "train.sed=1"], "unknown key train.sed", "did you mean seed?"),
     ],
 )  # fmt: skip

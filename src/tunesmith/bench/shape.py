@@ -1,7 +1,7 @@
-"""A shape as a recipe: a folder with the config and a tokenizer in the place of a model, and the keys around it.
+"""A shape as a recipe: a model folder with config and tokenizer but no weights, and a recipe that trains it.
 
-LoRA, r = 8 on every linear layer, sequences of 2,048 packed, 16,384 tokens a step in as many passes as take the least
-time; key=value wins.
+The recipe is LoRA with rank 8 on every linear layer, packed rows of 2,048 tokens and 16,384 tokens per step; key=value
+overrides win.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from tunesmith.model.tokenizer import load_tokenizer
 BATCH = "16384 tokens"
 
 
-def write_model(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
-    """Write a model's folder without weights: config.json, whose token ids are the tokenizer's, and the tokenizer.
+def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
+    """Write a model folder without weights: config.json, with the token ids of the tokenizer, and the tokenizer.
 
-    A vocabulary that is too small for the tokenizer's ids becomes as large as the tokenizer.
+    A vocabulary that is too small for the tokenizer's ids grows to its size.
 
     Args:
         folder: an existing one.
-        config: the values of a shape.
+        config: of a shape.
         tokenizer: a Hub id or a folder.
 
     Returns:
-        what was changed of the shape, in words; empty if nothing was.
+        the change made to the shape, in words; empty if there is none.
 
     Raises:
         ModelError: the tokenizer, or the config, cannot be read.
@@ -45,23 +45,23 @@ def write_model(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
     if len(found) > rows:
         changed = f"vocabulary of {len(found):,} in place of {rows:,}: the tokenizer's ids must fit"
         config = {**config, "vocab_size": len(found)}
-    ids = {f"{kind}_token_id": getattr(found, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    ids = {"bos_token_id": found.bos_token_id, "eos_token_id": found.eos_token_id, "pad_token_id": found.pad_token_id}
     (folder / "config.json").write_text(json.dumps({**config, **ids}, indent=1), encoding="utf-8")
     found.save_pretrained(folder)
     return changed
 
 
-def recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]) -> Run:
-    """The checked recipe of a shape whose model's folder is `folder`; its file is written beside that folder.
+def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]) -> Run:
+    """The checked recipe of a shape whose model folder is `folder`; its file is written beside that folder.
 
     Args:
-        data: rows: a file, or a Hub id.
+        data: the rows: a file, or a Hub id.
         rows: their format.
         overrides: `key.sub=value`.
 
     Raises:
-        UsageError: a key names another model or tokenizer.
-        RecipeError, MachineError: as `config.load.load`.
+        UsageError: an override names another model or tokenizer.
+        RecipeError, MachineError: as `load_recipe`.
     """
     values = {
         "model": {"name": str(folder)},
@@ -74,9 +74,9 @@ def recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]) -> R
     run = load_recipe(file, overrides)
     if (run.model.name, run.model.tokenizer) != (str(folder), None):
         raise UsageError(
-            "a shape's model and tokenizer are not keys",
+            "the model and tokenizer of a shape cannot be overridden",
             where="command line: model.name, model.tokenizer",
             why="the model is the shape with random weights, and its folder holds the tokenizer",
-            fix="--shape NAME --tokenizer DIR_OR_ID; or give a recipe in place of --shape",
+            fix="--shape NAME --tokenizer DIR_OR_ID; or give a recipe instead of --shape",
         )
     return run

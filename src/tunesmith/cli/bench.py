@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import EXIT_OK, RunError, UsageError
-from tunesmith.model.shapes import SHAPES, named
+from tunesmith.model.shapes import SHAPES, find_shape
 
 if TYPE_CHECKING:
     from tunesmith.bench.figures import BenchReport
@@ -89,7 +89,7 @@ def check(args: argparse.Namespace) -> None:
         fix = "tunesmith bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
         raise UsageError(what, where="command line", fix=fix)
     if args.shape is not None:
-        named(args.shape)
+        find_shape(args.shape)
     for option, key in (
         ("tokenizer", "model.tokenizer"),
         ("data", "data.train.source"),
@@ -164,8 +164,8 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
     from tunesmith.bench import shape
 
     folder.mkdir()
-    checked = shape.recipe(folder, data=args.data, rows=args.format or FORMATS[0], overrides=overrides)
-    if changed := shape.write_model(folder, named(args.shape).config, args.tokenizer):
+    checked = shape.shape_recipe(folder, data=args.data, rows=args.format or FORMATS[0], overrides=overrides)
+    if changed := shape.write_shape(folder, find_shape(args.shape).config, args.tokenizer):
         print(f"warning: {args.shape} with a {changed}", file=sys.stderr, flush=True)
     return checked
 
@@ -193,7 +193,7 @@ def described(args: argparse.Namespace, recipe: Run) -> dict[str, Any]:
 
     values = to_mapping(recipe)
     if args.shape:
-        values["model"] |= {"name": f"shape {args.shape} ({named(args.shape).source})", "tokenizer": args.tokenizer}
+        values["model"] |= {"name": f"shape {args.shape} ({find_shape(args.shape).source})", "tokenizer": args.tokenizer}
         values["model"]["vocab_size"] = json.loads((Path(recipe.model.name) / "config.json").read_text())["vocab_size"]
         del values["output_dir"]
     return values
