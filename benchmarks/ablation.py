@@ -1,10 +1,10 @@
-"""What each technique brings: the same steps again, with one of them switched off at a time.
+"""The gain of each technique: the same steps again, with one of them switched off at a time.
 
     python benchmarks/ablation.py --json out.json RECIPE [key=value ...]
     python benchmarks/ablation.py --json out.json --shape llama3-8b --tokenizer DIR --data rows.json [key=value ...]
 
 Every variant runs in a process of its own through `tunesmith.bench`, in turns, `--rounds` times; the median counts. A
-variant either changes a key of the recipe or puts the plain way in the place of the fast one, here and only here.
+variant either changes a key of the recipe or replaces fast code by plain code, here and only here.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from tunesmith import build_model
 from tunesmith.adapter import lora
-from tunesmith.bench import shape
 from tunesmith.bench.measure import BenchPlan, measure
+from tunesmith.bench.shape import shape_recipe, write_shape
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
@@ -38,9 +38,9 @@ from tunesmith.model.shapes import find_shape
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing switched off.
+    """One technique switched off.
 
-    does: what is left in its place. keys: of the recipe. patch: puts the plain way in place. only: the device it is for.
+    does: what replaces it. keys: of the recipe. patch: replaces the code. only: the device it is for.
     """
 
     does: str
@@ -50,7 +50,7 @@ class Variant:
 
 
 def adapters_alone() -> None:
-    """Every layer reads x for itself, twice: once for W, once for A."""
+    """Every layer reads x itself, twice: once for W, once for A."""
 
     def alone(x: Tensor, linears: Any) -> list[Tensor]:
         def one(m: Any) -> Tensor:
@@ -125,8 +125,8 @@ def recipe(a: argparse.Namespace, folder: Path) -> Run:
     if a.shape is None:
         return load_recipe(next(w for w in a.words if "=" not in w), keys)
     (folder / "model").mkdir()
-    run = shape.shape_recipe(folder / "model", data=a.data, rows="alpaca", overrides=keys)
-    shape.write_shape(folder / "model", find_shape(a.shape).config, a.tokenizer)
+    run = shape_recipe(folder / "model", data=a.data, rows="alpaca", overrides=keys)
+    write_shape(folder / "model", find_shape(a.shape).config, a.tokenizer)
     return run
 
 
@@ -138,7 +138,7 @@ def one(a: argparse.Namespace) -> None:
         (Path(name) / "run").mkdir()
         weights = "stored" if a.shape is None else "random"
         measured = measure(BenchPlan(run, a.steps, a.warmup, weights=weights), Path(name) / "run")
-    print(json.dumps(measured.figures.values()))
+    print(json.dumps(vars(measured.figures)))
 
 
 def main() -> None:
@@ -176,7 +176,7 @@ def main() -> None:
         if not runs:
             continue
         speed = statistics.median(r["tokens_per_second"] for r in runs)
-        peak = max(r["peak_allocated_gib"] or r["peak_resident_gib"] for r in runs)
+        peak = max(r["peak_memory_gib"] for r in runs)
         table[name] = {"switched_to": VARIANTS[name].does, "tokens_per_second": speed, "peak_gib": peak}
     whole = table["all on"]["tokens_per_second"]
     print(f"\n{'off':22} {'tokens/s':>10} {'of all on':>10} {'GiB':>6}  in its place")

@@ -1,10 +1,11 @@
-"""CPU or GPU speed beside TRL: the same model, rows and batch, in turns within one run.
+"""Speed beside TRL on a CPU or a GPU: the same model, rows and batch, interleaved in one run.
 
     python benchmarks/against_trl.py --model DIR --data rows.json --json out.json
 
 Each round starts one process per contender, in turn, so that a noisy machine is noisy for all. Reported for each:
-non-padding tokens/s over the timed steps (data loading included), peak resident memory, the loss of each step, and the
-ratio of the medians. Rows are alpaca-like JSON; every contender trains on the same text, on every token.
+non-padding tokens/s over the timed steps (data loading included), peak memory (allocated on a GPU, else resident), the
+loss of each step, and the ratio of the medians. Rows are alpaca-like JSON; every contender trains on the same text in
+the same order, on every token. A model of a true shape with random weights: benchmarks/random_model.py.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def texts(path: str, count: int, eos: str = "") -> list[str]:
 
 
 def tunesmith_run(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Ours, through the same `train` that the command calls."""
+    """tunesmith, through the same `train` that the command calls."""
     from tunesmith.config.load import from_mapping
     from tunesmith.training.run import train
 
@@ -70,32 +71,65 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
 
-    from tunesmith.bench.peer import train_with_trl
+    seen: list[Any] = []
+    clock: dict[int, float] = {}
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+        def training_step(self, model: Any, inputs: Any, *rest: Any, **kw: Any) -> Any:
+            seen.append(inputs["attention_mask"].sum())  # read at the end, so that nothing here waits for the device
+            return super().training_step(model, inputs, *rest, **kw)
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self._note(0)
+
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            self._note(state.global_step)
+
+        def _note(self, step: int) -> None:
+            if step in (a.skip, a.steps):
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                clock[step] = time.perf_counter()
 
     tokenizer = AutoTokenizer.from_pretrained(a.model)
-    return train_with_trl(
-        AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16),
-        tokenizer,
-        Dataset.from_dict({"text": texts(a.data, a.steps * a.batch, tokenizer.eos_token)}),
-        LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM"),
-        steps=a.steps, skip=a.skip, output_dir=str(folder / "run"), per_device_train_batch_size=a.batch,
-        learning_rate=1e-4, max_length=a.seq, lr_scheduler_type="linear", **options,
+    config = SFTConfig(
+        max_steps=a.steps, per_device_train_batch_size=a.batch, max_length=a.seq, learning_rate=1e-4,
+        lr_scheduler_type="linear", save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(), output_dir=str(folder / "run"), **options,
     )  # fmt: skip
+    trainer = InOrder(
+        model=AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"text": texts(a.data, a.steps * a.batch, tokenizer.eos_token)}),
+        args=config,
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    return {
+        "tokens": sum(int(count) for count in seen[a.skip :]),
+        "seconds": clock[a.steps] - clock[a.skip],
+        "loss": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+    }
 
 
 def contend(a: argparse.Namespace) -> None:
-    """One contender in this process; the report goes to stdout's last line."""
+    """Run one contender in this process; its report is the last line of stdout."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         out = tunesmith_run(a, folder) if a.contender == "tunesmith" else trl_run(a, folder, CONTENDERS[a.contender])
-    import torch
+    from tunesmith.metrics import hardware
+    from tunesmith.training.build import choose_device
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    out |= {"tokens_per_second": out["tokens"] / out["seconds"], "peak_gib": peak / 2**30}
+    out |= {"tokens_per_second": out["tokens"] / out["seconds"], "peak_gib": hardware.memory_gib(choose_device())}
     print("REPORT " + json.dumps(out))
 
 
@@ -111,7 +145,7 @@ def measure(contender: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All contenders in turn, `--rounds` times, and the table."""
+    """Run all contenders in turn, `--rounds` times, and print the table."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True, help="a Transformers folder")
     p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
@@ -146,9 +180,8 @@ def main() -> None:
     ours = table["tunesmith"]["tokens_per_second"]
     for name, row in table.items():
         row["times_slower_than_tunesmith"] = ours / row["tokens_per_second"]
-        print(
-            f"{name:12} {row['tokens_per_second']:8.1f} tok/s  {row['peak_gib']:5.2f} GiB  ours is {ours / row['tokens_per_second']:.2f} x"
-        )
+        speed, ratio = row["tokens_per_second"], row["times_slower_than_tunesmith"]
+        print(f"{name:12} {speed:8.1f} tok/s  {row['peak_gib']:5.2f} GiB  tunesmith is {ratio:.2f} x")
     if a.json:
         Path(a.json).write_text(json.dumps({"command": sys.argv, "median": table, "runs": runs}, indent=1))
 

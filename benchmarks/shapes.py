@@ -1,9 +1,9 @@
-"""The true shapes of several models through the same path: what share of the measured matmul ceiling each reaches.
+"""Several models' true shapes on the same path: the MFU that each reaches, of the peak measured in its run.
 
     python benchmarks/shapes.py --tokenizer DIR --data rows.json --layers 2 --json out.json [key=value ...]
 
 Widths, heads, vocabulary and windows are the models' own; `--layers` cuts the depth, so that the check runs on a small
-machine too. Weights are random. Shapes take turns, each in a process of its own; the median of `--rounds` counts.
+machine too. Weights are random. Shapes run in turns, each in a process of its own; the median of `--rounds` counts.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tunesmith.bench import shape
 from tunesmith.bench.measure import BenchPlan, measure
-from tunesmith.model.shapes import SHAPES, find_shape
+from tunesmith.bench.shape import shape_recipe, write_shape
+from tunesmith.model.shapes import SHAPES
 
 
 def one(a: argparse.Namespace) -> dict[str, Any]:
@@ -28,12 +28,12 @@ def one(a: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         (folder / "model").mkdir()
         (folder / "run").mkdir()
-        run = shape.shape_recipe(folder / "model", data=a.data, rows="alpaca", overrides=a.keys)
-        config = dict(find_shape(a.one).config)
+        run = shape_recipe(folder / "model", data=a.data, rows="alpaca", overrides=a.keys)
+        config = dict(SHAPES[a.one].config)
         if a.layers:
             config |= {"num_hidden_layers": a.layers} | ({"layer_types": None} if "layer_types" in config else {})
-        shape.write_shape(folder / "model", config, a.tokenizer)
-        return measure(BenchPlan(run, a.steps, a.warmup, weights="random"), folder / "run").figures.values()
+        write_shape(folder / "model", config, a.tokenizer)
+        return vars(measure(BenchPlan(run, a.steps, a.warmup, weights="random"), folder / "run").figures)
 
 
 def main() -> None:
@@ -59,9 +59,10 @@ def main() -> None:
             command = [sys.executable, *sys.argv, "--one", name]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    shares = {name: statistics.median(r["mfu_of_ceiling"] for r in runs) for name, runs in found.items()}
+    shares = {name: statistics.median(r["mfu_of_measured_peak"] for r in runs) for name, runs in found.items()}
+    first = a.shapes[0]
     for name, share in shares.items():
-        print(f"{name:12} {share:6.1%} of the ceiling, {share / shares[a.shapes[0]]:6.1%} of {a.shapes[0]}'s share")
+        print(f"{name:12} {share:6.1%} of the measured peak, {share / shares[first]:6.1%} of {first}'s share")
     if a.json:
         Path(a.json).write_text(json.dumps({"command": sys.argv, "shares": shares, "runs": found}, indent=1) + "\n")
 

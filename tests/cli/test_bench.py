@@ -60,17 +60,17 @@ def test_a_shape_end_to_end(small: str, tiny: Path, rows: Path, tmp_path: Path, 
     report = json.loads(out.read_text())
     assert set(report) == {"figures", "recipe", "machine", "date", "profile"}
     figures = BenchReport(**report["figures"])  # every name, and no other
-    assert (figures.steps, figures.warmup_steps, figures.micro_batch, figures.dtype) == (3, 1, "512 tokens", "fp32")
+    assert (figures.steps, figures.micro_batch, figures.dtype) == (3, "512 tokens", "fp32")
     assert f"{figures.tokens_per_second:,.0f} /s" in shown.out
     assert "counts tokens that do not exist" in shown.out
-    assert "top 10 operators by CPU time" in shown.out
+    assert "Self CPU time total" in shown.out
     recipe = report["recipe"]
     assert recipe["model"]["name"] == "shape small (a test)"
     assert recipe["train"]["global_batch"] == "512 tokens"
     assert recipe["adapter"]["rank"] == 8
     assert {"torch", "cpu", "command"} <= set(report["machine"])
     assert report["profile"]["traces"] == [str(path) for path in traces.glob("*.pt.trace.json.gz")]
-    assert len(report["profile"]["top"]) == 10
+    assert report["profile"]["tables"] == [str(path) for path in traces.glob("top-*.txt")]
     assert "step 6/6" in shown.err, "progress goes to stderr"
     assert str(tmp_path) not in json.dumps(report["recipe"]["model"]["name"])
 
@@ -95,7 +95,7 @@ GOOD: list[Any] = ["--shape", "llama3-8b", "--tokenizer", "t", "--data", "d"]
         ([], "bench needs a recipe or a shape", "--shape llama3-8b --tokenizer"),
         (["train.seed=1"], "bench needs a recipe or a shape", "tunesmith bench my-recipe.yaml"),
         (["a.yaml", "b.yaml"], "several recipes: a.yaml, b.yaml", "tunesmith bench my-recipe.yaml"),
-        (["a.yaml", *GOOD], "both a recipe (a.yaml) and --shape llama3-8b", "leave one of the two away"),
+        (["a.yaml", *GOOD], "both a recipe (a.yaml) and --shape llama3-8b", "remove one of the two"),
         (["--shape", "lama3-8b", *GOOD[2:]], "there is no shape 'lama3-8b'", "did you mean --shape llama3-8b?"),
         (["--shape", "zzz", *GOOD[2:]], "there is no shape 'zzz'", "qwen3-8b"),
         (GOOD[:4], "--shape needs --data", "--data rows.json"),
@@ -104,7 +104,6 @@ GOOD: list[Any] = ["--shape", "llama3-8b", "--tokenizer", "t", "--data", "d"]
         (["a.yaml", "--format", "text"], "--format goes with --shape", "data.train.format=text"),
         ([*GOOD, "--steps", "0"], "--steps 0 is out of range", "at least 1"),
         ([*GOOD, "--warmup", "-1"], "--warmup -1 is out of range", "at least 0"),
-        ([*GOOD, "--against", "unsloth"], "invalid choice: 'unsloth'", "tunesmith bench --help"),
         ([*GOOD, "--json", "no/such/x.json"], "there is no folder no/such", "mkdir -p no/such"),
         ([*GOOD, "--profile", __file__], "is a file", "name a folder"),
         ([*GOOD, "model.name=gpt2"], "the model and tokenizer of a shape cannot be overridden", "--shape NAME --tokenizer"),
@@ -124,23 +123,10 @@ def test_what_is_refused_once_the_tokenizer_is_known(small: str, tiny: Path, row
     good = ["--tokenizer", tiny, "--data", rows, *BATCH, "--steps", 1, "--warmup", 0]
     for words, what in (
         (["--shape", small, *good, "--cold"], "--cold measures compilation"),
-        (["--shape", small, *good, "--against", "trl", "model.quantize=nf4"], "compares unquantised bases"),
         (["--shape", small, "--tokenizer", rows.parent / "none", *good[2:]], "none"),
     ):
         assert main(typed(*words)) == 2
         assert what in capsys.readouterr().err
-
-
-def test_a_missing_peer_is_told_before_anything_runs(
-    small: str, tiny: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    found = __import__("importlib.util").util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trl" else found(name))
-    assert main(typed("--shape", small, "--tokenizer", tiny, "--data", rows, *BATCH, "--against", "trl")) == 2
-    shown = capsys.readouterr().err
-    assert "--against trl needs the package trl" in shown
-    assert "fix: pip install trl" in shown
-    assert "step 1" not in shown
 
 
 def bench(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
@@ -162,21 +148,3 @@ def test_cold_and_warm_first_steps(tiny: Path, tmp_path: Path) -> None:
     found = json.loads(out.read_text())["cold"]
     assert 0 < found["warm_first_step_seconds"] < found["first_step_seconds"]
     assert "with an empty compile cache" in done.stdout
-
-
-@pytest.mark.slow
-def test_against_trl(tiny: Path, tmp_path: Path) -> None:
-    pytest.importorskip("trl")
-    file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
-    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
-    done = bench(tmp_path, file, "--against", "trl", "--steps", 2, "--warmup", 1, "--json", out)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(out.read_text())
-    theirs, ours = report["trl"], report["figures"]
-    assert theirs["rows"] == 8
-    # The same rows in the same steps, none cut: the same tokens, counted by TRL's own batches.
-    assert theirs["tokens"] == ours["tokens"]
-    assert theirs["tokens_per_second"] * theirs["seconds"] == pytest.approx(theirs["tokens"])
-    assert theirs["ratio"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
-    # The first timed step's loss is over the same labels with weights that took one step each: equal to 1 %.
-    assert theirs["loss"][1] == pytest.approx(ours["first_loss"], rel=0.01)

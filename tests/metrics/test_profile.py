@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tunesmith.config.schema import Profile
-from tunesmith.metrics.profile import Profiler
+from tunesmith.metrics.profile import Profiler, idle_share
 
 CPU = torch.device("cpu")
 
@@ -58,3 +60,20 @@ def test_two_ranks_share_the_folder(tmp_path: Path) -> None:
 def test_not_enabled_writes_nothing(tmp_path: Path) -> None:
     work(Profiler(Profile(), tmp_path, rank=0, device=CPU), 40)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_idle_time_lies_between_kernels_that_overlap_nest_and_touch() -> None:
+    line = [(0.0, 10.0), (2.0, 4.0), (8.0, 15.0), (15.0, 16.0), (20.0, 21.0), (30.0, 40.0)]
+    assert idle_share(line) == idle_share(reversed(line)) == 13 / 40
+    assert idle_share([(0, 10), (1, 2), (12, 13)]) == 2 / 13, "a long one covers the end of a later short one"
+    assert idle_share([(5, 6)]) == idle_share([(5, 5)]) == 0
+    assert idle_share([]) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), min_size=1, max_size=12))
+def test_idle_time_is_what_a_count_of_microseconds_finds(pieces: list[tuple[int, int]]) -> None:
+    """Reference: mark each whole microsecond that some span covers."""
+    spans = [(start, start + length) for start, length in pieces]
+    covered = {t for start, end in spans for t in range(start, end)}
+    every = range(min(covered), max(covered) + 1)
+    assert idle_share(spans) == pytest.approx(1 - len(covered) / len(every))

@@ -1,1 +1,1 @@
-"""How fast a recipe trains, measured by the loop of `train` itself: nothing here runs a step of its own."""
+"""How fast a recipe trains, measured on the loop of `train` itself."""

@@ -1,7 +1,7 @@
-"""The fastest matrix product this machine shows: what a training step's speed is held against.
+"""The measured peak: the speed of a large dense matrix product, which a training step's speed is compared with.
 
-A published peak is for a clock that few chips hold under load. The ceiling is measured on the warm chip right after the
-timed steps, on normal random numbers: zeros draw less power and would flatter it.
+A published peak is for a clock that few chips hold under load. This one is measured on the warm chip right after the
+timed steps, on normal random numbers: zeros draw less power and would give a higher figure.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIZE = {"cuda": 8192, "cpu": 1024}  # a CPU's caches are small, and so is its patience
+SIZE = {"cuda": 8192, "cpu": 1024}
 ROUND_SECONDS = 0.2
 ROUNDS = 5
 
@@ -28,7 +28,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None 
 
 
 def fp8_matmul_tflops(device: torch.device, *, size: int | None = None) -> float | None:
-    """The same with fp8 (e4m3) factors, scaled by rows, else by tensor; None where neither is to be had."""
+    """The same with fp8 (e4m3) factors, scaled by rows, else by tensor; None where the device has neither."""
     if device.type != "cuda" or "scaled_mm" not in vars(F):  # public since torch 2.10
         return None
     n = size or SIZE["cuda"]
@@ -43,13 +43,13 @@ def fp8_matmul_tflops(device: torch.device, *, size: int | None = None) -> float
 
         try:
             return 2 * n**3 / _seconds(product, device) / 1e12
-        except (RuntimeError, ValueError, NotImplementedError):  # this chip has no such product
+        except (RuntimeError, ValueError, NotImplementedError):  # this chip lacks that product
             continue
     return None
 
 
 def _seconds(product: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds of one product: the median round, each of about ROUND_SECONDS, after one that is thrown away."""
+    """Seconds of one product: the median of ROUNDS rounds of about ROUND_SECONDS each, after one that is discarded."""
     once = _timed(product, 1, device)  # compiles or chooses a kernel
     once = min(once, _timed(product, 1, device))
     count = max(1, round(ROUND_SECONDS / max(once, 1e-6)))
@@ -58,7 +58,7 @@ def _seconds(product: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def _timed(product: Callable[[], Tensor], count: int, device: torch.device) -> float:
-    """Seconds of `count` products in a row: by CUDA's own events, else by the clock."""
+    """Seconds of `count` products in a row, by CUDA events or by the clock."""
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(count):

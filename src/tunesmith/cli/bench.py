@@ -1,8 +1,8 @@
-"""`tunesmith bench`: how fast a recipe trains here, and what that is of what the chip can do.
+"""`tunesmith bench`: how fast a recipe trains here, and what share of the chip's speed that is.
 
 The steps are those of `train`, on real rows; nothing is kept. --shape takes a model's true shape with random weights
-that are drawn on the device, so that nothing is downloaded: its tokenizer may be any that fits the vocabulary. A shape
-is a recipe too (LoRA r = 8 on all linear layers, seq_len 2048, packed, 16,384 tokens a step), and key=value wins.
+that are drawn on the device, so nothing is downloaded; its tokenizer may be any that fits the vocabulary. A shape comes
+with a recipe (LoRA of rank 8 on all linear layers, seq_len 2048, packed, 16,384 tokens per step), and key=value wins.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ from tunesmith.model.shapes import SHAPES, find_shape
 
 if TYPE_CHECKING:
     from tunesmith.bench.figures import BenchReport
-    from tunesmith.bench.measure import Measured
     from tunesmith.config.schema import Run
 
 EPILOG = f"""shapes: {", ".join(f"{name} ({shape.source})" for name, shape in SHAPES.items())}
@@ -35,54 +33,56 @@ example:
   tunesmith bench --shape llama3-3b --tokenizer DIR --data rows.json adapter.kind=none --profile traces
 """
 FORMATS = ("alpaca", "messages", "sharegpt", "prompt-completion", "text")
-CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+# Options of a shape -> (key that a recipe has for it, example; empty where the option may be left out)
+OF_SHAPE = {
+    "tokenizer": ("model.tokenizer", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "data": ("data.train.source", "rows.json"),
+    "format": ("data.train.format", ""),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tunesmith bench`."""
     parser.usage = f"{parser.prog} (RECIPE | --shape NAME --tokenizer T --data FILE) [key=value ...] [options]"
-    parser.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and keys that win over it")
-    parser.add_argument(
-        "--shape", metavar="NAME", help="a model's true shape with random weights, in place of a recipe"
-    )
-    parser.add_argument("--tokenizer", metavar="DIR_OR_ID", help="of a shape: any that fits its vocabulary")
-    parser.add_argument("--data", metavar="FILE", help="of a shape: real rows, a file or a Hub id")
-    parser.add_argument("--format", choices=FORMATS, help="of a shape's rows (default: alpaca)")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)")
-    parser.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
-    parser.add_argument("--json", metavar="FILE", help="write figures, recipe, versions and hardware there")
-    parser.add_argument(
-        "--profile", metavar="DIR", help="trace further steps, as the recipe's `profile` says, into DIR"
-    )
-    parser.add_argument(
-        "--cold", action="store_true", help="first step with an empty compile cache, and with a warm one"
-    )
-    parser.add_argument("--against", choices=["trl"], help="the same rows through TRL, in a process of its own")
-    parser.add_argument("--plain", action="store_true", help="print plain text on a terminal too")
+    add = parser.add_argument
+    add("words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and keys that win over it")
+    add("--shape", metavar="NAME", help="a model's true shape with random weights, instead of a recipe")
+    add("--tokenizer", metavar="DIR_OR_ID", help="with --shape: any tokenizer that fits its vocabulary")
+    add("--data", metavar="FILE", help="with --shape: real rows, a file or a Hub id")
+    add("--format", choices=FORMATS, help="with --shape: format of the rows (default: alpaca)")
+    add("--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)")
+    add("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
+    add("--json", metavar="FILE", help="write figures, recipe, versions and hardware there")
+    add("--profile", metavar="DIR", help="profile further steps, as the recipe's `profile` says, into DIR")
+    add("--cold", action="store_true", help="time the first step with an empty and with a warm compile cache")
+    add("--plain", action="store_true", help="print plain text on a terminal too")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure; errors leave as TunesmithError with their exit code."""
-    check(args)
+    check_arguments(args)
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        with caches(folder / "cache" if args.cold else None):  # before torch compiles anything
-            report, figures, lines = bench(args, folder)
+        recipe = recipe_of(args, Path(name) / "model")
+        if args.cold:
+            check_compiles(recipe)
+            # Both are read when something is compiled, and this process does nothing after the command.
+            os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{name}/cache", "TRITON_CACHE_DIR": f"{name}/cache/triton"}
+        figures, report, lines = bench(args, recipe, Path(name))
     show(figures, lines, plain=args.plain)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return EXIT_OK
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse words that contradict each other, before anything heavy is imported."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse arguments that contradict each other, before anything heavy is imported."""
     recipes = [word for word in args.words if "=" not in word]
     if args.shape is not None and recipes:
         raise UsageError(
             f"both a recipe ({recipes[0]}) and --shape {args.shape}",
             where="command line",
-            why="a shape is a recipe of its own",
-            fix="leave one of the two away; keys of a shape are given as key=value",
+            why="a shape comes with a recipe of its own",
+            fix="remove one of the two; give keys of a shape as key=value",
         )
     if args.shape is None and len(recipes) != 1:
         what = f"several recipes: {', '.join(recipes)}" if recipes else "bench needs a recipe or a shape"
@@ -90,25 +90,17 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(what, where="command line", fix=fix)
     if args.shape is not None:
         find_shape(args.shape)
-    for option, key in (
-        ("tokenizer", "model.tokenizer"),
-        ("data", "data.train.source"),
-        ("format", "data.train.format"),
-    ):
-        given = vars(args)[option]
+    for option, (key, example) in OF_SHAPE.items():
+        where, given = f"--{option}", vars(args)[option]
         if args.shape is None and given is not None:
-            fix = f"{key}={given}"
-            raise UsageError(
-                f"--{option} goes with --shape", where=f"--{option}", why="a recipe has a key for it", fix=fix
-            )
-        if args.shape is not None and given is None and option != "format":
-            example = {"tokenizer": "HuggingFaceTB/SmolLM2-135M-Instruct", "data": "rows.json"}[option]
-            raise UsageError(f"--shape needs --{option}", where="--shape", fix=f"--{option} {example}")
+            why = "a recipe has a key for it"
+            raise UsageError(f"{where} goes with --shape", where=where, why=why, fix=f"{key}={given}")
+        if args.shape is not None and given is None and example:
+            raise UsageError(f"--shape needs {where}", where="--shape", fix=f"{where} {example}")
     for option, least in (("steps", 1), ("warmup", 0)):
-        if vars(args)[option] < least:
-            raise UsageError(
-                f"--{option} {vars(args)[option]} is out of range", where=f"--{option}", fix=f"give at least {least}"
-            )
+        if (given := vars(args)[option]) < least:
+            where = f"--{option}"
+            raise UsageError(f"{where} {given} is out of range", where=where, fix=f"give at least {least}")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         parent = Path(args.json).parent
         raise UsageError(f"there is no folder {parent}", where="--json", fix=f"mkdir -p {parent}")
@@ -116,11 +108,39 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.profile} is a file", where="--profile", fix="name a folder for the traces")
 
 
-def bench(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], BenchReport, list[str]]:
-    """Measure in `folder`; the report for --json, its figures, and the lines that follow their table."""
-    recipe = recipe_of(args, folder / "model")
-    check_machine(args, recipe)
-    from tunesmith.bench.measure import BenchPlan, let_go, measure
+def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
+    """The checked recipe; a shape's model, without weights, is written to `folder` first."""
+    overrides = [word for word in args.words if "=" in word]
+    if args.shape is None:
+        from tunesmith.config.load import load_recipe
+
+        return load_recipe(next(word for word in args.words if "=" not in word), overrides)
+    from tunesmith.bench.shape import shape_recipe, write_shape
+
+    folder.mkdir()
+    checked = shape_recipe(folder, data=args.data, rows=args.format or FORMATS[0], overrides=overrides)
+    if changed := write_shape(folder, find_shape(args.shape).config, args.tokenizer):
+        print(f"warning: {args.shape} with a {changed}", file=sys.stderr, flush=True)
+    return checked
+
+
+def check_compiles(recipe: Run) -> None:
+    """Refuse --cold where nothing is compiled."""
+    from tunesmith.runtime.compilation import should_compile
+    from tunesmith.training.build import choose_device
+
+    if not should_compile(recipe.train.compile, choose_device()):
+        raise UsageError(
+            "--cold measures compilation, and nothing is compiled here",
+            where="--cold",
+            why=f"train.compile is {recipe.train.compile}, which compiles nothing on this machine",
+            fix="train.compile=on, or remove --cold",
+        )
+
+
+def bench(args: argparse.Namespace, recipe: Run, folder: Path) -> tuple[BenchReport, dict[str, Any], list[str]]:
+    """Measure in `folder`; the figures, the report for --json, and the lines that follow the table."""
+    from tunesmith.bench.measure import BenchPlan, free_device_memory, measure
     from tunesmith.metrics import hardware
 
     plan = BenchPlan(
@@ -133,96 +153,44 @@ def bench(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], Bench
     (folder / "run").mkdir()
     measured = measure(plan, folder / "run")
     report: dict[str, Any] = {
-        "figures": measured.figures.values(),
-        "recipe": described(args, recipe),
+        "figures": vars(measured.figures),
+        "recipe": plain_recipe(args, recipe),
         "machine": hardware.describe(sys.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     lines: list[str] = []
     if args.profile:
-        from tunesmith.bench.kernels import summarise
-
-        summary = summarise(measured.traces)
-        report["profile"] = {"traces": [str(trace) for trace in measured.traces], **summary.values()}
-        lines += [*summary.lines(), *(f"trace: {trace}" for trace in measured.traces)]
-    if args.cold or args.against:
-        let_go()
+        report["profile"] = {"traces": [*map(str, measured.traces)], "tables": [*map(str, measured.tables)]}
+        lines += [table.read_text(encoding="utf-8") for table in measured.tables]
+        lines += [f"trace: {trace}" for trace in measured.traces]
     if args.cold:
-        lines += cold(report, args, folder)
-    if args.against:
-        lines += against(report, args, recipe, measured, folder)
-    return report, measured.figures, lines
-
-
-def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
-    """The checked recipe; a shape's model, without weights, is written to `folder` first."""
-    overrides = [word for word in args.words if "=" in word]
-    if args.shape is None:
-        from tunesmith.config.load import load_recipe
-
-        return load_recipe(next(word for word in args.words if "=" not in word), overrides)
-    from tunesmith.bench import shape
-
-    folder.mkdir()
-    checked = shape.shape_recipe(folder, data=args.data, rows=args.format or FORMATS[0], overrides=overrides)
-    if changed := shape.write_shape(folder, find_shape(args.shape).config, args.tokenizer):
-        print(f"warning: {args.shape} with a {changed}", file=sys.stderr, flush=True)
-    return checked
-
-
-def check_machine(args: argparse.Namespace, recipe: Run) -> None:
-    """Refuse what this machine cannot measure."""
-    from tunesmith.bench import peer
-    from tunesmith.runtime.compilation import should_compile
-    from tunesmith.training.build import choose_device
-
-    if args.cold and not should_compile(recipe.train.compile, choose_device()):
-        raise UsageError(
-            "--cold measures compilation, and nothing is compiled here",
-            where="--cold",
-            why=f"train.compile is {recipe.train.compile}, which compiles nothing on this machine",
-            fix="train.compile=on, or leave --cold away",
+        free_device_memory()
+        report["cold"] = cold = first_steps(report["figures"], args, folder / "warm.json")
+        # The build counts too: on a GPU its trial of memory is what compiles first.
+        lines.append(
+            f"build and first step: {cold['build_seconds']:.1f} + {cold['first_step_seconds']:.1f} s with an empty compile "
+            f"cache, {cold['warm_build_seconds']:.1f} + {cold['warm_first_step_seconds']:.1f} s with a warm one"
         )
-    if args.against:
-        peer.check(recipe)
+    return measured.figures, report, lines
 
 
-def described(args: argparse.Namespace, recipe: Run) -> dict[str, Any]:
-    """The whole recipe as plain values; a shape's name in the place of its passing folder."""
+def plain_recipe(args: argparse.Namespace, recipe: Run) -> dict[str, Any]:
+    """The whole recipe as plain values; a shape's name instead of its temporary folder."""
     from tunesmith.config.dump import to_mapping
 
     values = to_mapping(recipe)
     if args.shape:
-        values["model"] |= {"name": f"shape {args.shape} ({find_shape(args.shape).source})", "tokenizer": args.tokenizer}
-        values["model"]["vocab_size"] = json.loads((Path(recipe.model.name) / "config.json").read_text())["vocab_size"]
+        name = f"shape {args.shape} ({find_shape(args.shape).source})"
+        config = json.loads((Path(recipe.model.name) / "config.json").read_text(encoding="utf-8"))
+        values["model"] |= {"name": name, "tokenizer": args.tokenizer, "vocab_size": config["vocab_size"]}
         del values["output_dir"]
     return values
 
 
-# ---- a cold compile cache -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def caches(folder: Path | None) -> Iterator[None]:
-    """Have what torch compiles kept in `folder`, this process's children included; None changes nothing."""
-    before = {name: os.environ.get(name) for name in CACHES}
-    if folder is not None:
-        os.environ |= {CACHES[0]: str(folder), CACHES[1]: str(folder / "triton")}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def cold(report: dict[str, Any], args: argparse.Namespace, folder: Path) -> list[str]:
-    """One step in a process of its own, which finds what this one has compiled; both first steps into the report."""
-    file = folder / "warm.json"
+def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -> dict[str, float]:
+    """Seconds of build and first step here, and in a new process that finds what this one has compiled."""
     command = [sys.executable, "-m", "tunesmith", "bench", *args.words, "--steps", "1", "--warmup", "0"]
-    for option in ("shape", "tokenizer", "data", "format"):
+    for option in ("shape", *OF_SHAPE):
         if vars(args)[option] is not None:
             command += [f"--{option}", vars(args)[option]]
     done = subprocess.run([*command, "--json", str(file)], stdout=subprocess.DEVNULL, check=False)
@@ -230,66 +198,27 @@ def cold(report: dict[str, Any], args: argparse.Namespace, folder: Path) -> list
         raise RunError(
             f"the run with a warm compile cache ended with {done.returncode}",
             where=" ".join(command),
-            why="its words are above",
-            fix="run that command by itself, or leave --cold away",
+            why="its messages are above",
+            fix="run that command by itself, or remove --cold",
         )
     warm = json.loads(file.read_text(encoding="utf-8"))["figures"]
-    found = {
-        "first_step_seconds": report["figures"]["first_step_seconds"],
-        "build_seconds": report["figures"]["build_seconds"],
-        "warm_first_step_seconds": warm["first_step_seconds"],
-        "warm_build_seconds": warm["build_seconds"],
-    }
-    report["cold"] = found
-    # The build belongs to it: on a GPU its trial of memory is what compiles first.
-    text = (
-        "build and first step: {build_seconds:.1f} + {first_step_seconds:.1f} s with an empty compile cache, "
-        "{warm_build_seconds:.1f} + {warm_first_step_seconds:.1f} s with a warm one"
-    )
-    return [text.format(**found)]
-
-
-# ---- the peer -----------------------------------------------------------------------------------------------------
-
-
-def against(
-    report: dict[str, Any], args: argparse.Namespace, recipe: Run, measured: Measured, folder: Path
-) -> list[str]:
-    """The same rows through TRL, into the report."""
-    from tunesmith.bench import peer
-
-    theirs = peer.race(peer.request(recipe, measured, random=args.shape is not None), folder)
-    ours = measured.figures
-    ratio = ours.tokens_per_second / theirs["tokens_per_second"]
-    report["trl"] = {**theirs, "ratio": ratio}
-    memory = ours.peak_allocated_gib if ours.peak_allocated_gib is not None else ours.peak_resident_gib
-    return [
-        f"TRL {theirs['trl']}, its defaults, {theirs['rows']} rows a step: {theirs['tokens_per_second']:,.0f} non-padding tokens/s, "
-        f"{theirs['peak_gib']:.1f} GiB; ours {ours.tokens_per_second:,.0f} ({ratio:.2f} x), {memory:.1f} GiB"
-    ]
-
-
-# ---- what is shown ------------------------------------------------------------------------------------------------
+    names = ("first_step_seconds", "build_seconds")
+    return {name: figures[name] for name in names} | {f"warm_{name}": warm[name] for name in names}
 
 
 def show(figures: BenchReport, lines: Sequence[str], *, plain: bool) -> None:
-    """The table and what follows it, on stdout: by rich on a terminal, as aligned text elsewhere."""
-    rows = list(figures.rows())
-    title = f"{figures.device}, {figures.dtype}, base {figures.quantize}, {figures.micro_batch} a pass"
-    if plain or not sys.stdout.isatty():
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        print(title)
-        for what, value, remark in rows:
-            print(f"{what:<{widths[0]}}  {value:>{widths[1]}}  {remark}".rstrip())
-    else:
-        from rich.console import Console
-        from rich.table import Table
+    """Print the table and the lines after it to stdout."""
+    from rich.console import Console
+    from rich.table import Table
 
-        table = Table(title=title, title_justify="left", show_header=False)
-        table.add_column()
-        table.add_column(style="bold", justify="right")
-        table.add_column(style="dim")
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+    plain = plain or not sys.stdout.isatty()
+    console = Console(width=160, no_color=True, force_terminal=False) if plain else Console()
+    print(f"{figures.device}, {figures.dtype}, base {figures.quantize}, micro batch {figures.micro_batch}")
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(style="bold", justify="right")
+    table.add_column(style="dim")
+    for row in figures.rows():
+        table.add_row(*row)
+    console.print(table)
     print(*lines, sep="\n", end="\n" if lines else "")

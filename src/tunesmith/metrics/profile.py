@@ -1,11 +1,11 @@
-"""`profile:` of a recipe: traces and a memory picture of some steps, on every rank.
+"""`profile:` of a recipe: traces and memory of some steps, on every rank.
 
-In its folder, `output_dir/profile/` for a training run, each rank r leaves for each cycle:
+In its folder, `output_dir/profile/` for a training run, each rank r writes for each cycle:
 
     rank<r>.<time>.pt.trace.json.gz   the trace: ui.perfetto.dev, or TensorBoard's profiler plugin on the folder
     memory-rank<r>-<cycle>.json.gz    allocated bytes over time as counter tracks, for Perfetto
     memory-rank<r>-<cycle>.pickle     GPU only: the allocator's segments, for pytorch.org/memory_viz
-    top-rank<r>-<cycle>.txt           the ten dearest operations
+    top-rank<r>-<cycle>.txt           the ten operations with the most time of their own; on a GPU its idle time
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
 from tunesmith.config.schema import Profile
 
 
 class Profiler:
-    """Context around the training loop; `step()` at the end of each optimizer step. Free of cost when not enabled.
+    """Context around the training loop; call `step()` after each optimizer step. Costs nothing when not enabled.
+
+    Attributes:
+        traces, tables: files written so far, one of each per cycle.
 
     >>> with Profiler(run.profile, folder, rank=0, device=device) as profiler:
     ...     for batch in loader:
@@ -34,7 +39,8 @@ class Profiler:
 
     def __init__(self, settings: Profile, folder: Path, *, rank: int, device: torch.device) -> None:
         self.folder, self.rank, self.device = folder, rank, device
-        self.traces: list[Path] = []  # written so far
+        self.traces: list[Path] = []
+        self.tables: list[Path] = []
         self._steps_left = (settings.wait + settings.warmup + settings.active) * settings.cycles
         self._profile: profile | None = None
         if not settings.enabled:
@@ -60,7 +66,7 @@ class Profiler:
         return self
 
     def step(self) -> None:
-        """One optimizer step is done. After the last cycle the profiler is taken off, so that the rest runs free."""
+        """An optimizer step is done. The profiler stops after its last cycle, so that later steps run at full speed."""
         if self._profile is None:
             return
         self._profile.step()
@@ -91,14 +97,30 @@ class Profiler:
                 pickle.dump({"segments": torch.cuda.memory_snapshot(), "device_traces": []}, out)
         order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         table = done.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=60)
-        (self.folder / f"top-{name}.txt").write_text(table + "\n", encoding="utf-8")
+        work = [e for e in done.events() or () if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        if (share := idle_share((e.time_range.start, e.time_range.end) for e in work)) is not None:
+            table += f"\nGPU idle: {share:.2%} of the time from the first kernel to the last"
+        self.tables.append(self.folder / f"top-{name}.txt")
+        self.tables[-1].write_text(table + "\n", encoding="utf-8")
+
+
+def idle_share(spans: Iterable[tuple[float, float]]) -> float | None:
+    """Share of the time from the first start to the last end that no span (start, end) covers; None without spans."""
+    ordered = sorted(spans)
+    if not ordered:
+        return None
+    first, latest, idle = ordered[0][0], ordered[0][1], 0.0
+    for start, end in ordered:
+        idle += max(0.0, start - latest)
+        latest = max(latest, end)
+    return idle / (latest - first) if latest > first else 0.0
 
 
 _DEVICES = {0: "CPU", 1: "GPU"}  # c10::DeviceType
 
 
 def _write_memory(trace: Path, out: Path) -> None:
-    """Counter tracks of allocated bytes, one per device, from the allocation events of a trace."""
+    """Write counter tracks of allocated bytes, one per device, made from the allocation events of a trace."""
     with gzip.open(trace, "rt", encoding="utf-8") as file:
         events: list[dict[str, Any]] = json.load(file)["traceEvents"]
     counters = []
