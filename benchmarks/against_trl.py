@@ -158,6 +158,7 @@ def main() -> None:
     p.add_argument("--json", help="write the report here")
     p.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     a = p.parse_args()
+    a.model = str(Path(a.model).resolve()) if Path(a.model).exists() else a.model
     if a.contender:
         contend(a)
         return

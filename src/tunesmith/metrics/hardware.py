@@ -1,11 +1,11 @@
-"""The machine under a run: what env.json says of it, its published peak, its memory and its gauges.
+"""The machine under a run: its description for env.json, its published peak, its memory, utilisation and power.
 
-`describe` is an allow-list. It never dumps the environment, and what looks like a secret on the command line is
-masked.
+`describe` is an allow-list: it never dumps the environment, and it masks what looks like a secret on the command line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -51,7 +51,7 @@ _PEAKS: tuple[tuple[str, float, str], ...] = (
 
 
 def peak_of(name: str) -> tuple[float | None, str]:
-    """Dense bf16 peak of a GPU by its name -> (TFLOP/s, where the figure is from); (None, "") where none is known."""
+    """Dense bf16 peak of a GPU by its name -> (TFLOP/s, source of the figure); (None, "") where none is known."""
     for pattern, tflops, source in _PEAKS:
         if re.search(pattern, name, re.IGNORECASE):
             return (tflops, source) if tflops else (None, "")
@@ -61,8 +61,8 @@ def peak_of(name: str) -> tuple[float | None, str]:
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
     """The peak that MFU is taken against -> (TFLOP/s, source), or (None, "").
 
-    Only the 16-bit types have an entry: an fp32 run's peak depends on whether TF32 is allowed, and no CPU publishes
-    one that its clock under AVX-512 holds.
+    Only 16-bit types on CUDA have one: fp32's depends on whether TF32 is allowed, and no CPU publishes a peak that its
+    clock under AVX-512 holds.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None, ""
@@ -78,10 +78,10 @@ def memory_gib(device: torch.device | None = None) -> float:
 
 
 class Gauges:
-    """A GPU's utilisation and power, read at most once in `every` seconds, and given up for good at the first failure.
+    """A GPU's utilisation and power by NVML, read at most once per `every` seconds, and never again after a failure.
 
-    NVML answers in about a millisecond, and its own window is 1/6 to 1 s long: asking at each step buys nothing. It is
-    missing in many containers (no nvidia-ml-py) and in part on unified-memory chips.
+    NVML takes about a millisecond and averages over 1/6 to 1 s, so reading it at each step adds nothing. It is missing in
+    many containers (no nvidia-ml-py) and incomplete on unified-memory chips.
     """
 
     def __init__(self, device: torch.device, *, every: float = 1.0) -> None:
@@ -91,54 +91,55 @@ class Gauges:
         self._last: tuple[float | None, float | None] = (None, None)
 
     def read(self) -> tuple[float | None, float | None]:
-        """(utilisation in percent, power in watts); None for what this machine does not tell."""
+        """(utilisation in percent, power in watts); None where they cannot be read."""
         now = time.monotonic()
         if self.usable and now - self._at >= self.every:
             self._at = now
             try:
                 percent = float(torch.cuda.utilization(self.device))
                 self._last = (percent, torch.cuda.power_draw(self.device) / 1000.0)
-            except Exception:  # NVML's own error type cannot be imported without NVML, and a gauge may not end a run
+            except Exception:  # NVML's error type cannot be imported without NVML, and a gauge must not end a run
                 self.usable, self._last = False, (None, None)
         return self._last
 
 
 def describe(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """What env.json says of software, hardware and command: versions, chips, cores, memory, commit, scrubbed argv."""
+    """Software, hardware and command for env.json: versions, chips, cores, memory, commit, masked argv."""
     return {
         "python": platform.python_version(),
-        **{name: version for name in PACKAGES if (version := _version(name)) is not None},
+        **_versions(),
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "gpus": [_describe_gpu(index) for index in range(torch.cuda.device_count())],
         "commit": _commit(Path.cwd()),
         "command": scrub(sys.argv if argv is None else argv),
     }
 
 
-def _gpu(index: int) -> dict[str, Any]:
-    facts = torch.cuda.get_device_properties(index)
+def _describe_gpu(index: int) -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(index)
     return {
-        "name": facts.name,
-        "memory_gib": round(facts.total_memory / 2**30, 1),
-        "capability": f"{facts.major}.{facts.minor}",
-        "peak_tflops_bf16": peak_of(facts.name)[0],
+        "name": found.name,
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "capability": f"{found.major}.{found.minor}",
+        "peak_tflops_bf16": peak_of(found.name)[0],
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _cpu_name() -> str:
-    """The processor's name as the kernel tells it; on ARM, where it tells none, the architecture."""
+    """The processor's name from /proc/cpuinfo, or the architecture (on ARM, which has no name there)."""
     try:
         text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
@@ -148,13 +149,12 @@ def _cpu_name() -> str:
 
 
 def _commit(folder: Path) -> str | None:
-    """The git commit of the folder's repository, with "+" where tracked files differ from it; None outside of one."""
+    """The git commit of the folder's repository, with "+" if tracked files differ from it; None outside of one."""
 
     def git(*words: str) -> str | None:
+        command = ["git", "-C", str(folder), *words]
         try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=5, check=False
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -166,24 +166,20 @@ def _commit(folder: Path) -> str | None:
 _SECRET_NAME = re.compile(r"token|secret|passw|api[-_]?key|credential", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[\w-]{8,}|gh[opsu]_[A-Za-z0-9]{8,}|github_pat_\w{8,})\b")
 _URL_PASSWORD = re.compile(r"(://)[^/\s@]+@")
+_NO_SECRETS = ("model.tokenizer", "model.pad_token", "model.added_tokens")  # recipe keys
 
 
 def scrub(argv: Sequence[str]) -> list[str]:
-    """The command's words with secrets masked: values of options named like one, tokens by form, passwords in URLs."""
+    """The arguments with secrets masked: values of options named like one, tokens by their form, passwords in URLs."""
     words: list[str] = []
     hide_next = False
     for word in argv:
         name, equals, _ = word.partition("=")
         if hide_next and not word.startswith("-"):
             words.append("***")
-        elif equals and _SECRET_NAME.search(name) and not _is_recipe_key(name):
+        elif equals and _SECRET_NAME.search(name) and name not in _NO_SECRETS:
             words.append(f"{name}=***")
         else:
             words.append(_URL_PASSWORD.sub(r"\1***@", _SECRET_VALUE.sub("***", word)))
         hide_next = word.startswith("-") and not equals and bool(_SECRET_NAME.search(word))
     return words
-
-
-def _is_recipe_key(name: str) -> bool:
-    """`model.tokenizer=...`, `model.pad_token=...` and `model.added_tokens=...` are no secrets."""
-    return name in ("model.tokenizer", "model.pad_token", "model.added_tokens")

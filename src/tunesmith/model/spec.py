@@ -282,18 +282,6 @@ def flops(
     return float(matmul + 3 * _attention(facts, lengths) + 6 * adapter_parameters * tokens)
 
 
-def recompute_flops(facts: ModelSpec, documents: Iterable[int], layers: int, *, adapter_parameters: int = 0) -> float:
-    """Floating-point operations of running the forward of `layers` decoder layers once more, as the backward does.
-
-    Args:
-        facts, documents, adapter_parameters: as in `flops`.
-        layers: how many are run again; where layers differ (windows), each counts as their mean.
-    """
-    lengths = list(documents)
-    matrices = facts.layers * facts.layer_matmul + adapter_parameters
-    return float(layers / facts.layers * (2 * matrices * sum(lengths) + _attention(facts, lengths)))
-
-
 def _attention(facts: ModelSpec, lengths: Sequence[int]) -> int:
     """Operations of attention's forward in all layers: q k^T and p v, 2 products of 2 operations a pair and channel."""
     counted: dict[int | None, int] = {}
