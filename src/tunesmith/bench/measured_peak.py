@@ -7,12 +7,12 @@ timed steps, on normal random numbers: zeros draw less power and would give a hi
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 SIZE = {"cuda": 8192, "cpu": 1024}
 ROUND_SECONDS = 0.2
@@ -24,7 +24,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None 
     n = size or SIZE[device.type]
     left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / _seconds(lambda: torch.mm(left, right, out=out), device) / 1e12
+    return 2 * n**3 / _seconds(lambda: torch.mm(left, right, out=out)) / 1e12
 
 
 def fp8_matmul_tflops(device: torch.device, *, size: int | None = None) -> float | None:
@@ -42,32 +42,14 @@ def fp8_matmul_tflops(device: torch.device, *, size: int | None = None) -> float
             return F.scaled_mm(left, right, a, kind, b, kind, output_dtype=torch.bfloat16, use_fast_accum=True)
 
         try:
-            return 2 * n**3 / _seconds(product, device) / 1e12
+            return 2 * n**3 / _seconds(product) / 1e12
         except (RuntimeError, ValueError, NotImplementedError):  # this chip lacks that product
             continue
     return None
 
 
-def _seconds(product: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds of one product: the median of ROUNDS rounds of about ROUND_SECONDS each, after one that is discarded."""
-    once = _timed(product, 1, device)  # compiles or chooses a kernel
-    once = min(once, _timed(product, 1, device))
-    count = max(1, round(ROUND_SECONDS / max(once, 1e-6)))
-    _timed(product, count, device)
-    return statistics.median(_timed(product, count, device) for _ in range(ROUNDS)) / count
-
-
-def _timed(product: Callable[[], Tensor], count: int, device: torch.device) -> float:
-    """Seconds of `count` products in a row, by CUDA events or by the clock."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(count):
-            product()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(count):
-        product()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000.0
+def _seconds(product: Callable[[], Tensor]) -> float:
+    """Seconds of one product: the median of ROUNDS rounds of about ROUND_SECONDS each, after a warm-up."""
+    timer = Timer("product()", globals={"product": product}, num_threads=torch.get_num_threads())
+    count = max(1, round(ROUND_SECONDS / timer.timeit(2).mean))  # on a GPU, waiting once per round costs nothing
+    return statistics.median(timer.timeit(count).mean for _ in range(ROUNDS))

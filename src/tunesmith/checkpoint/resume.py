@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -165,9 +166,8 @@ def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
                 why=f"{path} lies in it",
                 fix="use a folder of its own: output_dir=runs/my-run",
             )
-    number = 1
-    while (place := output_dir.with_name(f"{output_dir.name}.previous-{number}")).exists():
-        number += 1
+    places = (output_dir.with_name(f"{output_dir.name}.previous-{n}") for n in itertools.count(1))
+    place = next(place for place in places if not place.exists())
     place.mkdir()
     for path in old:
         path.rename(place / path.name)
