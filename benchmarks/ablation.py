@@ -71,7 +71,7 @@ def transformers_parts() -> None:
 def head_everywhere() -> None:
     """The head computes logits for prompts and padding too."""
 
-    def whole(model: base.TrainModel, batch: Batch) -> base.MethodOutput:
+    def whole(self: SupervisedFineTuning, model: base.TrainModel, batch: Batch) -> base.MethodOutput:
         hidden, targets = model.hidden(batch), batch.targets.flatten()
         index, labels = base.supervised_positions(batch)
         rest = torch.nonzero_static(targets == base.IGNORE, size=targets.numel() - batch.supervised).squeeze(1)

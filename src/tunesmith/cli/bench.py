@@ -161,7 +161,7 @@ def bench(args: argparse.Namespace, recipe: Run, folder: Path) -> tuple[BenchRep
     lines: list[str] = []
     if args.profile:
         report["profile"] = {"traces": [*map(str, measured.traces)], "tables": [*map(str, measured.tables)]}
-        lines += [table.read_text(encoding="utf-8") for table in measured.tables]
+        lines += [table.read_text(encoding="utf-8").rstrip() for table in measured.tables]
         lines += [f"trace: {trace}" for trace in measured.traces]
     if args.cold:
         free_device_memory()
