@@ -34,6 +34,8 @@ from tunesmith.build_model import build_model
 from tunesmith.config.load import from_mapping, to_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Example
+from tunesmith.model.model_files import read_model_files
+from tunesmith.runtime.resolve import inference_plan
 from tunesmith.training.run import train
 
 
@@ -116,7 +118,8 @@ def main() -> None:
         rows = folder / "rows.jsonl"
         rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
         run = recipe(a, rows, folder / "run", "lora")
-        begun = build_model(run, Path(a.model), device=torch.device("cpu"))
+        files = read_model_files(Path(a.model), run.model)
+        begun, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")))
         (folder / "first").mkdir()
         peft_files.save_adapter(begun.model, folder / "first", run.adapter, a.model, None)
         del begun

@@ -27,6 +27,8 @@ from tunesmith.build_model import build_model
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Example
+from tunesmith.model.model_files import read_model_files
+from tunesmith.runtime.resolve import inference_plan
 from tunesmith.training.run import train
 
 TEXT = "### Instruction: {}\n\n### Input: {}\n\n### Response: {}"
@@ -137,7 +139,8 @@ def main() -> None:
             if kind == "lora":
                 adapter = folder / "first"
                 adapter.mkdir()
-                begun = build_model(run, Path(a.model), device=torch.device("cpu"))
+                files = read_model_files(Path(a.model), run.model)
+                begun, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")))
                 peft_files.save_adapter(begun.model, adapter, run.adapter, a.model, None)
                 del begun
             curves = {"tunesmith": [r.loss for r in train(run, say=lambda text: None).records]}

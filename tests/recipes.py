@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
+
+if TYPE_CHECKING:
+    from tunesmith.methods.base import TrainModel
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "juniper"]
 
@@ -65,3 +68,16 @@ def recipe(model: Path, folder: Path, /, *, held: bool = True, **changes: Any) -
 def make_run(model: Path, folder: Path, /, *, held: bool = True, **changes: Any) -> Run:
     """The same as a checked Run."""
     return from_mapping(recipe(model, folder, held=held, **changes), where="test", base=folder)
+
+
+def built_model(run: Run, folder: Path, **options: Any) -> TrainModel:
+    """The model of a recipe on the CPU, its base in `folder`; `options` are those of `build_model`."""
+    import torch
+
+    from tunesmith.build_model import build_model
+    from tunesmith.model.model_files import read_model_files
+    from tunesmith.runtime.resolve import inference_plan
+
+    files = read_model_files(folder, run.model)
+    model, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")), **options)
+    return model

@@ -11,9 +11,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from recipes import make_run
+from recipes import built_model, make_run
 from tunesmith.adapter import lora, peft_files
-from tunesmith.build_model import build_model
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
 
@@ -206,5 +205,5 @@ def test_a_run_goes_on_from_an_adapter(tiny, tmp_path):
     run = make_run(
         tiny, tmp_path, held=False, adapter={"rank": 4, "alpha": 16.0, "from": str(tmp_path)}, model={"dtype": "fp32"}
     )
-    started = dict(build_model(run, tiny, device=torch.device("cpu")).trained_parameters())
+    started = dict(built_model(run, tiny).trained_parameters())
     assert all(torch.equal(p, started[n]) for n, p in model.named_parameters() if p.requires_grad)

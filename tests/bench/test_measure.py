@@ -95,7 +95,7 @@ def test_the_model_flops_are_those_of_the_formula(tiny: Path, tmp_path: Path) ->
     course = session.data.course
     work = sum(
         spec.flops(
-            session.facts,
+            session.files.spec,
             [len(session.data.train[i].ids) for i in course.examples(step)],
             sum(int(session.data.train[i].trained.sum()) for i in course.examples(step)),
             trained="lora",
@@ -166,7 +166,7 @@ def test_the_base_is_named_as_it_was_held(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerance: float
 ) -> None:
     """Where fp8 was asked for and given up, the speed is bf16's and must not stand under fp8's name."""
-    monkeypatch.setattr("tunesmith.fp8_base.TOLERANCE", tolerance)
+    monkeypatch.setattr("tunesmith.build_model.FP8_TOLERANCE", tolerance)
     run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
     found = run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path).figures
     assert found.quantize.startswith("fp8") if tolerance > 0 else found.quantize == "bf16"

@@ -90,7 +90,7 @@ def test_no_room_is_told_before_the_first_step(world: World, small_disk: Path, c
     (small_disk / "ballast").write_bytes(bytes(900 << 10))
     code, parts, err = started(world.train(output_dir=str(small_disk / "run")), capsys)
     assert code == EXIT_USAGE, err
-    assert "no room for the checkpoints" in parts["error"]
+    assert "no room on the disk for the checkpoints" in parts["error"]
     assert os.listdir(small_disk) == ["ballast"]
 
 

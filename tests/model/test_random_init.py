@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from recipes import make_run
-from tunesmith.build_model import build_model
+from recipes import built_model, make_run
 from tunesmith.config.schema import Run
 from tunesmith.model import spec
 from tunesmith.model.load import build_on_meta
@@ -21,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def weights(run: Run, folder: Path) -> dict[str, torch.Tensor]:
-    model = build_model(run, folder, device=CPU, weights="random").model
+    model = built_model(run, folder, weights="random").model
     return {n: p.detach() for n, p in (*model.named_parameters(), *model.named_buffers())}
 
 
@@ -62,7 +61,7 @@ def test_nf4_layers_are_quantised_from_the_same_draw(bare: Path, tmp_path: Path)
     functional = pytest.importorskip("bitsandbytes.functional")
     dense = weights(make_run(bare, tmp_path, model={"dtype": "bf16"}), bare)
     run = make_run(bare, tmp_path, model={"dtype": "bf16", "quantize": "nf4"})
-    model = build_model(run, bare, device=CPU, weights="random").model
+    model = built_model(run, bare, weights="random").model
     layers = {n: m for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
     assert len(layers) == 14
     for name, layer in layers.items():

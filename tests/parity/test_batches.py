@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes import make_run, write_rows
-from tunesmith.build_model import build_model
+from recipes import built_model, make_run, write_rows
 from tunesmith.data.loader import Loader
 from tunesmith.data.prepare import prepare_data
 from tunesmith.model import load
@@ -27,7 +26,7 @@ def whole_batch(tiny: Path, folder: Path, pack: bool, examples: int) -> tuple[fl
     tokenizer = load.load_tokenizer(tiny, run.model)
     data = prepare_data(run, tokenizer, load.eos_ids(tiny, tokenizer), len(tokenizer), cache=folder / "cache")
     batch = Loader(data.train, data.course, micro_batch=Size(examples, "examples"), pad_id=0).batch(0)
-    model = build_model(run, tiny, device=CPU).train()
+    model = built_model(run, tiny).train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.trained_parameters():
         if name.endswith("lora_B"):

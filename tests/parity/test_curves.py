@@ -16,9 +16,8 @@ import pytest
 import torch
 from reference import curve, load
 
-from recipes import make_run, rows
+from recipes import built_model, make_run, rows
 from tunesmith.adapter import peft_files
-from tunesmith.build_model import build_model
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Example, collate
 from tunesmith.methods.base import TrainModel
@@ -68,7 +67,7 @@ def first_adapter(run: Run, folder: Path) -> Path:
     """The adapter that the run begins with, in PEFT's files."""
     place = folder / "first"
     place.mkdir()
-    model = build_model(run, Path(run.model.name), device=CPU)
+    model = built_model(run, Path(run.model.name))
     peft_files.save_adapter(model.model, place, run.adapter, run.model.name, None)
     return place
 
@@ -135,7 +134,7 @@ def our_curve(model: TrainModel, run: Run, all_batches: list[list[Example]]) -> 
 def test_float64_curve_is_the_same_formula(kind: str, tiny: Path, tmp_path: Path) -> None:
     run = constant(tiny, tmp_path, kind)
     adapter = first_adapter(run, tmp_path) if kind == "lora" else None
-    ours = our_curve(build_model(run, tiny, device=CPU).double().train(), run, batches(tiny))
+    ours = our_curve(built_model(run, tiny).double().train(), run, batches(tiny))
     theirs = curve(load(tiny, adapter, torch.float64), batches(tiny), rate=RATE, pad_id=0)
     first, most = furthest(ours, theirs)
     assert first <= 1e-12

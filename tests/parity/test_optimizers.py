@@ -144,7 +144,7 @@ def test_in_the_backward_a_second_pass_is_refused_before_the_first_step(
 ) -> None:
     # Stands for a loader whose rows have a fixed length that a global batch does not fit.
     monkeypatch.setattr(Loader, "_groups", lambda self, step, members: [members[:1], members[1:]])
-    with pytest.raises(UsageError, match="step 1 takes 2 forward passes") as caught:
+    with pytest.raises(UsageError, match="step 1 takes 2 micro batches") as caught:
         go(full(tiny, tmp_path, "run", optimizer_in_backward=True))
     assert "train.global_batch" in caught.value.fix
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

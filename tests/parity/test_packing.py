@@ -14,9 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recipes import make_run
+from recipes import built_model, make_run
 from tunesmith.adapter import lora
-from tunesmith.build_model import build_model
 from tunesmith.data.batch import IGNORE, Batch, Example, collate
 from tunesmith.methods.base import TrainModel, supervised_positions
 from tunesmith.runtime.recompute import recompute_layers
@@ -48,7 +47,7 @@ def model_of(tiny: Path, tmp_path: Path, **changes) -> TrainModel:
         adapter=dataclasses.replace(run.adapter, **changes.get("adapter", {})),
         train=dataclasses.replace(run.train, recompute="none", **changes.get("train", {})),
     )
-    model = build_model(run, tiny, device=torch.device("cpu")).train()
+    model = built_model(run, tiny).train()
     torch.manual_seed(1)
     for _, layer in lora.loras(model):
         torch.nn.init.normal_(layer.lora_B, std=0.05)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from recipes import make_run, write_rows
-from tunesmith import fp8_base
+from tunesmith import build_model
 from tunesmith.checkpoint.resume import Start
 from tunesmith.quant import fp8
 from tunesmith.quant.fp8 import Fp8Linear
-from tunesmith.training.build import Session, build
+from tunesmith.training.build import Session, build, first_batches
 
 
 def begin(tiny: Path, folder: Path) -> tuple[Session, list[str]]:
@@ -27,7 +27,7 @@ def begin(tiny: Path, folder: Path) -> tuple[Session, list[str]]:
 
 
 def base(session: Session) -> tuple[str, str]:
-    return next((c.taken, c.why) for c in session.choices if c.part == "base")
+    return session.plan.base, session.plan.why["base"]
 
 
 def count(session: Session) -> int:
@@ -46,7 +46,7 @@ def test_the_base_is_quantized_and_the_loss_is_told(tiny, tmp_path):
 
 
 def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(fp8_base, "TOLERANCE", -1.0)
+    monkeypatch.setattr(build_model, "FP8_TOLERANCE", -1.0)
     session, said = begin(tiny, tmp_path)
     assert base(session)[0] == "bf16"
     assert "was tried and dropped" in base(session)[1]
@@ -71,10 +71,8 @@ def test_a_machine_without_fp8_matmuls_trains_in_bf16(tiny, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("least", [1, 200, 3000])
 def test_probes_are_the_first_batches_and_hold_enough(tiny, tmp_path, least):
-    from tunesmith.training.build import first_batches
-
     session, _ = begin(tiny, tmp_path)
-    found = first_batches(session.loader(0), least)
+    found = first_batches(session.loader(0), session.device, least)
     assert sum(b.tokens for b in found) >= least
     assert sum(b.tokens for b in found[:-1]) < least
     assert torch.equal(found[0].input_ids, session.loader(0).batch(0).micro[0].input_ids)

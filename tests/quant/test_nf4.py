@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from recipes import built_model
 from tunesmith.adapter import lora
-from tunesmith.build_model import build_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.quant import nf4
@@ -40,7 +40,7 @@ def ours(folder, **adapter):
         train=Train(recompute="none", compile="off"),
         output_dir="x",
     )
-    return build_model(run, folder, device=torch.device("cpu")).model
+    return built_model(run, folder).model
 
 
 def logits(model):

@@ -19,7 +19,7 @@ from tunesmith.model.documents import Documents
 from tunesmith.private import graphs_compiled
 from tunesmith.quant import fp8, nf4
 from tunesmith.runtime import compilation
-from tunesmith.runtime.compilation import compile_layers, compile_score, should_compile
+from tunesmith.runtime.compilation import compile_layers, compile_score, select_compile
 from tunesmith.runtime.recompute import recompute_layers
 
 
@@ -99,14 +99,14 @@ def batch(seed: int, *, length: int, bound: int = 32) -> Batch:
     return collate([examples], length=length, pad_id=0, bound=bound)
 
 
-def run(model: Any, b: Batch, door: str = "varlen") -> dict[str, torch.Tensor]:
+def run(model: Any, b: Batch, backend: str = "varlen") -> dict[str, torch.Tensor]:
     torch.manual_seed(b.tokens)
     model.zero_grad()
     hidden = model.model(
         input_ids=b.input_ids,
         position_ids=b.position_ids,
         use_cache=False,
-        documents=Documents(b.cu_seqlens, b.max_seqlen, door),
+        documents=Documents(b.cu_seqlens, b.max_seqlen, backend),
     ).last_hidden_state
     (hidden * torch.randn_like(hidden)).sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -129,28 +129,28 @@ class Counting:
         return module
 
 
-@pytest.mark.parametrize("rerun", [0, 2])
-def test_the_number_of_graphs_does_not_grow_with_layers_and_lengths(rerun):
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_the_number_of_graphs_does_not_grow_with_layers_and_lengths(recomputed):
     graphs = []
     for layers in (3, 6):
         torch.compiler.reset()
         backend = Counting()
         plain = build(layers)
         fast = copy.deepcopy(plain)
-        recompute_layers(fast.model.layers, rerun)
+        recompute_layers(fast.model.layers, recomputed)
         assert compile_layers(fast.model.layers, varied=True, backend=backend) == layers
         for n in (20, 24, 31, 47):
             assert_alike(run(fast, batch(n, length=n)), run(plain, batch(n, length=n)))
         graphs.append(backend.graphs)
-    assert graphs == [1 + (rerun > 0)] * 2  # one of the layers that are run again, one of the others
+    assert graphs == [1 + (recomputed > 0)] * 2  # one of the recomputed layers, one of the others
 
 
-@pytest.mark.parametrize("rerun", [False, True], ids=["kept", "rerun"])
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_family_has_one_graph_for_each_kind_of_layer(family, rerun):
+def test_every_family_has_one_graph_for_each_kind_of_layer(family, recomputed):
     plain, backend = build(6, family), Counting()
     fast = copy.deepcopy(plain)
-    recompute_layers(fast.model.layers, 6 * rerun)
+    recompute_layers(fast.model.layers, 6 * recomputed)
     compile_layers(fast.model.layers, varied=True, backend=backend)
     for n in (40, 48, 61):
         assert_alike(run(fast, batch(n, length=n)), run(plain, batch(n, length=n)))
@@ -161,15 +161,15 @@ def test_every_family_has_one_graph_for_each_kind_of_layer(family, rerun):
 TOLERANCE = {"nf4": 1e-4, "fp8": 0.05}
 
 
-@pytest.mark.parametrize("rerun", [False, True], ids=["kept", "rerun"])
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("base", ["fp8", "nf4"])
-def test_quantised_bases_have_one_graph_too(base, family, rerun):
+def test_quantised_bases_have_one_graph_too(base, family, recomputed):
     if base == "nf4":
         pytest.importorskip("bitsandbytes")
     plain, backend = build(4, family, base=base), Counting()
     fast = copy.deepcopy(plain)
-    recompute_layers(fast.model.layers, 4 * rerun)
+    recompute_layers(fast.model.layers, 4 * recomputed)
     compile_layers(fast.model.layers, varied=True, backend=backend)
     for n in (40, 48, 61):
         assert_alike(run(fast, batch(n, length=n)), run(plain, batch(n, length=n)), tolerance=TOLERANCE[base])
@@ -245,9 +245,10 @@ def test_a_compiled_score_scatters_nothing():
 def test_the_cache_lies_in_the_users_folder_unless_it_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(compilation.CACHE, raising=False)
-    assert compilation.keep_cache() == tmp_path / "tunesmith" / "compiled"
+    monkeypatch.delenv("TUNESMITH_CACHE", raising=False)
+    assert compilation.use_persistent_cache() == str(tmp_path / "tunesmith" / "compiled")
     monkeypatch.setenv(compilation.CACHE, "/elsewhere")
-    assert str(compilation.keep_cache()) == "/elsewhere"
+    assert compilation.use_persistent_cache() == "/elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -256,8 +257,9 @@ def test_the_cache_lies_in_the_users_folder_unless_it_is_said(monkeypatch, tmp_p
 )
 def test_where_layers_are_compiled(choice, device, expected, monkeypatch):
     monkeypatch.setattr(compilation, "compiler_fault", lambda device: "")
-    assert should_compile(choice, torch.device(device)) is expected
-    assert compilation.compile_reason(choice, torch.device(device))
+    compiles, why = select_compile(choice, torch.device(device))
+    assert compiles is expected
+    assert why
 
 
 def test_a_compiler_that_does_not_run_is_done_without(monkeypatch):
@@ -278,5 +280,4 @@ def test_a_compiler_that_does_not_run_is_done_without(monkeypatch):
 
 def test_where_the_compiler_does_not_run_auto_goes_without_it_and_says_so(monkeypatch):
     monkeypatch.setattr(compilation, "compiler_fault", lambda device: "the compiler does not run here: why")
-    assert not should_compile("auto", torch.device("cuda"))
-    assert compilation.compile_reason("auto", torch.device("cuda")).endswith("why")
+    assert select_compile("auto", torch.device("cuda")) == (False, "the compiler does not run here: why")

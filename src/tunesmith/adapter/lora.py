@@ -168,6 +168,19 @@ def init_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
             to_save.register_buffer(ORIGINAL + key, base.detach(), persistent=False)
 
 
+def is_adapter_weight(name: str) -> bool:
+    """Whether the parameter of this name is A or B, which no checkpoint of the base holds."""
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def count_trained(model: nn.Module, adapter: Adapter) -> int:
+    """Parameters that a model with an adapter trains: A, B and the modules to save; on meta or not."""
+    to_save = (
+        p for name in _names_to_save(model, adapter) for p in model.get_submodule(name).parameters(recurse=False)
+    )
+    return sum(m.lora_A.numel() + m.lora_B.numel() for _, m in loras(model)) + sum(p.numel() for p in to_save)
+
+
 def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     """Full names of the layers that `adapter.target` means, in the order of the model.
 

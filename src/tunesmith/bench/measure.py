@@ -180,7 +180,7 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
     tokens, padded = sum(r.tokens for r in records), sum(seen.padded[r.step] for r in records)
     tflops = sum(_model_flops(session, record) for record in records) / seconds / 1e12
     published, measured = hardware.peak_tflops(device, session.dtype)[0], matmul_tflops(device, session.dtype)
-    quantize = "none" if run.model.quantize == "none" else next(c.taken for c in session.choices if c.part == "base")
+    quantize = "none" if run.model.quantize == "none" else session.plan.base
     fp8 = fp8_matmul_tflops(device) if quantize.startswith("fp8") else None
     p50, p95 = (float(value) for value in np.percentile([r.step_seconds for r in records], [50, 95]))
     watts = [r.gpu_power_watts for r in records if r.gpu_power_watts is not None]
@@ -188,8 +188,8 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         dtype=run.model.dtype,
         quantize=quantize,
-        micro_batch=str(session.rows.micro_batch),
-        recomputed_layers=session.recomputed_layers,
+        micro_batch=str(session.plan.layout.micro_batch),
+        recomputed_layers=session.plan.recomputed_layers,
         steps=len(records),
         seconds=seconds,
         tokens=tokens,
@@ -221,7 +221,9 @@ def _model_flops(session: Session, record: StepRecord) -> float:
     course = session.data.course
     lengths = course.lengths[course.examples(record.step - 1)].tolist()
     adapter = session.adapter_parameters
-    return flops(session.facts, lengths, record.supervised_tokens, trained=session.trained, adapter_parameters=adapter)
+    return flops(
+        session.files.spec, lengths, record.supervised_tokens, trained=session.trained, adapter_parameters=adapter
+    )
 
 
 def free_device_memory() -> None:

@@ -126,10 +126,10 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
 
 def check_compiles(recipe: Run) -> None:
     """Refuse --cold where nothing is compiled."""
-    from tunesmith.runtime.compilation import should_compile
+    from tunesmith.runtime.compilation import select_compile
     from tunesmith.training.build import choose_device
 
-    if not should_compile(recipe.train.compile, choose_device()):
+    if not select_compile(recipe.train.compile, choose_device())[0]:
         raise UsageError(
             "--cold measures compilation, and nothing is compiled here",
             where="--cold",

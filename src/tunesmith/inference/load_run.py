@@ -250,17 +250,20 @@ def load_run(
     """
     from tunesmith.build_model import build_model
     from tunesmith.hub.fetch import fetch
+    from tunesmith.model.model_files import read_model_files
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer
+    from tunesmith.runtime.resolve import inference_plan
 
     chosen = _device_of(device)
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     run, folder = _loading_recipe(location, dtype), location.folder
     weights = folder if location.kind == "full" and folder else fetch(location.base)
-    train_model = build_model(run, weights, device=chosen)
+    files = read_model_files(weights, run.model)
+    train_model, _ = build_model(run, files, inference_plan(run, files, chosen))
     train_model.eval()
     train_model.model.set_attn_implementation("sdpa")
     saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
-    tokenizer = load_tokenizer(saved or weights, replace(run.model, tokenizer=None) if saved else run.model)
+    tokenizer = load_tokenizer(saved, replace(run.model, tokenizer=None)) if saved else files.tokenizer
     ends = eos_ids(saved or weights, tokenizer) | eos_ids(weights, tokenizer)
     return LoadedModel(train_model, tokenizer, _template(run.data, tokenizer, ends, saved), location, weights)
 

@@ -1,117 +1,114 @@
-"""Correct the memory plan by a trial: one micro batch, forward and backward, on the real model.
+"""Correct the estimate of memory by a trial: forward and backward of one micro batch on the real model.
 
-An estimate errs by what a compiler decides to keep. Here the first micro batch is run before there is an optimizer, what
-its layers kept is measured, and as many layers are set to run again as that leaves no room for: the fewest that fit.
+An estimate errs by what a compiler decides to keep. Here the first micro batch runs before there is an optimizer, the
+activations are measured, and as many layers recompute as leave no room for them: the fewest that fit.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from tunesmith.data.batch import Batch
 from tunesmith.errors import MachineError
-from tunesmith.methods.base import TrainModel
-from tunesmith.runtime.memory_plan import MemoryPlan
+from tunesmith.runtime.plan import MemoryEstimate
 from tunesmith.runtime.recompute import recompute_layers
 
 
-class MemoryMeter(Protocol):
-    """Bytes of memory on a device."""
-
-    def held(self) -> int:
-        """Held now."""
-
-    def peak(self) -> int:
-        """The most that was held since `restart`."""
-
-    def restart(self) -> None:
-        """Forget the peak."""
-
-
-class CudaMeter:
-    """What torch's allocator holds on one GPU."""
+class MemoryMeter:
+    """Bytes that torch's allocator has on one GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def held(self) -> int:
+    def allocated(self) -> int:
+        """Allocated now."""
         return torch.cuda.memory_allocated(self.device)
 
     def peak(self) -> int:
+        """The most that was allocated since `restart`."""
         return torch.cuda.max_memory_allocated(self.device)
 
     def restart(self) -> None:
+        """Forget the peak."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def calibrate_recompute(
-    model: TrainModel, batch: Batch, plan: MemoryPlan, meter: MemoryMeter, *, budget: int, later: int
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    batch: Batch,
+    estimate: MemoryEstimate,
+    meter: MemoryMeter,
+    *,
+    budget: int,
 ) -> int:
-    """Set how many layers are run again in the backward, and return it.
+    """Set how many layers are recomputed in the backward, and return it.
 
     Args:
-        model: with its weights, before there is an optimizer; its gradients are dropped afterwards.
+        model: with its weights, before there is an optimizer; returns an output with a `loss` for a batch. Its
+            gradients are dropped afterwards.
+        layers: its decoder layers.
         batch: a micro batch of the run, on the model's device.
-        plan: the estimate to begin with.
+        estimate: the estimate to begin with.
         meter: of the model's device.
-        budget: bytes that may be held in all.
-        later: bytes of optimizer state, which comes with the first step.
+        budget: bytes that may be allocated in all.
 
     Raises:
-        MachineError: the micro batch does not fit even where every layer is run again.
+        MachineError: the micro batch does not fit even where every layer is recomputed.
     """
-    layers, count = model.layers, plan.recomputed
-    was = model.training
+    count, training = estimate.recomputed_layers, model.training
     model.train()
     while True:
         recompute_layers(layers, count)
         meter.restart()
         try:
-            kept = _trial(model, batch, meter)
+            activations = _trial(model, batch, meter)
             break
         except torch.OutOfMemoryError as error:
             if count == len(layers):
                 raise MachineError(
                     f"a micro batch of {batch.input_ids.numel():,} tokens does not fit into this GPU's memory",
                     where="train.micro_batch",
-                    why=f"with every layer run again; {str(error).partition('.')[0]}",
+                    why=f"with every layer recomputed; {str(error).partition('.')[0]}",
                     fix="a smaller train.micro_batch or data.seq_len, or model.quantize=nf4",
                 ) from error
         finally:
             model.zero_grad(set_to_none=True)
         count = min(len(layers), count + max(1, len(layers) // 8))
-    room = budget - later - meter.peak()
-    size = plan.micro_tokens / batch.input_ids.numel()  # the largest micro batch, in trials
-    count = revised(count, len(layers), kept=kept * size, rerun=plan.rerun_bytes * plan.micro_tokens, room=room)
+    room = budget - estimate.optimizer - meter.peak()
+    activations *= estimate.tokens / batch.input_ids.numel()  # of the largest micro batch
+    count = revise_recomputed(count, len(layers), activations, estimate.recomputed_layer, room=room)
     recompute_layers(layers, count)
-    model.train(was)
+    model.train(training)
     return count
 
 
-def _trial(model: TrainModel, batch: Batch, meter: MemoryMeter) -> int:
+def _trial(model: nn.Module, batch: Batch, meter: MemoryMeter) -> float:
     """Forward and backward; the bytes that the forward kept. A function of its own, so that a loss whose backward
-    failed, and all that hangs on it, is gone before the next trial."""
-    before = meter.held()
+    failed is freed, with its graph, before the next trial."""
+    before = meter.allocated()
     loss = model(batch).loss
-    kept = meter.held() - before
+    activations = meter.allocated() - before
     loss.backward()
-    return kept
+    return activations
 
 
-def revised(count: int, layers: int, *, kept: float, rerun: float, room: float) -> int:
-    """How many layers to run again where `count` of `layers` together keep `kept` bytes and leave `room` (or lack it).
+def revise_recomputed(count: int, layers: int, activations: float, recomputed_layer: float, *, room: float) -> int:
+    """How many of `layers` to recompute, where `count` of them do and all together keep `activations` bytes.
 
     Args:
-        rerun: bytes that one layer keeps if it is run again.
+        recomputed_layer: bytes that a recomputed layer keeps.
+        room: bytes that are left; negative where they are missing.
     """
     if count == layers:
-        # Nothing was measured of a layer that is not run again; what a kept one takes stays the estimate's guess.
+        # No layer that is not recomputed was measured; what one keeps stays the estimate's guess.
         return count
-    saving = (kept - count * rerun) / (layers - count) - rerun
+    saving = (activations - count * recomputed_layer) / (layers - count) - recomputed_layer
     if saving <= 0:
         return count
     return min(layers, max(0, count - math.floor(room / saving)))

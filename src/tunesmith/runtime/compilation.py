@@ -1,14 +1,12 @@
 """torch.compile where it pays.
 
 On CUDA every decoder layer is compiled by itself: the layers are alike, so one graph serves all, and the first step
-takes seconds instead of the minutes of a whole model. What would make another graph is kept from varying: the longest
-document is one number for the whole run, the count of documents is marked as varying, and so is the count of tokens
-where steps differ in it (`global_batch` in examples); else every micro batch has the same. What was compiled is kept
-on disk between runs.
+takes seconds instead of the minutes of a whole model. Shapes that would make another graph are held fixed or marked as
+dynamic: the longest document is one number for the whole run, the number of documents is dynamic, and so is the number
+of tokens where steps differ in it (`global_batch` in examples). Compiled code is kept on disk between runs.
 
 On a CPU the matrix products are already those of oneDNN, and the length of documents is part of attention's shapes;
-compiling the rest of each layer gained nothing there (SmolLM2-135M, 2 cores), so on a CPU it happens only when it is
-asked for.
+compiling the rest of each layer gained nothing there (SmolLM2-135M, 2 cores), so `auto` leaves it off.
 """
 
 from __future__ import annotations
@@ -16,13 +14,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import first_line
+from tunesmith.host_files import cache_folder
 from tunesmith.loss import Score
 from tunesmith.model.documents import Documents
 from tunesmith.model.fused import mix_in
@@ -31,46 +29,39 @@ from tunesmith.private import mark_varying
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def should_compile(choice: str, device: torch.device) -> bool:
-    """Whether `train.compile` (auto, on or off) means that layers are compiled on `device`."""
-    return choice == "on" or (choice == "auto" and device.type == "cuda" and not compiler_fault(device))
-
-
-def compile_reason(choice: str, device: torch.device) -> str:
-    """Why `wanted` says what it says."""
+def select_compile(choice: str, device: torch.device) -> tuple[bool, str]:
+    """Whether `train.compile` (auto, on or off) compiles layers on `device`, and why."""
     if choice != "auto":
-        return "as train.compile says"
+        return choice == "on", "as train.compile says"
     if device.type != "cuda":
-        return "on a CPU it gains nothing"
-    return compiler_fault(device) or "the compiler runs on this GPU"
+        return False, "on a CPU it gains nothing"
+    fault = compiler_fault(device)
+    return not fault, fault or "the compiler runs on this GPU"
 
 
 @cache
 def compiler_fault(device: torch.device) -> str:
     """Why the compiler does not run on a device, or "": found by trying a small function.
 
-    New chips come before the assembler that Triton brings knows them, and a C compiler is not on every machine.
+    New chips come before the assembler that Triton ships knows them, and a C compiler is not on every machine.
     """
-    keep_cache()
+    use_persistent_cache()
     x = torch.linspace(-1, 1, 64, device=device)
     try:
-        right = torch.allclose(torch.compile(_try)(x), _try(x))
+        right = torch.allclose(torch.compile(_sample)(x), _sample(x))
     except Exception as error:  # whatever a compiler may raise, training goes on without it
         return f"the compiler does not run here: {first_line(error)}"
     return "" if right else "the compiler runs here and gives wrong results"
 
 
-def _try(x: Tensor) -> Tensor:
+def _sample(x: Tensor) -> Tensor:
     return x.sigmoid() * x + 1
 
 
-def keep_cache() -> Path:
-    """Keep compiled code in the user's cache folder; torch's default lies in /tmp, which many clusters empty.
-
-    Who has set TORCHINDUCTOR_CACHE_DIR keeps it. Returns the folder.
-    """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.setdefault(CACHE, str(Path(base) / "tunesmith" / "compiled")))
+def use_persistent_cache() -> str:
+    """Keep compiled code in our cache folder, unless TORCHINDUCTOR_CACHE_DIR is set; /tmp, torch's default, is often
+    emptied. Returns the folder."""
+    return os.environ.setdefault(CACHE, str(cache_folder("compiled")))
 
 
 def compile_layers(layers: Iterable[nn.Module], *, varied: bool, backend: str | Callable[..., Any] = "inductor") -> int:
@@ -81,20 +72,20 @@ def compile_layers(layers: Iterable[nn.Module], *, varied: bool, backend: str | 
         varied: whether n differs from micro batch to micro batch.
         backend: torch.compile's.
     """
-    keep_cache()
+    use_persistent_cache()
     count = 0
     shared = torch.compile(_forward, backend=backend)
     for layer in layers:
-        made: Any = layer
-        mix_in(made, CompiledLayer)
-        made.compiled, made.varied = shared, varied
+        compiled_layer: Any = layer
+        mix_in(compiled_layer, CompiledLayer)
+        compiled_layer.compiled, compiled_layer.varied = shared, varied
         count += 1
     return count
 
 
 class CompiledLayer(nn.Module):
     """A layer whose forward is compiled while it trains. Generation and validation have other shapes in every batch
-    and no backward to fuse: they run as before."""
+    and no backward to fuse: they run uncompiled."""
 
     compiled: Callable[..., Any]
     varied: bool
@@ -124,10 +115,8 @@ def _forward(layer: CompiledLayer, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-    elif isinstance(value, tuple):
-        for part in value:
+    elif isinstance(value, dict | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors(part)
 
 

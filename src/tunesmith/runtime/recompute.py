@@ -1,8 +1,8 @@
-"""Run a layer's forward again in the backward instead of keeping what it computed: memory for time.
+"""Recompute a layer's forward in the backward instead of keeping its activations: memory for time.
 
-Ours instead of Transformers' flag, which wraps differently from version to version; `torch.utils.checkpoint` on the
-forward of a decoder layer is all it is. It is done for as many layers as the memory needs and no more: one layer of 32
-costs a third of that layer's time, a hundredth of the step's.
+`torch.utils.checkpoint` on the forward of a decoder layer, instead of Transformers' flag, which wraps differently from
+version to version. It is done for as many layers as the memory needs and no more: one layer of 32 costs a third of that
+layer's time, a hundredth of the step's.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from tunesmith.model.fused import mix_in
 def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:
     """Recompute the first `count` layers and no others. It may be called again with another count.
 
-    The first ones: they are run again at the end of the backward, when what the others kept is free.
+    The first ones: they recompute at the end of the backward, when the activations of the others are freed.
     """
     for number, layer in enumerate(layers):
-        made: Any = layer
+        recomputed: Any = layer
         if not isinstance(layer, RecomputedLayer):
-            mix_in(made, RecomputedLayer)
-        made.recomputed = number < count
+            mix_in(recomputed, RecomputedLayer)
+        recomputed.recomputed = number < count
 
 
 class RecomputedLayer(nn.Module):
-    """A layer whose forward runs again in the backward, if it is told so. In eval mode it runs as before."""
+    """A layer whose forward runs again in the backward where `recomputed` is set. In eval mode it runs as before."""
 
     recomputed: bool
 

@@ -1,11 +1,8 @@
-"""Between host and device without waiting: batches go ahead of the step, numbers and copies come back behind it.
+"""Transfers between host and device without waiting: batches go ahead of the step, metrics and copies come back later.
 
-The one file that knows streams, events and pinned memory. The rule behind all of it: work is done in the order in which
-a stream was given it, so what is put on the stream in use is made *after* everything that was given before it, and an
-event says when. Asking for a value in any other way (`float(tensor)`) queues a copy behind everything given so far, the
-next step's kernels too, and so waits for a step that it does not need.
-
-On the CPU everything has been done when the call returns: marks are free, nothing is pinned or copied twice.
+The one file that knows streams, events and pinned memory. A stream runs its work in issue order: `.item()` would wait
+for the next step's kernels as well, so values are copied to pinned memory and an event says when they are there. On a
+CPU all work is done when a call returns: events cost nothing, nothing is pinned or copied twice.
 """
 
 from __future__ import annotations
@@ -18,44 +15,35 @@ from torch import Tensor
 from tunesmith.data.batch import Batch
 
 
-class StreamEvent:
-    """A point in the work of a device: all that its stream in use had been given when the mark was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(device))
-
-    def wait(self) -> None:
-        """Hold this thread until the device has come to the mark; what it was given later is not waited for."""
-        if self._event is not None:
-            self._event.synchronize()
+def _record_event(device: torch.device) -> torch.cuda.Event | None:
+    """A CUDA event after the work of the device's current stream so far; None on a CPU."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 class AsyncScalars:
-    """Numbers of a step on their way to the host; `read` waits for that step only.
+    """Scalars of a step on their way to the host; `read` waits for that step only.
 
     Args:
-        values: 0-d tensors of one device. They are copied here and now in stream order, so they may change afterwards.
+        values: 0-d tensors of one device. They are copied in stream order, so they may change afterwards.
     """
 
     def __init__(self, *values: Tensor) -> None:
         # float64 holds every fp32 exactly, so that one copy can carry both.
-        made = torch.stack([value.detach().double() for value in values])
-        # A copy into pageable memory makes the host wait, whatever it is told.
-        self._host = torch.empty(made.shape, dtype=made.dtype, pin_memory=made.is_cuda)
-        self._host.copy_(made, non_blocking=True)
-        self._made = StreamEvent(made.device)
+        stacked = torch.stack([value.detach().double() for value in values])
+        # A copy into pageable memory blocks the host, even with non_blocking.
+        self._host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=stacked.is_cuda)
+        self._host.copy_(stacked, non_blocking=True)
+        self._copied = _record_event(stacked.device)
 
     def read(self) -> list[float]:
-        """The numbers, in the order given."""
-        self._made.wait()
+        """The values, in the order given."""
+        if self._copied is not None:
+            self._copied.synchronize()
         return [float(value) for value in self._host.tolist()]
 
 
 class Snapshot:
-    """Copies of tensors as they are at this point of the work, made on their own device without waiting for it.
+    """Copies of tensors at this point of the stream, made on their own device without waiting for it.
 
     They take as much memory there as the tensors do, until `on_host` has been called.
 
@@ -69,22 +57,22 @@ class Snapshot:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._device = next((t.device for t in self._tensors.values() if t.is_cuda), torch.device("cpu"))
-        self._made = StreamEvent(self._device)
+        self._copied = _record_event(self._device)
 
     def on_host(self) -> dict[str, Tensor]:
-        """The copies, contiguous and in host memory; call it once, from whichever thread is to wait for them."""
+        """The copies, contiguous and in host memory. Call it once, from any thread, which then waits for them."""
         tensors, self._tensors = self._tensors, {}
-        if self._device.type != "cuda":
+        if self._copied is None:
             return {name: tensor.contiguous() for name, tensor in tensors.items()}
-        self._made.wait()
-        # On a stream of its own: on the one in use the copies would queue up behind the step that now runs. Each is
-        # done when `.cpu()` returns, so that the memory may go back to the pool of the stream that made it.
+        self._copied.synchronize()
+        # On a stream of its own: on the current one the copies would queue up behind the step that now runs. Each is
+        # done when `.cpu()` returns, so that the memory may go back to the pool of the stream that allocated it.
         with torch.cuda.stream(torch.cuda.Stream(self._device)):
             return {name: tensors.pop(name).cpu().contiguous() for name in list(tensors)}
 
 
 class DevicePrefetcher:
-    """Puts micro batches on a GPU from the thread that makes them, so that a step finds its tokens there.
+    """Copies micro batches to a GPU in the thread that makes them, so that a step finds its tokens there.
 
     Call it in that thread; `claim` in the one that takes the batch.
 
@@ -97,18 +85,18 @@ class DevicePrefetcher:
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch on the device, all of it there: the copy is waited for here, where nobody waits for this thread."""
-        # A thread begins with device 0 as its own, whatever the main thread has chosen.
+        """The batch on the device. The copy is waited for here, where nothing waits for this thread."""
+        # A new thread's current device is 0, whatever the main thread has chosen.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             placed = batch.each(Tensor.pin_memory).to(self._device)
             self._stream.synchronize()
         return placed
 
     def claim(self, batch: Batch) -> None:
-        """Tell the allocator that the stream in use reads the batch.
+        """Tell the allocator that the current stream reads the batch.
 
-        Its memory belongs to the placer's stream, which would hand it out again as soon as Python lets go of the batch,
-        while kernels given to the other stream have yet to read it.
+        Its memory belongs to the prefetcher's stream, which would reuse it as soon as Python frees the batch, while
+        kernels of the current stream have yet to read it.
         """
         stream = torch.cuda.current_stream(self._device)
         for tensor in batch.tensors().values():

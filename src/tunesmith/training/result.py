@@ -12,7 +12,7 @@ import torch
 from tunesmith.config.schema import Run
 from tunesmith.errors import NonFiniteError, RunError, TunesmithError, UsageError, disk_fault
 from tunesmith.metrics.record import StepRecord
-from tunesmith.training.build import MicroBatchLayout
+from tunesmith.runtime.plan import MicroBatchLayout
 from tunesmith.units import Size
 
 

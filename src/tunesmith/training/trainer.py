@@ -35,7 +35,7 @@ from tunesmith.model.spec import flops
 from tunesmith.optim import learning_rate, warmup_steps
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StopRequest
-from tunesmith.training.build import Session, check_one_pass
+from tunesmith.training.build import Session, check_one_micro_batch
 from tunesmith.training.result import Result, describe_failure, not_finite, passes
 from tunesmith.units import Cadence
 
@@ -69,7 +69,7 @@ class Trainer:
         self.record = before.record if before else None
         self.validated = before.validated if before else True
         self.writer = Writer(self.out, self.run.checkpoint.keep, self.step if before else None, sync=sinks.flush)
-        self.tokenizer = export.tokenizer_files(session.tokenizer, session.data.template, self.out)
+        self.tokenizer = export.tokenizer_files(session.files.tokenizer, session.data.template, self.out)
         self.checkpoint_stalls: list[float] = []
         self.ended = False
         self.pending: Pending | None = None
@@ -90,7 +90,7 @@ class Trainer:
     def train_step(self, batch: GlobalBatch) -> Pending:
         """Forward, backward and update on one global batch; the loss is divided once, by its denominator over the batch."""
         optimizer, device = self.s.optimizer, self.s.device
-        check_one_pass(self.run, batch)
+        check_one_micro_batch(self.run, batch)
         rate = learning_rate(self.run.train, batch.step, warmup=self.warmup, progress=self.progress(batch.step))
         optimizer.start_step(rate, batch.step)
         denominator = self.s.model.method.denominator(batch)
@@ -208,7 +208,7 @@ class Trainer:
         utilization, watts = self.gauges.read()
         course = self.s.data.course
         work = flops(
-            self.s.facts,
+            self.s.files.spec,
             course.lengths[batch.indices],
             batch.supervised,
             trained=self.s.trained,
@@ -246,12 +246,12 @@ class Trainer:
         """Validate, add the loss to the step's record and write it; a signal leaves the validation to the next start."""
         assert self.record is not None
         assert self.s.data.validation is not None
-        micro = self.s.rows.micro_batch
+        micro = self.s.plan.layout.micro_batch
         found = validation_loss(
             self.s.model,
             self.s.data.validation,
             micro_tokens=micro.amount if micro.unit == "tokens" else self.run.data.seq_len * 4,
-            pad_id=self.s.pad_id,
+            pad_id=self.s.files.pad_id,
             device=self.s.device,
             cancelled=lambda: self.stop.signal is not None,
         )
@@ -354,7 +354,7 @@ class Trainer:
 
     def as_failure(self, error: BaseException) -> TunesmithError:
         """The error that ends this run, with what it knows of where it stood."""
-        taken, smaller = passes(self.run, self.s.rows)
+        taken, smaller = passes(self.run, self.s.plan.layout)
         return describe_failure(
             error, folder=self.out, step=self.step, saved_step=self.writer.saved_step, micro=taken, smaller=smaller
         )

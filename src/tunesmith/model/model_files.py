@@ -1,0 +1,48 @@
+"""What a model's folder says about it, read once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from tunesmith.config.schema import Model
+from tunesmith.model import architectures, load, spec
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's folder and what was read from it; the weights stay on the disk."""
+
+    folder: Path
+    config: PretrainedConfig
+    spec: spec.ModelSpec
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def architecture(self) -> architectures.Architecture:
+        """What the engine does differently for this model's family."""
+        return architectures.architecture_of(self.config)
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows; never attended to nor trained."""
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head: at least as many as the tokenizer has tokens."""
+        return load.vocab_rows(self.config, self.tokenizer)
+
+
+def read_model_files(folder: Path, model: Model) -> ModelFiles:
+    """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them.
+
+    Raises:
+        ModelError: a file is missing, broken, or of a model that this engine does not train.
+    """
+    config = load.load_config(folder, model)
+    found = spec.read_spec(config.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code)
+    return ModelFiles(folder, config, found, load.load_tokenizer(folder, model))

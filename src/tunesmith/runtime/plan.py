@@ -1,0 +1,118 @@
+"""What a run will do on a machine: one frozen value, resolved before anything is built. Importable without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tunesmith.units import Size
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan depends on, each finding with its reason; `resolve.probe_machine` makes it for this machine.
+
+    Attributes:
+        device: as torch names it, such as `cuda:0`.
+        free_bytes: memory that can be had on the device.
+        attention: name of the attention backend.
+        compiles: whether decoder layers are compiled.
+        fp8: scaling recipe of fp8 matmuls, or None; asked for only where the recipe wants fp8.
+    """
+
+    device: str
+    free_bytes: int
+    attention: tuple[str, str]
+    compiles: tuple[bool, str]
+    fp8: tuple[str | None, str] = (None, "")
+
+
+@dataclass(frozen=True)
+class MicroBatchLayout:
+    """How examples are laid out in micro batches; the fields are arguments of `data.loader.Loader`."""
+
+    micro_batch: Size
+    pad_to: int | None = None
+    multiple: int = 1
+    bound: int | None = None
+
+
+ONE_EXAMPLE = MicroBatchLayout(Size(1, "examples"))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the device while it trains on a micro batch of `tokens`, padding counted, by part.
+
+    Attributes:
+        recomputed_layers: decoder layers that recompute in the backward.
+        weights: of the base and the adapter.
+        gradients: as the backward makes them, in the dtype of the weights.
+        optimizer: what the first optimizer step adds: moments, fp32 masters and gradients, a checkpoint's copies.
+        activations: what the layers keep for the backward; of it `recomputed_layer` for each that recomputes.
+        workspace: there for a moment: one layer's gradients, a chunk of logits, the embeddings' rows.
+        free: what there was before anything was built.
+    """
+
+    tokens: int = 0
+    recomputed_layers: int = 0
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    recomputed_layer: int = 0
+    workspace: int = 0
+    free: int = 0
+
+    @property
+    def static(self) -> int:
+        """What does not depend on the micro batch."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.static + self.activations + self.workspace
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run does on its machine. The defaults are those of inference.
+
+    Attributes:
+        base: how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8.
+        layers: decoder layers of the model, of which `recomputed_layers` recompute in the backward.
+        memory: the estimate behind micro batch and recompute.
+        why: the reason of each choice, by its part.
+    """
+
+    device: str
+    attention: str
+    base: str
+    layers: int
+    compiled: bool = False
+    recomputed_layers: int = 0
+    layout: MicroBatchLayout = ONE_EXAMPLE
+    memory: MemoryEstimate = MemoryEstimate()
+    why: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What was decided, by part, as env.json holds it."""
+        size, count = self.layout.micro_batch, self.recomputed_layers
+        return {
+            "attention": self.attention,
+            "loss": "chunked, compiled" if self.compiled else "chunked",
+            "base": self.base,
+            "compile": "per layer" if self.compiled else "off",
+            "recompute": {0: "none", self.layers: "full"}.get(count, f"{count} of {self.layers} layers"),
+            "micro batch": f"{size.amount:,} {size.unit}",
+        }
+
+    def describe(self, *, why: bool = False) -> list[str]:
+        """One line, `attention backend: varlen; loss: chunked; ...`; with `why` one line a choice, with its reason."""
+        labels = {"attention": "attention backend"}
+        taken = {part: f"{labels.get(part, part)}: {value}" for part, value in self.choices.items()}
+        if not why:
+            return ["; ".join(taken.values())]
+        width = max(map(len, taken.values()))
+        return [f"{text:<{width}}  {self.why[part]}" for part, text in taken.items()]

@@ -1,0 +1,211 @@
+"""Resolve what `auto` means on a machine: compile, attention backend, micro batch, and how many layers recompute.
+
+Micro batch and recompute are chosen together, for the least time: a larger micro batch spreads the fixed cost of a
+forward and backward (read or unpack every weight, launch every kernel), a smaller one leaves memory for activations.
+The estimate is of what the backward needs; `calibrate.py` corrects it on a GPU by a trial of the real model.
+
+Activations per token and layer of a Llama-like block, in elements, where the layer is compiled: five vectors of the
+hidden width (the block's input, the sum after attention, the two normed inputs, attention's output), q, k and v, and
+three of the MLP's width (gate, up, and their product). Without a compiler one more of each. A recomputed layer keeps its
+input alone. At 16,384 tokens of an 8B LoRA run this comes to 68 GiB; 69 were measured (85.7 less 16.3 of weights, on an
+H200).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tunesmith.config.schema import Run
+from tunesmith.data.loader import StepSize
+from tunesmith.host_files import available_memory
+from tunesmith.loss import chunk_size
+from tunesmith.model import attention
+from tunesmith.model.load import DTYPES
+from tunesmith.model.model_files import ModelFiles
+from tunesmith.model.spec import ModelSpec
+from tunesmith.optim import state_bytes_per_parameter
+from tunesmith.quant import fp8
+from tunesmith.runtime import compilation
+from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
+from tunesmith.units import Size
+
+MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
+USABLE = 0.9  # of the free memory: the rest is the allocator's
+# The fixed cost of a forward and backward, in tokens whose work takes as long: reading the weights against four
+# operations a weight and token, at the 4 TB/s and 700 TFLOP/s of an H200; unpacking nf4 adds about as much.
+FIXED_COST_TOKENS = {"none": 160, "fp8": 320, "nf4": 320}
+RECOMPUTE_COST = {"none": 1 / 3, "lora": 1 / 2}  # a second forward, as a share of a step: 2 of 6 operations, or of 4
+# Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a usual step...
+ROW_MULTIPLE = 128
+# ... and the longest document is stated in blocks of the attention kernel.
+DOCUMENT_BLOCK = 128
+
+
+def is_discrete(device: torch.device) -> bool:
+    """Whether `device` is a GPU with memory of its own, where running out raises an error that can be caught."""
+    return device.type == "cuda" and not torch.cuda.get_device_properties(device).is_integrated
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on `device`, in bytes. Where GPU and host share it (GB10) the driver reports what is
+    unused, not what can be had: there the host's figure counts, as on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if is_discrete(device) else available_memory()
+
+
+def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> attention.AttentionBackend:
+    """How attention is computed in a run, and why."""
+    if run.model.attention == "eager":
+        return attention.EAGER
+    soft = files.architecture.attention_softcap is not None
+    return attention.select_attention_backend(device, DTYPES[run.model.dtype], files.spec.head_dim, soft=soft)
+
+
+def probe_machine(run: Run, files: ModelFiles, device: torch.device) -> Machine:
+    """What this machine has for a run, found by trying: backends, compiler, memory."""
+    return Machine(
+        str(device),
+        free_bytes(device),
+        attention=attention_backend(run, files, device),
+        compiles=compilation.select_compile(run.train.compile, device),
+        fp8=fp8.select_scaling(device) if run.model.quantize == "fp8" else (None, ""),
+    )
+
+
+def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan:
+    """The plan of a model that is only asked: nothing compiled or recomputed, no base in fp8."""
+    return RunPlan(str(device), attention_backend(run, files, device).name, run.model.dtype, files.spec.layers)
+
+
+def resolve_plan(run: Run, spec: ModelSpec, machine: Machine, *, trained: int, step: StepSize, longest: int) -> RunPlan:
+    """Resolve every `auto` of a recipe by what the machine has.
+
+    Args:
+        trained: trained parameters.
+        step: tokens of one optimizer step.
+        longest: tokens of the longest example.
+    """
+    train, (compiled, compile_why) = run.train, machine.compiles
+    # An update in the backward leaves no place for a second micro batch.
+    size = train.global_batch if train.optimizer_in_backward else train.micro_batch
+    by_examples = size != "auto" and size.unit == "examples"
+    # Where every step has the same tokens, one padded shape serves all micro batches.
+    fixed = compiled and run.data.pack and train.global_batch.unit == "tokens" and not by_examples
+    estimator = MemoryEstimator(run, spec, machine, trained)
+    if size == "auto":
+        tokens, why = estimator.fastest_micro_batch(step, fixed=fixed), "the least time by the estimate"
+    else:
+        seq = run.data.seq_len
+        tokens = size.amount if size.unit == "tokens" else min(size.amount * seq, max(step.largest, seq))
+        why = "the whole global batch" if train.optimizer_in_backward else "as train.micro_batch says"
+    memory = estimator.estimate(tokens)
+    if size == "auto" or size.unit == "tokens":
+        size = Size(max(tokens, longest) if fixed else tokens, "tokens")
+    layout = MicroBatchLayout(size)
+    if compiled:
+        multiple = 1 if fixed else ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8
+        bound = -(-longest // DOCUMENT_BLOCK) * DOCUMENT_BLOCK
+        layout = MicroBatchLayout(size, pad_to=size.amount if fixed else None, multiple=multiple, bound=bound)
+    bases = {"none": run.model.dtype, "fp8": machine.fp8[0] or run.model.dtype, "nf4": "nf4"}
+    return RunPlan(
+        device=machine.device,
+        attention=machine.attention[0],
+        base=bases[run.model.quantize],
+        layers=spec.layers,
+        compiled=compiled,
+        recomputed_layers=memory.recomputed_layers,
+        layout=layout,
+        memory=memory,
+        why={
+            "attention": machine.attention[1],
+            "loss": "head and loss on supervised positions alone",
+            "base": machine.fp8[1] if run.model.quantize == "fp8" else "as the recipe says",
+            "compile": compile_why,
+            "recompute": "as train.recompute says" if train.recompute != "auto" else "no more than the memory needs",
+            "micro batch": f"{why}: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB",
+        },
+    )
+
+
+@dataclass(frozen=True)
+class MemoryEstimator:
+    """Estimates memory and time of one micro batch; `trained` counts the trained parameters."""
+
+    run: Run
+    spec: ModelSpec
+    machine: Machine
+    trained: int
+
+    def estimate(self, tokens: int) -> MemoryEstimate:
+        """Memory of a micro batch of `tokens`, padding counted, with the fewest recomputed layers that fit."""
+        run, spec, itemsize = self.run, self.spec, DTYPES[self.run.model.dtype].itemsize
+        lora = run.adapter.kind == "lora"
+        base = spec.parameters * itemsize
+        if run.model.quantize == "nf4":
+            packed = spec.layers * spec.layer_matmul  # 4 bits, and 8 bits a block of 64
+            base = int(packed * 0.53) + (spec.parameters - packed) * itemsize
+        # An adapter's weights are fp32 and not in the base; while its checkpoint is written, they and the moments are
+        # there twice.
+        width, copies = (4, 12) if lora else (itemsize, 0)
+        gradients, adapter = width * self.trained, width * self.trained * lora
+        state = int(self.trained * (state_bytes_per_parameter(run.train, width) + copies))
+
+        more = 0 if self.machine.compiles[0] else 1
+        block = (5 + more) * spec.hidden + spec.head_dim * (spec.heads + 2 * spec.kv_heads)
+        layer = (block + (3 + more) * spec.intermediate) * itemsize * tokens
+        recomputed_layer = spec.hidden * itemsize * tokens
+        # One layer's gradients, one weight made dense, the embeddings; raw logits, their fp32 form and its gradient.
+        widest = spec.hidden * spec.intermediate + (6 * spec.hidden + 4 * spec.intermediate) * tokens
+        chunk = chunk_size(spec.vocab, torch.device(self.machine.device), trained=not lora)
+        workspace = widest * itemsize + 3 * 4 * spec.vocab * chunk
+
+        room = int(self.machine.free_bytes * USABLE) - base - adapter - state - workspace
+        named = {"auto": fewest_recomputed(room, spec.layers, layer, recomputed_layer), "none": 0, "full": spec.layers}
+        given = run.train.recompute
+        recomputed = min(given if isinstance(given, int) else named[given], spec.layers)
+        return MemoryEstimate(
+            tokens=tokens,
+            recomputed_layers=recomputed,
+            weights=base + adapter,
+            gradients=gradients,
+            optimizer=state - gradients,
+            activations=(spec.layers - recomputed) * layer + recomputed * recomputed_layer,
+            recomputed_layer=recomputed_layer,
+            workspace=workspace,
+            free=self.machine.free_bytes,
+        )
+
+    def fastest_micro_batch(self, step: StepSize, *, fixed: bool) -> int:
+        """Tokens of the micro batch with the least time, in whole `seq_len`; the largest of equal ones.
+
+        Args:
+            fixed: every micro batch is padded to one size, so that a step should be a whole number of them.
+        """
+        seq = self.run.data.seq_len
+        limit = MAX_TOKENS[torch.device(self.machine.device).type]
+        most = max(seq, min(limit, math.ceil(step.largest / seq) * seq))
+        return min(range(most // seq * seq, 0, -seq), key=lambda tokens: self._cost(tokens, step, fixed=fixed))
+
+    def _cost(self, tokens: int, step: StepSize, *, fixed: bool) -> float:
+        """Time of an optimizer step, in units of one without fixed cost and recompute; huge where it does not fit."""
+        memory = self.estimate(tokens)
+        work = 1 + RECOMPUTE_COST[self.run.adapter.kind] * memory.recomputed_layers / self.spec.layers
+        micro_batches = math.ceil(step.mean / tokens)
+        padded = micro_batches * tokens / step.mean if fixed else 1.0
+        needed, room = memory.activations + memory.workspace, int(memory.free * USABLE) - memory.static
+        return (
+            work * padded
+            + FIXED_COST_TOKENS[self.run.model.quantize] * micro_batches / step.mean
+            + (1e6 * needed / max(room, 1) if needed > room else 0)
+        )
+
+
+def fewest_recomputed(room: float, layers: int, layer: int, recomputed_layer: int) -> int:
+    """The fewest of `layers` to recompute, at most all, so that the activations fit into `room` bytes.
+
+    Args:
+        layer: bytes that one layer keeps; recomputed_layer: bytes if it recomputes.
+    """
+    return min(layers, max(0, math.ceil((layers * layer - room) / (layer - recomputed_layer))))

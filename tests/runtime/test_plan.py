@@ -1,0 +1,259 @@
+"""The plan of a run: as few layers recompute as must be, and the micro batch costs the least time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from recipes import built_model, make_run
+from tunesmith.build_model import count_trained, define_model
+from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
+from tunesmith.data.batch import Example, collate
+from tunesmith.data.loader import StepSize
+from tunesmith.errors import MachineError
+from tunesmith.methods.base import MethodOutput
+from tunesmith.model.model_files import read_model_files
+from tunesmith.model.spec import read_spec
+from tunesmith.runtime.calibrate import calibrate_recompute, revise_recomputed
+from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
+from tunesmith.runtime.resolve import MemoryEstimator, fewest_recomputed, resolve_plan
+from tunesmith.units import Size
+
+GIB = 2**30
+LLAMA = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+LARGE = LLAMA | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64
+}  # fmt: skip
+WHOLE_STEPS = {"global_batch": Size(16384, "tokens")}  # every step has the same tokens
+
+
+def recipe(**train) -> Run:
+    data = Data(train=(Source(source="rows.jsonl"),))
+    return Run(model=Model(name="m"), data=data, train=Train(**train), adapter=Adapter(), output_dir="out")
+
+
+def gpu(gib: float, **found) -> Machine:
+    """A GPU with so much memory free, which this machine need not have."""
+    parts = {"attention": ("varlen", "it runs"), "compiles": (True, "it runs")} | found
+    return Machine("cuda:0", int(gib * GIB), **parts)
+
+
+def planned(run: Run, config: dict, gib: float, *, step: int = 16384, trained: int = 21_000_000, **found) -> RunPlan:
+    spec, size = read_spec(config, where="test"), StepSize(step, step)
+    return resolve_plan(run, spec, gpu(gib, **found), trained=trained, step=size, longest=2000)
+
+
+def test_with_room_nothing_recomputes_and_the_micro_batch_is_whole():
+    plan = planned(recipe(**WHOLE_STEPS), LLAMA, 139)
+    assert (plan.layout.micro_batch, plan.recomputed_layers) == (Size(16384, "tokens"), 0)
+
+
+def test_in_80_gib_some_layers_recompute_and_one_fewer_would_not_fit():
+    plan = planned(recipe(micro_batch=Size(16384, "tokens")), LLAMA, 79)
+    assert 0 < plan.recomputed_layers < 32
+    assert plan.memory.total <= 0.9 * 79 * GIB
+    one_fewer = replace(recipe(micro_batch=Size(16384, "tokens"), recompute=plan.recomputed_layers - 1))
+    assert planned(one_fewer, LLAMA, 79).memory.total > 0.9 * 79 * GIB
+
+
+def test_a_smaller_micro_batch_is_taken_where_that_saves_recomputation():
+    """70B in nf4 on 139 GiB: at 16,384 tokens most layers would have to recompute, at 4,096 hardly any."""
+    run = replace(recipe(**WHOLE_STEPS), model=Model(name="m", quantize="nf4"))
+    plan = planned(run, LARGE, 139, trained=104_000_000)
+    assert plan.layout.micro_batch.amount < 16384
+    assert 16384 % plan.layout.micro_batch.amount == 0, "a step is cut into whole micro batches, all of one size"
+    assert plan.recomputed_layers < 4
+    whole = replace(run, train=Train(micro_batch=Size(16384, "tokens")))
+    assert planned(whole, LARGE, 139, trained=104_000_000).recomputed_layers > 40
+
+
+def test_a_card_that_is_too_small_gets_the_smallest_plan():
+    plan = planned(recipe(**WHOLE_STEPS), LLAMA, 16)
+    assert (plan.layout.micro_batch, plan.recomputed_layers) == (Size(2048, "tokens"), 32)
+
+
+@pytest.mark.parametrize(("given", "layers"), [("none", 0), ("full", 32), (5, 5), (99, 32)])
+def test_the_recipes_recompute_stands(given, layers):
+    assert planned(recipe(recompute=given), LLAMA, 24).recomputed_layers == layers
+
+
+def test_no_more_tokens_than_a_step_has():
+    assert planned(recipe(), LLAMA, 139, step=3000).layout.micro_batch == Size(4096, "tokens")
+
+
+def test_an_8b_lora_run_with_full_recompute_is_estimated_under_18_gib():
+    plan = planned(recipe(recompute="full", micro_batch=Size(2048, "tokens")), LLAMA, 139)
+    assert 16 < plan.memory.total / GIB < 18
+
+
+@pytest.mark.parametrize(
+    ("changes", "compiles", "layout"),
+    [
+        ({}, False, MicroBatchLayout(Size(4096, "tokens"))),
+        ({}, True, MicroBatchLayout(Size(4096, "tokens"), multiple=128, bound=2048)),
+        (WHOLE_STEPS, True, MicroBatchLayout(Size(4096, "tokens"), pad_to=4096, bound=2048)),
+        ({"micro_batch": Size(2, "examples")}, True, MicroBatchLayout(Size(2, "examples"), multiple=128, bound=2048)),
+    ],
+    ids=["not compiled", "varied steps", "one shape", "examples"],
+)
+def test_compiled_graphs_see_few_shapes(changes, compiles, layout):
+    run = recipe(**{"micro_batch": Size(4096, "tokens"), **changes})
+    assert planned(run, LLAMA, 139, compiles=(compiles, "")).layout == layout
+
+
+def test_a_chip_without_fp8_keeps_the_base_in_its_dtype():
+    run = replace(recipe(), model=Model(name="m", quantize="fp8"))
+    assert planned(run, LLAMA, 139, fp8=("fp8 row-wise", "it runs")).base == "fp8 row-wise"
+    plan = planned(run, LLAMA, 139, fp8=(None, "too old"))
+    assert (plan.base, plan.why["base"]) == ("bf16", "too old")
+
+
+def test_the_plan_is_told_in_the_words_of_the_field():
+    plan = planned(recipe(recompute=5, **WHOLE_STEPS), LLAMA, 139)
+    assert plan.describe() == [
+        "attention backend: varlen; loss: chunked, compiled; base: bf16; compile: per layer; "
+        "recompute: 5 of 32 layers; micro batch: 16,384 tokens"
+    ]
+    assert all(plan.why[part] for part in plan.choices)
+    assert plan.describe(why=True)[0].split() == ["attention", "backend:", "varlen", "it", "runs"]
+
+
+def test_a_plan_needs_no_torch():
+    code = "import sys, tunesmith.runtime.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"adapter": {"rank": 2, "modules_to_save": ["embed_tokens", "norm"]}},
+        {"adapter": {"kind": "none"}},
+        {"model": {"quantize": "nf4", "dtype": "bf16"}},
+    ],
+    ids=["lora", "modules to save", "full", "nf4"],
+)
+def test_trained_parameters_are_counted_on_meta(tiny, tmp_path, changes):
+    run = make_run(tiny, tmp_path, **changes)
+    on_meta = define_model(run, read_model_files(tiny, run.model))
+    assert all(p.is_meta for p in on_meta.parameters())
+    trained = [p for _, p in built_model(run, tiny).trained_parameters()]
+    assert count_trained(run, on_meta) == sum(p.numel() for p in trained) > 0
+
+
+def test_fewest_layers():
+    for room in range(-10, 100, 7):
+        count = fewest_recomputed(room, 8, 10, 2)
+
+        def activations(layers: int) -> int:
+            return (8 - layers) * 10 + layers * 2
+
+        assert activations(count) <= room or count == 8
+        assert count == 0 or activations(count - 1) > room
+
+
+def test_a_trial_moves_the_count_by_the_room_that_is_left_or_missing():
+    # 10 layers of 32 recompute and keep 10 each; the other 22 keep 100 each.
+    activations = 22 * 100 + 10 * 10
+    for room, count in ((0, 10), (91, 9), (1e9, 0), (-1, 11), (-1e9, 32)):
+        assert revise_recomputed(10, 32, activations, 10, room=room) == count
+    assert revise_recomputed(32, 32, 32 * 10, 10, room=1e9) == 32
+
+
+class Small:
+    """A device of `size` bytes: what autograd has saved counts, and more than `size` of it is an error."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.now, self.most, self.tries = size, 0, 0, 0
+
+    def allocated(self) -> int:
+        return self.now
+
+    def peak(self) -> int:
+        return self.most
+
+    def restart(self) -> None:
+        self.now, self.most, self.tries = 0, 0, self.tries + 1
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.now += tensor.numel() * tensor.element_size()
+        self.most = max(self.most, self.now)
+        if self.now > self.size:
+            raise torch.OutOfMemoryError("no room")
+        return tensor
+
+
+def test_a_trial_recomputes_more_layers_until_the_micro_batch_fits(tiny):
+    """On the real path: the saved tensors of a tiny model, against a device that is too small for all of them."""
+    model = built_model(replace(recipe(), model=Model(name=str(tiny), dtype="fp32")), tiny)
+    rows = [[Example(np.arange(2, 130, dtype=np.int32), np.arange(128) > 0)]]
+    batch = collate(rows, length=128, pad_id=0)
+
+    def trial(size: int, count: int) -> tuple[int, Small]:
+        meter = Small(size)
+        estimate = MemoryEstimate(tokens=128, recomputed_layers=count, recomputed_layer=128 * 64 * 4)
+        with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
+            return calibrate_recompute(model, model.layers, batch, estimate, meter, budget=size), meter
+
+    whole, meter = trial(10**9, 0)
+    assert whole == 0
+    count, small = trial(meter.most * 3 // 4, 0)
+    assert small.tries > 1
+    assert count > 0
+    assert [layer.recomputed for layer in model.layers] == [i < count for i in range(2)]
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(MachineError, match="128 tokens does not fit"):
+        trial(1000, 0)
+
+
+def test_a_trial_whose_backward_fails_leaves_nothing_in_the_way_of_the_next():
+    losses: list[weakref.ref[torch.Tensor]] = []
+
+    class Full(torch.nn.Module):
+        """Its first two backwards find no room."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(8))
+
+        def forward(self, batch: object) -> MethodOutput:
+            loss = self.layers[0](torch.ones(1, 2)).sum()
+            loss.register_hook(self.refuse)
+            losses.append(weakref.ref(loss))
+            return MethodOutput(loss, 1)
+
+        def refuse(self, grad: torch.Tensor) -> None:
+            if len(losses) < 3:
+                raise torch.OutOfMemoryError("no room")
+
+    class Watching(Small):
+        def restart(self) -> None:
+            assert all(loss() is None for loss in losses)
+            super().restart()
+
+    model, meter = Full(), Watching(10**9)
+    estimate = MemoryEstimate(tokens=128, recomputed_layer=128)
+    batch = SimpleNamespace(input_ids=torch.zeros(1, 128))
+    calibrate_recompute(model, model.layers, batch, estimate, meter, budget=10**9)
+    assert (meter.tries, len(losses)) == (3, 3)
+
+
+def test_what_a_trial_has_not_allocated_is_counted_once():
+    """LoRA: fp32 gradients and weights are there, two moments and a checkpoint's copies to come. Full bf16: its gradients
+    are there in bf16; their fp32 form, moments and master come with the optimizer."""
+    spec = read_spec(LLAMA, where="test")
+    lora = MemoryEstimator(recipe(), spec, gpu(139), 100).estimate(2048)
+    assert (lora.gradients, lora.optimizer) == (400, 100 * (8 + 12))
+    full = MemoryEstimator(replace(recipe(), adapter=Adapter(kind="none")), spec, gpu(139), 100).estimate(2048)
+    assert (full.gradients, full.optimizer) == (200, 100 * (4 + 8 + 4 - 2))
+    assert lora.weights - full.weights == 400
