@@ -21,7 +21,7 @@ from tunesmith.checkpoint.writer import Writer
 from tunesmith.errors import NonFiniteError, RunError, StoppedError
 from tunesmith.runtime.transfer import Snapshot
 from tunesmith.training.run import train
-from tunesmith.training.trainer import Pending, Trainer
+from tunesmith.training.trainer import PendingMetrics, Trainer
 
 CLOCKS = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib")
 
@@ -35,7 +35,7 @@ class Watched:
 
     def step(self) -> int:
         assert self.trainer is not None
-        return self.trainer.record.step if self.trainer.record else 0
+        return self.trainer.progress.record.step if self.trainer.progress.record else 0
 
 
 @pytest.fixture
@@ -195,13 +195,13 @@ def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
         time.sleep(0.2)
         write(self, fill, number, keep_step)
 
-    def broken(self: Trainer, batch: Any) -> Pending:
+    def broken(self: Trainer, batch: Any) -> PendingMetrics:
         if batch.step == 5:
             begun.set()
             if fault == "code":
                 raise ZeroDivisionError("never meant to be")
             with torch.no_grad():
-                next(p for p in self.s.model.parameters() if p.requires_grad).fill_(float("nan"))
+                next(p for p in self.session.model.parameters() if p.requires_grad).fill_(float("nan"))
         return step(self, batch)
 
     monkeypatch.setattr(Writer, "_write", late)
@@ -218,14 +218,14 @@ def test_a_stop_waits_for_the_write_and_saves_its_own_step(
     tiny: Path, tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_down(monkeypatch, watched, steps=1)
-    after = Trainer.after_step
+    step = Trainer.train_step
 
-    def stopped(self: Trainer) -> None:
-        if self.step == 5:
+    def stopped(self: Trainer, batch: Any) -> PendingMetrics:
+        if batch.step == 4:
             self.stop.signal = "SIGTERM"
-        after(self)
+        return step(self, batch)
 
-    monkeypatch.setattr(Trainer, "after_step", stopped)
+    monkeypatch.setattr(Trainer, "train_step", stopped)
     with pytest.raises(StoppedError):
         train(make_run(tiny, tmp_path, checkpoint={"every": "4 steps"}), say=lambda text: None)
     assert [(thread, step) for thread, step, _ in watched.wrote] == [("tunesmith-checkpoint", 4), ("MainThread", 5)]

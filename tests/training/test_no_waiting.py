@@ -57,8 +57,8 @@ def trainer_of(tiny: Path, folder: Path, **changes) -> Trainer:
     run = replace(run, model=replace(run.model, **changes.pop("model", {})))
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
     trainer = Trainer(build(run, Start(), say=lambda text: None), Start(), Sinks([]), StopRequest())
-    trainer.late, trainer.s.optimizer.checks_on_host = True, False  # as on CUDA
-    trainer.s.model.train()
+    trainer.async_metrics, trainer.session.optimizer.checks_on_host = True, False  # as on CUDA
+    trainer.session.model.train()
     return trainer
 
 
@@ -76,13 +76,13 @@ def trainer_of(tiny: Path, folder: Path, **changes) -> Trainer:
 )
 def test_no_step_waits_for_the_device(tiny, tmp_path, varlen_on_cpu, changes):
     trainer = trainer_of(tiny, tmp_path, **changes)
-    with trainer.s.loader(0) as loader:
+    with trainer.session.loader(0) as loader:
         batches = [batch for batch, _ in zip(loader, range(2), strict=False)]
-    before = [p.detach().clone() for _, p in trainer.s.model.trained_parameters()]
+    before = [p.detach().clone() for _, p in trainer.session.model.trained_parameters()]
     with Asked() as asked:
         for batch in batches:
             assert len(batch.micro) == 2
             trainer.train_step(batch)
-    after = [p.detach() for _, p in trainer.s.model.trained_parameters()]
+    after = [p.detach() for _, p in trainer.session.model.trained_parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True)), "the steps must have trained"
     assert asked.names == []

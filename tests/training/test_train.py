@@ -10,6 +10,10 @@ import pytest
 
 from recipes import make_run
 from tunesmith.checkpoint import state
+from tunesmith.checkpoint.resume import Start
+from tunesmith.metrics.sinks import sinks_of
+from tunesmith.signals import StopRequest
+from tunesmith.training.build import build
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
@@ -56,31 +60,33 @@ def test_run_directory_and_record(tiny: Path, tmp_path: Path) -> None:
     assert not (out / "failure.json").exists()
 
 
-def test_numbers_read_one_step_late_are_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA a step's numbers are read while the next step runs; here the same road is taken on the CPU."""
-    at_once, late = tmp_path / "a", tmp_path / "b"
+def test_metrics_read_one_step_later_are_the_same(tiny: Path, tmp_path: Path) -> None:
+    """On CUDA a step's metrics are read while the next step runs; here the same is done on the CPU."""
+    at_once, later = tmp_path / "a", tmp_path / "b"
     at_once.mkdir()
-    late.mkdir()
-    go(tiny, at_once, train={"duration": "11 steps"}, checkpoint={"every": "5 steps"})
-    plain, settled = Trainer.__init__, []
+    later.mkdir()
+    changes: dict[str, Any] = {"train": {"duration": "11 steps"}, "checkpoint": {"every": "5 steps"}}
+    go(tiny, at_once, **changes)
+    run = make_run(tiny, later, **changes)
+    Path(run.output_dir).mkdir()
+    session = build(run, Start(), say=lambda text: None)
+    sinks = sinks_of(run, Path(run.output_dir), total_steps=11, steps_per_epoch=6)
+    sinks.open(run, 0)
+    flushed: list[tuple[int, int]] = []
 
-    def init(self: Trainer, *args: Any) -> None:
-        plain(self, *args)
-        self.late = True
+    class Watched(Trainer):
+        def flush_metrics(self, *, log: bool = True) -> None:
+            if self.pending is not None:
+                flushed.append((self.progress.step, self.pending.step))
+            super().flush_metrics(log=log)
 
-    settle = Trainer.settle
-
-    def watched(self: Trainer, **how: Any) -> None:
-        if self.pending is not None:
-            settled.append((self.step, self.pending.step))
-        settle(self, **how)
-
-    monkeypatch.setattr(Trainer, "__init__", init)
-    monkeypatch.setattr(Trainer, "settle", watched)
-    go(tiny, late, train={"duration": "11 steps"}, checkpoint={"every": "5 steps"})
-    assert numbers(late) == numbers(at_once)
-    assert [pending for _, pending in settled] == list(range(1, 12))
-    assert {p.name for p in (late / "run").glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-11"}
+    trainer = Watched(session, Start(), sinks, StopRequest())
+    trainer.async_metrics = True
+    trainer.fit()
+    sinks.close()
+    assert numbers(later) == numbers(at_once)
+    assert [pending for _, pending in flushed] == list(range(1, 12))
+    assert {p.name for p in (later / "run").glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-11"}
 
 
 def test_a_run_by_the_clock_ends_with_everything_written(tiny: Path, tmp_path: Path) -> None:

@@ -151,14 +151,13 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
 
 def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Observed) -> None:
     """The trainer's own loop over warm-up, timed and profiled steps, then two adapter checkpoints."""
-    session, timed = trainer.s, plan.warmup + plan.steps
+    session, timed = trainer.session, plan.warmup + plan.steps
     session.model.train()
     with ExitStack() as stack:
         loader = stack.enter_context(session.loader(0))
         for step in trainer.steps(seen.counting(iter(loader))):
-            trainer.after_step()
             if step in (1, timed):  # read its numbers now: the next step's work must not count for this one
-                trainer.settle()
+                trainer.flush_metrics()
             if step <= timed:
                 seen.graphs.append(graphs_compiled())
             if step == timed:
@@ -169,7 +168,7 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
     if session.trained == "lora":  # a full one takes as long as the disk does
         for _ in range(2):  # the first in a process imports what it needs
             trainer.writer.saved_step = None  # the same step would not be saved twice
-            trainer.save_on_the_way()
+            trainer.save_periodic()
             seen.stall = trainer.checkpoint_stalls[-1]
             trainer.writer.wait()
 

@@ -12,7 +12,6 @@ import torch
 from tunesmith.config.schema import Run
 from tunesmith.errors import NonFiniteError, RunError, TunesmithError, UsageError, disk_fault
 from tunesmith.metrics.record import StepRecord
-from tunesmith.runtime.plan import MicroBatchLayout
 from tunesmith.units import Size
 
 
@@ -22,7 +21,7 @@ class Result:
 
     Attributes:
         finished_before: the directory held a finished run, and nothing was done.
-        first_step: the step that this start went on from, 0 for a new run.
+        first_step: the step that this start resumed from, 0 for a new run.
         records: the records of this start's steps.
     """
 
@@ -64,61 +63,54 @@ class Result:
         }
 
 
-def describe_failure(
-    error: BaseException, *, folder: Path, step: int, saved_step: int | None, micro: str, smaller: str
+def failure_of(
+    error: BaseException, run: Run, *, micro_batch: Size, step: int, saved_step: int | None
 ) -> TunesmithError:
     """The error of a run that had begun, in the words of failure.json.
 
     Args:
-        folder: the run directory.
+        micro_batch: what one forward and backward took.
         step: the last step done.
         saved_step: step of the newest checkpoint, or None.
-        micro: what one forward pass took, such as `4096 tokens`; smaller: the override by which it takes less.
     """
-    again = going_on(saved_step)
+    again, where = how_to_resume(saved_step), f"step {step + 1}"
     if isinstance(error, TunesmithError):
         # What is a wrong input before the first step is a failed run after it.
         words = {"where": error.where, "why": error.why, "fix": error.fix}
         return RunError(error.what, **words) if isinstance(error, UsageError) else error
     if full := disk_fault(error):
         kept = f"checkpoint-{saved_step} is whole" if saved_step else "no checkpoint was written before"
-        return RunError(full, where=f"step {step + 1}, in {folder}", why=kept, fix=f"make room (df -h), then {again}")
+        return RunError(full, where=f"{where}, in {run.output_dir}", why=kept, fix=f"make room (df -h), then {again}")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        least = run.data.seq_len if micro_batch.unit == "tokens" else 1
+        half = Size(max(least, micro_batch.amount // 2), micro_batch.unit)
+        # An update in the backward takes the global batch as one micro batch.
+        key = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
         return RunError(
             "out of memory",
-            where=f"step {step + 1}",
-            why=f"a micro batch of {micro} did not fit",
-            fix=f"{smaller} or train.recompute=full; {again}",
+            where=where,
+            why=f"a micro batch of {micro_batch} did not fit",
+            fix=f"{key}='{half}' or train.recompute=full; {again}",
         )
     return RunError(
         f"{type(error).__name__}: {error}",
-        where=f"step {step + 1}",
+        where=where,
         why="an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from",
         fix=again,
     )
 
 
-def passes(run: Run, rows: MicroBatchLayout) -> tuple[str, str]:
-    """What one forward pass takes, such as `4096 tokens`, and the override by which it takes half."""
-    size = rows.micro_batch
-    half = Size(max(run.data.seq_len if size.unit == "tokens" else 1, size.amount // 2), size.unit)
-    # An update in the backward takes the global batch in one forward pass.
-    key = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
-    return str(size), f"{key}='{half}'"
-
-
-def not_finite(
-    loss: float, norm: float, *, step: int, rows: list[str], saved_step: int | None, in_backward: bool
+def non_finite_error(
+    loss: float, norm: float, run: Run, *, step: int, rows: list[str], saved_step: int | None
 ) -> NonFiniteError:
     """The stop on a loss or gradient norm that is NaN or infinite.
 
     Args:
-        step: the step it was found in; rows: the places of what that step learnt from.
+        step: the step it was found in; rows: the places of its rows.
         saved_step: step of the newest checkpoint, or None.
-        in_backward: whether updates are made in the backward.
     """
     applied = "the update was not applied"
-    if in_backward:
+    if run.train.optimizer_in_backward:
         applied = "of this step only the parameters with a finite gradient were updated, and nothing of it is saved"
     saved = f"checkpoint-{saved_step}" if saved_step else "none was written yet"
     return NonFiniteError(
@@ -130,7 +122,7 @@ def not_finite(
     )
 
 
-def going_on(saved_step: int | None) -> str:
+def how_to_resume(saved_step: int | None) -> str:
     """The advice on how to start again."""
     again = "start the same command again"
     return f"{again}: it goes on from checkpoint-{saved_step}" if saved_step else again

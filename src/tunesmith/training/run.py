@@ -1,7 +1,4 @@
-"""One start of a recipe: claim the run directory, decide where to go on, build, train, and leave nothing unsaid.
-
-resolve the run directory -> build -> Trainer.fit -> final/ -> Result
-"""
+"""One start of a recipe: claim the run directory -> decide where to start -> build -> Trainer.fit -> Result."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from tunesmith.metrics.sinks import sinks_of
 from tunesmith.metrics.summary import clear_failure, write_failure
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build, write_identity
-from tunesmith.training.result import Result, going_on
+from tunesmith.training.result import Result, how_to_resume
 from tunesmith.training.trainer import Trainer
 
 
@@ -38,15 +35,15 @@ def train(
     argv: list[str] | None = None,
     say: Callable[[str], None] = print_line,
 ) -> Result:
-    """Train what a recipe describes, or go on with it.
+    """Train what a recipe describes, or resume it.
 
     Args:
         run: a recipe: its file, the name of one that ships, or a checked `Run`.
         overrides: `key.sub=value`, for a recipe given by file or name.
-        fresh: put what an earlier run left in `output_dir` aside and start over.
-        why: say the reason of each choice that was made for this machine.
+        fresh: put an earlier run in `output_dir` aside and start over.
+        why: say the reason of each choice for this machine.
         argv: the command line, for env.json.
-        say: takes each line about what was found and chosen before the first step.
+        say: takes each line that is told before the first step.
 
     Raises:
         UsageError: something is wrong with the recipe, data, model or machine; nothing was started.
@@ -62,7 +59,7 @@ def train(
         stop = stack.enter_context(StopRequest())
         stack.enter_context(claim_run_dir(out))
         if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
-            say(f"what an earlier run left is now in {place}")
+            say(f"the earlier run is now in {place}")
         try:
             start = decide_start(run, warn=say)
             if start.finished is not None:
@@ -90,7 +87,9 @@ def train(
             trainer.writer.close()  # what it is writing still counts
             failure = trainer.as_failure(error)
             try:
-                write_failure(out, failure, last_step=trainer.step, next_command=going_on(trainer.writer.saved_step))
+                write_failure(
+                    out, failure, last_step=trainer.progress.step, next_command=how_to_resume(trainer.writer.saved_step)
+                )
             except OSError as unwritten:
                 say(f"failure.json could not be written: {unwritten.strerror}")
             raise failure from error
