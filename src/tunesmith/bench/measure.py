@@ -30,7 +30,6 @@ from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.terminal import Terminal
-from tunesmith.model.spec import flops
 from tunesmith.private import graphs_compiled
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, build
@@ -165,7 +164,7 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
                 stack.enter_context(profiler)
             elif step > timed:
                 profiler.step()
-    if session.trained == "lora":  # a full one takes as long as the disk does
+    if session.run.adapter.kind == "lora":  # a full one takes as long as the disk does
         for _ in range(2):  # the first in a process imports what it needs
             trainer.writer.saved_step = None  # the same step would not be saved twice
             trainer.save_periodic()
@@ -177,7 +176,9 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
     """Figures of the timed steps; the peak is measured here, on the chip as warm as the steps have left it."""
     run, device, seconds = session.run, session.device, sum(r.step_seconds for r in records)
     tokens, padded = sum(r.tokens for r in records), sum(seen.padded[r.step] for r in records)
-    tflops = sum(_model_flops(session, record) for record in records) / seconds / 1e12
+    examples = session.data.course.examples
+    work = sum(session.flops(examples(record.step - 1), record.supervised_tokens) for record in records)
+    tflops = work / seconds / 1e12
     published, measured = hardware.peak_tflops(device, session.dtype)[0], matmul_tflops(device, session.dtype)
     quantize = "none" if run.model.quantize == "none" else session.plan.base
     fp8 = fp8_matmul_tflops(device) if quantize.startswith("fp8") else None
@@ -213,15 +214,6 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
         gpu_power_watts=statistics.fmean(watts) if watts else None,
         first_loss=records[0].loss,
         last_loss=records[-1].loss,
-    )
-
-
-def _model_flops(session: Session, record: StepRecord) -> float:
-    course = session.data.course
-    lengths = course.lengths[course.examples(record.step - 1)].tolist()
-    adapter = session.adapter_parameters
-    return flops(
-        session.files.spec, lengths, record.supervised_tokens, trained=session.trained, adapter_parameters=adapter
     )
 
 

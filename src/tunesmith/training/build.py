@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -30,6 +29,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
 from tunesmith.model import load
 from tunesmith.model.model_files import ModelFiles, read_model_files
+from tunesmith.model.spec import flops
 from tunesmith.optim import Optimizer, checkpoint_bytes_per_parameter
 from tunesmith.quant import nf4
 from tunesmith.runtime.plan import RunPlan
@@ -66,15 +66,13 @@ class Session:
         """Type of the matmuls."""
         return load.DTYPES[self.run.model.dtype]
 
-    @property
-    def trained(self) -> Literal["full", "lora"]:
-        """What is trained, in the word of `model.spec.flops`."""
-        return "lora" if self.run.adapter.kind == "lora" else "full"
-
-    @property
-    def adapter_parameters(self) -> int:
-        """Parameters trained beside a frozen base; 0 for full fine-tuning."""
-        return sum(p.numel() for p in self.optimizer.params.values()) if self.trained == "lora" else 0
+    def flops(self, examples: Sequence[int], supervised: int) -> float:
+        """Floating-point operations of a step on these examples, of which `supervised` positions carry a label."""
+        lengths = self.data.course.lengths[examples]
+        if self.run.adapter.kind == "none":
+            return flops(self.files.spec, lengths, supervised, trained="full")
+        adapter = sum(p.numel() for p in self.optimizer.params.values())
+        return flops(self.files.spec, lengths, supervised, trained="lora", adapter_parameters=adapter)
 
     def loader(self, start_step: int) -> Loader:
         """Global batches from step `start_step` (0 for the first) to the end of the run, on the device."""

@@ -31,7 +31,6 @@ from tunesmith.metrics import hardware
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
-from tunesmith.model.spec import flops
 from tunesmith.optim import learning_rate, warmup_steps
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StopRequest
@@ -200,13 +199,7 @@ class Trainer:
         """The step's record in the form of metrics.jsonl."""
         session, batch = self.session, pending.batch
         utilization, watts = self.gauges.read()
-        work = flops(
-            session.files.spec,
-            session.data.course.lengths[batch.indices],
-            batch.supervised,
-            trained=session.trained,
-            adapter_parameters=session.adapter_parameters,
-        )
+        work = session.flops(batch.indices, batch.supervised)
         return StepRecord(
             step=pending.step,
             epoch=batch.epoch,
