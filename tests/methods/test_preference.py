@@ -6,6 +6,8 @@ loop, the loader and the packing need not know it. Reference: Transformers' logi
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,15 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from recipes import make_run
-from tunesmith.build_model import build_model
+from recipes import built_model, make_run
+from tunesmith.checkpoint.resume import Start, claim_run_dir
 from tunesmith.data.batch import Batch, Example, collate
+from tunesmith.data.loader import BatchSchedule
 from tunesmith.methods.base import BatchCounts, MethodOutput, TrainModel, sum_by_sequence, supervised_positions
+from tunesmith.metrics.sink import Sinks
+from tunesmith.signals import StopRequest
+from tunesmith.training.build import build
+from tunesmith.training.trainer import Trainer
 
 BETA = 0.3
 
@@ -80,7 +87,7 @@ LAYOUTS = {
 def test_pairs_learn_the_same_in_any_layout(tiny, tmp_path, layout):
     """fp32, sums of some hundred terms in another order: 1e-5 of the loss and of the largest gradient."""
     run = make_run(tiny, tmp_path, adapter={"kind": "none"})
-    model = build_model(run, tiny, device=torch.device("cpu"))
+    model = built_model(run, tiny)
     model.method = SigmoidPreference()
     examples = pairs(6)
     batches = LAYOUTS[layout](examples)
@@ -101,6 +108,55 @@ def test_pairs_learn_the_same_in_any_layout(tiny, tmp_path, layout):
         assert parameter.grad.abs().max() > 0, name
         torch.testing.assert_close(
             ours[name].grad, parameter.grad, rtol=0, atol=1e-5 * float(parameter.grad.abs().max()), msg=name
+        )
+
+
+class Pairs:
+    """What the loader asks of tokens, over pairs."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+        self.lengths = np.array([len(e.ids) for e in examples])
+        self.counts = SimpleNamespace(digest="pairs")
+
+    def __getitem__(self, i: int) -> Example:
+        return self.examples[i]
+
+    def where(self, i: int) -> str:
+        return f"pair {i}"
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_loop_trains_on_pairs_and_records_the_methods_metrics(tiny, tmp_path, pack):
+    """Four steps of the ordinary Trainer, by a reference that takes plain AdamW steps on Transformers' model; 1e-4: fp32
+    sums in another order, through four updates."""
+    run = make_run(
+        tiny,
+        tmp_path,
+        held=False,
+        adapter={"kind": "none"},
+        data={"pack": pack},
+        train={"duration": "4 steps", "micro_batch": "128 tokens", "schedule": "constant", "warmup": "0 steps"},
+    )
+    session, tokens = build(run, Start(), say=lambda text: None), Pairs(pairs(24))
+    session.model.method = SigmoidPreference()
+    session.data = replace(session.data, train=tokens, course=BatchSchedule(tokens.lengths, run.data, run.train))
+    assert len(session.loader(0).batch(0).micro) > 1
+    with claim_run_dir(tmp_path / "run"), StopRequest() as stop:
+        result = Trainer(session, Start(), Sinks([]), stop).fit()
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+    for record in result.records:
+        members = session.data.course.examples(record.step - 1)
+        loss, accuracy, margin = reference(plain, [tokens[i] for i in members])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert record.loss == pytest.approx(float(loss.detach()), rel=1e-4)
+        assert dict(record.extra) == pytest.approx(
+            {"preference_accuracy": accuracy, "preference_margin": margin}, rel=1e-3, abs=1e-5
         )
 
 

@@ -41,7 +41,7 @@ from tunesmith.units import Cadence
 
 @dataclass(frozen=True)
 class PendingMetrics:
-    """A step whose loss and gradient norm may still be on their way from the device."""
+    """A step whose loss, gradient norm and method's metrics may still be on their way from the device."""
 
     step: int
     batch: GlobalBatch
@@ -153,13 +153,16 @@ class Trainer:
         denominator = model.method.denominator(batch)
         scale = (optimizer.scale or 1.0) / denominator
         total = torch.zeros((), device=self.session.device)
+        metrics = dict.fromkeys(model.method.metrics, total)
         for index, micro in enumerate(batch.micro):
             # Dropout is a function of (seed, step, micro batch): a resumed run draws what the first one drew.
             torch.manual_seed((self.run.train.seed * 1_000_003 + batch.step) * 4_099 + index)
-            loss = model(micro).loss
-            (loss * scale).backward()
-            total = total + loss.detach()
-        return PendingMetrics(batch.step + 1, batch, AsyncScalars(total / denominator, optimizer.step()), lr)
+            made = model(micro)
+            (made.loss * scale).backward()
+            total = total + made.loss.detach()
+            metrics = {name: value + made.metrics[name] for name, value in metrics.items()}
+        means = (value / denominator for value in (total, *metrics.values()))
+        return PendingMetrics(batch.step + 1, batch, AsyncScalars(*means, optimizer.step()), lr)
 
     def schedule_position(self, step: int) -> float:
         """Where update `step` (from 0) stands in the learning-rate schedule after warm-up: 0 to 1, by steps or clock."""
@@ -179,7 +182,7 @@ class Trainer:
         pending, self.pending = self.pending, None
         if pending is None:
             return
-        loss, norm = pending.scalars.read()
+        loss, *metrics, norm = pending.scalars.read()
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         self.progress.seconds += seconds
@@ -191,11 +194,13 @@ class Trainer:
             raise non_finite_error(
                 loss, norm, self.run, step=pending.step, rows=rows, saved_step=self.writer.saved_step
             )
-        self.progress.record = self.make_record(pending, loss, norm, seconds)
+        self.progress.record = self.make_record(pending, loss, norm, metrics, seconds)
         if log:
             self.log_record()
 
-    def make_record(self, pending: PendingMetrics, loss: float, norm: float, seconds: float) -> StepRecord:
+    def make_record(
+        self, pending: PendingMetrics, loss: float, norm: float, metrics: list[float], seconds: float
+    ) -> StepRecord:
         """The step's record in the form of metrics.jsonl."""
         session, batch = self.session, pending.batch
         utilization, watts = self.gauges.read()
@@ -217,6 +222,7 @@ class Trainer:
             memory_gib=hardware.memory_gib(session.device),
             gpu_utilization=utilization,
             gpu_power_watts=watts,
+            extra=dict(zip(session.model.method.metrics, metrics, strict=True)),
         )
 
     def log_record(self) -> None:
