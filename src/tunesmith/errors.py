@@ -1,18 +1,17 @@
 """What can go wrong, as one small tree.
 
     TunesmithError
-    ├── UsageError          exit 2: found before the first step; nothing was started
-    │   ├── RecipeError       the recipe file, its keys and values
-    │   ├── DataError         a data file, a row, a column, the token contract
-    │   ├── ModelError        a model that is missing, unsupported, gated or damaged
-    │   └── MachineError      a missing package, no room on the disk, a folder that cannot be written
-    ├── RunError            exit 1: the run began and failed
-    │   ├── NonFiniteError    NaN or Inf in the loss or the gradient norm
-    │   └── CheckpointError   a checkpoint that cannot be written or read
-    └── StoppedError          exit 75: a signal came, all is saved, start again to go on
+    ├── UsageError            exit 2: found before the first step; nothing was started
+    │   ├── RecipeError
+    │   ├── DataError
+    │   ├── ModelError
+    │   └── MachineError
+    ├── RunError              exit 1: the run began and failed
+    │   ├── NonFiniteError
+    │   └── CheckpointError
+    └── StoppedError          exit 75: a signal came, everything is saved, start again to resume
 
-Every error says four things: what is wrong, where (file:line, key or step), why, and the
-command or edit that mends it. `TunesmithError.text()` is the block that a user sees.
+Every error says what is wrong, where (file:line, key or step), why, and the command or edit that fixes it.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ EXIT_STOPPED = 75
 
 
 class TunesmithError(Exception):
-    """Base of all errors that are meant for a user's eyes.
+    """Base of all errors that a user sees.
 
     Args:
-        what: one sentence, no full stop needed: what is wrong.
+        what: one sentence, without a full stop: what is wrong.
         where: `file:line`, a key of the recipe, a step; empty if it has no place.
-        why: the reason behind it; empty if `what` says it.
-        fix: the command or edit that mends it.
+        why: the reason; empty if `what` says it.
+        fix: the command or edit that fixes it.
     """
 
     exit_code = EXIT_FAILED
@@ -47,13 +46,8 @@ class TunesmithError(Exception):
 
     def text(self) -> str:
         """The block for the terminal: one line each for what, where, why and fix."""
-        rows = [f"error: {self.what}"]
-        rows += [
-            f"  {name}: {value}"
-            for name, value in (("where", self.where), ("why", self.why), ("fix", self.fix))
-            if value
-        ]
-        return "\n".join(rows)
+        rows = {"where": self.where, "why": self.why, "fix": self.fix}
+        return "\n".join([f"error: {self.what}", *(f"  {name}: {value}" for name, value in rows.items() if value)])
 
 
 class UsageError(TunesmithError):
@@ -79,7 +73,7 @@ class MachineError(UsageError):
 
 
 class RunError(TunesmithError):
-    """The run began and failed; `failure.json` holds the same words."""
+    """The run began and failed; `failure.json` holds the same text."""
 
 
 class NonFiniteError(RunError):
@@ -91,7 +85,7 @@ class CheckpointError(RunError):
 
 
 class StoppedError(TunesmithError):
-    """A signal asked for an end; everything is saved. `start again` goes on from there."""
+    """A signal stopped the run; everything is saved, and the next start resumes there."""
 
     exit_code = EXIT_STOPPED
 
@@ -104,7 +98,7 @@ _DISK = {
 
 
 def disk_fault(error: BaseException) -> str | None:
-    """What is wrong where a disk takes no more, or None; libraries in Rust tell the number in their words alone."""
+    """Why the disk takes no more data, or None; libraries in Rust give the error number only in their message."""
     if isinstance(error, OSError):
         return _DISK.get(error.errno or 0)
     said = re.search(r"\(os error (\d+)\)", str(error))
@@ -112,6 +106,6 @@ def disk_fault(error: BaseException) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line: its first, or the error's type where it says nothing."""
+    """The first line of another library's error, or the error's type if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

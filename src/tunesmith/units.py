@@ -1,7 +1,7 @@
-"""The two grammars of a recipe: lengths (`200 steps`, `2 epochs`, `10 min`, `3 %`) and sizes (`64 examples`, `32768 tokens`).
+"""The two grammars of a recipe: lengths (`200 steps`, `2 epochs`, `10 min`, `3 %`) and sizes (`64 examples`).
 
-Both are an amount and a unit, read from text and printed back in the same form. `Cadence` says when an interval of the
-first kind has passed.
+Both are an amount and a unit, read from text and printed back in the same form. `Cadence` tells when an interval has
+passed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any, Self
 
 LENGTH_UNITS = ("steps", "epochs", "s", "min", "h", "%")
 SIZE_UNITS = ("examples", "tokens")
@@ -21,42 +22,45 @@ _ALIASES = {
 _FORM = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]+)\s*$")
 
 
-def _read(text: str, units: tuple[str, ...], kind: str, example: str) -> tuple[float, str]:
-    found = _FORM.match(text)
-    unit = _ALIASES.get(found[2].lower(), found[2].lower()) if found else ""
-    if not found or unit not in units:
-        raise ValueError(f"{text!r} is not a {kind}: write a number and one of {', '.join(units)}, such as {example}")
-    amount = float(found[1].replace("_", ""))
-    if not math.isfinite(amount):
-        raise ValueError(f"{text!r} is not finite")
-    return amount, unit
+@dataclass(frozen=True)
+class _Amount:
+    amount: float
+    unit: str
 
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read an amount and a unit; raise ValueError with the allowed units otherwise."""
+        found = _FORM.match(text)
+        unit = _ALIASES.get(found[2].lower(), found[2].lower()) if found else ""
+        units, example = (SIZE_UNITS, "64 examples") if cls is Size else (LENGTH_UNITS, "200 steps")
+        if not found or unit not in units:
+            listed = f"write a number and one of {', '.join(units)}, such as '{example}'"
+            raise ValueError(f"{text!r} is not a {cls.__name__.lower()}: {listed}")
+        amount = float(found[1].replace("_", ""))
+        if not math.isfinite(amount):
+            raise ValueError(f"{text!r} is not finite")
+        if (unit in ("steps", *SIZE_UNITS) and amount != int(amount)) or (unit in SIZE_UNITS and amount < 1):
+            raise ValueError(f"{text!r}: {unit} are whole{' and at least 1' if unit in SIZE_UNITS else ''}")
+        return cls(int(amount) if unit in SIZE_UNITS else amount, unit)
 
-def _number(amount: float) -> str:
-    return str(int(amount)) if amount == int(amount) else repr(amount)
+    def __str__(self) -> str:
+        return f"{int(self.amount) if self.amount == int(self.amount) else self.amount!r} {self.unit}"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """In a recipe it is text."""
+        from pydantic_core.core_schema import no_info_after_validator_function, str_schema
+
+        return no_info_after_validator_function(cls.parse, str_schema())
 
 
 @dataclass(frozen=True)
-class Length:
-    """How long something lasts or how often it comes.
+class Length(_Amount):
+    """How long something lasts or how often it comes, in LENGTH_UNITS.
 
     >>> Length.parse("3 %"), str(Length.parse("2h"))
     (Length(amount=3.0, unit='%'), '2 h')
     """
-
-    amount: float
-    unit: str  # one of LENGTH_UNITS
-
-    @classmethod
-    def parse(cls, text: str) -> Length:
-        """Read `200 steps`, `1.5 epochs`, `10 min`, `3 %`; raise ValueError with the allowed units otherwise."""
-        amount, unit = _read(text, LENGTH_UNITS, "length", "'200 steps'")
-        if unit == "steps" and amount != int(amount):
-            raise ValueError(f"{text!r}: steps are whole")
-        return cls(amount, unit)
-
-    def __str__(self) -> str:
-        return f"{_number(self.amount)} {self.unit}"
 
     @property
     def seconds(self) -> float | None:
@@ -65,39 +69,24 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much one batch holds.
+class Size(_Amount):
+    """How much one batch holds, in SIZE_UNITS.
 
     >>> Size.parse("64 examples")
     Size(amount=64, unit='examples')
     """
 
     amount: int
-    unit: str  # one of SIZE_UNITS
-
-    @classmethod
-    def parse(cls, text: str) -> Size:
-        """Read `64 examples` or `32768 tokens`; raise ValueError with the allowed units otherwise."""
-        amount, unit = _read(text, SIZE_UNITS, "size", "'64 examples'")
-        if amount != int(amount) or amount < 1:
-            raise ValueError(f"{text!r}: {unit} are whole and at least 1")
-        return cls(int(amount), unit)
-
-    def __str__(self) -> str:
-        return f"{self.amount} {self.unit}"
 
 
 class Cadence:
-    """When something that comes `every` so often is due."""
+    """Tells when something that comes `every` so often is due."""
 
     def __init__(self, every: Length | None, *, total: int | None, steps_per_epoch: int, seconds: float) -> None:
-        self.interval, self.period, self.last = 0, None, seconds
-        if every is None:
-            return
-        whole = {"steps": 1.0, "epochs": float(steps_per_epoch), "%": (total or steps_per_epoch) / 100}
-        self.period = every.seconds
-        if self.period is None:
-            self.interval = max(1, round(every.amount * whole[every.unit]))
+        self.interval, self.period, self.last = 0, every.seconds if every else None, seconds
+        if every is not None and self.period is None:
+            steps = {"steps": 1.0, "epochs": float(steps_per_epoch), "%": (total or steps_per_epoch) / 100}
+            self.interval = max(1, round(every.amount * steps[every.unit]))
 
     def due(self, step: int, seconds: float) -> bool:
         """Whether it is due after `step`, `seconds` into the training; by the clock, counted from the last time."""

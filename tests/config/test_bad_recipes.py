@@ -1,4 +1,4 @@
-"""Every wrong recipe is refused with what, where and the mend, and with the exit code of a usage error."""
+"""Every wrong recipe is refused with what, where and the fix, and with the exit code of a usage error."""
 
 from __future__ import annotations
 

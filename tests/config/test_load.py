@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.config.load import from_mapping, load_recipe, read_mapping, to_mapping
-from tunesmith.config.names import ELSEWHERE, WORDS, keys, nearest
+from tunesmith.config.names import keys, nearest, other_tools
 from tunesmith.config.schema import Run
 from tunesmith.errors import RecipeError
 from tunesmith.units import Length, Size
@@ -112,7 +112,7 @@ def test_paths(recipe: Path) -> None:
     assert run.data.train[0].source == str(here / "more.csv")
     assert load_recipe(recipe, ["model.name=small.gguf"]).model.name == str(here / "small.gguf")
     assert load_recipe(recipe, ["model.name=~/model"]).model.name == str(Path.home() / "model")
-    with pytest.raises(RecipeError, match="no such file"):
+    with pytest.raises(RecipeError, match="does not exist"):
         load_recipe(recipe, ["data.template=prompt.jinja"])
     assert load_recipe(recipe, [f"data.template={there}/prompt.jinja"]).data.template == str(there / "prompt.jinja")
 
@@ -128,20 +128,35 @@ def test_from_mapping_names_the_key() -> None:
     assert from_mapping(to_mapping(run), where="", base=Path()) == run
 
 
+def test_from_mapping_takes_plain_values_only() -> None:
+    values = {"model": {"name": "a/b"}, "data": {"train": {"source": "c/d"}}, "output_dir": Path("x")}
+    with pytest.raises(RecipeError, match="is not a recipe's value") as caught:
+        from_mapping(values, where="config.yaml", base=Path())
+    assert caught.value.where == "config.yaml: output_dir"
+    values["output_dir"] = "\ud800"
+    with pytest.raises(RecipeError, match="not Unicode"):
+        from_mapping(values, where="config.yaml", base=Path())
+
+
 def test_read_mapping(recipe: Path) -> None:
     assert read_mapping(recipe)["train"] == {"seed": 1, "betas": [0.9, 0.95]}
 
 
-def test_names_from_elsewhere_lead_to_real_keys() -> None:
-    """Every line that the table of other tools' names gives begins with a key of the recipe."""
-    assert len(ELSEWHERE) >= 50
-    for name, line in ELSEWHERE.items():
-        first = line.split()[0].rstrip(":;,")
-        assert first in keys(), f"{name} -> {line}"
+def test_names_of_other_tools_lead_to_real_keys() -> None:
+    """Every line of the table begins with a key of the recipe, and no name in it is a key of the recipe's top."""
+    table = other_tools("keys")
+    assert len(table) >= 50
+    for name, line in table.items():
+        assert line.split()[0].rstrip(":;,") in keys(), f"{name} -> {line}"
+        assert name not in keys()
 
 
-def test_words_from_elsewhere_are_taken() -> None:
-    assert all(nearest(word, options) == options[0] for word, options in WORDS.items())
+def test_words_of_other_tools_lead_to_real_values() -> None:
+    words = other_tools("words")
+    assert len(words) >= 30
+    for word, options in words.items():
+        assert nearest(word, options.split()) is not None
+        assert nearest(word, [options.split()[0]]) == options.split()[0]
 
 
 def test_null_takes_away_the_validation_rows_of_a_recipe() -> None:

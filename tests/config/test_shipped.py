@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.config.describe import main, reference
+from tunesmith.config.describe import MARK, main, reference
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.shipped import purpose, shipped
-from tunesmith.units import Length, Size
+from tunesmith.config.typed import run_type
+from tunesmith.units import LENGTH_UNITS, SIZE_UNITS, Length, Size
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,12 +66,17 @@ def test_values_of_the_slurm_guide() -> None:
 
 
 def test_reference_page_is_up_to_date(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["--check", str(ROOT / "docs" / "recipe.md")]) == 0, capsys.readouterr().err
+    path = ROOT / "docs" / "recipe.md"
+    assert main(["--check", str(path)]) == 0, capsys.readouterr().err
+    by_hand, mark, _ = path.read_text().partition(MARK)
+    assert shipped()["llama3.1-8b-lora"].read_text() in by_hand
+    assert all(f"`{unit}`" in by_hand for unit in (*LENGTH_UNITS, *SIZE_UNITS))
     old = tmp_path / "old.md"
-    old.write_text(reference().replace("learning_rate", "learning_rat"))
+    old.write_text(by_hand + mark + reference().replace("learning_rate", "learning_rat"))
     assert main(["--check", str(old)]) == 1
     assert main(["--write", str(old)]) == 0
     assert main(["--check", str(old)]) == 0
+    assert old.read_text().startswith(by_hand)
     assert main([]) == 2
 
 
@@ -78,3 +84,14 @@ def test_reference_names_every_key() -> None:
     page = reference()
     for key in keys():
         assert f"`{key.rpartition('.')[2]}`" in page, key
+
+
+def test_json_schema_has_the_bounds_and_the_grammars() -> None:
+    """What a planner or an editor reads: the same types and bounds that a recipe is held against."""
+    schema = run_type().json_schema()
+    sections = schema["$defs"]
+    assert set(schema["required"]) == {"model", "data", "output_dir"}
+    assert sections["Adapter"]["properties"]["rank"]["minimum"] == 1
+    assert sections["Adapter"]["properties"]["from"]["default"] is None
+    assert sections["Train"]["properties"]["duration"]["type"] == "string"
+    assert sections["Train"]["additionalProperties"] is False

@@ -10,16 +10,18 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from io import StringIO
 from typing import Any, NamedTuple
 
-from tunesmith.config.names import yaml_name
-from tunesmith.config.schema import Adapter, Run
+from ruamel.yaml import YAML
+from ruamel.yaml.representer import SafeRepresenter
+
+from tunesmith.config.schema import Adapter, Run, yaml_name
 from tunesmith.config.tree import scalar
 from tunesmith.units import Length, Size
 
-# What may change between a start and its resume, by dotted key or section; train.duration may grow.
+# What may change when a run resumes, by dotted key or section; train.duration may grow.
 FREE = (
     "log", "validate", "checkpoint", "parallel", "profile", "output_dir",
     "train.micro_batch", "train.recompute", "train.compile", "model.attention",
@@ -45,14 +47,15 @@ def to_mapping(run: Run) -> dict[str, Any]:
     return values
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type | Length | Size):
-        return {yaml_name(f.name): _plain(value.__dict__[f.name]) for f in fields(value)}
-    if isinstance(value, Length | Size):
-        return str(value)
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return dict(value) if isinstance(value, Mapping) else value
+def _plain(run: Run) -> dict[str, Any]:
+    """The keys and values of a recipe as JSON has them: tuples become lists, lengths and sizes text."""
+
+    def default(value: Any) -> Any:
+        if isinstance(value, Length | Size):
+            return str(value)
+        return {yaml_name(spec.name): getattr(value, spec.name) for spec in fields(value)}
+
+    return json.loads(json.dumps(run, default=default))
 
 
 def dump(run: Run) -> str:
@@ -60,38 +63,35 @@ def dump(run: Run) -> str:
     return to_yaml(to_mapping(run))
 
 
-def to_yaml(values: Mapping[str, Any]) -> str:
-    """Plain values as YAML 1.2 text: sections in block form, lists of scalars on one line."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.representer import SafeRepresenter
+class _Representer(SafeRepresenter):
+    """Text quoted wherever it could be anything else; floats exact; keys in their order; flat lists on one line."""
 
-    class Representer(SafeRepresenter):
-        """Text quoted wherever it could be anything else; floats exact."""
-
-    def text(self: SafeRepresenter, value: str) -> Any:
+    def text(self, value: str) -> Any:
         safe = _TEXT.fullmatch(value) and isinstance(scalar(value), str)
         return self.represent_scalar("tag:yaml.org,2002:str", value, style=None if safe else '"')
 
-    def number(self: SafeRepresenter, value: float) -> Any:
+    def number(self, value: float) -> Any:
         return self.represent_scalar("tag:yaml.org,2002:float", repr(value))
 
-    def items(self: SafeRepresenter, value: list[Any]) -> Any:
+    def items(self, value: list[Any]) -> Any:
         flat = not any(isinstance(item, dict | list) for item in value)
         return self.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=flat)
 
-    Representer.add_representer(str, text)
-    Representer.add_representer(float, number)
-
-    def section(self: SafeRepresenter, value: dict[str, Any]) -> Any:
-        # As a list of pairs, which ruamel leaves in their order; a dict it would sort.
+    def section(self, value: dict[str, Any]) -> Any:
+        # As a list of pairs, whose order ruamel keeps; it would sort a dict.
         return self.represent_mapping("tag:yaml.org,2002:map", list(value.items()), flow_style=not value)
 
-    Representer.add_representer(list, items)
-    Representer.add_representer(dict, section)
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Representer = Representer
-    yaml.width = 1 << 20
-    out = StringIO()
+
+_Representer.add_representer(str, _Representer.text)
+_Representer.add_representer(float, _Representer.number)
+_Representer.add_representer(list, _Representer.items)
+_Representer.add_representer(dict, _Representer.section)
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML 1.2 text: sections in block form, lists of scalars on one line."""
+    yaml, out = YAML(typ="safe", pure=True), StringIO()
+    yaml.Representer, yaml.width = _Representer, 1 << 20
     yaml.dump(dict(values), out)
     return out.getvalue()
 
@@ -109,20 +109,19 @@ class Change(NamedTuple):
 
 
 def digest(run: Run) -> str:
-    """SHA-256, in hex, of all that may not change when a run goes on. The duration may grow and is left out."""
+    """SHA-256, in hex, of all that may not change when a run resumes. The duration may grow and is left out."""
     kept = {key: value for key, value in _leaves(_plain(run)).items() if not _free(key) and key != DURATION}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: Run, new: Run) -> list[Change]:
     """Every key that differs, in the order of the schema.
 
-    Free are logging, validation, checkpoints, parallelism and what changes only speed and memory; the duration may
-    grow. A duration in another unit (epochs for steps) cannot be compared and counts as refused.
+    A duration in another unit (epochs for steps) cannot be compared and counts as refused.
     """
     before, after = _leaves(_plain(old)), _leaves(_plain(new))
     changes = []
-    for key in [*before, *(key for key in after if key not in before)]:
+    for key in {**before, **after}:
         left, right = before.get(key), after.get(key)
         if left != right:
             allowed = _grows(old.train.duration, new.train.duration) if key == DURATION else _free(key)
@@ -131,7 +130,7 @@ def differences(old: Run, new: Run) -> list[Change]:
 
 
 def _free(key: str) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in FREE)
+    return any(f"{key}.".startswith(f"{name}.") for name in FREE)
 
 
 def _grows(old: Length, new: Length) -> bool:
@@ -142,14 +141,8 @@ def _grows(old: Length, new: Length) -> bool:
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:
     """Dotted key -> value; a list of scalars is one leaf, so a changed list of names is one change."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if _nested(value) else None
-    if inside is None or not value:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
         return {key: value}
-    leaves: dict[str, Any] = {}
-    for name, item in inside:
-        leaves |= _leaves(item, f"{key}.{name}" if key else str(name))
-    return leaves
-
-
-def _nested(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+    return {k: v for name, item in value.items() for k, v in _leaves(item, f"{key}.{name}".lstrip(".")).items()}

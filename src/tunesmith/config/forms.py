@@ -1,22 +1,31 @@
-"""The forms of values in words: for the messages about a wrong one and for the reference page."""
+"""The types and values of recipe keys in words, for errors and for the reference page."""
 
 from __future__ import annotations
 
+import json
 import types
-from dataclasses import is_dataclass
+from dataclasses import MISSING, Field, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
 from tunesmith.units import Length, Size
 
-NoneType = type(None)
-_PLAIN = {
-    str: ("text", "name"),
-    bool: ("true or false", "true"),
-    int: ("a whole number", "8"),
-    float: ("a number", "1e-4"),
-    Length: ("a length", "200 steps"),
-    Size: ("a size", "64 examples"),
-    NoneType: ("null", "null"),
+_FORMS = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    Length: "a length",
+    Size: "a size",
+    type(None): "null",
+}
+_EXAMPLES = {
+    "model": "{name: meta-llama/Llama-3.1-8B-Instruct}",
+    "model.name": "meta-llama/Llama-3.1-8B-Instruct",
+    "data": "{train: {source: rows.jsonl, format: messages}}",
+    "data.train": "{source: rows.jsonl, format: messages}",
+    "data.train.source": "rows.jsonl",
+    "data.validation.source": "rows.jsonl",
+    "output_dir": "runs/mine",
 }
 
 
@@ -27,40 +36,38 @@ def members(hint: Any) -> tuple[Any, ...]:
 
 def words(hint: Any) -> tuple[str, ...]:
     """The words that a type lists: `Literal["a", "b"] | int` -> ("a", "b")."""
-    return tuple(w for member in members(hint) if get_origin(member) is Literal for w in get_args(member))
+    return tuple(word for member in members(hint) if get_origin(member) is Literal for word in get_args(member))
 
 
 def form(hint: Any) -> str:
-    """A type in words, such as `a whole number or auto`."""
-    if hint in _PLAIN:
-        return _PLAIN[hint][0]
-    if get_origin(hint) is Literal:
-        *listed, last = [f"`{word}`" for word in get_args(hint)]
-        return f"{', '.join(listed)} or {last}" if listed else last
-    if get_origin(hint) is tuple:
-        return _several(get_args(hint))
-    if get_origin(hint) is dict:
+    """A type in words, such as "a whole number or `auto`"."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        listed = [f"`{word}`" for word in inside]
+        return " or ".join([", ".join(listed[:-1]), listed[-1]] if listed[:-1] else listed)
+    if origin is tuple and is_dataclass(inside[0]):
+        return "a mapping of keys, or a list of them"
+    if origin is tuple:
+        return "a list of texts" if inside[-1] is Ellipsis else f"a list of {len(inside)} numbers"
+    if origin is dict:
         return "a mapping of texts to texts"
-    return "a mapping of keys" if is_dataclass(hint) else " or ".join(form(member) for member in members(hint))
+    plain = _FORMS.get(hint) or ("a mapping of keys" if is_dataclass(hint) else "")
+    return plain or " or ".join(form(member) for member in members(hint))
 
 
-def _several(inside: tuple[Any, ...]) -> str:
-    if inside[-1] is not Ellipsis:
-        return f"a list of {len(inside)} numbers"
-    return "a mapping of keys, or a list of them" if is_dataclass(inside[0]) else "a list of texts"
+def default_of(spec: Field[Any]) -> str:
+    """The default of a key as YAML; empty if it has none."""
+    value = spec.default if spec.default_factory is MISSING else spec.default_factory()
+    if value is MISSING:
+        return ""
+    if isinstance(value, str | Length | Size):
+        return str(value)
+    return "{}" if is_dataclass(value) else json.dumps(value)
 
 
-def example(hint: Any) -> str:
-    """A value of that type as one writes it in YAML."""
-    if get_origin(hint) is Literal:
-        return str(get_args(hint)[0])
-    if hint in _PLAIN:
-        return _PLAIN[hint][1]
-    if get_origin(hint) is tuple:
-        inside = get_args(hint)
-        if inside[-1] is not Ellipsis:
-            return "[" + ", ".join("0.9" for _ in inside) + "]"
-        return "{source: rows.jsonl, format: messages}" if is_dataclass(inside[0]) else "[name]"
-    if get_origin(hint) is dict:
-        return "{instruction: question}"
-    return example(members(hint)[0]) if members(hint) != (hint,) else "{}"
+def example(key: str, hint: Any, spec: Field[Any]) -> str:
+    """A value of a key (dotted, without indices) as YAML: its default, or one that its type takes."""
+    default = default_of(spec)
+    if default in ("", "null") or hint is bool:
+        return _EXAMPLES.get(key) or ("true" if hint is bool else "8" if int in members(hint) else "name")
+    return default

@@ -19,13 +19,12 @@ from tunesmith.config.dump import Change, differences, digest, dump, to_mapping
 from tunesmith.config.paths import absolute
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import locate_recipe
-from tunesmith.config.tree import Node, children, read_file, read_value, wrap
-from tunesmith.config.typed import section
+from tunesmith.config.tree import Node, read_file, read_value, wrap
+from tunesmith.config.typed import build_run
 from tunesmith.errors import RecipeError
 
 __all__ = ["Change", "differences", "digest", "dump", "from_mapping", "load_recipe", "read_mapping", "to_mapping"]
 
-EXTENDS = "extends"
 COMMAND_LINE = "command line"
 
 
@@ -37,20 +36,20 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Run:
         overrides: `key.sub=value`, the value in YAML 1.2.
 
     Raises:
-        RecipeError: anything wrong with the recipe or an override, with its place and its mend.
+        RecipeError: anything wrong with the recipe or an override, with its place and fix.
         MachineError: something that this version cannot do.
     """
-    tree = _layers(locate_recipe(recipe, base=Path(), where=str(recipe)), seen=())
+    tree = _read_layers(locate_recipe(recipe, base=Path(), where=str(recipe)), seen=())
     for text in overrides:
         tree = _override(tree, text)
-    return _run(tree)
+    return _checked(tree)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The plain values of a YAML file, as written: for a run's `config.yaml`, which extends nothing.
 
     Raises:
-        RecipeError: it cannot be read, or is no mapping in YAML 1.2.
+        RecipeError: it cannot be read, or is not a mapping in YAML 1.2.
     """
     values = read_file(path).plain()
     assert isinstance(values, dict)
@@ -66,55 +65,50 @@ def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
         base: the folder that relative paths start from.
 
     Raises:
-        RecipeError, MachineError: as `load`.
+        RecipeError, MachineError: as `load_recipe`.
     """
-    return _run(wrap(values, where=where, base=base))
+    return _checked(wrap(values, where=where, base=base))
 
 
-def _run(tree: Node) -> Run:
-    run = section(absolute(tree), Run)
-    places = dict(tree.places())
+def _checked(tree: Node) -> Run:
+    run, places = build_run(absolute(tree)), dict(tree.places())
     check_run(run, lambda key: places.get(key, ""))
     return run
 
 
-def _layers(path: Path, seen: tuple[Path, ...]) -> Node:
+def _read_layers(path: Path, seen: tuple[Path, ...]) -> Node:
     """The file's tree over those of the recipes that it extends."""
     tree = read_file(path)
     assert isinstance(tree.value, dict)
-    above = tree.value.pop(EXTENDS, None)
+    above = tree.value.pop("extends", None)
     if above is None:
         return tree
     if not isinstance(above.value, str):
         fix = "extends: llama3.1-8b-lora, or a file such as ../base.yaml"
         raise RecipeError("extends takes one recipe's name or file", where=above.where, fix=fix)
     base = locate_recipe(above.value, base=path.parent, where=above.where)
-    line = (*seen, path.resolve())
-    if base.resolve() in line:
-        circle = " -> ".join(p.name for p in (*line[line.index(base.resolve()) :], base))
+    chain = (*seen, path.resolve())
+    if base.resolve() in chain:
+        circle = " -> ".join(p.name for p in (*chain[chain.index(base.resolve()) :], base))
         what = "recipes extend each other in a circle"
         raise RecipeError(what, where=above.where, why=circle, fix="remove one extends")
-    return _merge(_layers(base, line), tree)
+    return _merge(_read_layers(base, chain), tree)
 
 
-def _merge(lower: Node, upper: Node) -> Node:
+def _merge(lower: Node, upper: Node, key: str = "") -> Node:
     """The upper layer over the lower: mappings merged, all else replaced; places stay with their values.
 
-    Full fine-tuning over a recipe with an adapter leaves that adapter's keys behind: they would have no effect.
+    Full fine-tuning over a recipe with an adapter drops that adapter's keys: they would have no effect.
     """
     if not isinstance(lower.value, dict) or not isinstance(upper.value, dict):
         return upper
-    merged = dict(lower.value)
-    for name, node in upper.value.items():
-        below = merged.get(name)
-        if below is not None and not (name == "adapter" and _is_full(node)):
-            node = _merge(below, node)  # noqa: PLW2901
-        merged[name] = node
-    return replace(upper, value=merged)
-
-
-def _is_full(adapter: Node) -> bool:
-    return isinstance(adapter.value, dict) and "kind" in adapter.value and adapter.value["kind"].value == "none"
+    if key == "adapter" and "kind" in upper.value and upper.value["kind"].value == "none":
+        return upper
+    merged = {
+        name: _merge(lower.value[name], node, name) if name in lower.value else node
+        for name, node in upper.value.items()
+    }
+    return replace(upper, value={**lower.value, **merged})
 
 
 def _override(tree: Node, text: str) -> Node:
@@ -125,46 +119,37 @@ def _override(tree: Node, text: str) -> Node:
         fix = "such as train.learning_rate=2e-4; with spaces in quotes: 'train.duration=3 epochs'"
         raise RecipeError(f"{text!r} is not of the form key.sub=value", where=COMMAND_LINE, fix=fix)
     where = f"{COMMAND_LINE}: {key}"
-    if key == EXTENDS:
+    if key == "extends":
         raise RecipeError("extends belongs in a file", where=where, fix="name that recipe in place of this one")
     node = read_value(value, where=where, base=Path.cwd())
+    if key == "adapter.kind" and node.value == "none":  # as with extends: the adapter's keys of the files go
+        section = dict(tree.children()).get("adapter")
+        given = {name: n for name, n in section.children() if n.where.startswith(COMMAND_LINE)} if section else {}
+        tree = replace(tree, value={**dict(tree.children()), "adapter": Node(given, where, node.base)})
     return _set(tree, key.split("."), node, key)
 
 
 def _set(tree: Node, parts: list[str], node: Node, key: str) -> Node:
-    """`node` at the path `parts` below `tree`; sections that are not there yet are made."""
+    """`node` at the path `parts` below `tree`; missing sections are made."""
     name, rest = parts[0], parts[1:]
     if isinstance(tree.value, list):
-        return replace(tree, value=_set_item(tree.value, name, rest, node, key))
+        if not name.isdigit() or int(name) >= len(tree.value):
+            fix = (
+                f"name one of its entries by number, 0 to {len(tree.value) - 1}"
+                if tree.value
+                else "give the whole list"
+            )
+            raise RecipeError(f"{key}: the list has no entry {name!r}", where=node.where, fix=fix)
+        items = list(tree.value)
+        items[int(name)] = _set(items[int(name)], rest, node, key) if rest else node
+        return replace(tree, value=items)
     if not isinstance(tree.value, dict):
         fix = f"give the whole of {key.removesuffix('.' + '.'.join(parts))} instead"
         raise RecipeError(f"{key}: there is no key {name!r} in a single value", where=node.where, fix=fix)
     if name == "0" and rest and name not in tree.value and "source" in tree.value:
         return _set(tree, rest, node, key)  # data.train.0.split of a single source
     below = tree.value.get(name)
-    if rest:
-        if below is None or below.value is None:
-            below = Node({}, node.where, node.base)
-        fresh = _set(below, rest, node, key)
-        if key == "adapter.kind" and node.value == "none":
-            fresh = _full(fresh)
-    else:
-        fresh = _merge(below, node) if below is not None else node
-        if key == "adapter" and _is_full(node):
-            fresh = node
+    if below is None or below.value is None:
+        below = Node({}, node.where, node.base)
+    fresh = _set(below, rest, node, key) if rest else _merge(below, node, key)
     return replace(tree, value={**tree.value, name: fresh})
-
-
-def _full(adapter: Node) -> Node:
-    """The adapter section without the keys that a file gave: `adapter.kind=none` leaves them without effect."""
-    return replace(adapter, value={k: v for k, v in children(adapter) if v.where.startswith(COMMAND_LINE)})
-
-
-def _set_item(items: list[Node], name: str, rest: list[str], node: Node, key: str) -> list[Node]:
-    if not name.isdigit() or int(name) >= len(items):
-        last = len(items) - 1
-        what = f"{key}: the list has no entry {name!r}"
-        fix = f"name one of its entries by number, 0 to {last}" if items else "give the whole list"
-        raise RecipeError(what, where=node.where, fix=fix)
-    fresh = _set(items[int(name)], rest, node, key) if rest else node
-    return [fresh if i == int(name) else item for i, item in enumerate(items)]

@@ -1,4 +1,4 @@
-"""Which values of a recipe are files, and what a relative one starts from.
+"""Which values of a recipe are files, and what a relative path starts from.
 
 In a recipe a relative path starts from the recipe's folder, so that a recipe and its data can move together; on
 the command line it starts from the working directory, and so do `output_dir` and `log.tensorboard_dir` always.
@@ -11,70 +11,60 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from tunesmith.config.names import without_indices
 from tunesmith.config.tree import Node
 from tunesmith.errors import RecipeError
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
 TEMPLATES = ("auto", "chat", "alpaca")
 
-_MODEL, _DATA, _TEMPLATE, _OUTPUT = "model", "data", "template", "output"
-KINDS = {
-    "model.name": _MODEL,
-    "model.tokenizer": _MODEL,
-    "adapter.from": _MODEL,
-    "data.train.source": _DATA,
-    "data.validation.source": _DATA,
-    "data.template": _TEMPLATE,
-    "log.tensorboard_dir": _OUTPUT,
-    "output_dir": _OUTPUT,
+_OUTPUTS = ("log.tensorboard_dir", "output_dir")
+# The keys that hold a path or a Hub id -> the endings that make a text a path.
+_INPUTS = {
+    "model.name": (".gguf",),
+    "model.tokenizer": (".gguf",),
+    "adapter.from": (".gguf",),
+    "data.train.source": DATA_SUFFIXES,
+    "data.validation.source": DATA_SUFFIXES,
+    "data.template": (),
 }
-_INDEX = re.compile(r"\.[0-9]+(?=\.|$)")
 _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 
 
 def absolute(node: Node, key: str = "") -> Node:
     """The same tree with every path in it absolute; Hub ids stay as they are."""
-    if isinstance(node.value, dict):
-        return replace(node, value={k: absolute(v, f"{key}.{k}" if key else k) for k, v in node.value.items()})
-    if isinstance(node.value, list):
-        return replace(node, value=[absolute(v, f"{key}.{i}") for i, v in enumerate(node.value)])
-    kind = KINDS.get(_INDEX.sub("", key))
-    if kind is None or not isinstance(node.value, str):
+    inside = {name: absolute(child, f"{key}.{name}".lstrip(".")) for name, child in node.children()}
+    if isinstance(node.value, dict | list):
+        return replace(node, value=inside if isinstance(node.value, dict) else list(inside.values()))
+    name = without_indices(key)
+    if not isinstance(node.value, str) or name not in (*_OUTPUTS, *_INPUTS):
         return node
-    return replace(node, value=_resolve(node.value, kind, node, key))
+    return replace(node, value=_resolve(node.value, name, node, key))
 
 
-def _resolve(text: str, kind: str, node: Node, key: str) -> str:
+def _resolve(text: str, name: str, node: Node, key: str) -> str:
+    """The absolute path that `text` means, or `text` itself if it is a Hub id or the name of a template."""
+    what, fix = "", ""
     if not text.strip():
-        raise RecipeError(f"{key} is empty", where=node.where, fix=f"name one, or remove the line {key}")
-    if "$" in text:
-        raise RecipeError(
-            f"{key}: variables such as {text} are not filled in here",
-            where=node.where,
-            fix=f'let the shell do it: {key}="{text}" on the command line',
-        )
-    if "://" in text:
+        what, fix = f"{key} is empty", f"name one, or remove the line {key}"
+    elif "$" in text:
+        what = f"{key}: variables such as {text} are not expanded in a recipe"
+        fix = f'let the shell expand it: {key}="{text}" on the command line'
+    elif "://" in text:
         hub = _HUB.match(text)
+        what = f"{key} is a Hub id or a file, not a URL: {text}"
         fix = f"write the Hub id: {hub[1]}" if hub else "download it, and give the file or folder"
-        raise RecipeError(f"{key} is a Hub id or a file, not a URL: {text}", where=node.where, fix=fix)
-    if "\0" in text:
-        raise RecipeError(f"{key} has a null character in it: {text!r}", where=node.where, fix="write the name anew")
-    base = Path.cwd() if kind == _OUTPUT else node.base
+    elif "\0" in text:
+        what, fix = f"{key} has a null character in it: {text!r}", "write the name without it"
+    if what:
+        raise RecipeError(what, where=node.where, fix=fix)
     try:
-        path = os.path.abspath(base / Path(text).expanduser())
+        path = os.path.abspath((Path.cwd() if name in _OUTPUTS else node.base) / Path(text).expanduser())
     except RuntimeError as error:  # ~name of no user
-        raise RecipeError(
-            f"{key}: {text} has no home", where=node.where, why=str(error), fix="write ~/ or a path"
-        ) from None
-    return path if _is_path(text, path, kind) else text
-
-
-def _is_path(text: str, path: str, kind: str) -> bool:
-    if kind == _OUTPUT:
-        return True
-    if kind == _TEMPLATE:
-        return text not in TEMPLATES
-    if text.startswith(("./", "../", "/", "~")) or text in (".", ".."):
-        return True
-    suffixes = DATA_SUFFIXES if kind == _DATA else (".gguf",)
-    return text.lower().endswith(suffixes) or os.path.exists(path)
+        fix = "write ~/ or a path"
+        raise RecipeError(f"{key}: {text} has no home", where=node.where, why=str(error), fix=fix) from None
+    if name == "data.template":
+        return text if text in TEMPLATES else path
+    given_as_path = text.startswith(("./", "../", "/", "~")) or text in (".", "..")
+    is_path = name in _OUTPUTS or given_as_path or text.lower().endswith(_INPUTS[name]) or os.path.exists(path)
+    return path if is_path else text
