@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.config.load import from_mapping, load_recipe, read_mapping, to_mapping
+from tunesmith.config.load import from_mapping, load_recipe, to_mapping
 from tunesmith.config.names import keys, nearest, other_tools
 from tunesmith.config.schema import Run
 from tunesmith.errors import RecipeError
@@ -136,10 +136,6 @@ def test_from_mapping_takes_plain_values_only() -> None:
     values["output_dir"] = "\ud800"
     with pytest.raises(RecipeError, match="not Unicode"):
         from_mapping(values, where="config.yaml", base=Path())
-
-
-def test_read_mapping(recipe: Path) -> None:
-    assert read_mapping(recipe)["train"] == {"seed": 1, "betas": [0.9, 0.95]}
 
 
 def test_names_of_other_tools_lead_to_real_keys() -> None:

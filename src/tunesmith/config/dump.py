@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from io import StringIO
 from typing import Any, NamedTuple
@@ -66,26 +66,25 @@ def dump(run: Run) -> str:
 class _Representer(SafeRepresenter):
     """Text quoted wherever it could be anything else; floats exact; keys in their order; flat lists on one line."""
 
-    def text(self, value: str) -> Any:
-        safe = _TEXT.fullmatch(value) and isinstance(scalar(value), str)
-        return self.represent_scalar("tag:yaml.org,2002:str", value, style=None if safe else '"')
 
-    def number(self, value: float) -> Any:
-        return self.represent_scalar("tag:yaml.org,2002:float", repr(value))
-
-    def items(self, value: list[Any]) -> Any:
-        flat = not any(isinstance(item, dict | list) for item in value)
-        return self.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=flat)
-
-    def section(self, value: dict[str, Any]) -> Any:
-        # As a list of pairs, whose order ruamel keeps; it would sort a dict.
-        return self.represent_mapping("tag:yaml.org,2002:map", list(value.items()), flow_style=not value)
+_TAG = "tag:yaml.org,2002:"
+_REPRESENT: dict[type, Callable[..., Any]] = {
+    str: lambda yaml, text: yaml.represent_scalar(f"{_TAG}str", text, style=None if _is_plain(text) else '"'),
+    float: lambda yaml, number: yaml.represent_scalar(f"{_TAG}float", repr(number)),
+    list: lambda yaml, items: yaml.represent_sequence(f"{_TAG}seq", items, flow_style=not _nested(items)),
+    # A list of pairs, whose order ruamel keeps: it would sort a dict.
+    dict: lambda yaml, keys: yaml.represent_mapping(f"{_TAG}map", list(keys.items()), flow_style=not keys),
+}
+for _type, _represent in _REPRESENT.items():
+    _Representer.add_representer(_type, _represent)
 
 
-_Representer.add_representer(str, _Representer.text)
-_Representer.add_representer(float, _Representer.number)
-_Representer.add_representer(list, _Representer.items)
-_Representer.add_representer(dict, _Representer.section)
+def _is_plain(text: str) -> bool:
+    return bool(_TEXT.fullmatch(text)) and isinstance(scalar(text), str)
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
@@ -141,7 +140,7 @@ def _grows(old: Length, new: Length) -> bool:
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:
     """Dotted key -> value; a list of scalars is one leaf, so a changed list of names is one change."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
+    if _nested(value):
         value = dict(enumerate(value))
     if not isinstance(value, dict) or not value:
         return {key: value}

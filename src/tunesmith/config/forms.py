@@ -18,15 +18,6 @@ _FORMS = {
     Size: "a size",
     type(None): "null",
 }
-_EXAMPLES = {
-    "model": "{name: meta-llama/Llama-3.1-8B-Instruct}",
-    "model.name": "meta-llama/Llama-3.1-8B-Instruct",
-    "data": "{train: {source: rows.jsonl, format: messages}}",
-    "data.train": "{source: rows.jsonl, format: messages}",
-    "data.train.source": "rows.jsonl",
-    "data.validation.source": "rows.jsonl",
-    "output_dir": "runs/mine",
-}
 
 
 def members(hint: Any) -> tuple[Any, ...]:
@@ -65,9 +56,7 @@ def default_of(spec: Field[Any]) -> str:
     return "{}" if is_dataclass(value) else json.dumps(value)
 
 
-def example(key: str, hint: Any, spec: Field[Any]) -> str:
-    """A value of a key (dotted, without indices) as YAML: its default, or one that its type takes."""
-    default = default_of(spec)
-    if default in ("", "null") or hint is bool:
-        return _EXAMPLES.get(key) or ("true" if hint is bool else "8" if int in members(hint) else "name")
-    return default
+def example(hint: Any, spec: Field[Any]) -> str:
+    """A value of a key as YAML: its example or default, or one that its type takes."""
+    default = "true" if hint is bool else spec.metadata["example"] or default_of(spec)
+    return default if default != "null" else "8" if int in members(hint) else "name"

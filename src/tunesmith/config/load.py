@@ -23,7 +23,7 @@ from tunesmith.config.tree import Node, read_file, read_value, wrap
 from tunesmith.config.typed import build_run
 from tunesmith.errors import RecipeError
 
-__all__ = ["Change", "differences", "digest", "dump", "from_mapping", "load_recipe", "read_mapping", "to_mapping"]
+__all__ = ["Change", "differences", "digest", "dump", "from_mapping", "load_recipe", "to_mapping"]
 
 COMMAND_LINE = "command line"
 
@@ -43,17 +43,6 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Run:
     for text in overrides:
         tree = _override(tree, text)
     return _checked(tree)
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The plain values of a YAML file, as written: for a run's `config.yaml`, which extends nothing.
-
-    Raises:
-        RecipeError: it cannot be read, or is not a mapping in YAML 1.2.
-    """
-    values = read_file(path).plain()
-    assert isinstance(values, dict)
-    return values
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:

@@ -23,10 +23,10 @@ PositiveOrZero = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 
 
-def key(default: Any, doc: str) -> Any:
-    """A recipe key: a dataclass field with its documentation; a key whose default is `...` must be given."""
+def key(default: Any, doc: str, *, example: str = "") -> Any:
+    """A recipe key with its documentation; one whose default is `...` must be given, and has an example."""
     given = {} if default is ... else {"default_factory": dict} if default == {} else {"default": default}
-    return field(**given, metadata={"doc": doc})
+    return field(**given, metadata={"doc": doc, "example": example})
 
 
 def yaml_name(name: str) -> str:
@@ -43,7 +43,7 @@ def is_section(hint: Any) -> bool:
 class Model:
     """The base model."""
 
-    name: str = key(..., "Hub id (`meta-llama/Llama-3.1-8B-Instruct`), a local folder, or a `.gguf` file")
+    name: str = key(..., "Hub id, a local folder, or a `.gguf` file", example="meta-llama/Llama-3.1-8B-Instruct")
     revision: str | None = key(None, "branch, tag or commit on the Hub; null: `main`")
     tokenizer: str | None = key(None, "Hub id or folder of another tokenizer; null: the model's own")
     dtype: Literal["bf16", "fp16", "fp32"] = key("bf16", "dtype of weights and matmuls; fp16 scales the loss")
@@ -78,13 +78,11 @@ class Adapter:
 class Source:
     """One source of rows: a Hub dataset or a local file."""
 
-    source: str = key(..., "Hub id, or a file: json, jsonl, csv, parquet, arrow")
+    source: str = key(..., "Hub id, or a file: json, jsonl, csv, parquet, arrow", example="rows.jsonl")
     name: str | None = key(None, "configuration of a Hub dataset")
     revision: str | None = key(None, "branch, tag or commit of a Hub dataset")
     split: str | None = key(None, "such as `train` or `train[:95%]`; null: all rows")
-    format: Literal["alpaca", "messages", "sharegpt", "prompt-completion", "text"] = key(
-        "messages", "format of the rows"
-    )
+    format: Literal["alpaca", "messages", "sharegpt", "prompt-completion", "text"] = key("messages", "row format")
     columns: dict[str, str] = key({}, "column names: `{the format's name: the file's name}`")
     max_examples: Count | None = key(None, "take the first N rows of the split")
     weight: Positive = key(1.0, "with several sources: how often this one is seen in an epoch")
@@ -92,9 +90,11 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The rows, and how they become tokens."""
+    """Rows and tokens: what the model trains on."""
 
-    train: tuple[Source, ...] = key(..., "a source, or a list of them")
+    train: tuple[Source, ...] = key(
+        ..., "a source, or a list of them", example="{source: rows.jsonl, format: messages}"
+    )
     validation: tuple[Source, ...] = key((), "held-out rows: a source, a list of them, or null")
     template: str = key(
         "auto", "`auto` (the tokenizer's chat template, else alpaca), `chat`, `alpaca`, or a Jinja file"
@@ -211,13 +211,13 @@ class Run:
     }  # fmt: skip
 
     method: Literal["sft"] = key("sft", "supervised fine-tuning")
-    model: Model = key(..., "the base model")
+    model: Model = key(..., "the base model", example="{name: meta-llama/Llama-3.1-8B-Instruct}")
     adapter: Adapter = key(Adapter(), "what is trained")
-    data: Data = key(..., "the rows, and how they become tokens")
+    data: Data = key(..., "rows and tokens", example="{train: {source: rows.jsonl, format: messages}}")
     train: Train = key(Train(), "the optimizer and its schedule")
     parallel: Parallel = key(Parallel(), "how ranks share the work")
     validate: Validate = key(Validate(), "loss on the held-out rows")
     checkpoint: Checkpoint = key(Checkpoint(), "what is saved during the run, and how a run resumes")
     log: Log = key(Log(), "what is shown and written")
     profile: Profile = key(Profile(), "traces and a memory snapshot")
-    output_dir: str = key(..., "the run directory")
+    output_dir: str = key(..., "the run directory", example="runs/mine")

@@ -1,8 +1,8 @@
 """YAML 1.2 text as a small tree in which every value knows its file and line.
 
-ruamel.yaml scans and parses. The tree is built from its events, because only these tell a quoted scalar from a plain
-one and let duplicate keys, aliases and depth be refused before the tree grows. What a plain scalar means follows the
-core schema of YAML 1.2.2 (section 10.3.2): `3e-4` is a number, `on` and `yes` are text, there are no timestamps.
+ruamel.yaml composes the text into nodes; here they are checked for duplicate keys, tags, size and depth, and get their
+values. What a plain scalar means follows the core schema of YAML 1.2.2 (section 10.3.2): `3e-4` is a number, `on` and
+`yes` are text, there are no timestamps.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML, events
+from ruamel.yaml import YAML, nodes
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.resolver import BaseResolver, VersionedResolver
 
 from tunesmith.errors import RecipeError
 
@@ -28,15 +29,21 @@ MAX_NODES = 10_000  # with aliases expanded: nine lines of nested aliases can st
 # The core schema: the first form that matches the whole plain scalar gives its value; anything else is text.
 _CORE: tuple[tuple[str, Callable[[str], Scalar]], ...] = (
     (r"|~|null|Null|NULL", lambda text: None),
-    (r"true|True|TRUE", lambda text: True),
-    (r"false|False|FALSE", lambda text: False),
+    (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
     # int() refuses more than 4300 digits with an error of its own; a longer number becomes a float below.
     (r"[-+]?[0-9]{1,300}", int),
-    (r"0o[0-7]{1,300}", lambda text: int(text[2:], 8)),
-    (r"0x[0-9a-fA-F]{1,300}", lambda text: int(text[2:], 16)),
+    (r"0o[0-7]{1,300}|0x[0-9a-fA-F]{1,300}", lambda text: int(text, 0)),
     (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
     (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda text: float(text.replace(".", ""))),
 )
+
+
+_UNTAGGED = (BaseResolver.DEFAULT_SCALAR_TAG, BaseResolver.DEFAULT_SEQUENCE_TAG, BaseResolver.DEFAULT_MAPPING_TAG)
+_FIXES = {  # a part of ruamel's message -> what to do
+    "\\t": "indent with spaces: a tab is not allowed there",
+    "another document": "remove the line `---` and what follows: a recipe is one document",
+    "undefined alias": "mark the value with & and that name further up",
+}
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,6 @@ class Node:
             yield below, node.where
             yield from node.places(below)
 
-    def extent(self) -> tuple[int, int]:
-        """How many nodes this is, and how deep they nest."""
-        inside = [node.extent() for _, node in self.children()]
-        return 1 + sum(count for count, _ in inside), max((1 + depth for _, depth in inside), default=0)
-
 
 def scalar(text: str) -> Scalar:
     """The value of a plain scalar in YAML 1.2's core schema.
@@ -83,14 +85,15 @@ def scalar(text: str) -> Scalar:
 
 def wrap(values: Any, *, where: str, base: Path, key: str = "") -> Node:
     """Plain values as a tree whose places are `where: key`."""
+
+    def below(name: Any, value: Any) -> Node:
+        return wrap(value, where=where, base=base, key=f"{key}.{name}".lstrip("."))
+
     place = f"{where}: {key}" if key else where
-    if isinstance(values, Mapping | list | tuple):
-        pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
-        inside = {
-            str(name): wrap(value, where=where, base=base, key=f"{key}.{name}" if key else str(name))
-            for name, value in pairs
-        }
-        return Node(inside if isinstance(values, Mapping) else list(inside.values()), place, base)
+    if isinstance(values, Mapping):
+        return Node({str(name): below(name, value) for name, value in values.items()}, place, base)
+    if isinstance(values, list | tuple):
+        return Node([below(i, value) for i, value in enumerate(values)], place, base)
     if not isinstance(values, Scalar):
         fix = "give text, a number, true, false, null, a list or a mapping"
         raise RecipeError(f"a {type(values).__name__} is not a recipe's value", where=place, fix=fix)
@@ -120,7 +123,7 @@ def read_file(path: Path) -> Node:
         fix = f"iconv -f LATIN1 -t UTF-8 {name} > fixed.yaml   # if it was written in that encoding"
         what = f"this recipe is not UTF-8 text: byte 0x{raw[error.start]:02x}"
         raise RecipeError(what, where=f"{name}:{line}", fix=fix) from error
-    top = _Builder(text, name, path.parent).document()
+    top = _Reader(name, path.parent).read(text)
     if top is None or top.value is None:
         raise RecipeError("this recipe is empty", where=name, fix="start from one that ships: tunesmith recipes")
     if not isinstance(top.value, dict):
@@ -132,96 +135,76 @@ def read_file(path: Path) -> Node:
 
 def read_value(text: str, *, where: str, base: Path) -> Node:
     """One YAML value from the command line; no text is null, as in a file."""
-    return _Builder(text, where, base, lines=False).document() or Node(None, where, base)
+    return _Reader(where, base, lines=False).read(text) or Node(None, where, base)
 
 
-class _Builder:
-    """Builds a `Node` from ruamel's events, within the bounds above."""
+class _Untyped(VersionedResolver):
+    """Gives plain scalars no type: `scalar` does."""
 
-    def __init__(self, text: str, name: str, base: Path, *, lines: bool = True) -> None:
-        self.text, self.name, self.base, self.lines = text, name, base, lines
-        self.anchors: dict[str, Node] = {}
-        self.count = 0
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        return BaseResolver.resolve(self, kind, value, implicit)
+
+
+class _Reader:
+    """Reads one YAML document into a `Node`, within the bounds above."""
+
+    def __init__(self, name: str, base: Path, *, lines: bool = True) -> None:
+        self.name, self.base, self.lines, self.count = name, base, lines, 0
 
     def place(self, line: int) -> str:
         return f"{self.name}:{line + 1}" if self.lines else self.name
 
-    def document(self) -> Node | None:
-        """The only document of the text; None if there is none."""
-        self.stream: Iterator[events.Event] = iter(YAML(typ="safe", pure=True).parse(self.text))
-        top = None
+    def read(self, text: str) -> Node | None:
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Resolver = _Untyped
+        where = self.name
         try:
-            for event in self.stream:
-                if isinstance(event, events.DocumentStartEvent):
-                    if top is not None:
-                        where, fix = self.place(event.start_mark.line), "remove the line `---` and what follows"
-                        raise RecipeError("a second YAML document begins here", where=where, fix=fix)
-                    top = self.node(next(self.stream), depth=0)
+            top = yaml.compose(text)
+            return None if top is None else self.node(top)
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            raise self.syntax(error.problem or str(error), self.place(mark.line) if mark else self.name) from error
+            where = self.place(mark.line) if mark else where
+            problem = ": ".join(part for part in (error.context, error.problem) if part)
         except ReaderError as error:  # a character that YAML does not allow
-            line = self.text.count("\n", 0, error.position)
-            raise self.syntax(str(error).splitlines()[0], self.place(line)) from error
+            where, problem = self.place(text.count("\n", 0, error.position)), str(error).splitlines()[0]
+        except RecursionError:
+            problem = "it is too deeply nested"
         except (ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF" that is no character
-            raise self.syntax(str(error), self.name) from error
-        return top
+            problem = str(error)
+        fix = next((fix for part, fix in _FIXES.items() if part in problem), "correct it at or just before this place")
+        raise RecipeError("this YAML cannot be read", where=where, why=problem, fix=fix)
 
-    def syntax(self, problem: str, where: str) -> RecipeError:
-        tab = "\\t" in problem
-        fix = (
-            "indent with spaces: a tab is not allowed there" if tab else "correct the YAML at or just before this place"
-        )
-        return RecipeError("this is not YAML 1.2", where=where, why=problem, fix=fix)
-
-    def node(self, event: events.Event, depth: int) -> Node:
-        """The value that begins with `event`, at `depth` in the tree."""
-        where = self.place(event.start_mark.line)
-        if isinstance(event, events.AliasEvent):
-            if event.anchor not in self.anchors:
-                what = f"*{event.anchor} stands for an anchor that is not complete before this line"
-                raise RecipeError(what, where=where, fix=f"mark the value with &{event.anchor} further up")
-            count, below = self.anchors[event.anchor].extent()
-            self.grow(count, depth + below, where)
-            return replace(self.anchors[event.anchor], where=where)
-        self.grow(1, depth, where)
-        assert isinstance(event, events.ScalarEvent | events.CollectionStartEvent)
-        if event.tag is not None:
-            what = f"the YAML tag {event.tag} is not allowed in a recipe"
-            raise RecipeError(what, where=where, fix="write the plain value")
-        if isinstance(event, events.ScalarEvent):
-            node = Node(scalar(event.value) if event.implicit[0] else event.value, where, self.base)
-        elif isinstance(event, events.MappingStartEvent):
-            node = Node(self.mapping(depth), where, self.base)
-        else:
-            items = []
-            while not isinstance(inner := next(self.stream), events.SequenceEndEvent):
-                items.append(self.node(inner, depth + 1))
-            node = Node(items, where, self.base)
-        if event.anchor is not None:
-            self.anchors[event.anchor] = node
-        return node
-
-    def grow(self, count: int, depth: int, where: str) -> None:
-        self.count += count
+    def node(self, found: nodes.Node, line: int = 0, depth: int = 0) -> Node:
+        """The value of ruamel's node, which is written in `line` or below; an alias is where it is used."""
+        line = max(line, found.start_mark.line)
+        where, value = self.place(line), None
+        self.count += 1
         if self.count > MAX_NODES or depth > MAX_DEPTH:
             what = "too deeply nested" if depth > MAX_DEPTH else f"more than {MAX_NODES} values, aliases written out"
             raise RecipeError(f"this recipe is {what}", where=where, fix="use fewer levels, and no aliases")
+        if found.ctag not in _UNTAGGED:
+            raise RecipeError(f"the YAML tag {found.tag} is not allowed", where=where, fix="write the plain value")
+        if isinstance(found, nodes.ScalarNode):
+            value = scalar(found.value) if found.style is None else found.value
+        elif isinstance(found, nodes.SequenceNode):
+            value = [self.node(item, line, depth + 1) for item in found.value]
+        else:
+            value = self.mapping(found, line, depth + 1)
+        return Node(value, where, self.base)
 
-    def mapping(self, depth: int) -> dict[str, Node]:
+    def mapping(self, found: nodes.Node, line: int, depth: int) -> dict[str, Node]:
         given: dict[str, Node] = {}
-        while not isinstance(event := next(self.stream), events.MappingEndEvent):
-            key = self.node(event, depth + 1)
-            value = replace(self.node(next(self.stream), depth + 1), where=key.where)
+        for name, inside in found.value:
+            key = self.node(name, line, depth)
             if not isinstance(key.value, str):
                 shown = "a list or mapping" if isinstance(key.value, dict | list) else repr(key.value)
                 raise RecipeError(f"a key is text, this one is {shown}", where=key.where, fix="put it in quotes")
             if key.value in given:
                 what, why = f"the key {key.value!r} is given twice", f"the first one is at {given[key.value].where}"
                 raise RecipeError(what, where=key.where, why=why, fix="remove one of the two")
-            given[key.value] = value
-        merged = given.pop("<<", None)
-        for source in [] if merged is None else merged.value if isinstance(merged.value, list) else [merged]:
+            given[key.value] = replace(self.node(inside, max(line, name.start_mark.line), depth), where=key.where)
+        merged = given.pop("<<", Node([], "", self.base))
+        for source in merged.value if isinstance(merged.value, list) else [merged]:
             if not isinstance(source.value, dict):
                 raise RecipeError("`<<` takes a mapping", where=source.where, fix="write <<: *name_of_a_mapping")
             given = {**source.value, **given}

@@ -83,7 +83,7 @@ class _Value(NamedTuple):
     def example(self) -> str:
         """The line with a value that can stand here; the whole list for one of its entries."""
         owner = re.sub(r"\.[0-9]+$", "", self.key)
-        return self._replace(key=owner).line(example(without_indices(owner), self.hint, self.spec))
+        return self._replace(key=owner).line(example(self.hint, self.spec))
 
 
 def _explain(errors: list[ErrorDetails], tree: Node) -> RecipeError:
@@ -102,7 +102,7 @@ def _explain(errors: list[ErrorDetails], tree: Node) -> RecipeError:
     if kind == "missing" and isinstance(name[0], str):
         value = _Value.at(node, f"{key}.{name[0]}".lstrip("."))
         what = f"{value.key} is missing: {value.spec.metadata['doc']}"
-        fix = f"add {value.key}: {example(without_indices(value.key), value.hint, value.spec)}"
+        fix = f"add {value.key}: {example(value.hint, value.spec)}"
         return RecipeError(what, where=node.where, fix=fix)
     value = _Value.at(node, key)
     what, fix = _wrong_type(value), f"write {value.example()}   # {value.spec.metadata['doc']}"
