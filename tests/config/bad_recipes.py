@@ -166,7 +166,7 @@ _RULES = [
     _line("system on plain text", ("data.train.format=text", "data.system=Be kind."), "data.system has no effect on rows of format text", "data.system", "remove it"),
     _rule("duration in %", "train.duration=3 %", "train.duration is 3 %, but is counted in steps, epochs", "train.duration: 1 epochs"),
     _rule("duration 0", "train.duration=0 steps", "must be above 0", "train.duration: 1 epochs"),
-    _rule("warm-up by the clock", "train.warmup=3 min", "counted in %, steps or epochs", "train.warmup: 3 %"),
+    _rule("warm-up by the clock", "train.warmup=3 min", "counted in %, steps, epochs", "train.warmup: 3 %"),
     _rule("warm-up of 200 %", "train.warmup=200 %", "longer than train.duration of 1 epochs", "train.warmup: 3 %"),
     _line("warm-up too long", ("train.duration=50 steps", "train.warmup=100 steps"), "longer than train.duration of 50 steps", "train.warmup", "train.warmup: 3 %"),
     _rule("small token batch", "train.global_batch=1024 tokens", "smaller than one row of data.seq_len 2048", "2048 tokens"),

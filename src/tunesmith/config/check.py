@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tunesmith.config.names import nearest
 from tunesmith.config.paths import TEMPLATES
-from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
+from tunesmith.config.schema import Run, Source
 from tunesmith.errors import MachineError, RecipeError
 
 # The column names of each format; `columns` maps them to those of a file.
@@ -21,7 +21,6 @@ COLUMNS = {
     "text": ("text",),
 }
 CHATS = ("alpaca", "messages", "sharegpt")  # formats with turns, and so with a system message
-INTERVALS = ("steps", "epochs", "s", "min", "h")
 
 
 class Problem(NamedTuple):
@@ -35,42 +34,23 @@ class Problem(NamedTuple):
 
 
 def check_run(run: Run, where: Callable[[str], str]) -> None:
-    """Check a typed recipe against every rule.
+    """Check a typed recipe against every rule; raise the first that is broken.
 
     Args:
         run: the recipe.
         where: the place of a dotted key (`data.train.0.columns`), or "" if the key was not given.
 
     Raises:
-        RecipeError: the first rule that is broken.
+        RecipeError: a rule is broken.
         MachineError: this version cannot do what is asked.
     """
-    for broken in problems(run, where):
-        place = where(broken.key) or broken.key
-        raise broken.error(f"{broken.key} {broken.what}", where=place, why=broken.why, fix=broken.fix)
+    for rules in (_model, _adapter, _data, _train, _batch, _optimizer_in_backward, _lengths, _validate_and_parallel):
+        for key, what, fix, why, error in rules(run, where):
+            raise error(f"{key} {what}", where=where(key) or key, why=why, fix=fix)
 
 
-def problems(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
-    """Every broken rule, in the order of the schema."""
-    yield from _model(run.model, run.adapter)
-    yield from _adapter(run.adapter, given)
-    yield from _data(run.data, given)
-    yield from _train(run.train, run)
-    yield from _batch(run.train, run.data)
-    yield from _optimizer_in_backward(run.train, run)
-    yield from _lengths(run)
-    for name, size in run.parallel.__dict__.items():
-        if size not in ("auto", 1):
-            fix = f"parallel.{name}: {1 if name == 'tensor' else 'auto'}"
-            yield Problem(f"parallel.{name}", f"is {size}: this version trains on one rank", fix, error=MachineError)
-    if run.validate.patience is not None and not run.data.validation:
-        yield Problem("validate.patience", "needs data.validation", "add data.validation, or remove validate.patience")
-    if run.validate.patience is not None and run.validate.every is None:
-        what = "needs several validations, and validate.every: null validates once, at the end"
-        yield Problem("validate.patience", what, "validate.every: 100 steps")
-
-
-def _model(model: Model, adapter: Adapter) -> Iterator[Problem]:
+def _model(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
+    model, adapter = run.model, run.adapter
     if model.quantize == "fp8" and model.dtype != "bf16":
         why = "fp8 matmuls return bf16"
         yield Problem("model.quantize", f"is fp8, but model.dtype is {model.dtype}", "model.dtype: bf16", why)
@@ -87,24 +67,26 @@ def _model(model: Model, adapter: Adapter) -> Iterator[Problem]:
         yield Problem("model.added_tokens", "needs trained embeddings", fix, why)
 
 
-def _adapter(adapter: Adapter, given: Callable[[str], str]) -> Iterator[Problem]:
-    if adapter.kind == "none":
+def _adapter(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
+    if run.adapter.kind == "none":
         for name in ("rank", "alpha", "dropout", "target", "rslora", "modules_to_save", "from"):
             if given(f"adapter.{name}"):
                 fix = f"remove adapter.{name}, or train an adapter: adapter.kind: lora"
                 yield Problem(f"adapter.{name}", "has no effect with adapter.kind: none", fix)
         return
-    names = (adapter.target,) if isinstance(adapter.target, str) else adapter.target
+    target = run.adapter.target
+    names = (target,) if isinstance(target, str) else target
     if not names or "" in names:
         yield Problem("adapter.target", "names no module", "adapter.target: all-linear")
     elif any(name != "all-linear" and nearest(name, ["all-linear"]) for name in names):
         fix = "adapter.target: all-linear, or a list of module names such as [q_proj, v_proj]"
         yield Problem("adapter.target", f"is {', '.join(names)}, which is no module's name", fix)
-    elif "all-linear" in names and isinstance(adapter.target, tuple):
+    elif "all-linear" in names and isinstance(target, tuple):
         yield Problem("adapter.target", "has all-linear in a list", "adapter.target: all-linear")
 
 
-def _data(data: Data, given: Callable[[str], str]) -> Iterator[Problem]:
+def _data(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
+    data = run.data
     if not data.train:
         yield Problem("data.train", "is empty", "data.train: {source: rows.jsonl, format: messages}")
     for part, sources in (("train", data.train), ("validation", data.validation)):
@@ -133,8 +115,8 @@ def _columns(source: Source, key: str) -> Iterator[Problem]:
             yield Problem(f"{key}.{name}", what, fix, "columns are written as the format's name: the file's name")
 
 
-def _train(train: Train, run: Run) -> Iterator[Problem]:
-    least = "train.min_learning_rate"
+def _train(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
+    train, least = run.train, "train.min_learning_rate"
     if train.min_learning_rate > train.learning_rate:
         what = f"is {train.min_learning_rate}, above train.learning_rate {train.learning_rate}"
         yield Problem(least, what, "write a smaller one, such as 0")
@@ -146,63 +128,72 @@ def _train(train: Train, run: Run) -> Iterator[Problem]:
         yield Problem("train.master_weights", "is stochastic, but has nothing to round here", fix, why)
 
 
-def _batch(train: Train, data: Data) -> Iterator[Problem]:
-    batch, micro, seq_len = train.global_batch, train.micro_batch, data.seq_len
-    if batch.unit == "tokens" and not data.pack:
+def _batch(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
+    batch, micro, seq_len = run.train.global_batch, run.train.micro_batch, run.data.seq_len
+    if batch.unit == "tokens" and not run.data.pack:
         fix = "train.global_batch: 64 examples, or data.pack: true"
         yield Problem("train.global_batch", "in tokens needs packed rows", fix)
-    short = f"is smaller than one row of data.seq_len {seq_len}"
-    if batch.unit == "tokens" and batch.amount < seq_len:
-        fix = f"train.global_batch: {seq_len} tokens or more, or a smaller data.seq_len"
-        yield Problem("train.global_batch", f"of {batch} {short}", fix)
-    if micro == "auto":
-        return
-    if micro.unit == "tokens" and micro.amount < seq_len:
-        yield Problem(
-            "train.micro_batch", f"of {micro} {short}", f"train.micro_batch: {seq_len} tokens or more, or auto"
-        )
-    if micro.unit == batch.unit and micro.amount > batch.amount:
+    for key, size, other in (
+        ("train.global_batch", batch, "a smaller data.seq_len"),
+        ("train.micro_batch", micro, "auto"),
+    ):
+        if size != "auto" and size.unit == "tokens" and size.amount < seq_len:
+            what = f"of {size} is smaller than one row of data.seq_len {seq_len}"
+            yield Problem(key, what, f"{key}: {seq_len} tokens or more, or {other}")
+    if micro != "auto" and micro.unit == batch.unit and micro.amount > batch.amount:
         what = f"of {micro} is larger than train.global_batch of {batch}"
         yield Problem("train.micro_batch", what, f"train.micro_batch: {batch}, or auto")
 
 
-def _optimizer_in_backward(train: Train, run: Run) -> Iterator[Problem]:
+def _optimizer_in_backward(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
     """Updating in backward excludes whatever needs all gradients, or several backward passes, before the update."""
+    key, off, train = "train.optimizer_in_backward", "train.optimizer_in_backward: false", run.train
     if not train.optimizer_in_backward:
         return
-    key, off = "train.optimizer_in_backward", "train.optimizer_in_backward: false"
+    late = "is known after the last gradient, when the weights are already updated"
     if run.adapter.kind != "none":
         why = "it saves the memory of gradients, which is small for an adapter"
         yield Problem(key, f"saves nothing with adapter.kind: {run.adapter.kind}", f"remove it, or {off}", why)
     if train.clip_norm is not None:
-        why = "the norm is known after the last gradient, when the weights are already updated"
-        yield Problem(key, f"excludes train.clip_norm: {train.clip_norm}", f"train.clip_norm: null, or {off}", why)
+        fix = f"train.clip_norm: null, or {off}"
+        yield Problem(key, f"excludes train.clip_norm: {train.clip_norm}", fix, f"the norm {late}")
     if run.model.dtype == "fp16":
-        why = "an overflow of the scaled loss is known after the last gradient, when the weights are already updated"
-        yield Problem(key, "excludes model.dtype: fp16", f"model.dtype: bf16, or {off}", why)
+        fix = f"model.dtype: bf16, or {off}"
+        yield Problem(key, "excludes model.dtype: fp16", fix, f"an overflow of the scaled loss {late}")
     if train.micro_batch not in ("auto", train.global_batch):
         why = "optimizer_in_backward updates the weights in each backward pass, so one pass takes the global batch"
         what = f"of {train.micro_batch} differs from train.global_batch of {train.global_batch}"
         yield Problem("train.micro_batch", what, f"train.micro_batch: auto, or {off}", why)
 
 
-def _lengths(run: Run) -> Iterator[Problem]:
+def _lengths(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
     """Units and amounts of the durations and intervals."""
     duration, warmup = run.train.duration, run.train.warmup
+    units = ("steps", "epochs", "s", "min", "h")
     # A share of the run is a number of steps, which a run of a given time does not know.
-    often = INTERVALS if duration.seconds is not None else (*INTERVALS, "%")
-    for key, length, example, units in (
-        ("train.duration", duration, "1 epochs", INTERVALS),
-        ("validate.every", run.validate.every, "100 steps", often),
-        ("checkpoint.every", run.checkpoint.every, "200 steps", often),
-        ("log.every", run.log.every, "1 steps", often),
+    often = units if duration.seconds is not None else (*units, "%")
+    for key, length, allowed, example in (
+        ("train.duration", duration, units, "1 epochs"),
+        ("train.warmup", warmup, ("%", "steps", "epochs"), "3 %"),
+        ("validate.every", run.validate.every, often, "100 steps"),
+        ("checkpoint.every", run.checkpoint.every, often, "200 steps"),
+        ("log.every", run.log.every, often, "1 steps"),
     ):
-        if length is not None and length.unit not in units:
-            yield Problem(key, f"is {length}, but is counted in {', '.join(units)} here", f"{key}: {example}")
-        if length is not None and length.amount <= 0:
+        if length is not None and length.unit not in allowed:
+            yield Problem(key, f"is {length}, but is counted in {', '.join(allowed)}", f"{key}: {example}")
+        elif length is not None and length.amount <= 0 and key != "train.warmup":
             yield Problem(key, f"is {length}: it must be above 0", f"{key}: {example}")
-    longest = {"%": 100.0, duration.unit: duration.amount}
-    if warmup.unit not in ("%", "steps", "epochs"):
-        yield Problem("train.warmup", f"is {warmup}, but is counted in %, steps or epochs", "train.warmup: 3 %")
-    elif warmup.amount > longest.get(warmup.unit, math.inf):
+    if warmup.amount > {"%": 100.0, duration.unit: duration.amount}.get(warmup.unit, math.inf):
         yield Problem("train.warmup", f"is {warmup}, longer than train.duration of {duration}", "train.warmup: 3 %")
+
+
+def _validate_and_parallel(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
+    for name, size in vars(run.parallel).items():
+        if size not in ("auto", 1):
+            fix = f"parallel.{name}: {1 if name == 'tensor' else 'auto'}"
+            yield Problem(f"parallel.{name}", f"is {size}: this version trains on one rank", fix, error=MachineError)
+    if run.validate.patience is not None and not run.data.validation:
+        yield Problem("validate.patience", "needs data.validation", "add data.validation, or remove validate.patience")
+    if run.validate.patience is not None and run.validate.every is None:
+        what = "needs several validations, and validate.every: null validates once, at the end"
+        yield Problem("validate.patience", what, "validate.every: 100 steps")

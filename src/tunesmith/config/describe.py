@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tunesmith.config.check import COLUMNS
-from tunesmith.config.forms import default_of, form
 from tunesmith.config.names import keys
 from tunesmith.config.schema import is_section
+from tunesmith.config.typed import default_of, form
 
 MARK = "<!-- Written from the schema from here on: python -m tunesmith.config.describe --write docs/recipe.md -->\n"
 

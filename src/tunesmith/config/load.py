@@ -91,13 +91,11 @@ def _merge(lower: Node, upper: Node, key: str = "") -> Node:
     """
     if not isinstance(lower.value, dict) or not isinstance(upper.value, dict):
         return upper
+    below = lower.value
     if key == "adapter" and "kind" in upper.value and upper.value["kind"].value == "none":
-        return upper
-    merged = {
-        name: _merge(lower.value[name], node, name) if name in lower.value else node
-        for name, node in upper.value.items()
-    }
-    return replace(upper, value={**lower.value, **merged})
+        below = {name: node for name, node in below.items() if node.where.startswith(COMMAND_LINE)}
+    merged = {name: _merge(below[name], node, name) if name in below else node for name, node in upper.value.items()}
+    return replace(upper, value={**below, **merged})
 
 
 def _override(tree: Node, text: str) -> Node:
@@ -111,10 +109,8 @@ def _override(tree: Node, text: str) -> Node:
     if key == "extends":
         raise RecipeError("extends belongs in a file", where=where, fix="name that recipe in place of this one")
     node = read_value(value, where=where, base=Path.cwd())
-    if key == "adapter.kind" and node.value == "none":  # as with extends: the adapter's keys of the files go
-        section = dict(tree.children()).get("adapter")
-        given = {name: n for name, n in section.children() if n.where.startswith(COMMAND_LINE)} if section else {}
-        tree = replace(tree, value={**dict(tree.children()), "adapter": Node(given, where, node.base)})
+    if key == "adapter.kind":  # merged as a section, for what `none` drops
+        key, node = "adapter", Node({"kind": node}, where, node.base)
     return _set(tree, key.split("."), node, key)
 
 

@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt, Interval
 from tunesmith.units import Length, Size
 
 Count = Annotated[int, Interval(ge=1, lt=2**63)]
+AtLeastTwo = Annotated[int, Interval(ge=2, lt=2**63)]
 CountOrZero = Annotated[int, Interval(ge=0, lt=2**63)]
 Positive = Annotated[float, Gt(0)]
 PositiveOrZero = Annotated[float, Ge(0)]
@@ -51,7 +52,7 @@ class Model:
         "none", "quantization of the frozen base: fp8 for speed (needs bf16), nf4 (bitsandbytes' format) for memory"
     )
     attention: Literal["auto", "eager"] = key(
-        "auto", "attention backend: auto is the fastest for packed rows; eager is Transformers' plain one"
+        "auto", "auto: the fastest backend for packed rows; eager: Transformers' own"
     )
     trust_remote_code: bool = key(False, "run Python code from the model's repository")
     added_tokens: tuple[str, ...] = key(
@@ -90,22 +91,18 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Rows and tokens: what the model trains on."""
+    """The rows, and how they become tokens."""
 
     train: tuple[Source, ...] = key(
         ..., "a source, or a list of them", example="{source: rows.jsonl, format: messages}"
     )
     validation: tuple[Source, ...] = key((), "held-out rows: a source, a list of them, or null")
-    template: str = key(
-        "auto", "`auto` (the tokenizer's chat template, else alpaca), `chat`, `alpaca`, or a Jinja file"
-    )
+    template: str = key("auto", "`auto` (the tokenizer's chat template, else alpaca), `chat`, `alpaca` or a Jinja file")
     system: str | None = key(None, "system message for rows without one")
-    seq_len: Annotated[int, Interval(ge=2, lt=2**63)] = key(
-        2048, "longest example and length of a packed row, in tokens"
-    )
+    seq_len: AtLeastTwo = key(2048, "longest example and length of a packed row, in tokens")
     pack: bool = key(True, "put several examples in a row, isolated by attention; false: one example a row, padded")
     train_on: Literal["response", "last", "all"] = key(
-        "response", "supervised tokens: all assistant turns, the last one, or every token"
+        "response", "supervised: all assistant turns, the last, or all tokens"
     )
     too_long: Literal["truncate", "drop", "error"] = key(
         "truncate", "what happens to longer examples; the count is shown"
@@ -120,15 +117,13 @@ class Train:
     duration: Length = key(Length(1, "epochs"), "`1 epochs`, `500 steps` or `2 h`")
     global_batch: Size = key(Size(64, "examples"), "batch of one optimizer step, over all ranks")
     micro_batch: Size | Literal["auto"] = key(
-        "auto", "batch of one rank's forward pass, in examples or tokens (with padding); auto: the most that fits"
+        "auto", "batch of one forward pass, with padding; auto: the most that fits"
     )
     learning_rate: Positive = key(1e-4, "peak learning rate")
     min_learning_rate: PositiveOrZero = key(0.0, "final learning rate of linear and cosine")
     schedule: Literal["constant", "linear", "cosine"] = key("cosine", "learning-rate schedule after warmup")
     warmup: Length = key(Length(3, "%"), "linear warmup of the learning rate, as a share of the run or in steps")
-    optimizer: Literal["adamw", "adamw-8bit"] = key(
-        "adamw", "AdamW; adamw-8bit keeps both moments in 8 bits with one scale per block (bitsandbytes)"
-    )
+    optimizer: Literal["adamw", "adamw-8bit"] = key("adamw", "adamw-8bit keeps both moments in 8 bits (bitsandbytes)")
     optimizer_in_backward: bool = key(
         False,
         "update each parameter during backward and free its gradient: full fine-tuning in less memory; "
@@ -136,12 +131,10 @@ class Train:
     )
     betas: tuple[Fraction, Fraction] = key((0.9, 0.999), "AdamW's betas")
     eps: Positive = key(1e-8, "AdamW's epsilon")
-    weight_decay: PositiveOrZero = key(
-        0.0, "AdamW's decoupled weight decay, on matrices only, not on norms, biases and scalars"
-    )
+    weight_decay: PositiveOrZero = key(0.0, "decoupled weight decay of matrices, not of norms, biases and scalars")
     clip_norm: Positive | None = key(1.0, "maximum L2 norm of the gradient; null: no clipping")
     master_weights: Literal["fp32", "stochastic"] = key(
-        "fp32", "full fine-tuning in bf16: an fp32 copy of the weights, or stochastic rounding"
+        "fp32", "for bf16 weights: an fp32 copy, or stochastic rounding"
     )
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = key(42, "seed of data order, new weights and dropout")
     recompute: CountOrZero | Literal["auto", "none", "full"] = key(
@@ -213,7 +206,9 @@ class Run:
     method: Literal["sft"] = key("sft", "supervised fine-tuning")
     model: Model = key(..., "the base model", example="{name: meta-llama/Llama-3.1-8B-Instruct}")
     adapter: Adapter = key(Adapter(), "what is trained")
-    data: Data = key(..., "rows and tokens", example="{train: {source: rows.jsonl, format: messages}}")
+    data: Data = key(
+        ..., "the rows, and how they become tokens", example="{train: {source: rows.jsonl, format: messages}}"
+    )
     train: Train = key(Train(), "the optimizer and its schedule")
     parallel: Parallel = key(Parallel(), "how ranks share the work")
     validate: Validate = key(Validate(), "loss on the held-out rows")

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from dataclasses import Field
+import types
+from dataclasses import MISSING, Field, is_dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from tunesmith.config.forms import default_of, example, form, members, words
 from tunesmith.config.names import instead, keys, nearest, without_indices
 from tunesmith.config.schema import Run
 from tunesmith.config.tree import Node, scalar
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _BOUNDS = {"greater_than": "above {}", "greater_than_equal": "{} or more", "less_than": "below {}"}
+
+_FORMS = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    Length: "a length",
+    Size: "a size",
+    type(None): "null",
+}
 
 
 @cache
@@ -139,14 +149,14 @@ def _wrong_type(value: _Value) -> str:
 
 def _fix_type(value: _Value) -> str:
     """The fix for a value of the wrong type: the line to write where it can be guessed."""
-    given, types = value.node.value, members(value.hint)
-    listed = words(value.hint) or (("true", "false") if bool in types else ())
-    units = ["steps", "epochs"] if Length in types else ["examples", "tokens"] if Size in types else []
+    given, kinds = value.node.value, members(value.hint)
+    listed = words(value.hint) or (("true", "false") if bool in kinds else ())
+    units = ["steps", "epochs"] if Length in kinds else ["examples", "tokens"] if Size in kinds else []
     if isinstance(given, str):
         meant = type(scalar(given.strip()))
-        if meant in types or (meant is int and float in types):
+        if meant in kinds or (meant is int and float in kinds):
             return f"write {value.line(given.strip())}, without quotes"
-        if types[0] == tuple[str, ...]:
+        if kinds[0] == tuple[str, ...]:
             return f"write it as a list: {value.line(f'[{given}]')}"
     if listed and isinstance(given, str | bool):
         near = nearest(str(given), listed)
@@ -155,8 +165,50 @@ def _fix_type(value: _Value) -> str:
         return f"write {value.line('none')}"
     if given is None and default_of(value.spec):
         return f"remove the line to take the default, or write {value.example()}"
-    if isinstance(given, int | float) and str in types:
+    if isinstance(given, int | float) and str in kinds:
         return f"put it in quotes: {value.line(json.dumps(str(given).lower()))}"
     if isinstance(given, int | float) and not isinstance(given, bool) and units:
         return "name the unit: " + " or ".join(value.line(f"{given} {unit}") for unit in units)
     return f"write {value.example()}"
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the one type that it is."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def words(hint: Any) -> tuple[str, ...]:
+    """The words that a type lists: `Literal["a", "b"] | int` -> ("a", "b")."""
+    return tuple(word for member in members(hint) if get_origin(member) is Literal for word in get_args(member))
+
+
+def form(hint: Any) -> str:
+    """A type in words, such as "a whole number or `auto`"."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        listed = [f"`{word}`" for word in inside]
+        return " or ".join([", ".join(listed[:-1]), listed[-1]] if listed[:-1] else listed)
+    if origin is tuple and is_dataclass(inside[0]):
+        return "a mapping of keys, or a list of them"
+    if origin is tuple:
+        return "a list of texts" if inside[-1] is Ellipsis else f"a list of {len(inside)} numbers"
+    if origin is dict:
+        return "a mapping of texts to texts"
+    plain = _FORMS.get(hint) or ("a mapping of keys" if is_dataclass(hint) else "")
+    return plain or " or ".join(form(member) for member in members(hint))
+
+
+def default_of(spec: Field[Any]) -> str:
+    """The default of a key as YAML; empty if it has none."""
+    value = spec.default if spec.default_factory is MISSING else spec.default_factory()
+    if value is MISSING:
+        return ""
+    if isinstance(value, str | Length | Size):
+        return str(value)
+    return "{}" if is_dataclass(value) else json.dumps(value)
+
+
+def example(hint: Any, spec: Field[Any]) -> str:
+    """A value of a key as YAML: its example or default, or one that its type takes."""
+    default = "true" if hint is bool else spec.metadata["example"] or default_of(spec)
+    return default if default != "null" else "8" if int in members(hint) else "name"
