@@ -78,7 +78,7 @@ RECIPES = [
     Case("recipe", "wrong type", lambda w: w.train(data={"pack": "true"}), "recipe.yaml:", "data.pack"),
     Case("recipe", "missing key", lambda w: w.text("model: {name: x}\noutput_dir: run\n"), "recipe.yaml:1"),
     Case("recipe", "override without a value", lambda w: w.train("train.learning_rate"), "command line", "key.sub=value", "train.learning_rate=2e-4"),
-    Case("recipe", "override of a wrong type", lambda w: w.train("train.seed=many"), "command line: train.seed", "train.seed=8"),
+    Case("recipe", "override of a wrong type", lambda w: w.train("train.seed=many"), "command line: train.seed", "train.seed=42"),
     Case("recipe", "rank without an adapter", lambda w: w.train("adapter.kind=none", "adapter.rank=4"), "adapter.rank"),
     Case("recipe", "extends itself", lambda w: w.text("extends: recipe.yaml\n"), "recipe.yaml:1"),
 ]  # fmt: skip

@@ -119,13 +119,12 @@ def differences(old: Run, new: Run) -> list[Change]:
     A duration in another unit (epochs for steps) cannot be compared and counts as refused.
     """
     before, after = _leaves(_plain(old)), _leaves(_plain(new))
-    changes = []
-    for key in {**before, **after}:
-        left, right = before.get(key), after.get(key)
-        if left != right:
-            allowed = _grows(old.train.duration, new.train.duration) if key == DURATION else _free(key)
-            changes.append(Change(key, left, right, allowed))
-    return changes
+    grows = _grows(old.train.duration, new.train.duration)
+    return [
+        Change(key, before.get(key), after.get(key), grows if key == DURATION else _free(key))
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]
 
 
 def _free(key: str) -> bool:
