@@ -115,7 +115,7 @@ def _explain(errors: list[ErrorDetails], tree: Node) -> RecipeError:
         fix = f"add {value.key}: {example(value.hint, value.spec)}"
         return RecipeError(what, where=node.where, fix=fix)
     value = _Value.at(node, key)
-    what, fix = _wrong_type(value), f"write {value.example()}   # {value.spec.metadata['doc']}"
+    what, fix = "", f"write {value.example()}   # {value.spec.metadata['doc']}"
     if kind in _BOUNDS:
         what = f"{key} is {reprlib.repr(node.value)}: it must be {_BOUNDS[kind].format(int(limits[0]))}"
     elif kind == "finite_number":
@@ -125,7 +125,7 @@ def _explain(errors: list[ErrorDetails], tree: Node) -> RecipeError:
     elif kind == "value_error" and (not words(value.hint) or str(node.value)[:1].isdigit()):
         what = f"{key}: {limits[0]}"
     else:
-        fix = _fix_type(value)
+        what, fix = f"{key}: expected {form(value.hint)}, found {_found(node.value)}", _fix_type(value)
     return RecipeError(what, where=node.where, fix=fix)
 
 
@@ -139,12 +139,10 @@ def _find(tree: Node, error: ErrorDetails) -> tuple[Node, str, ErrorDetails]:
     return node, key, error
 
 
-def _wrong_type(value: _Value) -> str:
-    given = value.node.value
-    shown = f"the text {given!r}" if isinstance(given, str) else str(given).lower()
-    if isinstance(given, dict | list | None):
-        shown = "nothing (null)" if given is None else f"a {'list' if isinstance(given, list) else 'mapping'}"
-    return f"{value.key or 'the recipe'}: expected {form(value.hint)}, found {shown}"
+def _found(value: Any) -> str:
+    if isinstance(value, dict | list | None):
+        return "nothing (null)" if value is None else f"a {'list' if isinstance(value, list) else 'mapping'}"
+    return f"the text {value!r}" if isinstance(value, str) else str(value).lower()
 
 
 def _fix_type(value: _Value) -> str:
@@ -161,10 +159,6 @@ def _fix_type(value: _Value) -> str:
     if listed and isinstance(given, str | bool):
         near = nearest(str(given), listed)
         return f"did you mean {value.line(near)}?" if near else f"write one of {', '.join(listed)}"
-    if given is None and "none" in listed:
-        return f"write {value.line('none')}"
-    if given is None and default_of(value.spec):
-        return f"remove the line to take the default, or write {value.example()}"
     if isinstance(given, int | float) and str in kinds:
         return f"put it in quotes: {value.line(json.dumps(str(given).lower()))}"
     if isinstance(given, int | float) and not isinstance(given, bool) and units:
