@@ -12,7 +12,7 @@ from pathlib import Path
 from tunesmith.config.check import COLUMNS
 from tunesmith.config.names import keys
 from tunesmith.config.schema import is_section
-from tunesmith.config.typed import default_of, form
+from tunesmith.config.typed import default_of, type_in_words
 
 MARK = "<!-- Written from the schema from here on: python -m tunesmith.config.describe --write docs/recipe.md -->\n"
 
@@ -24,7 +24,7 @@ def reference() -> str:
         section, _, name = key.rpartition(".")
         if not is_section(hint):
             default = default_of(spec)
-            row = (f"`{name}`", form(hint), f"`{default}`" if default else "", spec.metadata["doc"])
+            row = (f"`{name}`", type_in_words(hint), f"`{default}`" if default else "", spec.metadata["doc"])
             sections.setdefault(section, []).append(row)
     parts = ["\n## The keys\n\nA key without a default must be given.\n"]
     for section, rows in sections.items():

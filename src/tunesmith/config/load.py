@@ -16,7 +16,7 @@ from typing import Any
 
 from tunesmith.config.check import check_run
 from tunesmith.config.dump import Change, differences, digest, dump, to_mapping
-from tunesmith.config.paths import absolute
+from tunesmith.config.paths import resolve_paths
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import locate_recipe
 from tunesmith.config.tree import Node, read_file, read_value, wrap
@@ -60,7 +60,7 @@ def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
 
 
 def _checked(tree: Node) -> Run:
-    run, places = build_run(absolute(tree)), dict(tree.places())
+    run, places = build_run(resolve_paths(tree)), dict(tree.places())
     check_run(run, lambda key: places.get(key, ""))
     return run
 

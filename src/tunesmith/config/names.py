@@ -51,7 +51,7 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return next(iter([*same, *meant, *difflib.get_close_matches(word, listed, n=1, cutoff=0.6)]), None)
 
 
-def instead(section: str, name: str) -> str:
+def suggest_key(section: str, name: str) -> str:
     """What to write in place of an unknown key `name` of `section` ("" at the top): one line."""
     inside = [key.rpartition(".")[2] for key in keys() if key.rpartition(".")[0] == section]
     plain = name.lower().replace("-", "_")

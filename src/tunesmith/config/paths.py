@@ -31,9 +31,9 @@ _INPUTS = {
 _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 
 
-def absolute(node: Node, key: str = "") -> Node:
+def resolve_paths(node: Node, key: str = "") -> Node:
     """The same tree with every path in it absolute; Hub ids stay as they are."""
-    inside = {name: absolute(child, f"{key}.{name}".lstrip(".")) for name, child in node.children()}
+    inside = {name: resolve_paths(child, f"{key}.{name}".lstrip(".")) for name, child in node.children()}
     if isinstance(node.value, dict | list):
         return replace(node, value=inside if isinstance(node.value, dict) else list(inside.values()))
     name = without_indices(key)

@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from tunesmith.config.names import instead, keys, nearest, without_indices
+from tunesmith.config.names import keys, nearest, suggest_key, without_indices
 from tunesmith.config.schema import Run
 from tunesmith.config.tree import Node, scalar
 from tunesmith.errors import RecipeError
@@ -108,7 +108,7 @@ def _explain(errors: list[ErrorDetails], tree: Node) -> RecipeError:
         return RecipeError("the recipe has text that is not Unicode", where=node.where, why=error["msg"], fix=fix)
     if kind == "unexpected_keyword_argument":
         section = without_indices(key.removesuffix(str(name[0])).rstrip("."))
-        return RecipeError(f"unknown key {key}", where=node.where, fix=instead(section, str(name[0])))
+        return RecipeError(f"unknown key {key}", where=node.where, fix=suggest_key(section, str(name[0])))
     if kind == "missing" and isinstance(name[0], str):
         value = _Value.at(node, f"{key}.{name[0]}".lstrip("."))
         what = f"{value.key} is missing: {value.spec.metadata['doc']}"
@@ -121,11 +121,11 @@ def _explain(errors: list[ErrorDetails], tree: Node) -> RecipeError:
     elif kind == "finite_number":
         what = f"{key}: {node.value} is not a finite number"
     elif kind in ("missing", "too_long"):
-        what = f"{key}: expected {form(value.hint)}, found {len(node.children())}"
-    elif kind == "value_error" and (not words(value.hint) or str(node.value)[:1].isdigit()):
+        what = f"{key}: expected {type_in_words(value.hint)}, found {len(node.children())}"
+    elif kind == "value_error" and (not literal_words(value.hint) or str(node.value)[:1].isdigit()):
         what = f"{key}: {limits[0]}"
     else:
-        what, fix = f"{key}: expected {form(value.hint)}, found {_found(node.value)}", _fix_type(value)
+        what, fix = f"{key}: expected {type_in_words(value.hint)}, found {_found(node.value)}", _fix_type(value)
     return RecipeError(what, where=node.where, fix=fix)
 
 
@@ -148,7 +148,7 @@ def _found(value: Any) -> str:
 def _fix_type(value: _Value) -> str:
     """The fix for a value of the wrong type: the line to write where it can be guessed."""
     given, kinds = value.node.value, members(value.hint)
-    listed = words(value.hint) or (("true", "false") if bool in kinds else ())
+    listed = literal_words(value.hint) or (("true", "false") if bool in kinds else ())
     units = ["steps", "epochs"] if Length in kinds else ["examples", "tokens"] if Size in kinds else []
     if isinstance(given, str):
         meant = type(scalar(given.strip()))
@@ -171,12 +171,12 @@ def members(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def words(hint: Any) -> tuple[str, ...]:
+def literal_words(hint: Any) -> tuple[str, ...]:
     """The words that a type lists: `Literal["a", "b"] | int` -> ("a", "b")."""
     return tuple(word for member in members(hint) if get_origin(member) is Literal for word in get_args(member))
 
 
-def form(hint: Any) -> str:
+def type_in_words(hint: Any) -> str:
     """A type in words, such as "a whole number or `auto`"."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -189,7 +189,7 @@ def form(hint: Any) -> str:
     if origin is dict:
         return "a mapping of texts to texts"
     plain = _FORMS.get(hint) or ("a mapping of keys" if is_dataclass(hint) else "")
-    return plain or " or ".join(form(member) for member in members(hint))
+    return plain or " or ".join(type_in_words(member) for member in members(hint))
 
 
 def default_of(spec: Field[Any]) -> str:
