@@ -18,6 +18,7 @@ from tunesmith.data.batch import Batch
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import fused, load, random_init
+from tunesmith.model.architectures import LAYERS
 from tunesmith.model.model_files import ModelFiles
 from tunesmith.quant import nf4
 from tunesmith.runtime import compilation
@@ -88,10 +89,10 @@ def build_model(
     root = TrainModel(
         model,
         METHODS[run.method],
-        layers=files.architecture.layers,
+        layers=LAYERS,
         attention_backend=plan.attention,
-        softcap=files.architecture.final_softcap,
-        logit_scale=files.architecture.logit_scale,
+        softcap=files.spec.final_softcap,
+        logit_scale=files.spec.logit_scale,
     )
     recompute_layers(root.layers, plan.recomputed_layers)
     if plan.compiled:

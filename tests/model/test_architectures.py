@@ -1,13 +1,16 @@
-"""The table of differences against what each family's own forward does."""
+"""The architecture table against what each family's own forward does."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tunesmith.model import architectures, spec
+from tunesmith.model import spec
+from tunesmith.model.architectures import ARCHITECTURES, LAYERS
 
 from . import families
 
@@ -20,24 +23,25 @@ def model(request):
 
 
 def test_hidden_states_and_the_row_give_the_models_logits(model) -> None:
-    row = architectures.architecture_of(model.config)
+    row = spec.read_spec(model.config.to_dict(), where="")
     ids = torch.randint(3, 128, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        hidden = model.get_submodule(row.backbone)(ids).last_hidden_state
-        logits = nn.functional.linear(hidden, model.get_submodule(row.head).weight) * row.logit_scale
+        hidden = model.base_model(ids).last_hidden_state
+        logits = nn.functional.linear(hidden, model.lm_head.weight) * row.logit_scale
         if row.final_softcap is not None:
             logits = row.final_softcap * torch.tanh(logits / row.final_softcap)
         torch.testing.assert_close(logits, model(ids).logits, rtol=1e-6, atol=1e-6)  # multiplied against divided
 
 
-def test_the_row_names_what_is_there(model) -> None:
-    row = architectures.architecture_of(model.config)
-    layers = model.get_submodule(row.layers)
-    assert len(layers) == model.config.num_hidden_layers
-    for layer in layers:
-        for name in (*row.qkv, *row.gate_up, row.output, row.down):
-            assert isinstance(layer.get_submodule(name), nn.Linear)
-    assert model.get_submodule(row.head).bias is None
+def test_layers_and_head_are_where_the_engine_looks(model) -> None:
+    assert len(model.get_submodule(LAYERS)) == model.config.num_hidden_layers
+    assert model.get_output_embeddings() is model.lm_head
+    assert model.lm_head.bias is None
+
+
+def test_the_shared_config_keys_are_read_raw_as_with_all_defaults(model) -> None:
+    raw = spec.read_spec(json.loads(model.config.to_json_string(use_diff=True)), where="")
+    assert raw == spec.read_spec(model.config.to_dict(), where="")
 
 
 def test_what_reaches_attention_is_what_the_row_says(model, monkeypatch) -> None:
@@ -49,17 +53,16 @@ def test_what_reaches_attention_is_what_the_row_says(model, monkeypatch) -> None
         seen.append((kwargs.get("softcap"), kwargs.get("sliding_window")))
         return query.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register("spy-of-quirks", spy)
-    model.set_attn_implementation("spy-of-quirks")
+    AttentionInterface.register("spy-of-arguments", spy)
+    model.set_attn_implementation("spy-of-arguments")
     with torch.no_grad():
         model(torch.arange(3, 20)[None])
-    row, found = architectures.architecture_of(model.config), spec.read_spec(model.config.to_dict(), where="")
+    found = spec.read_spec(model.config.to_dict(), where="")
     assert len(seen) == found.layers
-    assert {softcap for softcap, _ in seen} == {row.attention_softcap}
+    assert {softcap for softcap, _ in seen} == {found.attention_softcap}
     assert tuple(window for _, window in seen) == found.windows
-    assert row.windowed or not any(found.windows)
 
 
 def test_the_table_stays_small() -> None:
-    assert len(architectures._ROWS) <= 12
-    assert set(architectures._ROWS) <= set(spec.FAMILIES)
+    assert len(ARCHITECTURES) <= 12
+    assert set(ARCHITECTURES) == {variant.split("-")[0] for variant in families.VARIANTS}, "every row has a parity test"

@@ -1,71 +1,73 @@
-"""The one table of differences between families that the engine must know; all else is the model's own forward.
+"""The one table of model families: what their config.json may leave out, and where they differ from Llama.
 
-Each row says what a family does around the parts that the engine replaces: the head and loss, attention, and the
-projections that adapters and fused parts look for. Values come from the config; a name that a family does not have is
-simply not in its row.
+To add a family, add a row here and a variant to `tests/model/families.py`: the parity tests then compare its sizes,
+attention keywords, logits, gradients and loaded weights with Transformers' own. No torch is imported here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
-from transformers import PretrainedConfig
+LAYERS = "model.layers"  # path of the decoder layers in the causal LM, the same in every family
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the engine does differently for one model.
+    """One family of dense decoders.
 
     Attributes:
-        final_softcap: logits become cap * tanh(logits / cap) before the loss, or None.
-        attention_softcap: the same for attention scores; arrives in the attention's keyword `softcap`, or None.
-        logit_scale: logits are multiplied by this before the loss (and before `final_softcap`).
-        embedding_scale: the model multiplies its embeddings by this in its own forward.
-        windowed: layers may see a bounded window of the past; it arrives in the keyword `sliding_window`.
-        qkv, gate_up, output, down: names of the projections inside a layer, for adapters and fused parts.
-        backbone, layers, head: where the decoder, its layers and the head are, as paths from the causal LM.
+        examples: models of the family, for messages.
+        tied, head_dim, kv_heads: defaults of tie_word_embeddings, head_dim (None: hidden_size / heads) and
+            num_key_value_heads (None: as many as heads).
+        qkv_bias, output_bias: whether attention's projections have a bias; None: as `attention_bias` says.
+        norms: norms of hidden_size per layer.
+        head_norms: norms on q and k: over one head, or over all of them.
+        window: which layers see a bounded window: none, all with `sliding_window`, those that the config picks and
+            only with `use_sliding_window`, all but every second, or `sliding_window_pattern`.
+        softcaps: defaults of final_logit_softcapping and attn_logit_softcapping; None: the family has no such keys.
+        logits_scaling: the model divides its logits by `logits_scaling`.
+        fused: the prefix of Transformers' class names (`LlamaAttention`), where `fused.py` replaces these forwards.
+        rope_by_layer: attention modules say by `use_rope` whether they rotate q and k.
     """
 
-    final_softcap: float | None = None
-    attention_softcap: float | None = None
-    logit_scale: float = 1.0
-    embedding_scale: float = 1.0
-    windowed: bool = False
-    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    output: str = "self_attn.o_proj"
-    down: str = "mlp.down_proj"
-    backbone: str = "model"
-    layers: str = "model.layers"
-    head: str = "lm_head"
+    examples: str
+    tied: bool = False
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    qkv_bias: bool | None = None
+    output_bias: bool | None = None
+    norms: int = 2
+    head_norms: Literal["none", "head", "projection"] = "none"
+    window: Literal["none", "all", "opt-in", "every-second", "pattern"] = "none"
+    softcaps: tuple[float | None, float | None] | None = None
+    logits_scaling: bool = False
+    fused: str = ""
+    rope_by_layer: bool = False
 
 
-def _softcapped(config: Any) -> Architecture:
-    return Architecture(
-        final_softcap=config.final_logit_softcapping,
-        attention_softcap=config.attn_logit_softcapping,
-        embedding_scale=config.hidden_size**0.5,
-        windowed=True,
-    )
-
-
-_ROWS: dict[str, Callable[[Any], Architecture]] = {
-    "gemma": lambda c: Architecture(embedding_scale=c.hidden_size**0.5),
-    "gemma2": _softcapped,
-    "gemma3_text": _softcapped,
-    "granite": lambda c: Architecture(logit_scale=1.0 / c.logits_scaling, embedding_scale=c.embedding_multiplier),
-    "mistral": lambda c: Architecture(windowed=c.sliding_window is not None),
-    "phi3": lambda c: Architecture(
-        qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",), windowed=c.sliding_window is not None
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("Llama 2, 3, 3.1, 3.2, 3.3, SmolLM, SmolLM2, Yi, TinyLlama", fused="Llama"),
+    "mistral": Architecture(
+        "Mistral 7B, Nemo, Small", kv_heads=8, qkv_bias=False, output_bias=False, window="all", fused="Mistral"
     ),
-    "qwen2": lambda c: Architecture(windowed=c.use_sliding_window),
-    "qwen3": lambda c: Architecture(windowed=c.use_sliding_window),
-}
+    "qwen2": Architecture("Qwen2, Qwen2.5", qkv_bias=True, output_bias=False, window="opt-in", fused="Qwen2"),
+    "qwen3": Architecture("Qwen3 (dense)", head_dim=128, head_norms="head", window="opt-in", fused="Qwen3"),
+    "gemma": Architecture("Gemma", tied=True, head_dim=256, kv_heads=16),
+    "gemma2": Architecture(
+        "Gemma 2", tied=True, head_dim=256, kv_heads=4, norms=4, window="every-second", softcaps=(30.0, 50.0)
+    ),
+    "gemma3_text": Architecture(
+        "Gemma 3 (text)", tied=True, head_dim=256, kv_heads=4, norms=4, head_norms="head", window="pattern",
+        softcaps=(None, None),
+    ),
+    "phi3": Architecture("Phi-3, Phi-3.5, Phi-4", qkv_bias=False, output_bias=False, window="all"),
+    "smollm3": Architecture("SmolLM3", tied=True, kv_heads=4, window="opt-in", fused="SmolLM3", rope_by_layer=True),
+    "olmo2": Architecture("OLMo 2", head_norms="projection"),
+    "granite": Architecture("Granite 3", logits_scaling=True),
+}  # fmt: skip
 
 
-def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The row of a model's family; a family without a row is as Llama."""
-    row = _ROWS.get(config.model_type)
-    return row(config) if row else Architecture()
+def families_text() -> str:
+    """The families that work, for messages: `llama (Llama 2, ...); ...`."""
+    return "; ".join(f"{name} ({row.examples})" for name, row in ARCHITECTURES.items())

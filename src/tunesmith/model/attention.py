@@ -1,11 +1,11 @@
 """Block-diagonal causal attention: every document of a packed row sees itself and nothing else.
 
 Transformers finds it by name through its public `AttentionInterface`; the edges of the documents travel as one keyword
-argument, `documents`, through the model's forward. Behind one door, `attend`, stand three ways to the same numbers:
+argument, `documents`, through the model's forward. `attend` has three backends with the same results:
 
 varlen      CUDA, `torch.nn.attention.varlen`: FlashAttention on the flattened block, no padding, no mask.
 products    grouped batched matrix products with an explicit softmax. On CPU `scaled_dot_product_attention` in bf16 is
-            several times slower on short documents; it is also the only one that knows a soft cap.
+            several times slower on short documents; it is also the only backend with a soft cap.
 sdpa        one `scaled_dot_product_attention` a document: cards that varlen refuses, and attention dropout.
 
 No mask is ever built for the model, and attention without documents is refused: a plain causal mask over a packed row
@@ -29,10 +29,10 @@ from tunesmith.model.documents import KEEP, QUERIES, Documents, Group
 
 NAME = "tunesmith"
 
-# Keywords of this torch's varlen_attn: they differ between releases; `enable_gqa` came after 2.11, which needs no word for it.
+# Keywords of this torch's varlen_attn: they differ between releases; 2.11 takes grouped heads without `enable_gqa`.
 VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
 
-# What Transformers passes to every attention function and that does not change the result here.
+# Keywords that Transformers passes to every attention function and that do not change the result here.
 HARMLESS = frozenset(
     {"position_ids", "use_cache", "output_attentions", "cache_position", "position_embeddings", "is_causal"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
@@ -82,9 +82,9 @@ def documents_attention(
     Raises:
         ModelError: no documents were given, or the model asks for something that would have to be ignored.
     """
-    strange = sorted(k for k, v in others.items() if v is not None and k not in HARMLESS)
-    if strange or attention_mask is not None or documents is None or others.get("is_causal") is False:
-        what = f"an unknown attention option: {', '.join(strange)}" if strange else "attention over unmarked documents"
+    unknown = sorted(k for k, v in others.items() if v is not None and k not in HARMLESS)
+    if unknown or attention_mask is not None or documents is None or others.get("is_causal") is False:
+        what = f"an unknown attention option: {', '.join(unknown)}" if unknown else "attention over unmarked documents"
         raise ModelError(
             f"{type(module).__name__} asks for {what}",
             why="the packed attention would have to ignore it and answer differently",
@@ -129,43 +129,40 @@ def attend(
                 fix="set the model's attention_dropout to 0",
             )
         return _sdpa(q, k, v, rule, dropout)
-    door = documents.door or select_attention_backend(q.device, q.dtype, q.shape[-1]).name
-    if door == "products" or softcap is not None:
+    backend = documents.backend or select_attention_backend(q.device, q.dtype, q.shape[-1]).name
+    if backend == "products" or softcap is not None:
         return _products(q, k, v, rule)
-    if door == "varlen" and (window is None or "window_size" in VARLEN):
+    if backend == "varlen" and (window is None or "window_size" in VARLEN):
         return _varlen(q, k, v, rule)
     return _sdpa(q, k, v, rule)
 
 
 class AttentionBackend(NamedTuple):
-    """One of the ways, and why it is the one to take."""
+    """Name of a backend, and why it was selected."""
 
     name: str
     why: str
 
 
-# Not one of ours: Transformers' own, on padded rows.
+# Transformers' own attention, on padded rows.
 EAGER = AttentionBackend("eager", "as model.attention says")
 
 
 @cache
 def select_attention_backend(
-    device: torch.device, dtype: torch.dtype, width: int, *, soft: bool = False
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, softcap: bool = False
 ) -> AttentionBackend:
-    """The quickest way that works here: found by trying, not by version.
+    """The fastest backend that works here, found by trying, not by version.
 
     Args:
-        width: channels of a head.
-        soft: whether the model caps its scores softly.
+        softcap: whether the model caps its attention scores.
     """
-    if soft:
-        return AttentionBackend("products", "the model caps its scores softly, which torch's attention does not know")
+    if softcap:
+        return AttentionBackend("products", "the model caps its attention scores, which torch's attention cannot")
     if device.type != "cuda":
-        return AttentionBackend(
-            "products", "on a CPU batched products are quicker than torch's attention, document by document"
-        )
+        return AttentionBackend("products", "on a CPU batched products are faster than torch's attention per document")
     documents = Documents(torch.tensor([0, 8, 16], dtype=torch.int32, device=device), 8)
-    q = torch.zeros(16, 2, width, device=device, dtype=dtype, requires_grad=True)
+    q = torch.zeros(16, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
     try:
         with torch.enable_grad():
             _varlen(q, q[:, :1], q[:, :1], Rule(documents, 1.0)).sum().backward()
@@ -179,19 +176,17 @@ def select_attention_backend(
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     documents, scale, window, _ = rule
-    given: dict[str, Any] = {}
-    if "is_causal" in VARLEN:
-        given["is_causal"] = True
-    if "window_size" in VARLEN:
-        given["window_size"] = (-1 if window is None else window - 1, 0)
-    if "enable_gqa" in VARLEN:
-        given["enable_gqa"] = q.shape[1] != k.shape[1]
-    if "scale" in VARLEN:
-        given["scale"] = scale
-    elif scale != q.shape[-1] ** -0.5:
+    options = {
+        "is_causal": True,
+        "window_size": (-1 if window is None else window - 1, 0),
+        "enable_gqa": q.shape[1] != k.shape[1],
+        "scale": scale,
+    }
+    if "scale" not in VARLEN and scale != q.shape[-1] ** -0.5:
         q = q * (scale * q.shape[-1] ** 0.5)
     # The bound is a constant of a compiled graph; the batches of a run all state the same one (see data/loader.py).
     edges, longest = documents.cu_seqlens, documents.max_seqlen
+    given: dict[str, Any] = {name: value for name, value in options.items() if name in VARLEN}
     out = varlen_attn(q, k, v, edges, edges, longest, longest, **given)
     assert isinstance(out, Tensor)  # the tuple is for return_aux
     return out
@@ -200,10 +195,10 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
 # sdpa
 
 
-@torch.compiler.disable  # its shapes are those of the documents, new in every batch
+@torch.compiler.disable  # shapes follow the documents and change with every batch
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> Tensor:
     documents, scale, window, _ = rule
-    parts = []
+    outputs = []
     for a, b in zip(documents.edges, documents.edges[1:], strict=False):
         mask = None
         if window is not None and b - a > window:
@@ -212,8 +207,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> 
         out = F.scaled_dot_product_attention(
             one_q, one_k, one_v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale, enable_gqa=True
         )
-        parts.append(out.squeeze(0).transpose(0, 1))
-    return torch.cat(parts)
+        outputs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
 
 
 # products
@@ -228,62 +223,70 @@ def _products(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
 class _Products(torch.autograd.Function):
     """softmax(scale * q k^T + mask) v by batched products, one batch a group of documents.
 
-    The queries that share a key head are laid under each other, so keys and values are never repeated. The backward is
-    that of FlashAttention: dS = P * (dO V^T - rowsum(dO * O)).
+    Queries that share a key head are stacked in one matrix, so keys and values are never repeated. The backward is
+    FlashAttention's: dS = P * (dO V^T - rowsum(dO * O)).
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         documents, scale, window, softcap = ctx.rule = rule
         out = q.new_empty(*q.shape[:2], v.shape[2])
-        kept: list[Tensor] = []
-        keep = softcap is None and any(ctx.needs_input_grad[:3])
+        saved: list[Tensor] = []
+        save = softcap is None and any(ctx.needs_input_grad[:3])
         for group in documents.groups:
-            queries, keys, values = _lay(q, group, k.shape[1], scale), _lay(k, group, None), _lay(v, group, None)
+            queries, keys, values = (
+                _pack_heads(q, group, k.shape[1], scale),
+                _pack_heads(k, group, None),
+                _pack_heads(v, group, None),
+            )
             results = []
             for a, b, lo in _blocks(group.length, window):
                 rows = queries[:, :, a:b]
                 probabilities, _ = _probabilities(rows, keys[:, lo:b], a - lo, window, softcap)
                 results.append(torch.bmm(probabilities, values[:, lo:b]).view(*rows.shape[:3], -1))
-                if keep and group.length <= KEEP:
-                    kept.append(probabilities)
-            _put(out, results[0] if len(results) == 1 else torch.cat(results, 2), group)
-        ctx.save_for_backward(q, k, v, out, *kept)
+                if save and group.length <= KEEP:
+                    saved.append(probabilities)
+            _scatter_back(out, results[0] if len(results) == 1 else torch.cat(results, 2), group)
+        ctx.save_for_backward(q, k, v, out, *saved)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *kept = ctx.saved_tensors
+        q, k, v, out, *probabilities_of_blocks = ctx.saved_tensors
         documents, scale, window, softcap = ctx.rule
-        d_out, saved = grads[0], iter(kept)
+        d_out, saved = grads[0], iter(probabilities_of_blocks)
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         for group in documents.groups:
-            queries, keys, values = _lay(q, group, k.shape[1], scale), _lay(k, group, None), _lay(v, group, None)
-            d_result = _lay(d_out, group, k.shape[1])
-            delta = (d_result * _lay(out, group, k.shape[1])).sum(-1, keepdim=True)
-            d_queries, d_keys, d_values = [], _Total(keys), _Total(values)
+            queries, keys, values = (
+                _pack_heads(q, group, k.shape[1], scale),
+                _pack_heads(k, group, None),
+                _pack_heads(v, group, None),
+            )
+            d_result = _pack_heads(d_out, group, k.shape[1])
+            delta = (d_result * _pack_heads(out, group, k.shape[1])).sum(-1, keepdim=True)
+            d_queries, d_keys, d_values = [], _BlockSum(keys), _BlockSum(values)
             for a, b, lo in _blocks(group.length, window):
-                rows, slope = queries[:, :, a:b], None
+                rows, d_cap = queries[:, :, a:b], None
                 if softcap is None and group.length <= KEEP:
                     probabilities = next(saved)
                 else:
-                    probabilities, slope = _probabilities(rows, keys[:, lo:b], a - lo, window, softcap)
+                    probabilities, d_cap = _probabilities(rows, keys[:, lo:b], a - lo, window, softcap)
                 d_rows = d_result[:, :, a:b].flatten(1, 2)
                 d_scores = torch.bmm(d_rows, values[:, lo:b].transpose(1, 2))
                 d_scores.sub_(delta[:, :, a:b].flatten(1, 2)).mul_(probabilities)
-                if slope is not None:
-                    d_scores.mul_(slope)
+                if d_cap is not None:
+                    d_scores.mul_(d_cap)
                 d_values.add(torch.bmm(probabilities.transpose(1, 2), d_rows), lo, b)
                 d_keys.add(torch.bmm(d_scores.transpose(1, 2), rows.flatten(1, 2)), lo, b)
                 d_queries.append(torch.bmm(d_scores, keys[:, lo:b]).mul_(scale).view_as(rows))
-            _put(dq, torch.cat(d_queries, 2) if len(d_queries) > 1 else d_queries[0], group)
-            _put(dk, d_keys.value.unsqueeze(1), group)
-            _put(dv, d_values.value.unsqueeze(1), group)
+            _scatter_back(dq, torch.cat(d_queries, 2) if len(d_queries) > 1 else d_queries[0], group)
+            _scatter_back(dk, d_keys.value.unsqueeze(1), group)
+            _scatter_back(dv, d_values.value.unsqueeze(1), group)
         return dq, dk, dv, None
 
 
-class _Total:
-    """The sum of what blocks of queries add to keys or values, in fp32 where there are several blocks."""
+class _BlockSum:
+    """The gradient of keys or values summed over blocks of queries, in fp32 where there are several blocks."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
@@ -304,8 +307,8 @@ def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
         yield a, min(a + QUERIES, length), 0 if window is None else max(0, a - window + 1)
 
 
-def _lay(x: Tensor, group: Group, kv_heads: int | None, scale: float | None = None) -> Tensor:
-    """Lay the group's tokens of x [n, heads, d] out by head, padded.
+def _pack_heads(x: Tensor, group: Group, kv_heads: int | None, scale: float | None = None) -> Tensor:
+    """The group's tokens of x [n, heads, d], gathered by head and padded.
 
     Returns:
         For keys and values (`kv_heads` None) [count * heads, length, d]; for queries
@@ -314,23 +317,23 @@ def _lay(x: Tensor, group: Group, kv_heads: int | None, scale: float | None = No
     if group.places is None or group.tokens is None:
         rows = x[group.start : group.start + group.length].unsqueeze(0)
     else:
-        # Zeros in the padding: in the backward they are the gradients of rows that nobody reads.
+        # Padding is zero: in the backward it stands for the gradients of rows without a token.
         rows = x.new_zeros(group.count * group.length, *x.shape[1:])
         rows = rows.index_copy_(0, group.places, x.index_select(0, group.tokens)).unflatten(0, (group.count, -1))
     if kv_heads is None:
         return rows.transpose(1, 2).reshape(-1, group.length, x.shape[2])
     rows = rows.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-    laid = x.new_empty(rows.shape)
+    packed = x.new_empty(rows.shape)
     if scale is None:
-        laid.copy_(rows)
+        packed.copy_(rows)
     else:
-        torch.mul(rows, scale, out=laid)
-    return laid.flatten(0, 1)
+        torch.mul(rows, scale, out=packed)
+    return packed.flatten(0, 1)
 
 
-def _put(out: Tensor, laid: Tensor, group: Group) -> None:
-    """Write what was laid out by head, [count * kv heads, heads a kv head, length, d], to its tokens in out [n, heads, d]."""
-    rows = laid.unflatten(0, (group.count, -1)).permute(0, 3, 1, 2, 4)
+def _scatter_back(out: Tensor, packed: Tensor, group: Group) -> None:
+    """Write packed heads [count * kv heads, heads a kv head, length, d] to their tokens in out [n, heads, d]."""
+    rows = packed.unflatten(0, (group.count, -1)).permute(0, 3, 1, 2, 4)
     if group.tokens is None or group.places is None:
         place = out[group.start : group.start + group.length]
         place.view(rows.shape[1:]).copy_(rows[0])
@@ -352,10 +355,10 @@ def _probabilities(
         [batch, heads a key head * rows, offset + rows] each.
     """
     scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2))
-    slope = None
+    d_cap = None
     if softcap is not None:
         scores.div_(softcap).tanh_()
-        slope = 1 - scores * scores
+        d_cap = 1 - scores * scores
         scores.mul_(softcap)
     rows = queries.shape[2]
     by_head = scores.view(-1, rows, keys.shape[1])
@@ -363,10 +366,10 @@ def _probabilities(
     if window is not None:
         ones = torch.ones(rows, keys.shape[1], dtype=torch.bool, device=scores.device)
         by_head.masked_fill_(ones.tril(offset - window), float("-inf"))
-    return scores.softmax(-1), slope
+    return scores.softmax(-1), d_cap
 
 
 @cache
 def _future(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[QUERIES, QUERIES]: minus infinity where the key lies in the query's future. Added, it is cheaper than a fill."""
+    """[QUERIES, QUERIES]: minus infinity where the key lies in the query's future; adding is cheaper than filling."""
     return torch.full((QUERIES, QUERIES), float("-inf"), dtype=dtype, device=device).triu(1)

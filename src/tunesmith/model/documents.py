@@ -1,4 +1,4 @@
-"""Where the documents of a packed block begin and end, and how alike ones are grouped for batched products."""
+"""Edges of the documents in a packed block, and their grouping by length for batched products."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 QUERIES = 128
 # Documents up to this length keep their probabilities for the backward; longer ones compute them again.
 KEEP = 512
-# Documents within one block of queries that are alike are padded to a common length and multiplied together, up to
-# this many tokens: nearly twice as fast at 15 to 45 tokens, a tenth at 90 to 130, and a loss above.
+# Documents within one block of queries are padded to a common length and multiplied together, up to GROUP_TOKENS and
+# where they have at least ALIKE of the longest's length: twice as fast at 15 to 45 tokens, 10 % at 90 to 130.
 GROUP_TOKENS = 512
 ALIKE = 0.8
 
@@ -27,7 +27,7 @@ class Group:
         start: first token of the only document, where `count` is 1 (nothing is gathered then).
         count: documents.
         length: tokens of the longest.
-        places: int64 [tokens]; of the count * length padded places those that hold a token; None where count is 1.
+        places: int64 [tokens]; which of the count * length padded places hold a token; None where count is 1.
         tokens: int64 [tokens]; the token at each of `places`; None where count is 1.
     """
 
@@ -45,16 +45,16 @@ class Documents:
     Attributes:
         cu_seqlens: int32 [documents + 1], from 0 to n, on the device of the tokens; equal neighbours are empty documents.
         max_seqlen: an upper bound of the longest document, in tokens.
-        door: the way to compute attention, of `attention.choose`; None: chosen where it is needed.
+        backend: name of the attention backend, of `attention.select_attention_backend`; None: selected at the call.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
-    door: str | None = None
+    backend: str | None = None
 
     @cached_property
     def edges(self) -> list[int]:
-        """`cu_seqlens` on the host; waits for the device, so only the doors that need it ask."""
+        """`cu_seqlens` on the host; waits for the device, so varlen does not ask for it."""
         edges: list[int] = self.cu_seqlens.tolist()
         return edges
 
@@ -65,8 +65,7 @@ class Documents:
         groups: list[list[tuple[int, int]]] = []
         for length, start in spans:
             longest, count = (groups[-1][0][0], len(groups[-1])) if groups else (0, 0)
-            fits = ALIKE * longest <= length and 0 < longest <= QUERIES and (count + 1) * longest <= GROUP_TOKENS
-            if fits:
+            if ALIKE * longest <= length and 0 < longest <= QUERIES and (count + 1) * longest <= GROUP_TOKENS:
                 groups[-1].append((length, start))
             else:
                 groups.append([(length, start)])

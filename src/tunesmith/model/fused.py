@@ -1,120 +1,87 @@
-"""Faster equal parts for blocks that are known: attention's projections, gated MLPs, norms and rotary embeddings.
+"""Faster, equal forwards for the modules of known families: attention, gated MLPs, norms and rotary embeddings.
 
-Transformers' blocks read their input once for each of q, k and v, again for gate and up, and leave many small tensors
-for the backward. Here a module is given a class with another `forward`: parameters, names and hooks stay as they are,
-every other model keeps the plain path, and so does generation, which has a cache and no documents.
+Transformers' modules read their input once for each of q, k and v, again for gate and up, and keep many small tensors
+for the backward. Here a module gets a class with another `forward`: parameters, names and hooks stay as they are. Other
+families keep Transformers' forward, and so does generation, which has a cache and no documents.
 
-The parts compute in the input's dtype where Transformers does, and in fp32 (fp64 for fp64 input) where it does. Inside
-torch.compile they are written as plain formulas, which the compiler fuses better than it does somebody's backward.
+The forwards compute in the input's dtype where Transformers does, and in fp32 (fp64 for fp64 input) where it does.
+Inside torch.compile they are plain formulas, which the compiler fuses better than a hand-written backward.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP, MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
-from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention, SmolLM3MLP, SmolLM3RMSNorm
 
+from tunesmith.model.architectures import ARCHITECTURES, Architecture
 from tunesmith.model.attention import attend
 from tunesmith.model.documents import Documents
 
 Project = Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor]]
 
 
-@dataclass(frozen=True)
-class AttentionVariant:
-    """What one attention class does beyond Llama's.
-
-    Attributes:
-        qk_norm: q and k are normed over each head's width before the rotation (Qwen 3).
-        window: the layer's sliding window, from the module; None sees everything.
-        rotated: whether this layer rotates q and k at all (SmolLM 3 leaves some out).
-    """
-
-    qk_norm: bool = False
-    window: Callable[[Any], int | None] = lambda module: None
-    rotated: Callable[[Any], bool] = lambda module: True
-
-
-def _own_window(module: Any) -> int | None:
-    window: int | None = module.sliding_window
-    return window
-
-
-ATTENTION: dict[type, AttentionVariant] = {
-    LlamaAttention: AttentionVariant(),
-    MistralAttention: AttentionVariant(window=lambda module: module.config.sliding_window),
-    Qwen2Attention: AttentionVariant(window=_own_window),
-    Qwen3Attention: AttentionVariant(qk_norm=True, window=_own_window),
-    SmolLM3Attention: AttentionVariant(window=_own_window, rotated=lambda module: bool(module.use_rope)),
-}
-MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, SmolLM3MLP)
-NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, SmolLM3RMSNorm)
-
-
 def separately(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """The plain way to project one input by several layers."""
+    """Project one input by several layers, one after the other."""
     return [linear(x) for linear in linears]
 
 
 def fuse_modules(model: nn.Module, *, project: Project = separately) -> int:
-    """Give known blocks their faster forward, in place.
+    """Give the modules of known families their faster forward, in place; returns how many were changed.
 
     Args:
-        model: any model; blocks of other families are left alone.
+        model: any model; modules of other families are left alone.
         project: computes several linear layers of one input; `adapter.lora.project` reads x once for all adapters.
-
-    Returns:
-        how many modules were changed.
     """
     count = 0
     module: Any
     for module in model.modules():
-        part = _part(module)
-        if part is not None:
-            mix_in(module, part)
-            module.project = project
-            count += 1
+        mixin, family = _fused_classes().get(type(module), (None, None))
+        if mixin is None or (mixin is FusedMLP and module.config.hidden_act != "silu"):
+            continue
+        add_mixin(module, mixin)
+        module.project, module.family = project, family
+        count += 1
     return count
 
 
-def _part(module: Any) -> type[nn.Module] | None:
-    if type(module) in ATTENTION:
-        return FusedAttention
-    if type(module) in MLPS and module.config.hidden_act == "silu":
-        return FusedMLP
-    return FusedNorm if type(module) in NORMS else None
+@cache
+def _fused_classes() -> dict[type, tuple[type[nn.Module], Architecture]]:
+    """Transformers' class -> the mixin with the faster forward, and its family."""
+    found: dict[type, tuple[type[nn.Module], Architecture]] = {}
+    for name, family in ARCHITECTURES.items():
+        if family.fused:
+            classes = vars(importlib.import_module(f"transformers.models.{name}.modeling_{name}"))
+            for ending, mixin in (("Attention", FusedAttention), ("MLP", FusedMLP), ("RMSNorm", FusedNorm)):
+                found[classes[family.fused + ending]] = (mixin, family)
+    return found
 
 
-def mix_in(module: nn.Module, part: type[nn.Module]) -> None:
-    """Let `module` be of a class that has `part` before its own: parameters, names and hooks stay as they are.
+def add_mixin(module: nn.Module, mixin: type[nn.Module]) -> None:
+    """Put `mixin` before the module's own class: parameters, names and hooks stay as they are.
 
     A class instead of a function bound on the instance: torch.compile shares one graph among the layers of a model
-    when these are of one class, and would compile each anew for a function of its own.
+    when they are of one class, and would compile each anew for a function of its own.
     """
-    first: Any = part
+    first: Any = mixin
     second: Any = type(module)
-    module.__class__ = _class_of(first, second)
+    module.__class__ = _mixed_class(first, second)
 
 
 @cache
-def _class_of(part: Any, own: Any) -> Any:
-    return type(f"{part.__name__}{own.__name__}", (part, own), {"kind": ATTENTION.get(own)})
+def _mixed_class(mixin: Any, own: Any) -> Any:
+    return type(f"{mixin.__name__}{own.__name__}", (mixin, own), {})
 
 
 class FusedAttention(nn.Module):
-    """q, k and v of one reading, rotated, and attended by document."""
+    """q, k and v from one reading of the input, rotated, and attended by document."""
 
-    kind: AttentionVariant
+    family: Architecture
     project: Project
 
     def forward(
@@ -136,18 +103,21 @@ class FusedAttention(nn.Module):
             return result
         projected = self.project(hidden_states.flatten(0, -2), (own.q_proj, own.k_proj, own.v_proj))
         q, k, v = (y.unflatten(-1, (-1, own.head_dim)) for y in projected)
-        if self.kind.qk_norm:
+        if self.family.head_norms == "head":
             q, k = own.q_norm(q), own.k_norm(k)
-        if self.kind.rotated(self):
+        if not self.family.rope_by_layer or own.use_rope:
             cos, sin = (t.flatten(0, -2) for t in position_embeddings)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        window = None
+        if self.family.window != "none":
+            window = own.config.sliding_window if self.family.window == "all" else own.sliding_window
         dropout = own.attention_dropout if self.training else 0.0
-        out = attend(q, k, v, documents, scale=own.scaling, window=self.kind.window(self), dropout=dropout)
+        out = attend(q, k, v, documents, scale=own.scaling, window=window, dropout=dropout)
         return own.o_proj(out.flatten(1)).view_as(hidden_states), None
 
 
 class FusedMLP(nn.Module):
-    """A gated MLP whose gate and up are made of one reading."""
+    """A gated MLP whose gate and up come from one reading of the input."""
 
     project: Project
 
@@ -166,7 +136,7 @@ class FusedNorm(nn.Module):
         return rms_norm(hidden_states, own.weight, own.variance_epsilon)
 
 
-# The parts
+# The functions
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -224,8 +194,8 @@ class _SwiGLU(torch.autograd.Function):
         silu = gate * sigmoid
         d_up = grads[0] * silu
         # silu'(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-        return (grads[0] * up).mul_(slope), d_up
+        d_silu = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+        return (grads[0] * up).mul_(d_silu), d_up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.config.schema import Model
-from tunesmith.model import architectures, load, spec
+from tunesmith.model import load, spec
 
 
 @dataclass(frozen=True)
@@ -20,11 +19,6 @@ class ModelFiles:
     config: PretrainedConfig
     spec: spec.ModelSpec
     tokenizer: PreTrainedTokenizerBase
-
-    @cached_property
-    def architecture(self) -> architectures.Architecture:
-        """What the engine does differently for this model's family."""
-        return architectures.architecture_of(self.config)
 
     @property
     def pad_id(self) -> int:

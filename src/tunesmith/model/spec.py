@@ -7,44 +7,18 @@ name, before a byte of weights is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunesmith.errors import ModelError
+from tunesmith.model.architectures import ARCHITECTURES, Architecture, families_text
 
-
-@dataclass(frozen=True)
-class SpecDefaults:
-    """Where a family's layers differ in size from Llama's, and the defaults its config.json may leave out."""
-
-    examples: str
-    tied: bool = False  # default of tie_word_embeddings
-    head_dim: int | None = None  # default; None: hidden_size / heads
-    kv_heads: int | None = None  # default; None: as many as heads
-    qkv_bias: bool | None = None  # None: as `attention_bias` says
-    output_bias: bool | None = None  # None: as `attention_bias` says
-    norms: int = 2  # per layer, each of hidden_size
-    head_norms: Literal["none", "head", "projection"] = "none"  # norms on q and k: over one head, or all of them
-    window: Literal["none", "all", "opt-in", "every-second", "pattern"] = "none"
-
-
-FAMILIES: dict[str, SpecDefaults] = {
-    "llama": SpecDefaults("Llama 2, 3, 3.1, 3.2, 3.3, SmolLM, SmolLM2, Yi, TinyLlama"),
-    "mistral": SpecDefaults("Mistral 7B, Nemo, Small", kv_heads=8, qkv_bias=False, output_bias=False, window="all"),
-    "qwen2": SpecDefaults("Qwen2, Qwen2.5", qkv_bias=True, output_bias=False, window="opt-in"),
-    "qwen3": SpecDefaults("Qwen3 (dense)", head_dim=128, head_norms="head", window="opt-in"),
-    "gemma": SpecDefaults("Gemma", tied=True, head_dim=256, kv_heads=16),
-    "gemma2": SpecDefaults("Gemma 2", tied=True, head_dim=256, kv_heads=4, norms=4, window="every-second"),
-    "gemma3_text": SpecDefaults(
-        "Gemma 3 (text)", tied=True, head_dim=256, kv_heads=4, norms=4, head_norms="head", window="pattern"
-    ),
-    "phi3": SpecDefaults("Phi-3, Phi-3.5, Phi-4", qkv_bias=False, output_bias=False, window="all"),
-    "smollm3": SpecDefaults("SmolLM3", tied=True, kv_heads=4),
-    "olmo2": SpecDefaults("OLMo 2", head_norms="projection"),
-    "granite": SpecDefaults("Granite 3"),
-}
-
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERT_MODELS = ("mixtral", "dbrx", "gpt_oss", "deepseek_v2", "deepseek_v3", "arctic")
+_MODALITIES = ("vision_config", "audio_config", "vision_tower", "image_token_id")
+_MULTIMODAL = ("llava", "mllama", "paligemma", "idefics3", "gemma3", "gemma3n", "llama4")
 _ENCODERS = ("bert", "roberta", "deberta", "electra", "albert", "t5", "bart", "pegasus", "marian", "whisper", "clip")
 _STATE_SPACE = ("mamba", "rwkv", "xlstm", "jamba", "zamba", "bamba", "falcon_h1", "recurrent_gemma", "nemotron_h")
 _REASONS = {
@@ -58,11 +32,15 @@ class ModelSpec:
     """The shape of a decoder.
 
     Attributes:
+        context: the longest sequence that the model was made for, in tokens.
         windows: per layer, how many tokens back a position sees (itself counted), or None for all of them.
         parameters: all of them, a tied head counted once.
         layer_matmul: parameters of one layer's matrices, which every token is multiplied with.
         head_matmul: parameters of the head's matrix, which every position with a label is multiplied with.
         quantised: "bnb-nf4" for a ready-made bitsandbytes 4-bit checkpoint, else None.
+        final_softcap: logits become cap * tanh(logits / cap) before the loss; None: as they are.
+        attention_softcap: the same for attention scores.
+        logit_scale: logits are multiplied by it before the loss (and before `final_softcap`).
     """
 
     model_type: str
@@ -75,26 +53,18 @@ class ModelSpec:
     vocab: int
     tied: bool
     context: int
-    sliding_window: int | None
     windows: tuple[int | None, ...]
     parameters: int
     layer_matmul: int
     head_matmul: int
     quantised: str | None
-
-    @property
-    def matmul_parameters(self) -> int:
-        """Parameters of all matrices that tokens are multiplied with: the layers and the head, not the embedding."""
-        return self.layers * self.layer_matmul + self.head_matmul
-
-
-def families_text() -> str:
-    """The families that work, for messages and the documentation: `llama (Llama 2, ...), ...`."""
-    return "; ".join(f"{name} ({family.examples})" for name, family in FAMILIES.items())
+    final_softcap: float | None = None
+    attention_softcap: float | None = None
+    logit_scale: float = 1.0
 
 
 def read_spec(config: Mapping[str, Any], *, where: str, trust_remote_code: bool = False) -> ModelSpec:
-    """Read the facts from a config.json.
+    """Read a model's spec from its config.json.
 
     Args:
         config: the parsed file.
@@ -104,9 +74,9 @@ def read_spec(config: Mapping[str, Any], *, where: str, trust_remote_code: bool 
     Raises:
         ModelError: the model is not a decoder that this engine trains, or a size is missing or impossible.
     """
-    check_supported(config, where=where, trust_remote_code=trust_remote_code)
+    _check_supported(config, where, trust_remote_code)
     kind = str(config["model_type"])
-    family = FAMILIES.get(kind, SpecDefaults("code of the repository"))
+    family = ARCHITECTURES.get(kind, Architecture("code of the repository"))
     layers, hidden, intermediate, heads, vocab = (
         _size(config, name, where)
         for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -128,17 +98,20 @@ def read_spec(config: Mapping[str, Any], *, where: str, trust_remote_code: bool 
     biases = qkv_bias * (q + 2 * kv) + output_bias * hidden + mlp_bias * (2 * intermediate + hidden)
     head_norms = {"none": 0, "head": 2 * head_dim, "projection": q + kv}[family.head_norms]
     layer = matmul + biases + family.norms * hidden + head_norms
-    windows = _windows(config, family, layers)
+    final, scores = family.softcaps or (None, None)
     return ModelSpec(
         model_type=kind, layers=layers, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads,
         head_dim=head_dim, vocab=vocab, tied=tied, context=_size(config, "max_position_embeddings", where, 2048),
-        sliding_window=next((w for w in windows if w), None), windows=windows,
+        windows=_windows(config, family, layers),
         parameters=vocab * hidden * (1 if tied else 2) + layers * layer + hidden,
         layer_matmul=matmul, head_matmul=vocab * hidden, quantised=_quantised(config, where),
+        final_softcap=config.get("final_logit_softcapping", final) if family.softcaps else None,
+        attention_softcap=config.get("attn_logit_softcapping", scores) if family.softcaps else None,
+        logit_scale=1.0 / config.get("logits_scaling", 1.0) if family.logits_scaling else 1.0,
     )  # fmt: skip
 
 
-def check_supported(config: Mapping[str, Any], *, where: str, trust_remote_code: bool = False) -> None:
+def _check_supported(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> None:
     """Raise ModelError, naming what the model is, unless it is a dense text decoder of a known family."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
@@ -148,16 +121,12 @@ def check_supported(config: Mapping[str, Any], *, where: str, trust_remote_code:
             why="it is the key that says which architecture the weights belong to",
             fix="give the folder of a Transformers checkpoint; a PEFT adapter goes under `adapter.from`",
         )
-    what = _foreign(kind, config)
-    if what:
-        raise ModelError(
-            f"{kind} is {what}, which tunesmith does not train",
-            where=where,
-            fix=f"take a dense text decoder: {families_text()}",
-        )
-    if kind in FAMILIES or (trust_remote_code and "auto_map" in config):
-        return
+    if what := _other_kind(kind, config):
+        fix = f"take a dense text decoder: {families_text()}"
+        raise ModelError(f"{kind} is {what}, which tunesmith does not train", where=where, fix=fix)
     ships = "auto_map" in config
+    if kind in ARCHITECTURES or (trust_remote_code and ships):
+        return
     raise ModelError(
         f"{kind} is not among the families that tunesmith is tested with",
         where=where,
@@ -167,41 +136,33 @@ def check_supported(config: Mapping[str, Any], *, where: str, trust_remote_code:
     )
 
 
-def _foreign(kind: str, config: Mapping[str, Any]) -> str:
-    """Say what a config is when it is no dense text decoder, else an empty string."""
+def _other_kind(kind: str, config: Mapping[str, Any]) -> str:
+    """What a config is when it is no dense text decoder, else an empty string."""
     name = kind.lower().replace("-", "_")
-    experts = [
-        k
-        for k in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-        if (config.get(k) or 0) > 1
-    ]
-    if experts or "moe" in name or name in ("mixtral", "dbrx", "gpt_oss", "deepseek_v2", "deepseek_v3", "arctic"):
-        count = f" of {config[experts[0]]} experts" if experts else ""
-        return f"a mixture{count or ' of experts'}"
-    if any(k in config for k in ("vision_config", "audio_config", "vision_tower", "image_token_id")) or (
-        name.endswith("_vl") or name in ("llava", "mllama", "paligemma", "idefics3", "gemma3", "gemma3n", "llama4")
-    ):
+    experts = next((config[key] for key in _EXPERTS if (config.get(key) or 0) > 1), 0)
+    if experts or "moe" in name or name in _EXPERT_MODELS:
+        return f"a mixture of {experts} experts" if experts else "a mixture of experts"
+    if any(key in config for key in _MODALITIES) or name.endswith("_vl") or name in _MULTIMODAL:
         return "a multimodal model (text with images or sound)"
     if any(part in name for part in _STATE_SPACE):
         return "a state-space or recurrent model"
-    if config.get("is_encoder_decoder") or config.get("use_bidirectional_attention") or any(
-        name == part or name.endswith(part) or name.startswith(f"{part}_") for part in _ENCODERS
-    ):  # fmt: skip
+    encoder = any(name.endswith(part) or name.startswith(f"{part}_") for part in _ENCODERS)
+    if encoder or config.get("is_encoder_decoder") or config.get("use_bidirectional_attention"):
         return "an encoder or encoder-decoder"
     return ""
 
 
 def _quantised(config: Mapping[str, Any], where: str) -> str | None:
     """`bnb-nf4` for bitsandbytes' 4-bit NormalFloat checkpoints, None for plain ones; refuse every other kind."""
-    spec = config.get("quantization_config")
-    if not spec:
+    stored = config.get("quantization_config")
+    if not stored:
         return None
-    method = str(spec.get("quant_method", ""))
-    if method in ("bitsandbytes", "bitsandbytes_4bit", "") and spec.get("load_in_4bit"):
-        if spec.get("bnb_4bit_quant_type") == "nf4":
+    method = str(stored.get("quant_method", ""))
+    if method in ("bitsandbytes", "bitsandbytes_4bit", "") and stored.get("load_in_4bit"):
+        if stored.get("bnb_4bit_quant_type") == "nf4":
             return "bnb-nf4"
-        method = f"bitsandbytes {spec.get('bnb_4bit_quant_type', 'fp4')}"
-    elif spec.get("load_in_8bit"):
+        method = f"bitsandbytes {stored.get('bnb_4bit_quant_type', 'fp4')}"
+    elif stored.get("load_in_8bit"):
         method = "bitsandbytes 8-bit"
     raise ModelError(
         f"the weights are quantised with {method or 'an unnamed method'}",
@@ -216,16 +177,15 @@ def _size(config: Mapping[str, Any], name: str, where: str, default: int | None 
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        found = f"{value!r}" if name in config else "nothing"
         raise ModelError(
-            f"{name} is {found}, where a whole number above 0 must stand",
+            f"{name} is {repr(value) if name in config else 'missing'}: it must be a whole number above 0",
             where=where,
             fix="take config.json from the model's page again: tunesmith fetch MODEL",
         )
     return value
 
 
-def _windows(config: Mapping[str, Any], family: SpecDefaults, layers: int) -> tuple[int | None, ...]:
+def _windows(config: Mapping[str, Any], family: Architecture, layers: int) -> tuple[int | None, ...]:
     """Each layer's attention window. The rules are those of the families' config classes in Transformers."""
     window = config.get("sliding_window", 4096 if family.window in ("every-second", "pattern") else None)
     if window is None or family.window == "none":
@@ -245,15 +205,8 @@ def _windows(config: Mapping[str, Any], family: SpecDefaults, layers: int) -> tu
     return tuple(window if s else None for s in slides)
 
 
-def _pairs(length: int, window: int | None) -> int:
-    """Query-key pairs of one causal document: each position sees itself and up to window - 1 before it."""
-    if window is None or length <= window:
-        return length * (length + 1) // 2
-    return window * (window + 1) // 2 + (length - window) * window
-
-
 def flops(
-    facts: ModelSpec,
+    spec: ModelSpec,
     documents: Iterable[int],
     supervised: int,
     *,
@@ -268,7 +221,7 @@ def flops(
     Recomputation, norms, rotary embeddings and the softmax are not counted.
 
     Args:
-        facts: the model.
+        spec: the model's.
         documents: length of each document, in tokens, padding not counted.
         supervised: positions whose label enters the loss.
         trained: "full", or "lora" for a frozen base.
@@ -277,15 +230,16 @@ def flops(
     lengths = list(documents)
     tokens = sum(lengths)
     per_parameter = 6 if trained == "full" else 4
-    matmul = per_parameter * (facts.layers * facts.layer_matmul * tokens + facts.head_matmul * supervised)
+    matmul = per_parameter * (spec.layers * spec.layer_matmul * tokens + spec.head_matmul * supervised)
     # The backward of attention takes twice its forward.
-    return float(matmul + 3 * _attention(facts, lengths) + 6 * adapter_parameters * tokens)
+    return float(matmul + 3 * _attention_flops(spec, lengths) + 6 * adapter_parameters * tokens)
 
 
-def _attention(facts: ModelSpec, lengths: Sequence[int]) -> int:
+def _attention_flops(spec: ModelSpec, lengths: list[int]) -> int:
     """Operations of attention's forward in all layers: q k^T and p v, 2 products of 2 operations a pair and channel."""
-    counted: dict[int | None, int] = {}
-    for window in facts.windows:
-        counted[window] = counted.get(window, 0) + 1
-    pairs = sum(many * sum(_pairs(n, window) for n in lengths) for window, many in counted.items())
-    return 4 * pairs * facts.heads * facts.head_dim
+    pairs = 0
+    for window, layers in Counter(spec.windows).items():
+        for n in lengths:
+            most = n if window is None else min(n, window)  # keys that a query sees
+            pairs += layers * (most * (most + 1) // 2 + (n - most) * most)
+    return 4 * pairs * spec.heads * spec.head_dim

@@ -23,7 +23,7 @@ from tunesmith.errors import first_line
 from tunesmith.host_files import cache_folder
 from tunesmith.loss import Score
 from tunesmith.model.documents import Documents
-from tunesmith.model.fused import mix_in
+from tunesmith.model.fused import add_mixin
 from tunesmith.private import mark_varying
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -77,7 +77,7 @@ def compile_layers(layers: Iterable[nn.Module], *, varied: bool, backend: str | 
     shared = torch.compile(_forward, backend=backend)
     for layer in layers:
         compiled_layer: Any = layer
-        mix_in(compiled_layer, CompiledLayer)
+        add_mixin(compiled_layer, CompiledLayer)
         compiled_layer.compiled, compiled_layer.varied = shared, varied
         count += 1
     return count

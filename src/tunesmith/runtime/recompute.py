@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.model.fused import mix_in
+from tunesmith.model.fused import add_mixin
 
 
 def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:
@@ -24,7 +24,7 @@ def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:
     for number, layer in enumerate(layers):
         recomputed: Any = layer
         if not isinstance(layer, RecomputedLayer):
-            mix_in(recomputed, RecomputedLayer)
+            add_mixin(recomputed, RecomputedLayer)
         recomputed.recomputed = number < count
 
 

@@ -59,7 +59,7 @@ def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> atte
     """How attention is computed in a run, and why."""
     if run.model.attention == "eager":
         return attention.EAGER
-    soft = files.architecture.attention_softcap is not None
+    soft = files.spec.attention_softcap is not None
     return attention.select_attention_backend(device, DTYPES[run.model.dtype], files.spec.head_dim, soft=soft)
 
 
