@@ -34,7 +34,7 @@ from tunesmith.build_model import build_model
 from tunesmith.config.load import from_mapping, to_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Example
-from tunesmith.model.model_files import read_model_files
+from tunesmith.hub.model_files import read_model_files
 from tunesmith.runtime.resolve import inference_plan
 from tunesmith.training.run import train
 

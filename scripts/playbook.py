@@ -258,10 +258,10 @@ def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> 
 
 def opens_with_bos(model: Model) -> bool:
     """Fetch the model; whether its tokenizer puts a BOS token before a text."""
-    from tunesmith.hub.fetch import fetch
+    from tunesmith.hub.fetch import fetch, tokenizer_folder
     from tunesmith.model.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(fetch(model), model)
+    tokenizer = load_tokenizer(tokenizer_folder(model, fetch(model)), model)
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 

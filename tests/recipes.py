@@ -75,7 +75,7 @@ def built_model(run: Run, folder: Path, **options: Any) -> TrainModel:
     import torch
 
     from tunesmith.build_model import build_model
-    from tunesmith.model.model_files import read_model_files
+    from tunesmith.hub.model_files import read_model_files
     from tunesmith.runtime.resolve import inference_plan
 
     files = read_model_files(folder, run.model)

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from tunesmith.adapter import lora, peft_files
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
+from tunesmith.hub.model_files import ModelFiles
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import fused, load, random_init
 from tunesmith.model.architectures import LAYERS
-from tunesmith.model.model_files import ModelFiles
+from tunesmith.model.weights import load_weights
 from tunesmith.quant import nf4
 from tunesmith.runtime import compilation
 from tunesmith.runtime.calibrate import MemoryMeter, calibrate_recompute
@@ -121,7 +122,7 @@ def fill_parameters(run: Run, files: ModelFiles, model: nn.Module, weights: Path
         shapes = dict(stored.named_parameters())
         random_init.init_random_weights(model, shapes, seed=run.train.seed, convert=nf4.load_hooks(model))
     else:
-        load.load_weights(model, weights, skip=lora.is_adapter_weight, convert=nf4.load_hooks(model))
+        load_weights(model, weights, skip=lora.is_adapter_weight, convert=nf4.load_hooks(model))
     if run.adapter.kind == "lora":
         lora.init_lora(model, run.adapter, seed=run.train.seed)
         if run.adapter.from_ is not None:

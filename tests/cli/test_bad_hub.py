@@ -23,8 +23,8 @@ TOKEN = "hf_abcdefghijklmnopqrstuvwxyz0123456789"
 CHILD = """
 import contextlib, io, json, os, sys, traceback
 from tunesmith.cli.main import main
-from tunesmith.hub import download
-download.PAUSE = 0.01
+from tunesmith.hub import hub_calls
+hub_calls.PAUSE = 0.01
 for line in sys.stdin:
     words, token = json.loads(line)
     os.environ.pop("HF_TOKEN", None)

@@ -137,7 +137,8 @@ class StandIn:
                 "gated": "manual" if repo.gated else False, "tags": [], "downloads": 0, "likes": 0,
                 "cardData": repo.card,
                 "siblings": [{"rfilename": n, "size": len(data), "blobId": git_hash(data)}
-                             for n, data in repo.files.items()],
+                             | ({"lfs": {"sha256": sha256(data), "size": len(data), "pointerSize": 134}}
+                                if n in repo.large else {}) for n, data in repo.files.items()],
             }  # fmt: skip
         http.send_response(200)
         http.send_header("Content-Type", "application/json")

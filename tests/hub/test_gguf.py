@@ -13,6 +13,8 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.hub import fetch, gguf
 from tunesmith.model import load
+from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.model.weights import load_weights
 
 LAYERS, WIDTH, INNER, HEADS, KV, VOCAB = 2, 64, 128, 8, 4, 262
 
@@ -75,7 +77,7 @@ def test_the_folder_is_what_transformers_reads_from_the_file(file: Path, cache: 
     assert [n for n in notes if "once" in n]
     model = load.build_on_meta(load.load_config(folder, spec), spec)
     load.materialise(model, torch.device("cpu"))
-    load.load_weights(model, folder)
+    load_weights(model, folder)
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     ids = torch.arange(4, 40)[None]
     with torch.no_grad():
@@ -83,7 +85,7 @@ def test_the_folder_is_what_transformers_reads_from_the_file(file: Path, cache: 
     assert str(file.parent) not in (folder / "config.json").read_text()
     assert "quantization" not in (folder / "config.json").read_text()
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
-    assert load.load_tokenizer(folder, spec).decode(load.load_tokenizer(folder, spec)("hello")["input_ids"]) == "hello"
+    assert load_tokenizer(folder, spec).decode(load_tokenizer(folder, spec)("hello")["input_ids"]) == "hello"
 
     notes.clear()
     assert fetch.fetch(spec, progress=notes.append) == folder

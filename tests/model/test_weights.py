@@ -18,6 +18,8 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.hub import fetch
 from tunesmith.model import load, safetensors_files
+from tunesmith.model.tokenizer import load_tokenizer
+from tunesmith.model.weights import load_weights
 
 FP32 = Model(name="here", dtype="fp32")
 
@@ -30,7 +32,7 @@ def folder(tiny: Path, tmp_path: Path) -> Path:
 def filled(folder: Path, rows: int | None = None, **more):
     model = load.build_on_meta(load.load_config(folder, FP32), FP32, rows=rows)
     load.materialise(model, torch.device("cpu"))
-    load.load_weights(model, folder, **more)
+    load_weights(model, folder, **more)
     return model
 
 
@@ -87,7 +89,7 @@ def test_dtypes_are_converted_as_torch_does(folder: Path, stored: str, dtype: st
     spec = Model(name="here", dtype=dtype)
     model = load.build_on_meta(load.load_config(folder, spec), spec)
     load.materialise(model, torch.device("cpu"))
-    load.load_weights(model, folder)
+    load_weights(model, folder)
     for name, tensor in load_file(folder / "model.safetensors").items():
         assert torch.equal(model.get_parameter(name), tensor.to(load.DTYPES[dtype]))
 
@@ -122,12 +124,11 @@ def test_a_hook_gets_the_tensor_and_its_companions(folder: Path) -> None:
 def test_memory_of_its_own_is_not_touched_by_skipped_names(folder: Path) -> None:
     model = load.build_on_meta(load.load_config(folder, FP32), FP32)
     model.model.layers[0].mlp.extra = torch.nn.Parameter(torch.full((2,), 5.0))
-    empty = load.materialise(model, torch.device("cpu"))
-    assert "model.layers.0.mlp.extra" not in empty
-    load.load_weights(model, folder, skip=lambda n: n.endswith("extra"))
+    load.materialise(model, torch.device("cpu"))
+    load_weights(model, folder, skip=lambda n: n.endswith("extra"))
     assert model.model.layers[0].mlp.extra.tolist() == [5.0, 5.0]
     with pytest.raises(ModelError, match=r"1 tensors are missing: model.layers.0.mlp.extra"):
-        load.load_weights(model, folder)
+        load_weights(model, folder)
 
 
 def drop(folder: Path) -> None:
@@ -156,6 +157,11 @@ def odd_header(folder: Path) -> None:
 
 def unread_type(folder: Path) -> None:
     rewrite(folder, lambda t: {n: v.to(torch.float8_e4m3fn) if "up_proj" in n else v for n, v in t.items()})
+
+
+def unread_tied_head(folder: Path) -> None:
+    name = "model.embed_tokens.weight"
+    rewrite(folder, lambda t: {**t, **{n: t[name].to(torch.float8_e4m3fn) for n in (name, "lm_head.weight")}})
 
 
 def index(folder: Path, text: str) -> None:
@@ -204,6 +210,7 @@ BAD = {
     "header that lies": (lying_header, "w has 8 bytes where its shape needs 12"),
     "header of another form": (odd_header, "wrong form"),
     "unread type": (unread_type, "type that cannot be read"),
+    "unread type, tied twice": (unread_tied_head, "type that cannot be read"),
     "only pickles": (pickled, "from transformers import AutoModelForCausalLM"),
     "only a gguf": (only_gguf, "tiny.gguf"),
     "an adapter": (adapter, "adapter.from"),
@@ -227,7 +234,7 @@ BAD = {
 def use(folder: Path) -> None:
     found = fetch.fetch(Model(name=str(folder), dtype="fp32"), progress=lambda text: None)
     filled(found)
-    load.load_tokenizer(found, FP32)
+    load_tokenizer(found, FP32)
 
 
 @pytest.mark.parametrize("case", sorted(BAD))
@@ -247,6 +254,7 @@ import sys, torch
 from pathlib import Path
 from tunesmith.config.schema import Model
 from tunesmith.model import load
+from tunesmith.model.weights import load_weights
 def status(key):
     return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(key))
 folder, spec = Path(sys.argv[1]), Model(name="x", dtype=sys.argv[2])
@@ -254,7 +262,7 @@ model = load.build_on_meta(load.load_config(folder, spec), spec)
 load.materialise(model, torch.device("cpu"))
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
-load.load_weights(model, folder)
+load_weights(model, folder)
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 print(status("VmHWM") - before - size, size)
 """

@@ -13,7 +13,7 @@ import torch
 from recipes import built_model, make_run, write_rows
 from tunesmith.data.loader import Loader
 from tunesmith.data.prepare import prepare_data
-from tunesmith.model import load
+from tunesmith.model.tokenizer import eos_ids, load_tokenizer
 from tunesmith.units import Size
 
 CPU = torch.device("cpu")
@@ -23,8 +23,8 @@ LAYOUTS = [(pack, examples) for pack in (True, False) for examples in (64, 8, 1)
 def whole_batch(tiny: Path, folder: Path, pack: bool, examples: int) -> tuple[float, dict[str, torch.Tensor], int]:
     """Loss, gradients and number of micro batches of the first global batch."""
     run = make_run(tiny, folder, held=False, data={"pack": pack}, train={"global_batch": "64 examples"})
-    tokenizer = load.load_tokenizer(tiny, run.model)
-    data = prepare_data(run, tokenizer, load.eos_ids(tiny, tokenizer), len(tokenizer), cache=folder / "cache")
+    tokenizer = load_tokenizer(tiny, run.model)
+    data = prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), len(tokenizer), cache=folder / "cache")
     batch = Loader(data.train, data.course, micro_batch=Size(examples, "examples"), pad_id=0).batch(0)
     model = built_model(run, tiny).train()
     generator = torch.Generator().manual_seed(1)
@@ -63,6 +63,6 @@ def test_old_scripts_number_of_steps_is_kept(tiny: Path, tmp_path: Path) -> None
         run = make_run(
             tiny, tmp_path, data={"pack": pack}, train={"duration": "1 epochs", "global_batch": "8 examples"}
         )
-        tokenizer = load.load_tokenizer(tiny, run.model)
-        data = prepare_data(run, tokenizer, load.eos_ids(tiny, tokenizer), len(tokenizer), cache=tmp_path / "cache")
+        tokenizer = load_tokenizer(tiny, run.model)
+        data = prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), len(tokenizer), cache=tmp_path / "cache")
         assert data.course.steps(run.train.duration) == 64

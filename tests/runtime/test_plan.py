@@ -18,8 +18,8 @@ from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.data.batch import Example, collate
 from tunesmith.data.loader import StepSize
 from tunesmith.errors import MachineError
+from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import MethodOutput
-from tunesmith.model.model_files import read_model_files
 from tunesmith.model.spec import read_spec
 from tunesmith.runtime.calibrate import calibrate_recompute, revise_recomputed
 from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan

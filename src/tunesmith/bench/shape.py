@@ -17,6 +17,7 @@ from tunesmith.config.dump import to_yaml
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Model, Run
 from tunesmith.errors import UsageError
+from tunesmith.hub.fetch import fetch_without_weights
 from tunesmith.model import spec
 from tunesmith.model.tokenizer import load_tokenizer
 
@@ -40,7 +41,7 @@ def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
         ModelError: the tokenizer, or the config, cannot be read.
     """
     spec.read_spec(config, where="--shape")
-    found: PreTrainedTokenizerBase = load_tokenizer(folder, Model(name=str(folder), tokenizer=tokenizer))
+    found: PreTrainedTokenizerBase = load_tokenizer(fetch_without_weights(tokenizer), Model(name=str(folder)))
     changed, rows = "", config["vocab_size"]
     if len(found) > rows:
         changed = f"vocabulary of {len(found):,} in place of {rows:,}: the tokenizer's ids must fit"

@@ -50,11 +50,13 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.model.load import load_config
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer, vocab_rows
 
-    if fetch.local(recipe.model) is not None:
+    if fetch.local_model(recipe.model) is not None:
         folder = fetch.fetch(recipe.model)
     else:
-        folder = fetch.in_cache(recipe.model) or fetch.tokenizer_folder(recipe.model.name, recipe.model.revision)
-    tokenizer = load_tokenizer(folder, recipe.model)
+        folder = fetch.cached_model(recipe.model) or fetch.fetch_without_weights(
+            recipe.model.name, recipe.model.revision
+        )
+    tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
     rows = vocab_rows(load_config(folder, recipe.model), tokenizer)
     prepared = prepare_data(recipe, tokenizer, eos_ids(folder, tokenizer), rows, strict=False)
     if args.json:

@@ -1,11 +1,10 @@
-"""`tunesmith fetch`: licence, access and disk first, then a model and a recipe's data; what the cache holds."""
+"""`tunesmith fetch`: check licence, access and disk, then download a model and a recipe's data; manage the cache."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,25 +14,25 @@ from tunesmith.errors import EXIT_OK, MachineError, UsageError
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Source
-    from tunesmith.hub.fetch import FetchProgress
+    from tunesmith.hub.download import FetchProgress
 
 EPILOG = """examples:
   tunesmith fetch smollm2-135m-lora              # the model and the data of a recipe
-  tunesmith fetch Qwen/Qwen3-8B --dry-run        # licence, access, sizes and room; nothing is brought
+  tunesmith fetch Qwen/Qwen3-8B --dry-run        # licence, access, sizes and room; downloads nothing
   tunesmith fetch --list
   tunesmith fetch --remove Qwen/Qwen3-8B
 
-What was cut off goes on where it stopped. HF_HOME says where the cache is, HF_TOKEN who asks.
+An interrupted download resumes where it stopped. HF_HOME names the cache, HF_TOKEN is your access token.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words and options of this verb."""
+    """The arguments of this verb."""
     parser.add_argument("name", nargs="?", metavar="RECIPE|MODEL", help="a recipe, or a Hub id, folder or .gguf file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
     parser.add_argument("--revision", help="branch, tag or commit of a model that is named without a recipe")
-    parser.add_argument("--update", action="store_true", help="ask the Hub for a newer commit although it is here")
-    parser.add_argument("--dry-run", action="store_true", help="check and show; bring or remove nothing")
+    parser.add_argument("--update", action="store_true", help="ask the Hub for a newer commit of a cached model")
+    parser.add_argument("--dry-run", action="store_true", help="check and show; download or remove nothing")
     parser.add_argument("--list", action="store_true", help="what the caches hold, the largest first")
     parser.add_argument("--remove", metavar="NAME", help="delete a model or data set from the cache")
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for scripts")
@@ -49,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
         what = "fetch needs a recipe or a model"
         raise UsageError(what, where="command line", fix="tunesmith fetch smollm2-135m-lora, or --list")
     model, sources = _wanted(args)
-    progress: FetchProgress = Bar() if _on_terminal() else _lines()
+    from tunesmith.hub.download import FetchProgress
+
+    progress = FetchProgress()
     rows = [_model(model, progress, dry=args.dry_run, update=args.update)]
     rows += [_dataset(source, progress, dry=args.dry_run) for source in sources]
     if args.json:
@@ -84,30 +85,26 @@ def _wanted(args: argparse.Namespace) -> tuple[Model, list[Source]]:
 def _model(model: Model, progress: FetchProgress, *, dry: bool, update: bool) -> dict[str, Any]:
     """Fetch a model, or with `dry` only look; what was found, with sizes in bytes."""
     from tunesmith.hub import fetch
-    from tunesmith.model import spec
-    from tunesmith.model.safetensors_files import read_json
 
-    here = fetch.local(model)
     row: dict[str, Any] = {"name": model.name, "kind": "model", "licence": None, "bytes": None, "missing_bytes": 0}
-    if here is None:
-        here = None if update else fetch.in_cache(model)
-        if here is None:
+    folder = fetch.local_model(model)
+    if folder is None:
+        folder = None if update else fetch.cached_model(model)
+        if folder is None:
             plan = fetch.plan_download(model, progress)
-            row |= {"licence": plan.licence, "gated": plan.gated, "revision": plan.commit, "bytes": plan.total}
-            row |= {"missing_bytes": plan.missing, "left_out": list(plan.left_out)}
-            fetch.check_room(model.name, plan.missing)
-            here = None if dry else fetch.bring(plan, progress)
-    elif not dry or here.is_dir():
-        here = fetch.fetch(model, progress=progress)
-    if here is not None and here.is_dir():
-        found = spec.read_spec(
-            read_json(here / "config.json"), where=str(here), trust_remote_code=model.trust_remote_code
-        )
-        row |= {"type": found.model_type, "parameters": found.parameters}
-        row["bytes"] = row["bytes"] or sum(f.stat().st_size for f in here.iterdir() if f.is_file())
+            row |= {"licence": plan.listing.licence, "gated": plan.listing.gated, "revision": plan.listing.commit}
+            row |= {"bytes": plan.total, "missing_bytes": plan.missing, "left_out": list(plan.left_out)}
+            fetch.check_cache_room(model.name, plan.missing)
+            folder = None if dry else fetch.download_model(plan, progress)
+    elif not dry or folder.is_dir():
+        folder = fetch.fetch(model, progress=progress)
+    if folder is not None and folder.is_dir():
+        spec = fetch.check_folder(folder, model)
+        row |= {"type": spec.model_type, "parameters": spec.parameters}
+        row["bytes"] = row["bytes"] or sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
     if model.tokenizer is not None and not dry:
-        fetch.tokenizer_folder(model.tokenizer)
-    return row | {"folder": None if here is None else str(here)}
+        fetch.fetch_without_weights(model.tokenizer)
+    return row | {"folder": None if folder is None else str(folder)}
 
 
 def _dataset(source: Source, progress: FetchProgress, *, dry: bool) -> dict[str, Any]:
@@ -118,11 +115,11 @@ def _dataset(source: Source, progress: FetchProgress, *, dry: bool) -> dict[str,
 
     row: dict[str, Any] = {"name": source.source, "kind": "dataset", "licence": None, "bytes": None}
     if not constants.HF_HUB_OFFLINE:
-        listing = fetch.describe(source.source, source.revision, "dataset", progress)
-        size = sum(listing.sizes.values())
+        listing = fetch.list_repo(source.source, source.revision, "dataset", progress)
+        size = sum(file.size for file in listing.files.values())
         row |= {"licence": listing.licence, "gated": listing.gated, "revision": listing.commit, "bytes": size}
-        if not fetch.storage_of(source.source, "dataset").exists():
-            fetch.check_room(source.source, 2 * size)  # as it is on the Hub, and as an Arrow table
+        if not fetch.repo_cache(source.source, "dataset").exists():
+            fetch.check_cache_room(source.source, 2 * size)  # as it is on the Hub, and as an Arrow table
     if not dry:
         from tunesmith.data.source import read_rows
 
@@ -131,12 +128,12 @@ def _dataset(source: Source, progress: FetchProgress, *, dry: bool) -> dict[str,
 
 
 def _line(row: dict[str, Any]) -> str:
-    from tunesmith.hub.fetch import size_text
+    from tunesmith.hub.download import size_text
 
     said = [str(row["kind"]), f"licence {row['licence']}" if row["licence"] else ""]
     said += [size_text(row["bytes"]) if row["bytes"] else ""]
     if row.get("missing_bytes") and row["folder"] is None:
-        said += [f"{size_text(row['missing_bytes'])} to come"]
+        said += [f"{size_text(row['missing_bytes'])} to download"]
     said += [f"{row['parameters'] / 1e9:.2f} B parameters" if row.get("parameters") else ""]
     said += [f"{row['rows']} rows" if "rows" in row else "", row.get("folder") or ""]
     return "  ".join([row["name"], *(s for s in said if s)])
@@ -144,7 +141,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def _list(*, as_json: bool) -> int:
     from tunesmith.hub.cache import cached_items
-    from tunesmith.hub.fetch import size_text
+    from tunesmith.hub.download import size_text
 
     items = cached_items()
     if as_json:
@@ -158,8 +155,8 @@ def _list(*, as_json: bool) -> int:
 
 
 def _remove(name: str, *, dry: bool, as_json: bool) -> int:
-    from tunesmith.hub.cache import cached_items, remove
-    from tunesmith.hub.fetch import size_text
+    from tunesmith.hub.cache import cached_items, remove_cached
+    from tunesmith.hub.download import size_text
 
     items = cached_items()
     chosen = [item for item in items if item.name == name]
@@ -170,7 +167,7 @@ def _remove(name: str, *, dry: bool, as_json: bool) -> int:
     for item in chosen:
         if not dry:
             try:
-                remove(item)
+                remove_cached(item)
             except OSError as error:
                 what = f"cannot delete {name}: {error.strerror}"
                 raise MachineError(what, where=str(item.folder), fix=f"ls -ld {item.folder}") from error
@@ -180,47 +177,3 @@ def _remove(name: str, *, dry: bool, as_json: bool) -> int:
         done = [{"name": i.name, "kind": i.kind, "bytes": i.size, "removed": not dry} for i in chosen]
         print(json.dumps(done, indent=2))
     return EXIT_OK
-
-
-def _on_terminal() -> bool:
-    return sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-
-
-def _lines() -> FetchProgress:
-    from tunesmith.hub.fetch import ProgressLines
-
-    return ProgressLines()
-
-
-class Bar:
-    """A `Progress` as a bar on the terminal, with rate and time left."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )  # fmt: skip
-        self._task = self._bar.add_task("", visible=False)
-
-    def note(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
-
-    def start(self, what: str, total: int, done: int) -> None:
-        self._task = self._bar.add_task(what, total=total, completed=done)
-        self._bar.start()
-
-    def advance(self, count: int) -> None:
-        self._bar.advance(self._task, count)
-
-    def end(self) -> None:
-        self._bar.stop()

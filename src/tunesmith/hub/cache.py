@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, scan_cache_dir
-from huggingface_hub.errors import CacheNotFound
+from huggingface_hub import constants
 
-from tunesmith.hub.gguf import cache_folder
+from tunesmith.host_files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -25,37 +25,30 @@ class CachedItem:
 
 def cached_items() -> list[CachedItem]:
     """Everything in the caches, the largest first; parts of unfinished downloads counted."""
-    found = []
-    try:
-        for repo in scan_cache_dir().repos:
-            if repo.repo_type in ("model", "dataset"):
-                found.append(
-                    CachedItem(repo.repo_id, repo.repo_type, _size(repo.repo_path), repo.last_accessed, repo.repo_path)
-                )
-    except CacheNotFound:
-        pass
-    known = {item.folder for item in found}
-    hub = Path(constants.HF_HUB_CACHE)
-    for folder in hub.glob("*s--*") if hub.is_dir() else ():  # begun, but without a whole file yet
+    return sorted((_measure(*found) for found in _folders() if found[2].is_dir()), key=lambda item: -item.size)
+
+
+def _folders() -> Iterator[tuple[str, str, Path]]:
+    # Not scan_cache_dir: it leaves out a repository of which no file is complete yet.
+    for folder in Path(constants.HF_HUB_CACHE).glob("*s--*"):
         kind, _, name = folder.name.partition("s--")
-        if folder not in known and kind in ("model", "dataset") and folder.is_dir():
-            found.append(CachedItem(name.replace("--", "/"), kind, _size(folder), folder.stat().st_mtime, folder))
-    made = cache_folder()
-    for folder in sorted(made.iterdir()) if made.is_dir() else ():
-        if folder.is_dir():
-            found.append(CachedItem(folder.name, "converted", _size(folder), folder.stat().st_mtime, folder))
-    return sorted(found, key=lambda item: -item.size)
+        if kind in ("model", "dataset"):
+            yield name.replace("--", "/"), kind, folder
+    for folder in cache_folder("models").glob("*"):
+        yield folder.name, "converted", folder
 
 
-def _size(folder: Path) -> int:
-    """Bytes of the files under a folder; links are not followed, so that a blob counts once."""
-    return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+def _measure(name: str, kind: str, folder: Path) -> CachedItem:
+    """Links are not followed, so that a blob counts once."""
+    files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+    used = max((file.st_atime for file in files), default=folder.stat().st_mtime)
+    return CachedItem(name, kind, sum(file.st_size for file in files), used, folder)
 
 
-def remove(item: CachedItem) -> None:
+def remove_cached(item: CachedItem) -> None:
     """Delete it from the disk, with its locks and parts.
 
-    A repository's folder in the Hub's cache is whole in itself: its snapshots are links to its own blobs.
+    A repository's folder in the Hub's cache holds all that its snapshots link to.
     """
     shutil.rmtree(item.folder)
     shutil.rmtree(item.folder.parent / ".locks" / item.folder.name, ignore_errors=True)

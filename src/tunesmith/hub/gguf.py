@@ -1,7 +1,7 @@
-"""A .gguf file becomes a Transformers folder, once, in a cache.
+"""Convert a .gguf file to a Transformers folder, once, in a cache.
 
 Transformers reads the format and dequantises it (`gguf_file=`); doing so at every start would cost a full copy in memory
-and minutes. The folder is made aside and renamed into place, so that a stopped conversion leaves nothing half.
+and minutes. The folder is written beside its place and renamed, so that a stopped conversion leaves nothing incomplete.
 """
 
 from __future__ import annotations
@@ -11,57 +11,62 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tunesmith.errors import MachineError, ModelError
+from tunesmith.host_files import cache_folder
 
 MAGIC = b"GGUF"
 LAYOUT = 1  # goes up when what is written changes, so that older conversions are made again
 
 
-def cache_folder() -> Path:
-    """`$TUNESMITH_CACHE/models`, else `$XDG_CACHE_HOME/tunesmith/models`, else `~/.cache/tunesmith/models`."""
-    own = os.environ.get("TUNESMITH_CACHE")
-    if own:
-        return Path(own).expanduser() / "models"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tunesmith" / "models"
-
-
-def converted(file: Path, dtype: str, note: Callable[[str], None] = lambda text: None) -> Path:
+def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
     """The Transformers folder of a .gguf file, converted now or before.
 
     Args:
         file: the .gguf file.
         dtype: `bf16`, `fp16` or `fp32`: the type that the weights are kept in.
-        note: told when a conversion begins.
+        say: takes one line when a conversion begins.
 
     Raises:
         ModelError: the file is no GGUF, cut off, or of an architecture that Transformers cannot read.
         MachineError: the package `gguf` is missing, or the cache cannot be written.
     """
     file = file.resolve()
-    _check_magic(file)
-    stat = file.stat()
+    try:
+        stat = file.stat()
+        with file.open("rb") as f:
+            start = f.read(len(MAGIC))
+    except OSError as error:
+        raise ModelError(f"{file.name} cannot be read", where=str(file), why=str(error)) from error
+    if start != MAGIC:
+        raise ModelError(
+            f"{file.name} is not a GGUF file",
+            where=str(file),
+            why=f"it begins with {start!r}, not {MAGIC!r}",
+            fix="download it again; a small file is often a saved web page or a Git LFS pointer",
+        )
     identity = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, dtype, LAYOUT])
-    target = cache_folder() / f"{file.stem}-{dtype}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    target = cache_folder("models") / f"{file.stem}-{dtype}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:
         raise MachineError(
             "the package gguf is missing, which reads .gguf files", where=str(file), fix="pip install 'tunesmith[gguf]'"
         )
-    note(f"converting {file.name} to {dtype} safetensors, once, in {target}")
+    say(f"converting {file.name} to {dtype} safetensors, once, in {target}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
             made = Path(scratch) / "model"
             _convert(file, dtype, made)
-            _move(made, target)
+            try:
+                made.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process finished the same conversion first
+                    raise
     except OSError as error:
         raise MachineError(
             "the converted model cannot be written",
@@ -72,37 +77,22 @@ def converted(file: Path, dtype: str, note: Callable[[str], None] = lambda text:
     return target
 
 
-def _check_magic(file: Path) -> None:
-    try:
-        with file.open("rb") as f:
-            start = f.read(4)
-    except OSError as error:
-        raise ModelError(f"{file.name} cannot be read", where=str(file), why=str(error)) from error
-    if start != MAGIC:
-        raise ModelError(
-            f"{file.name} is not a GGUF file",
-            where=str(file),
-            why=f"it begins with {start!r}, not {MAGIC!r}",
-            fix="download it again; a small file is often a saved web page or a Git LFS pointer",
-        )
-
-
 def _convert(file: Path, dtype: str, made: Path) -> None:
-    import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    kept = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    from tunesmith.model.load import DTYPES, one_line
+
+    kept = DTYPES[dtype]
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=kept)
     except Exception as error:  # gguf and Transformers raise many kinds for a file that is cut off or unknown to them
-        text = " ".join(str(error).split())[:300]
         raise ModelError(
             f"{file.name} cannot be read as a model",
             where=str(file),
-            why=f"{type(error).__name__}: {text}",
+            why=one_line(error),
             fix="download it again, or take the model's safetensors from the Hub",
         ) from error
     # Written file by file rather than by save_pretrained, which refuses a model that was loaded from a quantised file.
@@ -118,15 +108,6 @@ def _convert(file: Path, dtype: str, made: Path) -> None:
         model.generation_config.save_pretrained(made)
         type(model.config).from_dict(config).save_pretrained(made)
     save_file(state, made / "model.safetensors", metadata={"format": "pt"})
-
-
-def _move(made: Path, target: Path) -> None:
-    try:
-        made.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another process finished the same conversion first
-            raise
-        shutil.rmtree(made)
 
 
 @contextlib.contextmanager

@@ -250,7 +250,7 @@ def load_run(
     """
     from tunesmith.build_model import build_model
     from tunesmith.hub.fetch import fetch
-    from tunesmith.model.model_files import read_model_files
+    from tunesmith.hub.model_files import read_model_files
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer
     from tunesmith.runtime.resolve import inference_plan
 
@@ -263,7 +263,7 @@ def load_run(
     train_model.eval()
     train_model.model.set_attn_implementation("sdpa")
     saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
-    tokenizer = load_tokenizer(saved, replace(run.model, tokenizer=None)) if saved else files.tokenizer
+    tokenizer = load_tokenizer(saved, run.model) if saved else files.tokenizer
     ends = eos_ids(saved or weights, tokenizer) | eos_ids(weights, tokenizer)
     return LoadedModel(train_model, tokenizer, _template(run.data, tokenizer, ends, saved), location, weights)
 

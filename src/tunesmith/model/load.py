@@ -1,11 +1,10 @@
-"""From a folder to a model: config, tokenizer, the model on meta, its memory, its weights.
+"""From a folder to a model without weights: its config, the model on meta, its memory.
 
-The order is that of a model's path: `on_meta` builds the modules without memory for their matrices; adapters,
-recomputation and sharding then change them; `materialise` gives each parameter its memory; `load_weights` fills it from
-safetensors, tensor by tensor, so that peak memory is the model and one slice.
+`build_on_meta` builds the modules without memory for their matrices; adapters, recomputation and sharding then change
+them; `materialise` gives each parameter its memory, which `weights.load_weights` or `random_init` initialises.
 
-`to_empty` is not used: it gives tied weights two memories and leaves buffers such as the rotary frequencies garbage
-(they are in no checkpoint). Here buffers are computed for real when the model is built.
+`to_empty` is not used: it breaks tied weights and leaves buffers such as the rotary frequencies uninitialised (they are
+in no checkpoint). Here buffers are computed when the model is built.
 """
 
 from __future__ import annotations
@@ -22,24 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.model import spec
 from tunesmith.model.safetensors_files import read_json
-from tunesmith.model.tokenizer import eos_ids, load_tokenizer, set_padding, vocab_rows
-from tunesmith.model.weights import Hook, Stored, load_weights
-
-__all__ = [
-    "DTYPES",
-    "Hook",
-    "Stored",
-    "build_on_meta",
-    "eos_ids",
-    "load_config",
-    "load_tokenizer",
-    "load_weights",
-    "materialise",
-    "set_padding",
-    "vocab_rows",
-]  # fmt: skip
+from tunesmith.model.spec import read_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -52,8 +35,8 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
     """
     file = folder / "config.json"
     raw = read_json(file)
-    found = spec.read_spec(raw, where=str(file), trust_remote_code=model.trust_remote_code)
-    if found.quantised and model.quantize != "nf4":
+    spec = read_spec(raw, where=str(file), trust_remote_code=model.trust_remote_code)
+    if spec.quantised and model.quantize != "nf4":
         raise ModelError(
             "the checkpoint is already in bitsandbytes nf4",
             where=str(file),
@@ -66,21 +49,22 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
         raise ModelError(
             "Transformers cannot read the config",
             where=str(file),
-            why=_first_line(error),
+            why=one_line(error),
             fix="correct the named key, or fetch the model again: tunesmith fetch MODEL",
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Another library's error with its type, in one line of bounded length."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
 
 
 class _MatricesOnMeta(TorchFunctionMode):
-    """Allocate what modules make with `torch.empty` (their matrices) on meta, and compute everything else for real.
+    """Allocate `torch.empty` (the modules' matrices) on meta, and compute everything else for real.
 
-    Under `torch.device("meta")` the rotary frequencies and scales of embeddings would be lost as well: they are
-    computed in the modules' constructors, and no checkpoint holds them.
+    `torch.device("meta")` would also lose the rotary frequencies and scales of embeddings, which the modules'
+    constructors compute and no checkpoint holds.
     """
 
     def __torch_function__(
@@ -92,17 +76,13 @@ class _MatricesOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_on_meta(
-    config: PretrainedConfig, model: Model, *, attention: str | None = None, rows: int | None = None
-) -> PreTrainedModel:
+def build_on_meta(config: PretrainedConfig, model: Model, *, rows: int | None = None) -> PreTrainedModel:
     """Build the model: every parameter on meta, in the recipe's dtype; every buffer real, on the CPU.
 
     Args:
-        config: from `config_of`; it is copied.
+        config: from `load_config`; it is copied.
         model: the recipe's block.
-        attention: name of the attention to use (Transformers' `attn_implementation`); None: eager where
-            the recipe says so, else the best of Transformers' own.
-        rows: rows of embedding and head; None: the config's vocabulary. See `vocab_rows`.
+        rows: rows of embedding and head; None: the config's vocabulary. See `tokenizer.vocab_rows`.
 
     Raises:
         ModelError: Transformers refuses the config.
@@ -111,22 +91,20 @@ def build_on_meta(
     if rows is not None:
         config.vocab_size = rows
     if "quantization_config" in config.to_dict():
-        del config.quantization_config  # the adapter's nf4 layers hold such weights, not Transformers' quantiser
-    if attention is None and model.attention == "eager":
-        attention = "eager"
+        del config.quantization_config  # our nf4 layers hold such weights, not Transformers' quantiser
     try:
         with _MatricesOnMeta():
             built = AutoModelForCausalLM.from_config(
                 config,
                 dtype=DTYPES[model.dtype],
-                attn_implementation=attention,
+                attn_implementation="eager" if model.attention == "eager" else None,
                 trust_remote_code=model.trust_remote_code,
             )
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(
             f"Transformers cannot build this {config.model_type}",
             where=f"{config.name_or_path}/config.json",
-            why=_first_line(error),
+            why=one_line(error),
             fix="correct the value there, or fetch the model again: tunesmith fetch MODEL",
         ) from error
     _replace(built, lambda p: p.to("meta"))
@@ -134,7 +112,7 @@ def build_on_meta(
 
 
 def _replace(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Put `change(parameter)` in each parameter's place, once for those that several modules share."""
+    """Replace each parameter by `change(parameter)`, once for those that several modules share."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
@@ -146,23 +124,17 @@ def _replace(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -
                 setattr(module, name, made[old])
 
 
-def materialise(model: nn.Module, device: torch.device) -> list[str]:
+def materialise(model: nn.Module, device: torch.device) -> None:
     """Give every parameter on meta its memory on `device`, uninitialised; move the real ones and all buffers there.
 
     Parameters keep their dtype, shared ones stay shared, and buffers keep the values and the dtype that their module
     computed (rotary frequencies: fp32).
-
-    Returns:
-        names of the parameters and buffers whose memory holds nothing yet: `load_weights` or an adapter must fill them.
     """
 
     def real(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
-    empty = [n for n, p in model.named_parameters(remove_duplicate=False) if p.is_meta]
-    empty += [n for n, b in model.named_buffers() if b.is_meta]
     _replace(model, real)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, real(buffer))  # a registered buffer stays one, and as persistent as it was
-    return sorted(empty)

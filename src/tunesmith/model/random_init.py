@@ -1,6 +1,6 @@
-"""Random weights in the place of a checkpoint's, drawn where they are to lie: for speed, which depends on shapes alone.
+"""Random weights in place of a checkpoint's, drawn on the device: for measuring speed, which depends on shapes alone.
 
-Every matrix is normal with the standard deviation that Transformers starts its models with, every norm's weight is one
+Every matrix is normal with the standard deviation that Transformers initialises models with, every norm's weight is one
 and every bias zero, as in `PreTrainedModel._init_weights` for Llama, Qwen 3 and Mistral. A tensor is drawn from a
 generator seeded by (seed, its name): it depends neither on the order of the tensors nor on which others there are.
 """
@@ -24,12 +24,13 @@ def seed_of(seed: int, name: str) -> int:
 
 
 class RandomTensor:
-    """A tensor that is made when it is read: what a hook gets where it would get one of a checkpoint.
+    """A tensor that is drawn when it is read: what a hook gets in place of a checkpoint's.
 
-    Attributes:
+    Args:
         name: full name of the parameter.
-        shape, dtype: of the tensor, as a checkpoint would hold it.
-        device: where it is made.
+        like: has the shape and dtype that a checkpoint would hold; may be on meta.
+        device: where it is drawn.
+        seed: of the run.
     """
 
     def __init__(self, name: str, like: Tensor, device: torch.device, seed: int) -> None:
@@ -38,40 +39,35 @@ class RandomTensor:
 
     def read(self) -> Tensor:
         """The whole tensor, on its device; the same each time."""
-        place = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        self.into(place)
-        return place
+        tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        self.into(tensor)
+        return tensor
 
     @torch.no_grad()
-    def into(self, place: Tensor) -> None:
-        """Draw into `place`, which has this shape and lies on this device."""
+    def into(self, target: Tensor) -> None:
+        """Draw into `target`, which has this shape and is on this device."""
         if len(self.shape) < 2:
-            place.fill_(0.0 if self.name.endswith("bias") else 1.0)
+            target.fill_(0.0 if self.name.endswith("bias") else 1.0)
             return
         generator = torch.Generator(self.device).manual_seed(seed_of(self._seed, self.name))
-        place.normal_(0.0, STD, generator=generator)
+        target.normal_(0.0, STD, generator=generator)
 
 
 def init_random_weights(
     model: nn.Module, checkpoint: Mapping[str, Tensor], *, seed: int, convert: Mapping[str, Hook] | None = None
-) -> int:
-    """Fill a materialised model as `load_weights` does, from tensors that are drawn one at a time.
+) -> None:
+    """Initialise a materialised model as `load_weights` loads one, from tensors that are drawn one at a time.
 
     Args:
         model: every parameter has its memory; it may carry adapters, whose own parameters are left as they are.
         checkpoint: what a checkpoint of the model would hold: name -> a tensor (on meta) of that shape and type.
         seed: of the run.
         convert: parameter name -> hook that takes the tensor itself, as in `load_weights`.
-
-    Returns:
-        how many tensors were drawn.
     """
-    hooks = dict(convert or {})
-    places = dict(model.named_parameters(remove_duplicate=False))
+    targets = dict(model.named_parameters(remove_duplicate=False))
     for name, like in checkpoint.items():
-        drawn = RandomTensor(name, like, places[name].device, seed)
-        if name in hooks:
-            hooks[name]({"": drawn})
+        tensor = RandomTensor(name, like, targets[name].device, seed)
+        if convert and name in convert:
+            convert[name]({"": tensor})
         else:
-            drawn.into(places[name])
-    return len(checkpoint)
+            tensor.into(targets[name])

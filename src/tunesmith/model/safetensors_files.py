@@ -1,8 +1,8 @@
 """Safetensors files: their headers read and checked, their tensors read by position.
 
-The file is opened, never mapped: a mapping keeps the pages of a whole checkpoint in the page cache while it lives, and
-advising the kernel to drop them has no effect until it is gone. Reading at a position into the tensor's own memory
-leaves one copy, and the pages can be let go tensor by tensor.
+The file is opened, never mapped: while a mapping lives, the pages of a whole checkpoint stay in the page cache, and
+advising the kernel to drop them has no effect. Reading at a position into the tensor's own memory leaves one copy, and
+the pages can be dropped tensor by tensor.
 
 Format: 8 bytes of length (little-endian), a JSON header of that length, then the tensors
 (https://huggingface.co/docs/safetensors). This file imports no torch, so that a folder can be checked before anything
@@ -57,7 +57,7 @@ def _unreadable(file: Path, error: OSError) -> ModelError:
     return ModelError(f"{file.name} cannot be read", where=str(file), why=why, fix=f"see who may read it: ls -l {file}")
 
 
-def entries(file: Path) -> list[Entry]:
+def read_entries(file: Path) -> list[Entry]:
     """Read a file's header and check it against the file's size.
 
     Raises:
@@ -96,29 +96,30 @@ def entries(file: Path) -> list[Entry]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """Parse a JSON object from a model's folder, or raise ModelError naming the file and line."""
+    again = "correct the file, or fetch the model again: tunesmith fetch MODEL"
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(
-            f"{file.name} is missing",
-            where=str(file.parent),
-            fix=f"put the model's {file.name} there, or fetch the model again: tunesmith fetch MODEL",
-        ) from error
+        fix = f"put the model's {file.name} there, or fetch the model again: tunesmith fetch MODEL"
+        raise ModelError(f"{file.name} is missing", where=str(file.parent), fix=fix) from error
     except OSError as error:
         raise _unreadable(file, error) from error
     except json.JSONDecodeError as error:
-        raise ModelError(
-            f"{file.name} is not JSON: {error.msg}",
-            where=f"{file}:{error.lineno}",
-            fix="correct the file, or fetch the model again: tunesmith fetch MODEL",
-        ) from error
+        what = f"{file.name} is not JSON: {error.msg}"
+        raise ModelError(what, where=f"{file}:{error.lineno}", fix=again) from error
     except UnicodeDecodeError as error:
-        raise ModelError(
-            f"{file.name} is not UTF-8 text", where=str(file), why=str(error), fix="save it as UTF-8, or copy it again"
-        ) from error
+        raise ModelError(f"{file.name} is not UTF-8 text", where=str(file), why=str(error), fix=again) from error
     if not isinstance(value, dict):
-        raise ModelError(f"{file.name} holds no JSON object", where=str(file), fix="fetch the model again")
+        raise ModelError(f"{file.name} holds no JSON object", where=str(file), fix=again)
     return value
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The names of the weight files that an index lists, sorted; ModelError where it lists none."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or any(Path(str(n)).name != n for n in names.values()):
+        raise ModelError("the index has no weight_map of file names", where=str(index), fix="fetch the model again")
+    return sorted(set(names.values()))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -132,12 +133,8 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / SINGLE).exists():
             return [folder / SINGLE]
         raise no_safetensors([p.name for p in folder.iterdir()], name=str(folder), where=str(folder))
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(v, str) for v in names.values()):
-        raise ModelError("the index has no weight_map", where=str(index), fix="fetch the model again")
-    files = [folder / name for name in sorted(set(names.values()))]
-    missing = [f.name for f in files if not f.exists()]
-    if missing:
+    files = [folder / name for name in indexed_files(index)]
+    if missing := [f.name for f in files if not f.exists()]:
         raise ModelError(
             f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:3])}",
             where=str(folder),
@@ -149,44 +146,43 @@ def weight_files(folder: Path) -> list[Path]:
 
 def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = False) -> ModelError:
     """The error for a folder (`repo`: a repository) without model.safetensors, by what it holds instead."""
-    if "adapter_config.json" in names:
-        return ModelError(
-            "this is a PEFT adapter, not a model",
-            where=where,
-            fix=f"set model.name to its base model, and adapter.from: {name}",
-        )
     gguf = sorted(n for n in names if n.endswith(".gguf"))
-    if gguf:
-        return ModelError(
-            f"the weights are in GGUF: {', '.join(gguf[:3])}",
-            where=where,
-            fix=f"hf download {name} {gguf[0]} --local-dir models, then model.name: models/{gguf[0]}"
-            if repo
-            else f"name the file itself: model.name: {name}/{gguf[0]}",
-        )
-    if any(n.endswith((".bin", ".pth", ".pt")) for n in names):
-        return ModelError(
-            "the weights are only there as pickled files (.bin, .pth)",
-            where=where,
-            why="a pickle can run any code when it is loaded",
-            fix='convert once, then name the folder: python -c "from transformers import AutoModelForCausalLM as M, '
+    if "adapter_config.json" in names:
+        what, why = "this is a PEFT adapter, not a model", ""
+        fix = f"set model.name to its base model, and adapter.from: {name}"
+    elif gguf:
+        what, why = f"the weights are in GGUF: {', '.join(gguf[:3])}", ""
+        fix = f"name the file itself: model.name: {name}/{gguf[0]}"
+        if repo:
+            fix = f"hf download {name} {gguf[0]} --local-dir models, then model.name: models/{gguf[0]}"
+    elif any(n.endswith((".bin", ".pth", ".pt")) for n in names):
+        what, why = "the weights are only there as pickled files (.bin, .pth)", "a pickle can run any code when loaded"
+        fix = (
+            'convert once, then name the folder: python -c "from transformers import AutoModelForCausalLM as M, '
             f"AutoTokenizer as T; n='{name}'; M.from_pretrained(n, dtype='auto').save_pretrained('converted'); "
-            "T.from_pretrained(n).save_pretrained('converted')\"",
+            "T.from_pretrained(n).save_pretrained('converted')\""
         )
-    return ModelError(
-        "no weights are there", where=where, why="neither model.safetensors nor its index", fix="take another model"
-    )
+    else:
+        what, why, fix = "no weights are there", "neither model.safetensors nor its index", "take another model"
+    return ModelError(what, where=where, why=why, fix=fix)
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[int]:
+def open_uncached(file: Path) -> Iterator[int]:
     """The file's descriptor, closed at the end; no page of the file stays in the page cache."""
     fd = os.open(file, os.O_RDONLY)
     try:
         yield fd
     finally:
-        _advise(fd, 0, 0)  # the pages that two tensors share; a length of 0 means to the end of the file
+        drop_pages(fd)  # those that two tensors share
         os.close(fd)
+
+
+def drop_pages(fd: int, entry: Entry | None = None) -> None:
+    """Tell the kernel that the entry's pages (None: all of the file's) are not needed again, where it can be told."""
+    if hasattr(os, "posix_fadvise"):  # Linux; macOS has no such call
+        # A length of 0 means to the end of the file.
+        os.posix_fadvise(fd, entry.start if entry else 0, entry.size if entry else 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_into(fd: int, entry: Entry, memory: memoryview, offset: int = 0) -> None:
@@ -204,13 +200,3 @@ def read_into(fd: int, entry: Entry, memory: memoryview, offset: int = 0) -> Non
         if got == 0:
             raise _damaged(entry.file, f"it ends inside {entry.name}; it was changed while it was read")
         done += got
-
-
-def let_go(fd: int, entry: Entry) -> None:
-    """Tell the kernel that the entry's pages are not needed again, where the platform can be told."""
-    _advise(fd, entry.start, entry.size)
-
-
-def _advise(fd: int, start: int, size: int) -> None:
-    if hasattr(os, "posix_fadvise"):  # Linux; macOS has no such call
-        os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)

@@ -21,10 +21,10 @@ import torch
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import StepSize
 from tunesmith.host_files import available_memory
+from tunesmith.hub.model_files import ModelFiles
 from tunesmith.loss import chunk_size
 from tunesmith.model import attention
 from tunesmith.model.load import DTYPES
-from tunesmith.model.model_files import ModelFiles
 from tunesmith.model.spec import ModelSpec
 from tunesmith.optim import state_bytes_per_parameter
 from tunesmith.quant import fp8
@@ -59,8 +59,8 @@ def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> atte
     """How attention is computed in a run, and why."""
     if run.model.attention == "eager":
         return attention.EAGER
-    soft = files.spec.attention_softcap is not None
-    return attention.select_attention_backend(device, DTYPES[run.model.dtype], files.spec.head_dim, soft=soft)
+    softcap = files.spec.attention_softcap is not None
+    return attention.select_attention_backend(device, DTYPES[run.model.dtype], files.spec.head_dim, softcap=softcap)
 
 
 def probe_machine(run: Run, files: ModelFiles, device: torch.device) -> Machine:

@@ -25,11 +25,12 @@ from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host_files import refuse_full_disk, write_atomically
 from tunesmith.hub import fetch
+from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
 from tunesmith.model import load
-from tunesmith.model.model_files import ModelFiles, read_model_files
 from tunesmith.model.spec import flops
+from tunesmith.model.tokenizer import eos_ids
 from tunesmith.optim import Optimizer, checkpoint_bytes_per_parameter
 from tunesmith.quant import nf4
 from tunesmith.runtime.plan import RunPlan
@@ -102,7 +103,7 @@ def build(
     check_machine(run, device)
     folder = fetch.fetch(run.model, progress=say) if weights == "stored" else Path(run.model.name)
     files = read_model_files(folder, run.model)
-    data = prepare_data(run, files.tokenizer, load.eos_ids(folder, files.tokenizer), files.vocab_rows)
+    data = prepare_data(run, files.tokenizer, eos_ids(folder, files.tokenizer), files.vocab_rows)
     check_data(start, run, data.digest)
     say(data.describe())
     if (longest := data.train.counts.longest) > files.spec.context:

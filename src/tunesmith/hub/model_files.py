@@ -8,7 +8,9 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.config.schema import Model
+from tunesmith.hub.fetch import tokenizer_folder
 from tunesmith.model import load, spec
+from tunesmith.model.tokenizer import load_tokenizer, vocab_rows
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ModelFiles:
     @property
     def vocab_rows(self) -> int:
         """Rows of embedding and head: at least as many as the tokenizer has tokens."""
-        return load.vocab_rows(self.config, self.tokenizer)
+        return vocab_rows(self.config, self.tokenizer)
 
 
 def read_model_files(folder: Path, model: Model) -> ModelFiles:
@@ -39,4 +41,4 @@ def read_model_files(folder: Path, model: Model) -> ModelFiles:
     """
     config = load.load_config(folder, model)
     found = spec.read_spec(config.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code)
-    return ModelFiles(folder, config, found, load.load_tokenizer(folder, model))
+    return ModelFiles(folder, config, found, load_tokenizer(tokenizer_folder(model, folder), model))

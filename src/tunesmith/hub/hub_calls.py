@@ -1,0 +1,152 @@
+"""Calls of huggingface_hub: without its bars, tried again while the network fails, and with errors in a user's terms."""
+
+from __future__ import annotations
+
+import errno
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_fault
+
+TRIES = 5  # in a row without progress
+PAUSE = 1.0  # seconds before the second try; doubles
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+
+# The root of the HTTP library's errors: httpx's up to huggingface_hub 1.x, httpx2's from 2.x on.
+TRANSPORT: type[Exception] = HfHubHTTPError.__mro__[1]
+
+T = TypeVar("T")
+
+
+def repo_page(repo: str, kind: str = "model") -> str:
+    """The address of a repository's page."""
+    return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+
+
+def retry(call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+    """Call until it succeeds, pausing longer after each busy or failing server and each broken connection.
+
+    Args:
+        call: what to do.
+        progress: a figure that grows when a failed call got further; the count of tries then starts anew.
+    """
+    failures, before = 0, progress()
+    while True:
+        try:
+            return call()
+        except (TRANSPORT, ConnectionResetError) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code not in TRANSIENT:
+                raise
+            reached = progress()
+            failures = 1 if reached > before else failures + 1
+            before = reached
+            if failures >= TRIES:
+                raise
+        time.sleep(PAUSE * 2 ** (failures - 1))
+
+
+@contextmanager
+def hub_calls(repo: str, revision: str | None = None, kind: str = "model") -> Iterator[None]:
+    """Silence huggingface_hub's bars and warnings inside, and raise its errors as ours; see `hub_error`."""
+    level, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity(logging.ERROR)
+    if bars:
+        disable_progress_bars()
+    try:
+        yield
+    except (TRANSPORT, HFValidationError, OSError) as error:
+        raise hub_error(error, repo, revision, kind) from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            enable_progress_bars()
+
+
+def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "model") -> TunesmithError:
+    """The error for a user: what the Hub, the network or the disk refused, and what to do."""
+    cache = str(Path(constants.HF_HUB_CACHE))
+    if isinstance(error, HfHubHTTPError):
+        what, why, fix = _http_error(error, repo, revision, kind)
+        return ModelError(what, where=repo_page(repo, kind), why=why, fix=fix)
+    if isinstance(error, HFValidationError):
+        return ModelError(
+            f"{repo!r} is neither a folder, a .gguf file, nor a Hub id",
+            where="model.name",
+            fix="give an existing path, or owner/name as on the Hub",
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return ModelError(
+            f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads",
+            where=cache,
+            fix=f"HF_HUB_OFFLINE=0 tunesmith fetch {repo}",
+        )
+    if fault := disk_fault(error):
+        return MachineError(f"{repo} cannot be stored: {fault}", where=cache, why=clean(error), fix=DISK_FIX)
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        fix = "point HF_HOME at a folder of yours: export HF_HOME=/path"
+        return MachineError("the Hub's cache cannot be written", where=cache, why=clean(error), fix=fix)
+    return ModelError(
+        f"the Hub cannot be reached for {repo}",
+        where=repo_page(repo, kind),
+        why=f"{type(error).__name__}: {clean(error)}",
+        fix="check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; what has arrived is kept",
+    )
+
+
+DISK_FIX = (
+    "make room (tunesmith fetch --list shows what the cache holds), or put the cache on another disk: "
+    "export HF_HOME=/path"
+)
+
+
+def _http_error(error: HfHubHTTPError, repo: str, revision: str | None, kind: str) -> tuple[str, str, str]:
+    """What, why and fix for an error status, most specific first (a gated repository is a missing one too)."""
+    page, login = repo_page(repo, kind), "log in: hf auth login (or set HF_TOKEN)"
+    token, status = _token() is not None, error.response.status_code
+    if isinstance(error, GatedRepoError):
+        whom = "the account of your token" if token else "you: there is no token"
+        fix = f"ask for access on {page}" + ("" if token else f", then {login}")
+        return f"{repo} is gated, and access has not been granted to {whom}", "", fix
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}", "", f"take one from {page}/tree/main"
+    if isinstance(error, DisabledRepoError):
+        return f"{repo} was disabled on the Hub", "", "take another model"
+    if isinstance(error, RepositoryNotFoundError):
+        why = "it does not exist, or it is private" + ("" if token else " and there is no token")
+        return f"no {kind} {repo} is visible to you on the Hub", why, f"check the name; for a private one {login}"
+    if status in (401, 403):
+        why = "the token is not valid, or has no right to read this repository" if token else "there is no token"
+        fix = f"{login}; a fine-grained token needs read access to gated repositories"
+        return f"the Hub refuses access to {repo} ({status})", why, fix
+    return f"the Hub answers {status}", clean(error), "start again later; what has arrived is kept"
+
+
+def _token() -> str | None:
+    try:
+        return get_token()
+    except OSError:  # HF_HOME is a file, or may not be read; writing to the cache reports the same
+        return None
+
+
+def clean(error: BaseException | str) -> str:
+    """An error in one line, without tokens and without the query of an address, which may carry a signature."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"hf_[A-Za-z0-9]{4,}", "hf_***", re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", text))
+    token = _token()
+    return (text.replace(token, "***") if token else text)[:300]
