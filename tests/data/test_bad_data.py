@@ -1,4 +1,4 @@
-"""What is wrong with data is said as what, where and how to mend it, and never as a traceback."""
+"""What is wrong with data is said as what, where and how to fix it, and never as a traceback."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.json", "[]", {}, "holds no rows", "a.json", "array of objects"),
     ("a.json", '"text"', {}, "a text, not an array", "a.json", "array of objects"),
     ("a.json", f'{{"data": [{GOOD}]}}', {}, "one object, not an array", "a.json", "jq '.data'"),
-    ("a.json", f'[{GOOD},\n{GOOD},\n{{"text": "cut', {}, "ends in the middle", "a.json row 3", "fetch or write"),
+    ("a.json", f'[{GOOD},\n{GOOD},\n{{"text": "cut', {}, "ends in the middle", "a.json row 3", "download or write"),
     ("a.json", f"[{GOOD},\n{{text: 1}},\n{GOOD}]", {}, "not JSON", "a.json row 2", "at line 2 column 2"),
     ("a.json", f"[{GOOD}, 7]", {}, "a number, not an object", "a.json row 2", "delete it"),
     ("a.json", b"[{\"text\": \"a\n\xff\"}]", {}, "not UTF-8", "a.json:2", "iconv"),
@@ -71,9 +71,9 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.csv", "text,text\n1,2\n", {}, "names text twice", "a.csv:1", "a name of its own"),
     ("a.csv", "text,n\na,1\nb, c,2\n", {}, "3 values under a header of 2", "a.csv:3", "double quotes"),
     ("a.csv", 'text\n"open\n', {}, "not CSV", "a.csv", "quote values"),
-    ("a.parquet", b"PAR1 torn", {}, "not parquet", "a.parquet", "fetch or write"),
-    ("a.arrow", b"ARROW1 torn", {}, "not arrow", "a.arrow", "fetch or write"),
-    ("a.txt", "hello", {}, "not a kind of file", "a.txt", "JSON lines"),
+    ("a.parquet", b"PAR1 torn", {}, "not parquet", "a.parquet", "download or write"),
+    ("a.arrow", b"ARROW1 torn", {}, "not arrow", "a.arrow", "download or write"),
+    ("a.txt", "hello", {}, "not a supported data file", "a.txt", "JSON lines"),
     ("a.jsonl", GOOD, {"split": "test"}, "no split test", "a.jsonl", "split: train"),
     ("a.jsonl", GOOD, {"split": "test[:5]"}, "no split test", "a.jsonl", "split: train[:5]"),
     ("a.jsonl", GOOD, {"split": "train[5:]"}, "selects no rows", "a.jsonl", "widen"),
@@ -100,22 +100,22 @@ def test_files(write, case: tuple[str, str | bytes, dict[str, Any], str, str, st
 CALL = {"name": "f", "arguments": {}}
 MESSAGES: list[tuple[Any, str, str, str]] = [
     ([], "messages is empty", ":1", "delete the row"),
-    ("hi", "messages is not JSON", ":1", "mend the text"),
+    ("hi", "messages is not JSON", ":1", "fix the text"),
     ({"role": "user"}, "messages is an object, not a list", ":1", "[...]"),
     ([U, "ho"], "has no role", "message 2", '"role"'),
     ([U, {"role": "narrator", "content": "x"}], "unknown role 'narrator'", "message 2", "rename"),
     ([U, {"role": "assistant"}], "has no content", "message 2", '"content"'),
     ([U, {"role": "assistant", "content": 3}], "content is a number", ":1", "quotes"),
-    ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, A], "part of type 'image_url'", "message 1", "take the part out"),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, A], "part of type 'image_url'", "message 1", "remove the part"),
     ([U], "no assistant turn", ":1", "columns:"),
     ([A, U, A], "answers nothing", "message 1", "order"),
     ([U, A, {"role": "system", "content": "S"}, U, A], "stands after others", "message 3", "order"),
     ([U, {"role": "tool", "content": "3"}, A], "no tool was called", "message 2", "order"),
     ([U, {"role": "assistant", "tool_calls": [{"function": {}}]}], "no name", "message 2", '"name"'),
-    ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": "{a: 1}"}]}], "arguments is not JSON", ":1", "mend"),
+    ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": "{a: 1}"}]}], "arguments is not JSON", ":1", "fix the text"),
     ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": [1]}]}], "not an object", "message 2", '{"a": 1}'),
-    ([{**U, "tool_calls": [CALL]}, A], "a user message has", "message 1", "mend the row"),
-    ([U, {**A, "loss_weight": 0.5}], "loss weight 0.5", "message 2", "take the weight out"),
+    ([{**U, "tool_calls": [CALL]}, A], "a user message has", "message 1", "fix the row"),
+    ([U, {**A, "loss_weight": 0.5}], "loss weight 0.5", "message 2", "remove the weight"),
 ]  # fmt: skip
 
 
@@ -129,8 +129,8 @@ def test_messages(write, messages: Any, what: str, where: str, fix: str) -> None
     [
         ({"conversations": [{"role": "user", "content": "x"}]}, "no `from` and `value`", '"from"'),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role 'alien'", "rename"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]}, "not JSON", "mend"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": "add"}, "tools is not JSON", "mend"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]}, "not JSON", "fix the text"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": "add"}, "tools is not JSON", "fix the text"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": ["add"]}, "tool 1 is a text", "parameters"),
         ({"conversations": [{"from": "human", "value": "x"}], "chosen": {"from": "gpt", "value": "y"}}, "no assistant turn", "columns:"),
     ],
@@ -142,7 +142,7 @@ def test_sharegpt(write, row: dict[str, Any], what: str, fix: str) -> None:
 def test_a_file_that_is_missing_names_the_nearest(tmp_path: Path, write: Callable[..., str]) -> None:
     write("alpaca.jsonl", GOOD)
     expect(Source(source=str(tmp_path / "alpacca.jsonl")), "no such file", "alpacca.jsonl", "alpaca.jsonl?")
-    expect(Source(source=str(tmp_path / "no" / "a.jsonl")), "no such file", "a.jsonl", "mend the path")
+    expect(Source(source=str(tmp_path / "no" / "a.jsonl")), "no such file", "a.jsonl", "fix the path")
 
 
 def test_a_folder_names_the_files_in_it(tmp_path: Path, write: Callable[..., str]) -> None:
@@ -194,7 +194,7 @@ def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
     [
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. Visit it"), "no access", "hf auth login"),
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), "no dataset a/b", "./a/b"),
-        (lambda d: ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectTimeout)"), "cannot be fetched", "check the network"),
+        (lambda d: ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectTimeout)"), "cannot be downloaded", "check the network"),
         (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs a configuration", "name:"),
         (lambda d: RuntimeError("Dataset scripts are no longer supported"), "cannot be read", "local copy"),
     ],

@@ -9,6 +9,7 @@ import pytest
 
 from tunesmith.config.schema import Source
 from tunesmith.data.formats import Completion, Conversation, Text, convert_row
+from tunesmith.errors import DataError
 
 CALL = {"name": "add", "arguments": {"a": 1, "b": [2]}}
 OPENAI = [{"type": "function", "function": CALL}]
@@ -163,3 +164,20 @@ def test_prompt_and_completion() -> None:
 def test_text() -> None:
     assert form({"text": "héllo 🎉"}, "text") == Text("héllo 🎉")
     assert form({"body": "x"}, "text", text="body") == Text("x")
+
+
+def test_a_system_message_for_conversations_without_one() -> None:
+    system = {"role": "system", "content": "S"}
+
+    def made(row: dict[str, Any], name: Any) -> Any:
+        return convert_row(row, Source(source="x", format=name), where="row 1", system="S")
+
+    assert made({"messages": [U, A]}, "messages").messages == [system, U, A]
+    own = {"role": "system", "content": "own"}
+    assert made({"messages": [own, U, A]}, "messages").messages == [own, U, A]
+    assert made({"instruction": "hi", "output": "ho", "system": "own"}, "alpaca").messages[0] == own
+    assert made({"prompt": [U, A, U], "completion": [A]}, "prompt-completion").given == 4
+    assert made({"prompt": "a", "completion": "b"}, "prompt-completion") == Completion("a", "b")
+    with pytest.raises(DataError) as caught:
+        made({"messages": [U, {"role": "tool", "content": "3"}, A]}, "messages")
+    assert caught.value.where == "row 1, message 2", "the row's own count"

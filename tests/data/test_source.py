@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.config.schema import Source
-from tunesmith.data.files import Listed
-from tunesmith.data.source import from_list, is_local, read_rows, select
+from tunesmith.data.files import ListTable
+from tunesmith.data.source import from_list, is_local, read_rows, select_rows
 
 ROWS = [{"text": f"row {i}"} for i in range(10)]
 
@@ -108,14 +108,14 @@ def test_slices_are_those_of_datasets(n: int, start: int | None, stop: int | Non
     unit = "%" if percent and (start is not None or stop is not None) else ""
     spec = f"train[{'' if start is None else f'{start}{unit}'}:{'' if stop is None else f'{stop}{unit}'}]"
     [theirs] = datasets.ReadInstruction.from_spec(spec).to_absolute({"train": n})
-    table = Listed(list(range(n)), [""] * n, "")
+    table = ListTable(list(range(n)), str, "")
     expected = list(range(theirs.from_, theirs.to))
     if expected:
-        [part] = select({"train": table}, spec, where="x")
+        [part] = select_rows({"train": table}, spec, where="x")
         assert list(part.rows) == expected
     else:
         with pytest.raises(Exception, match="selects no rows"):
-            select({"train": table}, spec, where="x")
+            select_rows({"train": table}, spec, where="x")
 
 
 def test_splits_that_meet_share_no_row_and_lose_none(write) -> None:

@@ -47,6 +47,11 @@ def test_examples_are_those_of_the_template(make, simple: Simple) -> None:
         tokens[5]
 
 
+def test_the_recipes_system_message_is_in_the_tokens_whoever_made_the_template(make, simple: Simple) -> None:
+    """`eval` tokenises by a template that was loaded without the recipe: it must see what training saw."""
+    assert simple.tokenizer.decode(make(alpaca(1), system="Be.")[0].ids).startswith("<|im_start|>system\nBe.<|im_end|>")
+
+
 def test_the_cache_is_used_and_gives_the_same(make, simple: Simple, tmp_path: Path) -> None:
     plain = make(alpaca(300), seq_len=256)
     made = make(alpaca(300), seq_len=256, cache=tmp_path / "c")

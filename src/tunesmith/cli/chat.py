@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     decoding = decoding_of(args)
     loaded = load_run(location, device=args.device)
-    system = args.system if args.system is not None else loaded.system
+    system = loaded.system if args.system is None else args.system or None
     dialogue = Dialogue(loaded, lambda: load_run(args.run, device=args.device, base_only=True), decoding, system)
     chat = Chat(dialogue)
     if args.side_by_side:

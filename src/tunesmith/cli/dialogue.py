@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import TextStreamer
 
 from tunesmith.adapter.lora import disabled
-from tunesmith.data.formats import Conversation
+from tunesmith.data.formats import Conversation, with_system
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Answer, Decoding, answer_batch
 from tunesmith.inference.load_run import LoadedModel
@@ -102,7 +102,7 @@ class Dialogue:
 
     def messages(self, side: Side) -> list[dict[str, Any]]:
         """The conversation as `side` knows it; where it was not asked, the other's answer stands."""
-        messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
+        messages = with_system([], self.system)
         for turn in self.turns:
             messages.append({"role": "user", "content": turn.question})
             answer = turn.answers.get(side, next(iter(turn.answers.values()), None))

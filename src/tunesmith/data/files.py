@@ -2,7 +2,7 @@
 
 JSON and CSV are read here and not through Arrow, for two reasons. Arrow gives every row the union of all rows' keys,
 so the arguments of one tool call would appear, as nulls, in those of another. And a broken row must be named by the
-line that a text editor shows. JSON lines stay on the disk and are parsed when a row is asked for.
+line that a text editor shows. JSON lines stay on disk and are parsed when a row is asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import io
 import json
 import mmap
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any, Protocol
@@ -23,11 +23,11 @@ from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
 from tunesmith.errors import DataError, first_line
 
 MAX_ROW_BYTES = 32 << 20  # a longer row is a file with its line breaks lost; tokenising it would take minutes
-_BLOCK = 256  # rows of an Arrow table turned into Python at once
+_BLOCK = 256  # rows of an Arrow table converted to Python at once
 
 
 class Table(Protocol):
-    """Rows that are found by number, each with the place that an editor shows."""
+    """Rows found by number, each with the place that an editor shows."""
 
     def __len__(self) -> int: ...
 
@@ -46,63 +46,46 @@ def open_table(path: Path) -> Table:
     Raises:
         DataError: missing, a folder, unreadable, empty, of an unknown type, or broken.
     """
-    _must_be_file(path)
+    _check_is_file(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(
-            f"{path.name} is not a kind of file that rows are read from",
-            where=str(path),
-            why=f"the kinds are {', '.join(SUFFIXES)}",
-            fix="unpack or convert it to JSON lines, one object a line, and name that file",
-        )
+        what, why = f"{path.name} is not a supported data file", f"the types are {', '.join(SUFFIXES)}"
+        fix = "unpack or convert it to JSON lines, one object a line, and name that file"
+        raise DataError(what, where=str(path), why=why, fix=fix)
     try:
         if path.stat().st_size == 0:
             raise DataError("the file is empty", where=str(path), fix="write rows into it, or name another file")
-        if suffix in (".parquet", ".arrow"):
-            return ArrowRows(path, _read_arrow(path))
-        if suffix == ".csv":
-            return _read_csv(path)
-        return _read_json(path) if suffix == ".json" else JsonLines(path)
+        return _READERS[suffix](path)
     except OSError as error:
-        raise DataError(
-            "the file cannot be read",
-            where=str(path),
-            why=error.strerror or str(error),
-            fix=f"ls -l {quote(str(path))}",
-        ) from error
+        why, fix = error.strerror or str(error), f"ls -l {quote(str(path))}"
+        raise DataError("the file cannot be read", where=str(path), why=why, fix=fix) from error
 
 
-def _must_be_file(path: Path) -> None:
+def _check_is_file(path: Path) -> None:
     if path.is_file():
         return
+    why = ""
     if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        raise DataError(
-            "the source is a folder, not a file",
-            where=str(path),
-            why=f"it holds {', '.join(inside[:5])}" if inside else "it holds no data file",
-            fix=f"source: {path / inside[0]}" if inside else f"name a file that ends in {', '.join(SUFFIXES)}",
-        )
-    if path.exists():
-        raise DataError(
-            "the source is not a regular file", where=str(path), fix="copy its rows into a file and name that"
-        )
-    if not path.parent.is_dir():
-        raise DataError(
-            "there is no such file", where=str(path), why=f"{path.parent} is no folder", fix="mend the path"
-        )
-    names = [p.name for p in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    data = sorted(n for n in names if n.lower().endswith(SUFFIXES))
-    raise DataError(
-        "there is no such file",
-        where=str(path),
-        why=f"{path.parent} has {', '.join(data[:5])}" if data else f"{path.parent} has no data file",
-        fix=f"did you mean {path.parent / near[0]}?" if near else "mend the path",
-    )
+        what, inside = "the source is a folder, not a file", _data_files(path)
+        why = f"it holds {', '.join(inside[:5])}" if inside else "it holds no data file"
+        fix = f"source: {path / inside[0]}" if inside else f"name a file that ends in {', '.join(SUFFIXES)}"
+    elif path.exists():
+        what, fix = "the source is not a regular file", "copy its rows into a file and name that"
+    elif not path.parent.is_dir():
+        what, why, fix = "there is no such file", f"there is no folder {path.parent}", "fix the path"
+    else:
+        what, inside = "there is no such file", _data_files(path.parent)
+        why = f"{path.parent} has {', '.join(inside[:5]) or 'no data file'}"
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
+        fix = f"did you mean {path.parent / near[0]}?" if near else "fix the path"
+    raise DataError(what, where=str(path), why=why, fix=fix)
 
 
-def _digest(path: Path) -> str:
+def _data_files(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
+def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -110,38 +93,25 @@ def _digest(path: Path) -> str:
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
-def _not_utf8(path: Path, where: str, error: UnicodeDecodeError) -> DataError:
-    head = path.open("rb").read(2)
-    code = "utf-16" if head in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-    return DataError(
-        "the file is not UTF-8 text",
-        where=where,
-        why=f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}: {error.reason}",
-        fix=f"iconv -f {code} -t utf-8 {quote(str(path))} > fixed{path.suffix}",
-    )
-
-
-def _text(path: Path) -> str:
-    data = path.read_bytes()
+def _decode(path: Path, data: bytes, where: Callable[[int], str], encoding: str) -> str:
+    """Bytes as text; `where` names the place of a byte."""
     try:
-        return data.decode("utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise _not_utf8(path, f"{path}:{line}", error) from None
+        with path.open("rb") as file:
+            code = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        why = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}: {error.reason}"
+        fix = f"iconv -f {code} -t utf-8 {quote(str(path))} > fixed{path.suffix}"
+        raise DataError("the file is not UTF-8 text", where=where(error.start), why=why, fix=fix) from None
 
 
-def _check_size(size: int, where: str) -> None:
-    if size > MAX_ROW_BYTES:
-        raise DataError(
-            f"a row of {size / 2**20:.0f} MiB",
-            where=where,
-            why=f"a row may have {MAX_ROW_BYTES >> 20} MiB; line breaks between rows may be lost",
-            fix="write one row a line, or split the text into several rows",
-        )
+def _read_text(path: Path) -> str:
+    data, end = path.read_bytes(), b"\n"
+    return _decode(path, data, lambda at: f"{path}:{data.count(end, 0, at) + 1}", "utf-8-sig")
 
 
-class JsonLines:
-    """One JSON object a line; blank lines are passed over. The file is mapped, not read."""
+class JsonLinesTable:
+    """One JSON object a line; blank lines are skipped. The file is memory-mapped, not read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -166,35 +136,36 @@ class JsonLines:
         return f"{self._path}:{self._lines[i]}"
 
     def row(self, i: int) -> Any:
-        _check_size(self._ends[i] - self._starts[i], self.where(i))
+        if (size := self._ends[i] - self._starts[i]) > MAX_ROW_BYTES:
+            why = f"a row may have {MAX_ROW_BYTES >> 20} MiB; line breaks between rows may be lost"
+            fix = "write one row a line, or split the text into several rows"
+            raise DataError(f"a row of {size / 2**20:.0f} MiB", where=self.where(i), why=why, fix=fix)
         data = self._data[self._starts[i] : self._ends[i]]
         try:
-            return json.loads(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise _not_utf8(self._path, self.where(i), error) from None
+            return json.loads(_decode(self._path, data, lambda _: self.where(i), "utf-8"))
         except (json.JSONDecodeError, RecursionError) as error:
             raise self._broken(i, data, error) from None
 
     def _broken(self, i: int, data: bytes, error: Exception) -> DataError:
         last = i == len(self) - 1 and not data.endswith(b"\n")
         why = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        fix = f"sed -n {self._lines[i]}p {quote(str(self._path))}   # mend or delete this line: one JSON object a line"
+        fix = f"sed -n {self._lines[i]}p {quote(str(self._path))}   # fix or delete this line: one JSON object a line"
         if last:
-            why += "; the file ends here without a line break, as one does that was cut off"
-            fix = "fetch or write the file again, or delete its last line"
+            why += "; the file ends here without a line break, so it may be cut off"
+            fix = "download or write the file again, or delete its last line"
         elif i == 0 and data.lstrip().startswith(b"["):
             why += "; the file looks like one JSON array"
             fix = f"mv {quote(str(self._path))} {quote(str(self._path.with_suffix('.json')))}   # and name that"
         return DataError("the line is not JSON", where=self.where(i), why=why, fix=fix)
 
     def fingerprint(self) -> str:
-        return _digest(self._path)
+        return _file_digest(self._path)
 
 
-class Listed:
+class ListTable:
     """Rows held in memory: a JSON array, a CSV file, or rows that a program made."""
 
-    def __init__(self, rows: Sequence[Any], where: Sequence[str], digest: str) -> None:
+    def __init__(self, rows: Sequence[Any], where: Callable[[int], str], digest: str) -> None:
         self._rows, self._where, self._digest = rows, where, digest
 
     def __len__(self) -> int:
@@ -204,65 +175,41 @@ class Listed:
         return self._rows[i]
 
     def where(self, i: int) -> str:
-        return self._where[i]
+        return self._where(i)
 
     def fingerprint(self) -> str:
         return self._digest
 
 
 def _read_json(path: Path) -> Table:
-    """A JSON array of objects; a file of JSON lines that is named .json is taken as what it is."""
-    text = _text(path)
-    first = text.lstrip()[:1]
-    if first == "{" and _has_second_value(text):
-        return JsonLines(path)
+    """A JSON array of objects; a file of JSON lines named .json is read as such."""
+    text = _read_text(path)
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _broken_array(path, text, error) from None
-    except RecursionError:
-        raise DataError("the file is nested too deep", where=str(path), fix="write an array of flat objects") from None
-    if isinstance(rows, dict):
-        lists = [k for k, v in rows.items() if isinstance(v, list) and v]
-        name = lists[0] if lists else None
-        raise DataError(
-            "the file holds one object, not an array of rows",
-            where=str(path),
-            why=f"its keys are {', '.join(map(str, list(rows)[:8])) or 'none'}",
-            fix=f"jq '.{name}' {quote(str(path))} > rows.json"
-            if name
-            else "put the rows in [ ], or one a line in a .jsonl",
-        )
-    if not isinstance(rows, list) or not rows:
-        what = "the file holds no rows" if rows == [] else f"the file holds {kind_of_value(rows)}, not an array of rows"
-        raise DataError(what, where=str(path), fix='write an array of objects: [{"messages": ...}, ...]')
-    return Listed(rows, _Numbered(path, len(rows)), _digest(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        first, _, rest = text.strip().partition("\n")
+        extra = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        if first.startswith("{") and (extra or (first.rstrip().endswith("}") and rest)):
+            return JsonLinesTable(path)
+        raise _broken_json(path, text, error) from None
+    if isinstance(rows, list) and rows:
+        return ListTable(rows, lambda i: f"{path} row {i + 1}", _file_digest(path))
+    what, why = f"the file holds {json_type(rows)}, not an array of rows", ""
+    fix = 'write an array of objects: [{"messages": ...}, ...]'
+    if rows == []:
+        what = "the file holds no rows"
+    elif isinstance(rows, dict):
+        what = "the file holds one object, not an array of rows"
+        why = f"its keys are {', '.join(list(rows)[:8]) or 'none'}"
+        lists = [key for key, value in rows.items() if isinstance(value, list) and value]
+        fix = f"jq '.{lists[0]}' {quote(str(path))} > rows.json" if lists else "put the rows in [ ]"
+    raise DataError(what, where=str(path), why=why, fix=fix)
 
 
-def _has_second_value(text: str) -> bool:
-    try:
-        _, end = json.JSONDecoder().raw_decode(text, len(text) - len(text.lstrip()))
-    except (json.JSONDecodeError, RecursionError):
-        line = text.lstrip().partition("\n")[0]
-        return line.rstrip().endswith("}") and bool(text.lstrip().partition("\n")[2].strip())
-    return bool(text[end:].strip())
-
-
-class _Numbered(Sequence[str]):
-    """`file row N`, from 1."""
-
-    def __init__(self, path: Path, n: int) -> None:
-        self._path, self._n = path, n
-
-    def __len__(self) -> int:
-        return self._n
-
-    def __getitem__(self, i: Any) -> Any:
-        return f"{self._path} row {i + 1}"
-
-
-def _broken_array(path: Path, text: str, error: json.JSONDecodeError) -> DataError:
+def _broken_json(path: Path, text: str, error: Exception) -> DataError:
     """Count the whole rows before the fault, so that the broken one is named by its number."""
+    if not isinstance(error, json.JSONDecodeError):
+        return DataError("the file is nested too deep", where=str(path), fix="write an array of flat objects")
     decoder, row, at = json.JSONDecoder(), 0, len(text) - len(text.lstrip()) + 1
     while at <= error.pos:
         while at < len(text) and text[at] in " \t\r\n,":
@@ -273,88 +220,72 @@ def _broken_array(path: Path, text: str, error: json.JSONDecodeError) -> DataErr
         except (json.JSONDecodeError, RecursionError):
             break
     cut = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
-    array_like = text.lstrip().startswith("[")
+    place = f"line {error.lineno} column {error.colno}"
     return DataError(
         "the file ends in the middle of its JSON" if cut else "the file is not JSON",
-        where=f"{path} row {row}" if array_like else f"{path}:{error.lineno}",
-        why=f"{error.msg}, line {error.lineno} column {error.colno}",
-        fix="fetch or write the file again" if cut else f"mend it at line {error.lineno} column {error.colno}",
+        where=f"{path} row {row}" if text.lstrip().startswith("[") else f"{path}:{error.lineno}",
+        why=f"{error.msg}, {place}",
+        fix="download or write the file again" if cut else f"fix it at {place}",
     )
 
 
 def _read_csv(path: Path) -> Table:
     """Comma-separated values with a header; every value is text."""
     csv.field_size_limit(MAX_ROW_BYTES)
-    text = _text(path)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Mapping[str, str]] = []
-    places: list[str] = []
-    header: list[str] = []
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    rows: list[list[str]] = []
+    lines = array("q")  # where each row begins: a quoted value may go over several lines
     line = 0
     try:
         for values in reader:
             start, line = line + 1, reader.line_num
             if not values:
                 continue
-            if not header:
-                header = _header(path, values)
-                continue
-            if len(values) != len(header):
-                raise DataError(
-                    f"a row of {len(values)} values under a header of {len(header)}",
-                    where=f"{path}:{start}",
-                    why=f"the header is {', '.join(header)}",
-                    fix='put values that hold a comma or a line break in double quotes: "a, b"',
-                )
-            rows.append(dict(zip(header, values, strict=True)))
-            places.append(f"{path}:{start}")
+            if rows and len(values) != len(rows[0]):
+                what = f"a row of {len(values)} values under a header of {len(rows[0])}"
+                fix = 'put values that hold a comma or a line break in double quotes: "a, b"'
+                raise DataError(what, where=f"{path}:{start}", why=f"the header is {', '.join(rows[0])}", fix=fix)
+            rows.append(values)
+            lines.append(start)
     except csv.Error as error:
-        raise DataError(
-            "the file is not CSV", where=f"{path}:{line + 1}", why=str(error), fix="quote values by RFC 4180"
-        ) from None
-    if not rows:
+        where = f"{path}:{line + 1}"
+        raise DataError("the file is not CSV", where=where, why=str(error), fix="quote values by RFC 4180") from None
+    header = rows[0] if rows else []
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice or "" in header:
+        what = f"the header names {', '.join(twice)} twice" if twice else "the header has a column without a name"
+        raise DataError(what, where=f"{path}:1", fix="give each column a name of its own in the first line")
+    if len(rows) < 2:
         raise DataError("the file has a header and no rows", where=str(path), fix="write rows below the header")
-    return Listed(rows, places, _digest(path))
-
-
-def _header(path: Path, names: list[str]) -> list[str]:
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice or "" in names:
-        raise DataError(
-            f"the header names {', '.join(twice)} twice" if twice else "the header has a column without a name",
-            where=f"{path}:1",
-            fix="give each column a name of its own in the first line",
-        )
-    return names
+    table = [dict(zip(header, values, strict=True)) for values in rows[1:]]
+    return ListTable(table, lambda i: f"{path}:{lines[i + 1]}", _file_digest(path))
 
 
 # --- Arrow ----------------------------------------------------------------------------------------------------------
 
 
-def _read_arrow(path: Path) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+class ArrowTable:
+    """A Parquet or Arrow file, memory-mapped, as Python rows."""
 
-    try:
-        if path.suffix.lower() == ".parquet":
-            return pq.read_table(path, memory_map=True)
-        with pa.memory_map(str(path)) as file:
-            head = file.read(6)
-        opened = pa.memory_map(str(path))
-        # Two containers share the suffix: the file format, and the stream that `datasets` writes.
-        return (pa.ipc.open_file(opened) if head == b"ARROW1" else pa.ipc.open_stream(opened)).read_all()
-    except pa.ArrowException as error:
-        what, fix = f"the file is not {path.suffix[1:]}", "fetch or write the file again"
-        raise DataError(what, where=str(path), why=first_line(error), fix=fix) from None
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-
-class ArrowRows:
-    """A pyarrow.Table as Python rows."""
-
-    def __init__(self, path: Path, table: Any) -> None:
-        if table.num_rows == 0:
+        try:
+            if path.suffix.lower() == ".parquet":
+                self._table = pq.read_table(path, memory_map=True)
+            else:
+                file = pa.memory_map(str(path))
+                # Two containers share the suffix: the file format, and the stream that `datasets` writes.
+                is_file = file.read(6) == b"ARROW1"
+                file.seek(0)
+                self._table = (pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)).read_all()
+        except pa.ArrowException as error:
+            what, fix = f"the file is not {path.suffix[1:]}", "download or write the file again"
+            raise DataError(what, where=str(path), why=first_line(error), fix=fix) from None
+        if self._table.num_rows == 0:
             raise DataError("the file holds no rows", where=str(path), fix="name a file that does")
-        self._path, self._table = path, table
+        self._path = path
         self._block: tuple[int, list[Any]] = (-1, [])
 
     def __len__(self) -> int:
@@ -370,7 +301,7 @@ class ArrowRows:
         return without_nulls(self._block[1][at])
 
     def fingerprint(self) -> str:
-        return _digest(self._path)
+        return _file_digest(self._path)
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
@@ -384,14 +315,18 @@ def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
     return {k: clean(v) for k, v in row.items()}
 
 
-def kind_of_value(value: Any) -> str:
-    """What a JSON value is, in a user's words."""
-    names = {
-        str: "a text",
-        int: "a number",
-        float: "a number",
-        bool: "true or false",
-        list: "an array",
-        dict: "an object",
-    }
+def json_type(value: Any) -> str:
+    """What a JSON value is, in plain words."""
+    number, text = "a number", "a text"
+    names = {str: text, int: number, float: number, bool: "true or false", list: "an array", dict: "an object"}
     return names.get(type(value), "null")
+
+
+_READERS: dict[str, Callable[[Path], Table]] = {
+    ".json": _read_json,
+    ".jsonl": JsonLinesTable,
+    ".ndjson": JsonLinesTable,
+    ".csv": _read_csv,
+    ".parquet": ArrowTable,
+    ".arrow": ArrowTable,
+}

@@ -1,4 +1,4 @@
-"""A row of any of the five formats -> one of three samples, in one form.
+"""A row of any of the five formats -> one of three samples.
 
     alpaca              instruction, input, output [system, history]
     messages            messages (OpenAI's chat form) [tools]
@@ -6,8 +6,8 @@
     prompt-completion   prompt, completion: texts or lists of messages [tools]
     text                text
 
-What is read here is only brought into form; nothing is guessed. A row that says something that would be passed over
-(a role that no template knows, an image, a loss weight) is refused by its place.
+Nothing is guessed. A row with something that training would ignore (a role that no template knows, an image, a loss
+weight) is refused, by its place.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.config.schema import Source
-from tunesmith.data.files import MAX_ROW_BYTES, kind_of_value
+from tunesmith.data.files import MAX_ROW_BYTES, json_type
 from tunesmith.errors import DataError
 
-_ROLE_NAMES = {
+_ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant", "function_call": "call",
     "tool_call": "call", "observation": "tool", "tool": "tool", "function_response": "tool", "tool_response": "tool",
     "function": "tool", "ipython": "tool",
 }  # fmt: skip
 
-_NEEDED = {
+_REQUIRED = {
     "alpaca": ("instruction", "output"), "messages": ("messages",), "sharegpt": ("conversations",),
     "prompt-completion": ("prompt", "completion"), "text": ("text",),
 }  # fmt: skip
@@ -41,7 +41,7 @@ class Conversation:
     messages: dicts of `role` (system, user, assistant, tool) and `content` (str); an assistant's may have
         `reasoning_content` (str) and `tool_calls` ([{"type": "function", "function": {"name", "arguments": dict}}]).
     tools: OpenAI's tool schemas, or None.
-    given: how many leading messages are a prompt, whose answers are not learnt unless `train_on` is `all`.
+    given: how many leading messages are a prompt, whose answers are not supervised.
     instruction: alpaca's (instruction, input, output) for a row of that format, so that alpaca's own text can be made.
     """
 
@@ -61,7 +61,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text, learnt as a whole."""
+    """Plain text, supervised as a whole."""
 
     text: str
 
@@ -69,36 +69,43 @@ class Text:
 Sample = Conversation | Completion | Text
 
 
+def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+    """The conversation with `system` as its system message, where it has none of its own; None: as it is."""
+    if system is None or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
 def convert_row(row: Mapping[str, Any], source: Source, *, where: str, system: str | None = None) -> Sample:
-    """Bring one row into form.
+    """Convert one row.
 
     Args:
         row: column names and values as the file has them; null counts as absent.
         source: gives `format` and `columns` (the format's name of a column: the file's name of it).
         where: the row's place, for errors.
-        system: a system message for conversations that have none.
+        system: a system message for conversations that have none (`data.system`).
 
     Raises:
         DataError: a column is missing or of a wrong type, a role is unknown or out of order, a call is broken.
     """
-    sample = _READERS[source.format](_Row(row, source, where))
-    if isinstance(sample, Conversation):
-        if system is not None and sample.messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *sample.messages]
-            given = sample.given + 1 if sample.given else 0
-            sample = Conversation(messages, sample.tools, given, sample.instruction)
-        _check_order(sample.messages, where)
-    return sample
+    reader = _RowReader(row, source, where)
+    sample = _FORMATS[source.format](reader)
+    if not isinstance(sample, Conversation):
+        return sample
+    _check_order(reader, sample.messages)
+    messages = with_system(sample.messages, system)
+    given = sample.given + len(messages) - len(sample.messages) if sample.given else 0
+    return Conversation(messages, sample.tools, given, sample.instruction)
 
 
-class _Row:
-    """One row with its column mapping and place, for the readers below."""
+class _RowReader:
+    """One row with its column mapping and place."""
 
     def __init__(self, row: Mapping[str, Any], source: Source, where: str) -> None:
         self.row, self.source, self.where = row, source, where
 
-    def error(self, what: str, why: str = "", fix: str = "", at: str = "") -> DataError:
-        return DataError(what, where=f"{self.where}{', ' + at if at else ''}", why=why, fix=fix or "mend the row")
+    def error(self, what: str, why: str = "", fix: str = "fix the row", at: str = "") -> DataError:
+        return DataError(what, where=f"{self.where}{', ' + at if at else ''}", why=why, fix=fix)
 
     def optional(self, name: str) -> Any:
         return self.row.get(self.source.columns.get(name, name))
@@ -107,43 +114,34 @@ class _Row:
         column = self.source.columns.get(name, name)
         if column not in self.row:
             have = [str(c) for c in self.row]
-            raise self.error(
-                f"there is no column {column}",
-                why=f"format {self.source.format} needs it; the columns are {', '.join(have) or 'none'}",
-                fix=self._mend(name, have),
-            )
+            why = f"format {self.source.format} needs it; the columns are {', '.join(have) or 'none'}"
+            raise self.error(f"there is no column {column}", why, self._column_fix(name, have))
         if self.row[column] is None:
             raise self.error(f"column {column} is null", fix="fill it, or delete the row")
         return self.row[column]
 
-    def _mend(self, name: str, have: list[str]) -> str:
-        """The `columns:` line that would mend missing columns, and the formats that these columns fit as they are."""
-        needed = _NEEDED[self.source.format]
+    def _column_fix(self, name: str, have: list[str]) -> str:
+        """The `columns:` line that would map missing columns, and the formats that these columns fit as they are."""
+        needed = _REQUIRED[self.source.format]
         spare = [c for c in have if c not in needed and c not in self.source.columns.values()]
         missing = [n for n in needed if self.source.columns.get(n, n) not in self.row]
         pairs = [f"{n}: {c}" for n, c in zip(missing, spare, strict=False)] or [f"{name}: ..."]
-        fitting = [form for form, need in _NEEDED.items() if set(need) <= set(have)]
+        fitting = [form for form, need in _REQUIRED.items() if set(need) <= set(have)]
         return f"columns: {{{', '.join(pairs)}}}" + (f", or format: {' or '.join(fitting)}" if fitting else "")
 
     def text(self, value: Any, at: str) -> str:
-        """A value that must be text; numbers of a CSV or JSON column are no text."""
+        """A value that must be text; numbers of a CSV or JSON column are not text."""
         if not isinstance(value, str):
-            raise self.error(f"{at} is {kind_of_value(value)}, not a text", fix='write it in quotes: "..."')
+            raise self.error(f"{at} is {json_type(value)}, not a text", fix='write it in quotes: "..."')
         if len(value) > MAX_ROW_BYTES:
-            raise self.error(
-                f"{at} is a text of {len(value) >> 20} MiB",
-                why=f"a row may have {MAX_ROW_BYTES >> 20} MiB",
-                fix="split it into several rows",
-            )
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise self.error(
-                    f"{at} holds half of a character (U+{ord(value[error.start]):04X})",
-                    why="a lone surrogate is no Unicode text",
-                    fix="write the whole character, or delete it",
-                ) from None
+            limit = f"a row may have {MAX_ROW_BYTES >> 20} MiB"
+            raise self.error(f"{at} is a text of {len(value) >> 20} MiB", limit, "split it into several rows")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            what = f"{at} holds half of a character (U+{ord(value[error.start]):04X})"
+            why = "a lone surrogate is not Unicode text"
+            raise self.error(what, why, "write the whole character, or delete it") from None
         return value
 
     def json(self, value: Any, at: str) -> Any:
@@ -153,29 +151,30 @@ class _Row:
         try:
             return json.loads(value)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise self.error(
-                f"{at} is not JSON", why=str(error), fix="mend the text, or write the value itself"
-            ) from None
+            raise self.error(f"{at} is not JSON", str(error), "fix the text, or write the value itself") from None
 
     def list(self, value: Any, at: str) -> list[Any]:
         found = self.json(value, at)
         if not isinstance(found, list):
-            raise self.error(f"{at} is {kind_of_value(found)}, not a list", fix="write a list: [...]")
+            raise self.error(f"{at} is {json_type(found)}, not a list", fix="write a list: [...]")
         return found
+
+    def role(self, name: Any, at: str) -> str:
+        role = _ROLES.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise self.error(f"unknown role {name!r}", f"the roles are {', '.join(_ROLES)}", "rename the role", at)
+        return role
 
 
 # --- the five formats -----------------------------------------------------------------------------------------------
 
 
-def _alpaca(row: _Row) -> Sample:
+def _alpaca(row: _RowReader) -> Sample:
     instruction = row.text(row.required("instruction"), "instruction")
     output = row.text(row.required("output"), "output")
     given = row.optional("input")
     extra = row.text(given, "input") if given is not None else ""
-    messages: list[dict[str, Any]] = []
-    system = row.optional("system")
-    if system:
-        messages.append({"role": "system", "content": row.text(system, "system")})
+    messages = _system(row)
     history = row.optional("history")
     for n, turn in enumerate(row.list(history, "history") if history is not None else [], 1):
         pair = row.list(turn, f"history {n}")
@@ -189,22 +188,19 @@ def _alpaca(row: _Row) -> Sample:
     return Conversation(messages, instruction=(instruction, extra, output) if single else None)
 
 
-def _messages(row: _Row) -> Sample:
+def _messages(row: _RowReader) -> Sample:
     return Conversation(_read_messages(row, row.required("messages"), "messages"), _tools(row))
 
 
-def _sharegpt(row: _Row) -> Sample:
+def _sharegpt(row: _RowReader) -> Sample:
     turns = row.list(row.required("conversations"), "conversations")
-    messages: list[dict[str, Any]] = []
-    system = row.optional("system")
-    if system:
-        messages.append({"role": "system", "content": row.text(system, "system")})
+    messages = _system(row)
     calling = False
     for n, turn in enumerate(turns, 1):
         at = f"turn {n}"
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-            raise row.error("a turn has no `from` and `value`", at=at, fix='write {"from": "human", "value": "..."}')
-        role = _role(row, turn["from"], at)
+            raise row.error("a turn has no `from` and `value`", "", 'write {"from": "human", "value": "..."}', at)
+        role = row.role(turn["from"], at)
         if role != "call":
             messages.append({"role": role, "content": row.text(turn["value"], f"{at} value")})
         else:
@@ -214,31 +210,30 @@ def _sharegpt(row: _Row) -> Sample:
             else:
                 messages.append({"role": "assistant", "content": "", "tool_calls": calls})
         calling = role == "call"
-    return Conversation(_not_empty(row, messages, "conversations"), _tools(row))
+    if not messages:
+        raise row.error("conversations is empty", fix="delete the row")
+    return Conversation(messages, _tools(row))
 
 
-def _prompt_completion(row: _Row) -> Sample:
+def _prompt_completion(row: _RowReader) -> Sample:
     prompt, completion = row.required("prompt"), row.required("completion")
     if isinstance(prompt, list) != isinstance(completion, list):
-        raise row.error(
-            "prompt and completion are of two kinds",
-            why="one is a text, one a list",
-            fix="write both as lists of messages",
-        )
+        what, fix = "prompt and completion are of two kinds", "write both as lists of messages"
+        raise row.error(what, "one is a text, one a list", fix)
     if not isinstance(prompt, list):
         return Completion(row.text(prompt, "prompt"), row.text(completion, "completion"))
     before = _read_messages(row, prompt, "prompt")
     return Conversation(before + _read_messages(row, completion, "completion"), _tools(row), given=len(before))
 
 
-def _text(row: _Row) -> Sample:
+def _text(row: _RowReader) -> Sample:
     text = row.text(row.required("text"), "text")
     if not text:
         raise row.error("the text is empty", fix="delete the row")
     return Text(text)
 
 
-_READERS: dict[str, Callable[[_Row], Sample]] = {
+_FORMATS: dict[str, Callable[[_RowReader], Sample]] = {
     "alpaca": _alpaca,
     "messages": _messages,
     "sharegpt": _sharegpt,
@@ -250,107 +245,87 @@ _READERS: dict[str, Callable[[_Row], Sample]] = {
 # --- messages -------------------------------------------------------------------------------------------------------
 
 
-def _not_empty(row: _Row, messages: list[dict[str, Any]], at: str) -> list[dict[str, Any]]:
-    if not messages:
-        raise row.error(f"{at} is empty", fix="delete the row")
-    return messages
+def _system(row: _RowReader) -> list[dict[str, Any]]:
+    """The row's own system column as a first message."""
+    system = row.optional("system")
+    return with_system([], row.text(system, "system") if system else None)
 
 
-def _role(row: _Row, name: Any, at: str) -> str:
-    role = _ROLE_NAMES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise row.error(
-            f"unknown role {name!r}", at=at, why=f"the roles are {', '.join(_ROLE_NAMES)}", fix="rename the role"
-        )
-    return role
-
-
-def _read_messages(row: _Row, value: Any, column: str) -> list[dict[str, Any]]:
+def _read_messages(row: _RowReader, value: Any, column: str) -> list[dict[str, Any]]:
     messages = []
     for n, message in enumerate(row.list(value, column), 1):
         at = f"message {n}"
         if not isinstance(message, Mapping) or "role" not in message:
-            raise row.error("a message has no role", at=at, fix='write {"role": "user", "content": "..."}')
-        role = _role(row, message["role"], at)
+            raise row.error("a message has no role", "", 'write {"role": "user", "content": "..."}', at)
+        role = row.role(message["role"], at)
         if role == "call":
-            raise row.error(f"unknown role {message['role']!r}", at=at, why="calls stand in an assistant's tool_calls")
+            raise row.error(f"unknown role {message['role']!r}", "calls stand in an assistant's tool_calls", at=at)
         messages.append(_message(row, role, message, at))
-    return _not_empty(row, messages, column)
+    if not messages:
+        raise row.error(f"{column} is empty", fix="delete the row")
+    return messages
 
 
-def _message(row: _Row, role: str, message: Mapping[str, Any], at: str) -> dict[str, Any]:
-    texts, thoughts, calls = _content(row, message.get("content"), at)
-    out: dict[str, Any] = {"role": role, "content": texts}
-    thoughts = thoughts or next((message[k] for k in ("reasoning_content", "reasoning") if message.get(k)), "")
+def _message(row: _RowReader, role: str, message: Mapping[str, Any], at: str) -> dict[str, Any]:
+    text, reasoning, calls = _content(row, message.get("content"), at)
+    out: dict[str, Any] = {"role": role, "content": text}
+    reasoning = reasoning or next((message[k] for k in ("reasoning_content", "reasoning") if message.get(k)), "")
     calls = calls + _calls(row, message["tool_calls"], at) if message.get("tool_calls") else calls
-    if (thoughts or calls) and role != "assistant":
-        raise row.error(f"a {role} message has reasoning or tool calls", at=at, why="only an assistant's may")
-    if thoughts:
-        out["reasoning_content"] = row.text(thoughts, f"{at} reasoning")
+    if (reasoning or calls) and role != "assistant":
+        raise row.error(f"a {role} message has reasoning or tool calls", "only an assistant's may", at=at)
+    if reasoning:
+        out["reasoning_content"] = row.text(reasoning, f"{at} reasoning")
     if calls:
         out["tool_calls"] = calls
     for name in ("name", "tool_call_id"):
         if message.get(name):
             out[name] = row.text(message[name], f"{at} {name}")
-    if message.get("content") is None and not calls and not thoughts:
-        raise row.error("a message has no content", at=at, fix='give it "content": "...", or delete it')
+    if message.get("content") is None and not calls and not reasoning:
+        raise row.error("a message has no content", "", 'give it "content": "...", or delete it', at)
     weight = message.get("loss_weight", message.get("weight"))
     if weight is not None and weight != (1 if role == "assistant" else 0):
-        raise row.error(
-            f"a {role} message has loss weight {weight}",
-            at=at,
-            why="loss lies on assistant turns with weight 1, on the others with 0 (data.train_on)",
-            fix="take the weight out, or the row",
-        )
+        why = "assistant turns have weight 1, the others 0 (data.train_on)"
+        raise row.error(f"a {role} message has loss weight {weight}", why, "remove the weight, or the row", at)
     return out
 
 
-def _content(row: _Row, content: Any, at: str) -> tuple[str, str, list[dict[str, Any]]]:
+def _content(row: _RowReader, content: Any, at: str) -> tuple[str, str, list[dict[str, Any]]]:
     """Text, reasoning and tool calls of a content that is a text or a list of parts."""
     if content is None:
         return "", "", []
     if not isinstance(content, list):
         return row.text(content, f"{at} content"), "", []
-    texts: list[str] = []
-    thoughts: list[str] = []
+    text = reasoning = ""
     calls: list[dict[str, Any]] = []
     for part in content:
-        form = part.get("type") if isinstance(part, Mapping) else None
-        value = next((part[k] for k in ("text", "value", "reasoning") if k in part), None) if form else None
-        if form == "text":
-            texts.append(row.text(value, f"{at} content"))
-        elif form in ("reasoning", "thinking"):
-            thoughts.append(row.text(value, f"{at} reasoning"))
-        elif form == "tool_call":
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        value = next((part[k] for k in ("text", "value", "reasoning") if k in part), None) if kind else None
+        if kind == "text":
+            text += row.text(value, f"{at} content")
+        elif kind in ("reasoning", "thinking"):
+            reasoning += row.text(value, f"{at} reasoning")
+        elif kind == "tool_call":
             calls += _calls(row, value, at)
         else:
-            raise row.error(
-                f"a content part of type {form!r}",
-                at=at,
-                why="parts are text, reasoning or tool_call; this is a text model",
-                fix="take the part out",
-            )
-    return "".join(texts), "".join(thoughts), calls
+            why = "parts are text, reasoning or tool_call; this is a text model"
+            raise row.error(f"a content part of type {kind!r}", why, "remove the part", at)
+    return text, reasoning, calls
 
 
-def _calls(row: _Row, value: Any, at: str) -> list[dict[str, Any]]:
+def _calls(row: _RowReader, value: Any, at: str) -> list[dict[str, Any]]:
     """Tool calls: one or a list, bare or in OpenAI's wrapping, arguments as an object or as JSON text."""
     value = row.json(value, f"{at} tool call")
     calls = []
     for call in value if isinstance(value, list) else [value]:
         body = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(body, Mapping) or not isinstance(body.get("name"), str):
-            raise row.error(
-                "a tool call has no name", at=at, fix='write {"name": "f", "arguments": {...}}, or a list of these'
-            )
+            fix = 'write {"name": "f", "arguments": {...}}, or a list of these'
+            raise row.error("a tool call has no name", "", fix, at)
         given = row.json(body.get("arguments"), f"{at} arguments")
         arguments = {} if given is None else given
         if not isinstance(arguments, dict):
-            raise row.error(
-                f"the arguments of {body['name']} are {kind_of_value(arguments)}, not an object",
-                at=at,
-                fix='write {"a": 1}',
-            )
+            what = f"the arguments of {body['name']} are {json_type(arguments)}, not an object"
+            raise row.error(what, "", 'write {"a": 1}', at)
         name = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append({"type": "function", **name, "function": {"name": body["name"], "arguments": arguments}})
     if not calls:
@@ -358,7 +333,7 @@ def _calls(row: _Row, value: Any, at: str) -> list[dict[str, Any]]:
     return calls
 
 
-def _tools(row: _Row) -> list[dict[str, Any]] | None:
+def _tools(row: _RowReader) -> list[dict[str, Any]] | None:
     """Tool schemas of a row: a list, or JSON text of one; bare schemas get OpenAI's wrapping."""
     value = row.optional("tools")
     if value is None or value in ("", []):
@@ -366,9 +341,8 @@ def _tools(row: _Row) -> list[dict[str, Any]] | None:
     tools = []
     for n, tool in enumerate(row.list(value, "tools"), 1):
         if not isinstance(tool, Mapping) or not isinstance(tool.get("function", tool), Mapping):
-            raise row.error(
-                f"tool {n} is {kind_of_value(tool)}, not an object", fix='write {"name", "description", "parameters"}'
-            )
+            fix = 'write {"name", "description", "parameters"}'
+            raise row.error(f"tool {n} is {json_type(tool)}, not an object", fix=fix)
         body = tool.get("function", tool)
         if not isinstance(body.get("name"), str):
             raise row.error(f"tool {n} has no name", fix='give it "name": "..."')
@@ -376,8 +350,8 @@ def _tools(row: _Row) -> list[dict[str, Any]] | None:
     return tools or None
 
 
-def _check_order(messages: list[dict[str, Any]], where: str) -> None:
-    """What no template can say: a late system message, a result without a call, an answer to nothing, no answer."""
+def _check_order(row: _RowReader, messages: list[dict[str, Any]]) -> None:
+    """What no template can render: a late system message, a result without a call, an answer to nothing, no answer."""
     called = False
     for n, message in enumerate(messages, 1):
         role = message["role"]
@@ -389,14 +363,9 @@ def _check_order(messages: list[dict[str, Any]], where: str) -> None:
         elif role == "assistant" and all(m["role"] == "system" for m in messages[: n - 1]):
             wrong = "the first turn is the assistant's; it answers nothing"
         if wrong:
-            raise DataError(
-                wrong, where=f"{where}, message {n}", why="roles are out of order", fix="mend the row's order"
-            )
+            raise row.error(wrong, "roles are out of order", "fix the row's order", f"message {n}")
         called = (role == "assistant" and "tool_calls" in message) or (role == "tool" and called)
     if not any(m["role"] == "assistant" for m in messages):
-        raise DataError(
-            "there is no assistant turn to learn from",
-            where=where,
-            why=f"the roles are {', '.join(m['role'] for m in messages)}",
-            fix="delete the row, or map the answer's column by `columns:`",
-        )
+        why = f"the roles are {', '.join(m['role'] for m in messages)}"
+        fix = "delete the row, or map the answer's column by `columns:`"
+        raise row.error("there is no assistant turn to train on", why, fix)

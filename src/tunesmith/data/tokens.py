@@ -319,7 +319,10 @@ def _encoded(job: _Job) -> Iterator[tuple[int, Sample, Example, str]]:
     for start in _progress(range(0, len(rows), _BATCH), f"tokenise {job.what}: {rows.name}"):
         span = range(start, min(start + _BATCH, len(rows)))
         places = [rows.where(i) for i in span]
-        samples = [convert_row(rows[i], job.source, where=place) for i, place in zip(span, places, strict=True)]
+        samples = [
+            convert_row(rows[i], job.source, where=place, system=job.data.system)
+            for i, place in zip(span, places, strict=True)
+        ]
         examples = job.template.encode_many(samples, job.data.train_on, where=places)
         yield from zip(span, samples, examples, places, strict=True)
 
