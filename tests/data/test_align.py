@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from chat_tokenizers import train
 
-from tunesmith.data.align import Aligner, Span
+from tunesmith.data.align import Aligner, CharSpan
 from tunesmith.errors import ModelError
 
 TEXTS = [
@@ -33,7 +33,7 @@ def test_every_cut_of_a_text(kind: str, text: str) -> None:
     tokenizer = train(kind, ("<|im_start|>", "<|im_end|>"), False)
     aligner, whole = Aligner(tokenizer), exact(tokenizer).encode(text, add_special_tokens=False)
     for cut in range(len(text) + 1):
-        (found,) = aligner.encode([text], [[Span(cut, len(text))]], set())
+        (found,) = aligner.encode([text], [[CharSpan(cut, len(text))]], set())
         assert found.ids.tolist() == whole.ids
         assert found.trained.tolist() == [s >= cut for s, _ in whole.offsets]
         if kind == "bytes":  # cut offsets do not show a token that goes over the edge by blanks alone
@@ -44,7 +44,7 @@ def test_the_end_token_must_stand_at_the_end() -> None:
     tokenizer = train("bytes", ("<|im_end|>",), False)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     text = "So it is.<|im_end|>\n"
-    span = Span(3, len(text) - 1, text.index("<|im_end|>"))
+    span = CharSpan(3, len(text) - 1, text.index("<|im_end|>"))
     assert Aligner(tokenizer).encode([text], [[span]], {end})[0].ended
     assert not Aligner(tokenizer).encode([text], [[span]], {2})[0].ended
     assert not Aligner(tokenizer).encode([text], [[span._replace(stop=len(text))]], {end})[0].ended

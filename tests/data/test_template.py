@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 from chat_table import CONVERSATIONS, FORMS, answer, conversations, user
@@ -14,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import byte_tokenizer
+from tunesmith.config.schema import Source
 from tunesmith.data.batch import Example
-from tunesmith.data.formats import Conversation
+from tunesmith.data.formats import Conversation, convert_row
 from tunesmith.data.template import Template
 from tunesmith.errors import DataError
 
@@ -157,12 +159,41 @@ def test_last_and_all(smollm2_tokenizer: Any) -> None:
     assert whole.trained.tolist() == [False] + [True] * (len(whole.ids) - 1)
 
 
-def test_given_messages_are_not_learnt(smollm2_tokenizer: Any) -> None:
-    template = Template(smollm2_tokenizer, {2}, jinja=smollm2_tokenizer.chat_template, name="chat", system="Be.")
-    sample = Conversation([user("a"), answer("b"), user("c"), answer("d")], given=3)
+def test_given_messages_are_not_supervised(smollm2_tokenizer: Any) -> None:
+    template = Template(smollm2_tokenizer, {2}, jinja=smollm2_tokenizer.chat_template, name="chat")
+    row = {"prompt": [user("a"), answer("b"), user("c")], "completion": [answer("d")]}
+    sample = convert_row(row, Source(source="x", format="prompt-completion"), where="r", system="Be.")
     example = template.encode(sample, "response", where="r")
     assert smollm2_tokenizer.decode(example.ids[example.trained]) == "d<|im_end|>"
     assert "system\nBe.<|im_end|>" in smollm2_tokenizer.decode(example.ids)
+
+
+@pytest.mark.parametrize(
+    ("form", "train_on", "renders"),
+    [("chatml", "response", 2 + 3), ("chatml", "last", 2 + 1), ("tagged", "response", 2), ("qwen3", "response", 2 + 3)],
+)
+def test_a_conversation_is_rendered_as_often_as_its_mask_needs(
+    form: str, train_on: Any, renders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once as it is, once with sentinels, and each prompt of a supervised answer; tags make prompts unnecessary."""
+    template = template_for(form, tokenizer_for(form, "bytes", None))
+    count = [0]
+
+    def counted(run: Any) -> Any:
+        def call(*args: Any, **keys: Any) -> Any:
+            count[0] += 1
+            return run(*args, **keys)
+
+        return call
+
+    thinking = {"reasoning_content": "hm"} if form == "qwen3" else {}  # left out of all turns but the last
+    messages = [message for n in "abc" for message in (user(n), answer(n * 3, **thinking))]
+    for name in ("render", "generate"):
+        monkeypatch.setattr(jinja2.Template, name, counted(getattr(jinja2.Template, name)))
+    for _ in range(2):  # nothing is rendered again for the template's sake
+        count[0] = 0
+        template.encode(Conversation(messages), train_on, where="r")
+        assert count == [renders]
 
 
 def test_many_are_as_one_by_one(smollm2_tokenizer: Any) -> None:
@@ -179,9 +210,9 @@ def test_a_token_across_the_start_is_left_out_and_counted() -> None:
     tokenizer = train("bytes", ("<|im_start|>", "<|im_end|>"), False)
     template = template_for("chatml", tokenizer)
     example = template.encode(Conversation([user("x"), answer("  user")]), "response", where="r")
-    learnt = tokenizer.decode(example.ids[example.trained])
-    assert learnt in (" user<|im_end|>", "user<|im_end|>")
-    assert "tokens that straddle the start of an answer, not learnt" in template.notes
+    supervised = tokenizer.decode(example.ids[example.trained])
+    assert supervised in (" user<|im_end|>", "user<|im_end|>")
+    assert template.straddled == 1
 
 
 def test_our_blocks_and_theirs_agree() -> None:
@@ -198,9 +229,9 @@ def test_our_blocks_and_theirs_agree() -> None:
         if FORMS["tagged"][0](messages, tools) is None:
             continue
         theirs = tokenizer.apply_chat_template(messages, chat_template=jinja, return_assistant_tokens_mask=True)
-        before = sum(template.notes.values())
+        before = template.straddled
         example = template.encode(Conversation(messages), "response", where="r")
-        if sum(template.notes.values()) > before:
+        if template.straddled > before:
             continue  # a token lies across the start, and theirs takes it in
         assert example.trained.tolist() == [bool(x) for x in theirs["assistant_masks"]]
         compared += 1

@@ -79,10 +79,10 @@ def test_describe_is_one_line_that_names_what_is_in_use(tmp_path: Path) -> None:
     file.write_text(CHATML)
     tokenizer = chat_tokenizer()
     lines = {
-        select_template(data(), tokenizer, {2}).describe(): ["chat", "Hermes", "<|im_end|>", "marks"],
+        select_template(data(), tokenizer, {2}).describe(): ["chat", "Hermes", "<|im_end|>", "sentinels"],
         select_template(data("alpaca"), base(), {2}).describe(): ["alpaca", "</s>"],
         select_template(data(template=str(file)), tokenizer, {2}).describe(): ["own.jinja", "<|im_end|>"],
-        select_template(data("text"), base(), {2}).describe(): ["as they stand", "</s>"],
+        select_template(data("text"), base(), {2}).describe(): ["as they are", "</s>"],
     }
     for line, words in lines.items():
         assert "\n" not in line
@@ -173,33 +173,6 @@ def test_alpaca_text_goes_on_for_several_turns() -> None:
     assert mine == "b</s>d</s>"
     with pytest.raises(DataError, match="cannot render"):
         template.encode(Conversation([user("a"), user("b"), answer("c")]), "response", where="r")
-
-
-def test_one_text_with_fields() -> None:
-    text = 'Instruction: {instruction}\nInput: {input} {{"x"}}\nResponse: {response}\n---'
-    template = Template.text(text, base(), {2})
-    whole, mine = learnt(template, alpaca_row("Add.", "1, 2", "3"))
-    assert whole == 'Instruction: Add.\nInput: 1, 2 {"x"}\nResponse: 3\n---</s>'
-    assert mine in ("3\n---</s>", " 3\n---</s>")
-    assert learnt(template, alpaca_row("Add.", "1, 2", "3"), "all")[1] in whole
-    example = template.encode(alpaca_row("Add.", "", "3"), "all", where="r")
-    assert example.trained.sum() == len(example.ids) - 1
-    assert base().decode(template.prompt(alpaca_row("Add.", "", "3"))).startswith("Instruction: Add.\nInput:  {")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{instruction}",
-        "{response}",
-        "{instruction} {response} {response}",
-        "{instruction} {answer} {response}",
-        "{response} {instruction}",
-    ],
-)
-def test_a_text_with_wrong_fields_is_refused(text: str) -> None:
-    with pytest.raises(DataError):
-        Template.text(text, base(), {2})
 
 
 # --- raw rows -------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """Spans of characters -> tokens.
 
-A token is learnt if all of it lies within a span. One that begins in the prompt and ends in the answer (byte-pair
+A token is supervised if all of it lies within a span. One that begins in the prompt and ends in the answer (byte-pair
 merges such as "\\n" + " ") belongs to the prompt: the mask never reaches what the model is given.
 
-Where tokens lie in the text is taken from their bytes: in a byte-level vocabulary (Llama 3, Qwen, SmolLM, GPT) each
+Where tokens lie in the text is computed from their bytes: in a byte-level vocabulary (Llama 3, Qwen, SmolLM, GPT) each
 token is a known number of bytes, and these must add up to the text. Where they do not (SentencePiece, normalised
-text, a special token that swallows the blanks beside it) the tokenizer's own offsets are used. Offsets alone would not
-do: byte-level post-processors often cut blanks off them (`trim_offsets`).
+text, a special token that includes the whitespace beside it) the tokenizer's own offsets are used. Offsets alone are
+not enough: byte-level post-processors often cut whitespace off them (`trim_offsets`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 
 from tunesmith.errors import ModelError
 
-_BLANK_MARKS = "ĠĊĉč▁ \t\r\n"
+_WHITESPACE = "ĠĊĉč▁ \t\r\n"  # as tokens write it
 
 
-class Span(NamedTuple):
-    """Characters [start, end) of a text that are learnt; the end token begins at `stop`, or there is none (-1)."""
+class CharSpan(NamedTuple):
+    """Supervised characters [start, end) of a text; the end token begins at `stop`, or there is none (-1)."""
 
     start: int
     end: int
@@ -30,12 +30,13 @@ class Span(NamedTuple):
 
 
 class Aligned(NamedTuple):
-    """What `Aligner.encode` gives for a text.
+    """A tokenised text.
 
-    ids: int32 [n].
-    trained: bool [n].
-    straddled: how many tokens begin before a span and end in it.
-    ended: at the `stop` of every span that has one stands one token, of the ids asked for.
+    Attributes:
+        ids: int32 [n].
+        trained: bool [n].
+        straddled: how many tokens begin before a span and end in it.
+        ended: whether at the `stop` of every span that has one stands one token, of the ids asked for.
     """
 
     ids: np.ndarray
@@ -44,7 +45,7 @@ class Aligned(NamedTuple):
     ended: bool
 
 
-class _Edges(NamedTuple):
+class _Bounds(NamedTuple):
     """Where tokens begin and end, int64 [n] each, in bytes or in characters of the text."""
 
     starts: np.ndarray
@@ -53,36 +54,35 @@ class _Edges(NamedTuple):
 
 
 class Aligner:
-    """Tokenises text once and lays the spans of its characters on the tokens."""
+    """Tokenises text once and maps spans of its characters to tokens.
+
+    Raises:
+        ModelError: the tokenizer is not a fast one.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.is_fast:
-            raise ModelError(
-                f"the tokenizer {type(tokenizer).__name__} cannot say where its tokens lie in the text",
-                why="masks need a fast tokenizer, one with a tokenizer.json",
-                fix="name one: model.tokenizer=FOLDER",
-            )
+            what = f"the tokenizer {type(tokenizer).__name__} cannot say where its tokens lie in the text"
+            why = "loss masks need a fast tokenizer, one with a tokenizer.json"
+            raise ModelError(what, where="model.tokenizer", why=why, fix="name one: model.tokenizer=FOLDER")
         self.tokenizer = tokenizer
         self.sizes = _byte_sizes(tokenizer)
 
-    def encode(self, texts: Sequence[str], spans: Sequence[Sequence[Span]], stops: Collection[int]) -> list[Aligned]:
-        """Tokenise texts and mark what their spans cover. No special token is added.
+    def encode(
+        self, texts: Sequence[str], spans: Sequence[Sequence[CharSpan]], end_ids: Collection[int]
+    ) -> list[Aligned]:
+        """Tokenise texts and mark the tokens that their spans cover. No special token is added.
 
         Args:
             texts: n texts.
             spans: the spans of each, disjoint.
-            stops: the ids of which one must stand at a span's `stop`.
+            end_ids: the ids of which one must stand at a span's `stop`.
         """
         batch = self.ids(texts)
-        edges = [self._by_bytes(text, ids) for text, ids in zip(texts, batch, strict=True)]
-        rest = [i for i, edge in enumerate(edges) if edge is None]
-        for i, edge in zip(rest, self._by_offsets([texts[i] for i in rest]), strict=True):
-            edges[i] = edge
-        return [
-            _mark(text, ids, edge, own, stops)
-            for text, ids, edge, own in zip(texts, batch, edges, spans, strict=True)
-            if edge is not None
-        ]
+        by_bytes = [self._by_bytes(text, ids) for text, ids in zip(texts, batch, strict=True)]
+        offsets = iter(self._by_offsets([text for text, found in zip(texts, by_bytes, strict=True) if found is None]))
+        bounds = [found or next(offsets) for found in by_bytes]
+        return [_align(*one, end_ids) for one in zip(texts, batch, bounds, spans, strict=True)]
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 [n] for each text: its tokens, no special token added."""
@@ -91,35 +91,35 @@ class Aligner:
         found = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [np.array(ids, dtype=np.int32) for ids in found["input_ids"]]
 
-    def _by_bytes(self, text: str, ids: np.ndarray) -> _Edges | None:
-        """Edges in bytes, or None where the sizes of the tokens do not add up to the text."""
+    def _by_bytes(self, text: str, ids: np.ndarray) -> _Bounds | None:
+        """Bounds in bytes, or None where the sizes of the tokens do not add up to the text."""
         if self.sizes is None:
             return None
         sizes = self.sizes[ids]
         ends = np.cumsum(sizes)
         whole = len(text) if text.isascii() else len(text.encode())
-        return _Edges(ends - sizes, ends, in_bytes=True) if sizes.sum() == whole else None
+        return _Bounds(ends - sizes, ends, in_bytes=True) if sizes.sum() == whole else None
 
-    def _by_offsets(self, texts: Sequence[str]) -> list[_Edges]:
-        """Edges in characters, as the tokenizer tells them, with the blanks given back that it may have cut off."""
+    def _by_offsets(self, texts: Sequence[str]) -> list[_Bounds]:
+        """Bounds in characters, as the tokenizer gives them, with the whitespace that it may have cut off."""
         if not texts:
             return []
         found = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        edges = []
+        bounds = []
         for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
             starts, last = [], 0
             for token, (start, end) in zip(self.tokenizer.convert_ids_to_tokens(ids), offsets, strict=True):
                 cut = last < start and (start == end or not text[start].isspace())
-                blanks = len(token) - len(token.lstrip(_BLANK_MARKS)) if cut else 0
-                starts.append(max(last, start - blanks) if cut else start)
+                whitespace = len(token) - len(token.lstrip(_WHITESPACE)) if cut else 0
+                starts.append(max(last, start - whitespace) if cut else start)
                 last = end
             ends = np.array([end for _, end in offsets], dtype=np.int64)
-            edges.append(_Edges(np.array(starts, dtype=np.int64), ends, in_bytes=False))
-        return edges
+            bounds.append(_Bounds(np.array(starts, dtype=np.int64), ends, in_bytes=False))
+        return bounds
 
 
 def _byte_sizes(tokenizer: Any) -> np.ndarray | None:
-    """Bytes of every token, int64 [vocabulary], if the vocabulary is byte-level; a token of such is written byte by byte."""
+    """Bytes of every token, int64 [vocabulary], if the vocabulary is byte-level: it writes a token byte by byte."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
@@ -136,19 +136,19 @@ def _byte_sizes(tokenizer: Any) -> np.ndarray | None:
     return sizes
 
 
-def _mark(text: str, ids: np.ndarray, edges: _Edges, spans: Sequence[Span], stops: Collection[int]) -> Aligned:
+def _align(text: str, ids: np.ndarray, bounds: _Bounds, spans: Sequence[CharSpan], end_ids: Collection[int]) -> Aligned:
     trained = np.zeros(len(ids), dtype=bool)
     straddled, ended = 0, True
-    plain = not edges.in_bytes or text.isascii()
+    plain = not bounds.in_bytes or text.isascii()
     for span in spans:
         start, end, stop = span if plain else (len(text[:at].encode()) if at >= 0 else at for at in span)
-        trained |= (edges.starts >= start) & (edges.starts < end) & (edges.ends <= end)
-        straddled += int(((edges.starts < start) & (edges.ends > start)).sum())
+        trained |= (bounds.starts >= start) & (bounds.starts < end) & (bounds.ends <= end)
+        straddled += int(((bounds.starts < start) & (bounds.ends > start)).sum())
         if stop < 0:
             continue
-        at = int(np.searchsorted(edges.ends, stop, side="right"))
-        if at < len(ids) and int(ids[at]) in stops:
-            trained[at] = True  # even where it swallows blanks that follow it (`rstrip`, as Phi 3's do)
+        at = int(np.searchsorted(bounds.ends, stop, side="right"))
+        if at < len(ids) and int(ids[at]) in end_ids:
+            trained[at] = True  # even where it includes the whitespace after it (`rstrip`, as Phi 3's)
         else:
             ended = False
     return Aligned(ids, trained, straddled, ended)

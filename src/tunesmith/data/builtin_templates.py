@@ -1,12 +1,12 @@
-"""Prompt texts of our own, each as a Jinja chat template, so that training, chat and any server render the same.
+"""Chat templates of our own in Jinja, so that training, chat and any server render the same.
 
-    alpaca(...)     Stanford's instruction text, with and without input
-    pattern(...)    one text with the fields {instruction}, {input} and {response}
-    with_tools(...) a ChatML template that knows no tools, made to render them in Hermes' form
-    with_fixed_date a template that writes today's date, made to write one that stands
+    alpaca(...)      Stanford's instruction text, with and without input
+    with_tools(...)  a ChatML template that knows no tools, extended by Hermes' form for them
+    with_fixed_date  a template that writes today's date, changed to write a fixed one
+    either(...)      one template out of two
 
-A template of `alpaca` and `pattern` reads `message.input` beside `message.content` where a row has one; a chat that
-has none gets the variant without input.
+The alpaca template reads `message.input` beside `message.content` where a row has one; a chat that has none gets the
+variant without input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import datetime
 import json
 import re
-import string
 
 from tunesmith.errors import DataError
 
@@ -28,7 +27,7 @@ _PREAMBLE_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
 )
 
-# A system message takes the place of the preamble; a second turn goes on after the end token of the first.
+# A system message takes the place of the preamble; a second turn continues after the end token of the first.
 _ALPACA = """\
 {%%- if messages[0].role == 'system' %%}
 {%%- set preamble = messages[0].content + '\\n\\n' %%}
@@ -52,65 +51,11 @@ _ALPACA = """\
 {%%- endif %%}
 {%%- endfor %%}"""
 
-_PATTERN = """\
-{{- %(bos)s }}
-{%%- for message in messages %%}
-{%%- if loop.index0 > 1 or message.role != ['user', 'assistant'][loop.index0] %%}
-{{- raise_exception('this text takes one instruction and one response') }}
-{%%- endif %%}
-{%%- if message.role == 'assistant' %%}
-{{- message.content + %(tail)s + eos_token }}
-{%%- else %%}
-{{- %(prompt)s }}
-{%%- endif %%}
-{%%- endfor %%}"""
-
-
-def _literal(text: str) -> str:
-    """`text` as a Jinja string literal."""
-    return json.dumps(text, ensure_ascii=False)
-
 
 def alpaca(*, bos: bool) -> str:
     """Stanford's text as a chat template. `bos`: open with bos_token, as the tokenizer itself would."""
-    return _ALPACA % {
-        "bos": "bos_token" if bos else "''",
-        "with_input": _literal(_PREAMBLE_INPUT),
-        "without": _literal(_PREAMBLE),
-    }
-
-
-def pattern(text: str, *, bos: bool) -> str:
-    """A text such as `"### Instruction:\\n{instruction}\\n\\n### Response:\\n{response}"` as a chat template.
-
-    The end token is written after the text. Fields: {instruction} and {response}, once each, and {input}, which
-    renders as nothing where a row has none; doubled braces are braces.
-
-    Raises:
-        DataError: another field, none for the instruction or response, or a field after {response}.
-    """
-    fields = {"instruction": "message.content", "input": "(message.input or '')"}
-    prompt: list[str] = []
-    tail: str | None = None
-    for literal, field, _, _ in string.Formatter().parse(text):
-        if tail is not None:
-            tail += literal
-        elif literal:
-            prompt.append(_literal(literal))
-        if field is None:
-            continue
-        if field == "response" and tail is None:
-            tail = ""
-        elif field in fields and tail is None:
-            prompt.append(fields[field])
-        else:
-            raise DataError(
-                f"the text of the prompt has the field {{{field}}} where it cannot stand",
-                fix="write {instruction} and, if wanted, {input}, then {response} once, after them",
-            )
-    if tail is None or fields["instruction"] not in prompt:
-        raise DataError("the text of the prompt lacks {instruction} or {response}", fix="name both fields in it")
-    return _PATTERN % {"bos": "bos_token" if bos else "''", "prompt": " + ".join(prompt), "tail": _literal(tail)}
+    with_input, without = (json.dumps(text, ensure_ascii=False) for text in (_PREAMBLE_INPUT, _PREAMBLE))
+    return _ALPACA % {"bos": "bos_token" if bos else "''", "with_input": with_input, "without": without}
 
 
 # Hermes' function calling: signatures in the system message, calls as JSON between tags, results as a user turn.
@@ -149,24 +94,25 @@ def with_tools(jinja: str) -> str:
 
     A conversation without tools is rendered by the given template, untouched.
     """
-    ours = "{%- set used = namespace(tools=tools) %}{%- for message in messages %}"
-    ours += (
+    has_tools = (
+        "{%- set used = namespace(tools=tools) %}{%- for message in messages %}"
         "{%- if message.role == 'tool' or message.tool_calls %}{%- set used.tools = true %}{%- endif %}{%- endfor %}"
+        "{%- if used.tools %}"
     )
-    return either(ours + "{%- if used.tools %}", _HERMES, jinja)
+    return either(has_tools, _HERMES, jinja)
 
 
 def either(condition: str, this: str, that: str) -> str:
     """One template out of two. `condition` ends with an open `if` block."""
-    # trim_blocks eats the newline after a block's tag, and a template's last newline is dropped: both kept as they were.
+    # trim_blocks removes the newline after a block's tag, and a template's last newline is dropped: keep both as they were.
     this, that = (
         "\n" + text.removesuffix("\n") if text.startswith("\n") else text.removesuffix("\n") for text in (this, that)
     )
     return f"{condition}{this}{{% else %}}{that}{{% endif %}}"
 
 
-# Templates such as Llama 3.1's write the day of the rendering. Tokens must not depend on the day on which a run goes on,
-# and the prompt in use must be the one that was trained; this is the day that Llama's own template falls back to.
+# Templates such as Llama 3.1's write the day of the rendering. Tokens must not depend on the day of a resume, and the
+# prompt in use must be the one that was trained. This is the day that Llama's own template falls back to.
 DATE = datetime.date(2024, 7, 26)
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -182,7 +128,7 @@ def with_fixed_date(jinja: str) -> str:
         raise DataError(
             "the chat template writes today's date in a way that cannot be fixed to one day",
             where="data.template",
-            why="a run that goes on tomorrow would train on another prompt",
+            why="a run that resumes tomorrow would train on another prompt",
             fix="save the template to a file, write a date in it, and name the file in data.template",
         )
     return fixed

@@ -1,21 +1,22 @@
-"""Which characters of a rendered conversation are learnt, for any chat template.
+"""Which characters of a rendered conversation are supervised, for any chat template.
 
-A template is a program: it may strip thinking from earlier turns (Qwen3), trim what it is given (Llama 3, Gemma), move
-the system message into a user's turn (Llama 2), or drop what it does not know. So the rendering of a part need not be
-a part of the rendering, and no search for a text can tell the template's words from the user's. Found here by marks:
+A template is a program: it may strip thinking from earlier turns (Qwen3), trim texts (Llama 3, Gemma), move the system
+message into a user's turn (Llama 2), or drop what it does not know. So the rendering of a part need not be a part of
+the rendering, and a search for a text cannot tell the template's words from the user's. Sentinels can:
 
-1. The conversation is rendered as it is, and again with every text in it (contents, thinking, names and arguments of
-   calls, names of tools) between two marks of its own: short ASCII words, set inside the blanks at the text's edges so
-   that trimming meets what it met before. With the marks taken out, both renderings must be equal; then the marks say
-   where each text went, and everything outside a pair of marks is the template's own.
-2. An answer starts where the model would be given the word: what the template writes between the text before the
-   answer and the end of the generation prompt (rendered from the messages before it) must be found again there.
-   What it writes after that, such as an empty thinking block or a tool call's tag, the model has to write: learnt.
-3. An answer ends with the first end token that the template writes after the answer's last text. What follows it (a
-   newline, a second end token) is not learnt.
+1. Render the conversation, and render it again with every text in it (contents, thinking, names and arguments of
+   calls, names of tools) between two sentinels. Without the sentinels both renderings must be equal; then the
+   sentinels say where each text is, and everything outside a pair of them is the template's own.
+2. An answer starts where generation would: render the messages before it with the generation prompt. What that
+   rendering has after its last text must stand at the same place of the conversation. What the template writes
+   between there and the answer's text (an empty thinking block, a tool call's tag) is the model's to write: supervised.
+3. An answer ends with the first end token after its last text. What follows (a newline, a second end token) is not
+   supervised.
 
-A template with {% generation %} says itself where answers are; the marks then check it. Whatever cannot be shown this
-way is refused with a DataError, never guessed: a text that the template drops, an answer without an end token.
+This takes two renderings of a conversation and one of each prompt. A template with {% generation %} says itself where
+answers are; the sentinels check it, and a prompt is rendered only where a block opens before its answer's text.
+Whatever cannot be proven is refused with a DataError, never guessed: a text that the template drops, an answer without
+an end token.
 """
 
 from __future__ import annotations
@@ -23,58 +24,68 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from tunesmith.data.align import Span
-from tunesmith.data.sentinels import PLACES, Message, Messages, Sentinel, Sentinels, Tools
+from tunesmith.data.align import CharSpan
+from tunesmith.data.sentinels import POSITIONS, Field, Message, Messages, Sentinel, Sentinels, Tools
 from tunesmith.errors import DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_FIX = "give a template that can be read: data.template=FILE.jinja, with {% generation %} around what is learnt"
+_FIX = "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
+_FIX_TAGS = "move the {% generation %} tags in the template: all of each answer with its end token, and nothing else"
 
 
-class Answer(NamedTuple):
-    """One assistant message: its index and the spans of characters that are learnt."""
+class AnswerSpans(NamedTuple):
+    """One assistant message: its index and the supervised spans of the text."""
 
     message: int
-    spans: list[Span]
+    spans: list[CharSpan]
 
 
-class _View(NamedTuple):
-    """A rendering whose marks are known."""
+class _Rendering(NamedTuple):
+    """A rendered conversation and the sentinels that show where its texts are.
+
+    shown: fields found in the rendering with sentinels at any position. messages, tools: with sentinels.
+    """
 
     text: str
-    marks: list[Sentinel]
-    marker: Sentinels
+    found: list[Sentinel]
+    sentinels: Sentinels
     messages: list[Message]
     tools: Tools
-    shown: frozenset[int]  # fields that some way of marking found in the rendering
+    shown: frozenset[int]
+
+    def field(self, sentinel: Sentinel) -> Field:
+        return self.sentinels.fields[sentinel.field]
+
+    def of_message(self, i: int) -> list[int]:
+        """Indices into `found` of the sentinels of one message."""
+        return [n for n, sentinel in enumerate(self.found) if self.field(sentinel).message == i]
 
 
-class Masker:
-    """Renders conversations with one template and finds the answers in them.
+class AssistantMask:
+    """Renders conversations with one chat template and finds their answers.
 
     Args:
         tokenizer: gives `apply_chat_template`.
         jinja: the template.
         name: what errors call it.
-        eos: ids at which generation stops.
+        eos_ids: ids at which generation stops.
 
     Attributes:
-        ends: the texts of the tokens that may end an answer: those of `eos`, and the template's own.
-        end_ids: their ids.
+        tagged: whether the template has {% generation %} blocks.
+        end_tokens: text and id of each token that may end an answer: those of `eos_ids`, and the template's own.
         reasoning, tools: whether the template shows thinking and tool calls.
-        notes: what happened to rows that were not refused, counted.
     """
 
-    def __init__(self, tokenizer: Any, jinja: str, name: str, eos: Collection[int]) -> None:
+    def __init__(self, tokenizer: Any, jinja: str, name: str, eos_ids: Collection[int]) -> None:
         self.tokenizer, self.jinja, self.name = tokenizer, jinja, name
-        self.generation = bool(_GENERATION.search(jinja))
-        self.notes: Counter[str] = Counter()
-        self.reasoning = self.tools = True
-        self.end_ids = frozenset(eos)
-        self.ends = {text: id_ for id_ in sorted(eos) if (text := tokenizer.decode([id_]))}
+        self.tagged = bool(_GENERATION.search(jinja))
+        self.reasoning = self.tools = False  # so that the probe tries every position
+        self.end_ids = frozenset(eos_ids)
+        self.end_tokens = {text: id_ for id_ in sorted(eos_ids) if (text := tokenizer.decode([id_]))}
         self._probe()
 
     # --- rendering --------------------------------------------------------------------------------------------------
@@ -85,274 +96,263 @@ class Masker:
         Raises:
             DataError: the template refuses the conversation or fails on it.
         """
+        with self._render_errors(where):
+            return self.tokenizer.apply_chat_template(
+                list(messages), tools, chat_template=self.jinja, add_generation_prompt=generate, tokenize=False
+            )
+
+    def _render_tagged(self, messages: Messages, tools: Tools, where: str) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and the spans of characters that its {% generation %} blocks wrote."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        # As in apply_chat_template, which returns these spans as tokens only, straddling ones included.
+        bare = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        with self._render_errors(where):
+            texts, blocks = render_jinja_template(
+                [bare], tools, None, self.jinja, return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map
+            )
+        return texts[0], [(start, end) for start, end in blocks[0] if end > start]
+
+    @contextmanager
+    def _render_errors(self, where: str) -> Iterator[None]:
         import jinja2
 
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                chat_template=self.jinja,
-                add_generation_prompt=generate,
-                tokenize=False,
-            )
+            yield
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise DataError(
-                f"{self.name} cannot render this conversation",
-                where=where,
-                why=str(error) or type(error).__name__,
-                fix="mend the row, or give a template that takes it: data.template=FILE.jinja",
-            ) from error
+            why = str(error) or type(error).__name__
+            fix = "fix the row, or give a template that takes it: data.template=FILE.jinja"
+            raise self._error("cannot render this conversation", where, why, fix) from error
 
-    def _refuse(self, what: str, where: str, why: str = "", fix: str = _FIX) -> DataError:
+    def _error(self, what: str, where: str, why: str = "", fix: str = _FIX) -> DataError:
         return DataError(f"{self.name} {what}", where=where, why=why, fix=fix)
 
-    def _views(self, text: str, messages: Messages, tools: Tools, where: str) -> _View:
-        """The rendering with marks, by the first way of marking that leaves the rendering as it was."""
+    def _locate_texts(self, text: str, messages: Messages, tools: Tools, where: str) -> _Rendering:
+        """Find the texts of a conversation in its rendering, by the first position of sentinels that keeps it equal.
+
+        Further positions are tried while a text is not found that the template must show or that holds an end token.
+        """
         word = next(w for n in itertools.count() if (w := f"zq{n}W") not in text and w not in repr((messages, tools)))
-        best: _View | None = None
+        best: _Rendering | None = None
         shown: set[int] = set()
-        for place in PLACES:
-            marker = Sentinels(word, place)
-            marked, marked_tools = marker.mark(messages, tools)
-            plain, marks = marker.unmark(self.render(marked, marked_tools, where=where))
+        for position in POSITIONS:
+            sentinels = Sentinels(word, position)
+            marked, marked_tools = sentinels.insert(messages, tools)
+            plain, found = sentinels.strip(self.render(marked, marked_tools, where=where))
             if plain != text:
                 continue
-            shown |= {mark.field for mark in marks}
-            best = best or _View(text, marks, marker, marked, marked_tools, frozenset())
-            if len(shown) == len(marker.fields):
+            shown |= {sentinel.field for sentinel in found}
+            best = best or _Rendering(text, found, sentinels, marked, marked_tools, frozenset())
+            missing = (field for n, field in enumerate(sentinels.fields) if n not in shown)
+            if all(self._may_drop(field) and not self._holds_end(field.text) for field in missing):
                 break
         if best is None:
-            raise self._refuse("changes with the words in it, so that nothing shows where answers lie", where)
+            why = "it renders differently depending on the message text, so assistant spans cannot be located"
+            raise self._error("changes with the message text", where, why)
         return best._replace(shown=frozenset(shown))
+
+    def _may_drop(self, field: Field) -> bool:
+        return field.kind == "reasoning_content" and self.reasoning
+
+    def _holds_end(self, text: str) -> bool:
+        return any(end in text for end in self.end_tokens)
 
     # --- answers ----------------------------------------------------------------------------------------------------
 
-    def answers(self, messages: Messages, tools: Tools = None, *, where: str = "") -> tuple[str, list[Answer]]:
-        """The rendered conversation, and the spans of its assistant messages.
+    def answers(
+        self, messages: Messages, tools: Tools = None, *, first: int = 0, where: str = ""
+    ) -> tuple[str, list[AnswerSpans]]:
+        """The rendered conversation, and the supervised spans of its assistant messages.
+
+        Args:
+            first: index of the first message whose answer is wanted.
+            where: the row's place, for errors.
 
         Raises:
-            DataError: the template drops a part of the conversation, or its answers cannot be told for certain.
+            DataError: the template drops a part of the conversation, or an answer cannot be located for certain.
         """
-        text = self.render(messages, tools, where=where)
-        view = self._views(text, messages, tools, where)
-        self._check_whole(view, where)
-        if self.generation:
-            return text, self._tagged(view, messages, tools, where)
+        if self.tagged:
+            text, blocks = self._render_tagged(messages, tools, where)
+        else:
+            text, blocks = self.render(messages, tools, where=where), []
+        view = self._locate_texts(text, messages, tools, where)
+        self._check_complete(view, where)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return text, [self._answer(view, i, i == turns[-1], where) for i in turns]
+        if not self.tagged:
+            return text, [self._answer(view, i, i == turns[-1], where) for i in turns if i >= first]
+        owners = self._block_owners(view, blocks, turns, where)
+        own = {i: [block for block, owner in zip(blocks, owners, strict=True) if owner == i] for i in turns}
+        return text, [self._tagged_answer(view, i, own[i], where) for i in turns if i >= first]
 
-    def _check_whole(self, view: _View, where: str) -> None:
+    def _check_complete(self, view: _Rendering, where: str) -> None:
         """Refuse a template that drops words of the conversation, and words that hide where their text ends."""
-        fields = view.marker.fields
-        for n in sorted(set(range(len(fields))) - view.shown):
-            message, what, _ = fields[n]
-            if what == "reasoning_content" and self.reasoning:
-                self.notes["thinking that the template leaves out"] += 1
+        fields = view.sentinels.fields
+        for n, (message, kind, _) in enumerate(fields):
+            if n in view.shown or self._may_drop(fields[n]):
                 continue
-            whose = {"tools": "the tools"}.get(what) or f"the {what} of message {message + 1}"
-            if what == "content":
+            whose = "the tools" if kind == "tools" else f"the {kind} of message {message + 1}"
+            if kind == "content":
                 whose = f"message {message + 1} ({view.messages[message]['role']})"
-            fix = "take it out of the rows, or give a template that shows it: data.template=FILE.jinja"
-            raise self._refuse(f"drops {whose}", where, "half a conversation would be learnt", fix)
-        if any(end in name for name in view.marker.bare for end in self.ends):
-            raise self._refuse(
-                "writes a call whose argument is named with an end token", where, "its end cannot be told"
-            )
-        sides = Counter(mark.field for mark in view.marks)
+            fix = "remove it from the rows, or give a template that shows it: data.template=FILE.jinja"
+            raise self._error(f"drops {whose}", where, "the model would train on half a conversation", fix)
+        if any(map(self._holds_end, view.sentinels.argument_names)):
+            why = "the end of the call cannot be told"
+            raise self._error("writes a call whose argument is named with an end token", where, why)
+        sides = Counter(sentinel.field for sentinel in view.found)
         for n, field in enumerate(fields):
-            if n in view.shown and sides[n] < 2 and any(end in field.text for end in self.ends):
-                raise self._refuse(
-                    f"rewrites message {field.message + 1}, whose text holds an end token",
-                    where,
-                    "its end cannot be told",
-                )
+            if n in view.shown and sides[n] < 2 and self._holds_end(field.text):
+                what = f"rewrites message {field.message + 1}, whose text holds an end token"
+                raise self._error(what, where, "the end of the message cannot be told")
 
-    def _answer(self, view: _View, i: int, last: bool, where: str) -> Answer:
+    def _answer(self, view: _Rendering, i: int, last: bool, where: str) -> AnswerSpans:
         """The span of message i: from the end of the generation prompt through the end token."""
-        marks = view.marks
-        own = [n for n, mark in enumerate(marks) if view.marker.fields[mark.field].message == i]
+        found, own = view.found, view.of_message(i)
         anchor, prompt = self._prompt(view, i, own, where)
         if anchor is None:
-            raise self._refuse(f"moves the words before message {i + 1}, an answer", where)
-        at = marks[anchor].at if anchor >= 0 else 0
+            raise self._error(f"moves the text before message {i + 1}, an answer", where)
+        at = found[anchor].at if anchor >= 0 else 0
         start = at + len(prompt)
         if not view.text.startswith(prompt, at):
-            first = marks[own[0]] if own else None
-            shown = view.text[at : first.at] if first and first.side == "b" and view.marker.place == "both" else ""
+            first = found[own[0]] if own else None
+            both = view.sentinels.position == "both"
+            header = view.text[at : first.at] if first and first.side == "b" and both else ""
             # Qwen3.5 and DeepSeek R1 open thinking in the generation prompt and leave it out of earlier turns.
-            if last or not shown or not prompt.startswith(shown):
-                raise self._refuse(
-                    f"writes before message {i + 1}, an answer, something other than its generation prompt",
-                    where,
-                    f"the prompt in use ends with {prompt[-40:]!r}, the row goes on with {view.text[at : at + 40]!r}",
+            if last or not header or not prompt.startswith(header):
+                why = (
+                    f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {view.text[at : at + 40]!r}"
                 )
-            self.notes["earlier answers shown without what the generation prompt adds"] += 1
-            start = at + len(shown)
-        closing = own[-1] if own else anchor
-        if own and (start > marks[own[0]].at or len(own) != closing - own[0] + 1):
-            raise self._refuse(f"mixes message {i + 1}, an answer, with other words", where)
-        limit = marks[closing + 1].at if closing + 1 < len(marks) else len(view.text)
-        stop, end = self._end(view.text, max(start, marks[closing].at if own else start), limit, i, where)
-        return Answer(i, [Span(start, end, stop)])
+                what = f"writes before message {i + 1}, an answer, something other than its generation prompt"
+                raise self._error(what, where, why)
+            start = at + len(header)
+        final = own[-1] if own else anchor
+        if own and (start > found[own[0]].at or len(own) != final - own[0] + 1):
+            raise self._error(f"mixes message {i + 1}, an answer, with other text", where)
+        limit = found[final + 1].at if final + 1 < len(found) else len(view.text)
+        end = self._end_token(view.text, max(start, found[final].at if own else start), limit)
+        if end is None:
+            fix = "give a template that ends answers: data.template=FILE.jinja; or add its token: model.added_tokens"
+            raise self._error(f"writes no end token after message {i + 1}, an answer", where, self._no_end(), fix)
+        return AnswerSpans(i, [CharSpan(start, end[1], end[0])])
 
-    def _prompt(self, view: _View, i: int, own: list[int], where: str) -> tuple[int | None, str]:
-        """What the model is given before message i: the mark that it follows (-1: none, the text's start), and the text.
+    def _prompt(self, view: _Rendering, i: int, own: list[int], where: str) -> tuple[int | None, str]:
+        """What the model is given before message i, after the last text of the prompt.
 
-        The mark is None where the last mark of the prompt is not the one before the answer.
+        Returns:
+            The index of the sentinel that closes that text (-1: the prompt holds none; None: in the conversation it is
+            not the one before the answer), and what the prompt holds from there on.
         """
         if i == 0:
-            raise self._refuse("cannot tell an answer that opens the conversation", where, "no prompt stands before it")
-        given = self.render(view.messages[:i], view.tools, generate=True, where=where)
-        given, before = view.marker.unmark(given)
+            raise self._error("cannot tell an answer that opens the conversation", where, "no prompt stands before it")
+        rendered = self.render(view.messages[:i], view.tools, generate=True, where=where)
+        rendered, before = view.sentinels.strip(rendered)
         key = before[-1][:2] if before else None
-        places = [own[0] - 1] if own else range(-1, len(view.marks))
-        anchors = [n for n in places if (view.marks[n][:2] if n >= 0 else None) == key]
-        return (anchors[0] if len(anchors) == 1 else None), given[before[-1].at if before else 0 :]
+        candidates = [own[0] - 1] if own else range(-1, len(view.found))
+        anchors = [n for n in candidates if (view.found[n][:2] if n >= 0 else None) == key]
+        return (anchors[0] if len(anchors) == 1 else None), rendered[before[-1].at if before else 0 :]
 
-    def _end(self, text: str, begin: int, limit: int, i: int, where: str) -> tuple[int, int]:
-        """(where the end token begins, where it ends): the first one between the answer's last word and the next text."""
-        found = [(at, -len(end)) for end in self.ends if (at := text.find(end, begin, limit)) >= 0]
-        if not found:
-            known = ", ".join(self.ends) or "none"
-            raise self._refuse(
-                f"writes no end token after message {i + 1}, an answer",
-                where,
-                f"the model would never learn to stop; end tokens: {known}",
-                "give a template that ends answers: data.template=FILE.jinja; or add its token: model.added_tokens",
-            )
-        at, size = min(found)
-        return at, at - size
+    def _end_token(self, text: str, begin: int, limit: int) -> tuple[int, int] | None:
+        """(start, end) of the first end token in text[begin:limit]; of several at one place, the longest."""
+        found = [(at, -len(end)) for end in self.end_tokens if (at := text.find(end, begin, limit)) >= 0]
+        return (min(found)[0], min(found)[0] - min(found)[1]) if found else None
+
+    def _no_end(self) -> str:
+        return f"the model would never learn to stop; end tokens: {', '.join(self.end_tokens) or 'none'}"
 
     # --- templates with {% generation %} ----------------------------------------------------------------------------
 
-    def _blocks(self, messages: Messages, tools: Tools) -> list[tuple[int, int]]:
-        """Spans of characters that the template's {% generation %} blocks wrote."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        # As apply_chat_template does, which has these spans too but gives only tokens, straddling ones included.
-        bare = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        _, blocks = render_jinja_template(
-            conversations=[bare],
-            tools=tools,
-            chat_template=self.jinja,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        return [(start, end) for start, end in blocks[0] if end > start]
-
-    def _tagged(self, view: _View, messages: Messages, tools: Tools, where: str) -> list[Answer]:
-        """Answers as the {% generation %} blocks tell them, checked: all of each answer, and nobody else's words."""
-        blocks = self._blocks(messages, tools)
-        fields = view.marker.fields
-        owner: list[int | None] = [None] * len(blocks)
-        for mark in view.marks:
-            message = fields[mark.field].message
-            mine = message >= 0 and messages[message]["role"] == "assistant"
-            inside = [n for n, (start, end) in enumerate(blocks) if start <= mark.at <= end]
-            strictly = [n for n in inside if blocks[n][0] < mark.at < blocks[n][1]]
-            if (mine and not inside) or (not mine and strictly):
-                what = "leaves out a part of" if mine else "covers"
-                raise self._refuse(
-                    f"has a {{% generation %}} block that {what} message {message + 1}", where, fix="mend the template"
+    def _block_owners(
+        self, view: _Rendering, blocks: list[tuple[int, int]], turns: list[int], where: str
+    ) -> list[int | None]:
+        """The assistant message that each block belongs to: blocks hold all of each answer and nobody else's text."""
+        owners: list[int | None] = [None] * len(blocks)
+        for sentinel in view.found:
+            i, at = view.field(sentinel).message, sentinel.at
+            inside = [n for n, (start, end) in enumerate(blocks) if start <= at <= end]
+            strictly = any(blocks[n][0] < at < blocks[n][1] for n in inside)
+            if (i in turns and not inside) or (i not in turns and strictly):
+                what = "leaves out a part of" if i in turns else "covers"
+                raise self._error(f"has a {{% generation %}} block that {what} message {i + 1}", where, fix=_FIX_TAGS)
+            if i in turns:
+                owners[inside[0]] = i
+        for n, block in enumerate(blocks):  # a block without a text of the row is a blank answer: they come in order
+            if owners[n] is None:
+                after = max((owner or 0 for owner in owners[:n] if owner is not None), default=-1)
+                owners[n] = next((i for i in turns if i > after and i not in owners), after if after >= 0 else None)
+            if owners[n] is None:
+                raise self._error(
+                    "has a {% generation %} block outside of answers", where, f"characters {block}", _FIX_TAGS
                 )
-            if mine:
-                owner[inside[0]] = message
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        for n, block in enumerate(blocks):  # blocks without a word of the row: blank answers, in order
-            if owner[n] is None:
-                after = max((owner[m] or 0 for m in range(n) if owner[m] is not None), default=-1)
-                owner[n] = next((i for i in turns if i > after and i not in owner), after if after >= 0 else None)
-            if owner[n] is None:
-                raise self._refuse(
-                    "has a {% generation %} block outside of answers", where, f"{block}", "mend the template"
-                )
-        return [
-            self._tagged_answer(view, i, [b for b, o in zip(blocks, owner, strict=True) if o == i], where)
-            for i in turns
-        ]
+        return owners
 
-    def _tagged_answer(self, view: _View, i: int, blocks: list[tuple[int, int]], where: str) -> Answer:
+    def _tagged_answer(self, view: _Rendering, i: int, blocks: list[tuple[int, int]], where: str) -> AnswerSpans:
         if not blocks:
-            raise self._refuse(f"has no {{% generation %}} block for message {i + 1}", where, fix="mend the template")
-        own = [mark.at for mark in view.marks if view.marker.fields[mark.field].message == i]
-        found = [
-            (at, -len(end), n)
-            for n, (start, stop) in enumerate(blocks)
-            for end in self.ends
-            if (at := view.text.find(end, max([start, *own]), stop)) >= 0
-        ]
-        if not found:
-            raise self._refuse(
-                f"has a {{% generation %}} block without an end token, at message {i + 1}",
-                where,
-                f"the model would never learn to stop; end tokens: {', '.join(self.ends) or 'none'}",
-                "move {% endgeneration %} behind the end token",
-            )
-        stop, size, n = min(found)
-        # A block may open before the header of the answer, which the model is given: not learnt.
-        marks = [k for k, mark in enumerate(view.marks) if view.marker.fields[mark.field].message == i]
-        anchor, prompt = self._prompt(view, i, marks, where) if i else (None, "")
+            raise self._error(f"has no {{% generation %}} block for message {i + 1}", where, fix=_FIX_TAGS)
+        own = view.of_message(i)
+        texts = [view.found[n].at for n in own]
+        ends = (self._end_token(view.text, max([start, *texts]), stop) for start, stop in blocks)
+        n, end = next(((n, end) for n, end in enumerate(ends) if end), (0, None))
+        if end is None:
+            what = f"has a {{% generation %}} block without an end token, at message {i + 1}"
+            raise self._error(what, where, self._no_end(), "move {% endgeneration %} behind the end token")
         begin = 0
-        if anchor is not None:
-            at = view.marks[anchor].at if anchor >= 0 else 0
-            pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, view.text[at:], strict=False))
-            shared = sum(1 for _ in pairs)
-            begin = min([at + shared, *own])
-        spans = [*(Span(*block) for block in blocks[:n]), Span(blocks[n][0], stop - size, stop)]
-        return Answer(i, [Span(max(s.start, begin), s.end, s.stop) for s in spans if s.end > begin])
+        if i and not (texts and blocks[0][0] >= min(texts)):
+            # The block may open before the answer's header, which the generation prompt holds: not supervised.
+            anchor, prompt = self._prompt(view, i, own, where)
+            if anchor is not None:
+                at = view.found[anchor].at if anchor >= 0 else 0
+                same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, view.text[at:], strict=False))
+                begin = min([at + sum(1 for _ in same), *texts])
+        spans = [*(CharSpan(*block) for block in blocks[:n]), CharSpan(blocks[n][0], end[1], end[0])]
+        return AnswerSpans(i, [CharSpan(max(s.start, begin), s.end, s.stop) for s in spans if s.end > begin])
 
     # --- what the template can do -----------------------------------------------------------------------------------
 
     def _probe(self) -> None:
-        """Find the template's own end token, and whether it knows thinking and tools, by small conversations."""
+        """Once per template: find its own end token, and whether it shows thinking and tools, on small conversations."""
         user: Message = {"role": "user", "content": "one"}
         answer: Message = {"role": "assistant", "content": "two"}
         call = {"type": "function", "id": "call00001", "function": {"name": "look", "arguments": {"at": "six"}}}
         schema = {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}}
-        tool = {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "five"}
-        called = [user, {"role": "assistant", "content": "", "tool_calls": [call]}, tool, answer]
+        result = {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "five"}
+        called = [user, {"role": "assistant", "content": "", "tool_calls": [call]}, result, answer]
         self.reasoning = self._shows([user, {**answer, "reasoning_content": "three"}])
         self.tools = self._shows(called, [{"type": "function", "function": schema}])
+        pair = [user, answer, {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"}]
         try:
-            pair = [user, answer, {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"}]
-            view = self._views(self.render(pair), pair, None, "")
+            view = self._locate_texts(self.render(pair), pair, None, "")
         except DataError:
-            return  # the rows will show what it wants
+            return  # the rows will show what it takes
         self._find_end(view)
-        self._check_prompt(view, pair)
+        self._check_generation_prompt(view, pair)
 
     def _shows(self, messages: Messages, tools: Tools = None) -> bool:
         try:
-            view = self._views(self.render(messages, tools), messages, tools, "")
+            view = self._locate_texts(self.render(messages, tools), messages, tools, "")
         except DataError:
             return False
-        return len(view.shown) == len(view.marker.fields)
+        return len(view.shown) == len(view.sentinels.fields)
 
-    def _find_end(self, view: _View) -> None:
+    def _find_end(self, view: _Rendering) -> None:
         """Where generation's end tokens do not end both answers, add the one token that does."""
         added = {token.content: id_ for id_, token in self.tokenizer.added_tokens_decoder.items()}
         tails = []
-        for n, mark in enumerate(view.marks):
-            if view.marker.fields[mark.field].message % 2 and mark.side == "e":
-                tails.append(view.text[mark.at : view.marks[n + 1].at if n + 1 < len(view.marks) else None])
-        if all(any(end in tail for end in self.ends) for tail in tails):
+        for n, sentinel in enumerate(view.found):
+            if view.field(sentinel).message % 2 and sentinel.side == "e":
+                tails.append(view.text[sentinel.at : view.found[n + 1].at if n + 1 < len(view.found) else None])
+        if all(map(self._holds_end, tails)):
             return
         word = re.compile("|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) or "(?!)")
-        first = {found[0] if (found := word.search(tail)) else "" for tail in tails}
+        first = {match[0] if (match := word.search(tail)) else "" for tail in tails}
         if len(first) == 1 and (end := first.pop()):
-            self.ends[end] = added[end]
+            self.end_tokens[end] = added[end]
             self.end_ids |= {added[end]}
 
-    def _check_prompt(self, view: _View, pair: Messages) -> None:
+    def _check_generation_prompt(self, view: _Rendering, pair: Messages) -> None:
         """Refuse a template without a generation prompt whose answers have a header: nothing tells it from the answer."""
-        prefix = pair[:1]
-        if self.generation or (bare := self.render(prefix)) != self.render(prefix, generate=True):
+        if self.tagged or (bare := self.render(pair[:1])) != self.render(pair[:1], generate=True):
             return
-        rest = view.text[len(bare) : view.marks[2].at] if view.text.startswith(bare) else ""
-        if any(token.content in rest for token in self.tokenizer.added_tokens_decoder.values()):
-            raise self._refuse(
-                "has no generation prompt",
-                "data.template",
-                f"the model would have to write {rest!r} itself",
-                "add {% if add_generation_prompt %}...{% endif %} with the header of an answer to the template",
-            )
+        header = view.text[len(bare) : view.found[2].at] if view.text.startswith(bare) else ""
+        if any(token.content in header for token in self.tokenizer.added_tokens_decoder.values()):
+            fix = "add {% if add_generation_prompt %}...{% endif %} with the header of an answer to the template"
+            why = f"the model would have to write {header!r} itself"
+            raise self._error("has no generation prompt", "data.template", why, fix)

@@ -1,8 +1,8 @@
-"""Marks: short ASCII words set around the texts of a conversation, to find in its rendering where each text went.
+"""Sentinels: short ASCII words set into the texts of a conversation, to find where a template renders each text.
 
-A mark stands inside the blanks at its text's edges, so that a template that trims meets what it met before, and is of
-letters and digits alone, so that JSON escapes leave it be. Templates ask questions of a text (`startswith`, `in`);
-where marks on both sides change the answer, one at the end, one at the start or one in the middle may not.
+A sentinel stands inside the whitespace at its text's edges, so a template that trims renders the same text with and
+without it. It is letters and digits alone, so JSON escapes leave it as it is. Templates may test a text (`startswith`,
+`in`): where sentinels on both sides change the outcome, one at the end, at the start or in the middle may not.
 """
 
 from __future__ import annotations
@@ -14,92 +14,95 @@ from typing import Any, Literal, NamedTuple
 Message = dict[str, Any]
 Messages = Sequence[Message]
 Tools = list[dict[str, Any]] | None
+Position = Literal["both", "end", "start", "middle"]
+POSITIONS: tuple[Position, ...] = ("both", "end", "start", "middle")
 
 
 class Field(NamedTuple):
-    """One marked text: the index of its message (-1 for tools), what it is, and the text."""
+    """A text that carries sentinels: the index of its message (-1: tools), what it is, and the text."""
 
     message: int
-    what: str
+    kind: str
     text: str
 
 
 class Sentinel(NamedTuple):
-    """A mark found in a rendering: which field's, its side, and where it stood in the text without marks."""
+    """A sentinel found in a rendering: its field's index, its side (`b` or `e`), its place in the text without them."""
 
     field: int
     side: str
     at: int
 
 
-Place = Literal["both", "last", "first", "middle"]
-PLACES: tuple[Place, ...] = ("both", "last", "first", "middle")
-
-
 class Sentinels:
-    """Sets marks into the texts of a conversation and takes them out of renderings."""
+    """Sets sentinels into a conversation and takes them out of its rendering.
 
-    def __init__(self, word: str, place: Place) -> None:
-        self.word, self.place = word, place
+    Args:
+        word: begins every sentinel; occurs nowhere in the conversation or its rendering.
+        position: where in a text they stand.
+
+    Attributes:
+        fields: the texts that carry sentinels.
+        argument_names: names of call arguments. They carry none, because templates may sort by them.
+    """
+
+    def __init__(self, word: str, position: Position) -> None:
+        self.word, self.position = word, position
         self.fields: list[Field] = []
-        self.bare: list[str] = []  # names of arguments, which carry no marks: templates may sort by them
-        self._found = re.compile(word + r"(\d+)([be])Q")
+        self.argument_names: list[str] = []
+        self._pattern = re.compile(word + r"(\d+)([be])Q")
 
-    def mark(self, messages: Messages, tools: Tools) -> tuple[list[Message], Tools]:
-        """Copies with marks; `fields` names them."""
+    def insert(self, messages: Messages, tools: Tools) -> tuple[list[Message], Tools]:
+        """Copies with sentinels; `fields` lists what carries them."""
         marked = [self._message(i, message) for i, message in enumerate(messages)]
-        if tools is None:
-            return marked, None
-        return marked, [self._tool(tool) for tool in tools]
+        return marked, None if tools is None else [self._tool(tool) for tool in tools]
 
-    def unmark(self, text: str) -> tuple[str, list[Sentinel]]:
-        marks, gone = [], 0
-        for found in self._found.finditer(text):
-            marks.append(Sentinel(int(found[1]), found[2], found.start() - gone))
-            gone += len(found[0])
-        return (self._found.sub("", text) if marks else text), marks
+    def strip(self, text: str) -> tuple[str, list[Sentinel]]:
+        """The rendering without sentinels, and those that it held, in order."""
+        found, removed = [], 0
+        for match in self._pattern.finditer(text):
+            found.append(Sentinel(int(match[1]), match[2], match.start() - removed))
+            removed += len(match[0])
+        return self._pattern.sub("", text), found
 
     def _message(self, i: int, message: Message) -> Message:
         copy = dict(message)
-        for what in ("reasoning_content", "content"):
-            if isinstance(copy.get(what), str):
-                copy[what] = self._put(copy[what], i, what)
+        for kind in ("reasoning_content", "content"):
+            if isinstance(copy.get(kind), str):
+                copy[kind] = self._text(copy[kind], i, kind)
         if copy.get("tool_calls"):
             calls = []
             for call in copy["tool_calls"]:
                 function = dict(call["function"])
-                function["name"] = self._put(function["name"], i, "tool_calls")
-                function["arguments"] = self._leaves(function.get("arguments"), i)
+                function["name"] = self._text(function["name"], i, "tool_calls")
+                function["arguments"] = self._arguments(function.get("arguments"), i)
                 calls.append({**call, "function": function})
             copy["tool_calls"] = calls
         return copy
 
-    def _leaves(self, value: Any, i: int) -> Any:
-        """Marks on every text within a call's arguments; numbers and keys stay bare."""
+    def _arguments(self, value: Any, i: int) -> Any:
+        """Sentinels in every text within a call's arguments; numbers and names carry none."""
         if isinstance(value, str):
-            return self._put(value, i, "tool_calls")
+            return self._text(value, i, "tool_calls")
         if isinstance(value, dict):
-            self.bare += value
-            return {key: self._leaves(item, i) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._leaves(item, i) for item in value]
-        return value
+            self.argument_names += value
+            return {key: self._arguments(item, i) for key, item in value.items()}
+        return [self._arguments(item, i) for item in value] if isinstance(value, list) else value
 
     def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
         if isinstance(tool.get("function"), dict):
             return {**tool, "function": self._tool(tool["function"])}
         name = tool.get("name")
-        return {**tool, "name": self._put(name, -1, "tools")} if isinstance(name, str) else tool
+        return {**tool, "name": self._text(name, -1, "tools")} if isinstance(name, str) else tool
 
-    def _put(self, text: str, message: int, what: str) -> str:
+    def _text(self, text: str, message: int, kind: str) -> str:
         body = text.strip()
         if not body:
-            return text  # a mark would make an empty text a full one, and templates ask `if content`
+            return text  # a sentinel would make an empty text a full one, and templates ask `if content`
         n, lead = len(self.fields), len(text) - len(text.lstrip())
-        self.fields.append(Field(message, what, text))
+        self.fields.append(Field(message, kind, text))
         begin, end = f"{self.word}{n}bQ", f"{self.word}{n}eQ"
-        cut = {"both": len(body), "last": len(body), "first": 0, "middle": len(body) // 2}[self.place]
-        head, tail = text[: lead + cut], text[lead + cut :]
-        if self.place == "both":
-            return f"{head[:lead]}{begin}{head[lead:]}{end}{tail}"
-        return f"{head}{end if self.place == 'last' else begin}{tail}"
+        if self.position == "both":
+            return f"{text[:lead]}{begin}{body}{end}{text[lead + len(body) :]}"
+        at = lead + {"end": len(body), "start": 0, "middle": len(body) // 2}[self.position]
+        return f"{text[:at]}{end if self.position == 'end' else begin}{text[at:]}"

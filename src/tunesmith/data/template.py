@@ -1,20 +1,19 @@
-"""A sample -> tokens and the mask of those that are learnt: the prompt in use is the prompt that was trained.
+"""A sample -> token ids and loss mask: the prompt in use is the prompt that was trained.
 
-    choose(data, tokenizer, eos_ids) -> Template        what the recipe asks for, or what the tokenizer brings
-    Template.encode(sample, train_on, where=...)        Example: token ids, and which of them carry loss
-    Template.prompt(sample)                             token ids up to where the answer starts
+    select_template(data, tokenizer, eos_ids) -> Template   what the recipe asks for, or what the tokenizer has
+    Template.encode(sample, train_on, where=...)            Example: token ids, and which of them are supervised
+    Template.prompt(sample)                                 token ids up to where the answer starts
 
-Conversations are rendered by one Jinja chat template (the tokenizer's, a file's, or one of `texts`), with
-`apply_chat_template`, which adds no special token of its own: a template that wants a BOS writes it. The same template
-is saved with what is trained. `masks` finds the answers in the text, `align` lays them on the tokens.
+Conversations are rendered by one Jinja chat template (the tokenizer's, a file's, or one of `builtin_templates`) with
+`apply_chat_template`, which adds no special token: a template that wants a BOS writes it. The same template is saved
+with the trained model. `loss_mask` finds the answers in the text, `align` maps them to tokens.
 
-Raw rows (prompt-completion and text) are tokenised as they stand: a BOS where the tokenizer itself adds one, once, and
+Raw rows (prompt-completion and text) are tokenised as they are: a BOS where the tokenizer itself adds one, once, and
 an end token at the end.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,37 +22,42 @@ import numpy as np
 
 from tunesmith.config.schema import Data
 from tunesmith.data import builtin_templates
-from tunesmith.data.align import Aligned, Aligner, Span
+from tunesmith.data.align import Aligned, Aligner, CharSpan
 from tunesmith.data.batch import Example
 from tunesmith.data.formats import Completion, Conversation, Sample
-from tunesmith.data.loss_mask import Masker
+from tunesmith.data.loss_mask import AssistantMask
 from tunesmith.errors import DataError, ModelError
 
 TrainOn = Literal["response", "last", "all"]
 _RAW = frozenset({"prompt-completion", "text"})
 _TOOLS = frozenset({"messages", "sharegpt"})  # formats whose rows may hold tool calls
-_BATCH = 256  # texts handed to the tokenizer at once
+_BATCH = 256  # texts per tokenizer call
+_TITLES = {  # name: what errors call the template, what `describe` calls it
+    "chat": ("the tokenizer's chat template", "chat: the tokenizer's chat template"),
+    "alpaca": ("the alpaca text", "alpaca: Stanford's instruction text"),
+    "pattern": ("the prompt's text", "pattern: one text with instruction and response"),
+}
 
 
 def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> Template:
     """The template that `data.template` names.
 
     Args:
-        data: the recipe's data block; `template`, `system` and the formats of its sources are read.
+        data: the recipe's data block; `template` and the formats of its sources are read.
         tokenizer: a fast Transformers tokenizer.
         eos_ids: ids at which generation stops (the generation config's list).
 
     Raises:
-        DataError: there is no such template, the file cannot be read, or its answers cannot be told from its prompts.
+        DataError: there is no such template, the file cannot be read, or it cannot tell answers from prompts.
     """
     formats = {source.format for source in (*data.train, *data.validation)}
     tools = bool(formats & _TOOLS)
     own = _own_template(tokenizer, tools=tools)
     if data.template == "auto" and formats and formats <= _RAW:
-        try:  # chats with what is trained here go on by the tokenizer's template, if it has one
-            return Template(tokenizer, eos_ids, jinja=own, name="text", system=data.system)
+        try:  # chats with what is trained here use the tokenizer's template, if it has one
+            return Template(tokenizer, eos_ids, jinja=own, name="text")
         except DataError:
-            return Template(tokenizer, eos_ids, jinja=None, name="text", system=data.system)
+            return Template(tokenizer, eos_ids, jinja=None, name="text")
     if data.template == "chat" and own is None:
         raise DataError(
             "the tokenizer has no chat template",
@@ -62,90 +66,61 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> Tem
             fix="data.template=alpaca, or data.template=FILE.jinja",
         )
     if data.template in ("auto", "chat") and own is not None:
-        chat = Template(tokenizer, eos_ids, jinja=own, name="chat", system=data.system)
+        chat = Template(tokenizer, eos_ids, jinja=own, name="chat")
         return chat.with_tools() if tools else chat
     if data.template in ("auto", "alpaca"):
-        jinja = builtin_templates.alpaca(bos=_adds_bos(tokenizer))
-        return Template(tokenizer, eos_ids, jinja=jinja, name="alpaca", system=data.system)
-    jinja = _read(Path(data.template).expanduser(), tokenizer)
-    return Template(tokenizer, eos_ids, jinja=jinja, name=Path(data.template).name, system=data.system)
+        bos = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in _added_before(tokenizer)
+        return Template(tokenizer, eos_ids, jinja=builtin_templates.alpaca(bos=bos), name="alpaca")
+    path = Path(data.template).expanduser()
+    return Template(tokenizer, eos_ids, jinja=_read_template(path, tokenizer), name=path.name)
 
 
 class Template:
-    """How a sample becomes text, tokens and a mask.
+    """How a sample becomes text, tokens and a loss mask.
 
     Attributes:
         name: `chat`, `alpaca`, `text` (raw rows only), `pattern`, or the name of a template file.
-        jinja: the chat template, saved as the tokenizer's in what is written; None if only raw text is taken.
+        jinja: the chat template, saved as the tokenizer's with the trained model; None if only raw text is taken.
         end_ids: ids of the tokens that may end an answer.
         stops: ids at which generation from a prompt must stop; the same set.
-        notes: what befell rows that were encoded, counted; such as tokens that straddle the start of an answer.
+        straddled: tokens so far that begin in a prompt and end in an answer; they are not supervised.
     """
 
-    def __init__(
-        self, tokenizer: Any, eos_ids: Collection[int], *, jinja: str | None, name: str, system: str | None = None
-    ) -> None:
-        dated = jinja is not None and "strftime_now(" in jinja
-        jinja = builtin_templates.with_fixed_date(jinja) if jinja is not None and dated else jinja
-        self.name, self.tokenizer, self.jinja, self.system, self._dated = name, tokenizer, jinja, system, dated
+    def __init__(self, tokenizer: Any, eos_ids: Collection[int], *, jinja: str | None, name: str) -> None:
+        self._dated = jinja is not None and "strftime_now(" in jinja
+        self.jinja = None if jinja is None else builtin_templates.with_fixed_date(jinja)
+        self.name, self.tokenizer, self.straddled = name, tokenizer, 0
         self._aligner = Aligner(tokenizer)
         self._eos = frozenset(eos_ids) or frozenset({_eos(tokenizer)})
         # What ends raw rows: the tokenizer's end token, if generation stops at it.
         self._end = tokenizer.eos_token_id if tokenizer.eos_token_id in self._eos else min(self._eos)
-        titles = {"chat": "the tokenizer's chat template", "alpaca": "the alpaca text", "pattern": "the prompt's text"}
-        title = titles.get(name, f"the template {name}")
-        self._masker = Masker(tokenizer, jinja, title, self._eos) if jinja is not None else None
+        title = _TITLES[name][0] if name in _TITLES else f"the template {name}"
+        self._mask = AssistantMask(tokenizer, self.jinja, title, self._eos) if self.jinja is not None else None
         self._hermes = False
-        self.notes: Counter[str] = self._masker.notes if self._masker else Counter()
-        self._before, self._after = _added(tokenizer)
-
-    @classmethod
-    def text(cls, pattern: str, tokenizer: Any, eos_ids: Collection[int]) -> Template:
-        """A template of one text with {instruction}, {input} and {response}; the end token follows.
-
-        What is learnt is `train_on`'s to say, as elsewhere: `all`, or `response` for the response and the end token.
-
-        Raises:
-            DataError: the text lacks a field or has one too many.
-        """
-        jinja = builtin_templates.pattern(pattern, bos=_adds_bos(tokenizer))
-        return cls(tokenizer, frozenset(eos_ids) | {_eos(tokenizer)}, jinja=jinja, name="pattern")
+        self._bos = _added_before(tokenizer)
+        self.stops = self.end_ids = self._mask.end_ids if self._mask else self._eos
 
     def with_tools(self) -> Template:
         """This template; or if it is ChatML and drops tool calls, one that renders those in Hermes' form."""
-        if self._masker is None or self.jinja is None or self._masker.tools or not _is_chatml(self._masker):
+        if self._mask is None or self.jinja is None or self._mask.tools or not _is_chatml(self._mask):
             return self
         jinja = builtin_templates.with_tools(self.jinja)
-        extended = Template(self.tokenizer, self._eos, jinja=jinja, name=self.name, system=self.system)
+        extended = Template(self.tokenizer, self._eos, jinja=jinja, name=self.name)
         extended._hermes = True
         return extended
 
-    @property
-    def end_ids(self) -> frozenset[int]:
-        return self._masker.end_ids if self._masker else self._eos
-
-    @property
-    def stops(self) -> frozenset[int]:
-        return self.end_ids | self._eos
-
     def describe(self) -> str:
-        """One line for the user: which prompt is in use, how an answer ends and how the mask is found."""
-        ends = ", ".join(repr(self.tokenizer.decode([id_])) for id_ in sorted(self.end_ids))
-        if self._masker is None or self.name == "text":
-            return f"text: rows as they stand; each ends with {self.tokenizer.decode([self._end])!r}"
-        what = {
-            "chat": "chat: the tokenizer's chat template",
-            "alpaca": "alpaca: Stanford's instruction text",
-            "pattern": "pattern: one text with instruction and response",
-        }.get(self.name, f"{self.name}: a chat template from a file")
-        tools = "; tools in Hermes' form, which the tokenizer's ChatML lacks" if self._hermes else ""
-        how = "its {% generation %} blocks" if self._masker.generation else "marks"
-        date = (
-            f"; its date stands at {builtin_templates.DATE:%d %b %Y}, at every start and in what is written"
-            if self._dated
-            else ""
-        )
-        return f"{what}{tools}{date}; answers end with {ends}; mask by {how}"
+        """One line for the user: which prompt is in use, how an answer ends and how the loss mask is found."""
+        if self._mask is None or self.name == "text":
+            return f"text: rows as they are; each ends with {self.tokenizer.decode([self._end])!r}"
+        parts = [_TITLES[self.name][1] if self.name in _TITLES else f"{self.name}: a chat template from a file"]
+        if self._hermes:
+            parts.append("tools in Hermes' form, which the tokenizer's ChatML lacks")
+        if self._dated:
+            parts.append(f"its date is fixed at {builtin_templates.DATE:%d %b %Y}, in every start and in what is saved")
+        parts.append(f"answers end with {', '.join(repr(self.tokenizer.decode([i])) for i in sorted(self.end_ids))}")
+        parts.append(f"loss mask by {'its {% generation %} blocks' if self._mask.tagged else 'sentinels'}")
+        return "; ".join(parts)
 
     def encode(self, sample: Sample, train_on: TrainOn, *, where: str) -> Example:
         """Tokens and mask of one sample, however long it is.
@@ -155,20 +130,18 @@ class Template:
             where: the row's place, for errors.
 
         Raises:
-            DataError: the template cannot render the row, drops a part of it, or its answers cannot be told.
+            DataError: the template cannot render the row, drops a part of it, or its answers cannot be located.
         """
         return self.encode_many([sample], train_on, where=[where])[0]
 
     def encode_many(self, samples: Sequence[Sample], train_on: TrainOn, *, where: Sequence[str]) -> list[Example]:
-        """As `encode`, for many samples; the tokenizer is called once for some hundreds of them."""
+        """As `encode`, for many samples: one tokenizer call for hundreds of them."""
         examples: list[Example] = []
         for at in range(0, len(samples), _BATCH):
-            part = samples[at : at + _BATCH]
-            places = where[at : at + _BATCH]
-            located = [self._locate(s, train_on, w) for s, w in zip(part, places, strict=True)]
-            found = self._aligner.encode([text for text, _ in located], [spans for _, spans in located], self.stops)
-            for sample, aligned, place in zip(part, found, places, strict=True):
-                examples.append(self._example(sample, aligned, train_on, place))
+            batch = list(zip(samples[at : at + _BATCH], where[at : at + _BATCH], strict=True))
+            texts, spans = zip(*(self._locate(sample, train_on, place) for sample, place in batch), strict=True)
+            aligned = self._aligner.encode(texts, spans, self.end_ids)
+            examples += [self._example(s, found, place) for (s, place), found in zip(batch, aligned, strict=True)]
         return examples
 
     def prompt(self, sample: Sample) -> list[int]:
@@ -178,11 +151,10 @@ class Template:
             DataError: the template cannot render it, or takes raw text only.
         """
         if isinstance(sample, Conversation):
-            sample = self._prepare(sample)
-            messages = sample.messages
+            messages = self._messages(sample)
             if messages and messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
-            text = self._chat("").render(messages, sample.tools, generate=True)
+            text = self._chat("").render(messages, sample.tools or None, generate=True)
             return self._aligner.ids([text])[0].tolist()
         text = sample.prompt if isinstance(sample, Completion) else sample.text
         ids = self._aligner.ids([text])[0].tolist()
@@ -190,85 +162,74 @@ class Template:
 
     # --- conversations ----------------------------------------------------------------------------------------------
 
-    def _chat(self, where: str) -> Masker:
-        if self._masker is None:
+    def _chat(self, where: str) -> AssistantMask:
+        if self._mask is None:
             raise DataError(
-                "raw text is what is trained here, and this is a conversation",
+                "the model is trained on raw text, and this is a conversation",
                 where=where,
                 why="the tokenizer has no chat template, and no source of the recipe holds conversations",
                 fix="give a prompt as text; or train with data.template=alpaca",
             )
-        return self._masker
+        return self._mask
 
-    def _prepare(self, sample: Conversation) -> Conversation:
-        """The recipe's system message where there is none; instruction and input apart for the texts of our own."""
-        messages, given = sample.messages, sample.given
-        if sample.instruction is not None and "message.input" in (self.jinja or ""):
+    def _messages(self, sample: Conversation) -> list[dict[str, Any]]:
+        """The messages as the template reads them: instruction and input apart for alpaca's text, ids for calls."""
+        messages, jinja = sample.messages, self.jinja or ""
+        if sample.instruction is not None and "message.input" in jinja:
             instruction, extra, _ = sample.instruction
             at = max(i for i, message in enumerate(messages) if message["role"] == "user")
             messages = [*messages[:at], {"role": "user", "content": instruction, "input": extra}, *messages[at + 1 :]]
-        if self.system is not None and messages and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
-            given += 1 if given else 0
-        if self.jinja is not None and "tool_call" in self.jinja and ".id" in self.jinja:
-            messages = _with_ids(messages)
-        return Conversation(messages, sample.tools or None, given, sample.instruction)
+        return _with_ids(messages) if "tool_call" in jinja and ".id" in jinja else messages
 
-    def _locate(self, sample: Sample, train_on: TrainOn, where: str) -> tuple[str, list[Span]]:
-        """The text of a sample, and the spans of its characters that are learnt."""
+    def _locate(self, sample: Sample, train_on: TrainOn, where: str) -> tuple[str, list[CharSpan]]:
+        """The text of a sample, and the spans of its supervised characters."""
         if not isinstance(sample, Conversation):
             whole = sample.prompt + sample.completion if isinstance(sample, Completion) else sample.text
             if not whole:
                 raise DataError("the row holds no text", where=where, fix="delete the row")
             given = len(sample.prompt) if isinstance(sample, Completion) and train_on != "all" else 0
-            return whole, [Span(given, len(whole))]
-        sample = self._prepare(sample)
-        if not sample.messages or sample.messages[-1]["role"] != "assistant":
-            raise DataError(
-                "the conversation does not end with an answer",
-                where=where,
-                why=f"its last message is of role {sample.messages[-1]['role']}" if sample.messages else "it is empty",
-                fix="delete the row, or its last messages",
-            )
-        text, answers = self._chat(where).answers(sample.messages, sample.tools, where=where)
-        answers = answers[-1:] if train_on == "last" else [a for a in answers if a.message >= sample.given]
+            return whole, [CharSpan(given, len(whole))]
+        messages = self._messages(sample)
+        if not messages or messages[-1]["role"] != "assistant":
+            why = f"its last message is of role {messages[-1]['role']}" if messages else "it is empty"
+            fix = "delete the row, or its last messages"
+            raise DataError("the conversation does not end with an answer", where=where, why=why, fix=fix)
+        first = len(messages) - 1 if train_on == "last" else sample.given
+        text, answers = self._chat(where).answers(messages, sample.tools or None, first=first, where=where)
         if train_on == "all":
-            return text, [Span(answers[0].spans[0].start if sample.given else 0, len(text))]
+            return text, [CharSpan(answers[0].spans[0].start if sample.given else 0, len(text))]
         return text, [span for answer in answers for span in answer.spans]
 
-    def _example(self, sample: Sample, aligned: Aligned, train_on: TrainOn, where: str) -> Example:
+    def _example(self, sample: Sample, aligned: Aligned, where: str) -> Example:
         ids, trained = aligned.ids, aligned.trained
-        if isinstance(sample, Conversation):
-            if not aligned.ended:
-                raise DataError(
-                    "the end of an answer is not one token of its own",
-                    where=where,
-                    why="the tokenizer joins it with the text beside it, or splits it",
-                    fix="add it as a special token: model.added_tokens",
-                )
-        else:
-            ids, trained = self._closed(ids, trained)
-        if aligned.straddled:
-            self.notes["tokens that straddle the start of an answer, not learnt"] += aligned.straddled
+        if not isinstance(sample, Conversation):
+            ids, trained = self._with_ends(ids, trained)
+        elif not aligned.ended:
+            raise DataError(
+                "the end of an answer is not one token of its own",
+                where=where,
+                why="the tokenizer joins it with the text beside it, or splits it",
+                fix="add it as a special token: model.added_tokens",
+            )
         if len(ids) < 2:
             raise DataError("the row holds no text", where=where, fix="delete the row")
-        trained[0] = False  # nothing stands before it
+        self.straddled += aligned.straddled
+        trained[0] = False  # nothing predicts the first token
         return Example(ids, trained)
 
     # --- raw text ---------------------------------------------------------------------------------------------------
 
-    def _closed(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Raw text's tokens with the BOS that the tokenizer adds, once, and an end token, which is learnt."""
+    def _with_ends(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Raw text's tokens with the BOS that the tokenizer adds, once, and a supervised end token."""
         before = self._missing_bos(ids)
-        ended = bool(len(ids)) and int(ids[-1]) in self.stops
-        after = [] if ended else [self._end]
+        after = [] if len(ids) and int(ids[-1]) in self.end_ids else [self._end]
         ids = np.concatenate([np.array(before, np.int32), ids, np.array(after, np.int32)]).astype(np.int32)
         trained = np.concatenate([np.zeros(len(before), bool), trained, np.ones(len(after), bool)])
         trained[-1] = True
         return ids, trained
 
     def _missing_bos(self, ids: Sequence[int] | np.ndarray) -> list[int]:
-        return [] if len(ids) and self._before and int(ids[0]) == self._before[0] else self._before
+        return [] if len(ids) and self._bos and int(ids[0]) == self._bos[0] else self._bos
 
 
 def _eos(tokenizer: Any) -> int:
@@ -282,16 +243,11 @@ def _eos(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer itself puts before and after a text."""
+def _added_before(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer itself puts before a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
-    return full[:at], full[at + len(bare) :]
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in _added(tokenizer)[0]
+    return full[: next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)]
 
 
 def _own_template(tokenizer: Any, *, tools: bool) -> str | None:
@@ -315,52 +271,43 @@ def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for message in messages:
         more: dict[str, Any] = {}
         if message.get("tool_calls"):
-            more["tool_calls"] = [
-                {"id": f"call{n:05d}", **call} for n, call in enumerate(message["tool_calls"], count + 1)
-            ]
-            count += len(message["tool_calls"])
-            waiting = [call["id"] for call in more["tool_calls"]]
+            calls = [{"id": f"call{n:05d}", **call} for n, call in enumerate(message["tool_calls"], count + 1)]
+            count += len(calls)
+            waiting = [call["id"] for call in calls]
+            more["tool_calls"] = calls
         elif message["role"] == "tool" and waiting:
             more["tool_call_id"] = message.get("tool_call_id", waiting.pop(0))
         numbered.append({**message, **more})
     return numbered
 
 
-def _is_chatml(masker: Masker) -> bool:
-    pair = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+def _is_chatml(mask: AssistantMask) -> bool:
     try:
-        text = masker.render(pair)
+        text = mask.render([{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}])
     except DataError:
         return False
     return text.endswith("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n")
 
 
-def _read(path: Path, tokenizer: Any) -> str:
+def _read_template(path: Path, tokenizer: Any) -> str:
     """A Jinja file, tried for its syntax.
 
     Raises:
-        DataError: it cannot be read, or is no Jinja; with file:line.
+        DataError: it cannot be read, or is not Jinja; with file:line.
     """
     import jinja2
 
     try:
         jinja = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"the template {str(path)!r} cannot be read",
-            where="data.template",
-            why=str(error.strerror if isinstance(error, OSError) else error),
-            fix="name a Jinja file, or one of auto, chat, alpaca",
-        ) from error
+        why = str(error.strerror if isinstance(error, OSError) else error)
+        what, fix = f"the template {str(path)!r} cannot be read", "name a Jinja file, or one of auto, chat, alpaca"
+        raise DataError(what, where="data.template", why=why, fix=fix) from error
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "one"}], chat_template=jinja, tokenize=False)
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(
-            "the template is no valid Jinja",
-            where=f"{path}:{error.lineno}",
-            why=str(error.message),
-            fix="mend that line",
-        ) from error
+        where, why = f"{path}:{error.lineno}", str(error.message)
+        raise DataError("the template is not valid Jinja", where=where, why=why, fix="fix that line") from error
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
         pass  # it may ask for more than one message; rows that it refuses are named when they come
     return jinja

@@ -285,14 +285,11 @@ def _device_of(name: str | torch.device | None) -> torch.device:
 
 
 def _template(data: Data, tokenizer: Any, ends: set[int], saved: Path | None) -> Template:
-    """The template in use: what a run has written holds it as the tokenizer's chat template.
-
-    The system message is left to the caller, who may want another one, or none.
-    """
+    """The template in use: what a run has written holds it as the tokenizer's chat template."""
     from tunesmith.data import builtin_templates
     from tunesmith.data.template import Template, select_template
 
-    data = replace(data, system=None, template="auto" if saved else data.template)
+    data = replace(data, template="auto" if saved else data.template)
     chosen = select_template(data, tokenizer, ends)
     if saved is None or chosen.jinja is None or "message.input" not in chosen.jinja:
         return chosen
