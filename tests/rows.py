@@ -16,7 +16,7 @@ from tunesmith.data.tokens import TokenSet, tokenise
 
 
 class Simple:
-    """<|im_start|>role\\ncontent<|im_end|>\\n, with the assistant's content and end token learnt."""
+    """<|im_start|>role\\ncontent<|im_end|>\\n, with the assistant's content and end token supervised."""
 
     name = "simple"
     jinja = None
@@ -50,10 +50,10 @@ class Simple:
     def encode(self, sample: Sample, train_on: str) -> Example:
         ids: list[int] = []
         trained: list[bool] = []
-        for text, learnt in self.pieces(sample):
+        for text, supervised in self.pieces(sample):
             new = self._ids(text)
             ids += new
-            trained += [learnt or train_on == "all"] * len(new)
+            trained += [supervised or train_on == "all"] * len(new)
         trained[0] = False
         return Example(np.asarray(ids, np.int32), np.asarray(trained, np.bool_))
 

@@ -57,7 +57,7 @@ def test_figures_of_unpacked_rows_over_several_epochs(tiny: Path, tmp_path: Path
 
 
 def test_the_steps_are_those_of_train(tiny: Path, tmp_path: Path) -> None:
-    """Losses, bit for bit: the same course, the same warm-up of the rate, the same order of rows."""
+    """Losses, bit for bit: the same schedule, the same warm-up of the rate, the same order of rows."""
     run = make_run(tiny, tmp_path, train={"duration": "7 steps"}, checkpoint={"every": None}, held=False)
     result = train(run, say=lambda text: None)
     found = run_plan(BenchPlan(run, steps=5, warmup=2), tmp_path).figures
@@ -92,12 +92,12 @@ def test_the_model_flops_are_those_of_the_formula(tiny: Path, tmp_path: Path) ->
     """Reference: `spec.flops` over the rows that the steps took; layers that are recomputed do not count."""
     run = make_run(tiny, tmp_path, train={"recompute": "full"}, held=False)
     session = session_of(BenchPlan(run, steps=3, warmup=1).measured_run(tmp_path), Start(), say=lambda text: None)
-    course = session.data.course
+    schedule = session.data.schedule
     work = sum(
         spec.flops(
             session.files.spec,
-            [len(session.data.train[i].ids) for i in course.examples(step)],
-            sum(int(session.data.train[i].trained.sum()) for i in course.examples(step)),
+            [len(session.data.train[i].ids) for i in schedule.examples(step)],
+            sum(int(session.data.train[i].trained.sum()) for i in schedule.examples(step)),
             trained="lora",
             adapter_parameters=sum(p.numel() for _, p in session.model.trained_parameters()),
         )

@@ -1,4 +1,4 @@
-"""Each clause of the token contract: what breaks it is named, and what holds says how much was looked at."""
+"""Each clause of the token contract: what breaks it is named, and what holds says how much was checked."""
 
 from __future__ import annotations
 
@@ -10,67 +10,75 @@ import pytest
 
 from rows import Simple, alpaca
 from tunesmith.data.batch import Example
-from tunesmith.data.cache import Store
-from tunesmith.data.contract import check_contract, inspect
+from tunesmith.data.cache import TokenWriter
+from tunesmith.data.contract import Contract, check_tokens
 from tunesmith.data.formats import Sample
 from tunesmith.data.source import from_list
-from tunesmith.data.tokens import Counts, Part, TokenSet
+from tunesmith.data.tokens import SourceTokens, TokenCounts, TokenSet
 from tunesmith.errors import DataError
 
 VOCAB = 272
 CHECKS = 6
 
 
+def check(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> Contract:
+    return check_tokens(tokens, simple, simple.tokenizer, vocab_size=vocab, split="train")
+
+
+def holds(simple: Simple, tokens: TokenSet) -> Contract:
+    contract = check(simple, tokens)
+    contract.raise_if_broken()
+    return contract
+
+
 def given(
     simple: Simple, *examples: tuple[list[int], list[int]], cut: bool = False, train_on: str = "response"
 ) -> TokenSet:
     """A token set of hand-made (ids, trained) pairs."""
-    store = Store(None)
+    store = TokenWriter(None)
     for i, (ids, trained) in enumerate(examples):
         store.add(Example(np.asarray(ids, np.int32), np.asarray(trained, bool)), i, cut)
     arrays = store.arrays()
     rows = from_list([{"text": ""}] * max(1, len(examples)), "made")
-    counts = Counts("made", len(examples), len(examples), len(arrays.ids), 0, 0, 0, 0, 0, "")
-    return TokenSet([Part(arrays, counts, rows)], train_on=train_on)
+    counts = TokenCounts("made", len(examples), len(examples), len(arrays.ids), 0, 0, 0, 0, 0, "")
+    return TokenSet([SourceTokens(arrays, counts, rows)], train_on=train_on)
 
 
 def broken(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> DataError:
-    contract = inspect(tokens, simple, simple.tokenizer, vocab_size=vocab, what="train")
+    contract = check(simple, tokens, vocab)
     assert len(contract.broken) == 1
     with pytest.raises(DataError) as caught:
-        check_contract(tokens, simple, simple.tokenizer, vocab_size=vocab, what="train")
+        contract.raise_if_broken()
     error = caught.value
     assert error.why
     assert error.fix
     return error
 
 
-def test_a_good_set_holds_and_says_what_was_looked_at(make, simple: Simple) -> None:
+def test_a_good_set_holds_and_says_how_much_was_checked(make, simple: Simple) -> None:
     tokens = make(alpaca(50), alpaca(30), seq_len=256)
-    contract = check_contract(tokens, simple, simple.tokenizer, vocab_size=VOCAB, what="train")
-    assert [c.looked for c in contract.checks] == [80, 80, 80, 0, 80, int(tokens.lengths.sum())]
+    contract = holds(simple, tokens)
+    assert [c.checked for c in contract.checks] == [80, 80, 80, 0, 80, int(tokens.lengths.sum())]
     assert "80 prompts rendered apart" in contract.checks[4].note
     assert contract.checks[3].note == "the tokenizer has no BOS"
 
 
 def test_train_on_all_holds(make, simple: Simple) -> None:
-    """The line break that the template writes after the end token is learnt too."""
-    check_contract(
-        make(alpaca(9), seq_len=256, train_on="all"), simple, simple.tokenizer, vocab_size=VOCAB, what="train"
-    )
+    """The line break that the template writes after the end token is supervised too."""
+    holds(simple, make(alpaca(9), seq_len=256, train_on="all"))
 
 
 def test_an_empty_split(make, simple: Simple) -> None:
     error = broken(simple, make(alpaca(4), seq_len=8))
     assert "not empty" in error.what
-    assert "4 left with nothing to learn" in error.why
+    assert "4 dropped because the cut left no supervised token" in error.why
     assert "data.seq_len" in error.fix
 
 
-def test_a_row_with_nothing_to_learn(simple: Simple) -> None:
+def test_a_row_without_a_supervised_token(simple: Simple) -> None:
     end = simple.tokenizer.eos_token_id
     error = broken(simple, given(simple, ([70, 71, end], [0, 1, 1]), ([72, 73, end], [0, 0, 0])))
-    assert "a token to learn (1 of 2 rows)" in error.what
+    assert "a supervised token (1 of 2 rows)" in error.what
     assert error.where == "train: made row 2"
 
 
@@ -90,7 +98,7 @@ def test_a_missing_end_token(simple: Simple) -> None:
 
 def test_a_cut_answer_need_not_end(simple: Simple) -> None:
     tokens = given(simple, ([70, 71, 72], [0, 1, 1]), cut=True)
-    check_contract(tokens, simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    holds(simple, tokens)
     end = simple.tokenizer.eos_token_id
     # ... but an earlier answer in the same row must.
     broken(simple, given(simple, ([70, 71, 72, 73, end], [0, 1, 0, 0, 0]), cut=True))
@@ -100,7 +108,7 @@ def test_a_doubled_bos(simple: Simple) -> None:
     end = simple.tokenizer.eos_token_id
     simple.tokenizer.bos_token = "<|im_start|>"
     bos = simple.tokenizer.bos_token_id
-    check_contract(given(simple, ([bos, 70, end], [0, 1, 1])), simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    holds(simple, given(simple, ([bos, 70, end], [0, 1, 1])))
     error = broken(simple, given(simple, ([bos, 70, end], [0, 1, 1]), ([bos, bos, 70, end], [0, 0, 1, 1])))
     assert "two BOS tokens (1 of 2 rows)" in error.what
     assert error.where == "train: made row 2"
@@ -145,7 +153,7 @@ def test_chunks_see_every_row(simple: Simple, make, monkeypatch: pytest.MonkeyPa
     error = broken(simple, given(simple, *[good] * 40, bad, *[good] * 40, bad))
     assert "(2 of 82 answers)" in error.what
     assert error.where == "train: made row 41"
-    check_contract(make(alpaca(50), alpaca(30), seq_len=256), simple, simple.tokenizer, vocab_size=VOCAB, what="train")
+    holds(simple, make(alpaca(50), alpaca(30), seq_len=256))
 
 
 @pytest.mark.slow
@@ -155,14 +163,14 @@ def test_a_million_rows_take_seconds(simple: Simple) -> None:
     ids[length - 1 :: length] = simple.tokenizer.eos_token_id
     trained = np.zeros(n * length, bool)
     trained.reshape(n, length)[:, 20:] = True
-    store = Store(None)
+    store = TokenWriter(None)
     arrays: Any = store.arrays().__class__(
         ids, trained, np.arange(0, n * length + 1, length), np.arange(n), np.zeros(n, bool)
     )
-    counts = Counts("made", n, n, n * length, 0, 0, 0, 0, 0, "")
-    tokens = TokenSet([Part(arrays, counts, from_list([{}]))], train_on="response")
+    counts = TokenCounts("made", n, n, n * length, 0, 0, 0, 0, 0, "")
+    tokens = TokenSet([SourceTokens(arrays, counts, from_list([{}]))], train_on="response")
     began = time.perf_counter()
-    contract = check_contract(tokens, simple, simple.tokenizer, vocab_size=VOCAB, what="train")
-    assert contract.checks[2].looked == n
+    contract = holds(simple, tokens)
+    assert contract.checks[2].checked == n
     assert time.perf_counter() - began < 20  # 2 s when written
     assert len(contract.checks) == CHECKS

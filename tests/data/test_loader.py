@@ -14,13 +14,14 @@ import torch
 from rows import alpaca
 from tunesmith.config.schema import Data, Source, Train
 from tunesmith.data.batch import IGNORE, Batch
-from tunesmith.data.loader import BatchSchedule, Loader
+from tunesmith.data.loader import Loader
+from tunesmith.data.schedule import BatchSchedule
 from tunesmith.units import Length, Size
 
 LENGTHS = np.random.default_rng(1).integers(4, 200, 512)
 
 
-def course(
+def schedule(
     batch: str = "8 examples", *, lengths: Any = LENGTHS, seed: int = 42, repeats: Any = None, **keys: Any
 ) -> BatchSchedule:
     data = Data(train=(Source(source="x"),), **{"seq_len": 256, **keys})
@@ -34,7 +35,7 @@ def flat(rows: list[list[int]]) -> list[int]:
 @pytest.mark.parametrize("batch", ["8 examples", "1024 tokens"])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_example_once_an_epoch(batch: str, shuffle: bool) -> None:
-    c = course(batch, shuffle=shuffle)
+    c = schedule(batch, shuffle=shuffle)
     for epoch in (0, 1):
         first = epoch * c.steps_per_epoch(0)
         steps = [c.examples(first + k) for k in range(c.steps_per_epoch(epoch))]
@@ -44,12 +45,12 @@ def test_every_example_once_an_epoch(batch: str, shuffle: bool) -> None:
 
 def test_512_examples_8_a_step_are_64_steps() -> None:
     for pack in (True, False):
-        assert course(pack=pack).steps(Length.parse("1 epochs")) == 64
+        assert schedule(pack=pack).steps(Length.parse("1 epochs")) == 64
 
 
 @pytest.mark.parametrize("batch", ["8 examples", "1024 tokens"])
 def test_packing_does_not_enter_into_the_order(batch: str) -> None:
-    packed, plain = course(batch, pack=True), course(batch, pack=False)
+    packed, plain = schedule(batch, pack=True), schedule(batch, pack=False)
     for step in range(2 * packed.steps_per_epoch(0)):
         assert packed.examples(step) == plain.examples(step)
     assert all(len(row) == 1 for row in plain.rows(0))
@@ -57,7 +58,7 @@ def test_packing_does_not_enter_into_the_order(batch: str) -> None:
 
 
 def test_rows_fit_and_token_bins_are_full() -> None:
-    c = course("1024 tokens")
+    c = schedule("1024 tokens")
     rows = [row for k in range(c.steps_per_epoch(0)) for row in c.rows(k)]
     sums = [int(LENGTHS[row].sum()) for row in rows]
     assert max(sums) <= 256
@@ -67,19 +68,19 @@ def test_rows_fit_and_token_bins_are_full() -> None:
 
 
 def test_the_seed_and_the_epoch_fix_the_order() -> None:
-    assert course().examples(3) == course().examples(3)
-    assert course().examples(3) != course(seed=43).examples(3)
-    assert course().examples(3) != course().examples(67)  # the same place in the next epoch
-    assert course(shuffle=False).examples(3) == list(range(24, 32))
+    assert schedule().examples(3) == schedule().examples(3)
+    assert schedule().examples(3) != schedule(seed=43).examples(3)
+    assert schedule().examples(3) != schedule().examples(67)  # the same place in the next epoch
+    assert schedule(shuffle=False).examples(3) == list(range(24, 32))
     # Written down once: raw Philox output may not change with numpy, and a resumed run depends on it.
-    assert course(lengths=np.full(8, 5)).examples(0) == GOLDEN
+    assert schedule(lengths=np.full(8, 5)).examples(0) == GOLDEN
 
 
 GOLDEN = [0, 1, 4, 2, 6, 5, 7, 3]
 
 
 def test_the_last_batch_is_short_and_never_dropped() -> None:
-    c = course("100 examples")
+    c = schedule("100 examples")
     assert [len(c.examples(k)) for k in range(c.steps_per_epoch(0))] == [100, 100, 100, 100, 100, 12]
     assert c.epoch(5) == 1.0
     assert c.epoch(6) == pytest.approx(1 + 1 / 6)
@@ -98,12 +99,12 @@ def test_the_last_batch_is_short_and_never_dropped() -> None:
     ],
 )
 def test_durations(duration: str, steps: int | None) -> None:
-    assert course().steps(Length.parse(duration)) == steps
+    assert schedule().steps(Length.parse(duration)) == steps
 
 
 def test_weights() -> None:
     repeats = np.repeat([2.0, 0.5, 1.0], [100, 101, 311])
-    c = course("10 examples", repeats=repeats)
+    c = schedule("10 examples", repeats=repeats)
     seen = []
     for epoch in (0, 1):
         first = epoch * c.steps_per_epoch(0)
@@ -114,7 +115,7 @@ def test_weights() -> None:
         assert counts[100:201].max() == 1
         seen.append(counts[100:201])
     assert (seen[0] != seen[1]).any()  # another half each epoch
-    half = course("1024 tokens", repeats=np.full(512, 0.5))
+    half = schedule("1024 tokens", repeats=np.full(512, 0.5))
     assert half.locate(half.steps_per_epoch(0) + 2) == (1, 2)
     total = half.steps(Length.parse("2 epochs"))
     assert total == half.steps_per_epoch(0) + half.steps_per_epoch(1)
@@ -143,14 +144,14 @@ LAYOUTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layouts_teach_the_same(make, pack: bool, layout: dict[str, Any]) -> None:
     tokens = make(alpaca(20, letters=lambda i: 3 + 7 * i), seq_len=512)
-    c = course(lengths=tokens.lengths, seq_len=512, pack=pack)
+    c = schedule(lengths=tokens.lengths, seq_len=512, pack=pack)
     loader = Loader(tokens, c, pad_id=0, **layout)
     for step in range(3):
         batch = loader.batch(step)
         got = sorted(d for micro in batch.micro for d in documents(micro))
         expected = []
         for i in batch.indices:
-            ids, trained = (x.tolist() for x in tokens[i])
+            ids, trained = (x.tolist() for x in tokens[i][:2])
             expected.append((ids, [t if on else IGNORE for t, on in zip(ids[1:], trained[1:], strict=True)] + [IGNORE]))
         assert got == sorted(expected)
         assert batch.indices == c.examples(step)
@@ -181,7 +182,7 @@ def check_layout(micro: list[Batch], pack: bool, layout: dict[str, Any], longest
 
 def test_targets_never_cross_the_edge_of_a_document(make) -> None:
     tokens = make(alpaca(9), seq_len=512, train_on="all")
-    c = course("9 examples", lengths=tokens.lengths, seq_len=512)
+    c = schedule("9 examples", lengths=tokens.lengths, seq_len=512)
     [micro] = Loader(tokens, c, pad_id=0, micro_batch=Size(10_000, "tokens")).batch(0).micro
     edges = micro.cu_seqlens.tolist()
     assert len(edges) == 10
@@ -213,7 +214,7 @@ def test_going_on_at_step_k_is_the_run_that_never_stopped(make, batch: str, pack
     tokens = make(alpaca(50), alpaca(30), weights=(1.5, 1.0), seq_len=256)
 
     def run(start: int) -> list[Any]:
-        c = course(batch, lengths=tokens.lengths, repeats=tokens.repeats, pack=pack)
+        c = schedule(batch, lengths=tokens.lengths, repeats=tokens.repeats, pack=pack)
         with Loader(tokens, c, pad_id=0, micro_batch=Size(512, "tokens"), start_step=start, stop_step=20) as loader:
             return list(loader)
 
@@ -230,7 +231,7 @@ def data_threads() -> list[threading.Thread]:
 
 def test_the_thread_ends_with_the_loader(make) -> None:
     tokens = make(alpaca(40), seq_len=256)
-    c = course(lengths=tokens.lengths)
+    c = schedule(lengths=tokens.lengths)
     with Loader(tokens, c, pad_id=0, micro_batch=Size(512, "tokens")) as loader:
         for batch in loader:  # without end: the queue is full when it is left
             if batch.step == 3:
@@ -253,7 +254,7 @@ def test_an_error_in_the_thread_reaches_the_loop(make) -> None:
 
 
 class Shelf:
-    """A place that marks what it is given, and notes who puts and who takes."""
+    """A prefetcher that copies what it is given, and notes who puts and who takes."""
 
     def __init__(self, *, fails_at: int | None = None) -> None:
         self.put: list[tuple[str, Any]] = []
@@ -271,12 +272,12 @@ class Shelf:
         self.taken.append((threading.current_thread().name, batch))
 
 
-def test_batches_are_placed_in_the_thread_and_claimed_where_they_are_taken(make) -> None:
+def test_batches_are_copied_in_the_thread_and_claimed_where_they_are_taken(make) -> None:
     tokens, shelf = make(alpaca(40), seq_len=256), Shelf()
-    c = course(lengths=tokens.lengths)
+    c = schedule(lengths=tokens.lengths)
     plain = list(Loader(tokens, c, pad_id=0, micro_batch=Size(256, "tokens"), stop_step=6))
     seen: list[Any] = []
-    with Loader(tokens, c, pad_id=0, micro_batch=Size(256, "tokens"), stop_step=6, place=shelf) as loader:
+    with Loader(tokens, c, pad_id=0, micro_batch=Size(256, "tokens"), stop_step=6, prefetcher=shelf) as loader:
         for batch in loader:
             seen.append(batch)
             # All of a step is claimed before any of it is used.
@@ -290,32 +291,32 @@ def test_batches_are_placed_in_the_thread_and_claimed_where_they_are_taken(make)
     assert {name for name, _ in shelf.taken} == {threading.current_thread().name}
 
 
-def test_the_wait_for_a_place_is_a_wait_for_data(make) -> None:
+def test_the_wait_for_a_copy_is_a_wait_for_data(make) -> None:
     """What is slow in the thread shows in data_seconds, where the loop was quicker; what was ready costs nothing."""
     tokens = make(alpaca(40), seq_len=256)
-    c = course(lengths=tokens.lengths)
+    c = schedule(lengths=tokens.lengths)
 
     class Slow(Shelf):
         def __call__(self, batch: Batch) -> Batch:
             time.sleep(0.2)
             return super().__call__(batch)
 
-    with Loader(tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), stop_step=3, place=Slow()) as loader:
+    with Loader(tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), stop_step=3, prefetcher=Slow()) as loader:
         waits = [batch.data_seconds for batch in loader]
     assert all(wait > 0.15 for wait in waits)
-    with Loader(tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), stop_step=3, place=Slow()) as loader:
+    with Loader(tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), stop_step=3, prefetcher=Slow()) as loader:
         batches = iter(loader)
         next(batches)
         time.sleep(1.0)
         assert next(batches).data_seconds < 0.1
 
 
-def test_an_error_of_the_place_reaches_the_loop(make) -> None:
+def test_an_error_of_the_prefetcher_reaches_the_loop(make) -> None:
     tokens, shelf = make(alpaca(40), seq_len=256), Shelf(fails_at=3)
-    c = course(lengths=tokens.lengths)
-    with Loader(tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), place=shelf) as loader:
+    c = schedule(lengths=tokens.lengths)
+    with Loader(tokens, c, pad_id=0, micro_batch=Size(4096, "tokens"), prefetcher=shelf) as loader:
         batches = iter(loader)
-        assert [next(batches).step for _ in range(3)] == [0, 1, 2], "what was placed before it is still handed over"
+        assert [next(batches).step for _ in range(3)] == [0, 1, 2], "what was copied before it is still handed over"
         with pytest.raises(MemoryError, match="shelf"):
             next(batches)
     assert data_threads() == []
@@ -324,7 +325,7 @@ def test_an_error_of_the_place_reaches_the_loop(make) -> None:
 def test_a_batch_that_is_there_is_not_copied(make) -> None:
     tokens = make(alpaca(8), seq_len=256)
     [micro] = (
-        Loader(tokens, course(lengths=tokens.lengths), pad_id=0, micro_batch=Size(10_000, "tokens")).batch(0).micro
+        Loader(tokens, schedule(lengths=tokens.lengths), pad_id=0, micro_batch=Size(10_000, "tokens")).batch(0).micro
     )
     there = micro.to(torch.device("cpu"))
     assert set(there.tensors()) == {"input_ids", "position_ids", "targets", "cu_seqlens"}
@@ -333,18 +334,18 @@ def test_a_batch_that_is_there_is_not_copied(make) -> None:
 
 def test_rows_are_named_for_the_report(make) -> None:
     tokens = make(alpaca(12), seq_len=256)
-    c = course("4 examples", lengths=tokens.lengths, shuffle=False)
+    c = schedule("4 examples", lengths=tokens.lengths, shuffle=False)
     names = Loader(tokens, c, pad_id=0, micro_batch=Size(512, "tokens")).batch(1).row_names()
     assert [name.rpartition("/")[2] for name in names] == [f"rows0.jsonl:{n}" for n in (5, 6, 7, 8)]
 
 
 def test_wrong_use(make) -> None:
     tokens = make(alpaca(4), seq_len=256)
-    c = course(lengths=tokens.lengths)
+    c = schedule(lengths=tokens.lengths)
     with pytest.raises(ValueError, match="there is room for 3"):
         Loader(tokens, c, pad_id=0, micro_batch=Size(8, "tokens"), pad_to=3)
     with pytest.raises(ValueError, match="no examples"):
-        course(lengths=np.zeros(0, int)).examples(0)
+        schedule(lengths=np.zeros(0, int)).examples(0)
 
 
 @pytest.mark.slow
@@ -353,7 +354,7 @@ def test_a_million_examples_are_ordered_in_seconds() -> None:
 
     lengths = np.clip(np.random.default_rng(0).lognormal(5, 0.7, 1_000_000).astype(int), 5, 2048)
     for batch in ("64 examples", "65536 tokens"):
-        c = course(batch, lengths=lengths, seq_len=2048)
+        c = schedule(batch, lengths=lengths, seq_len=2048)
         began = time.perf_counter()
         c.examples(c.steps_per_epoch(0) - 1)
         assert time.perf_counter() - began < 10

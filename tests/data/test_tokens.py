@@ -14,7 +14,6 @@ import pytest
 from rows import Simple, alpaca
 from tunesmith.config.schema import Data, Source
 from tunesmith.data import cache as disk
-from tunesmith.data.cache import cache_folder
 from tunesmith.data.formats import Text
 from tunesmith.data.tokens import TokenSet, tokenise
 from tunesmith.errors import DataError
@@ -135,17 +134,6 @@ def test_a_full_disk_leaves_no_torn_entry(
     assert list((tmp_path / "c").iterdir()) == []
 
 
-def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("TUNESMITH_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "tunesmith" / "tokens"
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own" / "tokens"
-    monkeypatch.delenv("TUNESMITH_CACHE")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "tunesmith" / "tokens"
-
-
 def test_too_long(make) -> None:
     rows = alpaca(3, letters=lambda i: 4 + 40 * i)  # 30, 70, 110 tokens
     lengths = make(rows, seq_len=256).lengths.tolist()
@@ -163,7 +151,7 @@ def test_too_long(make) -> None:
     assert "data.seq_len=110" in caught.value.fix
 
 
-def test_a_cut_that_leaves_nothing_to_learn_is_dropped_and_counted(make) -> None:
+def test_a_cut_that_leaves_nothing_supervised_is_dropped_and_counted(make) -> None:
     rows = alpaca(3, letters=lambda i: 4 + 40 * i)
     tokens = make(rows, seq_len=24)  # the prompt alone
     assert (len(tokens), tokens.counts.emptied, tokens.counts.dropped) == (0, 3, 0)
@@ -183,7 +171,7 @@ def test_sources_and_weights(make) -> None:
     assert tokens.counts.digest != make(alpaca(3), alpaca(2), seq_len=256).counts.digest
 
 
-def test_the_digest_is_of_what_is_learnt(make) -> None:
+def test_the_digest_is_of_what_is_trained_on(make) -> None:
     base = make(alpaca(4), seq_len=256).counts.digest
     assert base == make(alpaca(4), seq_len=512).counts.digest
     assert base != make(alpaca(4), seq_len=256, train_on="all").counts.digest
@@ -213,7 +201,7 @@ def test_memory_does_not_grow_with_what_was_written(
     simple: Simple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk, "_FLUSH", 100)
-    store = disk.Store(tmp_path)
+    store = disk.TokenWriter(tmp_path)
     for i in range(30):
         store.add(simple.encode(Text(f"text {i}"), "all"), i, False)
     assert os.path.getsize(tmp_path / "ids.bin") > 0

@@ -41,7 +41,7 @@ def prepared(path: str, tiny: Path, *overrides: str, vocab: int = 272, **keys: A
     return prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), vocab, **keys)
 
 
-def test_it_shows_what_is_learnt(recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", recipe(alpaca(60)), "--rows", "2"]) == 0
     out = capsys.readouterr().out
     assert "<|im_start|>user\nsay 1<|im_end|>\n<|im_start|>assistant\n⟦xxxxxx<|im_end|>⟧" in out
@@ -55,20 +55,20 @@ def test_it_shows_what_is_learnt(recipe, capsys: pytest.CaptureFixture[str]) -> 
     assert out.count("holds") == 6
 
 
-def test_the_mend_of_few_steps_mends(recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_fix_of_few_steps_fixes(recipe, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(alpaca(600), "train: {global_batch: 512 tokens}\n")
     for start in ([], ["train.global_batch=64 examples"]):
         assert main(["data", path, *start, "train.duration=0.5 epochs"]) == 0
-        warning = re.search(r"warning: .*mend: (.*)", capsys.readouterr().out)
+        warning = re.search(r"warning: .*fix: (.*)", capsys.readouterr().out)
         assert warning is not None
-        for mend in warning[1].split(" or "):
-            key = mend.replace('"', "")
+        for fix in warning[1].split(" or "):
+            key = fix.replace('"', "")
             again = [*start, "train.duration=0.5 epochs", key] if "batch" in key else [*start, key]
             assert main(["data", path, *again]) == 0
-            assert "warning" not in capsys.readouterr().out, mend
+            assert "warning" not in capsys.readouterr().out, fix
 
 
-def test_colours_mark_what_is_learnt_on_a_terminal(recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_show_supervised_tokens_on_a_terminal(recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
     from rich.console import Console
@@ -77,11 +77,11 @@ def test_colours_mark_what_is_learnt_on_a_terminal(recipe, tiny: Path, monkeypat
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system="standard", soft_wrap=True, highlight=False)
     data = prepared(recipe(alpaca(1)), tiny)
-    verb._rows(console, data.train, load_tokenizer(tiny, data.run.model), 1)
+    verb._show_rows(console, data.train, load_tokenizer(tiny, data.run.model), 1)
     text = out.getvalue()
     assert "⟦" not in text
-    assert "\x1b[1;32mxxxxx\x1b[0m" in text  # learnt: bold green
-    assert "\x1b[1;7;32m<|im_end|>" in text  # learnt and special
+    assert "\x1b[1;32mxxxxx\x1b[0m" in text  # supervised: bold green
+    assert "\x1b[1;7;32m<|im_end|>" in text  # supervised and special
     assert "\x1b[2;7m<|im_start|>" in text  # special
 
 
@@ -90,11 +90,10 @@ def test_json(recipe, capsys: pytest.CaptureFixture[str]) -> None:
     values = json.loads(capsys.readouterr().out)
     assert values["train"][0]["kept"] == 10
     assert sum(bar["examples"] for bar in values["lengths"]) == 10
-    assert values["course"]["steps"] == 1
+    assert values["schedule"]["steps"] == 1
     assert [c["broken"] for c in values["contract"]] == [0] * 6
     [row] = values["rows"]
-    learnt = "".join(s["text"] for s in row["segments"] if s["learnt"])
-    assert learnt == "xxxxx<|im_end|>"
+    assert "".join(s["text"] for s in row["segments"] if s["supervised"]) == "xxxxx<|im_end|>"
 
 
 def test_a_long_row_shows_its_two_ends(recipe, tiny: Path) -> None:
@@ -106,9 +105,10 @@ def test_a_long_row_shows_its_two_ends(recipe, tiny: Path) -> None:
         pieces = verb.segments(data.train, tokenizer, 0, limit)
         shown = "".join(text for text, _, _ in pieces)
         n = len(data.train[0].ids)
-        assert f"… {n - limit:,} tokens …" in shown
-        assert shown.startswith(tokenizer.decode(data.train[0].ids[: limit // 2]))
-        assert shown.endswith(tokenizer.decode(data.train[0].ids[-(limit // 2) :]))
+        first, last = (
+            tokenizer.decode(data.train[0].ids[part]) for part in (slice(limit // 2), slice(-(limit // 2), None))
+        )
+        assert shown == f"{first}\n… {n - limit:,} tokens …\n{last}"
 
 
 def test_a_broken_contract_is_shown_and_ends_in_2(recipe, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +132,7 @@ def test_prepare_for_training(recipe, tiny: Path, write) -> None:
     data = prepared(path, tiny)
     assert Path(held).exists()
     assert (len(data.train), len(data.validation or ()), len(data.contracts)) == (60, 4, 2)
-    assert data.course.steps(data.run.train.duration) == 1
+    assert data.schedule.steps(data.run.train.duration) == 1
     assert data.digest == data.train.counts.digest
     text = data.describe()
     assert "60 of 60 rows" in text

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from recipes import built_model, make_run
 from tunesmith.checkpoint.resume import Start, claim_run_dir
 from tunesmith.data.batch import Batch, Example, collate
-from tunesmith.data.loader import BatchSchedule
+from tunesmith.data.schedule import BatchSchedule
 from tunesmith.methods.base import BatchCounts, MethodOutput, TrainModel, sum_by_sequence, supervised_positions
 from tunesmith.metrics.sink import Sinks
 from tunesmith.signals import StopRequest
@@ -140,7 +140,7 @@ def test_the_loop_trains_on_pairs_and_records_the_methods_metrics(tiny, tmp_path
     )
     session, tokens = build(run, Start(), say=lambda text: None), Pairs(pairs(24))
     session.model.method = SigmoidPreference()
-    session.data = replace(session.data, train=tokens, course=BatchSchedule(tokens.lengths, run.data, run.train))
+    session.data = replace(session.data, train=tokens, schedule=BatchSchedule(tokens.lengths, run.data, run.train))
     assert len(session.loader(0).batch(0).micro) > 1
     with claim_run_dir(tmp_path / "run"), StopRequest() as stop:
         result = Trainer(session, Start(), Sinks([]), stop).fit()
@@ -148,7 +148,7 @@ def test_the_loop_trains_on_pairs_and_records_the_methods_metrics(tiny, tmp_path
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
     for record in result.records:
-        members = session.data.course.examples(record.step - 1)
+        members = session.data.schedule.examples(record.step - 1)
         loss, accuracy, margin = reference(plain, [tokens[i] for i in members])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)

@@ -25,7 +25,7 @@ def whole_batch(tiny: Path, folder: Path, pack: bool, examples: int) -> tuple[fl
     run = make_run(tiny, folder, held=False, data={"pack": pack}, train={"global_batch": "64 examples"})
     tokenizer = load_tokenizer(tiny, run.model)
     data = prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), len(tokenizer), cache=folder / "cache")
-    batch = Loader(data.train, data.course, micro_batch=Size(examples, "examples"), pad_id=0).batch(0)
+    batch = Loader(data.train, data.schedule, micro_batch=Size(examples, "examples"), pad_id=0).batch(0)
     model = built_model(run, tiny).train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.trained_parameters():
@@ -65,4 +65,4 @@ def test_old_scripts_number_of_steps_is_kept(tiny: Path, tmp_path: Path) -> None
         )
         tokenizer = load_tokenizer(tiny, run.model)
         data = prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), len(tokenizer), cache=tmp_path / "cache")
-        assert data.course.steps(run.train.duration) == 64
+        assert data.schedule.steps(run.train.duration) == 64

@@ -16,7 +16,7 @@ from recipes import built_model, make_run
 from tunesmith.build_model import count_trained, define_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.data.batch import Example, collate
-from tunesmith.data.loader import StepSize
+from tunesmith.data.schedule import StepSize
 from tunesmith.errors import MachineError
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import MethodOutput

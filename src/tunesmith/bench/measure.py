@@ -129,7 +129,7 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
     began, graphs = time.perf_counter(), [graphs_compiled()]
     session = build(run, Start(), say=say, weights=plan.weights, checkpoints=False)
     seen = Observed(time.perf_counter() - began, graphs, {})
-    per_epoch = session.data.course.steps_per_epoch(0)
+    per_epoch = session.data.schedule.steps_per_epoch(0)
     sinks = Sinks([Terminal(None, total_steps=session.total_steps, steps_per_epoch=per_epoch)])
     trainer = Trainer(session, Start(), sinks, StopRequest())
     profile = run.profile if plan.traces else Profile()
@@ -176,7 +176,7 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
     """Figures of the timed steps; the peak is measured here, on the chip as warm as the steps have left it."""
     run, device, seconds = session.run, session.device, sum(r.step_seconds for r in records)
     tokens, padded = sum(r.tokens for r in records), sum(seen.padded[r.step] for r in records)
-    examples = session.data.course.examples
+    examples = session.data.schedule.examples
     work = sum(session.flops(examples(record.step - 1), record.supervised_tokens) for record in records)
     tflops = work / seconds / 1e12
     published, measured = hardware.peak_tflops(device, session.dtype)[0], matmul_tflops(device, session.dtype)

@@ -1,8 +1,8 @@
-"""Show what a recipe's model will learn from, token by token, before it learns.
+"""Show what a recipe trains on, token by token, before it trains.
 
-Tokens that are learnt stand in green, or without colours between ⟦ and ⟧. Below them: counts, lengths, packing, the
-number of optimizer steps, and the token contract. The exit code is 2 where the contract is broken.
-Of a model on the Hub only the tokenizer and the configuration are fetched.
+Supervised tokens are green, or without colours between ⟦ and ⟧. Below them: counts, lengths, packing, the number of
+optimizer steps, and the token contract. The exit code is 2 where the contract is broken.
+Of a model on the Hub only the tokenizer and the configuration are downloaded.
 
 examples:
   tunesmith data smollm2-135m-lora
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tunesmith.data.tokens import TokenSet
 
 _BARS = 16  # of the length histogram
-_SHOWN = 800  # tokens of a row that are shown
+_ROW_TOKENS = 800  # tokens of a row that are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,62 +72,61 @@ def show(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
     """Everything, on stdout: rows, counts, lengths, packing, contract."""
     from rich.console import Console
 
-    from tunesmith.data.prepare import course_text
-
-    # A file or a pipe has no width to keep to; 80 columns would fold the tables for nothing.
+    # A file or a pipe has no width; rich would assume 80 columns and fold the tables.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-    _rows(console, prepared.train, tokenizer, rows)
+    _show_rows(console, prepared.train, tokenizer, rows)
     console.print(prepared.template.describe(), markup=False)
-    console.print(_counts(prepared))
-    console.print(_histogram(prepared.train))
-    console.print(course_text(prepared.course, prepared.run)[0], markup=False)
+    console.print(_counts_table(prepared))
+    console.print(_lengths_table(prepared.train))
+    console.print(prepared.describe_schedule(), markup=False)
     for warning in prepared.warnings():
         console.print(warning, style="yellow", markup=False)
-    console.print(_contracts(prepared))
+    console.print(_contracts_table(prepared))
 
 
-def segments(tokens: TokenSet, tokenizer: Any, i: int, limit: int = _SHOWN) -> list[tuple[str, bool, bool]]:
-    """Example i as (text, learnt, special) stretches; of a long one the beginning and the end.
+def segments(tokens: TokenSet, tokenizer: Any, i: int, limit: int = _ROW_TOKENS) -> list[tuple[str, bool, bool]]:
+    """Example i as (text, supervised, special) stretches; of one longer than `limit` tokens the beginning and the end.
 
-    Stretches are decoded as what each adds to the text before it: alone, a piece of a character or a leading space
-    would decode to something else.
+    A stretch is decoded as what it adds to the text before it: alone, a piece of a character or a leading space would
+    decode to something else.
     """
     example = tokens[i]
-    ids, special = [int(t) for t in example.ids], set(tokenizer.all_special_ids)
-    kinds = [(bool(t), token in special) for t, token in zip(example.trained, ids, strict=True)]
+    ids, special = example.ids.tolist(), set(tokenizer.all_special_ids)
+    kinds = [(trained, token in special) for trained, token in zip(example.trained.tolist(), ids, strict=True)]
+    half, long = limit // 2, len(ids) > limit
+
+    def decode(end: int) -> str:
+        return str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     out: list[tuple[str, bool, bool]] = []
-    begin, before = 0, ""
-    for at in range(1, len(ids) + 1):
-        skipping = limit // 2 <= at <= len(ids) - limit // 2 and len(ids) > limit
-        if at < len(ids) and (kinds[at] == kinds[begin] and not (skipping and at == limit // 2)):
-            continue
-        text = tokenizer.decode(ids[:at], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        out.append((text[len(before) :], *kinds[begin]))
-        begin, before = at, text
-        if skipping and at == limit // 2:
-            begin = len(ids) - limit // 2
-            before = tokenizer.decode(ids[:begin], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            out.append((f"\n… {begin - at:,} tokens …\n", False, False))
+    for start, stop in ((0, half), (len(ids) - half, len(ids))) if long else ((0, len(ids)),):
+        if start:
+            out.append((f"\n… {start - half:,} tokens …\n", False, False))
+        begin, before = start, decode(start)
+        for at in range(start + 1, stop + 1):
+            if at == stop or kinds[at] != kinds[begin]:
+                text = decode(at)
+                out.append((text[len(before) :], *kinds[begin]))
+                begin, before = at, text
     return out
 
 
-def _rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) -> None:
+def _show_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) -> None:
     from rich.text import Text
 
     coloured = console.color_system is not None and not console.no_color and "NO_COLOR" not in os.environ
     for i in range(min(count, len(tokens))):
         example = tokens[i]
-        console.rule(
-            Text(f"{tokens.where(i)}: {len(example.ids):,} tokens, {int(example.trained.sum()):,} learnt"), align="left"
-        )
-        text, learning = Text(), False
-        for piece, learnt, special in segments(tokens, tokenizer, i):
-            if not coloured and learnt != learning:
-                text.append("⟦" if learnt else "⟧")
-                learning = learnt
-            style = ("bold green" if learnt else "dim") + (" reverse" if special else "")
+        title = f"{tokens.where(i)}: {len(example.ids):,} tokens, {int(example.trained.sum()):,} supervised"
+        console.rule(Text(title), align="left")
+        text, inside = Text(), False
+        for piece, supervised, special in segments(tokens, tokenizer, i):
+            if not coloured and supervised != inside:
+                text.append("⟦" if supervised else "⟧")
+                inside = supervised
+            style = ("bold green" if supervised else "dim") + (" reverse" if special else "")
             text.append(piece, style=style if coloured else "")
-        console.print(text.append("⟧" if learning else ""))
+        console.print(text.append("⟧" if inside else ""))
     console.print()
 
 
@@ -141,18 +140,18 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _counts(prepared: TrainingData) -> Table:
+def _counts_table(prepared: TrainingData) -> Table:
     from tunesmith.data.source import is_local
 
-    columns = ("source", "rows", "kept", "weight", "tokens", "learnt", "cut", "dropped", "emptied", "longest")
-    table = _table("what is learnt from", *columns)
-    for what, tokens in (("train", prepared.train), ("validation", prepared.validation)):
+    columns = ("source", "rows", "kept", "weight", "tokens", "supervised", "cut", "dropped", "emptied", "longest")
+    table = _table("what is trained on", *columns)
+    for split, tokens in (("train", prepared.train), ("validation", prepared.validation)):
         for part in tokens.parts if tokens is not None else ():
             c = part.counts
-            numbers = (c.rows, c.kept, f"{part.weight:g}", c.tokens, f"{c.supervised / max(1, c.tokens):.1%}")
-            rest = (c.cut, c.dropped, c.emptied, c.longest)
-            cells = (f"{n:,}" if isinstance(n, int) else n for n in (*numbers, *rest))
-            table.add_row(f"{what}: {Path(c.source).name if is_local(c.source) else c.source}", *cells)
+            cells = [f"{c.rows:,}", f"{c.kept:,}", f"{part.weight:g}", f"{c.tokens:,}"]
+            cells += [f"{c.supervised / max(1, c.tokens):.1%}"]
+            cells += [f"{n:,}" for n in (c.cut, c.dropped, c.emptied, c.longest)]
+            table.add_row(f"{split}: {Path(c.source).name if is_local(c.source) else c.source}", *cells)
     return table
 
 
@@ -168,7 +167,7 @@ def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
     return [(k * step + 1, min((k + 1) * step, top), int(n)) for k, n in enumerate(counts)]
 
 
-def _histogram(tokens: TokenSet) -> Table:
+def _lengths_table(tokens: TokenSet) -> Table:
     table = _table("tokens of an example", "from - to", "examples", "")
     table.columns[2].justify = "left"
     bars = histogram(tokens)
@@ -178,19 +177,18 @@ def _histogram(tokens: TokenSet) -> Table:
     return table
 
 
-def _contracts(prepared: TrainingData) -> Table:
+def _contracts_table(prepared: TrainingData) -> Table:
     from rich.text import Text
 
-    table = _table("token contract", "check", "looked at", "result")
+    table = _table("token contract", "check", "checked", "result")
     table.columns[2].justify, table.columns[2].no_wrap = "left", False
     for contract in prepared.contracts:
         for check in contract.checks:
+            result = Text(f"holds{f' ({check.note})' if check.note else ''}", style="green" if check.checked else "")
             if check.broken:
                 lines = [f"BROKEN {check.broken:,} times, first in {check.where}", check.why, f"fix: {check.fix}"]
                 result = Text("\n".join(lines), style="red")
-            else:
-                result = Text(f"holds{f' ({check.note})' if check.note else ''}", style="green" if check.looked else "")
-            table.add_row(f"{contract.what}: {check.name}", f"{check.looked:,} {check.of}", result)
+            table.add_row(f"{contract.split}: {check.name}", f"{check.checked:,} {check.of}", result)
     return table
 
 
@@ -198,25 +196,19 @@ def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
     """The same as plain values, for --json."""
     from dataclasses import asdict
 
-    train = prepared.train
-    held = prepared.validation.sources if prepared.validation is not None else ()
+    def row(i: int) -> dict[str, Any]:
+        names = ("text", "supervised", "special")
+        parts = [dict(zip(names, part, strict=True)) for part in segments(train, tokenizer, i, limit=1 << 30)]
+        return {"where": train.where(i), "tokens": len(train[i].ids), "segments": parts}
+
+    train, validation = prepared.train, prepared.validation
     return {
         "template": {"name": prepared.template.name, "end_ids": sorted(prepared.template.end_ids)},
         "train": [{**asdict(part.counts), "weight": part.weight} for part in train.parts],
-        "validation": [asdict(counts) for counts in held],
+        "validation": [asdict(counts) for counts in (validation.sources if validation is not None else ())],
         "lengths": [{"from": low, "to": high, "examples": n} for low, high, n in histogram(train)],
-        "course": asdict(prepared.course.summary(prepared.run.train.duration)),
+        "schedule": asdict(prepared.schedule.summary(prepared.run.train.duration)),
         "warnings": prepared.warnings(),
-        "contract": [{"split": c.what, **asdict(check)} for c in prepared.contracts for check in c.checks],
-        "rows": [
-            {
-                "where": train.where(i),
-                "tokens": len(train[i].ids),
-                "segments": [
-                    {"text": text, "learnt": learnt, "special": special}
-                    for text, learnt, special in segments(train, tokenizer, i, limit=1 << 30)
-                ],
-            }
-            for i in range(min(rows, len(train)))
-        ],
+        "contract": [{"split": c.split, **asdict(check)} for c in prepared.contracts for check in c.checks],
+        "rows": [row(i) for i in range(min(rows, len(train)))],
     }

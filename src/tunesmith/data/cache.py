@@ -1,9 +1,9 @@
-"""The token cache on disk: one folder for each tokenised source, named by the hash of all that went into it.
+"""The token cache on disk: one folder for each tokenised source, named by the hash of all that its tokens depend on.
 
-`ids.bin` (int32) and `trained.bin` (bool) hold the tokens of all examples after one another, `offsets.npy` (int64)
-cuts them, `rows.npy` (int64) and `cut.npy` (bool) say for each example which row it came from and whether its end was
-cut off; `meta.json` has counts and a checksum. The folder is written beside its place and renamed, so it is there as a
-whole or not at all; whatever does not fit its checksum is made again.
+`ids.bin` (int32) and `trained.bin` (bool) hold the tokens of all examples one after another, `offsets.npy` (int64)
+separates them, `rows.npy` (int64) and `cut.npy` (bool) give for each example its row and whether it was cut at seq_len;
+`meta.json` has counts and a checksum. The folder is written under another name and renamed, so it is there as a whole
+or not at all; an entry that does not match its checksum is made again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 import zlib
@@ -30,7 +29,7 @@ _FLUSH = 1 << 20  # tokens held before they are written
 
 
 @dataclass(frozen=True)
-class Arrays:
+class TokenArrays:
     """ids: int32 [tokens]; trained: bool [tokens]; offsets: int64 [n + 1]; rows: int64 [n]; cut: bool [n]."""
 
     ids: np.ndarray
@@ -46,22 +45,15 @@ class Arrays:
         return value
 
     def sha256(self) -> str:
-        """Of the examples, in hex; where they came from does not enter."""
+        """Of the examples, in hex; the rows that they came from do not enter."""
         total = hashlib.sha256()
         for array in (self.ids, self.trained, self.offsets):
             total.update(np.ascontiguousarray(array).data)
         return total.hexdigest()
 
 
-def cache_folder() -> Path:
-    """`$TUNESMITH_CACHE/tokens`, else `$XDG_CACHE_HOME/tunesmith/tokens`, else `~/.cache/tunesmith/tokens`."""
-    own, xdg = os.environ.get("TUNESMITH_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    base = Path(own) if own else Path(xdg or Path.home() / ".cache") / "tunesmith"
-    return base.expanduser() / "tokens"
-
-
-class Store:
-    """Examples as they come: into two files of a folder, or into memory where there is none."""
+class TokenWriter:
+    """Collects examples: in two files of a folder, or in memory where there is none."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -93,65 +85,77 @@ class Store:
             held.clear()
         self._held = 0
 
-    def arrays(self) -> Arrays:
+    def arrays(self) -> TokenArrays:
         """All that was added."""
+        index = (np.asarray(self._offsets, np.int64), np.asarray(self._rows, np.int64), np.asarray(self._cut, np.bool_))
         if self._folder is not None:
             self._flush(self._folder)
-            ids, trained = _mapped(self._folder / "ids.bin", np.int32), _mapped(self._folder / "trained.bin", np.bool_)
-        else:
-            ids = np.concatenate([np.zeros(0, np.int32), *self._ids])
-            trained = np.concatenate([np.zeros(0, np.bool_), *self._trained])
-        index = (np.asarray(self._offsets, np.int64), np.asarray(self._rows, np.int64), np.asarray(self._cut, np.bool_))
-        return Arrays(ids, trained, *index)
+            return TokenArrays(*_mapped(self._folder), *index)
+        ids = np.concatenate([np.zeros(0, np.int32), *self._ids])
+        return TokenArrays(ids, np.concatenate([np.zeros(0, np.bool_), *self._trained]), *index)
 
 
-def _mapped(path: Path, dtype: type) -> np.ndarray:
-    """A file as an array; numpy cannot map an empty one."""
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+def _mapped(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """ids and trained of an entry; numpy cannot map an empty file."""
+    files = ((folder / "ids.bin", np.int32), (folder / "trained.bin", np.bool_))
+    ids, trained = (
+        np.memmap(file, dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype) for file, dtype in files
+    )
+    return ids, trained
 
 
-def save(place: Path, key: str, fill: Callable[[Store], tuple[Arrays, dict[str, Any]]]) -> None:
-    """Write an entry of the cache; where that cannot be, say so and leave none.
+Made = tuple[TokenArrays, dict[str, Any]]
+
+
+def cached_tokens(folder: Path, key: str, make: Callable[[TokenWriter], Made]) -> Made:
+    """An entry of the cache, made where there is none.
 
     Args:
-        place: the entry's folder.
-        key: the hash that names its content.
-        fill: adds the examples to the store it is given, and returns its arrays and what else is to be kept (JSON).
+        folder: the cache. One that cannot be written costs a warning, and the tokens are made in memory.
+        key: the hash that names the entry.
+        make: adds the examples to the writer it is given, and returns its arrays and what else to keep (JSON).
     """
+    entry = folder / key
+    found = _read_entry(entry, key)
+    if found is None:
+        _write_entry(entry, key, make)
+        found = _read_entry(entry, key)
+    return make(TokenWriter(None)) if found is None else found
+
+
+def _write_entry(entry: Path, key: str, make: Callable[[TokenWriter], Made]) -> None:
     folder = None
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=place.parent))
-        arrays, about = fill(Store(folder))
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=entry.parent))
+        arrays, about = make(TokenWriter(folder))
         for name in ("offsets", "rows", "cut"):
-            np.save(folder / f"{name}.npy", arrays.__dict__[name])
+            np.save(folder / f"{name}.npy", vars(arrays)[name])
         meta = {"key": key, "crc32": arrays.crc32(), "about": about}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        if place.exists():  # torn or foreign, else it would have been loaded; or another process was faster
-            shutil.rmtree(place, ignore_errors=True)
-        folder.rename(place)
+        if entry.exists():  # damaged, else it would have been read; or another process was faster
+            shutil.rmtree(entry, ignore_errors=True)
+        folder.rename(entry)
     except OSError as error:
         why = error.strerror or str(error)
-        log.warning("tokens are kept in memory: the cache %s cannot be written (%s)", place.parent, why)
+        log.warning("tokens are kept in memory: the cache %s cannot be written (%s)", entry.parent, why)
     finally:
         if folder is not None and folder.exists():
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def load(place: Path, key: str) -> tuple[Arrays, dict[str, Any]] | None:
-    """A whole entry, as `save` was given it; or None: one that is torn, changed or of another kind counts as none."""
-    if not place.exists():
+def _read_entry(entry: Path, key: str) -> Made | None:
+    """A whole entry; None where there is none, or it is torn, changed or of another kind."""
+    if not entry.exists():
         return None
     try:
-        meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
-        index = (np.load(place / f"{name}.npy", allow_pickle=False) for name in ("offsets", "rows", "cut"))
-        arrays = Arrays(_mapped(place / "ids.bin", np.int32), _mapped(place / "trained.bin", np.bool_), *index)
+        meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
+        index = (np.load(entry / f"{name}.npy", allow_pickle=False) for name in ("offsets", "rows", "cut"))
+        arrays = TokenArrays(*_mapped(entry), *index)
         if meta["key"] == key and meta["crc32"] == arrays.crc32():
             return arrays, meta["about"]
         why = "its checksum differs"
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = str(error)
-    log.warning("the token cache %s is damaged and is made again (%s)", place, why)
+    log.warning("the token cache %s is damaged and is made again (%s)", entry, why)
     return None

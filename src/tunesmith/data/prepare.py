@@ -1,4 +1,4 @@
-"""A recipe's data, ready to train on: template, tokens, contract and course. `train` and `data` both come here."""
+"""A recipe's data, ready to train on: template, tokens, contract and schedule. `train` and `data` both start here."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from typing import Any
 import numpy as np
 
 from tunesmith.config.schema import Run
-from tunesmith.data import contract as contracts
-from tunesmith.data.cache import cache_folder
-from tunesmith.data.contract import Contract
-from tunesmith.data.loader import BatchSchedule
+from tunesmith.data.contract import Contract, check_tokens
+from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.template import Template, select_template
-from tunesmith.data.tokens import Counts, TokenSet, tokenise
+from tunesmith.data.tokens import TokenCounts, TokenSet, tokenise
 from tunesmith.errors import DataError
+from tunesmith.host_files import cache_folder
 
-FEW_STEPS = 50  # with fewer, the schedule is mostly warm-up and little is learnt
+FEW_STEPS = 50  # with fewer, the learning rate is mostly in its warm-up and the model changes little
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What the loop needs of the data. validation: None where the recipe names none.
+    """What training needs of the data.
+
+    validation: None where the recipe names none.
     contracts: of train and, where there is one, of validation.
-    overlap: validation examples that are among the training examples, token for token."""
+    overlap: validation examples that are among the training examples, token for token.
+    """
 
     run: Run
     train: TokenSet
     validation: TokenSet | None
     template: Template
-    course: BatchSchedule
+    schedule: BatchSchedule
     contracts: tuple[Contract, ...]
     overlap: int = 0
 
@@ -43,25 +45,48 @@ class TrainingData:
         return self.train.counts.digest
 
     def describe(self) -> str:
-        """A few lines for the user: what is learnt from which rows, what was left out, how many steps, what was checked."""
+        """Lines for the user: which rows are trained on, what was left out, how many steps, what was checked."""
         lines = [self.template.describe()]
-        for what, tokens in (("train", self.train), ("validation", self.validation)):
-            lines += [f"{what}: {counts_text(counts)}" for counts in (tokens.sources if tokens is not None else ())]
-        lines += [course_text(self.course, self.run)[0], *self.warnings()]
+        for split, tokens in (("train", self.train), ("validation", self.validation)):
+            lines += [f"{split}: {_counts_line(counts)}" for counts in (tokens.sources if tokens is not None else ())]
+        lines += [self.describe_schedule(), *self.warnings()]
         for contract in self.contracts:
-            checks = ", ".join(f"{c.name} ({c.looked:,} {c.of})" for c in contract.checks)
-            lines.append(f"token contract of {contract.what}: {'BROKEN' if contract.broken else 'holds'}: {checks}")
+            checks = ", ".join(f"{c.name} ({c.checked:,} {c.of})" for c in contract.checks)
+            lines.append(f"token contract of {contract.split}: {'BROKEN' if contract.broken else 'holds'}: {checks}")
         return "\n".join(lines)
 
+    def describe_schedule(self) -> str:
+        """A line for the user: examples -> rows -> optimizer steps."""
+        plan, duration = self.schedule.summary(self.run.train.duration), self.run.train.duration
+        kind = f"packed rows of {self.schedule.row_length}" if self.schedule.packed else "rows"
+        steps = f"{plan.steps:,} optimizer steps" if plan.steps is not None else "optimizer steps until the time is up"
+        return (
+            f"{plan.examples:,} examples ({plan.tokens:,} tokens) -> {plan.rows:,} {kind}, {plan.fill:.1%} filled"
+            f" -> {plan.steps_per_epoch:,} steps an epoch -> {duration}: {steps}"
+        )
+
     def warnings(self) -> list[str]:
-        """What is not wrong but seldom meant, each with its mend."""
-        found = [course_text(self.course, self.run)[1]]
+        """What is valid but seldom meant, each with its fix."""
+        few = self._few_steps()
+        found = [few] if few else []
         if self.overlap:
             found.append(
                 f"warning: {self.overlap:,} of {len(self.validation or ()):,} validation examples are trained on too, so "
-                "val_loss says little of new rows; mend: splits that share no row, such as train[:95%] and train[95%:]"
+                "val_loss says little of new rows; fix: splits that share no row, such as train[:95%] and train[95%:]"
             )
-        return [text for text in found if text]
+        return found
+
+    def _few_steps(self) -> str:
+        steps, per_epoch = self.schedule.steps(self.run.train.duration), self.schedule.steps_per_epoch(0)
+        if steps is None or steps >= FEW_STEPS or not per_epoch:
+            return ""
+        size = self.run.train.global_batch
+        whole = self.schedule.row_length if size.unit == "tokens" else 1  # a step takes whole rows
+        smaller = max(1, size.amount * steps // FEW_STEPS // whole) * whole
+        fix = f'train.duration="{math.ceil(FEW_STEPS / per_epoch)} epochs"'
+        if smaller < size.amount:
+            fix += f' or train.global_batch="{smaller} {size.unit}"'
+        return f"warning: only {steps} optimizer steps: a model changes little in fewer than {FEW_STEPS}; fix: {fix}"
 
 
 def prepare_data(
@@ -78,74 +103,49 @@ def prepare_data(
     Args:
         eos_ids: ids that end a turn, by the model's generation config.
         vocab_size: entries of the model's embedding.
-        cache: folder of the token cache; None takes `cache_folder()`.
+        cache: folder of the token cache; None takes `tokens` in the cache folder.
         strict: raise on a broken contract; False leaves it to the caller to look at `contracts`.
 
     Raises:
         DataError: a source, a row or the contract is broken.
     """
-    folder = cache or cache_folder()
+    cache = cache or cache_folder("tokens")
     template = select_template(run.data, tokenizer, eos_ids)
-    train = tokenise(run.data.train, run.data, template, tokenizer, cache=folder, what="train")
-    held = None
+    train = tokenise(run.data.train, run.data, template, tokenizer, cache=cache, what="train")
+    validation = None
     if run.data.validation:
-        held = tokenise(run.data.validation, run.data, template, tokenizer, cache=folder, what="validation")
+        validation = tokenise(run.data.validation, run.data, template, tokenizer, cache=cache, what="validation")
         if run.validate.max_examples is not None:
-            held = held.first(run.validate.max_examples)
-    found = []
-    for what, tokens in (("train", train), ("validation", held)):
+            validation = validation.first(run.validate.max_examples)
+    contracts = []
+    for split, tokens in (("train", train), ("validation", validation)):
         if tokens is not None:
-            found.append(contracts.inspect(tokens, template, tokenizer, vocab_size=vocab_size, what=what))
+            contracts.append(check_tokens(tokens, template, tokenizer, vocab_size=vocab_size, split=split))
             if strict:
-                found[-1].raise_if_broken()
-    course = BatchSchedule(train.lengths, run.data, run.train, repeats=train.repeats)
-    if len(train) and course.steps_per_epoch(0) == 0:
-        raise DataError(
-            "the weights of the sources leave no example in an epoch",
-            where="data.train",
-            why=f"{len(train)} examples with weights {', '.join(str(s.weight) for s in run.data.train)}",
-            fix="raise weight",
-        )
-    shared = overlap(train, held) if held is not None else 0
-    return TrainingData(run, train, held, template, course, tuple(found), shared)
+                contracts[-1].raise_if_broken()
+    schedule = BatchSchedule(train.lengths, run.data, run.train, repeats=train.repeats)
+    if len(train) and schedule.steps_per_epoch(0) == 0:
+        why = f"{len(train)} examples with weights {', '.join(str(s.weight) for s in run.data.train)}"
+        what = "the weights of the sources leave no example in an epoch"
+        raise DataError(what, where="data.train", why=why, fix="raise weight")
+    overlap = _overlap(train, validation) if validation is not None else 0
+    return TrainingData(run, train, validation, template, schedule, tuple(contracts), overlap)
 
 
-def overlap(train: TokenSet, held: TokenSet) -> int:
-    """How many examples of `held` are in `train`, token for token."""
-    wanted = Counter(example.ids.tobytes() for example in held)
-    alike = np.flatnonzero(np.isin(train.lengths, held.lengths)).tolist()  # only these can be equal
-    return sum(wanted.pop(train[i].ids.tobytes(), 0) for i in alike)
+def _overlap(train: TokenSet, validation: TokenSet) -> int:
+    """How many validation examples are in `train`, token for token."""
+    wanted = Counter(example.ids.tobytes() for example in validation)
+    same_length = np.flatnonzero(np.isin(train.lengths, validation.lengths)).tolist()  # only these can be equal
+    return sum(wanted.pop(train[i].ids.tobytes(), 0) for i in same_length)
 
 
-def counts_text(counts: Counts) -> str:
-    """One source in one line."""
+def _counts_line(counts: TokenCounts) -> str:
     share = counts.supervised / max(1, counts.tokens)
-    text = f"{counts.source}: {counts.kept:,} of {counts.rows:,} rows, {counts.tokens:,} tokens, {share:.1%} learnt"
-    if counts.cut:
-        text += f", {counts.cut:,} cut"
-    if counts.dropped:
-        text += f", {counts.dropped:,} dropped as too long"
-    if counts.emptied:
-        text += f", {counts.emptied:,} dropped because the cut left nothing to learn"
-    return f"{text}; longest {counts.longest:,} tokens"
-
-
-def course_text(course: BatchSchedule, run: Run) -> tuple[str, str]:
-    """Two lines for the user: examples -> rows -> optimizer steps, and a warning with its mend, empty if none is due."""
-    sums = course.summary(run.train.duration)
-    kind = f"packed rows of {course.row_length}" if course.packed else "rows"
-    steps = f"{sums.steps:,} optimizer steps" if sums.steps is not None else "optimizer steps until the time is up"
-    line = (
-        f"{sums.examples:,} examples ({sums.tokens:,} tokens) -> {sums.rows:,} {kind}, {sums.fill:.1%} filled"
-        f" -> {sums.steps_per_epoch:,} steps an epoch -> {run.train.duration}: {steps}"
-    )
-    if sums.steps is None or sums.steps >= FEW_STEPS or not sums.steps_per_epoch:
-        return line, ""
-    epochs = math.ceil(FEW_STEPS / sums.steps_per_epoch)
-    size = run.train.global_batch
-    whole = course.row_length if size.unit == "tokens" else 1  # a step takes whole rows
-    smaller = max(1, size.amount * sums.steps // FEW_STEPS // whole) * whole
-    mend = f'train.duration="{epochs} epochs"'
-    if smaller < size.amount:
-        mend += f' or train.global_batch="{smaller} {size.unit}"'
-    return line, f"warning: only {sums.steps} optimizer steps: little is learnt in fewer than {FEW_STEPS}; mend: {mend}"
+    line = f"{counts.source}: {counts.kept:,} of {counts.rows:,} rows, {counts.tokens:,} tokens, {share:.1%} supervised"
+    for count, what in (
+        (counts.cut, "cut"),
+        (counts.dropped, "dropped as too long"),
+        (counts.emptied, "dropped because the cut left no supervised token"),
+    ):
+        line += f", {count:,} {what}" if count else ""
+    return f"{line}; longest {counts.longest:,} tokens"

@@ -1,24 +1,27 @@
-"""Rows -> tokens and loss mask, once: what is made is kept in the cache of `cache.py`, and taken from there."""
+"""Rows -> tokens and loss mask, once: they are kept in the token cache (`cache.py`)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 
 from tunesmith.config.schema import Data, Source
-from tunesmith.data import cache as disk
 from tunesmith.data.batch import Example
-from tunesmith.data.cache import Arrays, Store
+from tunesmith.data.cache import Made, TokenArrays, TokenWriter, cached_tokens
 from tunesmith.data.formats import Conversation, Sample, Text, convert_row
 from tunesmith.data.source import Rows, read_rows
+from tunesmith.data.template import Template
 from tunesmith.errors import DataError
+from tunesmith.host_files import is_terminal
 
 log = logging.getLogger(__name__)
 
@@ -27,32 +30,16 @@ _BATCH = 256  # rows handed to the tokenizer at once
 _PROMPTS_ALL, _PROMPTS_EVERY = 256, 32  # rows whose prompt is rendered apart and compared: the first, then every n-th
 
 
-class Template(Protocol):
-    """What is needed of a template here; `data/chat.py` makes them."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def jinja(self) -> str | None: ...
-    @property
-    def end_ids(self) -> frozenset[int]: ...
-    def describe(self) -> str: ...
-    def encode_many(
-        self, samples: Sequence[Sample], train_on: Literal["response", "last", "all"], *, where: Sequence[str]
-    ) -> list[Example]: ...
-    def prompt(self, sample: Sample) -> list[int]: ...
-
-
 @dataclass(frozen=True)
-class Counts:
+class TokenCounts:
     """What became of the rows of one source.
 
     rows: read; kept: examples made of them; tokens, supervised: of the examples kept.
-    cut: kept with their end cut off; dropped: left out as too long; emptied: left out because the cut left nothing to
-    learn. longest: tokens of the longest row before it was cut. digest: sha256 (hex) of all that is learnt from: tokens,
-    mask and edges, in order.
-    prompts: rows whose prompt was rendered apart and found as the untrained beginning of the example;
-    prompts_apart: rows where it is rendered differently apart, so that this says nothing.
+    cut: kept with their end cut off; dropped: left out as too long; emptied: left out because the cut left no
+    supervised token. longest: tokens of the longest row before it was cut. digest: sha256 (hex) of all that is trained
+    on: tokens, mask and bounds of examples, in order.
+    prompts: rows whose prompt was rendered apart and found as the beginning of the example; prompts_apart: rows where
+    it renders differently apart, so that there is nothing to compare.
     """
 
     source: str
@@ -70,24 +57,24 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The examples of one source. places: its rows. reached: examples whose mask was seen to reach their prompt."""
+class SourceTokens:
+    """The examples of one source. leaks: indices of examples in which a token of the prompt is supervised."""
 
-    arrays: Arrays
-    counts: Counts
-    places: Rows
+    arrays: TokenArrays
+    counts: TokenCounts
+    rows: Rows
     weight: float = 1.0
-    reached: tuple[int, ...] = ()
+    leaks: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.arrays.rows)
 
-    def first(self, n: int) -> Part:
+    def first(self, n: int) -> SourceTokens:
         """The first n examples (all, where there are fewer)."""
         take = min(len(self), n)
         end = int(self.arrays.offsets[take])
         a = self.arrays
-        kept = Arrays(a.ids[:end], a.trained[:end], a.offsets[: take + 1], a.rows[:take], a.cut[:take])
+        kept = TokenArrays(a.ids[:end], a.trained[:end], a.offsets[: take + 1], a.rows[:take], a.cut[:take])
         counts = replace(
             self.counts,
             kept=take,
@@ -96,7 +83,7 @@ class Part:
             cut=int(kept.cut.sum()),
             digest=hashlib.sha256(f"{self.counts.digest}[:{take}]".encode()).hexdigest(),
         )
-        return Part(kept, counts, self.places, self.weight, tuple(i for i in self.reached if i < take))
+        return replace(self, arrays=kept, counts=counts, leaks=tuple(i for i in self.leaks if i < take))
 
 
 class TokenSet:
@@ -105,7 +92,7 @@ class TokenSet:
     lengths: int64 [n], tokens of each example. repeats: float64 [n], how often each is seen in an epoch.
     """
 
-    def __init__(self, parts: Iterable[Part], *, train_on: str) -> None:
+    def __init__(self, parts: Iterable[SourceTokens], *, train_on: str) -> None:
         self.parts = tuple(parts)
         self.train_on = train_on
         self._first = np.cumsum([0, *(len(p) for p in self.parts)])
@@ -119,7 +106,7 @@ class TokenSet:
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
-    def _find(self, i: int) -> tuple[Part, int]:
+    def _find(self, i: int) -> tuple[SourceTokens, int]:
         if not 0 <= i < len(self):
             raise IndexError(i)
         p = int(np.searchsorted(self._first, i, side="right")) - 1
@@ -127,33 +114,33 @@ class TokenSet:
 
     def __getitem__(self, i: int) -> Example:
         part, at = self._find(i)
-        arrays = part.arrays
-        span = slice(int(arrays.offsets[at]), int(arrays.offsets[at + 1]))
-        return Example(arrays.ids[span], arrays.trained[span])
+        span = slice(int(part.arrays.offsets[at]), int(part.arrays.offsets[at + 1]))
+        return Example(part.arrays.ids[span], part.arrays.trained[span])
 
     def where(self, i: int) -> str:
         """The place of the row that example i came from."""
         part, at = self._find(i)
-        return part.places.where(int(part.arrays.rows[at]))
+        return part.rows.where(int(part.arrays.rows[at]))
 
     def row(self, i: int) -> dict[str, Any]:
         """The row that example i came from, as the file has it."""
         part, at = self._find(i)
-        return part.places[int(part.arrays.rows[at])]
+        return part.rows[int(part.arrays.rows[at])]
 
     @property
-    def sources(self) -> tuple[Counts, ...]:
+    def sources(self) -> tuple[TokenCounts, ...]:
         return tuple(part.counts for part in self.parts)
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> TokenCounts:
         """The sum over all sources."""
-        every = self.sources
-        digest = hashlib.sha256("".join(f"{p.counts.digest}*{p.weight}" for p in self.parts).encode()).hexdigest()
         names = ("rows", "kept", "tokens", "supervised", "cut", "dropped", "emptied", "prompts", "prompts_apart")
-        sums = {name: sum(int(asdict(c)[name]) for c in every) for name in names}
-        longest = max((c.longest for c in every), default=0)
-        return Counts(source=", ".join(c.source for c in every), longest=longest, digest=digest, **sums)
+        return TokenCounts(
+            source=", ".join(c.source for c in self.sources),
+            longest=max((c.longest for c in self.sources), default=0),
+            digest=hashlib.sha256("".join(f"{p.counts.digest}*{p.weight}" for p in self.parts).encode()).hexdigest(),
+            **{name: sum(vars(c)[name] for c in self.sources) for name in names},
+        )
 
     def first(self, n: int) -> TokenSet:
         """The first n examples."""
@@ -172,19 +159,23 @@ def tokenise(
     Args:
         sources: where the rows are; their weights become `TokenSet.repeats`.
         data: gives seq_len, train_on, too_long and system.
-        cache: folder of the cache (see `cache_folder`), None for none. One that cannot be written costs a warning.
+        cache: folder of the cache, None for none. One that cannot be written costs a warning.
         what: `train` or `validation`, for progress and errors.
 
     Raises:
         DataError: a source or row that is broken, a row too long with `too_long: error`.
     """
-    tokenizer_hash = _tokenizer_hash(tokenizer)
     parts = []
+    tokenizer_hash = _tokenizer_hash(tokenizer) if cache is not None else ""
     for source in sources:
         rows = read_rows(source)
-        key = _key(rows, source, data, template, tokenizer_hash)
-        job = _Job(key, rows, source, data, template, what)
-        parts.append(_made(job, cache))
+        make = partial(_tokenise_rows, rows, source, data, template, f"tokenise {what}: {rows.name}")
+        if cache is None:
+            arrays, about = make(TokenWriter(None))
+        else:
+            arrays, about = cached_tokens(cache, _cache_key(rows, source, data, template, tokenizer_hash), make)
+        counts = TokenCounts(source=source.source, **about["counts"])
+        parts.append(SourceTokens(arrays, counts, rows, source.weight, tuple(about["reached"])))
     return TokenSet(parts, train_on=data.train_on)
 
 
@@ -199,7 +190,7 @@ def _tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256((core + special).encode()).hexdigest()
 
 
-def _key(rows: Rows, source: Source, data: Data, template: Template, tokenizer_hash: str) -> str:
+def _cache_key(rows: Rows, source: Source, data: Data, template: Template, tokenizer_hash: str) -> str:
     import transformers
 
     made_of = {
@@ -214,60 +205,33 @@ def _key(rows: Rows, source: Source, data: Data, template: Template, tokenizer_h
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One source to be tokenised."""
-
-    key: str
-    rows: Rows
-    source: Source
-    data: Data
-    template: Template
-    what: str
-
-
-# --- making ---------------------------------------------------------------------------------------------------------
-
-
-def _made(job: _Job, folder: Path | None) -> Part:
-    """The examples of one source: from the cache, or made and put there, or made and kept in memory."""
-    if folder is None:
-        arrays, about = _fill(Store(None), job)
-    else:
-        place = folder / job.key
-        found = disk.load(place, job.key)
-        if found is None:
-            disk.save(place, job.key, lambda into: _fill(into, job))
-            found = disk.load(place, job.key) or _fill(Store(None), job)
-        arrays, about = found
-    counts = Counts(source=job.source.source, **about["counts"])
-    return Part(arrays, counts, job.rows, job.source.weight, tuple(about["reached"]))
-
-
-def _fill(into: Store, job: _Job) -> tuple[Arrays, dict[str, Any]]:
-    """Tokenise all rows; what they came to as plain values."""
-    data = job.data
-    dropped = emptied = longest = checked = apart = 0
-    reached: list[int] = []
-    for i, sample, whole, where in _encoded(job):
+def _tokenise_rows(rows: Rows, source: Source, data: Data, template: Template, title: str, writer: TokenWriter) -> Made:
+    """Tokenise all rows of a source; their arrays, and counts and leaks as plain values."""
+    dropped = emptied = longest = compared = apart = 0
+    leaks: list[int] = []
+    for i, where, sample, whole in _encode_rows(rows, source, data, template, title):
         if data.train_on != "all" and (i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0):
-            clean = prompt_is_clean(job.template, sample, whole)
-            checked, apart = checked + (clean is not None), apart + (clean is None)
+            clean = _prompt_is_unsupervised(template, sample, whole)
+            compared, apart = compared + (clean is not None), apart + (clean is None)
             if clean is False:
-                reached.append(len(into))
+                leaks.append(len(writer))
         n = len(whole.ids)
         longest = max(longest, n)
-        kept = _shorten(whole, data, where) if n > data.seq_len else whole
-        if kept is None:
+        if n <= data.seq_len:
+            writer.add(whole, i, cut=False)
+        elif data.too_long == "error":
+            what, why = f"the row has {n} tokens, and data.seq_len is {data.seq_len}", "data.too_long is error"
+            raise DataError(what, where=where, why=why, fix=f"data.seq_len={n}, or data.too_long=truncate or drop")
+        elif data.too_long == "drop":
             dropped += 1
-        elif n > data.seq_len and np.any(whole.trained) and not np.any(kept.trained[1:]):
+        elif np.any(whole.trained) and not np.any(whole.trained[1 : data.seq_len]):
             emptied += 1
         else:
-            into.add(kept, i, n > data.seq_len)
-    arrays = into.arrays()
+            writer.add(Example(whole.ids[: data.seq_len], whole.trained[: data.seq_len]), i, cut=True)
+    arrays = writer.arrays()
     counts = {
-        "rows": len(job.rows),
-        "kept": len(into),
+        "rows": len(rows),
+        "kept": len(writer),
         "tokens": len(arrays.ids),
         "supervised": int(np.count_nonzero(arrays.trained)),
         "cut": int(arrays.cut.sum()),
@@ -275,29 +239,36 @@ def _fill(into: Store, job: _Job) -> tuple[Arrays, dict[str, Any]]:
         "emptied": emptied,
         "longest": longest,
         "digest": arrays.sha256(),
-        "prompts": checked,
+        "prompts": compared,
         "prompts_apart": apart,
     }
-    return arrays, {"counts": counts, "reached": reached}
+    return arrays, {"counts": counts, "reached": leaks}
 
 
-def _shorten(example: Example, data: Data, where: str) -> Example | None:
-    """A longer example as `too_long` says: its first seq_len tokens, None to leave it out, or an error."""
-    if data.too_long == "error":
-        n = len(example.ids)
-        raise DataError(
-            f"the row has {n} tokens, and data.seq_len is {data.seq_len}",
-            where=where,
-            why="data.too_long is error",
-            fix=f"data.seq_len={n}, or data.too_long=truncate or drop",
-        )
-    if data.too_long == "drop":
-        return None
-    return Example(example.ids[: data.seq_len], example.trained[: data.seq_len])
+def _encode_rows(
+    rows: Rows, source: Source, data: Data, template: Template, title: str
+) -> Iterator[tuple[int, str, Sample, Example]]:
+    """All rows of a source as (row, place, sample, example), hundreds handed to the tokenizer at once."""
+    starts: Iterable[int] = range(0, len(rows), _BATCH)
+    if is_terminal(sys.stderr):
+        from rich.console import Console
+        from rich.progress import track
+
+        starts = track(starts, description=title, console=Console(stderr=True), transient=True)
+    else:
+        log.info("%s", title)
+    for start in starts:
+        span = range(start, min(start + _BATCH, len(rows)))
+        places = [rows.where(i) for i in span]
+        samples = [
+            convert_row(rows[i], source, where=place, system=data.system) for i, place in zip(span, places, strict=True)
+        ]
+        examples = template.encode_many(samples, data.train_on, where=places)
+        yield from zip(span, places, samples, examples, strict=True)
 
 
-def prompt_is_clean(template: Template, sample: Sample, example: Example) -> bool | None:
-    """Whether no token before the first answer is learnt; None where the prompt, rendered apart, is not the
+def _prompt_is_unsupervised(template: Template, sample: Sample, example: Example) -> bool | None:
+    """Whether no token before the first answer is supervised; None where the prompt, rendered apart, is not the
     beginning of the example (some templates write a turn differently once others follow)."""
     if isinstance(sample, Text):
         return None
@@ -305,35 +276,9 @@ def prompt_is_clean(template: Template, sample: Sample, example: Example) -> boo
         turn = next(n for n, m in enumerate(sample.messages) if m["role"] == "assistant")
         sample = Conversation(sample.messages[: turn + 1], sample.tools, 0, sample.instruction)
     try:
-        head = template.prompt(sample)
+        prompt = template.prompt(sample)
     except DataError:  # a template that wants more turns than this beginning has
         return None
-    if not head or head != np.asarray(example.ids[: len(head)]).tolist():
+    if not prompt or prompt != np.asarray(example.ids[: len(prompt)]).tolist():
         return None
-    return not bool(np.any(example.trained[: len(head)]))
-
-
-def _encoded(job: _Job) -> Iterator[tuple[int, Sample, Example, str]]:
-    """All rows of a source as (row, sample, example, place), some hundreds handed to the tokenizer at once."""
-    rows = job.rows
-    for start in _progress(range(0, len(rows), _BATCH), f"tokenise {job.what}: {rows.name}"):
-        span = range(start, min(start + _BATCH, len(rows)))
-        places = [rows.where(i) for i in span]
-        samples = [
-            convert_row(rows[i], job.source, where=place, system=job.data.system)
-            for i, place in zip(span, places, strict=True)
-        ]
-        examples = job.template.encode_many(samples, job.data.train_on, where=places)
-        yield from zip(span, samples, examples, places, strict=True)
-
-
-def _progress(items: range, text: str) -> Iterable[int]:
-    """A bar on a terminal; a line in a log."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        return track(items, description=text, console=console, transient=True)
-    log.info("%s", text)
-    return items
+    return not bool(np.any(example.trained[: len(prompt)]))

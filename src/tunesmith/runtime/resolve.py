@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from tunesmith.config.schema import Run
-from tunesmith.data.loader import StepSize
+from tunesmith.data.schedule import StepSize
 from tunesmith.host_files import available_memory
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.loss import chunk_size

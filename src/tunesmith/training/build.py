@@ -69,7 +69,7 @@ class Session:
 
     def flops(self, examples: Sequence[int], supervised: int) -> float:
         """Floating-point operations of a step on these examples, of which `supervised` positions carry a label."""
-        lengths = self.data.course.lengths[examples]
+        lengths = self.data.schedule.lengths[examples]
         if self.run.adapter.kind == "none":
             return flops(self.files.spec, lengths, supervised, trained="full")
         adapter = sum(p.numel() for p in self.optimizer.params.values())
@@ -109,14 +109,14 @@ def build(
     if (longest := data.train.counts.longest) > files.spec.context:
         text = f"the longest example has {longest:,} tokens, and the model was made for {files.spec.context:,}"
         say(f"warning: {text}; fix: data.seq_len={files.spec.context}")
-    total_steps = data.course.steps(run.train.duration)
+    total_steps = data.schedule.steps(run.train.duration)
     torch.manual_seed(run.train.seed)
     model = define_model(run, files)
     trained = count_trained(run, model)
     if checkpoints:
         check_disk(run, trained)
     machine = probe_machine(run, files, device)
-    plan = resolve_plan(run, files.spec, machine, trained=trained, step=data.course.step_size(), longest=longest)
+    plan = resolve_plan(run, files.spec, machine, trained=trained, step=data.schedule.step_size(), longest=longest)
     saved = start.found.path if start.found else None
     root, plan = build_model(
         run,
@@ -191,12 +191,12 @@ def make_loader(
     device = torch.device(plan.device)
     return Loader(
         data.train,
-        data.course,
+        data.schedule,
         **vars(plan.layout),
         pad_id=files.pad_id,
         start_step=start_step,
         stop_step=stop_step,
-        place=DevicePrefetcher(device) if device.type == "cuda" else None,
+        prefetcher=DevicePrefetcher(device) if device.type == "cuda" else None,
     )
 
 

@@ -65,7 +65,7 @@ def train(
             if start.finished is not None:
                 return Result(out, start.finished, finished_before=True)
             session = build(run, start, say=say, why=why)
-            per_epoch = session.data.course.steps_per_epoch(0)
+            per_epoch = session.data.schedule.steps_per_epoch(0)
             sinks = sinks_of(run, out, total_steps=session.total_steps, steps_per_epoch=per_epoch)
             stack.callback(close_after_all, sinks)
             # A step whose validation was cut off is written again, with its validation.

@@ -71,7 +71,7 @@ class Trainer:
         saved_step = self.first_step if start.progress else None
         self.writer = Writer(self.out, self.run.checkpoint.keep, saved_step, sync=sinks.flush)
         self.tokenizer = export.tokenizer_files(session.files.tokenizer, session.data.template, self.out)
-        steps_per_epoch = session.data.course.steps_per_epoch(0)
+        steps_per_epoch = session.data.schedule.steps_per_epoch(0)
         clock: dict[str, Any] = {"total": session.total_steps, "steps_per_epoch": steps_per_epoch}
         clock["seconds"] = self.progress.seconds
         self.validate_cadence = Cadence(self.run.validate.every if session.data.validation else None, **clock)

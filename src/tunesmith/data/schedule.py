@@ -1,0 +1,180 @@
+"""Which examples each optimizer step trains on.
+
+A pure function of (seed, epoch, recipe): step k is found without playing the steps before it, so a run that resumes at
+k sees what an uninterrupted one sees. Packing, the micro batch and the number of ranks do not change which examples a
+step has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from tunesmith.config.schema import Data, Train
+from tunesmith.data.pack import best_fit_decreasing
+from tunesmith.units import Length
+
+
+@dataclass(frozen=True)
+class ScheduleSummary:
+    """What a run will do. examples, tokens, rows, steps_per_epoch: of the first epoch.
+
+    fill: non-padding share of its rows (packed: of rows * seq_len; others: padded to the longest of their step).
+    steps: None where the duration is a time.
+    """
+
+    examples: int
+    tokens: int
+    rows: int
+    fill: float
+    steps_per_epoch: int
+    steps: int | None
+
+
+class StepSize(NamedTuple):
+    """Tokens of an optimizer step that take room in its rows: of an average one, and of the largest."""
+
+    mean: float
+    largest: int
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The order of one epoch: `units[k : k + per_step]` is step k / per_step; a unit is an example or a packed row."""
+
+    units: Sequence[Sequence[int]] | np.ndarray
+    per_step: int
+
+    @property
+    def steps(self) -> int:
+        return -(-len(self.units) // self.per_step)
+
+    def step(self, k: int) -> Sequence[Sequence[int]] | np.ndarray:
+        return self.units[k * self.per_step : (k + 1) * self.per_step]
+
+
+class BatchSchedule:
+    """The sequence of global batches. Steps are counted from 0.
+
+    Args:
+        lengths: int64 [n], tokens of each example, at most `data.seq_len`.
+        data: gives seq_len, pack and shuffle.
+        train: gives global_batch and seed.
+        repeats: float64 [n], how often an epoch sees each example: the whole part for sure, and of the examples with
+            the same fraction f, a share f that the seed draws anew each epoch. None: once.
+    """
+
+    def __init__(self, lengths: np.ndarray, data: Data, train: Train, *, repeats: np.ndarray | None = None) -> None:
+        self.lengths = np.asarray(lengths, np.int64)
+        self.packed, self.row_length = data.pack, data.seq_len
+        self._repeats = np.ones(len(self.lengths)) if repeats is None else np.asarray(repeats, np.float64)
+        self._shuffle, self._size, self._seed = data.shuffle, train.global_batch, train.seed
+        self._fractions = [f for f in np.unique(self._repeats % 1.0).tolist() if f > 0]
+        # Rows of whole epochs hold the same lengths each time, so only drawn fractions make epochs of different size.
+        self._even = self._size.unit == "examples" or not self._fractions
+        self._epoch = lru_cache(maxsize=2)(self._order_epoch)
+
+    def _random(self, n: int, epoch: int, purpose: int) -> np.ndarray:
+        """uint64 [n]. Raw output of Philox and SeedSequence is what numpy promises never to change; the methods of
+        Generator may draw differently in another version, and a resumed run would see other batches."""
+        seed = np.random.SeedSequence([self._seed, epoch, purpose])
+        return np.asarray(np.random.Philox(seed).random_raw(n), np.uint64)
+
+    def _order_examples(self, epoch: int) -> np.ndarray:
+        """int64: the examples of an epoch in its order."""
+        taken = np.repeat(np.arange(len(self._repeats)), np.floor(self._repeats).astype(np.int64))
+        for number, fraction in enumerate(self._fractions):
+            group = np.flatnonzero(self._repeats % 1.0 == fraction)
+            drawn = np.argsort(self._random(len(group), epoch, 2 + number), kind="stable")
+            taken = np.concatenate([taken, group[drawn[: round(fraction * len(group))]]])
+        if not self._shuffle:
+            return np.sort(taken, kind="stable")
+        return taken[np.argsort(self._random(len(taken), epoch, 0), kind="stable")]
+
+    def _order_epoch(self, epoch: int) -> _Epoch:
+        order = self._order_examples(epoch)
+        if self._size.unit == "examples":
+            return _Epoch(order, self._size.amount)
+        rows = best_fit_decreasing(self.lengths[order], self.row_length)
+        if self._shuffle:
+            turn = np.argsort(self._random(len(rows), epoch, 1), kind="stable").tolist()
+        else:
+            turn = sorted(range(len(rows)), key=lambda r: min(rows[r]))
+        units = [order[sorted(rows[r])].tolist() for r in turn]
+        return _Epoch(units, max(1, self._size.amount // self.row_length))
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        """Optimizer steps of one epoch; the last may be short."""
+        return self._epoch(0 if self._even else epoch).steps
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it) of an optimizer step."""
+        if self.steps_per_epoch(0) == 0:
+            raise ValueError("there are no examples to take a step on")
+        if self._even:
+            return divmod(step, self.steps_per_epoch(0))
+        epoch = 0
+        while step >= self.steps_per_epoch(epoch):
+            step -= self.steps_per_epoch(epoch)
+            epoch += 1
+        return epoch, step
+
+    def steps(self, duration: Length) -> int | None:
+        """Optimizer steps of a run, at least one; None where the duration is a time."""
+        if duration.unit == "steps":
+            return int(duration.amount)
+        if duration.unit != "epochs":
+            return None
+        whole = int(duration.amount)
+        part = duration.amount - whole
+        full = whole * self.steps_per_epoch(0) if self._even else sum(map(self.steps_per_epoch, range(whole)))
+        # Rounded up, so that a part of an epoch is never nothing; the small term removes what binary fractions add.
+        return max(1, full + (math.ceil(part * self.steps_per_epoch(whole) - 1e-6) if part else 0))
+
+    def examples(self, step: int) -> list[int]:
+        """Indices of the examples that an optimizer step trains on."""
+        epoch, k = self.locate(step)
+        units = self._epoch(epoch).step(k)
+        return units.tolist() if isinstance(units, np.ndarray) else [i for row in units for i in row]
+
+    def rows(self, step: int) -> list[list[int]]:
+        """How the examples of a step share rows of `seq_len` tokens; without packing each has its own."""
+        members = self.examples(step)
+        if not self.packed:
+            return [[i] for i in members]
+        epoch, k = self.locate(step)
+        units = self._epoch(epoch).step(k)
+        if not isinstance(units, np.ndarray):
+            return [list(row) for row in units]
+        rows = best_fit_decreasing(self.lengths[members], self.row_length)
+        return [[members[i] for i in sorted(row)] for row in rows]
+
+    def epoch(self, step: int) -> float:
+        """Epochs done when this step is done."""
+        epoch, k = self.locate(step)
+        return epoch + (k + 1) / self.steps_per_epoch(epoch)
+
+    def step_size(self) -> StepSize:
+        """Of the first epoch. Packed rows count whole, examples with their own tokens."""
+        units, per_step = self._epoch(0).units, self._epoch(0).per_step
+        if not isinstance(units, np.ndarray):
+            whole = min(per_step, len(units)) * self.row_length
+            return StepSize(whole, whole)
+        sums = np.add.reduceat(self.lengths[units], np.arange(0, len(units), per_step))
+        return StepSize(float(sums.mean()), int(sums.max()))
+
+    def summary(self, duration: Length) -> ScheduleSummary:
+        """Examples -> rows -> optimizer steps."""
+        examples = tokens = rows = room = 0
+        for k in range(self.steps_per_epoch(0)):
+            shared = self.rows(k)
+            members = self.lengths[[i for row in shared for i in row]]
+            examples, tokens, rows = examples + len(members), tokens + int(members.sum()), rows + len(shared)
+            room += len(shared) * (self.row_length if self.packed else int(members.max()))
+        steps_per_epoch = self.steps_per_epoch(0)
+        return ScheduleSummary(examples, tokens, rows, tokens / max(1, room), steps_per_epoch, self.steps(duration))
