@@ -109,7 +109,7 @@ MESSAGES: list[tuple[Any, str, str, str]] = [
     ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, A], "part of type 'image_url'", "message 1", "remove the part"),
     ([U], "no assistant turn", ":1", "columns:"),
     ([A, U, A], "answers nothing", "message 1", "order"),
-    ([U, A, {"role": "system", "content": "S"}, U, A], "stands after others", "message 3", "order"),
+    ([U, A, {"role": "system", "content": "S"}, U, A], "comes after others", "message 3", "order"),
     ([U, {"role": "tool", "content": "3"}, A], "no tool was called", "message 2", "order"),
     ([U, {"role": "assistant", "tool_calls": [{"function": {}}]}], "no name", "message 2", '"name"'),
     ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": "{a: 1}"}]}], "arguments is not JSON", ":1", "fix the text"),

@@ -259,7 +259,7 @@ def _read_messages(row: _RowReader, value: Any, column: str) -> list[dict[str, A
             raise row.error("a message has no role", "", 'write {"role": "user", "content": "..."}', at)
         role = row.role(message["role"], at)
         if role == "call":
-            raise row.error(f"unknown role {message['role']!r}", "calls stand in an assistant's tool_calls", at=at)
+            raise row.error(f"unknown role {message['role']!r}", "calls belong in an assistant's tool_calls", at=at)
         messages.append(_message(row, role, message, at))
     if not messages:
         raise row.error(f"{column} is empty", fix="delete the row")
@@ -357,9 +357,9 @@ def _check_order(row: _RowReader, messages: list[dict[str, Any]]) -> None:
         role = message["role"]
         wrong = ""
         if role == "system" and n > 1:
-            wrong = "a system message stands after others; it comes first, once"
+            wrong = "a system message comes after others; it must come first, once"
         elif role == "tool" and not called:
-            wrong = "a tool's result stands where no tool was called"
+            wrong = "a tool's result comes where no tool was called"
         elif role == "assistant" and all(m["role"] == "system" for m in messages[: n - 1]):
             wrong = "the first turn is the assistant's; it answers nothing"
         if wrong:

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -35,6 +36,11 @@ from tunesmith.errors import DataError
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FIX = "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
 _FIX_TAGS = "move the {% generation %} tags in the template: all of each answer with its end token, and nothing else"
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of some texts; of several at one place, the longest."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
 
 
 class AnswerSpans(NamedTuple):
@@ -155,7 +161,7 @@ class AssistantMask:
         return field.kind == "reasoning_content" and self.reasoning
 
     def _holds_end(self, text: str) -> bool:
-        return any(end in text for end in self.end_tokens)
+        return self._end_token(text) is not None
 
     # --- answers ----------------------------------------------------------------------------------------------------
 
@@ -232,7 +238,7 @@ class AssistantMask:
         if end is None:
             fix = "give a template that ends answers: data.template=FILE.jinja; or add its token: model.added_tokens"
             raise self._error(f"writes no end token after message {i + 1}, an answer", where, self._no_end(), fix)
-        return AnswerSpans(i, [CharSpan(start, end[1], end[0])])
+        return AnswerSpans(i, [CharSpan(start, end.end(), end.start())])
 
     def _prompt(self, view: _Rendering, i: int, own: list[int], where: str) -> tuple[int | None, str]:
         """What the model is given before message i, after the last text of the prompt.
@@ -250,10 +256,9 @@ class AssistantMask:
         anchors = [n for n in candidates if (view.found[n][:2] if n >= 0 else None) == key]
         return (anchors[0] if len(anchors) == 1 else None), rendered[before[-1].at if before else 0 :]
 
-    def _end_token(self, text: str, begin: int, limit: int) -> tuple[int, int] | None:
-        """(start, end) of the first end token in text[begin:limit]; of several at one place, the longest."""
-        found = [(at, -len(end)) for end in self.end_tokens if (at := text.find(end, begin, limit)) >= 0]
-        return (min(found)[0], min(found)[0] - min(found)[1]) if found else None
+    def _end_token(self, text: str, begin: int = 0, limit: int = sys.maxsize) -> re.Match[str] | None:
+        """The first end token in text[begin:limit]; of several at one place, the longest."""
+        return _any_of(self.end_tokens).search(text, begin, limit)
 
     def _no_end(self) -> str:
         return f"the model would never learn to stop; end tokens: {', '.join(self.end_tokens) or 'none'}"
@@ -279,9 +284,8 @@ class AssistantMask:
                 after = max((owner or 0 for owner in owners[:n] if owner is not None), default=-1)
                 owners[n] = next((i for i in turns if i > after and i not in owners), after if after >= 0 else None)
             if owners[n] is None:
-                raise self._error(
-                    "has a {% generation %} block outside of answers", where, f"characters {block}", _FIX_TAGS
-                )
+                what = "has a {% generation %} block outside of answers"
+                raise self._error(what, where, f"characters {block}", _FIX_TAGS)
         return owners
 
     def _tagged_answer(self, view: _Rendering, i: int, blocks: list[tuple[int, int]], where: str) -> AnswerSpans:
@@ -302,7 +306,7 @@ class AssistantMask:
                 at = view.found[anchor].at if anchor >= 0 else 0
                 same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, view.text[at:], strict=False))
                 begin = min([at + sum(1 for _ in same), *texts])
-        spans = [*(CharSpan(*block) for block in blocks[:n]), CharSpan(blocks[n][0], end[1], end[0])]
+        spans = [*(CharSpan(*block) for block in blocks[:n]), CharSpan(blocks[n][0], end.end(), end.start())]
         return AnswerSpans(i, [CharSpan(max(s.start, begin), s.end, s.stop) for s in spans if s.end > begin])
 
     # --- what the template can do -----------------------------------------------------------------------------------
@@ -341,8 +345,7 @@ class AssistantMask:
                 tails.append(view.text[sentinel.at : view.found[n + 1].at if n + 1 < len(view.found) else None])
         if all(map(self._holds_end, tails)):
             return
-        word = re.compile("|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) or "(?!)")
-        first = {match[0] if (match := word.search(tail)) else "" for tail in tails}
+        first = {match[0] if (match := _any_of(added).search(tail)) else "" for tail in tails}
         if len(first) == 1 and (end := first.pop()):
             self.end_tokens[end] = added[end]
             self.end_ids |= {added[end]}

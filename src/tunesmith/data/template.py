@@ -31,7 +31,6 @@ from tunesmith.errors import DataError, ModelError
 TrainOn = Literal["response", "last", "all"]
 _RAW = frozenset({"prompt-completion", "text"})
 _TOOLS = frozenset({"messages", "sharegpt"})  # formats whose rows may hold tool calls
-_BATCH = 256  # texts per tokenizer call
 _TITLES = {  # name: what errors call the template, what `describe` calls it
     "chat": ("the tokenizer's chat template", "chat: the tokenizer's chat template"),
     "alpaca": ("the alpaca text", "alpaca: Stanford's instruction text"),
@@ -135,14 +134,10 @@ class Template:
         return self.encode_many([sample], train_on, where=[where])[0]
 
     def encode_many(self, samples: Sequence[Sample], train_on: TrainOn, *, where: Sequence[str]) -> list[Example]:
-        """As `encode`, for many samples: one tokenizer call for hundreds of them."""
-        examples: list[Example] = []
-        for at in range(0, len(samples), _BATCH):
-            batch = list(zip(samples[at : at + _BATCH], where[at : at + _BATCH], strict=True))
-            texts, spans = zip(*(self._locate(sample, train_on, place) for sample, place in batch), strict=True)
-            aligned = self._aligner.encode(texts, spans, self.end_ids)
-            examples += [self._example(s, found, place) for (s, place), found in zip(batch, aligned, strict=True)]
-        return examples
+        """As `encode`, for many samples with one call of the tokenizer."""
+        located = [self._locate(sample, train_on, place) for sample, place in zip(samples, where, strict=True)]
+        aligned = self._aligner.encode([text for text, _ in located], [spans for _, spans in located], self.end_ids)
+        return [self._example(*one) for one in zip(samples, aligned, where, strict=True)]
 
     def prompt(self, sample: Sample) -> list[int]:
         """Token ids that the model is given: all before the last answer, which the sample may lack.
