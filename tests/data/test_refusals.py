@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
     "upper case": (
         CHATML.replace("message.content", "message.content | upper"),
         [user("a"), answer("b")],
-        "changes with",
+        "renders differently",
     ),
     "sorted by text": (
         CHATML.replace("in messages", "in messages | sort(attribute='content')"),
@@ -71,7 +71,7 @@ REFUSED: dict[str, tuple[str, list[Any], str]] = {
     "lengths": (
         CHATML.replace("message.content", "(message.content | length)"),
         [user("a"), answer("b")],
-        "changes with",
+        "renders differently",
     ),
     "prompt unlike rows": (
         CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}"),

@@ -153,8 +153,8 @@ class AssistantMask:
             if all(self._may_drop(field) and not self._holds_end(field.text) for field in missing):
                 break
         if best is None:
-            why = "it renders differently depending on the message text, so assistant spans cannot be located"
-            raise self._error("changes with the message text", where, why)
+            what = "renders differently depending on the message text, so assistant spans cannot be located"
+            raise self._error(what, where)
         return best._replace(shown=frozenset(shown))
 
     def _may_drop(self, field: Field) -> bool:
