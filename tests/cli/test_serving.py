@@ -295,7 +295,7 @@ def test_merge_prints_its_proof_and_the_next_command(
     assert f"next: tunesmith chat {tmp_path / 'm'}" in text
     assert main(["merge", str(run), "--output", str(tmp_path / "j"), "--json", "--device", "cpu"]) == EXIT_OK
     found = json.loads(capsys.readouterr().out)
-    assert found["merge_check"]["merged"]["max_logit"] <= 1e-4
+    assert found["proof"]["merged"]["max_logit"] <= 1e-4
 
 
 def test_help_of_every_verb_starts_without_torch() -> None:

@@ -11,20 +11,23 @@ ctrl-C ends an answer. Without a terminal every line of stdin is a question, and
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import add_decoding, add_run, decoding_of
-from tunesmith.cli.stdin import stdin_lines
+from tunesmith.cli.options import add_decoding, add_run, decoding_of, stdin_lines
 from tunesmith.errors import EXIT_OK, TunesmithError, UsageError
 from tunesmith.signals import StopRequest
 
 if TYPE_CHECKING:
-    from tunesmith.cli.dialogue import Dialogue, Side
+    from tunesmith.inference.decoding import Decoding
+    from tunesmith.inference.load_run import LoadedModel
 
 COMMANDS = """/base  /adapter  /both   who answers from here on
 /reset                   forget what was said
@@ -32,6 +35,7 @@ COMMANDS = """/base  /adapter  /both   who answers from here on
 /save FILE               append the conversation to FILE as training rows
 /quit                    leave (so does ctrl-D, or ctrl-C twice)"""
 EPILOG = f"commands in the chat:\n{COMMANDS}"
+BASE, TUNED = "base", "tuned"  # the two sides of a chat
 COLUMNS = 80  # a terminal this wide shows two answers beside each other
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x9b]")  # a model's escape sequences must not drive the terminal
 
@@ -50,22 +54,16 @@ def run(args: argparse.Namespace) -> int:
 
     location = locate_run(args.run)
     if location.kind == "base" and args.side_by_side:
-        raise UsageError(
-            f"{args.run} is a plain model, with nothing to compare it with",
-            where="--side-by-side",
-            fix="give a run, a checkpoint or an adapter, or leave --side-by-side out",
-        )
-    from tunesmith.cli.dialogue import Dialogue
-
+        what = f"{args.run} is a plain model, with nothing to compare it with"
+        fix = "give a run, a checkpoint or an adapter, or leave --side-by-side out"
+        raise UsageError(what, where="--side-by-side", fix=fix)
     decoding = decoding_of(args)
     loaded = load_run(location, device=args.device)
-    system = loaded.system if args.system is None else args.system or None
-    dialogue = Dialogue(loaded, lambda: load_run(args.run, device=args.device, base_only=True), decoding, system)
-    chat = Chat(dialogue)
+    chat = Chat(loaded, lambda: load_run(args.run, device=args.device, base_only=True), decoding, args.system)
     if args.side_by_side:
-        chat.sides = ["base", "tuned"]
+        chat.sides = [BASE, TUNED]
     elif args.base or location.kind == "base":
-        chat.sides = ["base"]
+        chat.sides = [BASE]
     if chat.on_terminal:
         about = f"{location.note or args.run}: {decoding.describe()}; {loaded.template.describe()}"
         notify(f"{about}\n/help shows the commands")
@@ -79,19 +77,30 @@ def notify(text: str) -> None:
 
 
 class Chat:
-    """Reads lines, obeys the commands, shows the answers."""
+    """Reads lines, obeys the commands, shows the answers.
 
-    def __init__(self, dialogue: Dialogue) -> None:
-        self.dialogue = dialogue
-        self.sides: list[Side] = ["tuned"]
+    Args:
+        loaded: the tuned model, or a plain base.
+        load_base: loads the base as a model of its own; used where switching the adapter off does not give it.
+        system: the system message to begin with; None takes the recipe's.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, load_base: Callable[[], LoadedModel], decoding: Decoding, system: str | None
+    ) -> None:
+        self.loaded, self.load_base, self.decoding = loaded, load_base, decoding
+        self.system = loaded.system if system is None else system or None
+        self.turns: list[tuple[str, dict[str, str]]] = []  # each question, and its answers by side
+        self.sides = [TUNED]
+        self.base: LoadedModel | None = None
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.commands: dict[str, Callable[[str], None]] = {
-            "/base": lambda _: self._switch_to(["base"]),
-            "/adapter": lambda _: self._switch_to(["tuned"]),
-            "/both": lambda _: self._switch_to(["base", "tuned"]),
-            "/reset": self._reset,
-            "/system": self._system,
-            "/save": self._save,
+            "/base": lambda _: self.switch_to([BASE]),
+            "/adapter": lambda _: self.switch_to([TUNED]),
+            "/both": lambda _: self.switch_to([BASE, TUNED]),
+            "/reset": self.reset,
+            "/system": self.set_system,
+            "/save": self.save,
             "/help": lambda _: notify(COMMANDS),
         }
 
@@ -108,7 +117,7 @@ class Chat:
                 elif line.startswith("/"):
                     notify(f"there is no command {word}\n{COMMANDS}")
                 else:
-                    self._answer(line)
+                    self.answer(line)
             except KeyboardInterrupt:
                 print(flush=True)
                 return
@@ -126,41 +135,60 @@ class Chat:
                 if line := input("you> ").strip():
                     yield line
                 interrupted = False
-            except EOFError:
-                break
-            except KeyboardInterrupt:
-                if interrupted:
+            except (EOFError, KeyboardInterrupt) as error:
+                if interrupted or isinstance(error, EOFError):
                     break
                 notify("\nctrl-C again leaves")
                 interrupted = True
         notify("")
 
-    def _answer(self, question: str) -> None:
+    def switch_to(self, sides: list[str]) -> None:
+        if self.loaded.location.kind == "base" and TUNED in sides:
+            notify("this is a plain model; nothing was trained onto it")
+            return
+        self.sides = sides
+        notify(f"from here on: {' and '.join(sides)}")
+
+    def reset(self, _: str) -> None:
+        self.turns.clear()
+        notify("all forgotten")
+
+    def set_system(self, text: str) -> None:
+        if text:
+            self.system = None if text == "-" else text
+        notify(f"system: {self.system or '(none)'}")
+
+    def save(self, name: str) -> None:
+        """Append the conversation as rows of the `messages` format, one for each side that answered."""
+        sides = [side for side in (BASE, TUNED) if any(side in answers for _, answers in self.turns)]
+        if not name or not sides:
+            notify("nothing was said yet" if name else "name a file: /save FILE")
+            return
+        try:
+            with Path(name).expanduser().open("a", encoding="utf-8") as file:
+                for side in sides:
+                    file.write(json.dumps({"messages": self.messages(side), "model": side}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            notify(f"error: {name} cannot be written: {error.strerror}")
+            return
+        notify(f"{len(sides)} row{'s' if len(sides) > 1 else ''} added to {name}")
+
+    def answer(self, question: str) -> None:
         """Show the answers of all sides; KeyboardInterrupt ends the chat: ctrl-C twice, or once without a terminal."""
+        self.turns = [turn for turn in self.turns if turn[1]]  # without a question whose answer failed
+        self.turns.append((question, {}))
         if self.on_terminal and len(self.sides) > 1 and shutil.get_terminal_size().columns >= COLUMNS:
-            self._answer_in_columns(question)
+            self._answer_in_columns()
             return
         for side in self.sides:
             if self.on_terminal or len(self.sides) > 1:
                 sys.stdout.write(f"{side}> " if self.on_terminal else f"{side}: ")
-            go_on = self._ask(question, side, self._write)
+            go_on = self._ask(side, lambda text: print(text, end="", flush=True))
             print(flush=True)
             if not go_on:
                 return
 
-    def _ask(self, question: str, side: Side, write: Callable[[str], None]) -> bool:
-        """One answer; False when ctrl-C ended it, so that the other side is not asked."""
-        with StopRequest(interactive=True) as stop:
-            answer = self.dialogue.ask(question, side, write, notify, stop.requested)
-        if stop.requested():
-            notify("\n(stopped)")
-            if not self.on_terminal:
-                raise KeyboardInterrupt
-        elif not answer.finished:
-            notify(f"\n(cut at {self.dialogue.decoding.max_new_tokens} tokens; --max-new-tokens gives more)")
-        return not stop.requested()
-
-    def _answer_in_columns(self, question: str) -> None:
+    def _answer_in_columns(self) -> None:
         """The answers beside each other, in columns that fill as they come."""
         from rich.live import Live
         from rich.table import Table
@@ -170,46 +198,80 @@ class Chat:
 
         def columns() -> Table:
             table = Table(*texts, expand=True)
-            table.add_row(*(Text(text) for text in texts.values()))
+            table.add_row(*map(Text, texts.values()))
             return table
 
         with Live(columns(), refresh_per_second=12) as live:
             for side in self.sides:
 
-                def write(text: str, side: Side = side) -> None:
-                    texts[side] += _CONTROL.sub("", text)
+                def write(text: str, side: str = side) -> None:
+                    texts[side] += text
                     live.update(columns())
 
-                if not self._ask(question, side, write):
+                if not self._ask(side, write):
                     return
 
-    def _write(self, text: str) -> None:
-        sys.stdout.write(_CONTROL.sub("", text) if sys.stdout.isatty() else text)
-        sys.stdout.flush()
+    def _ask(self, side: str, write: Callable[[str], None]) -> bool:
+        """Stream one answer to the last question; False when ctrl-C ended it: it is kept, and no other side is asked.
 
-    def _switch_to(self, sides: list[Side]) -> None:
-        if self.dialogue.loaded.location.kind == "base" and "tuned" in sides:
-            notify("this is a plain model; nothing was trained onto it")
-            return
-        self.sides = sides
-        notify(f"from here on: {' and '.join(sides)}")
+        Raises:
+            UsageError: the question alone does not fit the model's context; it is forgotten.
+        """
+        from tunesmith.adapter.lora import disabled
+        from tunesmith.inference.decoding import answer_batch
 
-    def _reset(self, _: str) -> None:
-        self.dialogue.turns.clear()
-        notify("all forgotten")
+        with StopRequest(interactive=True) as stop:
+            loaded = self.loaded
+            adapter_off: AbstractContextManager[None] = nullcontext()
+            if side == BASE and loaded.location.kind == "adapter":
+                adapter_off = disabled(loaded.model)
+            elif side == BASE and loaded.location.kind == "full":
+                loaded = self.base = self.base or self.load_base()
+            prompt = self._prompt(side, loaded)
+            clean = (lambda text: write(_CONTROL.sub("", text))) if sys.stdout.isatty() else write
+            model, tokenizer, stops = loaded.model, loaded.tokenizer, loaded.template.stops
+            ask = partial(answer_batch, stops=stops, write=clean, cancelled=stop.requested)
+            with adapter_off:
+                (answer,) = ask(model, tokenizer, [prompt], self.decoding)
+        self.turns[-1][1][side] = answer.text
+        if stop.requested():
+            notify("\n(stopped)")
+            if not self.on_terminal:
+                raise KeyboardInterrupt
+        elif not answer.finished:
+            notify(f"\n(cut at {self.decoding.max_new_tokens} tokens; --max-new-tokens gives more)")
+        return not stop.requested()
 
-    def _system(self, text: str) -> None:
-        if text:
-            self.dialogue.system = None if text == "-" else text
-        notify(f"system: {self.dialogue.system or '(none)'}")
+    def messages(self, side: str) -> list[dict[str, Any]]:
+        """The conversation as `side` knows it; where it was not asked, the other's answer stands."""
+        from tunesmith.data.formats import with_system
 
-    def _save(self, name: str) -> None:
-        if not name:
-            notify("name a file: /save FILE")
-            return
-        try:
-            rows = self.dialogue.save(Path(name).expanduser())
-        except OSError as error:
-            notify(f"error: {name} cannot be written: {error.strerror}")
-            return
-        notify(f"{rows} row{'s' if rows != 1 else ''} added to {name}" if rows else "nothing was said yet")
+        messages = with_system([], self.system)
+        for question, answers in self.turns:
+            messages.append({"role": "user", "content": question})
+            if side in answers or (answers and answers is not self.turns[-1][1]):
+                text = answers.get(side, next(iter(answers.values())))
+                messages.append({"role": "assistant", "content": text})
+        return messages
+
+    def _prompt(self, side: str, loaded: LoadedModel) -> list[int]:
+        """The prompt; drops as many of the oldest turns as do not fit beside the answer, and says so."""
+        from tunesmith.data.formats import Conversation
+        from tunesmith.inference.prompts import PLACEHOLDER
+
+        room, turns = loaded.context - self.decoding.max_new_tokens, len(self.turns)
+        while True:
+            messages = [*self.messages(side), {"role": "assistant", "content": PLACEHOLDER}]
+            prompt = list(loaded.template.prompt(Conversation(messages)))
+            if len(prompt) <= room:
+                break
+            self.turns.pop(0)
+            if not self.turns:
+                raise UsageError(
+                    f"the question has {len(prompt)} tokens, and there is room for {room}",
+                    why=f"the model's context less --max-new-tokens {self.decoding.max_new_tokens}",
+                    fix="ask something shorter, or start with a smaller --max-new-tokens",
+                )
+        if dropped := turns - len(self.turns):
+            notify(f"the context is full: forgot the {dropped} oldest turn{'s' if dropped > 1 else ''}")
+        return prompt

@@ -51,20 +51,9 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.cli.progress import ProgressCounter
     from tunesmith.inference.evaluate import evaluate
 
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "data", "json")}
     with ProgressCounter() as progress:
-        found = evaluate(
-            args.run,
-            args.data,
-            split=args.split,
-            format_name=args.format,
-            max_examples=args.max_examples,
-            base=args.base,
-            exact_match=args.exact_match,
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.batch_size,
-            device=args.device,
-            progress=progress,
-        )
+        found = evaluate(args.run, args.data, progress=progress, **options)
     if args.json:
         about = {"run": str(args.run), "data": args.data, "dropped": found.dropped, "cut": found.cut}
         print(json.dumps(about | {name: _json_values(score) for name, score in found.scores.items()}, indent=2))

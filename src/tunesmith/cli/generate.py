@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tunesmith.cli.options import add_decoding, add_rows, add_run, decoding_of
+from tunesmith.cli.options import add_decoding, add_rows, add_run, decoding_of, stdin_lines
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED, DataError, MachineError, UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,12 @@ def run(args: argparse.Namespace) -> int:
 
     decoding, stop = decoding_of(args), StopRequest(interactive=True)
     loaded = load_run(location, device=args.device)
-    options = {"format_name": args.format, "batch_size": args.batch_size, "start": done, "cancelled": stop.requested}
+    options = {
+        "format_name": args.format_name,
+        "batch_size": args.batch_size,
+        "start": done,
+        "cancelled": stop.requested,
+    }
     answers = generate(loaded, rows, decoding, **options)
     if location.note:
         print(location.note, file=sys.stderr)
@@ -93,7 +98,6 @@ def _read_input(name: str) -> Rows:
     Raises:
         DataError: it cannot be read, a line is broken, or there is none.
     """
-    from tunesmith.cli.stdin import stdin_lines
     from tunesmith.config.schema import Source
     from tunesmith.data.source import from_list, read_rows
 

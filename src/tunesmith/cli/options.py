@@ -1,10 +1,15 @@
-"""Options that several commands share, and the types of their values."""
+"""What several commands share: options, the types of their values, and the lines of standard input."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import math
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
     from tunesmith.inference.decoding import Decoding
@@ -41,24 +46,22 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
-    """How rows are read and how many are answered at once."""
-    parser.add_argument(
-        "--format", choices=FORMATS, default="auto", help="what a row looks like (default: by its columns)"
-    )
+    """How rows are read (`format_name`) and how many are answered at once (`batch_size`)."""
+    look = "what a row looks like (default: by its columns)"
+    parser.add_argument("--format", choices=FORMATS, default="auto", dest="format_name", help=look)
     parser.add_argument("--batch-size", type=whole_number, default=16, metavar="N", help=f"{batch_size} (default: 16)")
 
 
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     """How tokens are chosen; greedy unless a temperature is given."""
-    help_text = f"longest answer (default: {max_new_tokens})"
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=help_text)
-    help_text = "0 is greedy (default); 1.0 draws from the model's own probabilities"
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help=help_text)
-    help_text = "with a temperature: draw from the likeliest tokens that make up P"
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help=help_text)
-    help_text = "with a temperature: draw from the K likeliest tokens"
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help=help_text)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    for flag, value, metavar, text in (
+        ("--max-new-tokens", max_new_tokens, "N", f"longest answer (default: {max_new_tokens})"),
+        ("--temperature", 0.0, "T", "0 is greedy (default); 1.0 draws from the model's own probabilities"),
+        ("--top-p", 1.0, "P", "with a temperature: draw from the likeliest tokens that make up P"),
+        ("--top-k", 0, "K", "with a temperature: draw from the K likeliest tokens"),
+        ("--seed", 0, "N", "of the draws (default: 0)"),
+    ):
+        parser.add_argument(flag, type=type(value), default=value, metavar=metavar, help=text)
 
 
 def decoding_of(args: argparse.Namespace) -> Decoding:
@@ -66,3 +69,21 @@ def decoding_of(args: argparse.Namespace) -> Decoding:
     from tunesmith.inference.decoding import Decoding
 
     return Decoding(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
+
+
+def stdin_lines() -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of every line that is not blank; UTF-8 in any locale.
+
+    Raises:
+        DataError: a line is not UTF-8.
+    """
+    stream = sys.stdin.buffer if isinstance(sys.stdin, io.TextIOWrapper) else sys.stdin
+    for number, line in enumerate(stream, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else line
+        except UnicodeDecodeError as error:
+            why = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}: {error.reason}"
+            fix = "convert it first: iconv -f latin1 -t utf-8 rows.jsonl | tunesmith ..."
+            raise DataError("the line is not UTF-8 text", where=f"stdin:{number}", why=why, fix=fix) from None
+        if text.strip():
+            yield number, text

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
 from tunesmith.adapter.lora import LoraLinear, loras, merged_weight
 from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.generation.streamers import BaseStreamer
 
     from tunesmith.data.batch import Example
     from tunesmith.methods.base import TrainModel
@@ -64,21 +63,13 @@ class Decoding:
             if not holds:
                 raise UsageError(f"{name} {value} is out of range", where=name, fix=f"give {allowed}")
         if self.temperature == 0 and (self.top_p != 1 or self.top_k != 0):
-            raise UsageError(
-                "--top-p and --top-k have no effect without a temperature",
-                where="--temperature",
-                why="at temperature 0 the most likely token is always taken",
-                fix="add --temperature 1.0, or leave both out",
-            )
+            what, why = "--top-p and --top-k have no effect", "at temperature 0 the most likely token is always taken"
+            raise UsageError(what, where="--temperature", why=why, fix="add --temperature 1.0, or leave both out")
 
     def describe(self) -> str:
         """One line for a log: `greedy, up to 256 new tokens`."""
-        how = "greedy"
-        if self.temperature > 0:
-            how = f"sampled at temperature {self.temperature:g}"
-            how += f", top-p {self.top_p:g}" if self.top_p < 1 else ""
-            how += f", top-k {self.top_k}" if self.top_k else ""
-            how += f", seed {self.seed}"
+        options = f"temperature {self.temperature:g}, top-p {self.top_p:g}, top-k {self.top_k or 'off'}"
+        how = f"sampled at {options}, seed {self.seed}" if self.temperature > 0 else "greedy"
         return f"{how}, up to {self.max_new_tokens} new tokens"
 
     def config(self, stops: Collection[int], pad_id: int) -> GenerationConfig:
@@ -102,19 +93,26 @@ class Answer(NamedTuple):
     finished: bool  # it ended by a stop token; False when cut at `max_new_tokens` or cancelled
 
 
+class _Streamer(TextStreamer):
+    """Passes on each piece of an answer as soon as it is whole words."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.write(text)
+
+
 @contextmanager
-def _own_settings(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Eval mode, no generation settings from the checkpoint, and the caller's random state untouched."""
-    training, settings = model.training, model.generation_config
-    devices = [model.device] if model.device.type == "cuda" else []
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; the mode that was set comes back afterwards."""
+    training = model.training
     model.eval()
-    model.generation_config = GenerationConfig()
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            torch.manual_seed(seed)
+        with torch.no_grad():
             yield
     finally:
-        model.generation_config = settings
         model.train(training)
 
 
@@ -125,7 +123,7 @@ def answer_batch(
     decoding: Decoding,
     *,
     stops: Collection[int],
-    streamer: BaseStreamer | None = None,
+    write: Callable[[str], None] | None = None,
     cancelled: Callable[[], bool] = never,
 ) -> list[Answer]:
     """Answer a few prompts in one batch, padded on the left.
@@ -134,7 +132,7 @@ def answer_batch(
         model: its attention must take a padding mask (sdpa or eager; not the one for packed rows).
         prompts: token ids, at least one each.
         stops: ids that end an answer.
-        streamer: gets the tokens as they come; for a single prompt only.
+        write: gets the text as it comes; for a single prompt only.
         cancelled: asked after each token; once true, the answers end there and are returned as they are.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
@@ -145,14 +143,20 @@ def answer_batch(
     def ended(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), cancelled(), device=input_ids.device, dtype=torch.bool)
 
-    with _own_settings(model, decoding.seed):
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=decoding.config(stops, pad_id),
-            stopping_criteria=StoppingCriteriaList([ended]),
-            streamer=streamer,
-        )
+    settings, model.generation_config = model.generation_config, GenerationConfig()  # none from the checkpoint
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(decoding.seed)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=decoding.config(stops, pad_id),
+                stopping_criteria=StoppingCriteriaList([ended]),
+                streamer=_Streamer(tokenizer, write) if write else None,
+            )
+    finally:
+        model.generation_config = settings
     return [cut_answer(tokenizer, row, stops) for row in out[:, ids.shape[1] :].tolist()]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.data.source import Rows, read_rows
 from tunesmith.data.tokens import tokenise
 from tunesmith.errors import UsageError
-from tunesmith.inference.decoding import Decoding, answer_all, merged_meanwhile, never
+from tunesmith.inference.decoding import Decoding, answer_all, evaluating, merged_meanwhile, never
 from tunesmith.inference.load_run import LoadedModel, load_run, locate_run
 from tunesmith.inference.prompts import Prompt, check_prompt_lengths, make_prompts, row_source
 
@@ -73,17 +72,6 @@ def packed(tokens: TokenSet, *, capacity: int, pad_id: int) -> Iterator[Batch]:
         yield collate([[tokens[i] for i in row]], length=used, pad_id=pad_id)
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 def validation_loss(
     train_model: TrainModel,
     tokens: TokenSet,
@@ -103,7 +91,7 @@ def validation_loss(
         (loss, what its sum was divided by: for SFT nats and supervised tokens), or None when it was cancelled.
     """
     total, count = 0.0, 0
-    with _evaluating(train_model):
+    with evaluating(train_model):
         for batch in packed(tokens, capacity=micro_tokens, pad_id=pad_id):
             if cancelled():
                 return None
@@ -128,7 +116,7 @@ def score(
     """
     total, hits, count, rows = 0.0, 0, 0, 0
     progress("rows scored", 0, len(tokens))
-    with _evaluating(train_model):
+    with evaluating(train_model):
         for batch in packed(tokens, capacity=micro_tokens, pad_id=pad_id):
             losses, right = train_model.token_scores(batch.to(device))
             total += losses.double().sum().item()
