@@ -33,13 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="FILE", help=data_help)
     parser.add_argument("--split", metavar="SPLIT", help="of a Hub dataset, or a slice such as train[:100]")
     parser.add_argument("--max-examples", type=whole_number, metavar="N", help="take the first N rows")
-    parser.add_argument(
-        "--base", action=argparse.BooleanOptionalAction, default=True, help="score the base beside it (default: yes)"
-    )
+    beside = "score the base beside it (default: yes)"
+    parser.add_argument("--base", action=argparse.BooleanOptionalAction, default=True, help=beside)
     parser.add_argument("--exact-match", action="store_true", help="answer every row greedily and compare texts")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="for exact match: longest answer (default: 256)"
-    )
+    longest = "for exact match: longest answer (default: 256)"
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help=longest)
     add_rows(parser, batch_size="for exact match: rows answered at once")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -55,16 +53,14 @@ def run(args: argparse.Namespace) -> int:
     with ProgressCounter() as progress:
         found = evaluate(args.run, args.data, progress=progress, **options)
     if args.json:
-        about = {"run": str(args.run), "data": args.data, "dropped": found.dropped, "cut": found.cut}
-        print(json.dumps(about | {name: _json_values(score) for name, score in found.scores.items()}, indent=2))
+        about: dict[str, Any] = {"run": args.run, "data": args.data, "dropped": found.dropped, "cut": found.cut}
+        for name, score in found.scores.items():  # JSON has neither NaN nor infinity: such values become null
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(score).items()}
+            about[name] = finite
+        print(json.dumps(about, indent=2))
     else:
         _print_table(found)
     return EXIT_OK
-
-
-def _json_values(score: Score) -> dict[str, Any]:
-    """JSON has neither NaN nor infinity: such values become null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(score).items()}
 
 
 def _print_table(found: Evaluation) -> None:
@@ -90,6 +86,5 @@ def _print_table(found: Evaluation) -> None:
     Console(file=sys.stdout).print(table)
     for count, what in ((found.dropped, "dropped"), (found.cut, "cut short")):
         if count:
-            print(
-                f"{count} of {found.rows} rows were {what}: they are longer than the recipe's seq_len", file=sys.stderr
-            )
+            why = "they are longer than the recipe's seq_len"
+            print(f"{count} of {found.rows} rows were {what}: {why}", file=sys.stderr)

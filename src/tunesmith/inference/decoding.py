@@ -126,11 +126,10 @@ def answer_batch(
     write: Callable[[str], None] | None = None,
     cancelled: Callable[[], bool] = never,
 ) -> list[Answer]:
-    """Answer a few prompts in one batch, padded on the left.
+    """Answer a few prompts, of at least one token each, in one batch.
 
     Args:
         model: its attention must take a padding mask (sdpa or eager; not the one for packed rows).
-        prompts: token ids, at least one each.
         stops: ids that end an answer.
         write: gets the text as it comes; for a single prompt only.
         cancelled: asked after each token; once true, the answers end there and are returned as they are.
@@ -182,26 +181,26 @@ def answer_all(
     start: int = 0,
     cancelled: Callable[[], bool] = never,
 ) -> Iterator[tuple[int, Answer]]:
-    """Answer many prompts; yield (index, answer) in the order of the prompts, from index `start` on.
+    """Answer many prompts, with an fp32 adapter merged; yield (index, answer) in their order, from index `start` on.
 
     The batches do not depend on `start`: the window that holds it is computed whole. Once `cancelled` says so, the
     current window is given up and the iterator ends.
     """
     window = batch_size * WINDOW_BATCHES
-    for first in range(start // window * window, len(prompts), window):
-        order = sorted(range(first, min(first + window, len(prompts))), key=lambda i: (len(prompts[i]), i))
-        done: dict[int, Answer] = {}
-        for at in range(0, len(order), batch_size):
-            rows = order[at : at + batch_size]
-            if all(row < start for row in rows):
-                continue
-            seeded = replace(decoding, seed=(decoding.seed * 1_000_003 + min(rows)) % 2**63)
-            batch = [prompts[i] for i in rows]
-            answers = answer_batch(model, tokenizer, batch, seeded, stops=stops, cancelled=cancelled)
-            if cancelled():
-                return
-            done.update(zip(rows, answers, strict=True))
-        yield from ((i, done[i]) for i in sorted(done) if i >= start)
+    with merged_meanwhile(model):
+        for first in range(start // window * window, len(prompts), window):
+            order = sorted(range(first, min(first + window, len(prompts))), key=lambda i: (len(prompts[i]), i))
+            done: dict[int, Answer] = {}
+            for rows in (order[at : at + batch_size] for at in range(0, len(order), batch_size)):
+                if max(rows) < start:
+                    continue
+                seeded = replace(decoding, seed=(decoding.seed * 1_000_003 + min(rows)) % 2**63)
+                batch = [prompts[i] for i in rows]
+                answers = answer_batch(model, tokenizer, batch, seeded, stops=stops, cancelled=cancelled)
+                if cancelled():
+                    return
+                done.update(zip(rows, answers, strict=True))
+            yield from ((i, done[i]) for i in sorted(done) if i >= start)
 
 
 @contextmanager
@@ -227,13 +226,13 @@ def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
 def sample_answers(
     train_model: TrainModel, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], stops: Collection[int]
 ) -> list[tuple[str, str]]:
-    """(prompt, answer) of examples of a run in progress, greedily; the training attention is set again afterwards."""
+    """(prompt, greedy answer) of examples of a run in progress; the training attention is set again afterwards."""
     # What stands before the first supervised token is the prompt; an example that is supervised whole has none.
     prompts = [ids for ids in (e.ids[: int(e.trained.argmax())].tolist() for e in examples) if len(ids) > 1]
     model, decoding = train_model.model, Decoding(max_new_tokens=SAMPLE_TOKENS)
     model.set_attn_implementation("sdpa")
     try:
-        answers = [answer_batch(model, tokenizer, [ids], decoding, stops=stops)[0] for ids in prompts]
+        answers = [answer_batch(model, tokenizer, [ids], decoding, stops=stops)[0].text for ids in prompts]
     finally:
         train_model.use_training_attention()
-    return [(decode(tokenizer, ids), answer.text) for ids, answer in zip(prompts, answers, strict=True)]
+    return [(decode(tokenizer, ids), text) for ids, text in zip(prompts, answers, strict=True)]

@@ -22,7 +22,7 @@ from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.data.source import Rows, read_rows
 from tunesmith.data.tokens import tokenise
 from tunesmith.errors import UsageError
-from tunesmith.inference.decoding import Decoding, answer_all, evaluating, merged_meanwhile, never
+from tunesmith.inference.decoding import Decoding, answer_all, evaluating, never
 from tunesmith.inference.load_run import LoadedModel, load_run, locate_run
 from tunesmith.inference.prompts import Prompt, check_prompt_lengths, make_prompts, row_source
 
@@ -62,14 +62,10 @@ class Evaluation:
 
 
 def packed(tokens: TokenSet, *, capacity: int, pad_id: int) -> Iterator[Batch]:
-    """Batches of one packed row, at most `capacity` tokens each, without padding.
-
-    Where an example is longer than `capacity`, rows of its length are packed.
-    """
+    """Batches of one packed row without padding: `capacity` tokens at most, or the longest example's if it has more."""
     lengths = tokens.lengths
     for row in best_fit_decreasing(lengths, max(capacity, int(lengths.max(initial=0)))):
-        used = int(lengths[row].sum())
-        yield collate([[tokens[i] for i in row]], length=used, pad_id=pad_id)
+        yield collate([[tokens[i] for i in row]], length=int(lengths[row].sum()), pad_id=pad_id)
 
 
 def validation_loss(
@@ -81,14 +77,11 @@ def validation_loss(
     device: torch.device,
     cancelled: Callable[[], bool] = never,
 ) -> tuple[float, int] | None:
-    """The method's mean loss over `tokens`, each example once.
-
-    Args:
-        micro_tokens: tokens of one packed row; what fits when training fits here.
-        cancelled: asked before each row; once true, the work is given up.
+    """The method's mean loss over `tokens`, each example once, in packed rows of `micro_tokens`.
 
     Returns:
-        (loss, what its sum was divided by: for SFT nats and supervised tokens), or None when it was cancelled.
+        (loss, what its sum was divided by: for SFT nats and supervised tokens); None once `cancelled` says so, which is
+        asked before each row.
     """
     total, count = 0.0, 0
     with evaluating(train_model):
@@ -109,11 +102,7 @@ def score(
     micro_tokens: int = 4096,
     progress: Progress = quiet,
 ) -> Score:
-    """Loss, perplexity and token accuracy of every supervised token, each example once.
-
-    Args:
-        micro_tokens: tokens of one packed row; an example that is longer has a row of its own.
-    """
+    """Loss, perplexity and token accuracy of every supervised token, each example once; `micro_tokens` as above."""
     total, hits, count, rows = 0.0, 0, 0, 0
     progress("rows scored", 0, len(tokens))
     with evaluating(train_model):
@@ -155,12 +144,9 @@ def evaluate(
     """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
 
     Args:
-        path: as for `load_run`.
-        data: a file or a Hub id; rows with answers.
-        split: of a Hub dataset, or a slice such as `train[:100]`.
+        path: as for `load_run`; `base` scores the base of it too.
+        data: a file or a Hub id; rows with answers, of which `split` and `max_examples` take a part.
         format_name: of the rows; `auto` looks at the columns of the first.
-        max_examples: take the first N rows.
-        base: score the base too.
         exact_match: also answer every row greedily and compare texts.
         max_new_tokens, batch_size: for exact match: longest answer in tokens, and rows answered at once.
 
@@ -173,16 +159,14 @@ def evaluate(
     loaded = load_run(location, device=device)
     tokens, prompts = _eval_set(rows, source, loaded, format_name, max_new_tokens if exact_match else None)
 
-    def scored(model: LoadedModel) -> Score:
-        return _score_loaded(model, tokens, prompts, decoding, batch_size, progress)
-
-    scores = {"model" if location.kind == "base" else "tuned": scored(loaded)}
+    options = tokens, prompts, decoding, batch_size, progress
+    scores = {"model" if location.kind == "base" else "tuned": _score_loaded(loaded, *options)}
     if base and location.kind == "adapter":
         with disabled(loaded.model):
-            scores = {"base": scored(loaded), **scores}
+            scores = {"base": _score_loaded(loaded, *options), **scores}
     elif base and location.kind == "full":
         del loaded  # one model at a time
-        scores = {"base": scored(load_run(path, device=device, base_only=True)), **scores}
+        scores = {"base": _score_loaded(load_run(path, device=device, base_only=True), *options), **scores}
     counts = tokens.sources[0]
     return Evaluation(scores, len(rows), counts.dropped + counts.emptied, counts.cut)
 
@@ -196,33 +180,20 @@ def _eval_set(
     data = loaded.run.data if loaded.run else Data(train=(source,), seq_len=min(loaded.context, 1 << 20))
     tokens = tokenise((source,), data, loaded.template, loaded.tokenizer, cache=None, what=source.source)
     if not len(tokens):
-        raise UsageError(
-            f"none of the {len(rows)} rows can be scored",
-            where=source.source,
-            why=f"all are longer than data.seq_len: {data.seq_len} and were dropped",
-            fix="give shorter rows",
-        )
+        what, why = f"none of the {len(rows)} rows can be scored", f"all are longer than data.seq_len: {data.seq_len}"
+        raise UsageError(what, where=source.source, why=why, fix="give shorter rows")
     if max_new_tokens is None:
         return tokens, []
     prompts = [p for p in make_prompts(rows, loaded, found.format) if p.reference is not None]
     if not prompts:
-        raise UsageError(
-            "no row holds an answer to compare with",
-            where=source.source,
-            why=f"rows of the format {found.format} were read",
-            fix="leave --exact-match out, or give rows with answers",
-        )
+        what, why = "no row holds an answer to compare with", f"rows of the format {found.format} were read"
+        raise UsageError(what, where=source.source, why=why, fix="leave --exact-match out, or give rows with answers")
     check_prompt_lengths(prompts, max_new_tokens, loaded.context)
     return tokens, prompts
 
 
 def _score_loaded(
-    loaded: LoadedModel,
-    tokens: TokenSet,
-    prompts: list[Prompt],
-    decoding: Decoding,
-    batch_size: int,
-    progress: Progress,
+    loaded: LoadedModel, tokens: TokenSet, prompts: list[Prompt], decoding: Decoding, batch: int, progress: Progress
 ) -> Score:
     with loaded.training_attention() as train_model:
         device = loaded.model.device
@@ -231,8 +202,7 @@ def _score_loaded(
         return result
     hits, ids, stops = 0, [prompt.ids for prompt in prompts], loaded.template.stops
     progress("answers", 0, len(ids))
-    with merged_meanwhile(loaded.model):
-        for i, answer in answer_all(loaded.model, loaded.tokenizer, ids, decoding, stops=stops, batch_size=batch_size):
-            hits += is_exact_match(answer.text, prompts[i].reference or "")
-            progress("answers", i + 1, len(ids))
+    for i, answer in answer_all(loaded.model, loaded.tokenizer, ids, decoding, stops=stops, batch_size=batch):
+        hits += is_exact_match(answer.text, prompts[i].reference or "")
+        progress("answers", i + 1, len(ids))
     return replace(result, exact_match=hits / len(ids), asked=len(ids))

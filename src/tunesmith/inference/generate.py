@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.source import Rows, from_list
-from tunesmith.inference.decoding import Decoding, answer_all, merged_meanwhile, never
+from tunesmith.inference.decoding import Decoding, answer_all, never
 from tunesmith.inference.prompts import check_prompt_lengths, make_prompts
 
 if TYPE_CHECKING:
@@ -45,22 +45,10 @@ def generate(
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
     prompts = make_prompts(rows, loaded, format_name)
     check_prompt_lengths(prompts, decoding.max_new_tokens, loaded.context)
-
-    def answered() -> Iterator[dict[str, Any]]:
-        answers = answer_all(
-            loaded.model,
-            loaded.tokenizer,
-            [prompt.ids for prompt in prompts],
-            decoding,
-            stops=loaded.template.stops,
-            batch_size=batch_size,
-            start=start,
-            cancelled=cancelled,
-        )
-        with merged_meanwhile(loaded.model):
-            for i, answer in answers:
-                reference = prompts[i].reference
-                row = {**prompts[i].row, "output": answer.text}
-                yield row if reference is None else {**row, "reference": reference}
-
-    return answered()
+    options: dict[str, Any] = {"batch_size": batch_size, "start": start, "cancelled": cancelled}
+    ids, stops = [prompt.ids for prompt in prompts], loaded.template.stops
+    answers = answer_all(loaded.model, loaded.tokenizer, ids, decoding, stops=stops, **options)
+    return (
+        {**prompt.row, "output": text} | ({} if prompt.reference is None else {"reference": prompt.reference})
+        for prompt, text in ((prompts[i], answer.text) for i, answer in answers)
+    )

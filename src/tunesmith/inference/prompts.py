@@ -20,19 +20,14 @@ if TYPE_CHECKING:
     from tunesmith.inference.load_run import LoadedModel
 
 # The column that identifies a format, in the order of the search, and the column that holds the answer.
-FORMAT_OF_COLUMN = {
+_FORMAT_OF_COLUMN = {
     "messages": "messages",
     "conversations": "sharegpt",
     "instruction": "alpaca",
     "prompt": "prompt-completion",
     "text": "text",
 }
-_ANSWER_COLUMN = {
-    "alpaca": "output",
-    "prompt-completion": "completion",
-    "messages": "messages",
-    "sharegpt": "conversations",
-}
+_ANSWER_COLUMN = {"alpaca": "output", "prompt-completion": "completion", "sharegpt": "conversations"}
 _ANSWER_ROLES = ("assistant", "gpt", "model", "chatgpt", "bot", "function_call", "tool_call")
 PLACEHOLDER = "?"  # stands in for an answer that is to come, so that the row converts; a prompt ends before it
 
@@ -58,22 +53,15 @@ def row_source(row: dict[str, Any], where: str, format_name: str, known: Sequenc
     for source in known:
         if source.columns and set(source.columns.values()) <= set(row):
             return source
-    for column, name in FORMAT_OF_COLUMN.items():
+    for column, name in _FORMAT_OF_COLUMN.items():
         if column in row:
             return Source(source=where, format=name)  # type: ignore[arg-type]
-    raise DataError(
-        "the format of the row is unknown",
-        where=where,
-        why=f"its columns are {', '.join(map(repr, row)) or 'none'}; looked for {', '.join(FORMAT_OF_COLUMN)}",
-        fix="rename a column, or give --format",
-    )
+    why = f"its columns are {', '.join(map(repr, row)) or 'none'}; looked for {', '.join(_FORMAT_OF_COLUMN)}"
+    raise DataError("the format of the row is unknown", where=where, why=why, fix="rename a column, or give --format")
 
 
 def make_prompts(rows: Rows, loaded: LoadedModel, format_name: str = "auto") -> list[Prompt]:
     """Every row as a prompt; conversations without a system message get the run's.
-
-    Args:
-        format_name: a format of `FORMAT_OF_COLUMN`, or `auto`.
 
     Raises:
         DataError: a row that is broken or has nothing to answer, by its place.
@@ -85,12 +73,9 @@ def make_prompts(rows: Rows, loaded: LoadedModel, format_name: str = "auto") -> 
         complete, answered = _with_answer(row, source)
         sample = convert_row(complete, source, where=where, system=loaded.system)
         if isinstance(sample, Conversation) and sample.messages[-1]["role"] != "assistant":
-            raise DataError(
-                "the conversation ends with neither a question nor an answer",
-                where=where,
-                why=f"its last message is of the role {sample.messages[-1]['role']}",
-                fix="end it with the turn to answer, or with the answer",
-            )
+            what = "the conversation ends with neither a question nor an answer"
+            why = f"its last message is of the role {sample.messages[-1]['role']}"
+            raise DataError(what, where=where, why=why, fix="end it with the turn to answer, or with the answer")
         reference = None
         if answered:
             # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are compared
@@ -106,30 +91,26 @@ def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], b
     """The row with an answer, its own or a placeholder, and whether it is its own."""
     if source.format == "text":
         return row, False
-    column = source.columns.get(_ANSWER_COLUMN[source.format], _ANSWER_COLUMN[source.format])
-    value, later = row.get(column), {"role": "assistant", "content": PLACEHOLDER}
+    column = _ANSWER_COLUMN.get(source.format, "messages")
+    column = source.columns.get(column, column)
+    value: Any = row.get(column)
+    later = {"role": "assistant", "content": PLACEHOLDER}
     if source.format in ("alpaca", "prompt-completion"):
         if value not in (None, ""):
             return row, True
         as_messages = isinstance(row.get(source.columns.get("prompt", "prompt")), list)
         return {**row, column: [later] if as_messages else PLACEHOLDER}, False
-    role = "role" if source.format == "messages" else "from"
-    if (
-        not isinstance(value, list)
-        or not value
-        or not isinstance(value[-1], dict)
-        or value[-1].get(role) in _ANSWER_ROLES
-    ):
+    role = "role"
+    if source.format == "sharegpt":
+        role, later = "from", {"from": "gpt", "value": PLACEHOLDER}
+    last = value[-1] if isinstance(value, list) and value else None
+    if not isinstance(last, dict) or last.get(role) in _ANSWER_ROLES:
         return row, True
-    return {**row, column: [*value, later if role == "role" else {"from": "gpt", "value": PLACEHOLDER}]}, False
+    return {**row, column: [*value, later]}, False
 
 
 def check_prompt_lengths(prompts: Sequence[Prompt], max_new_tokens: int, context: int) -> None:
-    """Refuse prompts that leave no room for the answer in the model's `context` (tokens), naming the longest.
-
-    Raises:
-        DataError: a prompt and its answer would pass the context.
-    """
+    """Raise DataError, naming the longest, if prompts leave no room for the answer in `context` tokens."""
     too_long = [p for p in prompts if len(p.ids) + max_new_tokens > context]
     if too_long:
         worst = max(too_long, key=lambda p: len(p.ids))
