@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.checkpoint import state
+from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.model.safetensors_files import read_json
@@ -43,7 +44,7 @@ class RunLocation:
     kind: Literal["adapter", "full", "base"]  # PEFT files over a base; a whole model that a run wrote; a plain model
     folder: Path | None  # the tokenizer and the adapter or model; None for a base that is not a run's
     base: Model  # the base model; for `full`, the one it was trained from
-    run: Run | None  # the resolved recipe beside it, if there is one
+    run: Run | None = None  # the resolved recipe beside it, if there is one
     note: str = ""  # which of several candidates was taken, and why
 
 
@@ -52,7 +53,7 @@ class LoadedModel:
     """A model ready to answer: in eval mode, with sdpa attention, which takes padding masks."""
 
     train_model: TrainModel  # the root that training uses, which computes losses; see `training_attention`
-    tokenizer: PreTrainedTokenizerBase  # the saved one
+    tokenizer: PreTrainedTokenizerBase  # the saved one, with a padding token
     template: Template  # the saved one
     location: RunLocation
     weights: Path  # the folder the weights were read from: the base's, or for kind `full` the trained ones
@@ -68,7 +69,6 @@ class LoadedModel:
 
     @property
     def pad_id(self) -> int:
-        """The padding token; `load_tokenizer` ensures that there is one."""
         return int(self.tokenizer.pad_token_id)
 
     @property
@@ -100,10 +100,9 @@ class LoadedModel:
 
 
 def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
-    """Find what `path` stands for.
+    """Find what `path`, one of the forms in the module's docstring, stands for.
 
     Args:
-        path: one of the forms in the module's docstring.
         base_only: take the base instead of what was trained from it.
 
     Raises:
@@ -113,15 +112,19 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
     place = Path(path)
     if place.is_dir():
         location = _in_run(place) if (place / "config.yaml").is_file() else _in_folder(place)
-    elif place.is_file():
-        location = _in_file(place)
+    elif place.is_file() and place.suffix in (".yaml", ".yml"):
+        run = load_recipe(place)
+        location = RunLocation("base", None, run.model, run, f"the base of the recipe {path}: {run.model.name}")
+    elif place.is_file() and place.suffix == ".gguf":
+        location = RunLocation("base", None, Model(name=str(path)))
     elif _HUB_ID.match(str(path)) and not place.parent.is_dir():
-        location = RunLocation("base", None, Model(name=str(path)), None, f"{path} on the Hub")
+        location = RunLocation("base", None, Model(name=str(path)), note=f"{path} on the Hub")
     else:
+        file = f"{path} is a {place.suffix or 'nameless'} file, not a model"
         raise UsageError(
-            f"there is no {path}",
+            file if place.is_file() else f"there is no {path}",
             where=str(path),
-            why="neither a run directory, a checkpoint, an adapter, a model, a recipe nor a Hub id",
+            why="a run directory, checkpoint, adapter, model folder, recipe (.yaml), .gguf file or Hub id is needed",
             fix=_folders_in(place.parent),
         )
     if base_only and location.kind != "base":
@@ -136,21 +139,6 @@ def _folders_in(folder: Path) -> str:
     return f"{folder} holds: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
 
 
-def _in_file(path: Path) -> RunLocation:
-    if path.suffix == ".gguf":
-        return RunLocation("base", None, Model(name=str(path)), None)
-    if path.suffix in {".yaml", ".yml"}:
-        from tunesmith.config.load import load_recipe
-
-        run = load_recipe(path)
-        return RunLocation("base", None, run.model, run, f"the base of the recipe {path}: {run.model.name}")
-    raise UsageError(
-        f"{path} is a {path.suffix or 'nameless'} file, not a model",
-        where=str(path),
-        fix="give a run directory, a checkpoint, an adapter's or model's folder, a recipe (.yaml) or a .gguf",
-    )
-
-
 def _in_run(folder: Path) -> RunLocation:
     """final/, else the newest whole checkpoint that holds model files."""
     skipped: list[str] = []
@@ -158,32 +146,23 @@ def _in_run(folder: Path) -> RunLocation:
         if not candidate.is_dir():
             continue
         damage = state.find_damage(candidate, contents=False)
-        if damage is None and any((candidate / f"{name}config.json").is_file() for name in ("adapter_", "")):
+        if damage is None and any((candidate / name).is_file() for name in ("adapter_config.json", "config.json")):
             note = f"from {candidate}" + (f" (skipped {'; '.join(skipped)})" if skipped else "")
             return _in_folder(candidate, note=note)
         skipped.append(f"{candidate.name}: {damage or 'holds training state only'}")
-    raise CheckpointError(
-        "this run has no finished checkpoint",
-        where=str(folder),
-        why="; ".join(skipped) or "neither final/ nor a checkpoint-N/ is there",
-        fix=f"go on with it: tunesmith train {folder / 'config.yaml'}",
-    )
+    why = "; ".join(skipped) or "neither final/ nor a checkpoint-N/ is there"
+    fix = f"go on with it: tunesmith train {folder / 'config.yaml'}"
+    raise CheckpointError("this run has no finished checkpoint", where=str(folder), why=why, fix=fix)
 
 
 def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
     """A checkpoint, an adapter or a model; `note` is given by `_in_run`, which has checked for damage."""
-    recipe, run = folder.parent / "config.yaml", None
+    recipe, run, where = folder.parent / "config.yaml", None, str(folder)
     if _PART_OF_RUN.match(folder.name) and recipe.is_file():
-        from tunesmith.config.load import load_recipe
-
         run = load_recipe(recipe)
         if not note and (damage := state.find_damage(folder, contents=False)):
-            raise CheckpointError(
-                f"{folder} is not whole",
-                where=str(folder),
-                why=damage,
-                fix=f"give the run directory {folder.parent}, which takes the newest whole one",
-            )
+            fix = f"give the run directory {folder.parent}, which takes the newest whole one"
+            raise CheckpointError(f"{folder} is not whole", where=where, why=damage, fix=fix)
     if (folder / "adapter_config.json").is_file():
         base = run.model if run else _base_of_adapter(folder / "adapter_config.json")
         return RunLocation("adapter", folder, base, run, note)
@@ -191,29 +170,22 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
         base = run.model if run else Model(name=str(folder), dtype=_stored_dtype(folder))
         return RunLocation("full" if run else "base", folder, base, run, note)
     if (folder / "state").is_dir():
-        raise CheckpointError(
+        what, why = (
             "this checkpoint holds training state only",
-            where=str(folder),
-            why="a sharded full fine-tune writes Transformers files in final/ and by export",
-            fix=f"tunesmith export {folder}",
+            "a sharded run writes model files in final/ and by export",
         )
-    raise UsageError(
-        f"{folder} holds no model",
-        where=str(folder),
-        why="there is neither config.yaml (a run), adapter_config.json (an adapter) nor config.json (a model) in it",
-        fix=_folders_in(folder if any(p.is_dir() for p in folder.iterdir()) else folder.parent),
-    )
+        raise CheckpointError(what, where=where, why=why, fix=f"tunesmith export {folder}")
+    why = "neither config.yaml (a run), adapter_config.json (an adapter) nor config.json (a model) is in it"
+    fix = _folders_in(folder if any(p.is_dir() for p in folder.iterdir()) else folder.parent)
+    raise UsageError(f"{folder} holds no model", where=where, why=why, fix=fix)
 
 
 def _base_of_adapter(file: Path) -> Model:
     values = read_json(file)
     name, revision = values.get("base_model_name_or_path"), values.get("revision")
     if not isinstance(name, str) or not name:
-        raise ModelError(
-            "the adapter does not name its base model",
-            where=f"{file}: base_model_name_or_path",
-            fix='write the base\'s Hub id or folder there: "base_model_name_or_path": "..."',
-        )
+        where, fix = f"{file}: base_model_name_or_path", "write the base's Hub id or folder there"
+        raise ModelError("the adapter does not name its base model", where=where, fix=fix)
     return Model(name=name, revision=revision if isinstance(revision, str) else None, dtype=_stored_dtype(Path(name)))
 
 
@@ -238,7 +210,7 @@ def load_run(
     """Load what `path` stands for.
 
     Args:
-        path: one of the forms in the module's docstring, or what `locate_run` found.
+        path: as for `locate_run`, or what it found.
         device: None takes the GPU where there is one.
         base_only: the base of it, with the tuned model's template, without what was trained.
         dtype: of weights and products; None takes the run's or the model's own.
@@ -275,12 +247,8 @@ def _device_of(name: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if str(name) not in names and not (str(name) == "cuda" and len(names) > 1):
-        raise MachineError(
-            f"there is no device {name}",
-            where="--device",
-            why=f"this machine has {', '.join(names)}",
-            fix="name one of these",
-        )
+        why = f"this machine has {', '.join(names)}"
+        raise MachineError(f"there is no device {name}", where="--device", why=why, fix="name one of these")
     return torch.device(name)
 
 
