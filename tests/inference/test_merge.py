@@ -196,7 +196,7 @@ def test_a_failed_write_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(room, "write_model", full)
+    monkeypatch.setattr(room, "write_merged", full)
     with pytest.raises(OSError, match="No space"):
         merge(run, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()

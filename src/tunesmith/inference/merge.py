@@ -3,9 +3,8 @@
     load -> logits of adapter and base -> add B A to each weight -> write beside OUTPUT -> reload with plain
     Transformers -> logits again -> check (merge_check.py) -> rename into place
 
-A merge that fails the check is kept as `OUTPUT.rejected`, never under the name that was asked for. Peak memory is one
-model (it is freed before the folder is read again), and one more in fp32 for the second half of a 16-bit merge's check,
-where there is room.
+A merge that fails the check is kept as `OUTPUT.rejected`. Peak memory is one model (it is freed before the folder is
+read again), and one more in fp32 for the second half of a 16-bit merge's check, where there is room.
 """
 
 from __future__ import annotations
@@ -29,17 +28,9 @@ from tunesmith.config.schema import Adapter
 from tunesmith.errors import CheckpointError, MachineError, UsageError
 from tunesmith.host_files import available_memory, existing_folder, refuse_full_disk
 from tunesmith.hub.fetch import fetch
+from tunesmith.inference import merge_check
 from tunesmith.inference.load_run import Dtype, load_run, locate_run
-from tunesmith.inference.merge_check import (
-    ExactCheck,
-    MergeCheck,
-    compare_logits,
-    count_off,
-    largest_logit,
-    logits_of,
-    merge_rules,
-    probe_prompts,
-)
+from tunesmith.inference.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit, logits_of
 from tunesmith.model import spec
 from tunesmith.model.load import DTYPES
 from tunesmith.model.safetensors_files import read_json
@@ -85,13 +76,9 @@ def merge(
     """
     location, goal = locate_run(path), Path(output)
     if location.kind != "adapter":
-        kind = "a full fine-tune: it is a whole model already" if location.kind == "full" else "a plain model"
-        raise UsageError(
-            f"{path} has no adapter to merge",
-            where=str(location.folder or path),
-            why=f"this is {kind}",
-            fix=f"use {location.folder or path} as it is, or copy it",
-        )
+        where = str(location.folder or path)
+        why = "it is a full fine-tune: a whole model already" if location.kind == "full" else "it is a plain model"
+        raise UsageError(f"{path} has no adapter to merge", where=where, why=why, fix=f"use {where}, or copy it")
     _check_output(goal, location, force=force)
     chosen: Dtype = dtype or location.base.dtype
     config = fetch(location.base) / "config.json"
@@ -116,12 +103,7 @@ def merge(
 
 
 def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:
-    """Refuse an output that would overwrite something, or the very thing that is merged.
-
-    Raises:
-        UsageError: it is a file, holds files and `force` is not set, or is or holds the adapter or the base.
-        MachineError: it cannot be written there.
-    """
+    """Refuse an output that cannot be written, would overwrite something, or holds the adapter or its base."""
     where, goal = "--output", output.resolve()
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file", where=where, fix="name a folder that is new or empty")
@@ -138,7 +120,7 @@ def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:
 def _merge_and_check(location: RunLocation, folder: Path, dtype: Dtype, device: str | None) -> MergeCheck:
     loaded = load_run(location, device=device)
     model, chosen_device = loaded.model, loaded.model.device
-    prompts, source = probe_prompts(loaded)
+    prompts, source = merge_check.probe_prompts(loaded)
     if dtype == "fp32":
         to_plain(model, torch.float32, merge_adapter=False)
     adapted = logits_of(model, prompts)
@@ -146,7 +128,7 @@ def _merge_and_check(location: RunLocation, folder: Path, dtype: Dtype, device: 
         base = compare_logits(adapted, logits_of(model, prompts))
     to_plain(model, DTYPES[dtype], merge_adapter=True)
     folder.mkdir(parents=True)
-    write_model(loaded, folder, dtype)
+    write_merged(loaded, folder, dtype)
     del loaded, model
     gc.collect()
     written = _reload(folder).to(chosen_device)
@@ -156,7 +138,7 @@ def _merge_and_check(location: RunLocation, folder: Path, dtype: Dtype, device: 
     merged = compare_logits(adapted, again)
     exact = None if dtype == "fp32" else _check_exactly(location, written, prompts)
     largest = largest_logit(adapted)
-    rules = merge_rules(dtype, merged, base, noise, largest, exact)
+    rules = merge_check.merge_rules(dtype, merged, base, noise, largest, exact)
     return MergeCheck(dtype, merged, base, noise, largest, sum(map(len, prompts)), source, exact, rules)
 
 
@@ -169,21 +151,15 @@ def _check_exactly(location: RunLocation, written: PreTrainedModel, prompts: lis
     adapted = logits_of(model, prompts)
     to_plain(model, torch.float32, merge_adapter=True)
     found = compare_logits(adapted, logits_of(model, prompts))
-    return ExactCheck(found, largest_logit(adapted), *count_off(written, model))
+    return ExactCheck(found, largest_logit(adapted), *merge_check.count_off(written, model))
 
 
 def _reload(folder: Path) -> PreTrainedModel:
-    """The written folder as any Transformers user loads it; every weight must come from the files.
-
-    Raises:
-        CheckpointError: weights are missing from the files, or the files hold some that the model does not know.
-    """
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", attn_implementation="sdpa", output_loading_info=True
-    )
+    """The written folder as any Transformers user loads it; every weight must come from the files, and all of them."""
+    options = {"dtype": "auto", "attn_implementation": "sdpa", "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
-    if wrong:
+    if wrong := {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}:
         what = "plain Transformers does not read the merged folder as it was written"
         raise CheckpointError(what, where=str(folder), why=str(wrong))
     return model.eval()
@@ -246,7 +222,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def write_model(loaded: LoadedModel, folder: Path, dtype: str) -> None:
+def write_merged(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     """Write the merged model as Transformers files: weights in shards, tokenizer with its template, settings, a card."""
     settings = loaded.weights / "generation_config.json"
     known = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
@@ -270,10 +246,10 @@ def _model_card(loaded: LoadedModel, dtype: str) -> str:
     licence = found[1].strip() if found else ""
     on_hub = not Path(base).exists()
     shown = base if on_hub else Path(base).name
-    lines = ["---", *([f"license: {licence}"] if licence else []), "library_name: transformers"]
-    lines += [*([f"base_model: {base}"] if on_hub else []), "pipeline_tag: text-generation", "---", ""]
-    lines += [f"# {shown}, fine-tuned", ""]
-    lines += [f"`{shown}` with a LoRA adapter merged into its weights ({dtype}), written by tunesmith.", ""]
+    lines = ["---", f"license: {licence}" if licence else "", "library_name: transformers"]
+    lines += [f"base_model: {base}" if on_hub else "", "pipeline_tag: text-generation", "---"]
+    lines += [f"# {shown}, fine-tuned\n"]
+    lines += [f"`{shown}` with a LoRA adapter merged into its weights ({dtype}), written by tunesmith.\n"]
     if run is not None:
         adapter, train = run.adapter, run.train
         lines += [f"- adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, on {adapter.target}"]
@@ -281,5 +257,5 @@ def _model_card(loaded: LoadedModel, dtype: str) -> str:
         if run.model.quantize != "none":
             lines += [f"- trained over a {run.model.quantize} base; merged into its dequantised {dtype} weights"]
     whose = f"`{licence}`, the licence of the base model" if licence else "the licence of the base model"
-    lines += [f"- licence: {whose}, holds for this model too; read it before you pass the weights on", ""]
-    return "\n".join(lines)
+    lines += [f"- licence: {whose}, holds for this model too; read it before you pass the weights on\n"]
+    return "\n".join(line for line in lines if line)

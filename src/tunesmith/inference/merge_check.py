@@ -84,10 +84,7 @@ class MergeCheck:
 
 
 def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
-    """Compare logits, prompt by prompt.
-
-    Args:
-        reference, other: fp32 [tokens, vocabulary] each, on the CPU, of the same shapes.
+    """Compare logits, prompt by prompt: fp32 [tokens, vocabulary] each, on the CPU.
 
     Raises:
         CheckpointError: NaN or Inf among them; a comparison with NaN would pass every limit.
@@ -95,11 +92,9 @@ def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tens
     largest, kl, same, positions = 0.0, 0.0, 0, 0
     for p, q in zip(reference, other, strict=True):
         if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
-            raise CheckpointError(
-                "the logits are not finite",
-                why="the adapter diverged, or the weights are too large for fp16",
-                fix="merge with --dtype bf16 or fp32, or take an earlier checkpoint",
-            )
+            why = "the adapter diverged, or the weights are too large for fp16"
+            fix = "merge with --dtype bf16 or fp32, or take an earlier checkpoint"
+            raise CheckpointError("the logits are not finite", why=why, fix=fix)
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         largest = max(largest, (p - q).abs().max().item())
         kl += (log_p.exp() * (log_p - log_q)).sum().item()
@@ -144,10 +139,7 @@ def largest_logit(logits: Sequence[torch.Tensor]) -> float:
 
 
 def probe_prompts(loaded: LoadedModel) -> tuple[list[list[int]], str]:
-    """A few prompts as token ids, at most PROBE_TOKENS each, and where they come from.
-
-    They are the run's held-out or training rows as they are trained, else built-in sentences.
-    """
+    """A few prompts as token ids, and where they come from: the run's held-out or training rows, else SENTENCES."""
     data = loaded.run.data if loaded.run else None
     if data is not None:
         for name, source in [*(("validation", s) for s in data.validation[:1]), ("training", data.train[0])]:
@@ -167,17 +159,12 @@ def probe_prompts(loaded: LoadedModel) -> tuple[list[list[int]], str]:
 
 @torch.no_grad()
 def count_off(written: PreTrainedModel, merge: PreTrainedModel) -> tuple[int, int, int]:
-    """Compare the weights of a written 16-bit model with a merge in fp32, tensor by tensor.
-
-    Returns:
-        (tensors, values, values that are off by more than half a unit in the last place).
-    """
-    tensors, values, off = 0, 0, 0
-    for name, weight in merge.named_parameters():
+    """Compare a written 16-bit model with a merge in fp32: (tensors, values, values off by more than half a last bit)."""
+    weights, off = dict(merge.named_parameters()), 0
+    for name, weight in weights.items():
         found = written.get_parameter(name)
         info = torch.finfo(found.dtype)
         # 1.01: two machines may sum B A in another order before the rounding.
         bound = weight.abs() * (1.01 * info.eps / 2) + info.smallest_normal * info.eps
         off += int(((found.cpu().float() - weight).abs() > bound).sum())
-        tensors, values = tensors + 1, values + weight.numel()
-    return tensors, values, off
+    return len(weights), sum(weight.numel() for weight in weights.values()), off
