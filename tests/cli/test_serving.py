@@ -80,6 +80,7 @@ def test_generate_reads_stdin_and_writes_stdout(
         {"conversations": [{"from": "human", "value": "d"}]},
         {"prompt": [{"role": "user", "content": "e"}]},
         {"text": "f é"},
+        {"prompt": "g", "half": "\ud83d"},  # half a character, which UTF-8 cannot hold: written as its escape
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n".join(map(json.dumps, asked))))
     assert main(["generate", str(run), "--input", "-", "--output", "-", *SHORT]) == EXIT_OK

@@ -257,7 +257,7 @@ class Chat:
     def _prompt(self, side: str, loaded: LoadedModel) -> list[int]:
         """The prompt; drops as many of the oldest turns as do not fit beside the answer, and says so."""
         from tunesmith.data.formats import Conversation
-        from tunesmith.inference.prompts import PLACEHOLDER
+        from tunesmith.inference.generate import PLACEHOLDER
 
         room, turns = loaded.context - self.decoding.max_new_tokens, len(self.turns)
         while True:

@@ -13,25 +13,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any
 
 from tunesmith.cli.options import add_decoding, add_rows, add_run, decoding_of, stdin_lines
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED, DataError, MachineError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tunesmith.data.source import Rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument(
-        "--input", required=True, metavar="FILE", help="rows: jsonl, json, csv, parquet; - is stdin (jsonl)"
-    )
+    rows_help = "rows: jsonl, json, csv, parquet; - is stdin (jsonl)"
+    parser.add_argument("--input", required=True, metavar="FILE", help=rows_help)
     parser.add_argument("--output", required=True, metavar="FILE", help="where answers go (jsonl); - is stdout")
     parser.add_argument("--base", action="store_true", help="ask the base model, without what was trained")
     add_rows(parser, batch_size="rows answered at once")
@@ -59,20 +57,15 @@ def run(args: argparse.Namespace) -> int:
 
     decoding, stop = decoding_of(args), StopRequest(interactive=True)
     loaded = load_run(location, device=args.device)
-    options = {
-        "format_name": args.format_name,
-        "batch_size": args.batch_size,
-        "start": done,
-        "cancelled": stop.requested,
-    }
-    answers = generate(loaded, rows, decoding, **options)
+    options = {"format_name": args.format_name, "batch_size": args.batch_size, "cancelled": stop.requested}
+    answers = generate(loaded, rows, decoding, start=done, **options)
     if location.note:
         print(location.note, file=sys.stderr)
     print(f"{len(rows) - done} rows, {decoding.describe()}", file=sys.stderr)
-    with _open_output(output, append=done > 0) as file, stop, ProgressCounter() as progress:
+    with _open_output(output, "a" if done else "w") as file, stop, ProgressCounter() as progress:
         progress("answers", done, len(rows))
         for row in answers:
-            file.write(_json_line(row))
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             file.flush()
             done += 1
             progress("answers", done, len(rows))
@@ -83,13 +76,16 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _json_line(row: dict[str, Any]) -> str:
-    line = json.dumps(row, ensure_ascii=False, default=str)
+def _open_output(output: Path | None, mode: str) -> AbstractContextManager[IO[str]]:
+    """The file or stdout, which stays open; half a character (a lone surrogate) is written as its JSON escape."""
+    if output is None:
+        return nullcontext(sys.stdout)
     try:
-        line.encode()
-    except UnicodeEncodeError:  # half a character (a lone surrogate) in a field that no prompt uses: escape it
-        line = json.dumps(row, default=str)
-    return line + "\n"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return output.open(mode, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        what, fix = f"{output} cannot be written", "name a file that you may write"
+        raise MachineError(what, where="--output", why=str(error), fix=fix) from error
 
 
 def _read_input(name: str) -> Rows:
@@ -102,23 +98,21 @@ def _read_input(name: str) -> Rows:
     from tunesmith.data.source import from_list, read_rows
 
     if name != "-":
-        path = Path(name)
+        path, fix = Path(name), "name a jsonl, json, csv or parquet file, or - for stdin"
         if not path.is_file():
-            fix = "name a jsonl, json, csv or parquet file, or - for stdin"
             raise DataError(f"there is no file {name}", where=name, fix=fix)
         return read_rows(Source(source=str(path.absolute())))
-    rows = []
+    rows, fix = [], 'send one JSON object a line: {"prompt": "..."}'
     for number, line in stdin_lines():
-        where, fix = f"stdin:{number}", 'write one JSON object a line: {"prompt": "..."}'
         try:
-            row = json.loads(line)
+            row, why = json.loads(line), ""
         except ValueError as error:
-            raise DataError("the line is not JSON", where=where, why=str(error), fix=fix) from error
+            row, why = None, str(error)
         if not isinstance(row, dict):
-            raise DataError("the line is not a JSON object", where=where, fix=fix)
+            raise DataError("the line is not a JSON object", where=f"stdin:{number}", why=why, fix=fix)
         rows.append(row)
     if not rows:
-        raise DataError("stdin holds no rows", where="stdin", fix="send one JSON object a line")
+        raise DataError("stdin holds no rows", where="stdin", fix=fix)
     return from_list(rows, "stdin")
 
 
@@ -146,14 +140,10 @@ def _rows_done(output: Path | None, rows: Rows, args: argparse.Namespace) -> int
     lines = complete.splitlines()
     for i, line in enumerate(lines):
         if i >= len(rows) or not _is_answer_to(line, rows[i]):
-            raise UsageError(
-                "the output answers other rows than the input holds",
-                where=f"{output}:{i + 1}",
-                fix="give the input that it was made from, or --force to start over",
-            )
-    if len(complete) < len(data):
-        with output.open("r+b") as file:
-            file.truncate(len(complete))
+            fix = "give the input that it was made from, or --force to start over"
+            what = "the output answers other rows than the input holds"
+            raise UsageError(what, where=f"{output}:{i + 1}", fix=fix)
+    os.truncate(output, len(complete))
     return len(lines)
 
 
@@ -162,25 +152,7 @@ def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:
         written = json.loads(line)
     except ValueError:
         return False
-    fields = json.loads(json.dumps(row, default=str)).items()
-    same = (
-        all(written.get(k) == v for k, v in fields if k not in ("output", "reference"))
-        if isinstance(written, dict)
-        else False
-    )
-    return same and "output" in written
-
-
-@contextmanager
-def _open_output(output: Path | None, *, append: bool) -> Iterator[TextIO]:
-    if output is None:
-        yield sys.stdout
-        return
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file = output.open("a" if append else "w", encoding="utf-8")
-    except OSError as error:
-        what, fix = f"{output} cannot be written", "name a file that you may write"
-        raise MachineError(what, where="--output", why=str(error), fix=fix) from error
-    with file:
-        yield file
+    if not isinstance(written, dict) or "output" not in written:
+        return False
+    fields = json.loads(json.dumps(row, default=str))
+    return all(written.get(k) == v for k, v in fields.items() if k not in ("output", "reference"))

@@ -23,8 +23,8 @@ from tunesmith.data.source import Rows, read_rows
 from tunesmith.data.tokens import tokenise
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding, answer_all, evaluating, never
+from tunesmith.inference.generate import Prompt, check_prompt_lengths, make_prompts, row_source
 from tunesmith.inference.load_run import LoadedModel, load_run, locate_run
-from tunesmith.inference.prompts import Prompt, check_prompt_lengths, make_prompts, row_source
 
 if TYPE_CHECKING:
     from tunesmith.data.tokens import TokenSet

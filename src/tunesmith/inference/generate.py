@@ -1,16 +1,45 @@
-"""Rows in, rows with the model's answers out."""
+"""Rows in, rows with a trained model's answers out; prompts are rendered as in training.
+
+A row may have any format that trains, with its answer or without. The last assistant turn, the output or the
+completion is taken off and kept as the reference; a row that has none is prompted as it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.config.schema import Source
+from tunesmith.data.formats import Conversation, convert_row
 from tunesmith.data.source import Rows, from_list
-from tunesmith.inference.decoding import Decoding, answer_all, never
-from tunesmith.inference.prompts import check_prompt_lengths, make_prompts
+from tunesmith.errors import DataError
+from tunesmith.inference.decoding import Decoding, answer_all, cut_answer, never
 
 if TYPE_CHECKING:
     from tunesmith.inference.load_run import LoadedModel
+
+# The column that identifies a format, in the order of the search, and the column that holds the answer.
+_FORMAT_OF_COLUMN = {
+    "messages": "messages",
+    "conversations": "sharegpt",
+    "instruction": "alpaca",
+    "prompt": "prompt-completion",
+    "text": "text",
+}
+_ANSWER_COLUMN = {"alpaca": "output", "prompt-completion": "completion", "sharegpt": "conversations"}
+_ANSWER_ROLES = ("assistant", "gpt", "model", "chatgpt", "bot", "function_call", "tool_call")
+PLACEHOLDER = "?"  # stands in for an answer that is to come, so that the row converts; a prompt ends before it
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row to answer."""
+
+    row: dict[str, Any]  # as it was read
+    where: str  # its place, for errors
+    ids: list[int]  # tokens up to where the answer starts
+    reference: str | None  # the text of the answer that the row holds
 
 
 def generate(
@@ -52,3 +81,83 @@ def generate(
         {**prompt.row, "output": text} | ({} if prompt.reference is None else {"reference": prompt.reference})
         for prompt, text in ((prompts[i], answer.text) for i, answer in answers)
     )
+
+
+def row_source(row: dict[str, Any], where: str, format_name: str, known: Sequence[Source]) -> Source:
+    """How to read a row: in `format_name`, or for `auto` as a known source whose columns it has, else by its columns.
+
+    Raises:
+        DataError: no column identifies the format.
+    """
+    if format_name != "auto":
+        return Source(source=where, format=format_name)  # type: ignore[arg-type]
+    for source in known:
+        if source.columns and set(source.columns.values()) <= set(row):
+            return source
+    for column, name in _FORMAT_OF_COLUMN.items():
+        if column in row:
+            return Source(source=where, format=name)  # type: ignore[arg-type]
+    why = f"its columns are {', '.join(map(repr, row)) or 'none'}; looked for {', '.join(_FORMAT_OF_COLUMN)}"
+    raise DataError("the format of the row is unknown", where=where, why=why, fix="rename a column, or give --format")
+
+
+def make_prompts(rows: Rows, loaded: LoadedModel, format_name: str = "auto") -> list[Prompt]:
+    """Every row as a prompt; conversations without a system message get the run's.
+
+    Raises:
+        DataError: a row that is broken or has nothing to answer, by its place.
+    """
+    prompts = []
+    for i in range(len(rows)):
+        row, where = rows[i], rows.where(i)
+        source = row_source(row, where, format_name, loaded.sources)
+        complete, answered = _with_answer(row, source)
+        sample = convert_row(complete, source, where=where, system=loaded.system)
+        if isinstance(sample, Conversation) and sample.messages[-1]["role"] != "assistant":
+            what = "the conversation ends with neither a question nor an answer"
+            why = f"its last message is of the role {sample.messages[-1]['role']}"
+            raise DataError(what, where=where, why=why, fix="end it with the turn to answer, or with the answer")
+        reference = None
+        if answered:
+            # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are compared
+            # in the form in which the model writes them.
+            example = loaded.template.encode(sample, "last", where=where)
+            supervised = example.ids[example.trained].tolist()
+            reference = cut_answer(loaded.tokenizer, supervised, loaded.template.stops).text
+        prompts.append(Prompt(row, where, list(loaded.template.prompt(sample)), reference))
+    return prompts
+
+
+def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], bool]:
+    """The row with an answer, its own or a placeholder, and whether it is its own."""
+    if source.format == "text":
+        return row, False
+    column = _ANSWER_COLUMN.get(source.format, "messages")
+    column = source.columns.get(column, column)
+    value: Any = row.get(column)
+    later = {"role": "assistant", "content": PLACEHOLDER}
+    if source.format in ("alpaca", "prompt-completion"):
+        if value not in (None, ""):
+            return row, True
+        as_messages = isinstance(row.get(source.columns.get("prompt", "prompt")), list)
+        return {**row, column: [later] if as_messages else PLACEHOLDER}, False
+    role = "role"
+    if source.format == "sharegpt":
+        role, later = "from", {"from": "gpt", "value": PLACEHOLDER}
+    last = value[-1] if isinstance(value, list) and value else None
+    if not isinstance(last, dict) or last.get(role) in _ANSWER_ROLES:
+        return row, True
+    return {**row, column: [*value, later]}, False
+
+
+def check_prompt_lengths(prompts: Sequence[Prompt], max_new_tokens: int, context: int) -> None:
+    """Raise DataError, naming the longest, if prompts leave no room for the answer in `context` tokens."""
+    too_long = [p for p in prompts if len(p.ids) + max_new_tokens > context]
+    if too_long:
+        worst = max(too_long, key=lambda p: len(p.ids))
+        raise DataError(
+            f"{len(too_long)} of {len(prompts)} prompts are too long: the longest has {len(worst.ids)} tokens",
+            where=worst.where,
+            why=f"the model's context is {context} tokens, and {max_new_tokens} are kept for the answer",
+            fix="shorten these rows, or give a smaller --max-new-tokens",
+        )
