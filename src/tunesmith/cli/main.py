@@ -17,6 +17,8 @@ import logging
 import os
 import select
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
@@ -41,7 +43,12 @@ VERBS = {
     "merge": ("tunesmith.cli.merge", "merge an adapter into its base model, and check that it answers alike"),
 }
 
-_PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a place that you may write to")
+_UNUSABLE = ("this path cannot be used", "correct the path, or move away what lies there")
+_PATH_FAULTS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NOT_PERMITTED),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG), _UNUSABLE),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -144,13 +151,10 @@ example:
 
 def _report(error: Exception) -> int:
     """Print what a user should read about an error; its exit code."""
+    trace = "".join(traceback.format_exception(error))
     if os.environ.get("TUNESMITH_DEBUG") == "1":
-        import traceback
-
-        traceback.print_exception(error)
-    known = error if isinstance(error, TunesmithError) else _machine_error(error)
-    if known is None:
-        return _report_internal(error)
+        print(trace, file=sys.stderr)
+    known = error if isinstance(error, TunesmithError) else _machine_error(error) or _internal_error(error, trace)
     stopped = isinstance(known, StoppedError)  # with all saved: no error
     print(known.text().removeprefix("error: " if stopped else ""), file=sys.stderr)
     return known.exit_code
@@ -165,23 +169,14 @@ def _machine_error(error: Exception) -> MachineError | None:
     if (full := disk_fault(error)) is not None:
         fix = "make room (df -h), then start the same command again"
         return MachineError(full, where=where or "standard output, or a file being written", fix=fix)
-    if not isinstance(error, OSError) or not where:
+    if not isinstance(error, OSError) or not where or error.errno not in _PATH_FAULTS:
         return None
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        what, fix = "not permitted", f"ls -ld {where}; choose a place that you may write to"
-    elif error.errno in _PATH_ERRORS:
-        what, fix = "this path cannot be used", "correct the path, or move away what lies there"
-    else:
-        return None
-    return MachineError(f"{what}: {error.strerror}", where=where, fix=fix)
+    what, fix = _PATH_FAULTS[error.errno]
+    return MachineError(f"{what}: {error.strerror}", where=where, fix=fix.format(where=where))
 
 
-def _report_internal(error: Exception) -> int:
-    """One block for a fault of ours; the traceback goes to a file, because few who meet it can use it."""
-    import tempfile
-    import traceback
-
-    trace = "".join(traceback.format_exception(error))
+def _internal_error(error: Exception, trace: str) -> TunesmithError:
+    """A fault of ours; the traceback goes to a file, because few who meet it can use it."""
     try:
         with tempfile.NamedTemporaryFile("w", prefix="tunesmith-", suffix=".log", delete=False) as file:
             file.write(f"tunesmith {__version__}, python {sys.version}\n{trace}")
@@ -190,8 +185,7 @@ def _report_internal(error: Exception) -> int:
         print(trace, file=sys.stderr)
         fix = "please report it with the traceback above"
     message = (str(error).strip().splitlines() or ["no message"])[0]
-    print(TunesmithError(f"internal error: {type(error).__name__}: {message}", fix=fix).text(), file=sys.stderr)
-    return EXIT_FAILED
+    return TunesmithError(f"internal error: {type(error).__name__}: {message}", fix=fix)
 
 
 if __name__ == "__main__":

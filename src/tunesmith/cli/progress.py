@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 from tunesmith.host_files import is_terminal
 
@@ -18,8 +17,7 @@ class ProgressCounter:
     """
 
     def __enter__(self) -> ProgressCounter:
-        self._what, self._done, self._start = "", 0, 0
-        self._bar = None
+        self._what, self._done, self._start, self._bar = "", 0, 0, None
         if is_terminal(sys.stderr):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,7 +31,7 @@ class ProgressCounter:
         """`done` of `total` are done."""
         now = time.monotonic()
         if what != self._what:
-            self._last_line()
+            self._line()
             self._what, self._start, self._began, self._printed = what, done, now, now
             self._task = self._bar.add_task(what, total=total, completed=done) if self._bar else None
         self._done, self._total = done, total
@@ -43,19 +41,13 @@ class ProgressCounter:
             self._printed = now
             self._line()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar:
             self._bar.stop()
         elif kind is None:
-            self._last_line()
-
-    def _last_line(self) -> None:
-        if self._bar is None and self._done > self._start:
             self._line()
 
     def _line(self) -> None:
-        seconds = time.monotonic() - self._began
-        rate = (self._done - self._start) / seconds if seconds > 0 else 0.0
-        print(f"{self._what}: {self._done}/{self._total}  {rate:.1f}/s", file=sys.stderr, flush=True)
+        if self._bar is None and self._done > self._start:
+            rate = (self._done - self._start) / max(time.monotonic() - self._began, 1e-9)
+            print(f"{self._what}: {self._done}/{self._total}  {rate:.1f}/s", file=sys.stderr, flush=True)
