@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from runs import ROWS, make_run, peft_model
+from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.batch import Example
 from tunesmith.data.tokens import TokenSet, tokenise
-from tunesmith.inference.evaluate import is_exact_match, packed, score, validation_loss
+from tunesmith.inference.evaluate import evaluate, is_exact_match, packed, score, validation_loss
 from tunesmith.inference.load_run import LoadedModel, load_run
 
 CPU = torch.device("cpu")
@@ -101,6 +101,15 @@ def test_attention_of_generation_comes_back_after_a_loss(opened: LoadedModel) ->
         with opened.training_attention():
             pass
         assert torch.equal(opened.model(input_ids=ids).logits, before)
+
+
+def test_exact_match_reads_rows_by_the_columns_that_were_trained(tiny: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "held.jsonl", [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
+    columns = {"prompt": "question", "completion": "answer"}
+    source = {"source": str(rows), "format": "prompt-completion", "columns": columns}
+    make_run(tmp_path / "run", tiny, peft_model(tiny), data={"train": source})
+    found = evaluate(tmp_path / "run", str(rows), exact_match=True, max_new_tokens=4, device="cpu")
+    assert [(score.rows, score.asked) for score in found.scores.values()] == [(2, 2), (2, 2)]
 
 
 @pytest.mark.parametrize(

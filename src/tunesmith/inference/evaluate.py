@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,8 +22,8 @@ from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.data.source import Rows, read_rows
 from tunesmith.data.tokens import tokenise
 from tunesmith.errors import UsageError
-from tunesmith.inference.decoding import Decoding, answer_all, evaluating, never
-from tunesmith.inference.generate import Prompt, check_prompt_lengths, make_prompts, row_source
+from tunesmith.inference.decoding import Decoding, evaluating, never
+from tunesmith.inference.generate import generate, row_source
 from tunesmith.inference.load_run import LoadedModel, load_run, locate_run
 
 if TYPE_CHECKING:
@@ -153,56 +153,50 @@ def evaluate(
     Raises:
         UsageError: the run or the data cannot be used; see `load_run` and `read_rows`.
     """
-    location, decoding = locate_run(path), Decoding(max_new_tokens)
+    location = locate_run(path)
     source = Source(source=data, split=split, max_examples=max_examples)
     rows = read_rows(source)
     loaded = load_run(location, device=device)
-    tokens, prompts = _eval_set(rows, source, loaded, format_name, max_new_tokens if exact_match else None)
+    tokens = _eval_tokens(rows, source, loaded, format_name, exact_match=exact_match)
 
-    options = tokens, prompts, decoding, batch_size, progress
-    scores = {"model" if location.kind == "base" else "tuned": _score_loaded(loaded, *options)}
+    def scored(loaded: LoadedModel) -> Score:
+        options: dict[str, Any] = {"format_name": format_name, "batch_size": batch_size}
+        answers = generate(loaded, rows, Decoding(max_new_tokens), **options) if exact_match else None
+        with loaded.training_attention() as train_model:
+            device = loaded.model.device
+            result = score(train_model, tokens, pad_id=loaded.pad_id, device=device, progress=progress)
+        return _with_exact_match(result, answers, len(rows), progress) if answers else result
+
+    scores = {"model" if location.kind == "base" else "tuned": scored(loaded)}
     if base and location.kind == "adapter":
         with disabled(loaded.model):
-            scores = {"base": _score_loaded(loaded, *options), **scores}
+            scores = {"base": scored(loaded), **scores}
     elif base and location.kind == "full":
         del loaded  # one model at a time
-        scores = {"base": _score_loaded(load_run(path, device=device, base_only=True), *options), **scores}
+        scores = {"base": scored(load_run(path, device=device, base_only=True)), **scores}
     counts = tokens.sources[0]
     return Evaluation(scores, len(rows), counts.dropped + counts.emptied, counts.cut)
 
 
-def _eval_set(
-    rows: Rows, source: Source, loaded: LoadedModel, format_name: str, max_new_tokens: int | None
-) -> tuple[TokenSet, list[Prompt]]:
-    """The rows as tokens and, unless `max_new_tokens` is None, as prompts for exact match."""
+def _eval_tokens(rows: Rows, source: Source, loaded: LoadedModel, format_name: str, *, exact_match: bool) -> TokenSet:
     found = row_source(rows[0], rows.where(0), format_name, loaded.sources)
+    if exact_match and found.format == "text":
+        what, why = "no row holds an answer to compare with", "rows of the format text were read"
+        raise UsageError(what, where=source.source, why=why, fix="leave --exact-match out, or give rows with answers")
     source = replace(source, format=found.format, columns=found.columns)
     data = loaded.run.data if loaded.run else Data(train=(source,), seq_len=min(loaded.context, 1 << 20))
     tokens = tokenise((source,), data, loaded.template, loaded.tokenizer, cache=None, what=source.source)
     if not len(tokens):
         what, why = f"none of the {len(rows)} rows can be scored", f"all are longer than data.seq_len: {data.seq_len}"
         raise UsageError(what, where=source.source, why=why, fix="give shorter rows")
-    if max_new_tokens is None:
-        return tokens, []
-    prompts = [p for p in make_prompts(rows, loaded, found.format) if p.reference is not None]
-    if not prompts:
-        what, why = "no row holds an answer to compare with", f"rows of the format {found.format} were read"
-        raise UsageError(what, where=source.source, why=why, fix="leave --exact-match out, or give rows with answers")
-    check_prompt_lengths(prompts, max_new_tokens, loaded.context)
-    return tokens, prompts
+    return tokens
 
 
-def _score_loaded(
-    loaded: LoadedModel, tokens: TokenSet, prompts: list[Prompt], decoding: Decoding, batch: int, progress: Progress
-) -> Score:
-    with loaded.training_attention() as train_model:
-        device = loaded.model.device
-        result = score(train_model, tokens, pad_id=loaded.pad_id, device=device, progress=progress)
-    if not prompts:
-        return result
-    hits, ids, stops = 0, [prompt.ids for prompt in prompts], loaded.template.stops
-    progress("answers", 0, len(ids))
-    for i, answer in answer_all(loaded.model, loaded.tokenizer, ids, decoding, stops=stops, batch_size=batch):
-        hits += is_exact_match(answer.text, prompts[i].reference or "")
-        progress("answers", i + 1, len(ids))
-    return replace(result, exact_match=hits / len(ids), asked=len(ids))
+def _with_exact_match(result: Score, answers: Iterator[dict[str, Any]], total: int, progress: Progress) -> Score:
+    hits, asked = 0, 0
+    progress("answers", 0, total)
+    for done, row in enumerate(answers, 1):
+        if "reference" in row:  # a row with an empty answer has none
+            hits, asked = hits + is_exact_match(row["output"], row["reference"]), asked + 1
+        progress("answers", done, total)
+    return replace(result, exact_match=hits / asked if asked else math.nan, asked=asked)

@@ -72,8 +72,16 @@ def generate(
     """
     decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
-    prompts = make_prompts(rows, loaded, format_name)
-    check_prompt_lengths(prompts, decoding.max_new_tokens, loaded.context)
+    prompts = [_make_prompt(rows[i], rows.where(i), loaded, format_name) for i in range(len(rows))]
+    room = loaded.context - decoding.max_new_tokens
+    if too_long := [prompt for prompt in prompts if len(prompt.ids) > room]:
+        worst = max(too_long, key=lambda prompt: len(prompt.ids))
+        raise DataError(
+            f"{len(too_long)} of {len(prompts)} prompts are too long: the longest has {len(worst.ids)} tokens",
+            where=worst.where,
+            why=f"the model's context is {loaded.context} tokens; {decoding.max_new_tokens} are kept for the answer",
+            fix="shorten these rows, or give a smaller --max-new-tokens",
+        )
     options: dict[str, Any] = {"batch_size": batch_size, "start": start, "cancelled": cancelled}
     ids, stops = [prompt.ids for prompt in prompts], loaded.template.stops
     answers = answer_all(loaded.model, loaded.tokenizer, ids, decoding, stops=stops, **options)
@@ -101,31 +109,22 @@ def row_source(row: dict[str, Any], where: str, format_name: str, known: Sequenc
     raise DataError("the format of the row is unknown", where=where, why=why, fix="rename a column, or give --format")
 
 
-def make_prompts(rows: Rows, loaded: LoadedModel, format_name: str = "auto") -> list[Prompt]:
-    """Every row as a prompt; conversations without a system message get the run's.
-
-    Raises:
-        DataError: a row that is broken or has nothing to answer, by its place.
-    """
-    prompts = []
-    for i in range(len(rows)):
-        row, where = rows[i], rows.where(i)
-        source = row_source(row, where, format_name, loaded.sources)
-        complete, answered = _with_answer(row, source)
-        sample = convert_row(complete, source, where=where, system=loaded.system)
-        if isinstance(sample, Conversation) and sample.messages[-1]["role"] != "assistant":
-            what = "the conversation ends with neither a question nor an answer"
-            why = f"its last message is of the role {sample.messages[-1]['role']}"
-            raise DataError(what, where=where, why=why, fix="end it with the turn to answer, or with the answer")
-        reference = None
-        if answered:
-            # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are compared
-            # in the form in which the model writes them.
-            example = loaded.template.encode(sample, "last", where=where)
-            supervised = example.ids[example.trained].tolist()
-            reference = cut_answer(loaded.tokenizer, supervised, loaded.template.stops).text
-        prompts.append(Prompt(row, where, list(loaded.template.prompt(sample)), reference))
-    return prompts
+def _make_prompt(row: dict[str, Any], where: str, loaded: LoadedModel, format_name: str) -> Prompt:
+    """The prompt of a row; a conversation without a system message gets the run's."""
+    source = row_source(row, where, format_name, loaded.sources)
+    complete, answered = _with_answer(row, source)
+    sample = convert_row(complete, source, where=where, system=loaded.system)
+    if isinstance(sample, Conversation) and sample.messages[-1]["role"] != "assistant":
+        what = "the conversation ends with neither a question nor an answer"
+        why = f"its last message is of the role {sample.messages[-1]['role']}"
+        raise DataError(what, where=where, why=why, fix="end it with the turn to answer, or with the answer")
+    reference = None
+    if answered:
+        # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are compared in the
+        # form in which the model writes them.
+        example = loaded.template.encode(sample, "last", where=where)
+        reference = cut_answer(loaded.tokenizer, example.ids[example.trained].tolist(), loaded.template.stops).text
+    return Prompt(row, where, list(loaded.template.prompt(sample)), reference)
 
 
 def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], bool]:
@@ -148,16 +147,3 @@ def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], b
     if not isinstance(last, dict) or last.get(role) in _ANSWER_ROLES:
         return row, True
     return {**row, column: [*value, later]}, False
-
-
-def check_prompt_lengths(prompts: Sequence[Prompt], max_new_tokens: int, context: int) -> None:
-    """Raise DataError, naming the longest, if prompts leave no room for the answer in `context` tokens."""
-    too_long = [p for p in prompts if len(p.ids) + max_new_tokens > context]
-    if too_long:
-        worst = max(too_long, key=lambda p: len(p.ids))
-        raise DataError(
-            f"{len(too_long)} of {len(prompts)} prompts are too long: the longest has {len(worst.ids)} tokens",
-            where=worst.where,
-            why=f"the model's context is {context} tokens, and {max_new_tokens} are kept for the answer",
-            fix="shorten these rows, or give a smaller --max-new-tokens",
-        )
