@@ -13,10 +13,7 @@ NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
 
 class StopRequest:
-    """A context in which the first signal is noted in `signal` instead of ending the process.
-
-    A training run has nothing to lose before `hold()`, so until then a signal ends it at once; afterwards the loop
-    reads `signal` between steps.
+    """A context that notes the first signal in `signal` once there is something to save; before, it ends the process.
 
     Args:
         interactive: for commands that answer: hold SIGTERM and SIGINT from the start, and let a second one raise
@@ -53,8 +50,5 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
         if not self._held:
-            raise StoppedError(
-                f"stopped by {self.signal} before the first step",
-                why="nothing was trained yet, so there was nothing to save",
-                fix="start the same command again",
-            )
+            what, why = f"stopped by {self.signal} before the first step", "there was nothing to save yet"
+            raise StoppedError(what, why=why, fix="start the same command again")

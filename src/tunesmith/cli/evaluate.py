@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from tunesmith.cli.options import add_rows, add_run, whole_number
 from tunesmith.errors import EXIT_OK
 
 if TYPE_CHECKING:
-    from tunesmith.inference.evaluate import Evaluation, Score
+    from tunesmith.inference.evaluate import Evaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,21 +67,17 @@ def _print_table(found: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    cells: dict[str, Callable[[Score], str]] = {
-        "loss (nats a token)": lambda s: f"{s.loss:.4f}",
-        "perplexity": lambda s: f"{s.perplexity:.3f}" if math.isfinite(s.perplexity) else "above 1e308",
-        "token accuracy": lambda s: f"{s.token_accuracy:.2%}",
-        "exact match": lambda s: (
-            f"{s.exact_match:.1%} ({round(s.exact_match * s.asked)}/{s.asked})" if s.exact_match is not None else ""
-        ),
-        "rows": lambda s: str(s.rows),
-        "supervised tokens": lambda s: str(s.tokens),
-    }
+    scores = found.scores.values()
     table = Table("", *found.scores)
-    for name, cell in cells.items():
-        texts = [cell(score) for score in found.scores.values()]
-        if any(texts):
-            table.add_row(name, *texts)
+    table.add_row("loss (nats a token)", *(f"{s.loss:.4f}" for s in scores))
+    limit = "above 1e308"
+    table.add_row("perplexity", *(f"{s.perplexity:.3f}" if math.isfinite(s.perplexity) else limit for s in scores))
+    table.add_row("token accuracy", *(f"{s.token_accuracy:.2%}" for s in scores))
+    matches = [(s.exact_match, s.asked) for s in scores if s.exact_match is not None]
+    if matches:
+        table.add_row("exact match", *(f"{share:.1%} ({share * asked:.0f}/{asked})" for share, asked in matches))
+    table.add_row("rows", *(str(s.rows) for s in scores))
+    table.add_row("supervised tokens", *(str(s.tokens) for s in scores))
     Console(file=sys.stdout).print(table)
     for count, what in ((found.dropped, "dropped"), (found.cut, "cut short")):
         if count:

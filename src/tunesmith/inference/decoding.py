@@ -1,11 +1,8 @@
 """Token ids in, answers out: batched decoding with Transformers' `generate`.
 
-Prompts are padded on the left, sorted by length inside a window of a few batches, and answered window by window in
-their order. Windows start at fixed rows and each batch has its own seed, so a job that is stopped and resumed gives
-the same answers as an uninterrupted one.
-
-Generation settings that ship with a model (a repetition penalty, a default temperature) are ignored: greedy is plain
-greedy, and sampling applies the options of `Decoding` and nothing else.
+Prompts are sorted by length inside a window of a few batches. Windows start at fixed rows and each batch has its own
+seed, so a job that is stopped and resumed gives the same answers as an uninterrupted one. Generation settings that ship
+with a model (a repetition penalty, a default temperature) are ignored.
 """
 
 from __future__ import annotations
@@ -72,17 +69,11 @@ class Decoding:
         how = f"sampled at {options}, seed {self.seed}" if self.temperature > 0 else "greedy"
         return f"{how}, up to {self.max_new_tokens} new tokens"
 
-    def config(self, stops: Collection[int], pad_id: int) -> GenerationConfig:
+    def config(self, **tokens: Any) -> GenerationConfig:
         """Transformers' form, with every setting that a model might bring along at its neutral value."""
-        sampled = self.temperature > 0
-        options = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k} if sampled else {}
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=sampled,
-            eos_token_id=sorted(stops) or None,
-            pad_token_id=pad_id,
-            **options,
-        )
+        if self.temperature > 0:
+            tokens |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return GenerationConfig(max_new_tokens=self.max_new_tokens, **tokens)
 
 
 class Answer(NamedTuple):
@@ -150,7 +141,7 @@ def answer_batch(
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                generation_config=decoding.config(stops, pad_id),
+                generation_config=decoding.config(eos_token_id=sorted(stops) or None, pad_token_id=pad_id),
                 stopping_criteria=StoppingCriteriaList([ended]),
                 streamer=_Streamer(tokenizer, write) if write else None,
             )

@@ -119,24 +119,23 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
         location = RunLocation("base", None, Model(name=str(path)))
     elif _HUB_ID.match(str(path)) and not place.parent.is_dir():
         location = RunLocation("base", None, Model(name=str(path)), note=f"{path} on the Hub")
+    elif place.is_file():
+        raise _no_model(place, f"{path} is a {place.suffix or 'nameless'} file, not a model")
     else:
-        file = f"{path} is a {place.suffix or 'nameless'} file, not a model"
-        raise UsageError(
-            file if place.is_file() else f"there is no {path}",
-            where=str(path),
-            why="a run directory, checkpoint, adapter, model folder, recipe (.yaml), .gguf file or Hub id is needed",
-            fix=_folders_in(place.parent),
-        )
+        raise _no_model(place, f"there is no {path}")
     if base_only and location.kind != "base":
         return replace(location, kind="base", note=f"the base of {path}: {location.base.name}")
     return location
 
 
-def _folders_in(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    if not names:
-        return "give the output_dir of a run, as `tunesmith train` printed it"
-    return f"{folder} holds: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+def _no_model(path: Path, what: str) -> UsageError:
+    """The error for a path that stands for nothing; it names the folders in it or beside it."""
+    inside = sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+    parent = path.parent
+    names = inside or (sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else [])
+    fix = f"{path if inside else parent} holds: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+    why = "a run directory, checkpoint, adapter, model folder, recipe (.yaml), .gguf file or Hub id is needed"
+    return UsageError(what, where=str(path), why=why, fix=fix if names else "give a run's output_dir")
 
 
 def _in_run(folder: Path) -> RunLocation:
@@ -175,9 +174,7 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
             "a sharded run writes model files in final/ and by export",
         )
         raise CheckpointError(what, where=where, why=why, fix=f"tunesmith export {folder}")
-    why = "neither config.yaml (a run), adapter_config.json (an adapter) nor config.json (a model) is in it"
-    fix = _folders_in(folder if any(p.is_dir() for p in folder.iterdir()) else folder.parent)
-    raise UsageError(f"{folder} holds no model", where=where, why=why, fix=fix)
+    raise _no_model(folder, f"{folder} holds no model: no config.yaml, adapter_config.json or config.json")
 
 
 def _base_of_adapter(file: Path) -> Model:
