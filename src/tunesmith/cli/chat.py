@@ -59,11 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(what, where="--side-by-side", fix=fix)
     decoding = decoding_of(args)
     loaded = load_run(location, device=args.device)
-    chat = Chat(loaded, lambda: load_run(args.run, device=args.device, base_only=True), decoding, args.system)
-    if args.side_by_side:
-        chat.sides = [BASE, TUNED]
-    elif args.base or location.kind == "base":
-        chat.sides = [BASE]
+    chat = Chat(args, loaded, decoding)
     if chat.on_terminal:
         about = f"{location.note or args.run}: {decoding.describe()}; {loaded.template.describe()}"
         notify(f"{about}\n/help shows the commands")
@@ -77,22 +73,15 @@ def notify(text: str) -> None:
 
 
 class Chat:
-    """Reads lines, obeys the commands, shows the answers.
+    """Reads lines, obeys the commands, shows the answers of the loaded model and of its base."""
 
-    Args:
-        loaded: the tuned model, or a plain base.
-        load_base: loads the base as a model of its own; used where switching the adapter off does not give it.
-        system: the system message to begin with; None takes the recipe's.
-    """
-
-    def __init__(
-        self, loaded: LoadedModel, load_base: Callable[[], LoadedModel], decoding: Decoding, system: str | None
-    ) -> None:
-        self.loaded, self.load_base, self.decoding = loaded, load_base, decoding
-        self.system = loaded.system if system is None else system or None
+    def __init__(self, args: argparse.Namespace, loaded: LoadedModel, decoding: Decoding) -> None:
+        self.args, self.loaded, self.decoding = args, loaded, decoding
+        self.system = loaded.system if args.system is None else args.system or None
         self.turns: list[tuple[str, dict[str, str]]] = []  # each question, and its answers by side
-        self.sides = [TUNED]
-        self.base: LoadedModel | None = None
+        only_base = args.base or loaded.location.kind == "base"
+        self.sides = [BASE, TUNED] if args.side_by_side else [BASE if only_base else TUNED]
+        self.base: LoadedModel | None = None  # of a full fine-tune, once it is asked
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.commands: dict[str, Callable[[str], None]] = {
             "/base": lambda _: self.switch_to([BASE]),
@@ -219,6 +208,7 @@ class Chat:
         """
         from tunesmith.adapter.lora import disabled
         from tunesmith.inference.decoding import answer_batch
+        from tunesmith.inference.load_run import load_run
 
         with StopRequest(interactive=True) as stop:
             loaded = self.loaded
@@ -226,13 +216,12 @@ class Chat:
             if side == BASE and loaded.location.kind == "adapter":
                 adapter_off = disabled(loaded.model)
             elif side == BASE and loaded.location.kind == "full":
-                loaded = self.base = self.base or self.load_base()
+                loaded = self.base = self.base or load_run(self.args.run, device=self.args.device, base_only=True)
             prompt = self._prompt(side, loaded)
             clean = (lambda text: write(_CONTROL.sub("", text))) if sys.stdout.isatty() else write
-            model, tokenizer, stops = loaded.model, loaded.tokenizer, loaded.template.stops
-            ask = partial(answer_batch, stops=stops, write=clean, cancelled=stop.requested)
+            ask = partial(answer_batch, stops=loaded.template.stops, write=clean, cancelled=stop.requested)
             with adapter_off:
-                (answer,) = ask(model, tokenizer, [prompt], self.decoding)
+                (answer,) = ask(loaded.model, loaded.tokenizer, [prompt], self.decoding)
         self.turns[-1][1][side] = answer.text
         if stop.requested():
             notify("\n(stopped)")
@@ -267,11 +256,9 @@ class Chat:
                 break
             self.turns.pop(0)
             if not self.turns:
-                raise UsageError(
-                    f"the question has {len(prompt)} tokens, and there is room for {room}",
-                    why=f"the model's context less --max-new-tokens {self.decoding.max_new_tokens}",
-                    fix="ask something shorter, or start with a smaller --max-new-tokens",
-                )
+                what = f"the question has {len(prompt)} tokens, and there is room for {room}"
+                why = f"the model's context less --max-new-tokens {self.decoding.max_new_tokens}"
+                raise UsageError(what, why=why, fix="ask something shorter, or start with a smaller --max-new-tokens")
         if dropped := turns - len(self.turns):
             notify(f"the context is full: forgot the {dropped} oldest turn{'s' if dropped > 1 else ''}")
         return prompt

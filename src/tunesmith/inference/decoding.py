@@ -196,11 +196,9 @@ def answer_all(
 
 @contextmanager
 def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
-    """Merge an fp32 model's adapter into its weights inside the block, and put the same weights back afterwards.
+    """Merge an fp32 model's adapter into its weights inside the block: fewer matmuls a token, equal up to rounding.
 
-    Decoding is bound by the number of matmuls, and an adapter adds two to each layer. In fp32 the merged weights give
-    the same answers up to rounding. In bf16 they would be rounded once more and could answer differently, so the
-    adapter stays separate; a 4-bit base has nothing to merge into.
+    In bf16 merged weights would be rounded once more and could answer differently; a 4-bit base cannot take them.
     """
     layers = [m for _, m in loras(model) if isinstance(m, LoraLinear) and m.enabled and m.weight.dtype == torch.float32]
     weights = [module.weight for module in layers]

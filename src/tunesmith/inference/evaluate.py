@@ -34,10 +34,6 @@ Progress = Callable[[str, int, int], None]
 """Called with what is counted, how many are done, and the total."""
 
 
-def quiet(what: str, done: int, total: int) -> None:
-    """The default of `progress`."""
-
-
 @dataclass(frozen=True)
 class Score:
     """One model on one file."""
@@ -100,7 +96,7 @@ def score(
     pad_id: int,
     device: torch.device,
     micro_tokens: int = 4096,
-    progress: Progress = quiet,
+    progress: Progress = lambda what, done, total: None,
 ) -> Score:
     """Loss, perplexity and token accuracy of every supervised token, each example once; `micro_tokens` as above."""
     total, hits, count, rows = 0.0, 0, 0, 0
@@ -139,7 +135,7 @@ def evaluate(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     device: str | None = None,
-    progress: Progress = quiet,
+    progress: Progress = lambda what, done, total: None,
 ) -> Evaluation:
     """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
 
