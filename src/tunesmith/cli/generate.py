@@ -140,19 +140,17 @@ def _rows_done(output: Path | None, rows: Rows, args: argparse.Namespace) -> int
     lines = complete.splitlines()
     for i, line in enumerate(lines):
         if i >= len(rows) or not _is_answer_to(line, rows[i]):
-            fix = "give the input that it was made from, or --force to start over"
-            what = "the output answers other rows than the input holds"
+            what, fix = "the output answers other rows than the input holds", "name its own input, or add --force"
             raise UsageError(what, where=f"{output}:{i + 1}", fix=fix)
     os.truncate(output, len(complete))
     return len(lines)
 
 
 def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:
+    fields = json.loads(json.dumps(row, default=str)).items()
     try:
         written = json.loads(line)
     except ValueError:
         return False
-    if not isinstance(written, dict) or "output" not in written:
-        return False
-    fields = json.loads(json.dumps(row, default=str))
-    return all(written.get(k) == v for k, v in fields.items() if k not in ("output", "reference"))
+    asked = {name: value for name, value in fields if name not in ("output", "reference")}
+    return isinstance(written, dict) and "output" in written and asked.items() <= written.items()

@@ -21,7 +21,6 @@ EPILOG = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words and options of this verb."""
     parser.add_argument("action", nargs="?", choices=("list", "show", "copy"), default="list", help="list if left out")
     parser.add_argument("name", nargs="?", help="show: a shipped recipe or a file; copy: a shipped recipe")
     parser.add_argument("rest", nargs="*", metavar="key=value | DEST", help="overrides to show, or where to copy to")
@@ -30,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the command line says; the exit code."""
     if args.action == "list":
         return _list(as_json=args.json)
     if args.name is None:

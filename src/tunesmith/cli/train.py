@@ -16,7 +16,6 @@ EPILOG = """example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `tunesmith train`."""
     parser.add_argument("recipe", help="a recipe file, or the name of one that ships (see `tunesmith recipes`)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
     parser.add_argument("--fresh", action="store_true", help="put an earlier run in output_dir aside and start over")
@@ -25,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; errors leave as TunesmithError with their exit code."""
     from tunesmith.config.load import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)

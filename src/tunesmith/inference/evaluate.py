@@ -120,9 +120,6 @@ def is_exact_match(answer: str, reference: str) -> bool:
     return answer.split() == reference.split()
 
 
-# --- a run on a file ------------------------------------------------------------------------------------------------
-
-
 def evaluate(
     path: str | Path,
     data: str,

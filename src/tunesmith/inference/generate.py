@@ -37,7 +37,6 @@ class Prompt:
     """One row to answer."""
 
     row: dict[str, Any]  # as it was read
-    where: str  # its place, for errors
     ids: list[int]  # tokens up to where the answer starts
     reference: str | None  # the text of the answer that the row holds
 
@@ -73,12 +72,12 @@ def generate(
     decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
     prompts = [_make_prompt(rows[i], rows.where(i), loaded, format_name) for i in range(len(rows))]
-    room = loaded.context - decoding.max_new_tokens
-    if too_long := [prompt for prompt in prompts if len(prompt.ids) > room]:
-        worst = max(too_long, key=lambda prompt: len(prompt.ids))
+    lengths, room = [len(prompt.ids) for prompt in prompts], loaded.context - decoding.max_new_tokens
+    if (longest := max(lengths, default=0)) > room:
+        count = sum(length > room for length in lengths)
         raise DataError(
-            f"{len(too_long)} of {len(prompts)} prompts are too long: the longest has {len(worst.ids)} tokens",
-            where=worst.where,
+            f"{count} of {len(prompts)} prompts are too long: the longest has {longest} tokens",
+            where=rows.where(lengths.index(longest)),
             why=f"the model's context is {loaded.context} tokens; {decoding.max_new_tokens} are kept for the answer",
             fix="shorten these rows, or give a smaller --max-new-tokens",
         )
@@ -124,7 +123,7 @@ def _make_prompt(row: dict[str, Any], where: str, loaded: LoadedModel, format_na
         # form in which the model writes them.
         example = loaded.template.encode(sample, "last", where=where)
         reference = cut_answer(loaded.tokenizer, example.ids[example.trained].tolist(), loaded.template.stops).text
-    return Prompt(row, where, list(loaded.template.prompt(sample)), reference)
+    return Prompt(row, list(loaded.template.prompt(sample)), reference)
 
 
 def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], bool]:

@@ -96,9 +96,6 @@ class LoadedModel:
             self.model.set_attn_implementation("sdpa")
 
 
-# --- what a path stands for -----------------------------------------------------------------------------------------
-
-
 def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
     """Find what `path`, one of the forms in the module's docstring, stands for.
 
@@ -194,9 +191,6 @@ def _stored_dtype(folder: Path) -> Dtype:
     return names.get(str(values.get("dtype") or values.get("torch_dtype")), "bf16")
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
-
-
 def load_run(
     path: str | Path | RunLocation,
     *,
@@ -217,6 +211,7 @@ def load_run(
         ModelError: the base is missing, gated, damaged, or does not fit the adapter.
         MachineError: there is no such device.
     """
+    from tunesmith.adapter.peft_files import read_adapter
     from tunesmith.build_model import build_model
     from tunesmith.hub.fetch import fetch
     from tunesmith.hub.model_files import read_model_files
@@ -225,7 +220,13 @@ def load_run(
 
     chosen = _device_of(device)
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
-    run, folder = _loading_recipe(location, dtype), location.folder
+    folder, adapter = location.folder, Adapter(kind="none")
+    if location.kind == "adapter" and folder:
+        adapter = replace(read_adapter(folder), from_=str(folder))
+    # Without a run's own recipe one is made up; it needs a source and an output_dir, and neither is read or written.
+    run = location.run or Run(model=location.base, data=Data(train=(Source(source="none"),)), output_dir=".")
+    model = replace(run.model, dtype=dtype or run.model.dtype)
+    run = replace(run, model=model, adapter=adapter, train=replace(run.train, recompute="none", compile="off"))
     weights = folder if location.kind == "full" and folder else fetch(location.base)
     files = read_model_files(weights, run.model)
     train_model, _ = build_model(run, files, inference_plan(run, files, chosen))
@@ -261,16 +262,3 @@ def _template(data: Data, tokenizer: Any, ends: set[int], saved: Path | None) ->
     # One of our own texts, with instruction and input apart: rows must reach it in that form, as in training.
     alpaca = any(chosen.jinja == builtin_templates.alpaca(bos=bos) for bos in (True, False))
     return Template(tokenizer, ends, jinja=chosen.jinja, name="alpaca" if alpaca else "pattern")
-
-
-def _loading_recipe(location: RunLocation, dtype: Dtype | None) -> Run:
-    """The recipe that builds this model: the run's own, or one made up for an adapter's or a model's folder."""
-    from tunesmith.adapter.peft_files import read_adapter
-
-    # A made-up recipe needs a source and an output_dir; neither is read or written.
-    run = location.run or Run(model=location.base, data=Data(train=(Source(source="none"),)), output_dir=".")
-    adapter = Adapter(kind="none")
-    if location.kind == "adapter" and location.folder is not None:
-        adapter = replace(read_adapter(location.folder), from_=str(location.folder))
-    model = replace(run.model, dtype=dtype or run.model.dtype)
-    return replace(run, model=model, adapter=adapter, train=replace(run.train, recompute="none", compile="off"))

@@ -136,22 +136,17 @@ def _merge_and_check(location: RunLocation, folder: Path, dtype: Dtype, device: 
     written.set_attn_implementation("eager")  # the same formula as sdpa, its sums in another order
     noise = compare_logits(again, logits_of(written, prompts))
     merged = compare_logits(adapted, again)
-    exact = None if dtype == "fp32" else _check_exactly(location, written, prompts)
-    largest = largest_logit(adapted)
+    exact, largest = None, largest_logit(adapted)
+    if dtype != "fp32" and written.num_parameters() * EXACT_BYTES <= available_memory():
+        # The same merge in fp32 on the CPU, and the written weights compared with it.
+        model = load_run(location, device="cpu").model
+        to_plain(model, torch.float32, merge_adapter=False)
+        adapted = logits_of(model, prompts)
+        to_plain(model, torch.float32, merge_adapter=True)
+        found = compare_logits(adapted, logits_of(model, prompts))
+        exact = ExactCheck(found, largest_logit(adapted), *merge_check.count_off(written, model))
     rules = merge_check.merge_rules(dtype, merged, base, noise, largest, exact)
     return MergeCheck(dtype, merged, base, noise, largest, sum(map(len, prompts)), source, exact, rules)
-
-
-def _check_exactly(location: RunLocation, written: PreTrainedModel, prompts: list[list[int]]) -> ExactCheck | None:
-    """The same merge in fp32 on the CPU, and the written weights compared with it; None where there is no room."""
-    if sum(p.numel() for p in written.parameters()) * EXACT_BYTES > available_memory():
-        return None
-    model = load_run(location, device="cpu").model
-    to_plain(model, torch.float32, merge_adapter=False)
-    adapted = logits_of(model, prompts)
-    to_plain(model, torch.float32, merge_adapter=True)
-    found = compare_logits(adapted, logits_of(model, prompts))
-    return ExactCheck(found, largest_logit(adapted), *merge_check.count_off(written, model))
 
 
 def _reload(folder: Path) -> PreTrainedModel:
@@ -185,9 +180,6 @@ def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-# --- weights --------------------------------------------------------------------------------------------------------
-
-
 def to_plain(model: PreTrainedModel, dtype: torch.dtype, *, merge_adapter: bool) -> None:
     """Cast a model to `dtype` in place; 4-bit layers become plain linear ones, and adapted ones if they are merged.
 
@@ -213,13 +205,9 @@ def to_plain(model: PreTrainedModel, dtype: torch.dtype, *, merge_adapter: bool)
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return plain
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
+    values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias.detach()}
+    plain.load_state_dict(values, assign=True)
+    return plain.requires_grad_(False)
 
 
 def write_merged(loaded: LoadedModel, folder: Path, dtype: str) -> None:

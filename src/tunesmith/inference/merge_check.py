@@ -1,14 +1,12 @@
 """Whether a merged model answers like the adapter over its base: what is compared, and what is required.
 
-fp32    The two differ by rounding only: the largest logit difference is at most 1e-4 for logits up to 10, and in
-        proportion above.
-bf16    Every merged weight is rounded once more, which no merge can avoid, and 16-bit matmuls are noisy themselves.
-fp16    So three things are required. In fp32 arithmetic, the merge of this adapter answers like the adapter (the rule
-        above). The written weights are that merge, rounded once. And in the written type, the mean KL divergence is
-        small compared with what the training changed, or with the noise of the type: that of the merged model
-        against itself with another attention kernel, the same formula with its sums in another order.
-
-The first two need room for the model in fp32; where there is none, the result says so and the third stands alone.
+fp32    They differ by rounding only: the largest logit difference is at most 1e-4 for logits up to 10, in proportion
+        above.
+bf16    Every merged weight is rounded once more, and 16-bit matmuls are noisy themselves. So three things are required.
+fp16    In fp32 arithmetic the merge answers like the adapter (the rule above). The written weights are that merge,
+        rounded once. In the written type the mean KL divergence is small beside what the training changed, or beside
+        the noise of the type: the merged model against itself with another attention kernel. The first two need room
+        for the model in fp32; where there is none, the result says so.
 """
 
 from __future__ import annotations
