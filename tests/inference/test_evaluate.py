@@ -51,7 +51,7 @@ def test_score_is_that_of_transformers_and_peft(tiny: Path, opened: LoadedModel,
     """Relative 1e-6: the same sums in fp32, in another order."""
     total, hits, count = reference(peft_model(tiny), list(tokens))
     with opened.training_attention() as train_model:
-        found = score(train_model, tokens, pad_id=opened.pad_id, device=CPU)
+        found = score(train_model, tokens, pad_id=opened.pad_id)
     assert (found.rows, found.tokens) == (len(ROWS), count)
     assert found.loss == pytest.approx(total / count, rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
@@ -62,7 +62,7 @@ def test_score_is_that_of_transformers_and_peft(tiny: Path, opened: LoadedModel,
 @pytest.mark.parametrize("micro_tokens", [1, 300, 700, 100_000])
 def test_loss_does_not_depend_on_the_rows_of_a_batch(opened: LoadedModel, tokens: TokenSet, micro_tokens: int) -> None:
     with opened.training_attention() as train_model:
-        whole = score(train_model, tokens, pad_id=opened.pad_id, device=CPU)
+        whole = score(train_model, tokens, pad_id=opened.pad_id)
         found = validation_loss(train_model, tokens, micro_tokens=micro_tokens, pad_id=opened.pad_id, device=CPU)
     assert found is not None
     assert found[0] == pytest.approx(whole.loss, rel=1e-6)

@@ -1,4 +1,10 @@
-"""`tunesmith recipes`: list, show and copy the recipes that ship."""
+"""List, show and copy the recipes that ship.
+
+examples:
+  tunesmith recipes                                                     # a table of them
+  tunesmith recipes show smollm2-135m-lora train.learning_rate=5e-4     # one, every default written out
+  tunesmith recipes copy smollm2-135m-lora mine.yaml                    # one to edit; a file or a folder
+"""
 
 from __future__ import annotations
 
@@ -12,12 +18,6 @@ from tunesmith.config.names import nearest
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import purpose, shipped
 from tunesmith.errors import EXIT_OK, MachineError, UsageError
-
-EPILOG = """examples:
-  tunesmith recipes                                                     # a table of them
-  tunesmith recipes show smollm2-135m-lora train.learning_rate=5e-4     # one, every default written out
-  tunesmith recipes copy smollm2-135m-lora mine.yaml                    # one to edit; a file or a folder
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,10 @@
-"""`tunesmith train`: fine-tune what a recipe describes, or go on with it."""
+"""Fine-tune what a recipe describes, or go on with it.
+
+example:
+  tunesmith train smollm2-135m-lora data.train.source=rows.jsonl data.train.format=alpaca
+  tunesmith train my-recipe.yaml train.duration='2 epochs'      # goes on where it stopped
+  tunesmith train my-recipe.yaml --fresh                        # puts the old run aside and starts over
+"""
 
 from __future__ import annotations
 
@@ -7,12 +13,6 @@ import json
 import sys
 
 from tunesmith.errors import EXIT_OK
-
-EPILOG = """example:
-  tunesmith train smollm2-135m-lora data.train.source=rows.jsonl data.train.format=alpaca
-  tunesmith train my-recipe.yaml train.duration='2 epochs'      # goes on where it stopped
-  tunesmith train my-recipe.yaml --fresh                        # puts the old run aside and starts over
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from tunesmith.data.tokens import TokenSet
     from tunesmith.methods.base import TrainModel
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is counted, how many are done, and the total."""
+ROW_TOKENS = 4096  # of a packed row that is scored
+Progress = Callable[[str, int, int], None]  # called with what is counted, how many are done, and the total
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,13 @@ def validation_loss(
     return (total / count if count else math.nan), count
 
 
-def score(
-    train_model: TrainModel,
-    tokens: TokenSet,
-    *,
-    pad_id: int,
-    device: torch.device,
-    micro_tokens: int = 4096,
-    progress: Progress = lambda what, done, total: None,
-) -> Score:
-    """Loss, perplexity and token accuracy of every supervised token, each example once; `micro_tokens` as above."""
+def score(train_model: TrainModel, tokens: TokenSet, *, pad_id: int, progress: Progress = lambda *_: None) -> Score:
+    """Loss, perplexity and token accuracy of every supervised token, each example once."""
     total, hits, count, rows = 0.0, 0, 0, 0
     progress("rows scored", 0, len(tokens))
     with evaluating(train_model):
-        for batch in packed(tokens, capacity=micro_tokens, pad_id=pad_id):
-            losses, right = train_model.token_scores(batch.to(device))
+        for batch in packed(tokens, capacity=ROW_TOKENS, pad_id=pad_id):
+            losses, right = train_model.token_scores(batch.to(train_model.model.device))
             total += losses.double().sum().item()
             hits += int(right.sum())
             count += batch.supervised
@@ -132,7 +124,7 @@ def evaluate(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     device: str | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda *_: None,
 ) -> Evaluation:
     """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
 
@@ -156,8 +148,7 @@ def evaluate(
         options: dict[str, Any] = {"format_name": format_name, "batch_size": batch_size}
         answers = generate(loaded, rows, Decoding(max_new_tokens), **options) if exact_match else None
         with loaded.training_attention() as train_model:
-            device = loaded.model.device
-            result = score(train_model, tokens, pad_id=loaded.pad_id, device=device, progress=progress)
+            result = score(train_model, tokens, pad_id=loaded.pad_id, progress=progress)
         return _with_exact_match(result, answers, len(rows), progress) if answers else result
 
     scores = {"model" if location.kind == "base" else "tuned": scored(loaded)}
