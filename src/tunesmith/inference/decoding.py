@@ -29,11 +29,6 @@ SAMPLE_TOKENS = 64  # of a sample answer while training
 WINDOW_BATCHES = 4  # a larger window sorts better; a resumed job computes one window again
 
 
-def never() -> bool:
-    """The default of `cancelled`."""
-    return False
-
-
 @dataclass(frozen=True)
 class Decoding:
     """How tokens are chosen.
@@ -115,7 +110,7 @@ def answer_batch(
     *,
     stops: Collection[int],
     write: Callable[[str], None] | None = None,
-    cancelled: Callable[[], bool] = never,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> list[Answer]:
     """Answer a few prompts, of at least one token each, in one batch.
 
@@ -170,7 +165,7 @@ def answer_all(
     stops: Collection[int],
     batch_size: int = 16,
     start: int = 0,
-    cancelled: Callable[[], bool] = never,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, Answer]]:
     """Answer many prompts, with an fp32 adapter merged; yield (index, answer) in their order, from index `start` on.
 

@@ -22,7 +22,7 @@ from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.data.source import Rows, read_rows
 from tunesmith.data.tokens import tokenise
 from tunesmith.errors import UsageError
-from tunesmith.inference.decoding import Decoding, evaluating, never
+from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.generate import generate, row_source
 from tunesmith.inference.load_run import LoadedModel, load_run, locate_run
 
@@ -71,7 +71,7 @@ def validation_loss(
     micro_tokens: int,
     pad_id: int,
     device: torch.device,
-    cancelled: Callable[[], bool] = never,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> tuple[float, int] | None:
     """The method's mean loss over `tokens`, each example once, in packed rows of `micro_tokens`.
 
@@ -149,7 +149,15 @@ def evaluate(
         answers = generate(loaded, rows, Decoding(max_new_tokens), **options) if exact_match else None
         with loaded.training_attention() as train_model:
             result = score(train_model, tokens, pad_id=loaded.pad_id, progress=progress)
-        return _with_exact_match(result, answers, len(rows), progress) if answers else result
+        if answers is None:
+            return result
+        matches = []
+        progress("answers", 0, len(rows))
+        for done, row in enumerate(answers, 1):
+            if "reference" in row:  # a row with an empty answer has none
+                matches.append(is_exact_match(row["output"], row["reference"]))
+            progress("answers", done, len(rows))
+        return replace(result, exact_match=sum(matches) / len(matches) if matches else math.nan, asked=len(matches))
 
     scores = {"model" if location.kind == "base" else "tuned": scored(loaded)}
     if base and location.kind == "adapter":
@@ -174,13 +182,3 @@ def _eval_tokens(rows: Rows, source: Source, loaded: LoadedModel, format_name: s
         what, why = f"none of the {len(rows)} rows can be scored", f"all are longer than data.seq_len: {data.seq_len}"
         raise UsageError(what, where=source.source, why=why, fix="give shorter rows")
     return tokens
-
-
-def _with_exact_match(result: Score, answers: Iterator[dict[str, Any]], total: int, progress: Progress) -> Score:
-    hits, asked = 0, 0
-    progress("answers", 0, total)
-    for done, row in enumerate(answers, 1):
-        if "reference" in row:  # a row with an empty answer has none
-            hits, asked = hits + is_exact_match(row["output"], row["reference"]), asked + 1
-        progress("answers", done, total)
-    return replace(result, exact_match=hits / asked if asked else math.nan, asked=asked)

@@ -7,14 +7,13 @@ completion is taken off and kept as the reference; a row that has none is prompt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.schema import Source
 from tunesmith.data.formats import Conversation, convert_row
 from tunesmith.data.source import Rows, from_list
 from tunesmith.errors import DataError
-from tunesmith.inference.decoding import Decoding, answer_all, cut_answer, never
+from tunesmith.inference.decoding import Decoding, answer_all, cut_answer
 
 if TYPE_CHECKING:
     from tunesmith.inference.load_run import LoadedModel
@@ -32,15 +31,6 @@ _ANSWER_ROLES = ("assistant", "gpt", "model", "chatgpt", "bot", "function_call",
 PLACEHOLDER = "?"  # stands in for an answer that is to come, so that the row converts; a prompt ends before it
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One row to answer."""
-
-    row: dict[str, Any]  # as it was read
-    ids: list[int]  # tokens up to where the answer starts
-    reference: str | None  # the text of the answer that the row holds
-
-
 def generate(
     loaded: LoadedModel,
     rows: Rows | Sequence[dict[str, Any]],
@@ -49,7 +39,7 @@ def generate(
     format_name: str = "auto",
     batch_size: int = 16,
     start: int = 0,
-    cancelled: Callable[[], bool] = never,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """Answer rows of any format that trains, rendered with the template that was trained.
 
@@ -71,8 +61,9 @@ def generate(
     """
     decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
-    prompts = [_make_prompt(rows[i], rows.where(i), loaded, format_name) for i in range(len(rows))]
-    lengths, room = [len(prompt.ids) for prompt in prompts], loaded.context - decoding.max_new_tokens
+    pairs = [_make_prompt(rows, i, loaded, format_name) for i in range(len(rows))]
+    prompts, references = [ids for ids, _ in pairs], [reference for _, reference in pairs]
+    lengths, room = list(map(len, prompts)), loaded.context - decoding.max_new_tokens
     if (longest := max(lengths, default=0)) > room:
         count = sum(length > room for length in lengths)
         raise DataError(
@@ -82,11 +73,10 @@ def generate(
             fix="shorten these rows, or give a smaller --max-new-tokens",
         )
     options: dict[str, Any] = {"batch_size": batch_size, "start": start, "cancelled": cancelled}
-    ids, stops = [prompt.ids for prompt in prompts], loaded.template.stops
-    answers = answer_all(loaded.model, loaded.tokenizer, ids, decoding, stops=stops, **options)
+    answers = answer_all(loaded.model, loaded.tokenizer, prompts, decoding, stops=loaded.template.stops, **options)
     return (
-        {**prompt.row, "output": text} | ({} if prompt.reference is None else {"reference": prompt.reference})
-        for prompt, text in ((prompts[i], answer.text) for i, answer in answers)
+        {**rows[i], "output": answer.text} | ({} if references[i] is None else {"reference": references[i]})
+        for i, answer in answers
     )
 
 
@@ -108,8 +98,9 @@ def row_source(row: dict[str, Any], where: str, format_name: str, known: Sequenc
     raise DataError("the format of the row is unknown", where=where, why=why, fix="rename a column, or give --format")
 
 
-def _make_prompt(row: dict[str, Any], where: str, loaded: LoadedModel, format_name: str) -> Prompt:
-    """The prompt of a row; a conversation without a system message gets the run's."""
+def _make_prompt(rows: Rows, i: int, loaded: LoadedModel, format_name: str) -> tuple[list[int], str | None]:
+    """The token ids up to where row i's answer starts (with the run's system message), and the answer that it holds."""
+    row, where = rows[i], rows.where(i)
     source = row_source(row, where, format_name, loaded.sources)
     complete, answered = _with_answer(row, source)
     sample = convert_row(complete, source, where=where, system=loaded.system)
@@ -123,7 +114,7 @@ def _make_prompt(row: dict[str, Any], where: str, loaded: LoadedModel, format_na
         # form in which the model writes them.
         example = loaded.template.encode(sample, "last", where=where)
         reference = cut_answer(loaded.tokenizer, example.ids[example.trained].tolist(), loaded.template.stops).text
-    return Prompt(row, list(loaded.template.prompt(sample)), reference)
+    return list(loaded.template.prompt(sample)), reference
 
 
 def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], bool]:

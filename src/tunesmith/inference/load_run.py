@@ -126,13 +126,12 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
 
 
 def _no_model(path: Path, what: str) -> UsageError:
-    """The error for a path that stands for nothing; it names the folders in it or beside it."""
-    inside = sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
-    parent = path.parent
-    names = inside or (sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else [])
-    fix = f"{path if inside else parent} holds: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+    """The error for a path that stands for nothing; it names the folders there."""
+    folder = path if path.is_dir() else path.parent
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    fix = f"{folder} holds: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
     why = "a run directory, checkpoint, adapter, model folder, recipe (.yaml), .gguf file or Hub id is needed"
-    return UsageError(what, where=str(path), why=why, fix=fix if names else "give a run's output_dir")
+    return UsageError(what, where=str(path), why=why, fix=fix if names else "give the output_dir of a run")
 
 
 def _in_run(folder: Path) -> RunLocation:
@@ -211,6 +210,8 @@ def load_run(
         ModelError: the base is missing, gated, damaged, or does not fit the adapter.
         MachineError: there is no such device.
     """
+    import torch
+
     from tunesmith.adapter.peft_files import read_adapter
     from tunesmith.build_model import build_model
     from tunesmith.hub.fetch import fetch
@@ -218,7 +219,11 @@ def load_run(
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer
     from tunesmith.runtime.resolve import inference_plan
 
-    chosen = _device_of(device)
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    names = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
+    if device is not None and str(device) not in names:
+        why = f"this machine has {', '.join(names)}"
+        raise MachineError(f"there is no device {device}", where="--device", why=why, fix="name one of these")
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     folder, adapter = location.folder, Adapter(kind="none")
     if location.kind == "adapter" and folder:
@@ -229,25 +234,13 @@ def load_run(
     run = replace(run, model=model, adapter=adapter, train=replace(run.train, recompute="none", compile="off"))
     weights = folder if location.kind == "full" and folder else fetch(location.base)
     files = read_model_files(weights, run.model)
-    train_model, _ = build_model(run, files, inference_plan(run, files, chosen))
+    train_model, _ = build_model(run, files, inference_plan(run, files, torch.device(device or names[0])))
     train_model.eval()
     train_model.model.set_attn_implementation("sdpa")
     saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
     tokenizer = load_tokenizer(saved, run.model) if saved else files.tokenizer
     ends = eos_ids(saved or weights, tokenizer) | eos_ids(weights, tokenizer)
     return LoadedModel(train_model, tokenizer, _template(run.data, tokenizer, ends, saved), location, weights)
-
-
-def _device_of(name: str | torch.device | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if str(name) not in names and not (str(name) == "cuda" and len(names) > 1):
-        why = f"this machine has {', '.join(names)}"
-        raise MachineError(f"there is no device {name}", where="--device", why=why, fix="name one of these")
-    return torch.device(name)
 
 
 def _template(data: Data, tokenizer: Any, ends: set[int], saved: Path | None) -> Template:
