@@ -70,8 +70,7 @@ def _print_table(found: Evaluation) -> None:
     scores = found.scores.values()
     table = Table("", *found.scores)
     table.add_row("loss (nats a token)", *(f"{s.loss:.4f}" for s in scores))
-    limit = "above 1e308"
-    table.add_row("perplexity", *(f"{s.perplexity:.3f}" if math.isfinite(s.perplexity) else limit for s in scores))
+    table.add_row("perplexity", *(f"{s.perplexity:.3f}" if s.perplexity < math.inf else "above 1e308" for s in scores))
     table.add_row("token accuracy", *(f"{s.token_accuracy:.2%}" for s in scores))
     matches = [(s.exact_match, s.asked) for s in scores if s.exact_match is not None]
     if matches:

@@ -89,11 +89,7 @@ def _open_output(output: Path | None, mode: str) -> AbstractContextManager[IO[st
 
 
 def _read_input(name: str) -> Rows:
-    """Rows of a file, or JSON lines from stdin.
-
-    Raises:
-        DataError: it cannot be read, a line is broken, or there is none.
-    """
+    """Rows of a file, or JSON lines from stdin; DataError where there is none, or one is broken."""
     from tunesmith.config.schema import Source
     from tunesmith.data.source import from_list, read_rows
 
@@ -117,11 +113,7 @@ def _read_input(name: str) -> Rows:
 
 
 def _rows_done(output: Path | None, rows: Rows, args: argparse.Namespace) -> int:
-    """How many leading rows are already answered; an incomplete last line is removed.
-
-    Raises:
-        UsageError: the output is there and neither --resume nor --force was given, or it answers other rows.
-    """
+    """How many leading rows the output already answers; an incomplete last line is removed."""
     if output is None:
         if args.resume:
             raise UsageError("--resume needs an output file", where="--output -", fix="name a file")

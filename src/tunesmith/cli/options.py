@@ -67,11 +67,7 @@ def decoding_of(args: argparse.Namespace) -> Decoding:
 
 
 def stdin_lines() -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of every line that is not blank; UTF-8 in any locale.
-
-    Raises:
-        DataError: a line is not UTF-8.
-    """
+    """(number from 1, text) of every line that is not blank; UTF-8 in any locale, else DataError."""
     stream = sys.stdin.buffer if isinstance(sys.stdin, io.TextIOWrapper) else sys.stdin
     for number, line in enumerate(stream, 1):
         try:

@@ -82,11 +82,7 @@ class MergeCheck:
 
 
 def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Difference:
-    """Compare logits, prompt by prompt: fp32 [tokens, vocabulary] each, on the CPU.
-
-    Raises:
-        CheckpointError: NaN or Inf among them; a comparison with NaN would pass every limit.
-    """
+    """Compare logits, prompt by prompt: fp32 [tokens, vocabulary] each, on the CPU; CheckpointError if not finite."""
     largest, kl, same, positions = 0.0, 0.0, 0, 0
     for p, q in zip(reference, other, strict=True):
         if not (torch.isfinite(p).all() and torch.isfinite(q).all()):
