@@ -76,11 +76,18 @@ def test_a_tied_head_may_be_stored_twice_or_under_either_name(folder: Path) -> N
 
 def test_shards_and_their_index(folder: Path) -> None:
     expected = filled(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    shutil.rmtree(folder / "shards", ignore_errors=True)
-    model.save_pretrained(folder / "shards", max_shard_size="100KB")
-    assert len(safetensors_files.weight_files(folder / "shards")) > 1
-    assert same(filled(folder / "shards"), expected)
+    sharded = folder / "shards"
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(sharded, max_shard_size="100KB")
+    files = list(safetensors_files.read_headers(sharded))
+    assert len(files) > 1
+    assert same(filled(sharded), expected)
+
+    (sharded / "below").mkdir()
+    for file in files:
+        file.rename(sharded / "below" / file.name)
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-", "below/model-"))
+    assert same(filled(sharded), expected), "shards in a subfolder"
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [("float64", "fp32"), ("float16", "bf16"), ("bfloat16", "fp32")])
@@ -224,6 +231,7 @@ BAD = {
     "index names a missing file": (
         lambda f: index(f, '{"weight_map": {"a": "model-1.safetensors"}}'), "1 of 1 weight files are missing",
     ),
+    "index that leaves the folder": (lambda f: index(f, '{"weight_map": {"a": "../a.safetensors"}}'), "no weight_map"),
     "index without a map": (lambda f: index(f, "{}"), "no weight_map"),
     "index is not JSON": (lambda f: index(f, "{"), "model.safetensors.index.json:1"),
     "no tokenizer": (no_tokenizer, "model.tokenizer"),

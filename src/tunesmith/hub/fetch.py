@@ -1,7 +1,6 @@
 """Get a model's folder: a local one, a .gguf file converted once, the Hub's cache, the Hub.
 
-Everything that can go wrong is found before the first large byte: the licence is shown, the config is one that can be
-trained, the token may read the files, and the disk has room for what is missing. Only the files that training needs are
+Licence, config, access and disk are checked before the first large byte. Only the files that training needs are
 downloaded: of several formats of the weights, safetensors.
 """
 
@@ -23,15 +22,7 @@ from tunesmith.host_files import refuse_full_disk
 from tunesmith.hub.download import FetchProgress, RemoteFile, download
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
-from tunesmith.model.safetensors_files import (
-    INDEX,
-    SINGLE,
-    indexed_files,
-    no_safetensors,
-    read_entries,
-    read_json,
-    weight_files,
-)
+from tunesmith.model.safetensors_files import INDEX, SINGLE, indexed_files, no_safetensors, read_headers, read_json
 from tunesmith.model.spec import ModelSpec, read_spec
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")  # one of these is needed
@@ -59,14 +50,13 @@ def fetch(model: Model, *, progress: FetchProgress | Callable[[str], None] | Non
     """
     if not isinstance(progress, FetchProgress):
         progress = FetchProgress(progress)
-    found = local_model(model)
-    if found is not None:
-        if found.suffix == ".gguf":
-            return convert_gguf(found, model.dtype, progress.say)
-        check_folder(found, model)
-        return found
-    cached = None if update else cached_model(model)
-    return cached or download_model(plan_download(model, progress), progress)
+    if (found := local_model(model)) is None:
+        found = None if update else cached_model(model)
+        return found or download_model(plan_download(model, progress), progress)
+    if found.suffix == ".gguf" and found.is_file():
+        return convert_gguf(found, model.dtype, progress.say)
+    check_folder(found, model)
+    return found
 
 
 def local_model(model: Model) -> Path | None:
@@ -75,17 +65,11 @@ def local_model(model: Model) -> Path | None:
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
-        raise ModelError(
-            f"{path.name} is a file, but neither a folder nor a .gguf file",
-            where=str(path),
-            fix=f"name its folder: model.name: {path.parent}",
-        )
+        what = f"{path.name} is a file, but neither a folder nor a .gguf file"
+        raise ModelError(what, where=str(path), fix=f"name its folder: model.name: {path.parent}")
     if model.name.endswith(".gguf") or model.name.startswith((".", "/", "~")) or model.name.count("/") > 1:
-        raise ModelError(
-            f"there is nothing at {model.name}",
-            where="model.name",
-            fix="correct the path, or give a Hub id: owner/name",
-        )
+        fix = "correct the path, or give a Hub id: owner/name"
+        raise ModelError(f"there is nothing at {model.name}", where="model.name", fix=fix)
     try:
         validate_repo_id(model.name)
     except HFValidationError as error:
@@ -108,24 +92,14 @@ def cached_model(model: Model) -> Path | None:
 
 
 def check_folder(folder: Path, model: Model) -> ModelSpec:
-    """Check that a folder holds a model that can be trained, and all of it.
-
-    Raises:
-        ModelError: names the file that is missing, cut off or broken.
-    """
+    """The spec of a folder's model; ModelError names the file that is missing, cut off or broken."""
+    read_headers(folder)
     config = folder / "config.json"
-    if not any(file.exists() for file in (config, folder / INDEX, folder / SINGLE)):
-        raise no_safetensors([p.name for p in folder.iterdir()], name=str(folder), where=str(folder))
     spec = read_spec(read_json(config), where=str(config), trust_remote_code=model.trust_remote_code)
-    for file in weight_files(folder):
-        read_entries(file)
     if model.tokenizer is None and not _tokenizer_in(folder):
-        raise ModelError(
-            "the folder has no tokenizer",
-            where=str(folder),
-            why=f"none of {', '.join(TOKENIZER)}",
-            fix="copy the tokenizer's files there, or set model.tokenizer to a folder or Hub id that has one",
-        )
+        fix = "copy the tokenizer's files there, or set model.tokenizer to a folder or Hub id that has one"
+        why = f"none of {', '.join(TOKENIZER)}"
+        raise ModelError("the folder has no tokenizer", where=str(folder), why=why, fix=fix)
     return spec
 
 
@@ -198,12 +172,9 @@ def plan_download(model: Model, progress: FetchProgress) -> DownloadPlan:
     if not {INDEX, SINGLE} & names:
         raise no_safetensors(sorted(names), name=model.name, where=page, repo=True)
     if "config.json" not in names:
-        raise ModelError(
-            "the repository has weights and no config.json",
-            where=page,
-            why="nothing says which model they are of",
-            fix="take another revision, or a repository in the form of Transformers",
-        )
+        what, why = "the repository has weights and no config.json", "nothing says which model they are of"
+        fix = "take another revision, or a repository in the form of Transformers"
+        raise ModelError(what, where=page, why=why, fix=fix)
 
     def small(name: str) -> Path:
         with hub_calls(model.name, model.revision):
@@ -212,12 +183,9 @@ def plan_download(model: Model, progress: FetchProgress) -> DownloadPlan:
     where = f"{page}/blob/{listing.commit}/config.json"
     read_spec(read_json(small("config.json")), where=where, trust_remote_code=model.trust_remote_code)
     weights = indexed_files(small(INDEX)) if INDEX in names else [SINGLE]
-    if lost := [name for name in weights if name not in names]:
-        raise ModelError(
-            f"{len(lost)} weight files that the index names are not there: {', '.join(lost[:3])}",
-            where=page,
-            fix="take another revision, or tell the model's owner",
-        )
+    if lost := [name for name in weights if name not in listing.files]:
+        what = f"{len(lost)} weight files that the index names are not there: {', '.join(lost[:3])}"
+        raise ModelError(what, where=page, fix="take another revision, or tell the model's owner")
     patterns = (*SUPPORT, INDEX, *(("*.py",) if model.trust_remote_code else ()))
     wanted = sorted(n for n in names if any(fnmatch(n, p) for p in patterns)) + weights
     left_out = tuple(n for n in listing.files if n not in wanted and not n.endswith((".md", ".gitattributes")))
@@ -239,11 +207,7 @@ def check_cache_room(name: str, missing: int) -> None:
 
 
 def download_model(plan: DownloadPlan, progress: FetchProgress) -> Path:
-    """Download what is missing of a plan, and return the snapshot's folder, checked.
-
-    Raises:
-        ModelError, MachineError: as `fetch`.
-    """
+    """Download what is missing of a plan, and return the snapshot's folder, checked; raises as `fetch`."""
     model = plan.model
     check_cache_room(model.name, plan.missing)
     names = [file.name for file in plan.files]
@@ -251,9 +215,9 @@ def download_model(plan: DownloadPlan, progress: FetchProgress) -> Path:
         if plan.missing:
             with progress.transfer(model.name, plan.total, plan.total - plan.missing):
                 download(plan.files, plan.storage, progress)
-        made = retry(lambda: snapshot_download(model.name, revision=model.revision, allow_patterns=names))
-    check_folder(Path(made), model)
-    return Path(made)
+        made = Path(retry(lambda: snapshot_download(model.name, revision=model.revision, allow_patterns=names)))
+    check_folder(made, model)
+    return made
 
 
 def tokenizer_folder(model: Model, folder: Path) -> Path:
@@ -262,11 +226,7 @@ def tokenizer_folder(model: Model, folder: Path) -> Path:
 
 
 def fetch_without_weights(name: str, revision: str | None = None) -> Path:
-    """A folder with a model's tokenizer and configuration: a local one, the Hub's cache, the Hub.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """A local folder, or that of a Hub id's tokenizer and configuration, fetched if needed; ModelError for neither."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path

@@ -1,7 +1,7 @@
 """Convert a .gguf file to a Transformers folder, once, in a cache.
 
-Transformers reads the format and dequantises it (`gguf_file=`); doing so at every start would cost a full copy in memory
-and minutes. The folder is written beside its place and renamed, so that a stopped conversion leaves nothing incomplete.
+Transformers reads the format and dequantises it (`gguf_file=`), which takes minutes and a full copy in memory. The
+folder is written beside its place and renamed, so that a stopped conversion leaves nothing incomplete.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from pathlib import Path
 
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.host_files import cache_folder
+from tunesmith.model.safetensors_files import unreadable_file
 
 MAGIC = b"GGUF"
 LAYOUT = 1  # goes up when what is written changes, so that older conversions are made again
 
 
 def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
-    """The Transformers folder of a .gguf file, converted now or before.
+    """The Transformers folder of a .gguf file, its weights in `dtype` (`bf16`, ...), converted now or before.
 
     Args:
-        file: the .gguf file.
-        dtype: `bf16`, `fp16` or `fp32`: the type that the weights are kept in.
         say: takes one line when a conversion begins.
 
     Raises:
@@ -40,22 +39,18 @@ def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
         with file.open("rb") as f:
             start = f.read(len(MAGIC))
     except OSError as error:
-        raise ModelError(f"{file.name} cannot be read", where=str(file), why=str(error)) from error
+        raise unreadable_file(file, error) from error
     if start != MAGIC:
-        raise ModelError(
-            f"{file.name} is not a GGUF file",
-            where=str(file),
-            why=f"it begins with {start!r}, not {MAGIC!r}",
-            fix="download it again; a small file is often a saved web page or a Git LFS pointer",
-        )
+        why = f"it begins with {start!r}, not {MAGIC!r}"
+        fix = "download it again; a small file is often a saved web page or a Git LFS pointer"
+        raise ModelError(f"{file.name} is not a GGUF file", where=str(file), why=why, fix=fix)
     identity = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, dtype, LAYOUT])
     target = cache_folder("models") / f"{file.stem}-{dtype}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:
-        raise MachineError(
-            "the package gguf is missing, which reads .gguf files", where=str(file), fix="pip install 'tunesmith[gguf]'"
-        )
+        what = "the package gguf is missing, which reads .gguf files"
+        raise MachineError(what, where=str(file), fix="pip install 'tunesmith[gguf]'")
     say(f"converting {file.name} to {dtype} safetensors, once, in {target}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,12 +63,8 @@ def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
                 if not target.is_dir():  # else another process finished the same conversion first
                     raise
     except OSError as error:
-        raise MachineError(
-            "the converted model cannot be written",
-            where=str(target.parent),
-            why=str(error),
-            fix="make room there, or point TUNESMITH_CACHE at another folder",
-        ) from error
+        what, fix = "the converted model cannot be written", "make room, or point TUNESMITH_CACHE at another folder"
+        raise MachineError(what, where=str(target.parent), why=str(error), fix=fix) from error
     return target
 
 
@@ -89,12 +80,8 @@ def _convert(file: Path, dtype: str, made: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=kept)
     except Exception as error:  # gguf and Transformers raise many kinds for a file that is cut off or unknown to them
-        raise ModelError(
-            f"{file.name} cannot be read as a model",
-            where=str(file),
-            why=one_line(error),
-            fix="download it again, or take the model's safetensors from the Hub",
-        ) from error
+        what, fix = f"{file.name} cannot be read as a model", "download it again, or take the Hub's safetensors"
+        raise ModelError(what, where=str(file), why=one_line(error), fix=fix) from error
     # Written file by file rather than by save_pretrained, which refuses a model that was loaded from a quantised file.
     config = model.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):  # the weights are plain now, and the path is of this machine
@@ -112,16 +99,13 @@ def _convert(file: Path, dtype: str, made: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Transformers' bars and warnings about the conversion off the terminal."""
+    """Keep Transformers' warnings, and the bars that tqdm draws, off the terminal."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the dequantiser draws its bar with tqdm itself
+        with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

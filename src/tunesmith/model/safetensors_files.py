@@ -1,12 +1,8 @@
-"""Safetensors files: their headers read and checked, their tensors read by position.
+"""Safetensors files: their headers read and checked, their tensors read by position. No torch is imported here.
 
-The file is opened, never mapped: while a mapping lives, the pages of a whole checkpoint stay in the page cache, and
-advising the kernel to drop them has no effect. Reading at a position into the tensor's own memory leaves one copy, and
-the pages can be dropped tensor by tensor.
-
-Format: 8 bytes of length (little-endian), a JSON header of that length, then the tensors
-(https://huggingface.co/docs/safetensors). This file imports no torch, so that a folder can be checked before anything
-heavy starts.
+Files are never mapped: while a mapping lives, a whole checkpoint stays in the page cache, and advising the kernel to
+drop its pages has no effect. Format: 8 bytes of length (little-endian), a JSON header of that length, then the tensors
+(https://huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
@@ -17,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +41,18 @@ class Entry:
 
 
 def _damaged(file: Path, why: str) -> ModelError:
-    return ModelError(
-        f"{file.name} is damaged or not a safetensors file",
-        where=str(file),
-        why=why,
-        fix="copy the file again; in the Hub's cache: tunesmith fetch --remove MODEL, then tunesmith fetch MODEL",
-    )
+    fix = "copy the file again; in the Hub's cache: tunesmith fetch --remove MODEL, then tunesmith fetch MODEL"
+    return ModelError(f"{file.name} is damaged or not a safetensors file", where=str(file), why=why, fix=fix)
 
 
-def _unreadable(file: Path, error: OSError) -> ModelError:
+def unreadable_file(file: Path, error: OSError) -> ModelError:
+    """The error for a file that the system does not let us read."""
     why = error.strerror or str(error)
     return ModelError(f"{file.name} cannot be read", where=str(file), why=why, fix=f"see who may read it: ls -l {file}")
 
 
-def read_entries(file: Path) -> list[Entry]:
-    """Read a file's header and check it against the file's size.
-
-    Raises:
-        ModelError: the file cannot be read, is cut off, or its header does not describe it.
-    """
+def _read_header(file: Path) -> list[Entry]:
+    """A file's tensors, checked against the file's size."""
     try:
         actual = file.stat().st_size
         with file.open("rb") as f:
@@ -71,8 +61,8 @@ def read_entries(file: Path) -> list[Entry]:
                 raise _damaged(file, f"a header of {length} bytes cannot stand in a file of {actual} bytes")
             header = json.loads(f.read(length))
     except OSError as error:
-        raise _unreadable(file, error) from error
-    except (UnicodeDecodeError, ValueError) as error:
+        raise unreadable_file(file, error) from error
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
         raise _damaged(file, f"its header is not JSON: {error}") from error
     found = []
     try:
@@ -96,52 +86,53 @@ def read_entries(file: Path) -> list[Entry]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """Parse a JSON object from a model's folder, or raise ModelError naming the file and line."""
-    again = "correct the file, or fetch the model again: tunesmith fetch MODEL"
+    where, why, fix = str(file), "", "correct the file, or fetch the model again: tunesmith fetch MODEL"
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        fix = f"put the model's {file.name} there, or fetch the model again: tunesmith fetch MODEL"
-        raise ModelError(f"{file.name} is missing", where=str(file.parent), fix=fix) from error
+        if isinstance(value, dict):
+            return value
+        what = f"{file.name} holds no JSON object"
+    except FileNotFoundError:
+        what, where, fix = f"{file.name} is missing", str(file.parent), f"put the model's {file.name} there, or {fix}"
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable_file(file, error) from error
     except json.JSONDecodeError as error:
-        what = f"{file.name} is not JSON: {error.msg}"
-        raise ModelError(what, where=f"{file}:{error.lineno}", fix=again) from error
+        what, where = f"{file.name} is not JSON: {error.msg}", f"{file}:{error.lineno}"
     except UnicodeDecodeError as error:
-        raise ModelError(f"{file.name} is not UTF-8 text", where=str(file), why=str(error), fix=again) from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file.name} holds no JSON object", where=str(file), fix=again)
-    return value
+        what, why = f"{file.name} is not UTF-8 text", str(error)
+    raise ModelError(what, where=where, why=why, fix=fix)
 
 
 def indexed_files(index: Path) -> list[str]:
-    """The names of the weight files that an index lists, sorted; ModelError where it lists none."""
+    """The weight files that an index lists, as paths below its folder, sorted; ModelError where it lists none."""
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or any(Path(str(n)).name != n for n in names.values()):
+    if not isinstance(names, dict) or not names or not all(map(_below, names.values())):
         raise ModelError("the index has no weight_map of file names", where=str(index), fix="fetch the model again")
     return sorted(set(names.values()))
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, from its index where it has one.
+def _below(name: object) -> bool:
+    return isinstance(name, str) and name != "" and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def read_headers(folder: Path) -> dict[Path, list[Entry]]:
+    """The safetensors files of a folder, from its index where it has one, and the tensors of each.
 
     Raises:
-        ModelError: none is there (the message says what is there instead), or the index names one that is missing.
+        ModelError: none is there (the message says what is there instead), one that the index names is missing, or one
+            cannot be read, is cut off, or has a header that does not describe it.
     """
-    index = folder / INDEX
-    if not index.exists():
-        if (folder / SINGLE).exists():
-            return [folder / SINGLE]
+    if (folder / INDEX).exists():
+        files = [folder / name for name in indexed_files(folder / INDEX)]
+        if missing := [f.name for f in files if not f.exists()]:
+            what = f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:3])}"
+            fix = "finish the download: tunesmith fetch MODEL"
+            raise ModelError(what, where=str(folder), why=f"{INDEX} names them", fix=fix)
+    elif (folder / SINGLE).exists():
+        files = [folder / SINGLE]
+    else:
         raise no_safetensors([p.name for p in folder.iterdir()], name=str(folder), where=str(folder))
-    files = [folder / name for name in indexed_files(index)]
-    if missing := [f.name for f in files if not f.exists()]:
-        raise ModelError(
-            f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:3])}",
-            where=str(folder),
-            why=f"{INDEX} names them",
-            fix="finish the download: tunesmith fetch MODEL",
-        )
-    return files
+    return {file: _read_header(file) for file in files}
 
 
 def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = False) -> ModelError:
@@ -168,35 +159,29 @@ def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = Fals
 
 
 @contextmanager
-def open_uncached(file: Path) -> Iterator[int]:
-    """The file's descriptor, closed at the end; no page of the file stays in the page cache."""
-    fd = os.open(file, os.O_RDONLY)
-    try:
-        yield fd
-    finally:
-        drop_pages(fd)  # those that two tensors share
-        os.close(fd)
+def open_uncached(path: Path) -> Iterator[BufferedReader]:
+    """The open file, closed at the end; no page of it stays in the page cache."""
+    with path.open("rb") as file:
+        try:
+            yield file
+        finally:
+            drop_pages(file)  # those that two tensors share
 
 
-def drop_pages(fd: int, entry: Entry | None = None) -> None:
+def drop_pages(file: BufferedReader, entry: Entry | None = None) -> None:
     """Tell the kernel that the entry's pages (None: all of the file's) are not needed again, where it can be told."""
     if hasattr(os, "posix_fadvise"):  # Linux; macOS has no such call
         # A length of 0 means to the end of the file.
-        os.posix_fadvise(fd, entry.start if entry else 0, entry.size if entry else 0, os.POSIX_FADV_DONTNEED)
+        start, size = (entry.start, entry.size) if entry else (0, 0)
+        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
 
 
-def read_into(fd: int, entry: Entry, memory: memoryview, offset: int = 0) -> None:
-    """Fill `memory` (writable bytes) with the entry's bytes from `offset` on.
-
-    Raises:
-        ModelError: the file ends too early, or the disk fails.
-    """
-    done = 0
-    while done < len(memory):
-        try:
-            got = os.preadv(fd, [memory[done:]], entry.start + offset + done)
-        except OSError as error:
-            raise _unreadable(entry.file, error) from error
-        if got == 0:
-            raise _damaged(entry.file, f"it ends inside {entry.name}; it was changed while it was read")
-        done += got
+def read_into(file: BufferedReader, entry: Entry, memory: memoryview, offset: int = 0) -> None:
+    """Fill `memory` (writable bytes) with the entry's bytes from `offset` on; ModelError where that fails."""
+    try:
+        file.seek(entry.start + offset)
+        got = file.readinto(memory)
+    except OSError as error:
+        raise unreadable_file(entry.file, error) from error
+    if got < len(memory):
+        raise _damaged(entry.file, f"it ends inside {entry.name}; it was changed while it was read")

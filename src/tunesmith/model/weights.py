@@ -1,13 +1,14 @@
 """Load weights from safetensors files into a model's memory, tensor by tensor.
 
 Peak memory is the model and one slice: a tensor whose target is on the CPU in the stored dtype is read straight into
-it, any other goes through a buffer of 16 MiB. The pages that were read are dropped at once, so that loading 140 GB
-leaves nothing in the page cache, which on a machine with unified memory is the GPU's memory too.
+it, any other goes through a buffer of 16 MiB. The pages that were read are dropped at once from the page cache, which
+on a machine with unified memory is the GPU's memory too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.model.safetensors_files import Entry, drop_pages, open_uncached, read_entries, read_into, weight_files
+from tunesmith.model.safetensors_files import Entry, drop_pages, open_uncached, read_headers, read_into
 
 _STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -25,15 +26,10 @@ SLICE = 16 << 20  # bytes read at a time where a tensor is not read straight int
 
 
 class StoredTensor:
-    """A tensor of the checkpoint, not yet read: what a hook of `load_weights` gets.
+    """A tensor of the checkpoint, not yet read: what a hook of `load_weights` gets. Shape and dtype as stored."""
 
-    Attributes:
-        name: its name in the file.
-        shape, dtype: as stored.
-    """
-
-    def __init__(self, entry: Entry, fd: int) -> None:
-        self._entry, self._fd = entry, fd
+    def __init__(self, entry: Entry, file: BufferedReader) -> None:
+        self._entry, self._file = entry, file
         self.name, self.shape = entry.name, torch.Size(entry.shape)
         self.dtype = _STORED[entry.dtype]
 
@@ -51,31 +47,30 @@ class StoredTensor:
             piece = buffer[: min(len(buffer), elements - start)]
             self._read(piece, start * item)
             yield start, piece
-        drop_pages(self._fd, self._entry)
+        drop_pages(self._file, self._entry)
 
     def into(self, target: torch.Tensor) -> None:
         """Read into `target` (same number of elements, contiguous), converting to its dtype and device."""
         flat = target.view(-1)
         if target.device.type == "cpu" and target.dtype == self.dtype:
             self._read(flat, 0)
-            drop_pages(self._fd, self._entry)
+            drop_pages(self._file, self._entry)
             return
         for start, piece in self.slices():
             flat[start : start + len(piece)].copy_(piece)
 
     def _read(self, flat: torch.Tensor, offset: int) -> None:
         if flat.numel():
-            read_into(self._fd, self._entry, flat.view(torch.uint8).numpy().data, offset)
+            read_into(self._file, self._entry, flat.view(torch.uint8).numpy().data, offset)
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """What a hook is handed for a tensor: one of a file (`StoredTensor`), or a random one."""
 
     def read(self) -> torch.Tensor: ...
 
 
-Hook = Callable[[Mapping[str, Source]], None]
-Group = dict[str, Entry]  # a tensor ("") and its quantised companions ("absmax", ...), by suffix
+Hook = Callable[[Mapping[str, WeightSource]], None]
 
 
 def load_weights(
@@ -90,7 +85,6 @@ def load_weights(
     Args:
         model: every parameter has its memory. Rows of an embedding or head that the checkpoint lacks become the mean
             of the stored ones.
-        folder: the checkpoint's.
         skip: names of parameters that the checkpoint does not hold (an adapter's own).
         convert: parameter name -> hook that takes the stored tensor under "" and its companions (a stored
             `weight.absmax` belongs to `weight`) under their suffixes, in place of a plain read. Hooks of the tensors in
@@ -103,10 +97,10 @@ def load_weights(
     targets = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not skip(n) and n not in hooks}
     persistent = model.state_dict(keep_vars=True).keys()
     targets |= {n: b for n, b in model.named_buffers() if n in persistent and not skip(n)}
-    files = weight_files(folder)
+    headers = read_headers(folder)
+    groups: dict[str, dict[str, Entry]] = {}  # the entries of each parameter, by suffix
     wanted, unexpected = {*targets, *hooks}, []
-    groups: dict[str, Group] = {}
-    for entry in (entry for file in files for entry in read_entries(file)):
+    for entry in (entry for entries in headers.values() for entry in entries):
         name, suffix = _target_name(entry.name, wanted, hooks)
         if name:
             groups.setdefault(name, {})[suffix] = entry
@@ -115,21 +109,21 @@ def load_weights(
     _drop_tied_copies(groups, targets, str(folder))
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     growing = {id(p) for end in ends if end is not None for p in end.parameters(recurse=False)}
-    _check(groups, targets, hooks, unexpected, growing, str(folder))
+    _check_complete(groups, targets, hooks, unexpected, growing, str(folder))
     with torch.no_grad():
-        for file in files:
+        for path in headers:
             # bitsandbytes keeps companions in the file of their tensor.
-            here = sorted((group[""].start, name) for name, group in groups.items() if group[""].file == file)
-            with open_uncached(file) as fd:
+            here = sorted((group[""].start, name) for name, group in groups.items() if group[""].file == path)
+            with open_uncached(path) as file:
                 for _, name in here:
-                    stored = {suffix: StoredTensor(entry, fd) for suffix, entry in groups[name].items()}
+                    stored = {suffix: StoredTensor(entry, file) for suffix, entry in groups[name].items()}
                     if name in hooks:
                         hooks[name](stored)
                     else:
-                        _load(stored[""], targets[name])
+                        _read_parameter(stored[""], targets[name])
 
 
-def _load(stored: StoredTensor, target: torch.Tensor) -> None:
+def _read_parameter(stored: StoredTensor, target: torch.Tensor) -> None:
     """Read a tensor into its parameter; further rows of an embedding or head become the mean of the stored ones.
 
     With the mean, a new token's logits and inputs are those of an average token, so that an untrained row neither
@@ -160,7 +154,7 @@ def _target_name(stored: str, wanted: set[str], hooks: Mapping[str, Hook]) -> tu
     return "", ""
 
 
-def _drop_tied_copies(groups: dict[str, Group], targets: Mapping[str, torch.Tensor], where: str) -> None:
+def _drop_tied_copies(groups: dict[str, dict[str, Entry]], targets: Mapping[str, torch.Tensor], where: str) -> None:
     """Of names that share a parameter keep one; when the checkpoint holds two, they must be equal."""
     first: dict[int, str] = {}
     for name in sorted(groups.keys() & targets.keys()):
@@ -168,11 +162,8 @@ def _drop_tied_copies(groups: dict[str, Group], targets: Mapping[str, torch.Tens
         if kept == name:
             continue
         if not _equal(groups[kept][""], groups[name][""]):
-            raise ModelError(
-                f"{kept} and {name} differ, but the config ties them",
-                where=where,
-                fix="set tie_word_embeddings: false in config.json",
-            )
+            fix = "set tie_word_embeddings: false in config.json"
+            raise ModelError(f"{kept} and {name} differ, but the config ties them", where=where, fix=fix)
         del groups[name]
 
 
@@ -180,14 +171,14 @@ def _equal(a: Entry, b: Entry) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     if a.dtype not in _STORED:
-        return True  # `_check` refuses the one that stays
+        return True  # `_check_complete` refuses the one that stays
     with open_uncached(a.file) as fa, open_uncached(b.file) as fb:
         pairs = zip(StoredTensor(a, fa).slices(), StoredTensor(b, fb).slices(), strict=True)
         return all(torch.equal(x, y) for (_, x), (_, y) in pairs)
 
 
-def _check(
-    groups: dict[str, Group],
+def _check_complete(
+    groups: dict[str, dict[str, Entry]],
     targets: Mapping[str, torch.Tensor],
     hooks: Mapping[str, Hook],
     unexpected: list[str],
@@ -216,10 +207,8 @@ def _check(
         ("tensors have a type that cannot be read", unreadable),
     ):
         if names:
+            listed = f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
             prequantised = any("bitsandbytes__" in name for name in names)
-            raise ModelError(
-                f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
-                where=where,
-                why="the weights and config.json do not describe the same model",
-                fix="set model.quantize: nf4" if prequantised else "fetch the model again, or correct config.json",
-            )
+            fix = "set model.quantize: nf4" if prequantised else "fetch the model again, or correct config.json"
+            why = "the weights and config.json do not describe the same model"
+            raise ModelError(listed, where=where, why=why, fix=fix)

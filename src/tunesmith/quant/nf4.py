@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import MachineError, ModelError, first_line
-from tunesmith.model.weights import Source
+from tunesmith.model.weights import WeightSource
 from tunesmith.quant.frozen_linear import FrozenLinear, linear_names
 from tunesmith.quant.frozen_weight import FrozenWeight, Nf4Weight, bitsandbytes
 
@@ -135,7 +135,7 @@ def load_hooks(model: nn.Module) -> dict[str, Any]:
     return {f"{n}.weight": partial(_load, m, n) for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
 
 
-def _load(layer: Nf4Linear, name: str, stored: Mapping[str, Source]) -> None:
+def _load(layer: Nf4Linear, name: str, stored: Mapping[str, WeightSource]) -> None:
     device = layer.weight.device
     parts = {suffix: part.read().to(device) for suffix, part in stored.items()}
     if len(parts) == 1:
