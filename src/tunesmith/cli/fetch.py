@@ -45,19 +45,15 @@ def run(args: argparse.Namespace) -> int:
     if args.remove is not None:
         return _remove(args.remove, dry=args.dry_run, as_json=args.json)
     if args.name is None:
-        what = "fetch needs a recipe or a model"
-        raise UsageError(what, where="command line", fix="tunesmith fetch smollm2-135m-lora, or --list")
+        fix = "tunesmith fetch smollm2-135m-lora, or --list"
+        raise UsageError("fetch needs a recipe or a model", where="command line", fix=fix)
     model, sources = _wanted(args)
     from tunesmith.hub.download import FetchProgress
 
     progress = FetchProgress()
     rows = [_model(model, progress, dry=args.dry_run, update=args.update)]
     rows += [_dataset(source, progress, dry=args.dry_run) for source in sources]
-    if args.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        for row in rows:
-            print(_line(row))
+    print(json.dumps(rows, indent=2) if args.json else "\n".join(map(_line, rows)))
     return EXIT_OK
 
 
@@ -87,16 +83,14 @@ def _model(model: Model, progress: FetchProgress, *, dry: bool, update: bool) ->
     from tunesmith.hub import fetch
 
     row: dict[str, Any] = {"name": model.name, "kind": "model", "licence": None, "bytes": None, "missing_bytes": 0}
-    folder = fetch.local_model(model)
+    folder = fetch.local_model(model) or (None if update else fetch.cached_model(model))
     if folder is None:
-        folder = None if update else fetch.cached_model(model)
-        if folder is None:
-            plan = fetch.plan_download(model, progress)
-            row |= {"licence": plan.listing.licence, "gated": plan.listing.gated, "revision": plan.listing.commit}
-            row |= {"bytes": plan.total, "missing_bytes": plan.missing, "left_out": list(plan.left_out)}
-            fetch.check_cache_room(model.name, plan.missing)
-            folder = None if dry else fetch.download_model(plan, progress)
-    elif not dry or folder.is_dir():
+        plan = fetch.plan_download(model, progress)
+        row |= {"licence": plan.listing.licence, "gated": plan.listing.gated, "revision": plan.listing.commit}
+        row |= {"bytes": plan.total, "missing_bytes": plan.missing, "left_out": list(plan.left_out)}
+        fetch.check_cache_room(model.name, plan.missing)
+        folder = None if dry else fetch.download_model(plan, progress)
+    elif folder.is_file() and not dry:
         folder = fetch.fetch(model, progress=progress)
     if folder is not None and folder.is_dir():
         spec = fetch.check_folder(folder, model)
@@ -145,7 +139,7 @@ def _list(*, as_json: bool) -> int:
 
     items = cached_items()
     if as_json:
-        print(json.dumps([{**dataclasses.asdict(i), "folder": str(i.folder)} for i in items], indent=2))
+        print(json.dumps([dataclasses.asdict(i) for i in items], indent=2, default=str))
         return EXIT_OK
     width = max((len(i.name) for i in items), default=0)
     for item in items:
@@ -164,16 +158,16 @@ def _remove(name: str, *, dry: bool, as_json: bool) -> int:
         near = nearest(name, [item.name for item in items])
         fix = f"did you mean {near}?" if near else "tunesmith fetch --list"
         raise UsageError(f"the caches hold no {name}", where="--remove", fix=fix)
-    for item in chosen:
-        if not dry:
-            try:
-                remove_cached(item)
-            except OSError as error:
-                what = f"cannot delete {name}: {error.strerror}"
-                raise MachineError(what, where=str(item.folder), fix=f"ls -ld {item.folder}") from error
-        if not as_json:
-            print(f"{'would remove' if dry else 'removed'} {item.kind} {item.name}  {size_text(item.size)}")
+    for item in () if dry else chosen:
+        try:
+            remove_cached(item)
+        except OSError as error:
+            what = f"cannot delete {name}: {error.strerror}"
+            raise MachineError(what, where=str(item.folder), fix=f"ls -ld {item.folder}") from error
     if as_json:
         done = [{"name": i.name, "kind": i.kind, "bytes": i.size, "removed": not dry} for i in chosen]
         print(json.dumps(done, indent=2))
+    else:
+        for item in chosen:
+            print(f"{'would remove' if dry else 'removed'} {item.kind} {item.name}  {size_text(item.size)}")
     return EXIT_OK

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,30 +24,23 @@ class CachedItem:
 
 def cached_items() -> list[CachedItem]:
     """Everything in the caches, the largest first; parts of unfinished downloads counted."""
-    return sorted((_measure(*found) for found in _folders() if found[2].is_dir()), key=lambda item: -item.size)
-
-
-def _folders() -> Iterator[tuple[str, str, Path]]:
     # Not scan_cache_dir: it leaves out a repository of which no file is complete yet.
-    for folder in Path(constants.HF_HUB_CACHE).glob("*s--*"):
-        kind, _, name = folder.name.partition("s--")
-        if kind in ("model", "dataset"):
-            yield name.replace("--", "/"), kind, folder
-    for folder in cache_folder("models").glob("*"):
-        yield folder.name, "converted", folder
-
-
-def _measure(name: str, kind: str, folder: Path) -> CachedItem:
-    """Links are not followed, so that a blob counts once."""
-    files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
-    used = max((file.st_atime for file in files), default=folder.stat().st_mtime)
-    return CachedItem(name, kind, sum(file.st_size for file in files), used, folder)
+    found: list[tuple[Path, str, str]] = []
+    for kind in ("model", "dataset"):
+        for folder in Path(constants.HF_HUB_CACHE).glob(f"{kind}s--*"):
+            found += [(folder, kind, folder.name.removeprefix(f"{kind}s--").replace("--", "/"))]
+    found += [(folder, "converted", folder.name) for folder in cache_folder("models").glob("*")]
+    items = []
+    for folder, kind, name in found:
+        if folder.is_dir():
+            # Links are not followed, so that a blob counts once.
+            files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+            used = max((file.st_atime for file in files), default=folder.stat().st_mtime)
+            items.append(CachedItem(name, kind, sum(file.st_size for file in files), used, folder))
+    return sorted(items, key=lambda item: -item.size)
 
 
 def remove_cached(item: CachedItem) -> None:
-    """Delete it from the disk, with its locks and parts.
-
-    A repository's folder in the Hub's cache holds all that its snapshots link to.
-    """
+    """Delete it from the disk, with its locks and parts."""
     shutil.rmtree(item.folder)
     shutil.rmtree(item.folder.parent / ".locks" / item.folder.name, ignore_errors=True)

@@ -40,7 +40,7 @@ class RemoteFile:
     etag: str
 
     def part(self, storage: Path) -> Path:
-        """Where its bytes are kept until all have arrived; the ending is the one that tools for the cache know."""
+        """The file of its bytes until all have arrived; tools for the cache know the ending."""
         return storage / "blobs" / f"{self.etag}.tunesmith.incomplete"
 
     def arrived(self, storage: Path) -> int:
@@ -61,34 +61,37 @@ class FetchProgress:
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._bar = say is None and is_terminal(sys.stderr)
-        self._total = self._done = 0
-        self._draw: Callable[[int], None] = lambda count: None
+        self._draw: Callable[[int], object] = lambda count: None
 
     @contextmanager
     def transfer(self, what: str, total: int, done: int) -> Iterator[None]:
         """While bytes of `what` arrive: `total` of them, of which `done` are there already."""
-        self._total, self._done, self._told = total, done, time.monotonic()
-        if not self._bar:
-            self.say(f"fetching {what}: {size_text(total)}" + (f", {size_text(done)} there already" if done else ""))
-            yield
-            return
-        from rich import progress
-        from rich.console import Console
+        if self._bar:
+            from rich.console import Console
+            from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-        columns = (*progress.Progress.get_default_columns(), progress.DownloadColumn(), progress.TransferSpeedColumn())
-        with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total, completed=done)
-            self._draw = lambda count: bar.advance(task, count)
-            yield
+            columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+            with Progress(*columns, console=Console(stderr=True)) as bar:
+                task = bar.add_task(what, total=total, completed=done)
+                self._draw = lambda count: bar.advance(task, count)
+                yield
+            return
+        told = time.monotonic()
+
+        def draw(count: int) -> None:
+            nonlocal done, told
+            done += count
+            if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                self.say(f"  {size_text(done)} of {size_text(total)}")
+
+        self.say(f"fetching {what}: {size_text(total)}" + (f", {size_text(done)} there already" if done else ""))
+        self._draw = draw
+        yield
 
     def advance(self, count: int) -> None:
         """`count` bytes arrived (negative: thrown away); called from several threads."""
-        self._done += count
-        if self._bar:
-            self._draw(count)
-        elif time.monotonic() - self._told >= SECONDS_BETWEEN_LINES:
-            self._told = time.monotonic()
-            self.say(f"  {size_text(self._done)} of {size_text(self._total)}")
+        self._draw(count)
 
 
 def size_text(count: float) -> str:
@@ -100,14 +103,9 @@ def size_text(count: float) -> str:
 
 
 def download(files: Sequence[RemoteFile], storage: Path, progress: FetchProgress) -> None:
-    """Download files to `storage/blobs`, several at a time; those whose blob is there are skipped.
+    """Download files to the blobs of `storage`, a repository's folder in the cache; those that are there are skipped.
 
-    Args:
-        storage: the repository's folder in the cache.
-        progress: its `advance` is called as bytes arrive.
-
-    Raises:
-        the first error of any file; the parts of all stay.
+    Raises the first error of any file; the parts of all stay.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -138,12 +136,9 @@ def _download_blob(file: RemoteFile, storage: Path, progress: FetchProgress, sto
             digest = hashlib.file_digest(bytes_, lambda: empty).hexdigest()
         if digest != file.etag:
             part.unlink()
-            raise ModelError(
-                f"{file.name} arrived damaged: its hash is not the one that the Hub states",
-                where=file.url,
-                why="a proxy or a failing disk changed it",
-                fix="start again; the damaged part was deleted",
-            )
+            what, why = "its hash is not the one that the Hub states", "a proxy or a failing disk changed it"
+            fix = "start again; the damaged part was deleted"
+            raise ModelError(f"{file.name} arrived damaged: {what}", where=file.url, why=why, fix=fix)
         part.replace(blob)
 
 

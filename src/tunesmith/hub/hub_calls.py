@@ -27,6 +27,7 @@ from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_faul
 TRIES = 5  # in a row without progress
 PAUSE = 1.0  # seconds before the second try; doubles
 TRANSIENT = (408, 429, 500, 502, 503, 504)
+DISK_FIX = "make room (tunesmith fetch --list), or put the Hub's cache on another disk: export HF_HOME=/path"
 
 # The root of the HTTP library's errors: httpx's up to huggingface_hub 1.x, httpx2's from 2.x on.
 TRANSPORT: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -53,9 +54,7 @@ def retry(call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         except (TRANSPORT, ConnectionResetError) as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code not in TRANSIENT:
                 raise
-            reached = progress()
-            failures = 1 if reached > before else failures + 1
-            before = reached
+            failures, before = 1 if (reached := progress()) > before else failures + 1, reached
             if failures >= TRIES:
                 raise
         time.sleep(PAUSE * 2 ** (failures - 1))
@@ -85,34 +84,22 @@ def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "mo
         what, why, fix = _http_error(error, repo, revision, kind)
         return ModelError(what, where=repo_page(repo, kind), why=why, fix=fix)
     if isinstance(error, HFValidationError):
-        return ModelError(
-            f"{repo!r} is neither a folder, a .gguf file, nor a Hub id",
-            where="model.name",
-            fix="give an existing path, or owner/name as on the Hub",
+        what, fix = (
+            "is neither a folder, a .gguf file, nor a Hub id",
+            "give an existing path, or owner/name as on the Hub",
         )
+        return ModelError(f"{repo!r} {what}", where="model.name", fix=fix)
     if isinstance(error, OfflineModeIsEnabled):
-        return ModelError(
-            f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads",
-            where=cache,
-            fix=f"HF_HUB_OFFLINE=0 tunesmith fetch {repo}",
-        )
+        what = f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads"
+        return ModelError(what, where=cache, fix=f"HF_HUB_OFFLINE=0 tunesmith fetch {repo}")
     if fault := disk_fault(error):
         return MachineError(f"{repo} cannot be stored: {fault}", where=cache, why=clean(error), fix=DISK_FIX)
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
         fix = "point HF_HOME at a folder of yours: export HF_HOME=/path"
         return MachineError("the Hub's cache cannot be written", where=cache, why=clean(error), fix=fix)
-    return ModelError(
-        f"the Hub cannot be reached for {repo}",
-        where=repo_page(repo, kind),
-        why=f"{type(error).__name__}: {clean(error)}",
-        fix="check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; what has arrived is kept",
-    )
-
-
-DISK_FIX = (
-    "make room (tunesmith fetch --list shows what the cache holds), or put the cache on another disk: "
-    "export HF_HOME=/path"
-)
+    why = f"{type(error).__name__}: {clean(error)}"
+    fix = "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; what has arrived is kept"
+    return ModelError(f"the Hub cannot be reached for {repo}", where=repo_page(repo, kind), why=why, fix=fix)
 
 
 def _http_error(error: HfHubHTTPError, repo: str, revision: str | None, kind: str) -> tuple[str, str, str]:
