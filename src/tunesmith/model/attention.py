@@ -1,15 +1,14 @@
 """Block-diagonal causal attention: every document of a packed row sees itself and nothing else.
 
-Transformers finds it by name through its public `AttentionInterface`; the edges of the documents travel as one keyword
-argument, `documents`, through the model's forward. `attend` has three backends with the same results:
+The edges of the documents travel as one keyword argument, `documents`, through the model's forward. Three backends:
 
 varlen      CUDA, `torch.nn.attention.varlen`: FlashAttention on the flattened block, no padding, no mask.
-products    grouped batched matrix products with an explicit softmax. On CPU `scaled_dot_product_attention` in bf16 is
-            several times slower on short documents; it is also the only backend with a soft cap.
+products    grouped batched matrix products with an explicit softmax: on CPU several times faster than sdpa in bf16 on
+            short documents, and the only backend with a soft cap.
 sdpa        one `scaled_dot_product_attention` a document: cards that varlen refuses, and attention dropout.
 
-No mask is ever built for the model, and attention without documents is refused: a plain causal mask over a packed row
-would let documents see each other. Generation therefore runs under another name ("sdpa"), never this one.
+Attention without documents is refused: a plain causal mask over a packed row would let documents see each other.
+Generation therefore runs under another name ("sdpa"), never this one.
 """
 
 from __future__ import annotations
@@ -49,13 +48,11 @@ class Rule(NamedTuple):
 
 
 def register() -> str:
-    """Make the attention known to Transformers and return the name to give to `set_attn_implementation`.
-
-    It is registered without a mask function: the documents say who sees whom, a [1, 1, n, n] mask would be 16 million
-    entries for 4096 tokens, and before it makes one Transformers asks the device whether the row is packed.
-    """
+    """Make the attention known to Transformers and return the name to give to `set_attn_implementation`."""
     from transformers import AttentionInterface
 
+    # Without a mask function: a [1, 1, n, n] mask would have 16 million entries for 4096 tokens, and before it makes
+    # one Transformers asks the device whether the row is packed.
     AttentionInterface.register(NAME, documents_attention)
     return NAME
 
@@ -76,20 +73,14 @@ def documents_attention(
 ) -> tuple[Tensor, None]:
     """Attention in the form that Transformers calls: query [1, heads, n, d], key and value [1, kv heads, n, d].
 
-    Returns:
-        [1, n, heads, d], and None in place of the weights.
-
-    Raises:
-        ModelError: no documents were given, or the model asks for something that would have to be ignored.
+    Returns [1, n, heads, d], and None in place of the weights. Raises ModelError where no documents were given, or the
+    model asks for something that would have to be ignored.
     """
     unknown = sorted(k for k, v in others.items() if v is not None and k not in HARMLESS)
     if unknown or attention_mask is not None or documents is None or others.get("is_causal") is False:
         what = f"an unknown attention option: {', '.join(unknown)}" if unknown else "attention over unmarked documents"
-        raise ModelError(
-            f"{type(module).__name__} asks for {what}",
-            why="the packed attention would have to ignore it and answer differently",
-            fix="set model.attention: eager",
-        )
+        why = "the packed attention would have to ignore it and answer differently"
+        raise ModelError(f"{type(module).__name__} asks for {what}", why=why, fix="set model.attention: eager")
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     out = attend(q, k, v, documents, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout)
     return out.unsqueeze(0), None
@@ -124,10 +115,8 @@ def attend(
     rule = Rule(documents, scale, window, softcap)
     if dropout:
         if softcap is not None:
-            raise ModelError(
-                "attention dropout together with a soft cap is not supported",
-                fix="set the model's attention_dropout to 0",
-            )
+            what = "attention dropout together with a soft cap is not supported"
+            raise ModelError(what, fix="set the model's attention_dropout to 0")
         return _sdpa(q, k, v, rule, dropout)
     backend = documents.backend or select_attention_backend(q.device, q.dtype, q.shape[-1]).name
     if backend == "products" or softcap is not None:
@@ -152,11 +141,7 @@ EAGER = AttentionBackend("eager", "as model.attention says")
 def select_attention_backend(
     device: torch.device, dtype: torch.dtype, head_dim: int, *, softcap: bool = False
 ) -> AttentionBackend:
-    """The fastest backend that works here, found by trying, not by version.
-
-    Args:
-        softcap: whether the model caps its attention scores.
-    """
+    """The fastest backend that works here, found by trying; `softcap`: whether the model caps its attention scores."""
     if softcap:
         return AttentionBackend("products", "the model caps its attention scores, which torch's attention cannot")
     if device.type != "cuda":
@@ -169,9 +154,6 @@ def select_attention_backend(
     except (RuntimeError, ImportError, ValueError, TypeError) as error:
         return AttentionBackend("sdpa", f"this GPU's varlen attention does not run in {dtype}: {first_line(error)}")
     return AttentionBackend("varlen", "FlashAttention over packed documents runs here, forward and backward")
-
-
-# varlen
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
@@ -192,9 +174,6 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     return out
 
 
-# sdpa
-
-
 @torch.compiler.disable  # shapes follow the documents and change with every batch
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> Tensor:
     documents, scale, window, _ = rule
@@ -209,9 +188,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> 
         )
         outputs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
-
-
-# products
 
 
 @torch.compiler.disable  # as above
@@ -234,11 +210,8 @@ class _Products(torch.autograd.Function):
         saved: list[Tensor] = []
         save = softcap is None and any(ctx.needs_input_grad[:3])
         for group in documents.groups:
-            queries, keys, values = (
-                _pack_heads(q, group, k.shape[1], scale),
-                _pack_heads(k, group, None),
-                _pack_heads(v, group, None),
-            )
+            queries = _pack_queries(q, group, k.shape[1], scale)
+            keys, values = _pack_keys(k, group), _pack_keys(v, group)
             results = []
             for a, b, lo in _blocks(group.length, window):
                 rows = queries[:, :, a:b]
@@ -257,14 +230,11 @@ class _Products(torch.autograd.Function):
         d_out, saved = grads[0], iter(probabilities_of_blocks)
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         for group in documents.groups:
-            queries, keys, values = (
-                _pack_heads(q, group, k.shape[1], scale),
-                _pack_heads(k, group, None),
-                _pack_heads(v, group, None),
-            )
-            d_result = _pack_heads(d_out, group, k.shape[1])
-            delta = (d_result * _pack_heads(out, group, k.shape[1])).sum(-1, keepdim=True)
-            d_queries, d_keys, d_values = [], _BlockSum(keys), _BlockSum(values)
+            queries = _pack_queries(q, group, k.shape[1], scale)
+            keys, values = _pack_keys(k, group), _pack_keys(v, group)
+            d_result = _pack_queries(d_out, group, k.shape[1])
+            delta = (d_result * _pack_queries(out, group, k.shape[1])).sum(-1, keepdim=True)
+            d_queries, d_keys, d_values = [], keys, values
             for a, b, lo in _blocks(group.length, window):
                 rows, d_cap = queries[:, :, a:b], None
                 if softcap is None and group.length <= KEEP:
@@ -276,29 +246,26 @@ class _Products(torch.autograd.Function):
                 d_scores.sub_(delta[:, :, a:b].flatten(1, 2)).mul_(probabilities)
                 if d_cap is not None:
                     d_scores.mul_(d_cap)
-                d_values.add(torch.bmm(probabilities.transpose(1, 2), d_rows), lo, b)
-                d_keys.add(torch.bmm(d_scores.transpose(1, 2), rows.flatten(1, 2)), lo, b)
+                d_values = _add_block(d_values, values, torch.bmm(probabilities.transpose(1, 2), d_rows), lo)
+                d_keys = _add_block(d_keys, keys, torch.bmm(d_scores.transpose(1, 2), rows.flatten(1, 2)), lo)
                 d_queries.append(torch.bmm(d_scores, keys[:, lo:b]).mul_(scale).view_as(rows))
-            _scatter_back(dq, torch.cat(d_queries, 2) if len(d_queries) > 1 else d_queries[0], group)
-            _scatter_back(dk, d_keys.value.unsqueeze(1), group)
-            _scatter_back(dv, d_values.value.unsqueeze(1), group)
+            _scatter_back(dq, d_queries[0] if len(d_queries) == 1 else torch.cat(d_queries, 2), group)
+            _scatter_back(dk, d_keys.unsqueeze(1), group)
+            _scatter_back(dv, d_values.unsqueeze(1), group)
         return dq, dk, dv, None
 
 
-class _BlockSum:
-    """The gradient of keys or values summed over blocks of queries, in fp32 where there are several blocks."""
+def _add_block(total: Tensor, packed: Tensor, part: Tensor, lo: int) -> Tensor:
+    """The gradient of `packed` keys or values, summed over blocks of queries; `total` is `packed` before the first.
 
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.value = like
-
-    def add(self, part: Tensor, lo: int, hi: int) -> None:
-        if part.shape == self.like.shape and self.value is self.like:
-            self.value = part
-            return
-        if self.value is self.like:
-            self.value = torch.zeros_like(self.like, dtype=torch.promote_types(part.dtype, torch.float32))
-        self.value[:, lo:hi] += part
+    The part of a single block is the gradient; several are summed in fp32.
+    """
+    if total is packed:
+        if part.shape == packed.shape:
+            return part
+        total = torch.zeros_like(packed, dtype=torch.promote_types(part.dtype, torch.float32))
+    total[:, lo : lo + part.shape[1]] += part
+    return total
 
 
 def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
@@ -307,36 +274,31 @@ def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
         yield a, min(a + QUERIES, length), 0 if window is None else max(0, a - window + 1)
 
 
-def _pack_heads(x: Tensor, group: Group, kv_heads: int | None, scale: float | None = None) -> Tensor:
-    """The group's tokens of x [n, heads, d], gathered by head and padded.
-
-    Returns:
-        For keys and values (`kv_heads` None) [count * heads, length, d]; for queries
-        [count * kv heads, heads a kv head, length, d], times `scale`.
-    """
+def _gather(x: Tensor, group: Group) -> Tensor:
+    """The group's tokens of x [n, heads, d], padded: [count, length, heads, d]."""
     if group.places is None or group.tokens is None:
-        rows = x[group.start : group.start + group.length].unsqueeze(0)
-    else:
-        # Padding is zero: in the backward it stands for the gradients of rows without a token.
-        rows = x.new_zeros(group.count * group.length, *x.shape[1:])
-        rows = rows.index_copy_(0, group.places, x.index_select(0, group.tokens)).unflatten(0, (group.count, -1))
-    if kv_heads is None:
-        return rows.transpose(1, 2).reshape(-1, group.length, x.shape[2])
-    rows = rows.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-    packed = x.new_empty(rows.shape)
-    if scale is None:
-        packed.copy_(rows)
-    else:
-        torch.mul(rows, scale, out=packed)
-    return packed.flatten(0, 1)
+        return x[group.start : group.start + group.length].unsqueeze(0)
+    # Padding is zero: in the backward it stands for the gradients of rows without a token.
+    rows = x.new_zeros(group.count * group.length, *x.shape[1:])
+    return rows.index_copy_(0, group.places, x.index_select(0, group.tokens)).unflatten(0, (group.count, -1))
+
+
+def _pack_keys(x: Tensor, group: Group) -> Tensor:
+    """Keys or values x [n, kv heads, d] of the group, by head: [count * kv heads, length, d]."""
+    return _gather(x, group).transpose(1, 2).reshape(-1, group.length, x.shape[2])
+
+
+def _pack_queries(x: Tensor, group: Group, kv_heads: int, scale: float = 1.0) -> Tensor:
+    """x [n, heads, d] of the group times `scale`, by key head: [count * kv heads, heads a kv head, length, d]."""
+    rows = _gather(x, group).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    return torch.mul(rows, scale, out=x.new_empty(rows.shape)).flatten(0, 1)
 
 
 def _scatter_back(out: Tensor, packed: Tensor, group: Group) -> None:
     """Write packed heads [count * kv heads, heads a kv head, length, d] to their tokens in out [n, heads, d]."""
     rows = packed.unflatten(0, (group.count, -1)).permute(0, 3, 1, 2, 4)
     if group.tokens is None or group.places is None:
-        place = out[group.start : group.start + group.length]
-        place.view(rows.shape[1:]).copy_(rows[0])
+        out[group.start : group.start + group.length].view(rows.shape[1:]).copy_(rows[0])
     else:
         flat = rows.reshape(-1, *out.shape[1:]).index_select(0, group.places)
         out.index_copy_(0, group.tokens, flat.to(out.dtype))
@@ -345,14 +307,11 @@ def _scatter_back(out: Tensor, packed: Tensor, group: Group) -> None:
 def _probabilities(
     queries: Tensor, keys: Tensor, offset: int, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax of the masked scores, and the soft cap's derivative where there is one.
+    """Softmax of the masked scores, and the soft cap's derivative: [batch, heads a key head * rows, offset + rows] each.
 
     Args:
         queries: [batch, heads a key head, rows, d], scaled; the key of the first row is number `offset`.
         keys: [batch, offset + rows, d].
-
-    Returns:
-        [batch, heads a key head * rows, offset + rows] each.
     """
     scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2))
     d_cap = None

@@ -1,10 +1,8 @@
 """From a folder to a model without weights: its config, the model on meta, its memory.
 
-`build_on_meta` builds the modules without memory for their matrices; adapters, recomputation and sharding then change
-them; `materialise` gives each parameter its memory, which `weights.load_weights` or `random_init` initialises.
-
-`to_empty` is not used: it breaks tied weights and leaves buffers such as the rotary frequencies uninitialised (they are
-in no checkpoint). Here buffers are computed when the model is built.
+`build_on_meta` builds the modules without memory for their matrices; `materialise` gives each parameter its memory,
+which `weights.load_weights` or `random_init` initialises. `to_empty` would break tied weights and leave the buffers
+(rotary frequencies), which are in no checkpoint, uninitialised.
 """
 
 from __future__ import annotations
@@ -37,21 +35,17 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
     raw = read_json(file)
     spec = read_spec(raw, where=str(file), trust_remote_code=model.trust_remote_code)
     if spec.quantised and model.quantize != "nf4":
-        raise ModelError(
-            "the checkpoint is already in bitsandbytes nf4",
-            where=str(file),
-            why=f"the recipe says model.quantize: {model.quantize}",
-            fix="set model.quantize: nf4, or take the unquantised model",
-        )
+        what, why = "the checkpoint is already in bitsandbytes nf4", f"the recipe says model.quantize: {model.quantize}"
+        fix = "set model.quantize: nf4, or take the unquantised model"
+        raise ModelError(what, where=str(file), why=why, fix=fix)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # Transformers raises many kinds here, its own strict-dataclass errors among them
-        raise ModelError(
+        what, fix = (
             "Transformers cannot read the config",
-            where=str(file),
-            why=one_line(error),
-            fix="correct the named key, or fetch the model again: tunesmith fetch MODEL",
-        ) from error
+            "correct the named key, or fetch it again: tunesmith fetch MODEL",
+        )
+        raise ModelError(what, where=str(file), why=one_line(error), fix=fix) from error
 
 
 def one_line(error: BaseException) -> str:
@@ -67,9 +61,7 @@ class _MatricesOnMeta(TorchFunctionMode):
     constructors compute and no checkpoint holds.
     """
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
@@ -81,7 +73,6 @@ def build_on_meta(config: PretrainedConfig, model: Model, *, rows: int | None = 
 
     Args:
         config: from `load_config`; it is copied.
-        model: the recipe's block.
         rows: rows of embedding and head; None: the config's vocabulary. See `tokenizer.vocab_rows`.
 
     Raises:
@@ -101,12 +92,9 @@ def build_on_meta(config: PretrainedConfig, model: Model, *, rows: int | None = 
                 trust_remote_code=model.trust_remote_code,
             )
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        raise ModelError(
-            f"Transformers cannot build this {config.model_type}",
-            where=f"{config.name_or_path}/config.json",
-            why=one_line(error),
-            fix="correct the value there, or fetch the model again: tunesmith fetch MODEL",
-        ) from error
+        what, where = f"Transformers cannot build this {config.model_type}", f"{config.name_or_path}/config.json"
+        fix = "correct the value there, or fetch the model again: tunesmith fetch MODEL"
+        raise ModelError(what, where=where, why=one_line(error), fix=fix) from error
     _replace(built, lambda p: p.to("meta"))
     return built
 
@@ -120,8 +108,7 @@ def _replace(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -
                 data = old.detach()
                 new = change(data)
                 made[old] = old if new is data else nn.Parameter(new, requires_grad=old.requires_grad)
-            if made[old] is not old:
-                setattr(module, name, made[old])
+            setattr(module, name, made[old])
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:

@@ -1,8 +1,7 @@
 """Random weights in place of a checkpoint's, drawn on the device: for measuring speed, which depends on shapes alone.
 
-Every matrix is normal with the standard deviation that Transformers initialises models with, every norm's weight is one
-and every bias zero, as in `PreTrainedModel._init_weights` for Llama, Qwen 3 and Mistral. A tensor is drawn from a
-generator seeded by (seed, its name): it depends neither on the order of the tensors nor on which others there are.
+Matrices are normal, norms' weights one and biases zero, as in `PreTrainedModel._init_weights` for Llama, Qwen 3 and
+Mistral. Each tensor has a generator seeded by (seed, its name): it depends on no other tensor.
 """
 
 from __future__ import annotations
@@ -24,14 +23,8 @@ def seed_of(seed: int, name: str) -> int:
 
 
 class RandomTensor:
-    """A tensor that is drawn when it is read: what a hook gets in place of a checkpoint's.
-
-    Args:
-        name: full name of the parameter.
-        like: has the shape and dtype that a checkpoint would hold; may be on meta.
-        device: where it is drawn.
-        seed: of the run.
-    """
+    """A tensor that is drawn on `device` when it is read, in the shape and dtype of `like`: what a hook gets in place of
+    a checkpoint's. `name` is the parameter's full name, `seed` the run's."""
 
     def __init__(self, name: str, like: Tensor, device: torch.device, seed: int) -> None:
         self.name, self.shape, self.dtype, self.device = name, like.shape, like.dtype, device
@@ -59,9 +52,8 @@ def init_random_weights(
     """Initialise a materialised model as `load_weights` loads one, from tensors that are drawn one at a time.
 
     Args:
-        model: every parameter has its memory; it may carry adapters, whose own parameters are left as they are.
-        checkpoint: what a checkpoint of the model would hold: name -> a tensor (on meta) of that shape and type.
-        seed: of the run.
+        model: every parameter has its memory; an adapter's parameters are left as they are.
+        checkpoint: what a checkpoint of the model would hold: name -> a tensor (on meta) of that shape and dtype.
         convert: parameter name -> hook that takes the tensor itself, as in `load_weights`.
     """
     targets = dict(model.named_parameters(remove_duplicate=False))

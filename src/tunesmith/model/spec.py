@@ -1,8 +1,7 @@
 """What a model is, read from its config.json alone: shape, parameter counts, the work of one step.
 
-Nothing heavy is imported, so that `plan`, `fetch` and `--help` can answer at once. A config that this engine cannot
-train as it stands (mixture of experts, images, encoders, state-space layers, other quantisation) is refused here, by
-name, before a byte of weights is read.
+Nothing heavy is imported. A config that this engine cannot train (mixture of experts, images, encoders, state-space
+layers, other quantisation) is refused here, by name, before a byte of weights is read.
 """
 
 from __future__ import annotations
@@ -67,7 +66,6 @@ def read_spec(config: Mapping[str, Any], *, where: str, trust_remote_code: bool 
     """Read a model's spec from its config.json.
 
     Args:
-        config: the parsed file.
         where: how to name the file in an error.
         trust_remote_code: take a type that is not in the table, as Llama's shape, when its repository ships the code.
 
@@ -84,11 +82,8 @@ def read_spec(config: Mapping[str, Any], *, where: str, trust_remote_code: bool 
     kv_heads = _size(config, "num_key_value_heads", where, family.kv_heads or heads)
     head_dim = _size(config, "head_dim", where, family.head_dim or hidden // heads)
     if heads % kv_heads:
-        raise ModelError(
-            f"{heads} attention heads cannot share {kv_heads} key-value heads",
-            where=where,
-            fix="correct num_attention_heads or num_key_value_heads",
-        )
+        what = f"{heads} attention heads cannot share {kv_heads} key-value heads"
+        raise ModelError(what, where=where, fix="correct num_attention_heads or num_key_value_heads")
     tied = bool(config.get("tie_word_embeddings", family.tied))
     attention_bias, mlp_bias = bool(config.get("attention_bias", False)), bool(config.get("mlp_bias", False))
     qkv_bias = attention_bias if family.qkv_bias is None else family.qkv_bias
@@ -115,25 +110,19 @@ def _check_supported(config: Mapping[str, Any], where: str, trust_remote_code: b
     """Raise ModelError, naming what the model is, unless it is a dense text decoder of a known family."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or not kind:
-        raise ModelError(
-            "the config names no model_type",
-            where=where,
-            why="it is the key that says which architecture the weights belong to",
-            fix="give the folder of a Transformers checkpoint; a PEFT adapter goes under `adapter.from`",
-        )
+        why = "it is the key that says which architecture the weights belong to"
+        fix = "give the folder of a Transformers checkpoint; a PEFT adapter goes under `adapter.from`"
+        raise ModelError("the config names no model_type", where=where, why=why, fix=fix)
     if what := _other_kind(kind, config):
         fix = f"take a dense text decoder: {families_text()}"
         raise ModelError(f"{kind} is {what}, which tunesmith does not train", where=where, fix=fix)
     ships = "auto_map" in config
     if kind in ARCHITECTURES or (trust_remote_code and ships):
         return
-    raise ModelError(
-        f"{kind} is not among the families that tunesmith is tested with",
-        where=where,
-        why=_REASONS.get(kind, "its repository ships its own code, which runs only when trusted" if ships else ""),
-        fix=("read that code and set model.trust_remote_code: true, or " if ships else "")
-        + f"take one of: {families_text()}",
-    )
+    what = f"{kind} is not among the families that tunesmith is tested with"
+    why = _REASONS.get(kind, "its repository ships its own code, which runs only when trusted" if ships else "")
+    fix = "read that code and set model.trust_remote_code: true, or " if ships else ""
+    raise ModelError(what, where=where, why=why, fix=f"{fix}take one of: {families_text()}")
 
 
 def _other_kind(kind: str, config: Mapping[str, Any]) -> str:
@@ -164,24 +153,16 @@ def _quantised(config: Mapping[str, Any], where: str) -> str | None:
         method = f"bitsandbytes {stored.get('bnb_4bit_quant_type', 'fp4')}"
     elif stored.get("load_in_8bit"):
         method = "bitsandbytes 8-bit"
-    raise ModelError(
-        f"the weights are quantised with {method or 'an unnamed method'}",
-        where=where,
-        why="plain weights and bitsandbytes nf4 are read; other formats are for serving, not for training",
-        fix="take the unquantised model and set model.quantize: nf4",
-    )
+    what = f"the weights are quantised with {method or 'an unnamed method'}"
+    why = "plain weights and bitsandbytes nf4 are read; other formats are for serving, not for training"
+    raise ModelError(what, where=where, why=why, fix="take the unquantised model and set model.quantize: nf4")
 
 
 def _size(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
-    value = config.get(name)
-    if value is None:
-        value = default
+    value = default if config.get(name) is None else config[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelError(
-            f"{name} is {repr(value) if name in config else 'missing'}: it must be a whole number above 0",
-            where=where,
-            fix="take config.json from the model's page again: tunesmith fetch MODEL",
-        )
+        what = f"{name} is {repr(value) if name in config else 'missing'}: it must be a whole number above 0"
+        raise ModelError(what, where=where, fix="take config.json from the model's page again: tunesmith fetch MODEL")
     return value
 
 
@@ -221,7 +202,6 @@ def flops(
     Recomputation, norms, rotary embeddings and the softmax are not counted.
 
     Args:
-        spec: the model's.
         documents: length of each document, in tokens, padding not counted.
         supervised: positions whose label enters the loss.
         trained: "full", or "lora" for a frozen base.
@@ -231,15 +211,16 @@ def flops(
     tokens = sum(lengths)
     per_parameter = 6 if trained == "full" else 4
     matmul = per_parameter * (spec.layers * spec.layer_matmul * tokens + spec.head_matmul * supervised)
-    # The backward of attention takes twice its forward.
-    return float(matmul + 3 * _attention_flops(spec, lengths) + 6 * adapter_parameters * tokens)
+    # Attention's q k^T and p v cost 2 operations each a pair and channel; their backward takes twice the forward.
+    attention = 3 * 4 * _attended_pairs(spec, lengths) * spec.heads * spec.head_dim
+    return float(matmul + attention + 6 * adapter_parameters * tokens)
 
 
-def _attention_flops(spec: ModelSpec, lengths: list[int]) -> int:
-    """Operations of attention's forward in all layers: q k^T and p v, 2 products of 2 operations a pair and channel."""
+def _attended_pairs(spec: ModelSpec, lengths: list[int]) -> int:
+    """Pairs of a query and a key that it sees, over all layers and documents."""
     pairs = 0
     for window, layers in Counter(spec.windows).items():
         for n in lengths:
             most = n if window is None else min(n, window)  # keys that a query sees
             pairs += layers * (most * (most + 1) // 2 + (n - most) * most)
-    return 4 * pairs * spec.heads * spec.head_dim
+    return pairs

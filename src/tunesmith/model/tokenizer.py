@@ -16,11 +16,7 @@ ROW_MULTIPLE = 64  # tensor cores want the vocabulary, a dimension of the head's
 
 
 def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
-    """A recipe's tokenizer, with added tokens and a padding token.
-
-    Args:
-        folder: the tokenizer's: see `hub.fetch.tokenizer_folder`.
-        model: the recipe's block.
+    """A recipe's tokenizer, with added tokens and a padding token, from `hub.fetch.tokenizer_folder`.
 
     Raises:
         ModelError: it is missing or broken, or `model.pad_token` is not in its vocabulary.
@@ -28,12 +24,9 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # Transformers and tokenizers raise many kinds for a missing or broken file
-        raise ModelError(
-            "the tokenizer cannot be read",
-            where=str(folder),
-            why=one_line(error),
-            fix="put tokenizer.json (or tokenizer.model) and tokenizer_config.json there, or set model.tokenizer",
-        ) from error
+        fix = "put tokenizer.json (or tokenizer.model) and tokenizer_config.json there, or set model.tokenizer"
+        why = one_line(error)
+        raise ModelError("the tokenizer cannot be read", where=str(folder), why=why, fix=fix) from error
     new = [t for t in model.added_tokens if t not in tokenizer.get_vocab()]
     if new:
         tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in new], special_tokens=True)
@@ -47,19 +40,13 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, model: Model) -> None:
     Padding is masked out of attention and never a target, so any token will do and the vocabulary need not grow.
     """
     if model.pad_token is not None and model.pad_token not in tokenizer.get_vocab():
-        raise ModelError(
-            f"{model.pad_token!r} is not in the vocabulary",
-            where="model.pad_token",
-            fix=f"name a token of the tokenizer, or add it: model.added_tokens: [{json.dumps(model.pad_token)}]",
-        )
+        fix = f"name a token of the tokenizer, or add it: model.added_tokens: [{json.dumps(model.pad_token)}]"
+        raise ModelError(f"{model.pad_token!r} is not in the vocabulary", where="model.pad_token", fix=fix)
     candidates = (model.pad_token, tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token)
     token = next((t for t in candidates if t is not None), None)
     if token is None:
-        raise ModelError(
-            "the tokenizer has no padding, unknown or end token",
-            where="model.pad_token",
-            fix="name a token of its vocabulary as model.pad_token",
-        )
+        what, fix = "the tokenizer has no padding, unknown or end token", "name a token of its vocabulary there"
+        raise ModelError(what, where="model.pad_token", fix=fix)
     tokenizer.pad_token = token
 
 
