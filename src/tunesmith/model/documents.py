@@ -72,12 +72,12 @@ class Documents:
         return [self._group(members) for members in groups]
 
     def _group(self, members: list[tuple[int, int]]) -> Group:
-        longest, device = members[0][0], self.cu_seqlens.device
+        longest, start = members[0]
         if len(members) == 1:
-            return Group(start=members[0][1], count=1, length=longest)
-        lengths = torch.tensor([length for length, _ in members]).unsqueeze(1)
-        starts = torch.tensor([start for _, start in members]).unsqueeze(1)
+            return Group(start=start, count=1, length=longest)
+        lengths, starts = torch.tensor(members).unsqueeze(2).unbind(1)
         column = torch.arange(longest)
         real = column < lengths
         places, tokens = real.flatten().nonzero().squeeze(1), (starts + column)[real]
+        device = self.cu_seqlens.device
         return Group(start=-1, count=len(members), length=longest, places=places.to(device), tokens=tokens.to(device))

@@ -1,11 +1,10 @@
 """Faster, equal forwards for the modules of known families: attention, gated MLPs, norms and rotary embeddings.
 
 Transformers' modules read their input once for each of q, k and v, again for gate and up, and keep many small tensors
-for the backward. Here a module gets a class with another `forward`: parameters, names and hooks stay as they are. Other
-families keep Transformers' forward, and so does generation, which has a cache and no documents.
-
-The forwards compute in the input's dtype where Transformers does, and in fp32 (fp64 for fp64 input) where it does.
-Inside torch.compile they are plain formulas, which the compiler fuses better than a hand-written backward.
+for the backward. Here a module gets a class with another `forward`. Other families keep Transformers' forward, and so
+does generation, which has a cache and no documents. The forwards compute in the input's dtype where Transformers does,
+and in fp32 (fp64 for fp64 input) where it does. Inside torch.compile they are plain formulas, which the compiler fuses
+better than a hand-written backward.
 """
 
 from __future__ import annotations
@@ -96,10 +95,8 @@ class FusedAttention(nn.Module):
         """hidden_states: [1, n, width]. Without documents (generation, eager) it is the module's own forward."""
         own: Any = self
         if documents is None or position_embeddings is None:
-            given: dict[str, Any] = {} if documents is None else {"documents": documents}
-            result: tuple[Tensor, Tensor | None] = super().forward(
-                hidden_states, position_embeddings, attention_mask, **given, **others
-            )
+            given = others if documents is None else {"documents": documents, **others}
+            result: tuple[Tensor, None] = super().forward(hidden_states, position_embeddings, attention_mask, **given)
             return result
         projected = self.project(hidden_states.flatten(0, -2), (own.q_proj, own.k_proj, own.v_proj))
         q, k, v = (y.unflatten(-1, (-1, own.head_dim)) for y in projected)
@@ -136,20 +133,17 @@ class FusedNorm(nn.Module):
         return rms_norm(hidden_states, own.weight, own.variance_epsilon)
 
 
-# The functions
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021, arXiv:2104.09864) in Transformers' layout, halves instead of pairs.
 
     Args:
         x: [n, heads, d]; cos, sin: [n, d], both halves alike.
     """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if torch.compiler.is_compiling():
-        return x * cos.unsqueeze(1) + torch.cat(
-            (-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1
-        ) * sin.unsqueeze(1)
-    out: Tensor = _Rotate.apply(x, cos.unsqueeze(1), sin.unsqueeze(1))
+        half = x.shape[-1] // 2
+        return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+    out: Tensor = _Rotate.apply(x, cos, sin)
     return out
 
 

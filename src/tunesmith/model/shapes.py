@@ -1,7 +1,6 @@
-"""The true shapes of a few open models, in shapes.json: the values of their config.json, without weights.
+"""The true shapes of a few open models, in shapes.json: what their config.json says of size and arithmetic.
 
-A shape holds what the config.json in the `source` repository says of size and arithmetic. It has no token ids: they
-depend on the tokenizer. `mistral-7b` is version 0.3, which has no sliding window.
+Token ids are left out: they depend on the tokenizer. `mistral-7b` is version 0.3, which has no sliding window.
 """
 
 from __future__ import annotations

@@ -54,14 +54,12 @@ def calibrate_recompute(
             gradients are dropped afterwards.
         layers: its decoder layers.
         batch: a micro batch of the run, on the model's device.
-        estimate: the estimate to begin with.
-        meter: of the model's device.
         budget: bytes that may be allocated in all.
 
     Raises:
         MachineError: the micro batch does not fit even where every layer is recomputed.
     """
-    count, training = estimate.recomputed_layers, model.training
+    count, tokens, training = estimate.recomputed_layers, batch.input_ids.numel(), model.training
     model.train()
     while True:
         recompute_layers(layers, count)
@@ -71,17 +69,15 @@ def calibrate_recompute(
             break
         except torch.OutOfMemoryError as error:
             if count == len(layers):
-                raise MachineError(
-                    f"a micro batch of {batch.input_ids.numel():,} tokens does not fit into this GPU's memory",
-                    where="train.micro_batch",
-                    why=f"with every layer recomputed; {str(error).partition('.')[0]}",
-                    fix="a smaller train.micro_batch or data.seq_len, or model.quantize=nf4",
-                ) from error
+                what = f"a micro batch of {tokens:,} tokens does not fit into this GPU's memory"
+                why = f"with every layer recomputed; {str(error).partition('.')[0]}"
+                fix = "a smaller train.micro_batch or data.seq_len, or model.quantize=nf4"
+                raise MachineError(what, where="train.micro_batch", why=why, fix=fix) from error
         finally:
             model.zero_grad(set_to_none=True)
         count = min(len(layers), count + max(1, len(layers) // 8))
     room = budget - estimate.optimizer - meter.peak()
-    activations *= estimate.tokens / batch.input_ids.numel()  # of the largest micro batch
+    activations *= estimate.tokens / tokens  # of the largest micro batch
     count = revise_recomputed(count, len(layers), activations, estimate.recomputed_layer, room=room)
     recompute_layers(layers, count)
     model.train(training)
@@ -106,8 +102,7 @@ def revise_recomputed(count: int, layers: int, activations: float, recomputed_la
         room: bytes that are left; negative where they are missing.
     """
     if count == layers:
-        # No layer that is not recomputed was measured; what one keeps stays the estimate's guess.
-        return count
+        return count  # what a layer keeps that is not recomputed was not measured
     saving = (activations - count * recomputed_layer) / (layers - count) - recomputed_layer
     if saving <= 0:
         return count

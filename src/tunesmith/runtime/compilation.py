@@ -1,12 +1,9 @@
 """torch.compile where it pays.
 
-On CUDA every decoder layer is compiled by itself: the layers are alike, so one graph serves all, and the first step
-takes seconds instead of the minutes of a whole model. Shapes that would make another graph are held fixed or marked as
-dynamic: the longest document is one number for the whole run, the number of documents is dynamic, and so is the number
-of tokens where steps differ in it (`global_batch` in examples). Compiled code is kept on disk between runs.
-
-On a CPU the matrix products are already those of oneDNN, and the length of documents is part of attention's shapes;
-compiling the rest of each layer gained nothing there (SmolLM2-135M, 2 cores), so `auto` leaves it off.
+Every decoder layer is compiled by itself: the layers are alike, so one graph serves all, and the first step takes seconds
+instead of the minutes of a whole model. Shapes that would make another graph are held fixed or marked as dynamic: the
+longest document is one number for the whole run, the number of documents is dynamic, and so is the number of tokens
+where steps differ in it (`global_batch` in examples). On a CPU it gained nothing (SmolLM2-135M, 2 cores).
 """
 
 from __future__ import annotations

@@ -17,9 +17,8 @@ CACHED_SHAPES = "128"  # between the two that were measured; a cached shape hold
 def keep_freed_pages() -> bool:
     """Let malloc keep what is freed; returns whether it was done: on Linux with glibc.
 
-    By default glibc returns blocks above 128 KiB to the kernel at once, which zeroes them again when they are next
-    allocated, in every layer of every step. Keeping them more than halves the kernel's time in a LoRA step of
-    SmolLM2-135M; peak memory does not change.
+    By default glibc returns blocks above 128 KiB to the kernel at once, which zeroes them again at the next allocation.
+    Keeping them more than halves the kernel's time in a LoRA step of SmolLM2-135M; peak memory does not change.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False

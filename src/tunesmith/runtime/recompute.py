@@ -1,8 +1,7 @@
 """Recompute a layer's forward in the backward instead of keeping its activations: memory for time.
 
 `torch.utils.checkpoint` on the forward of a decoder layer, instead of Transformers' flag, which wraps differently from
-version to version. It is done for as many layers as the memory needs and no more: one layer of 32 costs a third of that
-layer's time, a hundredth of the step's.
+version to version. One layer of 32 costs a third of that layer's time, a hundredth of the step's.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
 """Resolve what `auto` means on a machine: compile, attention backend, micro batch, and how many layers recompute.
 
 Micro batch and recompute are chosen together, for the least time: a larger micro batch spreads the fixed cost of a
-forward and backward (read or unpack every weight, launch every kernel), a smaller one leaves memory for activations.
-The estimate is of what the backward needs; `calibrate.py` corrects it on a GPU by a trial of the real model.
+forward and backward, a smaller one leaves memory for activations. `calibrate.py` corrects the estimate on a GPU.
 
 Activations per token and layer of a Llama-like block, in elements, where the layer is compiled: five vectors of the
 hidden width (the block's input, the sum after attention, the two normed inputs, attention's output), q, k and v, and
 three of the MLP's width (gate, up, and their product). Without a compiler one more of each. A recomputed layer keeps its
-input alone. At 16,384 tokens of an 8B LoRA run this comes to 68 GiB; 69 were measured (85.7 less 16.3 of weights, on an
-H200).
+input alone. At 16,384 tokens of an 8B LoRA run this comes to 68 GiB; 69 were measured on an H200.
 """
 
 from __future__ import annotations

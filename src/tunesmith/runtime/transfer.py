@@ -1,8 +1,7 @@
 """Transfers between host and device without waiting: batches go ahead of the step, metrics and copies come back later.
 
-The one file that knows streams, events and pinned memory. A stream runs its work in issue order: `.item()` would wait
-for the next step's kernels as well, so values are copied to pinned memory and an event says when they are there. On a
-CPU all work is done when a call returns: events cost nothing, nothing is pinned or copied twice.
+A stream runs its work in issue order: `.item()` would wait for the next step's kernels as well, so values are copied to
+pinned memory and an event says when they are there. On a CPU all work is done when a call returns: there are no events.
 """
 
 from __future__ import annotations
@@ -21,11 +20,7 @@ def _record_event(device: torch.device) -> torch.cuda.Event | None:
 
 
 class AsyncScalars:
-    """Scalars of a step on their way to the host; `read` waits for that step only.
-
-    Args:
-        values: 0-d tensors of one device. They are copied in stream order, so they may change afterwards.
-    """
+    """0-d tensors of one device on their way to the host; they may change afterwards. `read` waits for their step only."""
 
     def __init__(self, *values: Tensor) -> None:
         # float64 holds every fp32 exactly, so that one copy can carry both.
@@ -45,13 +40,8 @@ class AsyncScalars:
 class Snapshot:
     """Copies of tensors at this point of the stream, made on their own device without waiting for it.
 
-    They take as much memory there as the tensors do, until `on_host` has been called.
-
-    Args:
-        tensors: any devices of one machine; those of a GPU must all be on the same one.
-
-    Raises:
-        torch.OutOfMemoryError: there is no room for them.
+    They take as much memory there as the tensors, which may be on the host and on one GPU, until `on_host` is called;
+    torch.OutOfMemoryError where there is no room for them.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -75,9 +65,6 @@ class DevicePrefetcher:
     """Copies micro batches to a GPU in the thread that makes them, so that a step finds its tokens there.
 
     Call it in that thread; `claim` in the one that takes the batch.
-
-    Args:
-        device: a CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
