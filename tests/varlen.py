@@ -62,6 +62,4 @@ def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return varlen(q, k, v, edges, longest, others["scale"], None if left < 0 else left + 1)
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(
-        attention, "select_attention_backend", lambda *_, **__: attention.AttentionBackend("varlen", "for this test")
-    )
+    monkeypatch.setattr(attention, "select_attention_backend", lambda *_, **__: ("varlen", "for this test"))

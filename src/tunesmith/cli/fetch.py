@@ -124,8 +124,7 @@ def _dataset(source: Source, progress: FetchProgress, *, dry: bool) -> dict[str,
 def _line(row: dict[str, Any]) -> str:
     from tunesmith.hub.download import size_text
 
-    said = [str(row["kind"]), f"licence {row['licence']}" if row["licence"] else ""]
-    said += [size_text(row["bytes"]) if row["bytes"] else ""]
+    said = [row["kind"], row["licence"] and f"licence {row['licence']}", row["bytes"] and size_text(row["bytes"])]
     if row.get("missing_bytes") and row["folder"] is None:
         said += [f"{size_text(row['missing_bytes'])} to download"]
     said += [f"{row['parameters'] / 1e9:.2f} B parameters" if row.get("parameters") else ""]

@@ -29,6 +29,8 @@ from tunesmith.hub.hub_calls import retry
 WORKERS = 4
 SECONDS_BETWEEN_LINES = 10.0
 
+Advance = Callable[[int], None]  # so many bytes arrived (negative: thrown away); called from several threads
+
 
 @dataclass(frozen=True)
 class RemoteFile:
@@ -61,10 +63,9 @@ class FetchProgress:
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._bar = say is None and is_terminal(sys.stderr)
-        self._draw: Callable[[int], object] = lambda count: None
 
     @contextmanager
-    def transfer(self, what: str, total: int, done: int) -> Iterator[None]:
+    def transfer(self, what: str, total: int, done: int) -> Iterator[Advance]:
         """While bytes of `what` arrive: `total` of them, of which `done` are there already."""
         if self._bar:
             from rich.console import Console
@@ -73,12 +74,11 @@ class FetchProgress:
             columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
             with Progress(*columns, console=Console(stderr=True)) as bar:
                 task = bar.add_task(what, total=total, completed=done)
-                self._draw = lambda count: bar.advance(task, count)
-                yield
+                yield lambda count: bar.advance(task, count)
             return
         told = time.monotonic()
 
-        def draw(count: int) -> None:
+        def advance(count: int) -> None:
             nonlocal done, told
             done += count
             if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
@@ -86,12 +86,7 @@ class FetchProgress:
                 self.say(f"  {size_text(done)} of {size_text(total)}")
 
         self.say(f"fetching {what}: {size_text(total)}" + (f", {size_text(done)} there already" if done else ""))
-        self._draw = draw
-        yield
-
-    def advance(self, count: int) -> None:
-        """`count` bytes arrived (negative: thrown away); called from several threads."""
-        self._draw(count)
+        yield advance
 
 
 def size_text(count: float) -> str:
@@ -102,14 +97,14 @@ def size_text(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def download(files: Sequence[RemoteFile], storage: Path, progress: FetchProgress) -> None:
+def download(files: Sequence[RemoteFile], storage: Path, advance: Advance) -> None:
     """Download files to the blobs of `storage`, a repository's folder in the cache; those that are there are skipped.
 
     Raises the first error of any file; the parts of all stay.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(WORKERS) as pool:
-        jobs = [pool.submit(_download_blob, file, storage, progress, stop) for file in files]
+        jobs = [pool.submit(_download_blob, file, storage, advance, stop) for file in files]
         try:
             for job in as_completed(jobs):
                 job.result()
@@ -118,7 +113,7 @@ def download(files: Sequence[RemoteFile], storage: Path, progress: FetchProgress
             pool.shutdown(cancel_futures=True)
 
 
-def _download_blob(file: RemoteFile, storage: Path, progress: FetchProgress, stop: threading.Event) -> None:
+def _download_blob(file: RemoteFile, storage: Path, advance: Advance, stop: threading.Event) -> None:
     blob, part = storage / "blobs" / file.etag, file.part(storage)
     lock = storage.parent / ".locks" / storage.name / f"{file.etag}.lock"
     for folder in (blob.parent, lock.parent):
@@ -126,7 +121,7 @@ def _download_blob(file: RemoteFile, storage: Path, progress: FetchProgress, sto
     with FileLock(lock):
         if blob.exists():
             return
-        retry(lambda: _receive(file, part, progress, stop), lambda: file.arrived(storage))
+        retry(lambda: _receive(file, part, advance, stop), lambda: file.arrived(storage))
         if stop.is_set():
             return
         # Git's blob hash is the sha1 of a header and the bytes.
@@ -142,7 +137,7 @@ def _download_blob(file: RemoteFile, storage: Path, progress: FetchProgress, sto
         part.replace(blob)
 
 
-def _receive(file: RemoteFile, part: Path, progress: FetchProgress, stop: threading.Event) -> None:
+def _receive(file: RemoteFile, part: Path, advance: Advance, stop: threading.Event) -> None:
     """Append to the part until it has the file's size; ConnectionResetError where the server ends early."""
     with part.open("ab") as out:
         have = out.tell()
@@ -155,12 +150,12 @@ def _receive(file: RemoteFile, part: Path, progress: FetchProgress, stop: thread
             hf_raise_for_status(response)
             if have and response.status_code != 206:  # the server sends the whole file: start over
                 out.truncate(0)
-                progress.advance(-have)
+                advance(-have)
             # As they come: what is collected to a larger chunk is lost when the connection breaks.
             for chunk in response.iter_bytes():
                 if stop.is_set():
                     return
                 out.write(chunk)
-                progress.advance(len(chunk))
+                advance(len(chunk))
         if out.seek(0, 2) < file.size:
             raise ConnectionResetError(f"{file.name} ended early")

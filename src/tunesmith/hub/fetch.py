@@ -118,10 +118,7 @@ class RepoListing:
 
 
 def list_repo(repo: str, revision: str | None, kind: str, progress: FetchProgress) -> RepoListing:
-    """Ask the Hub about a repository and show its licence.
-
-    Args:
-        kind: "model" or "dataset".
+    """Ask the Hub about a repository (`kind`: "model" or "dataset") and show its licence.
 
     Raises:
         ModelError: not there, not permitted, or the Hub does not answer.
@@ -213,8 +210,8 @@ def download_model(plan: DownloadPlan, progress: FetchProgress) -> Path:
     names = [file.name for file in plan.files]
     with hub_calls(model.name, model.revision):
         if plan.missing:
-            with progress.transfer(model.name, plan.total, plan.total - plan.missing):
-                download(plan.files, plan.storage, progress)
+            with progress.transfer(model.name, plan.total, plan.total - plan.missing) as advance:
+                download(plan.files, plan.storage, advance)
         made = Path(retry(lambda: snapshot_download(model.name, revision=model.revision, allow_patterns=names)))
     check_folder(made, model)
     return made

@@ -56,7 +56,8 @@ def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
             made = Path(scratch) / "model"
-            _convert(file, dtype, made)
+            with _quiet():
+                _convert(file, dtype, made)
             try:
                 made.rename(target)
             except OSError:
@@ -76,9 +77,8 @@ def _convert(file: Path, dtype: str, made: Path) -> None:
 
     kept = DTYPES[dtype]
     try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=kept)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=kept)
     except Exception as error:  # gguf and Transformers raise many kinds for a file that is cut off or unknown to them
         what, fix = f"{file.name} cannot be read as a model", "download it again, or take the Hub's safetensors"
         raise ModelError(what, where=str(file), why=one_line(error), fix=fix) from error
@@ -90,10 +90,9 @@ def _convert(file: Path, dtype: str, made: Path) -> None:
     # named_parameters and named_buffers name a shared tensor once, and no buffer of these families is in a checkpoint
     state = {name: tensor.detach().to(kept).contiguous() for name, tensor in model.named_parameters()}
     made.mkdir()
-    with _quiet():
-        tokenizer.save_pretrained(made)
-        model.generation_config.save_pretrained(made)
-        type(model.config).from_dict(config).save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    model.generation_config.save_pretrained(made)
+    type(model.config).from_dict(config).save_pretrained(made)
     save_file(state, made / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -84,11 +84,8 @@ def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "mo
         what, why, fix = _http_error(error, repo, revision, kind)
         return ModelError(what, where=repo_page(repo, kind), why=why, fix=fix)
     if isinstance(error, HFValidationError):
-        what, fix = (
-            "is neither a folder, a .gguf file, nor a Hub id",
-            "give an existing path, or owner/name as on the Hub",
-        )
-        return ModelError(f"{repo!r} {what}", where="model.name", fix=fix)
+        what = f"{repo!r} is neither a folder, a .gguf file, nor a Hub id"
+        return ModelError(what, where="model.name", fix="give an existing path, or owner/name as on the Hub")
     if isinstance(error, OfflineModeIsEnabled):
         what = f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads"
         return ModelError(what, where=cache, fix=f"HF_HUB_OFFLINE=0 tunesmith fetch {repo}")

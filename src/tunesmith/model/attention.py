@@ -106,19 +106,17 @@ def attend(
         softcap: c in c * tanh(score / c) (Gemma 2); None leaves scores as they are.
         dropout: probability of dropping an attention weight.
 
-    Returns:
-        [n, heads, d] in q's dtype.
+    Returns [n, heads, d] in q's dtype.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= documents.max_seqlen:
         window = None
-    rule = Rule(documents, scale, window, softcap)
+    rule = Rule(documents, q.shape[-1] ** -0.5 if scale is None else scale, window, softcap)
     if dropout:
         if softcap is not None:
             what = "attention dropout together with a soft cap is not supported"
             raise ModelError(what, fix="set the model's attention_dropout to 0")
         return _sdpa(q, k, v, rule, dropout)
-    backend = documents.backend or select_attention_backend(q.device, q.dtype, q.shape[-1]).name
+    backend = documents.backend or select_attention_backend(q.device, q.dtype, q.shape[-1])[0]
     if backend == "products" or softcap is not None:
         return _products(q, k, v, rule)
     if backend == "varlen" and (window is None or "window_size" in VARLEN):
@@ -126,44 +124,29 @@ def attend(
     return _sdpa(q, k, v, rule)
 
 
-class AttentionBackend(NamedTuple):
-    """Name of a backend, and why it was selected."""
-
-    name: str
-    why: str
-
-
-# Transformers' own attention, on padded rows.
-EAGER = AttentionBackend("eager", "as model.attention says")
-
-
 @cache
 def select_attention_backend(
     device: torch.device, dtype: torch.dtype, head_dim: int, *, softcap: bool = False
-) -> AttentionBackend:
-    """The fastest backend that works here, found by trying; `softcap`: whether the model caps its attention scores."""
+) -> tuple[str, str]:
+    """The fastest backend that works here, found by trying, and why; `softcap`: the model caps its attention scores."""
     if softcap:
-        return AttentionBackend("products", "the model caps its attention scores, which torch's attention cannot")
+        return "products", "the model caps its attention scores, which torch's attention cannot"
     if device.type != "cuda":
-        return AttentionBackend("products", "on a CPU batched products are faster than torch's attention per document")
+        return "products", "on a CPU batched products are faster than torch's attention per document"
     documents = Documents(torch.tensor([0, 8, 16], dtype=torch.int32, device=device), 8)
     q = torch.zeros(16, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
     try:
         with torch.enable_grad():
             _varlen(q, q[:, :1], q[:, :1], Rule(documents, 1.0)).sum().backward()
     except (RuntimeError, ImportError, ValueError, TypeError) as error:
-        return AttentionBackend("sdpa", f"this GPU's varlen attention does not run in {dtype}: {first_line(error)}")
-    return AttentionBackend("varlen", "FlashAttention over packed documents runs here, forward and backward")
+        return "sdpa", f"this GPU's varlen attention does not run in {dtype}: {first_line(error)}"
+    return "varlen", "FlashAttention over packed documents runs here, forward and backward"
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     documents, scale, window, _ = rule
-    options = {
-        "is_causal": True,
-        "window_size": (-1 if window is None else window - 1, 0),
-        "enable_gqa": q.shape[1] != k.shape[1],
-        "scale": scale,
-    }
+    window_size = (-1 if window is None else window - 1, 0)
+    options = {"is_causal": True, "window_size": window_size, "enable_gqa": q.shape[1] != k.shape[1], "scale": scale}
     if "scale" not in VARLEN and scale != q.shape[-1] ** -0.5:
         q = q * (scale * q.shape[-1] ** 0.5)
     # The bound is a constant of a compiled graph; the batches of a run all state the same one (see data/loader.py).

@@ -33,9 +33,7 @@ def separately(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
 def fuse_modules(model: nn.Module, *, project: Project = separately) -> int:
     """Give the modules of known families their faster forward, in place; returns how many were changed.
 
-    Args:
-        model: any model; modules of other families are left alone.
-        project: computes several linear layers of one input; `adapter.lora.project` reads x once for all adapters.
+    `project` computes several linear layers of one input; `adapter.lora.project` reads x once for all adapters.
     """
     count = 0
     module: Any

@@ -97,9 +97,7 @@ def _trial(model: nn.Module, batch: Batch, meter: MemoryMeter) -> float:
 def revise_recomputed(count: int, layers: int, activations: float, recomputed_layer: float, *, room: float) -> int:
     """How many of `layers` to recompute, where `count` of them do and all together keep `activations` bytes.
 
-    Args:
-        recomputed_layer: bytes that a recomputed layer keeps.
-        room: bytes that are left; negative where they are missing.
+    A recomputed layer keeps `recomputed_layer` bytes; `room` bytes are left, or missing where it is negative.
     """
     if count == layers:
         return count  # what a layer keeps that is not recomputed was not measured

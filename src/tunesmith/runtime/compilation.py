@@ -9,11 +9,12 @@ where steps differ in it (`global_batch` in examples). On a CPU it gained nothin
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.errors import first_line
@@ -45,14 +46,10 @@ def compiler_fault(device: torch.device) -> str:
     use_persistent_cache()
     x = torch.linspace(-1, 1, 64, device=device)
     try:
-        right = torch.allclose(torch.compile(_sample)(x), _sample(x))
+        right = torch.allclose(torch.compile(F.silu)(x), F.silu(x))
     except Exception as error:  # whatever a compiler may raise, training goes on without it
         return f"the compiler does not run here: {first_line(error)}"
     return "" if right else "the compiler runs here and gives wrong results"
-
-
-def _sample(x: Tensor) -> Tensor:
-    return x.sigmoid() * x + 1
 
 
 def use_persistent_cache() -> str:
@@ -61,23 +58,18 @@ def use_persistent_cache() -> str:
     return os.environ.setdefault(CACHE, str(cache_folder("compiled")))
 
 
-def compile_layers(layers: Iterable[nn.Module], *, varied: bool, backend: str | Callable[..., Any] = "inductor") -> int:
-    """Compile each layer in place, at its first forward in training; returns how many.
+def compile_layers(layers: Sequence[nn.Module], *, varied: bool, backend: str | Callable[..., Any] = "inductor") -> int:
+    """Compile each decoder layer in place, at its first forward in training; returns how many.
 
-    Args:
-        layers: decoder layers, called with hidden states [1, n, width].
-        varied: whether n differs from micro batch to micro batch.
-        backend: torch.compile's.
+    `varied`: the number of tokens differs from micro batch to micro batch. `backend`: torch.compile's.
     """
     use_persistent_cache()
-    count = 0
     shared = torch.compile(_forward, backend=backend)
     for layer in layers:
         compiled_layer: Any = layer
         add_mixin(compiled_layer, CompiledLayer)
         compiled_layer.compiled, compiled_layer.varied = shared, varied
-        count += 1
-    return count
+    return len(layers)
 
 
 class CompiledLayer(nn.Module):
@@ -121,11 +113,9 @@ def compile_score(score: Score) -> Score:
     """The loss of a chunk of logits as one or two kernels; chunks differ in their number of positions."""
     compiled: Score = torch.compile(score)
 
-    def run(
-        raw: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        for tensor in (raw, targets) if weights is None else (raw, targets, weights):
+    def run(*args: Any) -> tuple[Tensor, Tensor]:
+        for tensor in _tensors(args):
             mark_varying(tensor, 0)
-        return compiled(raw, targets, weights, softcap, scale)
+        return compiled(*args)
 
     return run

@@ -47,25 +47,21 @@ def is_discrete(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.get_device_properties(device).is_integrated
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on `device`, in bytes. Where GPU and host share it (GB10) the driver reports what is
-    unused, not what can be had: there the host's figure counts, as on a CPU."""
-    return torch.cuda.mem_get_info(device)[0] if is_discrete(device) else available_memory()
-
-
-def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> attention.AttentionBackend:
-    """How attention is computed in a run, and why."""
+def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tuple[str, str]:
+    """How attention is computed in a run (`eager`: by Transformers, on padded rows), and why."""
     if run.model.attention == "eager":
-        return attention.EAGER
+        return "eager", "as model.attention says"
     softcap = files.spec.attention_softcap is not None
     return attention.select_attention_backend(device, DTYPES[run.model.dtype], files.spec.head_dim, softcap=softcap)
 
 
 def probe_machine(run: Run, files: ModelFiles, device: torch.device) -> Machine:
     """What this machine has for a run, found by trying: backends, compiler, memory."""
+    # Where GPU and host share memory (GB10) the driver reports what is unused, not what can be had.
+    free = torch.cuda.mem_get_info(device)[0] if is_discrete(device) else available_memory()
     return Machine(
         str(device),
-        free_bytes(device),
+        free,
         attention=attention_backend(run, files, device),
         compiles=compilation.select_compile(run.train.compile, device),
         fp8=fp8.select_scaling(device) if run.model.quantize == "fp8" else (None, ""),
@@ -74,16 +70,13 @@ def probe_machine(run: Run, files: ModelFiles, device: torch.device) -> Machine:
 
 def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan:
     """The plan of a model that is only asked: nothing compiled or recomputed, no base in fp8."""
-    return RunPlan(str(device), attention_backend(run, files, device).name, run.model.dtype, files.spec.layers)
+    return RunPlan(str(device), attention_backend(run, files, device)[0], run.model.dtype, files.spec.layers)
 
 
 def resolve_plan(run: Run, spec: ModelSpec, machine: Machine, *, trained: int, step: StepSize, longest: int) -> RunPlan:
     """Resolve every `auto` of a recipe by what the machine has.
 
-    Args:
-        trained: trained parameters.
-        step: tokens of one optimizer step.
-        longest: tokens of the longest example.
+    `trained` counts trained parameters, `step` the tokens of an optimizer step, `longest` those of the longest example.
     """
     train, (compiled, compile_why) = run.train, machine.compiles
     # An update in the backward leaves no place for a second micro batch.
@@ -178,8 +171,7 @@ class MemoryEstimator:
     def fastest_micro_batch(self, step: StepSize, *, fixed: bool) -> int:
         """Tokens of the micro batch with the least time, in whole `seq_len`; the largest of equal ones.
 
-        Args:
-            fixed: every micro batch is padded to one size, so that a step should be a whole number of them.
+        `fixed`: every micro batch is padded to one size, so that a step should be a whole number of them.
         """
         seq = self.run.data.seq_len
         limit = MAX_TOKENS[torch.device(self.machine.device).type]
@@ -201,9 +193,8 @@ class MemoryEstimator:
 
 
 def fewest_recomputed(room: float, layers: int, layer: int, recomputed_layer: int) -> int:
-    """The fewest of `layers` to recompute, at most all, so that the activations fit into `room` bytes.
+    """The fewest of `layers` to recompute so that the activations fit into `room` bytes; all where they never do.
 
-    Args:
-        layer: bytes that one layer keeps; recomputed_layer: bytes if it recomputes.
+    `layer` and `recomputed_layer` are the bytes that one layer keeps, and keeps if it recomputes.
     """
     return min(layers, max(0, math.ceil((layers * layer - room) / (layer - recomputed_layer))))
