@@ -22,10 +22,8 @@ def cache_folder(*parts: str) -> Path:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file in one move, so that a reader, a crash or a full disk leaves the old content or the new.
 
-    Text is written as UTF-8. The temporary file is `.NAME.PID.partial` beside it, so several processes may write at once.
-
-    Raises:
-        OSError: the file cannot be written; the old one stays and the temporary one is gone.
+    Text is written as UTF-8, first to `.NAME.PID.partial`, so several processes may write at once. An OSError leaves
+    the old file and no temporary one.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -45,14 +43,9 @@ def existing_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def free_disk(path: Path) -> int:
-    """Bytes free on the disk that holds `path`, which need not exist yet."""
-    return shutil.disk_usage(existing_folder(path)).free
-
-
 def refuse_full_disk(path: Path, needed: int, *, what: str, fix: str, why: str = "") -> None:
     """Raise MachineError unless the disk of `path`, which need not exist yet, has `needed` bytes free for `what`."""
-    free, gib = free_disk(path), 1 << 30
+    free, gib = shutil.disk_usage(existing_folder(path)).free, 1 << 30
     if needed > free:
         figures = f"{needed / gib:.2f} GiB needed, {free / gib:.2f} GiB free, {(needed - free) / gib:.2f} GiB short"
         raise MachineError(f"no room on the disk for {what}: {figures}", where=str(path), why=why, fix=fix)

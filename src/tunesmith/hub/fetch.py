@@ -34,15 +34,12 @@ MARGIN = 64 << 20  # bytes to leave free
 
 
 def fetch(model: Model, *, progress: FetchProgress | Callable[[str], None] | None = None, update: bool = False) -> Path:
-    """The model's folder, downloaded or converted where needed.
+    """A folder with config.json, safetensors and, unless `model.tokenizer` names another, a tokenizer.
 
     Args:
         model: the recipe's block; `name` is a folder, a .gguf file or a Hub id.
         progress: shows what happens, or a function that takes one line; None: stderr.
         update: ask the Hub for a newer commit although the cache is complete.
-
-    Returns:
-        a folder with config.json, safetensors and, unless `model.tokenizer` names another, a tokenizer.
 
     Raises:
         ModelError: missing, unsupported, gated, damaged, or only in a format that is not read.
@@ -118,11 +115,7 @@ class RepoListing:
 
 
 def list_repo(repo: str, revision: str | None, kind: str, progress: FetchProgress) -> RepoListing:
-    """Ask the Hub about a repository (`kind`: "model" or "dataset") and show its licence.
-
-    Raises:
-        ModelError: not there, not permitted, or the Hub does not answer.
-    """
+    """Ask the Hub about a repository (`kind`: model or dataset) and show its licence; raises as `hub_calls` does."""
     with hub_calls(repo, revision, kind):
         info: Any = retry(lambda: HfApi().repo_info(repo, revision=revision, repo_type=kind, files_metadata=True))
     card = info.card_data.to_dict() if info.card_data is not None else {}
@@ -159,11 +152,7 @@ class DownloadPlan:
 
 
 def plan_download(model: Model, progress: FetchProgress) -> DownloadPlan:
-    """Ask the Hub what the model is, and check it, before anything large is downloaded.
-
-    Raises:
-        ModelError: not there, not permitted, of a kind that is not trained, no safetensors, a missing shard.
-    """
+    """Ask the Hub what the model is, and check it (licence, format, config, shards) before a large download."""
     listing, page = list_repo(model.name, model.revision, "model", progress), repo_page(model.name)
     names = {name for name in listing.files if "/" not in name}
     if not {INDEX, SINGLE} & names:

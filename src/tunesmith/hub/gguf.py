@@ -26,9 +26,6 @@ LAYOUT = 1  # goes up when what is written changes, so that older conversions ar
 def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
     """The Transformers folder of a .gguf file, its weights in `dtype` (`bf16`, ...), converted now or before.
 
-    Args:
-        say: takes one line when a conversion begins.
-
     Raises:
         ModelError: the file is no GGUF, cut off, or of an architecture that Transformers cannot read.
         MachineError: the package `gguf` is missing, or the cache cannot be written.

@@ -43,9 +43,7 @@ def repo_page(repo: str, kind: str = "model") -> str:
 def retry(call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
     """Call until it succeeds, pausing longer after each busy or failing server and each broken connection.
 
-    Args:
-        call: what to do.
-        progress: a figure that grows when a failed call got further; the count of tries then starts anew.
+    When a failed call got further, by the figure that `progress` gives, the count of tries starts anew.
     """
     failures, before = 0, progress()
     while True:

@@ -26,11 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def load_config(folder: Path, model: Model) -> PretrainedConfig:
-    """The model's configuration.
-
-    Raises:
-        ModelError: it is missing, broken, of a kind that cannot be trained, or already quantised against the recipe.
-    """
+    """The model's configuration; ModelError where it is missing, broken, or of a kind that the recipe cannot train."""
     file = folder / "config.json"
     raw = read_json(file)
     spec = read_spec(raw, where=str(file), trust_remote_code=model.trust_remote_code)
@@ -71,12 +67,8 @@ class _MatricesOnMeta(TorchFunctionMode):
 def build_on_meta(config: PretrainedConfig, model: Model, *, rows: int | None = None) -> PreTrainedModel:
     """Build the model: every parameter on meta, in the recipe's dtype; every buffer real, on the CPU.
 
-    Args:
-        config: from `load_config`; it is copied.
-        rows: rows of embedding and head; None: the config's vocabulary. See `tokenizer.vocab_rows`.
-
-    Raises:
-        ModelError: Transformers refuses the config.
+    `rows` are those of embedding and head (`tokenizer.vocab_rows`); None: the config's. ModelError where Transformers
+    refuses the config.
     """
     config = copy.deepcopy(config)
     if rows is not None:

@@ -23,12 +23,10 @@ def seed_of(seed: int, name: str) -> int:
 
 
 class RandomTensor:
-    """A tensor that is drawn on `device` when it is read, in the shape and dtype of `like`: what a hook gets in place of
-    a checkpoint's. `name` is the parameter's full name, `seed` the run's."""
+    """The parameter `name`, drawn on `device` when it is read, in the shape and dtype of `like`."""
 
     def __init__(self, name: str, like: Tensor, device: torch.device, seed: int) -> None:
-        self.name, self.shape, self.dtype, self.device = name, like.shape, like.dtype, device
-        self._seed = seed
+        self.name, self.shape, self.dtype, self.device, self._seed = name, like.shape, like.dtype, device, seed
 
     def read(self) -> Tensor:
         """The whole tensor, on its device; the same each time."""

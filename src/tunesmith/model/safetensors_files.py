@@ -106,21 +106,17 @@ def read_json(file: Path) -> dict[str, Any]:
 def indexed_files(index: Path) -> list[str]:
     """The weight files that an index lists, as paths below its folder, sorted; ModelError where it lists none."""
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(map(_below, names.values())):
+    files = set(map(str, names.values())) if isinstance(names, dict) else set()
+    if not files or any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
         raise ModelError("the index has no weight_map of file names", where=str(index), fix="fetch the model again")
-    return sorted(set(names.values()))
-
-
-def _below(name: object) -> bool:
-    return isinstance(name, str) and name != "" and not Path(name).is_absolute() and ".." not in Path(name).parts
+    return sorted(files)
 
 
 def read_headers(folder: Path) -> dict[Path, list[Entry]]:
     """The safetensors files of a folder, from its index where it has one, and the tensors of each.
 
     Raises:
-        ModelError: none is there (the message says what is there instead), one that the index names is missing, or one
-            cannot be read, is cut off, or has a header that does not describe it.
+        ModelError: none is there, one that the index names is missing, or one is cut off or cannot be read.
     """
     if (folder / INDEX).exists():
         files = [folder / name for name in indexed_files(folder / INDEX)]
@@ -171,8 +167,7 @@ def open_uncached(path: Path) -> Iterator[BufferedReader]:
 def drop_pages(file: BufferedReader, entry: Entry | None = None) -> None:
     """Tell the kernel that the entry's pages (None: all of the file's) are not needed again, where it can be told."""
     if hasattr(os, "posix_fadvise"):  # Linux; macOS has no such call
-        # A length of 0 means to the end of the file.
-        start, size = (entry.start, entry.size) if entry else (0, 0)
+        start, size = (entry.start, entry.size) if entry else (0, 0)  # a size of 0: to the end of the file
         os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
 
 

@@ -63,11 +63,9 @@ class ModelSpec:
 
 
 def read_spec(config: Mapping[str, Any], *, where: str, trust_remote_code: bool = False) -> ModelSpec:
-    """Read a model's spec from its config.json.
+    """Read a model's spec from its parsed config.json, which errors call `where`.
 
-    Args:
-        where: how to name the file in an error.
-        trust_remote_code: take a type that is not in the table, as Llama's shape, when its repository ships the code.
+    `trust_remote_code` takes a type that is not in the table, as Llama's shape, when its repository ships the code.
 
     Raises:
         ModelError: the model is not a decoder that this engine trains, or a size is missing or impossible.

@@ -16,11 +16,7 @@ ROW_MULTIPLE = 64  # tensor cores want the vocabulary, a dimension of the head's
 
 
 def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
-    """A recipe's tokenizer, with added tokens and a padding token, from `hub.fetch.tokenizer_folder`.
-
-    Raises:
-        ModelError: it is missing or broken, or `model.pad_token` is not in its vocabulary.
-    """
+    """A recipe's tokenizer, with added tokens and a padding token; ModelError where it is missing or broken."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # Transformers and tokenizers raise many kinds for a missing or broken file

@@ -187,8 +187,7 @@ def _check_complete(
 ) -> None:
     """Raise ModelError unless the checkpoint holds every tensor of the model, in its shape, and no other.
 
-    Args:
-        growing: ids of the parameters with one row per token, which may have more rows than the checkpoint.
+    `growing`: ids of the parameters with one row per token, which may have more rows than the checkpoint.
     """
     covered = {id(targets[name]) for name in groups if name in targets}
     missing = [name for name in targets if name not in groups and id(targets[name]) not in covered]

@@ -19,21 +19,18 @@ from tunesmith.runtime.recompute import recompute_layers
 
 
 class MemoryMeter:
-    """Bytes that torch's allocator has on one GPU."""
+    """Bytes that torch's allocator has on one GPU: now, and at most since `restart`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def allocated(self) -> int:
-        """Allocated now."""
         return torch.cuda.memory_allocated(self.device)
 
     def peak(self) -> int:
-        """The most that was allocated since `restart`."""
         return torch.cuda.max_memory_allocated(self.device)
 
     def restart(self) -> None:
-        """Forget the peak."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
 
