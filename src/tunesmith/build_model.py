@@ -23,10 +23,9 @@ from tunesmith.model.architectures import LAYERS
 from tunesmith.model.weights import load_weights
 from tunesmith.quant import nf4
 from tunesmith.runtime import compilation
-from tunesmith.runtime.calibrate import MemoryMeter, calibrate_recompute
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
 from tunesmith.runtime.plan import RunPlan
-from tunesmith.runtime.recompute import recompute_layers
+from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, recompute_layers
 from tunesmith.runtime.resolve import USABLE, is_discrete
 
 Weights = Literal["stored", "random"]

@@ -213,9 +213,11 @@ BAD = {
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged"),
     "a web page": (lambda f: (f / "model.safetensors").write_bytes(b"<!doctype html>" * 9), "damaged"),
     "an LFS pointer": (lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "damaged"),
-    "header is not JSON": (lambda f: (f / "model.safetensors").write_bytes(b"\4" + bytes(7) + b"abcd"), "not JSON"),
+    "header is not JSON": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\4" + bytes(7) + b"abcd"), "header cannot be read: JSON"
+    ),
     "header that lies": (lying_header, "w has 8 bytes where its shape needs 12"),
-    "header of another form": (odd_header, "wrong form"),
+    "header of another form": (odd_header, "header cannot be read: TypeError"),
     "unread type": (unread_type, "type that cannot be read"),
     "unread type, tied twice": (unread_tied_head, "type that cannot be read"),
     "only pickles": (pickled, "from transformers import AutoModelForCausalLM"),

@@ -21,8 +21,8 @@ from tunesmith.errors import MachineError
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
-from tunesmith.runtime.calibrate import calibrate_recompute, revise_recomputed
 from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
+from tunesmith.runtime.recompute import calibrate_recompute, revise_recomputed
 from tunesmith.runtime.resolve import MemoryEstimator, fewest_recomputed, resolve_plan
 from tunesmith.units import Size
 

@@ -77,46 +77,41 @@ def hub_calls(repo: str, revision: str | None = None, kind: str = "model") -> It
 
 def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "model") -> TunesmithError:
     """The error for a user: what the Hub, the network or the disk refused, and what to do."""
-    cache = str(Path(constants.HF_HUB_CACHE))
-    if isinstance(error, HfHubHTTPError):
-        what, why, fix = _http_error(error, repo, revision, kind)
-        return ModelError(what, where=repo_page(repo, kind), why=why, fix=fix)
-    if isinstance(error, HFValidationError):
-        what = f"{repo!r} is neither a folder, a .gguf file, nor a Hub id"
-        return ModelError(what, where="model.name", fix="give an existing path, or owner/name as on the Hub")
-    if isinstance(error, OfflineModeIsEnabled):
-        what = f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads"
-        return ModelError(what, where=cache, fix=f"HF_HUB_OFFLINE=0 tunesmith fetch {repo}")
-    if fault := disk_fault(error):
-        return MachineError(f"{repo} cannot be stored: {fault}", where=cache, why=clean(error), fix=DISK_FIX)
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-        fix = "point HF_HOME at a folder of yours: export HF_HOME=/path"
-        return MachineError("the Hub's cache cannot be written", where=cache, why=clean(error), fix=fix)
-    why = f"{type(error).__name__}: {clean(error)}"
-    fix = "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; what has arrived is kept"
-    return ModelError(f"the Hub cannot be reached for {repo}", where=repo_page(repo, kind), why=why, fix=fix)
-
-
-def _http_error(error: HfHubHTTPError, repo: str, revision: str | None, kind: str) -> tuple[str, str, str]:
-    """What, why and fix for an error status, most specific first (a gated repository is a missing one too)."""
-    page, login = repo_page(repo, kind), "log in: hf auth login (or set HF_TOKEN)"
-    token, status = _token() is not None, error.response.status_code
-    if isinstance(error, GatedRepoError):
+    page, cache, why = repo_page(repo, kind), str(Path(constants.HF_HUB_CACHE)), ""
+    token, login = _token() is not None, "log in: hf auth login (or set HF_TOKEN)"
+    where, status = page, error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, which it is too
         whom = "the account of your token" if token else "you: there is no token"
+        what = f"{repo} is gated, and access has not been granted to {whom}"
         fix = f"ask for access on {page}" + ("" if token else f", then {login}")
-        return f"{repo} is gated, and access has not been granted to {whom}", "", fix
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo} has no revision {revision!r}", "", f"take one from {page}/tree/main"
-    if isinstance(error, DisabledRepoError):
-        return f"{repo} was disabled on the Hub", "", "take another model"
-    if isinstance(error, RepositoryNotFoundError):
+    elif isinstance(error, RevisionNotFoundError):
+        what, fix = f"{repo} has no revision {revision!r}", f"take one from {page}/tree/main"
+    elif isinstance(error, DisabledRepoError):
+        what, fix = f"{repo} was disabled on the Hub", "take another model"
+    elif isinstance(error, RepositoryNotFoundError):
+        what, fix = f"no {kind} {repo} is visible to you on the Hub", f"check the name; for a private one {login}"
         why = "it does not exist, or it is private" + ("" if token else " and there is no token")
-        return f"no {kind} {repo} is visible to you on the Hub", why, f"check the name; for a private one {login}"
-    if status in (401, 403):
+    elif status in (401, 403):
+        what = f"the Hub refuses access to {repo} ({status})"
         why = "the token is not valid, or has no right to read this repository" if token else "there is no token"
         fix = f"{login}; a fine-grained token needs read access to gated repositories"
-        return f"the Hub refuses access to {repo} ({status})", why, fix
-    return f"the Hub answers {status}", clean(error), "start again later; what has arrived is kept"
+    elif status:
+        what, why, fix = f"the Hub answers {status}", clean(error), "start again later; what has arrived is kept"
+    elif isinstance(error, HFValidationError):
+        what, where = f"{repo!r} is neither a folder, a .gguf file, nor a Hub id", "model.name"
+        fix = "give an existing path, or owner/name as on the Hub"
+    elif isinstance(error, OfflineModeIsEnabled):
+        what, where = f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads", cache
+        fix = f"HF_HUB_OFFLINE=0 tunesmith fetch {repo}"
+    elif fault := disk_fault(error):
+        return MachineError(f"{repo} cannot be stored: {fault}", where=cache, why=clean(error), fix=DISK_FIX)
+    elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        fix = "point HF_HOME at a folder of yours: export HF_HOME=/path"
+        return MachineError("the Hub's cache cannot be written", where=cache, why=clean(error), fix=fix)
+    else:
+        what, why = f"the Hub cannot be reached for {repo}", f"{type(error).__name__}: {clean(error)}"
+        fix = "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; what has arrived is kept"
+    return ModelError(what, where=where, why=why, fix=fix)
 
 
 def _token() -> str | None:

@@ -51,11 +51,8 @@ def one_line(error: BaseException) -> str:
 
 
 class _MatricesOnMeta(TorchFunctionMode):
-    """Allocate `torch.empty` (the modules' matrices) on meta, and compute everything else for real.
-
-    `torch.device("meta")` would also lose the rotary frequencies and scales of embeddings, which the modules'
-    constructors compute and no checkpoint holds.
-    """
+    """Allocate `torch.empty` (the modules' matrices) on meta, and compute everything else for real: `torch.device("meta")`
+    would lose the rotary frequencies and scales of embeddings, which constructors compute and no checkpoint holds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})

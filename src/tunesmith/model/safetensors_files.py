@@ -53,6 +53,7 @@ def unreadable_file(file: Path, error: OSError) -> ModelError:
 
 def _read_header(file: Path) -> list[Entry]:
     """A file's tensors, checked against the file's size."""
+    found = []
     try:
         actual = file.stat().st_size
         with file.open("rb") as f:
@@ -60,23 +61,18 @@ def _read_header(file: Path) -> list[Entry]:
             if actual < 8 or length > min(MAX_HEADER, actual - 8):
                 raise _damaged(file, f"a header of {length} bytes cannot stand in a file of {actual} bytes")
             header = json.loads(f.read(length))
-    except OSError as error:
-        raise unreadable_file(file, error) from error
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
-        raise _damaged(file, f"its header is not JSON: {error}") from error
-    found = []
-    try:
+        header.pop("__metadata__", None)
         for name, spec in header.items():
-            if name == "__metadata__":
-                continue
             begin, end = spec["data_offsets"]
             entry = Entry(name, spec["dtype"], tuple(spec["shape"]), file, 8 + length + begin, end - begin)
             expected = math.prod(entry.shape) * ITEMSIZE.get(entry.dtype, 0)
             if entry.dtype in ITEMSIZE and entry.size != expected:
                 raise _damaged(file, f"{name} has {entry.size} bytes where its shape needs {expected}")
             found.append(entry)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(file, f"its header has a wrong form: {error!r}") from error
+    except OSError as error:
+        raise unreadable_file(file, error) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # not JSON, or of another form
+        raise _damaged(file, f"its header cannot be read: {error!r}") from error
     end = max((e.start + e.size for e in found), default=8 + length)
     if actual != end:
         lack = f"{end - actual} bytes are missing at its end" if actual < end else f"{actual - end} bytes too many"

@@ -1,18 +1,24 @@
 """Recompute a layer's forward in the backward instead of keeping its activations: memory for time.
 
 `torch.utils.checkpoint` on the forward of a decoder layer, instead of Transformers' flag, which wraps differently from
-version to version. One layer of 32 costs a third of that layer's time, a hundredth of the step's.
+version to version. One layer of 32 costs a third of that layer's time, a hundredth of the step's. How many layers
+recompute is estimated by `resolve.py`, which errs by what a compiler decides to keep; on a GPU a trial corrects it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.data.batch import Batch
+from tunesmith.errors import MachineError
 from tunesmith.model.fused import add_mixin
+from tunesmith.runtime.plan import MemoryEstimate
 
 
 def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:
@@ -38,3 +44,89 @@ class RecomputedLayer(nn.Module):
             return forward(*args, **kwargs)
         # The batch's documents and the rotary tables travel in kwargs; both are made once a batch and kept anyway.
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+class MemoryMeter:
+    """Bytes that torch's allocator has on one GPU: now, and at most since `restart`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def restart(self) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def calibrate_recompute(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    batch: Batch,
+    estimate: MemoryEstimate,
+    meter: MemoryMeter,
+    *,
+    budget: int,
+) -> int:
+    """Set how many layers are recomputed in the backward, and return it.
+
+    Args:
+        model: with its weights, before there is an optimizer; returns an output with a `loss` for a batch. Its
+            gradients are dropped afterwards.
+        layers: its decoder layers.
+        batch: a micro batch of the run, on the model's device.
+        budget: bytes that may be allocated in all.
+
+    Raises:
+        MachineError: the micro batch does not fit even where every layer is recomputed.
+    """
+    count, tokens, training = estimate.recomputed_layers, batch.input_ids.numel(), model.training
+    model.train()
+    while True:
+        recompute_layers(layers, count)
+        meter.restart()
+        try:
+            activations = _trial(model, batch, meter)
+            break
+        except torch.OutOfMemoryError as error:
+            if count == len(layers):
+                what = f"a micro batch of {tokens:,} tokens does not fit into this GPU's memory"
+                why = f"with every layer recomputed; {str(error).partition('.')[0]}"
+                fix = "a smaller train.micro_batch or data.seq_len, or model.quantize=nf4"
+                raise MachineError(what, where="train.micro_batch", why=why, fix=fix) from error
+        finally:
+            model.zero_grad(set_to_none=True)
+        count = min(len(layers), count + max(1, len(layers) // 8))
+    room = budget - estimate.optimizer - meter.peak()
+    activations *= estimate.tokens / tokens  # of the largest micro batch
+    count = revise_recomputed(count, len(layers), activations, estimate.recomputed_layer, room=room)
+    recompute_layers(layers, count)
+    model.train(training)
+    return count
+
+
+def _trial(model: nn.Module, batch: Batch, meter: MemoryMeter) -> float:
+    """Forward and backward; the bytes that the forward kept. A function of its own, so that a loss whose backward
+    failed is freed, with its graph, before the next trial."""
+    before = meter.allocated()
+    loss = model(batch).loss
+    activations = meter.allocated() - before
+    loss.backward()
+    return activations
+
+
+def revise_recomputed(count: int, layers: int, activations: float, recomputed_layer: float, *, room: float) -> int:
+    """How many of `layers` to recompute, where `count` of them do and all together keep `activations` bytes.
+
+    A recomputed layer keeps `recomputed_layer` bytes; `room` bytes are left, or missing where it is negative.
+    """
+    if count == layers:
+        return count  # what a layer keeps that is not recomputed was not measured
+    saving = (activations - count * recomputed_layer) / (layers - count) - recomputed_layer
+    if saving <= 0:
+        return count
+    return min(layers, max(0, count - math.floor(room / saving)))

@@ -1,7 +1,7 @@
 """Resolve what `auto` means on a machine: compile, attention backend, micro batch, and how many layers recompute.
 
 Micro batch and recompute are chosen together, for the least time: a larger micro batch spreads the fixed cost of a
-forward and backward, a smaller one leaves memory for activations. `calibrate.py` corrects the estimate on a GPU.
+forward and backward, a smaller one leaves memory for activations. `recompute.py` corrects the estimate on a GPU.
 
 Activations per token and layer of a Llama-like block, in elements, where the layer is compiled: five vectors of the
 hidden width (the block's input, the sum after attention, the two normed inputs, attention's output), q, k and v, and
