@@ -128,8 +128,8 @@ def _line(row: dict[str, Any]) -> str:
     if row.get("missing_bytes") and row["folder"] is None:
         said += [f"{size_text(row['missing_bytes'])} to download"]
     said += [f"{row['parameters'] / 1e9:.2f} B parameters" if row.get("parameters") else ""]
-    said += [f"{row['rows']} rows" if "rows" in row else "", row.get("folder") or ""]
-    return "  ".join([row["name"], *(s for s in said if s)])
+    said += [f"{row['rows']} rows" if "rows" in row else "", row.get("folder")]
+    return "  ".join(filter(None, [row["name"], *said]))
 
 
 def _list(*, as_json: bool) -> int:

@@ -1,9 +1,8 @@
 """Download files into the Hub's cache so that an interrupted download resumes where it stopped.
 
-Bytes arrive over plain HTTP in a part file beside the cache's blobs, which becomes the blob when its hash is the one
-the Hub states. huggingface_hub's own download (2.4) writes to a file of its process, which the next start ignores:
-killed at 90 % of a 500 MB file, it fetched 500 MB again and left 440 MB behind; this module fetched 49 MB. Nor does it
-compare hashes. The cache's layout is the documented one: `blobs/<etag>`; huggingface_hub then makes the snapshot.
+Bytes arrive in a part file beside the cache's blobs, which becomes the blob `blobs/<etag>` when its hash is the one that
+the Hub states; huggingface_hub then makes the snapshot. Its own download (2.4) compares no hashes and starts anew:
+killed at 90 % of a 500 MB file, it fetched 500 MB again and left 440 MB behind; this module fetched 49 MB.
 """
 
 from __future__ import annotations

@@ -34,11 +34,7 @@ class ModelFiles:
 
 
 def read_model_files(folder: Path, model: Model) -> ModelFiles:
-    """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them.
-
-    Raises:
-        ModelError: a file is missing, broken, or of a model that this engine does not train.
-    """
+    """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them, or ModelError."""
     config = load.load_config(folder, model)
     found = spec.read_spec(config.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code)
     return ModelFiles(folder, config, found, load_tokenizer(tokenizer_folder(model, folder), model))

@@ -71,10 +71,9 @@ def documents_attention(
     documents: Documents | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in the form that Transformers calls: query [1, heads, n, d], key and value [1, kv heads, n, d].
+    """Attention as Transformers calls it: query [1, heads, n, d], key and value [1, kv heads, n, d] -> [1, n, heads, d].
 
-    Returns [1, n, heads, d], and None in place of the weights. Raises ModelError where no documents were given, or the
-    model asks for something that would have to be ignored.
+    ModelError where no documents were given, or the model asks for something that would have to be ignored.
     """
     unknown = sorted(k for k, v in others.items() if v is not None and k not in HARMLESS)
     if unknown or attention_mask is not None or documents is None or others.get("is_causal") is False:
@@ -292,9 +291,7 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax of the masked scores, and the soft cap's derivative: [batch, heads a key head * rows, offset + rows] each.
 
-    Args:
-        queries: [batch, heads a key head, rows, d], scaled; the key of the first row is number `offset`.
-        keys: [batch, offset + rows, d].
+    queries: [batch, heads a key head, rows, d], scaled, the first with key number `offset`; keys: [batch, offset + rows, d].
     """
     scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2))
     d_cap = None

@@ -24,8 +24,7 @@ class Group:
     """Documents of nearly one length, padded to the longest.
 
     Attributes:
-        start: first token of the only document, where `count` is 1 (nothing is gathered then).
-        count: documents.
+        start: first token of the only document, where `count` is 1 and nothing is gathered.
         length: tokens of the longest.
         places: int64 [tokens]; which of the count * length padded places hold a token; None where count is 1.
         tokens: int64 [tokens]; the token at each of `places`; None where count is 1.

@@ -62,8 +62,7 @@ def _fused_classes() -> dict[type, tuple[type[nn.Module], Architecture]]:
 def add_mixin(module: nn.Module, mixin: type[nn.Module]) -> None:
     """Put `mixin` before the module's own class: parameters, names and hooks stay as they are.
 
-    A class instead of a function bound on the instance: torch.compile shares one graph among the layers of a model
-    when they are of one class, and would compile each anew for a function of its own.
+    Layers of one class share a graph of torch.compile; functions bound on the instances would be compiled one by one.
     """
     first: Any = mixin
     second: Any = type(module)

@@ -49,10 +49,8 @@ def init_random_weights(
 ) -> None:
     """Initialise a materialised model as `load_weights` loads one, from tensors that are drawn one at a time.
 
-    Args:
-        model: every parameter has its memory; an adapter's parameters are left as they are.
-        checkpoint: what a checkpoint of the model would hold: name -> a tensor (on meta) of that shape and dtype.
-        convert: parameter name -> hook that takes the tensor itself, as in `load_weights`.
+    `checkpoint` has what a checkpoint would hold: name -> a tensor (on meta) of that shape and dtype; an adapter's
+    parameters are left as they are. `convert` is that of `load_weights`.
     """
     targets = dict(model.named_parameters(remove_duplicate=False))
     for name, like in checkpoint.items():

@@ -209,16 +209,11 @@ def flops(
     tokens = sum(lengths)
     per_parameter = 6 if trained == "full" else 4
     matmul = per_parameter * (spec.layers * spec.layer_matmul * tokens + spec.head_matmul * supervised)
-    # Attention's q k^T and p v cost 2 operations each a pair and channel; their backward takes twice the forward.
-    attention = 3 * 4 * _attended_pairs(spec, lengths) * spec.heads * spec.head_dim
-    return float(matmul + attention + 6 * adapter_parameters * tokens)
-
-
-def _attended_pairs(spec: ModelSpec, lengths: list[int]) -> int:
-    """Pairs of a query and a key that it sees, over all layers and documents."""
-    pairs = 0
+    pairs = 0  # of a query and a key that it sees, over all layers and documents
     for window, layers in Counter(spec.windows).items():
         for n in lengths:
             most = n if window is None else min(n, window)  # keys that a query sees
             pairs += layers * (most * (most + 1) // 2 + (n - most) * most)
-    return pairs
+    # Attention's q k^T and p v cost 2 operations each a pair and channel; their backward takes twice the forward.
+    attention = 3 * 4 * pairs * spec.heads * spec.head_dim
+    return float(matmul + attention + 6 * adapter_parameters * tokens)

@@ -39,8 +39,7 @@ def set_padding(tokenizer: PreTrainedTokenizerBase, model: Model) -> None:
         fix = f"name a token of the tokenizer, or add it: model.added_tokens: [{json.dumps(model.pad_token)}]"
         raise ModelError(f"{model.pad_token!r} is not in the vocabulary", where="model.pad_token", fix=fix)
     candidates = (model.pad_token, tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token)
-    token = next((t for t in candidates if t is not None), None)
-    if token is None:
+    if (token := next((t for t in candidates if t is not None), None)) is None:
         what, fix = "the tokenizer has no padding, unknown or end token", "name a token of its vocabulary there"
         raise ModelError(what, where="model.pad_token", fix=fix)
     tokenizer.pad_token = token

@@ -1,13 +1,13 @@
 """Load weights from safetensors files into a model's memory, tensor by tensor.
 
 Peak memory is the model and one slice: a tensor whose target is on the CPU in the stored dtype is read straight into
-it, any other goes through a buffer of 16 MiB. The pages that were read are dropped at once from the page cache, which
-on a machine with unified memory is the GPU's memory too.
+it, any other goes through a buffer. The pages that were read are dropped at once from the page cache, which on a
+machine with unified memory is the GPU's memory too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
@@ -39,25 +39,18 @@ class StoredTensor:
         self.into(tensor)
         return tensor
 
-    def slices(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """The flattened tensor in pieces of at most SLICE bytes: (first element, piece), all in one buffer."""
-        elements, item = self.shape.numel(), self.dtype.itemsize
-        buffer = torch.empty(min(elements, SLICE // item), dtype=self.dtype)
-        for start in range(0, elements, max(1, len(buffer))):
-            piece = buffer[: min(len(buffer), elements - start)]
-            self._read(piece, start * item)
-            yield start, piece
-        drop_pages(self._file, self._entry)
-
     def into(self, target: torch.Tensor) -> None:
         """Read into `target` (same number of elements, contiguous), converting to its dtype and device."""
-        flat = target.view(-1)
+        flat, item = target.view(-1), self.dtype.itemsize
         if target.device.type == "cpu" and target.dtype == self.dtype:
             self._read(flat, 0)
-            drop_pages(self._file, self._entry)
-            return
-        for start, piece in self.slices():
-            flat[start : start + len(piece)].copy_(piece)
+        else:
+            buffer = torch.empty(min(len(flat), SLICE // item), dtype=self.dtype)
+            for start in range(0, len(flat), max(1, len(buffer))):
+                piece = buffer[: len(flat) - start]
+                self._read(piece, start * item)
+                flat[start : start + len(piece)].copy_(piece)
+        drop_pages(self._file, self._entry)
 
     def _read(self, flat: torch.Tensor, offset: int) -> None:
         if flat.numel():
@@ -171,8 +164,7 @@ def _equal(a: Entry, b: Entry) -> bool:
     if a.dtype not in _STORED:
         return True  # `_check_complete` refuses the one that stays
     with open_uncached(a.file) as fa, open_uncached(b.file) as fb:
-        pairs = zip(StoredTensor(a, fa).slices(), StoredTensor(b, fb).slices(), strict=True)
-        return all(torch.equal(x, y) for (_, x), (_, y) in pairs)
+        return torch.equal(StoredTensor(a, fa).read(), StoredTensor(b, fb).read())
 
 
 def _check_complete(

@@ -13,8 +13,7 @@ class Machine:
     """What a plan depends on, each finding with its reason; `resolve.probe_machine` makes it for this machine.
 
     Attributes:
-        device: as torch names it, such as `cuda:0`.
-        free_bytes: memory that can be had on the device.
+        free_bytes: memory that can be had on `device`.
         attention: name of the attention backend.
         compiles: whether decoder layers are compiled.
         fp8: scaling recipe of fp8 matmuls, or None; asked for only where the recipe wants fp8.

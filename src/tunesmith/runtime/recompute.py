@@ -72,12 +72,10 @@ def calibrate_recompute(
     *,
     budget: int,
 ) -> int:
-    """Set how many layers are recomputed in the backward, and return it.
+    """Set how many layers are recomputed in the backward by forward and backward of `batch`, and return it.
 
     Args:
-        model: with its weights, before there is an optimizer; returns an output with a `loss` for a batch. Its
-            gradients are dropped afterwards.
-        layers: its decoder layers.
+        model: with its weights and decoder `layers`, before there is an optimizer; its gradients are dropped.
         batch: a micro batch of the run, on the model's device.
         budget: bytes that may be allocated in all.
 

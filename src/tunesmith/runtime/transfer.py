@@ -62,10 +62,7 @@ class Snapshot:
 
 
 class DevicePrefetcher:
-    """Copies micro batches to a GPU in the thread that makes them, so that a step finds its tokens there.
-
-    Call it in that thread; `claim` in the one that takes the batch.
-    """
+    """Copies micro batches to a GPU in the thread that makes them; `claim` is for the thread that takes them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -80,11 +77,8 @@ class DevicePrefetcher:
         return placed
 
     def claim(self, batch: Batch) -> None:
-        """Tell the allocator that the current stream reads the batch.
-
-        Its memory belongs to the prefetcher's stream, which would reuse it as soon as Python frees the batch, while
-        kernels of the current stream have yet to read it.
-        """
+        """Tell the allocator that the current stream reads the batch: else the prefetcher's stream, which owns the
+        memory, reuses it as soon as Python frees the batch."""
         stream = torch.cuda.current_stream(self._device)
         for tensor in batch.tensors().values():
             tensor.record_stream(stream)
