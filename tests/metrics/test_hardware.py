@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from tunesmith.metrics.hardware import Gauges, describe, memory_gib, peak_of, peak_tflops, scrub
+from tunesmith.metrics.hardware import Gauges, describe_machine, memory_gib, peak_of, peak_tflops, scrub
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_name_finds_its_own_peak_and_no_other(name: str, tflops: float | None)
 
 
 def test_no_peak_is_made_up_for_a_cpu() -> None:
-    assert peak_tflops(torch.device("cpu"), torch.bfloat16) == (None, "")
+    assert peak_tflops(torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_memory_is_the_peak_of_this_process() -> None:
@@ -74,7 +74,7 @@ def test_a_gauge_is_read_once_in_its_interval(monkeypatch: pytest.MonkeyPatch) -
 def test_the_description_is_an_allow_list(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
     monkeypatch.setenv("A_VARIABLE", "its-value")
-    found = describe(["tunesmith", "train", "r.yaml"])
+    found = describe_machine(["tunesmith", "train", "r.yaml"])
     assert {"python", "torch", "transformers", "peft", "datasets", "cuda", "platform", "cpu", "cpu_cores", "memory_gib",
             "gpus", "commit", "command"} <= set(found)  # fmt: skip
     text = json.dumps(found)
@@ -86,15 +86,15 @@ def test_the_description_is_an_allow_list(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert describe([])["commit"] is None
+    assert describe_machine([])["commit"] is None
     names = {f"GIT_{role}_{part}": "a@b" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
     (tmp_path / "file").write_text("1")
     for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
         subprocess.run(["git", *words], check=True, env=os.environ | names)
-    commit = describe([])["commit"]
+    commit = describe_machine([])["commit"]
     assert len(commit) == 40
     (tmp_path / "file").write_text("2")
-    assert describe([])["commit"] == commit + "+"
+    assert describe_machine([])["commit"] == commit + "+"
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
     examples = session.data.schedule.examples
     work = sum(session.flops(examples(record.step - 1), record.supervised_tokens) for record in records)
     tflops = work / seconds / 1e12
-    published, measured = hardware.peak_tflops(device, session.dtype)[0], matmul_tflops(device, session.dtype)
+    published, measured = hardware.peak_tflops(device, session.dtype), matmul_tflops(device, session.dtype)
     quantize = "none" if run.model.quantize == "none" else session.plan.base
     fp8 = fp8_matmul_tflops(device) if quantize.startswith("fp8") else None
     p50, p95 = (float(value) for value in np.percentile([r.step_seconds for r in records], [50, 95]))

@@ -155,7 +155,7 @@ def bench(args: argparse.Namespace, recipe: Run, folder: Path) -> tuple[BenchRep
     report: dict[str, Any] = {
         "figures": vars(measured.figures),
         "recipe": plain_recipe(args, recipe),
-        "machine": hardware.describe(sys.argv),
+        "machine": hardware.describe_machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     lines: list[str] = []

@@ -1,7 +1,4 @@
-"""The machine under a run: its description for env.json, its published peak, its memory, utilisation and power.
-
-`describe` is an allow-list: it never dumps the environment, and it masks what looks like a secret on the command line.
-"""
+"""The machine under a run: its description for env.json, its published peak, its memory, utilisation and power."""
 
 from __future__ import annotations
 
@@ -52,21 +49,20 @@ _PEAKS: tuple[tuple[str, float, str], ...] = (
 
 def peak_of(name: str) -> tuple[float | None, str]:
     """Dense bf16 peak of a GPU by its name -> (TFLOP/s, source of the figure); (None, "") where none is known."""
-    for pattern, tflops, source in _PEAKS:
-        if re.search(pattern, name, re.IGNORECASE):
-            return (tflops, source) if tflops else (None, "")
-    return None, ""
+    found = (row for row in _PEAKS if re.search(row[0], name, re.IGNORECASE))
+    _, tflops, source = next(found, ("", 0.0, ""))
+    return tflops or None, source
 
 
-def peak_tflops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
-    """The peak that MFU is taken against -> (TFLOP/s, source), or (None, "").
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The peak in TFLOP/s that MFU is taken against; None where none is known.
 
     Only 16-bit types on CUDA have one: fp32's depends on whether TF32 is allowed, and no CPU publishes a peak that its
     clock under AVX-512 holds.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return None, ""
-    return peak_of(torch.cuda.get_device_name(device))
+        return None
+    return peak_of(torch.cuda.get_device_name(device))[0]
 
 
 def memory_gib(device: torch.device | None = None) -> float:
@@ -103,39 +99,34 @@ class Gauges:
         return self._last
 
 
-def describe(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Software, hardware and command for env.json: versions, chips, cores, memory, commit, masked argv."""
+def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Software, hardware and command for env.json: an allow-list, which never dumps the environment, with argv masked."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
-        **_versions(),
+        **versions,
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": [_describe_gpu(index) for index in range(torch.cuda.device_count())],
-        "commit": _commit(Path.cwd()),
+        "gpus": [
+            {
+                "name": gpu.name,
+                "memory_gib": round(gpu.total_memory / 2**30, 1),
+                "capability": f"{gpu.major}.{gpu.minor}",
+                "peak_tflops_bf16": peak_of(gpu.name)[0],
+            }
+            for gpu in gpus
+        ],
+        "commit": _commit(),
         "command": scrub(sys.argv if argv is None else argv),
     }
-
-
-def _describe_gpu(index: int) -> dict[str, Any]:
-    found = torch.cuda.get_device_properties(index)
-    return {
-        "name": found.name,
-        "memory_gib": round(found.total_memory / 2**30, 1),
-        "capability": f"{found.major}.{found.minor}",
-        "peak_tflops_bf16": peak_of(found.name)[0],
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def _cpu_name() -> str:
@@ -148,19 +139,17 @@ def _cpu_name() -> str:
     return found[1].strip() if found else platform.machine()
 
 
-def _commit(folder: Path) -> str | None:
-    """The git commit of the folder's repository, with "+" if tracked files differ from it; None outside of one."""
+def _commit() -> str | None:
+    """The git commit of the working directory, with "+" if tracked files differ from it; None outside a repository."""
 
-    def git(*words: str) -> str | None:
-        command = ["git", "-C", str(folder), *words]
+    def git(*words: str) -> str:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+            return subprocess.check_output(["git", *words], stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
 
     commit = git("rev-parse", "HEAD")
-    return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if commit else None
 
 
 _SECRET_NAME = re.compile(r"token|secret|passw|api[-_]?key|credential", re.IGNORECASE)

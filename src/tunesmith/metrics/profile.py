@@ -15,7 +15,6 @@ import json
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -45,16 +44,12 @@ class Profiler:
         self._profile: profile | None = None
         if not settings.enabled:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        activities = [ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._trace = tensorboard_trace_handler(str(self.folder), worker_name=f"rank{rank}", use_gzip=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = schedule(wait=settings.wait, warmup=settings.warmup, active=settings.active, repeat=settings.cycles)
+        self._trace = tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}", use_gzip=True)
         self._profile = profile(
-            activities=activities,
-            schedule=schedule(
-                wait=settings.wait, warmup=settings.warmup, active=settings.active, repeat=settings.cycles
-            ),
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])],
+            schedule=steps,
             on_trace_ready=self._write,
             profile_memory=True,
             record_shapes=True,
@@ -74,9 +69,7 @@ class Profiler:
         if self._steps_left == 0:
             self._stop()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop()
 
     def _stop(self) -> None:
@@ -116,9 +109,6 @@ def idle_share(spans: Iterable[tuple[float, float]]) -> float | None:
     return idle / (latest - first) if latest > first else 0.0
 
 
-_DEVICES = {0: "CPU", 1: "GPU"}  # c10::DeviceType
-
-
 def _write_memory(trace: Path, out: Path) -> None:
     """Write counter tracks of allocated bytes, one per device, made from the allocation events of a trace."""
     with gzip.open(trace, "rt", encoding="utf-8") as file:
@@ -128,7 +118,9 @@ def _write_memory(trace: Path, out: Path) -> None:
         if event.get("name") != "[memory]":
             continue
         facts = event["args"]
-        device = _DEVICES.get(facts["Device Type"], f"device type {facts['Device Type']}")
+        device = {0: "CPU", 1: "GPU"}.get(
+            facts["Device Type"], f"device type {facts['Device Type']}"
+        )  # c10::DeviceType
         number = f" {facts['Device Id']}" if facts["Device Id"] >= 0 else ""
         track = {"name": f"{device}{number} allocated", "ph": "C", "ts": event["ts"], "pid": event["pid"]}
         counters.append(track | {"args": {"bytes": facts["Total Allocated"]}})

@@ -1,12 +1,13 @@
 """One record per step, and `metrics.jsonl`, the file of them: every other view of a run is made from it.
 
 A record is one line of strict JSON. Floats are written by `repr`, so they read back bit for bit; NaN and the
-infinities, which JSON lacks, become the strings "NaN", "Infinity" and "-Infinity". A line is one `write`, so a killed
-process can leave at most a partial last line: `read_records` skips it, `cut_back` removes it.
+infinities, which JSON lacks, become the strings "NaN", "Infinity" and "-Infinity". A killed process leaves at most a
+partial last line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -95,14 +96,22 @@ class StepRecord:
             raise TypeError("not a JSON object")
         if missing := [name for name in _NAMES if name not in values and name not in _OPTIONAL]:
             raise ValueError(f"no value for {', '.join(missing)}")
-        unknown = {
-            n: float(v) if v in _NON_FINITE else v for n, v in values.items() if n not in cls.__dataclass_fields__
-        }
-        extra = {n: v for n, v in unknown.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        return cls(**{n: _typed(n, values[n]) for n in _NAMES if n in values}, extra=extra)
+        known: dict[str, Any] = {}
+        extra: dict[str, float] = {}
+        for name, given in values.items():
+            whole = name in _WHOLE
+            value = float(given) if given in _NON_FINITE and not whole else given
+            right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if name not in cls.__dataclass_fields__:
+                extra |= {name: value} if right else {}
+            elif right or (value is None and (name in _OPTIONAL or name == "mfu")):
+                known[name] = value if whole or value is None else float(value)
+            else:
+                raise TypeError(f"{name} is {value!r}, which is no {'whole number' if whole else 'number'}")
+        return cls(**known, extra=extra)
 
     @classmethod
-    def from_json(cls, line: str) -> StepRecord:
+    def from_json(cls, line: str | bytes) -> StepRecord:
         """Read what `to_json` wrote; raises as `from_plain`, and ValueError for what is not JSON."""
         return cls.from_plain(json.loads(line))
 
@@ -111,18 +120,6 @@ _NAMES = tuple(field.name for field in fields(StepRecord) if field.name != "extr
 _OPTIONAL = frozenset(_NAMES[_NAMES.index("memory_gib") + 1 :])
 _WHOLE = frozenset({"step", "tokens", "supervised_tokens", "examples"})
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")  # as both json.dumps and float() spell them
-
-
-def _typed(name: str, value: Any) -> Any:
-    """The value of a JSON field in the field's type; TypeError where it has another."""
-    if value is None and (name in _OPTIONAL or name == "mfu"):
-        return None
-    if value in _NON_FINITE and name not in _WHOLE:
-        return float(value)
-    wanted = (int,) if name in _WHOLE else (int, float)
-    if isinstance(value, bool) or not isinstance(value, wanted):
-        raise TypeError(f"{name} is {value!r}, which is no {'whole number' if name in _WHOLE else 'number'}")
-    return value if name in _WHOLE else float(value)
 
 
 def read_records(path: str | Path) -> list[StepRecord]:
@@ -135,16 +132,11 @@ def read_records(path: str | Path) -> list[StepRecord]:
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(StepRecord.from_json(line.decode()))
+            records.append(StepRecord.from_json(line))
         except (ValueError, TypeError) as error:  # JSON and UTF-8 both raise ValueError
-            if number == len(lines):
-                break
-            raise RunError(
-                "a line of the metrics cannot be read",
-                where=f"{path}:{number}",
-                why=str(error),
-                fix="remove that line",
-            ) from None
+            if number < len(lines):
+                what, where = "a line of the metrics cannot be read", f"{path}:{number}"
+                raise RunError(what, where=where, why=str(error), fix="remove that line") from None
     return records
 
 
@@ -156,19 +148,12 @@ def cut_back(path: str | Path, step: int) -> int:
     Returns:
         How many lines were removed.
     """
-    path = Path(path)
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and 0 < _step_of(line) <= step]
+    path, kept = Path(path), []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError):
+            if line.endswith(b"\n") and 0 < StepRecord.from_json(line).step <= step:
+                kept.append(line)
     if len(kept) < len(lines):
         write_atomically(path, b"".join(kept))
     return len(lines) - len(kept)
-
-
-def _step_of(line: bytes) -> int:
-    """The step that a line records, or 0 where it cannot be read."""
-    try:
-        return StepRecord.from_json(line.decode()).step
-    except (ValueError, TypeError):
-        return 0

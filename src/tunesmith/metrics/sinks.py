@@ -57,7 +57,7 @@ class TensorBoardSink(Sink):
     def open(self, run: Run, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        from tunesmith.config.load import dump
+        from tunesmith.config.dump import dump
 
         # purge_step=n makes TensorBoard hide every older event from step n on.
         purge = resumed_at + 1 if resumed_at else None if self.shared else 0
@@ -107,7 +107,6 @@ class WandbSink(Sink):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._run: Any = None
-        self._wandb: Any = None
 
     def open(self, run: Run, resumed_at: int) -> None:
         try:
@@ -118,11 +117,10 @@ class WandbSink(Sink):
                 where="log.wandb",
                 fix="pip install 'tunesmith[wandb]', or log.wandb=false",
             ) from None
-        from tunesmith.config.load import to_mapping
+        from tunesmith.config.dump import to_mapping
 
         kept = self.folder / "wandb-id.txt"
         known = kept.read_text().strip() if resumed_at and kept.exists() else None
-        self._wandb = wandb
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "tunesmith"),
@@ -152,7 +150,9 @@ class WandbSink(Sink):
         self._run.log({"train/step": step, "validation/loss": loss})
 
     def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
-        table = self._wandb.Table(columns=["step", "prompt", "answer"], data=[[step, *row] for row in rows])
+        import wandb
+
+        table = wandb.Table(columns=["step", "prompt", "answer"], data=[[step, *row] for row in rows])
         self._run.log({"train/step": step, "samples": table})
 
     def close(self) -> None:

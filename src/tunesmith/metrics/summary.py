@@ -25,11 +25,6 @@ def write_failure(folder: Path, error: TunesmithError, *, last_step: int, next_c
     write_atomically(folder / FAILURE, json.dumps(failure, indent=2) + "\n")
 
 
-def clear_failure(folder: Path) -> None:
-    """Remove failure.json, for a run that goes on."""
-    (folder / FAILURE).unlink(missing_ok=True)
-
-
 def closing_summary(run: Run, *, steps: int, seconds: float = 0.0, finished_before: bool = False) -> str:
     """The closing summary as plain text: figures of all starts of the run, files written, next commands.
 
@@ -63,8 +58,11 @@ def _figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
         "time": format_seconds(seconds or sum(r.step_seconds for r in records)),
         "tokens": f"{sum(r.tokens for r in records):,} without padding, {supervised:,} of them supervised",
         "speed": f"{sum(r.tokens for r in steady) / seconds_steady:,.0f} tokens/s",
-        "loss": f"{first.loss:.4f} -> {last.loss:.4f}" + _tail_mean(records),
+        "loss": f"{first.loss:.4f} -> {last.loss:.4f}",
     }
+    tail = records[-max(1, len(records) // 10) :]
+    if len(tail) > 1:  # one batch's loss is noisy
+        rows["loss"] += f" (mean of the last {len(tail)}: {sum(r.loss for r in tail) / len(tail):.4f})"
     known = [r for r in steady if r.mfu is not None]
     if known:
         share = sum((r.mfu or 0.0) * r.step_seconds for r in known) / sum(r.step_seconds for r in known)
@@ -75,12 +73,6 @@ def _figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
         rows["val_loss"] = f"{measured[0][0]:.4f} -> {measured[-1][0]:.4f}, best {best:.4f} at step {at}"
     rows["peak memory"] = f"{max(r.memory_gib for r in records):.1f} GiB"
     return [f"{name:<12}{text}" for name, text in rows.items()]
-
-
-def _tail_mean(records: Sequence[StepRecord]) -> str:
-    """The mean over the last tenth of the steps, as one batch's loss is noisy; empty if that is one step."""
-    tail = records[-max(1, len(records) // 10) :]
-    return f" (mean of the last {len(tail)}: {sum(r.loss for r in tail) / len(tail):.4f})" if len(tail) > 1 else ""
 
 
 _FILES = (

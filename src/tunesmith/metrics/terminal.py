@@ -42,12 +42,7 @@ class Terminal(Sink):
     """
 
     def __init__(
-        self,
-        log: Path | None,
-        *,
-        total_steps: int | None,
-        steps_per_epoch: int,
-        stream: TextIO | None = None,
+        self, log: Path | None, *, total_steps: int | None, steps_per_epoch: int, stream: TextIO | None = None
     ) -> None:
         self.log, self.total, self.steps_per_epoch = log, total_steps, steps_per_epoch
         self.stream = stream or sys.stderr
@@ -87,16 +82,23 @@ class Terminal(Sink):
         self._steps += 1
         self._recent.append(record.step_seconds)
         elapsed = time.monotonic() - self._started
+        count = f"{record.step}/{self.total}" if self.total else str(record.step)
+        loss, speed = f"loss {record.loss:.4f}", f"{record.tokens_per_second:,.0f} tok/s"
+        left = "?"
+        if self.total is not None:  # by the mean of the last 20 steps
+            left = format_seconds((self.total - record.step) * sum(self._recent) / len(self._recent))
+        elif self._seconds is not None:
+            left = format_seconds(max(0.0, self._seconds - elapsed))
         if self._progress is not None:
             done = float(record.step) if self.total else elapsed
-            facts = f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s"
-            self._progress.update(
-                self._task, completed=done, step=self._count(record), facts=facts, left=self._left(record)
-            )
-        due = self._every.due(record.step, elapsed)
-        if not (due or self._steps == 1 or record.step == self.total):
+            self._progress.update(self._task, completed=done, step=count, facts=f"{loss}  {speed}", left=left)
+        if not (self._every.due(record.step, elapsed) or self._steps == 1 or record.step == self.total):
             return
-        line = self.line(record)
+        mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
+        line = (
+            f"step {count}  {loss}  lr {record.learning_rate:.2e}  grad {record.grad_norm:.3g}  {speed}{mfu}  "
+            f"{record.memory_gib:.1f} GiB  left {left}"
+        )
         self._write(line)
         now = time.monotonic()
         # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have every line.
@@ -122,26 +124,6 @@ class Terminal(Sink):
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def line(self, record: StepRecord) -> str:
-        """One step as one line, with names and units."""
-        mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
-        return (
-            f"step {self._count(record)}  loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
-            f"grad {record.grad_norm:.3g}  {record.tokens_per_second:,.0f} tok/s{mfu}  "
-            f"{record.memory_gib:.1f} GiB  left {self._left(record)}"
-        )
-
-    def _count(self, record: StepRecord) -> str:
-        return f"{record.step}/{self.total}" if self.total else str(record.step)
-
-    def _left(self, record: StepRecord) -> str:
-        """Time to the end, from the mean of the last 20 steps."""
-        if self.total is None:
-            if self._seconds is None:
-                return "?"
-            return format_seconds(max(0.0, self._seconds - (time.monotonic() - self._started)))
-        return format_seconds((self.total - record.step) * sum(self._recent) / len(self._recent))
 
     def _tell(self, text: str) -> None:
         self._show(text)

@@ -241,5 +241,5 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     write_atomically(out / RECIPE, dump(session.run))
     found = {"recipe_hash": digest(session.run), "data_hash": session.data.digest}
     choices = {part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()}
-    env = {**hardware.describe(argv), **found, "choices": choices}
+    env = {**hardware.describe_machine(argv), **found, "choices": choices}
     write_atomically(out / "env.json", json.dumps(env, indent=1))

@@ -14,7 +14,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import RunError, StoppedError, UsageError
 from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.sinks import sinks_of
-from tunesmith.metrics.summary import clear_failure, write_failure
+from tunesmith.metrics.summary import FAILURE, write_failure
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build, write_identity
 from tunesmith.training.result import Result, how_to_resume
@@ -74,7 +74,7 @@ def train(
             write_identity(session, argv)
         except RunError as error:  # a checkpoint that cannot be read, say: nothing has begun
             raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
-        clear_failure(out)
+        (out / FAILURE).unlink(missing_ok=True)
         trainer = Trainer(session, start, sinks, stop)
         stack.callback(trainer.writer.close)
         stop.hold()

@@ -77,7 +77,7 @@ class Trainer:
         self.validate_cadence = Cadence(self.run.validate.every if session.data.validation else None, **clock)
         self.checkpoint_cadence = Cadence(self.run.checkpoint.every, **clock)
         self.warmup = warmup_steps(self.run.train, session.total_steps, steps_per_epoch)
-        self.peak_tflops, _ = hardware.peak_tflops(session.device, session.dtype)
+        self.peak_tflops = hardware.peak_tflops(session.device, session.dtype)
         self.gauges = hardware.Gauges(session.device)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
