@@ -26,16 +26,15 @@ from tunesmith.runtime.transfer import Snapshot
 SHARD = "5GB"
 
 TokenizerFiles = Mapping[str, bytes]  # path in the folder -> contents
+OptimizerState = Mapping[str, Tensor]
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase, template: Template, scratch: Path) -> TokenizerFiles:
     """The tokenizer's files, with the template in use as its chat template, so that inference prompts as training did.
 
-    They are the same in every checkpoint, so make them once, in the main thread: others use and change the tokenizer, and
-    serialising a large vocabulary in a background thread would hold the interpreter's lock.
-
-    Args:
-        scratch: a folder for a temporary one; `state.sweep` removes what a kill leaves there.
+    Make them once, in the main thread: others use and change the tokenizer, and serialising a large vocabulary in a
+    background thread would hold the interpreter's lock. `scratch` is a folder for a temporary one, which `state.sweep`
+    removes after a kill.
     """
     before = tokenizer.chat_template
     try:
@@ -48,20 +47,15 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase, template: Template, scra
         tokenizer.chat_template = before
 
 
-def _write_files(folder: Path, files: TokenizerFiles) -> None:
+def _write_tokenizer(folder: Path, files: TokenizerFiles) -> None:
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 
 
-def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: TokenizerFiles) -> None:
-    """Write the adapter (PEFT) or the whole model (Transformers), by `adapter.kind`, and the tokenizer.
-
-    Args:
-        folder: an existing, empty folder.
-        tokenizer: from `tokenizer_files`.
-    """
+def write_model_files(folder: Path, run: Run, model: TrainModel, tokenizer: TokenizerFiles) -> None:
+    """Write the adapter (PEFT) or the whole model (Transformers), by `adapter.kind`, and the tokenizer into a folder."""
     if run.adapter.kind == "lora":
         peft_files.write_adapter(folder, *_adapter(run, model))
     else:
@@ -69,7 +63,7 @@ def write_model(folder: Path, run: Run, model: TrainModel, tokenizer: TokenizerF
         model.model.config.save_pretrained(folder)
         if model.model.generation_config is not None:
             model.model.generation_config.save_pretrained(folder)
-    _write_files(folder, tokenizer)
+    _write_tokenizer(folder, tokenizer)
 
 
 def _adapter(run: Run, model: TrainModel) -> tuple[dict[str, Parameter], dict[str, Any]]:
@@ -77,30 +71,20 @@ def _adapter(run: Run, model: TrainModel) -> tuple[dict[str, Parameter], dict[st
 
 
 def write_checkpoint(
-    folder: Path,
-    run: Run,
-    model: TrainModel,
-    tokenizer: TokenizerFiles,
-    optimizer: Mapping[str, Tensor],
-    progress: Progress,
+    folder: Path, run: Run, model: TrainModel, tokenizer: TokenizerFiles, optimizer: OptimizerState, progress: Progress
 ) -> None:
     """Write all that a checkpoint holds into an existing, empty folder; `optimizer` is its state dict of tensors."""
-    write_model(folder, run, model, tokenizer)
+    write_model_files(folder, run, model, tokenizer)
     write_optimizer(folder, optimizer)
     progress.write(folder)
 
 
 def snapshot(
-    run: Run,
-    model: TrainModel,
-    tokenizer: TokenizerFiles,
-    optimizer: Mapping[str, Tensor],
-    progress: Progress,
+    run: Run, model: TrainModel, tokenizer: TokenizerFiles, optimizer: OptimizerState, progress: Progress
 ) -> Callable[[Path], None]:
     """Copy an adapter's checkpoint as it is now; the function returned writes the copy into a folder, from any thread, once.
 
-    Tensors are copied on their own device, in stream order, so this does not wait for the device. Until they are written,
-    the copies take as much device memory as the adapter and the optimizer state.
+    Tensors are copied on their own device, in stream order, so this does not wait for the device.
 
     Raises:
         torch.OutOfMemoryError: there is no room for the copies.
@@ -111,14 +95,14 @@ def snapshot(
 
     def write(folder: Path) -> None:
         peft_files.write_adapter(folder, adapter.on_host(), settings)
-        _write_files(folder, tokenizer)
+        _write_tokenizer(folder, tokenizer)
         write_optimizer(folder, moments.on_host())
         progress.write(folder)
 
     return write
 
 
-def write_optimizer(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_optimizer(folder: Path, tensors: OptimizerState) -> None:
     """Write the optimizer's tensors to state/optimizer.safetensors."""
     path = folder / OPTIMIZER
     path.parent.mkdir(parents=True, exist_ok=True)

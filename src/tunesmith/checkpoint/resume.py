@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.checkpoint.state import Checkpoint, list_checkpoints, newest_checkpoint, step_of, sweep
+from tunesmith.checkpoint.state import SavedCheckpoint, list_checkpoints, newest_checkpoint, step_of, sweep
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
@@ -77,7 +77,7 @@ class Progress:
 class Start:
     """How a run starts: at step 0 (`found` is None), from a checkpoint, or not at all (`finished`: its last step)."""
 
-    found: Checkpoint | None = None
+    found: SavedCheckpoint | None = None
     progress: Progress | None = None
     finished: int | None = None
 
@@ -120,11 +120,12 @@ def _lock(output_dir: Path) -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise MachineError(
+        what, why = (
             f"the run directory cannot be written: {error.strerror}",
-            where=str(output_dir),
-            why="output_dir must be a folder that you may write to",
-            fix="choose another one: output_dir=runs/my-run",
+            "output_dir must be a folder you may write to",
+        )
+        raise MachineError(
+            what, where=str(output_dir), why=why, fix="choose another: output_dir=runs/my-run"
         ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,13 +144,10 @@ def _lock(output_dir: Path) -> int:
 
 
 def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
-    """Move an earlier run to `<output_dir>.previous-<n>`, so that starting over loses nothing.
+    """Move an earlier run to `<output_dir>.previous-<n>`, and return that; None if there was nothing to move.
 
     Args:
         inputs: what the new run reads: paths, and Hub ids, which are ignored.
-
-    Returns:
-        the new place, or None if there was nothing to move.
 
     Raises:
         UsageError: the folder also holds one of the inputs, or the working directory.
@@ -207,10 +205,7 @@ def decide_start(run: Run, *, warn: Callable[[str], None]) -> Start:
 
 
 def _recipe_of(output_dir: Path) -> Run:
-    """The recipe that the checkpoints were written with.
-
-    Without it they may be another program's, so they are neither resumed from nor deleted.
-    """
+    """The recipe that the checkpoints were written with, without which they are neither resumed from nor deleted."""
     recipe = output_dir / RECIPE
     if not recipe.is_file():
         names = [f.path.name for f in list_checkpoints(output_dir)] or ["final"]
@@ -232,14 +227,7 @@ def _recipe_of(output_dir: Path) -> Run:
 
 
 def check_data(start: Start, run: Run, digest: str) -> None:
-    """Refuse to resume with training examples that are not those that the run began with.
-
-    Args:
-        digest: sha256 (hex) of the training examples, as tokens.
-
-    Raises:
-        DataError: they differ, and `checkpoint.resume` is not force.
-    """
+    """DataError if the training examples, whose tokens have this sha256 (hex), are not those that the run began with."""
     before = start.progress.data_hash if start.progress else None
     if before in (None, digest) or run.checkpoint.resume == "force":
         return

@@ -2,8 +2,7 @@
 
 A checkpoint is written into a hidden folder beside its place, every file is flushed to the disk, then `manifest.json`
 (sizes and SHA-256 of all files) is written, then the folder is renamed. A kill at any moment leaves earlier checkpoints
-complete and at most one hidden folder, which the next start removes. Tensors are safetensors, everything else is JSON: no
-pickle is written or read.
+complete and at most one hidden folder, which the next start removes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SavedCheckpoint:
     """A folder named checkpoint-<step>, and the step after which it was written."""
 
     path: Path
@@ -89,15 +88,15 @@ def step_of(folder: Path) -> int | None:
     return int(json.loads((folder / MANIFEST).read_text())["step"])
 
 
-def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
+def list_checkpoints(run_dir: Path) -> list[SavedCheckpoint]:
     """All folders named checkpoint-<step>, complete or not, newest first."""
     if not run_dir.is_dir():
         return []
     named = [(p, _NAME.match(p.name)) for p in run_dir.iterdir() if p.is_dir()]
-    return sorted((Checkpoint(p, int(m[1])) for p, m in named if m), key=lambda f: -f.step)
+    return sorted((SavedCheckpoint(p, int(m[1])) for p, m in named if m), key=lambda f: -f.step)
 
 
-def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> SavedCheckpoint | None:
     """The newest complete checkpoint; `warn` gets a line about each damaged one that is skipped."""
     for found in list_checkpoints(run_dir):
         reason = find_damage(found.path)
@@ -118,7 +117,7 @@ def writing(place: Path, step: int) -> Iterator[Path]:
     old = place.with_name(f".{place.name}.old")
     try:
         for leftover in (partial, old):
-            remove(leftover)
+            _remove(leftover)
         partial.mkdir(parents=True)
         yield partial
         seal(partial, step)
@@ -126,25 +125,22 @@ def writing(place: Path, step: int) -> Iterator[Path]:
             place.rename(old)
         partial.rename(place)
         _flush(place.parent)
-        remove(old)
+        _remove(old)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) or disk_fault(error):
-            raise _failed(place, error) from error
-        raise
+        fault = disk_fault(error)
+        if not fault and not isinstance(error, OSError):
+            raise
+        kept = [f.path.name for f in list_checkpoints(place.parent) if step_of(f.path) is not None]
+        raise CheckpointError(
+            fault or f"cannot write {place.name}: {error}",
+            where=str(place),
+            why=f"earlier checkpoints are complete: {', '.join(kept)}" if kept else "no checkpoint was written before",
+            fix="make room (checkpoint.keep=1 needs less) and start the same command again: it resumes from the newest one",
+        ) from error
 
 
-def _failed(place: Path, error: BaseException) -> CheckpointError:
-    kept = [f.path.name for f in list_checkpoints(place.parent) if find_damage(f.path, contents=False) is None]
-    return CheckpointError(
-        disk_fault(error) or f"cannot write {place.name}: {error}",
-        where=str(place),
-        why="earlier checkpoints are complete: " + ", ".join(kept) if kept else "no checkpoint was written before",
-        fix="make room (checkpoint.keep=1 needs less) and start the same command again: it resumes from the newest one",
-    )
-
-
-def remove(folder: Path) -> None:
+def _remove(folder: Path) -> None:
     """Delete a folder, its manifest first: a kill in between leaves nothing that looks complete."""
     if folder.exists():
         (folder / MANIFEST).unlink(missing_ok=True)
@@ -154,14 +150,13 @@ def remove(folder: Path) -> None:
 def prune(run_dir: Path, keep: int, *, latest: int, keep_step: int | None) -> None:
     """Delete checkpoints but the newest `keep`, counted from step `latest` down, and the one of `keep_step`.
 
-    A later one than `latest`, which was just written, is damaged: this run resumed from before it. It must not take the
-    place of a complete one.
+    One later than `latest`, which was just written, is damaged: this run resumed from before it.
     """
     found = list_checkpoints(run_dir)
     kept = {keep_step, *[c.step for c in found if c.step <= latest][:keep]}
     for checkpoint in found:
         if checkpoint.step not in kept:
-            remove(checkpoint.path)
+            _remove(checkpoint.path)
 
 
 def sweep(run_dir: Path) -> None:
@@ -171,7 +166,4 @@ def sweep(run_dir: Path) -> None:
         if not place.exists() and find_damage(old) is None:
             old.rename(place)
     for leftover in (*run_dir.glob(".*.partial"), *run_dir.glob(".*.old")):
-        if leftover.is_dir():
-            remove(leftover)
-        else:
-            leftover.unlink()
+        _remove(leftover) if leftover.is_dir() else leftover.unlink()

@@ -1,9 +1,4 @@
-"""Writes a run's checkpoints, one at a time: in the calling thread, or in one background thread.
-
-Both behave alike: a checkpoint counts once its folder has its name, older ones are deleted after that, and an error of
-the background thread is raised unchanged by the next call. A run waits before it ends, so that no thread writes into a
-directory that another run may already hold.
-"""
+"""Writes a run's checkpoints, one at a time: in the calling thread, or in one background thread."""
 
 from __future__ import annotations
 
@@ -18,6 +13,9 @@ Fill = Callable[[Path], None]
 
 class Writer:
     """Writes `checkpoint-<step>` into a run directory and deletes the oldest beyond `keep`.
+
+    An error of the background thread is raised unchanged by the next call. A run waits before it ends, so that no thread
+    writes into a directory that another run may already hold.
 
     Args:
         run_dir: the folder of the checkpoints.

@@ -313,7 +313,7 @@ class Trainer:
         progress.ended = str(self.run.train.duration)
         self.save()
         with state.writing(self.out / "final", progress.step) as folder:
-            export.write_model(folder, self.run, self.session.model, self.tokenizer)
+            export.write_model_files(folder, self.run, self.session.model, self.tokenizer)
         return Result(
             output_dir=self.out,
             steps=progress.step,
