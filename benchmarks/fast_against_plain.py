@@ -31,7 +31,8 @@ from reference import loss_of
 from parity import examples_of, recipe
 from tunesmith.adapter import peft_files
 from tunesmith.build_model import build_model
-from tunesmith.config.load import from_mapping, to_mapping
+from tunesmith.config.dump import to_mapping
+from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Example
 from tunesmith.hub.model_files import read_model_files

@@ -24,7 +24,8 @@ from typing import Any, Literal
 from tunesmith.checkpoint.resume import claim_run_dir, missing_folders, put_aside, remove_unused
 from tunesmith.cli.main import Parser, framed
 from tunesmith.cli.options import positive_number, whole_number
-from tunesmith.config.load import from_mapping, to_mapping
+from tunesmith.config.dump import to_mapping
+from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
 from tunesmith.errors import EXIT_OK, MachineError, UsageError
 from tunesmith.host_files import write_atomically

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tunesmith.checkpoint import state
-from tunesmith.config.load import dump, from_mapping
+from tunesmith.config.dump import dump
+from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 
 ROWS = [

@@ -15,7 +15,8 @@ import pytest
 import playbook
 from conftest import byte_tokenizer
 from playbook import SCRIPTS, default_folder, make_recipe, parser, selection, write_inputs
-from tunesmith.config.load import from_mapping, to_mapping
+from tunesmith.config.dump import to_mapping
+from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Data, Run, Source
 from tunesmith.errors import UsageError
 from tunesmith.metrics.record import StepRecord

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.config.dump import to_yaml
-from tunesmith.config.load import differences, digest, dump, from_mapping, load_recipe, to_mapping
+from tunesmith.config.dump import differences, digest, dump, to_mapping, to_yaml
+from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.schema import Adapter, Data, Log, Model, Run, Source, Train
 from tunesmith.config.tree import read_value
 from tunesmith.units import Length, Size

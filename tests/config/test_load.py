@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.config.load import from_mapping, load_recipe, to_mapping
+from tunesmith.config.dump import to_mapping
+from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.names import keys, nearest, other_tools
 from tunesmith.config.schema import Run
 from tunesmith.errors import RecipeError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.config.describe import MARK, main, reference
+from tunesmith.config.describe import MARK, reference, write_or_check
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.shipped import purpose, shipped
@@ -67,17 +67,17 @@ def test_values_of_the_slurm_guide() -> None:
 
 def test_reference_page_is_up_to_date(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = ROOT / "docs" / "recipe.md"
-    assert main(["--check", str(path)]) == 0, capsys.readouterr().err
+    assert write_or_check(["--check", str(path)]) == 0, capsys.readouterr().err
     by_hand, mark, _ = path.read_text().partition(MARK)
     assert shipped()["llama3.1-8b-lora"].read_text() in by_hand
     assert all(f"`{unit}`" in by_hand for unit in (*LENGTH_UNITS, *SIZE_UNITS))
     old = tmp_path / "old.md"
     old.write_text(by_hand + mark + reference().replace("learning_rate", "learning_rat"))
-    assert main(["--check", str(old)]) == 1
-    assert main(["--write", str(old)]) == 0
-    assert main(["--check", str(old)]) == 0
+    assert write_or_check(["--check", str(old)]) == 1
+    assert write_or_check(["--write", str(old)]) == 0
+    assert write_or_check(["--check", str(old)]) == 0
     assert old.read_text().startswith(by_hand)
-    assert main([]) == 2
+    assert write_or_check([]) == 2
 
 
 def test_reference_names_every_key() -> None:

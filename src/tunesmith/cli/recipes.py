@@ -13,7 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from tunesmith.config.load import dump, load_recipe, to_mapping
+from tunesmith.config.dump import dump, to_mapping
+from tunesmith.config.load import load_recipe
 from tunesmith.config.names import nearest
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import purpose, shipped

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from tunesmith.config.names import nearest
 from tunesmith.config.paths import TEMPLATES
-from tunesmith.config.schema import Run, Source
+from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RecipeError
 
 # The column names of each format; `columns` maps them to those of a file.
@@ -23,14 +22,8 @@ COLUMNS = {
 CHATS = ("alpaca", "messages", "sharegpt")  # formats with turns, and so with a system message
 
 
-class Problem(NamedTuple):
-    """A broken rule: the key, what is wrong with it (read after the key), the fix, and the reason if it is not plain."""
-
-    key: str
-    what: str
-    fix: str
-    why: str = ""
-    error: type[RecipeError | MachineError] = RecipeError
+# A broken rule: the key, what is wrong with it (read after the key), the fix, and the reason if it is not plain.
+Problem = tuple[str, str, str] | tuple[str, str, str, str]
 
 
 def check_run(run: Run, where: Callable[[str], str]) -> None:
@@ -44,27 +37,31 @@ def check_run(run: Run, where: Callable[[str], str]) -> None:
         RecipeError: a rule is broken.
         MachineError: this version cannot do what is asked.
     """
-    for rules in (_model, _adapter, _data, _train, _batch, _optimizer_in_backward, _lengths, _validate_and_parallel):
-        for key, what, fix, why, error in rules(run, where):
-            raise error(f"{key} {what}", where=where(key) or key, why=why, fix=fix)
+    for rules in (_model, _adapter, _data, _train, _batch, _optimizer_in_backward, _lengths, _validate):
+        for key, what, fix, *why in rules(run, where):
+            raise RecipeError(f"{key} {what}", where=where(key) or key, why="".join(why), fix=fix)
+    for name, size in vars(run.parallel).items():
+        if size not in ("auto", 1):
+            key, fix = f"parallel.{name}", f"parallel.{name}: {1 if name == 'tensor' else 'auto'}"
+            raise MachineError(f"{key} is {size}: this version trains on one rank", where=where(key) or key, fix=fix)
 
 
 def _model(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
     model, adapter = run.model, run.adapter
     if model.quantize == "fp8" and model.dtype != "bf16":
         why = "fp8 matmuls return bf16"
-        yield Problem("model.quantize", f"is fp8, but model.dtype is {model.dtype}", "model.dtype: bf16", why)
+        yield "model.quantize", f"is fp8, but model.dtype is {model.dtype}", "model.dtype: bf16", why
     if model.quantize != "none" and adapter.kind == "none":
         why = "full fine-tuning trains the base weights, and quantized ones are frozen"
         fix = "train an adapter on it (adapter.kind: lora), or model.quantize: none"
-        yield Problem("model.quantize", f"is {model.quantize}, but adapter.kind is none", fix, why)
+        yield "model.quantize", f"is {model.quantize}, but adapter.kind is none", fix, why
     if len(set(model.added_tokens)) < len(model.added_tokens) or "" in model.added_tokens:
-        yield Problem("model.added_tokens", "has an empty or repeated token", "name each one once")
+        yield "model.added_tokens", "has an empty or repeated token", "name each one once"
     embeds = any(name.rpartition(".")[2].startswith("embed") for name in adapter.modules_to_save)
     if model.added_tokens and adapter.kind == "lora" and not embeds:
         why = "their embeddings are random, and a LoRA adapter alone does not train them"
         fix = "adapter.modules_to_save: [embed_tokens, lm_head]   # both, even if tied: each is trained as its own copy"
-        yield Problem("model.added_tokens", "needs trained embeddings", fix, why)
+        yield "model.added_tokens", "needs trained embeddings", fix, why
 
 
 def _adapter(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
@@ -72,77 +69,73 @@ def _adapter(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
         for name in ("rank", "alpha", "dropout", "target", "rslora", "modules_to_save", "from"):
             if given(f"adapter.{name}"):
                 fix = f"remove adapter.{name}, or train an adapter: adapter.kind: lora"
-                yield Problem(f"adapter.{name}", "has no effect with adapter.kind: none", fix)
+                yield f"adapter.{name}", "has no effect with adapter.kind: none", fix
         return
     target = run.adapter.target
     names = (target,) if isinstance(target, str) else target
     if not names or "" in names:
-        yield Problem("adapter.target", "names no module", "adapter.target: all-linear")
+        yield "adapter.target", "names no module", "adapter.target: all-linear"
     elif any(name != "all-linear" and nearest(name, ["all-linear"]) for name in names):
         fix = "adapter.target: all-linear, or a list of module names such as [q_proj, v_proj]"
-        yield Problem("adapter.target", f"is {', '.join(names)}, which is no module's name", fix)
+        yield "adapter.target", f"is {', '.join(names)}, which is no module's name", fix
     elif "all-linear" in names and isinstance(target, tuple):
-        yield Problem("adapter.target", "has all-linear in a list", "adapter.target: all-linear")
+        yield "adapter.target", "has all-linear in a list", "adapter.target: all-linear"
 
 
 def _data(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
     data = run.data
     if not data.train:
-        yield Problem("data.train", "is empty", "data.train: {source: rows.jsonl, format: messages}")
+        yield "data.train", "is empty", "data.train: {source: rows.jsonl, format: messages}"
     for part, sources in (("train", data.train), ("validation", data.validation)):
         for i, source in enumerate(sources):
             # A single source is written without an index, and its places are known without one.
-            indexed = given(f"data.{part}.{i}") or len(sources) > 1
-            yield from _columns(source, f"data.{part}.{i}.columns" if indexed else f"data.{part}.columns")
+            indexed, known = given(f"data.{part}.{i}") or len(sources) > 1, COLUMNS[source.format]
+            for name, column in source.columns.items():
+                if name not in known:
+                    near = nearest(name, known)
+                    fix = f"did you mean {near}?" if near else f"its columns are {', '.join(known)}"
+                    fix = f"write {column}: {name}" if column in known else fix
+                    what = f"is not a column of format {source.format}"
+                    key = f"data.{part}.{i}.columns.{name}" if indexed else f"data.{part}.columns.{name}"
+                    yield key, what, fix, "columns are written as the format's name: the file's name"
     if data.template not in TEMPLATES and not Path(data.template).is_file():
         near = nearest(Path(data.template).name, TEMPLATES)
         fix = f"did you mean {near}?" if near else f"one of {', '.join(TEMPLATES)}, or a Jinja file that exists"
-        yield Problem("data.template", f"is a file that does not exist: {data.template}", fix)
+        yield "data.template", f"is a file that does not exist: {data.template}", fix
     formats = {source.format for source in data.train}
     if data.system is not None and not formats & set(CHATS):
         fix = f"remove it, or use a format with turns: {', '.join(CHATS)}"
-        yield Problem("data.system", f"has no effect on rows of format {' and '.join(sorted(formats))}", fix)
-
-
-def _columns(source: Source, key: str) -> Iterator[Problem]:
-    known = COLUMNS[source.format]
-    for name, column in source.columns.items():
-        if name not in known:
-            near = nearest(name, known)
-            fix = f"did you mean {near}?" if near else f"its columns are {', '.join(known)}"
-            fix = f"write {column}: {name}" if column in known else fix
-            what = f"is not a column of format {source.format}"
-            yield Problem(f"{key}.{name}", what, fix, "columns are written as the format's name: the file's name")
+        yield "data.system", f"has no effect on rows of format {' and '.join(sorted(formats))}", fix
 
 
 def _train(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
     train, least = run.train, "train.min_learning_rate"
     if train.min_learning_rate > train.learning_rate:
         what = f"is {train.min_learning_rate}, above train.learning_rate {train.learning_rate}"
-        yield Problem(least, what, "write a smaller one, such as 0")
+        yield least, what, "write a smaller one, such as 0"
     if train.schedule == "constant" and train.min_learning_rate:
-        yield Problem(least, "has no effect with train.schedule: constant", "remove it, or train.schedule: cosine")
+        yield least, "has no effect with train.schedule: constant", "remove it, or train.schedule: cosine"
     if train.master_weights == "stochastic" and (run.model.dtype != "bf16" or run.adapter.kind != "none"):
         why = "it rounds trained bf16 parameters; those of an adapter and of model.dtype: fp32 are fp32"
         fix = "remove it, or model.dtype: bf16 with adapter.kind: none"
-        yield Problem("train.master_weights", "is stochastic, but has nothing to round here", fix, why)
+        yield "train.master_weights", "is stochastic, but has nothing to round here", fix, why
 
 
 def _batch(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
     batch, micro, seq_len = run.train.global_batch, run.train.micro_batch, run.data.seq_len
     if batch.unit == "tokens" and not run.data.pack:
         fix = "train.global_batch: 64 examples, or data.pack: true"
-        yield Problem("train.global_batch", "in tokens needs packed rows", fix)
+        yield "train.global_batch", "in tokens needs packed rows", fix
     for key, size, other in (
         ("train.global_batch", batch, "a smaller data.seq_len"),
         ("train.micro_batch", micro, "auto"),
     ):
         if size != "auto" and size.unit == "tokens" and size.amount < seq_len:
             what = f"of {size} is smaller than one row of data.seq_len {seq_len}"
-            yield Problem(key, what, f"{key}: {seq_len} tokens or more, or {other}")
+            yield key, what, f"{key}: {seq_len} tokens or more, or {other}"
     if micro != "auto" and micro.unit == batch.unit and micro.amount > batch.amount:
         what = f"of {micro} is larger than train.global_batch of {batch}"
-        yield Problem("train.micro_batch", what, f"train.micro_batch: {batch}, or auto")
+        yield "train.micro_batch", what, f"train.micro_batch: {batch}, or auto"
 
 
 def _optimizer_in_backward(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
@@ -153,17 +146,17 @@ def _optimizer_in_backward(run: Run, given: Callable[[str], str]) -> Iterator[Pr
     late = "is known after the last gradient, when the weights are already updated"
     if run.adapter.kind != "none":
         why = "it saves the memory of gradients, which is small for an adapter"
-        yield Problem(key, f"saves nothing with adapter.kind: {run.adapter.kind}", f"remove it, or {off}", why)
+        yield key, f"saves nothing with adapter.kind: {run.adapter.kind}", f"remove it, or {off}", why
     if train.clip_norm is not None:
         fix = f"train.clip_norm: null, or {off}"
-        yield Problem(key, f"excludes train.clip_norm: {train.clip_norm}", fix, f"the norm {late}")
+        yield key, f"excludes train.clip_norm: {train.clip_norm}", fix, f"the norm {late}"
     if run.model.dtype == "fp16":
         fix = f"model.dtype: bf16, or {off}"
-        yield Problem(key, "excludes model.dtype: fp16", fix, f"an overflow of the scaled loss {late}")
+        yield key, "excludes model.dtype: fp16", fix, f"an overflow of the scaled loss {late}"
     if train.micro_batch not in ("auto", train.global_batch):
         why = "optimizer_in_backward updates the weights in each backward pass, so one pass takes the global batch"
         what = f"of {train.micro_batch} differs from train.global_batch of {train.global_batch}"
-        yield Problem("train.micro_batch", what, f"train.micro_batch: auto, or {off}", why)
+        yield "train.micro_batch", what, f"train.micro_batch: auto, or {off}", why
 
 
 def _lengths(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
@@ -180,20 +173,16 @@ def _lengths(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
         ("log.every", run.log.every, often, "1 steps"),
     ):
         if length is not None and length.unit not in allowed:
-            yield Problem(key, f"is {length}, but is counted in {', '.join(allowed)}", f"{key}: {example}")
+            yield key, f"is {length}, but is counted in {', '.join(allowed)}", f"{key}: {example}"
         elif length is not None and length.amount <= 0 and key != "train.warmup":
-            yield Problem(key, f"is {length}: it must be above 0", f"{key}: {example}")
+            yield key, f"is {length}: it must be above 0", f"{key}: {example}"
     if warmup.amount > {"%": 100.0, duration.unit: duration.amount}.get(warmup.unit, math.inf):
-        yield Problem("train.warmup", f"is {warmup}, longer than train.duration of {duration}", "train.warmup: 3 %")
+        yield "train.warmup", f"is {warmup}, longer than train.duration of {duration}", "train.warmup: 3 %"
 
 
-def _validate_and_parallel(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
-    for name, size in vars(run.parallel).items():
-        if size not in ("auto", 1):
-            fix = f"parallel.{name}: {1 if name == 'tensor' else 'auto'}"
-            yield Problem(f"parallel.{name}", f"is {size}: this version trains on one rank", fix, error=MachineError)
+def _validate(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
     if run.validate.patience is not None and not run.data.validation:
-        yield Problem("validate.patience", "needs data.validation", "add data.validation, or remove validate.patience")
+        yield "validate.patience", "needs data.validation", "add data.validation, or remove validate.patience"
     if run.validate.patience is not None and run.validate.every is None:
         what = "needs several validations, and validate.every: null validates once, at the end"
-        yield Problem("validate.patience", what, "validate.every: 100 steps")
+        yield "validate.patience", what, "validate.every: 100 steps"

@@ -31,17 +31,13 @@ def reference() -> str:
         table = _table(("key", "form", "default", "what it is"), rows)
         if section == "data.train":
             columns = [(f"`{kind}`", ", ".join(f"`{name}`" for name in names)) for kind, names in COLUMNS.items()]
-            parts.append(
-                f"### `data.train` and `data.validation`\n\nEach is one source, or a list of sources.\n\n{table}"
-            )
-            parts.append(
-                f"`columns` maps these names to those of the file:\n\n{_table(('format', 'columns'), columns)}"
-            )
+            head = "### `data.train` and `data.validation`\n\nEach is one source, or a list of sources."
+            names = f"`columns` maps these names to those of the file:\n\n{_table(('format', 'columns'), columns)}"
+            parts += [f"{head}\n\n{table}", names]
         elif section != "data.validation":
             doc = keys()[section][0].metadata["doc"] if section else ""
-            parts.append(
-                f"### `{section}`\n\n{doc[0].upper()}{doc[1:]}.\n\n{table}" if section else f"### Top level\n\n{table}"
-            )
+            head = f"### `{section}`\n\n{doc[0].upper()}{doc[1:]}." if section else "### Top level"
+            parts.append(f"{head}\n\n{table}")
     return "\n".join(parts)
 
 
@@ -49,7 +45,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rows))
 
 
-def main(arguments: list[str]) -> int:
+def write_or_check(arguments: list[str]) -> int:
     """`--write FILE` or `--check FILE`; the exit status of a command."""
     if len(arguments) != 2 or arguments[0] not in ("--write", "--check"):
         print("usage: python -m tunesmith.config.describe --write|--check docs/recipe.md", file=sys.stderr)
@@ -60,9 +56,8 @@ def main(arguments: list[str]) -> int:
     if arguments[0] == "--write":
         path.write_text(page, encoding="utf-8")
     elif page != old:
-        print(
-            f"{path} differs from the schema; run: python -m tunesmith.config.describe --write {path}", file=sys.stderr
-        )
+        command = f"python -m tunesmith.config.describe --write {path}"
+        print(f"{path} differs from the schema; run: {command}", file=sys.stderr)
         return 1
     else:
         print(f"{path}: {len(reference().splitlines())} lines agree with the schema")
@@ -70,4 +65,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(write_or_check(sys.argv[1:]))

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from io import StringIO
 from typing import Any, NamedTuple
 
@@ -51,9 +50,7 @@ def _plain(run: Run) -> dict[str, Any]:
     """The keys and values of a recipe as JSON has them: tuples become lists, lengths and sizes text."""
 
     def default(value: Any) -> Any:
-        if isinstance(value, Length | Size):
-            return str(value)
-        return {yaml_name(spec.name): getattr(value, spec.name) for spec in fields(value)}
+        return str(value) if isinstance(value, Length | Size) else {yaml_name(k): v for k, v in vars(value).items()}
 
     return json.loads(json.dumps(run, default=default))
 
@@ -63,11 +60,8 @@ def dump(run: Run) -> str:
     return to_yaml(to_mapping(run))
 
 
-class _Representer(SafeRepresenter):
-    """Text quoted wherever it could be anything else; floats exact; keys in their order; flat lists on one line."""
-
-
 _TAG = "tag:yaml.org,2002:"
+# Text quoted wherever it could be anything else; floats exact; keys in their order; flat lists on one line.
 _REPRESENT: dict[type, Callable[..., Any]] = {
     str: lambda yaml, text: yaml.represent_scalar(f"{_TAG}str", text, style=None if _is_plain(text) else '"'),
     float: lambda yaml, number: yaml.represent_scalar(f"{_TAG}float", repr(number)),
@@ -75,8 +69,6 @@ _REPRESENT: dict[type, Callable[..., Any]] = {
     # A list of pairs, whose order ruamel keeps: it would sort a dict.
     dict: lambda yaml, keys: yaml.represent_mapping(f"{_TAG}map", list(keys.items()), flow_style=not keys),
 }
-for _type, _represent in _REPRESENT.items():
-    _Representer.add_representer(_type, _represent)
 
 
 def _is_plain(text: str) -> bool:
@@ -90,7 +82,10 @@ def _nested(value: Any) -> bool:
 def to_yaml(values: Mapping[str, Any]) -> str:
     """Plain values as YAML 1.2 text: sections in block form, lists of scalars on one line."""
     yaml, out = YAML(typ="safe", pure=True), StringIO()
-    yaml.Representer, yaml.width = _Representer, 1 << 20
+    # A class of its own, because representers are added to the class.
+    yaml.Representer, yaml.width = type("Representer", (SafeRepresenter,), {}), 1 << 20
+    for kind, represent in _REPRESENT.items():
+        yaml.Representer.add_representer(kind, represent)
     yaml.dump(dict(values), out)
     return out.getvalue()
 
@@ -109,7 +104,7 @@ class Change(NamedTuple):
 
 def digest(run: Run) -> str:
     """SHA-256, in hex, of all that may not change when a run resumes. The duration may grow and is left out."""
-    kept = {key: value for key, value in _leaves(_plain(run)).items() if not _free(key) and key != DURATION}
+    kept = {key: value for key, value in _leaves(_plain(run)).items() if not _is_free(key) and key != DURATION}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -119,22 +114,19 @@ def differences(old: Run, new: Run) -> list[Change]:
     A duration in another unit (epochs for steps) cannot be compared and counts as refused.
     """
     before, after = _leaves(_plain(old)), _leaves(_plain(new))
-    grows = _grows(old.train.duration, new.train.duration)
+    first, then = old.train.duration, new.train.duration
+    grows = first.unit == then.unit and then.amount >= first.amount
+    if first.seconds is not None and then.seconds is not None:
+        grows = then.seconds >= first.seconds
     return [
-        Change(key, before.get(key), after.get(key), grows if key == DURATION else _free(key))
+        Change(key, before.get(key), after.get(key), grows if key == DURATION else _is_free(key))
         for key in {**before, **after}
         if before.get(key) != after.get(key)
     ]
 
 
-def _free(key: str) -> bool:
+def _is_free(key: str) -> bool:
     return any(f"{key}.".startswith(f"{name}.") for name in FREE)
-
-
-def _grows(old: Length, new: Length) -> bool:
-    if old.seconds is not None and new.seconds is not None:
-        return new.seconds >= old.seconds
-    return old.unit == new.unit and new.amount >= old.amount
 
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:

@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.check import check_run
-from tunesmith.config.dump import Change, differences, digest, dump, to_mapping
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import locate_recipe
 from tunesmith.config.tree import Node, read_file, read_value, wrap
 from tunesmith.config.typed import build_run
 from tunesmith.errors import RecipeError
-
-__all__ = ["Change", "differences", "digest", "dump", "from_mapping", "load_recipe", "to_mapping"]
 
 COMMAND_LINE = "command line"
 
@@ -46,15 +43,12 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
-    """A `Run` from plain values, as `to_mapping` gives them: for `config.yaml` and for scripts.
+    """A `Run` from plain values, as `to_mapping` gives them; raises as `load_recipe`.
 
     Args:
         values: the recipe; lists may be tuples.
         where: what errors call it, such as the file's name; the key is added.
         base: the folder that relative paths start from.
-
-    Raises:
-        RecipeError, MachineError: as `load_recipe`.
     """
     return _checked(wrap(values, where=where, base=base))
 
@@ -119,11 +113,8 @@ def _set(tree: Node, parts: list[str], node: Node, key: str) -> Node:
     name, rest = parts[0], parts[1:]
     if isinstance(tree.value, list):
         if not name.isdigit() or int(name) >= len(tree.value):
-            fix = (
-                f"name one of its entries by number, 0 to {len(tree.value) - 1}"
-                if tree.value
-                else "give the whole list"
-            )
+            last = len(tree.value) - 1
+            fix = f"name one of its entries by number, 0 to {last}" if tree.value else "give the whole list"
             raise RecipeError(f"{key}: the list has no entry {name!r}", where=node.where, fix=fix)
         items = list(tree.value)
         items[int(name)] = _set(items[int(name)], rest, node, key) if rest else node
@@ -134,7 +125,6 @@ def _set(tree: Node, parts: list[str], node: Node, key: str) -> Node:
     if name == "0" and rest and name not in tree.value and "source" in tree.value:
         return _set(tree, rest, node, key)  # data.train.0.split of a single source
     below = tree.value.get(name)
-    if below is None or below.value is None:
-        below = Node({}, node.where, node.base)
+    below = below if below and below.value is not None else Node({}, node.where, node.base)
     fresh = _set(below, rest, node, key) if rest else _merge(below, node, key)
     return replace(tree, value={**tree.value, name: fresh})
