@@ -21,6 +21,7 @@ from tunesmith.training.build import Session
 from tunesmith.training.build import build as session_of
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
+from tunesmith.units import Length
 
 
 def run_plan(plan: BenchPlan, folder: Path, name: str = "measured") -> Measured:
@@ -138,7 +139,7 @@ def test_graphs_of_the_build_are_counted_too(tiny: Path, tmp_path: Path, monkeyp
 def test_traces_are_of_steps_after_the_timed_ones(tiny: Path, tmp_path: Path) -> None:
     run = make_run(tiny, tmp_path, profile={"wait": 1, "warmup": 1, "active": 2, "cycles": 2}, held=False)
     plan = BenchPlan(run, steps=2, warmup=1, traces=tmp_path / "traces")
-    assert plan.profiled == 8
+    assert plan.measured_run(tmp_path).train.duration == Length(2 + 1 + 8, "steps")
     found = run_plan(plan, tmp_path)
     assert found.figures.steps == 2
     assert len(found.traces) == 2

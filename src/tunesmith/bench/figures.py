@@ -62,15 +62,12 @@ class BenchReport:
         """(name, value with unit, remark) of each line of the table; what was not measured has no line."""
         yield "non-padding tokens", f"{self.tokens_per_second:,.0f} /s", f"{self.tokens:,} in {self.seconds:.1f} s"
         yield "supervised tokens", f"{self.supervised_tokens_per_second:,.0f} /s", "positions that enter the loss"
-        claimed = f"{self.samples_times_seq_len_per_second:,.0f} /s"
-        yield "samples x seq_len", claimed, "what others quote; counts tokens that do not exist"
+        quoted = f"{self.samples_times_seq_len_per_second:,.0f} /s"
+        yield "samples x seq_len", quoted, "what others quote; counts tokens that do not exist"
         yield "fill", f"{self.fill_share:.2%}", "of the computed tokens are no padding"
         if self.mfu_of_published_peak is not None:
-            yield (
-                "MFU, published peak",
-                f"{self.mfu_of_published_peak:.1%}",
-                f"of {self.published_peak_tflops:g} TFLOP/s",
-            )
+            peak = f"of {self.published_peak_tflops:g} TFLOP/s"
+            yield "MFU, published peak", f"{self.mfu_of_published_peak:.1%}", peak
         again = f"; {self.recomputed_layers} layers recomputed, not counted" if self.recomputed_layers else ""
         measured = f"of {self.measured_peak_tflops:.3g} TFLOP/s, {self.dtype} products in this run{again}"
         yield "MFU, measured peak", f"{self.mfu_of_measured_peak:.1%}", measured

@@ -10,10 +10,11 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from tunesmith.bench.figures import BenchReport
 from tunesmith.bench.measured_peak import fp8_matmul_tflops, matmul_tflops
 from tunesmith.build_model import Weights
 from tunesmith.checkpoint.resume import Start
-from tunesmith.config.schema import Checkpoint, Log, Profile, Run, Validate
+from tunesmith.config.schema import Checkpoint, Log, Run, Validate
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import TunesmithError
 from tunesmith.metrics import hardware
@@ -57,29 +58,23 @@ class BenchPlan:
     weights: Weights = "stored"
     traces: Path | None = None
 
-    @property
-    def profiled(self) -> int:
-        """Steps that run under the profiler after the timed ones."""
-        profile = self.run.profile
-        return (profile.wait + profile.warmup + profile.active) * profile.cycles if self.traces else 0
-
     def measured_run(self, folder: Path) -> Run:
         """The recipe for the steps to measure, without validation, checkpoints and logs; epochs repeat."""
-        total = self.warmup + self.steps + self.profiled
+        run, profile = self.run, replace(self.run.profile, enabled=self.traces is not None)
+        profiled = (profile.wait + profile.warmup + profile.active) * profile.cycles * profile.enabled
         return replace(
-            self.run,
-            data=replace(self.run.data, validation=()),
-            train=replace(self.run.train, duration=Length(total, "steps")),
+            run,
+            data=replace(run.data, validation=()),
+            train=replace(run.train, duration=Length(self.warmup + self.steps + profiled, "steps")),
             validate=Validate(every=None),
             checkpoint=Checkpoint(every=None),
-            log=Log(every=self.run.log.every, tensorboard=False, samples=0),
-            profile=replace(self.run.profile, enabled=bool(self.traces)),
+            log=Log(every=run.log.every, tensorboard=False, samples=0),
+            profile=profile,
             output_dir=str(folder),
         )
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """The figures of a run, and the profiler's files: one trace and one table of operations per cycle."""
 
     figures: BenchReport
@@ -101,15 +96,9 @@ class Observed:
 
     build_seconds: float
     graphs: list[int]
-    padded: dict[int, int]
+    padded: dict[int, int] = field(default_factory=dict)
     memory_gib: float = 0.0
     stall: float | None = None
-
-    def counting(self, batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
-        """The batches, each counted on its way to the trainer."""
-        for batch in batches:
-            self.padded[batch.step + 1] = sum(micro.input_ids.numel() for micro in batch.micro)
-            yield batch
 
 
 def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print_line) -> Measured:
@@ -128,12 +117,11 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
         torch.cuda.reset_peak_memory_stats()
     began, graphs = time.perf_counter(), [graphs_compiled()]
     session = build(run, Start(), say=say, weights=plan.weights, checkpoints=False)
-    seen = Observed(time.perf_counter() - began, graphs, {})
+    seen = Observed(time.perf_counter() - began, graphs)
     per_epoch = session.data.schedule.steps_per_epoch(0)
     sinks = Sinks([Terminal(None, total_steps=session.total_steps, steps_per_epoch=per_epoch)])
     trainer = Trainer(session, Start(), sinks, StopRequest())
-    profile = run.profile if plan.traces else Profile()
-    profiler = Profiler(profile, plan.traces or folder, rank=0, device=session.device)
+    profiler = Profiler(run.profile, plan.traces or folder, rank=0, device=session.device)
     sinks.open(run, 0)
     try:
         _run_steps(plan, trainer, profiler, seen)
@@ -151,10 +139,16 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
 def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Observed) -> None:
     """The trainer's own loop over warm-up, timed and profiled steps, then two adapter checkpoints."""
     session, timed = trainer.session, plan.warmup + plan.steps
+
+    def counted(batches: Iterable[GlobalBatch]) -> Iterator[GlobalBatch]:
+        for batch in batches:
+            seen.padded[batch.step + 1] = sum(micro.input_ids.numel() for micro in batch.micro)
+            yield batch
+
     session.model.train()
     with ExitStack() as stack:
         loader = stack.enter_context(session.loader(0))
-        for step in trainer.steps(seen.counting(iter(loader))):
+        for step in trainer.steps(counted(loader)):
             if step in (1, timed):  # read its numbers now: the next step's work must not count for this one
                 trainer.flush_metrics()
             if step <= timed:

@@ -6,13 +6,16 @@ timed steps, on normal random numbers: zeros draw less power and would give a hi
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.benchmark import Timer
+
+from tunesmith.private import scaled_mm
 
 SIZE = {"cuda": 8192, "cpu": 1024}
 ROUND_SECONDS = 0.2
@@ -29,22 +32,15 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None 
 
 def fp8_matmul_tflops(device: torch.device, *, size: int | None = None) -> float | None:
     """The same with fp8 (e4m3) factors, scaled by rows, else by tensor; None where the device has neither."""
-    if device.type != "cuda" or "scaled_mm" not in vars(F):  # public since torch 2.10
+    if device.type != "cuda":
         return None
     n = size or SIZE["cuda"]
-    left, right = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    left, right = left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn).t()
-    one = torch.ones((), device=device)
-    rows, columns = torch.ones(n, 1, device=device), torch.ones(1, n, device=device)
-    for kind, a, b in ((F.ScalingType.RowWise, rows, columns), (F.ScalingType.TensorWise, one, one)):
-
-        def product(kind: F.ScalingType = kind, a: Tensor = a, b: Tensor = b) -> Tensor:
-            return F.scaled_mm(left, right, a, kind, b, kind, output_dtype=torch.bfloat16, use_fast_accum=True)
-
-        try:
-            return 2 * n**3 / _seconds(product) / 1e12
-        except (RuntimeError, ValueError, NotImplementedError):  # this chip lacks that product
-            continue
+    left, right = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    product = partial(scaled_mm, left, right.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    for rows in (n, 1):
+        a, b = torch.ones(rows, 1, device=device), torch.ones(1, rows, device=device)
+        with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # this chip lacks that product
+            return 2 * n**3 / _seconds(partial(product, scale_a=a, scale_b=b)) / 1e12
     return None
 
 

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Model, Run
@@ -25,13 +23,10 @@ BATCH = "16384 tokens"
 
 
 def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
-    """Write a model folder without weights: config.json, with the token ids of the tokenizer, and the tokenizer.
-
-    A vocabulary that is too small for the tokenizer's ids grows to its size.
+    """Write a model without weights into an existing folder: config.json with the tokenizer's ids, and the tokenizer.
 
     Args:
-        folder: an existing one.
-        config: of a shape.
+        config: of a shape. A vocabulary that is too small for the tokenizer's ids grows to its size.
         tokenizer: a Hub id or a folder.
 
     Returns:
@@ -41,7 +36,7 @@ def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
         ModelError: the tokenizer, or the config, cannot be read.
     """
     spec.read_spec(config, where="--shape")
-    found: PreTrainedTokenizerBase = load_tokenizer(fetch_without_weights(tokenizer), Model(name=str(folder)))
+    found = load_tokenizer(fetch_without_weights(tokenizer), Model(name=str(folder)))
     changed, rows = "", config["vocab_size"]
     if len(found) > rows:
         changed = f"vocabulary of {len(found):,} in place of {rows:,}: the tokenizer's ids must fit"
@@ -56,13 +51,11 @@ def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]
     """The checked recipe of a shape whose model folder is `folder`; its file is written beside that folder.
 
     Args:
-        data: the rows: a file, or a Hub id.
-        rows: their format.
+        data, rows: the rows (a file or a Hub id), and their format.
         overrides: `key.sub=value`.
 
     Raises:
-        UsageError: an override names another model or tokenizer.
-        RecipeError, MachineError: as `load_recipe`.
+        UsageError: an override names another model or tokenizer; and as `load_recipe`.
     """
     values = {
         "model": {"name": str(folder)},

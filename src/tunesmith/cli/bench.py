@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             # Both are read when something is compiled, and this process does nothing after the command.
             os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{name}/cache", "TRITON_CACHE_DIR": f"{name}/cache/triton"}
         figures, report, lines = bench(args, recipe, Path(name))
-    show(figures, lines, plain=args.plain)
+    print_figures(figures, lines, plain=args.plain)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return EXIT_OK
@@ -77,35 +77,33 @@ def run(args: argparse.Namespace) -> int:
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other, before anything heavy is imported."""
     recipes = [word for word in args.words if "=" not in word]
-    if args.shape is not None and recipes:
-        raise UsageError(
-            f"both a recipe ({recipes[0]}) and --shape {args.shape}",
-            where="command line",
-            why="a shape comes with a recipe of its own",
-            fix="remove one of the two; give keys of a shape as key=value",
-        )
-    if args.shape is None and len(recipes) != 1:
-        what = f"several recipes: {', '.join(recipes)}" if recipes else "bench needs a recipe or a shape"
-        fix = "tunesmith bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
-        raise UsageError(what, where="command line", fix=fix)
+    usage = "tunesmith bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
+    folder, traces = Path(args.json or ".").parent, Path(args.profile or ".")
     if args.shape is not None:
         find_shape(args.shape)
+    problems = [  # (whether, where, what, fix)
+        (len(recipes) > 1, "command line", f"several recipes: {', '.join(recipes)}", usage),
+        (not recipes and args.shape is None, "command line", "bench needs a recipe or a shape", usage),
+        (args.steps < 1, "--steps", f"--steps {args.steps} is out of range", "give at least 1"),
+        (args.warmup < 0, "--warmup", f"--warmup {args.warmup} is out of range", "give at least 0"),
+        (not folder.is_dir(), "--json", f"there is no folder {folder}", f"mkdir -p {folder}"),
+        (traces.is_file(), "--profile", f"{traces} is a file", "name a folder for the traces"),
+    ]
+    if args.shape is not None and recipes:
+        what = f"both a recipe ({recipes[0]}) and --shape {args.shape}, which comes with a recipe of its own"
+        problems.insert(0, (True, "command line", what, "remove one of the two; give keys of a shape as key=value"))
     for option, (key, example) in OF_SHAPE.items():
         where, given = f"--{option}", vars(args)[option]
-        if args.shape is None and given is not None:
-            why = "a recipe has a key for it"
-            raise UsageError(f"{where} goes with --shape", where=where, why=why, fix=f"{key}={given}")
-        if args.shape is not None and given is None and example:
-            raise UsageError(f"--shape needs {where}", where="--shape", fix=f"{where} {example}")
-    for option, least in (("steps", 1), ("warmup", 0)):
-        if (given := vars(args)[option]) < least:
-            where = f"--{option}"
-            raise UsageError(f"{where} {given} is out of range", where=where, fix=f"give at least {least}")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parent = Path(args.json).parent
-        raise UsageError(f"there is no folder {parent}", where="--json", fix=f"mkdir -p {parent}")
-    if args.profile and Path(args.profile).exists() and not Path(args.profile).is_dir():
-        raise UsageError(f"{args.profile} is a file", where="--profile", fix="name a folder for the traces")
+        if args.shape is None:
+            what = f"{where} goes with --shape: a recipe has a key for it"
+            problems.append((given is not None, where, what, f"{key}={given}"))
+        else:
+            problems.append(
+                (given is None and bool(example), "--shape", f"--shape needs {where}", f"{where} {example}")
+            )
+    for wrong, where, what, fix in problems:
+        if wrong:
+            raise UsageError(what, where=where, fix=fix)
 
 
 def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
@@ -206,7 +204,7 @@ def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -
     return {name: figures[name] for name in names} | {f"warm_{name}": warm[name] for name in names}
 
 
-def show(figures: BenchReport, lines: Sequence[str], *, plain: bool) -> None:
+def print_figures(figures: BenchReport, lines: Sequence[str], *, plain: bool) -> None:
     """Print the table and the lines after it to stdout."""
     from rich.console import Console
     from rich.table import Table
