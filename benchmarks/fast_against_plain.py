@@ -122,7 +122,7 @@ def main() -> None:
         files = read_model_files(Path(a.model), run.model)
         begun, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")))
         (folder / "first").mkdir()
-        peft_files.save_adapter(begun.model, folder / "first", run.adapter, a.model, None)
+        peft_files.write_adapter(folder / "first", *peft_files.adapter_files(begun.model, run.adapter, a.model, None))
         del begun
 
         def add(text: str, make: Callable[[], list[float]]) -> None:

@@ -141,7 +141,7 @@ def main() -> None:
                 adapter.mkdir()
                 files = read_model_files(Path(a.model), run.model)
                 begun, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")))
-                peft_files.save_adapter(begun.model, adapter, run.adapter, a.model, None)
+                peft_files.write_adapter(adapter, *peft_files.adapter_files(begun.model, run.adapter, a.model, None))
                 del begun
             curves = {"tunesmith": [r.loss for r in train(run, say=lambda text: None).records]}
             if "peft" in a.against:

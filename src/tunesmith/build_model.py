@@ -50,7 +50,7 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
 def count_trained(run: Run, model: nn.Module) -> int:
     """Trained parameters of a model from `define_model`, on meta or not; tied ones once."""
     if run.adapter.kind == "lora":
-        return lora.count_trained(model, run.adapter)
+        return lora.count_adapter_parameters(model, run.adapter)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -48,7 +48,7 @@ def test_ours_opens_in_peft(adapter, tiny, tmp_path):
     plain = logits(model)
     lora.attach_lora(model, adapter, seed=3)
     randomise(model)
-    peft_files.save_adapter(model, tmp_path, adapter, "someone/tiny-llama", "v1")
+    peft_files.write_adapter(tmp_path, *peft_files.adapter_files(model, adapter, "someone/tiny-llama", "v1"))
     expected = logits(model)
     assert (expected - plain).abs().max() > 0.05, "the adapter must matter"
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path)
@@ -65,7 +65,7 @@ def test_the_configuration_is_what_peft_would_write(adapter, tiny, tmp_path, mon
     lora.attach_lora(model, adapter, seed=3)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "peft", None)  # importing it while training runs stops the training for a second
-        peft_files.save_adapter(model, tmp_path, adapter, "someone/tiny-llama", "v1")
+        peft_files.write_adapter(tmp_path, *peft_files.adapter_files(model, adapter, "someone/tiny-llama", "v1"))
     ours = json.loads((tmp_path / "adapter_config.json").read_text())
     built = LoraConfig(
         task_type="CAUSAL_LM",
@@ -109,7 +109,7 @@ def test_what_is_written_is_read_back_bit_by_bit(tiny, tmp_path):
     first, second = (AutoModelForCausalLM.from_pretrained(tiny) for _ in range(2))
     lora.attach_lora(first, adapter, seed=3)
     randomise(first)
-    peft_files.save_adapter(first, tmp_path, adapter, "x", None)
+    peft_files.write_adapter(tmp_path, *peft_files.adapter_files(first, adapter, "x", None))
     back = peft_files.read_adapter(tmp_path)
     assert (back.rank, back.alpha, back.modules_to_save) == (adapter.rank, adapter.alpha, adapter.modules_to_save)
     lora.attach_lora(second, back, seed=99)
@@ -123,7 +123,7 @@ def test_what_is_written_is_read_back_bit_by_bit(tiny, tmp_path):
 def written(tiny, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny)
     lora.attach_lora(model, Adapter(), seed=3)
-    peft_files.save_adapter(model, tmp_path, Adapter(), "x", None)
+    peft_files.write_adapter(tmp_path, *peft_files.adapter_files(model, Adapter(), "x", None))
     return model, tmp_path
 
 
@@ -201,7 +201,7 @@ def test_a_run_goes_on_from_an_adapter(tiny, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny)
     lora.attach_lora(model, Adapter(rank=4), seed=3)
     randomise(model)
-    peft_files.save_adapter(model, tmp_path, Adapter(rank=4), "x", None)
+    peft_files.write_adapter(tmp_path, *peft_files.adapter_files(model, Adapter(rank=4), "x", None))
     run = make_run(
         tiny, tmp_path, held=False, adapter={"rank": 4, "alpha": 16.0, "from": str(tmp_path)}, model={"dtype": "fp32"}
     )

@@ -68,7 +68,7 @@ def first_adapter(run: Run, folder: Path) -> Path:
     place = folder / "first"
     place.mkdir()
     model = built_model(run, Path(run.model.name))
-    peft_files.save_adapter(model.model, place, run.adapter, run.model.name, None)
+    peft_files.write_adapter(place, *peft_files.adapter_files(model.model, run.adapter, run.model.name, None))
     return place
 
 

@@ -157,7 +157,7 @@ def test_a_quantized_weight_counts_as_the_dense_one_and_is_in_no_adapter_file(ba
 
 def test_all_that_grows_with_the_weight_is_a_parameter():
     """FSDP shards parameters, and leaves buffers whole on every rank."""
-    layer = lora.to_fp8(nn.Linear(64, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False), ROW_WISE)
+    layer = fp8.Fp8Linear(nn.Linear(64, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False), ROW_WISE)
     assert {n: tuple(p.shape) for n, p in layer.named_parameters()} == {
         "weight": (32, 64),
         "transposed_weight": (64, 32),

@@ -130,10 +130,10 @@ def test_parts_of_a_packed_weight_that_do_not_fit_are_refused():
     layer = nf4.Nf4Linear(64, 32, bias=False, compute_dtype=torch.float32, device="cpu")
     with pytest.raises(ModelError, match="not complete"):
         layer.load_quantized({"": torch.zeros(1024, 1, dtype=torch.uint8), "absmax": torch.zeros(32)}, where="w")
-    packed, state = nf4.bitsandbytes().quantize_4bit(torch.randn(16, 64), quant_type="nf4")
+    packed, state = nf4.nf4_functions().quantize_4bit(torch.randn(16, 64), quant_type="nf4")
     with pytest.raises(ModelError, match=r"shape \(16, 64\)"):
         layer.load_quantized({"": packed, **state.as_dict(packed=True)}, where="w")
-    packed, state = nf4.bitsandbytes().quantize_4bit(torch.randn(32, 64), quant_type="fp4")
+    packed, state = nf4.nf4_functions().quantize_4bit(torch.randn(32, 64), quant_type="fp4")
     with pytest.raises(ModelError, match="stored as fp4"):
         layer.load_quantized({"": packed, **state.as_dict(packed=True)}, where="w")
 
@@ -142,7 +142,7 @@ def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(MachineError, match=r"pip install 'tunesmith\[nf4\]'"):
-        nf4.bitsandbytes()
+        nf4.nf4_functions()
 
 
 def test_a_bitsandbytes_that_cannot_pack_here_is_refused_before_anything_is_read(monkeypatch, tmp_path):
@@ -159,7 +159,7 @@ def test_a_bitsandbytes_that_cannot_pack_here_is_refused_before_anything_is_read
         output_dir=str(tmp_path),
     )
     check_machine(run, torch.device("cpu"))
-    monkeypatch.setattr(nf4.bitsandbytes(), "quantize_4bit", refuse)
+    monkeypatch.setattr(nf4.nf4_functions(), "quantize_4bit", refuse)
     with pytest.raises(MachineError) as caught:
         check_machine(run, torch.device("cpu"))
     assert caught.value.where == "model.quantize"

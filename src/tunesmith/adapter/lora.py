@@ -2,12 +2,9 @@
 
     y = x W^T + b + scaling * (dropout(x) A^T) B^T        A [r, in], B [out, r], scaling = alpha / r
 
-rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / sqrt(r). A starts as Kaiming-uniform with a = sqrt(5) and
-B as zeros, as in PEFT: training starts at the base model.
-
-A layer keeps the names `weight` and `bias` of the layer that it replaces, so the base loads into it as before. A and B are
-fp32 parameters, computed in the dtype of x. Each is drawn in full from a generator seeded by (seed, full name): it depends
-neither on the order of the layers nor, later, on how a tensor is sharded.
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / sqrt(r). As in PEFT A starts as Kaiming-uniform with
+a = sqrt(5) and B as zeros; both are fp32 parameters, computed in the dtype of x. A layer keeps the names `weight` and
+`bias` of the layer that it replaces, so the base loads into it as before.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from torch import Tensor, nn
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
 from tunesmith.model.random_init import seed_of
-from tunesmith.quant.fp8 import Fp8Linear, fits_fp8
+from tunesmith.quant.fp8 import ALIGNED, Fp8Linear
 from tunesmith.quant.frozen_linear import linear_names
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import DenseWeight, FrozenWeight
@@ -112,20 +109,18 @@ class LoraFp8Linear(Lora, Fp8Linear):
         self.scaling, self.dropout, self.enabled = base.scaling, base.dropout, base.enabled
 
 
-def to_fp8(layer: nn.Module, kind: str) -> Fp8Linear:
-    """One dense layer, with or without an adapter, with its frozen weight in fp8; `kind` is one of `fp8.KINDS`."""
-    if isinstance(layer, LoraLinear):
-        return LoraFp8Linear(layer, kind)
-    assert isinstance(layer, nn.Linear)
-    return Fp8Linear(layer, kind)
-
-
 def convert_to_fp8(model: nn.Module, kind: str) -> int:
-    """Put every layer but the output layer that `fits_fp8` into fp8, one at a time; return how many."""
-    names = [name for name in linear_names(model, head=False) if fits_fp8(model.get_submodule(name))]
-    for name in names:  # by name: a list of the layers would keep every dense weight alive
-        model.set_submodule(name, to_fp8(model.get_submodule(name), kind))
-    return len(names)
+    """Put every frozen linear layer but the output layer into fp8 (one of `fp8.KINDS`), one at a time; return how many."""
+    count = 0
+    for name in linear_names(model, head=False):  # by name: a list of the layers would keep every dense weight alive
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear) or layer.weight.requires_grad:
+            continue
+        if layer.in_features % ALIGNED == 0 and layer.out_features % ALIGNED == 0:
+            fp8 = LoraFp8Linear(layer, kind) if isinstance(layer, LoraLinear) else Fp8Linear(layer, kind)
+            model.set_submodule(name, fp8)
+            count += 1
+    return count
 
 
 def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
@@ -154,6 +149,7 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
 def init_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
     """Draw A, zero B, and copy the modules that are trained in full; the base weights must be loaded."""
     for name, module in loras(model):
+        # Drawn in full, by seed and name: neither the order of the layers nor a later sharding changes it.
         generator = torch.Generator().manual_seed(seed_of(seed, f"{name}.lora_A"))
         bound = 1 / math.sqrt(module.in_features)  # Kaiming-uniform with a = sqrt(5)
         drawn = torch.empty(module.lora_A.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
@@ -173,12 +169,11 @@ def is_adapter_weight(name: str) -> bool:
     return name.endswith((".lora_A", ".lora_B"))
 
 
-def count_trained(model: nn.Module, adapter: Adapter) -> int:
+def count_adapter_parameters(model: nn.Module, adapter: Adapter) -> int:
     """Parameters that a model with an adapter trains: A, B and the modules to save; on meta or not."""
-    to_save = (
-        p for name in _names_to_save(model, adapter) for p in model.get_submodule(name).parameters(recurse=False)
-    )
-    return sum(m.lora_A.numel() + m.lora_B.numel() for _, m in loras(model)) + sum(p.numel() for p in to_save)
+    to_save = [model.get_submodule(name) for name in _names_to_save(model, adapter)]
+    count = sum(p.numel() for module in to_save for p in module.parameters(recurse=False))
+    return count + sum(m.lora_A.numel() + m.lora_B.numel() for _, m in loras(model))
 
 
 def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -288,22 +283,18 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
     Returns:
         [..., out_features] each.
     """
-    layers = [m for m in linears if isinstance(m, Lora) and m.enabled and not _needs_autograd(m)]
+
+    def alone(m: nn.Module) -> Tensor:
+        y: Tensor = m.base(x) if isinstance(m, Lora) else m(x)
+        if not isinstance(m, Lora) or not m.enabled:
+            return y
+        dropped = F.dropout(x, m.dropout, m.training)
+        return y + F.linear(F.linear(dropped, m.lora_A.to(x.dtype)), m.lora_B.to(x.dtype)) * m.scaling
+
+    layers = [m for m in linears if isinstance(m, Lora) and m.enabled and not (m.dropout > 0 and m.training)]
+    layers = [m for m in layers if not (isinstance(m, nn.Linear) and m.weight.requires_grad)]
     weights = [m.frozen_weight() for m in layers]
     if len(layers) < len(linears) or len({w.kind for w in weights}) != 1:
-        return [_project_alone(x, m) if isinstance(m, Lora) else m(x) for m in linears]
+        return [alone(m) for m in linears]
     lora_B = [m.lora_B * m.scaling for m in layers]
     return grouped_matmul(x, weights, [m.bias for m in layers], [m.lora_A for m in layers], lora_B)
-
-
-def _needs_autograd(module: Lora) -> bool:
-    trained = isinstance(module, nn.Linear) and module.weight.requires_grad
-    return trained or (module.dropout > 0 and module.training)
-
-
-def _project_alone(x: Tensor, module: Lora) -> Tensor:
-    y = module.base(x)
-    if not module.enabled:
-        return y
-    dropped = F.dropout(x, module.dropout, module.training)
-    return y + F.linear(F.linear(dropped, module.lora_A.to(x.dtype)), module.lora_B.to(x.dtype)) * module.scaling

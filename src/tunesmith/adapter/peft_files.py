@@ -58,25 +58,23 @@ PLAIN: dict[str, Any] = {
 }
 
 
-def save_adapter(model: nn.Module, folder: Path, adapter: Adapter, base_name: str, revision: str | None) -> None:
-    """Write the model's adapter to `folder`, an existing one, as PEFT would; arguments as of `adapter_files`."""
-    write_adapter(folder, *adapter_files(model, adapter, base_name, revision))
-
-
 def adapter_files(
     model: nn.Module, adapter: Adapter, base_name: str, revision: str | None
 ) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
     """The contents of PEFT's two files for the model's adapter; quick, and nothing is copied.
 
     Args:
-        model: the causal LM with its adapter.
-        adapter: rank, alpha and the rest, for the configuration.
-        base_name: Hub id (or the folder that the recipe names) of the base model.
-        revision: the base's revision, or None.
+        base_name, revision: of the base model: its Hub id, or the folder that the recipe names.
 
     Returns:
         The trained parameters by PEFT's names, and the configuration by those of PEFT's LoraConfig.
     """
+    adapted, saved = {name for name, _ in lora.loras(model)}, {name for name, _, _ in lora.saved_parameters(model)}
+    targets, to_save = ({name.rsplit(".", 1)[-1] for name in names} for names in (adapted, saved))
+    # Last names, but full ones where PEFT would match other modules by a last name too.
+    own = [name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)]
+    targets = targets if {name for name in own if name.rsplit(".", 1)[-1] in targets} == adapted else adapted
+    to_save = to_save if {n for n, _ in model.named_modules() if n.endswith(tuple(to_save))} == saved else saved
     settings = PLAIN | {
         "base_model_name_or_path": base_name,
         "revision": revision,
@@ -84,8 +82,8 @@ def adapter_files(
         "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora,
-        "target_modules": _target_modules(model, {name for name, _ in lora.loras(model)}),
-        "modules_to_save": _modules_to_save(model, {name for name, _, _ in lora.saved_parameters(model)}) or None,
+        "target_modules": sorted(targets),
+        "modules_to_save": sorted(to_save) or None,
     }
     return _peft_tensors(model), settings
 
@@ -104,22 +102,6 @@ def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     tensors |= {f"{PREFIX}{name}.lora_B.weight": layer.lora_B for name, layer in layers.items()}
     saved = lora.saved_parameters(model)
     return tensors | {f"{PREFIX}{name}.{key}": module.get_parameter(key) for name, module, key in saved}
-
-
-def _target_modules(model: nn.Module, adapted: set[str]) -> list[str]:
-    """Last names of the adapted layers; full names where a last name also belongs to a layer without an adapter."""
-    short = {n.rsplit(".", 1)[-1] for n in adapted}
-    matched = {
-        n for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in short and not isinstance(m, nn.ModuleList)
-    }
-    return sorted(short if matched == adapted else adapted)
-
-
-def _modules_to_save(model: nn.Module, saved: set[str]) -> list[str]:
-    """Last names of the modules trained in full; full names where PEFT would match other modules by a last name too."""
-    short = {n.rsplit(".", 1)[-1] for n in saved}
-    matched = {n for n, _ in model.named_modules() if n.endswith(tuple(short))}
-    return sorted(short if matched == saved else saved)
 
 
 def find_adapter(name: str) -> Path:
@@ -203,7 +185,20 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         with safe_open(str(file), framework="pt") as stored:
             names = set(stored.keys())
             names -= {n for n in names - own.keys() if _is_base(model, n, stored.get_tensor(n))}
-            _check_tensors({n: tuple(stored.get_slice(n).get_shape()) for n in names}, own, file)
+            shapes = {n: tuple(stored.get_slice(n).get_shape()) for n in names}
+            for what, wrong in (
+                ("are missing in the adapter", own.keys() - names),
+                ("are in the adapter and not in the recipe's target or modules_to_save", names - own.keys()),
+                ("have another shape", {n for n in names & own.keys() if shapes[n] != tuple(own[n].shape)}),
+            ):
+                if wrong:
+                    shown = ", ".join(n.removeprefix(PREFIX) for n in sorted(wrong)[:3])
+                    raise ModelError(
+                        f"{len(wrong)} tensors {what}: {shown}{', ...' if len(wrong) > 3 else ''}",
+                        where=str(file),
+                        why="adapter and model do not fit each other",
+                        fix="take the base model, target, rank and modules_to_save that the adapter was made with",
+                    )
             for name in names:
                 own[name].copy_(stored.get_tensor(name))
     except (OSError, SafetensorError) as error:
@@ -217,20 +212,3 @@ def _is_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
     name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
     own = dict(model.named_parameters(remove_duplicate=False)).get(name)
     return own is not None and own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
-
-
-def _check_tensors(stored: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor], file: Path) -> None:
-    faults = (
-        ("are missing in the adapter", sorted(own.keys() - stored.keys())),
-        ("are in the adapter and not in the recipe's target or modules_to_save", sorted(stored.keys() - own.keys())),
-        ("have another shape", sorted(n for n in stored.keys() & own.keys() if stored[n] != tuple(own[n].shape))),
-    )
-    for what, wrong in faults:
-        if wrong:
-            shown = ", ".join(n.removeprefix(PREFIX) for n in wrong[:3])
-            raise ModelError(
-                f"{len(wrong)} tensors {what}: {shown}{', ...' if len(wrong) > 3 else ''}",
-                where=str(file),
-                why="adapter and model do not fit each other",
-                fix="take the base model, target, rank and modules_to_save that the adapter was made with",
-            )

@@ -46,13 +46,6 @@ def select_scaling(device: torch.device) -> ScalingRecipe:
     return ScalingRecipe(None, f"this device has no fp8 matmuls: {reason}")
 
 
-def fits_fp8(layer: nn.Module) -> bool:
-    """Whether a dense layer is frozen and of widths that fp8 matmuls take."""
-    if not isinstance(layer, nn.Linear) or layer.weight.requires_grad:
-        return False
-    return layer.in_features % ALIGNED == 0 and layer.out_features % ALIGNED == 0
-
-
 class Fp8Linear(FrozenLinear):
     """A dense linear layer's weight in fp8; its bias is taken over.
 

@@ -28,7 +28,7 @@ ROW_WISE, TENSOR_WISE = "fp8 row-wise", "fp8 tensor-wise"
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
-def bitsandbytes() -> Any:
+def nf4_functions() -> Any:
     """`bitsandbytes.functional`, or a MachineError that says how to install it."""
     return packages.bitsandbytes("nf4 weights", "model.quantize")
 
@@ -92,15 +92,13 @@ class Nf4Weight(FrozenWeight):
     """
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        functional = bitsandbytes()
+        functional = nf4_functions()
         _, block, nested_block, stored = self.kind.split()
         packed, absmax, code, *nested = self.tensors
         offset, state2 = None, None
         if nested:
-            nested_absmax, nested_code, offset = nested
-            state2 = functional.QuantState(
-                absmax=nested_absmax, blocksize=int(nested_block), code=nested_code, dtype=torch.float32
-            )
+            scales, values, offset = nested
+            state2 = functional.QuantState(scales, blocksize=int(nested_block), code=values, dtype=torch.float32)
         state = functional.QuantState(
             absmax=absmax, shape=torch.Size(self.shape), code=code, blocksize=int(block), quant_type="nf4",
             dtype=DTYPES[stored], offset=offset, state2=state2,
@@ -149,9 +147,7 @@ def quantize_fp8(x: Tensor, *, per_tensor: bool) -> tuple[Tensor, Tensor]:
 def _matmul_fp8(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """left [n, k] times the transpose of right [m, k], each e4m3 with its scales; adds up in fp32: [n, m] in `dtype`."""
     (a, a_scale), (b, b_scale) = left, right
-    return scaled_mm(
-        a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), out_dtype=dtype, use_fast_accum=a.device.type == "cuda"
-    )
+    return scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), out_dtype=dtype, use_fast_accum=a.is_cuda)
 
 
 WEIGHT_CLASSES: dict[str, type[FrozenWeight]] = {"dense": DenseWeight, "nf4": Nf4Weight, "fp8": Fp8Weight}

@@ -1,8 +1,7 @@
 """Frozen linear layers with a 4-bit weight: NF4 of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
 
 The format is bitsandbytes': blocks of 64 weights as 4-bit codes, one scale a block, and the scales themselves in 8 bits
-(double quantization). Only the format and its public functions are used: bitsandbytes' own layer repacks its weight
-inside a forward on some CPUs and answers differently afterwards. Here nothing writes to the packed tensors.
+(double quantization). Its own layer is not used: it repacks its weight inside a forward on some CPUs.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from tunesmith.errors import MachineError, ModelError, first_line
 from tunesmith.model.weights import WeightSource
 from tunesmith.quant.frozen_linear import FrozenLinear, linear_names
-from tunesmith.quant.frozen_weight import FrozenWeight, Nf4Weight, bitsandbytes
+from tunesmith.quant.frozen_weight import FrozenWeight, Nf4Weight, nf4_functions
 
 BLOCK = 64  # weights that share a scale
 NESTED_BLOCK = 256  # scales that share a scale
@@ -27,11 +26,9 @@ SCALES = ("absmax", "code", "nested_absmax", "nested_code", "nested_offset")
 
 @torch.no_grad()
 def check_nf4(device: torch.device) -> None:
-    """Quantize a small weight and make it dense again, before anything is downloaded or loaded.
+    """MachineError unless a small weight can be quantized and made dense again; before anything is downloaded or loaded.
 
-    Raises:
-        MachineError: bitsandbytes is not installed, or has no nf4 for this device: a wheel is built for some versions of
-            CUDA, and says so in the first call only.
+    A wheel of bitsandbytes is built for some versions of CUDA, and says so in the first call only.
     """
     try:
         layer = Nf4Linear(BLOCK, BLOCK, False, torch.bfloat16, device=device)
@@ -89,7 +86,7 @@ class Nf4Linear(FrozenLinear):
     @torch.no_grad()
     def quantize(self, dense: Tensor) -> None:
         """Store `dense` [out_features, in_features], rounded to the compute dtype first, as Transformers does."""
-        packed, state = bitsandbytes().quantize_4bit(
+        packed, state = nf4_functions().quantize_4bit(
             dense.to(self.compute_dtype).contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=True
         )
         self._store_state(packed, state)
@@ -107,7 +104,7 @@ class Nf4Linear(FrozenLinear):
         """
         rest = {name: tensor for name, tensor in parts.items() if name}
         try:
-            state = bitsandbytes().QuantState.from_dict(rest, device=parts[""].device)
+            state = nf4_functions().QuantState.from_dict(rest, device=parts[""].device)
         except (KeyError, ValueError, AssertionError) as error:
             raise ModelError(f"its bitsandbytes tensors are not complete: {error}", where=where) from error
         if state.quant_type != "nf4" or tuple(state.shape) != (self.out_features, self.in_features):
@@ -132,16 +129,15 @@ class Nf4Linear(FrozenLinear):
 
 def load_hooks(model: nn.Module) -> dict[str, Any]:
     """For `load_weights(convert=...)`: each NF4 weight is quantized from a dense tensor, or loaded as it was quantized."""
-    return {f"{n}.weight": partial(_load, m, n) for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
 
+    def load(layer: Nf4Linear, name: str, stored: Mapping[str, WeightSource]) -> None:
+        parts = {suffix: part.read().to(layer.weight.device) for suffix, part in stored.items()}
+        if len(parts) == 1:
+            layer.quantize(parts[""])
+        else:
+            layer.load_quantized(parts, where=name)
 
-def _load(layer: Nf4Linear, name: str, stored: Mapping[str, WeightSource]) -> None:
-    device = layer.weight.device
-    parts = {suffix: part.read().to(device) for suffix, part in stored.items()}
-    if len(parts) == 1:
-        layer.quantize(parts[""])
-    else:
-        layer.load_quantized(parts, where=name)
+    return {f"{n}.weight": partial(load, m, n) for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
 
 
 def replace_linears(model: nn.Module, compute_dtype: torch.dtype) -> list[str]:
