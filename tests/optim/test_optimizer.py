@@ -11,14 +11,9 @@ from torch import nn
 
 from tunesmith.config.schema import Train
 from tunesmith.errors import CheckpointError, MachineError
-from tunesmith.optim import (
-    Optimizer,
-    checkpoint_bytes_per_parameter,
-    learning_rate,
-    state_bytes_per_parameter,
-    warmup_steps,
-)
-from tunesmith.optim.adamw import round_stochastically
+from tunesmith.optim.adamw import checkpoint_bytes_per_parameter, round_stochastically, state_bytes_per_parameter
+from tunesmith.optim.lr_schedule import learning_rate, warmup_steps
+from tunesmith.optim.optimizer import Optimizer
 from tunesmith.units import Length
 
 
@@ -32,6 +27,11 @@ def feed(named: list[tuple[str, nn.Parameter]], step: int) -> None:
         g = torch.Generator().manual_seed(100 * step + i)
         grad = torch.randn(p.shape, generator=g).to(p.dtype)
         (p * grad).sum().backward()
+
+
+def grads_of(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Gradients by parameter name: fp32 where the weights are fp32 or have a master."""
+    return {name: p.grad for name, p in optimizer.parts.items() if p.weight.grad is not None}
 
 
 def advance(optimizer: Optimizer, lr: float, step: int) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_clipping_is_torch_s_and_the_norm_is_taken_before_it() -> None:
     feed(named, 1)
     feed(other, 1)
     wanted = torch.nn.utils.clip_grad_norm_([p for _, p in other], 0.5)
-    grads = optimizer.grads()
+    grads = grads_of(optimizer)
     norm = advance(optimizer, 0.0, 0)
     assert float(norm) == pytest.approx(float(wanted), rel=1e-6)
     for name, p in other:
@@ -77,7 +77,7 @@ def test_bf16_master_accumulates_in_fp32() -> None:
     for value in [1.0] + [2.0**-9] * 64:  # bf16 has 8 bits: 1 + 2^-9 is 1 in it
         (weight * value).sum().backward()
     assert weight.grad is None
-    assert float(optimizer.grads()["w"]) == 1.0 + 64 * 2.0**-9
+    assert float(grads_of(optimizer)["w"]) == 1.0 + 64 * 2.0**-9
 
 
 def test_small_updates_survive_in_the_master() -> None:
@@ -192,7 +192,7 @@ def test_8bit_gradients_of_an_infinite_norm_are_all_nan_where_the_host_does_not_
     seen: list[tuple[list[torch.Tensor], float]] = []
     optimizer.update = lambda parts, lr, step, found_inf: seen.append(([p.grad for p in parts], float(found_inf)))
     feed(named, 0)
-    wanted = [g.clone() for g in optimizer.grads().values()]
+    wanted = [g.clone() for g in grads_of(optimizer).values()]
     norm = advance(optimizer, 1e-3, 0)
     factor = 1.0 if clip is None else clip / (norm + 1e-6)
     grads, found_inf = seen[0]
@@ -360,7 +360,7 @@ def test_in_the_backward_is_the_ordinary_optimizer_bit_for_bit(case: str, on_hos
 
         def held(_: torch.Tensor, model: Tied = model, optimizer: Optimizer = optimizer) -> None:
             nonlocal most
-            most = max(most, sum(p.grad is not None for p in model.parameters()) + len(optimizer.grads()))
+            most = max(most, sum(p.grad is not None for p in model.parameters()) + len(grads_of(optimizer)))
 
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(held)
@@ -434,7 +434,7 @@ def test_bytes_are_what_a_step_holds(dtype: torch.dtype, kind: str, masters: str
     optimizer = Optimizer([("w", weight)], train)
     optimizer.start_step(1e-3, 0)
     weight.sum().backward()
-    grad = sum(g.nbytes for g in optimizer.grads().values())
+    grad = sum(g.nbytes for g in grads_of(optimizer).values())
     optimizer.step()
     state = sum(value.nbytes for name, value in optimizer.state_dict().items() if not name.endswith(".step"))
     each = weight.element_size()

@@ -21,7 +21,7 @@ from tunesmith.adapter import peft_files
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Example, collate
 from tunesmith.methods.base import TrainModel
-from tunesmith.optim import Optimizer
+from tunesmith.optim.optimizer import Optimizer
 from tunesmith.training.run import train
 
 STEPS, BATCH, RATE = 50, 4, 1e-3

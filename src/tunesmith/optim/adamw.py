@@ -1,8 +1,8 @@
-"""One AdamW update of some tensors: fp32 or 8-bit moments, rounded to nearest or stochastically.
+"""One AdamW update (Loshchilov and Hutter, arXiv:1711.05101) of some tensors, without waiting for the device.
 
-Nothing here waits for the device, and few kernels are launched: torch's fused kernel updates many fp32 tensors at once,
-bitsandbytes' kernel an 8-bit one, and torch.compile makes one kernel of the stochastically rounded update.
-bitsandbytes' optimizer class is not used: it synchronizes with the device after each tensor.
+Moments are fp32, or 8-bit with one scale a block of 256 (Dettmers et al. 2022, arXiv:2110.02861). torch's fused kernel
+updates many fp32 tensors at once, bitsandbytes' kernel an 8-bit one, and torch.compile makes one kernel of the
+stochastically rounded update. bitsandbytes' optimizer class is not used: it waits for the device after each tensor.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tunesmith import packages
 from tunesmith.config.schema import Train
 from tunesmith.errors import MachineError, first_line
 
+HALF = (torch.bfloat16, torch.float16)
 BLOCK = 256  # elements of an 8-bit moment that share a scale
 MIN_8BIT = 4096  # a smaller tensor keeps fp32 moments, as in bitsandbytes: it costs nothing, and norms are sensitive
 
@@ -30,9 +31,7 @@ NO_UPDATE = (0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0)
 def checkpoint_bytes_per_parameter(train: Train, weight_bytes: int) -> float:
     """Moments and fp32 master: what a checkpoint holds beside the weights, in bytes per trained parameter.
 
-    Args:
-        train: optimizer and master_weights count.
-        weight_bytes: of one trained weight in the model: 4, or 2 with full fine-tuning in 16 bits.
+    `weight_bytes` is of one trained weight in the model: 4, or 2 with full fine-tuning in 16 bits.
     """
     moments = 2 * (1 + 4 / BLOCK) if train.optimizer == "adamw-8bit" else 8.0
     return moments + (4.0 if weight_bytes == 2 and train.master_weights == "fp32" else 0.0)
@@ -41,8 +40,7 @@ def checkpoint_bytes_per_parameter(train: Train, weight_bytes: int) -> float:
 def state_bytes_per_parameter(train: Train, weight_bytes: int) -> float:
     """Gradient, moments and fp32 master: what a trained parameter takes on the device beside its weight. As above.
 
-    With `optimizer_in_backward` no gradient counts: there is one tensor's at a time. Tensors below MIN_8BIT elements
-    count like the others.
+    With `optimizer_in_backward` no gradient counts: there is one tensor's at a time.
     """
     gradient = 2.0 if weight_bytes == 2 and train.master_weights == "stochastic" else 4.0
     return checkpoint_bytes_per_parameter(train, weight_bytes) + (0.0 if train.optimizer_in_backward else gradient)
@@ -69,6 +67,16 @@ class ParameterState:
     rounded: bool
     eight_bit: bool
     state: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, param: nn.Parameter, train: Train) -> ParameterState:
+        """The state of a parameter that the recipe trains, with its fp32 master if it has one."""
+        rounded = param.dtype in HALF and train.master_weights == "stochastic"
+        has_master = param.dtype in HALF and not rounded
+        weight = nn.Parameter(param.detach().float()) if has_master else param
+        # Decay pulls matrices towards zero; norms, biases and scalars have no reason to go there.
+        decay = train.weight_decay if param.ndim >= 2 else 0.0
+        return cls(name, param, weight, decay, rounded, train.optimizer == "adamw-8bit" and param.numel() >= MIN_8BIT)
 
     @property
     def grad(self) -> Tensor:
@@ -199,10 +207,9 @@ class AdamWUpdate:
         state, (beta1, beta2) = part.state, self.train.betas
         state["step"] += 1
         count = int(state["step"])
-        of_betas = (1 - beta1, beta2, 1 - beta2)
         of_step = (1 - lr * part.decay, lr / (1 - beta1**count), (1 - beta2**count) ** 0.5)
         # Scalars go in a tensor, so that no value needs a graph of its own; it is made once a step.
-        values = (*of_betas, self.train.eps, *of_step)
+        values = (1 - beta1, beta2, 1 - beta2, self.train.eps, *of_step)
         if values not in self._scalars:
             if len(self._scalars) > 8:
                 self._scalars.clear()
@@ -218,10 +225,8 @@ class AdamWUpdate:
         text = f"{self.train.seed} {step} {part.name}".encode()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
         generator = torch.Generator(self.device).manual_seed(seed)
-        like = part.param
-        return torch.randint(
-            -(1 << 15), 1 << 15, like.shape, dtype=torch.int16, device=like.device, generator=generator
-        )
+        shape, device = part.param.shape, part.param.device
+        return torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, device=device, generator=generator)
 
 
 def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:

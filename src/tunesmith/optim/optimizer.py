@@ -1,4 +1,16 @@
-"""The optimizer: gradients in, one update a step out, and its state by parameter name."""
+"""The optimizer: gradients in, one update a step out, and its state by parameter name.
+
+It always updates an fp32 tensor, or a bf16 one with stochastic rounding:
+
+- a trained fp32 parameter (every LoRA matrix is one) is updated in place;
+- a trained 16-bit parameter has an fp32 master copy. A hook moves each gradient into the master's fp32 gradient as soon as
+  autograd has made it, so micro batches accumulate in fp32 and the 16-bit gradient is freed at once;
+- with `master_weights: stochastic` there is no copy: the update is rounded up or down at random, with probability by the
+  distance, so that small updates are kept on average (Zamirai et al. 2020, arXiv:2010.06192).
+
+`optimizer_in_backward` updates each parameter as soon as its gradient is complete, so the gradients of the whole model
+never exist together (Lv et al. 2023, arXiv:2306.09782).
+"""
 
 from __future__ import annotations
 
@@ -11,9 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tunesmith.config.schema import Train
 from tunesmith.errors import CheckpointError
-from tunesmith.optim.adamw import MIN_8BIT, AdamWUpdate, ParameterState
-
-HALF = (torch.bfloat16, torch.float16)
+from tunesmith.optim.adamw import HALF, AdamWUpdate, ParameterState
 
 
 class Optimizer:
@@ -21,10 +31,9 @@ class Optimizer:
 
     A step is `start_step(lr, step)`, then every forward and backward, then `step()`.
 
-    With `train.optimizer_in_backward` a hook updates each parameter within the backward, as soon as its gradient is
-    complete (a tied parameter once: autograd sums its gradients first), and `step()` only takes the norm. There must be
-    one backward a step, no clipping and no loss scale. A parameter whose gradient is not finite is not updated, but
-    others may have been: the weights are finite then but only partially updated, so resume from the last checkpoint.
+    With `train.optimizer_in_backward` there must be one backward a step, no clipping and no loss scale, and `step()` only
+    takes the norm. A parameter whose gradient is not finite is not updated, but others may have been: the weights are
+    finite then but only partially updated, so resume from the last checkpoint.
 
     Args:
         named: name and parameter of everything that is trained, each once; the names key the saved state.
@@ -41,7 +50,7 @@ class Optimizer:
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], train: Train, *, loss_scale: float | None = None):
         self.train, self.scale, self.growth_tracker = train, loss_scale, 0
         self.params = dict(named)
-        self.parts = {name: self._part(name, param) for name, param in self.params.items()}
+        self.parts = {name: ParameterState.of(name, param, train) for name, param in self.params.items()}
         device = next(iter(self.params.values())).device if self.params else torch.device("cpu")
         self.update = AdamWUpdate(train, device)
         if device.type == "cuda" and train.compile != "off":
@@ -54,15 +63,6 @@ class Optimizer:
         for part in self.parts.values():
             if train.optimizer_in_backward or part.weight is not part.param:
                 part.param.register_post_accumulate_grad_hook(partial(self._take_grad, part))
-
-    def _part(self, name: str, param: nn.Parameter) -> ParameterState:
-        rounded = param.dtype in HALF and self.train.master_weights == "stochastic"
-        has_master = param.dtype in HALF and not rounded
-        weight = nn.Parameter(param.detach().float()) if has_master else param
-        # Decay pulls matrices towards zero; norms, biases and scalars have no reason to go there.
-        decay = self.train.weight_decay if param.ndim >= 2 else 0.0
-        eight_bit = self.train.optimizer == "adamw-8bit" and param.numel() >= MIN_8BIT
-        return ParameterState(name, param, weight, decay, rounded, eight_bit)
 
     def _take_grad(self, part: ParameterState, param: Tensor) -> None:
         """As soon as autograd has made a gradient: add a 16-bit one to its fp32 master's; update in the backward."""
@@ -80,10 +80,6 @@ class Optimizer:
     def masters(self) -> dict[str, nn.Parameter]:
         """The fp32 copies of 16-bit parameters, by name."""
         return {name: part.weight for name, part in self.parts.items() if part.weight is not part.param}
-
-    def grads(self) -> dict[str, Tensor]:
-        """Gradients by parameter name: fp32 where the weights are fp32 or have a master."""
-        return {name: p.weight.grad for name, p in self.parts.items() if p.weight.grad is not None}
 
     def start_step(self, lr: float, index: int) -> None:
         """Set the learning rate and the index (from 0) of the coming step; before its backward."""

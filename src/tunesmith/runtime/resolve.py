@@ -24,7 +24,7 @@ from tunesmith.loss import chunk_size
 from tunesmith.model import attention
 from tunesmith.model.load import DTYPES
 from tunesmith.model.spec import ModelSpec
-from tunesmith.optim import state_bytes_per_parameter
+from tunesmith.optim.adamw import state_bytes_per_parameter
 from tunesmith.quant import fp8
 from tunesmith.runtime import compilation
 from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan

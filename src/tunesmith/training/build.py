@@ -31,7 +31,8 @@ from tunesmith.metrics import hardware
 from tunesmith.model import load
 from tunesmith.model.spec import flops
 from tunesmith.model.tokenizer import eos_ids
-from tunesmith.optim import Optimizer, checkpoint_bytes_per_parameter
+from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
+from tunesmith.optim.optimizer import Optimizer
 from tunesmith.quant import nf4
 from tunesmith.runtime.plan import RunPlan
 from tunesmith.runtime.resolve import probe_machine, resolve_plan

@@ -31,7 +31,7 @@ from tunesmith.metrics import hardware
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
-from tunesmith.optim import learning_rate, warmup_steps
+from tunesmith.optim.lr_schedule import learning_rate, warmup_steps
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
