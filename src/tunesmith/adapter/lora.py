@@ -10,7 +10,7 @@ a = sqrt(5) and B as zeros; both are fp32 parameters, computed in the dtype of x
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -181,33 +181,31 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
 
     As in PEFT a target means every linear layer of that name, and every one whose name ends in it after a dot.
     """
-    linear = linear_names(model, head=True)
-    to_save = set(_names_to_save(model, adapter))
+    to_save = _names_to_save(model, adapter)
     if adapter.target == ALL_LINEAR:
         return [name for name in linear_names(model, head=False) if name not in to_save]
     wanted = (adapter.target,) if isinstance(adapter.target, str) else adapter.target
-    found = {target: [n for n in linear if n == target or n.endswith(f".{target}")] for target in wanted}
-    for target, matching in found.items():
-        if not matching:
-            raise RecipeError(
-                f"the model has no linear layer named {target!r}",
-                where="adapter.target",
-                why=f"its linear layers are: {_last_names(linear)}",
-                fix="name some of these, or use all-linear",
-            )
-    names = set().union(*found.values())
-    if both := to_save & names:
+    endings = {target: f".{target}" for target in wanted}
+    names = _match(endings, linear_names(model, head=True), "adapter.target", "linear layer named")
+    if both := set(names).intersection(to_save):
         raise RecipeError(
             f"{min(both)!r} is both an adapter target and a module to save",
             where="adapter.modules_to_save",
             why="a module is either trained in full or through an adapter",
             fix="take it out of one of the two",
         )
-    return [name for name in linear if name in names]
+    return names
 
 
-def _last_names(names: Sequence[str]) -> str:
-    return ", ".join(dict.fromkeys(n.rsplit(".", 1)[-1] for n in names))
+def _match(wanted: Mapping[str, str], names: Sequence[str], key: str, kind: str) -> list[str]:
+    """The names that equal a wanted one or end in its ending; RecipeError if a wanted one matches none."""
+    for name, ending in wanted.items():
+        if not any(n == name or n.endswith(ending) for n in names):
+            why = f"it has: {', '.join(dict.fromkeys(n.rsplit('.', 1)[-1] for n in names))}"
+            raise RecipeError(
+                f"the model has no {kind} {name!r}", where=key, why=why, fix=f"name some of these, or remove {key}"
+            )
+    return [n for n in names if n in wanted or n.endswith(tuple(wanted.values()))]
 
 
 def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -216,18 +214,8 @@ def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
     As in PEFT a name means every module whose full name ends in it, with or without a dot before.
     """
     own = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
-    found: dict[str, None] = {}
-    for wanted in adapter.modules_to_save:
-        matching = [n for n in own if n.endswith(wanted)]
-        if not matching:
-            raise RecipeError(
-                f"the model has no module named {wanted!r} with weights of its own",
-                where="adapter.modules_to_save",
-                why=f"it has: {_last_names(own)}",
-                fix="name some of these",
-            )
-        found |= dict.fromkeys(matching)
-    return list(found)
+    endings = {name: name for name in adapter.modules_to_save}
+    return _match(endings, own, "adapter.modules_to_save", "module with weights of its own named")
 
 
 def loras(model: nn.Module) -> Iterator[tuple[str, Lora]]:

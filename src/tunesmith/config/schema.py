@@ -51,12 +51,10 @@ class Model:
     quantize: Literal["none", "fp8", "nf4"] = key(
         "none", "quantization of the frozen base: fp8 for speed (needs bf16), nf4 (bitsandbytes' format) for memory"
     )
-    attention: Literal["auto", "eager"] = key(
-        "auto", "auto: the fastest backend for packed rows; eager: Transformers' own"
-    )
+    attention: Literal["auto", "eager"] = key("auto", "auto: the fastest for packed rows; eager: Transformers' own")
     trust_remote_code: bool = key(False, "run Python code from the model's repository")
     added_tokens: tuple[str, ...] = key(
-        (), "special tokens to add to the vocabulary; with LoRA, `adapter.modules_to_save` must name `embed_tokens`"
+        (), "special tokens to add; with LoRA, `modules_to_save` must name `embed_tokens`"
     )
     pad_token: str | None = key(None, "padding token; null: the tokenizer's pad token, else unk, else eos")
 
@@ -93,20 +91,14 @@ class Source:
 class Data:
     """The rows, and how they become tokens."""
 
-    train: tuple[Source, ...] = key(
-        ..., "a source, or a list of them", example="{source: rows.jsonl, format: messages}"
-    )
+    train: tuple[Source, ...] = key(..., "a source, or a list", example="{source: rows.jsonl, format: messages}")
     validation: tuple[Source, ...] = key((), "held-out rows: a source, a list of them, or null")
     template: str = key("auto", "`auto` (the tokenizer's chat template, else alpaca), `chat`, `alpaca` or a Jinja file")
     system: str | None = key(None, "system message for rows without one")
     seq_len: AtLeastTwo = key(2048, "longest example and length of a packed row, in tokens")
     pack: bool = key(True, "put several examples in a row, isolated by attention; false: one example a row, padded")
-    train_on: Literal["response", "last", "all"] = key(
-        "response", "supervised: all assistant turns, the last, or all tokens"
-    )
-    too_long: Literal["truncate", "drop", "error"] = key(
-        "truncate", "what happens to longer examples; the count is shown"
-    )
+    train_on: Literal["response", "last", "all"] = key("response", "all assistant turns, the last one, or all tokens")
+    too_long: Literal["truncate", "drop", "error"] = key("truncate", "what to do with longer ones; counted")
     shuffle: bool = key(True, "a new order each epoch, from the seed; false: the order of the file")
 
 
@@ -116,9 +108,7 @@ class Train:
 
     duration: Length = key(Length(1, "epochs"), "`1 epochs`, `500 steps` or `2 h`")
     global_batch: Size = key(Size(64, "examples"), "batch of one optimizer step, over all ranks")
-    micro_batch: Size | Literal["auto"] = key(
-        "auto", "batch of one forward pass, with padding; auto: the most that fits"
-    )
+    micro_batch: Size | Literal["auto"] = key("auto", "batch of one forward, with padding; auto: the most that fits")
     learning_rate: Positive = key(1e-4, "peak learning rate")
     min_learning_rate: PositiveOrZero = key(0.0, "final learning rate of linear and cosine")
     schedule: Literal["constant", "linear", "cosine"] = key("cosine", "learning-rate schedule after warmup")
@@ -133,9 +123,7 @@ class Train:
     eps: Positive = key(1e-8, "AdamW's epsilon")
     weight_decay: PositiveOrZero = key(0.0, "decoupled weight decay of matrices, not of norms, biases and scalars")
     clip_norm: Positive | None = key(1.0, "maximum L2 norm of the gradient; null: no clipping")
-    master_weights: Literal["fp32", "stochastic"] = key(
-        "fp32", "for bf16 weights: an fp32 copy, or stochastic rounding"
-    )
+    master_weights: Literal["fp32", "stochastic"] = key("fp32", "bf16 weights: fp32 copy, or stochastic rounding")
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = key(42, "seed of data order, new weights and dropout")
     recompute: CountOrZero | Literal["auto", "none", "full"] = key(
         "auto", "activation checkpointing: how many layers to recompute in backward; auto: as few as fit in memory"
