@@ -11,8 +11,7 @@ import torch
 
 from recipes import make_run
 from tunesmith.bench.figures import BenchReport
-from tunesmith.bench.measure import BenchPlan, Measured, measure
-from tunesmith.bench.measured_peak import fp8_matmul_tflops, matmul_tflops
+from tunesmith.bench.measure import BenchPlan, Measured, fp8_matmul_tflops, matmul_tflops, measure
 from tunesmith.checkpoint.resume import Start
 from tunesmith.errors import RunError
 from tunesmith.model import spec

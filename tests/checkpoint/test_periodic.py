@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recipes import make_run
 from tunesmith.checkpoint import export, state
-from tunesmith.checkpoint.writer import Writer
+from tunesmith.checkpoint.state import Writer
 from tunesmith.errors import NonFiniteError, RunError, StoppedError
 from tunesmith.runtime.transfer import Snapshot
 from tunesmith.training.run import train

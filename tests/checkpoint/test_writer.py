@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.checkpoint import state
-from tunesmith.checkpoint.writer import Writer
+from tunesmith.checkpoint.state import Writer
 from tunesmith.errors import CheckpointError
 
 

@@ -11,7 +11,7 @@ from tunesmith.adapter import lora, peft_files
 from tunesmith.config.schema import Adapter
 from tunesmith.quant import fp8, nf4
 from tunesmith.quant.fp8 import Fp8Linear
-from tunesmith.quant.frozen_linear import parameter_count
+from tunesmith.quant.frozen_matmul import parameter_count
 from tunesmith.quant.frozen_weight import ROW_WISE, TENSOR_WISE, Fp8Weight, quantize_fp8
 
 CPU = torch.device("cpu")

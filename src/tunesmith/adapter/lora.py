@@ -22,8 +22,7 @@ from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
 from tunesmith.model.random_init import seed_of
 from tunesmith.quant.fp8 import ALIGNED, Fp8Linear
-from tunesmith.quant.frozen_linear import linear_names
-from tunesmith.quant.frozen_matmul import grouped_matmul
+from tunesmith.quant.frozen_matmul import grouped_matmul, linear_names
 from tunesmith.quant.frozen_weight import DenseWeight, FrozenWeight
 from tunesmith.quant.nf4 import Nf4Linear
 

@@ -7,20 +7,23 @@ It is `train` without its end: no validation, no periodic checkpoints, nothing k
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from tunesmith.bench.figures import BenchReport
-from tunesmith.bench.measured_peak import fp8_matmul_tflops, matmul_tflops
 from tunesmith.build_model import Weights
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Checkpoint, Log, Run, Validate
@@ -31,7 +34,7 @@ from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.terminal import Terminal
-from tunesmith.private import graphs_compiled
+from tunesmith.private import graphs_compiled, scaled_mm
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, build
 from tunesmith.training.run import print_line
@@ -39,6 +42,8 @@ from tunesmith.training.trainer import Trainer
 from tunesmith.units import Length
 
 STEADY = 3  # a shape that first comes after this step should find its graph
+MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}  # of the measured peak
+ROUND_SECONDS, ROUNDS = 0.2, 5
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,38 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
         first_loss=records[0].loss,
         last_loss=records[-1].loss,
     )
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
+    """The measured peak: TFLOP/s of a dense product [size, size] x [size, size] in `dtype`, the median of ROUNDS.
+
+    Few chips hold the clock of their published peak under load. Random numbers, as zeros draw less power.
+    """
+    n = size or MATMUL_SIZE[device.type]
+    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / _seconds(lambda: torch.mm(left, right, out=out)) / 1e12
+
+
+def fp8_matmul_tflops(device: torch.device, *, size: int | None = None) -> float | None:
+    """The same with fp8 (e4m3) factors, scaled by rows, else by tensor; None where the device has neither."""
+    if device.type != "cuda":
+        return None
+    n = size or MATMUL_SIZE["cuda"]
+    left, right = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    product = partial(scaled_mm, left, right.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    for rows in (n, 1):
+        a, b = torch.ones(rows, 1, device=device), torch.ones(1, rows, device=device)
+        with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # this chip lacks that product
+            return 2 * n**3 / _seconds(partial(product, scale_a=a, scale_b=b)) / 1e12
+    return None
+
+
+def _seconds(product: Callable[[], Tensor]) -> float:
+    """Seconds of one product: the median of ROUNDS rounds of about ROUND_SECONDS each, after a warm-up."""
+    timer = Timer("product()", globals={"product": product}, num_threads=torch.get_num_threads())
+    count = max(1, round(ROUND_SECONDS / timer.timeit(2).mean))  # on a GPU, waiting once per round costs nothing
+    return statistics.median(timer.timeit(count).mean for _ in range(ROUNDS))
 
 
 def free_device_memory() -> None:

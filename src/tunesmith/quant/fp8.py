@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import first_line
-from tunesmith.quant.frozen_linear import FrozenLinear
+from tunesmith.quant.frozen_matmul import FrozenLinear
 from tunesmith.quant.frozen_weight import ROW_WISE, TENSOR_WISE, Fp8Weight, FrozenWeight
 
 KINDS = (ROW_WISE, TENSOR_WISE)

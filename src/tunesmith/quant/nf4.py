@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import MachineError, ModelError, first_line
 from tunesmith.model.weights import WeightSource
-from tunesmith.quant.frozen_linear import FrozenLinear, linear_names
+from tunesmith.quant.frozen_matmul import FrozenLinear, linear_names
 from tunesmith.quant.frozen_weight import FrozenWeight, Nf4Weight, nf4_functions
 
 BLOCK = 64  # weights that share a scale

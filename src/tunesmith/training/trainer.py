@@ -21,7 +21,7 @@ import torch
 
 from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.resume import Progress, Start
-from tunesmith.checkpoint.writer import Writer
+from tunesmith.checkpoint.state import Writer
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import StoppedError, TunesmithError
 from tunesmith.host_files import write_atomically
