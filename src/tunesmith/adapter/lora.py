@@ -33,11 +33,7 @@ ORIGINAL = "before_tuning_"  # a module trained in full keeps its base values in
 class Lora(nn.Module):
     """What a linear layer with an adapter has, however its base weight is stored.
 
-    Attributes:
-        lora_A: fp32 [rank, in_features]; lora_B: fp32 [out_features, rank].
-        scaling: factor on the update.
-        dropout: probability of dropping an input of A while training.
-        enabled: False computes the base alone.
+    lora_A: fp32 [rank, in_features]; lora_B: fp32 [out_features, rank]. With `enabled = False` the base alone is computed.
     """
 
     bias: Any  # nn.Parameter or None
@@ -258,17 +254,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """Outputs of several layers for one input.
+    """Outputs [..., out_features] of several layers for one input x [..., in_features].
 
     If all are frozen with weights of one kind, `grouped_matmul` reads x once for all of them. Otherwise (dropout, a base
     that is trained, an adapter that is switched off) each layer is computed by itself, by plain autograd.
-
-    Args:
-        x: [..., in_features].
-        linears: layers that take x.
-
-    Returns:
-        [..., out_features] each.
     """
 
     def alone(m: nn.Module) -> Tensor:

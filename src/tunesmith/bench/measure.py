@@ -48,13 +48,9 @@ ROUND_SECONDS, ROUNDS = 0.2, 5
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What to measure.
+    """What to measure: of the user's recipe `steps` timed steps, after `warmup` others.
 
-    Attributes:
-        run: the user's recipe.
-        steps, warmup: timed steps, and the steps before them.
-        weights: "stored" reads the model's files, "random" draws them.
-        traces: folder for the profiles of further steps after the timed ones, or None.
+    weights: "stored" reads the model's files, "random" draws them. traces: folder for the profiles of further steps.
     """
 
     run: Run
@@ -109,9 +105,7 @@ class Observed:
 def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print_line) -> Measured:
     """Run a recipe's steps and measure them.
 
-    Args:
-        folder: an empty folder for what the run writes.
-        say: takes a line about each thing found and chosen before the first step.
+    `folder` is an empty one for what the run writes; `say` takes a line about each thing chosen before the first step.
 
     Raises:
         UsageError: the recipe, data, model or machine is wrong.

@@ -25,15 +25,8 @@ BATCH = "16384 tokens"
 def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
     """Write a model without weights into an existing folder: config.json with the tokenizer's ids, and the tokenizer.
 
-    Args:
-        config: of a shape. A vocabulary that is too small for the tokenizer's ids grows to its size.
-        tokenizer: a Hub id or a folder.
-
-    Returns:
-        the change made to the shape, in words; empty if there is none.
-
-    Raises:
-        ModelError: the tokenizer, or the config, cannot be read.
+    A vocabulary that is too small for the ids of the tokenizer (a Hub id or a folder) grows to its size; the change is
+    returned in words. ModelError if the tokenizer or the config cannot be read.
     """
     spec.read_spec(config, where="--shape")
     found = load_tokenizer(fetch_without_weights(tokenizer), Model(name=str(folder)))
@@ -50,12 +43,8 @@ def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
 def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]) -> Run:
     """The checked recipe of a shape whose model folder is `folder`; its file is written beside that folder.
 
-    Args:
-        data, rows: the rows (a file or a Hub id), and their format.
-        overrides: `key.sub=value`.
-
-    Raises:
-        UsageError: an override names another model or tokenizer; and as `load_recipe`.
+    data, rows: the rows (a file or a Hub id), and their format. Raises as `load_recipe`, and UsageError if an override names
+    another model or tokenizer.
     """
     values = {
         "model": {"name": str(folder)},

@@ -84,9 +84,7 @@ class Start:
 
 @contextlib.contextmanager
 def claim_run_dir(output_dir: Path) -> Iterator[None]:
-    """Create the run directory and lock it: a second run in it is refused while this one lives.
-
-    Folders that were created here are removed again if nothing was written into them.
+    """Create the run directory and lock it; remove what was created if nothing was written into it.
 
     Raises:
         MachineError: the folder cannot be created or written, or another run holds it.
@@ -120,13 +118,8 @@ def _lock(output_dir: Path) -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        what, why = (
-            f"the run directory cannot be written: {error.strerror}",
-            "output_dir must be a folder you may write to",
-        )
-        raise MachineError(
-            what, where=str(output_dir), why=why, fix="choose another: output_dir=runs/my-run"
-        ) from error
+        what = f"the run directory cannot be written: {error.strerror}"
+        raise MachineError(what, where=str(output_dir), fix="choose another: output_dir=runs/my-run") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -178,13 +178,8 @@ class Writer:
     writes into a directory that another run may already hold.
 
     Args:
-        run_dir: the folder of the checkpoints.
-        keep: how many of them stay.
-        saved_step: step of the checkpoint that the run resumes from, or None.
+        saved_step: step of the newest complete checkpoint, at first of that which the run resumes from; or None.
         sync: flushes to the disk what must be there before a checkpoint counts; called in the thread that writes.
-
-    Attributes:
-        saved_step: step of the newest complete checkpoint.
     """
 
     def __init__(self, run_dir: Path, keep: int, saved_step: int | None, *, sync: Callable[[], None]) -> None:
@@ -196,10 +191,7 @@ class Writer:
     def write(self, fill: Fill, step: int, *, keep_step: int | None) -> None:
         """Write a checkpoint now, after the one in progress.
 
-        Args:
-            fill: writes the checkpoint's files into an empty folder.
-            step: the step it belongs to.
-            keep_step: step of a checkpoint that stays however old it is, or None.
+        The checkpoint of `keep_step` stays however old it is.
 
         Raises:
             CheckpointError: it cannot be written; what was there before stays. All methods but `close` raise it.
@@ -231,9 +223,6 @@ class Writer:
             running.result()
 
     def close(self) -> None:
-        """Let the write in progress finish, and end the thread.
-
-        An error of that write is dropped: the run ends for another reason, which is the one to report.
-        """
+        """Let the write in progress finish, and end the thread; the run ends for another reason than an error of it."""
         self._running = None
         self._pool.shutdown()

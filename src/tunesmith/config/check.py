@@ -27,15 +27,9 @@ Problem = tuple[str, str, str] | tuple[str, str, str, str]
 
 
 def check_run(run: Run, where: Callable[[str], str]) -> None:
-    """Check a typed recipe against every rule; raise the first that is broken.
+    """RecipeError for the first rule that a recipe breaks; MachineError if this version cannot do what is asked.
 
-    Args:
-        run: the recipe.
-        where: the place of a dotted key (`data.train.0.columns`), or "" if the key was not given.
-
-    Raises:
-        RecipeError: a rule is broken.
-        MachineError: this version cannot do what is asked.
+    `where` gives the place of a dotted key (`data.train.0.columns`), or "" if the key was not given.
     """
     for rules in (_model, _adapter, _data, _train, _batch, _optimizer_in_backward, _lengths, _validate):
         for key, what, fix, *why in rules(run, where):

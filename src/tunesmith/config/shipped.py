@@ -23,13 +23,7 @@ def purpose(path: Path) -> str:
 
 
 def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
-    """The file that a recipe's name or path means.
-
-    A file that exists wins over a shipped recipe of the same name.
-
-    Raises:
-        RecipeError: there is neither; with the nearest shipped name.
-    """
+    """The file that a recipe's name or path means, else a RecipeError; a file wins over a shipped recipe of its name."""
     path = base / Path(recipe).expanduser()
     if path.is_file():
         return path

@@ -141,12 +141,9 @@ def read_records(path: str | Path) -> list[StepRecord]:
 
 
 def cut_back(path: str | Path, step: int) -> int:
-    """Remove from a metrics.jsonl, in one move, the records after `step` and every unreadable or partial line.
+    """Remove from a metrics.jsonl, in one move, the records after `step` and every unreadable line; return how many.
 
     Lines that stay are not changed by a byte. A missing file stays missing.
-
-    Returns:
-        How many lines were removed.
     """
     path, kept = Path(path), []
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []

@@ -28,10 +28,7 @@ def write_failure(folder: Path, error: TunesmithError, *, last_step: int, next_c
 def closing_summary(run: Run, *, steps: int, seconds: float = 0.0, finished_before: bool = False) -> str:
     """The closing summary as plain text: figures of all starts of the run, files written, next commands.
 
-    Args:
-        steps: optimizer steps of the whole run.
-        seconds: of training; 0 takes the sum of the recorded steps.
-        finished_before: the run was finished already, and this start did nothing.
+    `seconds` of training: 0 takes the sum of the recorded steps. `finished_before`: this start did nothing.
     """
     folder = Path(run.output_dir)
     records = read_records(folder / "metrics.jsonl")

@@ -32,13 +32,9 @@ def format_seconds(seconds: float) -> str:
 
 
 class Terminal(Sink):
-    """Progress for a person, on stderr, and log.txt.
+    """Progress for a person on `stream`, stderr by default, and in the file `log`.
 
-    Args:
-        log: path of log.txt; None writes none.
-        total_steps: optimizer steps of the whole run; None where it ends by the clock.
-        steps_per_epoch: optimizer steps of one epoch, for `log.every` in epochs.
-        stream: where progress is shown; stderr by default.
+    `total_steps` are the optimizer steps of the whole run; None where it ends by the clock.
     """
 
     def __init__(

@@ -159,9 +159,7 @@ class AdamWUpdate:
         """Update every weight by its gradient.
 
         Args:
-            lr: the learning rate.
-            step: from 0; with the parameter's name it seeds the stochastic rounding, so that a resumed run rounds as the
-                uninterrupted one.
+            step: from 0; with the parameter's name it seeds the stochastic rounding.
             found_inf: fp32 [] on the device; where it is 1, no weight changes. With 8-bit moments all gradients must then
                 be NaN, and `takes_found_inf` True: bitsandbytes' kernel takes no flag. None: the gradients are finite.
         """

@@ -17,13 +17,10 @@ def warmup_steps(train: Train, total: int | None, steps_per_epoch: float) -> int
 
 
 def learning_rate(train: Train, step: int, *, warmup: int, progress: float) -> float:
-    """The learning rate of one step.
+    """The learning rate of one step, counted from 0.
 
-    Args:
-        train: peak, minimum and schedule.
-        step: from 0.
-        warmup: steps of linear rise; step `warmup - 1` is the first at the peak.
-        progress: share of the steps after the warm-up that are done, 0 to 1.
+    `warmup`: steps of linear rise; step `warmup - 1` is the first at the peak. `progress`: share of the steps after the
+    warm-up that are done, 0 to 1.
     """
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup

@@ -52,10 +52,6 @@ class Fp8Linear(FrozenLinear):
     Attributes (frozen):
         weight: e4m3 [out_features, in_features]; scale: fp32 [out_features, 1] or [1, 1].
         transposed_weight: e4m3 [in_features, out_features]; transposed_scale: fp32 [in_features, 1] or [1, 1].
-
-    Args:
-        base: loaded; bf16.
-        kind: one of KINDS.
     """
 
     scale: Tensor

@@ -93,14 +93,9 @@ class Nf4Linear(FrozenLinear):
 
     @torch.no_grad()
     def load_quantized(self, parts: dict[str, Tensor], *, where: str) -> None:
-        """Store a weight that bitsandbytes has quantized.
+        """Store a weight that bitsandbytes has quantized, else a ModelError that names it by `where`.
 
-        Args:
-            parts: the checkpoint's tensors of this weight, by the rest of their names; "" are the codes.
-            where: the weight's name, for errors.
-
-        Raises:
-            ModelError: the tensors are not a complete NF4 weight of this layer's shape.
+        parts: the checkpoint's tensors of this weight, by the rest of their names; "" are the codes.
         """
         rest = {name: tensor for name, tensor in parts.items() if name}
         try:
