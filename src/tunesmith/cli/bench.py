@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-", ignore_cleanup_errors=True) as name:
         recipe = recipe_of(args, Path(name) / "model")
         if args.cold:
-            check_compiles(recipe)
+            refuse_eager(recipe)
             # Both are read when something is compiled, and this process does nothing after the command.
             os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{name}/cache", "TRITON_CACHE_DIR": f"{name}/cache/triton"}
         figures, report, lines = bench(args, recipe, Path(name))
@@ -122,37 +122,35 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
     return checked
 
 
-def check_compiles(recipe: Run) -> None:
-    """Refuse --cold where nothing is compiled."""
+def refuse_eager(recipe: Run) -> None:
+    """UsageError for --cold where nothing is compiled."""
     from tunesmith.runtime.compilation import select_compile
     from tunesmith.training.build import choose_device
 
     if not select_compile(recipe.train.compile, choose_device())[0]:
-        raise UsageError(
-            "--cold measures compilation, and nothing is compiled here",
-            where="--cold",
-            why=f"train.compile is {recipe.train.compile}, which compiles nothing on this machine",
-            fix="train.compile=on, or remove --cold",
-        )
+        what = f"--cold measures compilation, and train.compile {recipe.train.compile} compiles nothing here"
+        raise UsageError(what, where="--cold", fix="train.compile=on, or remove --cold")
 
 
 def bench(args: argparse.Namespace, recipe: Run, folder: Path) -> tuple[BenchReport, dict[str, Any], list[str]]:
     """Measure in `folder`; the figures, the report for --json, and the lines that follow the table."""
     from tunesmith.bench.measure import BenchPlan, free_device_memory, measure
+    from tunesmith.config.dump import to_mapping
     from tunesmith.metrics import hardware
 
-    plan = BenchPlan(
-        recipe,
-        args.steps,
-        args.warmup,
-        weights="random" if args.shape else "stored",
-        traces=Path(args.profile) if args.profile else None,
-    )
+    traces = Path(args.profile) if args.profile else None
+    plan = BenchPlan(recipe, args.steps, args.warmup, "random" if args.shape else "stored", traces)
     (folder / "run").mkdir()
     measured = measure(plan, folder / "run")
+    values = to_mapping(recipe)
+    if args.shape:  # its name instead of its temporary folder
+        name = f"shape {args.shape} ({find_shape(args.shape).source})"
+        config = json.loads((Path(recipe.model.name) / "config.json").read_text(encoding="utf-8"))
+        values["model"] |= {"name": name, "tokenizer": args.tokenizer, "vocab_size": config["vocab_size"]}
+        del values["output_dir"]
     report: dict[str, Any] = {
         "figures": vars(measured.figures),
-        "recipe": plain_recipe(args, recipe),
+        "recipe": values,
         "machine": hardware.describe_machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -172,19 +170,6 @@ def bench(args: argparse.Namespace, recipe: Run, folder: Path) -> tuple[BenchRep
     return measured.figures, report, lines
 
 
-def plain_recipe(args: argparse.Namespace, recipe: Run) -> dict[str, Any]:
-    """The whole recipe as plain values; a shape's name instead of its temporary folder."""
-    from tunesmith.config.dump import to_mapping
-
-    values = to_mapping(recipe)
-    if args.shape:
-        name = f"shape {args.shape} ({find_shape(args.shape).source})"
-        config = json.loads((Path(recipe.model.name) / "config.json").read_text(encoding="utf-8"))
-        values["model"] |= {"name": name, "tokenizer": args.tokenizer, "vocab_size": config["vocab_size"]}
-        del values["output_dir"]
-    return values
-
-
 def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -> dict[str, float]:
     """Seconds of build and first step here, and in a new process that finds what this one has compiled."""
     command = [sys.executable, "-m", "tunesmith", "bench", *args.words, "--steps", "1", "--warmup", "0"]
@@ -193,12 +178,8 @@ def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -
             command += [f"--{option}", vars(args)[option]]
     done = subprocess.run([*command, "--json", str(file)], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
-        raise RunError(
-            f"the run with a warm compile cache ended with {done.returncode}",
-            where=" ".join(command),
-            why="its messages are above",
-            fix="run that command by itself, or remove --cold",
-        )
+        what, fix = f"the run with a warm compile cache ended with {done.returncode}", "see its messages above"
+        raise RunError(what, where=" ".join(command), fix=fix)
     warm = json.loads(file.read_text(encoding="utf-8"))["figures"]
     names = ("first_step_seconds", "build_seconds")
     return {name: figures[name] for name in names} | {f"warm_{name}": warm[name] for name in names}

@@ -64,12 +64,8 @@ class TensorBoardSink(Sink):
         try:
             self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=10)
         except OSError as error:
-            raise MachineError(
-                "TensorBoard's events cannot be written",
-                where=str(self.folder),
-                why=str(error),
-                fix="choose another folder: log.tensorboard_dir=..., or log.tensorboard=false",
-            ) from None
+            what, fix = "TensorBoard's events cannot be written", "log.tensorboard_dir=..., or log.tensorboard=false"
+            raise MachineError(what, where=str(self.folder), why=str(error), fix=fix) from None
         self._writer.add_text("recipe", f"```yaml\n{dump(run)}```", global_step=resumed_at)
 
     def step(self, record: StepRecord) -> None:
@@ -112,11 +108,8 @@ class WandbSink(Sink):
         try:
             import wandb
         except ImportError:
-            raise MachineError(
-                "Weights & Biases (log.wandb) is not installed",
-                where="log.wandb",
-                fix="pip install 'tunesmith[wandb]', or log.wandb=false",
-            ) from None
+            what, fix = "Weights & Biases is not installed", "pip install 'tunesmith[wandb]', or log.wandb=false"
+            raise MachineError(what, where="log.wandb", fix=fix) from None
         from tunesmith.config.dump import to_mapping
 
         kept = self.folder / "wandb-id.txt"
@@ -131,12 +124,8 @@ class WandbSink(Sink):
                 config=to_mapping(run),
             )
         except wandb.errors.Error as error:
-            raise MachineError(
-                "Weights & Biases did not start",
-                where="log.wandb",
-                why=str(error),
-                fix="wandb login, or WANDB_MODE=offline, or log.wandb=false",
-            ) from None
+            fix = "wandb login, or WANDB_MODE=offline, or log.wandb=false"
+            raise MachineError("Weights & Biases did not start", where="log.wandb", why=str(error), fix=fix) from None
         kept.write_text(self._run.id + "\n")
         # W&B's own step may not decrease, and a resumed run repeats the steps after its checkpoint.
         self._run.define_metric("train/*", step_metric="train/step")

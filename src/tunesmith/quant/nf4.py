@@ -103,11 +103,8 @@ class Nf4Linear(FrozenLinear):
         except (KeyError, ValueError, AssertionError) as error:
             raise ModelError(f"its bitsandbytes tensors are not complete: {error}", where=where) from error
         if state.quant_type != "nf4" or tuple(state.shape) != (self.out_features, self.in_features):
-            raise ModelError(
-                f"stored as {state.quant_type} of shape {tuple(state.shape)}, and nf4 of shape "
-                f"{(self.out_features, self.in_features)} is needed",
-                where=where,
-            )
+            needed = f"nf4 of shape {(self.out_features, self.in_features)} is needed"
+            raise ModelError(f"stored as {state.quant_type} of shape {tuple(state.shape)}, and {needed}", where=where)
         self._store_state(parts[""].contiguous().view(torch.uint8), state)
 
     def _store_state(self, packed: Tensor, state: Any) -> None:
