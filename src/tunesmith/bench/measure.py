@@ -85,21 +85,13 @@ class Measured(NamedTuple):
 
 @dataclass
 class Observed:
-    """What is seen from outside while the loop runs.
-
-    Attributes:
-        build_seconds: of `build`.
-        graphs: compiled so far: before the build, then after each step up to the last timed one.
-        padded: step, from 1 -> tokens computed, padding counted.
-        memory_gib: peak at the end of the timed steps.
-        stall: seconds that a checkpoint held up the loop.
-    """
+    """What is seen from outside while the loop runs."""
 
     build_seconds: float
-    graphs: list[int]
-    padded: dict[int, int] = field(default_factory=dict)
-    memory_gib: float = 0.0
-    stall: float | None = None
+    graphs: list[int]  # compiled so far: before the build, then after each step up to the last timed one
+    padded: dict[int, int] = field(default_factory=dict)  # step, from 1 -> tokens computed, padding counted
+    memory_gib: float = 0.0  # peak at the end of the timed steps
+    stall: float | None = None  # seconds that a checkpoint held up the loop
 
 
 def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print_line) -> Measured:

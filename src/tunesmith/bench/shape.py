@@ -1,8 +1,4 @@
-"""A shape as a recipe: a model folder with config and tokenizer but no weights, and a recipe that trains it.
-
-The recipe is LoRA with rank 8 on every linear layer, packed rows of 2,048 tokens and 16,384 tokens per step; key=value
-overrides win.
-"""
+"""A shape as a recipe: a model folder with config and tokenizer but no weights, and a recipe that trains it."""
 
 from __future__ import annotations
 
