@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.config.schema import Source
-from tunesmith.data.files import ListTable
+from tunesmith.data.files import Table
 from tunesmith.data.source import from_list, is_local, read_rows, select_rows
 
 ROWS = [{"text": f"row {i}"} for i in range(10)]
@@ -108,7 +108,7 @@ def test_slices_are_those_of_datasets(n: int, start: int | None, stop: int | Non
     unit = "%" if percent and (start is not None or stop is not None) else ""
     spec = f"train[{'' if start is None else f'{start}{unit}'}:{'' if stop is None else f'{stop}{unit}'}]"
     [theirs] = datasets.ReadInstruction.from_spec(spec).to_absolute({"train": n})
-    table = ListTable(list(range(n)), str, "")
+    table = Table(n, int, str, str)
     expected = list(range(theirs.from_, theirs.to))
     if expected:
         [part] = select_rows({"train": table}, spec, where="x")

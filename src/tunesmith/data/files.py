@@ -14,10 +14,12 @@ import io
 import json
 import mmap
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from shlex import quote
-from typing import Any, Protocol
+from typing import Any
 
 from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
 from tunesmith.errors import DataError, first_line
@@ -26,18 +28,21 @@ MAX_ROW_BYTES = 32 << 20  # a longer row is a file with its line breaks lost; to
 _BLOCK = 256  # rows of an Arrow table converted to Python at once
 
 
-class Table(Protocol):
-    """Rows found by number, each with the place that an editor shows."""
+@dataclass(frozen=True)
+class Table:
+    """Rows found by number.
 
-    def __len__(self) -> int: ...
+    row: row i as Python values, or a DataError with its place. where: the place of row i that an editor shows.
+    fingerprint: sha256 of the content, in hex.
+    """
 
-    def row(self, i: int) -> Any:
-        """Row i as Python values; a DataError names the place of one that cannot be read."""
+    size: int
+    row: Callable[[int], Any]
+    where: Callable[[int], str]
+    fingerprint: Callable[[], str]
 
-    def where(self, i: int) -> str: ...
-
-    def fingerprint(self) -> str:
-        """sha256 of the content, in hex."""
+    def __len__(self) -> int:
+        return self.size
 
 
 def open_table(path: Path) -> Table:
@@ -64,25 +69,21 @@ def open_table(path: Path) -> Table:
 def _check_is_file(path: Path) -> None:
     if path.is_file():
         return
-    why = ""
+    folder = path if path.is_dir() else path.parent
+    inside = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    has, why = ", ".join(inside[:5]) or "no data file", ""
     if path.is_dir():
-        what, inside = "the source is a folder, not a file", _data_files(path)
-        why = f"it holds {', '.join(inside[:5])}" if inside else "it holds no data file"
+        what, why = "the source is a folder, not a file", f"it holds {has}"
         fix = f"source: {path / inside[0]}" if inside else f"name a file that ends in {', '.join(SUFFIXES)}"
     elif path.exists():
         what, fix = "the source is not a regular file", "copy its rows into a file and name that"
-    elif not path.parent.is_dir():
-        what, why, fix = "there is no such file", f"there is no folder {path.parent}", "fix the path"
+    elif not folder.is_dir():
+        what, why, fix = "there is no such file", f"there is no folder {folder}", "fix the path"
     else:
-        what, inside = "there is no such file", _data_files(path.parent)
-        why = f"{path.parent} has {', '.join(inside[:5]) or 'no data file'}"
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
-        fix = f"did you mean {path.parent / near[0]}?" if near else "fix the path"
+        what, why = "there is no such file", f"{folder} has {has}"
+        near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1, cutoff=0.5)
+        fix = f"did you mean {folder / near[0]}?" if near else "fix the path"
     raise DataError(what, where=str(path), why=why, fix=fix)
-
-
-def _data_files(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
 
 
 def _file_digest(path: Path) -> str:
@@ -110,75 +111,45 @@ def _read_text(path: Path) -> str:
     return _decode(path, data, lambda at: f"{path}:{data.count(end, 0, at) + 1}", "utf-8-sig")
 
 
-class JsonLinesTable:
+def _read_json_lines(path: Path) -> Table:
     """One JSON object a line; blank lines are skipped. The file is memory-mapped, not read."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    starts, ends, numbers = array("q"), array("q"), array("q")
+    at = 3 if mapped[:3] == b"\xef\xbb\xbf" else 0
+    mapped.seek(at)
+    for number, line in enumerate(iter(mapped.readline, b""), 1):
+        if line.strip():
+            starts.append(at)
+            ends.append(at + len(line))
+            numbers.append(number)
+        at += len(line)
+    if not starts:
+        raise DataError("the file has only blank lines", where=str(path), fix="write rows into it")
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with path.open("rb") as file:
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._starts, self._ends, self._lines = array("q"), array("q"), array("q")
-        at = 3 if self._data[:3] == b"\xef\xbb\xbf" else 0
-        self._data.seek(at)
-        for number, line in enumerate(iter(self._data.readline, b""), 1):
-            if line.strip():
-                self._starts.append(at)
-                self._ends.append(at + len(line))
-                self._lines.append(number)
-            at += len(line)
-        if not self._starts:
-            raise DataError("the file has only blank lines", where=str(path), fix="write rows into it")
+    def where(i: int) -> str:
+        return f"{path}:{numbers[i]}"
 
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def where(self, i: int) -> str:
-        return f"{self._path}:{self._lines[i]}"
-
-    def row(self, i: int) -> Any:
-        if (size := self._ends[i] - self._starts[i]) > MAX_ROW_BYTES:
+    def row(i: int) -> Any:
+        if (size := ends[i] - starts[i]) > MAX_ROW_BYTES:
             why = f"a row may have {MAX_ROW_BYTES >> 20} MiB; line breaks between rows may be lost"
             fix = "write one row a line, or split the text into several rows"
-            raise DataError(f"a row of {size / 2**20:.0f} MiB", where=self.where(i), why=why, fix=fix)
-        data = self._data[self._starts[i] : self._ends[i]]
+            raise DataError(f"a row of {size / 2**20:.0f} MiB", where=where(i), why=why, fix=fix)
+        data = mapped[starts[i] : ends[i]]
         try:
-            return json.loads(_decode(self._path, data, lambda _: self.where(i), "utf-8"))
+            return json.loads(_decode(path, data, lambda _: where(i), "utf-8"))
         except (json.JSONDecodeError, RecursionError) as error:
-            raise self._broken(i, data, error) from None
-
-    def _broken(self, i: int, data: bytes, error: Exception) -> DataError:
-        last = i == len(self) - 1 and not data.endswith(b"\n")
-        why = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        fix = f"sed -n {self._lines[i]}p {quote(str(self._path))}   # fix or delete this line: one JSON object a line"
-        if last:
+            why = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+            fix = f"sed -n {numbers[i]}p {quote(str(path))}   # fix or delete this line: one JSON object a line"
+        if i == len(starts) - 1 and not data.endswith(b"\n"):
             why += "; the file ends here without a line break, so it may be cut off"
             fix = "download or write the file again, or delete its last line"
         elif i == 0 and data.lstrip().startswith(b"["):
             why += "; the file looks like one JSON array"
-            fix = f"mv {quote(str(self._path))} {quote(str(self._path.with_suffix('.json')))}   # and name that"
-        return DataError("the line is not JSON", where=self.where(i), why=why, fix=fix)
+            fix = f"mv {quote(str(path))} {quote(str(path.with_suffix('.json')))}   # and name that"
+        raise DataError("the line is not JSON", where=where(i), why=why, fix=fix)
 
-    def fingerprint(self) -> str:
-        return _file_digest(self._path)
-
-
-class ListTable:
-    """Rows held in memory: a JSON array, a CSV file, or rows that a program made."""
-
-    def __init__(self, rows: Sequence[Any], where: Callable[[int], str], digest: str) -> None:
-        self._rows, self._where, self._digest = rows, where, digest
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def row(self, i: int) -> Any:
-        return self._rows[i]
-
-    def where(self, i: int) -> str:
-        return self._where(i)
-
-    def fingerprint(self) -> str:
-        return self._digest
+    return Table(len(starts), row, where, lambda: _file_digest(path))
 
 
 def _read_json(path: Path) -> Table:
@@ -190,10 +161,10 @@ def _read_json(path: Path) -> Table:
         first, _, rest = text.strip().partition("\n")
         extra = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
         if first.startswith("{") and (extra or (first.rstrip().endswith("}") and rest)):
-            return JsonLinesTable(path)
+            return _read_json_lines(path)
         raise _broken_json(path, text, error) from None
     if isinstance(rows, list) and rows:
-        return ListTable(rows, lambda i: f"{path} row {i + 1}", _file_digest(path))
+        return Table(len(rows), rows.__getitem__, lambda i: f"{path} row {i + 1}", lambda: _file_digest(path))
     what, why = f"the file holds {json_type(rows)}, not an array of rows", ""
     fix = 'write an array of objects: [{"messages": ...}, ...]'
     if rows == []:
@@ -258,50 +229,41 @@ def _read_csv(path: Path) -> Table:
     if len(rows) < 2:
         raise DataError("the file has a header and no rows", where=str(path), fix="write rows below the header")
     table = [dict(zip(header, values, strict=True)) for values in rows[1:]]
-    return ListTable(table, lambda i: f"{path}:{lines[i + 1]}", _file_digest(path))
+    return Table(len(table), table.__getitem__, lambda i: f"{path}:{lines[i + 1]}", lambda: _file_digest(path))
 
 
 # --- Arrow ----------------------------------------------------------------------------------------------------------
 
 
-class ArrowTable:
-    """A Parquet or Arrow file, memory-mapped, as Python rows."""
+def _read_arrow(path: Path) -> Table:
+    """A Parquet or Arrow file, memory-mapped."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    try:
+        if path.suffix.lower() == ".parquet":
+            table = pq.read_table(path, memory_map=True)
+        else:
+            file = pa.memory_map(str(path))
+            # Two containers share the suffix: the file format, and the stream that `datasets` writes.
+            is_file = file.read(6) == b"ARROW1"
+            file.seek(0)
+            table = (pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)).read_all()
+    except pa.ArrowException as error:
+        what, fix = f"the file is not {path.suffix[1:]}", "download or write the file again"
+        raise DataError(what, where=str(path), why=first_line(error), fix=fix) from None
+    if table.num_rows == 0:
+        raise DataError("the file holds no rows", where=str(path), fix="name a file that does")
 
-        try:
-            if path.suffix.lower() == ".parquet":
-                self._table = pq.read_table(path, memory_map=True)
-            else:
-                file = pa.memory_map(str(path))
-                # Two containers share the suffix: the file format, and the stream that `datasets` writes.
-                is_file = file.read(6) == b"ARROW1"
-                file.seek(0)
-                self._table = (pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)).read_all()
-        except pa.ArrowException as error:
-            what, fix = f"the file is not {path.suffix[1:]}", "download or write the file again"
-            raise DataError(what, where=str(path), why=first_line(error), fix=fix) from None
-        if self._table.num_rows == 0:
-            raise DataError("the file holds no rows", where=str(path), fix="name a file that does")
-        self._path = path
-        self._block: tuple[int, list[Any]] = (-1, [])
+    @lru_cache(maxsize=1)
+    def block(n: int) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = table.slice(n * _BLOCK, _BLOCK).to_pylist()
+        return rows
 
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
+    def row(i: int) -> dict[str, Any]:
+        return without_nulls(block(i // _BLOCK)[i % _BLOCK])
 
-    def where(self, i: int) -> str:
-        return f"{self._path} row {i + 1}"
-
-    def row(self, i: int) -> Any:
-        block, at = divmod(i, _BLOCK)
-        if self._block[0] != block:
-            self._block = (block, self._table.slice(block * _BLOCK, _BLOCK).to_pylist())
-        return without_nulls(self._block[1][at])
-
-    def fingerprint(self) -> str:
-        return _file_digest(self._path)
+    return Table(table.num_rows, row, lambda i: f"{path} row {i + 1}", lambda: _file_digest(path))
 
 
 def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
@@ -324,9 +286,9 @@ def json_type(value: Any) -> str:
 
 _READERS: dict[str, Callable[[Path], Table]] = {
     ".json": _read_json,
-    ".jsonl": JsonLinesTable,
-    ".ndjson": JsonLinesTable,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
     ".csv": _read_csv,
-    ".parquet": ArrowTable,
-    ".arrow": ArrowTable,
+    ".parquet": _read_arrow,
+    ".arrow": _read_arrow,
 }

@@ -6,13 +6,12 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Source
-from tunesmith.data.files import ListTable, Table, json_type, open_table, without_nulls
+from tunesmith.data.files import Table, json_type, open_table, without_nulls
 from tunesmith.errors import DataError, first_line
 
 log = logging.getLogger(__name__)
@@ -21,8 +20,7 @@ _NAMES = re.compile(r"(?:^|\+)\s*(\w[\w.-]*)")
 _MIXED = re.compile(r"%:-?[\d_]+\]|\[-?[\d_]+:-?[\d_]+%")  # a percentage and a row number, which `datasets` confuses
 
 
-@dataclass(frozen=True)
-class RowRange:
+class RowRange(NamedTuple):
     """A run of rows of one table."""
 
     table: Table
@@ -81,10 +79,9 @@ def read_rows(source: Source) -> Rows:
     tables = {"train": open_table(Path(source.source).expanduser())} if local else _read_hub(source)
     ranges = select_rows(tables, source.split, where=source.source)
     if (left := source.max_examples) is not None:
-        everything, ranges = ranges, []
-        for part in everything:
-            ranges.append(RowRange(part.table, part.rows[:left]))
-            left -= len(ranges[-1].rows)
+        for n, (table, rows) in enumerate(ranges):
+            ranges[n] = RowRange(table, rows[:left])
+            left -= len(ranges[n].rows)
         ranges = [part for part in ranges if len(part.rows)]
     return Rows(source.source, ranges)
 
@@ -92,7 +89,7 @@ def read_rows(source: Source) -> Rows:
 def from_list(rows: list[dict[str, Any]], name: str = "rows") -> Rows:
     """Rows that a program made."""
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
-    table = ListTable(rows, lambda i: f"{name} row {i + 1}", digest)
+    table = Table(len(rows), rows.__getitem__, lambda i: f"{name} row {i + 1}", lambda: digest)
     return Rows(name, [RowRange(table, range(len(rows)))])
 
 
@@ -137,37 +134,27 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> l
 # --- the Hub --------------------------------------------------------------------------------------------------------
 
 
-class HubTable:
-    """One split of a Hub dataset, memory-mapped from the Hub cache."""
+def _read_hub(source: Source) -> dict[str, Table]:
+    """The splits of a Hub dataset, memory-mapped from the Hub cache."""
+    import datasets
 
-    def __init__(self, name: str, split: str, dataset: Any) -> None:
-        self._name, self._split, self._dataset = name, split, dataset
+    name = source.source
+    try:
+        loaded = datasets.load_dataset(name, source.name, revision=source.revision)
+    except Exception as error:  # the Hub client's errors have no common base; `_hub_error` tells them apart
+        raise _hub_error(name, error) from error
+    return {str(split): _hub_table(f"{name} {split}", rows) for split, rows in loaded.items()}
 
-    def __len__(self) -> int:
-        return len(self._dataset)
 
-    def row(self, i: int) -> Any:
-        return without_nulls(self._dataset[i])
-
-    def where(self, i: int) -> str:
-        return f"{self._name} {self._split} row {i + 1}"
-
-    def fingerprint(self) -> str:
+def _hub_table(name: str, dataset: Any) -> Table:
+    def fingerprint() -> str:
         total = hashlib.sha256()
-        for table in self._dataset.with_format("arrow").iter(batch_size=4096):
+        for table in dataset.with_format("arrow").iter(batch_size=4096):
             for batch in table.to_batches():
                 total.update(batch.serialize())
         return total.hexdigest()
 
-
-def _read_hub(source: Source) -> dict[str, Table]:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(source.source, source.name, revision=source.revision)
-    except Exception as error:  # the Hub client's errors have no common base; `_hub_error` tells them apart
-        raise _hub_error(source.source, error) from error
-    return {str(split): HubTable(source.source, str(split), rows) for split, rows in loaded.items()}
+    return Table(len(dataset), lambda i: without_nulls(dataset[i]), lambda i: f"{name} row {i + 1}", fingerprint)
 
 
 def _hub_error(name: str, error: Exception) -> DataError:
