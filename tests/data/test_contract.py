@@ -31,9 +31,7 @@ def holds(simple: Simple, tokens: TokenSet) -> Contract:
     return contract
 
 
-def given(
-    simple: Simple, *examples: tuple[list[int], list[int]], cut: bool = False, train_on: str = "response"
-) -> TokenSet:
+def given(simple: Simple, *examples: tuple[list[int], list[int]], cut: bool = False) -> TokenSet:
     """A token set of hand-made (ids, trained) pairs."""
     store = TokenWriter(None)
     for i, (ids, trained) in enumerate(examples):
@@ -41,7 +39,7 @@ def given(
     arrays = store.arrays()
     rows = from_list([{"text": ""}] * max(1, len(examples)), "made")
     counts = TokenCounts("made", len(examples), len(examples), len(arrays.ids), 0, 0, 0, 0, 0, "")
-    return TokenSet([SourceTokens(arrays, counts, rows)], train_on=train_on)
+    return TokenSet([SourceTokens(arrays, counts, rows)])
 
 
 def broken(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> DataError:
@@ -168,7 +166,7 @@ def test_a_million_rows_take_seconds(simple: Simple) -> None:
         ids, trained, np.arange(0, n * length + 1, length), np.arange(n), np.zeros(n, bool)
     )
     counts = TokenCounts("made", n, n, n * length, 0, 0, 0, 0, 0, "")
-    tokens = TokenSet([SourceTokens(arrays, counts, from_list([{}]))], train_on="response")
+    tokens = TokenSet([SourceTokens(arrays, counts, from_list([{}]))])
     began = time.perf_counter()
     contract = holds(simple, tokens)
     assert contract.checks[2].checked == n

@@ -16,7 +16,7 @@ import numpy as np
 
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Example
-from tunesmith.data.cache import Made, TokenArrays, TokenWriter, cached_tokens
+from tunesmith.data.cache import TokenArrays, Tokenised, TokenWriter, cached_tokens
 from tunesmith.data.formats import Conversation, Sample, Text, convert_row
 from tunesmith.data.source import Rows, read_rows
 from tunesmith.data.template import Template
@@ -34,12 +34,10 @@ _PROMPTS_ALL, _PROMPTS_EVERY = 256, 32  # rows whose prompt is rendered apart an
 class TokenCounts:
     """What became of the rows of one source.
 
-    rows: read; kept: examples made of them; tokens, supervised: of the examples kept.
-    cut: kept with their end cut off; dropped: left out as too long; emptied: left out because the cut left no
-    supervised token. longest: tokens of the longest row before it was cut. digest: sha256 (hex) of all that is trained
-    on: tokens, mask and bounds of examples, in order.
-    prompts: rows whose prompt was rendered apart and found as the beginning of the example; prompts_apart: rows where
-    it renders differently apart, so that there is nothing to compare.
+    rows: read. kept: examples made of them; tokens, supervised: theirs; cut: how many lost their end. dropped: left out
+    as too long; emptied: left out because the cut left no supervised token. longest: tokens of the longest row, uncut.
+    digest: sha256 (hex) of all that is trained on: tokens, mask and bounds of examples, in order. prompts: rows whose
+    prompt was rendered apart and found as the beginning of the example; prompts_apart: rows where it renders otherwise.
     """
 
     source: str
@@ -71,19 +69,18 @@ class SourceTokens:
 
     def first(self, n: int) -> SourceTokens:
         """The first n examples (all, where there are fewer)."""
-        take = min(len(self), n)
-        end = int(self.arrays.offsets[take])
-        a = self.arrays
-        kept = TokenArrays(a.ids[:end], a.trained[:end], a.offsets[: take + 1], a.rows[:take], a.cut[:take])
-        counts = replace(
-            self.counts,
-            kept=take,
-            tokens=end,
-            supervised=int(np.count_nonzero(kept.trained)),
-            cut=int(kept.cut.sum()),
-            digest=hashlib.sha256(f"{self.counts.digest}[:{take}]".encode()).hexdigest(),
-        )
-        return replace(self, arrays=kept, counts=counts, leaks=tuple(i for i in self.leaks if i < take))
+        n = min(len(self), n)
+        ids, trained, offsets, rows, cut = self.arrays
+        end = int(offsets[n])
+        arrays = TokenArrays(ids[:end], trained[:end], offsets[: n + 1], rows[:n], cut[:n])
+        digest = hashlib.sha256(f"{self.counts.digest}[:{n}]".encode()).hexdigest()
+        counts = replace(self.counts, **_count_tokens(arrays), digest=digest)
+        return replace(self, arrays=arrays, counts=counts, leaks=tuple(i for i in self.leaks if i < n))
+
+
+def _count_tokens(arrays: TokenArrays) -> dict[str, Any]:
+    supervised, cut = int(np.count_nonzero(arrays.trained)), int(arrays.cut.sum())
+    return {"kept": len(arrays.rows), "tokens": len(arrays.ids), "supervised": supervised, "cut": cut}
 
 
 class TokenSet:
@@ -92,9 +89,8 @@ class TokenSet:
     lengths: int64 [n], tokens of each example. repeats: float64 [n], how often each is seen in an epoch.
     """
 
-    def __init__(self, parts: Iterable[SourceTokens], *, train_on: str) -> None:
+    def __init__(self, parts: Iterable[SourceTokens]) -> None:
         self.parts = tuple(parts)
-        self.train_on = train_on
         self._first = np.cumsum([0, *(len(p) for p in self.parts)])
         empty: list[np.ndarray] = [np.zeros(0, np.int64)]
         self.lengths = np.concatenate([np.diff(p.arrays.offsets) for p in self.parts] or empty)
@@ -122,11 +118,6 @@ class TokenSet:
         part, at = self._find(i)
         return part.rows.where(int(part.arrays.rows[at]))
 
-    def row(self, i: int) -> dict[str, Any]:
-        """The row that example i came from, as the file has it."""
-        part, at = self._find(i)
-        return part.rows[int(part.arrays.rows[at])]
-
     @property
     def sources(self) -> tuple[TokenCounts, ...]:
         return tuple(part.counts for part in self.parts)
@@ -148,7 +139,7 @@ class TokenSet:
         for part in self.parts:
             parts.append(part.first(n))
             n -= len(parts[-1])
-        return TokenSet(parts, train_on=self.train_on)
+        return TokenSet(parts)
 
 
 def tokenise(
@@ -176,7 +167,7 @@ def tokenise(
             arrays, about = cached_tokens(cache, _cache_key(rows, source, data, template, tokenizer_hash), make)
         counts = TokenCounts(source=source.source, **about["counts"])
         parts.append(SourceTokens(arrays, counts, rows, source.weight, tuple(about["reached"])))
-    return TokenSet(parts, train_on=data.train_on)
+    return TokenSet(parts)
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
@@ -205,44 +196,34 @@ def _cache_key(rows: Rows, source: Source, data: Data, template: Template, token
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
-def _tokenise_rows(rows: Rows, source: Source, data: Data, template: Template, title: str, writer: TokenWriter) -> Made:
+def _tokenise_rows(
+    rows: Rows, source: Source, data: Data, template: Template, title: str, writer: TokenWriter
+) -> Tokenised:
     """Tokenise all rows of a source; their arrays, and counts and leaks as plain values."""
-    dropped = emptied = longest = compared = apart = 0
+    counts = dict.fromkeys(("dropped", "emptied", "longest", "prompts", "prompts_apart"), 0)
     leaks: list[int] = []
     for i, where, sample, whole in _encode_rows(rows, source, data, template, title):
         if data.train_on != "all" and (i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0):
             clean = _prompt_is_unsupervised(template, sample, whole)
-            compared, apart = compared + (clean is not None), apart + (clean is None)
+            counts["prompts_apart" if clean is None else "prompts"] += 1
             if clean is False:
                 leaks.append(len(writer))
         n = len(whole.ids)
-        longest = max(longest, n)
+        counts["longest"] = max(counts["longest"], n)
         if n <= data.seq_len:
             writer.add(whole, i, cut=False)
         elif data.too_long == "error":
             what, why = f"the row has {n} tokens, and data.seq_len is {data.seq_len}", "data.too_long is error"
             raise DataError(what, where=where, why=why, fix=f"data.seq_len={n}, or data.too_long=truncate or drop")
         elif data.too_long == "drop":
-            dropped += 1
+            counts["dropped"] += 1
         elif np.any(whole.trained) and not np.any(whole.trained[1 : data.seq_len]):
-            emptied += 1
+            counts["emptied"] += 1
         else:
             writer.add(Example(whole.ids[: data.seq_len], whole.trained[: data.seq_len]), i, cut=True)
     arrays = writer.arrays()
-    counts = {
-        "rows": len(rows),
-        "kept": len(writer),
-        "tokens": len(arrays.ids),
-        "supervised": int(np.count_nonzero(arrays.trained)),
-        "cut": int(arrays.cut.sum()),
-        "dropped": dropped,
-        "emptied": emptied,
-        "longest": longest,
-        "digest": arrays.sha256(),
-        "prompts": compared,
-        "prompts_apart": apart,
-    }
-    return arrays, {"counts": counts, "reached": leaks}
+    about = {"rows": len(rows), **_count_tokens(arrays), **counts, "digest": arrays.sha256()}
+    return arrays, {"counts": about, "reached": leaks}
 
 
 def _encode_rows(
