@@ -28,11 +28,6 @@ _ROLES = {
     "function": "tool", "ipython": "tool",
 }  # fmt: skip
 
-_REQUIRED = {
-    "alpaca": ("instruction", "output"), "messages": ("messages",), "sharegpt": ("conversations",),
-    "prompt-completion": ("prompt", "completion"), "text": ("text",),
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -89,7 +84,7 @@ def convert_row(row: Mapping[str, Any], source: Source, *, where: str, system: s
         DataError: a column is missing or of a wrong type, a role is unknown or out of order, a call is broken.
     """
     reader = _RowReader(row, source, where)
-    sample = _FORMATS[source.format](reader)
+    sample = _FORMATS[source.format][0](reader)
     if not isinstance(sample, Conversation):
         return sample
     _check_order(reader, sample.messages)
@@ -113,21 +108,20 @@ class _RowReader:
     def required(self, name: str) -> Any:
         column = self.source.columns.get(name, name)
         if column not in self.row:
-            have = [str(c) for c in self.row]
-            why = f"format {self.source.format} needs it; the columns are {', '.join(have) or 'none'}"
-            raise self.error(f"there is no column {column}", why, self._column_fix(name, have))
+            why = f"format {self.source.format} needs it; the columns are {', '.join(map(str, self.row)) or 'none'}"
+            raise self.error(f"there is no column {column}", why, self._column_fix())
         if self.row[column] is None:
             raise self.error(f"column {column} is null", fix="fill it, or delete the row")
         return self.row[column]
 
-    def _column_fix(self, name: str, have: list[str]) -> str:
+    def _column_fix(self) -> str:
         """The `columns:` line that would map missing columns, and the formats that these columns fit as they are."""
-        needed = _REQUIRED[self.source.format]
-        spare = [c for c in have if c not in needed and c not in self.source.columns.values()]
-        missing = [n for n in needed if self.source.columns.get(n, n) not in self.row]
-        pairs = [f"{n}: {c}" for n, c in zip(missing, spare, strict=False)] or [f"{name}: ..."]
-        fitting = [form for form, need in _REQUIRED.items() if set(need) <= set(have)]
-        return f"columns: {{{', '.join(pairs)}}}" + (f", or format: {' or '.join(fitting)}" if fitting else "")
+        needed, mapped = _FORMATS[self.source.format][1], self.source.columns
+        spare = [str(c) for c in self.row if c not in needed and c not in mapped.values()]
+        missing = [name for name in needed if mapped.get(name, name) not in self.row]
+        pairs = ", ".join(f"{name}: {c}" for name, c in zip(missing, spare, strict=False)) or f"{missing[0]}: ..."
+        fitting = " or ".join(form for form, (_, columns) in _FORMATS.items() if self.row.keys() >= set(columns))
+        return f"columns: {{{pairs}}}" + (f", or format: {fitting}" if fitting else "")
 
     def text(self, value: Any, at: str) -> str:
         """A value that must be text; numbers of a CSV or JSON column are not text."""
@@ -233,12 +227,14 @@ def _text(row: _RowReader) -> Sample:
     return Text(text)
 
 
-_FORMATS: dict[str, Callable[[_RowReader], Sample]] = {
-    "alpaca": _alpaca,
-    "messages": _messages,
-    "sharegpt": _sharegpt,
-    "prompt-completion": _prompt_completion,
-    "text": _text,
+_FORMATS: dict[
+    str, tuple[Callable[[_RowReader], Sample], tuple[str, ...]]
+] = {  # name: its reader and the columns it needs
+    "alpaca": (_alpaca, ("instruction", "output")),
+    "messages": (_messages, ("messages",)),
+    "sharegpt": (_sharegpt, ("conversations",)),
+    "prompt-completion": (_prompt_completion, ("prompt", "completion")),
+    "text": (_text, ("text",)),
 }
 
 
@@ -340,10 +336,10 @@ def _tools(row: _RowReader) -> list[dict[str, Any]] | None:
         return None
     tools = []
     for n, tool in enumerate(row.list(value, "tools"), 1):
-        if not isinstance(tool, Mapping) or not isinstance(tool.get("function", tool), Mapping):
+        body = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(body, Mapping):
             fix = 'write {"name", "description", "parameters"}'
             raise row.error(f"tool {n} is {json_type(tool)}, not an object", fix=fix)
-        body = tool.get("function", tool)
         if not isinstance(body.get("name"), str):
             raise row.error(f"tool {n} has no name", fix='give it "name": "..."')
         tools.append({"type": "function", "function": dict(body)})
@@ -352,20 +348,17 @@ def _tools(row: _RowReader) -> list[dict[str, Any]] | None:
 
 def _check_order(row: _RowReader, messages: list[dict[str, Any]]) -> None:
     """What no template can render: a late system message, a result without a call, an answer to nothing, no answer."""
-    called = False
-    for n, message in enumerate(messages, 1):
-        role = message["role"]
-        wrong = ""
-        if role == "system" and n > 1:
-            wrong = "a system message comes after others; it must come first, once"
-        elif role == "tool" and not called:
-            wrong = "a tool's result comes where no tool was called"
-        elif role == "assistant" and all(m["role"] == "system" for m in messages[: n - 1]):
-            wrong = "the first turn is the assistant's; it answers nothing"
-        if wrong:
-            raise row.error(wrong, "roles are out of order", "fix the row's order", f"message {n}")
-        called = (role == "assistant" and "tool_calls" in message) or (role == "tool" and called)
-    if not any(m["role"] == "assistant" for m in messages):
-        why = f"the roles are {', '.join(m['role'] for m in messages)}"
+    roles, called = [message["role"] for message in messages], False
+    for n, role in enumerate(roles):
+        wrong = {
+            "a system message comes after others; it must come first, once": role == "system" and n > 0,
+            "a tool's result comes where no tool was called": role == "tool" and not called,
+            "the first turn is the assistant's; it answers nothing": role == "assistant"
+            and set(roles[:n]) <= {"system"},
+        }
+        if what := next((what for what, found in wrong.items() if found), ""):
+            raise row.error(what, "roles are out of order", "fix the row's order", f"message {n + 1}")
+        called = (role == "assistant" and "tool_calls" in messages[n]) or (role == "tool" and called)
+    if "assistant" not in roles:
         fix = "delete the row, or map the answer's column by `columns:`"
-        raise row.error("there is no assistant turn to train on", why, fix)
+        raise row.error("there is no assistant turn to train on", f"the roles are {', '.join(roles)}", fix)

@@ -43,13 +43,6 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
 
 
-class AnswerSpans(NamedTuple):
-    """One assistant message: its index and the supervised spans of the text."""
-
-    message: int
-    spans: list[CharSpan]
-
-
 class _Rendering(NamedTuple):
     """A rendered conversation and the sentinels that show where its texts are.
 
@@ -150,7 +143,7 @@ class AssistantMask:
             shown |= {sentinel.field for sentinel in found}
             best = best or _Rendering(text, found, sentinels, marked, marked_tools, frozenset())
             missing = (field for n, field in enumerate(sentinels.fields) if n not in shown)
-            if all(self._may_drop(field) and not self._holds_end(field.text) for field in missing):
+            if all(self._may_drop(field) and not self._end_token(field.text) for field in missing):
                 break
         if best is None:
             what = "renders differently depending on the message text, so assistant spans cannot be located"
@@ -160,14 +153,11 @@ class AssistantMask:
     def _may_drop(self, field: Field) -> bool:
         return field.kind == "reasoning_content" and self.reasoning
 
-    def _holds_end(self, text: str) -> bool:
-        return self._end_token(text) is not None
-
     # --- answers ----------------------------------------------------------------------------------------------------
 
     def answers(
         self, messages: Messages, tools: Tools = None, *, first: int = 0, where: str = ""
-    ) -> tuple[str, list[AnswerSpans]]:
+    ) -> tuple[str, list[list[CharSpan]]]:
         """The rendered conversation, and the supervised spans of its assistant messages.
 
         Args:
@@ -192,25 +182,24 @@ class AssistantMask:
 
     def _check_complete(self, view: _Rendering, where: str) -> None:
         """Refuse a template that drops words of the conversation, and words that hide where their text ends."""
-        fields = view.sentinels.fields
-        for n, (message, kind, _) in enumerate(fields):
-            if n in view.shown or self._may_drop(fields[n]):
-                continue
-            whose = "the tools" if kind == "tools" else f"the {kind} of message {message + 1}"
-            if kind == "content":
-                whose = f"message {message + 1} ({view.messages[message]['role']})"
-            fix = "remove it from the rows, or give a template that shows it: data.template=FILE.jinja"
-            raise self._error(f"drops {whose}", where, "the model would train on half a conversation", fix)
-        if any(map(self._holds_end, view.sentinels.argument_names)):
+        sides = Counter(sentinel.field for sentinel in view.found)
+        for n, field in enumerate(view.sentinels.fields):
+            whose = f"message {field.message + 1}"
+            if n not in view.shown and not self._may_drop(field):
+                role = view.messages[field.message]["role"]
+                whose = {"tools": "the tools", "content": f"{whose} ({role})"}.get(
+                    field.kind, f"the {field.kind} of {whose}"
+                )
+                fix = "remove it from the rows, or give a template that shows it: data.template=FILE.jinja"
+                raise self._error(f"drops {whose}", where, "the model would train on half a conversation", fix)
+            if n in view.shown and sides[n] < 2 and self._end_token(field.text):
+                what = f"rewrites {whose}, whose text holds an end token"
+                raise self._error(what, where, "the end of the message cannot be told")
+        if any(map(self._end_token, view.sentinels.argument_names)):
             why = "the end of the call cannot be told"
             raise self._error("writes a call whose argument is named with an end token", where, why)
-        sides = Counter(sentinel.field for sentinel in view.found)
-        for n, field in enumerate(fields):
-            if n in view.shown and sides[n] < 2 and self._holds_end(field.text):
-                what = f"rewrites message {field.message + 1}, whose text holds an end token"
-                raise self._error(what, where, "the end of the message cannot be told")
 
-    def _answer(self, view: _Rendering, i: int, last: bool, where: str) -> AnswerSpans:
+    def _answer(self, view: _Rendering, i: int, last: bool, where: str) -> list[CharSpan]:
         """The span of message i: from the end of the generation prompt through the end token."""
         found, own = view.found, view.of_message(i)
         anchor, prompt = self._prompt(view, i, own, where)
@@ -238,7 +227,7 @@ class AssistantMask:
         if end is None:
             fix = "give a template that ends answers: data.template=FILE.jinja; or add its token: model.added_tokens"
             raise self._error(f"writes no end token after message {i + 1}, an answer", where, self._no_end(), fix)
-        return AnswerSpans(i, [CharSpan(start, end.end(), end.start())])
+        return [CharSpan(start, end.end(), end.start())]
 
     def _prompt(self, view: _Rendering, i: int, own: list[int], where: str) -> tuple[int | None, str]:
         """What the model is given before message i, after the last text of the prompt.
@@ -288,7 +277,7 @@ class AssistantMask:
                 raise self._error(what, where, f"characters {block}", _FIX_TAGS)
         return owners
 
-    def _tagged_answer(self, view: _Rendering, i: int, blocks: list[tuple[int, int]], where: str) -> AnswerSpans:
+    def _tagged_answer(self, view: _Rendering, i: int, blocks: list[tuple[int, int]], where: str) -> list[CharSpan]:
         if not blocks:
             raise self._error(f"has no {{% generation %}} block for message {i + 1}", where, fix=_FIX_TAGS)
         own = view.of_message(i)
@@ -307,7 +296,7 @@ class AssistantMask:
                 same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, view.text[at:], strict=False))
                 begin = min([at + sum(1 for _ in same), *texts])
         spans = [*(CharSpan(*block) for block in blocks[:n]), CharSpan(blocks[n][0], end.end(), end.start())]
-        return AnswerSpans(i, [CharSpan(max(s.start, begin), s.end, s.stop) for s in spans if s.end > begin])
+        return [CharSpan(max(s.start, begin), s.end, s.stop) for s in spans if s.end > begin]
 
     # --- what the template can do -----------------------------------------------------------------------------------
 
@@ -343,7 +332,7 @@ class AssistantMask:
         for n, sentinel in enumerate(view.found):
             if view.field(sentinel).message % 2 and sentinel.side == "e":
                 tails.append(view.text[sentinel.at : view.found[n + 1].at if n + 1 < len(view.found) else None])
-        if all(map(self._holds_end, tails)):
+        if all(map(self._end_token, tails)):
             return
         first = {match[0] if (match := _any_of(added).search(tail)) else "" for tail in tails}
         if len(first) == 1 and (end := first.pop()):

@@ -192,8 +192,8 @@ class Template:
         first = len(messages) - 1 if train_on == "last" else sample.given
         text, answers = self._chat(where).answers(messages, sample.tools or None, first=first, where=where)
         if train_on == "all":
-            return text, [CharSpan(answers[0].spans[0].start if sample.given else 0, len(text))]
-        return text, [span for answer in answers for span in answer.spans]
+            return text, [CharSpan(answers[0][0].start if sample.given else 0, len(text))]
+        return text, [span for answer in answers for span in answer]
 
     def _example(self, sample: Sample, aligned: Aligned, where: str) -> Example:
         ids, trained = aligned.ids, aligned.trained
