@@ -136,7 +136,7 @@ def test_chat_without_a_terminal_answers_line_by_line(
     from tunesmith.data.formats import Conversation
 
     prompt = opened.template.prompt(Conversation([{"role": "user", "content": "hello"}]))
-    expected = answer_batch(opened.model, opened.tokenizer, [prompt], Decoding(6), stops=opened.template.stops)[0]
+    expected = answer_batch(opened.model, opened.tokenizer, [prompt], Decoding(6), stops=opened.template.end_ids)[0]
     assert capsys.readouterr().out == expected.text + "\n"
 
 

@@ -69,7 +69,6 @@ def test_end_ids_are_those_of_generation_and_the_templates_own() -> None:
     tokenizer = chat_tokenizer()
     template = select_template(data(), tokenizer, {tokenizer.eos_token_id})
     assert template.end_ids == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    assert template.stops == template.end_ids
     known = {tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert select_template(data(), tokenizer, known).end_ids == known
 

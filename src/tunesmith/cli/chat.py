@@ -219,7 +219,7 @@ class Chat:
                 loaded = self.base = self.base or load_run(self.args.run, device=self.args.device, base_only=True)
             prompt = self._prompt(side, loaded)
             clean = (lambda text: write(_CONTROL.sub("", text))) if sys.stdout.isatty() else write
-            ask = partial(answer_batch, stops=loaded.template.stops, write=clean, cancelled=stop.requested)
+            ask = partial(answer_batch, stops=loaded.template.end_ids, write=clean, cancelled=stop.requested)
             with adapter_off:
                 (answer,) = ask(loaded.model, loaded.tokenizer, [prompt], self.decoding)
         self.turns[-1][1][side] = answer.text

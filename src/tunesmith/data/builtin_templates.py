@@ -1,10 +1,5 @@
 """Chat templates of our own in Jinja, so that training, chat and any server render the same.
 
-    alpaca(...)      Stanford's instruction text, with and without input
-    with_tools(...)  a ChatML template that knows no tools, extended by Hermes' form for them
-    with_fixed_date  a template that writes today's date, changed to write a fixed one
-    either(...)      one template out of two
-
 The alpaca template reads `message.input` beside `message.content` where a row has one; a chat that has none gets the
 variant without input.
 """
@@ -60,7 +55,7 @@ def alpaca(*, bos: bool) -> str:
 
 # Hermes' function calling: signatures in the system message, calls as JSON between tags, results as a user turn.
 # The tags are those that the tool parsers of servers look for (vLLM's `hermes`).
-_HERMES = """\
+HERMES = """\
 {%- set first = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}
 {%- if tools %}
 {{- '<|im_start|>system\\n' + first + 'You can call the functions whose signatures stand between <tools> and </tools>:\\n<tools>' }}
@@ -99,7 +94,7 @@ def with_tools(jinja: str) -> str:
         "{%- if message.role == 'tool' or message.tool_calls %}{%- set used.tools = true %}{%- endif %}{%- endfor %}"
         "{%- if used.tools %}"
     )
-    return either(has_tools, _HERMES, jinja)
+    return either(has_tools, HERMES, jinja)
 
 
 def either(condition: str, this: str, that: str) -> str:

@@ -1,22 +1,19 @@
 """Which characters of a rendered conversation are supervised, for any chat template.
 
-A template is a program: it may strip thinking from earlier turns (Qwen3), trim texts (Llama 3, Gemma), move the system
-message into a user's turn (Llama 2), or drop what it does not know. So the rendering of a part need not be a part of
-the rendering, and a search for a text cannot tell the template's words from the user's. Sentinels can:
+A template may strip thinking from earlier turns (Qwen3), trim texts (Llama 3, Gemma), move the system message into a
+user's turn (Llama 2), or drop what it does not know. So no search for a text can tell the template's words from the
+user's. Sentinels can:
 
-1. Render the conversation, and render it again with every text in it (contents, thinking, names and arguments of
-   calls, names of tools) between two sentinels. Without the sentinels both renderings must be equal; then the
-   sentinels say where each text is, and everything outside a pair of them is the template's own.
-2. An answer starts where generation would: render the messages before it with the generation prompt. What that
-   rendering has after its last text must stand at the same place of the conversation. What the template writes
-   between there and the answer's text (an empty thinking block, a tool call's tag) is the model's to write: supervised.
-3. An answer ends with the first end token after its last text. What follows (a newline, a second end token) is not
-   supervised.
+1. Render the conversation, and again with every text in it (contents, thinking, names and arguments of calls, names of
+   tools) between two sentinels. Without the sentinels both renderings must be equal; then they say where each text is,
+   and everything outside a pair of them is the template's own.
+2. An answer starts where generation would: what the rendering of the messages before it, with the generation prompt,
+   has after its last text must stand at the same place of the conversation. What the template writes between there and
+   the answer's text (an empty thinking block, a tool call's tag) is the model's to write: supervised.
+3. An answer ends with the first end token after its last text. What follows is not supervised.
 
-This takes two renderings of a conversation and one of each prompt. A template with {% generation %} says itself where
-answers are; the sentinels check it, and a prompt is rendered only where a block opens before its answer's text.
-Whatever cannot be proven is refused with a DataError, never guessed: a text that the template drops, an answer without
-an end token.
+A template with {% generation %} says itself where answers are; the sentinels check it, and a prompt is rendered only
+where a block opens before its answer's text. Whatever cannot be proven is refused with a DataError, never guessed.
 """
 
 from __future__ import annotations
@@ -44,10 +41,8 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
 
 
 class _Rendering(NamedTuple):
-    """A rendered conversation and the sentinels that show where its texts are.
-
-    shown: fields found in the rendering with sentinels at any position. messages, tools: with sentinels.
-    """
+    """A rendered conversation and the sentinels found in it. messages, tools: with sentinels; shown: fields found with
+    sentinels at any position."""
 
     text: str
     found: list[Sentinel]
@@ -308,34 +303,34 @@ class AssistantMask:
         schema = {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}}
         result = {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "five"}
         called = [user, {"role": "assistant", "content": "", "tool_calls": [call]}, result, answer]
-        self.reasoning = self._shows([user, {**answer, "reasoning_content": "three"}])
-        self.tools = self._shows(called, [{"type": "function", "function": schema}])
         pair = [user, answer, {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"}]
-        try:
-            view = self._locate_texts(self.render(pair), pair, None, "")
-        except DataError:
-            return  # the rows will show what it takes
-        self._find_end(view)
-        self._check_generation_prompt(view, pair)
 
-    def _shows(self, messages: Messages, tools: Tools = None) -> bool:
-        try:
-            view = self._locate_texts(self.render(messages, tools), messages, tools, "")
-        except DataError:
-            return False
-        return len(view.shown) == len(view.sentinels.fields)
+        def rendering(messages: Messages, tools: Tools = None) -> _Rendering | None:
+            try:
+                return self._locate_texts(self.render(messages, tools), messages, tools, "")
+            except DataError:
+                return None  # the rows will show what it takes
+
+        def complete(view: _Rendering | None) -> bool:
+            return view is not None and len(view.shown) == len(view.sentinels.fields)
+
+        self.reasoning = complete(rendering([user, {**answer, "reasoning_content": "three"}]))
+        self.tools = complete(rendering(called, [{"type": "function", "function": schema}]))
+        if view := rendering(pair):
+            self._find_end(view)
+            self._check_generation_prompt(view, pair)
 
     def _find_end(self, view: _Rendering) -> None:
         """Where generation's end tokens do not end both answers, add the one token that does."""
         added = {token.content: id_ for id_, token in self.tokenizer.added_tokens_decoder.items()}
-        tails = []
-        for n, sentinel in enumerate(view.found):
-            if view.field(sentinel).message % 2 and sentinel.side == "e":
-                tails.append(view.text[sentinel.at : view.found[n + 1].at if n + 1 < len(view.found) else None])
-        if all(map(self._end_token, tails)):
-            return
+        after = [*(sentinel.at for sentinel in view.found[1:]), len(view.text)]
+        tails = [
+            view.text[sentinel.at : end]
+            for sentinel, end in zip(view.found, after, strict=False)
+            if view.field(sentinel).message % 2 and sentinel.side == "e"
+        ]
         first = {match[0] if (match := _any_of(added).search(tail)) else "" for tail in tails}
-        if len(first) == 1 and (end := first.pop()):
+        if not all(map(self._end_token, tails)) and len(first) == 1 and (end := first.pop()):
             self.end_tokens[end] = added[end]
             self.end_ids |= {added[end]}
 

@@ -1,9 +1,5 @@
 """A sample -> token ids and loss mask: the prompt in use is the prompt that was trained.
 
-    select_template(data, tokenizer, eos_ids) -> Template   what the recipe asks for, or what the tokenizer has
-    Template.encode(sample, train_on, where=...)            Example: token ids, and which of them are supervised
-    Template.prompt(sample)                                 token ids up to where the answer starts
-
 Conversations are rendered by one Jinja chat template (the tokenizer's, a file's, or one of `builtin_templates`) with
 `apply_chat_template`, which adds no special token: a template that wants a BOS writes it. The same template is saved
 with the trained model. `loss_mask` finds the answers in the text, `align` maps them to tokens.
@@ -80,8 +76,7 @@ class Template:
     Attributes:
         name: `chat`, `alpaca`, `text` (raw rows only), `pattern`, or the name of a template file.
         jinja: the chat template, saved as the tokenizer's with the trained model; None if only raw text is taken.
-        end_ids: ids of the tokens that may end an answer.
-        stops: ids at which generation from a prompt must stop; the same set.
+        end_ids: ids of the tokens that may end an answer, at which generation must stop.
         straddled: tokens so far that begin in a prompt and end in an answer; they are not supervised.
     """
 
@@ -90,31 +85,34 @@ class Template:
         self.jinja = None if jinja is None else builtin_templates.with_fixed_date(jinja)
         self.name, self.tokenizer, self.straddled = name, tokenizer, 0
         self._aligner = Aligner(tokenizer)
-        self._eos = frozenset(eos_ids) or frozenset({_eos(tokenizer)})
+        if not eos_ids and tokenizer.eos_token_id is None:
+            raise ModelError(
+                "the tokenizer has no end token",
+                where="model.tokenizer",
+                why="each answer must end with one, or the model never learns to stop",
+                fix="set eos_token in the tokenizer's tokenizer_config.json",
+            )
+        self._eos = frozenset(eos_ids or {tokenizer.eos_token_id})
         # What ends raw rows: the tokenizer's end token, if generation stops at it.
         self._end = tokenizer.eos_token_id if tokenizer.eos_token_id in self._eos else min(self._eos)
         title = _TITLES[name][0] if name in _TITLES else f"the template {name}"
         self._mask = AssistantMask(tokenizer, self.jinja, title, self._eos) if self.jinja is not None else None
-        self._hermes = False
         self._bos = _added_before(tokenizer)
-        self.stops = self.end_ids = self._mask.end_ids if self._mask else self._eos
+        self.end_ids = self._mask.end_ids if self._mask else self._eos
 
     def with_tools(self) -> Template:
         """This template; or if it is ChatML and drops tool calls, one that renders those in Hermes' form."""
         if self._mask is None or self.jinja is None or self._mask.tools or not _is_chatml(self._mask):
             return self
-        jinja = builtin_templates.with_tools(self.jinja)
-        extended = Template(self.tokenizer, self._eos, jinja=jinja, name=self.name)
-        extended._hermes = True
-        return extended
+        return Template(self.tokenizer, self._eos, jinja=builtin_templates.with_tools(self.jinja), name=self.name)
 
     def describe(self) -> str:
         """One line for the user: which prompt is in use, how an answer ends and how the loss mask is found."""
         if self._mask is None or self.name == "text":
             return f"text: rows as they are; each ends with {self.tokenizer.decode([self._end])!r}"
         parts = [_TITLES[self.name][1] if self.name in _TITLES else f"{self.name}: a chat template from a file"]
-        if self._hermes:
-            parts.append("tools in Hermes' form, which the tokenizer's ChatML lacks")
+        if builtin_templates.HERMES in (self.jinja or ""):
+            parts.append("tool calls in Hermes' form")
         if self._dated:
             parts.append(f"its date is fixed at {builtin_templates.DATE:%d %b %Y}, in every start and in what is saved")
         parts.append(f"answers end with {', '.join(repr(self.tokenizer.decode([i])) for i in sorted(self.end_ids))}")
@@ -197,8 +195,12 @@ class Template:
 
     def _example(self, sample: Sample, aligned: Aligned, where: str) -> Example:
         ids, trained = aligned.ids, aligned.trained
-        if not isinstance(sample, Conversation):
-            ids, trained = self._with_ends(ids, trained)
+        if not isinstance(sample, Conversation):  # the BOS that the tokenizer adds, once, and a supervised end token
+            before = np.array(self._missing_bos(ids), np.int32)
+            after = np.array([] if len(ids) and int(ids[-1]) in self.end_ids else [self._end], np.int32)
+            ids = np.concatenate([before, ids, after])
+            trained = np.concatenate([np.zeros(len(before), bool), trained, np.ones(len(after), bool)])
+            trained[-1] = True
         elif not aligned.ended:
             raise DataError(
                 "the end of an answer is not one token of its own",
@@ -212,30 +214,8 @@ class Template:
         trained[0] = False  # nothing predicts the first token
         return Example(ids, trained)
 
-    # --- raw text ---------------------------------------------------------------------------------------------------
-
-    def _with_ends(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Raw text's tokens with the BOS that the tokenizer adds, once, and a supervised end token."""
-        before = self._missing_bos(ids)
-        after = [] if len(ids) and int(ids[-1]) in self.end_ids else [self._end]
-        ids = np.concatenate([np.array(before, np.int32), ids, np.array(after, np.int32)]).astype(np.int32)
-        trained = np.concatenate([np.zeros(len(before), bool), trained, np.ones(len(after), bool)])
-        trained[-1] = True
-        return ids, trained
-
     def _missing_bos(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         return [] if len(ids) and self._bos and int(ids[0]) == self._bos[0] else self._bos
-
-
-def _eos(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            "the tokenizer has no end token",
-            where="model.tokenizer",
-            why="each answer must end with one, or the model never learns to stop",
-            fix="set eos_token in the tokenizer's tokenizer_config.json",
-        )
-    return int(tokenizer.eos_token_id)
 
 
 def _added_before(tokenizer: Any) -> list[int]:

@@ -73,7 +73,7 @@ def generate(
             fix="shorten these rows, or give a smaller --max-new-tokens",
         )
     options: dict[str, Any] = {"batch_size": batch_size, "start": start, "cancelled": cancelled}
-    answers = answer_all(loaded.model, loaded.tokenizer, prompts, decoding, stops=loaded.template.stops, **options)
+    answers = answer_all(loaded.model, loaded.tokenizer, prompts, decoding, stops=loaded.template.end_ids, **options)
     return (
         {**rows[i], "output": answer.text} | ({} if references[i] is None else {"reference": references[i]})
         for i, answer in answers
@@ -113,7 +113,7 @@ def _make_prompt(rows: Rows, i: int, loaded: LoadedModel, format_name: str) -> t
         # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are compared in the
         # form in which the model writes them.
         example = loaded.template.encode(sample, "last", where=where)
-        reference = cut_answer(loaded.tokenizer, example.ids[example.trained].tolist(), loaded.template.stops).text
+        reference = cut_answer(loaded.tokenizer, example.ids[example.trained].tolist(), loaded.template.end_ids).text
     return list(loaded.template.prompt(sample)), reference
 
 

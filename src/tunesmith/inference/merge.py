@@ -218,7 +218,7 @@ def write_merged(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     loaded.model.generation_config = GenerationConfig()
     loaded.model.save_pretrained(folder, max_shard_size=SHARD)
     loaded.tokenizer.save_pretrained(folder)
-    known |= {"eos_token_id": sorted(loaded.template.stops), "pad_token_id": loaded.tokenizer.pad_token_id}
+    known |= {"eos_token_id": sorted(loaded.template.end_ids), "pad_token_id": loaded.tokenizer.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     for notice in sorted(loaded.weights.iterdir()):
         if notice.is_file() and notice.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):

@@ -259,7 +259,7 @@ class Trainer:
             write_atomically(self.out / "best.json", json.dumps({"step": progress.step, "val_loss": loss}, indent=1))
         if self.run.log.samples:
             examples, template = session.data.validation.first(self.run.log.samples), session.data.template
-            answers = sample_answers(session.model, session.files.tokenizer, examples, template.stops)
+            answers = sample_answers(session.model, session.files.tokenizer, examples, template.end_ids)
             self.sinks.samples(progress.step, answers)
             session.model.train()
 
