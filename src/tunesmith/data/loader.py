@@ -161,11 +161,11 @@ class Loader:
 
     def _groups(self, step: int, members: list[int]) -> list[list[int]]:
         """The examples of a step, micro batch by micro batch."""
-        lengths = self._schedule.lengths
-        if self._micro_batch.unit == "examples":
-            return self._group_by_count(members)
         if not self._schedule.packed:
             return self._group_by_length(members)
+        if self._micro_batch.unit == "examples":
+            return self._group_in_order(members)
+        lengths = self._schedule.lengths
         room = self._pad_to or max(self._micro_batch.amount, int(lengths[members].max()))
         groups = [[members[i] for i in group] for group in best_fit_decreasing(lengths[members], room)]
         rows = self._schedule.rows(step)
@@ -176,29 +176,27 @@ class Loader:
             groups = by_rows if len(by_rows) < len(groups) else groups
         return groups
 
-    def _group_by_count(self, members: list[int]) -> list[list[int]]:
+    def _group_in_order(self, members: list[int]) -> list[list[int]]:
         """At most so many examples each, and where the shape is fixed no more than it holds."""
-        count, lengths = self._micro_batch.amount, self._schedule.lengths
-        if not self._schedule.packed:
-            # Similar lengths together, so that rows pad little; the sum over the step does not depend on the order.
-            members = sorted(members, key=lambda i: -lengths[i])
-        if self._pad_to is None or not self._schedule.packed:
-            return [members[k : k + count] for k in range(0, len(members), count)]
         groups: list[list[int]] = [[]]
+        room, lengths = self._pad_to, self._schedule.lengths
         for i in members:
-            if groups[-1] and (len(groups[-1]) == count or lengths[[*groups[-1], i]].sum() > self._pad_to):
+            full = room is not None and lengths[[*groups[-1], i]].sum() > room
+            if groups[-1] and (full or len(groups[-1]) == self._micro_batch.amount):
                 groups.append([])
             groups[-1].append(i)
         return groups
 
     def _group_by_length(self, members: list[int]) -> list[list[int]]:
-        """Rows of similar length together: count * longest <= the micro batch, or one row."""
+        """Rows of similar length together, so that they pad little: the micro batch's examples, or as many as fit into
+        its tokens, at least one. The sum over the step does not depend on the order."""
         groups: list[list[int]] = []
-        limit = 0
-        for i in sorted(members, key=lambda i: -self._schedule.lengths[i]):
+        size, lengths, limit = self._micro_batch, self._schedule.lengths, 0
+        for i in sorted(members, key=lambda i: -lengths[i]):
             if not groups or len(groups[-1]) >= limit:
                 groups.append([])
-                limit = max(1, self._micro_batch.amount // (self._pad_to or int(self._schedule.lengths[i])))
+                per_row = 1 if size.unit == "examples" else self._pad_to or int(lengths[i])
+                limit = max(1, size.amount // per_row)
             groups[-1].append(i)
         return groups
 
@@ -207,8 +205,8 @@ class Loader:
         rows: list[list[Example]] = [examples] if self._schedule.packed else [[e] for e in examples]
         if self._pad_to is not None and not self._schedule.packed:
             size = self._micro_batch
-            count = size.amount if size.unit == "examples" else max(1, size.amount // self._pad_to)
-            rows += [[] for _ in range(count - len(rows))]
+            count = size.amount if size.unit == "examples" else size.amount // self._pad_to
+            rows += [[]] * (count - len(rows))
         longest = max(sum(len(e.ids) for e in row) for row in rows)
         length = self._pad_to or -(-longest // self._multiple) * self._multiple
         return collate(rows, length=length, pad_id=self._pad_id, bound=self._bound)

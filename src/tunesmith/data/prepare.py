@@ -15,7 +15,7 @@ from tunesmith.config.schema import Run
 from tunesmith.data.contract import Contract, check_tokens
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.template import Template, select_template
-from tunesmith.data.tokens import TokenCounts, TokenSet, tokenise
+from tunesmith.data.tokens import SourceTokens, TokenCounts, TokenSet, tokenise
 from tunesmith.errors import DataError
 from tunesmith.host_files import cache_folder
 
@@ -44,11 +44,15 @@ class TrainingData:
         """sha256 (hex) of the training examples: tokens, mask, order in the source, and weights."""
         return self.train.counts.digest
 
+    def sources(self) -> list[tuple[str, SourceTokens]]:
+        """The sources of both splits."""
+        validation = self.validation.parts if self.validation is not None else ()
+        return [*(("train", part) for part in self.train.parts), *(("validation", part) for part in validation)]
+
     def describe(self) -> str:
         """Lines for the user: which rows are trained on, what was left out, how many steps, what was checked."""
         lines = [self.template.describe()]
-        for split, tokens in (("train", self.train), ("validation", self.validation)):
-            lines += [f"{split}: {_counts_line(counts)}" for counts in (tokens.sources if tokens is not None else ())]
+        lines += [f"{split}: {_counts_line(part.counts)}" for split, part in self.sources()]
         lines += [self.describe_schedule(), *self.warnings()]
         for contract in self.contracts:
             checks = ", ".join(f"{c.name} ({c.checked:,} {c.of})" for c in contract.checks)
@@ -67,26 +71,24 @@ class TrainingData:
 
     def warnings(self) -> list[str]:
         """What is valid but seldom meant, each with its fix."""
-        few = self._few_steps()
-        found = [few] if few else []
+        found = []
+        steps, per_epoch = self.schedule.steps(self.run.train.duration), self.schedule.steps_per_epoch(0)
+        if steps is not None and steps < FEW_STEPS and per_epoch:
+            size = self.run.train.global_batch
+            whole = self.schedule.row_length if size.unit == "tokens" else 1  # a step takes whole rows
+            smaller = max(1, size.amount * steps // FEW_STEPS // whole) * whole
+            fix = f'train.duration="{math.ceil(FEW_STEPS / per_epoch)} epochs"'
+            if smaller < size.amount:
+                fix += f' or train.global_batch="{smaller} {size.unit}"'
+            found.append(
+                f"warning: only {steps} optimizer steps: a model changes little in fewer than {FEW_STEPS}; fix: {fix}"
+            )
         if self.overlap:
             found.append(
                 f"warning: {self.overlap:,} of {len(self.validation or ()):,} validation examples are trained on too, so "
                 "val_loss says little of new rows; fix: splits that share no row, such as train[:95%] and train[95%:]"
             )
         return found
-
-    def _few_steps(self) -> str:
-        steps, per_epoch = self.schedule.steps(self.run.train.duration), self.schedule.steps_per_epoch(0)
-        if steps is None or steps >= FEW_STEPS or not per_epoch:
-            return ""
-        size = self.run.train.global_batch
-        whole = self.schedule.row_length if size.unit == "tokens" else 1  # a step takes whole rows
-        smaller = max(1, size.amount * steps // FEW_STEPS // whole) * whole
-        fix = f'train.duration="{math.ceil(FEW_STEPS / per_epoch)} epochs"'
-        if smaller < size.amount:
-            fix += f' or train.global_batch="{smaller} {size.unit}"'
-        return f"warning: only {steps} optimizer steps: a model changes little in fewer than {FEW_STEPS}; fix: {fix}"
 
 
 def prepare_data(
@@ -112,17 +114,15 @@ def prepare_data(
     cache = cache or cache_folder("tokens")
     template = select_template(run.data, tokenizer, eos_ids)
     train = tokenise(run.data.train, run.data, template, tokenizer, cache=cache, what="train")
+    contracts = [check_tokens(train, template, tokenizer, vocab_size=vocab_size, split="train")]
     validation = None
     if run.data.validation:
         validation = tokenise(run.data.validation, run.data, template, tokenizer, cache=cache, what="validation")
         if run.validate.max_examples is not None:
             validation = validation.first(run.validate.max_examples)
-    contracts = []
-    for split, tokens in (("train", train), ("validation", validation)):
-        if tokens is not None:
-            contracts.append(check_tokens(tokens, template, tokenizer, vocab_size=vocab_size, split=split))
-            if strict:
-                contracts[-1].raise_if_broken()
+        contracts.append(check_tokens(validation, template, tokenizer, vocab_size=vocab_size, split="validation"))
+    for contract in contracts if strict else ():
+        contract.raise_if_broken()
     schedule = BatchSchedule(train.lengths, run.data, run.train, repeats=train.repeats)
     if len(train) and schedule.steps_per_epoch(0) == 0:
         why = f"{len(train)} examples with weights {', '.join(str(s.weight) for s in run.data.train)}"
@@ -141,11 +141,8 @@ def _overlap(train: TokenSet, validation: TokenSet) -> int:
 
 def _counts_line(counts: TokenCounts) -> str:
     share = counts.supervised / max(1, counts.tokens)
+    left_out = "dropped because the cut left no supervised token"
+    cells = {"cut": counts.cut, "dropped as too long": counts.dropped, left_out: counts.emptied}
     line = f"{counts.source}: {counts.kept:,} of {counts.rows:,} rows, {counts.tokens:,} tokens, {share:.1%} supervised"
-    for count, what in (
-        (counts.cut, "cut"),
-        (counts.dropped, "dropped as too long"),
-        (counts.emptied, "dropped because the cut left no supervised token"),
-    ):
-        line += f", {count:,} {what}" if count else ""
+    line += "".join(f", {count:,} {what}" for what, count in cells.items() if count)
     return f"{line}; longest {counts.longest:,} tokens"

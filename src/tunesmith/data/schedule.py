@@ -43,19 +43,7 @@ class StepSize(NamedTuple):
     largest: int
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    """The order of one epoch: `units[k : k + per_step]` is step k / per_step; a unit is an example or a packed row."""
-
-    units: Sequence[Sequence[int]] | np.ndarray
-    per_step: int
-
-    @property
-    def steps(self) -> int:
-        return -(-len(self.units) // self.per_step)
-
-    def step(self, k: int) -> Sequence[Sequence[int]] | np.ndarray:
-        return self.units[k * self.per_step : (k + 1) * self.per_step]
+_Units = Sequence[Sequence[int]] | np.ndarray  # of an epoch or a step: packed rows of examples, or examples
 
 
 class BatchSchedule:
@@ -77,7 +65,10 @@ class BatchSchedule:
         self._fractions = [f for f in np.unique(self._repeats % 1.0).tolist() if f > 0]
         # Rows of whole epochs hold the same lengths each time, so only drawn fractions make epochs of different size.
         self._even = self._size.unit == "examples" or not self._fractions
-        self._epoch = lru_cache(maxsize=2)(self._order_epoch)
+        self._per_step = self._size.amount
+        if self._size.unit == "tokens":
+            self._per_step = max(1, self._size.amount // self.row_length)
+        self._units = lru_cache(maxsize=2)(self._order_units)
 
     def _random(self, n: int, epoch: int, purpose: int) -> np.ndarray:
         """uint64 [n]. Raw output of Philox and SeedSequence is what numpy promises never to change; the methods of
@@ -96,21 +87,21 @@ class BatchSchedule:
             return np.sort(taken, kind="stable")
         return taken[np.argsort(self._random(len(taken), epoch, 0), kind="stable")]
 
-    def _order_epoch(self, epoch: int) -> _Epoch:
+    def _order_units(self, epoch: int) -> _Units:
+        """All units of an epoch in its order; each step takes the next `_per_step`."""
         order = self._order_examples(epoch)
         if self._size.unit == "examples":
-            return _Epoch(order, self._size.amount)
+            return order
         rows = best_fit_decreasing(self.lengths[order], self.row_length)
         if self._shuffle:
             turn = np.argsort(self._random(len(rows), epoch, 1), kind="stable").tolist()
         else:
             turn = sorted(range(len(rows)), key=lambda r: min(rows[r]))
-        units = [order[sorted(rows[r])].tolist() for r in turn]
-        return _Epoch(units, max(1, self._size.amount // self.row_length))
+        return [order[sorted(rows[r])].tolist() for r in turn]
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps of one epoch; the last may be short."""
-        return self._epoch(0 if self._even else epoch).steps
+        return -(-len(self._units(0 if self._even else epoch)) // self._per_step)
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of an optimizer step."""
@@ -130,25 +121,25 @@ class BatchSchedule:
             return int(duration.amount)
         if duration.unit != "epochs":
             return None
-        whole = int(duration.amount)
-        part = duration.amount - whole
+        whole, part = int(duration.amount), duration.amount % 1
         full = whole * self.steps_per_epoch(0) if self._even else sum(map(self.steps_per_epoch, range(whole)))
         # Rounded up, so that a part of an epoch is never nothing; the small term removes what binary fractions add.
         return max(1, full + (math.ceil(part * self.steps_per_epoch(whole) - 1e-6) if part else 0))
 
+    def _step(self, step: int) -> _Units:
+        epoch, k = self.locate(step)
+        return self._units(epoch)[k * self._per_step : (k + 1) * self._per_step]
+
     def examples(self, step: int) -> list[int]:
         """Indices of the examples that an optimizer step trains on."""
-        epoch, k = self.locate(step)
-        units = self._epoch(epoch).step(k)
+        units = self._step(step)
         return units.tolist() if isinstance(units, np.ndarray) else [i for row in units for i in row]
 
     def rows(self, step: int) -> list[list[int]]:
         """How the examples of a step share rows of `seq_len` tokens; without packing each has its own."""
-        members = self.examples(step)
+        units, members = self._step(step), self.examples(step)
         if not self.packed:
             return [[i] for i in members]
-        epoch, k = self.locate(step)
-        units = self._epoch(epoch).step(k)
         if not isinstance(units, np.ndarray):
             return [list(row) for row in units]
         rows = best_fit_decreasing(self.lengths[members], self.row_length)
@@ -161,11 +152,11 @@ class BatchSchedule:
 
     def step_size(self) -> StepSize:
         """Of the first epoch. Packed rows count whole, examples with their own tokens."""
-        units, per_step = self._epoch(0).units, self._epoch(0).per_step
+        units = self._units(0)
         if not isinstance(units, np.ndarray):
-            whole = min(per_step, len(units)) * self.row_length
+            whole = min(self._per_step, len(units)) * self.row_length
             return StepSize(whole, whole)
-        sums = np.add.reduceat(self.lengths[units], np.arange(0, len(units), per_step))
+        sums = np.add.reduceat(self.lengths[units], np.arange(0, len(units), self._per_step))
         return StepSize(float(sums.mean()), int(sums.max()))
 
     def summary(self, duration: Length) -> ScheduleSummary:
@@ -176,5 +167,6 @@ class BatchSchedule:
             members = self.lengths[[i for row in shared for i in row]]
             examples, tokens, rows = examples + len(members), tokens + int(members.sum()), rows + len(shared)
             room += len(shared) * (self.row_length if self.packed else int(members.max()))
-        steps_per_epoch = self.steps_per_epoch(0)
-        return ScheduleSummary(examples, tokens, rows, tokens / max(1, room), steps_per_epoch, self.steps(duration))
+        return ScheduleSummary(
+            examples, tokens, rows, tokens / max(1, room), self.steps_per_epoch(0), self.steps(duration)
+        )

@@ -112,7 +112,7 @@ class Template:
             return f"text: rows as they are; each ends with {self.tokenizer.decode([self._end])!r}"
         parts = [_TITLES[self.name][1] if self.name in _TITLES else f"{self.name}: a chat template from a file"]
         if builtin_templates.HERMES in (self.jinja or ""):
-            parts.append("tool calls in Hermes' form")
+            parts.append("tool calls in Hermes' form (plain ChatML has none)")
         if self._dated:
             parts.append(f"its date is fixed at {builtin_templates.DATE:%d %b %Y}, in every start and in what is saved")
         parts.append(f"answers end with {', '.join(repr(self.tokenizer.decode([i])) for i in sorted(self.end_ids))}")
