@@ -77,7 +77,7 @@ def test_colours_show_supervised_tokens_on_a_terminal(recipe, tiny: Path, monkey
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system="standard", soft_wrap=True, highlight=False)
     data = prepared(recipe(alpaca(1)), tiny)
-    verb._show_rows(console, data.train, load_tokenizer(tiny, data.run.model), 1)
+    verb._print_rows(console, data.train, load_tokenizer(tiny, data.run.model), 1)
     text = out.getvalue()
     assert "⟦" not in text
     assert "\x1b[1;32mxxxxx\x1b[0m" in text  # supervised: bold green

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.errors import EXIT_OK
 
@@ -62,22 +62,27 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))
     else:
-        show(prepared, tokenizer, args.rows)
+        print_data(prepared, tokenizer, args.rows)
     for contract in prepared.contracts:
         contract.raise_if_broken()
     return EXIT_OK
 
 
-def show(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
+def print_data(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
     """Everything, on stdout: rows, counts, lengths, packing, contract."""
     from rich.console import Console
 
     # A file or a pipe has no width; rich would assume 80 columns and fold the tables.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-    _show_rows(console, prepared.train, tokenizer, rows)
+    _print_rows(console, prepared.train, tokenizer, rows)
     console.print(prepared.template.describe(), markup=False)
     console.print(_counts_table(prepared))
-    console.print(_lengths_table(prepared.train))
+    bars = histogram(prepared.train)
+    most = max((n for _, _, n in bars), default=1)
+    lengths = _table("tokens of an example", "from - to", "examples", "", left=2)
+    for low, high, n in bars:
+        lengths.add_row(f"{low:,} - {high:,}", f"{n:,}", "█" * round(40 * n / most) or ("▏" if n else ""))
+    console.print(lengths)
     console.print(prepared.describe_schedule(), markup=False)
     for warning in prepared.warnings():
         console.print(warning, style="yellow", markup=False)
@@ -90,9 +95,8 @@ def segments(tokens: TokenSet, tokenizer: Any, i: int, limit: int = _ROW_TOKENS)
     A stretch is decoded as what it adds to the text before it: alone, a piece of a character or a leading space would
     decode to something else.
     """
-    example = tokens[i]
-    ids, special = example.ids.tolist(), set(tokenizer.all_special_ids)
-    kinds = [(trained, token in special) for trained, token in zip(example.trained.tolist(), ids, strict=True)]
+    ids, trained, special = tokens[i].ids.tolist(), tokens[i].trained.tolist(), set(tokenizer.all_special_ids)
+    kinds = [(supervised, token in special) for supervised, token in zip(trained, ids, strict=True)]
     half, long = limit // 2, len(ids) > limit
 
     def decode(end: int) -> str:
@@ -111,7 +115,7 @@ def segments(tokens: TokenSet, tokenizer: Any, i: int, limit: int = _ROW_TOKENS)
     return out
 
 
-def _show_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) -> None:
+def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) -> None:
     from rich.text import Text
 
     coloured = console.color_system is not None and not console.no_color and "NO_COLOR" not in os.environ
@@ -130,13 +134,15 @@ def _show_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) -
     console.print()
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str, left: int = 0) -> Table:
+    """A table whose columns are aligned right, but the first and the one numbered `left`."""
     from rich import box
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
+        justify: Literal["left", "right"] = "left" if number in (0, left) else "right"
+        table.add_column(column, justify=justify, no_wrap=number not in (0, left), overflow="fold")
     return table
 
 
@@ -145,13 +151,11 @@ def _counts_table(prepared: TrainingData) -> Table:
 
     columns = ("source", "rows", "kept", "weight", "tokens", "supervised", "cut", "dropped", "emptied", "longest")
     table = _table("what is trained on", *columns)
-    for split, tokens in (("train", prepared.train), ("validation", prepared.validation)):
-        for part in tokens.parts if tokens is not None else ():
-            c = part.counts
-            cells = [f"{c.rows:,}", f"{c.kept:,}", f"{part.weight:g}", f"{c.tokens:,}"]
-            cells += [f"{c.supervised / max(1, c.tokens):.1%}"]
-            cells += [f"{n:,}" for n in (c.cut, c.dropped, c.emptied, c.longest)]
-            table.add_row(f"{split}: {Path(c.source).name if is_local(c.source) else c.source}", *cells)
+    for split, part in prepared.sources():
+        c = part.counts
+        name, share = Path(c.source).name if is_local(c.source) else c.source, c.supervised / max(1, c.tokens)
+        cells = [f"{c.rows:,}", f"{c.kept:,}", f"{part.weight:g}", f"{c.tokens:,}", f"{share:.1%}"]
+        table.add_row(f"{split}: {name}", *cells, *(f"{n:,}" for n in (c.cut, c.dropped, c.emptied, c.longest)))
     return table
 
 
@@ -167,21 +171,10 @@ def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
     return [(k * step + 1, min((k + 1) * step, top), int(n)) for k, n in enumerate(counts)]
 
 
-def _lengths_table(tokens: TokenSet) -> Table:
-    table = _table("tokens of an example", "from - to", "examples", "")
-    table.columns[2].justify = "left"
-    bars = histogram(tokens)
-    most = max((n for _, _, n in bars), default=1)
-    for low, high, n in bars:
-        table.add_row(f"{low:,} - {high:,}", f"{n:,}", "█" * round(40 * n / most) or ("▏" if n else ""))
-    return table
-
-
 def _contracts_table(prepared: TrainingData) -> Table:
     from rich.text import Text
 
-    table = _table("token contract", "check", "checked", "result")
-    table.columns[2].justify, table.columns[2].no_wrap = "left", False
+    table = _table("token contract", "check", "checked", "result", left=2)
     for contract in prepared.contracts:
         for check in contract.checks:
             result = Text(f"holds{f' ({check.note})' if check.note else ''}", style="green" if check.checked else "")
@@ -196,19 +189,18 @@ def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
     """The same as plain values, for --json."""
     from dataclasses import asdict
 
-    def row(i: int) -> dict[str, Any]:
-        names = ("text", "supervised", "special")
+    train, names = prepared.train, ("text", "supervised", "special")
+    shown = []
+    for i in range(min(rows, len(train))):
         parts = [dict(zip(names, part, strict=True)) for part in segments(train, tokenizer, i, limit=1 << 30)]
-        return {"where": train.where(i), "tokens": len(train[i].ids), "segments": parts}
-
-    train, validation = prepared.train, prepared.validation
+        shown.append({"where": train.where(i), "tokens": len(train[i].ids), "segments": parts})
     return {
         "template": {"name": prepared.template.name, "end_ids": sorted(prepared.template.end_ids)},
         "train": [{**asdict(part.counts), "weight": part.weight} for part in train.parts],
-        "validation": [asdict(counts) for counts in (validation.sources if validation is not None else ())],
+        "validation": [asdict(part.counts) for split, part in prepared.sources() if split == "validation"],
         "lengths": [{"from": low, "to": high, "examples": n} for low, high, n in histogram(train)],
         "schedule": asdict(prepared.schedule.summary(prepared.run.train.duration)),
         "warnings": prepared.warnings(),
         "contract": [{"split": c.split, **asdict(check)} for c in prepared.contracts for check in c.checks],
-        "rows": [row(i) for i in range(min(rows, len(train)))],
+        "rows": shown,
     }

@@ -3,10 +3,9 @@
 A token is supervised if all of it lies within a span. One that begins in the prompt and ends in the answer (byte-pair
 merges such as "\\n" + " ") belongs to the prompt: the mask never reaches what the model is given.
 
-Where tokens lie in the text is computed from their bytes: in a byte-level vocabulary (Llama 3, Qwen, SmolLM, GPT) each
-token is a known number of bytes, and these must add up to the text. Where they do not (SentencePiece, normalised
-text, a special token that includes the whitespace beside it) the tokenizer's own offsets are used. Offsets alone are
-not enough: byte-level post-processors often cut whitespace off them (`trim_offsets`).
+In a byte-level vocabulary (Llama 3, Qwen, SmolLM, GPT) each token is a known number of bytes, and these must add up to
+the text: they give its place. Otherwise (SentencePiece, normalised text) the tokenizer's own offsets do, which alone
+are not enough: byte-level post-processors often cut whitespace off them (`trim_offsets`).
 """
 
 from __future__ import annotations
@@ -30,13 +29,10 @@ class CharSpan(NamedTuple):
 
 
 class Aligned(NamedTuple):
-    """A tokenised text.
+    """A tokenised text: ids int32 [n], trained bool [n].
 
-    Attributes:
-        ids: int32 [n].
-        trained: bool [n].
-        straddled: how many tokens begin before a span and end in it.
-        ended: whether at the `stop` of every span that has one stands one token, of the ids asked for.
+    straddled: how many tokens begin before a span and end in it. ended: whether at the `stop` of every span that has
+    one stands one token, of the ids asked for.
     """
 
     ids: np.ndarray
@@ -71,12 +67,9 @@ class Aligner:
     def encode(
         self, texts: Sequence[str], spans: Sequence[Sequence[CharSpan]], end_ids: Collection[int]
     ) -> list[Aligned]:
-        """Tokenise texts and mark the tokens that their spans cover. No special token is added.
+        """Tokenise n texts and mark the tokens that their spans, disjoint, cover. No special token is added.
 
-        Args:
-            texts: n texts.
-            spans: the spans of each, disjoint.
-            end_ids: the ids of which one must stand at a span's `stop`.
+        One of `end_ids` must stand at each span's `stop`.
         """
         batch = self.ids(texts)
         by_bytes = [self._by_bytes(text, ids) for text, ids in zip(texts, batch, strict=True)]
@@ -128,7 +121,7 @@ def _byte_sizes(tokenizer: Any) -> np.ndarray | None:
     plain = {id_: token for token, id_ in vocabulary.items() if id_ not in added}
     if not plain or not set("".join(plain.values())) <= alphabet or "Ġ" not in vocabulary:
         return None
-    sizes = np.zeros(max(*plain, *added, 0) + 1, dtype=np.int64)
+    sizes = np.zeros(max([*plain, *added]) + 1, dtype=np.int64)
     for id_, token in plain.items():
         sizes[id_] = len(token)
     for id_, token in added.items():

@@ -1,11 +1,9 @@
 """The one shape in which tokens reach the model.
 
-A `Batch` is a block of rows. Each row holds one document (unpacked) or several (packed), then padding. Documents are
-the units of attention: `cu_seqlens` cuts the flattened block into documents, padding counted as documents of its own,
-so packed and unpacked rows take the same path through attention and no document sees another.
+A `Batch` is a block of rows. Each row holds one document (unpacked) or several (packed), then padding. Attention takes
+documents, padding counted as documents of its own, so packed and unpacked rows go the same path.
 
-Targets are shifted here, on the host, document by document: `targets[r, i]` is the token that position `i` must
-predict, or IGNORE. No later code shifts, so no label can leak over the edge of a document.
+Targets are shifted here, document by document. No later code shifts, so no label leaks over the edge of a document.
 """
 
 from __future__ import annotations
@@ -59,8 +57,7 @@ class Batch:
     examples: int
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`, copied without blocking where the source is pinned; those that
-        lie there already are not copied."""
+        """The same batch with its tensors on `device`: not copied if there already, without blocking if pinned."""
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -187,9 +187,10 @@ def _messages(row: _RowReader) -> Sample:
 
 
 def _sharegpt(row: _RowReader) -> Sample:
-    turns = row.list(row.required("conversations"), "conversations")
-    messages = _system(row)
-    calling = False
+    turns, messages = row.list(row.required("conversations"), "conversations"), _system(row)
+    if not turns and not messages:
+        raise row.error("conversations is empty", fix="delete the row")
+    before = ""
     for n, turn in enumerate(turns, 1):
         at = f"turn {n}"
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
@@ -197,15 +198,11 @@ def _sharegpt(row: _RowReader) -> Sample:
         role = row.role(turn["from"], at)
         if role != "call":
             messages.append({"role": role, "content": row.text(turn["value"], f"{at} value")})
+        elif before == "call":  # several calls in one answer, written as turns after one another
+            messages[-1]["tool_calls"] += _calls(row, turn["value"], at)
         else:
-            calls = _calls(row, turn["value"], at)
-            if calling:  # several calls in one answer, written as turns after one another
-                messages[-1]["tool_calls"] += calls
-            else:
-                messages.append({"role": "assistant", "content": "", "tool_calls": calls})
-        calling = role == "call"
-    if not messages:
-        raise row.error("conversations is empty", fix="delete the row")
+            messages.append({"role": "assistant", "content": "", "tool_calls": _calls(row, turn["value"], at)})
+        before = role
     return Conversation(messages, _tools(row))
 
 
@@ -264,25 +261,23 @@ def _read_messages(row: _RowReader, value: Any, column: str) -> list[dict[str, A
 
 def _message(row: _RowReader, role: str, message: Mapping[str, Any], at: str) -> dict[str, Any]:
     text, reasoning, calls = _content(row, message.get("content"), at)
-    out: dict[str, Any] = {"role": role, "content": text}
-    reasoning = reasoning or next((message[k] for k in ("reasoning_content", "reasoning") if message.get(k)), "")
-    calls = calls + _calls(row, message["tool_calls"], at) if message.get("tool_calls") else calls
+    reasoning = reasoning or message.get("reasoning_content") or message.get("reasoning") or ""
+    calls += _calls(row, message["tool_calls"], at) if message.get("tool_calls") else []
     if (reasoning or calls) and role != "assistant":
         raise row.error(f"a {role} message has reasoning or tool calls", "only an assistant's may", at=at)
-    if reasoning:
-        out["reasoning_content"] = row.text(reasoning, f"{at} reasoning")
-    if calls:
-        out["tool_calls"] = calls
-    for name in ("name", "tool_call_id"):
-        if message.get(name):
-            out[name] = row.text(message[name], f"{at} {name}")
     if message.get("content") is None and not calls and not reasoning:
         raise row.error("a message has no content", "", 'give it "content": "...", or delete it', at)
     weight = message.get("loss_weight", message.get("weight"))
     if weight is not None and weight != (1 if role == "assistant" else 0):
         why = "assistant turns have weight 1, the others 0 (data.train_on)"
         raise row.error(f"a {role} message has loss weight {weight}", why, "remove the weight, or the row", at)
-    return out
+    out: dict[str, Any] = {"role": role, "content": text}
+    if reasoning:
+        out["reasoning_content"] = row.text(reasoning, f"{at} reasoning")
+    if calls:
+        out["tool_calls"] = calls
+    names = (name for name in ("name", "tool_call_id") if message.get(name))
+    return out | {name: row.text(message[name], f"{at} {name}") for name in names}
 
 
 def _content(row: _RowReader, content: Any, at: str) -> tuple[str, str, list[dict[str, Any]]]:

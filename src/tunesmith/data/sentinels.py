@@ -71,14 +71,12 @@ class Sentinels:
             if isinstance(copy.get(kind), str):
                 copy[kind] = self._text(copy[kind], i, kind)
         if copy.get("tool_calls"):
-            calls = []
-            for call in copy["tool_calls"]:
-                function = dict(call["function"])
-                function["name"] = self._text(function["name"], i, "tool_calls")
-                function["arguments"] = self._arguments(function.get("arguments"), i)
-                calls.append({**call, "function": function})
-            copy["tool_calls"] = calls
+            copy["tool_calls"] = [{**call, "function": self._call(i, call["function"])} for call in copy["tool_calls"]]
         return copy
+
+    def _call(self, i: int, function: dict[str, Any]) -> dict[str, Any]:
+        name, arguments = self._text(function["name"], i, "tool_calls"), function.get("arguments")
+        return {**function, "name": name, "arguments": self._arguments(arguments, i)}
 
     def _arguments(self, value: Any, i: int) -> Any:
         """Sentinels in every text within a call's arguments; numbers and names carry none."""
