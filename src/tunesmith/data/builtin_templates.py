@@ -120,10 +120,8 @@ def with_fixed_date(jinja: str) -> str:
     """
     fixed = _TODAY.sub(lambda found: json.dumps(DATE.strftime(found[2])), jinja)
     if "strftime_now(" in fixed:
-        raise DataError(
-            "the chat template writes today's date in a way that cannot be fixed to one day",
-            where="data.template",
-            why="a run that resumes tomorrow would train on another prompt",
-            fix="save the template to a file, write a date in it, and name the file in data.template",
-        )
+        what = "the chat template writes today's date in a way that cannot be fixed to one day"
+        why = "a run that resumes tomorrow would train on another prompt"
+        fix = "save the template to a file, write a date in it, and name the file in data.template"
+        raise DataError(what, where="data.template", why=why, fix=fix)
     return fixed

@@ -15,6 +15,7 @@ import json
 import mmap
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -181,15 +182,13 @@ def _broken_json(path: Path, text: str, error: Exception) -> DataError:
     """Count the whole rows before the fault, so that the broken one is named by its number."""
     if not isinstance(error, json.JSONDecodeError):
         return DataError("the file is nested too deep", where=str(path), fix="write an array of flat objects")
-    decoder, row, at = json.JSONDecoder(), 0, len(text) - len(text.lstrip()) + 1
-    while at <= error.pos:
-        while at < len(text) and text[at] in " \t\r\n,":
-            at += 1
-        row += 1
-        try:
-            _, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError):
-            break
+    row, at = 0, len(text) - len(text.lstrip()) + 1
+    with suppress(json.JSONDecodeError, RecursionError):
+        while at <= error.pos:
+            while at < len(text) and text[at] in " \t\r\n,":
+                at += 1
+            row += 1
+            _, at = json.JSONDecoder().raw_decode(text, at)
     cut = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
     place = f"line {error.lineno} column {error.colno}"
     return DataError(

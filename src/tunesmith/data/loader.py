@@ -20,8 +20,8 @@ from tunesmith.units import Size
 class GlobalBatch:
     """What one optimizer step trains on, local to a rank.
 
-    step: counted from 0. epoch: epochs done after it. micro: its micro batches. tokens, supervised, examples: sums
-    over them. indices: the examples. data_seconds: how long the training waited for it, on its device.
+    step: from 0. epoch: epochs done after it. tokens, supervised, examples: sums over `micro`. indices: the examples.
+    data_seconds: how long the training waited for it, on its device.
     """
 
     step: int
@@ -40,30 +40,28 @@ class GlobalBatch:
 
 
 class BatchPrefetcher(Protocol):
-    """Copies micro batches to the device ahead of the step that needs them (`runtime.transfer.DevicePrefetcher`)."""
+    """Copies micro batches to the device ahead of the step that needs them (`runtime.transfer.DevicePrefetcher`).
 
-    def __call__(self, batch: Batch) -> Batch:
-        """The batch on the device; called in the loader's thread."""
+    It is called in the loader's thread; `claim` then in the thread that takes the batch, before it is handed over.
+    """
 
-    def claim(self, batch: Batch) -> None:
-        """Called with it in the thread that takes it, before it is handed over."""
+    def __call__(self, batch: Batch) -> Batch: ...
+    def claim(self, batch: Batch) -> None: ...
 
 
 class Loader:
     """Iterates GlobalBatch from `start_step` up to `stop_step` (None: without end), made ahead in one thread.
 
+    Use it in a `with`, or call `close()`: the thread ends with it.
+
     Args:
-        micro_batch: size of one forward pass, in examples or in tokens with padding; the longest example of a step
-            always fits.
-        pad_to: None pads as little as possible: packed micro batches are one row [1, n] of their documents with no
-            padding, others [rows, longest]. A number fixes the shape, for compiled graphs: [1, pad_to] packed,
-            [rows, pad_to] otherwise, with empty rows where there are no more examples.
+        micro_batch: size of one forward pass, in examples or in tokens with padding; one example always fits.
+        pad_to: fixes the shape, for compiled graphs: [1, pad_to] packed, else [rows, pad_to], with empty rows where
+            there are no more examples. None pads little: [1, n] packed, else [rows, longest].
         multiple: rows are padded up to a multiple of this many tokens.
         bound: what all batches state as their longest document; no example may be longer.
         ahead: global batches that wait ready.
         prefetcher: copies each micro batch to the device before it waits; None leaves it in host memory.
-
-    Use it in a `with`, or call `close()`: the thread ends with it.
     """
 
     def __init__(

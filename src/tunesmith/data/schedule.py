@@ -37,7 +37,7 @@ class ScheduleSummary:
 
 
 class StepSize(NamedTuple):
-    """Tokens of an optimizer step that take room in its rows: of an average one, and of the largest."""
+    """Tokens that an optimizer step of the first epoch takes: packed rows count whole, examples with their own."""
 
     mean: float
     largest: int
@@ -151,7 +151,6 @@ class BatchSchedule:
         return epoch + (k + 1) / self.steps_per_epoch(epoch)
 
     def step_size(self) -> StepSize:
-        """Of the first epoch. Packed rows count whole, examples with their own tokens."""
         units = self._units(0)
         if not isinstance(units, np.ndarray):
             whole = min(self._per_step, len(units)) * self.row_length

@@ -54,12 +54,9 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> Tem
         except DataError:
             return Template(tokenizer, eos_ids, jinja=None, name="text")
     if data.template == "chat" and own is None:
-        raise DataError(
-            "the tokenizer has no chat template",
-            where="data.template",
-            why="`chat` takes the tokenizer's own; base models often have none",
-            fix="data.template=alpaca, or data.template=FILE.jinja",
-        )
+        why = "`chat` takes the tokenizer's own; base models often have none"
+        fix = "data.template=alpaca, or data.template=FILE.jinja"
+        raise DataError("the tokenizer has no chat template", where="data.template", why=why, fix=fix)
     if data.template in ("auto", "chat") and own is not None:
         chat = Template(tokenizer, eos_ids, jinja=own, name="chat")
         return chat.with_tools() if tools else chat
@@ -86,12 +83,9 @@ class Template:
         self.name, self.tokenizer, self.straddled = name, tokenizer, 0
         self._aligner = Aligner(tokenizer)
         if not eos_ids and tokenizer.eos_token_id is None:
-            raise ModelError(
-                "the tokenizer has no end token",
-                where="model.tokenizer",
-                why="each answer must end with one, or the model never learns to stop",
-                fix="set eos_token in the tokenizer's tokenizer_config.json",
-            )
+            why = "each answer must end with one, or the model never learns to stop"
+            fix = "set eos_token in the tokenizer's tokenizer_config.json"
+            raise ModelError("the tokenizer has no end token", where="model.tokenizer", why=why, fix=fix)
         self._eos = frozenset(eos_ids or {tokenizer.eos_token_id})
         # What ends raw rows: the tokenizer's end token, if generation stops at it.
         self._end = tokenizer.eos_token_id if tokenizer.eos_token_id in self._eos else min(self._eos)
@@ -120,19 +114,19 @@ class Template:
         return "; ".join(parts)
 
     def encode(self, sample: Sample, train_on: TrainOn, *, where: str) -> Example:
-        """Tokens and mask of one sample, however long it is.
+        """Tokens and mask of one sample, however long it is; see `encode_many`."""
+        return self.encode_many([sample], train_on, where=[where])[0]
+
+    def encode_many(self, samples: Sequence[Sample], train_on: TrainOn, *, where: Sequence[str]) -> list[Example]:
+        """Tokens and masks of many samples, with one call of the tokenizer.
 
         Args:
             train_on: `response` (every answer), `last` (the last one) or `all` (every token but the first).
-            where: the row's place, for errors.
+            where: the rows' places, for errors.
 
         Raises:
             DataError: the template cannot render the row, drops a part of it, or its answers cannot be located.
         """
-        return self.encode_many([sample], train_on, where=[where])[0]
-
-    def encode_many(self, samples: Sequence[Sample], train_on: TrainOn, *, where: Sequence[str]) -> list[Example]:
-        """As `encode`, for many samples with one call of the tokenizer."""
         located = [self._locate(sample, train_on, place) for sample, place in zip(samples, where, strict=True)]
         aligned = self._aligner.encode([text for text, _ in located], [spans for _, spans in located], self.end_ids)
         return [self._example(*one) for one in zip(samples, aligned, where, strict=True)]
@@ -147,22 +141,17 @@ class Template:
             messages = self._messages(sample)
             if messages and messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
-            text = self._chat("").render(messages, sample.tools or None, generate=True)
+            text = self._chat().render(messages, sample.tools or None, generate=True)
             return self._aligner.ids([text])[0].tolist()
-        text = sample.prompt if isinstance(sample, Completion) else sample.text
-        ids = self._aligner.ids([text])[0].tolist()
+        ids = self._aligner.ids([sample.prompt if isinstance(sample, Completion) else sample.text])[0].tolist()
         return [*self._missing_bos(ids), *ids]
 
-    # --- conversations ----------------------------------------------------------------------------------------------
-
-    def _chat(self, where: str) -> AssistantMask:
+    def _chat(self, where: str = "") -> AssistantMask:
         if self._mask is None:
-            raise DataError(
-                "the model is trained on raw text, and this is a conversation",
-                where=where,
-                why="the tokenizer has no chat template, and no source of the recipe holds conversations",
-                fix="give a prompt as text; or train with data.template=alpaca",
-            )
+            what = "the model is trained on raw text, and this is a conversation"
+            why = "the tokenizer has no chat template, and no source of the recipe holds conversations"
+            fix = "give a prompt as text; or train with data.template=alpaca"
+            raise DataError(what, where=where, why=why, fix=fix)
         return self._mask
 
     def _messages(self, sample: Conversation) -> list[dict[str, Any]]:
@@ -202,12 +191,9 @@ class Template:
             trained = np.concatenate([np.zeros(len(before), bool), trained, np.ones(len(after), bool)])
             trained[-1] = True
         elif not aligned.ended:
-            raise DataError(
-                "the end of an answer is not one token of its own",
-                where=where,
-                why="the tokenizer joins it with the text beside it, or splits it",
-                fix="add it as a special token: model.added_tokens",
-            )
+            why = "the tokenizer joins it with the text beside it, or splits it"
+            fix = "add it as a special token: model.added_tokens"
+            raise DataError("the end of an answer is not one token of its own", where=where, why=why, fix=fix)
         if len(ids) < 2:
             raise DataError("the row holds no text", where=where, fix="delete the row")
         self.straddled += aligned.straddled
@@ -220,8 +206,7 @@ class Template:
 
 def _added_before(tokenizer: Any) -> list[int]:
     """The ids that the tokenizer itself puts before a text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     return full[: next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)]
 
 
@@ -240,19 +225,15 @@ def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Templates that write ids insist on them (Mistral's: nine letters and digits), and most rows have none.
     """
-    numbered: list[dict[str, Any]] = []
-    waiting: list[str] = []
-    count = 0
+    numbered, count, waiting = [], 0, list[str]()
     for message in messages:
-        more: dict[str, Any] = {}
-        if message.get("tool_calls"):
-            calls = [{"id": f"call{n:05d}", **call} for n, call in enumerate(message["tool_calls"], count + 1)]
-            count += len(calls)
-            waiting = [call["id"] for call in calls]
-            more["tool_calls"] = calls
+        new: dict[str, Any] = {}
+        if calls := message.get("tool_calls"):
+            new["tool_calls"] = [{"id": f"call{n:05d}", **call} for n, call in enumerate(calls, count + 1)]
+            count, waiting = count + len(calls), [call["id"] for call in new["tool_calls"]]
         elif message["role"] == "tool" and waiting:
-            more["tool_call_id"] = message.get("tool_call_id", waiting.pop(0))
-        numbered.append({**message, **more})
+            new["tool_call_id"] = message.get("tool_call_id", waiting.pop(0))
+        numbered.append({**message, **new})
     return numbered
 
 

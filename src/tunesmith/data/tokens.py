@@ -150,8 +150,8 @@ def tokenise(
     Args:
         sources: where the rows are; their weights become `TokenSet.repeats`.
         data: gives seq_len, train_on, too_long and system.
-        cache: folder of the cache, None for none. One that cannot be written costs a warning.
-        what: `train` or `validation`, for progress and errors.
+        cache: folder of the cache, None for none.
+        what: `train` or `validation`, for progress.
 
     Raises:
         DataError: a source or row that is broken, a row too long with `too_long: error`.
