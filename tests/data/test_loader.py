@@ -226,7 +226,7 @@ def test_going_on_at_step_k_is_the_run_that_never_stopped(make, batch: str, pack
 
 
 def data_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name == "tunesmith-data"]
+    return [t for t in threading.enumerate() if t.name.startswith("tunesmith-data")]
 
 
 def test_the_thread_ends_with_the_loader(make) -> None:
@@ -287,7 +287,7 @@ def test_batches_are_copied_in_the_thread_and_claimed_where_they_are_taken(make)
     micro = [m for batch in seen for m in batch.micro]
     assert [id(b) for _, b in shelf.put] == [id(m) for m in micro]
     assert [id(b) for _, b in shelf.taken] == [id(m) for m in micro]
-    assert {name for name, _ in shelf.put} == {"tunesmith-data"}
+    assert {name for name, _ in shelf.put} == {"tunesmith-data_0"}
     assert {name for name, _ in shelf.taken} == {threading.current_thread().name}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+import itertools
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Protocol
 
 from tunesmith.data.batch import Batch, Example, collate
@@ -84,12 +86,9 @@ class Loader:
             raise ValueError(f"the longest example has {tokens.lengths.max()} tokens, and there is room for {least}")
         self._tokens, self._schedule, self._pad_id = tokens, schedule, pad_id
         self._micro_batch, self._pad_to, self._multiple, self._bound = micro_batch, pad_to, multiple, bound
-        self._start, self._stop, self._prefetcher = start_step, stop_step, prefetcher
-        self._queue: queue.Queue[GlobalBatch | BaseException | None] = queue.Queue(maxsize=ahead)
-        self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    # --- the thread -------------------------------------------------------------------------------------------------
+        self._prefetcher, self._ahead = prefetcher, ahead
+        self._steps = iter(itertools.count(start_step) if stop_step is None else range(start_step, stop_step))
+        self._thread, self._begun = ThreadPoolExecutor(1, thread_name_prefix="tunesmith-data"), False
 
     def __enter__(self) -> Loader:
         return self
@@ -99,48 +98,33 @@ class Loader:
 
     def close(self) -> None:
         """End the thread. What it had made ahead is discarded."""
-        self._closing.set()
-        thread, self._thread = self._thread, None
-        while thread is not None and thread.is_alive():
-            try:  # room in the queue wakes a thread that waits to put
-                self._queue.get_nowait()
-            except queue.Empty:
-                thread.join(timeout=0.01)
+        self._thread.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Iterator[GlobalBatch]:
-        if self._thread is not None or self._closing.is_set():
+        if self._begun:
             raise RuntimeError("a Loader is iterated once")
-        self._thread = threading.Thread(target=self._work, name="tunesmith-data", daemon=True)
-        self._thread.start()
+        self._begun, waiting = True, deque[Future[GlobalBatch]]()
         try:
             while True:
-                began = time.perf_counter()
-                item = self._queue.get()
-                if item is None:
+                for step in islice(self._steps, self._ahead + 2 - len(waiting)):  # one is taken, one is being made
+                    waiting.append(self._thread.submit(self._prefetched, step))
+                if not waiting:
                     return
-                if isinstance(item, BaseException):
-                    raise item
+                began = time.perf_counter()
+                batch = waiting.popleft().result()
                 if self._prefetcher is not None:
-                    for micro in item.micro:
+                    for micro in batch.micro:
                         self._prefetcher.claim(micro)
-                yield replace(item, data_seconds=time.perf_counter() - began)
+                yield replace(batch, data_seconds=time.perf_counter() - began)
         finally:
             self.close()
 
-    def _work(self) -> None:
-        try:
-            step = self._start
-            while not self._closing.is_set() and (self._stop is None or step < self._stop):
-                batch = self.batch(step)
-                if self._prefetcher is not None:
-                    batch = replace(batch, micro=[self._prefetcher(micro) for micro in batch.micro])
-                self._queue.put(batch)
-                step += 1
-            self._queue.put(None)
-        except BaseException as error:  # raised again where the batch is asked for
-            self._queue.put(error)
-
-    # --- micro batches ----------------------------------------------------------------------------------------------
+    def _prefetched(self, step: int) -> GlobalBatch:
+        """The global batch of one step, on the device; called in the thread."""
+        batch = self.batch(step)
+        if self._prefetcher is None:
+            return batch
+        return replace(batch, micro=[self._prefetcher(micro) for micro in batch.micro])
 
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of one step, made here and now, in host memory."""
