@@ -166,11 +166,9 @@ def _read_json(path: Path) -> Table:
         raise _broken_json(path, text, error) from None
     if isinstance(rows, list) and rows:
         return Table(len(rows), rows.__getitem__, lambda i: f"{path} row {i + 1}", lambda: _file_digest(path))
-    what, why = f"the file holds {json_type(rows)}, not an array of rows", ""
+    what, why = f"the file holds {'no rows' if rows == [] else f'{json_type(rows)}, not an array of rows'}", ""
     fix = 'write an array of objects: [{"messages": ...}, ...]'
-    if rows == []:
-        what = "the file holds no rows"
-    elif isinstance(rows, dict):
+    if isinstance(rows, dict):
         what = "the file holds one object, not an array of rows"
         why = f"its keys are {', '.join(list(rows)[:8]) or 'none'}"
         lists = [key for key, value in rows.items() if isinstance(value, list) and value]

@@ -63,9 +63,7 @@ class AssistantMask:
     """Renders conversations with one chat template and finds their answers.
 
     Args:
-        tokenizer: gives `apply_chat_template`.
-        jinja: the template.
-        name: what errors call it.
+        jinja, name: the template, and what errors call it.
         eos_ids: ids at which generation stops.
 
     Attributes:
@@ -81,8 +79,6 @@ class AssistantMask:
         self.end_ids = frozenset(eos_ids)
         self.end_tokens = {text: id_ for id_ in sorted(eos_ids) if (text := tokenizer.decode([id_]))}
         self._probe()
-
-    # --- rendering --------------------------------------------------------------------------------------------------
 
     def render(self, messages: Messages, tools: Tools = None, *, generate: bool = False, where: str = "") -> str:
         """The text of a conversation; `generate` adds the generation prompt.
@@ -148,8 +144,6 @@ class AssistantMask:
     def _may_drop(self, field: Field) -> bool:
         return field.kind == "reasoning_content" and self.reasoning
 
-    # --- answers ----------------------------------------------------------------------------------------------------
-
     def answers(
         self, messages: Messages, tools: Tools = None, *, first: int = 0, where: str = ""
     ) -> tuple[str, list[list[CharSpan]]]:
@@ -171,8 +165,7 @@ class AssistantMask:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not self.tagged:
             return text, [self._answer(view, i, i == turns[-1], where) for i in turns if i >= first]
-        owners = self._block_owners(view, blocks, turns, where)
-        own = {i: [block for block, owner in zip(blocks, owners, strict=True) if owner == i] for i in turns}
+        own = self._blocks_of_answers(view, blocks, turns, where)
         return text, [self._tagged_answer(view, i, own[i], where) for i in turns if i >= first]
 
     def _check_complete(self, view: _Rendering, where: str) -> None:
@@ -181,10 +174,8 @@ class AssistantMask:
         for n, field in enumerate(view.sentinels.fields):
             whose = f"message {field.message + 1}"
             if n not in view.shown and not self._may_drop(field):
-                role = view.messages[field.message]["role"]
-                whose = {"tools": "the tools", "content": f"{whose} ({role})"}.get(
-                    field.kind, f"the {field.kind} of {whose}"
-                )
+                shown_as = {"tools": "the tools", "content": f"{whose} ({view.messages[field.message]['role']})"}
+                whose = shown_as.get(field.kind, f"the {field.kind} of {whose}")
                 fix = "remove it from the rows, or give a template that shows it: data.template=FILE.jinja"
                 raise self._error(f"drops {whose}", where, "the model would train on half a conversation", fix)
             if n in view.shown and sides[n] < 2 and self._end_token(field.text):
@@ -203,14 +194,12 @@ class AssistantMask:
         at = found[anchor].at if anchor >= 0 else 0
         start = at + len(prompt)
         if not view.text.startswith(prompt, at):
-            first = found[own[0]] if own else None
-            both = view.sentinels.position == "both"
-            header = view.text[at : first.at] if first and first.side == "b" and both else ""
+            opened = own and found[own[0]].side == "b" and view.sentinels.position == "both"
+            header = view.text[at : found[own[0]].at] if opened else ""
             # Qwen3.5 and DeepSeek R1 open thinking in the generation prompt and leave it out of earlier turns.
             if last or not header or not prompt.startswith(header):
-                why = (
-                    f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {view.text[at : at + 40]!r}"
-                )
+                row = view.text[at : at + 40]
+                why = f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {row!r}"
                 what = f"writes before message {i + 1}, an answer, something other than its generation prompt"
                 raise self._error(what, where, why)
             start = at + len(header)
@@ -247,12 +236,10 @@ class AssistantMask:
     def _no_end(self) -> str:
         return f"the model would never learn to stop; end tokens: {', '.join(self.end_tokens) or 'none'}"
 
-    # --- templates with {% generation %} ----------------------------------------------------------------------------
-
-    def _block_owners(
+    def _blocks_of_answers(
         self, view: _Rendering, blocks: list[tuple[int, int]], turns: list[int], where: str
-    ) -> list[int | None]:
-        """The assistant message that each block belongs to: blocks hold all of each answer and nobody else's text."""
+    ) -> dict[int, list[tuple[int, int]]]:
+        """The blocks of each assistant message: they hold all of each answer and nobody else's text."""
         owners: list[int | None] = [None] * len(blocks)
         for sentinel in view.found:
             i, at = view.field(sentinel).message, sentinel.at
@@ -265,12 +252,12 @@ class AssistantMask:
                 owners[inside[0]] = i
         for n, block in enumerate(blocks):  # a block without a text of the row is a blank answer: they come in order
             if owners[n] is None:
-                after = max((owner or 0 for owner in owners[:n] if owner is not None), default=-1)
+                after = max((owner for owner in owners[:n] if owner is not None), default=-1)
                 owners[n] = next((i for i in turns if i > after and i not in owners), after if after >= 0 else None)
             if owners[n] is None:
                 what = "has a {% generation %} block outside of answers"
                 raise self._error(what, where, f"characters {block}", _FIX_TAGS)
-        return owners
+        return {i: [block for block, owner in zip(blocks, owners, strict=True) if owner == i] for i in turns}
 
     def _tagged_answer(self, view: _Rendering, i: int, blocks: list[tuple[int, int]], where: str) -> list[CharSpan]:
         if not blocks:
@@ -292,8 +279,6 @@ class AssistantMask:
                 begin = min([at + sum(1 for _ in same), *texts])
         spans = [*(CharSpan(*block) for block in blocks[:n]), CharSpan(blocks[n][0], end.end(), end.start())]
         return [CharSpan(max(s.start, begin), s.end, s.stop) for s in spans if s.end > begin]
-
-    # --- what the template can do -----------------------------------------------------------------------------------
 
     def _probe(self) -> None:
         """Once per template: find its own end token, and whether it shows thinking and tools, on small conversations."""

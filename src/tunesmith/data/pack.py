@@ -16,11 +16,7 @@ import numpy as np
 
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Pack items into bins.
-
-    Args:
-        lengths: [n] tokens of each item, 1 <= length <= capacity.
-        capacity: tokens of a bin.
+    """Pack items of `lengths` tokens, each from 1 to `capacity`, into bins of `capacity` tokens.
 
     Returns:
         Bins of indices into `lengths`; each index occurs once. Equal input gives equal output: of equal lengths the

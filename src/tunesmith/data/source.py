@@ -131,9 +131,6 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> l
     return ranges
 
 
-# --- the Hub --------------------------------------------------------------------------------------------------------
-
-
 def _read_hub(source: Source) -> dict[str, Table]:
     """The splits of a Hub dataset, memory-mapped from the Hub cache."""
     import datasets
