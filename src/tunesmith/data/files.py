@@ -92,9 +92,6 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- text -----------------------------------------------------------------------------------------------------------
-
-
 def _decode(path: Path, data: bytes, where: Callable[[int], str], encoding: str) -> str:
     """Bytes as text; `where` names the place of a byte."""
     try:
@@ -227,9 +224,6 @@ def _read_csv(path: Path) -> Table:
         raise DataError("the file has a header and no rows", where=str(path), fix="write rows below the header")
     table = [dict(zip(header, values, strict=True)) for values in rows[1:]]
     return Table(len(table), table.__getitem__, lambda i: f"{path}:{lines[i + 1]}", lambda: _file_digest(path))
-
-
-# --- Arrow ----------------------------------------------------------------------------------------------------------
 
 
 def _read_arrow(path: Path) -> Table:

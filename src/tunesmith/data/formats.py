@@ -89,7 +89,7 @@ def convert_row(row: Mapping[str, Any], source: Source, *, where: str, system: s
         return sample
     _check_order(reader, sample.messages)
     messages = with_system(sample.messages, system)
-    given = sample.given + len(messages) - len(sample.messages) if sample.given else 0
+    given = sample.given and sample.given + len(messages) - len(sample.messages)
     return Conversation(messages, sample.tools, given, sample.instruction)
 
 
@@ -158,9 +158,6 @@ class _RowReader:
         if role is None:
             raise self.error(f"unknown role {name!r}", f"the roles are {', '.join(_ROLES)}", "rename the role", at)
         return role
-
-
-# --- the five formats -----------------------------------------------------------------------------------------------
 
 
 def _alpaca(row: _RowReader) -> Sample:
@@ -233,9 +230,6 @@ _FORMATS: dict[
     "prompt-completion": (_prompt_completion, ("prompt", "completion")),
     "text": (_text, ("text",)),
 }
-
-
-# --- messages -------------------------------------------------------------------------------------------------------
 
 
 def _system(row: _RowReader) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
@@ -51,7 +52,7 @@ class BatchPrefetcher(Protocol):
     def claim(self, batch: Batch) -> None: ...
 
 
-class Loader:
+class Loader(AbstractContextManager["Loader"]):
     """Iterates GlobalBatch from `start_step` up to `stop_step` (None: without end), made ahead in one thread.
 
     Use it in a `with`, or call `close()`: the thread ends with it.
@@ -89,9 +90,6 @@ class Loader:
         self._prefetcher, self._ahead = prefetcher, ahead
         self._steps = iter(itertools.count(start_step) if stop_step is None else range(start_step, stop_step))
         self._thread, self._begun = ThreadPoolExecutor(1, thread_name_prefix="tunesmith-data"), False
-
-    def __enter__(self) -> Loader:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()

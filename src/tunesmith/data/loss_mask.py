@@ -146,7 +146,7 @@ class AssistantMask:
 
     def answers(
         self, messages: Messages, tools: Tools = None, *, first: int = 0, where: str = ""
-    ) -> tuple[str, list[list[CharSpan]]]:
+    ) -> tuple[str, list[CharSpan]]:
         """The rendered conversation, and the supervised spans of its assistant messages.
 
         Args:
@@ -163,10 +163,13 @@ class AssistantMask:
         view = self._locate_texts(text, messages, tools, where)
         self._check_complete(view, where)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not self.tagged:
-            return text, [self._answer(view, i, i == turns[-1], where) for i in turns if i >= first]
-        own = self._blocks_of_answers(view, blocks, turns, where)
-        return text, [self._tagged_answer(view, i, own[i], where) for i in turns if i >= first]
+        own = self._blocks_of_answers(view, blocks, turns, where) if self.tagged else {}
+        spans = []
+        for i in (i for i in turns if i >= first):
+            spans += (
+                self._tagged_answer(view, i, own[i], where) if own else [self._answer(view, i, i == turns[-1], where)]
+            )
+        return text, spans
 
     def _check_complete(self, view: _Rendering, where: str) -> None:
         """Refuse a template that drops words of the conversation, and words that hide where their text ends."""
@@ -185,7 +188,7 @@ class AssistantMask:
             why = "the end of the call cannot be told"
             raise self._error("writes a call whose argument is named with an end token", where, why)
 
-    def _answer(self, view: _Rendering, i: int, last: bool, where: str) -> list[CharSpan]:
+    def _answer(self, view: _Rendering, i: int, last: bool, where: str) -> CharSpan:
         """The span of message i: from the end of the generation prompt through the end token."""
         found, own = view.found, view.of_message(i)
         anchor, prompt = self._prompt(view, i, own, where)
@@ -211,7 +214,7 @@ class AssistantMask:
         if end is None:
             fix = "give a template that ends answers: data.template=FILE.jinja; or add its token: model.added_tokens"
             raise self._error(f"writes no end token after message {i + 1}, an answer", where, self._no_end(), fix)
-        return [CharSpan(start, end.end(), end.start())]
+        return CharSpan(start, end.end(), end.start())
 
     def _prompt(self, view: _Rendering, i: int, own: list[int], where: str) -> tuple[int | None, str]:
         """What the model is given before message i, after the last text of the prompt.

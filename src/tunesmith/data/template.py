@@ -1,11 +1,9 @@
 """A sample -> token ids and loss mask: the prompt in use is the prompt that was trained.
 
-Conversations are rendered by one Jinja chat template (the tokenizer's, a file's, or one of `builtin_templates`) with
-`apply_chat_template`, which adds no special token: a template that wants a BOS writes it. The same template is saved
-with the trained model. `loss_mask` finds the answers in the text, `align` maps them to tokens.
-
-Raw rows (prompt-completion and text) are tokenised as they are: a BOS where the tokenizer itself adds one, once, and
-an end token at the end.
+Conversations are rendered by one Jinja chat template (the tokenizer's, a file's, or one of `builtin_templates`), which
+is saved with the trained model; a template that wants a BOS writes it. `loss_mask` finds the answers in the text,
+`align` maps them to tokens. Raw rows (prompt-completion and text) are tokenised as they are: a BOS where the tokenizer
+itself adds one, once, and an end token at the end.
 """
 
 from __future__ import annotations
@@ -177,10 +175,8 @@ class Template:
             fix = "delete the row, or its last messages"
             raise DataError("the conversation does not end with an answer", where=where, why=why, fix=fix)
         first = len(messages) - 1 if train_on == "last" else sample.given
-        text, answers = self._chat(where).answers(messages, sample.tools or None, first=first, where=where)
-        if train_on == "all":
-            return text, [CharSpan(answers[0][0].start if sample.given else 0, len(text))]
-        return text, [span for answer in answers for span in answer]
+        text, spans = self._chat(where).answers(messages, sample.tools or None, first=first, where=where)
+        return text, [CharSpan(spans[0].start if sample.given else 0, len(text))] if train_on == "all" else spans
 
     def _example(self, sample: Sample, aligned: Aligned, where: str) -> Example:
         ids, trained = aligned.ids, aligned.trained
