@@ -78,22 +78,25 @@ def train(
         trainer = Trainer(session, start, sinks, stop)
         stack.callback(trainer.writer.close)
         stop.hold()
+        return fit_or_say_why(trainer, say)
+
+
+def fit_or_say_why(trainer: Trainer, say: Callable[[str], None]) -> Result:
+    """Train to the end; leave failure.json in the run directory where the run fails."""
+    try:
+        result = trainer.fit()
+        trainer.sinks.close()
+    except StoppedError:
+        raise
+    except BaseException as error:
+        trainer.writer.close()  # what it is writing still counts
+        failure, resume = trainer.as_failure(error), how_to_resume(trainer.writer.saved_step)
         try:
-            result = trainer.fit()
-            sinks.close()
-        except StoppedError:
-            raise
-        except BaseException as error:
-            trainer.writer.close()  # what it is writing still counts
-            failure = trainer.as_failure(error)
-            try:
-                write_failure(
-                    out, failure, last_step=trainer.progress.step, next_command=how_to_resume(trainer.writer.saved_step)
-                )
-            except OSError as unwritten:
-                say(f"failure.json could not be written: {unwritten.strerror}")
-            raise failure from error
-        return result
+            write_failure(trainer.out, failure, last_step=trainer.progress.step, next_command=resume)
+        except OSError as unwritten:
+            say(f"failure.json could not be written: {unwritten.strerror}")
+        raise failure from error
+    return result
 
 
 def inputs_of(run: Run) -> list[str]:
