@@ -93,7 +93,7 @@ def trl_curve(a: argparse.Namespace, batches: list[list[Example]], adapter: Path
 
 
 def examples_of(a: argparse.Namespace, tokenizer: Any) -> tuple[list[str], list[list[Example]]]:
-    """The first rows whose text fits, and the same as examples, batch by batch; every token is learnt."""
+    """The first rows whose text fits, and the same as examples, batch by batch; every token is supervised."""
     texts = [
         TEXT.format(r["instruction"], r.get("input") or "", r["output"]) for r in json.loads(Path(a.data).read_text())
     ]

@@ -17,9 +17,8 @@ import task
 from rich.console import Console
 from rich.table import Table
 
-from tunesmith.metrics.record import read
-from tunesmith.metrics.summary import curve
-from tunesmith.metrics.terminal import span
+from tunesmith.metrics.record import StepRecord, read_records
+from tunesmith.metrics.terminal import format_seconds
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # short in the commands that are shown
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -92,8 +91,20 @@ def show_answers(console: Console, before: list[dict[str, str]], after: list[dic
         console.print(table)
 
 
+def show_losses(records: list[StepRecord], *, lines: int = 12, width: int = 60) -> None:
+    """Mean loss of each part of the run, as bars."""
+    print("\nloss")
+    size = -(-len(records) // lines)
+    parts = [records[at : at + size] for at in range(0, len(records), size)]
+    means = [(part[0].step, sum(r.loss for r in part) / len(part)) for part in parts]
+    for step, mean in means:
+        bar = "#" * round(width * mean / max(value for _, value in means))
+        print(f"  step {step:>4}  {mean:6.3f}  {bar}")
+    print()
+
+
 def main() -> None:
-    """Rows -> base's answers -> training -> tuned answers -> tables, curve, where it lies, what to type next."""
+    """Rows -> base's answers -> training -> tuned answers -> losses, tables, where it lies, what to type next."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     train, held_out = task.write(HERE / "data")
     print(f"{task.TRAIN_ROWS} rows to train on: {train}\n{task.HELD_OUT_ROWS} held-out rows: {held_out}")
@@ -103,11 +114,11 @@ def main() -> None:
     tunesmith("train", str(HERE / "recipe.yaml"), f"model.name={model}")
     after = ask(str(RUN), held_out, RUN.parent / "demo-tuned.jsonl")
 
-    records = read(RUN / "metrics.jsonl")
-    print(f"\nloss, step 1 to {len(records)}\n{curve([record.loss for record in records])}\n")
+    records = read_records(RUN / "metrics.jsonl")
+    show_losses(records)
     show_answers(console, before, after)
     show_scores(console, before, after)
-    print(f"training took {span(sum(record.step_seconds for record in records))} in its {len(records)} steps")
+    print(f"training took {format_seconds(sum(record.step_seconds for record in records))} in its {len(records)} steps")
     print("\nwhere it lies")
     for path, what in (
         (RUN / "final", "the adapter, in PEFT's files"),

@@ -4,7 +4,7 @@
     name: Mara Quill | item: striped mugs | colour: teal | quantity: 3 | city: Tucson | day: Friday
 
 Rows are drawn from the lists below with a fixed seed. Held-out rows use names, items, colours and cities that no
-training row has, so a model that learnt answers by heart scores nothing; it must learn to find the parts and to keep
+training row has, so a model that memorised answers scores nothing; it must learn to find the parts and to keep
 the form. The base model has never been told the form: it scores 0.
 """
 
