@@ -1,8 +1,8 @@
 """tunesmith: fine-tune open-weight language models on the hardware that people have.
 
 >>> import tunesmith
->>> tunesmith.train("my-recipe.yaml", ["train.learning_rate=5e-4"])
->>> loaded = tunesmith.load_run("runs/my-run")
+>>> tunesmith.train("my-recipe.yaml", ["output_dir=runs/from-python"])
+>>> loaded = tunesmith.load_run("runs/from-python")
 >>> next(tunesmith.generate(loaded, [{"prompt": "Hello"}]))["output"]
 """
 

@@ -107,6 +107,9 @@ def test_every_command_of_the_readme_runs(place: Path, tiny: Path, capsys: pytes
     assert json.loads((place / "speed.json").read_text())["figures"]["steps"] == 2
     assert list((place / "traces").iterdir())
     assert list((place / "runs/my-run/profile").iterdir())
+    (example,) = blocks("python")
+    exec("\n".join(example), {})
+    assert capsys.readouterr().out.strip(), "the example prints an answer"
 
 
 @pytest.mark.parametrize("name", shipped())
