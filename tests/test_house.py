@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,3 +60,13 @@ def test_a_function_fits_a_page():
     assert len(functions) > 500
     long = {f"{f.name}:{n.lineno} {n.name}": n.end_lineno - n.lineno + 1 for f, n in functions}
     assert {name: size for name, size in long.items() if size > FUNCTION_LINES} == {}
+
+
+def test_the_files_that_the_docs_name_exist():
+    """`room/file.py` is below src/tunesmith, `tests/...`, `benchmarks/...` and `src/...` below the repository."""
+    root, checked = SOURCE.parents[1], 0
+    for page in [root / "ARCHITECTURE.md", root / "CONTRIBUTING.md", *root.glob("docs/*.md")]:
+        for name in re.findall(r"`([\w/.-]+/[\w.-]+\.(?:py|yaml|json))`", page.read_text(encoding="utf-8")):
+            assert (SOURCE / name).is_file() or (root / name).is_file(), f"{page.name}: {name}"
+            checked += 1
+    assert checked > 40
