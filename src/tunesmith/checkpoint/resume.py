@@ -119,7 +119,8 @@ def _lock(output_dir: Path) -> int:
         handle = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         what = f"the run directory cannot be written: {error.strerror}"
-        raise MachineError(what, where=str(output_dir), fix="choose another: output_dir=runs/my-run") from error
+        why, fix = "output_dir must be a folder that you may write to", "choose another one: output_dir=runs/my-run"
+        raise MachineError(what, where=str(output_dir), why=why, fix=fix) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

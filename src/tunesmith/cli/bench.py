@@ -178,8 +178,8 @@ def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -
             command += [f"--{option}", vars(args)[option]]
     done = subprocess.run([*command, "--json", str(file)], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
-        what, fix = f"the run with a warm compile cache ended with {done.returncode}", "see its messages above"
-        raise RunError(what, where=" ".join(command), fix=fix)
+        what = f"the run with a warm compile cache ended with {done.returncode}; its messages are above"
+        raise RunError(what, where=" ".join(command), fix="run that command by itself, or remove --cold")
     warm = json.loads(file.read_text(encoding="utf-8"))["figures"]
     names = ("first_step_seconds", "build_seconds")
     return {name: figures[name] for name in names} | {f"warm_{name}": warm[name] for name in names}

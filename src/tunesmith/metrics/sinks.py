@@ -64,7 +64,7 @@ class TensorBoardSink(Sink):
         try:
             self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=10)
         except OSError as error:
-            what, fix = "TensorBoard's events cannot be written", "log.tensorboard_dir=..., or log.tensorboard=false"
+            what, fix = "TensorBoard's events cannot be written", "log.tensorboard_dir=FOLDER, or log.tensorboard=false"
             raise MachineError(what, where=str(self.folder), why=str(error), fix=fix) from None
         self._writer.add_text("recipe", f"```yaml\n{dump(run)}```", global_step=resumed_at)
 
