@@ -82,14 +82,15 @@ def _read_header(file: Path) -> list[Entry]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """Parse a JSON object from a model's folder, or raise ModelError naming the file and line."""
-    where, why, fix = str(file), "", "correct the file, or fetch the model again: tunesmith fetch MODEL"
+    again = "fetch the model again: tunesmith fetch MODEL"
+    where, why, fix = str(file), "", f"correct the file, or {again}"
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(value, dict):
             return value
         what = f"{file.name} holds no JSON object"
     except FileNotFoundError:
-        what, where, fix = f"{file.name} is missing", str(file.parent), f"put the model's {file.name} there, or {fix}"
+        what, where, fix = f"{file.name} is missing", str(file.parent), f"put the model's {file.name} there, or {again}"
     except OSError as error:
         raise unreadable_file(file, error) from error
     except json.JSONDecodeError as error:
