@@ -14,12 +14,10 @@ from tunesmith.errors import DataError
 
 # The wording of the `text` column of tatsu-lab/alpaca. It ends the prompt with a newline, unlike the authors' train.py:
 # after a bare colon a byte-pair tokenizer merges ":" with a quote or a bracket that opens the answer.
-_PREAMBLE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-)
+_END = "Write a response that appropriately completes the request.\n\n"
+_PREAMBLE = f"Below is an instruction that describes a task. {_END}"
 _PREAMBLE_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
+    f"Below is an instruction that describes a task, paired with an input that provides further context. {_END}"
 )
 
 # A system message takes the place of the preamble; a second turn continues after the end token of the first.

@@ -24,10 +24,8 @@ FEW_STEPS = 50  # with fewer, the learning rate is mostly in its warm-up and the
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What training needs of the data.
+    """What training needs of the data; `validation` is None where the recipe names none.
 
-    validation: None where the recipe names none.
-    contracts: of train and, where there is one, of validation.
     overlap: validation examples that are among the training examples, token for token.
     """
 

@@ -22,10 +22,9 @@ from tunesmith.units import Length
 
 @dataclass(frozen=True)
 class ScheduleSummary:
-    """What a run will do. examples, tokens, rows, steps_per_epoch: of the first epoch.
+    """What a run will do: of its first epoch, and in `steps` (None where the duration is a time) of the whole run.
 
-    fill: non-padding share of its rows (packed: of rows * seq_len; others: padded to the longest of their step).
-    steps: None where the duration is a time.
+    fill: non-padding share of the rows (packed: of rows * seq_len; others: padded to the longest of their step).
     """
 
     examples: int
@@ -65,9 +64,7 @@ class BatchSchedule:
         self._fractions = [f for f in np.unique(self._repeats % 1.0).tolist() if f > 0]
         # Rows of whole epochs hold the same lengths each time, so only drawn fractions make epochs of different size.
         self._even = self._size.unit == "examples" or not self._fractions
-        self._per_step = self._size.amount
-        if self._size.unit == "tokens":
-            self._per_step = max(1, self._size.amount // self.row_length)
+        self._per_step = max(1, self._size.amount // (self.row_length if self._size.unit == "tokens" else 1))
         self._units = lru_cache(maxsize=2)(self._order_units)
 
     def _random(self, n: int, epoch: int, purpose: int) -> np.ndarray:
