@@ -11,7 +11,7 @@ class BenchReport:
     """Speeds are means over the timed steps, which took `seconds` together; shares are between 0 and 1.
 
     Attributes:
-        quantize: how the base was held: none, nf4, an fp8 form, or bf16 where fp8 was given up.
+        quantize: how the base was stored: none, nf4, an fp8 form, or bf16 where fp8 was given up.
         recomputed_layers: decoder layers whose forward runs again in the backward.
         tokens: non-padding tokens of the timed steps.
         samples_times_seq_len_per_second: what others often call tokens/s: each example counted as if it filled `seq_len`.

@@ -98,7 +98,7 @@ def merge(
         if bars:
             hf_logging.enable_progress_bar()
     nf4 = location.base.quantize == "nf4"
-    note = f"the base was held in nf4: the adapter was merged into its dequantised {chosen} weights" if nf4 else ""
+    note = f"the base is in nf4: the adapter was merged into its dequantised {chosen} weights" if nf4 else ""
     return Merged(str(goal), location.base.name, str(location.folder), chosen, size, note, check)
 
 

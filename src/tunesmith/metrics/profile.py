@@ -117,12 +117,12 @@ def _write_memory(trace: Path, out: Path) -> None:
     for event in events:
         if event.get("name") != "[memory]":
             continue
-        facts = event["args"]
+        values = event["args"]
         device = {0: "CPU", 1: "GPU"}.get(
-            facts["Device Type"], f"device type {facts['Device Type']}"
+            values["Device Type"], f"device type {values['Device Type']}"
         )  # c10::DeviceType
-        number = f" {facts['Device Id']}" if facts["Device Id"] >= 0 else ""
+        number = f" {values['Device Id']}" if values["Device Id"] >= 0 else ""
         track = {"name": f"{device}{number} allocated", "ph": "C", "ts": event["ts"], "pid": event["pid"]}
-        counters.append(track | {"args": {"bytes": facts["Total Allocated"]}})
+        counters.append(track | {"args": {"bytes": values["Total Allocated"]}})
     with gzip.open(out, "wt", encoding="utf-8") as file:
         json.dump({"displayTimeUnit": "ms", "traceEvents": counters}, file)

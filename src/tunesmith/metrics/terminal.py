@@ -61,14 +61,14 @@ class Terminal(Sink):
             self._progress = Progress(
                 TextColumn("step {task.fields[step]}"),
                 BarColumn(),
-                TextColumn("{task.fields[facts]}"),
+                TextColumn("{task.fields[status]}"),
                 TimeElapsedColumn(),
                 TextColumn("left {task.fields[left]}"),
                 console=Console(file=self.stream, force_terminal=True),
             )
             whole = float(self.total) if self.total else self._seconds
             self._task = self._progress.add_task(
-                "", total=whole, completed=resumed_at if self.total else 0, step=str(resumed_at), facts="", left="?"
+                "", total=whole, completed=resumed_at if self.total else 0, step=str(resumed_at), status="", left="?"
             )
             self._progress.start()
 
@@ -87,7 +87,7 @@ class Terminal(Sink):
             left = format_seconds(max(0.0, self._seconds - elapsed))
         if self._progress is not None:
             done = float(record.step) if self.total else elapsed
-            self._progress.update(self._task, completed=done, step=count, facts=f"{loss}  {speed}", left=left)
+            self._progress.update(self._task, completed=done, step=count, status=f"{loss}  {speed}", left=left)
         if not (self._every.due(record.step, elapsed) or self._steps == 1 or record.step == self.total):
             return
         mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
