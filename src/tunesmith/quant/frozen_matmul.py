@@ -4,8 +4,8 @@
     y_i = x W_i^T + xa_i B_i^T
 
 The backward keeps x and xa and nothing dense, and adds up dx in place. Two paths share the arithmetic: an autograd
-function in eager mode (an operator takes 0.6 ms longer for three layers on a CPU), and one opaque operator inside torch.compile, whose own
-patterns would undo the order of the sums (see `FrozenWeight.forward_matmul`).
+function in eager mode (an operator takes 0.6 ms longer for three layers on a CPU), and one opaque operator inside
+torch.compile, whose own patterns would undo the order of the sums (see `FrozenWeight.forward_matmul`).
 """
 
 from __future__ import annotations
