@@ -101,7 +101,9 @@ def test_an_interrupt_while_rows_become_tokens(world: World) -> None:
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
-        while not list(cache.glob("tokens/.*/ids.bin")) and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not list(cache.glob("tokens/.*/entry/ids.bin")) and process.poll() is None and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)

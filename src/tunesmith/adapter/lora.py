@@ -197,9 +197,8 @@ def _match(wanted: Mapping[str, str], names: Sequence[str], key: str, kind: str)
     for name, ending in wanted.items():
         if not any(n == name or n.endswith(ending) for n in names):
             why = f"it has: {', '.join(dict.fromkeys(n.rsplit('.', 1)[-1] for n in names))}"
-            raise RecipeError(
-                f"the model has no {kind} {name!r}", where=key, why=why, fix=f"name some of these, or remove {key}"
-            )
+            fix = f"name some of these, or {f'use {ALL_LINEAR}' if key == 'adapter.target' else f'remove {key}'}"
+            raise RecipeError(f"the model has no {kind} {name!r}", where=key, why=why, fix=fix)
     return [n for n in names if n in wanted or n.endswith(tuple(wanted.values()))]
 
 
