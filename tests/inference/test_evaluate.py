@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.batch import Example
 from tunesmith.data.tokens import TokenSet, tokenise
+from tunesmith.errors import UsageError
 from tunesmith.inference.evaluate import evaluate, is_exact_match, packed, score, validation_loss
 from tunesmith.inference.load_run import LoadedModel, load_run
 
@@ -101,6 +102,14 @@ def test_attention_of_generation_comes_back_after_a_loss(opened: LoadedModel) ->
         with opened.training_attention():
             pass
         assert torch.equal(opened.model(input_ids=ids).logits, before)
+
+
+def test_exact_match_without_any_answer_is_refused(tiny: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "held.jsonl", [{"prompt": "a", "completion": ""}])
+    make_run(tmp_path / "run", tiny, peft_model(tiny))
+    with pytest.raises(UsageError) as refused:
+        evaluate(tmp_path / "run", str(rows), exact_match=True, max_new_tokens=4, device="cpu")
+    assert str(rows) in refused.value.where
 
 
 def test_exact_match_reads_rows_by_the_columns_that_were_trained(tiny: Path, tmp_path: Path) -> None:

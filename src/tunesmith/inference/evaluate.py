@@ -157,7 +157,9 @@ def evaluate(
             if "reference" in row:  # a row with an empty answer has none
                 matches.append(is_exact_match(row["output"], row["reference"]))
             progress("answers", done, len(rows))
-        return replace(result, exact_match=sum(matches) / len(matches) if matches else math.nan, asked=len(matches))
+        if not matches:
+            raise _no_answers(source.source, "every answer is empty")
+        return replace(result, exact_match=sum(matches) / len(matches), asked=len(matches))
 
     scores = {"model" if location.kind == "base" else "tuned": scored(loaded)}
     if base and location.kind == "adapter":
@@ -173,8 +175,7 @@ def evaluate(
 def _eval_tokens(rows: Rows, source: Source, loaded: LoadedModel, format_name: str, *, exact_match: bool) -> TokenSet:
     found = row_source(rows[0], rows.where(0), format_name, loaded.sources)
     if exact_match and found.format == "text":
-        what, why = "no row holds an answer to compare with", "rows of the format text were read"
-        raise UsageError(what, where=source.source, why=why, fix="leave --exact-match out, or give rows with answers")
+        raise _no_answers(source.source, "rows of the format text were read")
     source = replace(source, format=found.format, columns=found.columns)
     data = loaded.run.data if loaded.run else Data(train=(source,), seq_len=min(loaded.context, 1 << 20))
     tokens = tokenise((source,), data, loaded.template, loaded.tokenizer, cache=None, what=source.source)
@@ -182,3 +183,8 @@ def _eval_tokens(rows: Rows, source: Source, loaded: LoadedModel, format_name: s
         what, why = f"none of the {len(rows)} rows can be scored", f"all are longer than data.seq_len: {data.seq_len}"
         raise UsageError(what, where=source.source, why=why, fix="give shorter rows")
     return tokens
+
+
+def _no_answers(where: str, why: str) -> UsageError:
+    fix = "leave --exact-match out, or give rows with answers"
+    return UsageError("no row holds an answer to compare with", where=where, why=why, fix=fix)
