@@ -1,10 +1,27 @@
-"""Optional packages: where each is imported."""
+"""Optional packages: where each is imported, and how each is installed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tunesmith.errors import MachineError
+
+
+def pip_install(package: str) -> str:
+    """The command that installs `package` in a version that works: `pip install 'bitsandbytes>=0.48'`.
+
+    The version is read from the metadata of tunesmith's own extras; a package that they do not name has none.
+    """
+    import importlib.metadata  # slow to import, and needed only here
+
+    from packaging.requirements import Requirement
+
+    try:
+        stated = importlib.metadata.requires("tunesmith") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        stated = []
+    versions = [str(needed.specifier) for needed in map(Requirement, stated) if needed.name == package]
+    return f"pip install '{package}{versions[0]}'" if versions and versions[0] else f"pip install {package}"
 
 
 def bitsandbytes(what: str, where: str) -> Any:
@@ -15,7 +32,6 @@ def bitsandbytes(what: str, where: str) -> Any:
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        raise MachineError(
-            f"{what} need the package bitsandbytes", where=where, fix="pip install 'tunesmith[nf4]'"
-        ) from error
+        fix = pip_install("bitsandbytes")
+        raise MachineError(f"{what} need the package bitsandbytes", where=where, fix=fix) from error
     return bitsandbytes.functional

@@ -115,7 +115,7 @@ def test_wrong_commands(words: list[str], what: str, fix: str, capsys: pytest.Ca
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (OSError(errno.ENOSPC, "No space left", "/x"), 2, "error: the disk is full\n  where: /x\n  fix: make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: not permitted: Permission denied\n  where: /x"),
-        (ModuleNotFoundError("no", name="wandb.sdk"), 2, "error: the Python package wandb is missing\n  fix: pip install wandb"),
+        (ModuleNotFoundError("no", name="wandb.sdk"), 2, "error: the Python package wandb is missing\n  fix: pip install 'wandb>=0.18'"),
     ],
 )  # fmt: skip
 def test_ends(

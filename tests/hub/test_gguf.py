@@ -128,4 +128,4 @@ def test_a_missing_package_and_a_cache_that_cannot_be_written(file: Path, tmp_pa
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match="package gguf") as caught:
         fetch.fetch(Model(name=str(file)), progress=print)
-    assert caught.value.fix == "pip install 'tunesmith[gguf]'"
+    assert caught.value.fix == "pip install 'gguf>=0.10'"

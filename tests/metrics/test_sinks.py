@@ -120,7 +120,7 @@ def test_wandb_missing_names_the_install(tmp_path: Path, run: Run, monkeypatch: 
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MachineError) as raised:
         WandbSink(tmp_path).open(run, 0)
-    assert "pip install 'tunesmith[wandb]'" in raised.value.fix
+    assert "pip install 'wandb>=0.18'" in raised.value.fix
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed (extra: wandb)")

@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from tunesmith import __version__
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError, StoppedError, TunesmithError, UsageError, disk_fault
+from tunesmith.packages import pip_install
 from tunesmith.runtime.host import bound_product_caches
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -164,7 +165,7 @@ def _machine_error(error: Exception) -> MachineError | None:
     """What this machine lacks, met where nothing checked for it: room on a disk, a permission, a package."""
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("tunesmith"):
         package = error.name.partition(".")[0]
-        return MachineError(f"the Python package {package} is missing", fix=f"pip install {package}")
+        return MachineError(f"the Python package {package} is missing", fix=pip_install(package))
     where = str(error.filename or "") if isinstance(error, OSError) else ""
     if (full := disk_fault(error)) is not None:
         fix = "make room (df -h), then start the same command again"

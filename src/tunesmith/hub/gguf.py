@@ -18,6 +18,7 @@ from pathlib import Path
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.host_files import cache_folder
 from tunesmith.model.safetensors_files import unreadable_file
+from tunesmith.packages import pip_install
 
 MAGIC = b"GGUF"
 LAYOUT = 1  # goes up when what is written changes, so that older conversions are made again
@@ -47,7 +48,7 @@ def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
         return target
     if importlib.util.find_spec("gguf") is None:
         what = "the package gguf is missing, which reads .gguf files"
-        raise MachineError(what, where=str(file), fix="pip install 'tunesmith[gguf]'")
+        raise MachineError(what, where=str(file), fix=pip_install("gguf"))
     say(f"converting {file.name} to {dtype} safetensors, once, in {target}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from tunesmith.errors import MachineError
 from tunesmith.metrics.record import StepRecord, cut_back
 from tunesmith.metrics.sink import Sink, Sinks
 from tunesmith.metrics.terminal import Terminal
+from tunesmith.packages import pip_install
 
 
 class JsonlSink(Sink):
@@ -108,8 +109,8 @@ class WandbSink(Sink):
         try:
             import wandb
         except ImportError:
-            what, fix = "Weights & Biases is not installed", "pip install 'tunesmith[wandb]', or log.wandb=false"
-            raise MachineError(what, where="log.wandb", fix=fix) from None
+            fix = f"{pip_install('wandb')}, or log.wandb=false"
+            raise MachineError("Weights & Biases is not installed", where="log.wandb", fix=fix) from None
         from tunesmith.config.dump import to_mapping
 
         kept = self.folder / "wandb-id.txt"
