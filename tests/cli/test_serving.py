@@ -14,13 +14,14 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.cli.main import main
-from tunesmith.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE
+from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
 
 SHORT = ["--max-new-tokens", "6", "--device", "cpu"]
 
@@ -67,6 +68,68 @@ def test_a_broken_off_job_goes_on_to_the_same_file(run: Path, rows: Path, tmp_pa
     assert out.read_bytes() == whole
     assert main([*sampled, "--resume"]) == EXIT_OK  # nothing left to do
     assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "last",
+    [lambda r: r[:-1], lambda r: r[:-2], lambda r: r[:1], lambda r: r[: r.index(b'"output"') + 3], lambda r: b""],
+    ids=["only its line break is missing", "in its end", "one character", "in a name", "between two"],
+)
+def test_resume_keeps_or_cuts_a_last_line_of_its_own(
+    run: Path, rows: Path, tmp_path: Path, last: Callable[[bytes], bytes]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    command = ["generate", str(run), "--input", str(rows), "--output", str(out), *SHORT]
+    assert main(command) == EXIT_OK
+    whole = out.read_bytes()
+    first, second, *_ = whole.splitlines(keepends=True)
+    for torn in (last(first), first + last(second)):
+        out.write_bytes(torn)
+        assert main([*command, "--resume"]) == EXIT_OK
+        assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"my only copy of a long text",
+        b'{"instruction": "Count to 1", "note": "mine"}',
+        b"  ",
+        b'{"instruction": "Count to 2"',
+    ],
+)
+def test_resume_touches_no_file_that_answers_nothing_here(
+    run: Path, rows: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also behind a first answer of this input."""
+    out = tmp_path / "out.jsonl"
+    command = ["generate", str(run), "--input", str(rows), "--output", str(out), *SHORT]
+    assert main(command) == EXIT_OK
+    for line, before in ((1, b""), (13, out.read_bytes())):
+        out.write_bytes(before + content)
+        assert main([*command, "--resume"]) == EXIT_USAGE
+        assert out.read_bytes() == before + content
+        assert f"{out}:{line}" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_file_and_how_to_go_on(run: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(run), "--input", str(rows), "--output", "/dev/full", *SHORT]) == EXIT_FAILED
+    said = capsys.readouterr().err
+    assert "where: /dev/full" in said
+    assert "0 of 12 rows are in it" in said
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    run: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.inference.load_run.load_run", lambda *a, **k: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for output, more in ((tmp_path / "file" / "out", []), (pipe, ["--resume"]), (tmp_path, ["--force"])):
+        command = ["generate", str(run), "--input", str(rows), "--output", str(output), *more, *SHORT]
+        assert main(command) == EXIT_USAGE
+        assert str(output) in capsys.readouterr().err
 
 
 def test_generate_reads_stdin_and_writes_stdout(

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs import make_run, peft_model
-from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, TunesmithError
+from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, TunesmithError, UsageError
 from tunesmith.inference import merge as room
 from tunesmith.inference import merge_check
 from tunesmith.inference.load_run import load_run
@@ -197,25 +197,72 @@ def test_a_failed_write_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(room, "write_merged", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(TunesmithError, match="the disk is full") as caught:
         merge(run, tmp_path / "out", device="cpu")
+    assert caught.value.where == f"--output {tmp_path / 'out'}"
     assert not (tmp_path / "out").exists()
     assert leftovers(tmp_path) == []
 
 
-def test_force_replaces_only_once_the_check_is_passed(
+def test_force_replaces_an_earlier_merge_once_the_check_is_passed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("precious")
+    out, link = tmp_path / "out", tmp_path / "link"
+    link.symlink_to(out)
+    merge(run, out, device="cpu")
+    before = (out / "model.safetensors").stat().st_ino
+    with pytest.raises(UsageError, match="holds an earlier merge"):
+        merge(run, out, device="cpu")
     with monkeypatch.context() as patch:
         patch.setattr(room, "merged_weight", _left_out)
-        with pytest.raises(TunesmithError, match="answers differently"):
-            merge(run, tmp_path / "out", force=True, device="cpu")
-    assert (tmp_path / "out" / "old.txt").read_text() == "precious"
-    merge(run, tmp_path / "out", force=True, device="cpu")
-    assert not (tmp_path / "out" / "old.txt").exists()
-    assert (tmp_path / "out" / "config.json").is_file()
+        for _ in range(2):  # the second one replaces what the first one rejected
+            with pytest.raises(TunesmithError, match="answers differently"):
+                merge(run, out, force=True, device="cpu")
+    assert (out / "model.safetensors").stat().st_ino == before
+    merge(run, link, force=True, device="cpu")
+    assert (out / "model.safetensors").stat().st_ino != before
+    assert link.is_symlink()
+    assert leftovers(tmp_path) == []
+
+
+def _other_run(run: Path) -> Path:
+    shutil.copytree(run, run.parent / "other")
+    return run.parent / "other" / "final"
+
+
+def _own_file(run: Path) -> Path:
+    merge(run, run.parent / "out", device="cpu")
+    (run.parent / "out" / "scores.txt").write_text("precious")
+    return run.parent / "out"
+
+
+def _edited_card(run: Path) -> Path:
+    merge(run, run.parent / "out", device="cpu")
+    (run.parent / "out" / "README.md").write_text("# My own words")
+    return run.parent / "out"
+
+
+def _not_rejected_by_us(run: Path) -> Path:
+    (run.parent / "out.rejected").mkdir()
+    (run.parent / "out.rejected" / "mine").write_text("precious")
+    return run.parent / "out"
+
+
+@pytest.mark.parametrize("make", [_other_run, _own_file, _edited_card, _not_rejected_by_us])
+def test_force_replaces_nothing_that_no_merge_wrote(run: Path, make: Callable[[Path], Path]) -> None:
+    """A checkpoint, somebody's file in a merged folder or in place of a rejected one, and an edited card."""
+    output = make(run)
+    before = {p: p.read_bytes() for p in run.parent.rglob("*") if p.is_file()}
+    with pytest.raises(UsageError, match="is not empty"):
+        merge(run, output, force=True, device="cpu")
+    assert {p: p.read_bytes() for p in run.parent.rglob("*") if p.is_file()} == before
+
+
+def test_the_working_directory_is_not_replaced(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UsageError, match="the folder you are in"):
+        merge(run, ".", device="cpu")
 
 
 def _not_empty(run: Path) -> tuple[Path, Path]:

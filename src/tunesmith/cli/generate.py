@@ -15,12 +15,23 @@ import argparse
 import json
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.cli.options import add_decoding, add_rows, add_run, decoding_of, stdin_lines
-from tunesmith.errors import EXIT_OK, EXIT_STOPPED, DataError, MachineError, UsageError
+from tunesmith.errors import (
+    EXIT_OK,
+    EXIT_STOPPED,
+    DataError,
+    MachineError,
+    RunError,
+    UsageError,
+    disk_fault,
+    first_line,
+)
 
 if TYPE_CHECKING:
     from tunesmith.data.source import Rows
@@ -45,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     location = locate_run(args.run, base_only=args.base)
     rows = _read_input(args.input)
     output = None if args.output == "-" else Path(args.output)
-    done = _rows_done(output, rows, args)
+    kept = _kept_rows(output, rows, args)
+    done = kept.rows
     if done == len(rows) and args.resume:
         print(f"all {done} rows are already in {output}", file=sys.stderr)
         return EXIT_OK
@@ -62,30 +74,52 @@ def run(args: argparse.Namespace) -> int:
     if location.note:
         print(location.note, file=sys.stderr)
     print(f"{len(rows) - done} rows, {decoding.describe()}", file=sys.stderr)
-    with _open_output(output, "a" if done else "w") as file, stop, ProgressCounter() as progress:
-        progress("answers", done, len(rows))
-        for row in answers:
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-            file.flush()
-            done += 1
+    name = output or "standard output"
+    try:
+        with _open_output(output, kept) as file, stop, ProgressCounter() as progress:
             progress("answers", done, len(rows))
+            for row in answers:
+                file.write(_record(row))
+                file.flush()
+                done += 1
+                progress("answers", done, len(rows))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        what = disk_fault(error) or f"{name} cannot be written: {first_line(error)}"
+        fix = "make room (df -h)" if disk_fault(error) else "name another file"
+        fix += ", then start the same command again" + (" with --resume" if output and done else "")
+        raise RunError(what, where=str(name), why=f"{done} of {len(rows)} rows are in it", fix=fix) from error
     if done < len(rows):
-        name = output or "the output"
         print(f"stopped: {done} of {len(rows)} rows are in {name}; go on with --resume", file=sys.stderr)
         return EXIT_STOPPED
     return EXIT_OK
 
 
-def _open_output(output: Path | None, mode: str) -> AbstractContextManager[IO[str]]:
-    """The file or stdout, which stays open; half a character (a lone surrogate) is written as its JSON escape."""
+class KeptRows(NamedTuple):
+    """What --resume keeps of an output: its leading rows, their size in bytes, and what is to be added to their last line."""
+
+    rows: int = 0
+    size: int = 0
+    line_break: str = ""
+
+
+def _record(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
+@contextmanager
+def _open_output(output: Path | None, kept: KeptRows) -> Iterator[IO[str]]:
+    """The file behind its kept rows, or stdout; half a character (a lone surrogate) is written as its JSON escape."""
     if output is None:
-        return nullcontext(sys.stdout)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return output.open(mode, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        what, fix = f"{output} cannot be written", "name a file that you may write"
-        raise MachineError(what, where="--output", why=str(error), fix=fix) from error
+        yield sys.stdout
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("a" if kept.rows else "w", encoding="utf-8", errors="backslashreplace") as file:
+        if kept.rows:
+            file.truncate(kept.size)
+            file.write(kept.line_break)
+        yield file
 
 
 def _read_input(name: str) -> Rows:
@@ -112,30 +146,45 @@ def _read_input(name: str) -> Rows:
     return from_list(rows, "stdin")
 
 
-def _rows_done(output: Path | None, rows: Rows, args: argparse.Namespace) -> int:
-    """How many leading rows the output already answers; an incomplete last line is removed."""
-    if output is None:
+def _kept_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> KeptRows:
+    """What the output holds already, with --resume; nothing is written before the model is loaded.
+
+    Its last line may be the beginning of a record: that part is written again.
+
+    Raises:
+        UsageError: the output is the input, a folder, or holds anything but answers to these rows.
+        MachineError: it cannot be written.
+    """
+    where = "--output"
+    if output is None or (args.resume and output.exists() and not output.is_file() and not output.is_dir()):
         if args.resume:
-            raise UsageError("--resume needs an output file", where="--output -", fix="name a file")
-        return 0
+            what = "--resume needs an output file that can be read"
+            raise UsageError(what, where=f"{where} {args.output}", fix="name a file")
+        return KeptRows()
     if args.input != "-" and output.exists() and output.samefile(args.input):
-        raise UsageError("input and output are the same file", where="--output", fix="name another file")
+        raise UsageError("input and output are the same file", where=where, fix="name another file")
     if output.is_dir():
-        raise UsageError(f"{output} is a folder", where="--output", fix="name a file in it")
-    if not output.exists() or args.force or output.stat().st_size == 0:
-        return 0
+        raise UsageError(f"{output} is a folder", where=where, fix="name a file in it")
+    nearest = next(place for place in (output, *output.absolute().parents) if place.exists())
+    usable = nearest == output or nearest.is_dir()
+    if not usable or not os.access(nearest, os.W_OK):
+        why = f"you may not write to {nearest}" if usable else f"{nearest} is a file, not a folder"
+        fix = "name a file that you may write"
+        raise MachineError(f"{output} cannot be written", where=f"{where} {output}", why=why, fix=fix)
+    if nearest != output or args.force or output.stat().st_size == 0:
+        return KeptRows()
     if not args.resume:
         fix = "add --resume to go on with it, --force to overwrite it, or name another file"
-        raise UsageError(f"{output} is already there", where="--output", fix=fix)
-    data = output.read_bytes()
-    complete = data[: data.rfind(b"\n") + 1]
-    lines = complete.splitlines()
-    for i, line in enumerate(lines):
+        raise UsageError(f"{output} is already there", where=where, fix=fix)
+    *lines, last = output.read_bytes().split(b"\n")
+    whole = bool(last) and len(lines) < len(rows) and _is_answer_to(last, rows[len(lines)])
+    torn = not last or (len(lines) < len(rows) and _begins_answer_to(last, rows[len(lines)]))
+    for i, line in enumerate([*lines, *([] if torn and not whole else [last])]):
         if i >= len(rows) or not _is_answer_to(line, rows[i]):
             what, fix = "the output answers other rows than the input holds", "name its own input, or add --force"
             raise UsageError(what, where=f"{output}:{i + 1}", fix=fix)
-    os.truncate(output, len(complete))
-    return len(lines)
+    size = sum(len(line) + 1 for line in lines)
+    return KeptRows(len(lines) + 1, size + len(last), "\n") if whole else KeptRows(len(lines), size)
 
 
 def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:
@@ -146,3 +195,10 @@ def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:
         return False
     asked = {name: value for name, value in fields if name not in ("output", "reference")}
     return isinstance(written, dict) and "output" in written and asked.items() <= written.items()
+
+
+def _begins_answer_to(line: bytes, row: dict[str, Any]) -> bool:
+    """Whether an incomplete line is the beginning of the record that answers `row`."""
+    before = dict(takewhile(lambda item: item[0] != "output", row.items()))
+    head = _record({**before, "output": ""}).removesuffix('"}\n').encode("utf-8", "backslashreplace")
+    return line.startswith(head) or head.startswith(line)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is new or empty")
     dtype_help = "of the written weights (default: the base's)"
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help=dtype_help)
-    force_help = "replace what is in the output folder, once the check is passed"
+    force_help = "replace an earlier merge in the output folder, once the check is passed"
     parser.add_argument("--force", action="store_true", help=force_help)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

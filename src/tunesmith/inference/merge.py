@@ -25,7 +25,7 @@ from transformers.utils import logging as hf_logging
 
 from tunesmith.adapter.lora import Lora, LoraLinear, disabled, merged_weight
 from tunesmith.config.schema import Adapter
-from tunesmith.errors import CheckpointError, MachineError, UsageError
+from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
 from tunesmith.host_files import available_memory, existing_folder, refuse_full_disk
 from tunesmith.hub.fetch import fetch
 from tunesmith.inference import merge_check
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tunesmith.inference.load_run import LoadedModel, RunLocation
 
 SHARD = "5GB"
+MERGE_FILE = "merge.json"  # the check, and the size of each file: the mark of a folder that a merge wrote
 ROOM = 1.1  # of the weights: the rest of the folder, and an untied head
 EXACT_BYTES = 8  # a parameter: written, fp32, and what comparing takes
 
@@ -66,7 +67,8 @@ def merge(
 
     Args:
         path: a run directory, a checkpoint, final/, or an adapter's folder.
-        output: a folder that is new or empty (or, with `force`, holds anything: it is replaced at the very end).
+        output: a folder that is new or empty; with `force` also one that an earlier merge wrote, and nothing else is in:
+            it is replaced at the very end.
         dtype: of the written weights; None keeps the base's.
 
     Raises:
@@ -74,7 +76,7 @@ def merge(
         MachineError: no room on the disk.
         CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
     """
-    location, goal = locate_run(path), Path(output)
+    location, goal = locate_run(path), Path(output).resolve()
     if location.kind != "adapter":
         where = str(location.folder or path)
         why = "it is a full fine-tune: a whole model already" if location.kind == "full" else "it is a plain model"
@@ -90,16 +92,22 @@ def merge(
     hf_logging.disable_progress_bar()
     try:
         check = _merge_and_check(location, temporary, chosen, device)
-        (temporary / "merge.json").write_text(json.dumps(asdict(check), indent=2) + "\n", encoding="utf-8")
-        size = sum(p.stat().st_size for p in temporary.rglob("*") if p.is_file())
+        files = _file_sizes(temporary)
+        about = {**asdict(check), "files": files}
+        (temporary / MERGE_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         _move_into_place(temporary, goal, check)
+    except Exception as error:
+        if not (full := disk_fault(error)):  # safetensors has errors of its own for it
+            raise
+        why, fix = "nothing was written in place", "make room there (df -h), or name a folder on another disk"
+        raise CheckpointError(full, where=f"--output {output}", why=why, fix=fix) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if bars:
             hf_logging.enable_progress_bar()
     nf4 = location.base.quantize == "nf4"
     note = f"the base is in nf4: the adapter was merged into its dequantised {chosen} weights" if nf4 else ""
-    return Merged(str(goal), location.base.name, str(location.folder), chosen, size, note, check)
+    return Merged(str(output), location.base.name, str(location.folder), chosen, sum(files.values()), note, check)
 
 
 def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:
@@ -110,11 +118,39 @@ def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:
     sources = [p.resolve() for p in (location.folder, Path(location.base.name)) if p is not None and p.exists()]
     if any(goal == source or goal in source.parents for source in sources):
         raise UsageError(f"{output} is where the adapter or its base lies", where=where, fix="name another folder")
-    if output.is_dir() and any(output.iterdir()) and not force:
-        raise UsageError(f"{output} is not empty", where=where, fix="name another folder, or add --force to replace it")
+    if goal == Path.cwd() or goal in Path.cwd().parents:
+        raise UsageError(f"{output} is the folder you are in", where=where, fix="name a folder in it")
+    for folder, replace in ((goal, force), (_rejected(goal), True)):
+        if foreign := _foreign_file(folder):
+            why = "--force replaces only what an earlier merge wrote, and nothing has changed since"
+            fix = "name a folder that is new or empty"
+            raise UsageError(f"{folder} is not empty: it holds {foreign}", where=where, why=why, fix=fix)
+        if not replace and (folder / MERGE_FILE).exists():
+            fix = "name another folder, or add --force to replace it"
+            raise UsageError(f"{output} holds an earlier merge", where=where, fix=fix)
     parent = existing_folder(output.parent)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError(f"{parent} cannot be written", where=where, fix="name a folder that you may write")
+
+
+def _rejected(goal: Path) -> Path:
+    """Where a merge that fails its check is kept."""
+    return goal.with_name(goal.name + ".rejected")
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file in a folder, by its relative path."""
+    return {str(p.relative_to(folder)): p.lstat().st_size for p in sorted(folder.rglob("*")) if not p.is_dir()}
+
+
+def _foreign_file(folder: Path) -> str | None:
+    """A file in a folder that no merge wrote, or that has another size by now; None if there is none."""
+    try:
+        written = dict(json.loads((folder / MERGE_FILE).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return min((p.name for p in folder.iterdir()), default=None) if folder.is_dir() else None
+    found = _file_sizes(folder).items()
+    return next((name for name, size in found if name != MERGE_FILE and written.get(name) != size), None)
 
 
 def _merge_and_check(location: RunLocation, folder: Path, dtype: Dtype, device: str | None) -> MergeCheck:
@@ -163,7 +199,7 @@ def _reload(folder: Path) -> PreTrainedModel:
 def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
     """Give the written folder its name: the goal, or `<goal>.rejected` if the check failed."""
     if not check.passed:
-        rejected = goal.with_name(goal.name + ".rejected")
+        rejected = _rejected(goal)
         shutil.rmtree(rejected, ignore_errors=True)
         temporary.rename(rejected)
         raise CheckpointError(
