@@ -59,7 +59,12 @@ def write_model_files(folder: Path, run: Run, model: TrainModel, tokenizer: Toke
     if run.adapter.kind == "lora":
         peft_files.write_adapter(folder, *_adapter(run, model))
     else:
-        save_torch_state_dict(model.model.state_dict(), folder, max_shard_size=SHARD, shared_tensors_to_discard=None)
+        # A tied weight is stored once, as the embedding: the name that bases have. Transformers 4.57 does not find it
+        # under the head's.
+        head = model.model.get_output_embeddings()
+        copies = [f"{name}.weight" for name, module in model.model.named_modules() if module is head]
+        state = model.model.state_dict()
+        save_torch_state_dict(state, folder, max_shard_size=SHARD, shared_tensors_to_discard=copies)
         model.model.config.save_pretrained(folder)
         if model.model.generation_config is not None:
             model.model.generation_config.save_pretrained(folder)
