@@ -214,12 +214,46 @@ def test_chat_side_by_side_and_its_commands(
     assert [m["role"] for m in base["messages"]] == ["user", "assistant"]  # type: ignore[attr-defined]
     assert (base["model"], tuned["model"]) == ("base", "tuned")
     assert base["messages"] != tuned["messages"]
-    later = lines(saved)[3]["messages"]
-    assert [m["role"] for m in later] == ["system", *["user", "assistant"] * 3]  # type: ignore[attr-defined]
+    later = {row["model"]: row["messages"] for row in lines(saved)[2:]}
+    for side, asked in (("base", ["hello", "how?"]), ("tuned", ["hello", "why?"])):
+        assert [m["role"] for m in later[side]] == ["system", *["user", "assistant"] * 2]  # type: ignore[attr-defined]
+        assert [m["content"] for m in later[side] if m["role"] == "user"] == asked  # type: ignore[attr-defined]
     assert told.out.startswith("base: ")
     assert "\ntuned: " in told.out
     assert "there is no command /nonsense" in told.err
     assert "not asked" not in told.out
+
+
+def test_neither_side_of_a_chat_sees_an_answer_of_the_other(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base answers as in a chat of its own: what only the tuned model was asked is no part of its history."""
+    saved = tmp_path / "talk.jsonl"
+    talk = f"first\n/both\nsecond\nthird\n/save {saved}\n/reset\n/save {saved}\n/base\n/both\nfirst\n/save {saved}\n"
+    assert chat(monkeypatch, talk, str(run)) == EXIT_OK
+    told = capsys.readouterr().err
+    assert "from here on: base and tuned; base knows 0 of 1 turns\n" in told
+    assert "all forgotten\nnothing was said yet\nfrom here on: base\nfrom here on: base and tuned\n" in told
+    kept = lines(saved)
+    for words, side, row, text in (
+        (["--base"], "base", 0, "second\nthird"),
+        ([], "tuned", 1, "first\nsecond\nthird"),
+        (["--base"], "base", 2, "first"),
+    ):
+        alone = tmp_path / f"{row}.jsonl"
+        assert chat(monkeypatch, f"{text}\n/save {alone}\n", str(run), *words) == EXIT_OK
+        assert lines(alone) == [kept[row]]
+        assert kept[row]["model"] == side
+
+
+def test_a_question_that_does_not_fit_costs_no_turn(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal the chat goes on after it."""
+    from tunesmith.cli.chat import Chat
+
+    monkeypatch.setattr(Chat, "on_terminal", property(lambda _: True, lambda *_: None), raising=False)
+    monkeypatch.setattr(Chat, "_typed_lines", lambda _: iter(["hello", "d" * 1100, f"/save {tmp_path / 'talk'}"]))
+    assert chat(monkeypatch, "", str(run)) == EXIT_OK
+    assert [m["content"] for m in lines(tmp_path / "talk")[0]["messages"] if m["role"] == "user"] == ["hello"]  # type: ignore[attr-defined]
 
 
 def test_chat_forgets_the_oldest_turns_and_says_so(
@@ -227,7 +261,7 @@ def test_chat_forgets_the_oldest_turns_and_says_so(
 ) -> None:
     """A context of 1024 byte tokens holds two of these questions, not three."""
     assert chat(monkeypatch, f"{'a' * 400}\n{'b' * 400}\n{'c' * 400}\n", str(run)) == EXIT_OK
-    assert "forgot the 1 oldest turn" in capsys.readouterr().err
+    assert "tuned forgot its 1 oldest turn" in capsys.readouterr().err
     assert chat(monkeypatch, "d" * 1100, str(run)) == EXIT_USAGE
     assert "there is room for 1018" in capsys.readouterr().err
 

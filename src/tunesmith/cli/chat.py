@@ -78,7 +78,8 @@ class Chat:
     def __init__(self, args: argparse.Namespace, loaded: LoadedModel, decoding: Decoding) -> None:
         self.args, self.loaded, self.decoding = args, loaded, decoding
         self.system = loaded.system if args.system is None else args.system or None
-        self.turns: list[tuple[str, dict[str, str]]] = []  # each question, and its answers by side
+        # What each side was asked and has answered; neither is shown an answer of the other.
+        self.turns: dict[str, list[tuple[str, str]]] = {BASE: [], TUNED: []}
         only_base = args.base or loaded.location.kind == "base"
         self.sides = [BASE, TUNED] if args.side_by_side else [BASE if only_base else TUNED]
         self.base: LoadedModel | None = None  # of a full fine-tune, once it is asked
@@ -136,10 +137,14 @@ class Chat:
             notify("this is a plain model; nothing was trained onto it")
             return
         self.sides = sides
-        notify(f"from here on: {' and '.join(sides)}")
+        most = max(map(len, self.turns.values()))
+        behind = (
+            f"{side} knows {len(self.turns[side])} of {most} turns" for side in sides if len(self.turns[side]) < most
+        )
+        notify("; ".join([f"from here on: {' and '.join(sides)}", *behind]))
 
     def reset(self, _: str) -> None:
-        self.turns.clear()
+        self.turns = {BASE: [], TUNED: []}
         notify("all forgotten")
 
     def set_system(self, text: str) -> None:
@@ -149,7 +154,7 @@ class Chat:
 
     def save(self, name: str) -> None:
         """Append the conversation as rows of the `messages` format, one for each side that answered."""
-        sides = [side for side in (BASE, TUNED) if any(side in answers for _, answers in self.turns)]
+        sides = [side for side, turns in self.turns.items() if turns]
         if not name or not sides:
             notify("nothing was said yet" if name else "name a file: /save FILE")
             return
@@ -164,20 +169,18 @@ class Chat:
 
     def answer(self, question: str) -> None:
         """Show the answers of all sides; KeyboardInterrupt ends the chat: ctrl-C twice, or once without a terminal."""
-        self.turns = [turn for turn in self.turns if turn[1]]  # without a question whose answer failed
-        self.turns.append((question, {}))
         if self.on_terminal and len(self.sides) > 1 and shutil.get_terminal_size().columns >= COLUMNS:
-            self._answer_in_columns()
+            self._answer_in_columns(question)
             return
         for side in self.sides:
             if self.on_terminal or len(self.sides) > 1:
                 sys.stdout.write(f"{side}> " if self.on_terminal else f"{side}: ")
-            go_on = self._ask(side, lambda text: print(text, end="", flush=True))
+            go_on = self._ask(side, question, lambda text: print(text, end="", flush=True))
             print(flush=True)
             if not go_on:
                 return
 
-    def _answer_in_columns(self) -> None:
+    def _answer_in_columns(self, question: str) -> None:
         """The answers beside each other, in columns that fill as they come."""
         from rich.live import Live
         from rich.table import Table
@@ -197,11 +200,11 @@ class Chat:
                     texts[side] += text
                     live.update(columns())
 
-                if not self._ask(side, write):
+                if not self._ask(side, question, write):
                     return
 
-    def _ask(self, side: str, write: Callable[[str], None]) -> bool:
-        """Stream one answer to the last question; False when ctrl-C ended it: it is kept, and no other side is asked.
+    def _ask(self, side: str, question: str, write: Callable[[str], None]) -> bool:
+        """Stream one answer; False when ctrl-C ended it: it is kept, and no other side is asked.
 
         Raises:
             UsageError: the question alone does not fit the model's context; it is forgotten.
@@ -217,12 +220,12 @@ class Chat:
                 adapter_off = disabled(loaded.model)
             elif side == BASE and loaded.location.kind == "full":
                 loaded = self.base = self.base or load_run(self.args.run, device=self.args.device, base_only=True)
-            prompt = self._prompt(side, loaded)
+            prompt = self._prompt(side, question, loaded)
             clean = (lambda text: write(_CONTROL.sub("", text))) if sys.stdout.isatty() else write
             ask = partial(answer_batch, stops=loaded.template.end_ids, write=clean, cancelled=stop.requested)
             with adapter_off:
                 (answer,) = ask(loaded.model, loaded.tokenizer, [prompt], self.decoding)
-        self.turns[-1][1][side] = answer.text
+        self.turns[side].append((question, answer.text))
         if stop.requested():
             notify("\n(stopped)")
             if not self.on_terminal:
@@ -231,34 +234,29 @@ class Chat:
             notify(f"\n(cut at {self.decoding.max_new_tokens} tokens; --max-new-tokens gives more)")
         return not stop.requested()
 
-    def messages(self, side: str) -> list[dict[str, Any]]:
-        """The conversation as `side` knows it; where it was not asked, the other's answer stands."""
+    def messages(self, side: str, *, forgotten: int = 0) -> list[dict[str, Any]]:
+        """The conversation with `side`, without its oldest `forgotten` turns."""
         from tunesmith.data.formats import with_system
 
-        messages = with_system([], self.system)
-        for question, answers in self.turns:
-            messages.append({"role": "user", "content": question})
-            if side in answers or (answers and answers is not self.turns[-1][1]):
-                text = answers.get(side, next(iter(answers.values())))
-                messages.append({"role": "assistant", "content": text})
-        return messages
+        pairs = [(("user", asked), ("assistant", answer)) for asked, answer in self.turns[side][forgotten:]]
+        return with_system([{"role": role, "content": text} for pair in pairs for role, text in pair], self.system)
 
-    def _prompt(self, side: str, loaded: LoadedModel) -> list[int]:
-        """The prompt; drops as many of the oldest turns as do not fit beside the answer, and says so."""
+    def _prompt(self, side: str, question: str, loaded: LoadedModel) -> list[int]:
+        """The prompt; drops as many of the side's oldest turns as do not fit beside the answer, and says so."""
         from tunesmith.data.formats import Conversation
         from tunesmith.inference.generate import PLACEHOLDER
 
-        room, turns = loaded.context - self.decoding.max_new_tokens, len(self.turns)
-        while True:
-            messages = [*self.messages(side), {"role": "assistant", "content": PLACEHOLDER}]
+        room, turns = loaded.context - self.decoding.max_new_tokens, self.turns[side]
+        asked = [{"role": "user", "content": question}, {"role": "assistant", "content": PLACEHOLDER}]
+        prompt: list[int] = []
+        for dropped in range(len(turns) + 1):
+            messages = [*self.messages(side, forgotten=dropped), *asked]
             prompt = list(loaded.template.prompt(Conversation(messages)))
             if len(prompt) <= room:
-                break
-            self.turns.pop(0)
-            if not self.turns:
-                what = f"the question has {len(prompt)} tokens, and there is room for {room}"
-                why = f"the model's context less --max-new-tokens {self.decoding.max_new_tokens}"
-                raise UsageError(what, why=why, fix="ask something shorter, or start with a smaller --max-new-tokens")
-        if dropped := turns - len(self.turns):
-            notify(f"the context is full: forgot the {dropped} oldest turn{'s' if dropped > 1 else ''}")
-        return prompt
+                del turns[:dropped]
+                if dropped:
+                    notify(f"the context is full: {side} forgot its {dropped} oldest turn{'s' if dropped > 1 else ''}")
+                return prompt
+        what = f"the question has {len(prompt)} tokens, and there is room for {room}"
+        why = f"the model's context less --max-new-tokens {self.decoding.max_new_tokens}"
+        raise UsageError(what, why=why, fix="ask something shorter, or start with a smaller --max-new-tokens")
