@@ -1,13 +1,64 @@
-"""What `import tunesmith` gives, as httpx holds it: the members that are there are those of `__all__`, and no torch."""
+"""What `import tunesmith` gives, as httpx holds it: the members that are there are those of `__all__`, typed, and no torch."""
 
 from __future__ import annotations
 
+import inspect
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import tunesmith
+
+FUNCTIONS = ["evaluate", "generate", "load_run", "merge", "train"]
+
+# Every module is imported first, as a long session may have done: importing `package.name` sets the attribute `name`.
+AFTER_ALL = """
+import pkgutil, tunesmith
+from importlib import import_module
+names = [m.name for m in pkgutil.walk_packages(tunesmith.__path__, "tunesmith.") if not m.name.endswith("__main__")]
+for name in names:
+    import_module(name)
+assert len(names) > 80, len(names)
+for name in tunesmith.__all__:
+    member = getattr(tunesmith, name)
+    print(name, type(member).__name__, member.__name__ if callable(member) else name)
+"""
+
+# Each ignored line is an error, or mypy would say that the comment is unused: the names have types, not Any.
+USER_SCRIPT = """
+from pathlib import Path
+
+import tunesmith
+
+losses: list[float] = []
+
+
+def note(record: tunesmith.StepRecord) -> None:
+    losses.append(record.loss)
+
+
+result: tunesmith.Result = tunesmith.train("recipe.yaml", {"train.learning_rate": 2e-4}, on_record=note, say=None)
+tunesmith.train("recipe.yaml", ["train.learning_rate=2e-4"])
+loaded: tunesmith.LoadedModel = tunesmith.load_run(result.output_dir)
+rows = tunesmith.generate(loaded, [{"prompt": "Hello"}], tunesmith.Decoding(max_new_tokens=8))
+outputs: list[str] = [row["output"] for row in rows]
+evaluation: tunesmith.Evaluation = tunesmith.evaluate(result.output_dir, Path("held-out.jsonl"), exact_match=True)
+loss: float = evaluation.scores["tuned"].loss
+merged: tunesmith.Merged = tunesmith.merge(result.output_dir, "merged", dtype="bf16")
+try:
+    tunesmith.load_run("nowhere")
+except tunesmith.StoppedError:
+    raise
+except tunesmith.TunesmithError as error:
+    print(error.what, error.where, error.why, error.fix)
+tunesmith.train(3)  # type: ignore[arg-type]
+tunesmith.train("recipe.yaml", on_record=len)  # type: ignore[arg-type]
+tunesmith.merge("runs/x", "merged", dtype="int3")  # type: ignore[arg-type]
+loss = result.records  # type: ignore[assignment]
+"""
 
 
 def printed(code: str) -> list[str]:
@@ -15,14 +66,25 @@ def printed(code: str) -> list[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
-def test_every_public_member_is_a_function_of_its_name() -> None:
-    functions = {name: getattr(tunesmith, name) for name in tunesmith.__all__ if name != "__version__"}
-    assert {name: function.__name__ for name, function in functions.items()} == {name: name for name in functions}
+def test_every_public_member_has_its_name() -> None:
+    members = {name: getattr(tunesmith, name) for name in tunesmith.__all__ if name != "__version__"}
+    assert {name: member.__name__ for name, member in members.items()} == {name: name for name in members}
+    assert [name for name, member in members.items() if inspect.isfunction(member)] == FUNCTIONS
+    assert all(inspect.isclass(member) for name, member in members.items() if name not in FUNCTIONS)
+
+
+def test_members_stay_what_they_are_after_every_module_was_imported() -> None:
+    words = printed(AFTER_ALL)
+    kinds = dict(zip(words[::3], words[1::3], strict=True))
+    assert list(kinds) == words[2::3] == tunesmith.__all__
+    assert [name for name, kind in kinds.items() if kind == "function"] == FUNCTIONS
+    assert "module" not in kinds.values()
 
 
 def test_exported_members_are_those_of_all() -> None:
     code = "import tunesmith; print(*(n for n in vars(tunesmith) if not n.startswith('_')))"
-    assert set(printed(code)) - set(tunesmith.__all__) == {"TYPE_CHECKING", "Any", "import_module"}  # its own helpers
+    helpers = {"TYPE_CHECKING", "Any", "errors", "import_module"}
+    assert set(printed(code)) - set(tunesmith.__all__) == helpers
     assert dir(tunesmith) == tunesmith.__all__
     assert sorted(tunesmith.__all__) == tunesmith.__all__
     with pytest.raises(AttributeError, match="no attribute 'opening'"):
@@ -32,3 +94,32 @@ def test_exported_members_are_those_of_all() -> None:
 def test_the_import_is_light() -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'rich'}"
     assert printed(f"import sys, tunesmith; print(*{heavy}.intersection(sys.modules))") == []
+
+
+def test_each_function_tells_its_types_and_has_a_docstring() -> None:
+    for name in FUNCTIONS:
+        function = getattr(tunesmith, name)
+        signature = inspect.signature(function)
+        assert signature.return_annotation is not inspect.Signature.empty, name
+        untyped = [p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty]
+        assert untyped == [], name
+        assert any(">>>" in line and f"tunesmith.{name}(" in line for line in function.__doc__.splitlines()), name
+
+
+def test_a_user_script_passes_mypy_strict(tmp_path: Path) -> None:
+    package = Path(tunesmith.__file__).parent
+    assert (package / "py.typed").is_file(), "without it type checkers take the package as untyped"
+    (tmp_path / "script.py").write_text(USER_SCRIPT)
+    # The libraries below are as `Any` to the script, whose types are ours; reading theirs would take a minute.
+    skipped = "torch transformers datasets peft numpy pyarrow rich tokenizers safetensors pydantic ruamel".split()
+    rules = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\nignore_missing_imports = true\n" for name in skipped)
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\nstrict = true\nfollow_imports = silent\n{rules}")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(package.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

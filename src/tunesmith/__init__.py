@@ -1,32 +1,68 @@
 """tunesmith: fine-tune open-weight language models on the hardware that people have.
 
 >>> import tunesmith
->>> tunesmith.train("my-recipe.yaml", ["output_dir=runs/from-python"])
->>> loaded = tunesmith.load_run("runs/from-python")
+>>> result = tunesmith.train("my-recipe.yaml", {"train.learning_rate": 2e-4, "output_dir": "runs/from-python"})
+>>> loaded = tunesmith.load_run(result.output_dir)
 >>> next(tunesmith.generate(loaded, [{"prompt": "Hello"}]))["output"]
+>>> tunesmith.evaluate(result.output_dir, "held-out.jsonl").scores["tuned"].loss
+>>> tunesmith.merge(result.output_dir, "merged")
+
+What a user can mend is raised as a `TunesmithError`, whose text says what, where, why and the fix; `tunesmith.errors`
+has the whole tree.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.errors import StoppedError, TunesmithError
+
 if TYPE_CHECKING:
-    from tunesmith.inference.evaluate import evaluate
+    from tunesmith.inference.decoding import Decoding
+    from tunesmith.inference.evaluate import Evaluation, evaluate
     from tunesmith.inference.generate import generate
-    from tunesmith.inference.load_run import load_run
-    from tunesmith.inference.merge import merge
+    from tunesmith.inference.load_run import LoadedModel, load_run
+    from tunesmith.inference.merge import Merged, merge
+    from tunesmith.metrics.record import StepRecord
+    from tunesmith.training.result import Result
     from tunesmith.training.run import train
 
-__all__ = ["__version__", "evaluate", "generate", "load_run", "merge", "train"]
+__all__ = [
+    "Decoding",
+    "Evaluation",
+    "LoadedModel",
+    "Merged",
+    "Result",
+    "StepRecord",
+    "StoppedError",
+    "TunesmithError",
+    "__version__",
+    "evaluate",
+    "generate",
+    "load_run",
+    "merge",
+    "train",
+]
 __version__ = "0.1.0"
 
-_MODULES = {"train": "training.run"} | {n: f"inference.{n}" for n in ("evaluate", "generate", "load_run", "merge")}
+# Where each lies. No module of these names is directly below the package: importing one would replace the function.
+_MODULES = {
+    "training.run": ("train",),
+    "training.result": ("Result",),
+    "metrics.record": ("StepRecord",),
+    "inference.load_run": ("load_run", "LoadedModel"),
+    "inference.generate": ("generate",),
+    "inference.decoding": ("Decoding",),
+    "inference.evaluate": ("evaluate", "Evaluation"),
+    "inference.merge": ("merge", "Merged"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public function when it is first used, so that `import tunesmith` does not import torch."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
+    """Import a public name when it is first used, so that `import tunesmith` does not import torch."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return vars(import_module(f"{__name__}.{module}"))[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -44,6 +44,10 @@ class TunesmithError(Exception):
     def __str__(self) -> str:
         return self.text()
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and Jupyter show: the text in place of a traceback. The name is IPython's."""
+        return self.text().removeprefix("error: " if isinstance(self, StoppedError) else "").splitlines()
+
     def text(self) -> str:
         """The block for the terminal: one line each for what, where, why and fix."""
         rows = {"where": self.where, "why": self.why, "fix": self.fix}

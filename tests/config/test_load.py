@@ -79,6 +79,40 @@ def test_overrides_in_order(recipe: Path) -> None:
     ).model.added_tokens == ("<|a|>",)
 
 
+def test_overrides_of_a_mapping_keep_their_types(recipe: Path) -> None:
+    """From Python nothing is read as YAML: `on` and `null` in quotes are text, and a Path is a path."""
+    overrides = {
+        "train.learning_rate": 2e-4,
+        "train.clip_norm": None,
+        "train": {"duration": "3 epochs", "betas": (0.8, 0.9)},
+        "data.system": "null",
+        "data.train.source": Path("mine") / "rows.jsonl",
+        "adapter.target": ["on"],
+    }
+    run = load_recipe(recipe, overrides)
+    assert (run.train.learning_rate, run.train.clip_norm, run.train.betas) == (2e-4, None, (0.8, 0.9))
+    assert (run.train.duration, run.train.seed) == (Length(3, "epochs"), 1)
+    assert (run.data.system, run.adapter.target) == ("null", ("on",))
+    assert run.data.train[0].source == str(Path.cwd() / "mine" / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what", "where"),
+    [
+        ({"train.learning_rate": "2e-4"}, "expected a number, found the text '2e-4'", "overrides: train.learning_rate"),
+        ({"train.sed": 3}, "unknown key train.sed", "overrides: train.sed"),
+        ({"train": {"seed": {1}}}, "a set is not a recipe's value", "overrides: train.seed"),
+        ({"extends": "qwen3-8b-lora"}, "extends belongs in a file", "overrides: extends"),
+        ({"adapter.kind": "none", "adapter.rank": 3}, "has no effect", "overrides: adapter.rank"),
+    ],
+)
+def test_a_wrong_override_of_a_mapping_is_named(recipe: Path, overrides: dict, what: str, where: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides)
+    assert what in caught.value.what
+    assert caught.value.where == where
+
+
 def test_overrides_of_sources(recipe: Path) -> None:
     """A single source and a list of them take the same key, with the index left out where there is one."""
     for key in ("data.train.split", "data.train.0.split"):
@@ -131,7 +165,9 @@ def test_from_mapping_names_the_key() -> None:
 
 def test_from_mapping_takes_plain_values_only() -> None:
     values = {"model": {"name": "a/b"}, "data": {"train": {"source": "c/d"}}, "output_dir": Path("x")}
-    with pytest.raises(RecipeError, match="is not a recipe's value") as caught:
+    assert from_mapping(values, where="config.yaml", base=Path()).output_dir == str(Path.cwd() / "x")
+    values["output_dir"] = b"x"
+    with pytest.raises(RecipeError, match="a bytes is not a recipe's value") as caught:
         from_mapping(values, where="config.yaml", base=Path())
     assert caught.value.where == "config.yaml: output_dir"
     values["output_dir"] = "\ud800"

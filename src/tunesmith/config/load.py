@@ -23,22 +23,27 @@ from tunesmith.config.typed import build_run
 from tunesmith.errors import RecipeError
 
 COMMAND_LINE = "command line"
+FROM_PYTHON = "overrides"
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Run:
+def load_recipe(recipe: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Run:
     """Read a recipe, apply overrides, check it.
 
     Args:
         recipe: a file, or the name of a recipe that ships.
-        overrides: `key.sub=value`, the value in YAML 1.2.
+        overrides: `{"key.sub": value}`, each value as it is, or texts `key.sub=value`, the value in YAML 1.2.
 
     Raises:
         RecipeError: anything wrong with the recipe or an override, with its place and fix.
         MachineError: something that this version cannot do.
     """
     tree = _read_layers(locate_recipe(recipe, base=Path(), where=str(recipe)), seen=())
-    for text in overrides:
-        tree = _override(tree, text)
+    if isinstance(overrides, Mapping):
+        given = [(key, wrap(value, where=FROM_PYTHON, base=Path.cwd(), key=key)) for key, value in overrides.items()]
+    else:
+        given = [_parse(text) for text in overrides]
+    for key, node in given:
+        tree = _override(tree, key, node)
     return _checked(tree)
 
 
@@ -87,24 +92,27 @@ def _merge(lower: Node, upper: Node, key: str = "") -> Node:
         return upper
     below = lower.value
     if key == "adapter" and "kind" in upper.value and upper.value["kind"].value == "none":
-        below = {name: node for name, node in below.items() if node.where.startswith(COMMAND_LINE)}
+        below = {name: node for name, node in below.items() if node.where.startswith((COMMAND_LINE, FROM_PYTHON))}
     merged = {name: _merge(below[name], node, name) if name in below else node for name, node in upper.value.items()}
     return replace(upper, value={**below, **merged})
 
 
-def _override(tree: Node, text: str) -> Node:
-    """The tree with one `key.sub=value` set."""
+def _parse(text: str) -> tuple[str, Node]:
+    """Key and value of one `key.sub=value`."""
     key, found, value = text.partition("=")
     key = key.strip()
     if not found or not re.fullmatch(r"[\w-]+(\.[^.\s]+)*", key):
         fix = "such as train.learning_rate=2e-4; with spaces in quotes: 'train.duration=3 epochs'"
         raise RecipeError(f"{text!r} is not of the form key.sub=value", where=COMMAND_LINE, fix=fix)
-    where = f"{COMMAND_LINE}: {key}"
+    return key, read_value(value, where=f"{COMMAND_LINE}: {key}", base=Path.cwd())
+
+
+def _override(tree: Node, key: str, node: Node) -> Node:
+    """The tree with one value set."""
     if key == "extends":
-        raise RecipeError("extends belongs in a file", where=where, fix="name that recipe in place of this one")
-    node = read_value(value, where=where, base=Path.cwd())
+        raise RecipeError("extends belongs in a file", where=node.where, fix="name that recipe in place of this one")
     if key == "adapter.kind":  # merged as a section, for what `none` drops
-        key, node = "adapter", Node({"kind": node}, where, node.base)
+        key, node = "adapter", Node({"kind": node}, node.where, node.base)
     return _set(tree, key.split("."), node, key)
 
 

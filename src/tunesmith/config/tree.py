@@ -7,6 +7,7 @@ values. What a plain scalar means follows the core schema of YAML 1.2.2 (section
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -90,6 +91,8 @@ def wrap(values: Any, *, where: str, base: Path, key: str = "") -> Node:
         return wrap(value, where=where, base=base, key=f"{key}.{name}".lstrip("."))
 
     place = f"{where}: {key}" if key else where
+    if isinstance(values, os.PathLike):
+        values = os.fspath(values)
     if isinstance(values, Mapping):
         return Node({str(name): below(name, value) for name, value in values.items()}, place, base)
     if isinstance(values, list | tuple):

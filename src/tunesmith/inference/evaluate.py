@@ -114,7 +114,7 @@ def is_exact_match(answer: str, reference: str) -> bool:
 
 def evaluate(
     path: str | Path,
-    data: str,
+    data: str | Path,
     *,
     split: str | None = None,
     format_name: str = "auto",
@@ -128,6 +128,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
 
+    >>> tunesmith.evaluate("runs/my-run", "held-out.jsonl").scores["tuned"].loss
+
     Args:
         path: as for `load_run`; `base` scores the base of it too.
         data: a file or a Hub id; rows with answers, of which `split` and `max_examples` take a part.
@@ -139,7 +141,7 @@ def evaluate(
         UsageError: the run or the data cannot be used; see `load_run` and `read_rows`.
     """
     location = locate_run(path)
-    source = Source(source=data, split=split, max_examples=max_examples)
+    source = Source(source=str(data), split=split, max_examples=max_examples)
     rows = read_rows(source)
     loaded = load_run(location, device=device)
     tokens = _eval_tokens(rows, source, loaded, format_name, exact_match=exact_match)

@@ -43,6 +43,8 @@ def generate(
 ) -> Iterator[dict[str, Any]]:
     """Answer rows of any format that trains, rendered with the template that was trained.
 
+    >>> next(tunesmith.generate(loaded, [{"prompt": "Hello"}]))["output"]
+
     Args:
         loaded: from `load_run`.
         rows: such as `[{"prompt": "Hello"}]`; an answer that a row holds is not shown to the model.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,9 +52,9 @@ class RunLocation:
 class LoadedModel:
     """A model ready to answer: in eval mode, with sdpa attention, which takes padding masks."""
 
-    train_model: TrainModel  # the root that training uses, which computes losses; see `training_attention`
-    tokenizer: PreTrainedTokenizerBase  # the saved one, with a padding token
-    template: Template  # the saved one
+    train_model: TrainModel = field(repr=False)  # the root of training, which computes losses; see `training_attention`
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)  # the saved one, with a padding token
+    template: Template = field(repr=False)  # the saved one
     location: RunLocation
     weights: Path  # the folder the weights were read from: the base's, or for kind `full` the trained ones
 
@@ -198,6 +198,8 @@ def load_run(
     dtype: Dtype | None = None,
 ) -> LoadedModel:
     """Load what `path` stands for.
+
+    >>> tunesmith.load_run("runs/my-run")
 
     Args:
         path: as for `locate_run`, or what it found.

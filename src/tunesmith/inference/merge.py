@@ -65,6 +65,8 @@ def merge(
 ) -> Merged:
     """Merge the adapter at `path` into its base, write it to `output`, and check that it answers alike.
 
+    >>> tunesmith.merge("runs/my-run", "merged")
+
     Args:
         path: a run directory, a checkpoint, final/, or an adapter's folder.
         output: a folder that is new or empty; with `force` also one that an earlier merge wrote, and nothing else is in:

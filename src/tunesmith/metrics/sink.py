@@ -6,7 +6,7 @@ A sink shows and never computes; metrics.jsonl is the only one that a resume rea
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tunesmith.config.schema import Run
 from tunesmith.metrics.record import StepRecord
@@ -38,6 +38,21 @@ class Sink:
 
     def close(self) -> None:
         """Called after the last step, or when the run fails. May be called twice."""
+
+
+class RecordCallback(Sink):
+    """Hands each record to the caller's function; `error` is what that raised."""
+
+    def __init__(self, function: Callable[[StepRecord], object]) -> None:
+        self.function = function
+        self.error: BaseException | None = None
+
+    def step(self, record: StepRecord) -> None:
+        try:
+            self.function(record)
+        except BaseException as error:
+            self.error = error
+            raise
 
 
 class Sinks(Sink):

@@ -21,8 +21,10 @@ class Result:
 
     Attributes:
         finished_before: the directory held a finished run, and nothing was done.
+        steps: optimizer steps of the whole run.
         first_step: the step that this start resumed from, 0 for a new run.
         records: the records of this start's steps.
+        best_step, best_loss: of the lowest validation loss.
     """
 
     output_dir: Path
@@ -31,7 +33,7 @@ class Result:
     seconds: float = 0.0
     tokens: int = 0
     examples: int = 0
-    records: list[StepRecord] = field(default_factory=list)
+    records: list[StepRecord] = field(default_factory=list, repr=False)
     finished_before: bool = False
     best_step: int | None = None
     best_loss: float | None = None

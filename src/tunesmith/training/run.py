@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from tunesmith.checkpoint.resume import claim_run_dir, decide_start, put_aside
+from tunesmith.checkpoint.resume import Start, claim_run_dir, decide_start, put_aside
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.errors import RunError, StoppedError, UsageError
-from tunesmith.metrics.sink import Sinks
+from tunesmith.errors import RunError, StoppedError, UsageError, first_line
+from tunesmith.metrics.record import StepRecord
+from tunesmith.metrics.sink import RecordCallback, Sinks
 from tunesmith.metrics.sinks import sinks_of
 from tunesmith.metrics.summary import FAILURE, write_failure
 from tunesmith.signals import StopRequest
@@ -28,27 +31,33 @@ def print_line(text: str) -> None:
 
 def train(
     run: Run | str | Path,
-    overrides: Sequence[str] = (),
+    overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
+    on_record: Callable[[StepRecord], object] = lambda record: None,
     fresh: bool = False,
     why: bool = False,
     argv: list[str] | None = None,
-    say: Callable[[str], None] = print_line,
+    say: Callable[[str], None] | None = print_line,
 ) -> Result:
     """Train what a recipe describes, or resume it.
 
+    >>> tunesmith.train("smollm2-135m-lora", {"data.train": {"source": "rows.jsonl", "format": "alpaca"}})
+    >>> tunesmith.train("my-recipe.yaml", {"train.learning_rate": 2e-4}, on_record=lambda record: print(record.loss))
+
     Args:
         run: a recipe: its file, the name of one that ships, or a checked `Run`.
-        overrides: `key.sub=value`, for a recipe given by file or name.
+        overrides: of a file or name: `{"key.sub": value}`, or texts `key.sub=value`, whose values are read as YAML.
+        on_record: called after each step. What it raises ends the run, is named in failure.json and raised unchanged;
+            `signal.raise_signal(signal.SIGINT)` in it saves and stops.
         fresh: put an earlier run in `output_dir` aside and start over.
         why: say the reason of each choice for this machine.
         argv: the command line, for env.json.
-        say: takes each line that is told before the first step.
+        say: takes each line that is told before the first step; None shows nothing, then or later.
 
     Raises:
         UsageError: something is wrong with the recipe, data, model or machine; nothing was started.
         RunError: the run began and failed; failure.json says why.
-        StoppedError: a signal came; everything is saved.
+        StoppedError: a signal, ctrl-C or the notebook's stop button came; everything is saved.
     """
     if not isinstance(run, Run):
         run = load_recipe(run, overrides)
@@ -57,6 +66,8 @@ def train(
     out = Path(run.output_dir)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
+        stream = None if say else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        say, callback = say or (lambda text: None), RecordCallback(on_record)
         stack.enter_context(claim_run_dir(out))
         if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
             say(f"the earlier run is now in {place}")
@@ -66,11 +77,10 @@ def train(
                 return Result(out, start.finished, finished_before=True)
             session = build(run, start, say=say, why=why)
             per_epoch = session.data.schedule.steps_per_epoch(0)
-            sinks = sinks_of(run, out, total_steps=session.total_steps, steps_per_epoch=per_epoch)
+            sinks = sinks_of(run, out, total_steps=session.total_steps, steps_per_epoch=per_epoch, stream=stream)
+            sinks.all.append(callback)
             stack.callback(close_after_all, sinks)
-            # A step whose validation was cut off is written again, with its validation.
-            kept = start.progress.step - (not start.progress.validated) if start.progress else 0
-            sinks.open(run, kept)
+            open_sinks(sinks, run, start)
             write_identity(session, argv)
         except RunError as error:  # a checkpoint that cannot be read, say: nothing has begun
             raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
@@ -78,10 +88,10 @@ def train(
         trainer = Trainer(session, start, sinks, stop)
         stack.callback(trainer.writer.close)
         stop.hold()
-        return fit_or_say_why(trainer, say)
+        return fit_or_say_why(trainer, say, callback)
 
 
-def fit_or_say_why(trainer: Trainer, say: Callable[[str], None]) -> Result:
+def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: RecordCallback) -> Result:
     """Train to the end; leave failure.json in the run directory where the run fails."""
     try:
         result = trainer.fit()
@@ -91,12 +101,22 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None]) -> Result:
     except BaseException as error:
         trainer.writer.close()  # what it is writing still counts
         failure, resume = trainer.as_failure(error), how_to_resume(trainer.writer.saved_step)
+        if error is callback.error:
+            what = f"on_record raised {type(error).__name__}: {first_line(error)}"
+            failure = RunError(what, where=f"step {trainer.progress.step}", fix=f"correct on_record; {resume}")
         try:
             write_failure(trainer.out, failure, last_step=trainer.progress.step, next_command=resume)
         except OSError as unwritten:
             say(f"failure.json could not be written: {unwritten.strerror}")
+        if error is callback.error:
+            raise
         raise failure from error
     return result
+
+
+def open_sinks(sinks: Sinks, run: Run, start: Start) -> None:
+    """Open the sinks where the run goes on; a step whose validation was cut off is written again, with it."""
+    sinks.open(run, start.progress.step - (not start.progress.validated) if start.progress else 0)
 
 
 def inputs_of(run: Run) -> list[str]:

@@ -1,0 +1,96 @@
+"""`tunesmith.train` as a program calls it: overrides with types, records while it trains, what is shown, how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunesmith
+from recipes import recipe
+from tunesmith.config.dump import to_yaml
+from tunesmith.metrics.record import StepRecord, read_records
+
+
+@pytest.fixture
+def recipe_file(tiny: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe(tiny, tmp_path)))
+    return path
+
+
+def test_each_record_is_handed_over_as_it_is_written(recipe_file: Path) -> None:
+    seen: list[StepRecord] = []
+
+    def note(record: StepRecord) -> None:
+        written = read_records(recipe_file.parent / "run" / "metrics.jsonl")
+        assert written[-1] == record, "a record is in metrics.jsonl before the function sees it"
+        seen.append(record)
+
+    result = tunesmith.train(recipe_file, {"train.duration": "5 steps", "train.seed": 7}, on_record=note, say=None)
+    assert seen == result.records
+    assert [record.step for record in seen] == [1, 2, 3, 4, 5]
+    assert [record.step for record in seen if record.val_loss is not None] == [4, 5]
+    assert "records" not in repr(result)
+
+
+def test_what_on_record_raises_ends_the_run_unchanged(recipe_file: Path) -> None:
+    """As sweeps need it: Optuna's TrialPruned, raised in a callback, must reach Optuna."""
+
+    class Pruned(Exception):
+        pass
+
+    def prune(record: StepRecord) -> None:
+        if record.step == 5:
+            raise Pruned("not worth it")
+
+    with pytest.raises(Pruned, match="not worth it") as raised:
+        tunesmith.train(recipe_file, on_record=prune, say=None)
+    assert raised.value.__cause__ is None
+    out = recipe_file.parent / "run"
+    failure = json.loads((out / "failure.json").read_text())
+    assert failure["what"] == "on_record raised Pruned: not worth it"
+    assert failure["where"] == "step 5"
+    assert "goes on from checkpoint-4" in failure["next"]
+    result = tunesmith.train(recipe_file, say=None)
+    assert (result.first_step, result.steps) == (4, 8)
+    assert not (out / "failure.json").exists()
+
+
+def test_a_signal_raised_in_on_record_saves_and_stops(recipe_file: Path) -> None:
+    """What a notebook's stop button sends to the kernel."""
+
+    def stop(record: StepRecord) -> None:
+        if record.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(tunesmith.StoppedError, match="step 3 is saved") as raised:
+        tunesmith.train(recipe_file, on_record=stop, say=None)
+    assert raised.value._render_traceback_()[0] == "stopped by SIGINT: step 3 is saved"
+    assert tunesmith.train(recipe_file, say=None).first_step == 3
+
+
+@pytest.mark.parametrize("say", [None, "lines"])
+def test_what_is_shown(recipe_file: Path, capfd: pytest.CaptureFixture[str], say: str | None) -> None:
+    told: list[str] = []
+    options: dict[str, Any] = {"say": told.append if say else None}
+    tunesmith.train(recipe_file, {"train.duration": "2 steps"}, **options)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert bool(told) == bool(say)
+    assert ("step 2/2" in shown.err) == bool(say)
+    assert say or shown.err == ""
+    assert "step 2/2" in (recipe_file.parent / "run" / "log.txt").read_text()
+
+
+def test_an_error_reads_well_in_python_and_in_a_notebook(recipe_file: Path) -> None:
+    with pytest.raises(tunesmith.TunesmithError) as raised:
+        tunesmith.train(recipe_file, {"train.learning_rate": "fast"})
+    lines = str(raised.value).splitlines()
+    assert lines[:2] == ["error: train.learning_rate: expected a number, found the text 'fast'",
+                         "  where: overrides: train.learning_rate"]  # fmt: skip
+    assert lines[2].startswith("  fix: ")
+    assert raised.value._render_traceback_() == lines
