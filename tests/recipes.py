@@ -40,16 +40,16 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def recipe(model: Path, folder: Path, /, *, held: bool = True, **changes: Any) -> dict[str, Any]:
     """A small recipe on the rows of `folder`, with held-out rows or without; `changes` are laid over it by section."""
-    train, held = folder / "train.jsonl", folder / "held.jsonl"
+    train, held_out = folder / "train.jsonl", folder / "held.jsonl"
     if not train.exists():
         write_rows(train, 48)
-        write_rows(held, 8)
+        write_rows(held_out, 8)
     base: dict[str, Any] = {
         "model": {"name": str(model), "dtype": "fp32"},
         "adapter": {"kind": "lora", "rank": 4, "alpha": 8},
         "data": {
             "train": {"source": str(train), "format": "prompt-completion"},
-            "validation": {"source": str(held), "format": "prompt-completion"},
+            "validation": {"source": str(held_out), "format": "prompt-completion"},
             "seq_len": 128,
         },
         "train": {"duration": "8 steps", "global_batch": "8 examples", "learning_rate": 1e-3, "warmup": "2 steps"},

@@ -12,6 +12,7 @@ import pytest
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Example
 from tunesmith.data.formats import Completion, Conversation, Sample
+from tunesmith.data.hold_out import read_splits
 from tunesmith.data.tokens import TokenSet, tokenise
 
 
@@ -101,6 +102,6 @@ def make(simple: Simple, write: Callable[[str, str | bytes], str]) -> Callable[.
             for k, text in enumerate(contents)
         )
         data = Data(train=sources, **keys)
-        return tokenise(sources, data, simple, simple.tokenizer, cache=cache, what="train")
+        return tokenise(read_splits(data, 0)[0], data, simple, simple.tokenizer, cache=cache, what="train")
 
     return build

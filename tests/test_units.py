@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.units import LENGTH_UNITS, Cadence, Length, Size
+from tunesmith.units import LENGTH_UNITS, Cadence, Length, Share, Size
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,21 @@ def test_what_is_no_length(text: str) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match=r"size|whole"):
         Size.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "count"),
+    [("5 %", 312, 16), ("5%", 20, 1), ("0.1 %", 10, 1), ("33.3 %", 1000, 333), ("50 examples", 312, 50)],
+)
+def test_shares(text: str, rows: int, count: int) -> None:
+    assert Share.parse(text).of(rows) == count
+    assert Share.parse(str(Share.parse(text))) == Share.parse(text)
+
+
+@pytest.mark.parametrize("text", ["5", "5 steps", "1.5 examples", "0 examples"])
+def test_what_is_no_share(text: str) -> None:
+    with pytest.raises(ValueError, match=r"share|whole"):
+        Share.parse(text)
 
 
 @given(st.floats(0.001, 1e9), st.sampled_from([u for u in LENGTH_UNITS if u != "steps"]))

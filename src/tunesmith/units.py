@@ -1,6 +1,6 @@
-"""The two grammars of a recipe: lengths (`200 steps`, `2 epochs`, `10 min`, `3 %`) and sizes (`64 examples`).
+"""The grammars of a recipe: lengths (`200 steps`, `2 epochs`, `10 min`, `3 %`), sizes (`64 examples`) and shares (`5 %`).
 
-Both are an amount and a unit, read from text and printed back in the same form. `Cadence` tells when an interval has
+Each is an amount and a unit, read from text and printed back in the same form. `Cadence` tells when an interval has
 passed.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 LENGTH_UNITS = ("steps", "epochs", "s", "min", "h", "%")
 SIZE_UNITS = ("examples", "tokens")
+SHARE_UNITS = ("%", "examples")
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 _ALIASES = {
@@ -24,6 +25,8 @@ _FORM = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Z
 
 @dataclass(frozen=True)
 class _Amount:
+    units: ClassVar[tuple[str, ...]]
+    example: ClassVar[str]
     amount: float
     unit: str
 
@@ -32,9 +35,8 @@ class _Amount:
         """Read an amount and a unit; raise ValueError with the allowed units otherwise."""
         found = _FORM.match(text)
         unit = _ALIASES.get(found[2].lower(), found[2].lower()) if found else ""
-        units, example = (SIZE_UNITS, "64 examples") if cls is Size else (LENGTH_UNITS, "200 steps")
-        if not found or unit not in units:
-            listed = f"write a number and one of {', '.join(units)}, such as '{example}'"
+        if not found or unit not in cls.units:
+            listed = f"write a number and one of {', '.join(cls.units)}, such as '{cls.example}'"
             raise ValueError(f"{text!r} is not a {cls.__name__.lower()}: {listed}")
         amount = float(found[1].replace("_", ""))
         if not math.isfinite(amount):
@@ -62,6 +64,8 @@ class Length(_Amount):
     (Length(amount=3.0, unit='%'), '2 h')
     """
 
+    units, example = LENGTH_UNITS, "200 steps"
+
     @property
     def seconds(self) -> float | None:
         """The length in seconds, or None where it is counted in steps, epochs or percent."""
@@ -76,7 +80,23 @@ class Size(_Amount):
     Size(amount=64, unit='examples')
     """
 
+    units, example = SIZE_UNITS, "64 examples"
     amount: int
+
+
+@dataclass(frozen=True)
+class Share(_Amount):
+    """A part of the rows, in SHARE_UNITS.
+
+    >>> Share.parse("5 %")
+    Share(amount=5.0, unit='%')
+    """
+
+    units, example = SHARE_UNITS, "5 %"
+
+    def of(self, rows: int) -> int:
+        """How many of so many rows: a percentage rounded up."""
+        return math.ceil(rows * self.amount / 100 - 1e-9) if self.unit == "%" else int(self.amount)
 
 
 class Cadence:

@@ -65,7 +65,7 @@ class BenchPlan:
         profiled = (profile.wait + profile.warmup + profile.active) * profile.cycles * profile.enabled
         return replace(
             run,
-            data=replace(run.data, validation=()),
+            data=replace(run.data, validation=(), hold_out=None),
             train=replace(run.train, duration=Length(self.warmup + self.steps + profiled, "steps")),
             validate=Validate(every=None),
             checkpoint=Checkpoint(every=None),

@@ -92,6 +92,11 @@ def _data(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
                     what = f"is not a column of format {source.format}"
                     key = f"data.{part}.{i}.columns.{name}" if indexed else f"data.{part}.columns.{name}"
                     yield key, what, fix, "columns are written as the format's name: the file's name"
+    if data.hold_out is not None and data.validation:
+        fix = "remove data.hold_out, or data.validation: null"
+        yield "data.hold_out", "and data.validation are both given", fix, "either names the rows to validate on"
+    if data.hold_out is not None and not 0 < data.hold_out.amount < {"%": 100}.get(data.hold_out.unit, math.inf):
+        yield "data.hold_out", f"is {data.hold_out}: above 0 % and below 100 %", "data.hold_out: 5 %"
     if data.template not in TEMPLATES and not Path(data.template).is_file():
         near = nearest(Path(data.template).name, TEMPLATES)
         fix = f"did you mean {near}?" if near else f"one of {', '.join(TEMPLATES)}, or a Jinja file that exists"
@@ -175,8 +180,9 @@ def _lengths(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
 
 
 def _validate(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
-    if run.validate.patience is not None and not run.data.validation:
-        yield "validate.patience", "needs data.validation", "add data.validation, or remove validate.patience"
+    if run.validate.patience is not None and not run.data.validation and run.data.hold_out is None:
+        fix = "add data.validation or data.hold_out, or remove validate.patience"
+        yield "validate.patience", "needs data.validation or data.hold_out", fix
     if run.validate.patience is not None and run.validate.every is None:
         what = "needs several validations, and validate.every: null validates once, at the end"
         yield "validate.patience", what, "validate.every: 100 steps"

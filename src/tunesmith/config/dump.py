@@ -18,7 +18,7 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from tunesmith.config.schema import Adapter, Run, yaml_name
 from tunesmith.config.tree import scalar
-from tunesmith.units import Length, Size
+from tunesmith.units import Length, Share, Size
 
 # What may change when a run resumes, by dotted key or section; train.duration may grow.
 FREE = (
@@ -50,7 +50,9 @@ def _plain(run: Run) -> dict[str, Any]:
     """The keys and values of a recipe as JSON has them: tuples become lists, lengths and sizes text."""
 
     def default(value: Any) -> Any:
-        return str(value) if isinstance(value, Length | Size) else {yaml_name(k): v for k, v in vars(value).items()}
+        if isinstance(value, Length | Size | Share):
+            return str(value)
+        return {yaml_name(k): v for k, v in vars(value).items()}
 
     return json.loads(json.dumps(run, default=default))
 

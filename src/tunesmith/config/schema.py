@@ -3,8 +3,8 @@
 `typed.py` builds these from YAML and the command line with pydantic, `check.py` holds the rules that span several
 keys, and `describe.py` prints the reference page. Nothing here imports torch.
 
-The type of a field is all that it accepts: `Literal` fields take the listed words, `Length` and `Size` fields take
-text in the grammar of `tunesmith.units`, `X | None` takes `null`. There is no coercion: `pack: "true"` is refused.
+The type of a field is all that it accepts: `Literal` fields take the listed words, `Length`, `Size` and `Share`
+fields take text in the grammar of `tunesmith.units`, `X | None` takes `null`. There is no coercion: `pack: "true"` is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from tunesmith.units import Length, Size
+from tunesmith.units import Length, Share, Size
 
 Count = Annotated[int, Interval(ge=1, lt=2**63)]
 AtLeastTwo = Annotated[int, Interval(ge=2, lt=2**63)]
@@ -93,6 +93,11 @@ class Data:
 
     train: tuple[Source, ...] = key(..., "a source, or a list", example="{source: rows.jsonl, format: messages}")
     validation: tuple[Source, ...] = key((), "held-out rows: a source, a list of them, or null")
+    hold_out: Share | None = key(
+        None,
+        "rows of `train` to validate on instead, drawn by the seed: `5 %` or `50 examples`; null: none",
+        example="5 %",
+    )
     template: str = key("auto", "`auto` (the tokenizer's chat template, else alpaca), `chat`, `alpaca` or a Jinja file")
     system: str | None = key(None, "system message for rows without one")
     seq_len: AtLeastTwo = key(2048, "longest example and length of a packed row, in tokens")

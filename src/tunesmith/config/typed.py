@@ -17,7 +17,7 @@ from tunesmith.config.names import keys, nearest, suggest_key, without_indices
 from tunesmith.config.schema import Run
 from tunesmith.config.tree import Node, scalar
 from tunesmith.errors import RecipeError
-from tunesmith.units import Length, Size
+from tunesmith.units import Length, Share, Size
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -32,6 +32,7 @@ _FORMS = {
     float: "a number",
     Length: "a length",
     Size: "a size",
+    Share: "a share",
     type(None): "null",
 }
 
@@ -149,7 +150,7 @@ def _fix_type(value: _Value) -> str:
     """The fix for a value of the wrong type: the line to write where it can be guessed."""
     given, kinds = value.node.value, members(value.hint)
     listed = literal_words(value.hint) or (("true", "false") if bool in kinds else ())
-    units = ["steps", "epochs"] if Length in kinds else ["examples", "tokens"] if Size in kinds else []
+    units = next((kind.units[:2] for kind in (Length, Size, Share) if kind in kinds), ())
     if isinstance(given, str):
         meant = type(scalar(given.strip()))
         if meant in kinds or (meant is int and float in kinds):
@@ -197,7 +198,7 @@ def default_of(spec: Field[Any]) -> str:
     value = spec.default if spec.default_factory is MISSING else spec.default_factory()
     if value is MISSING:
         return ""
-    if isinstance(value, str | Length | Size):
+    if isinstance(value, str | Length | Size | Share):
         return str(value)
     return "{}" if is_dataclass(value) else json.dumps(value)
 

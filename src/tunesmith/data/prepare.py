@@ -13,6 +13,7 @@ import numpy as np
 
 from tunesmith.config.schema import Run
 from tunesmith.data.contract import Contract, check_tokens
+from tunesmith.data.hold_out import read_splits
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import SourceTokens, TokenCounts, TokenSet, tokenise
@@ -51,6 +52,10 @@ class TrainingData:
         """Lines for the user: which rows are trained on, what was left out, how many steps, what was checked."""
         lines = [self.template.describe()]
         lines += [f"{split}: {_counts_line(part.counts)}" for split, part in self.sources()]
+        if self.run.data.hold_out is not None:
+            lines.append(
+                f"validation: drawn by the seed from data.train, and not trained on ({self.run.data.hold_out})"
+            )
         lines += [self.describe_schedule(), *self.warnings()]
         for contract in self.contracts:
             checks = ", ".join(f"{c.name} ({c.checked:,} {c.of})" for c in contract.checks)
@@ -82,9 +87,11 @@ class TrainingData:
                 f"warning: only {steps} optimizer steps: a model changes little in fewer than {FEW_STEPS}; fix: {fix}"
             )
         if self.overlap:
+            fix = "splits that share no row, such as train[:95%] and train[95%:]"
+            fix = "delete the rows that are there twice" if self.run.data.hold_out is not None else fix
             found.append(
                 f"warning: {self.overlap:,} of {len(self.validation or ()):,} validation examples are trained on too, so "
-                "val_loss says little of new rows; fix: splits that share no row, such as train[:95%] and train[95%:]"
+                f"val_loss says little of new rows; fix: {fix}"
             )
         return found
 
@@ -111,11 +118,12 @@ def prepare_data(
     """
     cache = cache or cache_folder("tokens")
     template = select_template(run.data, tokenizer, eos_ids)
-    train = tokenise(run.data.train, run.data, template, tokenizer, cache=cache, what="train")
+    rows, held = read_splits(run.data, run.train.seed)
+    train = tokenise(rows, run.data, template, tokenizer, cache=cache, what="train")
     contracts = [check_tokens(train, template, tokenizer, vocab_size=vocab_size, split="train")]
     validation = None
-    if run.data.validation:
-        validation = tokenise(run.data.validation, run.data, template, tokenizer, cache=cache, what="validation")
+    if held:
+        validation = tokenise(held, run.data, template, tokenizer, cache=cache, what="validation")
         if run.validate.max_examples is not None:
             validation = validation.first(run.validate.max_examples)
         contracts.append(check_tokens(validation, template, tokenizer, vocab_size=vocab_size, split="validation"))

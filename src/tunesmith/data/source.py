@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,19 +35,20 @@ class Rows:
     def __init__(self, name: str, ranges: list[RowRange]) -> None:
         self.name = name
         self._ranges = ranges
+        self._ends = list(itertools.accumulate(len(part.rows) for part in ranges))
 
     def __len__(self) -> int:
-        return sum(len(part.rows) for part in self._ranges)
+        return self._ends[-1] if self._ends else 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
 
     def _find(self, i: int) -> tuple[Table, int]:
-        for part in self._ranges:
-            if i < len(part.rows):
-                return part.table, part.rows[i]
-            i -= len(part.rows)
-        raise IndexError(i)
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        p = bisect.bisect_right(self._ends, i)
+        part = self._ranges[p]
+        return part.table, part.rows[i - self._ends[p]]  # counted from its end
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         table, at = self._find(i)
@@ -61,11 +64,23 @@ class Rows:
         table, at = self._find(i)
         return table.where(at)
 
+    def take(self, spans: Iterable[range]) -> Rows:
+        """The rows of some spans of indices, span after span."""
+        taken = []
+        for span in spans:
+            for part, end in zip(self._ranges, self._ends, strict=True):
+                start = end - len(part.rows)
+                inside = part.rows[max(0, span.start - start) : max(0, span.stop - start)]
+                taken += [RowRange(part.table, inside)] if inside else []
+        return Rows(self.name, taken)
+
     def digest(self) -> str:
         """sha256 (hex) of the content and of which rows are taken; the file's name and folder do not enter."""
-        total = hashlib.sha256()
-        for part in self._ranges:
-            total.update(f"{part.table.fingerprint()}[{part.rows.start}:{part.rows.stop}]".encode())
+        total, fingerprints = hashlib.sha256(), dict[int, str]()
+        for table, rows in self._ranges:
+            if id(table) not in fingerprints:
+                fingerprints[id(table)] = table.fingerprint()
+            total.update(f"{fingerprints[id(table)]}[{rows.start}:{rows.stop}]".encode())
         return total.hexdigest()
 
 
@@ -77,13 +92,8 @@ def read_rows(source: Source) -> Rows:
     """
     local = is_local(source.source)
     tables = {"train": open_table(Path(source.source).expanduser())} if local else _read_hub(source)
-    ranges = select_rows(tables, source.split, where=source.source)
-    if (left := source.max_examples) is not None:
-        for n, (table, rows) in enumerate(ranges):
-            ranges[n] = RowRange(table, rows[:left])
-            left -= len(ranges[n].rows)
-        ranges = [part for part in ranges if len(part.rows)]
-    return Rows(source.source, ranges)
+    rows = Rows(source.source, select_rows(tables, source.split, where=source.source))
+    return rows if source.max_examples is None else rows.take([range(source.max_examples)])
 
 
 def from_list(rows: list[dict[str, Any]], name: str = "rows") -> Rows:

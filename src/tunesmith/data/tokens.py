@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Example
 from tunesmith.data.cache import TokenArrays, Tokenised, TokenWriter, cached_tokens
 from tunesmith.data.formats import Conversation, Sample, Text, convert_row
-from tunesmith.data.source import Rows, read_rows
+from tunesmith.data.source import Rows
 from tunesmith.data.template import Template
 from tunesmith.errors import DataError
 from tunesmith.host_files import is_terminal
@@ -143,23 +143,28 @@ class TokenSet:
 
 
 def tokenise(
-    sources: tuple[Source, ...], data: Data, template: Template, tokenizer: Any, *, cache: Path | None, what: str
+    sources: Sequence[tuple[Source, Rows]],
+    data: Data,
+    template: Template,
+    tokenizer: Any,
+    *,
+    cache: Path | None,
+    what: str,
 ) -> TokenSet:
     """Tokenise all rows of some sources, or take them from the cache.
 
     Args:
-        sources: where the rows are; their weights become `TokenSet.repeats`.
+        sources: rows and how to read them; the weights become `TokenSet.repeats`.
         data: gives seq_len, train_on, too_long and system.
         cache: folder of the cache, None for none.
         what: `train` or `validation`, for progress.
 
     Raises:
-        DataError: a source or row that is broken, a row too long with `too_long: error`.
+        DataError: a row that is broken, a row too long with `too_long: error`.
     """
     parts = []
     tokenizer_hash = _tokenizer_hash(tokenizer) if cache is not None else ""
-    for source in sources:
-        rows = read_rows(source)
+    for source, rows in sources:
         make = partial(_tokenise_rows, rows, source, data, template, f"tokenise {what}: {rows.name}")
         if cache is None:
             arrays, about = make(TokenWriter(None))

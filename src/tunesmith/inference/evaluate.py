@@ -180,7 +180,7 @@ def _eval_tokens(rows: Rows, source: Source, loaded: LoadedModel, format_name: s
         raise _no_answers(source.source, "rows of the format text were read")
     source = replace(source, format=found.format, columns=found.columns)
     data = loaded.run.data if loaded.run else Data(train=(source,), seq_len=min(loaded.context, 1 << 20))
-    tokens = tokenise((source,), data, loaded.template, loaded.tokenizer, cache=None, what=source.source)
+    tokens = tokenise([(source, rows)], data, loaded.template, loaded.tokenizer, cache=None, what=source.source)
     if not len(tokens):
         what, why = f"none of the {len(rows)} rows can be scored", f"all are longer than data.seq_len: {data.seq_len}"
         raise UsageError(what, where=source.source, why=why, fix="give shorter rows")

@@ -1,0 +1,45 @@
+"""Which rows a run trains on and which it only validates on: those of `data.validation`, or some held out of the rest."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tunesmith.config.schema import Data, Source
+from tunesmith.data.source import Rows, read_rows
+from tunesmith.errors import DataError
+
+_PURPOSE = 1 << 20  # sets this draw apart from those of the batch schedule
+
+SourceRows = list[tuple[Source, Rows]]
+
+
+def read_splits(data: Data, seed: int) -> tuple[SourceRows, SourceRows]:
+    """Read the rows to train on and the rows to validate on, source by source.
+
+    With `data.hold_out` the seed draws the rows to validate on from all rows of `data.train`, wherever they stand in
+    their file, and the others keep their order.
+
+    Raises:
+        DataError: a source cannot be read, or nothing is left to train on.
+    """
+    train = [(source, read_rows(source)) for source in data.train]
+    if data.hold_out is None:
+        return train, [(source, read_rows(source)) for source in data.validation]
+    total = sum(len(rows) for _, rows in train)
+    count = data.hold_out.of(total)
+    if count >= total:
+        why, fix = f"data.train has {total:,} rows", "hold out fewer, or data.hold_out: null"
+        raise DataError(
+            f"holding out {data.hold_out} leaves no row to train on", where="data.hold_out", why=why, fix=fix
+        )
+    # The raw output of Philox is what numpy promises never to change, as for the batch schedule.
+    drawn = np.random.Philox(np.random.SeedSequence([seed, 0, _PURPOSE])).random_raw(total)
+    held = np.sort(np.argsort(drawn, kind="stable")[:count])
+    kept, aside, first = SourceRows(), SourceRows(), 0
+    for source, rows in train:
+        here = (held[(held >= first) & (held < first + len(rows))] - first).tolist()
+        between = [range(a + 1, b) for a, b in zip([-1, *here], [*here, len(rows)], strict=True)]
+        kept.append((source, rows.take(between)))
+        aside.append((source, rows.take([range(i, i + 1) for i in here])))
+        first += len(rows)
+    return [part for part in kept if len(part[1])], [part for part in aside if len(part[1])]

@@ -1,0 +1,131 @@
+"""`data.hold_out`: which rows are drawn, and that nothing else changes with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes import make_run
+from tunesmith.config.load import from_mapping, load_recipe
+from tunesmith.config.schema import Data, Source
+from tunesmith.data.hold_out import read_splits
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.training.run import train
+from tunesmith.units import Share
+
+
+def numbered(path: Path, count: int, first: int = 0) -> Source:
+    path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(first, first + count)))
+    return Source(source=str(path), format="text")
+
+
+def splits(data: Data, seed: int = 42) -> tuple[list[str], list[str]]:
+    kept, held = read_splits(data, seed)
+    return [row["text"] for _, part in kept for row in part], [row["text"] for _, part in held for row in part]
+
+
+@pytest.mark.parametrize(
+    ("hold_out", "held"), [("5 %", 16), ("50 examples", 50), ("0.1 %", 1), ("1 examples", 1), ("50 %", 156)]
+)
+def test_every_row_is_either_trained_on_or_held_out(tmp_path: Path, hold_out: str, held: int) -> None:
+    source = numbered(tmp_path / "rows.jsonl", 312)
+    kept, aside = splits(Data(train=(source,), hold_out=Share.parse(hold_out)))
+    assert len(aside) == held
+    assert sorted(kept + aside) == sorted(f"row {i}" for i in range(312))
+    numbers = [int(text.split()[1]) for text in kept]
+    assert numbers == sorted(numbers), "the rows to train on keep their order"
+
+
+def test_the_seed_draws_from_the_whole_file(tmp_path: Path) -> None:
+    data = Data(train=(numbered(tmp_path / "rows.jsonl", 1000),), hold_out=Share(50, "examples"))
+    drawn = [int(text.split()[1]) for text in splits(data)[1]]
+    assert [sum(lo <= i < lo + 250 for i in drawn) > 3 for lo in range(0, 1000, 250)] == [True] * 4
+    assert splits(data) == splits(data)
+    assert splits(data)[1] != splits(data, seed=7)[1]
+    assert drawn[:5] == [67, 112, 151, 184, 225], "a resumed run, a newer numpy and a later version draw the same rows"
+
+
+def test_rows_are_drawn_from_all_sources_and_keep_their_places(tmp_path: Path) -> None:
+    sources = (numbered(tmp_path / "a.jsonl", 100), numbered(tmp_path / "b.jsonl", 300, first=100))
+    kept, held = read_splits(Data(train=sources, hold_out=Share(10.0, "%")), 42)
+    assert sum(len(part) for _, part in held) == 40
+    assert all(len(part) > 3 for _, part in held)
+    for source, part in (*kept, *held):
+        for i, row in enumerate(part):
+            number = int(row["text"].split()[1])
+            assert part.where(i) == f"{source.source}:{number % 100 + 1 if number < 100 else number - 99}"
+    assert kept[0][1].digest() != held[0][1].digest()
+
+
+def test_a_slice_and_max_examples_are_taken_before(tmp_path: Path) -> None:
+    source = numbered(tmp_path / "rows.jsonl", 100)
+    source = Source(source=source.source, format="text", split="train[10:60]", max_examples=20)
+    kept, aside = splits(Data(train=(source,), hold_out=Share(5, "examples")))
+    assert sorted([*kept, *aside]) == [f"row {i}" for i in range(10, 30)]
+
+
+@pytest.mark.parametrize("hold_out", ["12 examples", "99.9 %"])
+def test_something_must_be_left_to_train_on(tmp_path: Path, hold_out: str) -> None:
+    data = Data(train=(numbered(tmp_path / "rows.jsonl", 12),), hold_out=Share.parse(hold_out))
+    with pytest.raises(DataError, match="leaves no row to train on") as refused:
+        read_splits(data, 42)
+    assert (refused.value.where, refused.value.why) == ("data.hold_out", "data.train has 12 rows")
+
+
+def test_it_excludes_validation_rows_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data.hold_out and data.validation are both given"):
+        make_run(tiny, tmp_path, data={"hold_out": "5 %"})
+    with pytest.raises(RecipeError, match="is not a share"):
+        make_run(tiny, tmp_path, held=False, data={"hold_out": "5 steps"})
+    with pytest.raises(RecipeError, match="below 100 %"):
+        make_run(tiny, tmp_path, held=False, data={"hold_out": "100 %"})
+    run = make_run(tiny, tmp_path, held=False, data={"hold_out": "5 %"}, validate={"patience": 2})
+    assert run.data.hold_out == Share(5, "%")
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_run_validates_on_them_and_resumes_with_the_same(tiny: Path, tmp_path: Path, pack: bool) -> None:
+    """Packing changes no row of either part; the resumed run ends with the uninterrupted one's records."""
+    lines: list[str] = []
+
+    def run(name: str, duration: str) -> list[dict[str, object]]:
+        given = {"duration": duration, "schedule": "constant", "warmup": "0 steps"}
+        recipe = make_run(
+            tiny, tmp_path, held=False, output_dir=str(tmp_path / name), train=given,
+            data={"hold_out": "10 %", "pack": pack}, validate={"every": "4 steps"},
+        )  # fmt: skip
+        train(recipe, say=lines.append)
+        assert load_recipe(tmp_path / name / "config.yaml") == recipe
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    whole = run("whole", "8 steps")
+    run("twice", "4 steps")
+    again = run("twice", "8 steps")
+    assert any("train.jsonl: 43 of 43 rows" in line and "train.jsonl: 5 of 5 rows" in line for line in lines)
+    names = ("step", "loss", "val_loss", "grad_norm", "tokens")
+    assert [[r.get(n) for n in names] for r in again] == [[r.get(n) for n in names] for r in whole]
+    assert [r["step"] for r in whole if r.get("val_loss") is not None] == [4, 8]
+
+
+def test_other_held_out_rows_are_refused_on_resume(tiny: Path, tmp_path: Path) -> None:
+    train(make_run(tiny, tmp_path, held=False, data={"hold_out": "10 %"}, train={"duration": "2 steps"}))
+    with pytest.raises(RecipeError) as refused:
+        train(make_run(tiny, tmp_path, held=False, data={"hold_out": "20 %"}, train={"duration": "4 steps"}))
+    assert "data.hold_out" in refused.value.where
+
+
+def test_rows_that_are_there_twice_are_told(tiny: Path, tmp_path: Path) -> None:
+    path, lines = tmp_path / "rows.jsonl", list[str]()
+    path.write_text("".join(json.dumps({"text": f"row {i % 20}"}) + "\n" for i in range(40)))
+    values = {
+        "model": {"name": str(tiny), "dtype": "fp32"},
+        "data": {"train": {"source": str(path), "format": "text"}, "seq_len": 64, "hold_out": "4 examples"},
+        "train": {"duration": "1 steps"},
+        "output_dir": str(tmp_path / "run"),
+    }
+    train(from_mapping(values, where="test", base=tmp_path), say=lines.append)
+    told = next(line for line in "\n".join(lines).splitlines() if "are trained on too" in line)
+    assert "validation examples are trained on too" in told
+    assert told.endswith("fix: delete the rows that are there twice")
