@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runs import make_run, peft_model, write_checkpoint
+from tunesmith.build_model import build_model
+from tunesmith.checkpoint import state
 from tunesmith.data import builtin_templates
 from tunesmith.data.formats import Conversation
 from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, TunesmithError
@@ -45,6 +48,28 @@ def test_parts_of_a_run_know_their_recipe(run: Path) -> None:
     place = locate_run(run / "final")
     assert place.kind == "adapter"
     assert place.run is not None
+
+
+@pytest.mark.parametrize("weights", ["adapter", "full"])
+@pytest.mark.parametrize("late", [False, True], ids=["before the weights are read", "before the tokenizer is"])
+def test_a_checkpoint_deleted_while_it_is_read_is_told(
+    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, late: bool
+) -> None:
+    """Without its tokenizer, that of the base would be taken, with another template perhaps."""
+    if weights == "full":
+        run = tmp_path / "full"
+        make_run(run, tiny, AutoModelForCausalLM.from_pretrained(tiny))
+    (run / "final").rename(run / "checkpoint-3")
+
+    def while_the_run_goes_on(*args: Any, **options: Any) -> Any:
+        built = build_model(*args, **options) if late else None
+        state.prune(run, 1, latest=0, keep_step=None)
+        return built or build_model(*args, **options)
+
+    monkeypatch.setattr("tunesmith.build_model.build_model", while_the_run_goes_on)
+    with pytest.raises(TunesmithError, match="checkpoint-3 was deleted while it was read") as caught:
+        load_run(run, device="cpu")
+    assert str(run) in caught.value.fix
 
 
 def test_an_adapter_alone_names_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def load_run(
         dtype: of weights and products; None takes the run's or the model's own.
 
     Raises:
-        UsageError, CheckpointError: as `locate_run`.
+        UsageError, CheckpointError: as `locate_run`; the run deleted this checkpoint meanwhile.
         ModelError: the base is missing, gated, damaged, or does not fit the adapter.
         MachineError: there is no such device.
     """
@@ -227,22 +227,42 @@ def load_run(
         why = f"this machine has {', '.join(names)}"
         raise MachineError(f"there is no device {device}", where="--device", why=why, fix="name one of these")
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
-    folder, adapter = location.folder, Adapter(kind="none")
-    if location.kind == "adapter" and folder:
-        adapter = replace(read_adapter(folder), from_=str(folder))
-    # Without a run's own recipe one is made up; it needs a source and an output_dir, and neither is read or written.
-    run = location.run or Run(model=location.base, data=Data(train=(Source(source="none"),)), output_dir=".")
-    model = replace(run.model, dtype=dtype or run.model.dtype)
-    run = replace(run, model=model, adapter=adapter, train=replace(run.train, recompute="none", compile="off"))
-    weights = folder if location.kind == "full" and folder else fetch(location.base)
-    files = read_model_files(weights, run.model)
-    train_model, _ = build_model(run, files, inference_plan(run, files, torch.device(device or names[0])))
-    train_model.eval()
-    train_model.model.set_attn_implementation("sdpa")
-    saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
-    tokenizer = load_tokenizer(saved, run.model) if saved else files.tokenizer
-    ends = eos_ids(saved or weights, tokenizer) | eos_ids(weights, tokenizer)
-    return LoadedModel(train_model, tokenizer, _template(run.data, tokenizer, ends, saved), location, weights)
+    with _undeleted(location):
+        folder, adapter = location.folder, Adapter(kind="none")
+        if location.kind == "adapter" and folder:
+            adapter = replace(read_adapter(folder), from_=str(folder))
+        # Without a run's own recipe one is made up; it needs a source and an output_dir, and neither is read or written.
+        run = location.run or Run(model=location.base, data=Data(train=(Source(source="none"),)), output_dir=".")
+        model = replace(run.model, dtype=dtype or run.model.dtype)
+        run = replace(run, model=model, adapter=adapter, train=replace(run.train, recompute="none", compile="off"))
+        weights = folder if location.kind == "full" and folder else fetch(location.base)
+        files = read_model_files(weights, run.model)
+        train_model, _ = build_model(run, files, inference_plan(run, files, torch.device(device or names[0])))
+        train_model.eval()
+        train_model.model.set_attn_implementation("sdpa")
+        saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
+        tokenizer = load_tokenizer(saved, run.model) if saved else files.tokenizer
+        ends = eos_ids(saved or weights, tokenizer) | eos_ids(weights, tokenizer)
+        return LoadedModel(train_model, tokenizer, _template(run.data, tokenizer, ends, saved), location, weights)
+
+
+@contextmanager
+def _undeleted(location: RunLocation) -> Iterator[None]:
+    """CheckpointError where a run that goes on deletes the checkpoint in the block: some of its files went unread."""
+    fault: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        fault = error
+    folder = location.folder
+    if location.run and folder and not (folder / state.MANIFEST).is_file():  # the first file that is deleted
+        why = "its run goes on, and keeps only the newest ones (checkpoint.keep)"
+        fix = f"give the run directory, which takes the newest one: {folder.parent}"
+        raise CheckpointError(
+            f"{folder.name} was deleted while it was read", where=str(folder), why=why, fix=fix
+        ) from fault
+    if fault:
+        raise fault
 
 
 def _template(data: Data, tokenizer: Any, ends: set[int], saved: Path | None) -> Template:
