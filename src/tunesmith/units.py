@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -15,6 +16,7 @@ LENGTH_UNITS = ("steps", "epochs", "s", "min", "h", "%")
 SIZE_UNITS = ("examples", "tokens")
 SHARE_UNITS = ("%", "examples")
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+MOST = 10**9  # of any unit: more steps, tokens of a batch or seconds than anybody trains
 
 _ALIASES = {
     "step": "steps", "epoch": "epochs", "sec": "s", "second": "s", "seconds": "s", "minute": "min", "minutes": "min",
@@ -37,10 +39,10 @@ class _Amount:
         unit = _ALIASES.get(found[2].lower(), found[2].lower()) if found else ""
         if not found or unit not in cls.units:
             listed = f"write a number and one of {', '.join(cls.units)}, such as '{cls.example}'"
-            raise ValueError(f"{text!r} is not a {cls.__name__.lower()}: {listed}")
+            raise ValueError(f"{reprlib.repr(text)} is not a {cls.__name__.lower()}: {listed}")
         amount = float(found[1].replace("_", ""))
-        if not math.isfinite(amount):
-            raise ValueError(f"{text!r} is not finite")
+        if amount > MOST:
+            raise ValueError(f"{reprlib.repr(text)} is too much: at most {MOST:,} {unit}")
         if (unit in ("steps", *SIZE_UNITS) and amount != int(amount)) or (unit in SIZE_UNITS and amount < 1):
             raise ValueError(f"{text!r}: {unit} are whole{' and at least 1' if unit in SIZE_UNITS else ''}")
         return cls(int(amount) if unit in SIZE_UNITS else amount, unit)

@@ -110,6 +110,7 @@ DATA = [
     Case("data", "a row of 500 thousand tokens", lambda w: w.rows("a.jsonl", GOOD + line(prompt="a" * 500_000, completion="b"), too_long="error"), "a.jsonl:2", "500002 tokens", "seq_len"),
     Case("data", "prompts so long that nothing is supervised", lambda w: w.rows("a.jsonl", line(prompt="a" * 500, completion="b") * 4), "a.jsonl", "token contract", "seq_len"),
     Case("data", "all rows dropped", lambda w: w.rows("a.jsonl", line(prompt="a" * 500, completion="b") * 4, too_long="drop"), "a.jsonl", "token contract", "seq_len"),
+    Case("data", "a weight of 1e12", lambda w: w.rows("a.jsonl", GOOD * 9, source={"weight": 1e12}), "data.train", "9,000,000,000,000 examples"),
     Case("data", "a conversation without an answer", lambda w: w.rows("a.jsonl", line(messages=TURNS[:1]), "messages"), "a.jsonl:1"),
     Case("data", "a template that cannot be masked", lambda w: w.spoilt(template("{% for m in messages %}{{ m.content | upper | reverse }}{% endfor %}"), data={"train": {"source": str(w.write("m.jsonl", line(messages=TURNS))), "format": "messages"}}), "m.jsonl:1", "generation"),
     Case("data", "a template that does not parse", lambda w: w.spoilt(template("{% for m in %}"), data={"train": {"source": str(w.write("m.jsonl", line(messages=TURNS))), "format": "messages"}}), "m.jsonl:1", "data.template="),

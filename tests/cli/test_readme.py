@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.cli.main import main
+from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import shipped
 from tunesmith.model.shapes import SHAPES, Shape
 
@@ -70,16 +71,20 @@ def stand_ins(words: list[str], tiny: Path) -> list[str]:
     if verb == "bench":
         return [*words, "--steps", "2", "--warmup", "1", "data.seq_len=64", "train.global_batch=256 tokens", *TRACED]
     if verb == "train" and words[1] in shipped():
-        return [*words, f"model.name={tiny}", *OWN_ROWS, "train.duration=2 steps"]
+        return [*words, f"model.name={tiny}", *own_rows(words[1]), "train.duration=2 steps"]
     return [*words, *TRACED] if "profile.enabled=true" in words else words
 
 
 TRACED = ["profile.wait=0", "profile.warmup=0", "profile.active=1"]
-# A reader's rows in the place of a shipped recipe's data sets.
-OWN_ROWS = [
-    "data.train.source=rows.jsonl", "data.train.split=null", "data.validation.source=held-out.jsonl",
-    "data.validation.split=null", "data.seq_len=256", "train.global_batch=4 examples", "train.warmup=0 steps",
-]  # fmt: skip
+
+
+def own_rows(name: str) -> list[str]:
+    """A reader's rows in the place of a shipped recipe's data sets, in its own format."""
+    kind = load_recipe(name).data.train[0].format
+    return [
+        f"data.train={{source: rows.jsonl, format: {kind}}}", f"data.validation={{source: held-out.jsonl, format: {kind}}}",
+        "data.seq_len=256", "train.global_batch=4 examples", "train.warmup=0 steps",
+    ]  # fmt: skip
 
 
 def test_every_command_of_the_readme_runs(place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +121,7 @@ def test_every_command_of_the_readme_runs(place: Path, tiny: Path, capsys: pytes
 def test_every_shipped_recipe_takes_a_step(
     name: str, place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", name, f"model.name={tiny}", *OWN_ROWS, "train.duration=1 steps", "validate.every=null"]
+    words = ["train", name, f"model.name={tiny}", *own_rows(name), "train.duration=1 steps", "validate.every=null"]
     assert main(words) == 0, capsys.readouterr().err
     records = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
     assert len(records) == 1

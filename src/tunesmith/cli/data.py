@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Prepare the data as `train` does, and show it; errors leave as TunesmithError with their exit code."""
     from tunesmith.config.load import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, args.overrides, say=partial(print, file=sys.stderr))
     from tunesmith.data.prepare import prepare_data
     from tunesmith.hub import fetch
     from tunesmith.model.load import load_config

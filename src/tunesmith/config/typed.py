@@ -6,6 +6,7 @@ Nothing is coerced. The one step that is taken is from a whole number to a numbe
 from __future__ import annotations
 
 import json
+import math
 import re
 import reprlib
 import types
@@ -55,9 +56,9 @@ def build_run(tree: Node) -> Run:
 
     values = tree.plain()
     data = values.get("data")
-    for part in ("train", "validation"):  # a single source needs no list, and null stands for none
+    for part in ("train", "validation"):  # a single source needs no list; null and {} stand for none
         if isinstance(data, dict) and part in data and isinstance(data[part], dict | None):
-            data[part] = [] if data[part] is None else [data[part]]
+            data[part] = [data[part]] if data[part] else []
     try:
         # In JSON, unlike in Python, strict mode takes a list as a tuple and a mapping as a dataclass.
         return run_type().validate_json(json.dumps(values))
@@ -143,12 +144,16 @@ def _find(tree: Node, error: ErrorDetails) -> tuple[Node, str, ErrorDetails]:
 def _found(value: Any) -> str:
     if isinstance(value, dict | list | None):
         return "nothing (null)" if value is None else f"a {'list' if isinstance(value, list) else 'mapping'}"
-    return f"the text {value!r}" if isinstance(value, str) else str(value).lower()
+    if value in (math.inf, -math.inf):
+        return "a number beyond all bounds"
+    return f"the text {reprlib.repr(value)}" if isinstance(value, str) else str(value).lower()
 
 
 def _fix_type(value: _Value) -> str:
     """The fix for a value of the wrong type: the line to write where it can be guessed."""
     given, kinds = value.node.value, members(value.hint)
+    if given in (math.inf, -math.inf):
+        return f"write {value.example()}"
     listed = literal_words(value.hint) or (("true", "false") if bool in kinds else ())
     units = next((kind.units[:2] for kind in (Length, Size, Share) if kind in kinds), ())
     if isinstance(given, str):

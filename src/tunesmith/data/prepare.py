@@ -18,8 +18,9 @@ from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import SourceTokens, TokenCounts, TokenSet, tokenise
 from tunesmith.errors import DataError
-from tunesmith.host_files import cache_folder
+from tunesmith.host_files import available_memory, cache_folder
 
+BYTES_PER_EXAMPLE = 32  # of an epoch's order: indices, random keys and their sort, 8 bytes each
 FEW_STEPS = 50  # with fewer, the learning rate is mostly in its warm-up and the model changes little
 
 
@@ -129,6 +130,11 @@ def prepare_data(
         contracts.append(check_tokens(validation, template, tokenizer, vocab_size=vocab_size, split="validation"))
     for contract in contracts if strict else ():
         contract.raise_if_broken()
+    if BYTES_PER_EXAMPLE * float(train.repeats.sum()) > available_memory():
+        what = (
+            f"the weights of the sources make {train.repeats.sum():,.0f} examples an epoch, more than memory can order"
+        )
+        raise DataError(what, where="data.train", fix="lower weight, to 1 where it is not needed")
     schedule = BatchSchedule(train.lengths, run.data, run.train, repeats=train.repeats)
     if len(train) and schedule.steps_per_epoch(0) == 0:
         why = f"{len(train)} examples with weights {', '.join(str(s.weight) for s in run.data.train)}"

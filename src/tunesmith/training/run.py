@@ -60,7 +60,7 @@ def train(
         StoppedError: a signal, ctrl-C or the notebook's stop button came; everything is saved.
     """
     if not isinstance(run, Run):
-        run = load_recipe(run, overrides)
+        run = load_recipe(run, overrides, say=say)
     elif overrides:
         raise UsageError("a checked recipe takes no overrides", fix="give the recipe's file, or dataclasses.replace it")
     out = Path(run.output_dir)

@@ -1,0 +1,181 @@
+"""A recipe over another, and the command line over both: what a new source leaves behind, and what can be cleared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunesmith.config.load import load_recipe
+from tunesmith.config.schema import Run, Source
+from tunesmith.errors import RecipeError
+
+from .bad_recipes import BASE
+
+PARENT = """\
+model: {name: org/model}
+adapter: {rank: 4, modules_to_save: [embed_tokens]}
+data:
+  train:
+    {source: org/rows, split: "train[:2000]", format: alpaca, columns: {instruction: q}, max_examples: 9, weight: 2}
+  validation: {source: org/rows, split: "train[2000:]", format: alpaca, columns: {instruction: q}}
+  seq_len: 512
+train: {seed: 7, clip_norm: 0.5, betas: [0.8, 0.9]}
+output_dir: runs/parent
+"""
+
+
+@pytest.fixture
+def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "parent.yaml"
+    path.write_text(PARENT)
+    return path
+
+
+def child(text: str) -> Run:
+    Path("child.yaml").write_text(f"extends: parent.yaml\n{text}")
+    return load_recipe("child.yaml")
+
+
+def test_a_new_source_keeps_only_the_keys_beside_it(parent: Path) -> None:
+    """In a child and on the command line, in any order; no validation rows are taken from other rows."""
+    rows, both = Source(source="org/mine", format="text"), ["data.train.source=org/mine", "data.train.format=text"]
+    for run in (
+        child("data: {train: {source: org/mine, format: text}}\n"),
+        load_recipe(parent, both),
+        load_recipe(parent, both[::-1]),
+        load_recipe(parent, ["data.train={source: org/mine, format: text}"]),
+        load_recipe(parent, ["data.train.format=text", "data.train={source: org/mine}"]),
+        load_recipe(parent, ["data.train.0.source=org/mine", "data.train.0.format=text"]),
+        load_recipe(parent, ["data.train=[{source: org/mine, format: text}]"]),
+    ):
+        assert (run.data.train, run.data.validation) == ((rows,), ())
+        assert run.data.seq_len == 512
+
+
+def test_the_same_source_is_changed_key_by_key(parent: Path) -> None:
+    whole = load_recipe(parent)
+    for run in (
+        child('data: {train: {split: "train[:10]"}}\n'),
+        child('data: {train: {source: org/rows, split: "train[:10]"}}\n'),
+        load_recipe(parent, ["data.train.split=train[:10]"]),
+        load_recipe(parent, ["data.train.0.split=train[:10]", "data.train.source=org/rows"]),
+    ):
+        assert run.data.train[0].split == "train[:10]"
+        assert (run.data.train[0].format, run.data.train[0].columns) == ("alpaca", {"instruction": "q"})
+        assert run.data.validation == whole.data.validation
+
+
+def test_the_same_name_in_another_folder_is_another_file(parent: Path) -> None:
+    parent.write_text(PARENT.replace("org/rows", "rows.jsonl"))
+    Path("sub").mkdir()
+    Path("sub/child.yaml").write_text("extends: ../parent.yaml\ndata: {train: {source: rows.jsonl}}\n")
+    run = load_recipe("sub/child.yaml")
+    assert run.data.train == (Source(source=str(Path("sub/rows.jsonl").absolute())),)
+    assert run.data.validation == ()
+    assert load_recipe(parent, ["data.train.source=rows.jsonl"]) == load_recipe(parent)
+
+
+def test_validation_rows_of_their_own(parent: Path) -> None:
+    """A layer's own validation counts beside its new rows, and a new validation source is as new as one to train on."""
+    own = child("data: {train: {source: org/mine}, validation: {source: org/held}}\n").data
+    assert own.validation == (Source(source="org/held"),)
+    assert load_recipe(parent, ["data.validation.source=org/held"]).data.validation == (Source(source="org/held"),)
+    assert load_recipe(parent, ["data.validation.source=org/held"]).data.train == load_recipe(parent).data.train
+    with pytest.raises(RecipeError, match=r"data\.validation\.source is missing"):
+        load_recipe(parent, ["data.train.source=org/mine", "data.validation.split=test"])
+
+
+def test_lists_of_sources(parent: Path) -> None:
+    two = "data: {train: [{source: a/b, split: train}, {source: c/d, weight: 2}], validation: {source: a/b}}\n"
+    Path("two.yaml").write_text("extends: parent.yaml\n" + two)
+    run = load_recipe("two.yaml", ["data.train.1.source=e/f", "data.train.1.format=text", "data.train.0.weight=3"])
+    assert run.data.train == (
+        Source(source="a/b", split="train", weight=3.0),
+        Source(source="e/f", format="text"),
+    )
+    assert run.data.validation == ()
+    assert load_recipe("two.yaml", ["data.train.1.weight=4"]).data.validation == (Source(source="a/b"),)
+    assert load_recipe("two.yaml", ["data.train.source=e/f"]).data.train == (Source(source="e/f"),)
+    with pytest.raises(RecipeError, match="no entry 'split'") as caught:
+        load_recipe("two.yaml", ["data.train.split=test"])
+    assert "0 to 1" in caught.value.fix
+    for number in ("²", "9" * 5000, "-1"):
+        with pytest.raises(RecipeError, match="no entry"):
+            load_recipe("two.yaml", [f"data.train.{number}.weight=1"])
+
+
+def test_what_a_new_source_leaves_behind_is_said(parent: Path) -> None:
+    told: list[str] = []
+    load_recipe(parent, ["data.train.source=org/mine", "data.train.format=alpaca"], say=told.append)
+    Path("child.yaml").write_text("extends: parent.yaml\ndata: {validation: {source: org/held}}\n")
+    load_recipe("child.yaml", say=told.append)
+    load_recipe(parent, ["data.train.split=train", "train.seed=1", "adapter.kind=none"], say=told.append)
+    beside = "data.train.split, data.train.columns, data.train.max_examples, data.train.weight"
+    assert told == [
+        f"command line names other rows, so it does not take {beside}, data.validation from the recipe that it changes",
+        "child.yaml:1 names other rows, so it does not take data.validation.split, data.validation.format, "
+        "data.validation.columns from the recipe that it changes",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.train.columns", "{}"),
+        ("data.train.columns", "null"),
+        ("data.train.columns", ""),
+        ("data.validation", "null"),
+        ("data.validation", "{}"),
+        ("data.validation", "[]"),
+        ("data.validation", "~"),
+        ("data.train.split", "null"),
+        ("data.train.weight", "null"),
+        ("adapter.modules_to_save", "[]"),
+        ("adapter.modules_to_save", "null"),
+        ("adapter", "null"),
+        ("train", "null"),
+        ("train.seed", "~"),
+        ("train.betas", "null"),
+    ],
+)
+def test_what_a_parent_gave_can_be_cleared(parent: Path, key: str, value: str) -> None:
+    """A null clears a key that takes no null; the default stands again."""
+    *sections, name = key.split(".")
+    flow = "".join(f"{section}: {{" for section in sections) + f"{name}: {value}" + "}" * len(sections)
+    given = load_recipe(parent, [f"{key}={value}"])
+    assert child(f"{flow}\n") == given
+    found, default = given, Run(model=given.model, data=given.data, output_dir="x")
+    if key.startswith("data.train."):
+        assert getattr(given.data.train[0], name) == getattr(Source(source="x"), name)
+    elif key == "data.validation":
+        assert given.data.validation == ()
+    else:
+        for part in key.split("."):
+            found, default = getattr(found, part), getattr(default, part)
+        assert found == default
+
+
+def test_null_where_null_is_a_value(parent: Path) -> None:
+    assert load_recipe(parent, ["train.clip_norm=null"]).train.clip_norm is None
+    with pytest.raises(RecipeError, match=r"output_dir"):
+        load_recipe(parent, ["output_dir=null"])
+
+
+def test_extends_is_followed_so_far(parent: Path) -> None:
+    """Each recipe is read within another's reading: without a bound, 1,500 of them end the interpreter's stack."""
+    Path("0.yaml").write_text(BASE)
+    for i in range(1, 1500):
+        Path(f"{i}.yaml").write_text(f"extends: {i - 1}.yaml\n")
+    assert load_recipe("20.yaml").model.name == "org/model"
+    for last in (21, 1499):
+        with pytest.raises(RecipeError, match="more than 20 recipes extend each other") as caught:
+            load_recipe(f"{last}.yaml")
+        assert caught.value.where == f"{last - 20}.yaml:1"
+
+
+def test_a_key_is_nested_so_deep(parent: Path) -> None:
+    for key in ("a" + ".b" * 5000, "train" + ".x" * 21):
+        with pytest.raises(RecipeError, match="too deeply nested"):
+            load_recipe(parent, [f"{key}=1"])
