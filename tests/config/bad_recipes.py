@@ -169,6 +169,7 @@ _RULES = [
     _line("column mistyped", "data.train.columns={mesages: m}", "columns.mesages is not a column", "data.train.columns", "did you mean messages?"),
     _line("columns the wrong way round", "data.train.columns={dialogue: messages}", "columns.dialogue is not a column", "data.train.columns", "write messages: dialogue"),
     _line("system on plain text", ("data.train.format=text", "data.system=Be kind."), "data.system has no effect on rows of format text", "data.system", "remove it"),
+    _line("raw for conversations", "data.template=raw", "data.template is raw, which cannot write the turns of format messages", "data.template", "prompt-completion"),
     _rule("duration in %", "train.duration=3 %", "train.duration is 3 %, but is counted in steps, epochs", "train.duration: 1 epochs"),
     _rule("duration 0", "train.duration=0 steps", "must be above 0", "train.duration: 1 epochs"),
     _rule("warm-up by the clock", "train.warmup=3 min", "counted in %, steps, epochs", "train.warmup: 3 %"),

@@ -177,7 +177,7 @@ def test_a_system_message_for_conversations_without_one() -> None:
     assert made({"messages": [own, U, A]}, "messages").messages == [own, U, A]
     assert made({"instruction": "hi", "output": "ho", "system": "own"}, "alpaca").messages[0] == own
     assert made({"prompt": [U, A, U], "completion": [A]}, "prompt-completion").given == 4
-    assert made({"prompt": "a", "completion": "b"}, "prompt-completion") == Completion("a", "b")
+    assert made({"prompt": "a", "completion": "b"}, "prompt-completion") == Completion("a", "b", "S")
     with pytest.raises(DataError) as caught:
         made({"messages": [U, {"role": "tool", "content": "3"}, A]}, "messages")
     assert caught.value.where == "row 1, message 2", "the row's own count"

@@ -59,8 +59,10 @@ def test_auto_takes_the_tokenizers_template_or_the_alpaca_text() -> None:
     assert learnt(chat, alpaca_row("Add.", "1 2", "3"))[1] == "3<|im_end|>"
     assert "Add.\n1 2<|im_end|>" in learnt(chat, alpaca_row("Add.", "1 2", "3"))[0]
     assert select_template(data("alpaca"), base(), {2}).name == "alpaca"
-    assert select_template(data("text"), base(), {2}).jinja is None
-    assert select_template(data("prompt-completion"), chat_tokenizer(), {2}).jinja == CHATML
+    for form in ("text", "prompt-completion"):
+        assert select_template(data(form), base(), {2}).name == "raw"
+        assert select_template(data(form), chat_tokenizer(), {2}).jinja == CHATML
+        assert select_template(data(form, "raw"), chat_tokenizer(), {2}).name == "raw"
     with pytest.raises(DataError, match="no chat template"):
         select_template(data(template="chat"), base(), {2})
 
@@ -81,7 +83,8 @@ def test_describe_is_one_line_that_names_what_is_in_use(tmp_path: Path) -> None:
         select_template(data(), tokenizer, {2}).describe(): ["chat", "Hermes", "<|im_end|>", "sentinels"],
         select_template(data("alpaca"), base(), {2}).describe(): ["alpaca", "</s>"],
         select_template(data(template=str(file)), tokenizer, {2}).describe(): ["own.jinja", "<|im_end|>"],
-        select_template(data("text"), base(), {2}).describe(): ["as they are", "</s>"],
+        select_template(data("text"), base(), {2}).describe(): ["as they stand", "</s>"],
+        select_template(data("text"), tokenizer, {2}).describe(): ["as they are", "</s>"],
     }
     for line, words in lines.items():
         assert "\n" not in line
@@ -199,8 +202,17 @@ def test_raw_rows_have_one_bos_and_one_end(adds_bos: bool) -> None:
     for empty in (Text(""), Completion("", "")):
         with pytest.raises(DataError, match="no text"):
             template.encode(empty, "response", where="row 1")
-    with pytest.raises(DataError, match="raw text"):
-        template.prompt(Conversation([user("a")]))
+    turns = [user("Q: why?\nA>"), answer("So.")]
+    assert template.prompt(Conversation(turns)) == template.prompt(sample), "a chat's question stands as it is too"
+    assert tokenizer.decode(template.prompt(Conversation([*turns, user("\nQ: ")]))) == f"{whole}\nQ: "
+    saved = chat_tokenizer(template.jinja)
+    assert saved.apply_chat_template([*turns, user("\nQ: ")], tokenize=False) == f"{whole}\nQ: "
+    assert saved.apply_chat_template([user("<s>A")], tokenize=False) == "<s>A", "one BOS"
+    for refused in ([system("Be."), *turns], [*turns, {"role": "tool", "content": "5"}]):
+        with pytest.raises(DataError, match="a raw prompt has no"):
+            template.prompt(Conversation(refused))
+    with pytest.raises(DataError, match="is a conversation"):
+        template.encode(Conversation(turns), "response", where="r")
 
 
 def test_an_empty_completion_teaches_the_end_alone() -> None:

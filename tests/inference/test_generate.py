@@ -49,6 +49,7 @@ ENDED = [TURN, {"role": "assistant", "content": "b"}]
         ({"messages": [TURN, {"role": "gpt", "content": "b"}]}, True),  # another name of the same role
         ({"conversations": [{"from": "human", "value": "a"}]}, False),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, True),
+        ({"prompt": "a"}, False),
         ({"prompt": [TURN]}, False),
         ({"prompt": [TURN], "completion": ENDED[1:]}, True),
         ({"instruction": "a", "input": ""}, False),
@@ -63,6 +64,6 @@ def test_every_form_of_a_row_gives_one_prompt(loaded: LoadedModel, row: dict[str
 
 def test_a_prompt_without_room_for_its_answer_is_refused_at_the_call(loaded: LoadedModel) -> None:
     with pytest.raises(DataError, match="1 of 2 prompts are too long") as caught:
-        generate(loaded, [{"prompt": "a"}, {"prompt": "a" * 1000}], Decoding(25))
+        generate(loaded, [{"text": "a"}, {"text": "a" * 1000}], Decoding(25))
     assert caught.value.where == "rows row 2"
-    generate(loaded, [{"prompt": "a" * 1000}], Decoding(24))  # the context is 1,024 tokens
+    generate(loaded, [{"text": "a" * 1000}], Decoding(24))  # the context is 1,024 tokens

@@ -19,7 +19,7 @@ COLUMNS = {
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
 }
-CHATS = ("alpaca", "messages", "sharegpt")  # formats with turns, and so with a system message
+CHATS = ("alpaca", "messages", "sharegpt", "prompt-completion")  # formats with turns, and so with a system message
 
 
 # A broken rule: the key, what is wrong with it (read after the key), the fix, and the reason if it is not plain.
@@ -102,6 +102,11 @@ def _data(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
         fix = f"did you mean {near}?" if near else f"one of {', '.join(TEMPLATES)}, or a Jinja file that exists"
         yield "data.template", f"is a file that does not exist: {data.template}", fix
     formats = {source.format for source in data.train}
+    turns = sorted({source.format for source in (*data.train, *data.validation)} - {"prompt-completion", "text"})
+    if data.template == "raw" and turns:
+        why = "raw takes a prompt and a completion, or a text, as they stand"
+        fix = "data.template: auto, or rows of format prompt-completion"
+        yield "data.template", f"is raw, which cannot write the turns of format {' and '.join(turns)}", fix, why
     if data.system is not None and not formats & set(CHATS):
         fix = f"remove it, or use a format with turns: {', '.join(CHATS)}"
         yield "data.system", f"has no effect on rows of format {' and '.join(sorted(formats))}", fix

@@ -16,7 +16,7 @@ from tunesmith.config.tree import Node
 from tunesmith.errors import RecipeError
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
-TEMPLATES = ("auto", "chat", "alpaca")
+TEMPLATES = ("auto", "chat", "alpaca", "raw")
 
 _OUTPUTS = ("log.tensorboard_dir", "output_dir")
 # The keys that hold a path or a Hub id -> the endings that make a text a path.

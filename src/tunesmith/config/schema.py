@@ -98,7 +98,11 @@ class Data:
         "rows of `train` to validate on instead, drawn by the seed: `5 %` or `50 examples`; null: none",
         example="5 %",
     )
-    template: str = key("auto", "`auto` (the tokenizer's chat template, else alpaca), `chat`, `alpaca` or a Jinja file")
+    template: str = key(
+        "auto",
+        "`auto` (the tokenizer's chat template; without one alpaca, and raw where no row has turns), `chat`, `alpaca`, "
+        "`raw` (prompt and completion as they stand) or a Jinja file",
+    )
     system: str | None = key(None, "system message for rows without one")
     seq_len: AtLeastTwo = key(2048, "longest example and length of a packed row, in tokens")
     pack: bool = key(True, "put several examples in a row, isolated by attention; false: one example a row, padded")

@@ -51,6 +51,28 @@ def alpaca(*, bos: bool) -> str:
     return _ALPACA % {"bos": "bos_token" if bos else "''", "with_input": with_input, "without": without}
 
 
+# What a server renders for a model that was trained without a template: the prompt as it stands.
+_RAW = """\
+{#- raw prompts: each text as it stands -#}
+{%%- for message in messages %%}
+{%%- if message.role not in ['user', 'assistant'] %%}
+{{- raise_exception('this model was trained without a template: it takes user and assistant messages alone') }}
+{%%- endif %%}
+{{- %(bos)s if loop.first and not message.content.startswith(%(bos)s) else '' }}
+{{- message.content + (%(end)s if message.role == 'assistant' else '') }}
+{%%- endfor %%}"""
+
+
+def raw(*, bos: str, end: str) -> str:
+    """Messages as they stand. `bos`: what the tokenizer itself puts before a text; `end`: what ends an answer."""
+    return _RAW % {"bos": json.dumps(bos, ensure_ascii=False), "end": json.dumps(end, ensure_ascii=False)}
+
+
+def is_raw(jinja: str) -> bool:
+    """Whether a saved template is one of `raw`."""
+    return jinja.startswith(_RAW.partition("\n")[0])
+
+
 # Hermes' function calling: signatures in the system message, calls as JSON between tags, results as a user turn.
 # The tags are those that the tool parsers of servers look for (vLLM's `hermes`).
 HERMES = """\

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tunesmith.config.schema import Source
@@ -48,10 +48,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what follows it, as plain text."""
+    """A prompt and its answer, as plain text; `system` is for the template that makes two turns of them."""
 
     prompt: str
     completion: str
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def convert_row(row: Mapping[str, Any], source: Source, *, where: str, system: s
     """
     reader = _RowReader(row, source, where)
     sample = _FORMATS[source.format][0](reader)
+    if isinstance(sample, Completion):
+        return replace(sample, system=system)
     if not isinstance(sample, Conversation):
         return sample
     _check_order(reader, sample.messages)

@@ -1,9 +1,11 @@
 """A sample -> token ids and loss mask: the prompt in use is the prompt that was trained.
 
 Conversations are rendered by one Jinja chat template (the tokenizer's, a file's, or one of `builtin_templates`), which
-is saved with the trained model; a template that wants a BOS writes it. `loss_mask` finds the answers in the text,
-`align` maps them to tokens. Raw rows (prompt-completion and text) are tokenised as they are: a BOS where the tokenizer
-itself adds one, once, and an end token at the end.
+is saved with the trained model; a template that wants a BOS writes it. A prompt and completion are a conversation of two
+turns. `loss_mask` finds the answers in the text, `align` maps them to tokens.
+
+Without a template (`raw`) prompt and completion stand as they are, one after the other, as rows of the format text
+always do: a BOS where the tokenizer itself adds one, once, and an end token at the end.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from tunesmith.config.schema import Data
 from tunesmith.data import builtin_templates
 from tunesmith.data.align import Aligned, Aligner, CharSpan
 from tunesmith.data.batch import Example
-from tunesmith.data.formats import Completion, Conversation, Sample
+from tunesmith.data.formats import Completion, Conversation, Sample, Text, with_system
 from tunesmith.data.loss_mask import AssistantMask
 from tunesmith.errors import DataError, ModelError
 
 TrainOn = Literal["response", "last", "all"]
-_RAW = frozenset({"prompt-completion", "text"})
+_PLAIN = frozenset({"prompt-completion", "text"})  # formats whose rows need no template
 _TOOLS = frozenset({"messages", "sharegpt"})  # formats whose rows may hold tool calls
 _TITLES = {  # name: what errors call the template, what `describe` calls it
     "chat": ("the tokenizer's chat template", "chat: the tokenizer's chat template"),
@@ -46,11 +48,17 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> Tem
     formats = {source.format for source in (*data.train, *data.validation)}
     tools = bool(formats & _TOOLS)
     own = _own_template(tokenizer, tools=tools)
-    if data.template == "auto" and formats and formats <= _RAW:
-        try:  # chats with what is trained here use the tokenizer's template, if it has one
+    if data.template == "raw" or (data.template == "auto" and own is None and formats and formats <= _PLAIN):
+        if data.system is not None:
+            what, fix = "a raw prompt has no system message", "remove data.system, or data.template=alpaca"
+            why = "data.template is raw" if data.template == "raw" else "the tokenizer has no chat template"
+            raise DataError(what, where="data.system", why=why, fix=fix)
+        return Template(tokenizer, eos_ids, jinja=None, name="raw")
+    if data.template == "auto" and formats == {"text"}:
+        try:  # chats with what is trained here use the tokenizer's template
             return Template(tokenizer, eos_ids, jinja=own, name="text")
         except DataError:
-            return Template(tokenizer, eos_ids, jinja=None, name="text")
+            return Template(tokenizer, eos_ids, jinja=None, name="raw")
     if data.template == "chat" and own is None:
         why = "`chat` takes the tokenizer's own; base models often have none"
         fix = "data.template=alpaca, or data.template=FILE.jinja"
@@ -69,8 +77,10 @@ class Template:
     """How a sample becomes text, tokens and a loss mask.
 
     Attributes:
-        name: `chat`, `alpaca`, `text` (raw rows only), `pattern`, or the name of a template file.
-        jinja: the chat template, saved as the tokenizer's with the trained model; None if only raw text is taken.
+        name: `chat`, `alpaca`, `raw`, `text` (rows of that format only), `pattern`, or the name of a template file.
+        jinja: the chat template, saved as the tokenizer's with the trained model. For `raw` it writes the texts as they
+            stand; None where this tokenizer would split its rendering in another way than the texts themselves.
+        raw: whether prompt and completion stand as they are.
         end_ids: ids of the tokens that may end an answer, at which generation must stop.
         straddled: tokens so far that begin in a prompt and end in an answer; they are not supervised.
     """
@@ -79,7 +89,7 @@ class Template:
         self._dated = jinja is not None and "strftime_now(" in jinja
         self.jinja = None if jinja is None else builtin_templates.with_fixed_date(jinja)
         self.name, self.tokenizer, self.straddled = name, tokenizer, 0
-        self._aligner = Aligner(tokenizer)
+        self._aligner, self.raw = Aligner(tokenizer), name == "raw"
         if not eos_ids and tokenizer.eos_token_id is None:
             why = "each answer must end with one, or the model never learns to stop"
             fix = "set eos_token in the tokenizer's tokenizer_config.json"
@@ -91,6 +101,11 @@ class Template:
         self._mask = AssistantMask(tokenizer, self.jinja, title, self._eos) if self.jinja is not None else None
         self._bos = _added_before(tokenizer)
         self.end_ids = self._mask.end_ids if self._mask else self._eos
+        if self.raw:
+            jinja = builtin_templates.raw(bos=tokenizer.decode(self._bos), end=tokenizer.decode([self._end]))
+            asked = [{"role": "user", "content": "One two."}]
+            given = tokenizer.apply_chat_template(asked, chat_template=jinja)["input_ids"]
+            self.jinja = jinja if given == self.prompt(Completion("One two.", "")) else None
 
     def with_tools(self) -> Template:
         """This template; or if it is ChatML and drops tool calls, one that renders those in Hermes' form."""
@@ -100,8 +115,13 @@ class Template:
 
     def describe(self) -> str:
         """One line for the user: which prompt is in use, how an answer ends and how the loss mask is found."""
-        if self._mask is None or self.name == "text":
-            return f"text: rows as they are; each ends with {self.tokenizer.decode([self._end])!r}"
+        end = repr(self.tokenizer.decode([self._end]))
+        if self._mask is None:
+            return (
+                f"raw: no template; prompt and completion as they stand, nothing between them; each row ends with {end}"
+            )
+        if self.name == "text":
+            return f"text: rows as they are; each ends with {end}"
         parts = [_TITLES[self.name][1] if self.name in _TITLES else f"{self.name}: a chat template from a file"]
         if builtin_templates.HERMES in (self.jinja or ""):
             parts.append("tool calls in Hermes' form (plain ChatML has none)")
@@ -125,6 +145,7 @@ class Template:
         Raises:
             DataError: the template cannot render the row, drops a part of it, or its answers cannot be located.
         """
+        samples = [self._as_taken(sample) for sample in samples]
         located = [self._locate(sample, train_on, place) for sample, place in zip(samples, where, strict=True)]
         aligned = self._aligner.encode([text for text, _ in located], [spans for _, spans in located], self.end_ids)
         return [self._example(*one) for one in zip(samples, aligned, where, strict=True)]
@@ -133,24 +154,35 @@ class Template:
         """Token ids that the model is given: all before the last answer, which the sample may lack.
 
         Raises:
-            DataError: the template cannot render it, or takes raw text only.
+            DataError: the template cannot render it.
         """
+        sample = self._as_taken(sample)
         if isinstance(sample, Conversation):
             messages = self._messages(sample)
             if messages and messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
-            text = self._chat().render(messages, sample.tools or None, generate=True)
-            return self._aligner.ids([text])[0].tolist()
+            if self._mask is not None:
+                text = self._mask.render(messages, sample.tools or None, generate=True)
+                return self._aligner.ids([text])[0].tolist()
+            sample = self._as_they_stand(messages)
         ids = self._aligner.ids([sample.prompt if isinstance(sample, Completion) else sample.text])[0].tolist()
         return [*self._missing_bos(ids), *ids]
 
-    def _chat(self, where: str = "") -> AssistantMask:
-        if self._mask is None:
-            what = "the model is trained on raw text, and this is a conversation"
-            why = "the tokenizer has no chat template, and no source of the recipe holds conversations"
-            fix = "give a prompt as text; or train with data.template=alpaca"
-            raise DataError(what, where=where, why=why, fix=fix)
-        return self._mask
+    def _as_taken(self, sample: Sample) -> Sample:
+        """The sample as this template takes it: with a template, prompt and completion are two turns."""
+        if not isinstance(sample, Completion) or self.raw:
+            return sample
+        turns = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.completion}]
+        return Conversation(with_system(turns, sample.system))
+
+    def _as_they_stand(self, messages: list[dict[str, Any]]) -> Text:
+        """Turns of a chat without a template: each text as it stands, answers with their end token."""
+        end = self.tokenizer.decode([self._end])
+        for message in messages:
+            if message["role"] not in ("user", "assistant") or message.get("tool_calls"):
+                what, why = f"a raw prompt has no {message['role']} message", "the model was trained without a template"
+                raise DataError(what, why=why, fix="leave it out, or train with data.template=alpaca")
+        return Text("".join(m["content"] + (end if m["role"] == "assistant" else "") for m in messages))
 
     def _messages(self, sample: Conversation) -> list[dict[str, Any]]:
         """The messages as the template reads them: instruction and input apart for alpaca's text, ids for calls."""
@@ -162,7 +194,7 @@ class Template:
         return _with_ids(messages) if "tool_call" in jinja and ".id" in jinja else messages
 
     def _locate(self, sample: Sample, train_on: TrainOn, where: str) -> tuple[str, list[CharSpan]]:
-        """The text of a sample, and the spans of its supervised characters."""
+        """The text of a sample as taken, and the spans of its supervised characters."""
         if not isinstance(sample, Conversation):
             whole = sample.prompt + sample.completion if isinstance(sample, Completion) else sample.text
             if not whole:
@@ -174,8 +206,13 @@ class Template:
             why = f"its last message is of role {messages[-1]['role']}" if messages else "it is empty"
             fix = "delete the row, or its last messages"
             raise DataError("the conversation does not end with an answer", where=where, why=why, fix=fix)
+        if self._mask is None:
+            what = "the row is a conversation, and there is no template to write its turns"
+            why = "rows are raw: a prompt and a completion as they stand"
+            fix = 'write {"prompt": "...", "completion": "..."}, or train with data.template=alpaca'
+            raise DataError(what, where=where, why=why, fix=fix)
         first = len(messages) - 1 if train_on == "last" else sample.given
-        text, spans = self._chat(where).answers(messages, sample.tools or None, first=first, where=where)
+        text, spans = self._mask.answers(messages, sample.tools or None, first=first, where=where)
         return text, [CharSpan(spans[0].start if sample.given else 0, len(text))] if train_on == "all" else spans
 
     def _example(self, sample: Sample, aligned: Aligned, where: str) -> Example:

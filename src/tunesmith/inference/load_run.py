@@ -243,7 +243,7 @@ def load_run(
         saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
         tokenizer = load_tokenizer(saved, run.model) if saved else files.tokenizer
         ends = eos_ids(saved or weights, tokenizer) | eos_ids(weights, tokenizer)
-        return LoadedModel(train_model, tokenizer, _template(run.data, tokenizer, ends, saved), location, weights)
+        return LoadedModel(train_model, tokenizer, _template(location, tokenizer, ends, saved), location, weights)
 
 
 @contextmanager
@@ -265,15 +265,31 @@ def _undeleted(location: RunLocation) -> Iterator[None]:
         raise fault
 
 
-def _template(data: Data, tokenizer: Any, ends: set[int], saved: Path | None) -> Template:
+def _template(location: RunLocation, tokenizer: Any, ends: set[int], saved: Path | None) -> Template:
     """The template in use: what a run has written holds it as the tokenizer's chat template."""
     from tunesmith.data import builtin_templates
     from tunesmith.data.template import Template, select_template
 
-    data = replace(data, template="auto" if saved else data.template)
+    jinja, run = tokenizer.chat_template, location.run
+    data = run.data if run else Data(train=(Source(source="none"),))
+    if saved is not None:  # a run whose folder has no chat template was trained without one
+        raw = builtin_templates.is_raw(jinja) if isinstance(jinja, str) else jinja is None and run is not None
+        data = replace(data, template="raw" if raw else "auto", system=None if raw else data.system)
     chosen = select_template(data, tokenizer, ends)
-    if saved is None or chosen.jinja is None or "message.input" not in chosen.jinja:
-        return chosen
-    # One of our own texts, with instruction and input apart: rows must reach it in that form, as in training.
-    alpaca = any(chosen.jinja == builtin_templates.alpaca(bos=bos) for bos in (True, False))
-    return Template(tokenizer, ends, jinja=chosen.jinja, name="alpaca" if alpaca else "pattern")
+    if saved is not None and chosen.jinja is not None and "message.input" in chosen.jinja:
+        # One of our own texts, with instruction and input apart: rows must reach it in that form, as in training.
+        alpaca = any(chosen.jinja == builtin_templates.alpaca(bos=bos) for bos in (True, False))
+        chosen = Template(tokenizer, ends, jinja=chosen.jinja, name="alpaca" if alpaca else "pattern")
+    # A base model without a template is given prompts as they stand; its chats take the alpaca text.
+    chosen.raw |= (run is None and jinja is None) or (saved is not None and _trained_raw_prompts(run, saved))
+    return chosen
+
+
+def _trained_raw_prompts(run: Run | None, saved: Path) -> bool:
+    """Whether a run is of the time when prompt and completion were never written through a template.
+
+    Its env.json does not name the template.
+    """
+    env = saved.parent / "env.json"
+    trained = {source.format for source in run.data.train} if run else set()
+    return "prompt-completion" in trained and env.is_file() and "template" not in read_json(env)

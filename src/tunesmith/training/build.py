@@ -240,7 +240,11 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     """Write config.yaml and env.json: what was run, on what, from which data."""
     out, plan = Path(session.run.output_dir), session.plan
     write_atomically(out / RECIPE, dump(session.run))
-    found = {"recipe_hash": digest(session.run), "data_hash": session.data.digest}
+    found = {
+        "recipe_hash": digest(session.run),
+        "data_hash": session.data.digest,
+        "template": session.data.template.name,
+    }
     choices = {part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()}
     env = {**hardware.describe_machine(argv), **found, "choices": choices}
     write_atomically(out / "env.json", json.dumps(env, indent=1))

@@ -1,0 +1,182 @@
+"""One prompt everywhere: its token ids in training, in generate, in eval, and by Transformers from the saved folder."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from conftest import CHATML, byte_tokenizer
+from recipes import make_run as recipe_run
+from runs import make_run, peft_model
+from tunesmith.checkpoint.export import tokenizer_files
+from tunesmith.config.schema import Data, Source
+from tunesmith.data.source import from_list, read_rows
+from tunesmith.data.template import select_template
+from tunesmith.data.tokens import tokenise
+from tunesmith.errors import DataError
+from tunesmith.inference import generate
+from tunesmith.inference.evaluate import _eval_tokens
+from tunesmith.inference.load_run import LoadedModel, _template, load_run
+from tunesmith.training.run import train
+
+ASKED, SAID = "Which bird  sings?\n", " A wren."
+TURNS = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "prompt-completion text": ("prompt-completion", {"prompt": ASKED, "completion": SAID}),
+    "prompt-completion messages": ("prompt-completion", {"prompt": TURNS[:1], "completion": TURNS[1:]}),
+    "messages": ("messages", {"messages": TURNS}),
+    "alpaca": ("alpaca", {"instruction": ASKED, "input": "", "output": SAID}),
+}
+MODELS = {"chat": CHATML, "base": None}
+CHOICES = ("auto", "chat", "alpaca", "file", "raw")
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    f"### Instruction:\n{ASKED}\n\n### Response:\n"
+)
+WRITTEN = {
+    "chat": f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n",
+    "alpaca": ALPACA,
+    "file": f"<|pad|>[{ASKED}]",
+    "raw": ASKED,
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    folder = tmp_path_factory.mktemp("prompts") / "run"
+    make_run(folder, tiny, peft_model(tiny))
+    return load_run(folder, device="cpu")
+
+
+def expected(model: str, choice: str, row: str) -> str | None:
+    """The prompt's text; None where the pair is refused."""
+    bare = row == "prompt-completion text"
+    if choice == "auto" and model == "base":
+        if row == "prompt-completion messages":
+            return None  # no template, and none is guessed for a format whose rows need none
+        choice = "raw" if bare else "alpaca"
+    if (choice, model) == ("chat", "base") or (choice == "raw" and not bare):
+        return None
+    return WRITTEN["chat" if choice == "auto" else choice]
+
+
+@pytest.mark.parametrize(("model", "choice", "row"), itertools.product(MODELS, CHOICES, ROWS))
+def test_one_prompt_in_training_and_use(loaded: LoadedModel, model: str, choice: str, row: str, tmp_path: Path) -> None:
+    form, values = ROWS[row]
+    file = tmp_path / "own.jinja"
+    file.write_text(
+        "{% for m in messages %}{{ '<|pad|>[' + m.content + ']' if m.role == 'user' else m.content + '<|im_end|>' }}"
+        "{% endfor %}"
+    )
+    source = Source(source=str(tmp_path / "rows.jsonl"), format=form)  # type: ignore[arg-type]
+    Path(source.source).write_text(json.dumps(values) + "\n")
+    data = Data(train=(source,), template=str(file) if choice == "file" else choice)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = MODELS[model]
+    stops = {tokenizer.eos_token_id}
+    text = expected(model, choice, row)
+    if text is None:
+        with pytest.raises(DataError) as refused:
+            tokenise(
+                [(source, read_rows(source))],
+                data,
+                select_template(data, tokenizer, stops),
+                tokenizer,
+                cache=None,
+                what="train",
+            )
+        assert refused.value.fix
+        return
+    template = select_template(data, tokenizer, stops)
+    (example,) = tokenise([(source, read_rows(source))], data, template, tokenizer, cache=None, what="train")
+    first = int(np.flatnonzero(example.trained)[0])
+    trained = example.ids[:first].tolist()
+    assert tokenizer.decode(trained) == text
+    assert tokenizer.decode(example.ids[first:]).removesuffix("\n") == f"{SAID}<|im_end|>"
+
+    (tmp_path / "final").mkdir()
+    for name, content in tokenizer_files(tokenizer, template, tmp_path).items():
+        (tmp_path / "final" / name).write_bytes(content)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "final")
+    run = replace(loaded.run, data=data)
+    unanswered = {k: v for k, v in values.items() if k not in ("completion", "output")}
+    unanswered |= {"messages": TURNS[:1]} if form == "messages" else {}
+    for location in (replace(loaded.location, run=run), replace(loaded.location, run=None)):  # and the folder alone
+        used = replace(
+            loaded, tokenizer=saved, template=_template(location, saved, stops, tmp_path / "final"), location=location
+        )
+        for asked in (values, unanswered):
+            ids, reference = generate._make_prompt(from_list([asked]), 0, used, "auto")
+            assert ids == trained
+            assert reference == (SAID if asked is values else None)
+        (scored,) = _eval_tokens(from_list([values]), source, used, "auto", exact_match=False)
+        assert (scored.ids.tolist(), scored.trained.tolist()) == (example.ids.tolist(), example.trained.tolist())
+        assert used.template.prompt(generate.convert_row({"messages": TURNS}, Source(source="x"), where="r")) == trained
+    theirs = saved.apply_chat_template(TURNS[:1], add_generation_prompt=True)["input_ids"]
+    assert theirs == trained
+
+
+@pytest.mark.parametrize(("model", "choice"), [("chat", "auto"), ("chat", "raw"), ("base", "auto")])
+def test_a_run_and_its_final_folder_elsewhere_ask_alike(tiny: Path, tmp_path: Path, model: str, choice: str) -> None:
+    """Trained for two steps by `train`; the answers and the prompts of the run and of the copied folder are equal."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    if model == "base":
+        (base / "chat_template.jinja").unlink()
+    run = recipe_run(base, tmp_path, held=False, data={"template": choice}, train={"duration": "2 steps"})
+    train(run, say=lambda _: None)
+    shutil.copytree(tmp_path / "run" / "final", tmp_path / "alone")
+    asked = {"prompt": "Say amber 2 times: "}
+    text = asked["prompt"] if "raw" in (choice, "raw" if model == "base" else "") else None
+    text = text or f"<|im_start|>user\n{asked['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+    for place in (tmp_path / "run", tmp_path / "alone"):
+        found = load_run(place, device="cpu")
+        assert found.tokenizer.decode(generate._make_prompt(from_list([asked]), 0, found, "auto")[0]) == text
+        plain = AutoTokenizer.from_pretrained(found.location.folder)
+        question = [{"role": "user", "content": asked["prompt"]}]
+        assert plain.apply_chat_template(question, add_generation_prompt=True, tokenize=False) == text
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["template"] == ("chat" if "<" in text else "raw")
+
+
+def test_a_run_of_before_answers_as_it_was_trained(tiny: Path, tmp_path: Path) -> None:
+    """Its env.json names no template: prompt and completion were never written through one."""
+    make_run(
+        tmp_path / "run", tiny, peft_model(tiny), data={"train": {"source": "x.jsonl", "format": "prompt-completion"}}
+    )
+    for env, text in (({"data_hash": "0"}, ASKED), ({"data_hash": "0", "template": "chat"}, WRITTEN["chat"])):
+        (tmp_path / "run" / "env.json").write_text(json.dumps(env))
+        found = load_run(tmp_path / "run", device="cpu")
+        assert (
+            found.tokenizer.decode(generate._make_prompt(from_list([{"prompt": ASKED}]), 0, found, "auto")[0]) == text
+        )
+
+
+def test_a_base_model_without_a_template_is_given_prompts_as_they_stand(tiny: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    (base / "chat_template.jinja").unlink()
+    found = load_run(base, device="cpu")
+    ids = [
+        generate._make_prompt(from_list([row]), 0, found, "auto")[0] for row in ({"prompt": ASKED}, {"messages": TURNS})
+    ]
+    assert [found.tokenizer.decode(i) for i in ids] == [ASKED, ALPACA]
+
+
+def test_the_system_message_reaches_prompt_and_completion(tiny: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    data = Data(train=(Source(source="x", format="prompt-completion"),), system="Be brief.")
+    row = {"prompt": "a", "completion": "b"}
+    sample = generate.convert_row(row, data.train[0], where="r", system=data.system)
+    text = tokenizer.decode(select_template(data, tokenizer, {1}).prompt(sample))
+    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no system message"):
+        select_template(data, tokenizer, {1})
