@@ -1,6 +1,7 @@
-"""Every command of the README is typed here, in its order, on a tiny model; and every shipped recipe takes a step.
+"""Every command of the README and of docs/ is typed here, page by page and in its order, on a tiny model; every row of
+docs/formats.md becomes the text beside it; and every shipped recipe takes a step.
 
-What stands for another is named in STAND_INS: the model, and rows in the place of a reader's own files. A command that is
+`stand_ins` names what stands for another: the model, and rows in the place of a reader's own files. A command that is
 neither run nor named in NOT_OURS fails the test.
 """
 
@@ -21,9 +22,12 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import shipped
 from tunesmith.model.shapes import SHAPES, Shape
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+# How many commands of ours each page has, at least: a page whose blocks are not found would pass unread.
+PAGES = {"README.md": 15, "docs/choosing.md": 3, "docs/memory.md": 2, "docs/spark.md": 7, "docs/troubleshooting.md": 6}
 # Programs of others, and what has tests of its own: make (CI), the four scripts (test_playbook.py).
-NOT_OURS = ("pip install", "make ", "vllm serve", "tensorboard ", "python scripts/")
+NOT_OURS = ("pip install", "make ", "vllm serve", "tensorboard ", "python scripts/", "docker run", "hf auth")
 TINY_SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 272,
@@ -41,9 +45,9 @@ ROWS = [
 ]
 
 
-def blocks(language: str = "") -> list[list[str]]:
+def blocks(page: Path, language: str = "") -> list[list[str]]:
     """The lines of each fenced block of a language."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
     return [block.splitlines() for of, block in found if of == language]
 
 
@@ -66,10 +70,13 @@ def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def stand_ins(words: list[str], tiny: Path) -> list[str]:
     """A command on the tiny model and few rows, on a CPU that has little time."""
-    words = [str(tiny) if word == "HuggingFaceTB/SmolLM2-135M-Instruct" else word for word in words]
+    hub = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-8B")
+    words = [str(tiny) if word in hub else word for word in words]
     verb = words[0]
     if verb == "bench":
         return [*words, "--steps", "2", "--warmup", "1", "data.seq_len=64", "train.global_batch=256 tokens", *TRACED]
+    if verb == "data" and words[1] in shipped():
+        return [*words, f"model.name={tiny}"]
     if verb == "train" and words[1] in shipped():
         return [*words, f"model.name={tiny}", *own_rows(words[1]), "train.duration=2 steps"]
     return [*words, *TRACED] if "profile.enabled=true" in words else words
@@ -87,11 +94,20 @@ def own_rows(name: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_every_command_of_the_readme_runs(place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = next(b for b in blocks("yaml") if "my-recipe.yaml" in b[0])
-    ours = re.sub(r"name: meta-llama/[\w.-]+", f"name: {tiny}", "\n".join(recipe))
+def recipe_of_the_readme(tiny: Path) -> str:
+    """my-recipe.yaml on the tiny model."""
+    recipe = next(b for b in blocks(README, "yaml") if "my-recipe.yaml" in b[0])
+    return re.sub(r"name: meta-llama/[\w.-]+", f"name: {tiny}", "\n".join(recipe))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_runs(page: str, place: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not any(line.startswith("tunesmith recipes copy") for block in blocks(ROOT / page) for line in block):
+        (place / "my-recipe.yaml").write_text(recipe_of_the_readme(tiny))
+    if page == "docs/troubleshooting.md":
+        assert main(["train", "my-recipe.yaml"]) == 0
     run_count = 0
-    for block in blocks():
+    for block in blocks(ROOT / page):
         commands = [typed(line) for line in block if line.strip()]
         for command in commands:
             if command.startswith(NOT_OURS):
@@ -105,14 +121,16 @@ def test_every_command_of_the_readme_runs(place: Path, tiny: Path, capsys: pytes
             if words[:2] == ["recipes", "copy"]:
                 copied = Path(words[3]).read_text()
                 assert copied == shipped()[words[2]].read_text()
-                Path(words[3]).write_text(ours)
-            if "data.train.source=rows.jsonl" in words or words[0] == "merge":
+                Path(words[3]).write_text(recipe_of_the_readme(tiny))
+            if page == "README.md" and ("data.train.source=rows.jsonl" in words or words[0] == "merge"):
                 shutil.rmtree(place / "runs")  # what follows is another run: on the recipe's own rows, or to be watched
-    assert run_count >= 15
+    assert run_count >= PAGES[page]
+    if page != "README.md":
+        return
     assert json.loads((place / "speed.json").read_text())["figures"]["steps"] == 2
     assert list((place / "traces").iterdir())
     assert list((place / "runs/my-run/profile").iterdir())
-    (example,) = blocks("python")
+    (example,) = blocks(README, "python")
     exec("\n".join(example), {})
     assert capsys.readouterr().out.strip(), "the example prints an answer"
 

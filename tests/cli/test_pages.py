@@ -1,0 +1,81 @@
+"""The pages of docs/ beside the code they speak of: rows and what they become, words of other tools, memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import byte_tokenizer
+from tunesmith.cli.data import segments
+from tunesmith.config.load import from_mapping, load_recipe
+from tunesmith.config.names import keys, other_tools
+from tunesmith.data.prepare import prepare_data
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMATS = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+COMING = (ROOT / "docs/coming-from.md").read_text(encoding="utf-8")
+
+
+def examples() -> list[tuple[str, str, str]]:
+    """(format, row, the text that the page says it becomes)."""
+    found = []
+    for section in FORMATS.split("\n## ")[1:]:
+        pairs = re.findall(r"^```json\n(.*?)^```\n\n^```text\n(.*?)\n```$", section, re.M | re.S)
+        found += [(section.split()[0], row, text) for row, text in pairs]
+    return found
+
+
+def test_every_format_has_an_example() -> None:
+    assert {kind for kind, _, _ in examples()} == {"alpaca", "messages", "sharegpt", "prompt-completion", "text"}
+
+
+@pytest.mark.parametrize(("kind", "row", "text"), examples())
+def test_a_row_becomes_the_text_beside_it(
+    kind: str, row: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text(row)
+    values = {
+        "model": {"name": "none"},
+        "data": {"train": {"source": "rows.jsonl", "format": kind}},
+        "output_dir": "runs/none",
+    }
+    tokenizer = byte_tokenizer()
+    run = from_mapping(values, where="test", base=tmp_path)
+    prepared = prepare_data(run, tokenizer, {tokenizer.eos_token_id}, len(tokenizer), strict=False)
+    shown, inside = "", False
+    for piece, supervised, _ in segments(prepared.train, tokenizer, 0):
+        shown += ("⟦" if supervised else "⟧") * (supervised != inside) + piece
+        inside = supervised
+    assert (shown + "⟧" * inside).rstrip("\n") == text
+
+
+def test_the_words_of_other_tools_are_those_that_an_error_suggests() -> None:
+    """Each key in the left column that is refused names, in its error, a key of the right column."""
+    suggestions, checked = other_tools("keys"), 0
+    for left, right in re.findall(r"^\| (`.*?) \| (.*?) \|$", COMING, re.M):
+        ours = re.findall(r"`((?:data|train|model|adapter|validate|checkpoint|log)\.\w+|method)", right)
+        assert all(key in keys() for key in ours), right
+        for theirs in re.findall(r"[a-z_]\w+", " ".join(re.findall(r"`(.*?)`", left))):
+            if ours and theirs in suggestions:
+                assert any(key in suggestions[theirs] for key in ours), f"{theirs}: {suggestions[theirs]}, not {ours}"
+                checked += 1
+    assert checked >= 50
+
+
+def test_the_recipe_of_the_page_is_one(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", COMING, re.M | re.S)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": []}))
+    (tmp_path / "my-recipe.yaml").write_text(block)
+    assert load_recipe(tmp_path / "my-recipe.yaml").model.name == "Qwen/Qwen3-8B"
+
+
+def test_the_memory_table_is_what_the_estimate_says() -> None:
+    command = [sys.executable, "benchmarks/memory.py", "--check", "docs/memory.md"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
