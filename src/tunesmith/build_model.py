@@ -33,18 +33,30 @@ Weights = Literal["stored", "random"]
 # Relative change of the loss. Rounding to e4m3 changed that of SmolLM2-135M by 1.2 to 2.2 % on 4,500 tokens of alpaca
 # rows, as chats and as plain text; nf4 changed it by 7 %. A larger change has another cause than rounding.
 FP8_TOLERANCE = 0.03
+ROW_MULTIPLE = 64  # tensor cores want the vocabulary, a dimension of the head's product, in multiples of this
 FP8_PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
 
 
 def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
     """The model on meta, as the recipe trains it: quantized layers, adapter and fused modules, but no weights."""
-    model = load.build_on_meta(files.config, run.model, rows=files.vocab_rows)
+    model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
     if run.model.quantize == "nf4":
         nf4.replace_linears(model, load.DTYPES[run.model.dtype])
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=run.train.seed)
     fused.fuse_modules(model, project=lora.project)
     return model
+
+
+def embedding_rows(run: Run, files: ModelFiles) -> int:
+    """Rows of embedding and head.
+
+    Where tokens were added, those of a model trained in full are a multiple of 64, which the head's product is fast with.
+    An adapter's are as many as the tokenizer has tokens: to so many PEFT and its users resize the base.
+    """
+    rows = files.vocab_rows
+    grows = rows > files.config.vocab_size and run.adapter.kind == "none"
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE if grows else rows
 
 
 def count_trained(run: Run, model: nn.Module) -> int:
@@ -117,11 +129,12 @@ def build_model(
 def fill_parameters(run: Run, files: ModelFiles, model: nn.Module, weights: Path | Literal["random"]) -> None:
     """Give a materialised model its values: the base's weights, then the first values of the adapter."""
     if weights == "random":
-        stored = load.build_on_meta(files.config, run.model, rows=files.vocab_rows)  # as a checkpoint would hold it
+        stored = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))  # as in a checkpoint
         shapes = dict(stored.named_parameters())
         random_init.init_random_weights(model, shapes, seed=run.train.seed, convert=nf4.load_hooks(model))
     else:
-        load_weights(model, weights, skip=lora.is_adapter_weight, convert=nf4.load_hooks(model))
+        known = int(files.config.vocab_size) if run.model.added_tokens else None
+        load_weights(model, weights, skip=lora.is_adapter_weight, convert=nf4.load_hooks(model), grow_from=known)
     if run.adapter.kind == "lora":
         lora.init_lora(model, run.adapter, seed=run.train.seed)
         if run.adapter.from_ is not None:

@@ -1,13 +1,14 @@
-"""What this machine offers: a cache folder, room on the disk, memory, a terminal; and files written whole."""
+"""What this machine offers: a cache folder, room on the disk, memory, a terminal; files written whole, and what is none."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import TextIO
 
-from tunesmith.errors import MachineError
+from tunesmith.errors import MachineError, ModelError
 
 MEMORY_UNKNOWN = 8 << 30  # bytes: a small laptop's, which only makes callers careful
 
@@ -35,6 +36,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def refuse_special_files(path: Path) -> None:
+    """Raise ModelError where `path`, or what a folder of that name holds, is a pipe, a socket or a device.
+
+    Opening or reading one may never end. Links, such as those of the Hub's cache, are followed.
+    """
+    kinds = {
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.exists() and (kind := kinds.get(stat.S_IFMT(file.stat().st_mode))):
+            fix = f"put a copy of the file there in its place: rm {file}"
+            raise ModelError(f"{file.name} is {kind}, not a file", where=str(file), fix=fix)
 
 
 def existing_folder(path: Path) -> Path:

@@ -68,15 +68,37 @@ def test_a_tokenizer_without_any_candidate_is_refused(folder: Path) -> None:
 def test_added_tokens_are_single_special_ids_and_grow_the_rows(folder: Path) -> None:
     plain = load_tokenizer(folder, Model(name="x"))
     config = load_config(folder, Model(name="x"))
-    assert vocab_rows(config, plain) == config.vocab_size == 272, "nothing grows that need not"
+    assert vocab_rows(config, plain, Model(name="x")) == config.vocab_size == 272, "nothing grows that need not"
     new = tuple(f"<tool-{i}>" for i in range(20))
-    tokenizer = load_tokenizer(folder, Model(name="x", added_tokens=(*new, "<|im_start|>")))
+    model = Model(name="x", added_tokens=(*new, "<|im_start|>"))
+    tokenizer = load_tokenizer(folder, model)
     assert len(tokenizer) == len(plain) + 20, "a token that is there already is not added again"
     ids = tokenizer("a<tool-3> b", add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_tokens_to_ids("<tool-3>") in ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a b"
     assert len(tokenizer) > config.vocab_size
-    assert vocab_rows(config, tokenizer) == 320
+    assert vocab_rows(config, tokenizer, model) == len(tokenizer), "to so many PEFT resizes the base"
+    assert vocab_rows(config, tokenizer, Model(name="x")) == config.vocab_size, "no row that was not asked for"
+
+
+def test_a_padding_token_without_a_row_is_refused(folder: Path) -> None:
+    """As in a Llama 2 whose tokenizer was given `[PAD]` and whose embedding was not resized."""
+    tokenizer = load_tokenizer(folder, Model(name="x"))
+    tokenizer.add_tokens([f"<{i}>" for i in range(20)])
+    tokenizer.pad_token = "<19>"
+    with pytest.raises(ModelError, match="the id 278, and the embedding 272 rows") as caught:
+        vocab_rows(load_config(folder, Model(name="x")), tokenizer, Model(name="x"))
+    assert caught.value.fix.endswith('model.pad_token: "<|im_end|>"')
+
+
+@pytest.mark.parametrize("beyond", [271, 10**6, 10**30])
+def test_an_end_id_that_is_no_token_is_refused(folder: Path, beyond: int) -> None:
+    tokenizer = load_tokenizer(folder, Model(name="x"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, beyond]}))
+    with pytest.raises(ModelError, match=rf"eos_token_id {beyond} is no token") as caught:
+        eos_ids(folder, tokenizer)
+    assert "generation_config.json" in caught.value.where
+    assert str(tokenizer.eos_token_id) in caught.value.fix
 
 
 def test_another_tokenizer(folder: Path, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_dtypes_are_converted_as_torch_does(folder: Path, stored: str, dtype: st
 def test_new_rows_are_the_mean_of_the_old(folder: Path) -> None:
     rewrite(folder, lambda t: {**t, "lm_head.weight": torch.randn(272, 64)})
     config(folder, tie_word_embeddings=False)
-    model = filled(folder, rows=320)
+    model = filled(folder, rows=320, grow_from=272)
     for module in (model.model.embed_tokens, model.lm_head):
         assert module.weight.shape == (320, 64)
         expected = module.weight[:272].mean(0)
@@ -191,6 +191,73 @@ def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
+def short_embedding(folder: Path) -> None:
+    rewrite(folder, lambda t: {n: v[:260] if "embed" in n else v for n, v in t.items()})
+
+
+def int8(folder: Path) -> None:
+    rewrite(folder, lambda t: {n: v.to(torch.int8) if "up_proj" in n else v for n, v in t.items()})
+
+
+def gptq(folder: Path) -> None:
+    def packed(tensors):
+        found = {n.replace("weight", "qweight"): v.to(torch.int32) for n, v in tensors.items() if "proj" in n}
+        return {**{n: v for n, v in tensors.items() if "proj" not in n}, **found}
+
+    rewrite(folder, packed)
+
+
+def named_format(folder: Path) -> None:
+    int8(folder)
+    config(folder, quantization_config={"quant_method": "compressed-tensors"})
+
+
+def rewrite_header(folder: Path, change) -> None:
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = change(json.loads(data[8 : 8 + length]))
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def twice(folder: Path) -> None:
+    def again(header):
+        text = json.dumps(header)
+        return text.replace('"model.layers.0.input_layernorm.weight"', '"model.norm.weight"')
+
+    rewrite_header(folder, again)
+
+
+def overlapping(folder: Path) -> None:
+    def moved(header):
+        header["model.norm.weight"]["data_offsets"] = header["model.layers.0.input_layernorm.weight"]["data_offsets"]
+        return header
+
+    rewrite_header(folder, moved)
+
+
+def fractions(folder: Path) -> None:
+    def halved(header):
+        header["model.norm.weight"]["data_offsets"] = [0.5, 256.5]
+        return header
+
+    rewrite_header(folder, halved)
+
+
+def special(name: str):
+    def put(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return put
+
+
+def device(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/dev/zero")
+
+
 def untied(folder: Path) -> None:
     rewrite(folder, lambda t: {**t, "lm_head.weight": torch.randn(272, 64)})
 
@@ -203,7 +270,7 @@ def no_tokenizer(folder: Path) -> None:
 BAD = {
     "tensor missing": (drop, "1 tensors are missing: model.layers.1.mlp.up_proj.weight"),
     "tensor too many": (lambda f: rewrite(f, lambda t: {**t, "model.vision": torch.ones(1)}), "model.vision"),
-    "other shape": (lambda f: config(f, intermediate_size=96), "[128, 64] in the file, [96, 64] in the model"),
+    "other shape": (lambda f: config(f, intermediate_size=96), "[128, 64] in model.safetensors, [96, 64] in the model"),
     "fewer layers": (lambda f: config(f, num_hidden_layers=1), "belong nowhere in this model: model.layers.1"),
     "more layers": (lambda f: config(f, num_hidden_layers=3), "tensors are missing: model.layers.2"),
     "tied against the file": (untied, "tie_word_embeddings: false"),
@@ -218,6 +285,24 @@ BAD = {
     ),
     "header that lies": (lying_header, "w has 8 bytes where its shape needs 12"),
     "header of another form": (odd_header, "header cannot be read: TypeError"),
+    "embedding of fewer rows": (short_embedding, "[260, 64] in model.safetensors, [272, 64] in the model"),
+    "int8": (int8, "2 tensors hold integers"),
+    "gptq": (gptq, "the names are those of GPTQ"),
+    "a format that the config names": (named_format, "quantised with compressed-tensors"),
+    "a name twice in the header": (twice, "a name occurs twice"),
+    "overlapping tensors": (overlapping, "and what is before it ends at"),
+    "offsets in fractions": (fractions, "of model.norm.weight are not whole numbers"),
+    "a header in brackets": (lambda f: rewrite_header(f, lambda h: "[" * 20000), "header cannot be read"),
+    "a fifo as weights": (special("model.safetensors"), "model.safetensors is a named pipe"),
+    "a fifo as config": (special("config.json"), "config.json is a named pipe"),
+    "a fifo as tokenizer": (special("tokenizer.json"), "tokenizer.json is a named pipe"),
+    "a fifo as generation config": (special("generation_config.json"), "generation_config.json is a named pipe"),
+    "a device as weights": (device, "model.safetensors is a device"),
+    "more layers than anybody can build": (lambda f: config(f, num_hidden_layers=10**9), "config.json describes"),
+    "a number of 5,000 digits": (lambda f: (f / "config.json").write_text(f'{{"a": {"1" * 5000}}}'), "cannot be read"),
+    "config in brackets": (lambda f: (f / "config.json").write_text("[" * 20000), "config.json cannot be read"),
+    "text for a number": (lambda f: config(f, num_experts="8"), "a value of the config"),
+    "quantization as a list": (lambda f: config(f, quantization_config=[1]), "a value of the config"),
     "unread type": (unread_type, "type that cannot be read"),
     "unread type, tied twice": (unread_tied_head, "type that cannot be read"),
     "only pickles": (pickled, "from transformers import AutoModelForCausalLM"),
@@ -233,7 +318,13 @@ BAD = {
     "index names a missing file": (
         lambda f: index(f, '{"weight_map": {"a": "model-1.safetensors"}}'), "1 of 1 weight files are missing",
     ),
-    "index that leaves the folder": (lambda f: index(f, '{"weight_map": {"a": "../a.safetensors"}}'), "no weight_map"),
+    "index that leaves the folder": (
+        lambda f: index(f, '{"weight_map": {"a": "../a.safetensors"}}'), "names '../a.safetensors', which is not in its",
+    ),
+    "index of an absolute path": (
+        lambda f: index(f, json.dumps({"weight_map": {"a": str(f / "model.safetensors")}})), "which is not in its folder",
+    ),
+    "index with a NUL": (lambda f: index(f, '{"weight_map": {"a": "a\\u0000"}}'), "which is not in its folder"),
     "index without a map": (lambda f: index(f, "{}"), "no weight_map"),
     "index is not JSON": (lambda f: index(f, "{"), "model.safetensors.index.json:1"),
     "no tokenizer": (no_tokenizer, "model.tokenizer"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError, first_line
+from tunesmith.host_files import refuse_special_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -128,6 +129,7 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         ModelError: the file is missing or broken, or asks for something that is not computed here.
     """
+    refuse_special_files(folder)
     file = folder / CONFIG
 
     def broken(why: str) -> ModelError:

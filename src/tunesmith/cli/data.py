@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             recipe.model.name, recipe.model.revision
         )
     tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
-    rows = vocab_rows(load_config(folder, recipe.model), tokenizer)
+    rows = vocab_rows(load_config(folder, recipe.model), tokenizer, recipe.model)
     prepared = prepare_data(recipe, tokenizer, eos_ids(folder, tokenizer), rows, strict=False)
     if args.json:
         print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))

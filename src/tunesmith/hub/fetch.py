@@ -6,6 +6,7 @@ downloaded: of several formats of the weights, safetensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -18,11 +19,19 @@ from huggingface_hub.utils import validate_repo_id
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.host_files import refuse_full_disk
+from tunesmith.host_files import refuse_full_disk, refuse_special_files
 from tunesmith.hub.download import FetchProgress, RemoteFile, download
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
-from tunesmith.model.safetensors_files import INDEX, SINGLE, indexed_files, no_safetensors, read_headers, read_json
+from tunesmith.model.safetensors_files import (
+    INDEX,
+    SINGLE,
+    indexed_files,
+    no_safetensors,
+    read_headers,
+    read_json,
+    refuse_quantized,
+)
 from tunesmith.model.spec import ModelSpec, read_spec
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")  # one of these is needed
@@ -30,6 +39,7 @@ SUPPORT = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "spiece.model", "tekken.json", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+MOST_PER_NUMBER = 8  # parameters for each stored number, at most; nf4 has two
 MARGIN = 64 << 20  # bytes to leave free
 
 
@@ -90,9 +100,16 @@ def cached_model(model: Model) -> Path | None:
 
 def check_folder(folder: Path, model: Model) -> ModelSpec:
     """The spec of a folder's model; ModelError names the file that is missing, cut off or broken."""
-    read_headers(folder)
-    config = folder / "config.json"
+    refuse_special_files(folder)
+    headers, config = read_headers(folder), folder / "config.json"
     spec = read_spec(read_json(config), where=str(config), trust_remote_code=model.trust_remote_code)
+    refuse_quantized(headers, folder)
+    stored = sum(math.prod(entry.shape) for entries in headers.values() for entry in entries)
+    if spec.parameters > MOST_PER_NUMBER * stored:  # before modules of that size are made
+        what = f"config.json describes {spec.parameters:,} parameters, and the weights have {stored:,}"
+        why = "the weights and config.json do not describe the same model"
+        fix = "fetch the model again, or correct config.json"
+        raise ModelError(what, where=str(config), why=why, fix=fix)
     if model.tokenizer is None and not _tokenizer_in(folder):
         fix = "copy the tokenizer's files there, or set model.tokenizer to a folder or Hub id that has one"
         why = f"none of {', '.join(TOKENIZER)}"

@@ -18,6 +18,7 @@ class ModelFiles:
     """A model's folder and what was read from it; the weights stay on the disk."""
 
     folder: Path
+    model: Model
     config: PretrainedConfig
     spec: spec.ModelSpec
     tokenizer: PreTrainedTokenizerBase
@@ -29,12 +30,22 @@ class ModelFiles:
 
     @property
     def vocab_rows(self) -> int:
-        """Rows of embedding and head: at least as many as the tokenizer has tokens."""
-        return vocab_rows(self.config, self.tokenizer)
+        """Rows that embedding and head need."""
+        return vocab_rows(self.config, self.tokenizer, self.model)
+
+    def describe(self) -> list[str]:
+        """Lines for the user where tokenizer and embedding differ in size; none where they fit."""
+        known, tokens = int(self.config.vocab_size), len(self.tokenizer)
+        sizes = f"the tokenizer has {tokens:,} tokens, and the model's embedding {known:,} rows"
+        if tokens <= known:
+            return []
+        if self.model.added_tokens:
+            return [f"{sizes}: rows are added for {', '.join(self.model.added_tokens)}, each the mean of the others"]
+        return [f"warning: {sizes}: text with a token beyond them is refused; model.added_tokens adds rows"]
 
 
 def read_model_files(folder: Path, model: Model) -> ModelFiles:
     """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them, or ModelError."""
     config = load.load_config(folder, model)
     found = spec.read_spec(config.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code)
-    return ModelFiles(folder, config, found, load_tokenizer(tokenizer_folder(model, folder), model))
+    return ModelFiles(folder, model, config, found, load_tokenizer(tokenizer_folder(model, folder), model))

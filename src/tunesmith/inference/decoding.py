@@ -121,6 +121,11 @@ def answer_batch(
         cancelled: asked after each token; once true, the answers end there and are returned as they are.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+    known, last = model.get_input_embeddings().weight.shape[0], max(map(max, prompts))
+    if last >= known:
+        what = f"a prompt holds {tokenizer.convert_ids_to_tokens(last)}, a token that the model has no embedding of"
+        why = f"its id is {last:,}, and the embedding has {known:,} rows"
+        raise UsageError(what, why=why, fix="write that text otherwise, or use the model's own tokenizer")
     rows = [torch.tensor(prompt, dtype=torch.long, device=model.device) for prompt in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")

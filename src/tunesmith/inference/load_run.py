@@ -237,13 +237,19 @@ def load_run(
         run = replace(run, model=model, adapter=adapter, train=replace(run.train, recompute="none", compile="off"))
         weights = folder if location.kind == "full" and folder else fetch(location.base)
         files = read_model_files(weights, run.model)
-        train_model, _ = build_model(run, files, inference_plan(run, files, torch.device(device or names[0])))
-        train_model.eval()
-        train_model.model.set_attn_implementation("sdpa")
         saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
-        tokenizer = load_tokenizer(saved, run.model) if saved else files.tokenizer
-        ends = eos_ids(saved or weights, tokenizer) | eos_ids(weights, tokenizer)
-        return LoadedModel(train_model, tokenizer, _template(location, tokenizer, ends, saved), location, weights)
+        if saved:
+            tokenizer = load_tokenizer(saved, run.model)
+            if location.run is None and adapter.modules_to_save:
+                # The adapter's tokenizer tells which rows the base lacks, as for PEFT's AutoPeftModel.
+                added = tokenizer.convert_ids_to_tokens(range(files.spec.vocab, len(tokenizer)))
+                run = replace(run, model=replace(run.model, added_tokens=tuple(added)))
+            files = replace(files, model=run.model, tokenizer=tokenizer)
+        train_model, _ = build_model(run, files, inference_plan(run, files, torch.device(device or names[0])))
+        train_model.eval().model.set_attn_implementation("sdpa")
+        ends = eos_ids(saved or weights, files.tokenizer) | eos_ids(weights, files.tokenizer)
+        template = _template(location, files.tokenizer, ends, saved)
+        return LoadedModel(train_model, files.tokenizer, template, location, weights)
 
 
 @contextmanager

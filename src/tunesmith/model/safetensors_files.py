@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError
+from tunesmith.host_files import refuse_special_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,37 +54,73 @@ def unreadable_file(file: Path, error: OSError) -> ModelError:
 
 def _read_header(file: Path) -> list[Entry]:
     """A file's tensors, checked against the file's size."""
-    found = []
+    refuse_special_files(file)
+    found: list[Entry] = []
     try:
         actual = file.stat().st_size
         with file.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if actual < 8 or length > min(MAX_HEADER, actual - 8):
                 raise _damaged(file, f"a header of {length} bytes cannot stand in a file of {actual} bytes")
-            header = json.loads(f.read(length))
-        header.pop("__metadata__", None)
-        for name, spec in header.items():
+            pairs = json.loads(f.read(length), object_pairs_hook=_unique)
+        pairs.pop("__metadata__", None)
+        for name, spec in pairs.items():
             begin, end = spec["data_offsets"]
             entry = Entry(name, spec["dtype"], tuple(spec["shape"]), file, 8 + length + begin, end - begin)
+            if not all(type(size) is int and size >= 0 for size in (*entry.shape, begin, end)):
+                raise _damaged(file, f"shape or offsets of {name} are not whole numbers: {spec}"[:200])
             expected = math.prod(entry.shape) * ITEMSIZE.get(entry.dtype, 0)
             if entry.dtype in ITEMSIZE and entry.size != expected:
                 raise _damaged(file, f"{name} has {entry.size} bytes where its shape needs {expected}")
             found.append(entry)
     except OSError as error:
         raise unreadable_file(file, error) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # not JSON, or of another form
-        raise _damaged(file, f"its header cannot be read: {error!r}") from error
-    end = max((e.start + e.size for e in found), default=8 + length)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:  # not JSON, or of another form
+        raise _damaged(file, f"its header cannot be read: {error!r}"[:300]) from error
+    end = 8 + length
+    for entry in sorted(found, key=lambda e: (e.start, e.size)):
+        if entry.start != end:
+            raise _damaged(file, f"{entry.name} begins at byte {entry.start}, and what is before it ends at {end}")
+        end += entry.size
     if actual != end:
         lack = f"{end - actual} bytes are missing at its end" if actual < end else f"{actual - end} bytes too many"
         raise _damaged(file, f"{lack}: it should have {end} bytes and has {actual}")
     return found
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, or ValueError where it has a name twice."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+# What formats of quantized checkpoints call the tensors of a linear layer.
+_FORMATS = {
+    ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".weight_packed": "compressed-tensors", ".SCB": "bitsandbytes 8-bit",
+    ".weight_scale": "compressed-tensors", ".weight_scale_inv": "fp8 in blocks",
+}  # fmt: skip
+
+
+def refuse_quantized(headers: Mapping[Path, list[Entry]], folder: Path) -> None:
+    """Raise ModelError where weights are stored as integers, unless they are bitsandbytes' nf4: scales belong to them."""
+    entries = [entry for found in headers.values() for entry in found]
+    integers = [e for e in entries if e.dtype in ("I8", "I16", "I32", "I64", "U8")]
+    if not integers or any("bitsandbytes__" in entry.name for entry in entries):
+        return
+    endings = [known for e in entries for end, known in _FORMATS.items() if e.name.endswith(end)]
+    like = f"the names are those of {endings[0]}" if endings else "no scales are beside them that are known here"
+    first = integers[0]
+    what = f"{len(integers)} tensors hold integers, as quantized weights do: {first.name} ({first.dtype})"
+    fix = "take the unquantized model; model.quantize: nf4 then quantizes it as it is loaded"
+    raise ModelError(what, where=str(first.file), why=like, fix=fix)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Parse a JSON object from a model's folder, or raise ModelError naming the file and line."""
     again = "fetch the model again: tunesmith fetch MODEL"
     where, why, fix = str(file), "", f"correct the file, or {again}"
+    refuse_special_files(file)
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(value, dict):
@@ -97,16 +134,23 @@ def read_json(file: Path) -> dict[str, Any]:
         what, where = f"{file.name} is not JSON: {error.msg}", f"{file}:{error.lineno}"
     except UnicodeDecodeError as error:
         what, why = f"{file.name} is not UTF-8 text", str(error)
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets in brackets
+        what, why = f"{file.name} cannot be read", str(error)
     raise ModelError(what, where=where, why=why, fix=fix)
 
 
 def indexed_files(index: Path) -> list[str]:
     """The weight files that an index lists, as paths below its folder, sorted; ModelError where it lists none."""
     names = read_json(index).get("weight_map")
-    files = set(map(str, names.values())) if isinstance(names, dict) else set()
-    if not files or any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+    files = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    if not files:
         raise ModelError("the index has no weight_map of file names", where=str(index), fix="fetch the model again")
-    return sorted(files)
+    for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
+            what = f"the index names {name!r}, which is not in its folder"
+            fix = "put the file there and name it, or fetch the model again: tunesmith fetch MODEL"
+            raise ModelError(what, where=f"{index}: weight_map", fix=fix)
+    return files
 
 
 def read_headers(folder: Path) -> dict[Path, list[Entry]]:

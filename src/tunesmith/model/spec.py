@@ -70,6 +70,15 @@ def read_spec(config: Mapping[str, Any], *, where: str, trust_remote_code: bool 
     Raises:
         ModelError: the model is not a decoder that this engine trains, or a size is missing or impossible.
     """
+    try:
+        return _read_sizes(config, where, trust_remote_code)
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # text where a number belongs, 0, a list
+        fix = "take config.json from the model's page again: tunesmith fetch MODEL"
+        what = "a value of the config is not one that its key can have"
+        raise ModelError(what, where=where, why=f"{type(error).__name__}: {error}"[:300], fix=fix) from error
+
+
+def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) -> ModelSpec:
     _check_supported(config, where, trust_remote_code)
     kind = str(config["model_type"])
     family = ARCHITECTURES.get(kind, Architecture("code of the repository"))

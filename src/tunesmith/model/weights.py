@@ -16,7 +16,14 @@ import torch
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.model.safetensors_files import Entry, drop_pages, open_uncached, read_headers, read_into
+from tunesmith.model.safetensors_files import (
+    Entry,
+    drop_pages,
+    open_uncached,
+    read_headers,
+    read_into,
+    refuse_quantized,
+)
 
 _STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -72,16 +79,18 @@ def load_weights(
     *,
     skip: Callable[[str], bool] = lambda name: False,
     convert: Mapping[str, Hook] | None = None,
+    grow_from: int | None = None,
 ) -> None:
     """Load a materialised model's parameters from a folder's safetensors files.
 
     Args:
-        model: every parameter has its memory. Rows of an embedding or head that the checkpoint lacks become the mean
-            of the stored ones.
+        model: every parameter has its memory.
         skip: names of parameters that the checkpoint does not hold (an adapter's own).
         convert: parameter name -> hook that takes the stored tensor under "" and its companions (a stored
             `weight.absmax` belongs to `weight`) under their suffixes, in place of a plain read. Hooks of the tensors in
             one file run in the order of the file.
+        grow_from: embedding and head may have so many rows in the checkpoint and more in the model, where tokens were
+            added; the further rows become the mean of the stored ones. None: as many in both.
 
     Raises:
         ModelError: tensors are missing, unexpected or of another shape (the first few are listed), or a file is damaged.
@@ -99,9 +108,10 @@ def load_weights(
             groups.setdefault(name, {})[suffix] = entry
         elif not entry.name.endswith("rotary_emb.inv_freq"):  # old Llama checkpoints hold the frequencies
             unexpected.append(entry.name)
+    refuse_quantized(headers, folder)
     _drop_tied_copies(groups, targets, str(folder))
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    growing = {id(p) for end in ends if end is not None for p in end.parameters(recurse=False)}
+    growing = {id(p): grow_from for end in ends if end is not None for p in end.parameters(recurse=False)}
     _check_complete(groups, targets, hooks, unexpected, growing, str(folder))
     with torch.no_grad():
         for path in headers:
@@ -172,12 +182,12 @@ def _check_complete(
     targets: Mapping[str, torch.Tensor],
     hooks: Mapping[str, Hook],
     unexpected: list[str],
-    growing: set[int],
+    growing: Mapping[int, int | None],
     where: str,
 ) -> None:
     """Raise ModelError unless the checkpoint holds every tensor of the model, in its shape, and no other.
 
-    `growing`: ids of the parameters with one row per token, which may have more rows than the checkpoint.
+    `growing`: id of each parameter with one row per token -> the rows that it may have in the checkpoint, if it has fewer.
     """
     covered = {id(targets[name]) for name in groups if name in targets}
     missing = [name for name in targets if name not in groups and id(targets[name]) not in covered]
@@ -185,9 +195,10 @@ def _check_complete(
     shapes = []
     for name in sorted(groups.keys() & targets.keys()):
         stored, shape = groups[name][""].shape, tuple(targets[name].shape)
-        larger = shape[1:] == stored[1:] and shape[0] > stored[0] > 0 if shape and stored else False
-        if shape != stored and not (larger and id(targets[name]) in growing):
-            shapes.append(f"{name}: {list(stored)} in the file, {list(shape)} in the model")
+        grows = stored[:1] == (growing.get(id(targets[name])),) and stored[1:] == shape[1:] and shape > stored
+        if shape != stored and not grows:
+            file = groups[name][""].file.name
+            shapes.append(f"{name}: {list(stored)} in {file}, {list(shape)} in the model that config.json describes")
     unreadable = [e.name for group in groups.values() for e in group.values() if e.dtype not in _STORED]
     for what, names in (
         ("tensors are missing", sorted(missing)),

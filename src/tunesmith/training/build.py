@@ -104,6 +104,8 @@ def build(
     check_machine(run, device)
     folder = fetch.fetch(run.model, progress=say) if weights == "stored" else Path(run.model.name)
     files = read_model_files(folder, run.model)
+    for text in files.describe():
+        say(text)
     data = prepare_data(run, files.tokenizer, eos_ids(folder, files.tokenizer), files.vocab_rows)
     check_data(start, run, data.digest)
     say(data.describe())
