@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.checkpoint.resume import claim_run_dir, missing_folders, put_aside, remove_unused
+from tunesmith.checkpoint.run_dir import LOCK, claim_run_dir, is_run, missing_folders, put_aside, remove_unused
 from tunesmith.cli.main import Parser, framed
 from tunesmith.cli.options import positive_number, whole_number
 from tunesmith.config.dump import to_mapping
@@ -280,7 +280,9 @@ def _run(name: str, args: argparse.Namespace) -> int:
         print(opening(script, args))
         if args.fresh:
             with claim_run_dir(folder):
+                unlink_final(folder)
                 put_aside(folder)
+        refuse_foreign_folder(folder)
     recipe = make_recipe(name, args, folder=folder, ranks=int(os.environ.get("WORLD_SIZE", "1")))
     print(f"Loading model: {args.model_name}")
     bos = opens_with_bos(recipe.model)
@@ -365,6 +367,23 @@ def warm_up(run: Run, rows: int, scratch: Path) -> Run:
         log=replace(run.log, tensorboard=False, tensorboard_dir=None),
         output_dir=str(scratch / "warm-up"),
     )
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """UsageError where --output_dir holds somebody's files: rows are written there, and model files into its root."""
+    inputs = sorted(folder.joinpath(ROWS.parent).glob("*"))
+    found = [path.name for path in folder.glob("*") if path.name not in (LOCK, ROWS.parent.name)]
+    found += [path.name for path in inputs if path.name not in (ROWS.name, JINJA.name)]
+    if found and not is_run(folder):
+        what = f"--output_dir holds files that no run wrote: {', '.join(found[:5])}"
+        raise UsageError(what, where=str(folder), why="they might be overwritten", fix="give a new or empty folder")
+
+
+def unlink_final(folder: Path) -> None:
+    """Remove what `link_final` has linked; the files stay in final/."""
+    for file in (folder / "final").glob("*"):
+        if (folder / file.name).is_file() and file.samefile(folder / file.name):
+            (folder / file.name).unlink()
 
 
 def link_final(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.checkpoint import state
+from tunesmith.checkpoint import run_dir, state
 from tunesmith.errors import CheckpointError
 
 
@@ -108,14 +108,14 @@ def test_sweep_puts_back_a_folder_that_was_being_replaced(tmp_path: Path) -> Non
     write(tmp_path, 3).rename(tmp_path / ".checkpoint-3.old")
     (tmp_path / ".checkpoint-4.partial").mkdir()
     (tmp_path / ".best.json.partial").write_text("{")
-    state.sweep(tmp_path)
+    run_dir.sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3"]
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from tunesmith.checkpoint import state
+from tunesmith.checkpoint import run_dir, state
 run = Path(sys.argv[1])
 for step in range(1, 100_000):
     with state.writing(run / f"checkpoint-{step}", step) as folder:
@@ -140,7 +140,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_newest_one(tmp_path: Path) -> None:
         child.send_signal(signal.SIGKILL)
         seen = max([seen, *map(int, child.stdout.read().split())])
         child.wait()
-        state.sweep(run)
+        run_dir.sweep(run)
         found = state.newest_checkpoint(run, lambda _: None)
         assert found is not None
         assert found.step >= seen

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from recipes import built_model, make_run
-from tunesmith.checkpoint.resume import Start, claim_run_dir
+from tunesmith.checkpoint.resume import Start
+from tunesmith.checkpoint.run_dir import claim_run_dir
 from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.methods.base import BatchCounts, MethodOutput, TrainModel, sum_by_sequence, supervised_positions

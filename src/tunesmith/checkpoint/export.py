@@ -33,7 +33,7 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase, template: Template, scra
     """The tokenizer's files, with the template in use as its chat template, so that inference prompts as training did.
 
     Make them once, in the main thread: others use and change the tokenizer, and serialising a large vocabulary in a
-    background thread would hold the interpreter's lock. `scratch` is a folder for a temporary one, which `state.sweep`
+    background thread would hold the interpreter's lock. `scratch` is a folder for a temporary one, which `run_dir.sweep`
     removes after a kill.
     """
     before = tokenizer.chat_template

@@ -1,27 +1,22 @@
-"""The run directory: how a start in it begins, resumes or finds a finished run, and the state that a resume needs."""
+"""How a start in a run directory begins, resumes or finds a finished run, and the state that a resume needs."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import itertools
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.checkpoint.state import SavedCheckpoint, list_checkpoints, newest_checkpoint, step_of, sweep
+from tunesmith.checkpoint.run_dir import RECIPE, restore
+from tunesmith.checkpoint.state import SavedCheckpoint, list_checkpoints, newest_checkpoint, step_of
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.errors import CheckpointError, DataError, MachineError, RecipeError, TunesmithError, UsageError
+from tunesmith.errors import CheckpointError, DataError, RecipeError, TunesmithError, UsageError
 from tunesmith.metrics.record import StepRecord
 
 PROGRESS = "state/progress.json"
 OPTIMIZER = "state/optimizer.safetensors"
-RECIPE = "config.yaml"
-LOCK = ".lock"
 DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
 START_OVER = "start over with --fresh (the old run is put aside), or use another output_dir"
 
@@ -82,90 +77,6 @@ class Start:
     finished: int | None = None
 
 
-@contextlib.contextmanager
-def claim_run_dir(output_dir: Path) -> Iterator[None]:
-    """Create the run directory and lock it; remove what was created if nothing was written into it.
-
-    Raises:
-        MachineError: the folder cannot be created or written, or another run holds it.
-    """
-    created = missing_folders(output_dir)
-    handle = _lock(output_dir)
-    try:
-        yield
-    finally:
-        remove_unused(created)
-        os.close(handle)
-
-
-def missing_folders(output_dir: Path) -> list[Path]:
-    """The run directory and its parents that do not exist yet, the innermost first."""
-    return [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
-
-
-def remove_unused(created: list[Path]) -> None:
-    """Remove the folders that a start created, if it wrote nothing into them: a refused start leaves no trace."""
-    if created and created[0].is_dir() and [path.name for path in created[0].iterdir()] == [LOCK]:
-        with contextlib.suppress(OSError):  # another start may be creating the same folders at this moment
-            (created[0] / LOCK).unlink()
-            for folder in created:
-                folder.rmdir()
-
-
-def _lock(output_dir: Path) -> int:
-    """An open handle on the lock file, locked for this process."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        what = f"the run directory cannot be written: {error.strerror}"
-        why, fix = "output_dir must be a folder that you may write to", "choose another one: output_dir=runs/my-run"
-        raise MachineError(what, where=str(output_dir), why=why, fix=fix) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise MachineError(
-            "another run is writing to this run directory",
-            where=str(output_dir),
-            why="two runs in one folder would overwrite each other's checkpoints",
-            fix="wait for it, stop it, or choose another folder: output_dir=runs/my-run",
-        ) from error
-    if os.fstat(handle).st_nlink == 0:  # its holder has just removed the empty folder
-        os.close(handle)
-        return _lock(output_dir)
-    return handle
-
-
-def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
-    """Move an earlier run to `<output_dir>.previous-<n>`, and return that; None if there was nothing to move.
-
-    Args:
-        inputs: what the new run reads: paths, and Hub ids, which are ignored.
-
-    Raises:
-        UsageError: the folder also holds one of the inputs, or the working directory.
-    """
-    old = [p for p in output_dir.iterdir() if p.name != LOCK]
-    if not old:
-        return None
-    here = output_dir.resolve()
-    for path in (Path.cwd(), *map(Path, inputs)):
-        if path.exists() and path.resolve().is_relative_to(here):
-            raise UsageError(
-                "output_dir holds more than a run, and starting over would move it away",
-                where=str(output_dir),
-                why=f"{path} lies in it",
-                fix="use a folder of its own: output_dir=runs/my-run",
-            )
-    places = (output_dir.with_name(f"{output_dir.name}.previous-{n}") for n in itertools.count(1))
-    place = next(place for place in places if not place.exists())
-    place.mkdir()
-    for path in old:
-        path.rename(place / path.name)
-    return place
-
-
 def decide_start(run: Run, *, warn: Callable[[str], None]) -> Start:
     """Decide from the run directory how the run starts.
 
@@ -174,7 +85,7 @@ def decide_start(run: Run, *, warn: Callable[[str], None]) -> Start:
         UsageError: there are checkpoints without a readable recipe.
     """
     output_dir = Path(run.output_dir)
-    sweep(output_dir)
+    restore(output_dir)
     if not list_checkpoints(output_dir) and step_of(output_dir / "final") is None:
         return Start()
     refused = [c for c in differences(_recipe_of(output_dir), run) if not c.allowed]

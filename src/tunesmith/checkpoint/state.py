@@ -8,6 +8,7 @@ complete and at most one hidden folder, which the next start removes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -112,22 +113,23 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> SavedCheckp
 def writing(place: Path, step: int) -> Iterator[Path]:
     """A folder to write into. It becomes `place` when the block ends, or is removed if the block raises.
 
+    A folder without a manifest that lies there is not a checkpoint: it is kept as `<place>.previous-<n>`.
+
     Raises:
         CheckpointError: the disk is full or cannot be written; what was there before stays.
     """
-    partial = place.with_name(f".{place.name}.partial")
-    old = place.with_name(f".{place.name}.old")
+    partial, old = (place.with_name(f".{place.name}.{kind}") for kind in ("partial", "old"))
     try:
         for leftover in (partial, old):
-            _remove(leftover)
+            remove(leftover)
         partial.mkdir(parents=True)
         yield partial
         seal(partial, step)
-        if place.exists():
-            place.rename(old)
+        if place.is_symlink() or place.exists():
+            place.rename(old if _is_sealed(place) else free_name(place))
         partial.rename(place)
         _flush(place.parent)
-        _remove(old)
+        remove(old)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         fault = disk_fault(error)
@@ -142,33 +144,41 @@ def writing(place: Path, step: int) -> Iterator[Path]:
         ) from error
 
 
-def _remove(folder: Path) -> None:
-    """Delete a folder, its manifest first: a kill in between leaves nothing that looks complete."""
-    if folder.exists():
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+def _is_sealed(folder: Path) -> bool:
+    """Whether a folder itself, not one that a link leads to, was written as a checkpoint; it may be damaged since."""
+    return not folder.is_symlink() and (folder / MANIFEST).is_file()
+
+
+def free_name(path: Path) -> Path:
+    """The first of `<path>.previous-1`, `-2`, ... that is not there."""
+    places = (path.with_name(f"{path.name}.previous-{n}") for n in itertools.count(1))
+    return next(place for place in places if not place.exists())
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it leads to) or a folder, its manifest first: a kill in between leaves nothing
+    that looks complete."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
 
 
 def prune(run_dir: Path, keep: int, *, latest: int, keep_step: int | None) -> None:
     """Delete checkpoints but the newest `keep`, counted from step `latest` down, and the one of `keep_step`.
 
-    One later than `latest`, which was just written, is damaged: this run resumed from before it.
+    One later than `latest`, which was just written, is damaged: this run resumed from before it. A link, and a folder
+    without a manifest, are not ours to delete.
     """
-    found = list_checkpoints(run_dir)
+    found = [checkpoint for checkpoint in list_checkpoints(run_dir) if _is_sealed(checkpoint.path)]
     kept = {keep_step, *[c.step for c in found if c.step <= latest][:keep]}
     for checkpoint in found:
         if checkpoint.step not in kept:
-            _remove(checkpoint.path)
-
-
-def sweep(run_dir: Path) -> None:
-    """Remove what a killed write left behind; restore a folder that was being replaced."""
-    for old in run_dir.glob(".*.old"):
-        place = run_dir / old.name[1:-4]
-        if not place.exists() and find_damage(old) is None:
-            old.rename(place)
-    for leftover in (*run_dir.glob(".*.partial"), *run_dir.glob(".*.old")):
-        _remove(leftover) if leftover.is_dir() else leftover.unlink()
+            hidden = run_dir / f".{checkpoint.path.name}.old"  # the next start removes it if a kill comes in between
+            remove(hidden)
+            checkpoint.path.rename(hidden)
+            remove(hidden)
 
 
 class Writer:

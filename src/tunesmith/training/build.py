@@ -16,7 +16,8 @@ import torch
 from tunesmith import packages
 from tunesmith.build_model import FP8_PROBE_TOKENS, Weights, build_model, count_trained, define_model
 from tunesmith.checkpoint.export import read_optimizer
-from tunesmith.checkpoint.resume import RECIPE, Start, check_data
+from tunesmith.checkpoint.resume import Start, check_data
+from tunesmith.checkpoint.run_dir import IDENTITY, RECIPE
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
@@ -239,9 +240,8 @@ def make_optimizer(run: Run, model: TrainModel, start: Start) -> Optimizer:
 
 
 def write_identity(session: Session, argv: list[str] | None) -> None:
-    """Write config.yaml and env.json: what was run, on what, from which data."""
+    """Write env.json, which makes the directory a run's, and config.yaml: what was run, on what, from which data."""
     out, plan = Path(session.run.output_dir), session.plan
-    write_atomically(out / RECIPE, dump(session.run))
     found = {
         "recipe_hash": digest(session.run),
         "data_hash": session.data.digest,
@@ -249,4 +249,5 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     }
     choices = {part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()}
     env = {**hardware.describe_machine(argv), **found, "choices": choices}
-    write_atomically(out / "env.json", json.dumps(env, indent=1))
+    write_atomically(out / IDENTITY, json.dumps(env, indent=1))
+    write_atomically(out / RECIPE, dump(session.run))

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tunesmith.checkpoint.resume import Start, claim_run_dir, decide_start, put_aside
+from tunesmith.checkpoint.resume import Start, decide_start
+from tunesmith.checkpoint.run_dir import claim_run_dir, put_aside, sweep
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError, StoppedError, UsageError, first_line
@@ -68,7 +69,7 @@ def train(
         stop = stack.enter_context(StopRequest())
         stream = None if say else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         say, callback = say or (lambda text: None), RecordCallback(on_record)
-        stack.enter_context(claim_run_dir(out))
+        mark = stack.enter_context(claim_run_dir(out))
         if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
             say(f"the earlier run is now in {place}")
         try:
@@ -76,6 +77,8 @@ def train(
             if start.finished is not None:
                 return Result(out, start.finished, finished_before=True)
             session = build(run, start, say=say, why=why)
+            mark()
+            sweep(out)
             per_epoch = session.data.schedule.steps_per_epoch(0)
             sinks = sinks_of(run, out, total_steps=session.total_steps, steps_per_epoch=per_epoch, stream=stream)
             sinks.all.append(callback)

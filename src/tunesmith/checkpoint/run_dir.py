@@ -1,0 +1,183 @@
+"""The run directory as a place: whose files lie in it, who holds it, and how an earlier run is put aside.
+
+A directory is a run's where it holds the env.json of a run. Before that is written, `.lock` says that a run began to
+write. Anywhere else a file with a name that a run writes is somebody else's: the start is refused and nothing is
+touched. Files of other names are never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from tunesmith.checkpoint.state import find_damage, free_name, remove
+from tunesmith.errors import MachineError, UsageError
+
+RECIPE, IDENTITY, LOCK = "config.yaml", "env.json", ".lock"
+MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
+FILES = (RECIPE, IDENTITY, "metrics.jsonl", "log.txt", "failure.json", "best.json", "wandb-id.txt")
+FOLDERS = ("final", "tensorboard", "profile")
+BEFORE_IDENTITY = ("metrics.jsonl", "log.txt", "wandb-id.txt", "tensorboard")
+_LEFTOVER = re.compile(
+    rf"\.(?:{'|'.join(map(re.escape, FILES))})(?:\.\d+)?\.partial"
+    r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)|\.tokenizer-\w+\.partial"
+)
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+def run_files(output_dir: Path) -> list[Path]:
+    """What lies in a directory under a name that a run writes, links and leftovers of a kill included."""
+
+    def named(name: str) -> bool:
+        return name in (*FILES, *FOLDERS) or bool(_CHECKPOINT.fullmatch(name) or _LEFTOVER.fullmatch(name))
+
+    return sorted(path for path in output_dir.iterdir() if named(path.name)) if output_dir.is_dir() else []
+
+
+def is_run(output_dir: Path) -> bool:
+    """Whether a run wrote into this directory."""
+    lock, identity, metrics = output_dir / LOCK, output_dir / IDENTITY, output_dir / "metrics.jsonl"
+    try:
+        if identity.is_file():
+            return "recipe_hash" in dict(json.loads(identity.read_bytes()))
+        begun = lock.is_file() and lock.read_bytes() == MARK and not (metrics.exists() and metrics.stat().st_size)
+    except (OSError, ValueError, TypeError):
+        return False
+    return begun and all(p.name in BEFORE_IDENTITY or _LEFTOVER.fullmatch(p.name) for p in run_files(output_dir))
+
+
+def refuse_foreign(output_dir: Path) -> None:
+    """UsageError if the directory is no run's, and holds files that a run would overwrite, resume from or delete."""
+    found = [path.name for path in run_files(output_dir)]
+    if found and not is_run(output_dir):
+        raise UsageError(
+            f"output_dir holds files that no run of tunesmith wrote: {', '.join(found[:5])}{', ...' * (len(found) > 5)}",
+            where=str(output_dir),
+            why=f"a run writes files of these names, and there is no {IDENTITY} of a run",
+            fix="use another output_dir, such as output_dir=runs/my-run, or move these files away",
+        )
+
+
+@contextlib.contextmanager
+def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
+    """Create the run directory and lock it; remove what was created if no run wrote into it.
+
+    Yields a function that marks the directory as a run's, to be called before anything is written into it.
+
+    Raises:
+        UsageError: it holds files that no run wrote.
+        MachineError: the folder cannot be created or written, or another run holds it.
+    """
+    refuse_foreign(output_dir)
+    created, lock = missing_folders(output_dir), output_dir / LOCK
+    ours = not lock.exists()
+    handle = _lock(output_dir)
+
+    def mark() -> None:
+        if os.fstat(handle).st_size == 0:
+            os.pwrite(handle, MARK, 0)
+            os.fsync(handle)
+
+    try:
+        yield mark
+    finally:
+        with contextlib.suppress(OSError):
+            if not run_files(output_dir) and (ours or lock.read_bytes() == MARK):
+                lock.unlink()
+        remove_unused(created)
+        os.close(handle)
+
+
+def missing_folders(output_dir: Path) -> list[Path]:
+    """The run directory and its parents that do not exist yet, the innermost first."""
+    return [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+
+
+def remove_unused(created: list[Path]) -> None:
+    """Remove the folders that a start created, if nothing was written into them: a refused start leaves no trace."""
+    with contextlib.suppress(OSError):  # something lies in it, or another start creates the same folders at this moment
+        for folder in created:
+            folder.rmdir()
+
+
+def _lock(output_dir: Path) -> int:
+    """An open handle on the lock file, locked for this process."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        what = f"the run directory cannot be written: {error.strerror}"
+        why, fix = "output_dir must be a folder that you may write to", "choose another one: output_dir=runs/my-run"
+        raise MachineError(what, where=str(output_dir), why=why, fix=fix) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise MachineError(
+            "another run is writing to this run directory",
+            where=str(output_dir),
+            why="two runs in one folder would overwrite each other's checkpoints",
+            fix="wait for it, stop it, or choose another folder: output_dir=runs/my-run",
+        ) from error
+    if os.fstat(handle).st_nlink == 0:  # its holder has just removed the empty folder
+        os.close(handle)
+        return _lock(output_dir)
+    return handle
+
+
+def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
+    """Move an earlier run to `<output_dir>.previous-<n>`, and return that; None if there was nothing to move.
+
+    What a run does not write stays where it is. A link is followed: the run stays on its disk.
+
+    Args:
+        inputs: what the new run reads: paths, and Hub ids, which are ignored.
+
+    Raises:
+        UsageError: one of the inputs, or the working directory, would be moved.
+        MachineError: the folder cannot be moved, such as a mounted one.
+    """
+    old, here = run_files(output_dir), output_dir.resolve()
+    if not old:
+        return None
+    for path in (Path.cwd(), *map(Path, inputs)):
+        if path.exists() and any(path.resolve().is_relative_to(moved.resolve()) for moved in old):
+            raise UsageError(
+                "output_dir holds what the new run reads, and starting over would move it away",
+                where=str(output_dir),
+                why=f"{path} lies in the earlier run",
+                fix="use a folder of its own: output_dir=runs/my-run",
+            )
+    place = free_name(here)
+    old.sort(key=lambda path: path.name == IDENTITY)  # last: what a kill leaves here is still a run's
+    try:
+        place.mkdir()
+        for path in old:
+            path.rename(place / path.name)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            place.rmdir()
+        what, fix = f"the earlier run cannot be moved to {place}", "use another output_dir: output_dir=runs/my-run"
+        raise MachineError(what, where=str(output_dir), why=error.strerror or str(error), fix=fix) from error
+    return place
+
+
+def restore(run_dir: Path) -> None:
+    """Give a whole folder its name back that a kill caught while it was being replaced or deleted."""
+    for old in run_files(run_dir):
+        place = run_dir / old.name[1:-4]
+        if old.suffix == ".old" and not place.exists() and find_damage(old) is None:
+            old.rename(place)
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove from a run's directory what a killed write left behind, after `restore`."""
+    restore(run_dir)
+    for path in run_files(run_dir):
+        if _LEFTOVER.fullmatch(path.name):
+            remove(path)
