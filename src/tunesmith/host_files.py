@@ -55,6 +55,17 @@ def refuse_special_files(path: Path) -> None:
             raise ModelError(f"{file.name} is {kind}, not a file", where=str(file), fix=fix)
 
 
+def follow_umask(folder: Path) -> None:
+    """Give every file below `folder` the mode that a new file gets there; safetensors writes its own with 600."""
+    probe = folder / ".mode"  # the umask cannot be read without setting it, for all threads
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
 def existing_folder(path: Path) -> Path:
     """The path itself or its nearest parent that is a folder: where what does not exist yet would be created."""
     path = path.expanduser().absolute()

@@ -75,6 +75,7 @@ def test_the_folder_is_what_transformers_reads_from_the_file(file: Path, cache: 
     assert capfd.readouterr() == ("", ""), "no bars of the libraries"
     assert folder.parent == cache
     assert [n for n in notes if "once" in n]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "the weights' mode is that of the rest"
     model = load.build_on_meta(load.load_config(folder, spec), spec)
     load.materialise(model, torch.device("cpu"))
     load_weights(model, folder)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.errors import CheckpointError, disk_fault
+from tunesmith.host_files import follow_umask
 
 MANIFEST = "manifest.json"
 Fill = Callable[[Path], None]  # writes files into an empty folder
@@ -49,6 +50,7 @@ def _flush(path: Path) -> None:
 
 def seal(folder: Path, step: int) -> None:
     """Flush every file of `folder`, then write and flush its manifest."""
+    follow_umask(folder)
     entries = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         _flush(path)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tunesmith.errors import MachineError, ModelError
-from tunesmith.host_files import cache_folder
+from tunesmith.host_files import cache_folder, follow_umask
 from tunesmith.model.safetensors_files import unreadable_file
 from tunesmith.packages import pip_install
 
@@ -56,6 +56,7 @@ def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
             made = Path(scratch) / "model"
             with _quiet():
                 _convert(file, dtype, made)
+            follow_umask(made)
             try:
                 made.rename(target)
             except OSError:

@@ -26,7 +26,7 @@ from transformers.utils import logging as hf_logging
 from tunesmith.adapter.lora import Lora, LoraLinear, disabled, merged_weight
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
-from tunesmith.host_files import available_memory, existing_folder, refuse_full_disk
+from tunesmith.host_files import available_memory, existing_folder, follow_umask, refuse_full_disk
 from tunesmith.hub.fetch import fetch
 from tunesmith.inference import merge_check
 from tunesmith.inference.load_run import Dtype, load_run, locate_run
@@ -97,6 +97,7 @@ def merge(
         files = _file_sizes(temporary)
         about = {**asdict(check), "files": files}
         (temporary / MERGE_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        follow_umask(temporary)
         _move_into_place(temporary, goal, check)
     except Exception as error:
         if not (full := disk_fault(error)):  # safetensors has errors of its own for it

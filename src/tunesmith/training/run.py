@@ -20,7 +20,7 @@ from tunesmith.metrics.sink import RecordCallback, Sinks
 from tunesmith.metrics.sinks import sinks_of
 from tunesmith.metrics.summary import FAILURE, write_failure
 from tunesmith.signals import StopRequest
-from tunesmith.training.build import build, write_identity
+from tunesmith.training.build import Session, build, write_identity
 from tunesmith.training.result import Result, how_to_resume
 from tunesmith.training.trainer import Trainer
 
@@ -77,17 +77,13 @@ def train(
             if start.finished is not None:
                 return Result(out, start.finished, finished_before=True)
             session = build(run, start, say=say, why=why)
-            mark()
-            sweep(out)
             per_epoch = session.data.schedule.steps_per_epoch(0)
             sinks = sinks_of(run, out, total_steps=session.total_steps, steps_per_epoch=per_epoch, stream=stream)
             sinks.all.append(callback)
             stack.callback(close_after_all, sinks)
-            open_sinks(sinks, run, start)
-            write_identity(session, argv)
+            begin(session, start, sinks, mark, argv)
         except RunError as error:  # a checkpoint that cannot be read, say: nothing has begun
             raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
-        (out / FAILURE).unlink(missing_ok=True)
         trainer = Trainer(session, start, sinks, stop)
         stack.callback(trainer.writer.close)
         stop.hold()
@@ -117,9 +113,15 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
     return result
 
 
-def open_sinks(sinks: Sinks, run: Run, start: Start) -> None:
-    """Open the sinks where the run goes on; a step whose validation was cut off is written again, with it."""
-    sinks.open(run, start.progress.step - (not start.progress.validated) if start.progress else 0)
+def begin(session: Session, start: Start, sinks: Sinks, mark: Callable[[], None], argv: list[str] | None) -> None:
+    """Write the first files of a start, now that nothing is left to check; `mark` makes the directory a run's."""
+    out, progress = Path(session.run.output_dir), start.progress
+    mark()
+    sweep(out)
+    # A step whose validation was cut off is written again, with its validation.
+    sinks.open(session.run, progress.step - (not progress.validated) if progress else 0)
+    write_identity(session, argv)
+    (out / FAILURE).unlink(missing_ok=True)
 
 
 def inputs_of(run: Run) -> list[str]:
