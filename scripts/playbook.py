@@ -94,7 +94,7 @@ SCRIPTS = {
 
 def main(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the script `name` (a key of SCRIPTS) -> exit code, as `tunesmith train` gives it."""
-    return framed(lambda: _run(name, parser(name).parse_args(argv)))
+    return framed(lambda: _run(name, parser(name).parse_args(argv)), process=argv is None)
 
 
 def parser(name: str) -> argparse.ArgumentParser:

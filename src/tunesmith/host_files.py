@@ -90,5 +90,7 @@ def available_memory() -> int:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether `stream` can draw a progress bar: a terminal that moves its cursor, and NO_COLOR is not set."""
-    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    """Whether `stream` can draw a progress bar: what rich says, which knows TERM, FORCE_COLOR and TTY_COMPATIBLE."""
+    from rich.console import Console
+
+    return Console(file=stream).is_interactive

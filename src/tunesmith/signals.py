@@ -1,54 +1,135 @@
-"""Signals that ask a command to save and end: SIGTERM, SIGINT (ctrl-C), SIGHUP (a closed laptop) and SIGUSR1 (Slurm)."""
+"""Signals that ask a command to save and end: SIGTERM, SIGINT (ctrl-C), SIGHUP (a closed laptop) and SIGUSR1 (Slurm).
+
+A signal that is ignored when a command starts stays ignored: `nohup` does that with SIGHUP, a shell with the SIGINT of
+its background jobs. A forked child has its parent's handlers of before.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from tunesmith.errors import StoppedError
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+ONE_PRESS = 0.3  # seconds; a wrapper such as `timeout` passes on the SIGINT that the terminal has sent to all
 
 
 class StopRequest:
-    """A context that notes the first signal in `signal` once there is something to save; before, it ends the process.
+    """A context that notes the first stop signal in `signal`.
+
+    Before `hold` there is nothing to save: a signal raises KeyboardInterrupt, which libraries let pass, and the context
+    ends with StoppedError whatever a library made of it. From `hold` on the caller looks at `signal` and ends by itself;
+    a second ctrl-C sets `now` and raises KeyboardInterrupt.
 
     Args:
-        interactive: for commands that answer: hold SIGTERM and SIGINT from the start, and let a second one raise
-            KeyboardInterrupt.
+        interactive: for commands that answer: hold SIGTERM and SIGINT from the start.
+
+    Attributes:
+        doing: what is completed before the stop, as told to the user.
     """
 
     def __init__(self, *, interactive: bool = False) -> None:
         self.signal: str | None = None
+        self.now = False
+        self.doing = "this step"
         self._interactive = self._held = interactive
+        self._say: Callable[[str], None] | None = None
+        self._strike = False  # the next SIGINT raises
         self._before: dict[int, Any] = {}
+        self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> StopRequest:
         # Python lets only the main thread take signals; elsewhere (a notebook's worker) the caller keeps its own.
-        if threading.current_thread() is threading.main_thread():
-            for name in NAMES[:2] if self._interactive else NAMES:
-                number = signal.Signals[name]
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for name in NAMES[:2] if self._interactive else NAMES:
+            number = signal.Signals[name]
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._before[number] = signal.signal(number, self._note)
+        # Python calls a handler between two bytecodes, which may be a whole backward later; it writes the signal's
+        # number to this pipe at once.
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
+        self._watcher.start()
+        _entered.append(self)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        if self._watcher is not None:
+            self._restore()
+            self._watcher.join(1.0)
+        if self.signal and not self._held:
+            raise self.not_begun() from error
 
-    def hold(self) -> None:
-        """From here on there is something to save: the loop ends the run, not the handler."""
-        self._held = True
+    def hold(self, say: Callable[[str], None] | None = None) -> None:
+        """From here on there is something to save: the loop ends the run, not the handler.
+
+        Args:
+            say: takes a line at once when a signal comes; called in another thread.
+        """
+        self._say, self._held = say, True
+        if self.signal:  # a library swallowed the KeyboardInterrupt
+            raise self.not_begun()
 
     def requested(self) -> bool:
         """Whether a signal has come."""
         return self.signal is not None
 
+    def not_begun(self) -> StoppedError:
+        """The error of a stop before the first step."""
+        what, why = f"stopped by {self.signal} before the first step", "there was nothing to save yet"
+        return StoppedError(what, why=why, fix="start the same command again")
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._interactive and self.requested():
+        first, self.signal = self.signal is None, self.signal or signal.Signals(number).name
+        if self._strike or (first and not self._held):
+            self._strike = False
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
-        if not self._held:
-            what, why = f"stopped by {self.signal} before the first step", "there was nothing to save yet"
-            raise StoppedError(what, why=why, fix="start the same command again")
+
+    def _watch(self, reader: int) -> None:
+        told, pressed = set(), None
+        with open(reader, "rb", buffering=0) as pipe:
+            while byte := pipe.read(1):
+                number, now = byte[0], time.monotonic()
+                if number == signal.SIGINT and pressed is not None and now - pressed > ONE_PRESS:
+                    pressed, self.now, self._strike = now, True, True
+                    os.kill(os.getpid(), signal.SIGINT)  # the handler may have run before `_strike` was set
+                elif number in self._before and number not in told:
+                    told.add(number)
+                    name, again = signal.Signals(number).name, "; press again to stop now"
+                    if number == signal.SIGINT:
+                        pressed = now
+                    if self._say is not None:
+                        self._say(f"{name}: stopping after {self.doing}{again if number == signal.SIGINT else ''}")
+
+    def _restore(self) -> None:
+        _entered.remove(self)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writer)
+
+
+_entered: list[StopRequest] = []
+
+
+def _leave_to_the_parent() -> None:
+    for request in reversed(_entered):
+        request._restore()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
+def settle() -> None:
+    """Ignore stop signals: the outcome stands, and one that comes while the interpreter ends must not change it."""
+    for name in NAMES:
+        signal.signal(signal.Signals[name], signal.SIG_IGN)

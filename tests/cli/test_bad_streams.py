@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 
 import pytest
 
-from cli.bad_world import World, snapshot, told
+from cli.bad_world import World, records, snapshot, told
 from recipes import write_rows
 from tunesmith.cli.main import main
 
@@ -32,6 +33,7 @@ STREAMS: dict[str, tuple[str, str, int, str]] = {
     "recipes, stdout closed": ("recipes", ">&-", 0, ""),
     "recipes, stdout full": ("recipes", "> /dev/full", 2, "the disk is full"),
     "recipes, no reader": ("recipes list --json", "| true", 141, ""),
+    "data, no reader": ("data {run}/config.yaml", "| true", 141, ""),
     "an error, stderr closed": ("train nothing.yaml", "2>&-", 2, ""),
 }
 
@@ -49,6 +51,60 @@ def test_streams(name: str, world: World) -> None:
     assert "internal error" not in done.stderr
     assert done.stdout == ""
     assert snapshot(world.folder) == before
+
+
+TRAINS = {
+    "stderr to head": "2>&1 >/dev/null | head -3 >&2",
+    "both to head": "2>&1 | head -1 >&2",
+    "stderr full": "2>/dev/full",
+    "stdout full": ">/dev/full",
+    "stderr closed": "2>&-",
+    "both closed": ">&- 2>&-",
+}
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_a_run_does_not_need_its_readers(name: str, world: World) -> None:
+    """It trains to its end, and its files hold what was shown."""
+    words = " ".join(world.train("train.duration='30 steps'", checkpoint={"every": "10 steps"}))
+    done = shell(f"{words} {TRAINS[name]}", world)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert [r["step"] for r in records(world.out)] == list(range(1, 31))
+    assert "step 30/30" in (world.out / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_terminal_that_goes_away(ignored: bool, world: World) -> None:
+    """A closed pane ends the run with all saved; under nohup it trains on, bar and all."""
+    words = world.train("train.duration=200 steps", checkpoint={"every": "100 steps"})
+    pid, terminal = pty.fork()
+    if pid == 0:
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | world.env | {"TERM": "xterm"}
+        os.execve(sys.executable, [sys.executable, "-m", "tunesmith", *words], env)
+    seen = b""
+    while b"/200" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (0 if ignored else 75)
+    steps = len(list(records(world.out)))
+    assert steps == 200 if ignored else 0 < steps < 200
+    assert not (world.out / "failure.json").exists()
+
+
+def test_a_signal_while_the_interpreter_ends_changes_no_exit_code() -> None:
+    slow_end = "import atexit, sys, time; atexit.register(lambda: (print('end', flush=True), time.sleep(2)))"
+    code = f"{slow_end}; from tunesmith.cli.main import main; sys.argv[1:] = ['--version']; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "end" not in process.stdout.readline():
+        pass
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+        process.send_signal(signal.Signals[name])
+    assert process.wait(10) == 0
 
 
 @pytest.mark.parametrize(("rows", "where"), [("{'a': 1}\n", "stdin:1"), ('{"prompt": "a"}\n[1]\n', "stdin:2")])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -244,9 +246,38 @@ def test_no_bar_without_a_terminal_or_where_it_is_refused(monkeypatch: pytest.Mo
     assert not is_terminal(io.StringIO())
     monkeypatch.setenv("TERM", "dumb")
     assert not is_terminal(TtyStream())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stream", "bar"),
+    [
+        ("NO_COLOR", "1", TtyStream(), True),
+        ("FORCE_COLOR", "1", io.StringIO(), True),
+        ("FORCE_COLOR", "", TtyStream(), False),
+        ("TTY_COMPATIBLE", "0", TtyStream(), False),
+        ("TERM", "unknown", TtyStream(), False),
+    ],
+)
+def test_variables_mean_what_they_mean_to_rich(
+    name: str, value: str, stream: TextIO, bar: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(name, value)
+    assert is_terminal(stream) == bar
+
+
+def test_no_color_keeps_the_bar_and_takes_its_colours(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not is_terminal(TtyStream())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    text, _ = shown(run, tmp_path, [record(1), record(2)], total=4, stream=TtyStream())
+    assert "step 2/4" in text
+    assert "\x1b[?25l" in text  # the bar hides the cursor
+    assert not re.search(r"\x1b\[[\d;]*(3[0-9]|38)[\d;]*m", text)
 
 
 def test_seconds_read_well() -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recipes import recipe
+from recipes import make_run, recipe
 from tunesmith.checkpoint import state
-from tunesmith.errors import StoppedError
+from tunesmith.errors import ModelError, StoppedError
+from tunesmith.signals import NAMES, StopRequest
+from tunesmith.training.run import train
+from tunesmith.training.trainer import Trainer
 
 SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")
 
@@ -164,14 +170,138 @@ def test_a_signal_saves_exits_75_and_resume_goes_on(tiny: Path, tmp_path: Path, 
     assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "run")
 
 
-def test_a_signal_before_the_first_step_has_nothing_to_save() -> None:
-    """While the model loads, a signal ends the command at once, with exit code 75 and no failure.json."""
-    from tunesmith.signals import StopRequest
+def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM") -> None:
+    """Let a signal arrive whenever the function at `place` is called."""
 
-    def be_stopped() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.Signals[name])
+        time.sleep(5)
 
-    with StopRequest(), pytest.raises(StoppedError) as caught:
-        be_stopped()
-    assert caught.value.exit_code == 75
+    monkeypatch.setattr(place, stopped)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "tunesmith.model.tokenizer.AutoTokenizer.from_pretrained",  # whose errors are caught, whatever they are
+        "transformers.AutoConfig.from_pretrained",
+        "tunesmith.training.run.decide_start",
+        "tunesmith.data.tokens.convert_row",
+        "tunesmith.training.build.build_model",
+        "tunesmith.metrics.sinks.JsonlSink.open",
+    ],
+)
+def test_a_stop_before_the_first_step_exits_75_wherever_it_comes(
+    place: str, name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    stop_while(monkeypatch, place, name)
+    with pytest.raises(StoppedError, match=f"{name} before the first step"):
+        train(make_run(tiny, tmp_path), say=lambda text: None)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert not (tmp_path / "run" / "failure.json").exists()
+
+
+def test_a_stop_that_a_library_swallows_is_not_lost() -> None:
+    def swallowed() -> None:
+        with StopRequest() as stop:
+            with contextlib.suppress(BaseException):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            stop.hold()
+            pytest.fail("it went on")
+
+    def made_another_error() -> None:
+        with StopRequest():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            except BaseException as error:
+                raise ModelError("the tokenizer cannot be read") from error
+
+    for library in (swallowed, made_another_error):
+        with pytest.raises(StoppedError):
+            library()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_signal_that_is_ignored_stays_ignored(name: str) -> None:
+    """As nohup leaves SIGHUP, and a shell without job control the SIGINT of what runs in the background."""
+    number = signal.Signals[name]
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            assert not stop.requested()
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def busy(seconds: float) -> None:
+    """Hold the main thread in C, as a backward does: Python's own handlers wait until it returns."""
+    end = time.monotonic() + seconds
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10_000)
+    one = max(time.monotonic() - end + seconds, 1e-4)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(10_000 * seconds / one))
+
+
+def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops_at_once(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside a step; what was saved before stays, and the next start goes on to the same numbers."""
+    step, said = Trainer.train_step, []
+    again = True
+
+    def interrupted(self: Trainer, batch: Any) -> Any:
+        if batch.step == 5 and again:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            busy(1.5)
+            came = time.monotonic()
+            assert [came - at > 0.5 for at, text in said if "press again to stop now" in text] == [True]
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+            pytest.fail("it went on")
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    run = make_run(tiny, tmp_path)
+    with pytest.raises(StoppedError, match="stopped after step 5: step 4 is saved") as caught:
+        train(run, say=lambda text: said.append((time.monotonic(), text)))
+    assert caught.value.where.endswith("checkpoint-4")
+    assert state.find_damage(tmp_path / "run" / "checkpoint-4") is None
+    assert not (tmp_path / "run" / "failure.json").exists()
+    again = False
+    train(run, say=lambda text: None)
+    train(make_run(tiny, tmp_path, output_dir=str(tmp_path / "whole")), say=lambda text: None)
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
+
+
+def test_two_sigints_of_one_press_and_repeated_signals_of_a_scheduler_are_one_stop() -> None:
+    said: list[str] = []
+    with StopRequest() as stop:
+        stop.hold(said.append)
+        for name in ("SIGINT", "SIGINT", "SIGTERM", "SIGTERM", "SIGHUP"):
+            os.kill(os.getpid(), signal.Signals[name])
+            time.sleep(0.01)
+    assert stop.signal == "SIGINT"
+    assert not stop.now
+    assert [text.partition(":")[0] for text in said] == ["SIGINT", "SIGTERM", "SIGHUP"]
+
+
+def test_a_forked_worker_is_not_the_run() -> None:
+    """A pool ends its workers with SIGTERM: that stops them, and the run says nothing."""
+    said: list[str] = []
+    with StopRequest() as stop:
+        stop.hold(said.append)
+        if (pid := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.05)
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+    assert not said
+    assert not stop.requested()

@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import io
 import logging
 import os
-import select
 import sys
 import tempfile
 import traceback
@@ -27,6 +25,8 @@ from tunesmith import __version__
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError, StoppedError, TunesmithError, UsageError, disk_fault
 from tunesmith.packages import pip_install
 from tunesmith.runtime.host import bound_product_caches
+from tunesmith.signals import settle
+from tunesmith.streams import lasting, reader_is_gone
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -67,43 +67,38 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: the words after `tunesmith` (None: those of the process) -> exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return framed(lambda: _dispatch(words))
+    return framed(lambda: _dispatch(words), process=argv is None)
 
 
-def framed(command: Callable[[], int]) -> int:
-    """Run a command; whatever ends it becomes a message for the user and the exit code that is returned."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if vars(sys)[name] is None:  # closed by the caller (`<&-`): the next file opened would take its number
-            vars(sys)[name] = open(os.devnull, mode)  # noqa: SIM115  it lives as long as the process
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its escape, not an error
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+def framed(command: Callable[[], int], *, process: bool) -> int:
+    """Run a command; whatever ends it becomes a message for the user and the exit code that is returned.
+
+    `process`: the process ends with it.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115  it lives as long as the process
+    sys.stdout, sys.stderr = lasting(sys.stdout, raises=True), lasting(sys.stderr)
     # bitsandbytes warns of a CPU kernel that it would fetch from the Hub; the user has asked for none.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     bound_product_caches()  # one of the two is read when torch is loaded
+    failure: BaseException | None = None
     try:
         code = command()
         sys.stdout.flush()
-    except SystemExit as stop:  # argparse ends --help so
-        return stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_OK
-    except BrokenPipeError as error:
-        if not _reader_is_gone():  # some other pipe: a fault to report
-            return _report(error)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
-        return EXIT_BROKEN_PIPE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except SystemExit as stop:  # argparse ends --help so, and rich where no one reads
+        code = stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_OK
+    except KeyboardInterrupt as error:
+        code, failure = EXIT_INTERRUPTED, error
     except Exception as error:
-        return _report(error)
+        known = error if isinstance(error, TunesmithError) else _machine_error(error)
+        code, failure = known.exit_code if known else EXIT_FAILED, error
+    if reader_is_gone(sys.stdout):
+        code, failure = EXIT_BROKEN_PIPE, None
+    if process:
+        settle()
+    if failure is not None:
+        _report(failure)
     return code
-
-
-def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that no one reads any more, as in `tunesmith recipes | head -1`."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), select.POLLOUT)
-    return any(state & select.POLLERR for _, state in poll.poll(0))
 
 
 def _dispatch(words: list[str]) -> int:
@@ -150,18 +145,20 @@ example:
   tunesmith train mine.yaml train.learning_rate=5e-4"""
 
 
-def _report(error: Exception) -> int:
-    """Print what a user should read about an error; its exit code."""
+def _report(error: BaseException) -> None:
+    """Print what a user should read about an error."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return
     trace = "".join(traceback.format_exception(error))
     if os.environ.get("TUNESMITH_DEBUG") == "1":
         print(trace, file=sys.stderr)
     known = error if isinstance(error, TunesmithError) else _machine_error(error) or _internal_error(error, trace)
     stopped = isinstance(known, StoppedError)  # with all saved: no error
     print(known.text().removeprefix("error: " if stopped else ""), file=sys.stderr)
-    return known.exit_code
 
 
-def _machine_error(error: Exception) -> MachineError | None:
+def _machine_error(error: BaseException) -> MachineError | None:
     """What this machine lacks, met where nothing checked for it: room on a disk, a permission, a package."""
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("tunesmith"):
         package = error.name.partition(".")[0]
@@ -176,7 +173,7 @@ def _machine_error(error: Exception) -> MachineError | None:
     return MachineError(f"{what}: {error.strerror}", where=where, fix=fix.format(where=where))
 
 
-def _internal_error(error: Exception, trace: str) -> TunesmithError:
+def _internal_error(error: BaseException, trace: str) -> TunesmithError:
     """A fault of ours; the traceback goes to a file, because few who meet it can use it."""
     try:
         with tempfile.NamedTemporaryFile("w", prefix="tunesmith-", suffix=".log", delete=False) as file:

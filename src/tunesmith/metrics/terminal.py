@@ -64,7 +64,7 @@ class Terminal(Sink):
                 TextColumn("{task.fields[status]}"),
                 TimeElapsedColumn(),
                 TextColumn("left {task.fields[left]}"),
-                console=Console(file=self.stream, force_terminal=True),
+                console=Console(file=self.stream),
             )
             whole = float(self.total) if self.total else self._seconds
             self._task = self._progress.add_task(

@@ -20,6 +20,7 @@ from tunesmith.metrics.sink import RecordCallback, Sinks
 from tunesmith.metrics.sinks import sinks_of
 from tunesmith.metrics.summary import FAILURE, write_failure
 from tunesmith.signals import StopRequest
+from tunesmith.streams import lasting
 from tunesmith.training.build import Session, build, write_identity
 from tunesmith.training.result import Result, how_to_resume
 from tunesmith.training.trainer import Trainer
@@ -66,6 +67,7 @@ def train(
         raise UsageError("a checked recipe takes no overrides", fix="give the recipe's file, or dataclasses.replace it")
     out = Path(run.output_dir)
     with ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
         stop = stack.enter_context(StopRequest())
         stream = None if say else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         say, callback = say or (lambda text: None), RecordCallback(on_record)
@@ -86,7 +88,7 @@ def train(
             raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
         trainer = Trainer(session, start, sinks, stop)
         stack.callback(trainer.writer.close)
-        stop.hold()
+        stop.hold(say)
         return fit_or_say_why(trainer, say, callback)
 
 
@@ -98,6 +100,8 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
     except StoppedError:
         raise
     except BaseException as error:
+        if trainer.stop.now:
+            raise trainer.stopped_now() from error
         trainer.writer.close()  # what it is writing still counts
         failure, resume = trainer.as_failure(error), how_to_resume(trainer.writer.saved_step)
         if error is callback.error:

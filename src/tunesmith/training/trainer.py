@@ -35,7 +35,7 @@ from tunesmith.optim.lr_schedule import learning_rate, warmup_steps
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
-from tunesmith.training.result import Result, failure_of, non_finite_error
+from tunesmith.training.result import Result, failure_of, how_to_resume, non_finite_error
 from tunesmith.units import Cadence
 
 
@@ -297,19 +297,30 @@ class Trainer:
 
     def save_and_stop(self) -> None:
         """Save the last step and leave with exit code 75."""
-        if self.progress.record is not None:
-            self.save()
+        if self.progress.record is None:
+            raise self.stop.not_begun()
+        self.save()
         raise StoppedError(
             f"stopped by {self.stop.signal}: step {self.progress.step} is saved",
             where=str(self.out / f"checkpoint-{self.progress.step}"),
             fix="start the same command again: it goes on from there",
         )
 
+    def stopped_now(self) -> StoppedError:
+        """The error of a second ctrl-C: the newest checkpoint is all that is saved."""
+        self.writer.close()  # what it is writing still counts
+        saved = self.writer.saved_step
+        kept, where = (
+            (f"step {saved} is saved", str(self.out / f"checkpoint-{saved}")) if saved else ("none is saved", "")
+        )
+        return StoppedError(f"stopped after step {self.progress.step}: {kept}", where=where, fix=how_to_resume(saved))
+
     def end(self) -> Result:
         """The last checkpoint and final/; a signal that cut off the last validation leaves both to the next start."""
         progress = self.progress
         if not progress.validated:
             self.save_and_stop()
+        self.stop.doing = "final/ is written"
         progress.ended = str(self.run.train.duration)
         self.save()
         with state.writing(self.out / "final", progress.step) as folder:
