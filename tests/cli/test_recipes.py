@@ -10,7 +10,7 @@ import pytest
 from tunesmith.cli.main import main
 from tunesmith.cli.recipes import describe_adapter
 from tunesmith.config.load import load_recipe
-from tunesmith.config.shipped import shipped
+from tunesmith.config.shipped import purpose, shipped
 
 NAME = "smollm2-135m-lora"
 
@@ -28,13 +28,20 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert by_name[NAME] == describe_adapter(load_recipe(NAME)) == "LoRA r=16"
 
 
-def test_table_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("columns", [40, 60, 80, 129, 130, 200])
+def test_table_on_a_terminal(columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No word is broken: where the line is too short for all columns, the purpose stands for model and method."""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["recipes"]) == 0
-    shown = capsys.readouterr().out
-    assert "what for" in shown
-    assert all(name in shown for name in shipped())
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert ("model" in heading) == (columns >= 130)
+    assert all(len(line) <= columns for line in lines)
+    words = [word for line in lines for word in line.split()]
+    for name, path in shipped().items():
+        assert name in words
+        assert set(purpose(path).split()) <= set(words)
+        assert (load_recipe(path).model.name in words) == (columns >= 130)
 
 
 def test_show_is_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from tunesmith.config.schema import Run
 from tunesmith.config.shipped import purpose, shipped
 from tunesmith.errors import EXIT_OK, MachineError, UsageError
 
+WIDE = 130  # columns of a terminal that leave 60 for what a recipe is for
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", nargs="?", choices=("list", "show", "copy"), default="list", help="list if left out")
@@ -69,12 +71,17 @@ def _list(*, as_json: bool) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    # The purpose names model and method in words, and stands for them where the line is short.
+    columns = {"recipe": "name", "model": "model", "method": "method", "what for": "purpose"}
+    if console.width < WIDE:
+        columns = {"recipe": "name", "what for": "purpose"}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("recipe", "model", "method", "what for"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("recipe", "method"))
+    for heading in columns:
+        table.add_column(heading, overflow="fold", no_wrap=heading != "what for")
     for row in rows:
-        table.add_row(row["name"], row["model"], row["method"], row["purpose"])
-    Console().print(table)
+        table.add_row(*(row[column] for column in columns.values()))
+    console.print(table)
     print("\ntunesmith recipes copy NAME    writes one to edit", file=sys.stderr)
     return EXIT_OK
 

@@ -23,13 +23,13 @@ from tunesmith.errors import RecipeError
 COMMAND_LINE, FROM_PYTHON = "command line", "overrides"
 
 
-def merge_layers(lower: Node, upper: Node, say: Callable[[str], None]) -> Node:
+def merge_layers(lower: Node, upper: Node, say: Callable[[str], None] | None) -> Node:
     """The upper layer over the lower; `say` takes a line about what a new source of rows leaves behind."""
     merged = _merge(lower, upper)
     kept = {**dict(upper.places()), **dict(merged.places())}
     gone = [key for key, _ in lower.places() if key.startswith("data.") and key not in kept]
     gone = [key for key in gone if key.rpartition(".")[0] not in gone]
-    if gone:
+    if gone and say:
         say(f"{upper.where} names other rows, so it does not take {', '.join(gone)} from the recipe that it changes")
     return merged
 

@@ -27,7 +27,7 @@ def load_recipe(
     recipe: str | Path,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] | None = None,
 ) -> Run:
     """Read a recipe, apply overrides, check it.
 
@@ -62,7 +62,7 @@ def _checked(tree: Node) -> Run:
     return run
 
 
-def _read_layers(path: Path, seen: tuple[Path, ...], say: Callable[[str], None]) -> Node:
+def _read_layers(path: Path, seen: tuple[Path, ...], say: Callable[[str], None] | None) -> Node:
     """The file's tree over those of the recipes that it extends."""
     tree = read_file(path)
     assert isinstance(tree.value, dict)
