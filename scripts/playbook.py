@@ -28,7 +28,7 @@ from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
 from tunesmith.errors import EXIT_OK, MachineError, UsageError
-from tunesmith.host_files import write_atomically
+from tunesmith.host_files import refuse_many_ranks, write_atomically
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.units import Length, Size
 
@@ -274,6 +274,7 @@ def default_folder(name: str, args: argparse.Namespace) -> Path:
 
 
 def _run(name: str, args: argparse.Namespace) -> int:
+    refuse_many_ranks("train")
     script, first = SCRIPTS[name], os.environ.get("RANK", "0") == "0"
     folder = Path(args.output_dir) if args.output_dir else default_folder(name, args)
     if first:

@@ -10,6 +10,13 @@ from typing import TextIO
 
 from tunesmith.errors import MachineError, ModelError
 
+# What says how many ranks there are -> who sets it for each of them.
+RANKS = {
+    "WORLD_SIZE": "torchrun or accelerate launch",
+    "SLURM_STEP_NUM_TASKS": "srun (or with srun --ntasks=1)",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
 MEMORY_UNKNOWN = 8 << 30  # bytes: a small laptop's, which only makes callers careful
 
 
@@ -78,6 +85,21 @@ def refuse_full_disk(path: Path, needed: int, *, what: str, fix: str, why: str =
     if needed > free:
         figures = f"{needed / gib:.2f} GiB needed, {free / gib:.2f} GiB free, {(needed - free) / gib:.2f} GiB short"
         raise MachineError(f"no room on the disk for {what}: {figures}", where=str(path), why=why, fix=fix)
+
+
+def refuse_many_ranks(command: str) -> None:
+    """Raise MachineError where this process is one of several ranks, each of which would do all of `command` alone.
+
+    SLURM_NTASKS does not tell: a batch script without srun has it too, and is one process.
+    """
+    for name, launcher in RANKS.items():
+        if (count := os.environ.get(name, "")).isdecimal() and int(count) > 1:
+            raise MachineError(
+                f"this process is one of {count} ranks, and this version trains with one process",
+                where=f"environment: {name}={count}",
+                why="each of them would train alone, on all rows",
+                fix=f"without {launcher}: CUDA_VISIBLE_DEVICES=0 tunesmith {command} ..., or unset {name} if it is a leftover",
+            )
 
 
 def available_memory() -> int:

@@ -21,7 +21,8 @@ from cli.bad_table import cut, flip
 from cli.bad_world import Capture, World, records, snapshot, started
 from recipes import write_rows
 from tunesmith.cli.main import main
-from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, UsageError
+from tunesmith.training.run import train
 
 SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 
@@ -103,6 +104,46 @@ def test_a_start_that_is_refused_touches_nothing(name: str, world: World, capsys
     assert where in err
     assert fix in parts["fix"], err
     assert snapshot(world.folder) == before
+
+
+RANKS = {
+    "torchrun": {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+    "srun": {"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8", "SLURM_PROCID": "3"},
+    "mpirun": {"OMPI_COMM_WORLD_SIZE": "4"},
+    "mpiexec": {"PMI_SIZE": "4", "PMI_RANK": "0"},
+}
+
+
+@pytest.mark.parametrize("words", [[], ["--fresh"]], ids=str)
+@pytest.mark.parametrize("launcher", RANKS)
+def test_one_of_several_ranks_is_refused(
+    launcher: str, words: list[str], world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.begun()
+    before, (name, count) = snapshot(world.folder), next(iter(RANKS[launcher].items()))
+    with monkeypatch.context() as patch:
+        for key, value in RANKS[launcher].items():
+            patch.setenv(key, value)
+        code, parts, err = started([*world.again(), *words], capsys)
+        bench, _, _ = started(["bench", *world.again()[1:]], capsys)
+        with pytest.raises(UsageError, match=f"one of {count} ranks"):
+            train(world.folder / "recipe.yaml", say=None)
+    assert code == bench == EXIT_USAGE, err
+    assert f"one of {count} ranks" in parts["error"]
+    assert f"{name}={count}" in parts["where"]
+    assert "CUDA_VISIBLE_DEVICES=0 tunesmith train" in parts["fix"]
+    assert f"unset {name}" in parts["fix"]
+    assert snapshot(world.folder) == before
+
+
+def test_one_rank_trains_in_a_batch_job_of_many_tasks(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.begun()
+    for key, value in {"WORLD_SIZE": "1", "RANK": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}.items():
+        monkeypatch.setenv(key, value)
+    code, _, err = started(world.again("train.duration=5 steps"), capsys)
+    assert code == EXIT_OK, err
 
 
 def test_another_run_holds_the_folder(world: World, capsys: Capture) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import EXIT_OK, RunError, UsageError
+from tunesmith.host_files import refuse_many_ranks
 from tunesmith.model.shapes import SHAPES, find_shape
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure; errors leave as TunesmithError with their exit code."""
     check_arguments(args)
+    refuse_many_ranks("bench")
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-", ignore_cleanup_errors=True) as name:
         recipe = recipe_of(args, Path(name) / "model")
         if args.cold:

@@ -17,6 +17,7 @@ import sys
 from functools import partial
 
 from tunesmith.errors import EXIT_OK
+from tunesmith.host_files import refuse_many_ranks
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    refuse_many_ranks("train")
     with StopRequest():  # importing torch takes seconds
         from tunesmith.config.load import load_recipe
 

@@ -15,6 +15,7 @@ from tunesmith.checkpoint.run_dir import claim_run_dir, put_aside, sweep
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError, StoppedError, UsageError, first_line
+from tunesmith.host_files import refuse_many_ranks
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import RecordCallback, Sinks
 from tunesmith.metrics.sinks import sinks_of
@@ -61,6 +62,7 @@ def train(
         RunError: the run began and failed; failure.json says why.
         StoppedError: a signal, ctrl-C or the notebook's stop button came; everything is saved.
     """
+    refuse_many_ranks("train")
     if not isinstance(run, Run):
         run = load_recipe(run, overrides, say=say)
     elif overrides:
