@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -157,3 +159,47 @@ def test_hub_rows_are_named_by_split_and_row(monkeypatch: pytest.MonkeyPatch) ->
     assert rows.digest() == read_rows(Source(source="me/rows", split="train[50%:]")).digest()
     assert read_rows(Source(source="me/rows", split="test"))[0] == {"text": "held out"}
     assert len(read_rows(Source(source="me/rows"))) == 11  # all rows of all splits, with a warning
+
+
+CUT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from conftest import byte_tokenizer
+from tunesmith.config.schema import Data, Source
+from tunesmith.data.source import read_rows
+from tunesmith.data.template import select_template
+from tunesmith.data.tokens import tokenise
+from tunesmith.errors import DataError
+tokenizer, told = byte_tokenizer(), []
+for name in sys.argv[1:]:
+    source = Source(source=name, format="text")
+    data = Data(train=(source,), seq_len=64)
+    rows = read_rows(source)
+    Path(name).write_bytes(Path(name).read_bytes()[:5000])
+    try:
+        tokenise([(source, rows)], data, select_template(data, tokenizer, {{1}}), tokenizer, cache=None, what="train")
+    except DataError as error:
+        told.append(f"{{error.what}}: {{error.where}}")
+print(chr(10).join(told))
+"""
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
+    """In a process of its own: a file that was mapped killed it without a word (SIGBUS)."""
+    import pyarrow.csv as pc
+
+    table = pa.table({"text": [f"row {i} {'x' * 90}" for i in range(3000)]})
+    names = [str(tmp_path / f"rows.{kind}") for kind in ("jsonl", "json", "csv", "parquet")]
+    Path(names[0]).write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    Path(names[1]).write_text(json.dumps(table.to_pylist()))
+    pc.write_csv(table, names[2])
+    pq.write_table(table, names[3], compression="none")
+    for kind, new in (("file", pa.ipc.new_file), ("stream", pa.ipc.new_stream)):
+        names.append(str(tmp_path / f"{kind}.arrow"))
+        with new(names[-1], table.schema) as writer:
+            writer.write_table(table, max_chunksize=500)
+    code = CUT.format(tests=str(Path(__file__).parents[1]))
+    ended = subprocess.run([sys.executable, "-c", code, *names], check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [f"the file was changed while it was read: {name}" for name in names]

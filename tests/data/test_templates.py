@@ -110,6 +110,37 @@ def test_a_broken_template_file_is_named_with_its_line(tmp_path: Path, content: 
     assert caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("jinja", "drops"),
+    [
+        ("", "question"),
+        (" \n", "question"),
+        ("{# all of it #}", "question"),
+        ("hello", "question"),
+        ({"default": ""}, "question"),
+        ("{{ messages[0].content }}", "answer"),
+        (CHATML.replace("messages", "messages[:1]"), "answer"),
+        ("{% for m in messages %}{% generation %}{% endgeneration %}{% endfor %}", "question"),
+    ],
+)
+def test_a_template_without_the_question_or_the_answer_is_refused(jinja: Any, drops: str) -> None:
+    with pytest.raises(DataError, match=f"drops the {drops}") as caught:
+        select_template(data(), chat_tokenizer(jinja), {2})
+    assert caught.value.where == "data.template"
+    assert select_template(data("text"), chat_tokenizer(jinja), {2}).name == "raw", "rows of text need none"
+
+
+@pytest.mark.parametrize(
+    "jinja", ["{{ 1 / 0 }}", "{{ nothing() }}", "{{ 'a' * 10**15 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
+)
+def test_a_template_that_fails_is_named_with_the_row(jinja: str) -> None:
+    template = select_template(data(), chat_tokenizer(jinja), {2})
+    with pytest.raises(DataError, match="cannot render this conversation") as caught:
+        template.encode(Conversation([user("a"), answer("b")]), "response", where="rows.jsonl:1")
+    assert caught.value.where == "rows.jsonl:1"
+    assert caught.value.why
+
+
 def test_a_tokenizer_with_templates_by_name() -> None:
     tokenizer = chat_tokenizer({"default": CHATML, "tool_use": builtin_templates.with_tools(CHATML)})
     template = select_template(data("sharegpt"), tokenizer, {2})

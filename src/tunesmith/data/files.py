@@ -3,6 +3,8 @@
 JSON and CSV are read here and not through Arrow, for two reasons. Arrow gives every row the union of all rows' keys,
 so the arguments of one tool call would appear, as nulls, in those of another. And a broken row must be named by the
 line that a text editor shows. JSON lines stay on disk and are parsed when a row is asked for.
+
+No file is memory-mapped: where another program shortens it, the next access to a mapping kills the process (SIGBUS).
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import difflib
 import hashlib
 import io
 import json
-import mmap
+import os
+import weakref
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from shlex import quote
@@ -34,13 +37,14 @@ class Table:
     """Rows found by number.
 
     row: row i as Python values, or a DataError with its place. where: the place of row i that an editor shows.
-    fingerprint: sha256 of the content, in hex.
+    fingerprint: sha256 of the content, in hex. check_unchanged: DataError if the file is another than when it was opened.
     """
 
     size: int
     row: Callable[[int], Any]
     where: Callable[[int], str]
     fingerprint: Callable[[], str]
+    check_unchanged: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return self.size
@@ -61,7 +65,8 @@ def open_table(path: Path) -> Table:
     try:
         if path.stat().st_size == 0:
             raise DataError("the file is empty", where=str(path), fix="write rows into it, or name another file")
-        return _READERS[suffix](path)
+        before = _version(path)
+        return replace(_READERS[suffix](path), check_unchanged=lambda: _check_unchanged(path, before))
     except OSError as error:
         why, fix = error.strerror or str(error), f"ls -l {quote(str(path))}"
         raise DataError("the file cannot be read", where=str(path), why=why, fix=fix) from error
@@ -87,9 +92,30 @@ def _check_is_file(path: Path) -> None:
     raise DataError(what, where=str(path), why=why, fix=fix)
 
 
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """What another program changes when it writes the file; None where it is gone."""
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    return None
+
+
+def _check_unchanged(path: Path, before: tuple[int, int, int] | None) -> None:
+    if _version(path) != before:
+        raise _changed(path)
+
+
+def _changed(path: Path) -> DataError:
+    why, fix = "another program wrote, shortened or deleted it", "start again when it is whole"
+    return DataError("the file was changed while it was read", where=str(path), why=why, fix=fix)
+
+
 def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _changed(path) from error
 
 
 def _decode(path: Path, data: bytes, where: Callable[[int], str], encoding: str) -> str:
@@ -110,18 +136,18 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json_lines(path: Path) -> Table:
-    """One JSON object a line; blank lines are skipped. The file is memory-mapped, not read."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    """One JSON object a line; blank lines are skipped. Only the places of the rows are kept in memory."""
     starts, ends, numbers = array("q"), array("q"), array("q")
-    at = 3 if mapped[:3] == b"\xef\xbb\xbf" else 0
-    mapped.seek(at)
-    for number, line in enumerate(iter(mapped.readline, b""), 1):
-        if line.strip():
-            starts.append(at)
-            ends.append(at + len(line))
-            numbers.append(number)
-        at += len(line)
+    at = 0
+    with path.open("rb") as file:
+        descriptor = os.dup(file.fileno())
+        for number, line in enumerate(file, 1):
+            mark = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
+            if line[mark:].strip():
+                starts.append(at + mark)
+                ends.append(at + len(line))
+                numbers.append(number)
+            at += len(line)
     if not starts:
         raise DataError("the file has only blank lines", where=str(path), fix="write rows into it")
 
@@ -133,7 +159,8 @@ def _read_json_lines(path: Path) -> Table:
             why = f"a row may have {MAX_ROW_BYTES >> 20} MiB; line breaks between rows may be lost"
             fix = "write one row a line, or split the text into several rows"
             raise DataError(f"a row of {size / 2**20:.0f} MiB", where=where(i), why=why, fix=fix)
-        data = mapped[starts[i] : ends[i]]
+        if len(data := os.pread(descriptor, size, starts[i])) < size:
+            raise _changed(path)
         try:
             return json.loads(_decode(path, data, lambda _: where(i), "utf-8"))
         except (json.JSONDecodeError, RecursionError) as error:
@@ -147,6 +174,7 @@ def _read_json_lines(path: Path) -> Table:
             fix = f"mv {quote(str(path))} {quote(str(path.with_suffix('.json')))}   # and name that"
         raise DataError("the line is not JSON", where=where(i), why=why, fix=fix)
 
+    weakref.finalize(row, os.close, descriptor)
     return Table(len(starts), row, where, lambda: _file_digest(path))
 
 
@@ -227,19 +255,19 @@ def _read_csv(path: Path) -> Table:
 
 
 def _read_arrow(path: Path) -> Table:
-    """A Parquet or Arrow file, memory-mapped."""
+    """A Parquet or Arrow file, read whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if path.suffix.lower() == ".parquet":
-            table = pq.read_table(path, memory_map=True)
+            table = pq.read_table(path)
         else:
-            file = pa.memory_map(str(path))
-            # Two containers share the suffix: the file format, and the stream that `datasets` writes.
-            is_file = file.read(6) == b"ARROW1"
-            file.seek(0)
-            table = (pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)).read_all()
+            with pa.OSFile(str(path)) as file:
+                # Two containers share the suffix: the file format, and the stream that `datasets` writes.
+                is_file = file.read(6) == b"ARROW1"
+                file.seek(0)
+                table = (pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)).read_all()
     except pa.ArrowException as error:
         what, fix = f"the file is not {path.suffix[1:]}", "download or write the file again"
         raise DataError(what, where=str(path), why=first_line(error), fix=fix) from None

@@ -26,10 +26,16 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from tunesmith.data.align import CharSpan
 from tunesmith.data.sentinels import POSITIONS, Field, Message, Messages, Sentinel, Sentinels, Tools
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, first_line
 
+# What a template may end in; the last two where it calls itself, or writes a text beyond all bounds.
+RENDER_ERRORS = (
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+)  # fmt: skip
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FIX = "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
 _FIX_TAGS = "move the {% generation %} tags in the template: all of each answer with its end token, and nothing else"
@@ -105,12 +111,10 @@ class AssistantMask:
 
     @contextmanager
     def _render_errors(self, where: str) -> Iterator[None]:
-        import jinja2
-
         try:
             yield
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            why = str(error) or type(error).__name__
+        except RENDER_ERRORS as error:
+            why = first_line(error) or type(error).__name__
             fix = "fix the row, or give a template that takes it: data.template=FILE.jinja"
             raise self._error("cannot render this conversation", where, why, fix) from error
 
@@ -302,6 +306,13 @@ class AssistantMask:
         def complete(view: _Rendering | None) -> bool:
             return view is not None and len(view.shown) == len(view.sentinels.fields)
 
+        if (view := rendering([user, answer])) and not complete(view):
+            field = next(field for n, field in enumerate(view.sentinels.fields) if n not in view.shown)
+            whose, fix = (
+                ("question", "answer")[field.message],
+                "name a template that writes it: data.template=FILE.jinja",
+            )
+            raise self._error(f"drops the {whose}", "data.template", f"it renders as {view.text[:60]!r}", fix)
         self.reasoning = complete(rendering([user, {**answer, "reasoning_content": "three"}]))
         self.tools = complete(rendering(called, [{"type": "function", "function": schema}]))
         if view := rendering(pair):
@@ -324,9 +335,10 @@ class AssistantMask:
 
     def _check_generation_prompt(self, view: _Rendering, pair: Messages) -> None:
         """Refuse a template without a generation prompt whose answers have a header: nothing tells it from the answer."""
-        if self.tagged or (bare := self.render(pair[:1])) != self.render(pair[:1], generate=True):
+        own = view.of_message(1)
+        if self.tagged or not own or (bare := self.render(pair[:1])) != self.render(pair[:1], generate=True):
             return
-        header = view.text[len(bare) : view.found[2].at] if view.text.startswith(bare) else ""
+        header = view.text[len(bare) : view.found[own[0]].at] if view.text.startswith(bare) else ""
         if any(token.content in header for token in self.tokenizer.added_tokens_decoder.values()):
             fix = "add {% if add_generation_prompt %}...{% endif %} with the header of an answer to the template"
             why = f"the model would have to write {header!r} itself"

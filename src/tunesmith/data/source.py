@@ -74,6 +74,11 @@ class Rows:
                 taken += [RowRange(part.table, inside)] if inside else []
         return Rows(self.name, taken)
 
+    def check_unchanged(self) -> None:
+        """DataError if a file was changed since it was opened."""
+        for table in {id(part.table): part.table for part in self._ranges}.values():
+            table.check_unchanged()
+
     def digest(self) -> str:
         """sha256 (hex) of the content and of which rows are taken; the file's name and folder do not enter."""
         total, fingerprints = hashlib.sha256(), dict[int, str]()

@@ -21,7 +21,7 @@ from tunesmith.data import builtin_templates
 from tunesmith.data.align import Aligned, Aligner, CharSpan
 from tunesmith.data.batch import Example
 from tunesmith.data.formats import Completion, Conversation, Sample, Text, with_system
-from tunesmith.data.loss_mask import AssistantMask
+from tunesmith.data.loss_mask import RENDER_ERRORS, AssistantMask
 from tunesmith.errors import DataError, ModelError
 
 TrainOn = Literal["response", "last", "all"]
@@ -297,6 +297,6 @@ def _read_template(path: Path, tokenizer: Any) -> str:
     except jinja2.TemplateSyntaxError as error:
         where, why = f"{path}:{error.lineno}", str(error.message)
         raise DataError("the template is not valid Jinja", where=where, why=why, fix="fix that line") from error
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+    except RENDER_ERRORS:
         pass  # it may ask for more than one message; rows that it refuses are named when they come
     return jinja

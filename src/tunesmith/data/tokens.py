@@ -226,6 +226,7 @@ def _tokenise_rows(
             counts["emptied"] += 1
         else:
             writer.add(Example(whole.ids[: data.seq_len], whole.trained[: data.seq_len]), i, cut=True)
+    rows.check_unchanged()
     arrays = writer.arrays()
     about = {"rows": len(rows), **_count_tokens(arrays), **counts, "digest": arrays.sha256()}
     return arrays, {"counts": about, "reached": leaks}
