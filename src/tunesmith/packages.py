@@ -24,6 +24,14 @@ def pip_install(package: str) -> str:
     return f"pip install '{package}{versions[0]}'" if versions and versions[0] else f"pip install {package}"
 
 
+def require(package: str, *, where: str, fix: str) -> None:
+    """Raise MachineError unless `package` is installed, without importing it; `fix` is another way out."""
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise MachineError(f"{package} is not installed", where=where, fix=f"{pip_install(package)}, or {fix}")
+
+
 def bitsandbytes(what: str, where: str) -> Any:
     """`bitsandbytes.functional`, or a MachineError that says how to install it.
 

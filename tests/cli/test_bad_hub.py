@@ -5,6 +5,7 @@ The child imports the libraries once, because they read HF_ENDPOINT as they are 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -80,6 +81,7 @@ def ask(repos: dict[str, Repo], tmp_path_factory: pytest.TempPathFactory) -> Ite
             print(json.dumps([words, token]), file=child.stdin, flush=True)
             return json.loads(child.stdout.readline())
 
+        call.hub = hub
         yield call
         child.stdin.close()
         assert child.wait(60) == 0
@@ -132,3 +134,31 @@ def test_a_hub_that_says_no(case: str, world: World, ask: Any) -> None:
     assert "internal error" not in err
     assert TOKEN not in err
     assert snapshot(world.folder) == before
+
+
+# a recipe whose model lies on the Hub, and a part of what is told before the Hub is asked
+CHEAP: dict[str, tuple[dict[str, Any], str]] = {
+    "no wandb": ({"log": {"wandb": True}}, "wandb is not installed"),
+    "no training rows": ({"data": {"train": {"source": "no.jsonl"}}}, "there is no such file"),
+    "no held-out rows": ({"data": {"validation": {"source": "no.csv", "format": "alpaca"}}}, "there is no such file"),
+    "empty rows": ({"data": {"train": {"source": "empty.jsonl"}}}, "the file is empty"),
+    "rows of another kind": ({"data": {"train": {"source": "./rows.xlsx"}}}, "not a supported data file"),
+    "no template": ({"data": {"template": "no.jinja"}}, "a file that does not exist"),
+    "no tokenizer": ({"model": {"tokenizer": "./no"}}, "neither a folder"),
+    "no adapter": ({"adapter": {"from": "./no"}}, "neither a folder nor an adapter"),
+    "no place for the run": ({"output_dir": "/dev/null/run"}, "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", CHEAP)
+def test_what_is_cheap_is_checked_before_the_hub_is_asked(case: str, world: World, ask: Any) -> None:
+    changes, said = CHEAP[case]
+    if case == "no wandb" and importlib.util.find_spec("wandb") is not None:
+        pytest.skip("wandb is installed")
+    world.write("empty.jsonl", "")
+    world.write("rows.xlsx", "x")
+    asked = len(ask.hub.seen)
+    code, out, err = ask([str(word) for word in world.train(tiny=Path("someone/never-asked"), **changes)])
+    assert (code, out) == (2, ""), err
+    assert said in err
+    assert len(ask.hub.seen) == asked

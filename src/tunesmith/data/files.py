@@ -56,23 +56,23 @@ def open_table(path: Path) -> Table:
     Raises:
         DataError: missing, a folder, unreadable, empty, of an unknown type, or broken.
     """
-    _check_is_file(path)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        what, why = f"{path.name} is not a supported data file", f"the types are {', '.join(SUFFIXES)}"
-        fix = "unpack or convert it to JSON lines, one object a line, and name that file"
-        raise DataError(what, where=str(path), why=why, fix=fix)
+    check_data_file(path)
     try:
-        if path.stat().st_size == 0:
-            raise DataError("the file is empty", where=str(path), fix="write rows into it, or name another file")
         before = _version(path)
-        return replace(_READERS[suffix](path), check_unchanged=lambda: _check_unchanged(path, before))
+        return replace(_READERS[path.suffix.lower()](path), check_unchanged=lambda: _check_unchanged(path, before))
     except OSError as error:
         why, fix = error.strerror or str(error), f"ls -l {quote(str(path))}"
         raise DataError("the file cannot be read", where=str(path), why=why, fix=fix) from error
 
 
-def _check_is_file(path: Path) -> None:
+def check_data_file(path: Path) -> None:
+    """Refuse what a look at a data file's name and size tells; raises DataError."""
+    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+        what, why = f"{path.name} is not a supported data file", f"the types are {', '.join(SUFFIXES)}"
+        fix = "unpack or convert it to JSON lines, one object a line, and name that file"
+        raise DataError(what, where=str(path), why=why, fix=fix)
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError("the file is empty", where=str(path), fix="write rows into it, or name another file")
     if path.is_file():
         return
     folder = path if path.is_dir() else path.parent

@@ -12,7 +12,7 @@ from tunesmith.errors import MachineError
 from tunesmith.metrics.record import StepRecord, cut_back
 from tunesmith.metrics.sink import Sink, Sinks
 from tunesmith.metrics.terminal import Terminal
-from tunesmith.packages import pip_install
+from tunesmith.packages import require
 
 
 class JsonlSink(Sink):
@@ -106,11 +106,9 @@ class WandbSink(Sink):
         self._run: Any = None
 
     def open(self, run: Run, resumed_at: int) -> None:
-        try:
-            import wandb
-        except ImportError:
-            fix = f"{pip_install('wandb')}, or log.wandb=false"
-            raise MachineError("Weights & Biases is not installed", where="log.wandb", fix=fix) from None
+        require("wandb", where="log.wandb", fix="log.wandb=false")
+        import wandb
+
         from tunesmith.config.dump import to_mapping
 
         kept = self.folder / "wandb-id.txt"

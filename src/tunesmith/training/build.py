@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from tunesmith import packages
+from tunesmith.adapter.peft_files import find_adapter, read_adapter
 from tunesmith.build_model import FP8_PROBE_TOKENS, Weights, build_model, count_trained, define_model
 from tunesmith.checkpoint.export import read_optimizer
 from tunesmith.checkpoint.resume import Start, check_data
@@ -21,8 +22,10 @@ from tunesmith.checkpoint.run_dir import IDENTITY, RECIPE
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
+from tunesmith.data.files import check_data_file
 from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
+from tunesmith.data.source import is_local
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host_files import refuse_full_disk, write_atomically
 from tunesmith.hub import fetch
@@ -103,6 +106,7 @@ def build(
     """
     device = choose_device()
     check_machine(run, device)
+    check_inputs(run, start)
     folder = fetch.fetch(run.model, progress=say) if weights == "stored" else Path(run.model.name)
     files = read_model_files(folder, run.model)
     for text in files.describe():
@@ -172,6 +176,19 @@ def check_machine(run: Run, device: torch.device) -> None:
             why=f"{torch.cuda.get_device_name(device)} is older than Ampere",
             fix="model.dtype=fp16 (the loss is scaled), or model.dtype=fp32",
         )
+
+
+def check_inputs(run: Run, start: Start) -> None:
+    """Refuse packages, data files, a tokenizer and an adapter that are missing, before the Hub is asked for the model."""
+    if run.log.wandb:
+        packages.require("wandb", where="log.wandb", fix="log.wandb=false")
+    for source in (*run.data.train, *run.data.validation):
+        if is_local(source.source):
+            check_data_file(Path(source.source).expanduser())
+    if run.model.tokenizer is not None and Path(run.model.tokenizer).is_absolute():
+        fetch.fetch_without_weights(run.model.tokenizer)
+    if run.adapter.from_ is not None and start.found is None:
+        read_adapter(find_adapter(run.adapter.from_))
 
 
 def check_disk(run: Run, trained: int) -> None:
