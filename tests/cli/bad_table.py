@@ -171,11 +171,11 @@ VERBS = [
     Case("chat", "both flags", lambda w: ["chat", str(w.begun()), "--side-by-side", "--base"], "command line: tunesmith chat", "--side-by-side"),
     Case("chat", "a run that did not finish", lambda w: ["chat", unfinished(w)], "run", "tunesmith train", code=EXIT_FAILED),
     Case("eval", "no such file", lambda w: ["eval", str(w.begun()), "--data", str(w.folder / "no.jsonl")], "no.jsonl"),
-    Case("eval", "no data", lambda w: ["eval", str(w.begun())], "command line: tunesmith eval", "--data"),
+    Case("eval", "no data", lambda w: ["eval", str(w.begun())], "--data", "data.hold_out"),
     Case("eval", "zero rows", lambda w: w.evaluate(GOOD, "--max-examples", "0"), "command line: tunesmith eval", "--max-examples"),
-    Case("eval", "rows without answers", lambda w: w.evaluate(line(prompt="a")), "b.jsonl:1", "completion", "columns:"),
+    Case("eval", "rows without answers", lambda w: w.evaluate(line(prompt="a")), "b.jsonl:1", "completion", "--columns"),
     Case("eval", "text has no answers", lambda w: w.evaluate(line(text="abc"), "--exact-match"), "b.jsonl", "--exact-match"),
-    Case("eval", "an unknown split", lambda w: w.evaluate(GOOD, "--split", "test"), "b.jsonl", "test", "split: train"),
+    Case("eval", "an unknown split", lambda w: w.evaluate(GOOD, "--split", "test"), "b.jsonl", "test", "--split train"),
 ]  # fmt: skip
 
 GENERATE = [

@@ -345,6 +345,51 @@ def test_eval_compares_base_and_tuned(run: Path, rows: Path, capsys: pytest.Capt
     assert "exact match" in table
 
 
+@pytest.mark.parametrize(
+    "columns", [["--columns", "prompt=q", "--columns", "completion=a"], ["--columns", "{prompt: q, completion: a}"]]
+)
+def test_columns_on_the_command_line(
+    run: Path, tmp_path: Path, columns: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "held.jsonl", [{"q": "one", "a": "two"}])
+    plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": "one", "completion": "two"}])
+    assert main(["eval", str(run), "--data", str(plain), "--exact-match", "--json", *SHORT]) == EXIT_OK
+    expected = json.loads(capsys.readouterr().out)
+    assert main(["eval", str(run), "--data", str(file), *columns, "--exact-match", "--json", *SHORT]) == EXIT_OK
+    assert json.loads(capsys.readouterr().out) == {**expected, "data": str(file)}
+    out = ["--input", str(file), "--output", "-", *columns, *SHORT]
+    assert main(["generate", str(run), *out]) == EXIT_OK
+    assert json.loads(capsys.readouterr().out)["reference"] == "two"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--columns", "prompt"], "prompt is not name=column"),
+        (["--columns", "{prompt: [a]}"], "is not name=column"),
+        (
+            ["--columns", "promt=q", "--format", "prompt-completion"],
+            "promt is not a column of format prompt-completion",
+        ),
+        (["--format", "prompt-completion"], "fix: --columns '{prompt: q"),
+        ([], "--columns prompt=question"),
+    ],
+)
+def test_wrong_columns_are_told_in_options(
+    run: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "held.jsonl", [{"q": "one", "a": "two"}])
+    for command in (["eval", str(run), "--data"], ["generate", str(run), "--output", "-", "--input"]):
+        assert main([*command, str(file), *words, *SHORT]) == EXIT_USAGE
+        assert said in capsys.readouterr().err
+
+
+def test_options_of_a_file_need_the_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--split", "train"], ["--columns", "prompt=q"], ["--format", "text"]):
+        assert main(["eval", str(run), *words]) == EXIT_USAGE
+        assert f"{words[0]} is for the rows of --data" in capsys.readouterr().err
+
+
 def test_eval_scores_an_answer_that_is_right(
     run: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

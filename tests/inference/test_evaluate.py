@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from recipes import make_run as recipe_run
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.batch import Example
 from tunesmith.data.hold_out import read_splits
@@ -17,6 +20,8 @@ from tunesmith.data.tokens import TokenSet, tokenise
 from tunesmith.errors import UsageError
 from tunesmith.inference.evaluate import evaluate, is_exact_match, packed, score, validation_loss
 from tunesmith.inference.load_run import LoadedModel, load_run
+from tunesmith.metrics.record import read_records
+from tunesmith.training.run import train
 
 CPU = torch.device("cpu")
 
@@ -120,6 +125,84 @@ def test_exact_match_reads_rows_by_the_columns_that_were_trained(tiny: Path, tmp
     make_run(tmp_path / "run", tiny, peft_model(tiny), data={"train": source})
     found = evaluate(tmp_path / "run", str(rows), exact_match=True, max_new_tokens=4, device="cpu")
     assert [(score.rows, score.asked) for score in found.scores.values()] == [(2, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"data": {"validation": None, "hold_out": "30 %"}}], ids=["slice", "hold_out"])
+def test_without_data_the_score_is_the_run_s_own_validation_loss(tiny: Path, tmp_path: Path, changes: Any) -> None:
+    """To the last bits that packing moves."""
+    shape = {"train": {"duration": "2 steps"}, "validate": {"every": None, "max_examples": 3}}
+    train(recipe_run(tiny, tmp_path, **{**shape, **changes}))
+    measured = read_records(tmp_path / "run" / "metrics.jsonl")[-1].val_loss
+    found = evaluate(tmp_path / "run", exact_match=True, max_new_tokens=2, device="cpu")
+    assert found.scores["tuned"].loss == pytest.approx(measured, rel=1e-6)
+    assert found.scores["base"].loss != pytest.approx(measured, rel=1e-6)
+    assert (found.scores["tuned"].rows, found.scores["tuned"].asked) == (3, 3)
+    assert ("30 %" in found.data) == bool(changes)
+    assert evaluate(tmp_path / "run", max_examples=2, base=False, device="cpu").scores["tuned"].rows == 2
+
+
+@pytest.mark.parametrize("name", ["held.jsonl", "train.jsonl"])
+def test_held_out_rows_that_changed_are_refused(tiny: Path, tmp_path: Path, name: str) -> None:
+    """With more rows others are drawn, and some of those were trained on."""
+    changes = {} if name == "held.jsonl" else {"data": {"validation": None, "hold_out": "30 %"}}
+    train(recipe_run(tiny, tmp_path, train={"duration": "2 steps"}, **changes))
+    with (tmp_path / name).open("a") as file:
+        file.write('{"prompt": "one more", "completion": "row"}\n' * 9)
+    with pytest.raises(UsageError, match="not the rows that the run held out"):
+        evaluate(tmp_path / "run", device="cpu")
+
+
+def test_without_data_a_run_without_held_out_rows_is_refused_before_loading(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "run", tiny, peft_model(tiny))
+    monkeypatch.setattr("tunesmith.inference.evaluate.load_run", lambda *a, **k: pytest.fail("loaded"))
+    for path, why in ((tmp_path / "run", "neither data.validation nor data.hold_out"), (tiny, "not a run")):
+        with pytest.raises(UsageError, match="no held-out rows") as refused:
+            evaluate(path)
+        assert why in refused.value.why
+
+
+QUESTIONS = [{"question": "a", "answer": "b", "extra": 1}, {"question": "c", "answer": "d", "extra": 2}]
+
+
+def as_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    path.write_text("\n".join(",".join(map(str, line)) for line in (rows[0], *(row.values() for row in rows))))
+
+
+def as_parquet(rows: list[dict[str, Any]], path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(
+    ("ending", "write"),
+    [
+        ("jsonl", lambda rows, path: write_rows(path, rows)),
+        ("json", lambda rows, path: path.write_text(json.dumps(rows))),
+        ("csv", as_csv),
+        ("parquet", as_parquet),
+    ],
+)
+def test_columns_are_those_of_the_run_or_as_told(tiny: Path, tmp_path: Path, ending: str, write: Any) -> None:
+    """The same score of the same rows in any file, with the format's own names, the run's mapping, or a mapping given."""
+    plain = [{"prompt": row["question"], "completion": row["answer"]} for row in QUESTIONS]
+    rows = write_rows(tmp_path / "plain.jsonl", plain)
+    columns = {"prompt": "question", "completion": "answer"}
+    shape = {"source": str(rows), "format": "prompt-completion"}
+    make_run(tmp_path / "mapped", tiny, peft_model(tiny), data={"train": {**shape, "columns": columns}})
+    make_run(tmp_path / "unmapped", tiny, peft_model(tiny), data={"train": shape})
+    file = tmp_path / f"held.{ending}"
+    write(QUESTIONS, file)
+    options: dict[str, Any] = {"exact_match": True, "max_new_tokens": 2, "device": "cpu"}
+    expected = evaluate(tmp_path / "unmapped", rows, **options).scores
+    assert evaluate(tmp_path / "mapped", file, **options).scores == expected
+    assert evaluate(tmp_path / "mapped", file, format_name="prompt-completion", **options).scores == expected
+    assert evaluate(tmp_path / "unmapped", file, columns=columns, **options).scores == expected
+    with pytest.raises(UsageError, match=r"is no|unknown"):
+        evaluate(tmp_path / "unmapped", file, **options)
 
 
 @pytest.mark.parametrize(

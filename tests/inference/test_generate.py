@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runs import ROWS, make_run, peft_model
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, UsageError
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.generate import generate
 from tunesmith.inference.load_run import LoadedModel, load_run
@@ -67,3 +67,21 @@ def test_a_prompt_without_room_for_its_answer_is_refused_at_the_call(loaded: Loa
         generate(loaded, [{"text": "a"}, {"text": "a" * 1000}], Decoding(25))
     assert caught.value.where == "rows row 2"
     generate(loaded, [{"text": "a" * 1000}], Decoding(24))  # the context is 1,024 tokens
+
+
+def test_questions_alone_are_read_by_the_columns_that_were_trained(tiny: Path, tmp_path: Path) -> None:
+    """Of two sources with the question's column the one whose other columns are there; the answer's may be missing."""
+    columns = [{"prompt": "question", "completion": "answer"}, {"prompt": "question", "completion": "reply"}]
+    sources = [
+        {"source": str(tmp_path / "run-rows.jsonl"), "format": "prompt-completion", "columns": c} for c in columns
+    ]
+    make_run(tmp_path / "run", tiny, peft_model(tiny), data={"train": sources})
+    asked = load_run(tmp_path / "run", device="cpu")
+    (plain,) = generate(asked, [{"prompt": "a"}], Decoding(3))
+    (found,) = generate(asked, [{"question": "a"}], Decoding(3))
+    (answered,) = generate(asked, [{"question": "a", "reply": "b"}], Decoding(3))
+    (told,) = generate(asked, [{"q": "a", "question": "z"}], Decoding(3), columns={"prompt": "q"})
+    assert plain["output"] == found["output"] == answered["output"] == told["output"]
+    assert (found.get("reference"), answered["reference"]) == (None, "b")
+    with pytest.raises(UsageError, match="promt is not a column of format prompt-completion"):
+        generate(asked, [{"q": "a"}], format_name="prompt-completion", columns={"promt": "q"})

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from records import RUN, record
-from tunesmith.config.schema import Adapter, Data, Model, Run, Source
+from tunesmith.config.schema import Adapter, Model, Run, Source
 from tunesmith.errors import NonFiniteError
 from tunesmith.metrics.summary import closing_summary, write_failure
+from tunesmith.units import Share
 
 
 @pytest.fixture
@@ -62,7 +63,6 @@ def last_lines(text: str) -> list[str]:
 def test_the_next_commands_are_whole_and_quoted(run: Run, folder: Path) -> None:
     assert last_lines(closing(run, folder)) == [
         f"tunesmith chat '{folder}'",
-        f"tunesmith eval '{folder}' --data HELD_OUT.jsonl",
         f"tunesmith merge '{folder}' --output '{folder}-merged'",
         f"vllm serve org/base --enable-lora --lora-modules 'my run={folder}/final'",
     ]
@@ -81,9 +81,13 @@ def test_the_serving_line_fits_what_was_trained(run: Run, folder: Path, changed:
     assert last_lines(closing(replace(run, **changed), folder))[-1].startswith(last.format(folder=folder))
 
 
-def test_eval_takes_the_recipes_held_out_file(run: Run, folder: Path) -> None:
-    data = Data(train=run.data.train, validation=(Source(source="held out.jsonl"),))
-    assert f"tunesmith eval '{folder}' --data 'held out.jsonl'" in closing(replace(run, data=data), folder)
+@pytest.mark.parametrize(
+    "held", [{"validation": (Source(source="rows.jsonl", split="train[95%:]"),)}, {"hold_out": Share(5.0, "%")}]
+)
+def test_eval_finds_the_held_out_rows_itself(run: Run, folder: Path, held: dict[str, Any]) -> None:
+    """Their file may be that of the training rows."""
+    said = closing(replace(run, data=replace(run.data, **held)), folder)
+    assert f"tunesmith eval '{folder}'   # on the held-out rows, beside the base" in said
 
 
 def test_a_run_without_a_step_says_so(run: Run, tmp_path: Path) -> None:

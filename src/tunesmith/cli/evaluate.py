@@ -1,9 +1,10 @@
 """How good a run is on a held-out file, beside its base.
 
 example:
-  tunesmith eval runs/my-run --data held-out.jsonl
+  tunesmith eval runs/my-run                          # on the rows that the run itself held out
   tunesmith eval runs/my-run --data held-out.jsonl --exact-match --max-examples 100
-  tunesmith eval runs/my-run --data held-out.jsonl --no-base --json
+  tunesmith eval runs/my-run --data held-out.csv --columns prompt=question --columns completion=answer
+  tunesmith eval runs/my-run --no-base --json
 
 Loss, perplexity and token accuracy are over the supervised tokens, given all true tokens before, computed as in
 training. Exact match answers greedily and compares with the row's answer after removing outer whitespace and making
@@ -19,8 +20,8 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import add_rows, add_run, whole_number
-from tunesmith.errors import EXIT_OK
+from tunesmith.cli.options import add_rows, add_run, columns_of, fixes_as_options, whole_number
+from tunesmith.errors import EXIT_OK, UsageError
 
 if TYPE_CHECKING:
     from tunesmith.inference.evaluate import Evaluation
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    data_help = "held-out rows with answers: jsonl, json, csv, parquet, or a Hub id"
-    parser.add_argument("--data", required=True, metavar="FILE", help=data_help)
+    data_help = "rows with answers: jsonl, json, csv, parquet, or a Hub id (default: the rows that the run held out)"
+    parser.add_argument("--data", metavar="FILE", help=data_help)
     parser.add_argument("--split", metavar="SPLIT", help="of a Hub dataset, or a slice such as train[:100]")
     parser.add_argument("--max-examples", type=whole_number, metavar="N", help="take the first N rows")
     beside = "score the base beside it (default: yes)"
@@ -49,10 +50,14 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.inference.evaluate import evaluate
 
     options = {name: value for name, value in vars(args).items() if name not in ("run", "data", "json")}
-    with ProgressCounter() as progress:
+    options["columns"] = columns_of(args)
+    for name in ("split", "columns", "format") if args.data is None else ():
+        if vars(args).get(name) or (name == "format" and args.format_name != "auto"):
+            raise UsageError(f"--{name} is for the rows of --data", where=f"--{name}", fix="add --data FILE")
+    with ProgressCounter() as progress, fixes_as_options():
         found = evaluate(args.run, args.data, progress=progress, **options)
     if args.json:
-        about: dict[str, Any] = {"run": args.run, "data": args.data, "dropped": found.dropped, "cut": found.cut}
+        about: dict[str, Any] = {"run": args.run, "data": found.data, "dropped": found.dropped, "cut": found.cut}
         for name, score in found.scores.items():  # JSON has neither NaN nor infinity: such values become null
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(score).items()}
             about[name] = finite
@@ -67,6 +72,7 @@ def _print_table(found: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    print(f"rows: {found.data}", file=sys.stderr)
     scores = found.scores.values()
     table = Table("", *found.scores)
     table.add_row("loss (nats a token)", *(f"{s.loss:.4f}" for s in scores))

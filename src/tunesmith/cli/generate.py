@@ -21,7 +21,15 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from tunesmith.cli.options import add_decoding, add_rows, add_run, decoding_of, stdin_lines
+from tunesmith.cli.options import (
+    add_decoding,
+    add_rows,
+    add_run,
+    columns_of,
+    decoding_of,
+    fixes_as_options,
+    stdin_lines,
+)
 from tunesmith.errors import (
     EXIT_OK,
     EXIT_STOPPED,
@@ -69,8 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
     decoding, stop = decoding_of(args), StopRequest(interactive=True)
     loaded = load_run(location, device=args.device)
-    options = {"format_name": args.format_name, "batch_size": args.batch_size, "cancelled": stop.requested}
-    answers = generate(loaded, rows, decoding, start=done, **options)
+    reading = {"format_name": args.format_name, "columns": columns_of(args)}
+    with fixes_as_options():
+        options = {"batch_size": args.batch_size, "start": done, "cancelled": stop.requested}
+        answers = generate(loaded, rows, decoding, **reading, **options)
     if location.note:
         print(location.note, file=sys.stderr)
     print(f"{len(rows) - done} rows, {decoding.describe()}", file=sys.stderr)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import DataError
 
@@ -40,11 +42,44 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
 
 
+def column_names(text: str) -> dict[str, str]:
+    """`prompt=question`, or a mapping as recipes write it: `{prompt: question, completion: answer}`."""
+    name, found, column = text.partition("=")
+    given: Any = {name.strip(): column.strip()} if found else None
+    if text.lstrip().startswith("{"):
+        from tunesmith.config.tree import read_value
+
+        given = read_value(text, where="--columns", base=Path()).plain()
+    if not isinstance(given, dict) or not all(
+        isinstance(part, str) and part for pair in given.items() for part in pair
+    ):
+        raise argparse.ArgumentTypeError(f"{text} is not name=column, such as prompt=question")
+    return given
+
+
 def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
-    """How rows are read (`format_name`) and how many are answered at once (`batch_size`)."""
-    look = "what a row looks like (default: by its columns)"
+    """How rows are read (`format_name`, `columns`) and how many are answered at once (`batch_size`)."""
+    look = "what a row looks like (default: as in training where its columns fit, else by their names)"
     parser.add_argument("--format", choices=FORMATS, default="auto", dest="format_name", help=look)
+    names = "the file's name of a column: --columns prompt=question --columns completion=answer"
+    parser.add_argument("--columns", type=column_names, action="append", metavar="NAME=COLUMN", help=names)
     parser.add_argument("--batch-size", type=whole_number, default=16, metavar="N", help=f"{batch_size} (default: 16)")
+
+
+def columns_of(args: argparse.Namespace) -> dict[str, str] | None:
+    """All that `--columns` gave; None without it."""
+    return {name: column for given in args.columns for name, column in given.items()} if args.columns else None
+
+
+@contextmanager
+def fixes_as_options() -> Iterator[None]:
+    """What a recipe's keys would mend is said in options, for commands that have no recipe."""
+    try:
+        yield
+    except DataError as error:
+        error.fix = re.sub(r"\bcolumns: (\{[^}]*\})", r"--columns '\1'", error.fix)
+        error.fix = re.sub(r"\b(format|split): ", r"--\1 ", error.fix)
+        raise
 
 
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:

@@ -8,8 +8,9 @@ batching. Exact match generates greedily and compares texts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,15 @@ import torch
 from tunesmith.adapter.lora import disabled
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Batch, collate
+from tunesmith.data.hold_out import SourceRows, read_splits
 from tunesmith.data.pack import best_fit_decreasing
-from tunesmith.data.source import Rows, read_rows
+from tunesmith.data.source import read_rows
 from tunesmith.data.tokens import tokenise
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.generate import generate, row_source
-from tunesmith.inference.load_run import LoadedModel, load_run, locate_run
+from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run, locate_run
+from tunesmith.model.safetensors_files import read_json
 
 if TYPE_CHECKING:
     from tunesmith.data.tokens import TokenSet
@@ -52,7 +55,8 @@ class Evaluation:
     """What `evaluate` found."""
 
     scores: dict[str, Score]  # `base` and `tuned`, or `model` for a plain model
-    rows: int  # of the file
+    data: str  # the rows that were scored, and where they are from
+    rows: int
     dropped: int  # rows left out, because they are longer than the recipe's seq_len
     cut: int  # rows shortened for the same reason
 
@@ -114,10 +118,11 @@ def is_exact_match(answer: str, reference: str) -> bool:
 
 def evaluate(
     path: str | Path,
-    data: str | Path,
+    data: str | Path | None = None,
     *,
     split: str | None = None,
     format_name: str = "auto",
+    columns: Mapping[str, str] | None = None,
     max_examples: int | None = None,
     base: bool = True,
     exact_match: bool = False,
@@ -132,8 +137,9 @@ def evaluate(
 
     Args:
         path: as for `load_run`; `base` scores the base of it too.
-        data: a file or a Hub id; rows with answers, of which `split` and `max_examples` take a part.
-        format_name: of the rows; `auto` looks at the columns of the first.
+        data: a file or a Hub id; rows with answers, of which `split` and `max_examples` take a part. None takes the rows
+            that the run itself validates on: `data.validation`, or what `data.hold_out` drew.
+        format_name, columns: how the rows of `data` are read, as for `generate`; by the columns of the first row.
         exact_match: also answer every row greedily and compare texts.
         max_new_tokens, batch_size: for exact match: longest answer in tokens, and rows answered at once.
 
@@ -141,27 +147,25 @@ def evaluate(
         UsageError: the run or the data cannot be used; see `load_run` and `read_rows`.
     """
     location = locate_run(path)
-    source = Source(source=str(data), split=split, max_examples=max_examples)
-    rows = read_rows(source)
+    if data is None:
+        parts, name = _held_out(location, path)
+    else:
+        source = Source(source=str(data), split=split, max_examples=max_examples)
+        rows, name = read_rows(source), source.source
+        found = row_source(rows[0], rows.where(0), location.sources, format_name, columns)
+        parts = [(replace(source, format=found.format, columns=found.columns), rows)]
+    if exact_match and all(source.format == "text" for source, _ in parts):
+        raise _no_answers(name, "rows of the format text were read")
     loaded = load_run(location, device=device)
-    tokens = _eval_tokens(rows, source, loaded, format_name, exact_match=exact_match)
+    tokens = _eval_tokens(parts, loaded, name)
+    if data is None:
+        tokens = _first_held_out(tokens, location, max_examples)
 
     def scored(loaded: LoadedModel) -> Score:
-        options: dict[str, Any] = {"format_name": format_name, "batch_size": batch_size}
-        answers = generate(loaded, rows, Decoding(max_new_tokens), **options) if exact_match else None
+        answers = _answers(loaded, tokens, parts, max_new_tokens, batch_size) if exact_match else None
         with loaded.training_attention() as train_model:
             result = score(train_model, tokens, pad_id=loaded.pad_id, progress=progress)
-        if answers is None:
-            return result
-        matches = []
-        progress("answers", 0, len(rows))
-        for done, row in enumerate(answers, 1):
-            if "reference" in row:  # a row with an empty answer has none
-                matches.append(is_exact_match(row["output"], row["reference"]))
-            progress("answers", done, len(rows))
-        if not matches:
-            raise _no_answers(source.source, "every answer is empty")
-        return replace(result, exact_match=sum(matches) / len(matches), asked=len(matches))
+        return result if answers is None else _with_matches(result, answers, len(tokens), name, progress)
 
     scores = {"model" if location.kind == "base" else "tuned": scored(loaded)}
     if base and location.kind == "adapter":
@@ -170,21 +174,71 @@ def evaluate(
     elif base and location.kind == "full":
         del loaded  # one model at a time
         scores = {"base": scored(load_run(path, device=device, base_only=True)), **scores}
-    counts = tokens.sources[0]
-    return Evaluation(scores, len(rows), counts.dropped + counts.emptied, counts.cut)
+    counts = tokens.counts
+    return Evaluation(scores, name, counts.rows, counts.dropped + counts.emptied, counts.cut)
 
 
-def _eval_tokens(rows: Rows, source: Source, loaded: LoadedModel, format_name: str, *, exact_match: bool) -> TokenSet:
-    found = row_source(rows[0], rows.where(0), format_name, loaded.sources)
-    if exact_match and found.format == "text":
-        raise _no_answers(source.source, "rows of the format text were read")
-    source = replace(source, format=found.format, columns=found.columns)
-    data = loaded.run.data if loaded.run else Data(train=(source,), seq_len=min(loaded.context, 1 << 20))
-    tokens = tokenise([(source, rows)], data, loaded.template, loaded.tokenizer, cache=None, what=source.source)
+def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]:
+    """The rows that a run validates on, and their name for the user."""
+    run = location.run
+    if run is None or not (run.data.validation or run.data.hold_out):
+        why = "its recipe has neither data.validation nor data.hold_out" if run else "it is not a run"
+        fix = "name a file with answers that it was not trained on: --data FILE"
+        raise UsageError(f"{path} has no held-out rows of its own", where="--data", why=why, fix=fix)
+    data = run.data if run.data.hold_out else replace(run.data, train=())
+    _, parts = read_splits(data, run.train.seed)
+    names = ", ".join(f"{source.source} {source.split or ''}".rstrip() for source, _ in parts)
+    return parts, f"{data.hold_out} of {names}, held out" if data.hold_out else names
+
+
+def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) -> TokenSet:
+    """The first `count` of the examples that the run validated on; UsageError where they are not the same any more."""
+    run, folder = location.run, location.folder
+    if run and run.validate.max_examples is not None:
+        tokens = tokens.first(run.validate.max_examples)
+    about = folder.parent / "env.json" if folder else None
+    known = read_json(about).get("validation_hash") if about and about.is_file() else None
+    if known not in (None, tokens.counts.digest):
+        why = "the file, the template or the tokenizer has changed: with data.hold_out, others would be held out now"
+        fix = "undo the change, or name rows that it was not trained on: --data FILE"
+        raise UsageError("these are not the rows that the run held out", where="--data", why=why, fix=fix)
+    return tokens if count is None else tokens.first(count)
+
+
+def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
+    sources = tuple(source for source, _ in parts)
+    data = loaded.run.data if loaded.run else Data(train=sources, seq_len=min(loaded.context, 1 << 20))
+    tokens = tokenise(parts, data, loaded.template, loaded.tokenizer, cache=None, what=name)
     if not len(tokens):
-        what, why = f"none of the {len(rows)} rows can be scored", f"all are longer than data.seq_len: {data.seq_len}"
-        raise UsageError(what, where=source.source, why=why, fix="give shorter rows")
+        what = f"none of the {tokens.counts.rows} rows can be scored"
+        why = f"all are longer than data.seq_len: {data.seq_len}"
+        raise UsageError(what, where=name, why=why, fix="give shorter rows")
     return tokens
+
+
+def _answers(
+    loaded: LoadedModel, tokens: TokenSet, parts: SourceRows, max_new_tokens: int, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Answers to the rows that `tokens` are of; broken rows are told at the call."""
+    found = []
+    for (source, rows), part in zip(parts, tokens.parts, strict=True):
+        kept = part.arrays.rows.tolist()
+        asked = rows if len(kept) == len(rows) else rows.take([range(i, i + 1) for i in kept])
+        how: dict[str, Any] = {"format_name": source.format, "columns": source.columns, "batch_size": batch_size}
+        found.append(generate(loaded, asked, Decoding(max_new_tokens), **how))
+    return chain.from_iterable(found)
+
+
+def _with_matches(result: Score, answers: Iterator[dict[str, Any]], count: int, name: str, progress: Progress) -> Score:
+    matches = []
+    progress("answers", 0, count)
+    for done, row in enumerate(answers, 1):
+        if "reference" in row:  # a row with an empty answer has none
+            matches.append(is_exact_match(row["output"], row["reference"]))
+        progress("answers", done, count)
+    if not matches:
+        raise _no_answers(name, "every answer is empty")
+    return replace(result, exact_match=sum(matches) / len(matches), asked=len(matches))
 
 
 def _no_answers(where: str, why: str) -> UsageError:

@@ -6,24 +6,25 @@ completion is taken off and kept as the reference; a row that has none is prompt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.config.check import COLUMNS
 from tunesmith.config.schema import Source
 from tunesmith.data.formats import Conversation, convert_row
 from tunesmith.data.source import Rows, from_list
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, UsageError
 from tunesmith.inference.decoding import Decoding, answer_all, cut_answer
 
 if TYPE_CHECKING:
     from tunesmith.inference.load_run import LoadedModel
 
 # The column that identifies a format, in the order of the search, and the column that holds the answer.
-_FORMAT_OF_COLUMN = {
+_KEY_COLUMN = {
     "messages": "messages",
-    "conversations": "sharegpt",
-    "instruction": "alpaca",
-    "prompt": "prompt-completion",
+    "sharegpt": "conversations",
+    "alpaca": "instruction",
+    "prompt-completion": "prompt",
     "text": "text",
 }
 _ANSWER_COLUMN = {"alpaca": "output", "prompt-completion": "completion", "sharegpt": "conversations"}
@@ -37,6 +38,7 @@ def generate(
     decoding: Decoding | None = None,
     *,
     format_name: str = "auto",
+    columns: Mapping[str, str] | None = None,
     batch_size: int = 16,
     start: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
@@ -49,7 +51,8 @@ def generate(
         loaded: from `load_run`.
         rows: such as `[{"prompt": "Hello"}]`; an answer that a row holds is not shown to the model.
         decoding: how tokens are chosen; None is greedy, up to 256 tokens.
-        format_name: `auto` looks at the columns of each row.
+        format_name, columns: how rows are read, as `format` and `columns` of a recipe; without columns as in training,
+            where a row has the columns of one of the run's sources. `auto` looks at the columns of each row.
         batch_size: rows answered at once; with sampling, it changes what is drawn.
         start: the first row to answer; the answers are those of a job that began at row 0.
         cancelled: asked after each token; once true, the iterator ends after the rows already answered.
@@ -63,7 +66,7 @@ def generate(
     """
     decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
-    pairs = [_make_prompt(rows, i, loaded, format_name) for i in range(len(rows))]
+    pairs = [_make_prompt(rows, i, loaded, format_name, columns) for i in range(len(rows))]
     prompts, references = [ids for ids, _ in pairs], [reference for _, reference in pairs]
     lengths, room = list(map(len, prompts)), loaded.context - decoding.max_new_tokens
     if (longest := max(lengths, default=0)) > room:
@@ -82,28 +85,41 @@ def generate(
     )
 
 
-def row_source(row: dict[str, Any], where: str, format_name: str, known: Sequence[Source]) -> Source:
-    """How to read a row: in `format_name`, or for `auto` as a known source whose columns it has, else by its columns.
+def row_source(
+    row: dict[str, Any], where: str, known: Sequence[Source], format_name: str, columns: Mapping[str, str] | None
+) -> Source:
+    """How to read a row: as told, else as the known source whose columns it has, else by its own columns.
 
     Raises:
         DataError: no column identifies the format.
+        UsageError: `columns` names one that the format does not have.
     """
-    if format_name != "auto":
-        return Source(source=where, format=format_name)  # type: ignore[arg-type]
-    for source in known:
-        if source.columns and set(source.columns.values()) <= set(row):
-            return source
-    for column, name in _FORMAT_OF_COLUMN.items():
-        if column in row:
-            return Source(source=where, format=name)  # type: ignore[arg-type]
-    why = f"its columns are {', '.join(map(repr, row)) or 'none'}; looked for {', '.join(_FORMAT_OF_COLUMN)}"
-    raise DataError("the format of the row is unknown", where=where, why=why, fix="rename a column, or give --format")
+    fits = [
+        s
+        for s in known
+        if format_name in ("auto", s.format) and s.columns.get(_KEY_COLUMN[s.format], _KEY_COLUMN[s.format]) in row
+    ]
+    if columns is None and fits:
+        return max(fits, key=lambda source: len(source.columns.values() & row.keys()))
+    columns, name = columns or {}, format_name
+    if name == "auto":
+        name = next((form for form, column in _KEY_COLUMN.items() if column in columns or column in row), "")
+    if not name:
+        why = f"its columns are {', '.join(map(repr, row)) or 'none'}; looked for {', '.join(_KEY_COLUMN.values())}"
+        fix = "say which is which: --columns prompt=question --columns completion=answer, or give --format"
+        raise DataError("the format of the row is unknown", where=where, why=why, fix=fix)
+    if unknown := [column for column in columns if column not in COLUMNS[name]]:
+        fix = f"its columns are {', '.join(COLUMNS[name])}: write one of them before the ="
+        raise UsageError(f"{unknown[0]} is not a column of format {name}", where="--columns", fix=fix)
+    return Source(source=where, format=name, columns=dict(columns))  # type: ignore[arg-type]
 
 
-def _make_prompt(rows: Rows, i: int, loaded: LoadedModel, format_name: str) -> tuple[list[int], str | None]:
+def _make_prompt(
+    rows: Rows, i: int, loaded: LoadedModel, format_name: str, columns: Mapping[str, str] | None
+) -> tuple[list[int], str | None]:
     """The token ids up to where row i's answer starts (with the run's system message), and the answer that it holds."""
     row, where = rows[i], rows.where(i)
-    source = row_source(row, where, format_name, loaded.sources)
+    source = row_source(row, where, loaded.location.sources, format_name, columns)
     complete, answered = _with_answer(row, source)
     sample = convert_row(complete, source, where=where, system=loaded.system)
     if isinstance(sample, Conversation) and sample.messages[-1]["role"] != "assistant":

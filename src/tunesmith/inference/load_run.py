@@ -47,6 +47,11 @@ class RunLocation:
     run: Run | None = None  # the resolved recipe beside it, if there is one
     note: str = ""  # which of several candidates was taken, and why
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The run's own sources: rows of the same shape share their column mappings."""
+        return (*self.run.data.validation, *self.run.data.train) if self.run else ()
+
 
 @dataclass
 class LoadedModel:
@@ -80,11 +85,6 @@ class LoadedModel:
     def system(self) -> str | None:
         """The system message that the run gave to rows without one."""
         return self.run.data.system if self.run else None
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        """The run's own sources: rows of the same shape share their column mappings."""
-        return (*self.run.data.validation, *self.run.data.train) if self.run else ()
 
     @contextmanager
     def training_attention(self) -> Iterator[TrainModel]:

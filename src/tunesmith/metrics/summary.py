@@ -98,8 +98,9 @@ def _next(run: Run, folder: Path) -> list[str]:
     """Complete commands that a user may want next."""
     here = shlex.quote(str(folder))
     merged = shlex.quote(f"{folder}-merged")
-    held_out = run.data.validation[0].source if run.data.validation else "HELD_OUT.jsonl"
-    rows = ["next", f"  tunesmith chat {here}", f"  tunesmith eval {here} --data {shlex.quote(held_out)}"]
+    rows = ["next", f"  tunesmith chat {here}"]
+    if run.data.validation or run.data.hold_out:
+        rows.append(f"  tunesmith eval {here}   # on the held-out rows, beside the base")
     if run.adapter.kind == "none":
         return [*rows, f"  vllm serve {shlex.quote(str(folder / 'final'))}"]
     rows.append(f"  tunesmith merge {here} --output {merged}")

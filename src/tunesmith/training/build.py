@@ -264,6 +264,8 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
         "data_hash": session.data.digest,
         "template": session.data.template.name,
     }
+    if session.data.validation is not None:
+        found["validation_hash"] = session.data.validation.counts.digest
     choices = {part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()}
     env = {**hardware.describe_machine(argv), **found, "choices": choices}
     write_atomically(out / IDENTITY, json.dumps(env, indent=1))
