@@ -54,10 +54,15 @@ def lasting(stream: TextIO | None, *, raises: bool = False) -> TextIO:
     )
 
 
+def fault_of(stream: TextIO) -> OSError | None:
+    """What a lasting stream has raised."""
+    raw = _raw(stream)
+    return raw.raised if isinstance(raw, LastingOutput) else None
+
+
 def reader_is_gone(stream: TextIO) -> bool:
     """Whether a lasting stream has raised that no one reads it any more, as in `tunesmith recipes | head -1`."""
-    raw = _raw(stream)
-    return isinstance(raw, LastingOutput) and isinstance(raw.raised, BrokenPipeError)
+    return isinstance(fault_of(stream), BrokenPipeError)
 
 
 def _raw(stream: TextIO) -> io.FileIO | None:

@@ -31,7 +31,7 @@ def shell(text: str, world: World) -> subprocess.CompletedProcess[str]:
 STREAMS: dict[str, tuple[str, str, int, str]] = {
     "train of a finished run, stdin closed": ("train {run}/config.yaml 'train.duration=4 steps'", "<&- >&-", 0, ""),
     "recipes, stdout closed": ("recipes", ">&-", 0, ""),
-    "recipes, stdout full": ("recipes", "> /dev/full", 2, "the disk is full"),
+    "recipes, stdout full": ("recipes", "> /dev/full", 2, "the disk is full\n  where: standard output\n"),
     "recipes, no reader": ("recipes list --json", "| true", 141, ""),
     "data, no reader": ("data {run}/config.yaml", "| true", 141, ""),
     "an error, stderr closed": ("train nothing.yaml", "2>&-", 2, ""),

@@ -133,7 +133,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
 
 
 def test_generate_reads_stdin_and_writes_stdout(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One row of each format without an answer, in one stream; stdout holds rows and nothing else."""
     asked = [
@@ -147,7 +147,7 @@ def test_generate_reads_stdin_and_writes_stdout(
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n".join(map(json.dumps, asked))))
     assert main(["generate", str(run), "--input", "-", "--output", "-", *SHORT]) == EXIT_OK
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [{k: v for k, v in row.items() if k != "output"} for row in found] == asked
 
 

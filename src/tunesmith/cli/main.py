@@ -26,7 +26,7 @@ from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError, StoppedError, T
 from tunesmith.packages import pip_install
 from tunesmith.runtime.host import bound_product_caches
 from tunesmith.signals import settle
-from tunesmith.streams import lasting, reader_is_gone
+from tunesmith.streams import fault_of, lasting, reader_is_gone
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -166,7 +166,7 @@ def _machine_error(error: BaseException) -> MachineError | None:
     where = str(error.filename or "") if isinstance(error, OSError) else ""
     if (full := disk_fault(error)) is not None:
         fix = "make room (df -h), then start the same command again"
-        return MachineError(full, where=where or "standard output, or a file being written", fix=fix)
+        return MachineError(full, where="standard output" if error is fault_of(sys.stdout) else where, fix=fix)
     if not isinstance(error, OSError) or not where or error.errno not in _PATH_FAULTS:
         return None
     what, fix = _PATH_FAULTS[error.errno]
