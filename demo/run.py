@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,9 +47,14 @@ def find_model() -> str:
 
 
 def tunesmith(*words: str) -> None:
-    """Show a command and run it; end with its exit code where it fails."""
+    """Show a command and run it; end with its exit code where it fails.
+
+    ctrl-C reaches the command too: it saves and says what next, and the demo waits for it.
+    """
     print(f"\n$ tunesmith {shlex.join(words)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", "tunesmith", *words], check=False).returncode
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # SIG_IGN would be inherited
+    code = subprocess.Popen([sys.executable, "-m", "tunesmith", *words]).wait()
+    signal.signal(signal.SIGINT, before)
     if code:
         sys.exit(code)
 
@@ -139,4 +145,7 @@ the `tunesmith` command lies in .venv/bin: source .venv/bin/activate""")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; `make demo` goes on where its training stopped")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +87,26 @@ def test_the_model_is_the_wheels_where_the_hub_is_out_of_reach(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert demo.find_model() == str(smollm2)
+
+
+@pytest.mark.slow
+def test_ctrl_c_waits_for_the_command_and_ends_without_a_traceback(tmp_path: Path) -> None:
+    """As a terminal sends it, to the demo and to the command that it runs."""
+    process = subprocess.Popen(
+        [sys.executable, str(DEMO / "run.py")], cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    try:
+        while not any("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in children.read_text().split()):
+            assert time.monotonic() < deadline, "no command that loads torch"
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "$ tunesmith generate" in out
+    assert "interrupted" in out
+    assert "Traceback" not in out
+    assert process.returncode == 130
