@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from tunesmith.cli.options import positive_number, whole_number
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
-from tunesmith.errors import EXIT_OK, MachineError, UsageError
+from tunesmith.errors import EXIT_OK, MachineError, TunesmithError, UsageError
 from tunesmith.host_files import refuse_many_ranks, write_atomically
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.units import Length, Size
@@ -94,7 +95,17 @@ SCRIPTS = {
 
 def main(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the script `name` (a key of SCRIPTS) -> exit code, as `tunesmith train` gives it."""
-    return framed(lambda: _run(name, parser(name).parse_args(argv)), process=argv is None)
+
+    def run() -> int:
+        args = parser(name).parse_args(argv)
+        try:
+            return _run(name, args)
+        except TunesmithError as error:
+            for part in ("what", "where", "why", "fix"):
+                setattr(error, part, in_flags(vars(error)[part], args.gradient_accumulation_steps))
+            raise
+
+    return framed(run, process=argv is None)
 
 
 def parser(name: str) -> argparse.ArgumentParser:
@@ -257,13 +268,43 @@ def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> 
             raise MachineError(what, where=str(path), why=str(error), fix=fix) from None
 
 
-def opens_with_bos(model: Model) -> bool:
-    """Fetch the model; whether its tokenizer puts a BOS token before a text."""
-    from tunesmith.hub.fetch import fetch, tokenizer_folder
-    from tunesmith.model.tokenizer import load_tokenizer
+def look_at_model(recipe: Run) -> tuple[bool, int]:
+    """Fetch the model; whether its tokenizer puts a BOS token before a text, and how many parameters are trained."""
+    from tunesmith.build_model import count_trained, define_model
+    from tunesmith.hub.fetch import fetch
+    from tunesmith.hub.model_files import read_model_files
 
-    tokenizer = load_tokenizer(tokenizer_folder(model, fetch(model)), model)
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    files = read_model_files(fetch(recipe.model), recipe.model)
+    bos = files.tokenizer.bos_token_id
+    opens = bos is not None and files.tokenizer("a")["input_ids"][0] == bos
+    return opens, count_trained(recipe, define_model(recipe, files))
+
+
+# A recipe's key in a warning or an error -> the flag that sets it here.
+FLAGS = {
+    "model.name": "--model_name", "model.dtype": "--dtype", "adapter.rank": "--lora_rank", "data.seq_len": "--seq_length",
+    "data.train.source": "--data", "data.train_on": "--train_on", "train.duration": "--num_epochs",
+    "train.global_batch": "--batch_size", "train.micro_batch": "--batch_size", "train.learning_rate": "--learning_rate",
+    "train.recompute": "--gradient_checkpointing", "train.compile": "--use_torch_compile",
+    "log.tensorboard_dir": "--log_dir", "log.every": "--logging_steps", "output_dir": "--output_dir",
+}  # fmt: skip
+
+
+def in_flags(text: str, accumulation: int) -> str:
+    """A warning or an error in the words of these scripts; they divide the global batch by `accumulation`."""
+
+    def flag(found: re.Match[str]) -> str:
+        key, value = found[1], found[2] or found[3]
+        if value is None or FLAGS[key] in ("--gradient_checkpointing", "--use_torch_compile"):
+            return FLAGS[key]
+        if key == "train.global_batch":
+            value = str(max(1, int(value.partition(" ")[0]) // accumulation))
+        elif key != "output_dir":
+            value = value.partition(" ")[0]
+        return f"{FLAGS[key]} {next((ours for ours, theirs in DTYPES.items() if theirs == value), value)}"
+
+    listed = "|".join(map(re.escape, FLAGS))
+    return re.sub(rf"""(?<![\w./-])({listed})(?![\w.])(?:(?:=|: )(?:["']([^"']*)["']|([^\s,;()"']+)))?""", flag, text)
 
 
 def default_folder(name: str, args: argparse.Namespace) -> Path:
@@ -286,21 +327,24 @@ def _run(name: str, args: argparse.Namespace) -> int:
         refuse_foreign_folder(folder)
     recipe = make_recipe(name, args, folder=folder, ranks=int(os.environ.get("WORLD_SIZE", "1")))
     print(f"Loading model: {args.model_name}")
-    bos = opens_with_bos(recipe.model)
+    bos, trained = look_at_model(recipe)
+    print(f"Trainable parameters = {trained:,}")
     print(f"Loading dataset with {args.dataset_size} samples...")
     rows = selection(args)
     with inputs(rows, folder, bos=bos):
         # The rules that span several keys, and the paths, are those of every recipe.
         run = from_mapping(to_mapping(recipe), where=f"{name}.py", base=Path.cwd())
 
-        from tunesmith.training.run import train
+        from tunesmith.training.run import print_line, train
 
         if args.use_torch_compile and not any(folder.glob("checkpoint-*/manifest.json")):
             print("Running warmup for torch.compile()...")
             with tempfile.TemporaryDirectory() as scratch:
                 train(warm_up(run, len(rows), Path(scratch)), say=lambda line: None)
         print(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
-        result = train(run, argv=sys.argv)
+        result = train(
+            run, argv=sys.argv, say=lambda line: print_line(in_flags(line, args.gradient_accumulation_steps))
+        )
     if first:
         print(closing(read_records(folder / "metrics.jsonl"), result.seconds))
         if result.finished_before:

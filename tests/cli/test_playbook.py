@@ -301,6 +301,26 @@ def test_final_files_lie_in_the_folder_too(tmp_path: Path) -> None:
     assert (tmp_path / "adapter_config.json").read_text() == "adapter_config.json"
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('fix: train.duration="3 epochs" or train.global_batch="6 examples"', "fix: --num_epochs 3 or --batch_size 3"),
+        ("model.dtype=bf16, or model.dtype: fp32", "--dtype bfloat16, or --dtype float32"),
+        (
+            "train.micro_batch='4 examples' or train.recompute=full; again",
+            "--batch_size 4 or --gradient_checkpointing; again",
+        ),
+        ("fix: data.seq_len=2048", "fix: --seq_length 2048"),
+        ("lower train.learning_rate or lengthen train.warmup", "lower --learning_rate or lengthen train.warmup"),
+        ("choose another one: output_dir=runs/my-run", "choose another one: --output_dir runs/my-run"),
+        ("at /my/output_dir/x, my.output_dir and output_dirs", "at /my/output_dir/x, my.output_dir and output_dirs"),
+        ("data.train: nothing", "data.train: nothing"),
+    ],
+)
+def test_warnings_and_errors_name_the_flags(text: str, shown: str) -> None:
+    assert playbook.in_flags(text, 2) == shown
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_each_file_is_its_own_script_and_shows_its_help_without_torch(script: str) -> None:
     command = [sys.executable, "-X", "importtime", str(SCRIPT_FOLDER / f"{script}.py"), "--help"]
@@ -333,7 +353,7 @@ def test_a_script_trains_saves_and_says_so(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert run_script(script, tiny, data, tmp_path) == 0
-    shown = capsys.readouterr().out
+    shown, told = capsys.readouterr()
     steps = {FULL: 4, LORA: 4, BIG: 8}[script]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
@@ -346,11 +366,16 @@ def test_a_script_trains_saves_and_says_so(
     folder = tmp_path / "run"
     assert "### Instruction:" in AutoTokenizer.from_pretrained(folder).chat_template
     if script == FULL:
-        AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
     else:
         from peft import PeftModel
 
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(folder))
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(folder), is_trainable=True)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"\nTrainable parameters = {count:,}\n" in shown, "the line of theirs, by their sum"
+    few = f"warning: only {steps} optimizer steps: a model changes little in fewer than 50; fix: --num_epochs "
+    assert few in told
+    assert not any(f" {key}" in told for key in playbook.FLAGS if "." in key)
     # the same command again finds it finished, and --fresh does not
     assert run_script(script, tiny, data, tmp_path) == 0
     assert "finished before" in capsys.readouterr().out

@@ -186,6 +186,7 @@ def test_names_of_other_tools_lead_to_real_keys() -> None:
 
 def test_words_of_other_tools_lead_to_real_values() -> None:
     words = other_tools("words")
+    assert not set(other_tools("absent")) & set(words), "a word either has a value here or has none"
     assert len(words) >= 30
     for word, options in words.items():
         assert nearest(word, options.split()) is not None

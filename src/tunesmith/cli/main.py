@@ -19,6 +19,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import NoReturn
 
 from tunesmith import __version__
@@ -53,14 +54,25 @@ _PATH_FAULTS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with our errors: the nearest option, exit code 2, and no usage page above the message."""
+    """argparse with our errors: the nearest option or recipe key, exit code 2, and no usage page above the message."""
+
+    words: Sequence[str] = ()  # what is parsed
 
     def error(self, message: str) -> NoReturn:
         fix = f"{self.prog} --help"
         if message.startswith("unrecognized arguments: "):
             word = message.removeprefix("unrecognized arguments: ").split()[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
-            fix = f"did you mean {near[0]}? see {fix}" if near else fix
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.75)
+            if near:
+                fix = f"did you mean {near[0]}? see {fix}"
+            elif word.startswith("--") and any("key=value" in str(action.metavar) for action in self._actions):
+                from tunesmith.config.typed import suggest_override
+
+                after = next(
+                    (w for before, w in pairwise(self.words) if before == word and not w.startswith("-")), None
+                )
+                if override := suggest_override(word, after):
+                    fix = f"recipe keys are written without dashes: {override}"
         raise UsageError(message, where=f"command line: {self.prog}", fix=fix)
 
 
@@ -123,6 +135,7 @@ def _dispatch(words: list[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
+    parser.words = rest
     run: Callable[[argparse.Namespace], int] = module.run
     return run(parser.parse_intermixed_args(rest))
 

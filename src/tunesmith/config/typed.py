@@ -9,13 +9,14 @@ import json
 import math
 import re
 import reprlib
+import shlex
 import types
 from dataclasses import MISSING, Field, is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from tunesmith.config.names import keys, nearest, suggest_key, without_indices
-from tunesmith.config.schema import Run
+from tunesmith.config.names import keys, nearest, other_tools, suggest_key, without_indices
+from tunesmith.config.schema import Run, is_section
 from tunesmith.config.tree import Node, scalar
 from tunesmith.errors import RecipeError
 from tunesmith.units import Length, Share, Size
@@ -163,6 +164,8 @@ def _fix_type(value: _Value) -> str:
         if kinds[0] == tuple[str, ...]:
             return f"write it as a list: {value.line(f'[{given}]')}"
     if listed and isinstance(given, str | bool):
+        if absent := other_tools("absent").get(str(given).lower()):
+            return f"write one of {', '.join(listed)}: {absent.format(given)}"
         near = nearest(str(given), listed)
         return f"did you mean {value.line(near)}?" if near else f"write one of {', '.join(listed)}"
     if isinstance(given, int | float) and str in kinds:
@@ -212,3 +215,33 @@ def example(hint: Any, spec: Field[Any]) -> str:
     """A value of a key as YAML: its example or default, or one that its type takes."""
     default = "true" if hint is bool else spec.metadata["example"] or default_of(spec)
     return default if default != "null" else "8" if int in members(hint) else "name"
+
+
+def suggest_override(option: str, value: str | None) -> str | None:
+    """The `key=value` that an option of another tool, or one with a key's name, most likely means; None if none is near.
+
+    Args:
+        option: `--lr`, `--lr=1e-4` or `--train.seed`.
+        value: the word behind it, if there is one.
+    """
+    name, found, inside = option.lstrip("-").partition("=")
+    name, value = name.replace("-", "_").lower(), inside if found else value
+    here = [key for key, (_, hint) in keys().items() if not is_section(hint) and not key.startswith("data.validation.")]
+    key, _, line = other_tools("keys").get(name, "").partition(": ")
+    if key not in here:
+        last = {key: key.rpartition(".")[2] for key in here}
+        near = name if name in (*here, *last.values()) else nearest(name, last.values())
+        key, line = next((key for key in here if near in (key, last[key])), ""), ""
+    if not key:
+        return None
+    spec, hint = keys()[key]
+    text = re.match(r"\{.*?\}|\[.*?\]|[^,; ]+(?: (?:steps|epochs|examples|%))?", line or example(hint, spec))
+    meant, kinds = text[0] if text else "", members(hint)
+    # A ratio or a count per epoch is not the number that is written here.
+    if value is not None and not re.search("ratio|per_epoch|accumulation|val_s", name):
+        kind, unit = type(scalar(value)), meant.partition(" ")[2]
+        if kind in (int, float) and {Length, Size} & {*kinds}:
+            meant = f"{value} {unit or 'examples'}"
+        elif kind in kinds or (kind is int and float in kinds) or value in literal_words(hint):
+            meant = value
+    return shlex.quote(f"{key}={meant}")
