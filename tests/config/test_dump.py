@@ -136,7 +136,7 @@ def test_duration_by_the_clock_and_in_other_units(run: Run) -> None:
     assert [c.allowed for c in differences(hour, more)] == [True]
     assert [c.allowed for c in differences(more, hour)] == [False]
     steps = load_recipe("llama3.1-8b-lora", ["train.duration=9000 steps"])
-    assert [c.allowed for c in differences(run, steps)] == [False]
+    assert [c.allowed for c in differences(run, steps)] == [True], "its steps are compared once the data is read"
 
 
 def test_digest_is_stable(run: Run) -> None:

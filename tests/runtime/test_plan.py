@@ -48,9 +48,12 @@ def gpu(gib: float, **found) -> Machine:
     return Machine("cuda:0", int(gib * GIB), **parts)
 
 
-def planned(run: Run, config: dict, gib: float, *, step: int = 16384, trained: int = 21_000_000, **found) -> RunPlan:
+def planned(
+    run: Run, config: dict, gib: float, *, step: int = 16384, trained: int = 21_000_000, before: str = "", **found
+) -> RunPlan:
     spec, size = read_spec(config, where="test"), StepSize(step, step)
-    return resolve_plan(run, spec, gpu(gib, **found), trained=trained, step=size, longest=2000)
+    kept = Size.parse(before) if before else None
+    return resolve_plan(run, spec, gpu(gib, **found), trained=trained, step=size, longest=2000, before=kept)
 
 
 def test_with_room_nothing_recomputes_and_the_micro_batch_is_whole():
@@ -80,6 +83,29 @@ def test_a_smaller_micro_batch_is_taken_where_that_saves_recomputation():
 def test_a_card_that_is_too_small_gets_the_smallest_plan():
     plan = planned(recipe(**WHOLE_STEPS), LLAMA, 16)
     assert (plan.layout.micro_batch, plan.recomputed_layers) == (Size(2048, "tokens"), 32)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+@pytest.mark.parametrize("steps", [{}, WHOLE_STEPS], ids=["varied steps", "whole steps"])
+@pytest.mark.parametrize("before", ["2048 tokens", "4096 tokens", "16384 tokens", "2 examples"])
+def test_a_resumed_run_keeps_the_micro_batch_of_its_checkpoint(before: str, steps: dict, compiles: bool):
+    """Whatever the memory would be best for, as long as it fits."""
+    for gib in (79, 139):
+        plan = planned(recipe(**steps), LLAMA, gib, before=before, compiles=(compiles, ""))
+        assert str(plan.layout.micro_batch) == before
+        assert plan.why["micro batch"].startswith("that of the checkpoint")
+    assert planned(recipe(**steps), LLAMA, 139, compiles=(compiles, "")).layout.micro_batch == Size(16384, "tokens")
+
+
+def test_a_micro_batch_that_no_longer_fits_is_chosen_anew():
+    plan = planned(recipe(), LLAMA, 24, before="16384 tokens")
+    assert plan.layout.micro_batch.amount < 16384
+    assert plan.layout.micro_batch == planned(recipe(), LLAMA, 24).layout.micro_batch
+
+
+def test_a_micro_batch_that_the_recipe_gives_stands_on_resume():
+    given = recipe(micro_batch=Size(4096, "tokens"))
+    assert planned(given, LLAMA, 139, before="2048 tokens").layout.micro_batch == Size(4096, "tokens")
 
 
 @pytest.mark.parametrize(("given", "layers"), [("none", 0), ("full", 32), (5, 5), (99, 32)])

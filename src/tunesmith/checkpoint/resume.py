@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunesmith.checkpoint.run_dir import RECIPE, restore
 from tunesmith.checkpoint.state import SavedCheckpoint, list_checkpoints, newest_checkpoint, step_of
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.errors import CheckpointError, DataError, RecipeError, TunesmithError, UsageError
+from tunesmith.data.schedule import BatchSchedule
+from tunesmith.errors import CheckpointError, DataError, ModelError, RecipeError, TunesmithError, UsageError
 from tunesmith.metrics.record import StepRecord
+from tunesmith.optim.lr_schedule import scheduled_rate
+from tunesmith.units import Size
 
 PROGRESS = "state/progress.json"
 OPTIMIZER = "state/optimizer.safetensors"
 DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
+JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is told
+FORCE = "or resume all the same with checkpoint.resume=force"
 START_OVER = "start over with --fresh (the old run is put aside), or use another output_dir"
 
 
@@ -34,7 +40,9 @@ class Progress:
         worse: validations since the best one.
         loss_scale, good_steps: fp16's loss scale, and steps since it last changed.
         ended: the duration that the run completed, as in its recipe; None before its end.
-        data_hash: sha256 (hex) of the training examples, as tokens; None in a checkpoint of an older version.
+        data_hash, validation_hash: sha256 (hex) of the examples, as tokens; None in a checkpoint of an older version.
+        model_hash: of the base's weights, see `weights_digest`; None too.
+        micro_batch: what one forward takes, such as `4096 tokens`; None too.
     """
 
     step: int = 0
@@ -48,6 +56,9 @@ class Progress:
     good_steps: int = 0
     ended: str | None = None
     data_hash: str | None = None
+    validation_hash: str | None = None
+    model_hash: str | None = None
+    micro_batch: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write progress.json into a checkpoint's folder."""
@@ -70,11 +81,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class Start:
-    """How a run starts: at step 0 (`found` is None), from a checkpoint, or not at all (`finished`: its last step)."""
+    """How a run starts: at step 0 (`found` is None), from a checkpoint, or not at all (`finished`: its last step).
+
+    `before` is the recipe that the checkpoint was written with.
+    """
 
     found: SavedCheckpoint | None = None
     progress: Progress | None = None
     finished: int | None = None
+    before: Run | None = None
+
+    @property
+    def micro_batch(self) -> Size | None:
+        """What one forward took before, where it is known."""
+        return Size.parse(self.progress.micro_batch) if self.progress and self.progress.micro_batch else None
 
 
 def decide_start(run: Run, *, warn: Callable[[str], None]) -> Start:
@@ -88,13 +108,14 @@ def decide_start(run: Run, *, warn: Callable[[str], None]) -> Start:
     restore(output_dir)
     if not list_checkpoints(output_dir) and step_of(output_dir / "final") is None:
         return Start()
-    refused = [c for c in differences(_recipe_of(output_dir), run) if not c.allowed]
+    before = _recipe_of(output_dir)
+    refused = [c for c in differences(before, run) if not c.allowed]
     if refused and run.checkpoint.resume != "force":
         raise RecipeError(
             "the recipe differs from the one that this run began with",
             where="\n         ".join(map(str, refused)),
             why="resuming would mix two runs in one set of numbers",
-            fix=f"{START_OVER}, or resume all the same with checkpoint.resume=force",
+            fix=f"{START_OVER}, {FORCE}",
         )
     final = step_of(output_dir / "final")
     found = newest_checkpoint(output_dir, warn)
@@ -106,7 +127,7 @@ def decide_start(run: Run, *, warn: Callable[[str], None]) -> Start:
     progress = Progress.read(found.path)
     if final == found.step and progress.ended == str(run.train.duration):
         return Start(finished=final)
-    return Start(found, progress)
+    return Start(found, progress, before=before)
 
 
 def _recipe_of(output_dir: Path) -> Run:
@@ -131,15 +152,71 @@ def _recipe_of(output_dir: Path) -> Run:
         ) from error
 
 
-def check_data(start: Start, run: Run, digest: str) -> None:
-    """DataError if the training examples, whose tokens have this sha256 (hex), are not those that the run began with."""
-    before = start.progress.data_hash if start.progress else None
-    if before in (None, digest) or run.checkpoint.resume == "force":
-        return
-    raise DataError(
-        "the training data is not what this run began with",
-        where=f"data.train: {', '.join(source.source for source in run.data.train)}",
-        why=f"its tokens have the hash {digest[:12]}, the checkpoint's have {before[:12] if before else ''}: the rows, the "
-        "template or the tokenizer were changed",
-        fix=f"undo the change, or {START_OVER}, or resume all the same with checkpoint.resume=force",
-    )
+# What a checkpoint knows by its hash: the key, what may not change, and how it may have.
+_HASHED = {
+    "model_hash": ("model.name", "the base model", "the weights were changed under the same name"),
+    "data_hash": ("data.train", "the training data", "the rows, the template or the tokenizer were changed"),
+    "validation_hash": (
+        "data.validation",
+        "the validation data",
+        "the rows, the template or the tokenizer were changed",
+    ),
+}
+
+
+def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) -> None:
+    """Refuse to resume with another base or other data than the run began with.
+
+    Args:
+        hashes: those that are known now, by their names in `Progress`.
+
+    Raises:
+        ModelError, DataError: one differs, and `checkpoint.resume` is not `force`.
+    """
+    known = vars(start.progress) if start.progress and run.checkpoint.resume != "force" else {}
+    sources = {"data_hash": run.data.train, "validation_hash": run.data.validation or run.data.train}
+    for name, now in hashes.items():
+        before, (key, what, why) = known.get(name), _HASHED[name]
+        if now is None or before in (None, now):
+            continue
+        named = ", ".join(source.source for source in sources[name]) if name in sources else run.model.name
+        raise (DataError if name in sources else ModelError)(
+            f"{what} is not what this run began with",
+            where=f"{key}: {named}",
+            why=f"its hash is {now[:12]}, the checkpoint's is {str(before)[:12]}: {why}",
+            fix=f"undo the change, or {START_OVER}, {FORCE}",
+        )
+
+
+def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str]:
+    """Lines for the user: from which step the run goes on, its new duration, and what that does to the learning rate.
+
+    Raises:
+        RecipeError: the duration is shorter than before, and `checkpoint.resume` is not `force`.
+    """
+    if not (start.found and start.progress and start.before):
+        return []
+    progress, trains = start.progress, (start.before.train, run.train)
+    totals = [schedule.steps(train.duration) for train in trains]
+    # A time counts as the steps that it holds at the speed so far.
+    speed = progress.step / max(progress.seconds, 1e-9)
+    counts = [n or round((t.duration.seconds or 0.0) * speed) for n, t in zip(totals, trains, strict=True)]
+    shown = []
+    for train, total, count in zip(trains, totals, counts, strict=True):
+        equal = f" ({'=' if total else 'about'} {count:,} steps)" if train.duration.unit != "steps" else ""
+        shown.append(f"{train.duration}{equal}")
+    lines = [f"resuming from step {progress.step:,} of {totals[1] or shown[1]}, {start.found.path}"]
+    if trains[0].duration != trains[1].duration:
+        lines.append(f"train.duration: {' -> '.join(shown)}")
+    if counts[1] < counts[0] and run.checkpoint.resume != "force":
+        what, why = "the run would be shorter than it began", "resuming would mix two runs in one set of numbers"
+        raise RecipeError(what, where=lines[-1], why=why, fix=f"a longer train.duration, or {START_OVER}, {FORCE}")
+    if progress.record and (totals[1] is None or progress.step < totals[1]):
+        clock: dict[str, Any] = {"steps_per_epoch": schedule.steps_per_epoch(0), "seconds": progress.seconds}
+        rates = [scheduled_rate(t, progress.step, total=n, **clock) for t, n in zip(trains, totals, strict=True)]
+        if abs(rates[1] - rates[0]) > JUMP * run.train.learning_rate:
+            lines.append(
+                f"the learning rate jumps from {progress.record.learning_rate:.2e} to {rates[1]:.2e}: its schedule now "
+                f"spans {shown[1]}"
+            )
+    return lines

@@ -113,11 +113,11 @@ def digest(run: Run) -> str:
 def differences(old: Run, new: Run) -> list[Change]:
     """Every key that differs, in the order of the schema.
 
-    A duration in another unit (epochs for steps) cannot be compared and counts as refused.
+    A duration in another unit (epochs for steps) is allowed: its steps are known once the data is read.
     """
     before, after = _leaves(_plain(old)), _leaves(_plain(new))
     first, then = old.train.duration, new.train.duration
-    grows = first.unit == then.unit and then.amount >= first.amount
+    grows = first.unit != then.unit or then.amount >= first.amount
     if first.seconds is not None and then.seconds is not None:
         grows = then.seconds >= first.seconds
     return [

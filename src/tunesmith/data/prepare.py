@@ -28,7 +28,8 @@ FEW_STEPS = 50  # with fewer, the learning rate is mostly in its warm-up and the
 class TrainingData:
     """What training needs of the data; `validation` is None where the recipe names none.
 
-    overlap: validation examples that are among the training examples, token for token.
+    overlap: validation examples that are among the training examples, token for token. validation_digest: sha256 (hex) of
+    all validation examples, also of those that `validate.max_examples` leaves out.
     """
 
     run: Run
@@ -38,6 +39,7 @@ class TrainingData:
     schedule: BatchSchedule
     contracts: tuple[Contract, ...]
     overlap: int = 0
+    validation_digest: str | None = None
 
     @property
     def digest(self) -> str:
@@ -122,9 +124,10 @@ def prepare_data(
     rows, held = read_splits(run.data, run.train.seed)
     train = tokenise(rows, run.data, template, tokenizer, cache=cache, what="train")
     contracts = [check_tokens(train, template, tokenizer, vocab_size=vocab_size, split="train")]
-    validation = None
+    validation = validation_digest = None
     if held:
         validation = tokenise(held, run.data, template, tokenizer, cache=cache, what="validation")
+        validation_digest = validation.counts.digest
         if run.validate.max_examples is not None:
             validation = validation.first(run.validate.max_examples)
         contracts.append(check_tokens(validation, template, tokenizer, vocab_size=vocab_size, split="validation"))
@@ -141,7 +144,7 @@ def prepare_data(
         what = "the weights of the sources leave no example in an epoch"
         raise DataError(what, where="data.train", why=why, fix="raise weight")
     overlap = _overlap(train, validation) if validation is not None else 0
-    return TrainingData(run, train, validation, template, schedule, tuple(contracts), overlap)
+    return TrainingData(run, train, validation, template, schedule, tuple(contracts), overlap, validation_digest)
 
 
 def _overlap(train: TokenSet, validation: TokenSet) -> int:

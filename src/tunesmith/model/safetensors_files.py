@@ -7,11 +7,12 @@ drop its pages has no effect. Format: 8 bytes of length (little-endian), a JSON 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -23,6 +24,7 @@ from tunesmith.host_files import refuse_special_files
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000  # bytes; the bound of the safetensors library
+SAMPLED_TENSORS, SAMPLE_BYTES = 4096, 64  # of `weights_digest`
 
 ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -170,6 +172,23 @@ def read_headers(folder: Path) -> dict[Path, list[Entry]]:
     else:
         raise no_safetensors([p.name for p in folder.iterdir()], name=str(folder), where=str(folder))
     return {file: _read_header(file) for file in files}
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 (hex) of a model's tensors: the name, dtype and shape of each, and bytes from the middle of most.
+
+    It takes milliseconds whatever the size, and misses a change of single rows. The folder's name and how the tensors
+    are spread over files do not enter.
+    """
+    entries = sorted((e for found in read_headers(folder).values() for e in found), key=lambda e: e.name)
+    total = hashlib.sha256(json.dumps([(e.name, e.dtype, e.shape) for e in entries]).encode())
+    with ExitStack() as stack:
+        files = {f: stack.enter_context(f.open("rb", buffering=0)) for f in {e.file for e in entries}}
+        for entry in entries[:: 1 + len(entries) // SAMPLED_TENSORS]:
+            size = min(SAMPLE_BYTES, entry.size)
+            files[entry.file].seek(entry.start + (entry.size - size) // 2)
+            total.update(files[entry.file].read(size))
+    return total.hexdigest()
 
 
 def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = False) -> ModelError:

@@ -30,3 +30,16 @@ def learning_rate(train: Train, step: int, *, warmup: int, progress: float) -> f
     if train.schedule == "cosine":
         return train.min_learning_rate + span * 0.5 * (1.0 - math.cos(math.pi * left))
     return train.learning_rate
+
+
+def scheduled_rate(train: Train, step: int, *, total: int | None, steps_per_epoch: int, seconds: float) -> float:
+    """The learning rate of one step, counted from 0, of a run of `total` steps.
+
+    With None for `total` the run ends by the clock, and is `seconds` old.
+    """
+    warmup = warmup_steps(train, total, steps_per_epoch)
+    if total is None:
+        progress = seconds / (train.duration.seconds or 1.0)
+    else:
+        progress = (step - warmup) / max(1, total - warmup)
+    return learning_rate(train, step, warmup=warmup, progress=progress)

@@ -73,24 +73,38 @@ def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan
     return RunPlan(str(device), attention_backend(run, files, device)[0], run.model.dtype, files.spec.layers)
 
 
-def resolve_plan(run: Run, spec: ModelSpec, machine: Machine, *, trained: int, step: StepSize, longest: int) -> RunPlan:
+def resolve_plan(
+    run: Run,
+    spec: ModelSpec,
+    machine: Machine,
+    *,
+    trained: int,
+    step: StepSize,
+    longest: int,
+    before: Size | None = None,
+) -> RunPlan:
     """Resolve every `auto` of a recipe by what the machine has.
 
-    `trained` counts trained parameters, `step` the tokens of an optimizer step, `longest` those of the longest example.
+    Args:
+        trained: how many parameters are trained.
+        step: tokens of an optimizer step; `longest`: those of the longest example.
+        before: the micro batch of the checkpoint that the run resumes from. `auto` keeps it, since dropout and the order
+            of sums depend on it, unless a smaller one is needed to fit.
     """
     train, (compiled, compile_why) = run.train, machine.compiles
-    # An update in the backward leaves no place for a second micro batch.
-    size = train.global_batch if train.optimizer_in_backward else train.micro_batch
+    estimator = MemoryEstimator(run, spec, machine, trained)
+    size, why = train.micro_batch, "as train.micro_batch says"
+    if train.optimizer_in_backward:  # an update in the backward leaves no place for a second micro batch
+        size, why = train.global_batch, "the whole global batch"
+    elif size == "auto" and before is not None and estimator.fits(before, step):
+        size, why = before, "that of the checkpoint"
     by_examples = size != "auto" and size.unit == "examples"
     # Where every step has the same tokens, one padded shape serves all micro batches.
     fixed = compiled and run.data.pack and train.global_batch.unit == "tokens" and not by_examples
-    estimator = MemoryEstimator(run, spec, machine, trained)
     if size == "auto":
         tokens, why = estimator.fastest_micro_batch(step, fixed=fixed), "the least time by the estimate"
     else:
-        seq = run.data.seq_len
-        tokens = size.amount if size.unit == "tokens" else min(size.amount * seq, max(step.largest, seq))
-        why = "the whole global batch" if train.optimizer_in_backward else "as train.micro_batch says"
+        tokens = estimator.tokens_of(size, step)
     memory = estimator.estimate(tokens)
     if size == "auto" or size.unit == "tokens":
         size = Size(max(tokens, longest) if fixed else tokens, "tokens")
@@ -184,12 +198,22 @@ class MemoryEstimator:
         work = 1 + RECOMPUTE_COST[self.run.adapter.kind] * memory.recomputed_layers / self.spec.layers
         micro_batches = math.ceil(step.mean / tokens)
         padded = micro_batches * tokens / step.mean if fixed else 1.0
+        fixed_cost = FIXED_COST_TOKENS[self.run.model.quantize] * micro_batches / step.mean
+        return work * padded + fixed_cost + 1e6 * self.overrun(memory)
+
+    def tokens_of(self, size: Size, step: StepSize) -> int:
+        """Tokens of a micro batch, padding counted."""
+        seq = self.run.data.seq_len
+        return size.amount if size.unit == "tokens" else min(size.amount * seq, max(step.largest, seq))
+
+    def fits(self, size: Size, step: StepSize) -> bool:
+        """Whether a micro batch fits, with as many recomputed layers as that takes."""
+        return self.overrun(self.estimate(self.tokens_of(size, step))) == 0
+
+    def overrun(self, memory: MemoryEstimate) -> float:
+        """0 where it fits, else how many times the memory that the micro batch may take it needs."""
         needed, room = memory.activations + memory.workspace, int(memory.free * USABLE) - memory.static
-        return (
-            work * padded
-            + FIXED_COST_TOKENS[self.run.model.quantize] * micro_batches / step.mean
-            + (1e6 * needed / max(room, 1) if needed > room else 0)
-        )
+        return needed / max(room, 1) if needed > room else 0.0
 
 
 def fewest_recomputed(room: float, layers: int, layer: int, recomputed_layer: int) -> int:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from tunesmith import packages
 from tunesmith.adapter.peft_files import find_adapter, read_adapter
 from tunesmith.build_model import FP8_PROBE_TOKENS, Weights, build_model, count_trained, define_model
 from tunesmith.checkpoint.export import read_optimizer
-from tunesmith.checkpoint.resume import Start, check_data
+from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
 from tunesmith.checkpoint.run_dir import IDENTITY, RECIPE
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
@@ -33,6 +34,7 @@ from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
 from tunesmith.model import load
+from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.model.spec import flops
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
@@ -53,6 +55,7 @@ class Session:
         files: of the base model, and its tokenizer.
         plan: what was decided for this machine, and why.
         total_steps: optimizer steps of the whole run, or None where it ends by the clock.
+        hashes: of base and data, by their names in `Progress`.
     """
 
     run: Run
@@ -62,6 +65,7 @@ class Session:
     optimizer: Optimizer
     plan: RunPlan
     total_steps: int | None
+    hashes: Mapping[str, Any]
 
     @property
     def device(self) -> torch.device:
@@ -109,14 +113,8 @@ def build(
     check_inputs(run, start)
     folder = fetch.fetch(run.model, progress=say) if weights == "stored" else Path(run.model.name)
     files = read_model_files(folder, run.model)
-    for text in files.describe():
-        say(text)
-    data = prepare_data(run, files.tokenizer, eos_ids(folder, files.tokenizer), files.vocab_rows)
-    check_data(start, run, data.digest)
-    say(data.describe())
-    if (longest := data.train.counts.longest) > files.spec.context:
-        text = f"the longest example has {longest:,} tokens, and the model was made for {files.spec.context:,}"
-        say(f"warning: {text}; fix: data.seq_len={files.spec.context}")
+    hashes = {"model_hash": weights_digest(folder) if weights == "stored" else None}
+    data = read_data(run, start, files, hashes, say)
     total_steps = data.schedule.steps(run.train.duration)
     torch.manual_seed(run.train.seed)
     model = define_model(run, files)
@@ -124,7 +122,8 @@ def build(
     if checkpoints:
         check_disk(run, trained)
     machine = probe_machine(run, files, device)
-    plan = resolve_plan(run, files.spec, machine, trained=trained, step=data.schedule.step_size(), longest=longest)
+    size, longest = data.schedule.step_size(), data.train.counts.longest
+    plan = resolve_plan(run, files.spec, machine, trained=trained, step=size, longest=longest, before=start.micro_batch)
     saved = start.found.path if start.found else None
     root, plan = build_model(
         run,
@@ -138,13 +137,46 @@ def build(
     optimizer = make_optimizer(run, root, start)
     if run.model.quantize == "fp8" and not plan.base.startswith("fp8"):
         say(f"warning: the base stays in {plan.base}: {plan.why['base']}")
-    for text in (root.describe(), *plan.describe(why=why)):
+    for text in (root.describe(), *plan.describe(why=why), *describe_micro_batch(start, run, plan)):
         say(text)
-    session = Session(run, files, data, root, optimizer, plan, total_steps)
+    session = Session(run, files, data, root, optimizer, plan, total_steps, hashes)
     first = start.progress.step if start.progress else 0
     if run.train.optimizer_in_backward and (total_steps is None or first < total_steps):
         check_one_micro_batch(run, session.loader(first).batch(first))
     return session
+
+
+def read_data(
+    run: Run, start: Start, files: ModelFiles, hashes: dict[str, Any], say: Callable[[str], None]
+) -> TrainingData:
+    """Prepare the data, compare it and the base with those of the checkpoint, and say what is trained on.
+
+    Args:
+        hashes: holds the base's; those of the data are added.
+    """
+    for text in files.describe():
+        say(text)
+    check_unchanged(start, run, hashes)
+    data = prepare_data(run, files.tokenizer, eos_ids(files.folder, files.tokenizer), files.vocab_rows)
+    hashes |= {"data_hash": data.digest, "validation_hash": data.validation_digest}
+    check_unchanged(start, run, hashes)
+    say(data.describe())
+    if (longest := data.train.counts.longest) > files.spec.context:
+        text = f"the longest example has {longest:,} tokens, and the model was made for {files.spec.context:,}"
+        say(f"warning: {text}; fix: data.seq_len={files.spec.context}")
+    for text in describe_resume(start, run, data.schedule):
+        say(text)
+    return data
+
+
+def describe_micro_batch(start: Start, run: Run, plan: RunPlan) -> list[str]:
+    """A line for the user where a resumed run takes another micro batch than before."""
+    before, now = start.micro_batch, plan.layout.micro_batch
+    if before is None or now == before:
+        return []
+    why = "which no longer fits" if run.train.micro_batch == "auto" else f"train.micro_batch='{before}' keeps it"
+    effect = "dropout falls elsewhere" if run.adapter.dropout else "sums are rounded otherwise"
+    return [f"the micro batch is {now}, and was {before}, {why}: numbers differ from a run that kept it, as {effect}"]
 
 
 def choose_device() -> torch.device:
@@ -261,7 +293,7 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     out, plan = Path(session.run.output_dir), session.plan
     found = {
         "recipe_hash": digest(session.run),
-        "data_hash": session.data.digest,
+        **session.hashes,
         "template": session.data.template.name,
     }
     if session.data.validation is not None:

@@ -31,7 +31,7 @@ from tunesmith.metrics import hardware
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
-from tunesmith.optim.lr_schedule import learning_rate, warmup_steps
+from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
@@ -62,7 +62,10 @@ class Trainer:
     def __init__(self, session: Session, start: Start, sinks: Sinks, stop: StopRequest) -> None:
         self.session, self.run, self.sinks, self.stop = session, session.run, sinks, stop
         self.out = Path(session.run.output_dir)
-        self.progress = dataclasses.replace(start.progress or Progress(), ended=None, data_hash=session.data.digest)
+        micro_batch = str(session.plan.layout.micro_batch)
+        self.progress = dataclasses.replace(
+            start.progress or Progress(), ended=None, micro_batch=micro_batch, **session.hashes
+        )
         self.first_step = self.progress.step
         self.records: list[StepRecord] = []
         self.pending: PendingMetrics | None = None
@@ -72,11 +75,10 @@ class Trainer:
         self.writer = Writer(self.out, self.run.checkpoint.keep, saved_step, sync=sinks.flush)
         self.tokenizer = export.tokenizer_files(session.files.tokenizer, session.data.template, self.out)
         steps_per_epoch = session.data.schedule.steps_per_epoch(0)
-        clock: dict[str, Any] = {"total": session.total_steps, "steps_per_epoch": steps_per_epoch}
-        clock["seconds"] = self.progress.seconds
+        self.lr_schedule: dict[str, Any] = {"total": session.total_steps, "steps_per_epoch": steps_per_epoch}
+        clock = self.lr_schedule | {"seconds": self.progress.seconds}
         self.validate_cadence = Cadence(self.run.validate.every if session.data.validation else None, **clock)
         self.checkpoint_cadence = Cadence(self.run.checkpoint.every, **clock)
-        self.warmup = warmup_steps(self.run.train, session.total_steps, steps_per_epoch)
         self.peak_tflops = hardware.peak_tflops(session.device, session.dtype)
         self.gauges = hardware.Gauges(session.device)
 
@@ -147,8 +149,7 @@ class Trainer:
         """
         model, optimizer = self.session.model, self.session.optimizer
         check_one_micro_batch(self.run, batch)
-        position = self.schedule_position(batch.step)
-        lr = learning_rate(self.run.train, batch.step, warmup=self.warmup, progress=position)
+        lr = scheduled_rate(self.run.train, batch.step, **self.lr_schedule, seconds=self.progress.seconds)
         optimizer.start_step(lr, batch.step)
         denominator = model.method.denominator(batch)
         scale = (optimizer.scale or 1.0) / denominator
@@ -163,12 +164,6 @@ class Trainer:
             metrics = {name: value + made.metrics[name] for name, value in metrics.items()}
         means = (value / denominator for value in (total, *metrics.values()))
         return PendingMetrics(batch.step + 1, batch, AsyncScalars(*means, optimizer.step()), lr)
-
-    def schedule_position(self, step: int) -> float:
-        """Where update `step` (from 0) stands in the learning-rate schedule after warm-up: 0 to 1, by steps or clock."""
-        if self.session.total_steps is None:
-            return self.progress.seconds / (self.run.train.duration.seconds or 1.0)
-        return (step - self.warmup) / max(1, self.session.total_steps - self.warmup)
 
     # ---- metrics --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,279 @@
+"""What a start that goes on keeps, refuses and says: micro batch, base, data, duration, learning rate; and log.txt."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from recipes import make_run, merge
+from tunesmith.errors import DataError, ModelError, RecipeError, TunesmithError
+from tunesmith.metrics.record import StepRecord, read_records
+from tunesmith.model.safetensors_files import weights_digest
+from tunesmith.runtime import resolve
+from tunesmith.training.result import Result
+from tunesmith.training.run import train
+
+
+@pytest.fixture
+def own(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the small model, to be changed."""
+    return Path(shutil.copytree(tiny, tmp_path / "base"))
+
+
+@pytest.fixture
+def shown() -> list[str]:
+    return []
+
+
+def go(model: Path, folder: Path, shown: list[str], **changes: Any) -> Result:
+    both = merge({"train": {"duration": "4 steps"}}, changes)
+    return train(make_run(model, folder, **both), say=lambda text: shown.extend(text.splitlines()))
+
+
+def numbers(folder: Path) -> list[tuple[float, ...]]:
+    records = read_records(folder / "run" / "metrics.jsonl")
+    return [(r.loss, r.grad_norm, r.learning_rate, r.val_loss or 0.0) for r in records]
+
+
+def progress(folder: Path, step: int) -> dict[str, Any]:
+    return dict(json.loads((folder / "run" / f"checkpoint-{step}" / "state" / "progress.json").read_text()))
+
+
+# --- micro batch ----------------------------------------------------------------------------------------------------
+
+DROPOUT = {"adapter": {"dropout": 0.2}, "train": {"duration": "8 steps", "global_batch": "24 examples"}}
+
+
+def stopping(step: int) -> Callable[[StepRecord], object]:
+    import signal
+
+    def stop(record: StepRecord) -> None:
+        if record.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    return stop
+
+
+def test_other_free_memory_does_not_change_the_numbers(
+    tiny: Path, tmp_path: Path, shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout they depend on the micro batch. Here the memory alone would choose another one after the stop."""
+    chosen: list[int] = []
+    fastest = resolve.MemoryEstimator.fastest_micro_batch
+
+    def choose(self: resolve.MemoryEstimator, *args: Any, **options: Any) -> int:
+        chosen.append(fastest(self, *args, **options) if not chosen else 128)
+        return chosen[-1]
+
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(resolve.MemoryEstimator, "fastest_micro_batch", choose)
+        run = make_run(tiny, tmp_path / "cut", **DROPOUT)
+        with pytest.raises(TunesmithError, match="stopped by SIGTERM"):
+            train(run, say=None, on_record=stopping(3))
+        kept = progress(tmp_path / "cut", 3)["micro_batch"]
+        train(run, say=shown.append)
+        assert chosen == [int(kept.split()[0])], "it is not chosen again"
+    assert not [line for line in shown if "numbers differ" in line]
+    go(tiny, tmp_path / "whole", [], **DROPOUT)
+    assert int(kept.split()[0]) > 128
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("dropout", "effect"), [(0.2, "dropout falls elsewhere"), (0.0, "sums are rounded otherwise")])
+def test_another_micro_batch_is_told(
+    dropout: float, effect: str, tiny: Path, tmp_path: Path, shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = {"adapter": {"dropout": dropout}}
+    go(tiny, tmp_path, [], **adapter, train={"micro_batch": "256 tokens"})
+    go(tiny, tmp_path, shown, **adapter, train={"duration": "5 steps", "micro_batch": "128 tokens"})
+    told = [line for line in shown if "micro batch is" in line]
+    assert len(told) == 1
+    assert "the micro batch is 128 tokens, and was 256 tokens, train.micro_batch='256 tokens' keeps it" in told[0]
+    assert effect in told[0]
+    shown.clear()
+    monkeypatch.setattr(resolve.MemoryEstimator, "fits", lambda *args: False)
+    monkeypatch.setattr(resolve.MemoryEstimator, "fastest_micro_batch", lambda *args, **options: 384)
+    go(tiny, tmp_path, shown, **adapter, train={"duration": "6 steps"})
+    told = [line for line in shown if "micro batch is" in line]
+    assert len(told) == 1
+    assert "the micro batch is 384 tokens, and was 128 tokens, which no longer fits" in told[0]
+
+
+def test_recompute_changes_no_number_with_dropout(tiny: Path, tmp_path: Path) -> None:
+    """So a resumed run may recompute other layers. checkpoint() restores the state of the random generator."""
+    for name in ("none", "full"):
+        (tmp_path / name).mkdir()
+        go(tiny, tmp_path / name, [], **merge(DROPOUT, {"train": {"recompute": name}}))
+    assert numbers(tmp_path / "none") == numbers(tmp_path / "full")
+
+
+# --- base and data --------------------------------------------------------------------------------------------------
+
+
+def one_weight(base: Path) -> None:
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    file.unlink()
+    save_file(tensors, file, {"format": "pt"})
+
+
+def words(name: str) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        path = base.parent / f"{name}.jsonl"
+        path.write_text(path.read_text().replace("amber", "umber", 1))
+
+    return change
+
+
+CHANGED: dict[str, tuple[Callable[[Path], None], type[TunesmithError], str, str]] = {
+    "base": (one_weight, ModelError, "the base model is not what this run began with", "model.name: "),
+    "training rows": (words("train"), DataError, "the training data is not", "data.train: "),
+    "validation rows": (words("held"), DataError, "the validation data is not", "data.validation: "),
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "none"])
+@pytest.mark.parametrize("part", CHANGED)
+def test_a_base_or_rows_changed_under_their_name_are_refused(
+    part: str, kind: str, own: Path, tmp_path: Path, shown: list[str]
+) -> None:
+    change, error, what, where = CHANGED[part]
+    adapter = {"adapter": {"kind": kind}}
+    go(own, tmp_path, [], **adapter)
+    hashes = {key: value for key, value in progress(tmp_path, 4).items() if key.endswith("_hash")}
+    assert hashes.keys() == {"model_hash", "data_hash", "validation_hash"}
+    identity = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert hashes == {key: identity[key] for key in hashes}
+    change(own)
+    again: dict[str, Any] = {**adapter, "train": {"duration": "5 steps"}}
+    with pytest.raises(error) as raised:
+        go(own, tmp_path, shown, **again)
+    assert raised.value.what.startswith(what)
+    assert raised.value.where.startswith(where)
+    assert "checkpoint.resume=force" in raised.value.fix
+    assert go(own, tmp_path, shown, **again, checkpoint={"resume": "force"}).steps == 5
+    again["train"]["duration"] = "6 steps"
+    assert go(own, tmp_path, shown, **again).steps == 6, "from here on these are its own"
+
+
+def test_fewer_validation_examples_and_checkpoints_without_hashes_go_on(
+    own: Path, tmp_path: Path, shown: list[str]
+) -> None:
+    go(own, tmp_path, [])
+    go(own, tmp_path, [], train={"duration": "5 steps"}, validate={"max_examples": 3})
+    from tunesmith.checkpoint.state import seal
+
+    file = tmp_path / "run" / "checkpoint-5" / "state" / "progress.json"
+    new = ("validation_hash", "model_hash", "micro_batch")
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new}))
+    seal(tmp_path / "run" / "checkpoint-5", 5)
+    one_weight(own)
+    assert go(own, tmp_path, shown, train={"duration": "6 steps"}).steps == 6
+
+
+def test_the_hash_of_weights_knows_tensors_and_not_places(own: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    before = weights_digest(own)
+    other = own.rename(tmp_path / "elsewhere")
+    assert weights_digest(other) == before
+    model = AutoModelForCausalLM.from_pretrained(other)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert weights_digest(tmp_path / "shards") == before
+    for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"):
+        with torch.no_grad():
+            model.get_parameter(name).mul_(1.001)
+        model.save_pretrained(tmp_path / name)
+        assert weights_digest(tmp_path / name) != before, name
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    assert weights_digest(tmp_path / "bf16") != before
+
+
+# --- duration and learning rate -------------------------------------------------------------------------------------
+
+# 48 rows in steps of 8: 6 steps an epoch.
+LONGER = [
+    ("4 steps", "2 epochs", "train.duration: 4 steps -> 2 epochs (= 12 steps)", 12),
+    ("1 epochs", "7 steps", "train.duration: 1 epochs (= 6 steps) -> 7 steps", 7),
+    ("0.5 epochs", "1 epochs", "train.duration: 0.5 epochs (= 3 steps) -> 1 epochs (= 6 steps)", 6),
+    ("4 steps", "6 steps", "train.duration: 4 steps -> 6 steps", 6),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "line", "steps"), LONGER)
+def test_a_longer_duration_is_taken_in_any_unit(
+    old: str, new: str, line: str, steps: int, tiny: Path, tmp_path: Path, shown: list[str]
+) -> None:
+    first = go(tiny, tmp_path, [], train={"duration": old}).steps
+    assert go(tiny, tmp_path, shown, train={"duration": new}).steps == steps
+    checkpoint = tmp_path / "run" / f"checkpoint-{first}"
+    assert f"resuming from step {first} of {steps}, {checkpoint}" in shown
+    assert line in shown
+    assert [r.step for r in read_records(tmp_path / "run" / "metrics.jsonl")] == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("7 steps", "1 epochs", "train.duration: 7 steps -> 1 epochs (= 6 steps)"),
+        ("2 epochs", "11 steps", "train.duration: 2 epochs (= 12 steps) -> 11 steps"),
+        ("7 steps", "0.000001 s", "train.duration: 7 steps -> 1e-06 s (about 0 steps)"),
+    ],
+)
+def test_a_shorter_duration_is_refused_in_any_unit(
+    old: str, new: str, where: str, tiny: Path, tmp_path: Path, shown: list[str]
+) -> None:
+    changes: dict[str, Any] = {"train": {"duration": old, "warmup": "0 steps"}}
+    go(tiny, tmp_path, [], **changes)
+    changes["train"]["duration"] = new
+    with pytest.raises(RecipeError) as raised:
+        go(tiny, tmp_path, shown, **changes)
+    assert (raised.value.what, raised.value.where) == ("the run would be shorter than it began", where)
+    assert "--fresh" in raised.value.fix
+    go(tiny, tmp_path, shown, **changes, checkpoint={"resume": "force"})
+
+
+def test_a_time_is_compared_by_the_speed_so_far(tiny: Path, tmp_path: Path, shown: list[str]) -> None:
+    changes: dict[str, Any] = {"train": {"duration": "4 steps", "warmup": "0 steps"}}
+    go(tiny, tmp_path, [], **changes)
+    seconds = progress(tmp_path, 4)["seconds"]
+    changes["train"]["duration"] = f"{seconds * 3:.6f} s"
+    go(tiny, tmp_path, shown, **changes)
+    (line,) = (line for line in shown if line.startswith("train.duration"))
+    assert line == f"train.duration: 4 steps -> {float(f'{seconds * 3:.6f}')} s (about 12 steps)"
+
+
+def test_a_jump_of_the_learning_rate_is_told(tiny: Path, tmp_path: Path, shown: list[str]) -> None:
+    """Cosine to 0 in 4 steps, after 2 of warm-up; stretched to 40 it stands near its peak of 1e-3 again."""
+    go(tiny, tmp_path, [])
+    last = read_records(tmp_path / "run" / "metrics.jsonl")[-1].learning_rate
+    go(tiny, tmp_path, shown, train={"duration": "40 steps"})
+    after = read_records(tmp_path / "run" / "metrics.jsonl")[4].learning_rate
+    assert after == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 2 / 38)))
+    told = f"the learning rate jumps from {last:.2e} to {after:.2e}: its schedule now spans 40 steps"
+    assert [line for line in shown if "learning rate" in line] == [told]
+
+
+def test_no_jump_is_told_where_there_is_none(tiny: Path, tmp_path: Path, shown: list[str]) -> None:
+    constant = {"schedule": "constant", "duration": "4 steps"}
+    go(tiny, tmp_path, [], train=constant)
+    go(tiny, tmp_path, shown, train=constant | {"duration": "8 steps"})
+    (tmp_path / "stopped").mkdir()
+    run = make_run(tiny, tmp_path / "stopped")
+    with pytest.raises(TunesmithError, match="stopped by SIGTERM"):
+        train(run, say=None, on_record=stopping(3))
+    train(run, say=lambda text: shown.extend(text.splitlines()))
+    assert not [line for line in shown if "learning rate jumps" in line or line.startswith("train.duration: 8")]
+    assert f"resuming from step 3 of 8, {tmp_path / 'stopped' / 'run' / 'checkpoint-3'}" in shown
