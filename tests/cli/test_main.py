@@ -133,6 +133,8 @@ def test_wrong_commands(words: list[str], what: str, fix: str, capsys: pytest.Ca
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (OSError(errno.ENOSPC, "No space left", "/x"), 2, "error: the disk is full\n  where: /x\n  fix: make room"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: not permitted: Permission denied\n  where: /x"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"), 2, "error: out of memory\n  where: this machine\n  why: Default"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "error: out of memory\n  where: this machine\n  why: CUDA"),
         (ModuleNotFoundError("no", name="wandb.sdk"), 2, "error: the Python package wandb is missing\n  fix: pip install 'wandb>=0.18'"),
     ],
 )  # fmt: skip

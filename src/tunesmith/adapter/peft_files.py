@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError, first_line
 from tunesmith.host_files import refuse_special_files
+from tunesmith.model.safetensors_files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -136,14 +138,9 @@ def read_adapter(folder: Path) -> Adapter:
         what = "the adapter's configuration cannot be read"
         return ModelError(what, where=str(file), why=why, fix="name a PEFT adapter's folder, or copy the adapter again")
 
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"there is no {CONFIG}", where=str(folder), fix="name a PEFT adapter's folder") from error
-    except (OSError, ValueError) as error:
-        raise broken(str(error)) from error
-    if not isinstance(raw, dict):
-        raise broken("it is not a JSON object")
+    if not file.exists():
+        raise ModelError(f"there is no {CONFIG}", where=str(folder), fix="name a PEFT adapter's folder")
+    raw = read_json(file)
     for name, neutral in NEUTRAL.items():
         if name in raw and not neutral(raw[name]):
             raise ModelError(
@@ -154,14 +151,18 @@ def read_adapter(folder: Path) -> Adapter:
             )
     try:
         target = raw["target_modules"]
-        return Adapter(
-            rank=int(raw["r"]),
-            alpha=float(raw["lora_alpha"]),
-            dropout=float(raw.get("lora_dropout") or 0.0),
-            rslora=bool(raw.get("use_rslora")),
-            target=target if isinstance(target, str) else tuple(sorted(target)),
-            modules_to_save=tuple(raw.get("modules_to_save") or ()),
-        )
+        values = {
+            "rank": raw["r"],
+            "alpha": raw["lora_alpha"],
+            "dropout": raw.get("lora_dropout") or 0.0,
+            "rslora": bool(raw.get("use_rslora")),
+            "target": target if isinstance(target, str) else sorted(target),
+            "modules_to_save": raw.get("modules_to_save") or [],
+        }
+        return TypeAdapter(Adapter).validate_json(json.dumps(values))  # held to the recipe's types and bounds
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise broken(f"{first['loc'][0]} is {str(first['input'])[:80]!r}: {first['msg']}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise broken(f"a value is missing or wrong: {error}") from error
 

@@ -23,7 +23,16 @@ from itertools import pairwise
 from typing import NoReturn
 
 from tunesmith import __version__
-from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError, StoppedError, TunesmithError, UsageError, disk_fault
+from tunesmith.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    MachineError,
+    StoppedError,
+    TunesmithError,
+    UsageError,
+    disk_fault,
+    first_line,
+)
 from tunesmith.packages import pip_install
 from tunesmith.runtime.host import bound_product_caches
 from tunesmith.signals import settle
@@ -176,6 +185,9 @@ def _machine_error(error: BaseException) -> MachineError | None:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("tunesmith"):
         package = error.name.partition(".")[0]
         return MachineError(f"the Python package {package} is missing", fix=pip_install(package))
+    if isinstance(error, MemoryError) or "tried to allocate" in str(error).lower():  # the words of torch, CPU and CUDA
+        fix = "a smaller batch (--batch-size), a model of fewer or smaller weights, or a machine with more"
+        return MachineError("out of memory", where="this machine", why=first_line(error)[:300], fix=fix)
     where = str(error.filename or "") if isinstance(error, OSError) else ""
     if (full := disk_fault(error)) is not None:
         fix = "make room (df -h), then start the same command again"

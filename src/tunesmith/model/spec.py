@@ -91,6 +91,8 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
     if heads % kv_heads:
         what = f"{heads} attention heads cannot share {kv_heads} key-value heads"
         raise ModelError(what, where=where, fix="correct num_attention_heads or num_key_value_heads")
+    if not 0 <= (config.get("attention_dropout") or 0) < 1:
+        raise ValueError(f"attention_dropout is {config['attention_dropout']}")
     tied = bool(config.get("tie_word_embeddings", family.tied))
     attention_bias, mlp_bias = bool(config.get("attention_bias", False)), bool(config.get("mlp_bias", False))
     qkv_bias = attention_bias if family.qkv_bias is None else family.qkv_bias

@@ -19,6 +19,7 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     refuse_special_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        tokenizer("a")  # a setting of a wrong type shows in use only
     except Exception as error:  # Transformers and tokenizers raise many kinds for a missing or broken file
         fix = "put tokenizer.json (or tokenizer.model) and tokenizer_config.json there, or set model.tokenizer"
         why = one_line(error)
