@@ -33,6 +33,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_house.py
 	$(BIN)/python -m tunesmith.config.describe --check docs/recipe.md
+	$(BIN)/python -m tunesmith.config.describe --check recipes/schema.json
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

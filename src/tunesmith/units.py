@@ -22,7 +22,8 @@ _ALIASES = {
     "step": "steps", "epoch": "epochs", "sec": "s", "second": "s", "seconds": "s", "minute": "min", "minutes": "min",
     "hour": "h", "hours": "h", "percent": "%", "example": "examples", "rows": "examples", "token": "tokens",
 }  # fmt: skip
-_FORM = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]+)\s*$")
+_NUMBER = r"[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
+_FORM = re.compile(rf"^\s*({_NUMBER})\s*([A-Za-z%]+)\s*$")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class _Amount:
         from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
         return no_info_after_validator_function(cls.parse, str_schema())
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
+        """Its grammar, for editors."""
+        words = [*cls.units, *(alias for alias, unit in _ALIASES.items() if unit in cls.units)]
+        return {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*({'|'.join(words)})\s*$"}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pytest
 
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
-from tunesmith.config.shipped import shipped
+from tunesmith.config.shipped import copy_of, shipped
 from tunesmith.model.shapes import SHAPES, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,7 +120,7 @@ def test_every_command_runs(page: str, place: Path, tiny: Path, capsys: pytest.C
             run_count += 1
             if words[:2] == ["recipes", "copy"]:
                 copied = Path(words[3]).read_text()
-                assert copied == shipped()[words[2]].read_text()
+                assert copied == copy_of(shipped()[words[2]])
                 Path(words[3]).write_text(recipe_of_the_readme(tiny))
             if page == "README.md" and ("data.train.source=rows.jsonl" in words or words[0] == "merge"):
                 shutil.rmtree(place / "runs")  # what follows is another run: on the recipe's own rows, or to be watched

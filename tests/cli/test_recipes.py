@@ -10,7 +10,7 @@ import pytest
 from tunesmith.cli.main import main
 from tunesmith.cli.recipes import describe_adapter
 from tunesmith.config.load import load_recipe
-from tunesmith.config.shipped import purpose, shipped
+from tunesmith.config.shipped import copy_of, purpose, shipped
 
 NAME = "smollm2-135m-lora"
 
@@ -59,7 +59,7 @@ def test_copy(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
     for words, path in (([], f"{NAME}.yaml"), (["mine.yaml"], "mine.yaml"), (["folder"], f"folder/{NAME}.yaml")):
         assert main(["recipes", "copy", NAME, *words]) == 0
         assert capsys.readouterr().out == f"{path}\n"
-        assert Path(path).read_text() == shipped()[NAME].read_text()
+        assert Path(path).read_text() == copy_of(shipped()[NAME])
     assert load_recipe("mine.yaml") == load_recipe(NAME)
 
 
@@ -72,4 +72,4 @@ def test_copy_never_writes_over_a_file(capsys: pytest.CaptureFixture[str], tmp_p
     assert "--force" in shown
     assert path.read_text() == "mine"
     assert main(["recipes", "copy", NAME, str(path), "--force"]) == 0
-    assert path.read_text() == shipped()[NAME].read_text()
+    assert path.read_text() == copy_of(shipped()[NAME])

@@ -17,7 +17,7 @@ from tunesmith.config.dump import dump, to_mapping
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import nearest
 from tunesmith.config.schema import Run
-from tunesmith.config.shipped import purpose, shipped
+from tunesmith.config.shipped import copy_of, purpose, shipped
 from tunesmith.errors import EXIT_OK, MachineError, UsageError
 
 WIDE = 130  # columns of a terminal that leave 60 for what a recipe is for
@@ -93,7 +93,7 @@ def _copy(name: str, destination: Path, *, force: bool) -> int:
         fix = f"did you mean {near}?" if near else "tunesmith recipes"
         raise UsageError(f"no recipe {name!r} ships with tunesmith", where="command line", fix=fix)
     path = destination / f"{name}.yaml" if destination.is_dir() else destination
-    text = known[name].read_text(encoding="utf-8")
+    text = copy_of(known[name])
     try:
         with path.open("w" if force else "x", encoding="utf-8") as file:
             file.write(text)

@@ -1,15 +1,18 @@
-"""The reference of all recipe keys, from the schema: `python -m tunesmith.config.describe --write docs/recipe.md`.
+"""What is made of the schema: the reference of all keys in docs/recipe.md, and recipes/schema.json for editors.
 
-It replaces what follows the mark in that page. `--check FILE` compares instead, and exits 1 if the page has drifted.
+`python -m tunesmith.config.describe --write FILE` writes either, by the ending `.md` or `.json`; of a page it replaces
+what follows the mark. `--check FILE` compares instead, and exits 1 if the file has drifted.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from tunesmith.config.check import COLUMNS
+from tunesmith.config.json_schema import json_schema
 from tunesmith.config.names import keys
 from tunesmith.config.schema import is_section
 from tunesmith.config.typed import default_of, type_in_words
@@ -48,11 +51,13 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 def write_or_check(arguments: list[str]) -> int:
     """`--write FILE` or `--check FILE`; the exit status of a command."""
     if len(arguments) != 2 or arguments[0] not in ("--write", "--check"):
-        print("usage: python -m tunesmith.config.describe --write|--check docs/recipe.md", file=sys.stderr)
+        print("usage: python -m tunesmith.config.describe --write|--check FILE.md|FILE.json", file=sys.stderr)
         return 2
     path = Path(arguments[1])
-    old = path.read_text(encoding="utf-8")
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
     page = old.partition(MARK)[0] + MARK + reference()
+    if path.suffix == ".json":
+        page = json.dumps(json_schema(), indent=1) + "\n"
     if arguments[0] == "--write":
         path.write_text(page, encoding="utf-8")
     elif page != old:
@@ -60,7 +65,7 @@ def write_or_check(arguments: list[str]) -> int:
         print(f"{path} differs from the schema; run: {command}", file=sys.stderr)
         return 1
     else:
-        print(f"{path}: {len(reference().splitlines())} lines agree with the schema")
+        print(f"{path}: {len(page.splitlines())} lines agree with the schema")
     return 0
 
 

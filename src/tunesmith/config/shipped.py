@@ -7,6 +7,8 @@ from pathlib import Path
 from tunesmith.config.names import nearest
 from tunesmith.errors import RecipeError
 
+MODELINE = "# yaml-language-server: $schema="  # how the YAML language server, and so an editor, finds a file's schema
+
 
 def shipped() -> dict[str, Path]:
     """Name -> file of every shipped recipe, by name."""
@@ -17,9 +19,15 @@ def shipped() -> dict[str, Path]:
 
 
 def purpose(path: Path) -> str:
-    """What a recipe is for: its first line, a comment."""
+    """What a recipe is for: the comment below the line for editors."""
     with path.open(encoding="utf-8") as file:
-        return file.readline().lstrip("# ").strip()
+        return next(line.lstrip("# ").strip() for line in file if not line.startswith(MODELINE))
+
+
+def copy_of(path: Path) -> str:
+    """The text of a shipped recipe for another folder: its first line leads editors to the schema beside the original."""
+    text = path.read_text(encoding="utf-8").partition("\n")[2]
+    return f"{MODELINE}{path.with_name('schema.json').as_uri()}\n{text}"
 
 
 def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
