@@ -21,7 +21,7 @@ from tunesmith.errors import MachineError
 from tunesmith.host_files import is_terminal
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.sink import Sink, Sinks
-from tunesmith.metrics.sinks import JsonlSink, TensorBoardSink, WandbSink, sinks_of
+from tunesmith.metrics.sinks import JsonlSink, TensorBoardSink, sinks_of
 from tunesmith.metrics.terminal import Terminal, format_seconds
 from tunesmith.units import Length
 
@@ -118,13 +118,6 @@ def test_a_folder_that_is_a_file_is_told(tmp_path: Path, run: Run) -> None:
     assert "log.tensorboard_dir" in raised.value.fix
 
 
-def test_wandb_missing_names_the_install(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MachineError) as raised:
-        WandbSink(tmp_path).open(run, 0)
-    assert "pip install 'wandb>=0.18'" in raised.value.fix
-
-
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed (extra: wandb)")
 def test_wandb_offline_keeps_its_id_over_a_resume(tmp_path: Path, run: Run) -> None:
     """In a process of its own: W&B starts a service that would outlive the test's environment."""
@@ -133,10 +126,10 @@ import sys
 from pathlib import Path
 from tunesmith.config.schema import Data, Model, Run, Source
 from tunesmith.metrics.record import StepRecord
-from tunesmith.metrics.sinks import WandbSink
+from tunesmith.metrics.trackers import TrackerSink
 folder, resumed = Path(sys.argv[1]), int(sys.argv[2])
 run = Run(model=Model(name="org/base"), data=Data(train=(Source(source="rows.jsonl"),)), output_dir=str(folder))
-sink = WandbSink(folder)
+sink = TrackerSink("wandb", folder, print)
 sink.open(run, resumed)
 step = resumed + 1
 sink.step(StepRecord(step=step, epoch=0.1, loss=2.5, learning_rate=1e-4, grad_norm=1.0, tokens=1,
@@ -297,7 +290,14 @@ def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
 
     assert kinds() == ["Terminal", "JsonlSink", "TensorBoardSink"]
     assert kinds(tensorboard=False) == ["Terminal", "JsonlSink"]
-    assert kinds(wandb=True) == ["Terminal", "JsonlSink", "TensorBoardSink", "WandbSink"]
+    assert kinds(wandb=True) == ["Terminal", "JsonlSink", "TensorBoardSink", "TrackerSink"]
+    assert kinds(trackers=("mlflow", "trackio")) == [
+        "Terminal",
+        "JsonlSink",
+        "TensorBoardSink",
+        "TrackerSink",
+        "TrackerSink",
+    ]
     elsewhere = replace(run, log=Log(tensorboard_dir=str(tmp_path / "logs")))
     sinks = sinks_of(elsewhere, tmp_path, total_steps=1, steps_per_epoch=1, stream=io.StringIO())
     sinks.open(elsewhere, 0)

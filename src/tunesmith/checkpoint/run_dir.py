@@ -14,15 +14,18 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import get_args
 
 from tunesmith.checkpoint.state import find_damage, free_name, remove
+from tunesmith.config.schema import TrackerName
 from tunesmith.errors import MachineError, UsageError
 
 RECIPE, IDENTITY, LOCK = "config.yaml", "env.json", ".lock"
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
-FILES = (RECIPE, IDENTITY, "metrics.jsonl", "log.txt", "failure.json", "best.json", "wandb-id.txt")
+TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
+FILES = (RECIPE, IDENTITY, "metrics.jsonl", "log.txt", "failure.json", "best.json", *TRACKER_IDS)
 FOLDERS = ("final", "tensorboard", "profile")
-BEFORE_IDENTITY = ("metrics.jsonl", "log.txt", "wandb-id.txt", "tensorboard")
+BEFORE_IDENTITY = ("metrics.jsonl", "log.txt", "tensorboard", *TRACKER_IDS)
 _LEFTOVER = re.compile(
     rf"\.(?:{'|'.join(map(re.escape, FILES))})(?:\.\d+)?\.partial"
     r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)|\.tokenizer-\w+\.partial"

@@ -57,6 +57,12 @@ def _plain(run: Run) -> dict[str, Any]:
     return json.loads(json.dumps(run, default=default))
 
 
+def flatten(run: Run) -> dict[str, str | int | float | bool | None]:
+    """Dotted key -> value, for what takes no nested ones; lists as JSON text."""
+    leaves = _leaves(to_mapping(run)).items()
+    return {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in leaves}
+
+
 def dump(run: Run) -> str:
     """The resolved recipe as YAML 1.2."""
     return to_yaml(to_mapping(run))

@@ -161,7 +161,8 @@ def _fix_type(value: _Value) -> str:
         meant = type(scalar(given.strip()))
         if meant in kinds or (meant is int and float in kinds):
             return f"write {value.line(given.strip())}, without quotes"
-        if kinds[0] == tuple[str, ...]:
+        entry = get_args(kinds[0])[:1]
+        if kinds[0] == tuple[str, ...] or (get_origin(kinds[0]) is tuple and given in literal_words(entry[0])):
             return f"write it as a list: {value.line(f'[{given}]')}"
     if listed and isinstance(given, str | bool):
         if absent := other_tools("absent").get(str(given).lower()):

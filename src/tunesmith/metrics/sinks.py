@@ -1,4 +1,4 @@
-"""The sinks of step records: metrics.jsonl, TensorBoard and W&B, and which of them a recipe asks for."""
+"""The sinks of step records: metrics.jsonl and TensorBoard here, trackers beside it; and which a recipe asks for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tunesmith.errors import MachineError
 from tunesmith.metrics.record import StepRecord, cut_back
 from tunesmith.metrics.sink import Sink, Sinks
 from tunesmith.metrics.terminal import Terminal
-from tunesmith.packages import require
+from tunesmith.metrics.trackers import TrackerSink, trackers_of
 
 
 class JsonlSink(Sink):
@@ -98,57 +98,6 @@ def _verbatim(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])
 
 
-class WandbSink(Sink):
-    """Weights & Biases, set up by its own WANDB_ variables; a resumed run keeps the id stored in its folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._run: Any = None
-
-    def open(self, run: Run, resumed_at: int) -> None:
-        require("wandb", where="log.wandb", fix="log.wandb=false")
-        import wandb
-
-        from tunesmith.config.dump import to_mapping
-
-        kept = self.folder / "wandb-id.txt"
-        known = kept.read_text().strip() if resumed_at and kept.exists() else None
-        try:
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "tunesmith"),
-                name=os.environ.get("WANDB_NAME", self.folder.name),
-                id=known or os.environ.get("WANDB_RUN_ID"),
-                resume="allow" if known else None,
-                dir=str(self.folder),
-                config=to_mapping(run),
-            )
-        except wandb.errors.Error as error:
-            fix = "wandb login, or WANDB_MODE=offline, or log.wandb=false"
-            raise MachineError("Weights & Biases did not start", where="log.wandb", why=str(error), fix=fix) from None
-        kept.write_text(self._run.id + "\n")
-        # W&B's own step may not decrease, and a resumed run repeats the steps after its checkpoint.
-        self._run.define_metric("train/*", step_metric="train/step")
-        self._run.define_metric("validation/*", step_metric="train/step")
-
-    def step(self, record: StepRecord) -> None:
-        values = record.values().items()
-        self._run.log({f"train/{name}": value for name, value in values if name != "val_loss" and value is not None})
-
-    def validation(self, step: int, loss: float) -> None:
-        self._run.log({"train/step": step, "validation/loss": loss})
-
-    def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
-        import wandb
-
-        table = wandb.Table(columns=["step", "prompt", "answer"], data=[[step, *row] for row in rows])
-        self._run.log({"train/step": step, "samples": table})
-
-    def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
-
-
 def sinks_of(
     run: Run, folder: Path, *, total_steps: int | None, steps_per_epoch: int, stream: TextIO | None = None
 ) -> Sinks:
@@ -158,6 +107,5 @@ def sinks_of(
     if run.log.tensorboard:
         elsewhere = run.log.tensorboard_dir
         sinks.append(TensorBoardSink(Path(elsewhere or folder / "tensorboard"), shared=elsewhere is not None))
-    if run.log.wandb:
-        sinks.append(WandbSink(folder))
+    sinks += [TrackerSink(name, folder, lambda text: terminal.text("tracker", text)) for name in trackers_of(run)]
     return Sinks(sinks)
