@@ -6,6 +6,7 @@ Of a model on the Hub only the tokenizer and the configuration are downloaded.
 
 examples:
   tunesmith data smollm2-135m-lora
+  tunesmith data --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv     # before training on rows of your own
   tunesmith data my-recipe.yaml data.train_on=last --rows 10
   tunesmith data my-recipe.yaml --json > tokens.json
 """
@@ -20,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tunesmith.cli.options import add_recipe, chosen_recipe
 from tunesmith.errors import EXIT_OK
 
 if TYPE_CHECKING:
@@ -35,28 +37,20 @@ _ROW_TOKENS = 800  # tokens of a row that are shown
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `tunesmith data`."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of one that ships")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    add_recipe(parser)
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows to show (default 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the data as `train` does, and show it; errors leave as TunesmithError with their exit code."""
-    from tunesmith.config.load import load_recipe
-
-    recipe = load_recipe(args.recipe, args.overrides, say=partial(print, file=sys.stderr))
+    recipe, _ = chosen_recipe(args, partial(print, file=sys.stderr))
     from tunesmith.data.prepare import prepare_data
     from tunesmith.hub import fetch
     from tunesmith.model.load import load_config
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer, vocab_rows
 
-    if fetch.local_model(recipe.model) is not None:
-        folder = fetch.fetch(recipe.model)
-    else:
-        folder = fetch.cached_model(recipe.model) or fetch.fetch_without_weights(
-            recipe.model.name, recipe.model.revision
-        )
+    folder = fetch.fetch_for_tokens(recipe.model)
     tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
     rows = vocab_rows(load_config(folder, recipe.model), tokenizer, recipe.model)
     prepared = prepare_data(recipe, tokenizer, eos_ids(folder, tokenizer), rows, strict=False)

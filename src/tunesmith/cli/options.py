@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from tunesmith.config.schema import Run
     from tunesmith.inference.decoding import Decoding
+    from tunesmith.training.make_recipe import MadeRecipe
 
 FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text")
 
@@ -43,9 +46,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def column_names(text: str) -> dict[str, str]:
-    """`prompt=question`, or a mapping as recipes write it: `{prompt: question, completion: answer}`."""
-    name, found, column = text.partition("=")
-    given: Any = {name.strip(): column.strip()} if found else None
+    """`prompt=question,completion=answer`, or a mapping as recipes write it: `{prompt: question, completion: answer}`."""
+    pairs = [pair.partition("=") for pair in re.split(r",(?=[\w-]+=)", text)]
+    given: Any = {name.strip(): column.strip() for name, _, column in pairs} if "=" in text else None
     if text.lstrip().startswith("{"):
         from tunesmith.config.tree import read_value
 
@@ -80,6 +83,49 @@ def fixes_as_options() -> Iterator[None]:
         error.fix = re.sub(r"\bcolumns: (\{[^}]*\})", r"--columns '\1'", error.fix)
         error.fix = re.sub(r"\b(format|split): ", r"--\1 ", error.fix)
         raise
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """A recipe with overrides; or a model and rows, from which one is made."""
+    recipe = "a recipe file, or the name of one that ships (see `tunesmith recipes`)"
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=recipe)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    own = parser.add_argument_group("without a recipe: look at rows of your own, and make one")
+    own.add_argument("--model", metavar="NAME", help="Hub id, folder or .gguf file")
+    own.add_argument("--data", metavar="FILE", action="append", help="json, jsonl, csv, parquet, arrow, or a Hub id")
+    own.add_argument("--format", choices=FORMATS[1:], dest="format_name", help="what a row looks like, where unclear")
+    names = "which columns are meant, where unclear: prompt=question,completion=answer"
+    own.add_argument("--columns", type=column_names, action="append", metavar="NAME=COLUMN", help=names)
+
+
+def chosen_recipe(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Run, MadeRecipe | None]:
+    """The recipe that the options of `add_recipe` name; or one that is made, in its file's form too."""
+    words = [word for word in (args.recipe, *args.overrides) if word is not None]
+    named = words[0] if words and ("=" not in words[0] or not args.data) else None
+    if args.data and args.model and len(args.data) == 1 and named is None:
+        words += [f"data.train.format={args.format_name}"] if args.format_name else []
+        columns = columns_of(args)
+        words += [f"data.train.columns={json.dumps(columns, ensure_ascii=False)}"] if columns else []
+        from tunesmith.training.make_recipe import make_recipe
+
+        made = make_recipe(args.model, args.data[0], words)
+        say(made.found)
+        return made.run, made
+    example = "--model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
+    if named is not None and (args.data or args.model or args.format_name or args.columns):
+        what = "a recipe and the options that make one (--model, --data, --format, --columns) exclude each other"
+        fix = f"leave {named} out, or give keys: model.name=NAME, data.train.source=FILE"
+    elif named is not None:
+        from tunesmith.config.load import load_recipe
+
+        return load_recipe(named, words[1:], say=say), None
+    elif args.data and len(args.data) > 1:
+        what, fix = "--data is given more than once", "list several sources in a recipe, under data.train"
+    elif args.data:
+        what, fix = "--data needs the model to train", f"add --model: {example}"
+    else:
+        what, fix = "nothing says what to train on", f"name a recipe (tunesmith recipes), or: {example}"
+    raise UsageError(what, where="command line", fix=fix)
 
 
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:

@@ -1,6 +1,7 @@
-"""Fine-tune what a recipe describes, or go on with it.
+"""Fine-tune a model on rows of your own, or what a recipe describes; or go on with it.
 
 example:
+  tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv     # looks at the rows, makes a recipe
   tunesmith train smollm2-135m-lora data.train.source=rows.jsonl data.train.format=alpaca
   tunesmith train my-recipe.yaml train.duration='2 epochs'      # goes on where it stopped
   tunesmith train my-recipe.yaml --fresh                        # puts the old run aside and starts over
@@ -16,6 +17,7 @@ import json
 import sys
 from functools import partial
 
+from tunesmith.cli.options import add_recipe, chosen_recipe
 from tunesmith.errors import EXIT_OK
 from tunesmith.host_files import refuse_many_ranks
 from tunesmith.signals import StopRequest
@@ -23,8 +25,7 @@ from tunesmith.streams import lasting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a recipe file, or the name of one that ships (see `tunesmith recipes`)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    add_recipe(parser)
     parser.add_argument("--fresh", action="store_true", help="put an earlier run in output_dir aside and start over")
     parser.add_argument("--why", action="store_true", help="say why each choice was made for this machine")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
@@ -32,14 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     refuse_many_ranks("train")
+    say = partial(print, file=sys.stderr, flush=True)
     with StopRequest():  # importing torch takes seconds
-        from tunesmith.config.load import load_recipe
-
-        recipe = load_recipe(args.recipe, args.overrides, say=partial(print, file=sys.stderr))
+        recipe, made = chosen_recipe(args, say)
+        if made is not None:
+            made.check_file()
         from tunesmith.metrics.summary import closing_summary
         from tunesmith.training.run import train
 
-    result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv)
+    keep = partial(made.write_file, say) if made is not None else lambda: None
+    result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_start=keep)
     sys.stdout = lasting(sys.stdout)  # the run has ended well, whether or not someone reads this
     with StopRequest() as late:
         late.hold()

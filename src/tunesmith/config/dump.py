@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from io import StringIO
 from typing import Any, NamedTuple
@@ -87,15 +88,24 @@ def _nested(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
 
 
-def to_yaml(values: Mapping[str, Any]) -> str:
-    """Plain values as YAML 1.2 text: sections in block form, lists of scalars on one line."""
+def to_yaml(values: Mapping[str, Any], comments: Mapping[str, str] | None = None) -> str:
+    """Plain values as YAML 1.2 text: sections in block form, lists of scalars on one line.
+
+    `comments` are written above their dotted key; keys below a list have none.
+    """
     yaml, out = YAML(typ="safe", pure=True), StringIO()
     # A class of its own, because representers are added to the class.
     yaml.Representer, yaml.width = type("Representer", (SafeRepresenter,), {}), 1 << 20
     for kind, represent in _REPRESENT.items():
         yaml.Representer.add_representer(kind, represent)
     yaml.dump(dict(values), out)
-    return out.getvalue()
+    lines, above = list[str](), list[str]()
+    for line in out.getvalue().splitlines():
+        indent = len(line) - len(line.lstrip())
+        above = [*above[: indent // 2], line.strip().partition(":")[0]]
+        comment = textwrap.wrap((comments or {}).get(".".join(above), ""), 76 - indent)
+        lines += [*(f"{line[:indent]}# {part}" for part in comment), line]
+    return "\n".join(lines) + "\n"
 
 
 class Change(NamedTuple):

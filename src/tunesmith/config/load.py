@@ -42,7 +42,7 @@ def load_recipe(
         MachineError: something that this version cannot do.
     """
     tree = _read_layers(locate_recipe(recipe, base=Path(), where=str(recipe)), (), say)
-    return _checked(merge_layers(tree, override_layer(overrides), say))
+    return checked(merge_layers(tree, override_layer(overrides), say))
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
@@ -53,10 +53,10 @@ def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
         where: what errors call it, such as the file's name; the key is added.
         base: the folder that relative paths start from.
     """
-    return _checked(wrap(values, where=where, base=base))
+    return checked(wrap(values, where=where, base=base))
 
 
-def _checked(tree: Node) -> Run:
+def checked(tree: Node) -> Run:
     run, places = build_run(resolve_paths(tree)), dict(tree.places())
     check_run(run, lambda key: places.get(key, ""))
     return run

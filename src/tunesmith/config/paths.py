@@ -42,6 +42,18 @@ def resolve_paths(node: Node, key: str = "") -> Node:
     return replace(node, value=_resolve(node.value, name, node, key))
 
 
+def move_paths(node: Node, folder: Path, key: str = "") -> Node:
+    """The same tree for a recipe that lies in `folder`: relative paths that start elsewhere start there."""
+    inside = {name: move_paths(child, folder, f"{key}.{name}".lstrip(".")) for name, child in node.children()}
+    if isinstance(node.value, dict | list):
+        return replace(node, value=inside if isinstance(node.value, dict) else list(inside.values()))
+    name, text = without_indices(key), node.value
+    if name not in _INPUTS or not isinstance(text, str) or text.startswith(("/", "~")):
+        return node
+    path = _resolve(text, name, node, key)
+    return node if path == text else replace(node, value=os.path.relpath(path, folder), base=folder)
+
+
 def _resolve(text: str, name: str, node: Node, key: str) -> str:
     """The absolute path that `text` means, or `text` itself if it is a Hub id or the name of a template."""
     what, fix = "", ""

@@ -95,10 +95,14 @@ def read_rows(source: Source) -> Rows:
     Raises:
         DataError: nothing there, no access, broken, an unknown split, or no row selected.
     """
-    local = is_local(source.source)
-    tables = {"train": open_table(Path(source.source).expanduser())} if local else _read_hub(source)
-    rows = Rows(source.source, select_rows(tables, source.split, where=source.source))
+    rows = Rows(source.source, select_rows(open_splits(source), source.split, where=source.source))
     return rows if source.max_examples is None else rows.take([range(source.max_examples)])
+
+
+def open_splits(source: Source) -> dict[str, Table]:
+    """The splits of a source by name: of a file one, `train`; raises as `read_rows`."""
+    local = is_local(source.source)
+    return {"train": open_table(Path(source.source).expanduser())} if local else _read_hub(source)
 
 
 def from_list(rows: list[dict[str, Any]], name: str = "rows") -> Rows:

@@ -228,6 +228,13 @@ def tokenizer_folder(model: Model, folder: Path) -> Path:
     return folder if model.tokenizer is None else fetch_without_weights(model.tokenizer)
 
 
+def fetch_for_tokens(model: Model) -> Path:
+    """A folder with a model's configuration and tokenizer; of one that is not on this machine, without its weights."""
+    if local_model(model) is not None:
+        return fetch(model)
+    return cached_model(model) or fetch_without_weights(model.name, model.revision)
+
+
 def fetch_without_weights(name: str, revision: str | None = None) -> Path:
     """A local folder, or that of a Hub id's tokenizer and configuration, fetched if needed; ModelError for neither."""
     path = Path(name).expanduser()

@@ -1,0 +1,161 @@
+"""Which format the rows of a file have, and in which columns, found by looking at some of them.
+
+Every layout below that the column names allow is tried with the reader that training uses. A layout is taken if it
+reads every row looked at and no other does; one that uses the columns of another and more is the better of the two
+(instruction, input and output before input and output). What is left open is an error that names the choices.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from shlex import quote
+from typing import Any
+
+from tunesmith.config.check import COLUMNS
+from tunesmith.config.schema import Source
+from tunesmith.data.formats import convert_row
+from tunesmith.data.source import Rows
+from tunesmith.errors import DataError
+
+SAMPLE = 200  # rows looked at, spread over the file
+
+_QUESTION = ("prompt", "question", "query", "input", "problem", "user", "human")
+_ANSWER = ("completion", "answer", "response", "output", "reply", "assistant", "solution")
+_SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools",)
+_CHAT: tuple[str, ...] = ()  # a column of any name that holds lists of objects, or JSON text of them
+# Format, the columns that it needs, those that it may have: the format's name of a column, its names in files.
+_Names = Mapping[str, tuple[str, ...]]
+_LAYOUTS: tuple[tuple[str, _Names, _Names], ...] = (
+    ("messages", {"messages": _CHAT}, {"tools": _TOOLS}),
+    ("sharegpt", {"conversations": _CHAT}, {"system": _SYSTEM, "tools": _TOOLS}),
+    ("prompt-completion", {"prompt": _QUESTION, "completion": _ANSWER}, {}),
+    (
+        "alpaca",
+        {"instruction": ("instruction", *_QUESTION), "output": _ANSWER},
+        {"input": ("input", "context"), "system": _SYSTEM, "history": ("history",)},
+    ),
+    ("text", {"text": ("text", "content")}, {}),
+)
+# Columns with which a row is no example of an answer to learn: what such rows are.
+_OTHER_KINDS = {"chosen rejected": "pairs of a chosen and a rejected answer", "images": "images", "image": "images"}
+
+
+@dataclass(frozen=True)
+class Detected:
+    """How to read some rows. columns: the format's name of a column -> the file's. ignored: the columns not read."""
+
+    format: str
+    columns: dict[str, str]
+    ignored: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """`columns question, answer -> prompt-completion (prompt = question, completion = answer)`."""
+        used = f"column{'s' if len(self.columns) > 1 else ''} {', '.join(self.columns.values())}"
+        ignored = f"; ignored: {', '.join(self.ignored)}" if self.ignored else ""
+        renamed = ", ".join(f"{name} = {column}" for name, column in self.columns.items() if name != column)
+        return f"{used} -> {self.format}{f' ({renamed})' if renamed else ''}{ignored}"
+
+    def flags(self) -> str:
+        """The option that chooses it."""
+        return "--columns " + quote(",".join(f"{name}={column}" for name, column in self.columns.items()))
+
+
+def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
+    """Find the format and the columns of some rows.
+
+    Args:
+        source: `columns` that are known already, and the `format`, unless `any_format`.
+
+    Raises:
+        DataError: no layout reads the rows, more than one does, some rows read otherwise, or they are of another kind.
+    """
+    count = min(SAMPLE, len(rows))
+    sample = {i: rows[i] for i in (n * (len(rows) - 1) // max(1, count - 1) for n in range(count))}
+    columns = list(dict.fromkeys(str(name) for row in sample.values() for name in row))
+    if any_format and not source.columns:
+        _refuse_other_kinds(rows.name, columns)
+    chats = [name for name in columns if any(_is_chat(row.get(name)) for row in sample.values())]
+    found, read, errors = list[Detected](), dict[int, int](), dict[int, DataError]()
+    for layout in _layouts(columns, chats, None if any_format else source.format, source.columns):
+        tried = replace(source, format=layout.format, columns=layout.columns)  # type: ignore[arg-type]
+        read[len(found)] = 0
+        for i, row in sample.items():
+            try:
+                convert_row(row, tried, where=rows.where(i))
+                read[len(found)] += 1
+            except DataError as error:
+                errors.setdefault(len(found), error)
+        found.append(replace(layout, ignored=tuple(c for c in columns if c not in layout.columns.values())))
+    whole = _best([layout for n, layout in enumerate(found) if n not in errors])
+    if len(whole) == 1:
+        return whole[0]
+    listed = f"the columns are {', '.join(columns) or 'none'}"
+    if whole:
+        what, fix = f"{rows.name} can be read in {len(whole)} ways", " or ".join(layout.flags() for layout in whole)
+        raise DataError(what, where=rows.name, why=f"{listed}; more than one may be meant", fix=f"say which: {fix}")
+    if found:  # report what keeps the likeliest layout from reading the rows
+        best = max(read, key=lambda n: read[n])
+        first, layout = errors[best], found[best]
+        why = f"{read[best]} of the {count} rows looked at can be read as {layout.format}; not this one"
+        raise DataError(first.what, where=first.where, why=f"{first.why}; {why}".lstrip("; "), fix=first.fix)
+    if not any(source.columns.keys() <= set(names) for names in COLUMNS.values()):
+        what = f"no format has {' and '.join(source.columns)} as a column's name"
+        fix = "; ".join(f"{name} has {', '.join(names)}" for name, names in COLUMNS.items())
+        raise DataError(what, where=rows.name, why="columns are written NAME=COLUMN: the format's name first", fix=fix)
+    needed = COLUMNS["prompt-completion" if any_format else source.format][:2]
+    flags = ",".join(f"{name}={column}" for name, column in itertools.zip_longest(needed, columns[:2], fillvalue="..."))
+    what = f"no column of {rows.name} has a name that tells what to train on"
+    raise DataError(what, where=rows.name, why=listed, fix=f"say which columns are meant, such as --columns {flags}")
+
+
+def _refuse_other_kinds(name: str, columns: list[str]) -> None:
+    known = [_plain(column) for column in columns]
+    for kind, what in _OTHER_KINDS.items():
+        if all(column in known for column in kind.split()):
+            why = f"the columns are {', '.join(columns)}; this version trains on one answer, and on text"
+            fix = "train on some columns only: --columns prompt=...,completion=... or --columns messages=..."
+            raise DataError(f"{name} holds {what}, which cannot be trained on yet", where=name, why=why, fix=fix)
+
+
+def _layouts(columns: list[str], chats: list[str], form: str | None, given: Mapping[str, str]) -> Iterator[Detected]:
+    """Every way to read the columns that their names allow; `form` and `given` are asked for and narrow it."""
+    for name, needed, optional in _LAYOUTS:
+        if form not in (None, name) or not given.keys() <= set(COLUMNS[name]):
+            continue
+        choices: dict[str, list[str]] = {}
+        for column, names in {**needed, **optional}.items():
+            same = chats if names is _CHAT else [c for c in columns if _plain(c) in names]
+            if name == "text" and len(columns) == 1:
+                same = columns
+            choices[column] = [given[column]] if column in given else same
+        required = {column: choices.pop(column) for column in needed}
+        present = required | {column: same for column, same in choices.items() if same}
+        for picked in itertools.product(*present.values()):
+            if len(set(picked)) == len(picked):
+                yield Detected(name, dict(zip(present, picked, strict=True)))
+
+
+def _best(layouts: list[Detected]) -> list[Detected]:
+    """Without those whose columns another one uses too: with more, or with the same and earlier in the list.
+
+    Text is what is left where nothing else reads the rows: data sets often add the text of a whole example.
+    """
+    layouts = [one for one in layouts if one.format != "text"] or layouts
+    sets = [set(layout.columns.values()) for layout in layouts]
+    return [
+        layout
+        for n, layout in enumerate(layouts)
+        if not any(sets[n] < other or (sets[n] == other and m < n) for m, other in enumerate(sets))
+    ]
+
+
+def _plain(column: str) -> str:
+    return column.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _is_chat(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lstrip().startswith("[") and value.lstrip()[1:].lstrip().startswith("{")
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)

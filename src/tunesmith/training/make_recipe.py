@@ -1,0 +1,210 @@
+"""A recipe made by looking at the rows and the model: `tunesmith train --model X --data FILE`.
+
+What is not a default is written with its reason, beside the run, to be edited and run again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunesmith.config.dump import differences, to_yaml
+from tunesmith.config.layers import merge_layers, override_layer
+from tunesmith.config.load import checked, load_recipe
+from tunesmith.config.paths import DATA_SUFFIXES, move_paths, resolve_paths
+from tunesmith.config.schema import Run, Source
+from tunesmith.config.tree import Node
+from tunesmith.config.typed import build_run
+from tunesmith.data.detect import detect
+from tunesmith.data.formats import convert_row
+from tunesmith.data.source import Rows, is_local, open_splits, read_rows
+from tunesmith.data.template import select_template
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.host_files import write_atomically
+from tunesmith.hub import fetch
+from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.spec import ModelSpec, read_spec
+from tunesmith.model.tokenizer import eos_ids, load_tokenizer
+from tunesmith.units import Length, Share, Size
+
+LOOK = 2000  # rows whose tokens are counted, spread over the file
+FEW_ROWS, MOST_HELD = 20, 500  # with fewer rows none are held out; more make a validation longer, hardly more exact
+SEQ_LEN, SEQ_LEN_STEP = 2048, 256
+# Epochs as OpenAI's fine-tuning chooses them: three, fewer of many rows, more of few ("Data preparation and analysis for
+# chat model fine-tuning", cookbook.openai.com). Of few rows more are seen here: a new adapter needs steps, not only rows.
+EPOCHS, MOST_EPOCHS, FEWEST_SEEN, MOST_SEEN = 3, 10, 500, 25_000
+STEPS = 100  # a smaller batch where it takes that to make so many steps
+INTERVALS = (10, 25, 50, 100, 200, 500)  # steps between validations: about five in a run
+# Full fine-tuning's rate at width 2000, how many times that is for LoRA, and how it falls with the width: Thinking
+# Machines, "LoRA Without Regret" (2025), fitted on Llama models; no more than small models take.
+FULL_RATE, LORA_RATE, WIDTH, WIDTH_EXPONENT, MOST_RATE = 5e-5, 10, 2000, 0.781, 1e-3
+
+
+@dataclass(frozen=True)
+class MadeRecipe:
+    """A recipe that was made, the file that keeps it, its text, and a line on what was found in the data."""
+
+    run: Run
+    path: Path
+    text: str
+    found: str
+
+    def check_file(self) -> None:
+        """Raise RecipeError if the file is there and says something else: it may have been edited."""
+        changes = differences(load_recipe(self.path), self.run) if self.path.exists() else []
+        if changes:
+            name = _from_here(self.path)
+            raise RecipeError(
+                f"{name} is there, and is not what this command makes",
+                where="\n         ".join(map(str, changes)),
+                why="it was edited, or the command or the data is another; it is not overwritten",
+                fix=f"train it as it stands: tunesmith train {shlex.quote(name)}; or begin another: output_dir=runs/NAME",
+            )
+
+    def write_file(self, say: Callable[[str], None]) -> None:
+        """Write the file, unless it is there."""
+        if not self.path.exists():
+            write_atomically(self.path, self.text)
+            name = _from_here(self.path)
+            say(f"recipe: {name}; edit it, then: tunesmith train {shlex.quote(name)}")
+
+
+def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> MadeRecipe:
+    """Look at the rows of a file or Hub data set, and make a recipe that trains a model on them.
+
+    Args:
+        model: as in `model.name`.
+        data: as in `data.train.source`; format and columns are found by looking, unless `overrides` give them.
+        overrides: as for `load_recipe`; they are written into the recipe, and what is chosen here follows them.
+
+    Raises:
+        RecipeError, DataError, ModelError: something is wrong or ambiguous; the fix says what to give.
+    """
+    layer = override_layer(overrides)
+    given = {key for key, _ in layer.places()}
+    chosen: dict[str, Any] = {
+        "model.name": model,
+        "adapter.rank": 16,
+        "adapter.alpha": 32,  # both are dropped where `adapter.kind: none` is asked for
+        "data.train.source": data,
+        "output_dir": f"runs/{_short_name(data)}-{_short_name(model)}",
+    }
+    asked = build_run(resolve_paths(_over(chosen, layer)))  # its rules are checked when the format is known
+    source = _with_split(asked.data.train[0])
+    rows = read_rows(source)
+    layout = detect(rows, source, any_format="data.train.format" not in given)
+    renamed = {name: column for name, column in layout.columns.items() if name != column}
+    source = replace(source, format=layout.format, columns=renamed)  # type: ignore[arg-type]
+    found = f"{Path(data).name if is_local(data) else data}: {len(rows):,} rows, {layout.describe()}"
+    held = asked.data.hold_out
+    if held is None and not asked.data.validation and len(rows) >= FEW_ROWS:
+        held = Share(5.0, "%") if len(rows) * 0.05 <= MOST_HELD else Share(MOST_HELD, "examples")
+    count = held.of(len(rows)) if held else 0
+    spec, lengths = _look_at_tokens(asked, source, rows)
+
+    why = {"data.train": found}
+    chosen |= {"data.train.split": source.split} if source.split else {}
+    chosen |= {"data.train.format": layout.format} | ({"data.train.columns": renamed} if renamed else {})
+    if held:
+        chosen["data.hold_out"] = str(held)
+        why["data.hold_out"] = f"{count:,} of {len(rows):,} rows, drawn by the seed, to measure val_loss on"
+    elif not asked.data.validation:
+        why["data.train"] += "; too few to hold some out"
+    chosen["data.seq_len"], why["data.seq_len"] = _choose_seq_len(lengths, spec.context)
+    _choose_steps(chosen, why, asked, given, len(rows) - count)
+    lora = asked.adapter.kind == "lora"
+    rate = FULL_RATE * (LORA_RATE if lora else 1) * (WIDTH / spec.hidden) ** WIDTH_EXPONENT
+    chosen["train.learning_rate"] = min(MOST_RATE, float(f"{rate:.0e}"))
+    method = "LoRA takes about ten times the rate of full fine-tuning" if lora else "a tenth of what LoRA takes"
+    why["train.learning_rate"] = f"{method}, and wide models less than narrow ones"
+
+    tree = _over(chosen | {"output_dir": chosen.pop("output_dir")}, layer)
+    run = checked(tree)
+    path = Path(f"{run.output_dir}.yaml")
+    why |= {key: "given on the command line" for key in why if key in given and key != "data.train"}
+    words = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
+    head = f"# {shlex.join(['tunesmith', 'train', '--model', model, '--data', data, *words])}\n"
+    return MadeRecipe(run, path, head + to_yaml(move_paths(tree, path.parent).plain(), why), found)
+
+
+def _over(chosen: Mapping[str, Any], layer: Node) -> Node:
+    return merge_layers(override_layer(chosen), layer, lambda line: None)
+
+
+def _with_split(source: Source) -> Source:
+    """The source with `train` as its split where it has several and none is named."""
+    splits = [] if source.split is not None or is_local(source.source) else list(open_splits(source))
+    if len(splits) < 2:
+        return source
+    if "train" not in splits:
+        what, why = f"{source.source} has no split named train", f"its splits are {', '.join(splits)}"
+        raise DataError(what, where=source.source, why=why, fix=f"name one: data.train.split={splits[0]}")
+    return replace(source, split="train")
+
+
+def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelSpec, np.ndarray]:
+    """The model's spec, and how many tokens each of some rows becomes, spread over all."""
+    folder = fetch.fetch_for_tokens(run.model)
+    config = folder / "config.json"
+    spec = read_spec(read_json(config), where=str(config), trust_remote_code=run.model.trust_remote_code)
+    tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, folder), run.model)
+    data = replace(run.data, train=(source,))
+    template = select_template(data, tokenizer, eos_ids(folder, tokenizer))
+    looked_at = sorted({n * len(rows) // LOOK for n in range(LOOK)}) if len(rows) > LOOK else range(len(rows))
+    places = [rows.where(i) for i in looked_at]
+    samples = [
+        convert_row(rows[i], source, where=place, system=data.system)
+        for i, place in zip(looked_at, places, strict=True)
+    ]
+    return spec, np.array([len(e.ids) for e in template.encode_many(samples, data.train_on, where=places)])
+
+
+def _choose_seq_len(lengths: np.ndarray, context: int) -> tuple[int, str]:
+    """Room for the longest example, or where that is above SEQ_LEN for 99 % of them; and why."""
+    longest, most = int(lengths.max()), int(np.quantile(lengths, 0.99, method="higher"))
+    looked_at = f"the {len(lengths):,} rows looked at"
+    if longest <= SEQ_LEN:
+        wanted, why = longest, f"the longest of {looked_at} has {longest:,} tokens"
+    else:
+        wanted, why = max(SEQ_LEN, most), f"99 % of {looked_at} have up to {most:,} tokens, the longest {longest:,}"
+    return min(context, -(-wanted // SEQ_LEN_STEP) * SEQ_LEN_STEP), why
+
+
+def _choose_steps(chosen: dict[str, Any], why: dict[str, str], asked: Run, given: set[str], examples: int) -> None:
+    """Add epochs, the global batch and the intervals for so many examples; what is given stands, and counts."""
+    epochs = min(MOST_EPOCHS, max(EPOCHS, -(-FEWEST_SEEN // examples)))
+    if examples * EPOCHS > MOST_SEEN:
+        epochs = max(1, MOST_SEEN // examples)
+    duration = asked.train.duration if "train.duration" in given else Length(epochs, "epochs")
+    seen = examples * duration.amount if duration.unit == "epochs" else examples * epochs
+    batch = asked.train.global_batch
+    if "train.global_batch" not in given:
+        batch = Size(next((b for b in (64, 32, 16, 8, 4, 2) if b * STEPS <= seen), 1), "examples")
+    chosen |= {"train.duration": str(duration), "train.global_batch": str(batch)}
+    why["train.duration"] = f"{examples:,} examples, each seen {epochs} times; of more rows fewer times, down to once"
+    steps = int(duration.amount) if duration.unit == "steps" else None
+    if duration.unit == "epochs" and batch.unit == "examples":
+        steps = round(-(-examples // batch.amount) * duration.amount)
+        why["train.global_batch"] = f"{steps:,} optimizer steps; few rows take small batches, to make {STEPS} or more"
+    if steps is not None:
+        every = f"{max((n for n in INTERVALS if n * 5 <= steps), default=INTERVALS[0])} steps"
+        chosen |= {"validate.every": every, "checkpoint.every": every}
+
+
+def _short_name(name: str) -> str:
+    """`HuggingFaceTB/SmolLM2-135M-Instruct` -> `smollm2-135m-instruct`, `data/My FAQ.csv` -> `my-faq`."""
+    path = Path(name.rstrip("/"))
+    stem = path.stem if path.suffix.lower() in (*DATA_SUFFIXES, ".gguf") else path.name
+    return re.sub(r"[^a-z0-9._]+", "-", stem.lower()).strip("-.") or "data"
+
+
+def _from_here(path: Path) -> str:
+    """The path as a user in the working directory writes it."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

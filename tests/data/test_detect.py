@@ -1,0 +1,229 @@
+"""Rows of many shapes: which format is found, in which columns, and what is asked for instead of guessed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tunesmith.config.check import COLUMNS
+from tunesmith.config.schema import Source
+from tunesmith.data.detect import SAMPLE, detect
+from tunesmith.data.source import from_list
+from tunesmith.errors import DataError
+
+Row = dict[str, Any]
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+FROMS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+CALL = [
+    {"from": "human", "value": "hi"},
+    {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+    {"from": "observation", "value": "1"},
+    {"from": "gpt", "value": "ho"},
+]
+TOOLS = json.dumps([{"name": "f", "description": "", "parameters": {}}])
+
+
+def texts(*names: str) -> Row:
+    return dict.fromkeys(names, "some text")
+
+
+def found(*rows: Row, source: Source | None = None, any_format: bool = True) -> str:
+    return detect(from_list(list(rows), "faq"), source or Source(source="faq"), any_format=any_format).describe()
+
+
+CLEAR: dict[str, tuple[Row, str]] = {
+    "messages": ({"messages": TURNS}, "column messages -> messages"),
+    "messages under another name": (
+        {"conversations": TURNS},
+        "column conversations -> messages (messages = conversations)",
+    ),
+    "messages under any name": (
+        {"dialog": TURNS, "id": 1},
+        "column dialog -> messages (messages = dialog); ignored: id",
+    ),
+    "messages as JSON text": ({"messages": json.dumps(TURNS)}, "column messages -> messages"),
+    "messages as indented JSON text": ({"messages": json.dumps(TURNS, indent=1)}, "column messages -> messages"),
+    "messages with tools": ({"messages": TURNS, "tools": TOOLS}, "columns messages, tools -> messages"),
+    "messages with text of it all": ({"messages": TURNS, "text": "x"}, "column messages -> messages; ignored: text"),
+    "messages with its prompt": (
+        {"prompt": "hi", "prompt_id": "1", "messages": TURNS},
+        "column messages -> messages; ignored: prompt, prompt_id",
+    ),
+    "sharegpt": ({"conversations": FROMS}, "column conversations -> sharegpt"),
+    "sharegpt under another name": ({"messages": FROMS}, "column messages -> sharegpt (conversations = messages)"),
+    "sharegpt as JSON text": ({"chat": json.dumps(FROMS)}, "column chat -> sharegpt (conversations = chat)"),
+    "sharegpt with tools and system": (
+        {"conversations": CALL, "tools": TOOLS, "system": "be kind"},
+        "columns conversations, system, tools -> sharegpt",
+    ),
+    "a list that is no chat": (
+        {"tags": ["a"], "prompt": "x", "completion": "y"},
+        "columns prompt, completion -> prompt-completion; ignored: tags",
+    ),
+    "alpaca": (texts("instruction", "input", "output"), "columns instruction, output, input -> alpaca"),
+    "alpaca without input": (texts("instruction", "output"), "columns instruction, output -> alpaca"),
+    "alpaca with its text": (
+        texts("instruction", "input", "output", "text"),
+        "columns instruction, output, input -> alpaca; ignored: text",
+    ),
+    "dolly": (
+        texts("instruction", "context", "response", "category"),
+        "columns instruction, response, context -> alpaca (output = response, input = context); ignored: category",
+    ),
+    "alpaca with system and history": (
+        {**texts("instruction", "input", "output", "system"), "history": []},
+        "columns instruction, output, input, system, history -> alpaca",
+    ),
+    "prompt and completion": (texts("prompt", "completion"), "columns prompt, completion -> prompt-completion"),
+    "prompt and response": (
+        texts("prompt", "response"),
+        "columns prompt, response -> prompt-completion (completion = response)",
+    ),
+    "question and answer": (
+        texts("question", "answer"),
+        "columns question, answer -> prompt-completion (prompt = question, completion = answer)",
+    ),
+    "capitals and spaces": (
+        texts("Question", " ANSWER "),
+        "columns Question,  ANSWER  -> prompt-completion (prompt = Question, completion =  ANSWER )",
+    ),
+    "query and response": (
+        texts("query", "response"),
+        "columns query, response -> prompt-completion (prompt = query, completion = response)",
+    ),
+    "input and output": (
+        texts("input", "output"),
+        "columns input, output -> prompt-completion (prompt = input, completion = output)",
+    ),
+    "problem and solution": (
+        texts("problem", "solution", "level"),
+        "columns problem, solution -> prompt-completion (prompt = problem, completion = solution); ignored: level",
+    ),
+    "question, answer and system": (
+        texts("question", "answer", "system_prompt"),
+        "columns question, answer, system_prompt -> alpaca"
+        " (instruction = question, output = answer, system = system_prompt)",
+    ),
+    "question with its context": (
+        texts("question", "context", "answer"),
+        "columns question, answer, context -> alpaca (instruction = question, output = answer, input = context)",
+    ),
+    "conversational prompt and completion": (
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        "columns prompt, completion -> prompt-completion",
+    ),
+    "text": (texts("text"), "column text -> text"),
+    "text with a label": ({"text": "x", "label": 1}, "column text -> text; ignored: label"),
+    "content": (texts("content", "url"), "column content -> text (text = content); ignored: url"),
+    "one column": (texts("body"), "column body -> text (text = body)"),
+}
+
+
+@pytest.mark.parametrize("name", CLEAR)
+def test_what_is_clear_is_found(name: str) -> None:
+    row, described = CLEAR[name]
+    assert found(row, row, row) == described
+
+
+UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, part of the fix
+    "two answers": (
+        texts("question", "answer", "response"), "can be read in 2 ways",
+        "say which: --columns prompt=question,completion=answer or --columns prompt=question,completion=response",
+    ),
+    "two questions": (
+        texts("prompt", "question", "answer"), "can be read in 2 ways",
+        "--columns prompt=prompt,completion=answer or --columns prompt=question,completion=answer",
+    ),
+    "two of one name": (
+        texts("Answer", "answer", "question"), "can be read in 2 ways",
+        "--columns prompt=question,completion=Answer or --columns prompt=question,completion=answer",
+    ),
+    "two chats": (
+        {"short": TURNS, "long": TURNS}, "can be read in 2 ways", "--columns messages=short or --columns messages=long",
+    ),
+    "chat and pair": (
+        {"messages": TURNS, **texts("question", "answer")}, "can be read in 2 ways",
+        "--columns messages=messages or --columns prompt=question,completion=answer",
+    ),
+    "unknown names": (texts("q", "a"), "no column of faq has a name", "--columns prompt=q,completion=a"),
+    "a question alone": (
+        texts("question", "source"), "no column of faq has a name", "--columns prompt=question,completion=source",
+    ),
+    "preference": (texts("prompt", "chosen", "rejected"), "a chosen and a rejected answer", "--columns prompt=..."),
+    "preference in chats": (
+        {"Chosen": TURNS, "Rejected": TURNS}, "a chosen and a rejected answer", "--columns prompt=...",
+    ),
+    "images": ({"messages": TURNS, "images": ["a.png"]}, "faq holds images", "messages=..."),
+    "numbers as answers": ({"question": "x", "answer": 4}, "completion is a number", "write it in quotes"),
+    "messages of an unknown role": (
+        {"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'", "rename the role",
+    ),
+    "a chat of another form": (
+        {"dialog": [{"speaker": "a", "text": "x"}]}, "a message has no role", '{"role": "user"',
+    ),
+    "an empty answer": ({"question": "x", "answer": None}, "column answer is null", "fill it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_what_is_unclear_is_asked_for(name: str) -> None:
+    row, what, fix = UNCLEAR[name]
+    with pytest.raises(DataError) as refused:
+        found(row, row, row)
+    assert what in refused.value.what
+    assert fix in refused.value.fix
+
+
+@pytest.mark.parametrize("name", [name for name, case in UNCLEAR.items() if "can be read" in case[1]])
+def test_each_way_that_is_offered_is_taken(name: str) -> None:
+    row, _, fix = UNCLEAR[name]
+    for flags in fix.removeprefix("say which: ").split(" or "):
+        columns = dict(pair.split("=") for pair in flags.removeprefix("--columns ").split(","))
+        layout = detect(from_list([row]), Source(source="faq", columns=columns))
+        assert layout.columns == columns
+        assert set(columns) <= set(COLUMNS[layout.format])
+
+
+def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
+    row = texts("question", "answer", "response", "notes")
+    asked = Source(source="faq", columns={"completion": "response"})
+    assert found(row, source=asked).startswith("columns question, response -> prompt-completion")
+    assert found(texts("q", "a"), source=Source(source="faq", columns={"instruction": "q", "output": "a"})) == (
+        "columns q, a -> alpaca (instruction = q, output = a)"
+    )
+    as_alpaca = Source(source="faq", format="alpaca", columns={"output": "answer"})
+    assert "-> alpaca (instruction = question" in found(row, source=as_alpaca, any_format=False)
+    as_text = Source(source="faq", format="text", columns={"text": "notes"})
+    assert found(row, source=as_text, any_format=False).startswith("column notes -> text")
+    with pytest.raises(DataError, match="no format has promt as a column's name") as refused:
+        found(row, source=Source(source="faq", columns={"promt": "question"}))
+    assert "prompt-completion has prompt, completion" in refused.value.fix
+    with pytest.raises(DataError, match="there is no column reply"):
+        found(row, source=Source(source="faq", columns={"completion": "reply"}))
+    assert "prompt-completion" in found(
+        texts("prompt", "chosen", "rejected"), source=Source(source="faq", columns={"completion": "chosen"})
+    )
+
+
+def test_rows_that_disagree_are_named() -> None:
+    rows = from_list([{"messages": TURNS}] * 9 + [{"conversations": FROMS}], "faq")
+    with pytest.raises(DataError, match="there is no column messages") as refused:
+        detect(rows, Source(source="faq"))
+    assert refused.value.where == "faq row 10"
+    assert "9 of the 10 rows looked at can be read as messages" in refused.value.why
+
+
+def test_the_sample_reaches_both_ends_of_a_long_file() -> None:
+    seen: list[int] = []
+
+    class Watched(list[Row]):
+        def __getitem__(self, i: Any) -> Any:
+            seen.append(i)
+            return super().__getitem__(i)
+
+    rows = from_list(Watched([{"text": str(i)} for i in range(10_000)]), "faq")
+    assert detect(rows, Source(source="faq")).format == "text"
+    assert (min(seen), max(seen), len(set(seen))) == (0, 9_999, SAMPLE)
+    assert max(b - a for a, b in zip(sorted(seen), sorted(seen)[1:], strict=False)) < 60

@@ -1,0 +1,312 @@
+"""`tunesmith train --model X --data FILE`: rows of a user's own become a run and a recipe to edit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recipes import WORDS
+from tunesmith.checkpoint.resume import decide_start
+from tunesmith.cli.main import main
+from tunesmith.config.dump import differences
+from tunesmith.config.load import load_recipe
+from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError, RecipeError, StoppedError
+from tunesmith.training.make_recipe import make_recipe
+from tunesmith.training.run import train
+
+Capture = pytest.CaptureFixture[str]
+PAIRS = [(f"What is number {i}?", f"Number {i} is {WORDS[i % 10]}.") for i in range(40)]
+TOOLS = json.dumps([{"name": "price", "description": "the price", "parameters": {"type": "object"}}])
+
+
+def write_csv(path: Path) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("Question", "Answer", "Topic"), *((*pair, "numbers") for pair in PAIRS)])
+
+
+def write_messages(path: Path) -> None:
+    turns = ([{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in PAIRS)
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
+
+
+def write_sharegpt(path: Path) -> None:
+    call = json.dumps({"name": "price", "arguments": {"of": "tea"}})
+    rows = [
+        {
+            "conversations": [
+                {"from": "human", "value": q}, {"from": "function_call", "value": call},
+                {"from": "observation", "value": "4"}, {"from": "gpt", "value": a},
+            ],
+            "tools": TOOLS,
+        }
+        for q, a in PAIRS
+    ]  # fmt: skip
+    path.write_text(json.dumps(rows))
+
+
+def write_parquet(path: Path) -> None:
+    pq.write_table(pa.table({"prompt": [q for q, _ in PAIRS], "response": [a for _, a in PAIRS]}), path)
+
+
+FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "faq.csv": (
+        write_csv,
+        "40 rows, columns Question, Answer -> prompt-completion (prompt = Question, completion = Answer); ignored: Topic",
+    ),
+    "chat.jsonl": (write_messages, "40 rows, column messages -> messages"),
+    "tools.json": (write_sharegpt, "40 rows, columns conversations, tools -> sharegpt"),
+    "pairs.parquet": (
+        write_parquet, "40 rows, columns prompt, response -> prompt-completion (completion = response)",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def home(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a user, with the files in it and a model beside."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "small").symlink_to(tiny)
+    for name, (write, _) in FILES.items():
+        write(tmp_path / name)
+    return tmp_path
+
+
+SMALL = ["model.dtype=fp32", "train.duration=3 steps", "log.tensorboard=false"]
+
+
+def start(data: str, *words: str) -> list[str]:
+    return ["train", "--model", "small", "--data", data, *SMALL, *words]
+
+
+@pytest.mark.parametrize("data", FILES)
+def test_rows_of_ones_own_are_trained_on(data: str, home: Path, capsys: Capture) -> None:
+    name = f"runs/{Path(data).stem}-small"
+    assert main(start(data)) == EXIT_OK
+    told = capsys.readouterr().err
+    assert f"{data}: {FILES[data][1]}" in told.splitlines()
+    assert f"recipe: {name}.yaml; edit it, then: tunesmith train {name}.yaml" in told
+    assert (home / name / "final/adapter_model.safetensors").is_file()
+    made = make_recipe("small", data, SMALL)
+    for written in (home / f"{name}.yaml", home / name / "config.yaml"):
+        assert differences(load_recipe(written), made.run) == []
+    assert made.run.data.hold_out is not None
+    assert "val_loss" in (home / name / "metrics.jsonl").read_text().splitlines()[-1]
+    assert main(["train", f"{name}.yaml"]) == EXIT_OK
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_the_written_recipe_says_why(home: Path) -> None:
+    (home / "mine").mkdir()
+    (home / "faq.csv").rename(home / "mine/My FAQ.csv")
+    made = make_recipe("small", "mine/My FAQ.csv", ["adapter.rank=4"])
+    assert made.path == home / "runs/my-faq-small.yaml"
+    longest = made.text.partition("looked at has ")[2].partition(" ")[0]
+    assert (
+        made.text
+        == f"""\
+# tunesmith train --model small --data 'mine/My FAQ.csv' adapter.rank=4
+model:
+  name: "../small"
+adapter:
+  rank: 4
+  alpha: 32
+data:
+  # My FAQ.csv: 40 rows, columns Question, Answer -> prompt-completion (prompt
+  # = Question, completion = Answer); ignored: Topic
+  train:
+    source: "../mine/My FAQ.csv"
+    format: prompt-completion
+    columns:
+      prompt: Question
+      completion: Answer
+  # 2 of 40 rows, drawn by the seed, to measure val_loss on
+  hold_out: 5 %
+  # the longest of the 40 rows looked at has {longest} tokens
+  seq_len: 256
+train:
+  # 38 examples, each seen 10 times; of more rows fewer times, down to once
+  duration: 10 epochs
+  # 190 optimizer steps; few rows take small batches, to make 100 or more
+  global_batch: 2 examples
+  # LoRA takes about ten times the rate of full fine-tuning, and wide models
+  # less than narrow ones
+  learning_rate: 0.001
+validate:
+  every: 25 steps
+checkpoint:
+  every: 25 steps
+output_dir: runs/my-faq-small
+"""
+    )
+    assert 30 < int(longest) < 120
+
+
+def test_the_same_command_resumes(home: Path, capsys: Capture) -> None:
+    made = make_recipe("small", "faq.csv", [*SMALL, "checkpoint.every=1 steps"])
+
+    def stop(record: Any) -> None:
+        if record.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(StoppedError):
+        train(made.run, on_record=stop, on_start=lambda: made.write_file(print))
+    began = (home / "runs/faq-small.yaml").read_bytes()
+    assert main(start("faq.csv", "checkpoint.every=1 steps")) == EXIT_OK
+    steps = [json.loads(line)["step"] for line in (home / "runs/faq-small/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    assert (home / "runs/faq-small.yaml").read_bytes() == began
+    assert decide_start(made.run, warn=print).finished == 3
+
+
+def test_an_edited_recipe_is_not_overwritten(home: Path, capsys: Capture) -> None:
+    assert main(start("faq.csv")) == EXIT_OK
+    recipe = home / "runs/faq-small.yaml"
+    edited = recipe.read_text().replace("rank: 16", "rank: 8   # mine")
+    recipe.write_text(edited)
+    capsys.readouterr()
+    assert main(start("faq.csv")) == EXIT_USAGE
+    told = capsys.readouterr().err
+    assert "runs/faq-small.yaml is there, and is not what this command makes" in told
+    assert "adapter.rank: 8 -> 16" in told
+    assert "fix: train it as it stands: tunesmith train runs/faq-small.yaml" in told
+    assert recipe.read_text() == edited
+    recipe.write_text(recipe.read_text().replace("rank: 8   # mine", "rank: 16   # mine"))
+    assert main(start("faq.csv")) == EXIT_OK, "a comment changes nothing"
+    assert "# mine" in recipe.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--data", "none.csv"], EXIT_USAGE),
+        (["--data", "two.csv"], EXIT_USAGE),
+        (["--data", "faq.csv", "data.seq_len=4"], 2),
+    ],
+)
+def test_a_refused_start_leaves_no_trace(words: list[str], code: int, home: Path, capsys: Capture) -> None:
+    (home / "two.csv").write_text("question,answer,response\na,b,c\n")
+    assert main(["train", "--model", "small", *words, *SMALL]) == code
+    assert "fix:" in capsys.readouterr().err
+    assert not (home / "runs").exists()
+
+
+def test_the_option_that_an_error_names_is_the_way_on(home: Path, capsys: Capture) -> None:
+    rows = ["question,answer,response", *(f"question {i},short {i},long {i}" for i in range(24))]
+    (home / "two.csv").write_text("\n".join(rows) + "\n")
+    assert main(start("two.csv")) == EXIT_USAGE
+    told = capsys.readouterr().err
+    flags = told.partition("say which: ")[2].partition(" or ")[0].split()
+    assert flags == ["--columns", "prompt=question,completion=answer"]
+    assert main(start("two.csv", *flags)) == EXIT_OK
+    run = load_recipe(home / "runs/two-small.yaml")
+    assert run.data.train[0].columns == {"prompt": "question", "completion": "answer"}
+    assert (
+        main(["data", "--model", "small", "--data", "two.csv", "--format", "alpaca", *flags[:1], "output=response"])
+        == 0
+    )
+    assert "alpaca (instruction = question, output = response)" in capsys.readouterr().err
+
+
+BOTH = "exclude each other"
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "fix"),
+    [
+        ([], "nothing says what to train on", "--model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"),
+        (["--data", "faq.csv"], "--data needs the model to train", "add --model"),
+        (["--data", "faq.csv", "train.seed=1"], "--data needs the model to train", "add --model"),
+        (["--model", "small"], "nothing says what to train on", "--data faq.csv"),
+        (["smollm2-135m-lora", "--data", "faq.csv"], BOTH, "data.train.source=FILE"),
+        (["smollm2-135m-lora", "--model", "small", "train.seed=1"], BOTH, "model.name=NAME"),
+        (["smollm2-135m-lora", "--format", "text"], BOTH, "leave smollm2-135m-lora out"),
+        (["--model", "small", "--data", "faq.csv", "--data", "b.csv"], "more than once", "under data.train"),
+        (["--model", "small", "--data", "faq.csv", "--columns", "question"], "is not name=column", "--help"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "data"])
+def test_what_is_asked_for_must_be_clear(
+    verb: str, words: list[str], what: str, fix: str, home: Path, capsys: Capture
+) -> None:
+    assert main([verb, *words]) == EXIT_USAGE
+    told = capsys.readouterr().err
+    assert what in told
+    assert fix in told
+
+
+@pytest.mark.parametrize(
+    ("rows", "held", "epochs", "batch", "every"),
+    [
+        (8, None, 10, 1, 10), (19, None, 10, 1, 25), (20, "5 %", 10, 1, 25), (80, "5 %", 7, 4, 25), (300, "5 %", 3, 8, 10),
+        (3000, "5 %", 3, 64, 25), (12_000, "500 examples", 2, 64, 50),
+    ],
+)  # fmt: skip
+def test_sizes_and_steps_follow_the_number_of_rows(
+    rows: int, held: str | None, epochs: int, batch: int, every: int, home: Path
+) -> None:
+    (home / "many.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(rows)))
+    made = make_recipe("small", "many.jsonl")
+    run = made.run
+    assert (str(run.data.hold_out) if run.data.hold_out else None) == held
+    assert (str(run.train.duration), str(run.train.global_batch)) == (f"{epochs} epochs", f"{batch} examples")
+    assert str(run.validate.every) == str(run.checkpoint.every) == f"{every} steps"
+    assert ("too few to hold some out" in made.text) == (held is None)
+
+
+def test_long_rows_get_room_within_the_context(home: Path) -> None:
+    def seq_len(*lengths: int) -> int:
+        (home / "long.jsonl").write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in lengths))
+        return make_recipe("small", "long.jsonl").run.data.seq_len
+
+    assert seq_len(*[10] * 30, 255) == 256  # and an end token
+    assert seq_len(*[10] * 30, 256) == 512
+    assert seq_len(*[10] * 30, 5000) == 1024, "the tiny model's context"
+
+
+def test_what_is_given_stands_and_is_written(home: Path) -> None:
+    given = [
+        "adapter.kind=none",
+        "train.global_batch=10 examples",
+        "output_dir=mine",
+        "data.validation.source=chat.jsonl",
+    ]
+    made = make_recipe("small", "faq.csv", given)
+    assert (made.run.adapter.kind, made.run.train.learning_rate) == ("none", 7e-4)
+    assert (made.run.data.hold_out, made.path) == (None, home / "mine.yaml")
+    assert "rank" not in made.text
+    assert "# given on the command line\n  global_batch: 10 examples" in made.text
+    made.path.write_text(made.text)
+    assert differences(load_recipe(made.path), made.run) == []
+    by_python = make_recipe(
+        str(home / "small"), str(home / "faq.csv"), {"train.learning_rate": 3e-4, "data.hold_out": "10 %"}
+    )
+    assert by_python.run.train.learning_rate == 3e-4
+    assert str(by_python.run.data.hold_out) == "10 %"
+    assert f"source: {home / 'faq.csv'}\n" in by_python.text, "an absolute path stays one"
+
+
+def test_a_hub_data_set_is_read_from_its_train_split(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"question": q, "answer": a} for q, a in PAIRS]
+    splits = {name: datasets.Dataset.from_list(rows) for name in ("train", "test")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(splits))
+    made = make_recipe("small", "me/rows")
+    assert (made.run.data.train[0].source, made.run.data.train[0].split) == ("me/rows", "train")
+    assert made.path.name == "rows-small.yaml"
+    assert made.found.startswith("me/rows: 40 rows")
+    splits["dev"] = splits.pop("train")
+    with pytest.raises(DataError, match="no split named train") as refused:
+        make_recipe("small", "me/rows")
+    assert refused.value.fix == "name one: data.train.split=test"
+    assert make_recipe("small", "me/rows", ["data.train.split=test"]).run.data.train[0].split == "test"
+    with pytest.raises(RecipeError, match=r"model\.name is empty"):
+        make_recipe("", "me/rows")
