@@ -23,9 +23,9 @@ ONE_PRESS = 0.3  # seconds; a wrapper such as `timeout` passes on the SIGINT tha
 class StopRequest:
     """A context that notes the first stop signal in `signal`.
 
-    Before `hold` there is nothing to save: a signal raises KeyboardInterrupt, which libraries let pass, and the context
-    ends with StoppedError whatever a library made of it. From `hold` on the caller looks at `signal` and ends by itself;
-    a second ctrl-C sets `now` and raises KeyboardInterrupt.
+    Before `hold` a signal raises KeyboardInterrupt, which libraries let pass, and the context ends with StoppedError
+    whatever a library made of it. From `hold` on the caller looks at `signal` and ends by itself; a second ctrl-C sets
+    `now` and raises KeyboardInterrupt.
 
     Args:
         interactive: for commands that answer: hold SIGTERM and SIGINT from the start.
@@ -40,14 +40,14 @@ class StopRequest:
         self.doing = "this step"
         self._interactive = self._held = interactive
         self._say: Callable[[str], None] | None = None
-        self._strike = False  # the next SIGINT raises
+        self._strike = False  # the next signal raises
         self._before: dict[int, Any] = {}
-        self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> StopRequest:
         # Python lets only the main thread take signals; elsewhere (a notebook's worker) the caller keeps its own.
         if threading.current_thread() is not threading.main_thread():
             return self
+        held, self._held = self._held, True  # without `__exit__` an exception from here would leave the handlers
         for name in NAMES[:2] if self._interactive else NAMES:
             number = signal.Signals[name]
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -60,14 +60,18 @@ class StopRequest:
         self._watcher = threading.Thread(target=self._watch, args=(reader,), daemon=True)
         self._watcher.start()
         _entered.append(self)
+        self._held = held
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
-        if self._watcher is not None:
-            self._restore()
-            self._watcher.join(1.0)
-        if self.signal and not self._held:
+        held, self._held = self._held, True
+        if self in _entered:
+            self._leave()
+        if self.signal and not held:
             raise self.not_begun() from error
+        if self.now and isinstance(error, KeyboardInterrupt) and not self._interactive:
+            fix = "start the same command again: it goes on from the newest checkpoint"
+            raise StoppedError(f"stopped by {self.signal}", fix=fix) from error
 
     def hold(self, say: Callable[[str], None] | None = None) -> None:
         """From here on there is something to save: the loop ends the run, not the handler.
@@ -110,12 +114,13 @@ class StopRequest:
                     if self._say is not None:
                         self._say(f"{name}: stopping after {self.doing}{again if number == signal.SIGINT else ''}")
 
-    def _restore(self) -> None:
+    def _leave(self) -> None:
         _entered.remove(self)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writer)  # ends the watcher, whose own signal comes while the handler is still there
+        self._watcher.join(1.0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        os.close(self._writer)
 
 
 _entered: list[StopRequest] = []
@@ -123,7 +128,7 @@ _entered: list[StopRequest] = []
 
 def _leave_to_the_parent() -> None:
     for request in reversed(_entered):
-        request._restore()
+        request._leave()
 
 
 os.register_at_fork(after_in_child=_leave_to_the_parent)

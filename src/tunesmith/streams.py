@@ -60,11 +60,6 @@ def fault_of(stream: TextIO) -> OSError | None:
     return raw.raised if isinstance(raw, LastingOutput) else None
 
 
-def reader_is_gone(stream: TextIO) -> bool:
-    """Whether a lasting stream has raised that no one reads it any more, as in `tunesmith recipes | head -1`."""
-    return isinstance(fault_of(stream), BrokenPipeError)
-
-
 def _raw(stream: TextIO) -> io.FileIO | None:
     """The descriptor under a stream, which with `python -u` has no buffer between."""
     binary = stream.buffer if isinstance(stream, io.TextIOWrapper) else None

@@ -26,25 +26,45 @@ from tunesmith.training.trainer import Trainer
 
 SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")
 
-# One process imports torch once and forks a child for each start: the kills hit real, whole processes.
+# One process imports torch once and forks a child for each start: the kills hit real, whole processes. Signals that
+# come before the run can take them wait until it does, and those after its end are not delivered.
 DRIVER = """
-import json, os, sys
+import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from tunesmith.config.load import from_mapping
 from tunesmith.errors import TunesmithError
-from tunesmith.training.run import train
+from tunesmith.signals import NAMES, StopRequest
+from tunesmith.training import run
 import peft
+STOPS = [signal.Signals[name] for name in NAMES]
+class Blocking(StopRequest):
+    def __exit__(self, *error):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        super().__exit__(*error)
+def claim(out, then=run.claim_run_dir):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    return then(out)
+run.StopRequest, run.claim_run_dir = Blocking, claim
+signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
 for line in sys.stdin:
-    recipe = json.loads(line)
+    recipe, ignored, unread = json.loads(line)
     pid = os.fork()
     if pid == 0:
+        say = lambda text: None
+        if ignored:
+            signal.signal(signal.Signals[ignored], signal.SIG_IGN)
+        if unread:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, 2)
+            say = run.print_line
         try:
-            train(from_mapping(recipe, where="test", base=Path.cwd()), say=lambda text: None)
+            run.train(from_mapping(recipe, where="test", base=Path.cwd()), say=say)
             os._exit(0)
         except TunesmithError as error:
-            print(error, file=sys.stderr, flush=True)
+            print(error, file=sys.stderr, flush=True) if not unread else None
             os._exit(error.exit_code)
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -70,10 +90,10 @@ class Starter:
             env=env,
         )
 
-    def start(self, values: dict[str, Any]) -> int:
-        """Start a run; its process id."""
+    def start(self, values: dict[str, Any], *, ignored: str | None = None, unread: bool = False) -> int:
+        """Start a run, with a signal ignored as by nohup, or with a closed pipe as stderr; its process id."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(values) + "\n")
+        self.process.stdin.write(json.dumps([values, ignored, unread]) + "\n")
         self.process.stdin.flush()
         return int(self.read())
 
@@ -168,6 +188,42 @@ def test_a_signal_saves_exits_75_and_resume_goes_on(tiny: Path, tmp_path: Path, 
     starter.start(cut)
     assert starter.wait() == 0
     assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "run")
+
+
+def test_any_signal_at_any_moment_changes_no_number(tiny: Path, tmp_path: Path, starter: Starter) -> None:
+    """While the run loads, steps, saves or ends; under nohup, in the background, without a reader."""
+    whole = recipe(tiny, tmp_path, adapter={"dropout": 0.1}, train={"micro_batch": "128 tokens"})
+    whole["train"]["duration"], whole["validate"] = "200 steps", {"every": "20 steps"}
+    cut = whole | {"output_dir": str(tmp_path / "cut")}
+    starter.start(whole)
+    assert starter.wait() == 0
+    chance, codes = random.Random(1), []
+    for _ in range(14):
+        names = chance.choice([["SIGKILL"], ["SIGINT", "SIGINT"], ["SIGTERM", "SIGTERM"], *([name] for name in NAMES)])
+        ignored, before = chance.choice([None, "SIGHUP", "SIGINT"]), lines(tmp_path / "cut")
+        pid = starter.start(cut, ignored=ignored, unread=chance.random() < 0.5)
+        deadline = time.monotonic() + 60
+        while names[0] == "SIGKILL" and lines(tmp_path / "cut") <= before:  # so that the kills come to an end
+            assert time.monotonic() < deadline, "no step within a minute"
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.1 if names[0] == "SIGKILL" else 0.6))
+        if names[0] == ignored:
+            os.kill(pid, signal.Signals[ignored])
+            time.sleep(0.1)
+            names = ["SIGKILL"]
+        for name in names:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.Signals[name])
+                time.sleep(0.35 * (len(names) > 1))
+        codes.append(starter.wait())
+        assert codes[-1] in ((-signal.SIGKILL, 0) if names[0] == "SIGKILL" else (75, 0)), (names, ignored)
+        assert not (tmp_path / "cut" / "failure.json").exists()
+    assert {75, -signal.SIGKILL} <= set(codes)
+    starter.start(cut)
+    assert starter.wait() == 0
+    assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "run")
+    files = [json.loads((tmp_path / name / "final" / "manifest.json").read_text())["files"] for name in ("cut", "run")]
+    assert files[0] == files[1]
 
 
 def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM") -> None:

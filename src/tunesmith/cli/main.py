@@ -36,7 +36,7 @@ from tunesmith.errors import (
 from tunesmith.packages import pip_install
 from tunesmith.runtime.host import bound_product_caches
 from tunesmith.signals import settle
-from tunesmith.streams import fault_of, lasting, reader_is_gone
+from tunesmith.streams import fault_of, lasting
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -113,7 +113,7 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
     except Exception as error:
         known = error if isinstance(error, TunesmithError) else _machine_error(error)
         code, failure = known.exit_code if known else EXIT_FAILED, error
-    if reader_is_gone(sys.stdout):
+    if isinstance(fault_of(sys.stdout), BrokenPipeError):  # as in `tunesmith recipes | head -1`
         code, failure = EXIT_BROKEN_PIPE, None
     if process:
         settle()
