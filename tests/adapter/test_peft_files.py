@@ -177,7 +177,7 @@ def test_broken_files_are_named(written):
     with pytest.raises(ModelError, match="weights cannot be read"):
         peft_files.load_adapter(model, folder)
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(ModelError, match="adapter_config.json is not JSON"):
+    with pytest.raises(ModelError, match=r"adapter_config\.json is not JSON"):
         peft_files.read_adapter(folder)
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         peft_files.read_adapter(folder / "nowhere")

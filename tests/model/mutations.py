@@ -13,6 +13,12 @@ VALUES: tuple[Any, ...] = (
     "/dev/zero", "\0", "9" * 5000, [], [1], ["x"], [None], {}, {"x": 1}, [[[]]], {"a": {"b": []}},
 )  # fmt: skip
 
+# Keys that a good file may leave out.
+OPTIONS = (
+    "quantization_config", "sliding_window", "num_experts", "layer_types", "vision_config", "attention_dropout", "auto_map",
+    "rope_scaling", "eos_token_id", "model_max_length", "extra_special_tokens", "added_tokens_decoder", "weight_map",
+)  # fmt: skip
+
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The path of every value inside `value`, the outermost left out; of a long list or object, the first few."""
@@ -38,6 +44,11 @@ def _json(text: bytes, draw: random.Random) -> bytes:
     else:
         inner[last] = draw.choice(VALUES)
     return json.dumps(document).encode()
+
+
+def _option(text: bytes, draw: random.Random) -> bytes:
+    """A JSON object with one more key, or another value of it."""
+    return json.dumps({**json.loads(text), draw.choice(OPTIONS): draw.choice(VALUES)}).encode()
 
 
 def _bytes(data: bytes, draw: random.Random) -> bytes:
@@ -70,6 +81,6 @@ def mutate(folder: Path, seed: int) -> str:
     file = draw.choice(sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")))
     data = file.read_bytes()
     tensors = file.suffix == ".safetensors"
-    way = draw.choice([_header, _header, _bytes] if tensors else [_json, _json, _json, _bytes])
+    way = draw.choice([_header, _header, _bytes] if tensors else [_json, _json, _option, _option, _bytes])
     file.write_bytes(way(data, draw))
     return f"seed {seed}: {way.__name__} of {file.name}"
