@@ -20,6 +20,7 @@ class Simple:
     """<|im_start|>role\\ncontent<|im_end|>\\n, with the assistant's content and end token supervised."""
 
     name = "simple"
+    raw = False
     jinja = None
 
     def __init__(self, tokenizer: Any) -> None:

@@ -115,7 +115,7 @@ MESSAGES: list[tuple[Any, str, str, str]] = [
     ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": "{a: 1}"}]}], "arguments is not JSON", ":1", "fix the text"),
     ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": [1]}]}], "not an object", "message 2", '{"a": 1}'),
     ([{**U, "tool_calls": [CALL]}, A], "a user message has", "message 1", "fix the row"),
-    ([U, {**A, "loss_weight": 0.5}], "loss weight 0.5", "message 2", "remove the weight"),
+    ([U, {**A, "loss_weight": 0.5}], "loss_weight: 0.5", "message 2", "remove loss_weight"),
 ]  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_a_missing_end_token(simple: Simple) -> None:
     assert "ends with an end token (1 of 3 answers)" in error.what
     assert error.where == "train: made row 2"
     word = simple.tokenizer.decode([73])
-    assert f"⟦{word}⟧".encode("unicode_escape").decode() in error.why
+    assert f"⟦{word}⟧" in error.why
     assert "<|im_end|>" in error.why
     broken(simple, given(simple, ([70, 71, 72], [0, 1, 1])))
     # A stretch of one example does not borrow the end token that begins the next.
@@ -132,7 +132,7 @@ def test_a_mask_that_reaches_into_the_prompt(make, simple: Simple, monkeypatch: 
     error = broken(simple, make(alpaca(5), seq_len=256))
     assert "reach the prompt (1 of 5 rows)" in error.what
     assert error.where.endswith("rows0.jsonl:4")
-    assert "assistant⟦\\n⟧".encode("unicode_escape").decode().replace("\\\\", "\\") in error.why
+    assert "assistant⟦\\n⟧" in error.why
 
 
 def test_a_label_outside_the_vocabulary(make, simple: Simple) -> None:

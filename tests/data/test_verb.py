@@ -47,7 +47,7 @@ def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str])
     assert "<|im_start|>user\nsay 1<|im_end|>\n<|im_start|>assistant\n⟦xxxxxx<|im_end|>⟧" in out
     assert out.count("⟦") == out.count("⟧") == 2
     assert "rows.jsonl:2: " in out
-    assert re.search(r"rows\.jsonl +60 +60 +1 ", out)
+    assert re.search(r"rows\.jsonl +60 of 60 +\d", out)
     assert "60 examples" in out
     assert "1 epochs: 1 optimizer steps" in out
     assert "warning: only 1 optimizer steps" in out
@@ -153,7 +153,44 @@ def test_validation_rows_that_are_trained_on_are_told(recipe, tiny: Path, write)
     held = "  validation: {source: held.jsonl, format: alpaca}\n"
     write("held.jsonl", alpaca(9) + alpaca(70)[len(alpaca(68)) :] + alpaca(2))  # 9 and 2 known rows, 2 new ones
     data = prepared(recipe(alpaca(60), held), tiny)
-    assert data.overlap == 11
+    assert data.overlap.count == 11
+    assert (data.overlap.where[-12:], data.overlap.earlier[-12:]) == ("held.jsonl:1", "rows.jsonl:1")
     assert any("11 of 13 validation examples are trained on" in text for text in data.warnings())
     path = recipe(alpaca(60), held)
-    assert prepared(path, tiny, "data.train.split=train[10:]").overlap == 0
+    assert prepared(path, tiny, "data.train.split=train[10:]").overlap.count == 0
+
+
+NAME = "a-rather-long-name-of-questions-and-answers.jsonl"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 160, 200])
+def test_every_table_is_readable_at_any_width(tiny: Path, tmp_path: Path, width: int) -> None:
+    """No cell is cut or narrower than a word; a file's name is broken only where it is longer than its column."""
+    import io
+
+    from rich.console import Console
+
+    from recipes import make_run
+
+    (tmp_path / NAME).write_text(alpaca(60) + alpaca(9))
+    sources = [{"source": str(tmp_path / NAME), "format": "alpaca", "split": s} for s in ("train[:55]", "train[-14:]")]
+    more = {"train": {**sources[0], "weight": 2.0}, "validation": sources[1], "too_long": "drop", "seq_len": 66}
+    run = make_run(tiny, tmp_path, data=more)
+    tokenizer = load_tokenizer(tiny, run.model)
+    data = prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), 272, cache=tmp_path / "cache")
+    out = io.StringIO()
+    verb.print_data(data, tokenizer, 1, Console(file=out, width=width, soft_wrap=True, highlight=False))
+    text = out.getvalue()
+    tables = re.findall(r"(?m)^(?: .*\n)+", text)
+    assert len(tables) == 3
+    assert all(len(line) <= width for table in tables for line in table.splitlines())
+    assert "…" not in text
+    for whole in ("55 of 69", "14 of 69", "supervised", "longest", "weight"):
+        assert whole in tables[0], whole
+    flat = "".join(tables[0].split())
+    assert all(part in flat for part in ("split:train[:55]", "split:train[-14:]", NAME if width < 160 else ""))
+    assert (NAME in tables[0]) == (width >= 80)
+    if width > 40:
+        assert "█" * (40 if width >= 80 else 30) in tables[1]
+    words = "train: every supervised answer ends with an end token holds: answers; end tokens: <|im_end|>"
+    assert all(word in tables[2] for word in words.split())

@@ -114,10 +114,10 @@ def test_one_prompt_in_training_and_use(loaded: LoadedModel, model: str, choice:
             loaded, tokenizer=saved, template=_template(location, saved, stops, tmp_path / "final"), location=location
         )
         for asked in (values, unanswered):
-            ids, reference = generate._make_prompt(from_list([asked]), 0, used, "auto")
+            ids, reference = generate._make_prompt(from_list([asked]), 0, used, "auto", None)
             assert ids == trained
             assert reference == (SAID if asked is values else None)
-        (scored,) = _eval_tokens(from_list([values]), source, used, "auto", exact_match=False)
+        (scored,) = _eval_tokens([(source, from_list([values]))], used, "held-out")
         assert (scored.ids.tolist(), scored.trained.tolist()) == (example.ids.tolist(), example.trained.tolist())
         assert used.template.prompt(generate.convert_row({"messages": TURNS}, Source(source="x"), where="r")) == trained
     theirs = saved.apply_chat_template(TURNS[:1], add_generation_prompt=True)["input_ids"]
@@ -139,7 +139,7 @@ def test_a_run_and_its_final_folder_elsewhere_ask_alike(tiny: Path, tmp_path: Pa
     text = text or f"<|im_start|>user\n{asked['prompt']}<|im_end|>\n<|im_start|>assistant\n"
     for place in (tmp_path / "run", tmp_path / "alone"):
         found = load_run(place, device="cpu")
-        assert found.tokenizer.decode(generate._make_prompt(from_list([asked]), 0, found, "auto")[0]) == text
+        assert found.tokenizer.decode(generate._make_prompt(from_list([asked]), 0, found, "auto", None)[0]) == text
         plain = AutoTokenizer.from_pretrained(found.location.folder)
         question = [{"role": "user", "content": asked["prompt"]}]
         assert plain.apply_chat_template(question, add_generation_prompt=True, tokenize=False) == text
@@ -155,7 +155,8 @@ def test_a_run_of_before_answers_as_it_was_trained(tiny: Path, tmp_path: Path) -
         (tmp_path / "run" / "env.json").write_text(json.dumps(env))
         found = load_run(tmp_path / "run", device="cpu")
         assert (
-            found.tokenizer.decode(generate._make_prompt(from_list([{"prompt": ASKED}]), 0, found, "auto")[0]) == text
+            found.tokenizer.decode(generate._make_prompt(from_list([{"prompt": ASKED}]), 0, found, "auto", None)[0])
+            == text
         )
 
 
@@ -165,7 +166,8 @@ def test_a_base_model_without_a_template_is_given_prompts_as_they_stand(tiny: Pa
     (base / "chat_template.jinja").unlink()
     found = load_run(base, device="cpu")
     ids = [
-        generate._make_prompt(from_list([row]), 0, found, "auto")[0] for row in ({"prompt": ASKED}, {"messages": TURNS})
+        generate._make_prompt(from_list([row]), 0, found, "auto", None)[0]
+        for row in ({"prompt": ASKED}, {"messages": TURNS})
     ]
     assert [found.tokenizer.decode(i) for i in ids] == [ASKED, ALPACA]
 

@@ -63,20 +63,22 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def print_data(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
+def print_data(prepared: TrainingData, tokenizer: Any, rows: int, console: Console | None = None) -> None:
     """Everything, on stdout: rows, counts, lengths, packing, contract."""
+    from rich.bar import Bar
     from rich.console import Console
 
     # A file or a pipe has no width; rich would assume 80 columns and fold the tables.
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    console = console or Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     _print_rows(console, prepared.train, tokenizer, rows)
     console.print(prepared.template.describe(), markup=False)
-    console.print(_counts_table(prepared))
+    console.print(_counts_table(prepared, console.width))
     bars = histogram(prepared.train)
     most = max((n for _, _, n in bars), default=1)
-    lengths = _table("tokens of an example", "from - to", "examples", "", left=2)
+    lengths = _table("tokens of an example", "from - to", "examples", "", text=(2,))
+    lengths.columns[0].no_wrap, lengths.columns[2].max_width = True, 40
     for low, high, n in bars:
-        lengths.add_row(f"{low:,} - {high:,}", f"{n:,}", "█" * round(40 * n / most) or ("▏" if n else ""))
+        lengths.add_row(f"{low:,} - {high:,}", f"{n:,}", Bar(most, 0, n and max(n, most / 40)))
     console.print(lengths)
     console.print(prepared.describe_schedule(), markup=False)
     for warning in prepared.warnings():
@@ -117,7 +119,7 @@ def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) 
     for i in range(min(count, len(tokens))):
         example = tokens[i]
         title = f"{tokens.where(i)}: {len(example.ids):,} tokens, {int(example.trained.sum()):,} supervised"
-        console.rule(Text(title), align="left")
+        console.print(Text(f"── {title}"))
         text, inside = Text(), False
         for piece, supervised, special in segments(tokens, tokenizer, i):
             if not coloured and supervised != inside:
@@ -129,28 +131,48 @@ def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) 
     console.print()
 
 
-def _table(title: str, *columns: str, left: int = 0) -> Table:
-    """A table whose columns are aligned right, but the first and the one numbered `left`."""
+def _table(title: str, *columns: str, text: tuple[int, ...] = ()) -> Table:
+    """A table of a first column and those numbered `text`, which wrap, and columns of figures, which never do."""
     from rich import box
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        justify: Literal["left", "right"] = "left" if number in (0, left) else "right"
-        table.add_column(column, justify=justify, no_wrap=number not in (0, left), overflow="fold")
+        wraps = number == 0 or number in text
+        justify: Literal["left", "right"] = "left" if wraps else "right"
+        table.add_column(column, justify=justify, no_wrap=not wraps, overflow="fold")
     return table
 
 
-def _counts_table(prepared: TrainingData) -> Table:
+def _counts_table(prepared: TrainingData, width: int) -> Table:
+    """Sources below each other, and beside them the figures that any of them has; in little width all below each other."""
     from tunesmith.data.source import is_local
 
-    columns = ("source", "rows", "kept", "weight", "tokens", "supervised", "cut", "dropped", "emptied", "longest")
-    table = _table("what is trained on", *columns)
+    found = []
     for split, part in prepared.sources():
         c = part.counts
-        name, share = Path(c.source).name if is_local(c.source) else c.source, c.supervised / max(1, c.tokens)
-        cells = [f"{c.rows:,}", f"{c.kept:,}", f"{part.weight:g}", f"{c.tokens:,}", f"{share:.1%}"]
-        table.add_row(f"{split}: {name}", *cells, *(f"{n:,}" for n in (c.cut, c.dropped, c.emptied, c.longest)))
+        taken = f" ({c.taken})" if c.taken and c.kept < c.available else ""
+        name = f"{split}: {Path(c.source).name if is_local(c.source) else c.source}{taken}"
+        empty, _ = c.flaws.get("empty", (0, 0))
+        weight, share = part.weight if part.weight != 1 else "", c.supervised / max(1, c.tokens)
+        few = {"cut": c.cut, "dropped": c.dropped, "emptied": c.emptied, "empty answers": empty}
+        cells = {"rows": f"{c.kept:,} of {c.available:,}", "weight": f"{weight}", "tokens": f"{c.tokens:,}"}
+        cells |= {"supervised": f"{share:.1%}", **{what: f"{n:,}" if n else "" for what, n in few.items()}}
+        found.append((name, {**cells, "longest": f"{c.longest:,}"}))
+    names = [name for name in found[0][1] if any(cells[name] for _, cells in found)]
+    title, figures = "what is trained on", sum(3 + max(len(n), *(len(cells[n]) for _, cells in found)) for n in names)
+    if figures + min(40, max(len(name) for name, _ in found)) > width:
+        table = _table(title, "", "", text=(1,))
+        table.show_header = False
+        for name, cells in found:
+            for label, value in {"source": name, **cells}.items():
+                if label in ("source", *names):
+                    table.add_row(label, value)
+            table.add_section()
+        return table
+    table = _table(title, "source", *names)
+    for name, cells in found:
+        table.add_row(name, *(cells[n] for n in names))
     return table
 
 
@@ -169,14 +191,19 @@ def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
 def _contracts_table(prepared: TrainingData) -> Table:
     from rich.text import Text
 
-    table = _table("token contract", "check", "checked", "result", left=2)
+    table = _table("token contract", "check", "result", text=(1,))
     for contract in prepared.contracts:
         for check in contract.checks:
-            result = Text(f"holds{f' ({check.note})' if check.note else ''}", style="green" if check.checked else "")
+            note, checked = f"; {check.note}" if check.note else "", f"{check.checked:,} {check.of}"
+            result = Text(f"holds: {checked}{note}", style="green" if check.checked else "")
             if check.broken:
-                lines = [f"BROKEN {check.broken:,} times, first in {check.where}", check.why, f"fix: {check.fix}"]
+                lines = [
+                    f"BROKEN: {check.broken:,} of {checked}, first in {check.where}",
+                    check.why,
+                    f"fix: {check.fix}",
+                ]
                 result = Text("\n".join(lines), style="red")
-            table.add_row(f"{contract.split}: {check.name}", f"{check.checked:,} {check.of}", result)
+            table.add_row(f"{contract.split}: {check.name}", result)
     return table
 
 
@@ -195,6 +222,8 @@ def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
         "validation": [asdict(part.counts) for split, part in prepared.sources() if split == "validation"],
         "lengths": [{"from": low, "to": high, "examples": n} for low, high, n in histogram(train)],
         "schedule": asdict(prepared.schedule.summary(prepared.run.train.duration)),
+        "duplicates": asdict(prepared.duplicates),
+        "overlap": asdict(prepared.overlap),
         "warnings": prepared.warnings(),
         "contract": [{"split": c.split, **asdict(check)} for c in prepared.contracts for check in c.checks],
         "rows": shown,

@@ -113,6 +113,11 @@ def check_tokens(tokens: TokenSet, template: Template, tokenizer: Any, *, vocab_
                 why = f"{why}: {_excerpt(tokens, tokenizer, chunk.first + row, int(faults[0] - chunk.offsets[row]))}"
                 check = replace(check, where=tokens.where(chunk.first + row), why=why, fix=fix)
             checks[n + 1] = replace(check, checked=check.checked + count, broken=check.broken + len(faults))
+    if template.raw:
+        first = _excerpt(tokens, tokenizer, 0, int(np.argmax(tokens[0].trained)))
+        checks.append(
+            Check("rows stand as they are, no template between", len(tokens), "rows", note=f"such as {first}")
+        )
     return Contract(split, tuple(checks))
 
 
@@ -169,4 +174,4 @@ def _excerpt(tokens: TokenSet, tokenizer: Any, example: int, at: int) -> str:
     texts = [tokenizer.decode([t]) if 0 <= t < len(tokenizer) else f"<{t}>" for t in ids[left:right]]
     texts[at - left] = f"⟦{texts[at - left]}⟧"
     text = f"{'…' if left else ''}{''.join(texts)}{'…' if right < len(ids) else ''}"
-    return text.encode("unicode_escape").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

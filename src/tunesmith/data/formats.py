@@ -7,7 +7,7 @@
     text                text
 
 Nothing is guessed. A row with something that training would ignore (a role that no template knows, an image, a loss
-weight) is refused, by its place.
+weight of 0.5) is refused, by its place. An assistant's message with `"train": false` (or `"weight": 0`) is context only.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Conversation:
         `reasoning_content` (str) and `tool_calls` ([{"type": "function", "function": {"name", "arguments": dict}}]).
     tools: OpenAI's tool schemas, or None.
     given: how many leading messages are a prompt, whose answers are not supervised.
+    untrained: indices of the assistant messages that the row itself leaves unsupervised.
     instruction: alpaca's (instruction, input, output) for a row of that format, so that alpaca's own text can be made.
     """
 
@@ -44,6 +45,12 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     given: int = 0
     instruction: tuple[str, str, str] | None = None
+    untrained: frozenset[int] = frozenset()
+
+    def supervised(self) -> list[dict[str, Any]]:
+        """The assistant messages that are learnt from, where nothing but the row decides."""
+        own = [i for i in range(self.given, len(self.messages)) if i not in self.untrained]
+        return [self.messages[i] for i in own if self.messages[i]["role"] == "assistant"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,8 @@ def convert_row(row: Mapping[str, Any], source: Source, *, where: str, system: s
     _check_order(reader, sample.messages)
     messages = with_system(sample.messages, system)
     given = sample.given and sample.given + len(messages) - len(sample.messages)
-    return Conversation(messages, sample.tools, given, sample.instruction)
+    untrained = frozenset(i for i, message in enumerate(messages) if not message.pop("train", True))
+    return Conversation(messages, sample.tools, given, sample.instruction, untrained)
 
 
 class _RowReader:
@@ -203,6 +211,8 @@ def _sharegpt(row: _RowReader) -> Sample:
         else:
             messages.append({"role": "assistant", "content": "", "tool_calls": _calls(row, turn["value"], at)})
         before = role
+        if not _is_trained(row, messages[-1]["role"], turn, at):
+            messages[-1]["train"] = False
     return Conversation(messages, _tools(row))
 
 
@@ -264,17 +274,25 @@ def _message(row: _RowReader, role: str, message: Mapping[str, Any], at: str) ->
         raise row.error(f"a {role} message has reasoning or tool calls", "only an assistant's may", at=at)
     if message.get("content") is None and not calls and not reasoning:
         raise row.error("a message has no content", "", 'give it "content": "...", or delete it', at)
-    weight = message.get("loss_weight", message.get("weight"))
-    if weight is not None and weight != (1 if role == "assistant" else 0):
-        why = "assistant turns have weight 1, the others 0 (data.train_on)"
-        raise row.error(f"a {role} message has loss weight {weight}", why, "remove the weight, or the row", at)
     out: dict[str, Any] = {"role": role, "content": text}
+    if not _is_trained(row, role, message, at):
+        out["train"] = False
     if reasoning:
         out["reasoning_content"] = row.text(reasoning, f"{at} reasoning")
     if calls:
         out["tool_calls"] = calls
     names = (name for name in ("name", "tool_call_id") if message.get(name))
     return out | {name: row.text(message[name], f"{at} {name}") for name in names}
+
+
+def _is_trained(row: _RowReader, role: str, message: Mapping[str, Any], at: str) -> bool:
+    """False where a turn says that it is not learnt from: by `train`, or OpenAI's `weight`."""
+    given = {name: message[name] for name in ("train", "weight", "loss_weight") if message.get(name) is not None}
+    for name, value in given.items():
+        if value not in (0, 1) or (value and role != "assistant"):
+            why = "an assistant's turn is trained on (true, or weight 1) or not (false, or 0), and no other turn is"
+            raise row.error(f"the message of the {role} has {name}: {value}", why, f"remove {name}, or the row", at)
+    return all(given.values())
 
 
 def _content(row: _RowReader, content: Any, at: str) -> tuple[str, str, list[dict[str, Any]]]:

@@ -149,12 +149,12 @@ class AssistantMask:
         return field.kind == "reasoning_content" and self.reasoning
 
     def answers(
-        self, messages: Messages, tools: Tools = None, *, first: int = 0, where: str = ""
+        self, messages: Messages, tools: Tools = None, *, wanted: Collection[int] | None = None, where: str = ""
     ) -> tuple[str, list[CharSpan]]:
         """The rendered conversation, and the supervised spans of its assistant messages.
 
         Args:
-            first: index of the first message whose answer is wanted.
+            wanted: indices of the messages whose answers are wanted; None: all.
             where: the row's place, for errors.
 
         Raises:
@@ -169,7 +169,7 @@ class AssistantMask:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         own = self._blocks_of_answers(view, blocks, turns, where) if self.tagged else {}
         spans = []
-        for i in (i for i in turns if i >= first):
+        for i in (i for i in turns if wanted is None or i in wanted):
             spans += (
                 self._tagged_answer(view, i, own[i], where) if own else [self._answer(view, i, i == turns[-1], where)]
             )

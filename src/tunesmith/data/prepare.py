@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tunesmith.config.schema import Run
 from tunesmith.data.contract import Contract, check_tokens
+from tunesmith.data.flaws import FLAWS
 from tunesmith.data.hold_out import read_splits
+from tunesmith.data.repeats import Repeats, find_repeats
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import SourceTokens, TokenCounts, TokenSet, tokenise
@@ -28,8 +27,8 @@ FEW_STEPS = 50  # with fewer, the learning rate is mostly in its warm-up and the
 class TrainingData:
     """What training needs of the data; `validation` is None where the recipe names none.
 
-    overlap: validation examples that are among the training examples, token for token. validation_digest: sha256 (hex) of
-    all validation examples, also of those that `validate.max_examples` leaves out.
+    duplicates: training examples that are there before. overlap: validation examples that are trained on too.
+    validation_digest: sha256 (hex) of all validation examples, also of those that `validate.max_examples` leaves out.
     """
 
     run: Run
@@ -38,7 +37,8 @@ class TrainingData:
     template: Template
     schedule: BatchSchedule
     contracts: tuple[Contract, ...]
-    overlap: int = 0
+    duplicates: Repeats
+    overlap: Repeats
     validation_digest: str | None = None
 
     @property
@@ -54,7 +54,7 @@ class TrainingData:
     def describe(self) -> str:
         """Lines for the user: which rows are trained on, what was left out, how many steps, what was checked."""
         lines = [self.template.describe()]
-        lines += [f"{split}: {_counts_line(part.counts)}" for split, part in self.sources()]
+        lines += [f"{split}: {_counts_line(part.counts, self.run.data.too_long)}" for split, part in self.sources()]
         if self.run.data.hold_out is not None:
             lines.append(
                 f"validation: drawn by the seed from data.train, and not trained on ({self.run.data.hold_out})"
@@ -89,12 +89,27 @@ class TrainingData:
             found.append(
                 f"warning: only {steps} optimizer steps: a model changes little in fewer than {FEW_STEPS}; fix: {fix}"
             )
-        if self.overlap:
+        for split, part in self.sources():
+            for name, (count, first) in part.counts.flaws.items():
+                if name == "joined" and self.run.data.template != "auto":
+                    continue  # it was asked for
+                what, why, fix = FLAWS[name]
+                found.append(
+                    f"warning: {split}: {count:,} of {part.counts.rows:,} rows with {what}, first "
+                    f"{part.rows.where(first)}: {why}; fix: {fix}"
+                )
+        if self.duplicates.count:
+            found.append(
+                f"warning: {self.duplicates.count:,} of {len(self.train):,} training examples are there before, first "
+                f"{self.duplicates.where} ({self.duplicates.earlier}): each counts once more; fix: delete them, or give "
+                "their source a weight"
+            )
+        if self.overlap.count:
             fix = "splits that share no row, such as train[:95%] and train[95%:]"
             fix = "delete the rows that are there twice" if self.run.data.hold_out is not None else fix
             found.append(
-                f"warning: {self.overlap:,} of {len(self.validation or ()):,} validation examples are trained on too, so "
-                f"val_loss says little of new rows; fix: {fix}"
+                f"warning: {self.overlap.count:,} of {len(self.validation or ()):,} validation examples are trained on too, "
+                f"first {self.overlap.where} ({self.overlap.earlier}), so val_loss says little of new rows; fix: {fix}"
             )
         return found
 
@@ -143,21 +158,22 @@ def prepare_data(
         why = f"{len(train)} examples with weights {', '.join(str(s.weight) for s in run.data.train)}"
         what = "the weights of the sources leave no example in an epoch"
         raise DataError(what, where="data.train", why=why, fix="raise weight")
-    overlap = _overlap(train, validation) if validation is not None else 0
-    return TrainingData(run, train, validation, template, schedule, tuple(contracts), overlap, validation_digest)
+    duplicates, overlap = find_repeats(train), find_repeats(validation, train) if validation is not None else Repeats()
+    facts = (tuple(contracts), duplicates, overlap, validation_digest)
+    return TrainingData(run, train, validation, template, schedule, *facts)
 
 
-def _overlap(train: TokenSet, validation: TokenSet) -> int:
-    """How many validation examples are in `train`, token for token."""
-    wanted = Counter(example.ids.tobytes() for example in validation)
-    same_length = np.flatnonzero(np.isin(train.lengths, validation.lengths)).tolist()  # only these can be equal
-    return sum(wanted.pop(train[i].ids.tobytes(), 0) for i in same_length)
-
-
-def _counts_line(counts: TokenCounts) -> str:
-    share = counts.supervised / max(1, counts.tokens)
-    left_out = "dropped because the cut left no supervised token"
-    cells = {"cut": counts.cut, "dropped as too long": counts.dropped, left_out: counts.emptied}
-    line = f"{counts.source}: {counts.kept:,} of {counts.rows:,} rows, {counts.tokens:,} tokens, {share:.1%} supervised"
-    line += "".join(f", {count:,} {what}" for what, count in cells.items() if count)
-    return f"{line}; longest {counts.longest:,} tokens"
+def _counts_line(counts: TokenCounts, too_long: str) -> str:
+    left_out = {
+        counts.taken: counts.kept + counts.dropped + counts.emptied < counts.available,
+        f"{counts.dropped:,} dropped (data.too_long: {too_long})": counts.dropped,
+        f"{counts.emptied:,} dropped because the cut left no supervised token": counts.emptied,
+    }
+    why = ", ".join(text for text, there in left_out.items() if text and there)
+    cut = f", {counts.cut:,} cut (data.too_long: {too_long})" if counts.cut else ""
+    empty = f", {counts.flaws['empty'][0]:,} with an empty answer" if "empty" in counts.flaws else ""
+    return (
+        f"{counts.source}: {counts.kept:,} of {counts.available:,} rows{f' ({why})' if why else ''}, "
+        f"{counts.tokens:,} tokens, {counts.supervised / max(1, counts.tokens):.1%} supervised{cut}{empty}; "
+        f"longest {counts.longest:,} tokens"
+    )

@@ -40,6 +40,11 @@ class Rows:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def available(self) -> int:
+        """All rows of the files and splits that some are taken of."""
+        return sum(map(len, self._tables()))
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
 
@@ -76,8 +81,11 @@ class Rows:
 
     def check_unchanged(self) -> None:
         """DataError if a file was changed since it was opened."""
-        for table in {id(part.table): part.table for part in self._ranges}.values():
+        for table in self._tables():
             table.check_unchanged()
+
+    def _tables(self) -> list[Table]:
+        return list({id(part.table): part.table for part in self._ranges}.values())
 
     def digest(self) -> str:
         """sha256 (hex) of the content and of which rows are taken; the file's name and folder do not enter."""

@@ -212,8 +212,15 @@ class Template:
             fix = 'write {"prompt": "...", "completion": "..."}, or train with data.template=alpaca'
             raise DataError(what, where=where, why=why, fix=fix)
         first = len(messages) - 1 if train_on == "last" else sample.given
-        text, spans = self._mask.answers(messages, sample.tools or None, first=first, where=where)
-        return text, [CharSpan(spans[0].start if sample.given else 0, len(text))] if train_on == "all" else spans
+        wanted = set(range(first, len(messages))) - (sample.untrained if train_on != "all" else set())
+        text, spans = self._mask.answers(messages, sample.tools or None, wanted=wanted, where=where)
+        if train_on != "all":
+            return text, spans
+        no_loss, left_out = wanted & sample.untrained, list[CharSpan]()
+        if no_loss:
+            left_out = self._mask.answers(messages, sample.tools or None, wanted=no_loss, where=where)[1]
+        edges = [spans[0].start if sample.given else 0, *(at for span in left_out for at in span[:2]), len(text)]
+        return text, [CharSpan(*edge) for edge in zip(edges[::2], edges[1::2], strict=True) if edge[0] < edge[1]]
 
     def _example(self, sample: Sample, aligned: Aligned, where: str) -> Example:
         ids, trained = aligned.ids, aligned.trained

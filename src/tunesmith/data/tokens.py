@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Example
 from tunesmith.data.cache import TokenArrays, Tokenised, TokenWriter, cached_tokens
+from tunesmith.data.flaws import row_flaws
 from tunesmith.data.formats import Conversation, Sample, Text, convert_row
 from tunesmith.data.source import Rows
 from tunesmith.data.template import Template
@@ -25,7 +26,7 @@ from tunesmith.host_files import is_terminal
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when the same rows would give other tokens
+VERSION = 2  # raise it when the same rows would give other tokens
 _BATCH = 256  # rows handed to the tokenizer at once
 _PROMPTS_ALL, _PROMPTS_EVERY = 256, 32  # rows whose prompt is rendered apart and compared: the first, then every n-th
 
@@ -38,6 +39,8 @@ class TokenCounts:
     as too long; emptied: left out because the cut left no supervised token. longest: tokens of the longest row, uncut.
     digest: sha256 (hex) of all that is trained on: tokens, mask and bounds of examples, in order. prompts: rows whose
     prompt was rendered apart and found as the beginning of the example; prompts_apart: rows where it renders otherwise.
+    flaws: name in `flaws.FLAWS` -> how many of the rows read have it, and the first of them. available: rows that the
+    source has; taken: the recipe's keys that take some of them.
     """
 
     source: str
@@ -52,6 +55,9 @@ class TokenCounts:
     digest: str
     prompts: int = 0
     prompts_apart: int = 0
+    flaws: dict[str, list[int]] = field(default_factory=dict)
+    available: int = 0
+    taken: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class SourceTokens:
         end = int(offsets[n])
         arrays = TokenArrays(ids[:end], trained[:end], offsets[: n + 1], rows[:n], cut[:n])
         digest = hashlib.sha256(f"{self.counts.digest}[:{n}]".encode()).hexdigest()
-        counts = replace(self.counts, **_count_tokens(arrays), digest=digest)
+        taken = f"{self.counts.taken}, the first {n:,}".removeprefix(", ") if n < len(self) else self.counts.taken
+        counts = replace(self.counts, **_count_tokens(arrays), digest=digest, taken=taken)
         return replace(self, arrays=arrays, counts=counts, leaks=tuple(i for i in self.leaks if i < n))
 
 
@@ -125,7 +132,18 @@ class TokenSet:
     @property
     def counts(self) -> TokenCounts:
         """The sum over all sources."""
-        names = ("rows", "kept", "tokens", "supervised", "cut", "dropped", "emptied", "prompts", "prompts_apart")
+        names = (
+            "rows",
+            "kept",
+            "tokens",
+            "supervised",
+            "cut",
+            "dropped",
+            "emptied",
+            "prompts",
+            "prompts_apart",
+            "available",
+        )
         return TokenCounts(
             source=", ".join(c.source for c in self.sources),
             longest=max((c.longest for c in self.sources), default=0),
@@ -170,7 +188,9 @@ def tokenise(
             arrays, about = make(TokenWriter(None))
         else:
             arrays, about = cached_tokens(cache, _cache_key(rows, source, data, template, tokenizer_hash), make)
-        counts = TokenCounts(source=source.source, **about["counts"])
+        keys = {"split": source.split, "max_examples": source.max_examples, "data.hold_out": data.hold_out}
+        taken = ", ".join(f"{name}: {value}" for name, value in keys.items() if value is not None)
+        counts = TokenCounts(source=source.source, **about["counts"], available=rows.available, taken=taken)
         parts.append(SourceTokens(arrays, counts, rows, source.weight, tuple(about["reached"])))
     return TokenSet(parts)
 
@@ -206,13 +226,15 @@ def _tokenise_rows(
 ) -> Tokenised:
     """Tokenise all rows of a source; their arrays, and counts and leaks as plain values."""
     counts = dict.fromkeys(("dropped", "emptied", "longest", "prompts", "prompts_apart"), 0)
-    leaks: list[int] = []
+    leaks, flaws = list[int](), dict[str, list[int]]()
     for i, where, sample, whole in _encode_rows(rows, source, data, template, title):
         if data.train_on != "all" and (i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0):
             clean = _prompt_is_unsupervised(template, sample, whole)
             counts["prompts_apart" if clean is None else "prompts"] += 1
             if clean is False:
                 leaks.append(len(writer))
+        for name in row_flaws(sample, raw=template.raw):
+            flaws.setdefault(name, [0, i])[0] += 1
         n = len(whole.ids)
         counts["longest"] = max(counts["longest"], n)
         if n <= data.seq_len:
@@ -228,7 +250,7 @@ def _tokenise_rows(
             writer.add(Example(whole.ids[: data.seq_len], whole.trained[: data.seq_len]), i, cut=True)
     rows.check_unchanged()
     arrays = writer.arrays()
-    about = {"rows": len(rows), **_count_tokens(arrays), **counts, "digest": arrays.sha256()}
+    about = {"rows": len(rows), **_count_tokens(arrays), **counts, "digest": arrays.sha256(), "flaws": flaws}
     return arrays, {"counts": about, "reached": leaks}
 
 

@@ -7,6 +7,7 @@ completion is taken off and kept as the reference; a row that has none is prompt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.check import COLUMNS
@@ -127,6 +128,8 @@ def _make_prompt(
         why = f"its last message is of the role {sample.messages[-1]['role']}"
         raise DataError(what, where=where, why=why, fix="end it with the turn to answer, or with the answer")
     reference = None
+    if isinstance(sample, Conversation):
+        sample = replace(sample, untrained=frozenset())  # an answer that is not trained on is an answer too
     if answered:
         # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are compared in the
         # form in which the model writes them.

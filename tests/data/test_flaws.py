@@ -1,0 +1,205 @@
+"""What is valid but seldom meant is counted and told with its first place; turns that a row leaves untrained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import byte_tokenizer
+from recipes import make_run
+from rows import alpaca
+from tunesmith.config.schema import Source
+from tunesmith.data.flaws import row_flaws
+from tunesmith.data.formats import Completion, Conversation, Text, convert_row
+from tunesmith.data.prepare import TrainingData, prepare_data
+from tunesmith.data.repeats import find_repeats
+from tunesmith.data.template import Template
+from tunesmith.data.tokens import TokenSet
+from tunesmith.errors import DataError
+
+U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+def prepared(tiny: Path, folder: Path, rows: list[dict[str, Any]], *, base: bool = False, **data: Any) -> TrainingData:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    form = {"messages": "messages", "prompt": "prompt-completion", "text": "text"}[next(iter(rows[0]))]
+    source = {"source": str(path), "format": form, **data.pop("source", {})}
+    run = make_run(tiny, folder, held=False, data={"train": source, **data})
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None if base else tokenizer.chat_template
+    return prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=folder / "cache")
+
+
+def warned(data: TrainingData, about: str) -> str:
+    (line,) = [line for line in data.warnings() if about in line]
+    assert "; fix: " in line
+    return line
+
+
+def test_empty_answers_and_placeholders_are_told_with_the_first_row(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Who {i}?", "completion": f"He {i}."} for i in range(60)]
+    for i in (7, 9, 40):
+        rows[i]["completion"] = " \n"[: i % 3]
+    rows[12]["prompt"] = "Dear {{ customer.name }}, who?"
+    for _ in range(2):  # the second time from the cache
+        data = prepared(tiny, tmp_path, rows)
+        assert f"3 of 60 rows with an empty answer, first {tmp_path}/rows.jsonl:8: " in warned(data, "an empty answer")
+        assert f"1 of 60 rows with a placeholder such as {{{{name}}}}, first {tmp_path}/rows.jsonl:13: " in warned(
+            data, "with a placeholder"
+        )
+        assert "60 of 60 rows" in data.describe()
+        assert "3 with an empty answer" in data.describe()
+        assert not any("blank or line break" in line for line in data.warnings())
+    assert data.warnings() == [line for line in data.describe().splitlines() if line.startswith("warning: ")]
+
+
+def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "Who?", "completion": f"He {i}."} for i in range(5)] + [{"prompt": "Who? ", "completion": "I."}]
+    assert "5 of 6 rows" in warned(prepared(tiny, tmp_path, rows, base=True), "no blank or line break")
+    for asked in ("raw", "alpaca"):
+        data = prepared(tiny, tmp_path, rows, base=True, template=asked, seq_len=512)
+        assert not any("line break" in line for line in data.warnings())
+    data = prepared(tiny, tmp_path, rows, base=True)
+    check = data.contracts[0].checks[-1]
+    assert check.name.startswith("rows stand as they are")
+    assert check.note == "such as Who?⟦H⟧e 0.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Dear {{name}}", True),
+        ("{{ first_name }}", True),
+        ("{{user.name}} and {{char}}", True),
+        ("{name}", False),
+        ("f'{x}' and ${HOME} and \\frac{a}{{b}^2}", False),
+        ("{{}} {{ 1 }} {{ 'a' }} {% if x %}", False),
+        ("a {{ two words }}", False),
+    ],
+)
+def test_which_placeholders_are_told(text: str, found: bool) -> None:
+    for sample in (Text(text), Completion(text, "x"), Completion("x", text), Conversation([U, {**A, "content": text}])):
+        assert list(row_flaws(sample, raw=False)) == ["placeholder"] * found
+
+
+def test_what_counts_as_an_empty_answer() -> None:
+    def empty(*messages: dict[str, Any], **more: Any) -> bool:
+        return list(row_flaws(Conversation(list(messages), **more), raw=False)) == ["empty"]
+
+    blank = {**A, "content": " \n"}
+    assert empty(U, blank)
+    assert empty(U, blank, U, A)
+    assert not empty(U, A)
+    assert not empty(U, {**blank, "tool_calls": [{}]})
+    assert not empty(U, {**blank, "reasoning_content": "hm"}, U, A)
+    assert not empty(U, blank, U, A, untrained=frozenset({1}))
+    assert not empty(U, blank, U, A, given=3)
+
+
+def test_rows_that_are_there_twice(make: Callable[..., TokenSet]) -> None:
+    tokens = make(alpaca(9), alpaca(12), seq_len=256)
+    found = find_repeats(tokens)
+    assert found.count == 9
+    assert found.where.endswith("rows1.jsonl:1")
+    assert found.earlier.endswith("rows0.jsonl:1")
+    assert find_repeats(make(alpaca(50), seq_len=256)).count == 0
+    again = find_repeats(make(alpaca(3) * 4, seq_len=256))
+    assert (again.count, again.where.rpartition(":")[2], again.earlier.rpartition(":")[2]) == (9, "4", "1")
+    held = make(alpaca(70)[len(alpaca(68)) :] + alpaca(5), seq_len=256)
+    assert find_repeats(held, make(alpaca(60), seq_len=256)).count == 5
+    assert find_repeats(held.first(0), tokens).count == find_repeats(held, held.first(0)).count == 0
+
+
+def test_they_are_told_before_the_first_step(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"row {i % 50}"} for i in range(60)]
+    data = prepared(tiny, tmp_path, rows)
+    place = f"{tmp_path}/rows.jsonl"
+    assert f"10 of 60 training examples are there before, first {place}:51 ({place}:1)" in warned(data, "there before")
+
+
+# --- "train": false ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("say", [{"train": False}, {"weight": 0}, {"loss_weight": 0.0}])
+def test_a_turn_that_is_not_trained_is_context_only(say: dict[str, Any]) -> None:
+    tokenizer = byte_tokenizer()
+    template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat")
+    plain = [U, A, U, {**A, "content": "c"}, U, {**A, "content": "d"}]
+    turns = [{"from": m["role"], "value": m["content"]} for m in plain]
+
+    def learnt(row: dict[str, Any], form: Any, train_on: Any) -> tuple[str, list[int]]:
+        sample = convert_row(row, Source(source="x", format=form), where="r", system="Be.")
+        example = template.encode(sample, train_on, where="r")
+        return tokenizer.decode(example.ids[example.trained]), example.ids.tolist()
+
+    whole = learnt({"messages": plain}, "messages", "response")
+    assert whole[0] == "b<|im_end|>c<|im_end|>d<|im_end|>"
+    for form, column, rows in (("messages", "messages", plain), ("sharegpt", "conversations", turns)):
+        row = {column: [*rows[:3], {**rows[3], **say}, *rows[4:]]}
+        assert learnt(row, form, "response") == ("b<|im_end|>d<|im_end|>", whole[1])
+        assert learnt(row, form, "last") == ("d<|im_end|>", whole[1])
+        everything = learnt({column: rows}, form, "all")[0]
+        assert everything.count("c<|im_end|>") == 1
+        assert learnt(row, form, "all")[0] == everything.replace("c<|im_end|>", "")
+        row = {column: [*rows[:5], {**rows[5], **say}]}
+        assert learnt(row, form, "response")[0] == "b<|im_end|>c<|im_end|>"
+    row = {"prompt": plain[:3], "completion": [{**plain[3], **say}, *plain[4:]]}
+    assert learnt(row, "prompt-completion", "response") == ("d<|im_end|>", whole[1])
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        ({**A, "train": "false"}, "train: false"),
+        ({**A, "weight": 0.5}, "weight: 0.5"),
+        ({**A, "train": []}, "train: []"),
+        ({**U, "train": True}, "the user has train: True"),
+        ({**U, "weight": 1}, "the user has weight: 1"),
+    ],
+)
+def test_other_weights_are_refused(message: dict[str, Any], what: str) -> None:
+    with pytest.raises(DataError) as caught:
+        convert_row({"messages": [message, U, A]}, Source(source="x"), where="rows.jsonl:3")
+    assert what in caught.value.what
+    assert caught.value.where == "rows.jsonl:3, message 1"
+
+
+def test_a_row_of_untrained_turns_alone_is_named(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="every row has a supervised token") as caught:
+        prepared(tiny, tmp_path, [{"messages": [U, A]}, {"messages": [U, {**A, "train": False}]}])
+    assert caught.value.where.endswith("rows.jsonl:2")
+
+
+# --- how many of how many ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_is_named(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"text": "x" * (200 if i % 10 == 0 else 20 + i)} for i in range(90)]
+
+    def line(**given: Any) -> str:
+        return prepared(tiny, tmp_path, rows, **given).describe().splitlines()[1].partition("rows.jsonl: ")[2]
+
+    assert line().startswith("90 of 90 rows, ")
+    assert ", 9 cut (data.too_long: truncate)" in line()
+    assert line(source={"split": "train[:50%]"}).startswith("45 of 90 rows (split: train[:50%]), ")
+    dropped = line(source={"split": "train[10:80]", "max_examples": 20}, too_long="drop")
+    assert dropped.startswith(
+        "18 of 90 rows (split: train[10:80], max_examples: 20, 2 dropped (data.too_long: drop)), "
+    )
+    assert line(source={"split": "train[:100%]"}).startswith("90 of 90 rows, "), "a key that leaves nothing out"
+    counts = prepared(tiny, tmp_path, rows, source={"max_examples": 5}).train.counts
+    assert (counts.available, counts.rows, counts.kept) == (90, 5, 5)
+
+
+def test_hashes_take_eight_bytes_an_example(make: Callable[..., TokenSet]) -> None:
+    from tunesmith.data import repeats
+
+    hashes = repeats._hashes(make(alpaca(300), seq_len=256))
+    assert (hashes.dtype, hashes.nbytes) == (np.uint64, 8 * 300)
+    assert len(set(hashes.tolist())) == 300
