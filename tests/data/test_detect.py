@@ -155,7 +155,7 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
     "preference in chats": (
         {"Chosen": TURNS, "Rejected": TURNS}, "a chosen and a rejected answer", "--columns prompt=...",
     ),
-    "images": ({"messages": TURNS, "images": ["a.png"]}, "faq holds images", "messages=..."),
+    "images": ({"messages": TURNS, "images": ["a.png"]}, "faq holds images", "--columns prompt=..."),
     "numbers as answers": ({"question": "x", "answer": 4}, "completion is a number", "write it in quotes"),
     "messages of an unknown role": (
         {"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'", "rename the role",
@@ -197,9 +197,9 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
     assert "-> alpaca (instruction = question" in found(row, source=as_alpaca, any_format=False)
     as_text = Source(source="faq", format="text", columns={"text": "notes"})
     assert found(row, source=as_text, any_format=False).startswith("column notes -> text")
-    with pytest.raises(DataError, match="no format has promt as a column's name") as refused:
+    with pytest.raises(DataError, match="no format has promt") as refused:
         found(row, source=Source(source="faq", columns={"promt": "question"}))
-    assert "prompt-completion has prompt, completion" in refused.value.fix
+    assert "--columns prompt=question,completion=answer" in refused.value.fix
     with pytest.raises(DataError, match="there is no column reply"):
         found(row, source=Source(source="faq", columns={"completion": "reply"}))
     assert "prompt-completion" in found(

@@ -94,7 +94,7 @@ def test_rows_of_ones_own_are_trained_on(data: str, home: Path, capsys: Capture)
     assert main(start(data)) == EXIT_OK
     told = capsys.readouterr().err
     assert f"{data}: {FILES[data][1]}" in told.splitlines()
-    assert f"recipe: {name}.yaml; edit it, then: tunesmith train {name}.yaml" in told
+    assert f"recipe: {name}.yaml (to change it, edit it, then: tunesmith train {name}.yaml)" in told
     assert (home / name / "final/adapter_model.safetensors").is_file()
     made = make_recipe("small", data, SMALL)
     for written in (home / f"{name}.yaml", home / name / "config.yaml"):
@@ -134,7 +134,7 @@ data:
   # the longest of the 40 rows looked at has {longest} tokens
   seq_len: 256
 train:
-  # 38 examples, each seen 10 times; of more rows fewer times, down to once
+  # 38 examples; of fewer each is seen more often, of many once
   duration: 10 epochs
   # 190 optimizer steps; few rows take small batches, to make 100 or more
   global_batch: 2 examples
@@ -159,7 +159,8 @@ def test_the_same_command_resumes(home: Path, capsys: Capture) -> None:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(StoppedError):
-        train(made.run, on_record=stop, on_start=lambda: made.write_file(print))
+        train(made.run, on_record=stop)
+    made.write_file()
     began = (home / "runs/faq-small.yaml").read_bytes()
     assert main(start("faq.csv", "checkpoint.every=1 steps")) == EXIT_OK
     steps = [json.loads(line)["step"] for line in (home / "runs/faq-small/metrics.jsonl").read_text().splitlines()]
@@ -217,20 +218,21 @@ def test_the_option_that_an_error_names_is_the_way_on(home: Path, capsys: Captur
     assert "alpaca (instruction = question, output = response)" in capsys.readouterr().err
 
 
-BOTH = "exclude each other"
+BOTH, NEEDED = "exclude each other", "a recipe is needed, or one --model and one --data"
+EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
 
 
 @pytest.mark.parametrize(
     ("words", "what", "fix"),
     [
-        ([], "nothing says what to train on", "--model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"),
-        (["--data", "faq.csv"], "--data needs the model to train", "add --model"),
-        (["--data", "faq.csv", "train.seed=1"], "--data needs the model to train", "add --model"),
-        (["--model", "small"], "nothing says what to train on", "--data faq.csv"),
-        (["smollm2-135m-lora", "--data", "faq.csv"], BOTH, "data.train.source=FILE"),
-        (["smollm2-135m-lora", "--model", "small", "train.seed=1"], BOTH, "model.name=NAME"),
-        (["smollm2-135m-lora", "--format", "text"], BOTH, "leave smollm2-135m-lora out"),
-        (["--model", "small", "--data", "faq.csv", "--data", "b.csv"], "more than once", "under data.train"),
+        ([], NEEDED, EXAMPLE),
+        (["--data", "faq.csv"], NEEDED, EXAMPLE),
+        (["--data", "faq.csv", "train.seed=1"], NEEDED, EXAMPLE),
+        (["--model", "small"], NEEDED, EXAMPLE),
+        (["--model", "small", "--data", "faq.csv", "--data", "chat.jsonl"], NEEDED, EXAMPLE),
+        (["smollm2-135m-lora", "--data", "faq.csv"], BOTH, "leave out smollm2-135m-lora, or --data"),
+        (["smollm2-135m-lora", "--model", "small", "train.seed=1"], BOTH, "or --model"),
+        (["smollm2-135m-lora", "--format", "text"], BOTH, "or --format"),
         (["--model", "small", "--data", "faq.csv", "--columns", "question"], "is not name=column", "--help"),
     ],
 )

@@ -93,7 +93,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("without a recipe: look at rows of your own, and make one")
     own.add_argument("--model", metavar="NAME", help="Hub id, folder or .gguf file")
     own.add_argument("--data", metavar="FILE", action="append", help="json, jsonl, csv, parquet, arrow, or a Hub id")
-    own.add_argument("--format", choices=FORMATS[1:], dest="format_name", help="what a row looks like, where unclear")
+    own.add_argument("--format", choices=FORMATS[1:], help="what a row looks like, where unclear")
     names = "which columns are meant, where unclear: prompt=question,completion=answer"
     own.add_argument("--columns", type=column_names, action="append", metavar="NAME=COLUMN", help=names)
 
@@ -101,31 +101,27 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 def chosen_recipe(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Run, MadeRecipe | None]:
     """The recipe that the options of `add_recipe` name; or one that is made, in its file's form too."""
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
-    named = words[0] if words and ("=" not in words[0] or not args.data) else None
-    if args.data and args.model and len(args.data) == 1 and named is None:
-        words += [f"data.train.format={args.format_name}"] if args.format_name else []
-        columns = columns_of(args)
-        words += [f"data.train.columns={json.dumps(columns, ensure_ascii=False)}"] if columns else []
-        from tunesmith.training.make_recipe import make_recipe
-
-        made = make_recipe(args.model, args.data[0], words)
-        say(made.found)
-        return made.run, made
-    example = "--model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
-    if named is not None and (args.data or args.model or args.format_name or args.columns):
-        what = "a recipe and the options that make one (--model, --data, --format, --columns) exclude each other"
-        fix = f"leave {named} out, or give keys: model.name=NAME, data.train.source=FILE"
-    elif named is not None:
+    named = words[0] if words and not (args.data and "=" in words[0]) else None
+    given = [f"--{name}" for name in ("model", "data", "format", "columns") if vars(args)[name]]
+    example = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
+    if named is not None and given:
+        what, fix = f"a recipe and {given[0]} exclude each other", f"leave out {named}, or {', '.join(given)}"
+        why = f"{given[0]} is of those that make a recipe; keys of one that is there are given as key=value"
+        raise UsageError(what, where="command line", why=why, fix=fix)
+    if named is not None:
         from tunesmith.config.load import load_recipe
 
         return load_recipe(named, words[1:], say=say), None
-    elif args.data and len(args.data) > 1:
-        what, fix = "--data is given more than once", "list several sources in a recipe, under data.train"
-    elif args.data:
-        what, fix = "--data needs the model to train", f"add --model: {example}"
-    else:
-        what, fix = "nothing says what to train on", f"name a recipe (tunesmith recipes), or: {example}"
-    raise UsageError(what, where="command line", fix=fix)
+    if not args.model or len(args.data or ()) != 1:
+        what = "a recipe is needed, or one --model and one --data to make it from"
+        raise UsageError(what, where="command line", fix=f"tunesmith recipes lists recipes; or {example}")
+    from tunesmith.training.make_recipe import make_recipe
+
+    words += [f"data.train.format={args.format}"] if args.format else []
+    words += [f"data.train.columns={json.dumps(columns_of(args), ensure_ascii=False)}"] if args.columns else []
+    made = make_recipe(args.model, args.data[0], words)
+    say(made.found)
+    return made.run, made
 
 
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:

@@ -38,11 +38,13 @@ def run(args: argparse.Namespace) -> int:
         recipe, made = chosen_recipe(args, say)
         if made is not None:
             made.check_file()
+            say(f"recipe: {made.name} (to change it, edit it, then: tunesmith train {made.name})")
         from tunesmith.metrics.summary import closing_summary
         from tunesmith.training.run import train
 
-    keep = partial(made.write_file, say) if made is not None else lambda: None
-    result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_start=keep)
+    # Its file is written once the run has begun: a start that is refused leaves none.
+    keep = made.write_file if made is not None else lambda record: None
+    result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=keep)
     sys.stdout = lasting(sys.stdout)  # the run has ended well, whether or not someone reads this
     with StopRequest() as late:
         late.hold()

@@ -31,27 +31,21 @@ _INPUTS = {
 _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 
 
-def resolve_paths(node: Node, key: str = "") -> Node:
-    """The same tree with every path in it absolute; Hub ids stay as they are."""
-    inside = {name: resolve_paths(child, f"{key}.{name}".lstrip(".")) for name, child in node.children()}
-    if isinstance(node.value, dict | list):
-        return replace(node, value=inside if isinstance(node.value, dict) else list(inside.values()))
-    name = without_indices(key)
-    if not isinstance(node.value, str) or name not in (*_OUTPUTS, *_INPUTS):
-        return node
-    return replace(node, value=_resolve(node.value, name, node, key))
+def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> Node:
+    """The same tree with every path in it absolute; Hub ids stay as they are.
 
-
-def move_paths(node: Node, folder: Path, key: str = "") -> Node:
-    """The same tree for a recipe that lies in `folder`: relative paths that start elsewhere start there."""
-    inside = {name: move_paths(child, folder, f"{key}.{name}".lstrip(".")) for name, child in node.children()}
+    `beside`: instead as a recipe in that folder writes it, the relative paths of inputs from there.
+    """
+    inside = {name: resolve_paths(child, f"{key}.{name}".lstrip("."), beside=beside) for name, child in node.children()}
     if isinstance(node.value, dict | list):
         return replace(node, value=inside if isinstance(node.value, dict) else list(inside.values()))
     name, text = without_indices(key), node.value
-    if name not in _INPUTS or not isinstance(text, str) or text.startswith(("/", "~")):
+    if not isinstance(text, str) or name not in (*_OUTPUTS, *_INPUTS):
         return node
     path = _resolve(text, name, node, key)
-    return node if path == text else replace(node, value=os.path.relpath(path, folder), base=folder)
+    if beside is None:
+        return replace(node, value=path)
+    return node if path == text or name in _OUTPUTS else replace(node, value=os.path.relpath(path, beside), base=beside)
 
 
 def _resolve(text: str, name: str, node: Node, key: str) -> str:

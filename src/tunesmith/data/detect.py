@@ -74,8 +74,13 @@ def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
     count = min(SAMPLE, len(rows))
     sample = {i: rows[i] for i in (n * (len(rows) - 1) // max(1, count - 1) for n in range(count))}
     columns = list(dict.fromkeys(str(name) for row in sample.values() for name in row))
-    if any_format and not source.columns:
-        _refuse_other_kinds(rows.name, columns)
+    listed, known = f"the columns are {', '.join(columns) or 'none'}", {_plain(column) for column in columns}
+    other = next((what for names, what in _OTHER_KINDS.items() if set(names.split()) <= known), None)
+    if other is not None and any_format and not source.columns:
+        fix = "train on some columns only, such as --columns prompt=...,completion=..."
+        raise DataError(
+            f"{rows.name} holds {other}, which cannot be trained on yet", where=rows.name, why=listed, fix=fix
+        )
     chats = [name for name in columns if any(_is_chat(row.get(name)) for row in sample.values())]
     found, read, errors = list[Detected](), dict[int, int](), dict[int, DataError]()
     for layout in _layouts(columns, chats, None if any_format else source.format, source.columns):
@@ -91,7 +96,6 @@ def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
     whole = _best([layout for n, layout in enumerate(found) if n not in errors])
     if len(whole) == 1:
         return whole[0]
-    listed = f"the columns are {', '.join(columns) or 'none'}"
     if whole:
         what, fix = f"{rows.name} can be read in {len(whole)} ways", " or ".join(layout.flags() for layout in whole)
         raise DataError(what, where=rows.name, why=f"{listed}; more than one may be meant", fix=f"say which: {fix}")
@@ -100,23 +104,11 @@ def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
         first, layout = errors[best], found[best]
         why = f"{read[best]} of the {count} rows looked at can be read as {layout.format}; not this one"
         raise DataError(first.what, where=first.where, why=f"{first.why}; {why}".lstrip("; "), fix=first.fix)
-    if not any(source.columns.keys() <= set(names) for names in COLUMNS.values()):
-        what = f"no format has {' and '.join(source.columns)} as a column's name"
-        fix = "; ".join(f"{name} has {', '.join(names)}" for name, names in COLUMNS.items())
-        raise DataError(what, where=rows.name, why="columns are written NAME=COLUMN: the format's name first", fix=fix)
     needed = COLUMNS["prompt-completion" if any_format else source.format][:2]
     flags = ",".join(f"{name}={column}" for name, column in itertools.zip_longest(needed, columns[:2], fillvalue="..."))
     what = f"no column of {rows.name} has a name that tells what to train on"
+    what = f"no format has {' and '.join(source.columns)}" if source.columns else what
     raise DataError(what, where=rows.name, why=listed, fix=f"say which columns are meant, such as --columns {flags}")
-
-
-def _refuse_other_kinds(name: str, columns: list[str]) -> None:
-    known = [_plain(column) for column in columns]
-    for kind, what in _OTHER_KINDS.items():
-        if all(column in known for column in kind.split()):
-            why = f"the columns are {', '.join(columns)}; this version trains on one answer, and on text"
-            fix = "train on some columns only: --columns prompt=...,completion=... or --columns messages=..."
-            raise DataError(f"{name} holds {what}, which cannot be trained on yet", where=name, why=why, fix=fix)
 
 
 def _layouts(columns: list[str], chats: list[str], form: str | None, given: Mapping[str, str]) -> Iterator[Detected]:

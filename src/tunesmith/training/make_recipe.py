@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ import numpy as np
 from tunesmith.config.dump import differences, to_yaml
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import checked, load_recipe
-from tunesmith.config.paths import DATA_SUFFIXES, move_paths, resolve_paths
+from tunesmith.config.paths import DATA_SUFFIXES, resolve_paths
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
 from tunesmith.data.detect import detect
-from tunesmith.data.formats import convert_row
 from tunesmith.data.source import Rows, is_local, open_splits, read_rows
 from tunesmith.data.template import select_template
+from tunesmith.data.tokens import tokenise
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.host_files import write_atomically
 from tunesmith.hub import fetch
@@ -56,24 +56,25 @@ class MadeRecipe:
     text: str
     found: str
 
+    @property
+    def name(self) -> str:
+        """The file's path as a user in the working directory writes it."""
+        return shlex.quote(os.path.relpath(self.path) if self.path.is_relative_to(Path.cwd()) else str(self.path))
+
     def check_file(self) -> None:
         """Raise RecipeError if the file is there and says something else: it may have been edited."""
-        changes = differences(load_recipe(self.path), self.run) if self.path.exists() else []
-        if changes:
-            name = _from_here(self.path)
+        if self.path.exists() and (changes := differences(load_recipe(self.path), self.run)):
             raise RecipeError(
-                f"{name} is there, and is not what this command makes",
+                f"{self.name} is there, and is not what this command makes",
                 where="\n         ".join(map(str, changes)),
                 why="it was edited, or the command or the data is another; it is not overwritten",
-                fix=f"train it as it stands: tunesmith train {shlex.quote(name)}; or begin another: output_dir=runs/NAME",
+                fix=f"train it as it stands: tunesmith train {self.name}; or begin another: output_dir=runs/NAME",
             )
 
-    def write_file(self, say: Callable[[str], None]) -> None:
-        """Write the file, unless it is there."""
+    def write_file(self, record: object = None) -> None:
+        """Write the file, unless it is there; can be called after each step."""
         if not self.path.exists():
             write_atomically(self.path, self.text)
-            name = _from_here(self.path)
-            say(f"recipe: {name}; edit it, then: tunesmith train {shlex.quote(name)}")
 
 
 def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> MadeRecipe:
@@ -131,7 +132,7 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
     why |= {key: "given on the command line" for key in why if key in given and key != "data.train"}
     words = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
     head = f"# {shlex.join(['tunesmith', 'train', '--model', model, '--data', data, *words])}\n"
-    return MadeRecipe(run, path, head + to_yaml(move_paths(tree, path.parent).plain(), why), found)
+    return MadeRecipe(run, path, head + to_yaml(resolve_paths(tree, beside=path.parent).plain(), why), found)
 
 
 def _over(chosen: Mapping[str, Any], layer: Node) -> Node:
@@ -155,15 +156,11 @@ def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelSpec, np
     config = folder / "config.json"
     spec = read_spec(read_json(config), where=str(config), trust_remote_code=run.model.trust_remote_code)
     tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, folder), run.model)
-    data = replace(run.data, train=(source,))
+    data = replace(run.data, train=(source,), seq_len=spec.context, too_long="truncate", train_on="all")
     template = select_template(data, tokenizer, eos_ids(folder, tokenizer))
-    looked_at = sorted({n * len(rows) // LOOK for n in range(LOOK)}) if len(rows) > LOOK else range(len(rows))
-    places = [rows.where(i) for i in looked_at]
-    samples = [
-        convert_row(rows[i], source, where=place, system=data.system)
-        for i, place in zip(looked_at, places, strict=True)
-    ]
-    return spec, np.array([len(e.ids) for e in template.encode_many(samples, data.train_on, where=places)])
+    spans = [range(n, n + 1) for n in sorted({n * len(rows) // LOOK for n in range(LOOK)})]
+    rows = rows.take(spans) if len(rows) > LOOK else rows
+    return spec, tokenise([(source, rows)], data, template, tokenizer, cache=None, what="a look").lengths
 
 
 def _choose_seq_len(lengths: np.ndarray, context: int) -> tuple[int, str]:
@@ -188,7 +185,7 @@ def _choose_steps(chosen: dict[str, Any], why: dict[str, str], asked: Run, given
     if "train.global_batch" not in given:
         batch = Size(next((b for b in (64, 32, 16, 8, 4, 2) if b * STEPS <= seen), 1), "examples")
     chosen |= {"train.duration": str(duration), "train.global_batch": str(batch)}
-    why["train.duration"] = f"{examples:,} examples, each seen {epochs} times; of more rows fewer times, down to once"
+    why["train.duration"] = f"{examples:,} examples; of fewer each is seen more often, of many once"
     steps = int(duration.amount) if duration.unit == "steps" else None
     if duration.unit == "epochs" and batch.unit == "examples":
         steps = round(-(-examples // batch.amount) * duration.amount)
@@ -203,8 +200,3 @@ def _short_name(name: str) -> str:
     path = Path(name.rstrip("/"))
     stem = path.stem if path.suffix.lower() in (*DATA_SUFFIXES, ".gguf") else path.name
     return re.sub(r"[^a-z0-9._]+", "-", stem.lower()).strip("-.") or "data"
-
-
-def _from_here(path: Path) -> str:
-    """The path as a user in the working directory writes it."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
