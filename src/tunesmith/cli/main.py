@@ -52,6 +52,7 @@ VERBS = {
     "bench": ("tunesmith.cli.bench", "measure how fast a recipe trains here, and the share of the chip"),
     "eval": ("tunesmith.cli.evaluate", "measure a trained model on held-out rows, beside its base"),
     "merge": ("tunesmith.cli.merge", "merge an adapter into its base model, and check that it answers alike"),
+    "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
 }
 
 _NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a place that you may write to")

@@ -1,0 +1,66 @@
+"""Print the tab completion of commands, options, recipes and recipe keys for a shell.
+
+examples:
+  source <(tunesmith completion bash)                                                  # in this shell
+  tunesmith completion bash > ~/.local/share/bash-completion/completions/tunesmith     # in every new one
+  tunesmith completion zsh > ~/.zfunc/_tunesmith                                       # with fpath+=~/.zfunc before compinit
+  tunesmith completion fish > ~/.config/fish/completions/tunesmith.fish
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from typing import Any
+
+from tunesmith.cli.main import VERBS
+from tunesmith.config.names import keys
+from tunesmith.config.schema import is_section
+from tunesmith.config.shipped import shipped
+from tunesmith.errors import EXIT_OK
+
+# Two functions for each shell: recipes and files, and those with keys before them. Behind `=` stands a value or a file.
+FUNCTIONS = {
+    "bash": """\
+_tunesmith_recipe() { compgen -W "RECIPES" -- "$1"; compgen -f -- "$1"; }
+_tunesmith_key() {
+  if [[ $1 == = || ${COMP_WORDS[COMP_CWORD-1]} == = ]]; then compgen -f -- "${1#=}"; return; fi
+  compgen -W "KEYS" -- "$1"; _tunesmith_recipe "$1"
+}""",
+    "zsh": """\
+_tunesmith_recipe() { compadd -- RECIPES; _files }
+_tunesmith_key() { if compset -P 1 '*='; then _files; else compadd -S '' -- KEYS; _tunesmith_recipe; fi }""",
+    "fish": """\
+function _tunesmith_recipe; string join \\n RECIPES; __fish_complete_path (commandline -ct); end
+function _tunesmith_key; string join \\n KEYS; _tunesmith_recipe; end""",
+}
+# bash sets a space behind a word that is complete, but a key is followed by its value.
+NO_SPACE = """
+_tunesmith() { _shtab_tunesmith "$@"; [[ ${#COMPREPLY[@]} == 1 && $COMPREPLY == *= ]] && compopt -o nospace; }
+complete -o bashdefault -F _tunesmith tunesmith"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=list(FUNCTIONS), help="the shell to write for")
+
+
+def run(args: argparse.Namespace) -> int:
+    import shtab
+
+    top = argparse.ArgumentParser(prog="tunesmith")
+    verbs = top.add_subparsers()
+    for verb, (module, purpose) in VERBS.items():
+        parser = verbs.add_parser(verb, help=purpose, description=purpose)
+        import_module(module).add_arguments(parser)
+        for action in parser._actions:
+            shown = str(action.metavar or action.dest)
+            completed: Any = action  # shtab reads an attribute of it
+            if "key=value" in shown or shown.partition("|")[0] in ("recipe", "RECIPE", "name"):
+                name = f"_tunesmith_{'key' if 'key=value' in shown else 'recipe'}"
+                completed.complete = {"bash": name, "zsh": name, "fish": f"({name})"}
+            elif shown in ("FILE", "RUN", "DIR", "DIR_OR_ID"):
+                completed.complete = shtab.FILE
+    named = " ".join(f"{key}=" for key, (_, hint) in keys().items() if not is_section(hint))
+    functions = FUNCTIONS[args.shell].replace("RECIPES", " ".join(shipped())).replace("KEYS", named)
+    print(shtab.complete(top, args.shell, preamble=functions) + (NO_SPACE if args.shell == "bash" else ""))
+    return EXIT_OK

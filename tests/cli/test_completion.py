@@ -1,0 +1,131 @@
+"""Tab completion in real shells: what a user types, a tab, and what then stands on the line."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tunesmith.cli.completion import FUNCTIONS
+from tunesmith.cli.main import VERBS, main
+from tunesmith.config.names import keys
+from tunesmith.config.schema import is_section
+from tunesmith.config.shipped import shipped
+
+# typed before the tab -> what is offered, in part
+OFFERED = {
+    "tunesmith ": [*VERBS],
+    "tunesmith train --f": ["--fresh"],
+    "tunesmith train smoll": ["smollm2-135m-full", "smollm2-135m-lora"],
+    "tunesmith train mi": ["mine.yaml", "mistral-7b-lora"],
+    "tunesmith train mine.yaml train.le": ["train.learning_rate="],
+    "tunesmith train mine.yaml train.seed=3 train.cl": ["train.clip_norm="],
+    "tunesmith recipes ": ["list", "show", "copy"],
+    "tunesmith recipes show qw": ["qwen3-8b-lora"],
+    "tunesmith generate ru": ["runs"],
+    "tunesmith generate runs --input ro": ["rows.jsonl"],
+    "tunesmith generate runs --format sh": ["sharegpt"],
+    "tunesmith completion f": ["fish"],
+}
+NOT_OFFERED = {"tunesmith train mi": "rows.jsonl", "tunesmith generate ru": "train", "tunesmith train --f": "--json"}
+# what a tab makes of it, where one thing alone is offered; a key has no space behind it, all else has
+COMPLETED = {
+    "tunesmith comple": "tunesmith completion ",
+    "tunesmith train mine.yaml train.le": "tunesmith train mine.yaml train.learning_rate=",
+    "tunesmith train mine.yaml data.train.source=ro": "tunesmith train mine.yaml data.train.source=rows.jsonl",
+    "tunesmith recipes show qw": "tunesmith recipes show qwen3-8b-lora ",
+    "tunesmith train mine.yaml --fre": "tunesmith train mine.yaml --fresh ",
+}
+
+
+def needs(shell: str) -> str:
+    return shutil.which(shell) or pytest.skip(f"there is no {shell} here")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A folder with a recipe, rows, runs, and the script of each shell in `bash`, `zsh` and `fish`."""
+    for name in FUNCTIONS:
+        assert main(["completion", name]) == 0
+        (tmp_path / name).write_text(capsys.readouterr().out)
+    for name in ("mine.yaml", "rows.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("shell", FUNCTIONS)
+def test_the_script_parses_and_names_all(shell: str, place: Path) -> None:
+    text = (place / shell).read_text()
+    subprocess.run([needs(shell), "-n", shell], check=True, timeout=60)
+    for word in (*VERBS, *shipped(), *(f"{key}=" for key, (_, hint) in keys().items() if not is_section(hint))):
+        assert word in text
+
+
+def check_offered(shell: str, line: str, offered: list[str]) -> None:
+    assert set(OFFERED[line]) <= set(offered), f"{shell}: {line}"
+    assert NOT_OFFERED.get(line) not in offered
+
+
+@pytest.mark.parametrize("line", OFFERED)
+def test_bash_offers(line: str, place: Path) -> None:
+    """By the function that bash would call, with the words as bash parts them: `=` is one of its own."""
+    words = re.findall(r"=|[^\s=]+", line) + [""] * line.endswith(" ")
+    script = """source ./bash; COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); compopt() { :; }
+        name=$(complete -p tunesmith); name=${name##*-F }; ${name% tunesmith}; printf '%s\\n' "${COMPREPLY[@]}" """
+    command = [needs("bash"), "--norc", "-c", script, "bash", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    check_offered("bash", line, done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("line", OFFERED)
+def test_fish_offers(line: str, place: Path) -> None:
+    command = [needs("fish"), "--no-config", "-c", 'source ./fish; complete -C "$argv[1]"', line]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    check_offered("fish", line, [row.partition("\t")[0].rstrip("/") for row in done.stdout.splitlines()])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_tab_completes_the_line(shell: str, place: Path) -> None:
+    """In an interactive shell at a terminal, as it is used."""
+    start = [needs(shell), *{"bash": ["--norc", "-i"], "zsh": ["-f", "-i"]}[shell]]
+    ready = {
+        "bash": "source ./bash",
+        "zsh": "cp zsh _tunesmith; fpath=($PWD $fpath); autoload -U compinit && compinit -u -D",
+    }[shell]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execvpe(
+            start[0], start, {**os.environ, "PS1": "$ ", "TERM": "dumb", "COLUMNS": "200", "INPUTRC": "/dev/null"}
+        )
+    try:
+        read_until(terminal, "$ ")
+        os.write(terminal, f"{ready}; echo ready-$((1+1))\n".encode())
+        read_until(terminal, "ready-2")
+        for line, wanted in COMPLETED.items():
+            os.write(terminal, f"{line}\t".encode())
+            shown = read_until(terminal, wanted.rstrip())
+            os.write(terminal, b"\x15\x15" if shell == "bash" else b"\x15")  # ctrl-U empties the line
+            assert wanted.rstrip() in shown, (line, shown)
+    finally:
+        os.write(terminal, b"\x15exit\n")
+        os.close(terminal)
+        os.waitpid(child, 0)
+
+
+def read_until(terminal: int, wanted: str, seconds: float = 20.0) -> str:
+    """What a terminal shows until `wanted` is in it, with nothing on the way that moves the cursor."""
+    shown, end = "", time.monotonic() + seconds
+    while wanted not in shown and time.monotonic() < end:
+        if select.select([terminal], [], [], 0.2)[0]:
+            shown += os.read(terminal, 4096).decode(errors="replace")
+            shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x07\x08\r]", "", shown)
+    return shown
