@@ -46,7 +46,7 @@ class TunesmithError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython and Jupyter show: the text in place of a traceback. The name is IPython's."""
-        return self.text().removeprefix("error: " if isinstance(self, StoppedError) else "").splitlines()
+        return self.text().splitlines()
 
     def text(self) -> str:
         """The block for the terminal: one line each for what, where, why and fix."""
@@ -92,6 +92,10 @@ class StoppedError(TunesmithError):
     """A signal stopped the run; everything is saved, and the next start resumes there."""
 
     exit_code = EXIT_STOPPED
+
+    def text(self) -> str:
+        """The block without `error:`, for nothing is lost."""
+        return super().text().removeprefix("error: ")
 
 
 _DISK = {

@@ -27,7 +27,6 @@ from tunesmith.errors import (
     EXIT_FAILED,
     EXIT_OK,
     MachineError,
-    StoppedError,
     TunesmithError,
     UsageError,
     disk_fault,
@@ -177,8 +176,7 @@ def _report(error: BaseException) -> None:
     if os.environ.get("TUNESMITH_DEBUG") == "1":
         print(trace, file=sys.stderr)
     known = error if isinstance(error, TunesmithError) else _machine_error(error) or _internal_error(error, trace)
-    stopped = isinstance(known, StoppedError)  # with all saved: no error
-    print(known.text().removeprefix("error: " if stopped else ""), file=sys.stderr)
+    print(known.text(), file=sys.stderr)
 
 
 def _machine_error(error: BaseException) -> MachineError | None:

@@ -44,7 +44,7 @@ class RunLocation:
     kind: Literal["adapter", "full", "base"]  # PEFT files over a base; a whole model that a run wrote; a plain model
     folder: Path | None  # the tokenizer and the adapter or model; None for a base that is not a run's
     base: Model  # the base model; for `full`, the one it was trained from
-    run: Run | None = None  # the resolved recipe beside it, if there is one
+    run: Run | None = field(default=None, repr=False)  # the resolved recipe beside it, if there is one
     note: str = ""  # which of several candidates was taken, and why
 
     @property

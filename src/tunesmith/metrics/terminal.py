@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
@@ -57,14 +58,18 @@ class Terminal(Sink):
         self._every = Cadence(run.log.every, total=self.total, steps_per_epoch=self.steps_per_epoch, seconds=0.0)
         self._seconds = run.train.duration.seconds
         self._started = time.monotonic()
-        if is_terminal(self.stream):
+        console = Console(file=self.stream)
+        notebook = self.stream is sys.stderr and console.is_jupyter and find_spec("ipywidgets") is not None
+        if notebook or is_terminal(self.stream):
             self._progress = Progress(
                 TextColumn("step {task.fields[step]}"),
                 BarColumn(),
                 TextColumn("{task.fields[status]}"),
                 TimeElapsedColumn(),
                 TextColumn("left {task.fields[left]}"),
-                console=Console(file=self.stream),
+                console=console,
+                # rich would refresh a notebook from a thread of its own, and take what the cell prints meanwhile with it.
+                auto_refresh=not notebook,
             )
             whole = float(self.total) if self.total else self._seconds
             self._task = self._progress.add_task(
@@ -88,6 +93,8 @@ class Terminal(Sink):
         if self._progress is not None:
             done = float(record.step) if self.total else elapsed
             self._progress.update(self._task, completed=done, step=count, status=f"{loss}  {speed}", left=left)
+            if self._progress.console.is_jupyter and self._due_to_show():
+                self._progress.refresh()
         if not (self._every.due(record.step, elapsed) or self._steps == 1 or record.step == self.total):
             return
         mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
@@ -96,11 +103,17 @@ class Terminal(Sink):
             f"{record.memory_gib:.1f} GiB  left {left}"
         )
         self._write(line)
-        now = time.monotonic()
         # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have every line.
-        if self._progress is None and (now - self._shown_at >= 1 / LINES_A_SECOND or record.step == self.total):
-            self._shown_at = now
+        if self._progress is None and (self._due_to_show() or record.step == self.total):
             self._show(line)
+
+    def _due_to_show(self) -> bool:
+        """Whether the last time was long enough ago, and from now on this one is the last."""
+        now = time.monotonic()
+        due = now - self._shown_at >= 1 / LINES_A_SECOND
+        if due:
+            self._shown_at = now
+        return due
 
     def validation(self, step: int, loss: float) -> None:
         self._tell(f"step {step}  val_loss {loss:.4f}")
@@ -115,6 +128,7 @@ class Terminal(Sink):
 
     def close(self) -> None:
         if self._progress is not None:
+            self._progress.refresh()
             self._progress.stop()
             self._progress = None
         if self._file is not None:
