@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from recipes import make_run, recipe
-from tunesmith.checkpoint import state
+from tunesmith.checkpoint import export, state
 from tunesmith.errors import ModelError, StoppedError
 from tunesmith.signals import NAMES, StopRequest
 from tunesmith.training.run import train
@@ -334,6 +334,31 @@ def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops_at_once(
     train(run, say=lambda text: None)
     train(make_run(tiny, tmp_path, output_dir=str(tmp_path / "whole")), say=lambda text: None)
     assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_while_final_is_written(
+    presses: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One lets it be written; the second stops, and the next start writes it."""
+    write, said = export.write_model_files, list[str]()
+
+    def pressed(folder: Path, *args: Any) -> None:
+        for _ in range(presses if folder.name == ".final.partial" else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.4)
+        write(folder, *args)
+
+    monkeypatch.setattr(export, "write_model_files", pressed)
+    run = make_run(tiny, tmp_path)
+    stopped = contextlib.nullcontext() if presses == 1 else pytest.raises(StoppedError, match="step 8 is saved")
+    with stopped:
+        train(run, say=said.append)
+    assert "SIGINT: stopping after final/ is written; press again to stop now" in said
+    assert (tmp_path / "run" / "final").exists() == (presses == 1)
+    monkeypatch.setattr(export, "write_model_files", write)
+    train(run, say=said.append)
+    assert state.find_damage(tmp_path / "run" / "final") is None
 
 
 def test_two_sigints_of_one_press_and_repeated_signals_of_a_scheduler_are_one_stop() -> None:

@@ -305,9 +305,8 @@ class Trainer:
         """The error of a second ctrl-C: the newest checkpoint is all that is saved."""
         self.writer.close()  # what it is writing still counts
         saved = self.writer.saved_step
-        kept, where = (
-            (f"step {saved} is saved", str(self.out / f"checkpoint-{saved}")) if saved else ("none is saved", "")
-        )
+        kept = f"step {saved} is saved" if saved else "no checkpoint was written yet"
+        where = str(self.out / f"checkpoint-{saved}") if saved else ""
         return StoppedError(f"stopped after step {self.progress.step}: {kept}", where=where, fix=how_to_resume(saved))
 
     def end(self) -> Result:
