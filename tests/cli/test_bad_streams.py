@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from cli.bad_world import World, records, snapshot, told
 from recipes import write_rows
 from tunesmith.cli.main import main
+from tunesmith.signals import NAMES
 
 SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 
@@ -95,6 +97,20 @@ def test_a_terminal_that_goes_away(ignored: bool, world: World) -> None:
     assert not (world.out / "failure.json").exists()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stop_while_torch_is_imported(name: str, world: World) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tunesmith", *world.train()],
+        env=os.environ | world.env, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.002)
+    process.send_signal(signal.Signals[name])
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[0]) == (75, f"stopped by {name} before the first step")
+    assert not world.out.exists()
+
+
 def test_a_signal_while_the_interpreter_ends_changes_no_exit_code() -> None:
     slow_end = "import atexit, sys, time; atexit.register(lambda: (print('end', flush=True), time.sleep(2)))"
     code = f"{slow_end}; from tunesmith.cli.main import main; sys.argv[1:] = ['--version']; sys.exit(main())"
@@ -102,7 +118,7 @@ def test_a_signal_while_the_interpreter_ends_changes_no_exit_code() -> None:
     assert process.stdout is not None
     while "end" not in process.stdout.readline():
         pass
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+    for name in NAMES:
         process.send_signal(signal.Signals[name])
     assert process.wait(10) == 0
 
