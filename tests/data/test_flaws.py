@@ -14,10 +14,9 @@ from conftest import byte_tokenizer
 from recipes import make_run
 from rows import alpaca
 from tunesmith.config.schema import Source
-from tunesmith.data.flaws import row_flaws
+from tunesmith.data.flaws import find_repeats, row_flaws
 from tunesmith.data.formats import Completion, Conversation, Text, convert_row
 from tunesmith.data.prepare import TrainingData, prepare_data
-from tunesmith.data.repeats import find_repeats
 from tunesmith.data.template import Template
 from tunesmith.data.tokens import TokenSet
 from tunesmith.errors import DataError
@@ -120,7 +119,7 @@ def test_they_are_told_before_the_first_step(tiny: Path, tmp_path: Path) -> None
     rows = [{"text": f"row {i % 50}"} for i in range(60)]
     data = prepared(tiny, tmp_path, rows)
     place = f"{tmp_path}/rows.jsonl"
-    assert f"10 of 60 training examples are there before, first {place}:51 ({place}:1)" in warned(data, "there before")
+    assert f"10 of 60 training examples are there before; first {place}:51 ({place}:1)" in warned(data, "there before")
 
 
 # --- "train": false ---------------------------------------------------------------------------------------------------
@@ -198,8 +197,6 @@ def test_what_is_left_out_is_named(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_hashes_take_eight_bytes_an_example(make: Callable[..., TokenSet]) -> None:
-    from tunesmith.data import repeats
-
-    hashes = repeats._hashes(make(alpaca(300), seq_len=256))
+    hashes = make(alpaca(300), seq_len=256).hashes
     assert (hashes.dtype, hashes.nbytes) == (np.uint64, 8 * 300)
     assert len(set(hashes.tolist())) == 300

@@ -128,4 +128,4 @@ def test_rows_that_are_there_twice_are_told(tiny: Path, tmp_path: Path) -> None:
     train(from_mapping(values, where="test", base=tmp_path), say=lines.append)
     told = next(line for line in "\n".join(lines).splitlines() if "are trained on too" in line)
     assert "validation examples are trained on too" in told
-    assert told.endswith("fix: delete the rows that are there twice")
+    assert told.endswith("delete the rows that are there twice")

@@ -47,7 +47,7 @@ def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str])
     assert "<|im_start|>user\nsay 1<|im_end|>\n<|im_start|>assistant\n⟦xxxxxx<|im_end|>⟧" in out
     assert out.count("⟦") == out.count("⟧") == 2
     assert "rows.jsonl:2: " in out
-    assert re.search(r"rows\.jsonl +60 of 60 +\d", out)
+    assert re.search(r"rows\.jsonl +60 of 60 rows", out)
     assert "60 examples" in out
     assert "1 epochs: 1 optimizer steps" in out
     assert "warning: only 1 optimizer steps" in out
@@ -160,7 +160,7 @@ def test_validation_rows_that_are_trained_on_are_told(recipe, tiny: Path, write)
     assert prepared(path, tiny, "data.train.split=train[10:]").overlap.count == 0
 
 
-NAME = "a-rather-long-name-of-questions-and-answers.jsonl"
+NAME = "a-long-name-of-questions.jsonl"
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 160, 200])
@@ -185,11 +185,13 @@ def test_every_table_is_readable_at_any_width(tiny: Path, tmp_path: Path, width:
     assert len(tables) == 3
     assert all(len(line) <= width for table in tables for line in table.splitlines())
     assert "…" not in text
-    for whole in ("55 of 69", "14 of 69", "supervised", "longest", "weight"):
+    for whole in ("of 69 rows", "supervised", "longest", "weight 2"):
         assert whole in tables[0], whole
-    flat = "".join(tables[0].split())
-    assert all(part in flat for part in ("split:train[:55]", "split:train[-14:]", NAME if width < 160 else ""))
-    assert (NAME in tables[0]) == (width >= 80)
+    names = "".join(line[: line.index("  ", 2)].strip() for line in tables[0].splitlines()[3:] if line[1] != " ")
+    assert names == f"train:{NAME}validation:{NAME}"[: len(names)] or width >= 80
+    assert tables[0].count(NAME) == (2 if width >= 80 else 0)
+    figures = "".join(tables[0].split())
+    assert all(part in figures or width < 80 for part in ("split:train[:55]", "split:train[-14:]"))
     if width > 40:
         assert "█" * (40 if width >= 80 else 30) in tables[1]
     words = "train: every supervised answer ends with an end token holds: answers; end tokens: <|im_end|>"

@@ -35,7 +35,7 @@ def constant(model: Path, folder: Path, kind: str, *, pack: bool = True) -> Run:
         model,
         folder,
         held=False,
-        data={"shuffle": False, "pack": pack},
+        data={"shuffle": False, "pack": pack, "template": "raw"},
         train={
             "duration": f"{STEPS} steps",
             "global_batch": f"{BATCH} examples",

@@ -72,7 +72,7 @@ def print_data(prepared: TrainingData, tokenizer: Any, rows: int, console: Conso
     console = console or Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     _print_rows(console, prepared.train, tokenizer, rows)
     console.print(prepared.template.describe(), markup=False)
-    console.print(_counts_table(prepared, console.width))
+    console.print(_counts_table(prepared))
     bars = histogram(prepared.train)
     most = max((n for _, _, n in bars), default=1)
     lengths = _table("tokens of an example", "from - to", "examples", "", text=(2,))
@@ -144,35 +144,13 @@ def _table(title: str, *columns: str, text: tuple[int, ...] = ()) -> Table:
     return table
 
 
-def _counts_table(prepared: TrainingData, width: int) -> Table:
-    """Sources below each other, and beside them the figures that any of them has; in little width all below each other."""
+def _counts_table(prepared: TrainingData) -> Table:
     from tunesmith.data.source import is_local
 
-    found = []
+    table = _table("what is trained on", "source", "figures", text=(1,))
     for split, part in prepared.sources():
-        c = part.counts
-        taken = f" ({c.taken})" if c.taken and c.kept < c.available else ""
-        name = f"{split}: {Path(c.source).name if is_local(c.source) else c.source}{taken}"
-        empty, _ = c.flaws.get("empty", (0, 0))
-        weight, share = part.weight if part.weight != 1 else "", c.supervised / max(1, c.tokens)
-        few = {"cut": c.cut, "dropped": c.dropped, "emptied": c.emptied, "empty answers": empty}
-        cells = {"rows": f"{c.kept:,} of {c.available:,}", "weight": f"{weight}", "tokens": f"{c.tokens:,}"}
-        cells |= {"supervised": f"{share:.1%}", **{what: f"{n:,}" if n else "" for what, n in few.items()}}
-        found.append((name, {**cells, "longest": f"{c.longest:,}"}))
-    names = [name for name in found[0][1] if any(cells[name] for _, cells in found)]
-    title, figures = "what is trained on", sum(3 + max(len(n), *(len(cells[n]) for _, cells in found)) for n in names)
-    if figures + min(40, max(len(name) for name, _ in found)) > width:
-        table = _table(title, "", "", text=(1,))
-        table.show_header = False
-        for name, cells in found:
-            for label, value in {"source": name, **cells}.items():
-                if label in ("source", *names):
-                    table.add_row(label, value)
-            table.add_section()
-        return table
-    table = _table(title, "source", *names)
-    for name, cells in found:
-        table.add_row(name, *(cells[n] for n in names))
+        name = part.counts.source
+        table.add_row(f"{split}: {Path(name).name if is_local(name) else name}", "\n".join(prepared.figures(part)))
     return table
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.data.contract import Contract, check_tokens
-from tunesmith.data.flaws import FLAWS
+from tunesmith.data.flaws import FLAWS, Repeats, find_repeats
 from tunesmith.data.hold_out import read_splits
-from tunesmith.data.repeats import Repeats, find_repeats
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.template import Template, select_template
-from tunesmith.data.tokens import SourceTokens, TokenCounts, TokenSet, tokenise
+from tunesmith.data.tokens import SourceTokens, TokenSet, tokenise
 from tunesmith.errors import DataError
 from tunesmith.host_files import available_memory, cache_folder
 
@@ -54,7 +53,7 @@ class TrainingData:
     def describe(self) -> str:
         """Lines for the user: which rows are trained on, what was left out, how many steps, what was checked."""
         lines = [self.template.describe()]
-        lines += [f"{split}: {_counts_line(part.counts, self.run.data.too_long)}" for split, part in self.sources()]
+        lines += [f"{split}: {part.counts.source}: {', '.join(self.figures(part))}" for split, part in self.sources()]
         if self.run.data.hold_out is not None:
             lines.append(
                 f"validation: drawn by the seed from data.train, and not trained on ({self.run.data.hold_out})"
@@ -64,6 +63,25 @@ class TrainingData:
             checks = ", ".join(f"{c.name} ({c.checked:,} {c.of})" for c in contract.checks)
             lines.append(f"token contract of {contract.split}: {'BROKEN' if contract.broken else 'holds'}: {checks}")
         return "\n".join(lines)
+
+    def figures(self, part: SourceTokens) -> list[str]:
+        """What one source gives, and what of it is left out and why."""
+        counts, too_long = part.counts, f"(data.too_long: {self.run.data.too_long})"
+        left_out = [
+            counts.taken if counts.kept + counts.dropped + counts.emptied < counts.available else "",
+            f"{counts.dropped:,} dropped {too_long}" if counts.dropped else "",
+            f"{counts.emptied:,} dropped because the cut left no supervised token" if counts.emptied else "",
+        ]
+        why = f" ({', '.join(filter(None, left_out))})" if any(left_out) else ""
+        found = [
+            f"{counts.kept:,} of {counts.available:,} rows{why}",
+            f"weight {part.weight:g}" if part.weight != 1 else "",
+            f"{counts.tokens:,} tokens, {counts.supervised / max(1, counts.tokens):.1%} supervised",
+            f"{counts.cut:,} cut {too_long}" if counts.cut else "",
+            f"{counts.flaws['empty'][0]:,} with an empty answer" if "empty" in counts.flaws else "",
+            f"longest {counts.longest:,} tokens",
+        ]
+        return [text for text in found if text]
 
     def describe_schedule(self) -> str:
         """A line for the user: examples -> rows -> optimizer steps."""
@@ -98,19 +116,14 @@ class TrainingData:
                     f"warning: {split}: {count:,} of {part.counts.rows:,} rows with {what}, first "
                     f"{part.rows.where(first)}: {why}; fix: {fix}"
                 )
-        if self.duplicates.count:
-            found.append(
-                f"warning: {self.duplicates.count:,} of {len(self.train):,} training examples are there before, first "
-                f"{self.duplicates.where} ({self.duplicates.earlier}): each counts once more; fix: delete them, or give "
-                "their source a weight"
-            )
-        if self.overlap.count:
-            fix = "splits that share no row, such as train[:95%] and train[95%:]"
-            fix = "delete the rows that are there twice" if self.run.data.hold_out is not None else fix
-            found.append(
-                f"warning: {self.overlap.count:,} of {len(self.validation or ()):,} validation examples are trained on too, "
-                f"first {self.overlap.where} ({self.overlap.earlier}), so val_loss says little of new rows; fix: {fix}"
-            )
+        for repeats, tokens, what, fix in (
+            (self.duplicates, self.train, "training examples are there before", "delete them"),
+            (self.overlap, self.validation, "validation examples are trained on too, so val_loss says little of new rows",
+             "splits that share no row, such as train[:95%] and train[95%:]; or delete the rows that are there twice"),
+        ):  # fmt: skip
+            if repeats.count:
+                where = f"{repeats.where} ({repeats.earlier})"
+                found.append(f"warning: {repeats.count:,} of {len(tokens or ()):,} {what}; first {where}; fix: {fix}")
         return found
 
 
@@ -161,19 +174,3 @@ def prepare_data(
     duplicates, overlap = find_repeats(train), find_repeats(validation, train) if validation is not None else Repeats()
     facts = (tuple(contracts), duplicates, overlap, validation_digest)
     return TrainingData(run, train, validation, template, schedule, *facts)
-
-
-def _counts_line(counts: TokenCounts, too_long: str) -> str:
-    left_out = {
-        counts.taken: counts.kept + counts.dropped + counts.emptied < counts.available,
-        f"{counts.dropped:,} dropped (data.too_long: {too_long})": counts.dropped,
-        f"{counts.emptied:,} dropped because the cut left no supervised token": counts.emptied,
-    }
-    why = ", ".join(text for text, there in left_out.items() if text and there)
-    cut = f", {counts.cut:,} cut (data.too_long: {too_long})" if counts.cut else ""
-    empty = f", {counts.flaws['empty'][0]:,} with an empty answer" if "empty" in counts.flaws else ""
-    return (
-        f"{counts.source}: {counts.kept:,} of {counts.available:,} rows{f' ({why})' if why else ''}, "
-        f"{counts.tokens:,} tokens, {counts.supervised / max(1, counts.tokens):.1%} supervised{cut}{empty}; "
-        f"longest {counts.longest:,} tokens"
-    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 2  # raise it when the same rows would give other tokens
 _BATCH = 256  # rows handed to the tokenizer at once
+_HASHED = 1 << 16  # examples hashed at once
 _PROMPTS_ALL, _PROMPTS_EVERY = 256, 32  # rows whose prompt is rendered apart and compared: the first, then every n-th
 
 
@@ -119,6 +121,18 @@ class TokenSet:
         part, at = self._find(i)
         span = slice(int(part.arrays.offsets[at]), int(part.arrays.offsets[at + 1]))
         return Example(part.arrays.ids[span], part.arrays.trained[span])
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """uint64 [n], of the tokens of each example; two different examples share one in 1 of 2^64 cases."""
+        digests = [b""]
+        for part in self.parts:
+            ids = np.ascontiguousarray(part.arrays.ids).view(np.uint8).data
+            for start in range(0, len(part), _HASHED):
+                edges = (part.arrays.offsets[start : start + _HASHED + 1] * part.arrays.ids.itemsize).tolist()
+                each = (hashlib.blake2b(ids[a:b], digest_size=8).digest() for a, b in itertools.pairwise(edges))
+                digests.append(b"".join(each))
+        return np.frombuffer(b"".join(digests), np.uint64)
 
     def where(self, i: int) -> str:
         """The place of the row that example i came from."""
