@@ -10,13 +10,9 @@ from typing import TextIO
 
 from tunesmith.errors import MachineError, ModelError
 
-# What says how many ranks there are -> who sets it for each of them.
-RANKS = {
-    "WORLD_SIZE": "torchrun or accelerate launch",
-    "SLURM_STEP_NUM_TASKS": "srun (or with srun --ntasks=1)",
-    "OMPI_COMM_WORLD_SIZE": "mpirun",
-    "PMI_SIZE": "mpiexec",
-}
+# Where torchrun and accelerate, srun, Open MPI, and other MPIs say how many ranks there are. SLURM_NTASKS does not tell:
+# a batch script without srun has it too, and is one process.
+RANKS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 MEMORY_UNKNOWN = 8 << 30  # bytes: a small laptop's, which only makes callers careful
 
 
@@ -88,18 +84,15 @@ def refuse_full_disk(path: Path, needed: int, *, what: str, fix: str, why: str =
 
 
 def refuse_many_ranks(command: str) -> None:
-    """Raise MachineError where this process is one of several ranks, each of which would do all of `command` alone.
-
-    SLURM_NTASKS does not tell: a batch script without srun has it too, and is one process.
-    """
-    for name, launcher in RANKS.items():
+    """Raise MachineError where this process is one of several ranks, each of which would do all of `command` alone."""
+    for name in RANKS:
         if (count := os.environ.get(name, "")).isdecimal() and int(count) > 1:
-            raise MachineError(
-                f"this process is one of {count} ranks, and this version trains with one process",
-                where=f"environment: {name}={count}",
-                why="each of them would train alone, on all rows",
-                fix=f"without {launcher}: CUDA_VISIBLE_DEVICES=0 tunesmith {command} ..., or unset {name} if it is a leftover",
+            what = f"this process is one of {count} ranks, and this version trains with one process"
+            fix = (
+                f"CUDA_VISIBLE_DEVICES=0 tunesmith {command} ... without the launcher; unset {name} if it is a leftover"
             )
+            where, why = f"environment: {name}={count}", "each of them would train alone, on all rows"
+            raise MachineError(what, where=where, why=why, fix=fix)
 
 
 def available_memory() -> int:

@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[Callable[[World], object], list[str], str, str, str]] =
     "config.yaml is broken": (lambda w: w.write("run/config.yaml", "model: {"), [], "cannot be read", "run/config.yaml:1", "--fresh"),
     "config.yaml is empty": (lambda w: w.write("run/config.yaml", ""), [], "cannot be read", "run/config.yaml", "--fresh"),
     "config.yaml has an unknown key": (edit("run/config.yaml", "method:", "methud:"), [], "cannot be read", "run/config.yaml:1", "undo"),
-    "config.yaml is gone": (lambda w: (w.out / "config.yaml").unlink(), [], "no config.yaml", "run", "--fresh"),
+    "config.yaml is gone": (lambda w: (w.out / "config.yaml").unlink(), [], "cannot be read", "run/config.yaml", "--fresh"),
     "another program's checkpoints": (foreign, [], "checkpoint-1500", "run", "another output_dir"),
     "the model is gone": (nothing, ["model.name=no/such/folder"], "recipe differs", "model.name", "--fresh"),
     "the data is gone": (lambda w: (w.folder / "train.jsonl").unlink(), [], "no such file", "train.jsonl", ""),

@@ -19,6 +19,7 @@ from records import RUN, record
 from tunesmith.config.schema import Log, Run, Train
 from tunesmith.errors import MachineError
 from tunesmith.host_files import is_terminal
+from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.sink import Sink, Sinks
 from tunesmith.metrics.sinks import JsonlSink, TensorBoardSink, sinks_of
@@ -157,7 +158,7 @@ sink.close()
 
 def shown(run: Run, folder: Path, records, *, total: int | None, stream: io.StringIO | None = None) -> tuple[str, str]:
     stream = stream or io.StringIO()
-    sink = Terminal(folder / "log.txt", total_steps=total, steps_per_epoch=10, stream=stream)
+    sink = Terminal(LogFile(folder / "log.txt"), total_steps=total, steps_per_epoch=10, stream=stream)
     sink.open(run, 0)
     for each in records:
         sink.step(each)
@@ -285,7 +286,9 @@ def test_seconds_read_well() -> None:
 
 def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
     def kinds(**log: object) -> list[str]:
-        sinks = sinks_of(replace(run, log=Log(**log)), tmp_path, total_steps=1, steps_per_epoch=1)
+        sinks = sinks_of(
+            replace(run, log=Log(**log)), tmp_path, total_steps=1, steps_per_epoch=1, log=LogFile(tmp_path / "log.txt")
+        )
         return [type(s).__name__ for s in sinks.all]
 
     assert kinds() == ["Terminal", "JsonlSink", "TensorBoardSink"]
@@ -299,7 +302,9 @@ def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
         "TrackerSink",
     ]
     elsewhere = replace(run, log=Log(tensorboard_dir=str(tmp_path / "logs")))
-    sinks = sinks_of(elsewhere, tmp_path, total_steps=1, steps_per_epoch=1, stream=io.StringIO())
+    sinks = sinks_of(
+        elsewhere, tmp_path, total_steps=1, steps_per_epoch=1, log=LogFile(tmp_path / "log.txt"), stream=io.StringIO()
+    )
     sinks.open(elsewhere, 0)
     sinks.step(record())
     sinks.flush()

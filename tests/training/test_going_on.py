@@ -101,7 +101,7 @@ def test_another_micro_batch_is_told(
     assert "the micro batch is 128 tokens, and was 256 tokens, train.micro_batch='256 tokens' keeps it" in told[0]
     assert effect in told[0]
     shown.clear()
-    monkeypatch.setattr(resolve.MemoryEstimator, "fits", lambda *args: False)
+    monkeypatch.setattr(resolve.MemoryEstimator, "overrun", lambda *args: 2.0)
     monkeypatch.setattr(resolve.MemoryEstimator, "fastest_micro_batch", lambda *args, **options: 384)
     go(tiny, tmp_path, shown, **adapter, train={"duration": "6 steps"})
     told = [line for line in shown if "micro batch is" in line]

@@ -11,6 +11,7 @@ import pytest
 from recipes import make_run
 from tunesmith.checkpoint import state
 from tunesmith.checkpoint.resume import Start
+from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.sinks import sinks_of
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build
@@ -70,7 +71,7 @@ def test_metrics_read_one_step_later_are_the_same(tiny: Path, tmp_path: Path) ->
     run = make_run(tiny, later, **changes)
     Path(run.output_dir).mkdir()
     session = build(run, Start(), say=lambda text: None)
-    sinks = sinks_of(run, Path(run.output_dir), total_steps=11, steps_per_epoch=6)
+    sinks = sinks_of(run, Path(run.output_dir), total_steps=11, steps_per_epoch=6, log=LogFile(tmp_path / "log.txt"))
     sinks.open(run, 0)
     flushed: list[tuple[int, int]] = []
 

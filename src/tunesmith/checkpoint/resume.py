@@ -6,15 +6,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunesmith.checkpoint.run_dir import RECIPE, restore
 from tunesmith.checkpoint.state import SavedCheckpoint, list_checkpoints, newest_checkpoint, step_of
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import Run, Train
 from tunesmith.data.schedule import BatchSchedule
-from tunesmith.errors import CheckpointError, DataError, ModelError, RecipeError, TunesmithError, UsageError
+from tunesmith.errors import CheckpointError, DataError, ModelError, RecipeError, TunesmithError
 from tunesmith.metrics.record import StepRecord
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.units import Size
@@ -133,14 +132,6 @@ def decide_start(run: Run, *, warn: Callable[[str], None]) -> Start:
 def _recipe_of(output_dir: Path) -> Run:
     """The recipe that the checkpoints were written with, without which they are neither resumed from nor deleted."""
     recipe = output_dir / RECIPE
-    if not recipe.is_file():
-        names = [f.path.name for f in list_checkpoints(output_dir)] or ["final"]
-        raise UsageError(
-            f"output_dir holds {', '.join(names[:5])}, but no {RECIPE} of the run that wrote it",
-            where=str(output_dir),
-            why="it may be another program's, or the recipe was deleted",
-            fix=START_OVER,
-        )
     try:
         return load_recipe(recipe)
     except TunesmithError as error:
@@ -150,18 +141,6 @@ def _recipe_of(output_dir: Path) -> Run:
             why=error.why,
             fix=f"undo the change in {recipe}, or {START_OVER}",
         ) from error
-
-
-# What a checkpoint knows by its hash: the key, what may not change, and how it may have.
-_HASHED = {
-    "model_hash": ("model.name", "the base model", "the weights were changed under the same name"),
-    "data_hash": ("data.train", "the training data", "the rows, the template or the tokenizer were changed"),
-    "validation_hash": (
-        "data.validation",
-        "the validation data",
-        "the rows, the template or the tokenizer were changed",
-    ),
-}
 
 
 def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) -> None:
@@ -174,16 +153,21 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
         ModelError, DataError: one differs, and `checkpoint.resume` is not `force`.
     """
     known = vars(start.progress) if start.progress and run.checkpoint.resume != "force" else {}
-    sources = {"data_hash": run.data.train, "validation_hash": run.data.validation or run.data.train}
+    parts = {
+        "model_hash": ("base model", "model.name", (run.model.name,)),
+        "data_hash": ("training data", "data.train", [s.source for s in run.data.train]),
+        "validation_hash": ("validation data", "data.validation", [s.source for s in run.data.validation]),
+    }
     for name, now in hashes.items():
-        before, (key, what, why) = known.get(name), _HASHED[name]
+        before, (what, key, names) = known.get(name), parts[name]
         if now is None or before in (None, now):
             continue
-        named = ", ".join(source.source for source in sources[name]) if name in sources else run.model.name
-        raise (DataError if name in sources else ModelError)(
-            f"{what} is not what this run began with",
-            where=f"{key}: {named}",
-            why=f"its hash is {now[:12]}, the checkpoint's is {str(before)[:12]}: {why}",
+        base = name == "model_hash"
+        how = "the weights" if base else "the rows, the template or the tokenizer"
+        raise (ModelError if base else DataError)(
+            f"the {what} is not what this run began with",
+            where=f"{key}: {', '.join(names)}",
+            why=f"its hash is {now[:12]}, the checkpoint's is {str(before)[:12]}: {how} were changed",
             fix=f"undo the change, or {START_OVER}, {FORCE}",
         )
 
@@ -196,27 +180,26 @@ def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str
     """
     if not (start.found and start.progress and start.before):
         return []
-    progress, trains = start.progress, (start.before.train, run.train)
-    totals = [schedule.steps(train.duration) for train in trains]
-    # A time counts as the steps that it holds at the speed so far.
-    speed = progress.step / max(progress.seconds, 1e-9)
-    counts = [n or round((t.duration.seconds or 0.0) * speed) for n, t in zip(totals, trains, strict=True)]
-    shown = []
-    for train, total, count in zip(trains, totals, counts, strict=True):
-        equal = f" ({'=' if total else 'about'} {count:,} steps)" if train.duration.unit != "steps" else ""
-        shown.append(f"{train.duration}{equal}")
-    lines = [f"resuming from step {progress.step:,} of {totals[1] or shown[1]}, {start.found.path}"]
-    if trains[0].duration != trains[1].duration:
-        lines.append(f"train.duration: {' -> '.join(shown)}")
-    if counts[1] < counts[0] and run.checkpoint.resume != "force":
+    old, new, done = start.before.train, run.train, start.progress
+    (before, was, planned), (after, now, rate) = (_outlook(train, schedule, done) for train in (old, new))
+    lines = [f"resuming from step {done.step:,} of {now if new.duration.seconds else after}, {start.found.path}"]
+    if old.duration != new.duration:
+        lines.append(f"train.duration: {was} -> {now}")
+    if after < before and run.checkpoint.resume != "force":
         what, why = "the run would be shorter than it began", "resuming would mix two runs in one set of numbers"
         raise RecipeError(what, where=lines[-1], why=why, fix=f"a longer train.duration, or {START_OVER}, {FORCE}")
-    if progress.record and (totals[1] is None or progress.step < totals[1]):
-        clock: dict[str, Any] = {"steps_per_epoch": schedule.steps_per_epoch(0), "seconds": progress.seconds}
-        rates = [scheduled_rate(t, progress.step, total=n, **clock) for t, n in zip(trains, totals, strict=True)]
-        if abs(rates[1] - rates[0]) > JUMP * run.train.learning_rate:
-            lines.append(
-                f"the learning rate jumps from {progress.record.learning_rate:.2e} to {rates[1]:.2e}: its schedule now "
-                f"spans {shown[1]}"
-            )
+    if done.record and done.step < after and abs(rate - planned) > JUMP * new.learning_rate:
+        jump = f"{done.record.learning_rate:.2e} to {rate:.2e}"
+        lines.append(f"the learning rate jumps from {jump}: its schedule now spans {now}")
     return lines
+
+
+def _outlook(train: Train, schedule: BatchSchedule, done: Progress) -> tuple[int, str, float]:
+    """The steps of a whole run (of one by the clock, at the speed so far), its duration in words, and the learning rate
+    of the step after `done`."""
+    total, unit = schedule.steps(train.duration), train.duration.unit
+    steps = total or round((train.duration.seconds or 0.0) * done.step / max(done.seconds, 1e-9))
+    text = f"{train.duration}" if unit == "steps" else f"{train.duration} ({'=' if total else 'about'} {steps:,} steps)"
+    per_epoch = schedule.steps_per_epoch(0)
+    rate = scheduled_rate(train, done.step, total=total, steps_per_epoch=per_epoch, seconds=done.seconds)
+    return steps, text, rate

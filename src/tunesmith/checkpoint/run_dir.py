@@ -24,22 +24,19 @@ RECIPE, IDENTITY, LOCK = "config.yaml", "env.json", ".lock"
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
 FILES = (RECIPE, IDENTITY, "metrics.jsonl", "log.txt", "failure.json", "best.json", *TRACKER_IDS)
-FOLDERS = ("final", "tensorboard", "profile")
 BEFORE_IDENTITY = ("metrics.jsonl", "log.txt", "tensorboard", *TRACKER_IDS)
 _LEFTOVER = re.compile(
     rf"\.(?:{'|'.join(map(re.escape, FILES))})(?:\.\d+)?\.partial"
     r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)|\.tokenizer-\w+\.partial"
 )
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_WRITTEN = re.compile(
+    "|".join([*map(re.escape, FILES), r"final|tensorboard|profile|checkpoint-\d+", _LEFTOVER.pattern])
+)
 
 
 def run_files(output_dir: Path) -> list[Path]:
     """What lies in a directory under a name that a run writes, links and leftovers of a kill included."""
-
-    def named(name: str) -> bool:
-        return name in (*FILES, *FOLDERS) or bool(_CHECKPOINT.fullmatch(name) or _LEFTOVER.fullmatch(name))
-
-    return sorted(path for path in output_dir.iterdir() if named(path.name)) if output_dir.is_dir() else []
+    return sorted(p for p in output_dir.iterdir() if _WRITTEN.fullmatch(p.name)) if output_dir.is_dir() else []
 
 
 def is_run(output_dir: Path) -> bool:
@@ -54,18 +51,6 @@ def is_run(output_dir: Path) -> bool:
     return begun and all(p.name in BEFORE_IDENTITY or _LEFTOVER.fullmatch(p.name) for p in run_files(output_dir))
 
 
-def refuse_foreign(output_dir: Path) -> None:
-    """UsageError if the directory is no run's, and holds files that a run would overwrite, resume from or delete."""
-    found = [path.name for path in run_files(output_dir)]
-    if found and not is_run(output_dir):
-        raise UsageError(
-            f"output_dir holds files that no run of tunesmith wrote: {', '.join(found[:5])}{', ...' * (len(found) > 5)}",
-            where=str(output_dir),
-            why=f"a run writes files of these names, and there is no {IDENTITY} of a run",
-            fix="use another output_dir, such as output_dir=runs/my-run, or move these files away",
-        )
-
-
 @contextlib.contextmanager
 def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
     """Create the run directory and lock it; remove what was created if no run wrote into it.
@@ -76,7 +61,14 @@ def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
         UsageError: it holds files that no run wrote.
         MachineError: the folder cannot be created or written, or another run holds it.
     """
-    refuse_foreign(output_dir)
+    found = [path.name for path in run_files(output_dir)]
+    if found and not is_run(output_dir):
+        raise UsageError(
+            f"output_dir holds files that no run of tunesmith wrote: {', '.join(found[:5])}{', ...' * (len(found) > 5)}",
+            where=str(output_dir),
+            why=f"a run writes files of these names, and there is no {IDENTITY} of a run",
+            fix="use another output_dir, such as output_dir=runs/my-run, or move these files away",
+        )
     created, lock = missing_folders(output_dir), output_dir / LOCK
     ours = not lock.exists()
     handle = _lock(output_dir)

@@ -15,11 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from tunesmith.cli.options import add_recipe, chosen_recipe
 from tunesmith.errors import EXIT_OK
 from tunesmith.host_files import refuse_many_ranks
+from tunesmith.metrics.log_file import LogFile
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
 
@@ -33,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     refuse_many_ranks("train")
-    say = partial(print, file=sys.stderr, flush=True)
+    log = LogFile()
+    say = log.with_log(partial(print, file=sys.stderr, flush=True))
     with StopRequest():  # importing torch takes seconds
         recipe, made = chosen_recipe(args, say)
         if made is not None:
@@ -42,8 +46,15 @@ def run(args: argparse.Namespace) -> int:
         from tunesmith.metrics.summary import closing_summary
         from tunesmith.training.run import train
 
-    # Its file is written once the run has begun: a start that is refused leaves none.
-    keep = made.write_file if made is not None else lambda record: None
+    log.path = Path(recipe.output_dir, "log.txt")
+
+    def keep(record: object) -> None:
+        """Write the recipe's file, and what was told before: the run has begun. A start that is refused leaves none."""
+        with suppress(OSError):
+            log.open()
+        if made is not None:
+            made.write_file()
+
     result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=keep)
     sys.stdout = lasting(sys.stdout)  # the run has ended well, whether or not someone reads this
     with StopRequest() as late:
@@ -52,5 +63,11 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(result.values()))
         else:
             before = result.finished_before
-            print(closing_summary(recipe, steps=result.steps, seconds=result.seconds, finished_before=before))
+            text = closing_summary(recipe, steps=result.steps, seconds=result.seconds, finished_before=before)
+            print(text)
+            if not before:
+                keep(None)
+                with suppress(OSError):
+                    log.write(text)
+    log.close()
     return EXIT_OK

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError
+from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord, cut_back
 from tunesmith.metrics.sink import Sink, Sinks
 from tunesmith.metrics.terminal import Terminal
@@ -99,10 +100,10 @@ def _verbatim(text: str) -> str:
 
 
 def sinks_of(
-    run: Run, folder: Path, *, total_steps: int | None, steps_per_epoch: int, stream: TextIO | None = None
+    run: Run, folder: Path, *, total_steps: int | None, steps_per_epoch: int, log: LogFile, stream: TextIO | None = None
 ) -> Sinks:
     """The sinks that a recipe asks for. The terminal comes first, and metrics.jsonl before those that may be slow."""
-    terminal = Terminal(folder / "log.txt", total_steps=total_steps, steps_per_epoch=steps_per_epoch, stream=stream)
+    terminal = Terminal(log, total_steps=total_steps, steps_per_epoch=steps_per_epoch, stream=stream)
     sinks: list[Sink] = [terminal, JsonlSink(folder / "metrics.jsonl")]
     if run.log.tensorboard:
         elsewhere = run.log.tensorboard_dir

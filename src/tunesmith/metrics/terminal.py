@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from tunesmith.config.schema import Run
 from tunesmith.host_files import is_terminal
+from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sink
 from tunesmith.units import Cadence
@@ -39,11 +39,10 @@ class Terminal(Sink):
     """
 
     def __init__(
-        self, log: Path | None, *, total_steps: int | None, steps_per_epoch: int, stream: TextIO | None = None
+        self, log: LogFile | None, *, total_steps: int | None, steps_per_epoch: int, stream: TextIO | None = None
     ) -> None:
         self.log, self.total, self.steps_per_epoch = log, total_steps, steps_per_epoch
         self.stream = stream or sys.stderr
-        self._file: TextIO | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._recent: deque[float] = deque(maxlen=20)
@@ -54,7 +53,7 @@ class Terminal(Sink):
 
     def open(self, run: Run, resumed_at: int) -> None:
         if self.log is not None:
-            self._file = self.log.open("a", buffering=1, encoding="utf-8")
+            self.log.open()
         self._every = Cadence(run.log.every, total=self.total, steps_per_epoch=self.steps_per_epoch, seconds=0.0)
         self._seconds = run.train.duration.seconds
         self._started = time.monotonic()
@@ -131,14 +130,10 @@ class Terminal(Sink):
             self._progress.refresh()
             self._progress.stop()
             self._progress = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def _tell(self, text: str) -> None:
         self._show(text)
-        for row in text.splitlines():
-            self._write(row)
+        self._write(text)
 
     def _show(self, text: str) -> None:
         if self._progress is not None:
@@ -146,6 +141,6 @@ class Terminal(Sink):
         else:
             print(text, file=self.stream, flush=True)
 
-    def _write(self, line: str) -> None:
-        if self._file is not None:
-            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+    def _write(self, text: str) -> None:
+        if self.log is not None:
+            self.log.write(text)

@@ -85,18 +85,15 @@ def resolve_plan(
 ) -> RunPlan:
     """Resolve every `auto` of a recipe by what the machine has.
 
-    Args:
-        trained: how many parameters are trained.
-        step: tokens of an optimizer step; `longest`: those of the longest example.
-        before: the micro batch of the checkpoint that the run resumes from. `auto` keeps it, since dropout and the order
-            of sums depend on it, unless a smaller one is needed to fit.
+    `trained` counts trained parameters, `step` the tokens of an optimizer step, `longest` those of the longest example.
+    `auto` keeps the micro batch that a resumed run had `before` while it fits: dropout and the order of sums depend on it.
     """
     train, (compiled, compile_why) = run.train, machine.compiles
     estimator = MemoryEstimator(run, spec, machine, trained)
     size, why = train.micro_batch, "as train.micro_batch says"
     if train.optimizer_in_backward:  # an update in the backward leaves no place for a second micro batch
         size, why = train.global_batch, "the whole global batch"
-    elif size == "auto" and before is not None and estimator.fits(before, step):
+    elif size == "auto" and before is not None and not estimator.overrun(estimator.tokens_of(before, step)):
         size, why = before, "that of the checkpoint"
     by_examples = size != "auto" and size.unit == "examples"
     # Where every step has the same tokens, one padded shape serves all micro batches.
@@ -199,19 +196,16 @@ class MemoryEstimator:
         micro_batches = math.ceil(step.mean / tokens)
         padded = micro_batches * tokens / step.mean if fixed else 1.0
         fixed_cost = FIXED_COST_TOKENS[self.run.model.quantize] * micro_batches / step.mean
-        return work * padded + fixed_cost + 1e6 * self.overrun(memory)
+        return work * padded + fixed_cost + 1e6 * self.overrun(tokens)
 
     def tokens_of(self, size: Size, step: StepSize) -> int:
         """Tokens of a micro batch, padding counted."""
         seq = self.run.data.seq_len
         return size.amount if size.unit == "tokens" else min(size.amount * seq, max(step.largest, seq))
 
-    def fits(self, size: Size, step: StepSize) -> bool:
-        """Whether a micro batch fits, with as many recomputed layers as that takes."""
-        return self.overrun(self.estimate(self.tokens_of(size, step))) == 0
-
-    def overrun(self, memory: MemoryEstimate) -> float:
-        """0 where it fits, else how many times the memory that the micro batch may take it needs."""
+    def overrun(self, tokens: int) -> float:
+        """0 where a micro batch fits, else how many times the memory that it may take it needs."""
+        memory = self.estimate(tokens)
         needed, room = memory.activations + memory.workspace, int(memory.free * USABLE) - memory.static
         return needed / max(room, 1) if needed > room else 0.0
 

@@ -50,19 +50,9 @@ class Result:
 
     def values(self) -> dict[str, Any]:
         """The result as plain values, for `--json`."""
-        return {
-            "output_dir": str(self.output_dir),
-            "steps": self.steps,
-            "first_step": self.first_step,
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "examples": self.examples,
-            "first_loss": self.first_loss,
-            "last_loss": self.last_loss,
-            "best_step": self.best_step,
-            "best_val_loss": self.best_loss,
-            "finished_before": self.finished_before,
-        }
+        kept = ("steps", "first_step", "seconds", "tokens", "examples", "best_step", "finished_before")
+        losses = {"first_loss": self.first_loss, "last_loss": self.last_loss, "best_val_loss": self.best_loss}
+        return {"output_dir": str(self.output_dir), **{name: vars(self)[name] for name in kept}, **losses}
 
 
 def failure_of(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.checkpoint.run_dir import claim_run_dir, put_aside, sweep
@@ -16,6 +16,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError, StoppedError, UsageError, first_line
 from tunesmith.host_files import refuse_many_ranks
+from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import RecordCallback, Sinks
 from tunesmith.metrics.sinks import sinks_of
@@ -72,7 +73,8 @@ def train(
         stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
         stop = stack.enter_context(StopRequest())
         stream = None if say else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        say, callback = say or (lambda text: None), RecordCallback(on_record)
+        log, callback = stack.enter_context(LogFile(out / "log.txt")), RecordCallback(on_record)
+        say = log.with_log(say or (lambda text: None))
         mark = stack.enter_context(claim_run_dir(out))
         if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
             say(f"the earlier run is now in {place}")
@@ -81,9 +83,7 @@ def train(
             if start.finished is not None:
                 return Result(out, start.finished, finished_before=True)
             session = build(run, start, say=say, why=why)
-            per_epoch = session.data.schedule.steps_per_epoch(0)
-            sinks = sinks_of(run, out, total_steps=session.total_steps, steps_per_epoch=per_epoch, stream=stream)
-            sinks.all.append(callback)
+            sinks = make_sinks(session, log, stream, callback)
             stack.callback(close_after_all, sinks)
             begin(session, start, sinks, mark, argv)
         except RunError as error:  # a checkpoint that cannot be read, say: nothing has begun
@@ -117,6 +117,15 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
             raise
         raise failure from error
     return result
+
+
+def make_sinks(session: Session, log: LogFile, stream: TextIO | None, callback: RecordCallback) -> Sinks:
+    """The sinks that the recipe asks for, and the caller's; `stream` takes what is shown (None: stderr)."""
+    run, per_epoch = session.run, session.data.schedule.steps_per_epoch(0)
+    out, total = Path(run.output_dir), session.total_steps
+    sinks = sinks_of(run, out, total_steps=total, steps_per_epoch=per_epoch, log=log, stream=stream)
+    sinks.all.append(callback)
+    return sinks
 
 
 def begin(session: Session, start: Start, sinks: Sinks, mark: Callable[[], None], argv: list[str] | None) -> None:

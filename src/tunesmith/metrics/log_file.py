@@ -1,0 +1,76 @@
+"""log.txt: every line that a run showed, with its time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tunesmith.errors import StoppedError, TunesmithError
+
+PACKAGE = logging.getLogger("tunesmith")
+
+
+class LogFile(logging.Handler):
+    """Lines are kept in memory until `open`, since a start that is refused writes nothing.
+
+    As a context it also writes what the package logs as a warning, unless the program has set logging up, and the error
+    that ends the run, and closes the file. A line is one write, without a buffer, so that a signal's handler may write.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__(logging.WARNING)
+        self.path, self.say = path, self.write
+        self._file: int | None = None
+        self._early = b""
+
+    def open(self) -> None:
+        """Append to the file from here on, what was written before included."""
+        if self._file is None and self.path is not None:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            os.write(self._file, self._early)
+
+    def write(self, text: str) -> None:
+        """Write each line of a text; OSError where the disk is full."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        lines = "".join(f"{now}  {row}\n" for row in text.splitlines()).encode(errors="backslashreplace")
+        if self._file is None:
+            self._early += lines
+        else:
+            os.write(self._file, lines)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(f"warning: {record.getMessage()}")
+
+    def with_log(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """A function that shows a text by `say` and writes it, as far as the disk takes it; warnings go there too."""
+
+        def both(text: str) -> None:
+            say(text)
+            with contextlib.suppress(OSError):
+                self.write(text)
+
+        self.say = both
+        return both
+
+    def close(self) -> None:
+        super().close()
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> LogFile:
+        if not PACKAGE.hasHandlers():
+            PACKAGE.addHandler(self)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        PACKAGE.removeHandler(self)
+        if error is not None:
+            text = error.text() if isinstance(error, TunesmithError) else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(OSError):
+                self.write(text.removeprefix("error: ") if isinstance(error, StoppedError) else text)
+        self.close()

@@ -1,0 +1,118 @@
+"""log.txt holds all that was shown: before the first step, warnings, the block of a failure, the stop, the summary."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.bad_world import Capture, World, started
+from tunesmith.cli.main import main
+from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, RunError
+from tunesmith.metrics.log_file import LogFile
+from tunesmith.training.trainer import Trainer
+
+TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
+
+
+def logged(run: Path) -> list[str]:
+    lines = (run / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert all(TIME.match(line) for line in lines)
+    return [TIME.sub("", line, count=1) for line in lines]
+
+
+def test_two_starts_and_their_summaries(world: World, capsys: Capture) -> None:
+    shown = []
+    for words in (["train.duration=3 steps"], ["train.duration=1 epochs"]):
+        assert main(world.train(*words, held=True)) == EXIT_OK
+        shown += [line for stream in capsys.readouterr() for line in stream.splitlines()]
+    assert "resuming from step 3 of 6, " in "\n".join(shown)
+    assert any(line.startswith("warning: only 3 optimizer steps") for line in shown)
+    written = logged(world.out)
+    assert [line for line in shown if line not in written] == []
+    assert written.index("resuming from step 3 of 6, " + str(world.out / "checkpoint-3")) > written.index("next")
+
+
+def test_a_failure_and_a_stop(world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    step = Trainer.train_step
+
+    def fails(self: Trainer, batch: object) -> object:
+        if self.progress.step == 2:
+            raise RunError("it broke", where="here", why="as tests do", fix="mend it")
+        return step(self, batch)  # type: ignore[arg-type]
+
+    def stops(self: Trainer, batch: object) -> object:
+        if self.progress.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, batch)  # type: ignore[arg-type]
+
+    shown = []
+    for act, wanted in ((fails, EXIT_FAILED), (stops, EXIT_STOPPED)):
+        monkeypatch.setattr(Trainer, "train_step", act)
+        code, _, err = started(world.train(), capsys)
+        assert code == wanted, err
+        shown += err.splitlines()
+    written = logged(world.out)
+    assert {"error: it broke", "  where: here", "  why: as tests do", "  fix: mend it"} <= set(written)
+    assert [line for line in written if line.startswith("stopped by SIGTERM")]
+    assert [line for line in shown if line not in written] == []
+
+
+def test_a_warning_of_the_package_in_a_process_of_its_own(world: World) -> None:
+    """A cache that cannot be written is told by logging, which shows it where no program has set it up."""
+    cache = world.write("cache", "a file")
+    env = os.environ | {"TUNESMITH_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-m", "tunesmith", *world.train("train.duration=2 steps")]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_OK, done.stderr
+    warned = [line for line in done.stderr.splitlines() if "kept in memory" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith("warning: ")
+    written = logged(world.out)
+    assert [line for line in (done.stderr + done.stdout).splitlines() if line not in written] == []
+
+
+def test_a_refused_start_writes_no_line(world: World, capsys: Capture) -> None:
+    run = world.begun()
+    before = (run / "log.txt").read_bytes()
+    code, _, err = started(world.again("train.learning_rate=1"), capsys)
+    assert code == 2, err
+    assert (run / "log.txt").read_bytes() == before
+
+
+def test_lines_wait_for_the_file_and_errors_pass(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    shown: list[str] = []
+
+    def fail() -> None:
+        with LogFile(path) as log:
+            say = log.with_log(shown.append)
+            say("one\ntwo")
+            assert not path.exists()
+            log.open()
+            say("\udcff three")
+            raise ZeroDivisionError("by zero")
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert shown == ["one\ntwo", "\udcff three"]
+    assert logged(tmp_path) == ["one", "two", "\\udcff three", "ZeroDivisionError: by zero"]
+    with LogFile(tmp_path / "other.txt") as log:
+        log.write("never opened")
+    assert not (tmp_path / "other.txt").exists()
+
+
+def test_a_program_that_has_set_up_logging_keeps_it(tmp_path: Path) -> None:
+    said: list[str] = []
+    with LogFile(tmp_path / "log.txt") as log:  # pytest has set it up
+        log.with_log(said.append)
+        logging.getLogger("tunesmith.data.cache").warning("w")
+        assert log not in logging.getLogger("tunesmith").handlers
+    assert said == []
