@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 VERSION = 2  # raise it when the same rows would give other tokens
 _BATCH = 256  # rows handed to the tokenizer at once
-_HASHED = 1 << 16  # examples hashed at once
 _PROMPTS_ALL, _PROMPTS_EVERY = 256, 32  # rows whose prompt is rendered apart and compared: the first, then every n-th
 
 
@@ -125,14 +124,14 @@ class TokenSet:
     @cached_property
     def hashes(self) -> np.ndarray:
         """uint64 [n], of the tokens of each example; two different examples share one in 1 of 2^64 cases."""
-        digests = [b""]
-        for part in self.parts:
-            ids = np.ascontiguousarray(part.arrays.ids).view(np.uint8).data
-            for start in range(0, len(part), _HASHED):
-                edges = (part.arrays.offsets[start : start + _HASHED + 1] * part.arrays.ids.itemsize).tolist()
-                each = (hashlib.blake2b(ids[a:b], digest_size=8).digest() for a, b in itertools.pairwise(edges))
-                digests.append(b"".join(each))
-        return np.frombuffer(b"".join(digests), np.uint64)
+
+        def each() -> Iterator[int]:
+            for part in self.parts:
+                ids = memoryview(np.ascontiguousarray(part.arrays.ids).data)
+                for start, end in itertools.pairwise(map(int, part.arrays.offsets)):
+                    yield int.from_bytes(hashlib.sha256(ids[start:end]).digest()[:8], "big")
+
+        return np.fromiter(each(), np.uint64, len(self))
 
     def where(self, i: int) -> str:
         """The place of the row that example i came from."""
