@@ -23,7 +23,7 @@ Positive = Annotated[float, Gt(0)]
 PositiveOrZero = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 # Those of accelerate whose runs can be continued; metrics/trackers.py says how.
-TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "clearml", "dvclive", "wandb"]
+TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
 
 def key(default: Any, doc: str, *, example: str = "") -> Any:
@@ -180,7 +180,7 @@ class Log:
     tensorboard_dir: str | None = key(None, "folder of the events; null: `tensorboard/` in output_dir")
     wandb: bool = key(False, "log to Weights & Biases, configured by its own WANDB_ variables")
     trackers: tuple[TrackerName, ...] = key(
-        (), "others, each configured by its own variables: mlflow, trackio, comet_ml, swanlab, clearml, dvclive, wandb"
+        (), "others, each configured by its own variables: mlflow, trackio, comet_ml, swanlab, wandb"
     )
     samples: CountOrZero = key(2, "sample generations written to TensorBoard at each validation; 0: none")
 

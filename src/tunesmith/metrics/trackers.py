@@ -7,12 +7,12 @@ A tracker is set up by its own files and variables, such as WANDB_PROJECT, MLFLO
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, NamedTuple
 
 from tunesmith.config.dump import flatten, to_mapping
@@ -34,14 +34,6 @@ class Tracker(NamedTuple):
     project: str = ""  # the variable that names the project, where accelerate's class does not read it
 
 
-def _trackio_name(folder: Path, known: str | None) -> str:
-    """Trackio finds a run by its name, so a new one gets a name of its own."""
-    return known or f"{folder.name}-{secrets.token_hex(3)}"
-
-
-# ClearML's hooks into argparse and TensorBoard would record everything twice.
-_CLEARML = {"reuse_last_task_id": False, "auto_connect_arg_parser": False, "auto_connect_frameworks": False}
-
 TRACKERS = {
     "wandb": Tracker(
         lambda folder, known: (
@@ -58,9 +50,8 @@ TRACKERS = {
         "set MLFLOW_TRACKING_URI to a server that answers, or to a database such as sqlite:///mlflow.db",
     ),
     "trackio": Tracker(
-        lambda folder, known: (
-            {"name": _trackio_name(folder, known), "resume": "must" if known else "never"} | {"embed": False}
-        ),
+        # It finds a run by its name, so a new one gets a name of its own.
+        lambda folder, known: {"name": known or f"{folder.name}-{token_hex(3)}", "resume": "allow", "embed": False},
         lambda run: run.name,
         "hf auth login, or unset TRACKIO_SPACE_ID to write to this machine",
         "TRACKIO_PROJECT",
@@ -75,16 +66,6 @@ TRACKERS = {
         lambda folder, known: {"id": known, "resume": "must" if known else None, "experiment_name": folder.name},
         lambda run: run.id,
         "swanlab login, or SWANLAB_MODE=offline",
-    ),
-    "clearml": Tracker(
-        lambda folder, known: {"continue_last_task": known or False, "task_name": folder.name, **_CLEARML},
-        lambda task: task.id,
-        "clearml-init, or CLEARML_OFFLINE_MODE=1",
-    ),
-    "dvclive": Tracker(
-        lambda folder, known: {"dir": str(folder / "dvclive"), "resume": known is not None, "dvcyaml": None},
-        lambda live: live.dir,
-        "see https://dvc.org/doc/dvclive",
     ),
 }
 
