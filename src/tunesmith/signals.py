@@ -6,6 +6,7 @@ its background jobs. A forked child has its parent's handlers of before.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -70,8 +71,7 @@ class StopRequest:
         if self.signal and not held:
             raise self.not_begun() from error
         if self.now and isinstance(error, KeyboardInterrupt) and not self._interactive:
-            fix = "start the same command again: it goes on from the newest checkpoint"
-            raise StoppedError(f"stopped by {self.signal}", fix=fix) from error
+            raise StoppedError(f"stopped by {self.signal}", fix="start the same command again") from error
 
     def hold(self, say: Callable[[str], None] | None = None) -> None:
         """From here on there is something to save: the loop ends the run, not the handler.
@@ -99,20 +99,19 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def _watch(self, reader: int) -> None:
-        told, pressed = set(), None
+        told, pressed = set(), math.inf
         with open(reader, "rb", buffering=0) as pipe:
             while byte := pipe.read(1):
-                number, now = byte[0], time.monotonic()
-                if number == signal.SIGINT and pressed is not None and now - pressed > ONE_PRESS:
+                name, now = signal.Signals(byte[0]).name, time.monotonic()
+                if name == "SIGINT" and now - pressed > ONE_PRESS:
                     pressed, self.now, self._strike = now, True, True
                     os.kill(os.getpid(), signal.SIGINT)  # the handler may have run before `_strike` was set
-                elif number in self._before and number not in told:
-                    told.add(number)
-                    name, again = signal.Signals(number).name, "; press again to stop now"
-                    if number == signal.SIGINT:
-                        pressed = now
+                elif byte[0] in self._before and name not in told:
+                    told.add(name)
+                    again = "; press again to stop now" if name == "SIGINT" else ""
+                    pressed = now if again else pressed
                     if self._say is not None:
-                        self._say(f"{name}: stopping after {self.doing}{again if number == signal.SIGINT else ''}")
+                        self._say(f"{name}: stopping after {self.doing}{again}")
 
     def _leave(self) -> None:
         _entered.remove(self)
@@ -126,12 +125,12 @@ class StopRequest:
 _entered: list[StopRequest] = []
 
 
-def _leave_to_the_parent() -> None:
-    for request in reversed(_entered):
-        request._leave()
+def _leave_all() -> None:
+    while _entered:
+        _entered[-1]._leave()
 
 
-os.register_at_fork(after_in_child=_leave_to_the_parent)
+os.register_at_fork(after_in_child=_leave_all)
 
 
 def settle() -> None:
