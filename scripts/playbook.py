@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from tunesmith.checkpoint.run_dir import LOCK, claim_run_dir, is_run, missing_folders, put_aside, remove_unused
 from tunesmith.cli.main import Parser, framed
-from tunesmith.cli.options import positive_number, whole_number
+from tunesmith.cli.options import whole_number
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
@@ -91,6 +91,14 @@ SCRIPTS = {
         "LLAMA 3.1 70B QLoRA FINE-TUNING", "QLoRA", "unsloth/Meta-Llama-3.1-70B-bnb-4bit", 8, 1e-4, 512
     ),
 }
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> int:

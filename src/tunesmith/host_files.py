@@ -75,11 +75,19 @@ def existing_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
+def size_text(count: float) -> str:
+    """Bytes for a reader: `270.0 MB`, `16.1 GB` (powers of ten, as on the Hub's pages)."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def refuse_full_disk(path: Path, needed: int, *, what: str, fix: str, why: str = "") -> None:
     """Raise MachineError unless the disk of `path`, which need not exist yet, has `needed` bytes free for `what`."""
-    free, gib = shutil.disk_usage(existing_folder(path)).free, 1 << 30
+    free = shutil.disk_usage(existing_folder(path)).free
     if needed > free:
-        figures = f"{needed / gib:.2f} GiB needed, {free / gib:.2f} GiB free, {(needed - free) / gib:.2f} GiB short"
+        figures = f"{size_text(needed)} needed, {size_text(free)} free, {size_text(needed - free)} short"
         raise MachineError(f"no room on the disk for {what}: {figures}", where=str(path), why=why, fix=fix)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from cli.bad_table import line
 from cli.bad_world import Capture, World, records, snapshot, started, told
+from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
+from tunesmith.training import build
+from tunesmith.training.result import failure_of
+from tunesmith.units import Size
 
 SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 
@@ -92,6 +98,40 @@ def test_no_room_is_told_before_the_first_step(world: World, small_disk: Path, c
     assert code == EXIT_USAGE, err
     assert "no room on the disk for the checkpoints" in parts["error"]
     assert os.listdir(small_disk) == ["ballast"]
+
+
+@pytest.mark.parametrize(
+    ("room", "keep", "fix"), [(4, 2, "checkpoint.keep=1, or"), (5, 9, "checkpoint.keep=2, or"), (3, 1, "")]
+)
+def test_a_fix_for_a_full_disk_is_one_that_helps(
+    room: int, keep: int, fix: str, world: World, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """So many checkpoints have room; three more than are kept may be there at once."""
+    run = load_recipe(world.train()[1])
+    size = 1000 * (4 + checkpoint_bytes_per_parameter(run.train, 4))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, int(size * room)))
+    monkeypatch.setattr(build, "count_trained", lambda run, model: 1000)
+    code, parts, err = started(world.train(f"checkpoint.keep={keep}"), capsys)
+    assert code == EXIT_USAGE, err
+    assert parts["fix"].startswith(fix)
+    assert ("checkpoint.keep" in parts["fix"]) == bool(fix), "where one is kept already, fewer cannot be"
+    assert f"{size * (keep + 3) / 1000:.1f} kB needed" in parts["error"], "and never 0.00 GiB"
+
+
+@pytest.mark.parametrize(
+    ("micro", "recompute", "fix"),
+    [
+        ("8 examples", "auto", "train.micro_batch='4 examples' or train.recompute=full"),
+        ("1 examples", "auto", "a smaller data.seq_len or train.recompute=full"),
+        ("1 examples", "full", "a smaller data.seq_len"),
+        ("128 tokens", "full", "a smaller data.seq_len"),
+        ("256 tokens", "full", "train.micro_batch='128 tokens'"),
+    ],
+)
+def test_a_fix_for_a_full_memory_is_one_that_helps(world: World, micro: str, recompute: str, fix: str) -> None:
+    run = load_recipe(world.train()[1], [f"train.recompute={recompute}"])
+    failed = failure_of(MemoryError(), run, micro_batch=Size.parse(micro), step=1, saved_step=None)
+    assert failed.fix == f"{fix}; start the same command again"
 
 
 def limited(words: list[str], size: int, env: dict[str, str]) -> subprocess.CompletedProcess[str]:

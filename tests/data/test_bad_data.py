@@ -70,7 +70,9 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.csv", "text\n", {}, "a header and no rows", "a.csv", "write rows"),
     ("a.csv", "text,text\n1,2\n", {}, "names text twice", "a.csv:1", "a name of its own"),
     ("a.csv", "text,n\na,1\nb, c,2\n", {}, "3 values under a header of 2", "a.csv:3", "double quotes"),
-    ("a.csv", 'text\n"open\n', {}, "not CSV", "a.csv", "quote values"),
+    ("a.csv", 'text\n"open\n', {}, "not CSV", "a.csv:2", "close the quote"),
+    ("a.csv", 'text,n\n"a "b" c",1\n', {}, "not CSV", "a.csv:2", 'twice: "say ""hi"""'),
+    ("a.csv", "text,n\na,1\nb\n", {}, "1 values under a header of 2", "a.csv:3", "write what is missing"),
     ("a.parquet", b"PAR1 torn", {}, "not parquet", "a.parquet", "download or write"),
     ("a.arrow", b"ARROW1 torn", {}, "not arrow", "a.arrow", "download or write"),
     ("a.txt", "hello", {}, "not a supported data file", "a.txt", "JSON lines"),
@@ -95,6 +97,19 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
 def test_files(write, case: tuple[str, str | bytes, dict[str, Any], str, str, str]) -> None:
     name, content, keys, what, where, fix = case
     expect(Source(**{"source": write(name, content), "format": "text", **keys}), what, where, fix)
+
+
+@pytest.mark.parametrize("content", ["text;n\na, b;1\n", "text\tn\na, b\t1\n", "text|n\na, b|1\n"])
+def test_the_command_of_a_fix_mends_the_csv(
+    write, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is separated by another mark."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        read_rows(Source(source=write("my rows.csv", content), format="text"))
+    subprocess.run(caught.value.fix, shell=True, check=True)
+    (fixed,) = {*tmp_path.glob("*.csv")} - {tmp_path / "my rows.csv"}
+    assert read_rows(Source(source=str(fixed), format="text"))[0] == {"text": "a, b", "n": "1"}
 
 
 CALL = {"name": "f", "arguments": {}}

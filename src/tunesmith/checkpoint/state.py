@@ -142,7 +142,7 @@ def writing(place: Path, step: int) -> Iterator[Path]:
             fault or f"cannot write {place.name}: {error}",
             where=str(place),
             why=f"earlier checkpoints are complete: {', '.join(kept)}" if kept else "no checkpoint was written before",
-            fix="make room (checkpoint.keep=1 needs less) and start the same command again: it resumes from the newest one",
+            fix=f"make room{' (checkpoint.keep=1 needs less)' if len(kept) > 1 else ''} and start the same command again: it resumes from the newest one",
         ) from error
 
 

@@ -41,7 +41,7 @@ complete -o bashdefault -F _tunesmith tunesmith"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=list(FUNCTIONS), help="the shell to write for")
+    parser.add_argument("shell", choices=list(FUNCTIONS))
 
 
 def run(args: argparse.Namespace) -> int:

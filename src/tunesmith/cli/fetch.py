@@ -122,7 +122,7 @@ def _dataset(source: Source, progress: FetchProgress, *, dry: bool) -> dict[str,
 
 
 def _line(row: dict[str, Any]) -> str:
-    from tunesmith.hub.download import size_text
+    from tunesmith.host_files import size_text
 
     said = [row["kind"], row["licence"] and f"licence {row['licence']}", row["bytes"] and size_text(row["bytes"])]
     if row.get("missing_bytes") and row["folder"] is None:
@@ -133,8 +133,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _list(*, as_json: bool) -> int:
+    from tunesmith.host_files import size_text
     from tunesmith.hub.cache import cached_items
-    from tunesmith.hub.download import size_text
 
     items = cached_items()
     if as_json:
@@ -148,8 +148,8 @@ def _list(*, as_json: bool) -> int:
 
 
 def _remove(name: str, *, dry: bool, as_json: bool) -> int:
+    from tunesmith.host_files import size_text
     from tunesmith.hub.cache import cached_items, remove_cached
-    from tunesmith.hub.download import size_text
 
     items = cached_items()
     chosen = [item for item in items if item.name == name]

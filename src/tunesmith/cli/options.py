@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -29,14 +28,6 @@ def whole_number(text: str) -> int:
         if (value := int(text)) >= 1:
             return value
     raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-
-
-def positive_number(text: str) -> float:
-    """A finite number above 0."""
-    with suppress(ValueError):
-        if 0 < (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_OK
     if len(args.rest) > 1:
         what = f"recipes copy takes one destination, not {len(args.rest)}"
-        raise UsageError(what, where="command line", fix=f"tunesmith recipes copy {args.name} {args.rest[0]}")
+        raise UsageError(
+            what, where="command line", fix=shlex.join(["tunesmith", "recipes", "copy", args.name, args.rest[0]])
+        )
     return _copy(args.name, Path(args.rest[0] if args.rest else "."), force=args.force)
 
 
@@ -73,9 +76,8 @@ def _list(*, as_json: bool) -> int:
 
     console = Console()
     # The purpose names model and method in words, and stands for them where the line is short.
-    columns = {"recipe": "name", "model": "model", "method": "method", "what for": "purpose"}
-    if console.width < WIDE:
-        columns = {"recipe": "name", "what for": "purpose"}
+    more = {"model": "model", "method": "method"} if console.width >= WIDE else {}
+    columns = {"recipe": "name", **more, "what for": "purpose"}
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in columns:
         table.add_column(heading, overflow="fold", no_wrap=heading != "what for")
@@ -98,10 +100,14 @@ def _copy(name: str, destination: Path, *, force: bool) -> int:
         with path.open("w" if force else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        fix = f"name another file, or: tunesmith recipes copy {name} {destination} --force"
+        fix = f"name another file, or: tunesmith recipes copy {name} {shlex.quote(str(destination))} --force"
         raise UsageError("this file is there already", where=str(path), fix=fix) from error
     except OSError as error:
-        fix = f"mkdir -p {path.parent}" if not path.parent.exists() else "name a place that you may write to"
+        fix = (
+            f"mkdir -p {shlex.quote(str(path.parent))}"
+            if not path.parent.exists()
+            else "name a place that you may write to"
+        )
         raise MachineError(f"cannot write: {error.strerror}", where=str(path), fix=fix) from error
     print(path)
     print(f"edit it, then: tunesmith train {path}", file=sys.stderr)

@@ -29,7 +29,7 @@ def json_schema() -> dict[str, Any]:
     child = child.replace('"items": {"$ref": "#/$defs/Child', '"items": {"$ref": "#/$defs/')  # lists are not merged
     children = {f"Child{name}": _without_duties(section) for name, section in json.loads(child).items()}
     extends = {"type": "string", "description": "a recipe that ships, or a file: its values stand below these"}
-    children["ChildRun"]["properties"] |= {"extends": extends}
+    children["ChildRun"]["properties"]["extends"] = extends
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "a recipe of tunesmith",

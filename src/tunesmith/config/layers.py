@@ -8,27 +8,29 @@ the place it came from.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_origin
 
 from tunesmith.config.names import keys, without_indices
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.tree import MAX_DEPTH, Node, read_value, wrap
-from tunesmith.config.typed import members
+from tunesmith.config.typed import default_of, members
 from tunesmith.errors import RecipeError
 
 COMMAND_LINE, FROM_PYTHON = "command line", "overrides"
+_KEY = re.compile(rf"[\w-]+(\.[^.\s]+){{0,{MAX_DEPTH}}}")
 
 
 def merge_layers(lower: Node, upper: Node, say: Callable[[str], None] | None) -> Node:
     """The upper layer over the lower; `say` takes a line about what a new source of rows leaves behind."""
     merged = _merge(lower, upper)
     kept = {**dict(upper.places()), **dict(merged.places())}
-    gone = [key for key, _ in lower.places() if key.startswith("data.") and key not in kept]
-    gone = [key for key in gone if key.rpartition(".")[0] not in gone]
+    lost = [key for key, _ in lower.places() if key.startswith("data.") and key not in kept]
+    gone = [key for key in lost if key.rpartition(".")[0] not in lost]
     if gone and say:
         say(f"{upper.where} names other rows, so it does not take {', '.join(gone)} from the recipe that it changes")
     return merged
@@ -39,21 +41,18 @@ def override_layer(overrides: Mapping[str, Any] | Sequence[str]) -> Node:
     origin, base = FROM_PYTHON if isinstance(overrides, Mapping) else COMMAND_LINE, Path.cwd()
     layer = Node({}, origin, base)
     for text in overrides:
-        key, found, value = str(text).partition("=")
-        key, where = key.strip(), f"{origin}: {key.strip()}"
-        if bool(found) == isinstance(overrides, Mapping) or not re.fullmatch(r"[\w-]+(\.[^.\s]+)*", key):
-            form = '{"key.sub": value}' if isinstance(overrides, Mapping) else "key.sub=value"
+        key, found, value = map(str.strip, str(text).partition("="))
+        if bool(found) == isinstance(overrides, Mapping) or not _KEY.fullmatch(key):
             fix = "such as train.learning_rate=2e-4; with spaces in quotes: 'train.duration=3 epochs'"
-            raise RecipeError(f"{text!r} is not of the form {form}", where=origin, fix=fix)
-        if key == "extends":
-            raise RecipeError("extends belongs in a file", where=where, fix="name that recipe in place of this one")
-        if key.count(".") > MAX_DEPTH:
-            fix = "the keys of a recipe: tunesmith recipes show smollm2-135m-lora"
-            raise RecipeError("this key is too deeply nested", where=f"{where[:60]}...", fix=fix)
+            raise RecipeError(f"{reprlib.repr(text)} is not of the form key.sub=value", where=origin, fix=fix)
         if isinstance(overrides, Mapping):
             node = wrap(overrides[text], where=origin, base=base, key=key)
         else:
-            node = read_value(value, where=where, base=base)
+            node = read_value(value, where=f"{origin}: {key}", base=base)
+        if key == "extends":
+            raise RecipeError(
+                "extends belongs in a file", where=node.where, fix="name that recipe in place of this one"
+            )
         layer = _set(layer, key.split("."), node, key)
     return layer
 
@@ -65,15 +64,14 @@ def _merge(lower: Node, upper: Node, key: str = "") -> Node:
     key that takes no null, and an empty mapping one that is no section.
     """
     below, given = lower.value, upper.value
-    schema = keys().get(without_indices(key))
     if isinstance(below, list) and isinstance(given, dict) and given and "source" not in given:
         items = list(below)
         for name, node in given.items():
             at = _index(items, name, key, node.where)
             items[at] = _merge(items[at], node, f"{key}.{name}")
         return replace(lower, value=items)
-    replaced = not given and schema is not None and get_origin(schema[1]) in (dict, tuple)
-    if not isinstance(below, dict) or not isinstance(given, dict) or replaced:
+    cleared = not given and get_origin(keys().get(without_indices(key), (None, None))[1]) in (dict, tuple)
+    if not isinstance(below, dict) or not isinstance(given, dict) or cleared:
         return upper
     if "source" in below and "0" in given and isinstance(given["0"].value, dict):  # data.train.0.split of one source
         given = {**{name: node for name, node in given.items() if name != "0"}, **given["0"].value}
@@ -88,19 +86,13 @@ def _merge(lower: Node, upper: Node, key: str = "") -> Node:
     merged = dict(below)
     for name, node in given.items():
         path = f"{key}.{name}".lstrip(".")
-        if name in below and node.value is None and _has_default_without_null(path):
+        spec, hint = keys().get(without_indices(path), (None, None))
+        if name in below and node.value is None and spec and default_of(spec) and type(None) not in members(hint):
             del merged[name]
         else:
             merged[name] = _merge(below[name], node, path) if name in below else node
     # A key that is missing is missing in the file, whatever the command line gives beside it.
     return replace(lower if upper.where.startswith((COMMAND_LINE, FROM_PYTHON)) else upper, value=merged)
-
-
-def _has_default_without_null(key: str) -> bool:
-    if (schema := keys().get(without_indices(key))) is None:
-        return False
-    spec, hint = schema
-    return (spec.default, spec.default_factory) != (MISSING, MISSING) and type(None) not in members(hint)
 
 
 def _sources(rows: Node) -> list[Any]:

@@ -11,7 +11,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from tunesmith.config.names import without_indices
+from tunesmith.config.names import keys, without_indices
 from tunesmith.config.tree import Node
 from tunesmith.errors import RecipeError
 
@@ -52,7 +52,10 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
     """The absolute path that `text` means, or `text` itself if it is a Hub id or the name of a template."""
     what, fix = "", ""
     if not text.strip():
-        what, fix = f"{key} is empty", f"name one, or remove the line {key}"
+        what, fix = (
+            f"{key} is empty",
+            f"name one{'' if keys()[name][0].metadata['example'] else f', or remove the line {key}'}",
+        )
     elif "$" in text:
         what = f"{key}: variables such as {text} are not expanded in a recipe"
         fix = f'let the shell expand it: {key}="{text}" on the command line'

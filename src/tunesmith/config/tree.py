@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,7 +116,9 @@ def read_file(path: Path) -> Node:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         why = error.strerror or str(error)
-        raise RecipeError("this recipe cannot be read", where=name, why=why, fix=f"ls -l {name}") from error
+        raise RecipeError(
+            "this recipe cannot be read", where=name, why=why, fix=f"ls -l {shlex.quote(name)}"
+        ) from error
     if len(raw) > MAX_BYTES:
         fix = "give the recipe, not the data: a recipe is a page of YAML"
         raise RecipeError("this recipe is larger than 1 MiB", where=name, fix=fix)
@@ -123,7 +126,7 @@ def read_file(path: Path) -> Node:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        fix = f"iconv -f LATIN1 -t UTF-8 {name} > fixed.yaml   # if it was written in that encoding"
+        fix = f"iconv -f LATIN1 -t UTF-8 {shlex.quote(name)} > fixed.yaml   # if it was written in that encoding"
         what = f"this recipe is not UTF-8 text: byte 0x{raw[error.start]:02x}"
         raise RecipeError(what, where=f"{name}:{line}", fix=fix) from error
     top = _Reader(name, path.parent).read(text)

@@ -219,20 +219,13 @@ def example(hint: Any, spec: Field[Any]) -> str:
 
 
 def suggest_override(option: str, value: str | None) -> str | None:
-    """The `key=value` that an option of another tool, or one with a key's name, most likely means; None if none is near.
-
-    Args:
-        option: `--lr`, `--lr=1e-4` or `--train.seed`.
-        value: the word behind it, if there is one.
-    """
+    """The `key=value` that `--lr` or `--train.seed=3` most likely means; `value` is the word behind it, if there is one."""
     name, found, inside = option.lstrip("-").partition("=")
     name, value = name.replace("-", "_").lower(), inside if found else value
-    here = [key for key, (_, hint) in keys().items() if not is_section(hint) and not key.startswith("data.validation.")]
+    last = {key.rpartition(".")[2]: key for key, (_, hint) in reversed(keys().items()) if not is_section(hint)}
     key, _, line = other_tools("keys").get(name, "").partition(": ")
-    if key not in here:
-        last = {key: key.rpartition(".")[2] for key in here}
-        near = name if name in (*here, *last.values()) else nearest(name, last.values())
-        key, line = next((key for key in here if near in (key, last[key])), ""), ""
+    if key not in keys():
+        key, line = name if name in last.values() else last.get(nearest(name, last) or "", ""), ""
     if not key:
         return None
     spec, hint = keys()[key]

@@ -225,7 +225,13 @@ def _broken_json(path: Path, text: str, error: Exception) -> DataError:
 def _read_csv(path: Path) -> Table:
     """Comma-separated values with a header; every value is text."""
     csv.field_size_limit(MAX_ROW_BYTES)
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    text = _read_text(path)
+    names = text.partition("\n")[0]
+    if "," not in names and (other := next((mark for mark in ";\t|" if mark in names), "")):
+        convert = f"import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={other!r}))"
+        fix = f"python3 -c {quote(convert)} < {quote(str(path))} > commas.csv"
+        raise DataError(f"the header has {other!r} between its names, not a comma", where=f"{path}:1", fix=fix)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[list[str]] = []
     lines = array("q")  # where each row begins: a quoted value may go over several lines
     line = 0
@@ -237,12 +243,14 @@ def _read_csv(path: Path) -> Table:
             if rows and len(values) != len(rows[0]):
                 what = f"a row of {len(values)} values under a header of {len(rows[0])}"
                 fix = 'put values that hold a comma or a line break in double quotes: "a, b"'
+                fix = fix if len(values) > len(rows[0]) else "write what is missing, or a comma for an empty value"
                 raise DataError(what, where=f"{path}:{start}", why=f"the header is {', '.join(rows[0])}", fix=fix)
             rows.append(values)
             lines.append(start)
     except csv.Error as error:
         where = f"{path}:{line + 1}"
-        raise DataError("the file is not CSV", where=where, why=str(error), fix="quote values by RFC 4180") from None
+        fix = 'close the quote that opens in this row; a quote within a quoted value is written twice: "say ""hi"""'
+        raise DataError("the file is not CSV", where=where, why=str(error), fix=fix) from None
     header = rows[0] if rows else []
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice or "" in header:

@@ -22,7 +22,7 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from tunesmith.errors import ModelError
-from tunesmith.host_files import is_terminal
+from tunesmith.host_files import is_terminal, size_text
 from tunesmith.hub.hub_calls import retry
 
 WORKERS = 4
@@ -86,14 +86,6 @@ class FetchProgress:
 
         self.say(f"fetching {what}: {size_text(total)}" + (f", {size_text(done)} there already" if done else ""))
         yield advance
-
-
-def size_text(count: float) -> str:
-    """Bytes for a reader: `270.0 MB`, `16.1 GB` (powers of ten, as on the Hub's pages)."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count:.0f} bytes"
 
 
 def download(files: Sequence[RemoteFile], storage: Path, advance: Advance) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source import is_local
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host_files import refuse_full_disk, write_atomically
+from tunesmith.host_files import existing_folder, refuse_full_disk, size_text, write_atomically
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.methods.base import TrainModel
@@ -229,13 +230,10 @@ def check_disk(run: Run, trained: int) -> None:
     weight = 4 if run.adapter.kind == "lora" else load.DTYPES[run.model.dtype].itemsize
     size = int(trained * (weight + checkpoint_bytes_per_parameter(run.train, weight)))
     copies = run.checkpoint.keep + 3  # the one being written, the best one, and final/
-    refuse_full_disk(
-        Path(run.output_dir),
-        size * copies,
-        what="the checkpoints",
-        why=f"one takes {size / 2**30:.2f} GiB, and {copies} may be there at once",
-        fix="checkpoint.keep=1, or output_dir on a larger disk",
-    )
+    why = f"one takes {size_text(size)}, and {copies} may be there at once"
+    fits = shutil.disk_usage(existing_folder(Path(run.output_dir))).free // max(size, 1) - 3
+    fix = f"{f'checkpoint.keep={fits}, or ' if fits >= 1 else ''}output_dir on a larger disk; df -h lists them"
+    refuse_full_disk(Path(run.output_dir), size * copies, what="the checkpoints", why=why, fix=fix)
 
 
 def make_loader(

@@ -78,11 +78,13 @@ def failure_of(
         half = Size(max(least, micro_batch.amount // 2), micro_batch.unit)
         # An update in the backward takes the global batch as one micro batch.
         key = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
+        smaller = [f"{key}='{half}'"] if half.amount < micro_batch.amount else ["a smaller data.seq_len"]
+        smaller += ["train.recompute=full"] if run.train.recompute != "full" else []
         return RunError(
             "out of memory",
             where=where,
             why=f"a micro batch of {micro_batch} did not fit",
-            fix=f"{key}='{half}' or train.recompute=full; {again}",
+            fix=f"{' or '.join(smaller)}; {again}",
         )
     return RunError(
         f"{type(error).__name__}: {error}",
