@@ -69,6 +69,11 @@ def follow_umask(folder: Path) -> None:
             path.chmod(mode)
 
 
+def from_here(path: str | Path) -> str:
+    """A path below the working directory as a user there writes it; any other, and a Hub id, as it is."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
+
+
 def existing_folder(path: Path) -> Path:
     """The path itself or its nearest parent that is a folder: where what does not exist yet would be created."""
     path = path.expanduser().absolute()

@@ -19,6 +19,7 @@ from tunesmith.checkpoint.resume import decide_start
 from tunesmith.cli.main import main
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
+from tunesmith.config.shipped import schema_line
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError, RecipeError, StoppedError
 from tunesmith.training.make_recipe import make_recipe
 from tunesmith.training.run import train
@@ -92,7 +93,10 @@ def start(data: str, *words: str) -> list[str]:
 def test_rows_of_ones_own_are_trained_on(data: str, home: Path, capsys: Capture) -> None:
     name = f"runs/{Path(data).stem}-small"
     assert main(start(data)) == EXIT_OK
-    told = capsys.readouterr().err
+    shown, told = capsys.readouterr()
+    assert f"train: {data}: 38 of 40 rows (data.hold_out: 5 %)" in told
+    assert "token contract of train: holds: 6 checks of 38 rows, " in told
+    assert f"  tunesmith chat {name}\n" in shown, "as a user there writes it"
     assert f"{data}: {FILES[data][1]}" in told.splitlines()
     assert f"recipe: {name}.yaml (to change it, edit it, then: tunesmith train {name}.yaml)" in told
     assert (home / name / "final/adapter_model.safetensors").is_file()
@@ -114,6 +118,7 @@ def test_the_written_recipe_says_why(home: Path) -> None:
     assert (
         made.text
         == f"""\
+{schema_line()}
 # tunesmith train --model small --data 'mine/My FAQ.csv' adapter.rank=4
 model:
   name: "../small"

@@ -26,8 +26,12 @@ def purpose(path: Path) -> str:
 
 def copy_of(path: Path) -> str:
     """The text of a shipped recipe for another folder: its first line leads editors to the schema beside the original."""
-    text = path.read_text(encoding="utf-8").partition("\n")[2]
-    return f"{MODELINE}{path.with_name('schema.json').as_uri()}\n{text}"
+    return "\n".join([schema_line(), path.read_text(encoding="utf-8").partition("\n")[2]])
+
+
+def schema_line() -> str:
+    """The first line of a recipe in any folder: it leads editors to the schema beside the shipped recipes."""
+    return f"{MODELINE}{next(iter(shipped().values())).with_name('schema.json').as_uri()}"
 
 
 def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:

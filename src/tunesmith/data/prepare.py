@@ -16,7 +16,7 @@ from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import SourceTokens, TokenSet, tokenise
 from tunesmith.errors import DataError
-from tunesmith.host_files import available_memory, cache_folder
+from tunesmith.host_files import available_memory, cache_folder, from_here
 
 BYTES_PER_EXAMPLE = 32  # of an epoch's order: indices, random keys and their sort, 8 bytes each
 FEW_STEPS = 50  # with fewer, the learning rate is mostly in its warm-up and the model changes little
@@ -53,15 +53,17 @@ class TrainingData:
     def describe(self) -> str:
         """Lines for the user: which rows are trained on, what was left out, how many steps, what was checked."""
         lines = [self.template.describe()]
-        lines += [f"{split}: {part.counts.source}: {', '.join(self.figures(part))}" for split, part in self.sources()]
-        if self.run.data.hold_out is not None:
-            lines.append(
-                f"validation: drawn by the seed from data.train, and not trained on ({self.run.data.hold_out})"
-            )
+        lines += [
+            f"{split}: {from_here(part.counts.source)}: {', '.join(self.figures(part))}"
+            for split, part in self.sources()
+        ]
         lines += [self.describe_schedule(), *self.warnings()]
         for contract in self.contracts:
-            checks = ", ".join(f"{c.name} ({c.checked:,} {c.of})" for c in contract.checks)
-            lines.append(f"token contract of {contract.split}: {'BROKEN' if contract.broken else 'holds'}: {checks}")
+            counts = {
+                check.of: max(c.checked for c in contract.checks if c.of == check.of) for check in contract.checks
+            }
+            found = f"{len(contract.checks)} checks of {', '.join(f'{n:,} {of}' for of, n in counts.items())}"
+            lines.append(f"token contract of {contract.split}: {'BROKEN' if contract.broken else 'holds'}: {found}")
         return "\n".join(lines)
 
     def figures(self, part: SourceTokens) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
-from tunesmith.host_files import write_atomically
+from tunesmith.host_files import from_here, write_atomically
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.terminal import format_seconds
 
@@ -30,7 +30,7 @@ def closing_summary(run: Run, *, steps: int, seconds: float = 0.0, finished_befo
 
     `seconds` of training: 0 takes the sum of the recorded steps. `finished_before`: this start did nothing.
     """
-    folder = Path(run.output_dir)
+    folder = Path(from_here(run.output_dir))
     records = read_records(folder / "metrics.jsonl")
     rows = [*_figures(records, seconds), "", *_written(folder), "", *_next(run, folder)]
     if finished_before:

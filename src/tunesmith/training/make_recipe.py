@@ -5,7 +5,6 @@ What is not a default is written with its reason, beside the run, to be edited a
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import checked, load_recipe
 from tunesmith.config.paths import DATA_SUFFIXES, resolve_paths
 from tunesmith.config.schema import Run, Source
+from tunesmith.config.shipped import schema_line
 from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
 from tunesmith.data.detect import detect
@@ -27,7 +27,7 @@ from tunesmith.data.source import Rows, is_local, open_splits, read_rows
 from tunesmith.data.template import select_template
 from tunesmith.data.tokens import tokenise
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.host_files import write_atomically
+from tunesmith.host_files import from_here, write_atomically
 from tunesmith.hub import fetch
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.spec import ModelSpec, read_spec
@@ -59,7 +59,7 @@ class MadeRecipe:
     @property
     def name(self) -> str:
         """The file's path as a user in the working directory writes it."""
-        return shlex.quote(os.path.relpath(self.path) if self.path.is_relative_to(Path.cwd()) else str(self.path))
+        return shlex.quote(from_here(self.path))
 
     def check_file(self) -> None:
         """Raise RecipeError if the file is there and says something else: it may have been edited."""
@@ -131,7 +131,7 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
     path = Path(f"{run.output_dir}.yaml")
     why |= {key: "given on the command line" for key in why if key in given and key != "data.train"}
     words = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
-    head = f"# {shlex.join(['tunesmith', 'train', '--model', model, '--data', data, *words])}\n"
+    head = f"{schema_line()}\n# {shlex.join(['tunesmith', 'train', '--model', model, '--data', data, *words])}\n"
     return MadeRecipe(run, path, head + to_yaml(resolve_paths(tree, beside=path.parent).plain(), why), found)
 
 
@@ -160,7 +160,7 @@ def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelSpec, np
     template = select_template(data, tokenizer, eos_ids(folder, tokenizer))
     spans = [range(n, n + 1) for n in sorted({n * len(rows) // LOOK for n in range(LOOK)})]
     rows = rows.take(spans) if len(rows) > LOOK else rows
-    return spec, tokenise([(source, rows)], data, template, tokenizer, cache=None, what="a look").lengths
+    return spec, tokenise([(source, rows)], data, template, tokenizer, cache=None, what="a sample").lengths
 
 
 def _choose_seq_len(lengths: np.ndarray, context: int) -> tuple[int, str]:
