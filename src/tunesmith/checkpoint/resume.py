@@ -22,6 +22,7 @@ PROGRESS = "state/progress.json"
 OPTIMIZER = "state/optimizer.safetensors"
 DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
 JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is told
+MIXED = "resuming would mix two runs in one set of numbers"
 FORCE = "or resume all the same with checkpoint.resume=force"
 START_OVER = "start over with --fresh (the old run is put aside), or use another output_dir"
 
@@ -110,12 +111,8 @@ def decide_start(run: Run, *, warn: Callable[[str], None]) -> Start:
     before = _recipe_of(output_dir)
     refused = [c for c in differences(before, run) if not c.allowed]
     if refused and run.checkpoint.resume != "force":
-        raise RecipeError(
-            "the recipe differs from the one that this run began with",
-            where="\n         ".join(map(str, refused)),
-            why="resuming would mix two runs in one set of numbers",
-            fix=f"{START_OVER}, {FORCE}",
-        )
+        what, where = "the recipe differs from the one that this run began with", "\n         ".join(map(str, refused))
+        raise RecipeError(what, where=where, why=MIXED, fix=f"{START_OVER}, {FORCE}")
     final = step_of(output_dir / "final")
     found = newest_checkpoint(output_dir, warn)
     if found is None:
@@ -135,23 +132,12 @@ def _recipe_of(output_dir: Path) -> Run:
     try:
         return load_recipe(recipe)
     except TunesmithError as error:
-        raise RecipeError(
-            f"the recipe that this run began with cannot be read: {error.what}",
-            where=error.where,
-            why=error.why,
-            fix=f"undo the change in {recipe}, or {START_OVER}",
-        ) from error
+        what, fix = f"the recipe that this run began with cannot be read: {error.what}", f"undo the change in {recipe}"
+        raise RecipeError(what, where=error.where, why=error.why, fix=f"{fix}, or {START_OVER}") from error
 
 
 def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) -> None:
-    """Refuse to resume with another base or other data than the run began with.
-
-    Args:
-        hashes: those that are known now, by their names in `Progress`.
-
-    Raises:
-        ModelError, DataError: one differs, and `checkpoint.resume` is not `force`.
-    """
+    """ModelError or DataError where one of the hashes, by their names in `Progress`, is not the checkpoint's."""
     known = vars(start.progress) if start.progress and run.checkpoint.resume != "force" else {}
     parts = {
         "model_hash": ("base model", "model.name", (run.model.name,)),
@@ -162,14 +148,10 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
         before, (what, key, names) = known.get(name), parts[name]
         if now is None or before in (None, now):
             continue
-        base = name == "model_hash"
-        how = "the weights" if base else "the rows, the template or the tokenizer"
-        raise (ModelError if base else DataError)(
-            f"the {what} is not what this run began with",
-            where=f"{key}: {', '.join(names)}",
-            why=f"its hash is {now[:12]}, the checkpoint's is {str(before)[:12]}: {how} were changed",
-            fix=f"undo the change, or {START_OVER}, {FORCE}",
-        )
+        kind, how = (ModelError, "weights") if name == "model_hash" else (DataError, "rows, template or tokenizer")
+        why = f"its hash is {now[:12]}, the checkpoint's is {str(before)[:12]}: {how} were changed"
+        what, fix = f"the {what} is not what this run began with", f"undo the change, or {START_OVER}, {FORCE}"
+        raise kind(what, where=f"{key}: {', '.join(names)}", why=why, fix=fix)
 
 
 def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str]:
@@ -186,8 +168,8 @@ def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str
     if old.duration != new.duration:
         lines.append(f"train.duration: {was} -> {now}")
     if after < before and run.checkpoint.resume != "force":
-        what, why = "the run would be shorter than it began", "resuming would mix two runs in one set of numbers"
-        raise RecipeError(what, where=lines[-1], why=why, fix=f"a longer train.duration, or {START_OVER}, {FORCE}")
+        what, fix = "the run would be shorter than it began", f"a longer train.duration, or {START_OVER}, {FORCE}"
+        raise RecipeError(what, where=lines[-1], why=MIXED, fix=fix)
     if done.record and done.step < after and abs(rate - planned) > JUMP * new.learning_rate:
         jump = f"{done.record.learning_rate:.2e} to {rate:.2e}"
         lines.append(f"the learning rate jumps from {jump}: its schedule now spans {now}")

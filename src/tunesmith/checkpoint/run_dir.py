@@ -29,9 +29,8 @@ _LEFTOVER = re.compile(
     rf"\.(?:{'|'.join(map(re.escape, FILES))})(?:\.\d+)?\.partial"
     r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)|\.tokenizer-\w+\.partial"
 )
-_WRITTEN = re.compile(
-    "|".join([*map(re.escape, FILES), r"final|tensorboard|profile|checkpoint-\d+", _LEFTOVER.pattern])
-)
+_FOLDER = r"final|tensorboard|profile|checkpoint-\d+"
+_WRITTEN = re.compile("|".join([*map(re.escape, FILES), _FOLDER, _LEFTOVER.pattern]))
 
 
 def run_files(output_dir: Path) -> list[Path]:
@@ -63,12 +62,12 @@ def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
     """
     found = [path.name for path in run_files(output_dir)]
     if found and not is_run(output_dir):
-        raise UsageError(
-            f"output_dir holds files that no run of tunesmith wrote: {', '.join(found[:5])}{', ...' * (len(found) > 5)}",
-            where=str(output_dir),
-            why=f"a run writes files of these names, and there is no {IDENTITY} of a run",
-            fix="use another output_dir, such as output_dir=runs/my-run, or move these files away",
+        what = (
+            f"output_dir holds files that no run of tunesmith wrote: {', '.join(found[:5])}{', ...' * (len(found) > 5)}"
         )
+        why = f"a run writes files of these names, and there is no {IDENTITY} of a run"
+        fix = "use another output_dir, such as output_dir=runs/my-run, or move these files away"
+        raise UsageError(what, where=str(output_dir), why=why, fix=fix)
     created, lock = missing_folders(output_dir), output_dir / LOCK
     ours = not lock.exists()
     handle = _lock(output_dir)
@@ -113,12 +112,9 @@ def _lock(output_dir: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
-        raise MachineError(
-            "another run is writing to this run directory",
-            where=str(output_dir),
-            why="two runs in one folder would overwrite each other's checkpoints",
-            fix="wait for it, stop it, or choose another folder: output_dir=runs/my-run",
-        ) from error
+        what, why = "another run is writing to this run directory", "two runs would overwrite each other's checkpoints"
+        fix = "wait for it, stop it, or choose another folder: output_dir=runs/my-run"
+        raise MachineError(what, where=str(output_dir), why=why, fix=fix) from error
     if os.fstat(handle).st_nlink == 0:  # its holder has just removed the empty folder
         os.close(handle)
         return _lock(output_dir)
@@ -128,10 +124,8 @@ def _lock(output_dir: Path) -> int:
 def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
     """Move an earlier run to `<output_dir>.previous-<n>`, and return that; None if there was nothing to move.
 
-    What a run does not write stays where it is. A link is followed: the run stays on its disk.
-
-    Args:
-        inputs: what the new run reads: paths, and Hub ids, which are ignored.
+    What a run does not write stays where it is. A link is followed: the run stays on its disk. `inputs` are what the new
+    run reads: paths, and Hub ids, which are ignored.
 
     Raises:
         UsageError: one of the inputs, or the working directory, would be moved.
@@ -142,12 +136,8 @@ def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
         return None
     for path in (Path.cwd(), *map(Path, inputs)):
         if path.exists() and any(path.resolve().is_relative_to(moved.resolve()) for moved in old):
-            raise UsageError(
-                "output_dir holds what the new run reads, and starting over would move it away",
-                where=str(output_dir),
-                why=f"{path} lies in the earlier run",
-                fix="use a folder of its own: output_dir=runs/my-run",
-            )
+            what, why = "starting over would move away what the new run reads", f"{path} lies in the earlier run"
+            raise UsageError(what, where=str(output_dir), why=why, fix="use another folder: output_dir=runs/my-run")
     place = free_name(here)
     old.sort(key=lambda path: path.name == IDENTITY)  # last: what a kill leaves here is still a run's
     try:

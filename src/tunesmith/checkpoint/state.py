@@ -138,12 +138,11 @@ def writing(place: Path, step: int) -> Iterator[Path]:
         if not fault and not isinstance(error, OSError):
             raise
         kept = [f.path.name for f in list_checkpoints(place.parent) if step_of(f.path) is not None]
-        raise CheckpointError(
-            fault or f"cannot write {place.name}: {error}",
-            where=str(place),
-            why=f"earlier checkpoints are complete: {', '.join(kept)}" if kept else "no checkpoint was written before",
-            fix=f"make room{' (checkpoint.keep=1 needs less)' if len(kept) > 1 else ''} and start the same command again: it resumes from the newest one",
-        ) from error
+        what = fault or f"cannot write {place.name}: {error}"
+        why = f"earlier checkpoints are complete: {', '.join(kept)}" if kept else "no checkpoint was written before"
+        room = "make room (checkpoint.keep=1 needs less)" if len(kept) > 1 else "make room"
+        fix = f"{room} and start the same command again: it resumes from the newest one"
+        raise CheckpointError(what, where=str(place), why=why, fix=fix) from error
 
 
 def _is_sealed(folder: Path) -> bool:

@@ -151,11 +151,7 @@ def build(
 def read_data(
     run: Run, start: Start, files: ModelFiles, hashes: dict[str, Any], say: Callable[[str], None]
 ) -> TrainingData:
-    """Prepare the data, compare it and the base with those of the checkpoint, and say what is trained on.
-
-    Args:
-        hashes: holds the base's; those of the data are added.
-    """
+    """Prepare the data, add its hashes to the base's, compare all with the checkpoint, and say what is trained on."""
     for text in files.describe():
         say(text)
     check_unchanged(start, run, hashes)
