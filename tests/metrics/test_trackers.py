@@ -116,17 +116,25 @@ def test_a_tracker_that_does_not_start_is_refused(tmp_path: Path, tensorboard: s
     assert "set it up" in raised.value.fix
 
 
-@pytest.mark.parametrize("name", ["mlflow", "trackio", "wandb"])
+@pytest.mark.parametrize(
+    ("name", "log", "where", "way_out"),
+    [
+        ("mlflow", {"trackers": ["mlflow"]}, "log.trackers", "take mlflow out of log.trackers"),
+        ("wandb", {"trackers": ["wandb"]}, "log.trackers", "take wandb out of log.trackers"),
+        ("wandb", {"wandb": True}, "log.wandb", "log.wandb=false"),
+    ],
+)
 def test_a_missing_package_is_told_before_the_model_is_looked_for(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, log: dict, where: str, way_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     path = tmp_path / "recipe.yaml"
-    path.write_text(to_yaml(recipe(tmp_path / "no-such-model", tmp_path, log={"trackers": [name]})))
+    path.write_text(to_yaml(recipe(tmp_path / "no-such-model", tmp_path, log=log)))
     with pytest.raises(MachineError) as raised:
         train(path, say=None)
-    assert raised.value.what == f"{name} is not installed"
+    assert (raised.value.what, raised.value.where) == (f"{name} is not installed", where)
     assert raised.value.fix.startswith("pip install ")
+    assert raised.value.fix.endswith(f", or {way_out}")
 
 
 START = """

@@ -75,9 +75,11 @@ def trackers_of(run: Run) -> list[str]:
     return list(dict.fromkeys((*(["wandb"] if run.log.wandb else []), *run.log.trackers)))
 
 
-def tracker_key(run: Run, name: str) -> str:
-    """The recipe's key that asks for a tracker."""
-    return "log.trackers" if name in run.log.trackers else f"log.{name}"
+def asked_by(run: Run, name: str) -> dict[str, str]:
+    """The key that asks for a tracker, and how to do without it: `where` and `fix` of an error."""
+    if name in run.log.trackers:
+        return {"where": "log.trackers", "fix": f"take {name} out of log.trackers"}
+    return {"where": f"log.{name}", "fix": f"log.{name}=false"}
 
 
 class TrackerSink(Sink):
@@ -110,9 +112,9 @@ class TrackerSink(Sink):
                 self._tracker = self._thread.submit(self._start, run, known).result()
         except Exception as error:
             self._thread.shutdown(wait=False)
-            what, where = f"{self.name} did not start", tracker_key(run, self.name)
-            fix = f"{kind.setup}; or take {self.name} out of {where}"
-            raise MachineError(what, where=where, why=first_line(error), fix=fix) from error
+            what, asked = f"{self.name} did not start", asked_by(run, self.name)
+            fix = f"{kind.setup}; or {asked['fix']}"
+            raise MachineError(what, where=asked["where"], why=first_line(error), fix=fix) from error
         kept.write_text(kind.run_id(self._tracker.tracker) + "\n")
 
     def _start(self, run: Run, known: str | None) -> Any:

@@ -34,7 +34,7 @@ from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
-from tunesmith.metrics.trackers import tracker_key, trackers_of
+from tunesmith.metrics.trackers import asked_by, trackers_of
 from tunesmith.model import load
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.model.spec import flops
@@ -211,7 +211,7 @@ def check_machine(run: Run, device: torch.device) -> None:
 def check_inputs(run: Run, start: Start) -> None:
     """Refuse packages, data files, a tokenizer and an adapter that are missing, before the Hub is asked for the model."""
     for name in trackers_of(run):
-        packages.require(name, where=tracker_key(run, name), fix=f"take {name} out of {tracker_key(run, name)}")
+        packages.require(name, **asked_by(run, name))
     for source in (*run.data.train, *run.data.validation):
         if is_local(source.source):
             check_data_file(Path(source.source).expanduser())
