@@ -21,12 +21,16 @@ NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 ONE_PRESS = 0.3  # seconds; a wrapper such as `timeout` passes on the SIGINT that the terminal has sent to all
 
 
+class Interrupted(KeyboardInterrupt):
+    """Raised by a stop signal: `python -m` ends by SIGINT once a plain KeyboardInterrupt has passed PyRun_String."""
+
+
 class StopRequest:
     """A context that notes the first stop signal in `signal`.
 
-    Before `hold` a signal raises KeyboardInterrupt, which libraries let pass, and the context ends with StoppedError
+    Before `hold` a signal raises a KeyboardInterrupt, which libraries let pass, and the context ends with StoppedError
     whatever a library made of it. From `hold` on the caller looks at `signal` and ends by itself; a second ctrl-C sets
-    `now` and raises KeyboardInterrupt.
+    `now` and raises the same.
 
     Args:
         interactive: for commands that answer: hold SIGTERM and SIGINT from the start.
@@ -96,7 +100,7 @@ class StopRequest:
         first, self.signal = self.signal is None, self.signal or signal.Signals(number).name
         if self._strike or (first and not self._held):
             self._strike = False
-            raise KeyboardInterrupt
+            raise Interrupted
 
     def _watch(self, reader: int) -> None:
         told, pressed = set(), math.inf

@@ -282,6 +282,23 @@ def test_a_stop_that_a_library_swallows_is_not_lost() -> None:
             library()
 
 
+def test_a_stop_inside_code_that_c_runs_keeps_the_exit_code(tmp_path: Path) -> None:
+    """`python -m` ends by SIGINT once a plain KeyboardInterrupt has passed PyRun_String, as while torch is imported."""
+    (tmp_path / "stopped.py").write_text("""
+import ctypes, sys
+from tunesmith.errors import StoppedError
+from tunesmith.signals import StopRequest
+run = ctypes.pythonapi.PyRun_String
+run.restype, run.argtypes = ctypes.py_object, (ctypes.c_char_p, ctypes.c_int, ctypes.py_object, ctypes.py_object)
+try:
+    with StopRequest():
+        run(b"import os, time; os.kill(os.getpid(), 15); time.sleep(5)", 257, {}, {})
+except StoppedError as error:
+    sys.exit(error.exit_code)
+""")
+    assert subprocess.run([sys.executable, "-m", "stopped"], check=False, cwd=tmp_path).returncode == 75
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_signal_that_is_ignored_stays_ignored(name: str) -> None:
     """As nohup leaves SIGHUP, and a shell without job control the SIGINT of what runs in the background."""

@@ -38,13 +38,18 @@ def run(args: argparse.Namespace) -> int:
     refuse_many_ranks("train")
     log = LogFile()
     say = log.with_log(partial(print, file=sys.stderr, flush=True))
-    with StopRequest():  # importing torch takes seconds
+    with StopRequest() as early:
+        early.doing = "the libraries are loaded"  # for seconds; an exception inside torch's C++ code would abort
+        early.hold(say)
         recipe, made = chosen_recipe(args, say)
         if made is not None:
             made.check_file()
             say(f"recipe: {made.name} (to change it, edit it, then: tunesmith train {made.name})")
         from tunesmith.metrics.summary import closing_summary
         from tunesmith.training.run import train
+
+        if early.requested():
+            raise early.not_begun()
 
     log.path = Path(recipe.output_dir, "log.txt")
 
