@@ -147,15 +147,15 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
         {"messages": TURNS, **texts("question", "answer")}, "can be read in 2 ways",
         "--columns messages=messages or --columns prompt=question,completion=answer",
     ),
-    "unknown names": (texts("q", "a"), "no column of faq has a name", "--columns prompt=q,completion=a"),
+    "unknown names": (texts("q", "a"), "no column's name tells", "--columns prompt=q,completion=a"),
     "a question alone": (
-        texts("question", "source"), "no column of faq has a name", "--columns prompt=question,completion=source",
+        texts("question", "source"), "no column's name tells", "--columns prompt=question,completion=source",
     ),
     "preference": (texts("prompt", "chosen", "rejected"), "a chosen and a rejected answer", "--columns prompt=..."),
     "preference in chats": (
         {"Chosen": TURNS, "Rejected": TURNS}, "a chosen and a rejected answer", "--columns prompt=...",
     ),
-    "images": ({"messages": TURNS, "images": ["a.png"]}, "faq holds images", "--columns prompt=..."),
+    "images": ({"messages": TURNS, "images": ["a.png"]}, "the rows hold images", "--columns prompt=..."),
     "numbers as answers": ({"question": "x", "answer": 4}, "completion is a number", "write it in quotes"),
     "messages of an unknown role": (
         {"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'", "rename the role",
@@ -200,6 +200,9 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
     with pytest.raises(DataError, match="no format has promt") as refused:
         found(row, source=Source(source="faq", columns={"promt": "question"}))
     assert "--columns prompt=question,completion=answer" in refused.value.fix
+    with pytest.raises(DataError, match="no column's name tells") as refused:
+        found(texts("q", "a"), source=Source(source="faq", format="messages"), any_format=False)
+    assert refused.value.fix.endswith("such as --columns messages=q")
     with pytest.raises(DataError, match="there is no column reply"):
         found(row, source=Source(source="faq", columns={"completion": "reply"}))
     assert "prompt-completion" in found(

@@ -211,6 +211,7 @@ def test_the_option_that_an_error_names_is_the_way_on(home: Path, capsys: Captur
     (home / "two.csv").write_text("\n".join(rows) + "\n")
     assert main(start("two.csv")) == EXIT_USAGE
     told = capsys.readouterr().err
+    assert "error: the rows can be read in 2 ways\n  where: two.csv\n" in told
     flags = told.partition("say which: ")[2].partition(" or ")[0].split()
     assert flags == ["--columns", "prompt=question,completion=answer"]
     assert main(start("two.csv", *flags)) == EXIT_OK

@@ -110,7 +110,8 @@ def chosen_recipe(args: argparse.Namespace, say: Callable[[str], None]) -> tuple
 
     words += [f"data.train.format={args.format}"] if args.format else []
     words += [f"data.train.columns={json.dumps(columns_of(args), ensure_ascii=False)}"] if args.columns else []
-    made = make_recipe(args.model, args.data[0], words)
+    with fixes_as_options():
+        made = make_recipe(args.model, args.data[0], words)
     say(made.found)
     return made.run, made
 

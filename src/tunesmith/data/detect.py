@@ -18,6 +18,7 @@ from tunesmith.config.schema import Source
 from tunesmith.data.formats import convert_row
 from tunesmith.data.source import Rows
 from tunesmith.errors import DataError
+from tunesmith.host_files import from_here
 
 SAMPLE = 200  # rows looked at, spread over the file
 
@@ -71,16 +72,14 @@ def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
     Raises:
         DataError: no layout reads the rows, more than one does, some rows read otherwise, or they are of another kind.
     """
-    count = min(SAMPLE, len(rows))
+    where, count = from_here(rows.name), min(SAMPLE, len(rows))
     sample = {i: rows[i] for i in (n * (len(rows) - 1) // max(1, count - 1) for n in range(count))}
     columns = list(dict.fromkeys(str(name) for row in sample.values() for name in row))
     listed, known = f"the columns are {', '.join(columns) or 'none'}", {_plain(column) for column in columns}
     other = next((what for names, what in _OTHER_KINDS.items() if set(names.split()) <= known), None)
     if other is not None and any_format and not source.columns:
         fix = "train on some columns only, such as --columns prompt=...,completion=..."
-        raise DataError(
-            f"{rows.name} holds {other}, which cannot be trained on yet", where=rows.name, why=listed, fix=fix
-        )
+        raise DataError(f"the rows hold {other}, which cannot be trained on yet", where=where, why=listed, fix=fix)
     chats = [name for name in columns if any(_is_chat(row.get(name)) for row in sample.values())]
     found, read, errors = list[Detected](), dict[int, int](), dict[int, DataError]()
     for layout in _layouts(columns, chats, None if any_format else source.format, source.columns):
@@ -97,18 +96,21 @@ def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
     if len(whole) == 1:
         return whole[0]
     if whole:
-        what, fix = f"{rows.name} can be read in {len(whole)} ways", " or ".join(layout.flags() for layout in whole)
-        raise DataError(what, where=rows.name, why=f"{listed}; more than one may be meant", fix=f"say which: {fix}")
+        what, fix = f"the rows can be read in {len(whole)} ways", " or ".join(layout.flags() for layout in whole)
+        raise DataError(what, where=where, why=f"{listed}; more than one may be meant", fix=f"say which: {fix}")
     if found:  # report what keeps the likeliest layout from reading the rows
         best = max(read, key=lambda n: read[n])
         first, layout = errors[best], found[best]
         why = f"{read[best]} of the {count} rows looked at can be read as {layout.format}; not this one"
         raise DataError(first.what, where=first.where, why=f"{first.why}; {why}".lstrip("; "), fix=first.fix)
-    needed = COLUMNS["prompt-completion" if any_format else source.format][:2]
-    flags = ",".join(f"{name}={column}" for name, column in itertools.zip_longest(needed, columns[:2], fillvalue="..."))
-    what = f"no column of {rows.name} has a name that tells what to train on"
-    what = f"no format has {' and '.join(source.columns)}" if source.columns else what
-    raise DataError(what, where=rows.name, why=listed, fix=f"say which columns are meant, such as --columns {flags}")
+    needed = next(
+        names for form, names, _ in _LAYOUTS if form == ("prompt-completion" if any_format else source.format)
+    )
+    meant = Detected(source.format, dict(zip(needed, [*columns, "...", "..."], strict=False)))
+    what = (
+        f"no format has {' and '.join(source.columns)}" if source.columns else "no column's name tells what to train on"
+    )
+    raise DataError(what, where=where, why=listed, fix=f"say which columns are meant, such as {meant.flags()}")
 
 
 def _layouts(columns: list[str], chats: list[str], form: str | None, given: Mapping[str, str]) -> Iterator[Detected]:
