@@ -208,7 +208,7 @@ def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) 
 def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
     sources = tuple(source for source, _ in parts)
     data = loaded.run.data if loaded.run else Data(train=sources, seq_len=min(loaded.context, 1 << 20))
-    tokens = tokenise(parts, data, loaded.template, loaded.tokenizer, cache=None, what=name)
+    tokens = tokenise(parts, data, loaded.template, loaded.tokenizer, cache=None, what="eval")
     if not len(tokens):
         what = f"none of the {tokens.counts.rows} rows can be scored"
         why = f"all are longer than data.seq_len: {data.seq_len}"
