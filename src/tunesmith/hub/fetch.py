@@ -23,15 +23,7 @@ from tunesmith.host_files import refuse_full_disk, refuse_special_files
 from tunesmith.hub.download import FetchProgress, RemoteFile, download
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
-from tunesmith.model.safetensors_files import (
-    INDEX,
-    SINGLE,
-    indexed_files,
-    no_safetensors,
-    read_headers,
-    read_json,
-    refuse_quantized,
-)
+from tunesmith.model.safetensors_files import INDEX, SINGLE, indexed_files, no_safetensors, read_headers, read_json
 from tunesmith.model.spec import ModelSpec, read_spec
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")  # one of these is needed
@@ -103,7 +95,6 @@ def check_folder(folder: Path, model: Model) -> ModelSpec:
     refuse_special_files(folder)
     headers, config = read_headers(folder), folder / "config.json"
     spec = read_spec(read_json(config), where=str(config), trust_remote_code=model.trust_remote_code)
-    refuse_quantized(headers, folder)
     stored = sum(math.prod(entry.shape) for entries in headers.values() for entry in entries)
     if spec.parameters > MOST_PER_NUMBER * stored:  # before modules of that size are made
         what = f"config.json describes {spec.parameters:,} parameters, and the weights have {stored:,}"

@@ -16,14 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.model.safetensors_files import (
-    Entry,
-    drop_pages,
-    open_uncached,
-    read_headers,
-    read_into,
-    refuse_quantized,
-)
+from tunesmith.model.safetensors_files import Entry, drop_pages, open_uncached, read_headers, read_into
 
 _STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -108,7 +101,6 @@ def load_weights(
             groups.setdefault(name, {})[suffix] = entry
         elif not entry.name.endswith("rotary_emb.inv_freq"):  # old Llama checkpoints hold the frequencies
             unexpected.append(entry.name)
-    refuse_quantized(headers, folder)
     _drop_tied_copies(groups, targets, str(folder))
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     growing = {id(p): grow_from for end in ends if end is not None for p in end.parameters(recurse=False)}
