@@ -110,8 +110,8 @@ def test_a_model_is_downloaded_and_then_used_from_the_cache(ask, files, tiny) ->
         answer, said = ask(hub)
         folder = Path(answer["folder"])
         assert "licence apache-2.0" in said
-        assert {p.name for p in folder.iterdir()} == (set(files) - {"README.md"})
-        assert all((folder / n).read_bytes() == data for n, data in files.items() if n != "README.md")
+        assert {p.name for p in folder.iterdir()} == set(files)
+        assert all((folder / n).read_bytes() == data for n, data in files.items())
         asked = len(hub.seen)
         again, _ = ask(hub)
         assert again == answer

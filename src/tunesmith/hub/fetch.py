@@ -29,7 +29,7 @@ from tunesmith.model.spec import ModelSpec, read_spec
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")  # one of these is needed
 SUPPORT = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "spiece.model", "tekken.json", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+    "merges.txt", "spiece.model", "tekken.json", "*.jinja", "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 MOST_PER_NUMBER = 8  # parameters for each stored number, at most; nf4 has two
 MARGIN = 64 << 20  # bytes to leave free

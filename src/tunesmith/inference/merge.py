@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from tunesmith.adapter.lora import Lora, LoraLinear, disabled, merged_weight
+from tunesmith.checkpoint.model_card import model_card
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
 from tunesmith.host_files import available_memory, existing_folder, follow_umask, refuse_full_disk
@@ -262,27 +262,6 @@ def write_merged(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     for notice in sorted(loaded.weights.iterdir()):
         if notice.is_file() and notice.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")):
             shutil.copyfile(notice, folder / notice.name)
-    (folder / "README.md").write_text(_model_card(loaded, dtype), encoding="utf-8")
-
-
-def _model_card(loaded: LoadedModel, dtype: str) -> str:
-    """A short model card: what it was made from, how, and which licence applies."""
-    base, run, readme = loaded.location.base.name, loaded.run, loaded.weights / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    found = re.match(r"---\n(?:(?!---).*\n)*?license:[ ]*(\S.*)", text)  # of the base's front matter
-    licence = found[1].strip() if found else ""
-    on_hub = not Path(base).exists()
-    shown = base if on_hub else Path(base).name
-    lines = ["---", f"license: {licence}" if licence else "", "library_name: transformers"]
-    lines += [f"base_model: {base}" if on_hub else "", "pipeline_tag: text-generation", "---"]
-    lines += [f"# {shown}, fine-tuned\n"]
-    lines += [f"`{shown}` with a LoRA adapter merged into its weights ({dtype}), written by tunesmith.\n"]
-    if run is not None:
-        adapter, train = run.adapter, run.train
-        lines += [f"- adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, on {adapter.target}"]
-        lines += [f"- trained for {train.duration} at a learning rate of {train.learning_rate:g}"]
-        if run.model.quantize != "none":
-            lines += [f"- trained over a {run.model.quantize} base; merged into its dequantised {dtype} weights"]
-    whose = f"`{licence}`, the licence of the base model" if licence else "the licence of the base model"
-    lines += [f"- licence: {whose}, holds for this model too; read it before you pass the weights on\n"]
-    return "\n".join(line for line in lines if line)
+    location = loaded.location
+    card = model_card(location.base, location.run, (location.folder or folder).parent, merged=dtype)
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -32,7 +32,7 @@ def closing_summary(run: Run, *, steps: int, seconds: float = 0.0, finished_befo
     """
     folder = Path(from_here(run.output_dir))
     records = read_records(folder / "metrics.jsonl")
-    rows = [*_figures(records, seconds), "", *_written(folder), "", *_next(run, folder)]
+    rows = [*run_figures(records, seconds), "", *_written(folder), "", *_next(run, folder)]
     if finished_before:
         rows = [
             f"this run is finished: it took its {steps} steps before",
@@ -44,7 +44,8 @@ def closing_summary(run: Run, *, steps: int, seconds: float = 0.0, finished_befo
     return "\n".join(rows)
 
 
-def _figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
+def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
+    """The figures of a run, a line each; `seconds` as in `closing_summary`."""
     if not records:
         return ["no step was taken"]
     first, last, supervised = records[0], records[-1], sum(r.supervised_tokens for r in records)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from tunesmith.checkpoint import export, state
+from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.checkpoint.state import Writer
 from tunesmith.data.loader import GlobalBatch
@@ -319,6 +320,7 @@ class Trainer:
         self.save()
         with state.writing(self.out / "final", progress.step) as folder:
             export.write_model_files(folder, self.run, self.session.model, self.tokenizer)
+            (folder / state.CARD).write_text(model_card(self.run.model, self.run, self.out), encoding="utf-8")
         return Result(
             output_dir=self.out,
             steps=progress.step,

@@ -1,0 +1,111 @@
+"""The model card: what the Hub reads of it, what a reader learns from it, and what it keeps to itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard, constants
+
+from recipes import make_run
+from tunesmith.checkpoint import state
+from tunesmith.checkpoint.model_card import loss_curve, model_card
+from tunesmith.config.load import from_mapping
+from tunesmith.config.schema import Model, Run, Source
+from tunesmith.config.tree import read_value
+from tunesmith.inference.load_run import locate_run
+from tunesmith.inference.merge import merge
+from tunesmith.training.run import train
+
+LICENCE = "---\nlicense: other\nlicense_name: tiny-licence\nlicense_link: https://example.org/l\n---\n# tiny\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("card")
+    base = Path(shutil.copytree(tiny, folder / "my-base"))
+    (base / "README.md").write_text(LICENCE)
+    run = make_run(base, folder, data={"system": "/no_think"})
+    train(run, say=lambda text: None)
+    return run
+
+
+def test_the_card_of_a_run(trained: Run) -> None:
+    final = Path(trained.output_dir) / "final"
+    text = (final / "README.md").read_text()
+    data = ModelCard(text).data
+    assert (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
+    assert (data.license, data.license_name, data.license_link) == ("other", "tiny-licence", "https://example.org/l")
+    assert data.tags == ["tunesmith", "lora", "sft"]
+    assert data.base_model is None, "a folder of this machine is nobody else's base"
+    assert data.datasets is None
+    for words in ("# my-base, fine-tuned", "`train.jsonl`", "8 (1.33 epochs, 64 examples)", "val_loss", "torch 2."):
+        assert words in text
+    assert str(final.parents[1]) not in text
+    recipe = text.partition("```yaml\n")[2].partition("```")[0]
+    assert "name: my-base\n" in recipe
+    assert "system: /no_think\n" in recipe, "a text that looks like a path is none"
+    again = from_mapping(read_value(recipe, where="card", base=final).plain(), where="card", base=final)
+    assert again.train == trained.train
+    records = [json.loads(line) for line in (final.parent / "metrics.jsonl").open()]
+    assert f"{max(r['loss'] for r in records):.4f} |" in text, "the top of the curve"
+
+
+def test_the_manifest_covers_it_and_it_may_be_edited(trained: Run) -> None:
+    final = Path(trained.output_dir) / "final"
+    assert "README.md" in json.loads((final / "manifest.json").read_text())["files"]
+    assert not (final.parent / "checkpoint-8" / "README.md").exists()
+    before = (final / "README.md").read_text()
+    try:
+        (final / "README.md").write_text("---\nlicense: mit\n---\nMy words\n")
+        assert state.find_damage(final) is None
+        assert locate_run(final).kind == "adapter"
+    finally:
+        (final / "README.md").write_text(before)
+
+
+def test_a_merged_model_says_so(trained: Run, tmp_path: Path) -> None:
+    merge(Path(trained.output_dir), tmp_path / "merged", device="cpu")
+    text = (tmp_path / "merged" / "README.md").read_text()
+    data = ModelCard(text).data
+    assert (data.library_name, data.license_name) == ("transformers", "tiny-licence")
+    assert "adapter merged into its weights (fp32)" in text
+    assert "8 (1.33 epochs, 64 examples)" in text
+    assert str(tmp_path) not in text
+
+
+def test_hub_ids_are_named_as_base_and_data_sets(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0" * 40
+    snapshot = tmp_path / "models--someone--big" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text(LICENCE)
+    (tmp_path / "models--someone--big" / "refs").mkdir()
+    (tmp_path / "models--someone--big" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    rows = (Source(source="tatsu-lab/alpaca"), *trained.data.train, Source(source="tatsu-lab/alpaca"))
+    run = replace(trained, model=Model(name="someone/big"), data=replace(trained.data, train=rows))
+    data = ModelCard(model_card(run.model, run, Path(run.output_dir))).data
+    assert (data.base_model, data.datasets) == ("someone/big", ["tatsu-lab/alpaca"])
+    assert data.license_name == "tiny-licence"
+
+
+def test_an_adapter_without_a_run_or_with_a_damaged_one_still_has_a_card(trained: Run, tmp_path: Path) -> None:
+    bare = model_card(Model(name="someone/big"))
+    assert ModelCard(bare).data.base_model == "someone/big"
+    assert "```" not in bare
+    (tmp_path / "metrics.jsonl").write_text("no JSON\n{}\n")
+    assert "# my-base, fine-tuned" in model_card(trained.model, trained, tmp_path)
+
+
+def test_the_curve() -> None:
+    rows = loss_curve([4.0, 3.0, 2.0, 1.0])
+    assert rows[0] == "   4.0000 |█"
+    assert rows[7] == "   1.0000 |███▁"
+    assert rows[-1] == "           steps 1 to 4"
+    many = loss_curve([5.0] * 600 + [1.0] * 600)
+    assert many[0] == "   5.0000 |" + "█" * 30
+    assert len(many[8]) == 11 + 60
+    assert loss_curve([2.0])[7] == "   2.0000 |▁", "one step"
