@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -205,3 +206,29 @@ def test_a_run_of_an_older_version_goes_on(world: World, capsys: Capture) -> Non
     code, _, err = started(world.again("train.duration=6 steps"), capsys)
     assert code == EXIT_OK, err
     assert json.loads((run / "final" / "manifest.json").read_text())["step"] == 6
+
+
+def test_a_run_that_cannot_be_moved_aside_stays(world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mounted output_dir: its neighbours are on another disk."""
+    world.begun()
+    before = every_file(world.folder)
+
+    def across(source: object, target: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", across)
+        code, parts, err = started(world.again("--fresh"), capsys)
+    assert code == EXIT_USAGE, err
+    assert "cannot be moved" in parts["error"]
+    assert "cross-device" in parts["why"]
+    assert every_file(world.folder) == before
+
+
+def test_what_the_new_run_reads_is_not_moved_aside(world: World, capsys: Capture) -> None:
+    run = world.begun()
+    before = every_file(world.folder)
+    code, parts, err = started(world.again("--fresh", f"adapter.from={run / 'final'}"), capsys)
+    assert code == EXIT_USAGE, err
+    assert str(run / "final") in parts["why"]
+    assert every_file(world.folder) == before
