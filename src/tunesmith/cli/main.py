@@ -51,6 +51,7 @@ VERBS = {
     "bench": ("tunesmith.cli.bench", "measure how fast a recipe trains here, and the share of the chip"),
     "eval": ("tunesmith.cli.evaluate", "measure a trained model on held-out rows, beside its base"),
     "merge": ("tunesmith.cli.merge", "merge an adapter into its base model, and check that it answers alike"),
+    "push": ("tunesmith.cli.push", "upload what a run trained to the Hugging Face Hub"),
     "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
 }
 

@@ -1,0 +1,53 @@
+"""Upload what a run trained to the Hugging Face Hub.
+
+example:
+  tunesmith push runs/my-run
+  tunesmith push runs/my-run-merged --to my-team/faq-bot --public
+
+A run directory is pushed as its final/, or as its newest whole checkpoint without the training state. The repository is
+private unless --public is given; pushed again, only what has changed is sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tunesmith.errors import EXIT_OK, UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, final/, adapter or model folder")
+    parser.add_argument("--to", metavar="NAME", help="owner/name on the Hub (default: your account, the run's name)")
+    seen = parser.add_mutually_exclusive_group()
+    seen.add_argument("--public", action="store_true", help="everybody may see the repository")
+    seen.add_argument("--private", action="store_false", dest="public", help="only its owner may (default)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made if there is none (default: main)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tunesmith.inference.load_run import locate_run
+
+    location = locate_run(args.run)
+    if (folder := location.folder) is None:
+        fix = "name a run directory, or a folder of model files"
+        raise UsageError(f"{args.run} holds no files to push", where=args.run, fix=fix)
+    from tunesmith.checkpoint.model_card import is_hub_id, model_card
+    from tunesmith.checkpoint.state import CARD, MANIFEST
+    from tunesmith.hub.push import push_files
+
+    if location.kind == "adapter" and not is_hub_id(location.base.name):
+        what, why = "the adapter's base is a folder of this machine", f"its files name {location.base.name}"
+        fix = f"tunesmith merge {args.run} --output DIR, then tunesmith push DIR; or train with the base's Hub id"
+        raise UsageError(what, where=str(folder), why=why, fix=fix)
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files: dict[str, Path | bytes] = {}
+    files |= {n: p for n, p in paths.items() if not n.startswith(("state/", ".")) and "/." not in n and n != MANIFEST}
+    if CARD not in files and location.kind != "base":
+        files[CARD] = model_card(location.base, location.run, folder.parent).encode()
+    name = (folder.parent if location.run else folder).resolve().name
+    page = push_files(
+        files, args.to or name, public=args.public, revision=args.revision, message=f"Push {name}/{folder.name}"
+    )
+    print(page)
+    return EXIT_OK
