@@ -100,6 +100,21 @@ def test_an_adapter_without_a_run_or_with_a_damaged_one_still_has_a_card(trained
     assert "# my-base, fine-tuned" in model_card(trained.model, trained, tmp_path)
 
 
+@pytest.mark.parametrize("metadata", ["license: [a", "license: mit\n  x: : y", "1: 2", "- a", "license: [mit, other]"])
+def test_a_broken_card_of_the_base_keeps_no_weights_from_the_disk(metadata: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# base\n")
+    text = model_card(Model(name=str(tmp_path)))
+    assert "The licence of the base model holds for this model too." in text
+    assert ModelCard(text).data.license is None
+
+
+def test_an_environment_of_another_version_leaves_out_the_figures_alone(trained: Run, tmp_path: Path) -> None:
+    shutil.copy(Path(trained.output_dir) / "metrics.jsonl", tmp_path)
+    for content in ("{}", "[]"):
+        (tmp_path / "env.json").write_text(content)
+        assert "# my-base, fine-tuned" in model_card(trained.model, trained, tmp_path)
+
+
 def test_the_curve() -> None:
     rows = loss_curve([4.0, 3.0, 2.0, 1.0])
     assert rows[0] == "   4.0000 |█"

@@ -40,6 +40,7 @@ def test_manifest_has_sizes_and_checksums(tmp_path: Path) -> None:
     [
         (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
         (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda p: (p / "manifest.json").write_text('{"step": 7, "files": {"a.bin": 70}}'), "cannot be read"),
         (lambda p: (p / "a.bin").unlink(), "a.bin is missing"),
         (lambda p: (p / "a.bin").write_text("short"), "has 5 bytes of 70"),
         (lambda p: (p / "a.bin").write_text("WEIGHTS" * 10), "do not match their checksum"),

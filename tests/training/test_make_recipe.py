@@ -196,7 +196,9 @@ def test_an_edited_recipe_is_not_overwritten(home: Path, capsys: Capture) -> Non
     [
         (["--data", "none.csv"], EXIT_USAGE),
         (["--data", "two.csv"], EXIT_USAGE),
-        (["--data", "faq.csv", "data.seq_len=4"], 2),
+        (["--data", "faq.csv", "data.seq_len=4"], EXIT_USAGE),
+        (["--data", "faq.csv", "data.hold_out=40 examples"], EXIT_USAGE),
+        (["--data", "faq.csv", "data.hold_out=50 examples"], EXIT_USAGE),
     ],
 )
 def test_a_refused_start_leaves_no_trace(words: list[str], code: int, home: Path, capsys: Capture) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -68,7 +68,7 @@ def model_card(base: Model, run: Run | None = None, run_dir: Path = Path(), *, m
 
 def _training(run_dir: Path) -> list[str]:
     """Figures, machine and loss curve, from what the run wrote; nothing where that cannot be read."""
-    with suppress(OSError, ValueError, RunError):
+    with suppress(OSError, LookupError, TypeError, ValueError, RunError):
         records = read_records(run_dir / "metrics.jsonl")
         env = json.loads((run_dir / "env.json").read_text(encoding="utf-8"))
         machine = ", ".join(gpu["name"] for gpu in env["gpus"]) or env["cpu"]
@@ -111,7 +111,10 @@ def _licence(base: Model) -> dict[str, Any]:
     """The keys about the licence in the card of the base, if it lies in its folder or the Hub's cache."""
     known = is_hub_id(base.name) and try_to_load_from_cache(base.name, "README.md", revision=base.revision)
     card = Path(known) if isinstance(known, str) else Path(base.name).expanduser() / "README.md"
-    with suppress(OSError, ValueError):  # none is there, or it is not a card
-        stated = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-        return {key: str(stated[key]) for key in ("license", "license_name", "license_link") if stated.get(key)}
-    return {}
+    stated: dict[str, Any] = {}
+    with suppress(
+        Exception
+    ):  # none is there, or it is not a card: nothing in it may keep trained weights from the disk
+        stated = metadata_load(card) or {}
+    keys = ("license", "license_name", "license_link")
+    return {key: stated[key] for key in keys if isinstance(stated.get(key), str)}

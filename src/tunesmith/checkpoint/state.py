@@ -69,21 +69,21 @@ def find_damage(folder: Path, *, contents: bool = True) -> str | None:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        entries = dict(manifest["files"])
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in dict(manifest["files"]).items()}
         int(manifest["step"])
     except FileNotFoundError:
         return "it has no manifest.json: it was not finished"
     except (OSError, ValueError, KeyError, TypeError):
         return "its manifest.json cannot be read"
-    for name, entry in entries.items():
+    for name, (size, digest) in entries.items():
         path = folder / name
         if name == CARD:  # people edit it
             continue
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes of {entry['bytes']}"
-        if contents and _digest(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if contents and _digest(path) != digest:
             return f"the contents of {name} do not match their checksum"
     return None
 

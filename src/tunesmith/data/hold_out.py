@@ -7,10 +7,20 @@ import numpy as np
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.source import Rows, read_rows
 from tunesmith.errors import DataError
+from tunesmith.units import Share
 
 _PURPOSE = 1 << 20  # sets this draw apart from those of the batch schedule
 
 SourceRows = list[tuple[Source, Rows]]
+
+
+def count_held_out(share: Share, total: int) -> int:
+    """How many of `total` rows are held out; DataError if nothing is left to train on."""
+    count = share.of(total)
+    if count >= total:
+        what, why = f"holding out {share} leaves no row to train on", f"data.train has {total:,} rows"
+        raise DataError(what, where="data.hold_out", why=why, fix="hold out fewer, or data.hold_out: null")
+    return count
 
 
 def read_splits(data: Data, seed: int) -> tuple[SourceRows, SourceRows]:
@@ -26,12 +36,7 @@ def read_splits(data: Data, seed: int) -> tuple[SourceRows, SourceRows]:
     if data.hold_out is None:
         return train, [(source, read_rows(source)) for source in data.validation]
     total = sum(len(rows) for _, rows in train)
-    count = data.hold_out.of(total)
-    if count >= total:
-        why, fix = f"data.train has {total:,} rows", "hold out fewer, or data.hold_out: null"
-        raise DataError(
-            f"holding out {data.hold_out} leaves no row to train on", where="data.hold_out", why=why, fix=fix
-        )
+    count = count_held_out(data.hold_out, total)
     # The raw output of Philox is what numpy promises never to change, as for the batch schedule.
     drawn = np.random.Philox(np.random.SeedSequence([seed, 0, _PURPOSE])).random_raw(total)
     held = np.sort(np.argsort(drawn, kind="stable")[:count])

@@ -297,7 +297,7 @@ def _read_template(path: Path, tokenizer: Any) -> str:
         jinja = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = str(error.strerror if isinstance(error, OSError) else error)
-        what, fix = f"the template {str(path)!r} cannot be read", "name a Jinja file, or one of auto, chat, alpaca"
+        what, fix = f"the template {str(path)!r} cannot be read", "name a Jinja file, or one of auto, chat, alpaca, raw"
         raise DataError(what, where="data.template", why=why, fix=fix) from error
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "one"}], chat_template=jinja, tokenize=False)

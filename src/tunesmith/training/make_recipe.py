@@ -23,6 +23,7 @@ from tunesmith.config.shipped import schema_line
 from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
 from tunesmith.data.detect import detect
+from tunesmith.data.hold_out import count_held_out
 from tunesmith.data.source import Rows, is_local, open_splits, read_rows
 from tunesmith.data.template import select_template
 from tunesmith.data.tokens import tokenise
@@ -107,7 +108,7 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
     held = asked.data.hold_out
     if held is None and not asked.data.validation and len(rows) >= FEW_ROWS:
         held = Share(5.0, "%") if len(rows) * 0.05 <= MOST_HELD else Share(MOST_HELD, "examples")
-    count = held.of(len(rows)) if held else 0
+    count = count_held_out(held, len(rows)) if held else 0
     spec, lengths = _look_at_tokens(asked, source, rows)
 
     why = {"data.train": found}
