@@ -209,7 +209,7 @@ def make_recipe(name: str, args: argparse.Namespace, *, folder: Path, ranks: int
             every=Length(200 if mode == "full" else 25, "steps"),
             keep=1 if mode == "full" else 2,
         ),
-        log=Log(every=Length(args.logging_steps, "steps"), tensorboard_dir=str(Path(args.log_dir).resolve())),
+        log=Log(every=Length(args.logging_steps, "steps"), tensorboard_dir=os.path.realpath(args.log_dir)),
         output_dir=str(folder),
     )
 
@@ -225,7 +225,7 @@ def selection(args: argparse.Namespace) -> list[dict[str, str]]:
     from tunesmith.data.formats import Conversation, convert_row
 
     if args.data:
-        source = Source(source=str(Path(args.data).resolve()), format="alpaca", max_examples=args.dataset_size)
+        source = Source(source=os.path.realpath(args.data), format="alpaca", max_examples=args.dataset_size)
     else:
         source = Source(source="tatsu-lab/alpaca", split="train", format="alpaca", max_examples=args.dataset_size)
     rows = sources.read_rows(source)

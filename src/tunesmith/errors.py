@@ -49,9 +49,11 @@ class TunesmithError(Exception):
         return self.text().splitlines()
 
     def text(self) -> str:
-        """The block for the terminal: one line each for what, where, why and fix."""
+        """The block for the terminal: one line each for what, where, why and fix, not all of a word that is endless."""
         rows = {"where": self.where, "why": self.why, "fix": self.fix}
-        return "\n".join([f"error: {self.what}", *(f"  {name}: {value}" for name, value in rows.items() if value)])
+        return "\n".join(
+            [f"error: {self.what:.2000}", *(f"  {name}: {row:.2000}" for name, row in rows.items() if row)]
+        )
 
 
 class UsageError(TunesmithError):

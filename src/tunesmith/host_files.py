@@ -54,7 +54,7 @@ def refuse_special_files(path: Path) -> None:
     }
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.exists() and (kind := kinds.get(stat.S_IFMT(file.stat().st_mode))):
-            fix = f"put a copy of the file there in its place: rm {file}"
+            fix = "put the file itself there, or name another place"
             raise ModelError(f"{file.name} is {kind}, not a file", where=str(file), fix=fix)
 
 

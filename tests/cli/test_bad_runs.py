@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -332,3 +333,47 @@ def test_a_spoilt_token_cache_costs_time_only(
     code, _, err = started(words, capsys)
     assert code == EXIT_OK, err
     assert spoil != "a file" or cache.read_text() == "mine"
+
+
+# --- files of a run that are not what they should be ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "env.json", "log.txt"])
+def test_a_pipe_or_device_in_a_run_is_not_opened(name: str, world: World, capsys: Capture) -> None:
+    """Reading one may never end."""
+    for spoil, kind in ((os.mkfifo, "a named pipe"), (lambda path: path.symlink_to("/dev/zero"), "a device")):
+        path = world.begun() / name
+        path.unlink()
+        spoil(path)
+        code, parts, err = started(world.again(), capsys)
+        assert (code, parts["error"]) == (EXIT_USAGE, f"{name} is {kind}, not a file"), err
+        path.unlink()
+
+
+@pytest.mark.parametrize("files", [{"adapter_model.safetensors": True}, [], "x", {"a": {"bytes": "many"}}, None])
+def test_a_manifest_of_another_form_is_a_torn_checkpoint(files: object, world: World, capsys: Capture) -> None:
+    manifest = json.dumps({"step": 4, "files": files})
+    (world.begun() / "checkpoint-4" / "manifest.json").write_text(manifest)
+    (world.out / "final" / "manifest.json").write_text(manifest)
+    code, _, err = started(world.again(), capsys)
+    assert code == EXIT_OK, err
+    assert "checkpoint-4 is skipped: its manifest.json cannot be read" in err
+    assert [r["step"] for r in records(world.out)] == list(range(1, 9))
+
+
+def test_links_that_lead_to_themselves_are_moved_aside_or_refused(world: World, capsys: Capture) -> None:
+    loop = world.begun() / "metrics.jsonl"
+    loop.unlink()
+    loop.symlink_to(loop)
+    code, parts, err = started(["merge", str(world.out), "--output", str(loop)], capsys)
+    assert (code, bool(parts["error"] and parts["fix"])) == (EXIT_USAGE, True), err
+    code, _, err = started(world.again("--fresh"), capsys)
+    assert code == EXIT_OK, err
+    assert (world.folder / "run.previous-1" / "metrics.jsonl").is_symlink()
+
+
+def test_an_endless_word_is_not_told_in_full(world: World, capsys: Capture) -> None:
+    code, parts, err = started(["train", str(world.folder / "recipe.yaml"), "x" * 70_000], capsys)
+    assert code == EXIT_USAGE, err
+    assert max(map(len, err.splitlines())) < 2100
+    assert parts["fix"]

@@ -135,7 +135,7 @@ def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
     if not old:
         return None
     for path in (Path.cwd(), *map(Path, inputs)):
-        if path.exists() and any(path.resolve().is_relative_to(moved.resolve()) for moved in old):
+        if path.exists() and any(path.resolve().is_relative_to(os.path.realpath(moved)) for moved in old):
             what, why = "starting over would move away what the new run reads", f"{path} lies in the earlier run"
             raise UsageError(what, where=str(output_dir), why=why, fix="use another folder: output_dir=runs/my-run")
     place = free_name(here)

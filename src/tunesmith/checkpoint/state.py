@@ -67,13 +67,13 @@ def find_damage(folder: Path, *, contents: bool = True) -> str | None:
     Args:
         contents: compare the SHA-256 of every file too, not only the sizes.
     """
+    if not (folder / MANIFEST).is_file():
+        return "it has no manifest.json: it was not finished"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in dict(manifest["files"]).items()}
+        entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         int(manifest["step"])
-    except FileNotFoundError:
-        return "it has no manifest.json: it was not finished"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest.json cannot be read"
     for name, (size, digest) in entries.items():
         path = folder / name

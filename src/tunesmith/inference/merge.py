@@ -78,7 +78,7 @@ def merge(
         MachineError: no room on the disk.
         CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
     """
-    location, goal = locate_run(path), Path(output).resolve()
+    location, goal = locate_run(path), Path(os.path.realpath(output))  # a loop of links stays as it is
     if location.kind != "adapter":
         where = str(location.folder or path)
         why = "it is a full fine-tune: a whole model already" if location.kind == "full" else "it is a plain model"
@@ -115,15 +115,15 @@ def merge(
 
 def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:
     """Refuse an output that cannot be written, would overwrite something, or holds the adapter or its base."""
-    where, goal = "--output", output.resolve()
+    where = "--output"
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file", where=where, fix="name a folder that is new or empty")
     sources = [p.resolve() for p in (location.folder, Path(location.base.name)) if p is not None and p.exists()]
-    if any(goal == source or goal in source.parents for source in sources):
+    if any(output == source or output in source.parents for source in sources):
         raise UsageError(f"{output} is where the adapter or its base lies", where=where, fix="name another folder")
-    if goal == Path.cwd() or goal in Path.cwd().parents:
+    if output == Path.cwd() or output in Path.cwd().parents:
         raise UsageError(f"{output} is the folder you are in", where=where, fix="name a folder in it")
-    for folder, replace in ((goal, force), (_rejected(goal), True)):
+    for folder, replace in ((output, force), (_rejected(output), True)):
         if foreign := _foreign_file(folder):
             why = "--force replaces only what an earlier merge wrote, and nothing has changed since"
             fix = "name a folder that is new or empty"

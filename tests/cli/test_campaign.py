@@ -1,0 +1,111 @@
+"""Random bad inputs: no traceback, no internal error, no hang, and no file of the user's touched.
+
+`CAMPAIGN=500 pytest tests/cli/test_campaign.py` takes 500 of them, from seed 0 on; `CAMPAIGN=317-317` one.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+from cli.bad_world import World, snapshot, told
+from cli.campaign import bad_input
+from tunesmith.cli.main import main
+
+SECONDS = 120  # a hang
+FIRST, _, LAST = os.environ.get("CAMPAIGN", "60").rpartition("-")
+SEEDS = range(int(FIRST or 0), int(LAST) + bool(FIRST))
+AS_PROCESS = [seed for seed in SEEDS if seed % 20 == 7]
+
+
+class HangError(BaseException):
+    """It takes too long."""
+
+
+@contextmanager
+def no_hang() -> Iterator[None]:
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise HangError(f"still running after {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def owned(path: str) -> bool:
+    """Whether a run may write there."""
+    return path == "run" or path.startswith(("run/", "run.previous-"))
+
+
+def check(words: list[str], code: int, err: str, before: dict[str, str], after: dict[str, str]) -> None:
+    shown = f"{words}\n{err}"[-4000:]
+    assert "Traceback" not in err, shown
+    assert "internal error" not in err, shown
+    assert "tunesmith does not know" not in err, shown
+    assert code in (0, 1, 2), shown
+    parts = told(err)
+    assert code == 0 or (parts.get("error") and parts.get("fix")), shown
+    assert max(map(len, parts.values()), default=0) < 2001, "an error is read by people"
+    kept = before if code == 2 else {name: content for name, content in before.items() if not owned(name)}
+    after = after if code == 2 else {name: content for name, content in after.items() if not owned(name)}
+    assert after == kept, shown
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_bad_input(
+    seed: int, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.folder)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    words = bad_input(seed, world)
+    before = snapshot(world.folder)
+    capsys.readouterr()
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(errors="backslashreplace")  # as the stream of a process
+    with no_hang():
+        code = main(words)
+    check(words, code, capsys.readouterr().err, before, snapshot(world.folder))
+
+
+@pytest.mark.parametrize("seed", AS_PROCESS)
+def test_a_bad_input_of_a_process(seed: int, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)
+    words = bad_input(seed, world)
+    if any("\0" in word for word in words):
+        pytest.skip("no shell can pass this word")
+    before = snapshot(world.folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "tunesmith", *words],
+        env={**os.environ, **world.env},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=SECONDS,
+        stdin=subprocess.DEVNULL,
+    )
+    check(words, done.returncode, done.stderr, before, snapshot(world.folder))
+
+
+def test_the_seeds_spoil_what_they_should(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The same seed makes the same input, and the seeds of a run differ."""
+    made = []
+    for seed in (3, 3, 4):
+        folder = tmp_path_factory.mktemp("same")
+        words = bad_input(seed, World(folder, world.tiny, world.template))
+        made.append((" ".join(words).replace(str(folder), ""), sorted(snapshot(folder))))
+    assert made[0] == made[1] != made[2]
+    assert isinstance(Path.cwd(), Path)
