@@ -163,6 +163,7 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
     "a chat of another form": (
         {"dialog": [{"speaker": "a", "text": "x"}]}, "a message has no role", '{"role": "user"',
     ),
+    "empty chats": ({"messages": []}, "messages is empty", "delete the row"),
     "an empty answer": ({"question": "x", "answer": None}, "column answer is null", "fill it"),
 }  # fmt: skip
 
@@ -197,7 +198,7 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
     assert "-> alpaca (instruction = question" in found(row, source=as_alpaca, any_format=False)
     as_text = Source(source="faq", format="text", columns={"text": "notes"})
     assert found(row, source=as_text, any_format=False).startswith("column notes -> text")
-    with pytest.raises(DataError, match="no format has promt") as refused:
+    with pytest.raises(DataError, match="no format reads promt=question") as refused:
         found(row, source=Source(source="faq", columns={"promt": "question"}))
     assert "--columns prompt=question,completion=answer" in refused.value.fix
     with pytest.raises(DataError, match="no column's name tells") as refused:

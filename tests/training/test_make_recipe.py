@@ -227,6 +227,7 @@ def test_the_option_that_an_error_names_is_the_way_on(home: Path, capsys: Captur
 
 
 BOTH, NEEDED = "exclude each other", "a recipe is needed, or one --model and one --data"
+OWN = ["--model", "small", "--data", "faq.csv"]
 EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
 
 
@@ -241,7 +242,14 @@ EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data fa
         (["smollm2-135m-lora", "--data", "faq.csv"], BOTH, "leave out smollm2-135m-lora, or --data"),
         (["smollm2-135m-lora", "--model", "small", "train.seed=1"], BOTH, "or --model"),
         (["smollm2-135m-lora", "--format", "text"], BOTH, "or --format"),
-        (["--model", "small", "--data", "faq.csv", "--columns", "question"], "is not name=column", "--help"),
+        (["smollm2-135m-lora", "--split", "train"], BOTH, "or --split"),
+        ([*OWN, "model.name=other"], "model.name is given beside --model and --data", "give only those"),
+        ([*OWN, "data.train.source=chat.jsonl"], "data.train.source is given beside", "give only those"),
+        ([*OWN, "data.train=[]"], "data.train is given beside", "write a recipe"),
+        ([*OWN, "data.train=null"], "data.train is given beside", "write a recipe"),
+        ([*OWN, "--columns", "prompt=Question,completion=Question"], "no format reads prompt=Question, c", "--columns"),
+        ([*OWN, "--split", "test"], "there is no split test", "--split train"),
+        ([*OWN, "--columns", "question"], "is not name=column", "--help"),
     ],
 )
 @pytest.mark.parametrize("verb", ["train", "data"])
@@ -297,6 +305,9 @@ def test_what_is_given_stands_and_is_written(home: Path) -> None:
     assert "# given on the command line\n  global_batch: 10 examples" in made.text
     made.path.write_text(made.text)
     assert differences(load_recipe(made.path), made.run) == []
+    none_held = make_recipe("small", "faq.csv", ["data.hold_out=null"])
+    assert none_held.run.data.hold_out is None
+    assert "# 40 examples;" in none_held.text, "all rows are trained on"
     by_python = make_recipe(
         str(home / "small"), str(home / "faq.csv"), {"train.learning_rate": 3e-4, "data.hold_out": "10 %"}
     )
@@ -316,7 +327,7 @@ def test_a_hub_data_set_is_read_from_its_train_split(home: Path, monkeypatch: py
     splits["dev"] = splits.pop("train")
     with pytest.raises(DataError, match="no split named train") as refused:
         make_recipe("small", "me/rows")
-    assert refused.value.fix == "name one: data.train.split=test"
+    assert refused.value.fix == "name one: --split test"
     assert make_recipe("small", "me/rows", ["data.train.split=test"]).run.data.train[0].split == "test"
     with pytest.raises(RecipeError, match=r"model\.name is empty"):
         make_recipe("", "me/rows")

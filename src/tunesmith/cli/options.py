@@ -84,6 +84,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("without a recipe: look at rows of your own, and make one")
     own.add_argument("--model", metavar="NAME", help="Hub id, folder or .gguf file")
     own.add_argument("--data", metavar="FILE", action="append", help="json, jsonl, csv, parquet, arrow, or a Hub id")
+    own.add_argument("--split", metavar="SPLIT", help="of a Hub data set, or a slice such as train[:1000]")
     own.add_argument("--format", choices=FORMATS[1:], help="what a row looks like, where unclear")
     names = "which columns are meant, where unclear: prompt=question,completion=answer"
     own.add_argument("--columns", type=column_names, action="append", metavar="NAME=COLUMN", help=names)
@@ -93,7 +94,7 @@ def chosen_recipe(args: argparse.Namespace, say: Callable[[str], None]) -> tuple
     """The recipe that the options of `add_recipe` name; or one that is made, in its file's form too."""
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
     named = words[0] if words and not (args.data and "=" in words[0]) else None
-    given = [f"--{name}" for name in ("model", "data", "format", "columns") if vars(args)[name]]
+    given = [f"--{name}" for name in ("model", "data", "split", "format", "columns") if vars(args)[name]]
     example = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
     if named is not None and given:
         what, fix = f"a recipe and {given[0]} exclude each other", f"leave out {named}, or {', '.join(given)}"
@@ -108,7 +109,7 @@ def chosen_recipe(args: argparse.Namespace, say: Callable[[str], None]) -> tuple
         raise UsageError(what, where="command line", fix=f"tunesmith recipes lists recipes; or {example}")
     from tunesmith.training.make_recipe import make_recipe
 
-    words += [f"data.train.format={args.format}"] if args.format else []
+    words += [f"data.train.{name}={json.dumps(vars(args)[name])}" for name in ("split", "format") if vars(args)[name]]
     words += [f"data.train.columns={json.dumps(columns_of(args), ensure_ascii=False)}"] if args.columns else []
     with fixes_as_options():
         made = make_recipe(args.model, args.data[0], words)

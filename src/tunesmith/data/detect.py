@@ -107,9 +107,8 @@ def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
         names for form, names, _ in _LAYOUTS if form == ("prompt-completion" if any_format else source.format)
     )
     meant = Detected(source.format, dict(zip(needed, [*columns, "...", "..."], strict=False)))
-    what = (
-        f"no format has {' and '.join(source.columns)}" if source.columns else "no column's name tells what to train on"
-    )
+    pairs = ", ".join(f"{name}={column}" for name, column in source.columns.items())
+    what = f"no format reads {pairs}" if pairs else "no column's name tells what to train on"
     raise DataError(what, where=where, why=listed, fix=f"say which columns are meant, such as {meant.flags()}")
 
 
@@ -152,4 +151,4 @@ def _plain(column: str) -> str:
 def _is_chat(value: Any) -> bool:
     if isinstance(value, str):
         return value.lstrip().startswith("[") and value.lstrip()[1:].lstrip().startswith("{")
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    return isinstance(value, list) and (not value or isinstance(value[0], Mapping))

@@ -99,6 +99,9 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
         "output_dir": f"runs/{_short_name(data)}-{_short_name(model)}",
     }
     asked = build_run(resolve_paths(_over(chosen, layer)))  # its rules are checked when the format is known
+    if twice := {"model.name", "data.train.source"} & given or (len(asked.data.train) != 1 and {"data.train"}):
+        what, fix = f"{min(twice)} is given beside --model and --data", "give only those, or write a recipe"
+        raise RecipeError(what, where=f"{layer.where}: {min(twice)}", fix=fix)
     source = _with_split(asked.data.train[0])
     rows = read_rows(source)
     layout = detect(rows, source, any_format="data.train.format" not in given)
@@ -106,7 +109,7 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
     source = replace(source, format=layout.format, columns=renamed)  # type: ignore[arg-type]
     found = f"{Path(data).name if is_local(data) else data}: {len(rows):,} rows, {layout.describe()}"
     held = asked.data.hold_out
-    if held is None and not asked.data.validation and len(rows) >= FEW_ROWS:
+    if "data.hold_out" not in given and not asked.data.validation and len(rows) >= FEW_ROWS:
         held = Share(5.0, "%") if len(rows) * 0.05 <= MOST_HELD else Share(MOST_HELD, "examples")
     count = count_held_out(held, len(rows)) if held else 0
     spec, lengths = _look_at_tokens(asked, source, rows)
@@ -147,7 +150,7 @@ def _with_split(source: Source) -> Source:
         return source
     if "train" not in splits:
         what, why = f"{source.source} has no split named train", f"its splits are {', '.join(splits)}"
-        raise DataError(what, where=source.source, why=why, fix=f"name one: data.train.split={splits[0]}")
+        raise DataError(what, where=source.source, why=why, fix=f"name one: --split {splits[0]}")
     return replace(source, split="train")
 
 
