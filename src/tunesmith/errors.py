@@ -116,6 +116,15 @@ def disk_fault(error: BaseException) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, or the error's type if it has no message."""
+    """The first line of another library's error without secrets, or the error's type if it has no message."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return mask(lines[0]) if lines else type(error).__name__
+
+
+_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[\w-]{8,}|gh[opsu]_[A-Za-z0-9]{8,}|github_pat_\w{8,})\b")
+_URL_PASSWORD = re.compile(r"(://)[^/\s@]+@")
+
+
+def mask(text: str) -> str:
+    """A text with what has the form of a token, and passwords in addresses, replaced by ***."""
+    return _URL_PASSWORD.sub(r"\1***@", _TOKEN.sub("***", text))

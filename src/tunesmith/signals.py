@@ -106,11 +106,13 @@ class StopRequest:
         told, pressed = set(), math.inf
         with open(reader, "rb", buffering=0) as pipe:
             while byte := pipe.read(1):
+                if byte[0] not in self._before:  # the caller's own
+                    continue
                 name, now = signal.Signals(byte[0]).name, time.monotonic()
                 if name == "SIGINT" and now - pressed > ONE_PRESS:
                     pressed, self.now, self._strike = now, True, True
                     os.kill(os.getpid(), signal.SIGINT)  # the handler may have run before `_strike` was set
-                elif byte[0] in self._before and name not in told:
+                elif name not in told:
                     told.add(name)
                     again = "; press again to stop now" if name == "SIGINT" else ""
                     pressed = now if again else pressed
@@ -121,9 +123,11 @@ class StopRequest:
         _entered.remove(self)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._writer)  # ends the watcher, whose own signal comes while the handler is still there
-        self._watcher.join(1.0)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        try:
+            self._watcher.join(1.0)
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
 
 _entered: list[StopRequest] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -23,23 +24,24 @@ class LastingOutput(io.FileIO):
     raised: OSError | None = None
 
     def write(self, data: ReadableBuffer, /) -> int:
-        size = memoryview(data).nbytes
         try:
-            return super().write(data) or size
+            while (count := super().write(data)) is None:  # a non-blocking pipe or terminal whose reader is behind
+                select.select([], [self], [])
         except OSError as error:
             if self.raises and self.raised is None:
                 self.raised = error
                 raise
-            return size
+            return memoryview(data).nbytes
+        return count
 
 
 class LastingStream(io.TextIOWrapper):
     """The text stream over a `LastingOutput`; what its encoding lacks is written as an escape."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: io.TextIOWrapper) -> None:
         stream.flush()
         self.output = LastingOutput(stream.fileno(), "w", closefd=False)
-        buffer, lines = io.BufferedWriter(self.output), bool(stream.line_buffering)
+        buffer, lines = io.BufferedWriter(self.output), stream.line_buffering or stream.write_through  # `python -u`
         super().__init__(buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=lines)
 
 
@@ -47,11 +49,11 @@ def lasting(stream: TextIO | None, *, raises: bool = False) -> TextIO:
     """The lasting form of Python's own stdout or stderr; another stream (a notebook's, a test's) stays what it is."""
     if stream is None:  # closed by the caller (`2>&-`): the next file opened would take its number
         return open(os.devnull, "w", encoding="utf-8")
-    own = stream is sys.__stdout__ or stream is sys.__stderr__
-    made = LastingStream(stream) if own else stream
-    if isinstance(made, LastingStream):
-        made.output.raises = raises
-    return made
+    if isinstance(stream, io.TextIOWrapper) and stream in (sys.__stdout__, sys.__stderr__):
+        stream = LastingStream(stream)
+    if isinstance(stream, LastingStream):
+        stream.output.raises = raises
+    return stream
 
 
 def fault_of(stream: TextIO) -> OSError | None:

@@ -269,7 +269,7 @@ def setting(**values: Any) -> Callable[[Path], None]:
 ADAPTERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "cut off": (lambda f: cut(f / "adapter_model.safetensors"), "cannot be read", "adapter_model.safetensors"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "", "base"),
-    "broken settings": (lambda f: (f / "adapter_config.json").write_text("{"), "configuration cannot be read", "adapter_config.json"),
+    "broken settings": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json is not JSON", "adapter_config.json:1"),
     "settings without a rank": (setting(r=None), "", "adapter_config.json"),
     "DoRA": (setting(use_dora=True), "use_dora", "adapter_config.json"),
     "not LoRA": (setting(peft_type="PREFIX_TUNING"), "", "adapter_config.json"),
@@ -292,6 +292,7 @@ def test_an_adapter_that_cannot_be_gone_on_from(name: str, world: World, capsys:
     assert what in parts["error"], err
     assert where in parts["where"], err
     assert parts["fix"], err
+    assert "tunesmith fetch" not in parts["fix"], err
     assert snapshot(world.folder) == before
 
 

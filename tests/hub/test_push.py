@@ -146,13 +146,14 @@ def test_a_public_repository_is_not_filled_by_a_private_push(full: Path) -> None
         (("preupload", 403), "the token may not write to"),
         (("commit", 409), "was changed by somebody else meanwhile"),
         (("commit", 418), "the Hub answers 418"),
+        (("commit", 400), "correct what it names"),
     ],
 )
 def test_what_the_hub_refuses(refuse: tuple[str, int], words: str, full: Path) -> None:
     with UploadHub(refuse) as hub:
         code, out, err = push(full, hub=hub)
     assert (code, out) == (2, "")
-    assert any(line.startswith("error: ") and words in line for line in err.splitlines()), err
+    assert any(line.startswith(("error: ", "  fix: ")) and words in line for line in err.splitlines()), err
     assert "  fix: " in err
 
 

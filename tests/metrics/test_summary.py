@@ -68,6 +68,17 @@ def test_the_next_commands_are_whole_and_quoted(run: Run, folder: Path) -> None:
     ]
 
 
+def test_the_next_commands_work_inside_the_run_directory(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    assert last_lines(closing(run, folder)) == [
+        "tunesmith chat .",
+        f"tunesmith merge . --output '{folder}-merged'",
+        "vllm serve org/base --enable-lora --lora-modules 'my run=final'",
+    ]
+
+
 @pytest.mark.parametrize(
     ("changed", "last"),
     [

@@ -98,12 +98,12 @@ def test_a_tracker_that_fails_is_told_once_and_left_alone(
 
     def gone(self: object, values: dict, step: int) -> None:
         calls.append(step)
-        raise ConnectionError("the server is gone")
+        raise ConnectionError("http://ada:secret@host: the server is gone")
 
     monkeypatch.setattr(TensorBoardTracker, "log", gone)
     warnings = report(tensorboard, tmp_path, range(1, 6))
     assert len(warnings) == 1
-    assert warnings[0].startswith("warning: tensorboard failed, and gets no more of this run: the server is gone;")
+    assert warnings[0].startswith("warning: tensorboard failed, and gets no more of this run: http://***@host: ")
     assert calls == [1]
 
 

@@ -392,6 +392,22 @@ def test_two_sigints_of_one_press_and_repeated_signals_of_a_scheduler_are_one_st
     assert [text.partition(":")[0] for text in said] == ["SIGINT", "SIGTERM", "SIGHUP"]
 
 
+def test_a_signal_of_the_callers_own_is_left_to_it() -> None:
+    came, said = [], []
+    number = signal.SIGRTMIN + 1  # without a name
+    before = signal.signal(number, lambda *_: came.append(1))
+    try:
+        with StopRequest() as stop:
+            stop.hold(said.append)
+            for each in (number, signal.SIGINT):
+                os.kill(os.getpid(), each)
+                time.sleep(0.05)
+    finally:
+        signal.signal(number, before)
+    assert came == [1]
+    assert said == ["SIGINT: stopping after this step; press again to stop now"]
+
+
 def test_a_forked_worker_is_not_the_run() -> None:
     """A pool ends its workers with SIGTERM: that stops them, and the run says nothing."""
     said: list[str] = []

@@ -140,7 +140,7 @@ def read_adapter(folder: Path) -> Adapter:
 
     if not file.exists():
         raise ModelError(f"there is no {CONFIG}", where=str(folder), fix="name a PEFT adapter's folder")
-    raw = read_json(file)
+    raw = read_json(file, again="copy the adapter again")
     for name, neutral in NEUTRAL.items():
         if name in raw and not neutral(raw[name]):
             raise ModelError(

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
-from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_fault
+from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_fault, mask
 
 TRIES = 5  # in a row without progress
 PAUSE = 1.0  # seconds before the second try; doubles
@@ -123,7 +123,6 @@ def _token() -> str | None:
 
 def clean(error: BaseException | str) -> str:
     """An error in one line, without tokens and without the query of an address, which may carry a signature."""
-    text = " ".join(str(error).split())
-    text = re.sub(r"hf_[A-Za-z0-9]{4,}", "hf_***", re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", text))
+    text = mask(re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", " ".join(str(error).split())))
     token = _token()
     return (text.replace(token, "***") if token else text)[:300]

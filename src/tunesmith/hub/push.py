@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import logging
 
 from tunesmith.errors import UsageError
-from tunesmith.hub.download import size_text
+from tunesmith.host_files import size_text
 from tunesmith.hub.hub_calls import TRANSPORT, clean, repo_page, retry
 
 LOGIN = "hf auth login (or set HF_TOKEN)"
@@ -64,7 +64,8 @@ def _push_error(error: Exception, to: str) -> UsageError:
         412: changed,
         429: ("the Hub asks to wait: too many requests", "start again in a few minutes"),
     }
-    what, fix = known.get(status, (f"the Hub answers {status}", "start again later"))
+    again = "correct what it names, then start again" if 400 <= status < 500 else "start again later"
+    what, fix = known.get(status, (f"the Hub answers {status}", again))
     if isinstance(error, OfflineModeIsEnabled):
         what, fix = "HF_HUB_OFFLINE forbids uploads", "HF_HUB_OFFLINE=0 tunesmith push ..."
     elif isinstance(error, HFValidationError):

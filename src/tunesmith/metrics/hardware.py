@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from tunesmith.errors import mask
+
 PACKAGES = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "bitsandbytes")
 
 # Dense bf16 / fp16 tensor-core peaks with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets (where a sheet states
@@ -153,8 +155,6 @@ def _commit() -> str | None:
 
 
 _SECRET_NAME = re.compile(r"token|secret|passw|api[-_]?key|credential", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[\w-]{8,}|gh[opsu]_[A-Za-z0-9]{8,}|github_pat_\w{8,})\b")
-_URL_PASSWORD = re.compile(r"(://)[^/\s@]+@")
 _NO_SECRETS = ("model.tokenizer", "model.pad_token", "model.added_tokens")  # recipe keys
 
 
@@ -169,6 +169,6 @@ def scrub(argv: Sequence[str]) -> list[str]:
         elif equals and _SECRET_NAME.search(name) and name not in _NO_SECRETS:
             words.append(f"{name}=***")
         else:
-            words.append(_URL_PASSWORD.sub(r"\1***@", _SECRET_VALUE.sub("***", word)))
+            words.append(mask(word))
         hide_next = word.startswith("-") and not equals and bool(_SECRET_NAME.search(word))
     return words

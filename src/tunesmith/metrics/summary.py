@@ -97,8 +97,8 @@ def _written(folder: Path) -> list[str]:
 
 def _next(run: Run, folder: Path) -> list[str]:
     """Complete commands that a user may want next."""
-    here = shlex.quote(str(folder))
-    merged = shlex.quote(f"{folder}-merged")
+    here, whole = shlex.quote(str(folder)), folder.absolute()  # `folder` may be `.`, without a name
+    merged = shlex.quote(from_here(f"{whole}-merged"))
     rows = ["next", f"  tunesmith chat {here}"]
     if run.data.validation or run.data.hold_out:
         rows.append(f"  tunesmith eval {here}   # on the held-out rows, beside the base")
@@ -110,5 +110,5 @@ def _next(run: Run, folder: Path) -> list[str]:
         return [*rows, f"  vllm serve {merged}   # after the merge"]
     least = next((rank for rank in VLLM_RANKS if rank >= run.adapter.rank), run.adapter.rank)
     rank = f" --max-lora-rank {least}" if least > VLLM_DEFAULT_RANK else ""
-    adapter = shlex.quote(f"{folder.name}={folder / 'final'}")
+    adapter = shlex.quote(f"{whole.name}={folder / 'final'}")
     return [*rows, f"  vllm serve {shlex.quote(run.model.name)} --enable-lora{rank} --lora-modules {adapter}"]

@@ -84,9 +84,8 @@ def _refuse_integers(entries: list[Entry], folder: Path) -> None:
         raise ModelError(what, where=str(first.file), why=why, fix=fix)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Parse a JSON object from a model's folder, or raise ModelError naming the file and line."""
-    again = "fetch the model again: tunesmith fetch MODEL"
+def read_json(file: Path, *, again: str = "fetch the model again: tunesmith fetch MODEL") -> dict[str, Any]:
+    """Parse a JSON object, or raise ModelError naming the file and line; `again` is how to get a whole file."""
     where, why, fix = str(file), "", f"correct the file, or {again}"
     refuse_special_files(file)
     try:
@@ -95,7 +94,7 @@ def read_json(file: Path) -> dict[str, Any]:
             return value
         what = f"{file.name} holds no JSON object"
     except FileNotFoundError:
-        what, where, fix = f"{file.name} is missing", str(file.parent), f"put the model's {file.name} there, or {again}"
+        what, where, fix = f"{file.name} is missing", str(file.parent), f"put {file.name} there, or {again}"
     except OSError as error:
         raise unreadable_file(file, error) from error
     except json.JSONDecodeError as error:
