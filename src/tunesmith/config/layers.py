@@ -50,25 +50,29 @@ def override_layer(overrides: Mapping[str, Any] | Sequence[str]) -> Node:
         else:
             node = read_value(value, where=f"{origin}: {key}", base=base)
         if key == "extends":
-            raise RecipeError(
-                "extends belongs in a file", where=node.where, fix="name that recipe in place of this one"
-            )
-        layer = _set(layer, key.split("."), node, key)
+            fix = "name that recipe in place of this one"
+            raise RecipeError("extends belongs in a file", where=node.where, fix=fix)
+        for name in reversed(key.split(".")):
+            node = Node({name: node}, node.where, base)
+        layer = _merge(layer, node, same_layer=True)
     return layer
 
 
-def _merge(lower: Node, upper: Node, key: str = "") -> Node:
-    """The upper layer over the lower at `key`.
+def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False) -> Node:
+    """The upper layer over the lower at `key`, or with `same_layer` one override over those before it, which all stay.
 
     `adapter.kind: none` drops the adapter's other keys of the lower layer, which would have no effect. A null clears a
     key that takes no null, and an empty mapping one that is no section.
     """
     below, given = lower.value, upper.value
+    if same_layer and isinstance(given, dict) and given and isinstance(below, str | int | float):
+        what = f"{key}.{next(iter(given))}: there is no key {next(iter(given))!r} in a single value"
+        raise RecipeError(what, where=upper.where, fix=f"give the whole of {key} instead")
     if isinstance(below, list) and isinstance(given, dict) and given and "source" not in given:
         items = list(below)
         for name, node in given.items():
             at = _index(items, name, key, node.where)
-            items[at] = _merge(items[at], node, f"{key}.{name}")
+            items[at] = _merge(items[at], node, f"{key}.{name}", same_layer=same_layer)
         return replace(lower, value=items)
     cleared = not given and get_origin(keys().get(without_indices(key), (None, None))[1]) in (dict, tuple)
     if not isinstance(below, dict) or not isinstance(given, dict) or cleared:
@@ -76,21 +80,21 @@ def _merge(lower: Node, upper: Node, key: str = "") -> Node:
     if "source" in below and "0" in given and isinstance(given["0"].value, dict):  # data.train.0.split of one source
         given = {**{name: node for name, node in given.items() if name != "0"}, **given["0"].value}
         upper = replace(upper, value=given)
-    if key == "adapter" and "kind" in given and given["kind"].value == "none":
+    unlike = "source" in below and "source" in given and _sources(lower) != _sources(upper)
+    if not same_layer and (unlike or (key == "adapter" and "kind" in given and given["kind"].value == "none")):
         below = {}
-    if "source" in below and "source" in given and _sources(lower) != _sources(upper):
-        below = {}
-    if key == "data" and "train" in below and "train" in given:
+    if not same_layer and key == "data" and "train" in below and "train" in given:
         rows = _sources(_merge(below["train"], given["train"], "data.train"))
         below = {n: node for n, node in below.items() if n != "validation" or rows == _sources(below["train"])}
     merged = dict(below)
     for name, node in given.items():
         path = f"{key}.{name}".lstrip(".")
         spec, hint = keys().get(without_indices(path), (None, None))
-        if name in below and node.value is None and spec and default_of(spec) and type(None) not in members(hint):
+        clears = node.value is None and spec and default_of(spec) and type(None) not in members(hint)
+        if name in below and clears and not same_layer:
             del merged[name]
         else:
-            merged[name] = _merge(below[name], node, path) if name in below else node
+            merged[name] = _merge(below[name], node, path, same_layer=same_layer) if name in below else node
     # A key that is missing is missing in the file, whatever the command line gives beside it.
     return replace(lower if upper.where.startswith((COMMAND_LINE, FROM_PYTHON)) else upper, value=merged)
 
@@ -104,30 +108,6 @@ def _sources(rows: Node) -> list[Any]:
             with suppress(RecipeError):  # a text that is neither is refused later, unless a layer replaces it
                 found[-1] = resolve_paths(found[-1], "data.train.source")
     return [node.plain() for node in found]
-
-
-def _set(tree: Node, parts: list[str], node: Node, key: str) -> Node:
-    """`node` at the path `parts` below `tree`; missing sections are made, a mapping is set key by key."""
-    if not parts:
-        if not isinstance(node.value, dict) or not isinstance(tree.value, dict):
-            return node
-        for name, child in node.value.items():
-            tree = _set(tree, [name], child, key)
-        return tree
-    name, rest = parts[0], parts[1:]
-    if isinstance(tree.value, list):
-        items, at = list(tree.value), _index(tree.value, name, key, node.where)
-        items[at] = _set(items[at], rest, node, key)
-        return replace(tree, value=items)
-    if not isinstance(tree.value, dict):
-        fix = f"give the whole of {key.removesuffix('.' + '.'.join(parts))} instead"
-        raise RecipeError(f"{key}: there is no key {name!r} in a single value", where=node.where, fix=fix)
-    if name == "0" and rest and "source" in tree.value:
-        return _set(tree, rest, node, key)  # data.train.0.split of a single source
-    below = tree.value.get(name)
-    below = below if below and below.value is not None else Node({}, node.where, node.base)
-    fresh = _set(below, rest, node, key) if rest or name in tree.value else node
-    return replace(tree, value={**tree.value, name: fresh})
 
 
 def _index(items: Sequence[Node], name: str, key: str, where: str) -> int:
