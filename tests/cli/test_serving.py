@@ -119,6 +119,26 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(run: Path, rows: Path, caps
     assert "0 of 12 rows are in it" in said
 
 
+@pytest.mark.parametrize(
+    ("output", "more", "go_on"),
+    [
+        ("out.jsonl", [], "; to go on, start the same command again with --resume\n"),
+        ("out.jsonl", ["--force"], "; to go on, start the same command again with --resume in place of --force\n"),
+        ("-", [], "rows are in standard output\n"),
+        ("/dev/null", [], "rows are in /dev/null\n"),
+    ],
+)
+def test_a_stopped_job_names_a_command_that_works(
+    run: Path, rows: Path, tmp_path: Path, output: str, more: list[str], go_on: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """--resume needs a file, and excludes --force."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tunesmith.signals.StopRequest.requested", lambda _: True)
+    assert main(["generate", str(run), "--input", str(rows), "--output", output, *more, *SHORT]) == EXIT_STOPPED
+    assert capsys.readouterr().err.endswith(go_on)
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     run: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +166,7 @@ def test_generate_reads_stdin_and_writes_stdout(
         {"prompt": "g", "half": "\ud83d"},  # half a character, which UTF-8 cannot hold: written as its escape
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n".join(map(json.dumps, asked))))
+    monkeypatch.setattr(sys, "__stdout__", sys.stdout)  # as in a process of its own
     assert main(["generate", str(run), "--input", "-", "--output", "-", *SHORT]) == EXIT_OK
     found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [{k: v for k, v in row.items() if k != "output"} for row in found] == asked
@@ -207,7 +228,7 @@ def test_chat_side_by_side_and_its_commands(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = tmp_path / "talk.jsonl"
-    talk = f"hello\n/save {saved}\n/base\nhow?\n/adapter\n/system Be brief.\nwhy?\n/save {saved}\n/reset\n/nonsense\n/quit\nnot asked\n"
+    talk = f"hello\n/save {saved}\n/save ~no-such-user/talk\n/base\nhow?\n/adapter\n/system Be brief.\nwhy?\n/save {saved}\n/reset\n/nonsense\n/quit\nnot asked\n"
     assert chat(monkeypatch, talk, str(run), "--side-by-side") == EXIT_OK
     told = capsys.readouterr()
     base, tuned = lines(saved)[:2]
@@ -218,6 +239,7 @@ def test_chat_side_by_side_and_its_commands(
     for side, asked in (("base", ["hello", "how?"]), ("tuned", ["hello", "why?"])):
         assert [m["role"] for m in later[side]] == ["system", *["user", "assistant"] * 2]  # type: ignore[attr-defined]
         assert [m["content"] for m in later[side] if m["role"] == "user"] == asked  # type: ignore[attr-defined]
+    assert "error: ~no-such-user/talk cannot be written: No such file or directory" in told.err
     assert told.out.startswith("base: ")
     assert "\ntuned: " in told.out
     assert "there is no command /nonsense" in told.err

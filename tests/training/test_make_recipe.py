@@ -238,6 +238,7 @@ EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data fa
         (["--data", "faq.csv"], NEEDED, EXAMPLE),
         (["--data", "faq.csv", "train.seed=1"], NEEDED, EXAMPLE),
         (["--model", "small"], NEEDED, EXAMPLE),
+        (["--model", "small", "train.seed=1"], NEEDED, EXAMPLE),
         (["--model", "small", "--data", "faq.csv", "--data", "chat.jsonl"], NEEDED, EXAMPLE),
         (["smollm2-135m-lora", "--data", "faq.csv"], BOTH, "leave out smollm2-135m-lora, or --data"),
         (["smollm2-135m-lora", "--model", "small", "train.seed=1"], BOTH, "or --model"),

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import add_decoding, add_run, decoding_of, stdin_lines
@@ -159,7 +159,7 @@ class Chat:
             notify("nothing was said yet" if name else "name a file: /save FILE")
             return
         try:
-            with Path(name).expanduser().open("a", encoding="utf-8") as file:
+            with open(os.path.expanduser(name), "a", encoding="utf-8") as file:
                 for side in sides:
                     file.write(json.dumps({"messages": self.messages(side), "model": side}, ensure_ascii=False) + "\n")
         except OSError as error:

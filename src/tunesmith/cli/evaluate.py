@@ -20,7 +20,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import add_rows, add_run, columns_of, fixes_as_options, whole_number
+from tunesmith.cli.options import add_rows, add_run, fixes_as_options, whole_number
 from tunesmith.errors import EXIT_OK, UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", action=argparse.BooleanOptionalAction, default=True, help=beside)
     parser.add_argument("--exact-match", action="store_true", help="answer every row greedily and compare texts")
     longest = "for exact match: longest answer (default: 256)"
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help=longest)
+    parser.add_argument("--max-new-tokens", type=whole_number, default=256, metavar="N", help=longest)
     add_rows(parser, batch_size="for exact match: rows answered at once")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.inference.evaluate import evaluate
 
     options = {name: value for name, value in vars(args).items() if name not in ("run", "data", "json")}
-    options["columns"] = columns_of(args)
-    for name in ("split", "columns", "format") if args.data is None else ():
-        if vars(args).get(name) or (name == "format" and args.format_name != "auto"):
-            raise UsageError(f"--{name} is for the rows of --data", where=f"--{name}", fix="add --data FILE")
+    options["columns"] = dict(args.columns) or None
+    given = {"split": args.split, "columns": args.columns, "format": args.format_name != "auto"}
+    if args.data is None and (name := next((name for name, value in given.items() if value), "")):
+        raise UsageError(f"--{name} is for the rows of --data", where=f"--{name}", fix="add --data FILE")
     with ProgressCounter() as progress, fixes_as_options():
         found = evaluate(args.run, args.data, progress=progress, **options)
     if args.json:

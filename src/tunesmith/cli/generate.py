@@ -19,17 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
-from tunesmith.cli.options import (
-    add_decoding,
-    add_rows,
-    add_run,
-    columns_of,
-    decoding_of,
-    fixes_as_options,
-    stdin_lines,
-)
+from tunesmith.cli.options import add_decoding, add_rows, add_run, decoding_of, fixes_as_options, stdin_lines
 from tunesmith.errors import (
     EXIT_OK,
     EXIT_STOPPED,
@@ -64,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
     location = locate_run(args.run, base_only=args.base)
     rows = _read_input(args.input)
     output = None if args.output == "-" else Path(args.output)
-    kept = _kept_rows(output, rows, args)
-    done = kept.rows
+    done, size = _kept_rows(output, rows, args)
     if done == len(rows) and args.resume:
         print(f"all {done} rows are already in {output}", file=sys.stderr)
         return EXIT_OK
@@ -77,16 +68,15 @@ def run(args: argparse.Namespace) -> int:
 
     decoding, stop = decoding_of(args), StopRequest(interactive=True)
     loaded = load_run(location, device=args.device)
-    reading = {"format_name": args.format_name, "columns": columns_of(args)}
+    options = {"format_name": args.format_name, "columns": dict(args.columns) or None, "batch_size": args.batch_size}
     with fixes_as_options():
-        options = {"batch_size": args.batch_size, "start": done, "cancelled": stop.requested}
-        answers = generate(loaded, rows, decoding, **reading, **options)
+        answers = generate(loaded, rows, decoding, **options, start=done, cancelled=stop.requested)
     if location.note:
         print(location.note, file=sys.stderr)
     print(f"{len(rows) - done} rows, {decoding.describe()}", file=sys.stderr)
     name = output or "standard output"
     try:
-        with _open_output(output, kept) as file, stop, ProgressCounter() as progress:
+        with _open_output(output, size) as file, stop, ProgressCounter() as progress:
             progress("answers", done, len(rows))
             for row in answers:
                 file.write(_record(row))
@@ -98,20 +88,21 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         what = disk_fault(error) or f"{name} cannot be written: {first_line(error)}"
         fix = "make room (df -h)" if disk_fault(error) else "name another file"
-        fix += ", then start the same command again" + (" with --resume" if output and done else "")
+        fix += f", then start the same command again{_with_resume(output, args)}"
         raise RunError(what, where=str(name), why=f"{done} of {len(rows)} rows are in it", fix=fix) from error
     if done < len(rows):
-        print(f"stopped: {done} of {len(rows)} rows are in {name}; go on with --resume", file=sys.stderr)
+        again = _with_resume(output, args)
+        go_on = f"; to go on, start the same command again{again}" if again else ""
+        print(f"stopped: {done} of {len(rows)} rows are in {name}{go_on}", file=sys.stderr)
         return EXIT_STOPPED
     return EXIT_OK
 
 
-class KeptRows(NamedTuple):
-    """What --resume keeps of an output: its leading rows, their size in bytes, and what is to be added to their last line."""
-
-    rows: int = 0
-    size: int = 0
-    line_break: str = ""
+def _with_resume(output: Path | None, args: argparse.Namespace) -> str:
+    """What the command needs to go on with its output; nothing where that is no file, which cannot be gone on with."""
+    if output is None or not output.is_file():
+        return ""
+    return " with --resume" + (" in place of --force" if args.force else "")
 
 
 def _record(row: dict[str, Any]) -> str:
@@ -119,16 +110,15 @@ def _record(row: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _open_output(output: Path | None, kept: KeptRows) -> Iterator[IO[str]]:
-    """The file behind its kept rows, or stdout; half a character (a lone surrogate) is written as its JSON escape."""
+def _open_output(output: Path | None, size: int) -> Iterator[IO[str]]:
+    """The file behind the first `size` bytes, which are kept, or stdout; half a character (a lone surrogate) is written as its JSON escape."""
     if output is None:
         yield sys.stdout
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("a" if kept.rows else "w", encoding="utf-8", errors="backslashreplace") as file:
-        if kept.rows:
-            file.truncate(kept.size)
-            file.write(kept.line_break)
+    with output.open("a" if size else "w", encoding="utf-8", errors="backslashreplace") as file:
+        if size:
+            file.truncate(size)
         yield file
 
 
@@ -156,10 +146,10 @@ def _read_input(name: str) -> Rows:
     return from_list(rows, "stdin")
 
 
-def _kept_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> KeptRows:
-    """What the output holds already, with --resume; nothing is written before the model is loaded.
+def _kept_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> tuple[int, int]:
+    """How many rows of the output --resume keeps, and their bytes; nothing is written before the model is loaded.
 
-    Its last line may be the beginning of a record: that part is written again.
+    Its last line may be the beginning of a record, or lack its line break: it is written again.
 
     Raises:
         UsageError: the output is the input, a folder, or holds anything but answers to these rows.
@@ -170,7 +160,7 @@ def _kept_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> Kep
         if args.resume:
             what = "--resume needs an output file that can be read"
             raise UsageError(what, where=f"{where} {args.output}", fix="name a file")
-        return KeptRows()
+        return 0, 0
     if args.input != "-" and output.exists() and output.samefile(args.input):
         raise UsageError("input and output are the same file", where=where, fix="name another file")
     if output.is_dir():
@@ -182,19 +172,20 @@ def _kept_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> Kep
         fix = "name a file that you may write"
         raise MachineError(f"{output} cannot be written", where=f"{where} {output}", why=why, fix=fix)
     if nearest != output or args.force or output.stat().st_size == 0:
-        return KeptRows()
+        return 0, 0
     if not args.resume:
         fix = "add --resume to go on with it, --force to overwrite it, or name another file"
         raise UsageError(f"{output} is already there", where=where, fix=fix)
     *lines, last = output.read_bytes().split(b"\n")
-    whole = bool(last) and len(lines) < len(rows) and _is_answer_to(last, rows[len(lines)])
     torn = not last or (len(lines) < len(rows) and _begins_answer_to(last, rows[len(lines)]))
-    for i, line in enumerate([*lines, *([] if torn and not whole else [last])]):
-        if i >= len(rows) or not _is_answer_to(line, rows[i]):
-            what, fix = "the output answers other rows than the input holds", "name its own input, or add --force"
+    for i, line in enumerate(lines if torn else [*lines, last]):
+        if i >= len(rows) or i == len(lines) or not _is_answer_to(line, rows[i]):
+            what, fix = (
+                "the output answers other rows than the input holds",
+                "name its own input, or --force in place of --resume",
+            )
             raise UsageError(what, where=f"{output}:{i + 1}", fix=fix)
-    size = sum(len(line) + 1 for line in lines)
-    return KeptRows(len(lines) + 1, size + len(last), "\n") if whole else KeptRows(len(lines), size)
+    return len(lines), sum(len(line) + 1 for line in lines)
 
 
 def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:

@@ -23,15 +23,7 @@ from itertools import pairwise
 from typing import NoReturn
 
 from tunesmith import __version__
-from tunesmith.errors import (
-    EXIT_FAILED,
-    EXIT_OK,
-    MachineError,
-    TunesmithError,
-    UsageError,
-    disk_fault,
-    first_line,
-)
+from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError, TunesmithError, UsageError, disk_fault, first_line
 from tunesmith.packages import pip_install
 from tunesmith.runtime.host import bound_product_caches
 from tunesmith.signals import settle

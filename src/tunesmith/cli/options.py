@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import DataError, UsageError
 
@@ -36,17 +36,15 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
 
 
-def column_names(text: str) -> dict[str, str]:
+def column_names(text: str) -> list[tuple[str, str]]:
     """`prompt=question,completion=answer`, or a mapping as recipes write it: `{prompt: question, completion: answer}`."""
     pairs = [pair.partition("=") for pair in re.split(r",(?=[\w-]+=)", text)]
-    given: Any = {name.strip(): column.strip() for name, _, column in pairs} if "=" in text else None
+    given = [(name.strip(), column.strip()) for name, _, column in pairs]
     if text.lstrip().startswith("{"):
         from tunesmith.config.tree import read_value
 
-        given = read_value(text, where="--columns", base=Path()).plain()
-    if not isinstance(given, dict) or not all(
-        isinstance(part, str) and part for pair in given.items() for part in pair
-    ):
+        given = list(read_value(text, where="--columns", base=Path()).plain().items())
+    if not all(isinstance(part, str) and part for pair in given for part in pair):
         raise argparse.ArgumentTypeError(f"{text} is not name=column, such as prompt=question")
     return given
 
@@ -56,13 +54,8 @@ def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
     look = "what a row looks like (default: as in training where its columns fit, else by their names)"
     parser.add_argument("--format", choices=FORMATS, default="auto", dest="format_name", help=look)
     names = "the file's name of a column: --columns prompt=question --columns completion=answer"
-    parser.add_argument("--columns", type=column_names, action="append", metavar="NAME=COLUMN", help=names)
+    parser.add_argument("--columns", type=column_names, action="extend", default=[], metavar="NAME=COLUMN", help=names)
     parser.add_argument("--batch-size", type=whole_number, default=16, metavar="N", help=f"{batch_size} (default: 16)")
-
-
-def columns_of(args: argparse.Namespace) -> dict[str, str] | None:
-    """All that `--columns` gave; None without it."""
-    return {name: column for given in args.columns for name, column in given.items()} if args.columns else None
 
 
 @contextmanager
@@ -87,14 +80,14 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--split", metavar="SPLIT", help="of a Hub data set, or a slice such as train[:1000]")
     own.add_argument("--format", choices=FORMATS[1:], help="what a row looks like, where unclear")
     names = "which columns are meant, where unclear: prompt=question,completion=answer"
-    own.add_argument("--columns", type=column_names, action="append", metavar="NAME=COLUMN", help=names)
+    own.add_argument("--columns", type=column_names, action="extend", default=[], metavar="NAME=COLUMN", help=names)
 
 
 def chosen_recipe(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Run, MadeRecipe | None]:
     """The recipe that the options of `add_recipe` name; or one that is made, in its file's form too."""
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
-    named = words[0] if words and not (args.data and "=" in words[0]) else None
     given = [f"--{name}" for name in ("model", "data", "split", "format", "columns") if vars(args)[name]]
+    named = words[0] if words and not (given and "=" in words[0]) else None
     example = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data faq.csv"
     if named is not None and given:
         what, fix = f"a recipe and {given[0]} exclude each other", f"leave out {named}, or {', '.join(given)}"
@@ -109,8 +102,8 @@ def chosen_recipe(args: argparse.Namespace, say: Callable[[str], None]) -> tuple
         raise UsageError(what, where="command line", fix=f"tunesmith recipes lists recipes; or {example}")
     from tunesmith.training.make_recipe import make_recipe
 
-    words += [f"data.train.{name}={json.dumps(vars(args)[name])}" for name in ("split", "format") if vars(args)[name]]
-    words += [f"data.train.columns={json.dumps(columns_of(args), ensure_ascii=False)}"] if args.columns else []
+    how = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
+    words += [f"data.train.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in how.items() if value]
     with fixes_as_options():
         made = make_recipe(args.model, args.data[0], words)
     say(made.found)

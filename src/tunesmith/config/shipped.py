@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tunesmith.config.names import nearest
@@ -36,7 +37,7 @@ def schema_line() -> str:
 
 def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
     """The file that a recipe's name or path means, else a RecipeError; a file wins over a shipped recipe of its name."""
-    path = base / Path(recipe).expanduser()
+    path = base / os.path.expanduser(recipe)  # unlike Path.expanduser, it leaves ~name of no user as it is
     if path.is_file():
         return path
     known = shipped()

@@ -7,6 +7,7 @@ downloaded: of several formats of the weights, safetensors.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -60,7 +61,7 @@ def fetch(model: Model, *, progress: FetchProgress | Callable[[str], None] | Non
 
 def local_model(model: Model) -> Path | None:
     """The local folder or .gguf file that `model.name` is, or None for a Hub id; ModelError for a path to nothing."""
-    path = Path(model.name).expanduser()
+    path = Path(os.path.expanduser(model.name))
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
@@ -228,7 +229,7 @@ def fetch_for_tokens(model: Model) -> Path:
 
 def fetch_without_weights(name: str, revision: str | None = None) -> Path:
     """A local folder, or that of a Hub id's tokenizer and configuration, fetched if needed; ModelError for neither."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
     with hub_calls(name, revision):
