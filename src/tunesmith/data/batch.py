@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch  # imported where tensors are made: processes that tokenise need none
 
 IGNORE = -100
 
@@ -62,6 +64,8 @@ class Batch:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its tensors by name."""
+        import torch
+
         return {name: value for name, value in self.__dict__.items() if isinstance(value, torch.Tensor)}
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -78,6 +82,8 @@ def collate(rows: Sequence[Sequence[Example]], *, length: int, pad_id: int, boun
         pad_id: the token that fills the end of a row; it is never attended to nor trained.
         bound: no document is longer; it becomes `max_seqlen`, and padding is cut into documents of that length.
     """
+    import torch
+
     shape = (len(rows), length)
     ids = np.full(shape, pad_id, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)

@@ -7,7 +7,8 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,18 +19,16 @@ import numpy as np
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Example
 from tunesmith.data.cache import TokenArrays, Tokenised, TokenWriter, cached_tokens
-from tunesmith.data.flaws import row_flaws
-from tunesmith.data.formats import Conversation, Sample, Text, convert_row
 from tunesmith.data.source import Rows
 from tunesmith.data.template import Template
-from tunesmith.errors import DataError
+from tunesmith.data.workers import EncodedRow, RowBatch, RowEncoder, encode_batches
+from tunesmith.errors import DataError, TunesmithError
 from tunesmith.host_files import is_terminal
 
 log = logging.getLogger(__name__)
 
 VERSION = 2  # raise it when the same rows would give other tokens
 _BATCH = 256  # rows handed to the tokenizer at once
-_PROMPTS_ALL, _PROMPTS_EVERY = 256, 32  # rows whose prompt is rendered apart and compared: the first, then every n-th
 
 
 @dataclass(frozen=True)
@@ -240,37 +239,36 @@ def _tokenise_rows(
     """Tokenise all rows of a source; their arrays, and counts and leaks as plain values."""
     counts = dict.fromkeys(("dropped", "emptied", "longest", "prompts", "prompts_apart"), 0)
     leaks, flaws = list[int](), dict[str, list[int]]()
-    for i, where, sample, whole in _encode_rows(rows, source, data, template, title):
-        if data.train_on != "all" and (i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0):
-            clean = _prompt_is_unsupervised(template, sample, whole)
-            counts["prompts_apart" if clean is None else "prompts"] += 1
-            if clean is False:
-                leaks.append(len(writer))
-        for name in row_flaws(sample, raw=template.raw):
-            flaws.setdefault(name, [0, i])[0] += 1
-        n = len(whole.ids)
-        counts["longest"] = max(counts["longest"], n)
-        if n <= data.seq_len:
-            writer.add(whole, i, cut=False)
-        elif data.too_long == "error":
-            what, why = f"the row has {n} tokens, and data.seq_len is {data.seq_len}", "data.too_long is error"
-            raise DataError(what, where=where, why=why, fix=f"data.seq_len={n}, or data.too_long=truncate or drop")
-        elif data.too_long == "drop":
-            counts["dropped"] += 1
-        elif np.any(whole.trained) and not np.any(whole.trained[1 : data.seq_len]):
-            counts["emptied"] += 1
-        else:
-            writer.add(Example(whole.ids[: data.seq_len], whole.trained[: data.seq_len]), i, cut=True)
+    encode = RowEncoder(template, source, data.system, data.train_on)
+    with closing(_encode_rows(rows, encode, title)) as found:
+        for i, where, (whole, own_flaws, clean) in found:
+            if clean != "":
+                counts["prompts_apart" if clean is None else "prompts"] += 1
+                if clean is False:
+                    leaks.append(len(writer))
+            for name in own_flaws:
+                flaws.setdefault(name, [0, i])[0] += 1
+            n = len(whole.ids)
+            counts["longest"] = max(counts["longest"], n)
+            if n <= data.seq_len:
+                writer.add(whole, i, cut=False)
+            elif data.too_long == "error":
+                what, why = f"the row has {n} tokens, and data.seq_len is {data.seq_len}", "data.too_long is error"
+                raise DataError(what, where=where, why=why, fix=f"data.seq_len={n}, or data.too_long=truncate or drop")
+            elif data.too_long == "drop":
+                counts["dropped"] += 1
+            elif np.any(whole.trained) and not np.any(whole.trained[1 : data.seq_len]):
+                counts["emptied"] += 1
+            else:
+                writer.add(Example(whole.ids[: data.seq_len], whole.trained[: data.seq_len]), i, cut=True)
     rows.check_unchanged()
     arrays = writer.arrays()
     about = {"rows": len(rows), **_count_tokens(arrays), **counts, "digest": arrays.sha256(), "flaws": flaws}
     return arrays, {"counts": about, "reached": leaks}
 
 
-def _encode_rows(
-    rows: Rows, source: Source, data: Data, template: Template, title: str
-) -> Iterator[tuple[int, str, Sample, Example]]:
-    """All rows of a source as (row, place, sample, example), hundreds handed to the tokenizer at once."""
+def _encode_rows(rows: Rows, encode: RowEncoder, title: str) -> Generator[tuple[int, str, EncodedRow], None, None]:
+    """All rows of a source as (row, place, example), hundreds handed to the tokenizer at once."""
     starts: Iterable[int] = range(0, len(rows), _BATCH)
     if is_terminal(sys.stderr):
         from rich.console import Console
@@ -279,28 +277,15 @@ def _encode_rows(
         starts = track(starts, description=title, console=Console(stderr=True), transient=True)
     else:
         log.info("%s", title)
-    for start in starts:
-        span = range(start, min(start + _BATCH, len(rows)))
-        places = [rows.where(i) for i in span]
-        samples = [
-            convert_row(rows[i], source, where=place, system=data.system) for i, place in zip(span, places, strict=True)
-        ]
-        examples = template.encode_many(samples, data.train_on, where=places)
-        yield from zip(span, places, samples, examples, strict=True)
+    spans = (range(start, min(start + _BATCH, len(rows))) for start in starts)
+    batches = (RowBatch(span.start, [_read(rows, i) for i in span], [*map(rows.where, span)]) for span in spans)
+    for batch, examples in encode_batches(encode, batches, rows=len(rows)):
+        yield from zip(itertools.count(batch.first), batch.places, examples, strict=False)
 
 
-def _prompt_is_unsupervised(template: Template, sample: Sample, example: Example) -> bool | None:
-    """Whether no token before the first answer is supervised; None where the prompt, rendered apart, is not the
-    beginning of the example (some templates write a turn differently once others follow)."""
-    if isinstance(sample, Text):
-        return None
-    if isinstance(sample, Conversation):
-        turn = next(n for n, m in enumerate(sample.messages) if m["role"] == "assistant")
-        sample = Conversation(sample.messages[: turn + 1], sample.tools, 0, sample.instruction)
+def _read(rows: Rows, i: int) -> dict[str, Any] | TunesmithError:
+    """Row i, or why it cannot be read: an error of a row before it is to be raised first."""
     try:
-        prompt = template.prompt(sample)
-    except DataError:  # a template that wants more turns than this beginning has
-        return None
-    if not prompt or prompt != np.asarray(example.ids[: len(prompt)]).tolist():
-        return None
-    return not bool(np.any(example.trained[: len(prompt)]))
+        return rows[i]
+    except TunesmithError as error:
+        return error

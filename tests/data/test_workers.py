@@ -1,0 +1,222 @@
+"""Several processes give the tokens, counts and errors of one, and none is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import byte_tokenizer
+from recipes import recipe
+from tunesmith.config.schema import Data, Source
+from tunesmith.data import workers
+from tunesmith.data.hold_out import read_splits
+from tunesmith.data.template import Template, select_template
+from tunesmith.data.tokens import TokenSet, tokenise
+from tunesmith.data.workers import RowBatch, RowEncoder, encode_batches
+from tunesmith.errors import DataError, MachineError
+
+Made = list[subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    """The processes that were started; a worker for every 100 rows, whatever this machine has."""
+    processes, start = Made(), subprocess.Popen
+
+    def started(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        processes.append(start(*args, **options))
+        return processes[-1]
+
+    monkeypatch.setattr(workers.subprocess, "Popen", started)
+    monkeypatch.setattr(workers, "ROWS_EACH", 100)
+    monkeypatch.setattr(workers, "available_cores", lambda: 3)
+    return processes
+
+
+def line(i: int) -> dict[str, Any]:
+    """A conversation; some have flaws, and their lengths differ a hundredfold."""
+    turns = [
+        {"role": "user", "content": f"say {i} " + "ä" * (i % 97)},
+        {"role": "assistant", "content": "x" * (i % 13)},
+    ]
+    return {"messages": turns * (1 + i % 3)}
+
+
+def tokens_of(path: Path, cores: int, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> TokenSet:
+    monkeypatch.setattr(workers, "available_cores", lambda: cores)
+    data = Data(train=(Source(source=str(path)),), **{"seq_len": 256, **keys})
+    template = select_template(data, tokenizer := byte_tokenizer(), {tokenizer.eos_token_id})
+    return tokenise(read_splits(data, 0)[0], data, template, tokenizer, cache=None, what="train")
+
+
+def test_tokens_and_counts_are_those_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line(i)) + "\n" for i in range(1500)))
+    one = tokens_of(tmp_path / "rows.jsonl", 1, monkeypatch)
+    assert made == []
+    three = tokens_of(tmp_path / "rows.jsonl", 3, monkeypatch)
+    assert [process.poll() is not None for process in made] == [True] * 3
+    assert one.sources == three.sources  # the digest of all tokens among them
+    assert one.sources[0].flaws["empty"][0] > 100
+    assert (one.counts.prompts, one.counts.cut > 0) == (256 + (1500 - 256) // 32 + 1, True)
+    for a, b in zip(one.parts[0].arrays, three.parts[0].arrays, strict=True):
+        assert np.array_equal(a, b)
+
+
+def _no_json(lines: list[str]) -> None:
+    lines[1300] = "{oops"
+
+
+def _no_role_before_no_json(lines: list[str]) -> None:
+    """In one batch: the row that stands first is named, though it is converted after the other is read."""
+    lines[1290] = json.dumps({"messages": [{"role": "king", "content": "a"}]})
+    lines[1300] = "{oops"
+
+
+def _no_answer(lines: list[str]) -> None:
+    lines[700] = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+
+
+def _too_long(lines: list[str]) -> None:
+    lines[700] = json.dumps(line(0)).replace("say", "say" * 500)
+
+
+@pytest.mark.parametrize("spoil", [_no_json, _no_role_before_no_json, _no_answer, _too_long])
+def test_an_error_names_the_row_that_one_process_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Made, spoil: Callable[[list[str]], None]
+) -> None:
+    """This process itself finds the row that is too long. The workers have ended when the error comes."""
+    lines = [json.dumps(line(i)) for i in range(1500)]
+    spoil(lines)
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    said = []
+    for cores in (1, 2):
+        with pytest.raises(DataError) as caught:
+            tokens_of(tmp_path / "rows.jsonl", cores, monkeypatch, seq_len=1000, too_long="error")
+        said.append(caught.value.text())
+    assert said[0] == said[1]
+    assert f"{tmp_path / 'rows.jsonl'}:" in said[0]
+    assert [process.poll() is not None for process in made] == [True] * 2
+
+
+def encoder() -> RowEncoder:
+    tokenizer = byte_tokenizer()
+    template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat")
+    return RowEncoder(template, Source(source="rows.jsonl"), None, "response")
+
+
+def batches(count: int, before: Callable[[int], None] = lambda k: None) -> Iterator[RowBatch]:
+    for k in range(count):
+        before(k)
+        yield RowBatch(k * 9, [line(i) for i in range(k * 9, k * 9 + 9)], [f"row {i}" for i in range(9)])
+
+
+def test_a_killed_worker_is_told_and_ends_the_others(made: Made) -> None:
+    def kill(k: int) -> None:
+        if k == 5:
+            made[1].kill()
+
+    with pytest.raises(MachineError, match="ended with the exit code -9") as caught:
+        list(encode_batches(encoder(), batches(40, kill), rows=200))
+    assert "memory" in caught.value.why
+    assert [process.poll() is not None for process in made] == [True] * 2
+
+
+def test_few_batches_are_read_ahead(made: Made) -> None:
+    """Memory stays flat, however many rows there are."""
+    read: list[int] = []
+    for n, _ in enumerate(encode_batches(encoder(), batches(60, read.append), rows=200)):
+        assert read[-1] - n <= 2 * 2 + 1
+
+
+class _Broken:
+    """A template with a fault of ours in it."""
+
+    raw = False
+    tokenizer = byte_tokenizer()
+
+    def encode_many(self, *_: Any, **__: Any) -> Any:
+        print("a library's words on stdout", flush=True)
+        raise KeyError("missing")
+
+
+def test_a_fault_of_ours_brings_its_traceback_along(made: Made) -> None:
+    broken = RowEncoder(_Broken(), Source(source="rows.jsonl"), None, "response")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"KeyError: 'missing'\n.*Traceback") as caught:
+        list(encode_batches(broken, batches(3), rows=200))
+    assert "encode_many" in str(caught.value)
+
+
+@pytest.mark.parametrize(("rows", "started"), [(199, 0), (200, 2), (10**9, 3)])
+def test_few_rows_stay_in_this_process(made: Made, rows: int, started: int) -> None:
+    assert len(list(encode_batches(encoder(), batches(2), rows=rows))) == 2
+    assert len(made) == started
+
+
+def test_a_tokenizer_that_only_this_process_can_load_stays_in_it(made: Made) -> None:
+    """With trust_remote_code its class lies in a module that is made here."""
+    tokenizer = byte_tokenizer()
+    tokenizer.__class__ = type("Other", (type(tokenizer),), {"__module__": "transformers_modules.mine"})
+    template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=tokenizer.chat_template, name="chat")
+    encode = RowEncoder(template, Source(source="rows.jsonl"), None, "response")
+    assert len(list(encode_batches(encode, batches(2), rows=10**9))) == 2
+    assert made == []
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 75), ("SIGTERM", 75), ("SIGKILL", -9)])
+def test_a_signal_ends_the_workers_without_a_word(tiny: Path, tmp_path: Path, name: str, code: int) -> None:
+    """Also a script that has no `if __name__` guard is not run again by them."""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line(i)) + "\n" for i in range(60_000)))
+    values = recipe(tiny, tmp_path, held=False, data={"train": {"format": "messages"}})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom tunesmith.data import workers\nfrom tunesmith.cli.main import main\n"
+        "print('once', flush=True)\nworkers.available_cores = lambda: 2\n"
+        f"sys.argv[1:] = ['train', {str(tmp_path / 'recipe.yaml')!r}]\nsys.exit(main())\n"
+    )
+    env = os.environ | {"TUNESMITH_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen(
+        [sys.executable, script], env=env, stdout=-1, stderr=-1, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while process.poll() is None and time.monotonic() < deadline:
+            if any(file.stat().st_size for file in (tmp_path / "cache").rglob("ids.bin")):
+                break
+            time.sleep(0.02)
+        assert len(running_with(tmp_path)) == 3
+        os.killpg(process.pid, signal.Signals[name])
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (out, process.returncode) == ("once\n", code), err
+    assert "Traceback" not in err
+    assert "internal error" not in err
+    deadline = time.monotonic() + 10
+    while running_with(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running_with(tmp_path) == []
+
+
+def running_with(folder: Path) -> list[int]:
+    """Ids of the processes whose cache lies in `folder`."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"TUNESMITH_CACHE={folder}" in file.read_text():
+                found.append(int(file.parent.name))
+        except (OSError, UnicodeDecodeError):
+            continue
+    return found
