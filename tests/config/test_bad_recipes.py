@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,14 +38,17 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"model:\n  name: caf\xe9\n")
     huge = tmp_path / "huge.yaml"
-    huge.write_bytes(b"#" * (1 << 20) + b"\n")
-    run = tmp_path / "run"
+    huge.write_bytes(b"#" * (256 << 10) + b"\n")
+    run, pipe = tmp_path / "run", tmp_path / "pipe.yaml"
     run.mkdir()
+    os.mkfifo(pipe)
     cases = [
         (latin, "byte 0xe9", f"{latin}:2", "iconv"),
-        (huge, "larger than 1 MiB", str(huge), "page of YAML"),
+        (huge, "larger than 256 KiB", str(huge), "page of YAML"),
         (tmp_path / "gone.yaml", "neither a file nor one that ships", str(tmp_path / "gone.yaml"), "tunesmith recipes"),
         (run, "is a folder", str(run), "name a .yaml file"),
+        (pipe, "neither a file nor one that ships", str(pipe), "tunesmith recipes"),
+        (Path("/dev/zero"), "neither a file nor one that ships", "/dev/zero", "tunesmith recipes"),
     ]
     for path, what, where, fix in cases:
         with pytest.raises(UsageError) as caught:

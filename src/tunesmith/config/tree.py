@@ -24,7 +24,7 @@ from tunesmith.errors import RecipeError
 
 Scalar = str | int | float | bool | None
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 256 << 10  # a megabyte of rows that is given as a recipe would be read for half a minute
 MAX_DEPTH = 20
 MAX_NODES = 10_000  # with aliases expanded: nine lines of nested aliases can stand for a billion values
 
@@ -121,7 +121,7 @@ def read_file(path: Path) -> Node:
         ) from error
     if len(raw) > MAX_BYTES:
         fix = "give the recipe, not the data: a recipe is a page of YAML"
-        raise RecipeError("this recipe is larger than 1 MiB", where=name, fix=fix)
+        raise RecipeError("this recipe is larger than 256 KiB", where=name, fix=fix)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
