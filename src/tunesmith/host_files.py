@@ -46,12 +46,8 @@ def refuse_special_files(path: Path) -> None:
 
     Opening or reading one may never end. Links, such as those of the Hub's cache, are followed.
     """
-    kinds = {
-        stat.S_IFIFO: "a named pipe",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-    }
+    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    kinds |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.exists() and (kind := kinds.get(stat.S_IFMT(file.stat().st_mode))):
             fix = "put the file itself there, or name another place"
@@ -102,7 +98,7 @@ def refuse_many_ranks(command: str) -> None:
         if (count := os.environ.get(name, "")).isdecimal() and int(count) > 1:
             what = f"this process is one of {count} ranks, and this version trains with one process"
             fix = (
-                f"CUDA_VISIBLE_DEVICES=0 tunesmith {command} ... without the launcher; unset {name} if it is a leftover"
+                f"CUDA_VISIBLE_DEVICES=0 tunesmith {command} ... without the launcher; unset {name} if it is left over"
             )
             where, why = f"environment: {name}={count}", "each of them would train alone, on all rows"
             raise MachineError(what, where=where, why=why, fix=fix)

@@ -121,10 +121,8 @@ def convert_to_fp8(model: nn.Module, kind: str) -> int:
 def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     """Put an adapter on the model in place, freeze all else, and return the names of the adapted layers.
 
-    On the meta device call `init_lora` once the weights are there.
-
-    Raises:
-        RecipeError: a target or module to save that the model does not have, or one that cannot carry an adapter.
+    On the meta device call `init_lora` once the weights are there. RecipeError for a target or module to save that the
+    model does not have.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -183,12 +181,9 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     endings = {target: f".{target}" for target in wanted}
     names = _match(endings, linear_names(model, head=True), "adapter.target", "linear layer named")
     if both := set(names).intersection(to_save):
-        raise RecipeError(
-            f"{min(both)!r} is both an adapter target and a module to save",
-            where="adapter.modules_to_save",
-            why="a module is either trained in full or through an adapter",
-            fix="take it out of one of the two",
-        )
+        what = f"{min(both)!r} is both an adapter target and a module to save"
+        why, fix = "a module is either trained in full or through an adapter", "take it out of one of the two"
+        raise RecipeError(what, where="adapter.modules_to_save", why=why, fix=fix)
     return names
 
 

@@ -64,13 +64,9 @@ PLAIN: dict[str, Any] = {
 def adapter_files(
     model: nn.Module, adapter: Adapter, base_name: str, revision: str | None
 ) -> tuple[dict[str, nn.Parameter], dict[str, Any]]:
-    """The contents of PEFT's two files for the model's adapter; quick, and nothing is copied.
+    """The contents of PEFT's two files: the trained parameters, not copied, and the configuration, by PEFT's names.
 
-    Args:
-        base_name, revision: of the base model: its Hub id, or the folder that the recipe names.
-
-    Returns:
-        The trained parameters by PEFT's names, and the configuration by those of PEFT's LoraConfig.
+    `base_name` is the base model's Hub id or the folder that the recipe names.
     """
     adapted, saved = {name for name, _ in lora.loras(model)}, {name for name, _, _ in lora.saved_parameters(model)}
     targets, to_save = ({name.rsplit(".", 1)[-1] for name in names} for names in (adapted, saved))
@@ -117,38 +113,24 @@ def find_adapter(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"the adapter {name!r} is neither a folder nor an adapter on the Hub that can be read",
-            where="adapter.from",
-            why=first_line(error),
-            fix="name a folder with adapter_config.json, or a Hub id; for a private one set HF_TOKEN",
-        ) from error
+        what = f"the adapter {name!r} is neither a folder nor an adapter on the Hub that can be read"
+        fix = "name a folder with adapter_config.json, or a Hub id; for a private one set HF_TOKEN"
+        raise ModelError(what, where="adapter.from", why=first_line(error), fix=fix) from error
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter that `adapter_config.json` in `folder` describes.
-
-    Raises:
-        ModelError: the file is missing or broken, or asks for something that is not computed here.
-    """
+    """The adapter of a folder by its `adapter_config.json`; ModelError where that is missing, broken or not plain LoRA."""
     refuse_special_files(folder)
     file = folder / CONFIG
-
-    def broken(why: str) -> ModelError:
-        what = "the adapter's configuration cannot be read"
-        return ModelError(what, where=str(file), why=why, fix="name a PEFT adapter's folder, or copy the adapter again")
-
     if not file.exists():
         raise ModelError(f"there is no {CONFIG}", where=str(folder), fix="name a PEFT adapter's folder")
     raw = read_json(file, again="copy the adapter again")
     for name, neutral in NEUTRAL.items():
         if name in raw and not neutral(raw[name]):
-            raise ModelError(
-                f"the adapter has {name} = {json.dumps(raw[name])}, which is not supported",
-                where=str(file),
-                why="only plain LoRA and rsLoRA of one rank are computed here",
-                fix="merge it into its base with PEFT, and start from the merged model",
-            )
+            what = f"the adapter has {name} = {json.dumps(raw[name])}, which is not supported"
+            why = "only plain LoRA and rsLoRA of one rank are computed here"
+            fix = "merge it into its base with PEFT, and start from the merged model"
+            raise ModelError(what, where=str(file), why=why, fix=fix)
     try:
         target = raw["target_modules"]
         values = {
@@ -160,29 +142,28 @@ def read_adapter(folder: Path) -> Adapter:
             "modules_to_save": raw.get("modules_to_save") or [],
         }
         return TypeAdapter(Adapter).validate_json(json.dumps(values))  # held to the recipe's types and bounds
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise broken(f"{first['loc'][0]} is {str(first['input'])[:80]!r}: {first['msg']}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise broken(f"a value is missing or wrong: {error}") from error
+        why = f"a value is missing or wrong: {error}"
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            why = f"{first['loc'][0]} is {str(first['input'])[:80]!r}: {first['msg']}"
+        what, fix = (
+            "the adapter's configuration cannot be read",
+            "name a PEFT adapter's folder, or copy the adapter again",
+        )
+        raise ModelError(what, where=str(file), why=why, fix=fix) from error
 
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Load PEFT's two files in `folder` into the model's adapter.
-
-    Raises:
-        ModelError: scaling, layers, shapes or names differ from the model's; the first few are listed.
-    """
+    """Load PEFT's two files into the model's adapter; ModelError where scaling, layers, shapes or names differ from its."""
     adapter = read_adapter(folder)
     theirs = adapter.alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
     for name, module in lora.loras(model):
         if abs(module.scaling - theirs) > 1e-9 * abs(theirs):
-            raise ModelError(
-                f"the adapter scales its update by {theirs:g}, the recipe by {module.scaling:g}",
-                where=f"{folder / CONFIG}, layer {name}",
-                fix=f"set adapter.rank: {adapter.rank}, adapter.alpha: {adapter.alpha:g}, adapter.rslora: {str(adapter.rslora).lower()}",
-            )
+            what = f"the adapter scales its update by {theirs:g}, the recipe by {module.scaling:g}"
+            fix = f"set adapter.rank: {adapter.rank}, adapter.alpha: {adapter.alpha:g}, adapter.rslora: "
+            raise ModelError(what, where=f"{folder / CONFIG}, layer {name}", fix=fix + str(adapter.rslora).lower())
     file, own = folder / WEIGHTS, _peft_tensors(model)
     try:
         with safe_open(str(file), framework="pt") as stored:
@@ -196,18 +177,15 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             ):
                 if wrong:
                     shown = ", ".join(n.removeprefix(PREFIX) for n in sorted(wrong)[:3])
-                    raise ModelError(
-                        f"{len(wrong)} tensors {what}: {shown}{', ...' if len(wrong) > 3 else ''}",
-                        where=str(file),
-                        why="adapter and model do not fit each other",
-                        fix="take the base model, target, rank and modules_to_save that the adapter was made with",
-                    )
+                    listed = f"{len(wrong)} tensors {what}: {shown}{', ...' if len(wrong) > 3 else ''}"
+                    why = "adapter and model do not fit each other"
+                    fix = "take the base model, target, rank and modules_to_save that the adapter was made with"
+                    raise ModelError(listed, where=str(file), why=why, fix=fix)
             for name in names:
                 own[name].copy_(stored.get_tensor(name))
     except (OSError, SafetensorError) as error:
-        raise ModelError(
-            "the adapter's weights cannot be read", where=str(file), why=str(error), fix="copy the adapter again"
-        ) from error
+        what, fix = "the adapter's weights cannot be read", "copy the adapter again"
+        raise ModelError(what, where=str(file), why=str(error), fix=fix) from error
 
 
 def _is_base(model: nn.Module, name: str, tensor: Tensor) -> bool:

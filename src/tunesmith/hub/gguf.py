@@ -27,9 +27,7 @@ LAYOUT = 1  # goes up when what is written changes, so that older conversions ar
 def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
     """The Transformers folder of a .gguf file, its weights in `dtype` (`bf16`, ...), converted now or before.
 
-    Raises:
-        ModelError: the file is no GGUF, cut off, or of an architecture that Transformers cannot read.
-        MachineError: the package `gguf` is missing, or the cache cannot be written.
+    ModelError where Transformers cannot read the file, MachineError where the package or the cache is missing.
     """
     file = file.resolve()
     try:

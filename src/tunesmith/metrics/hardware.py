@@ -143,15 +143,11 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """The git commit of the working directory, with "+" if tracked files differ from it; None outside a repository."""
-
-    def git(*words: str) -> str:
-        try:
-            return subprocess.check_output(["git", *words], stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
-        except (OSError, subprocess.SubprocessError):
-            return ""
-
-    commit = git("rev-parse", "HEAD")
-    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if commit else None
+    words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.check_output(words, stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 _SECRET_NAME = re.compile(r"token|secret|passw|api[-_]?key|credential", re.IGNORECASE)

@@ -118,9 +118,8 @@ def _write_memory(trace: Path, out: Path) -> None:
         if event.get("name") != "[memory]":
             continue
         values = event["args"]
-        device = {0: "CPU", 1: "GPU"}.get(
-            values["Device Type"], f"device type {values['Device Type']}"
-        )  # c10::DeviceType
+        kind = values["Device Type"]  # c10::DeviceType
+        device = {0: "CPU", 1: "GPU"}.get(kind, f"device type {kind}")
         number = f" {values['Device Id']}" if values["Device Id"] >= 0 else ""
         track = {"name": f"{device}{number} allocated", "ph": "C", "ts": event["ts"], "pid": event["pid"]}
         counters.append(track | {"args": {"bytes": values["Total Allocated"]}})

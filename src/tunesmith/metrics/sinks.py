@@ -47,9 +47,7 @@ class JsonlSink(Sink):
 class TensorBoardSink(Sink):
     """TensorBoard events: `train/<record name>`, `validation/loss`, the recipe and sample answers as text.
 
-    Args:
-        folder: of the event files.
-        shared: the folder may hold other runs' events, which a fresh start must not hide.
+    A `shared` folder may hold other runs' events, which a fresh start must not hide.
     """
 
     def __init__(self, folder: Path, *, shared: bool = False) -> None:

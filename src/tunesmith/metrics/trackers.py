@@ -87,11 +87,8 @@ class TrackerSink(Sink):
 
     Its calls are made one by one in a thread of its own, so that a slow server does not hold up a step. After the first
     call that fails the tracker is left alone: each further one may wait for minutes.
-
-    Args:
-        name: a key of TRACKERS.
-        folder: the run directory, with metrics.jsonl as the run before left it.
-        warn: takes a line for the user.
+    `name` is a key of TRACKERS; `folder` the run directory, with metrics.jsonl as the run before left it; `warn` takes a
+    line for the user.
     """
 
     def __init__(self, name: str, folder: Path, warn: Callable[[str], None]) -> None:

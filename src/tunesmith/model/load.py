@@ -37,10 +37,8 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # Transformers raises many kinds here, its own strict-dataclass errors among them
-        what, fix = (
-            "Transformers cannot read the config",
-            "correct the named key, or fetch it again: tunesmith fetch MODEL",
-        )
+        fix = "correct the named key, or fetch it again: tunesmith fetch MODEL"
+        what = "Transformers cannot read the config"
         raise ModelError(what, where=str(file), why=one_line(error), fix=fix) from error
 
 

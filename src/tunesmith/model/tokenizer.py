@@ -72,11 +72,9 @@ def eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
             fix = "write the id of the end token, or a list of ids"
             raise ModelError(f"eos_token_id is {value!r}", where=str(file), fix=fix)
         if unknown := sorted(set(values) - known):
-            what, why = (
-                f"eos_token_id {unknown[0]} is no token",
-                f"the tokenizer has {len(known):,}, the last {max(known)}",
-            )
-            fix = f"write the tokenizer's end token there: {tokenizer.eos_token_id}"
+            what, why = f"eos_token_id {unknown[0]} is no token", f"the tokenizer's last is {max(known)}"
+            fix = "write the tokenizer's end token there"
+            fix += "" if tokenizer.eos_token_id is None else f": {tokenizer.eos_token_id}"
             raise ModelError(what, where=str(file), why=why, fix=fix)
         ids.update(values)
     return ids
