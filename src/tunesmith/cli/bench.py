@@ -100,9 +100,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             what = f"{where} goes with --shape: a recipe has a key for it"
             problems.append((given is not None, where, what, f"{key}={given}"))
         else:
-            problems.append(
-                (given is None and bool(example), "--shape", f"--shape needs {where}", f"{where} {example}")
-            )
+            missing = given is None and bool(example)
+            problems.append((missing, "--shape", f"--shape needs {where}", f"{where} {example}"))
     for wrong, where, what, fix in problems:
         if wrong:
             raise UsageError(what, where=where, fix=fix)

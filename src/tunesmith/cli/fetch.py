@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import EXIT_OK, MachineError, UsageError
+from tunesmith.host_files import size_text
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Source
@@ -122,8 +123,6 @@ def _dataset(source: Source, progress: FetchProgress, *, dry: bool) -> dict[str,
 
 
 def _line(row: dict[str, Any]) -> str:
-    from tunesmith.host_files import size_text
-
     said = [row["kind"], row["licence"] and f"licence {row['licence']}", row["bytes"] and size_text(row["bytes"])]
     if row.get("missing_bytes") and row["folder"] is None:
         said += [f"{size_text(row['missing_bytes'])} to download"]
@@ -133,7 +132,6 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _list(*, as_json: bool) -> int:
-    from tunesmith.host_files import size_text
     from tunesmith.hub.cache import cached_items
 
     items = cached_items()
@@ -148,7 +146,6 @@ def _list(*, as_json: bool) -> int:
 
 
 def _remove(name: str, *, dry: bool, as_json: bool) -> int:
-    from tunesmith.host_files import size_text
     from tunesmith.hub.cache import cached_items, remove_cached
 
     items = cached_items()

@@ -15,8 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -109,17 +108,14 @@ def _record(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
-@contextmanager
-def _open_output(output: Path | None, size: int) -> Iterator[IO[str]]:
+def _open_output(output: Path | None, size: int) -> AbstractContextManager[IO[str]]:
     """The file behind the first `size` bytes, which are kept, or stdout; half a character (a lone surrogate) is written as its JSON escape."""
     if output is None:
-        yield sys.stdout
-        return
+        return nullcontext(sys.stdout)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("a" if size else "w", encoding="utf-8", errors="backslashreplace") as file:
-        if size:
-            file.truncate(size)
-        yield file
+    if size:
+        os.truncate(output, size)
+    return output.open("a" if size else "w", encoding="utf-8", errors="backslashreplace")
 
 
 def _read_input(name: str) -> Rows:
@@ -155,11 +151,10 @@ def _kept_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> tup
         UsageError: the output is the input, a folder, or holds anything but answers to these rows.
         MachineError: it cannot be written.
     """
-    where = "--output"
-    if output is None or (args.resume and output.exists() and not output.is_file() and not output.is_dir()):
-        if args.resume:
-            what = "--resume needs an output file that can be read"
-            raise UsageError(what, where=f"{where} {args.output}", fix="name a file")
+    where, special = "--output", output is None or (output.exists() and not output.is_file() and not output.is_dir())
+    if special and args.resume:
+        raise UsageError("--resume needs an output file", where=f"{where} {args.output}", fix="name a file")
+    if output is None:
         return 0, 0
     if args.input != "-" and output.exists() and output.samefile(args.input):
         raise UsageError("input and output are the same file", where=where, fix="name another file")

@@ -43,10 +43,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(to_mapping(recipe), indent=2) + "\n" if args.json else dump(recipe))
         return EXIT_OK
     if len(args.rest) > 1:
-        what = f"recipes copy takes one destination, not {len(args.rest)}"
-        raise UsageError(
-            what, where="command line", fix=shlex.join(["tunesmith", "recipes", "copy", args.name, args.rest[0]])
-        )
+        what, fix = f"recipes copy takes one destination, not {len(args.rest)}", ["copy", args.name, args.rest[0]]
+        raise UsageError(what, where="command line", fix=f"tunesmith recipes {shlex.join(fix)}")
     return _copy(args.name, Path(args.rest[0] if args.rest else "."), force=args.force)
 
 
@@ -103,11 +101,8 @@ def _copy(name: str, destination: Path, *, force: bool) -> int:
         fix = f"name another file, or: tunesmith recipes copy {name} {shlex.quote(str(destination))} --force"
         raise UsageError("this file is there already", where=str(path), fix=fix) from error
     except OSError as error:
-        fix = (
-            f"mkdir -p {shlex.quote(str(path.parent))}"
-            if not path.parent.exists()
-            else "name a place that you may write to"
-        )
+        there, folder = path.parent.exists(), shlex.quote(str(path.parent))
+        fix = "name a place that you may write to" if there else f"mkdir -p {folder}"
         raise MachineError(f"cannot write: {error.strerror}", where=str(path), fix=fix) from error
     print(path)
     print(f"edit it, then: tunesmith train {path}", file=sys.stderr)

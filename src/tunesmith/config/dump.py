@@ -72,16 +72,14 @@ def dump(run: Run) -> str:
 _TAG = "tag:yaml.org,2002:"
 # Text quoted wherever it could be anything else; floats exact; keys in their order; flat lists on one line.
 _REPRESENT: dict[type, Callable[..., Any]] = {
-    str: lambda yaml, text: yaml.represent_scalar(f"{_TAG}str", text, style=None if _is_plain(text) else '"'),
+    str: lambda yaml, text: yaml.represent_scalar(
+        f"{_TAG}str", text, style=None if _TEXT.fullmatch(text) and isinstance(scalar(text), str) else '"'
+    ),
     float: lambda yaml, number: yaml.represent_scalar(f"{_TAG}float", repr(number)),
     list: lambda yaml, items: yaml.represent_sequence(f"{_TAG}seq", items, flow_style=not _nested(items)),
     # A list of pairs, whose order ruamel keeps: it would sort a dict.
     dict: lambda yaml, keys: yaml.represent_mapping(f"{_TAG}map", list(keys.items()), flow_style=not keys),
 }
-
-
-def _is_plain(text: str) -> bool:
-    return bool(_TEXT.fullmatch(text)) and isinstance(scalar(text), str)
 
 
 def _nested(value: Any) -> bool:

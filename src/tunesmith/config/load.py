@@ -24,10 +24,7 @@ MAX_EXTENDS = 20  # recipes one over the other
 
 
 def load_recipe(
-    recipe: str | Path,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
-    *,
-    say: Callable[[str], None] | None = None,
+    recipe: str | Path, overrides: Mapping[str, Any] | Sequence[str] = (), *, say: Callable[[str], None] | None = None
 ) -> Run:
     """Read a recipe, apply overrides, check it.
 

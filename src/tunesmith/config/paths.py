@@ -52,10 +52,8 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
     """The absolute path that `text` means, or `text` itself if it is a Hub id or the name of a template."""
     what, fix = "", ""
     if not text.strip():
-        what, fix = (
-            f"{key} is empty",
-            f"name one{'' if keys()[name][0].metadata['example'] else f', or remove the line {key}'}",
-        )
+        needed = keys()[name][0].metadata["example"]
+        what, fix = f"{key} is empty", "name one" if needed else f"name one, or remove the line {key}"
     elif "$" in text:
         what = f"{key}: variables such as {text} are not expanded in a recipe"
         fix = f'let the shell expand it: {key}="{text}" on the command line'

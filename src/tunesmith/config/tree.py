@@ -39,7 +39,6 @@ _CORE: tuple[tuple[str, Callable[[str], Scalar]], ...] = (
     (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda text: float(text.replace(".", ""))),
 )
 
-
 _UNTAGGED = (BaseResolver.DEFAULT_SCALAR_TAG, BaseResolver.DEFAULT_SEQUENCE_TAG, BaseResolver.DEFAULT_MAPPING_TAG)
 _FIXES = {  # a part of ruamel's message -> what to do
     "\\t": "indent with spaces: a tab is not allowed there",
@@ -115,10 +114,8 @@ def read_file(path: Path) -> Node:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        why = error.strerror or str(error)
-        raise RecipeError(
-            "this recipe cannot be read", where=name, why=why, fix=f"ls -l {shlex.quote(name)}"
-        ) from error
+        what, why = "this recipe cannot be read", error.strerror or str(error)
+        raise RecipeError(what, where=name, why=why, fix=f"ls -l {shlex.quote(name)}") from error
     if len(raw) > MAX_BYTES:
         fix = "give the recipe, not the data: a recipe is a page of YAML"
         raise RecipeError("this recipe is larger than 256 KiB", where=name, fix=fix)

@@ -21,13 +21,7 @@ if TYPE_CHECKING:
     from tunesmith.inference.load_run import LoadedModel
 
 # The column that identifies a format, in the order of the search, and the column that holds the answer.
-_KEY_COLUMN = {
-    "messages": "messages",
-    "sharegpt": "conversations",
-    "alpaca": "instruction",
-    "prompt-completion": "prompt",
-    "text": "text",
-}
+_KEY_COLUMN = {name: COLUMNS[name][0] for name in ("messages", "sharegpt", "alpaca", "prompt-completion", "text")}
 _ANSWER_COLUMN = {"alpaca": "output", "prompt-completion": "completion", "sharegpt": "conversations"}
 _ANSWER_ROLES = ("assistant", "gpt", "model", "chatgpt", "bot", "function_call", "tool_call")
 PLACEHOLDER = "?"  # stands in for an answer that is to come, so that the row converts; a prompt ends before it

@@ -116,10 +116,9 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
         location = RunLocation("base", None, Model(name=str(path)))
     elif _HUB_ID.match(str(path)) and not place.parent.is_dir():
         location = RunLocation("base", None, Model(name=str(path)), note=f"{path} on the Hub")
-    elif place.is_file():
-        raise _no_model(place, f"{path} is a {place.suffix or 'nameless'} file, not a model")
     else:
-        raise _no_model(place, f"there is no {path}")
+        what = f"{path} is a {place.suffix or 'nameless'} file, not a model"
+        raise _no_model(place, what if place.is_file() else f"there is no {path}")
     if base_only and location.kind != "base":
         return replace(location, kind="base", note=f"the base of {path}: {location.base.name}")
     return location
@@ -165,11 +164,8 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
         base = run.model if run else Model(name=str(folder), dtype=_stored_dtype(folder))
         return RunLocation("full" if run else "base", folder, base, run, note)
     if (folder / "state").is_dir():
-        what, why = (
-            "this checkpoint holds training state only",
-            "a sharded run writes model files in final/ and by export",
-        )
-        raise CheckpointError(what, where=where, why=why, fix=f"tunesmith export {folder}")
+        what, fix = "this checkpoint holds training state only", "give the run directory, which takes one with a model"
+        raise CheckpointError(what, where=where, fix=f"{fix}: {folder.parent}")
     raise _no_model(folder, f"{folder} holds no model: no config.yaml, adapter_config.json or config.json")
 
 
@@ -263,10 +259,8 @@ def _undeleted(location: RunLocation) -> Iterator[None]:
     folder = location.folder
     if location.run and folder and not (folder / state.MANIFEST).is_file():  # the first file that is deleted
         why = "its run goes on, and keeps only the newest ones (checkpoint.keep)"
-        fix = f"give the run directory, which takes the newest one: {folder.parent}"
-        raise CheckpointError(
-            f"{folder.name} was deleted while it was read", where=str(folder), why=why, fix=fix
-        ) from fault
+        what, fix = f"{folder.name} was deleted while it was read", f"give the run directory: {folder.parent}"
+        raise CheckpointError(what, where=str(folder), why=why, fix=fix) from fault
     if fault:
         raise fault
 
@@ -287,15 +281,8 @@ def _template(location: RunLocation, tokenizer: Any, ends: set[int], saved: Path
         alpaca = any(chosen.jinja == builtin_templates.alpaca(bos=bos) for bos in (True, False))
         chosen = Template(tokenizer, ends, jinja=chosen.jinja, name="alpaca" if alpaca else "pattern")
     # A base model without a template is given prompts as they stand; its chats take the alpaca text.
-    chosen.raw |= (run is None and jinja is None) or (saved is not None and _trained_raw_prompts(run, saved))
+    chosen.raw |= run is None and jinja is None
+    env = saved.parent / "env.json" if saved else None
+    if run and env and env.is_file() and any(source.format == "prompt-completion" for source in run.data.train):
+        chosen.raw |= "template" not in read_json(env)  # of the time when those were never written through a template
     return chosen
-
-
-def _trained_raw_prompts(run: Run | None, saved: Path) -> bool:
-    """Whether a run is of the time when prompt and completion were never written through a template.
-
-    Its env.json does not name the template.
-    """
-    env = saved.parent / "env.json"
-    trained = {source.format for source in run.data.train} if run else set()
-    return "prompt-completion" in trained and env.is_file() and "template" not in read_json(env)
