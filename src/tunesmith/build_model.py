@@ -86,12 +86,8 @@ def build_model(
         probes: the first micro batches of the run, on the plan's device, the same at every start. On them the loss of a
             base in fp8 is compared and recompute is calibrated; without them the base of an fp8 recipe stays dense.
 
-    Returns:
-        The root module, and the plan, corrected by what was measured on the probes.
-
-    Raises:
-        ModelError, RecipeError: the files or the recipe do not fit each other.
-        MachineError: it does not fit into the GPU's memory.
+    Returns the root module, and the plan, corrected by what was measured on the probes. ModelError or RecipeError where
+    files and recipe do not fit each other; MachineError where the GPU's memory is too small.
     """
     device = torch.device(plan.device)
     if device.type == "cpu":
@@ -142,16 +138,10 @@ def fill_parameters(run: Run, files: ModelFiles, model: nn.Module, weights: Path
 
 
 def quantize_base_fp8(model: TrainModel, plan: RunPlan, batches: Sequence[Batch]) -> RunPlan:
-    """Quantize the frozen linear layers to fp8 and compare the loss before and after.
+    """Quantize the frozen linear layers to fp8, and compare the loss on the run's own batches before and after.
 
-    Args:
-        model: with its weights, dense.
-        plan: its base names the scaling recipe.
-        batches: micro batches of the run's own rows, on the model's device.
-
-    Returns:
-        The plan with the figures. Its base is bf16 if the loss changed by more than FP8_TOLERANCE: the model must then be
-        built again, since its dense weights are gone.
+    Returns the plan with the figures. Its base is bf16 if the loss changed by more than FP8_TOLERANCE: the model must then
+    be built again, since its dense weights are gone.
     """
     before = mean_loss(model, batches)
     count = lora.convert_to_fp8(model.model, plan.base)

@@ -53,11 +53,7 @@ class RemoteFile:
 
 
 class FetchProgress:
-    """Tells what a fetch does: on a terminal with a bar, else in lines, one in ten seconds while bytes arrive.
-
-    Args:
-        say: takes each line; None writes them to stderr, with a bar where that is a terminal.
-    """
+    """Tells what a fetch does, by `say` or on stderr: with a bar if that is a terminal, else a line in ten seconds."""
 
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))

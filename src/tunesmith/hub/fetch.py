@@ -44,9 +44,7 @@ def fetch(model: Model, *, progress: FetchProgress | Callable[[str], None] | Non
         progress: shows what happens, or a function that takes one line; None: stderr.
         update: ask the Hub for a newer commit although the cache is complete.
 
-    Raises:
-        ModelError: missing, unsupported, gated, damaged, or only in a format that is not read.
-        MachineError: no room, a cache that cannot be written, a package that a .gguf file needs.
+    ModelError where the model cannot be had or read, MachineError where the disk or a package is missing.
     """
     if not isinstance(progress, FetchProgress):
         progress = FetchProgress(progress)

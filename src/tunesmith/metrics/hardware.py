@@ -133,12 +133,11 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     """The processor's name from /proc/cpuinfo, or the architecture (on ARM, which has no name there)."""
-    try:
+    with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
+        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

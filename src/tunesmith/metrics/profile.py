@@ -27,13 +27,7 @@ from tunesmith.config.schema import Profile
 class Profiler:
     """Context around the training loop; call `step()` after each optimizer step. Costs nothing when not enabled.
 
-    Attributes:
-        traces, tables: files written so far, one of each per cycle.
-
-    >>> with Profiler(run.profile, folder, rank=0, device=device) as profiler:
-    ...     for batch in loader:
-    ...         train_step(batch)
-    ...         profiler.step()
+    `traces` and `tables` are the files written so far, one of each per cycle.
     """
 
     def __init__(self, settings: Profile, folder: Path, *, rank: int, device: torch.device) -> None:

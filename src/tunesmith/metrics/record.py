@@ -41,10 +41,7 @@ class StepRecord:
         gpu_utilization: percent, GPU only.
         gpu_power_watts: GPU only.
         val_loss: loss on the held-out rows, where it was measured after this step.
-        extra: further metrics of the method, by name. On disk they follow the other values, side by side with them.
-
-    Raises:
-        ValueError: a name in `extra` is the name of a field.
+        extra: further metrics of the method, by names that no field has. On disk they follow the other values.
     """
 
     step: int
@@ -88,9 +85,7 @@ class StepRecord:
     def from_plain(cls, values: Any) -> StepRecord:
         """The record that `to_plain` made. Unknown names go to `extra` if their value is a number, else they are skipped.
 
-        Raises:
-            ValueError: a name is missing.
-            TypeError: not a dict, or a value of another type.
+        ValueError for a missing name; TypeError for what is no dict, or a value of another type.
         """
         if not isinstance(values, dict):
             raise TypeError("not a JSON object")
@@ -125,8 +120,7 @@ _NON_FINITE = ("NaN", "Infinity", "-Infinity")  # as both json.dumps and float()
 def read_records(path: str | Path) -> list[StepRecord]:
     """All records of a metrics.jsonl, without a partial last line (of a run that still writes, or was killed).
 
-    Raises:
-        RunError: an unreadable line before the last, named by file:line.
+    RunError names an unreadable line before the last by file:line.
     """
     path, records = Path(path), []
     lines = path.read_bytes().splitlines(keepends=True)

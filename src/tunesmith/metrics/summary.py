@@ -61,12 +61,10 @@ def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
     tail = records[-max(1, len(records) // 10) :]
     if len(tail) > 1:  # one batch's loss is noisy
         rows["loss"] += f" (mean of the last {len(tail)}: {sum(r.loss for r in tail) / len(tail):.4f})"
-    known = [r for r in steady if r.mfu is not None]
-    if known:
+    if known := [r for r in steady if r.mfu is not None]:
         share = sum((r.mfu or 0.0) * r.step_seconds for r in known) / sum(r.step_seconds for r in known)
         rows["speed"] += f", {share:.1%} MFU of {known[-1].mfu_peak_tflops or 0:,.0f} TFLOP/s"
-    measured = [(r.val_loss, r.step) for r in records if r.val_loss is not None]
-    if measured:
+    if measured := [(r.val_loss, r.step) for r in records if r.val_loss is not None]:
         best, at = min(measured)
         rows["val_loss"] = f"{measured[0][0]:.4f} -> {measured[-1][0]:.4f}, best {best:.4f} at step {at}"
     rows["peak memory"] = f"{max(r.memory_gib for r in records):.1f} GiB"
@@ -89,9 +87,8 @@ def _written(folder: Path) -> list[str]:
     for name, what in _FILES:
         if (folder / name).exists():
             rows.append(f"  {name:<16}{what.format(path=shlex.quote(str(folder / name)))}")
-    newest = sorted(folder.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
-    if newest:
-        rows.append(f"  {newest[-1].name:<16}the newest checkpoint, to go on from")
+    if newest := max(folder.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, default=None):
+        rows.append(f"  {newest.name:<16}the newest checkpoint, to go on from")
     return rows
 
 

@@ -121,11 +121,7 @@ def indexed_files(index: Path) -> list[str]:
 
 
 def read_headers(folder: Path) -> dict[Path, list[Entry]]:
-    """The safetensors files of a folder, from its index where it has one, and the tensors of each.
-
-    Raises:
-        ModelError: none is there, one that the index names is missing, or one is cut off or cannot be read.
-    """
+    """The safetensors files of a folder and the tensors of each; ModelError where one is missing, cut off or unreadable."""
     if (folder / INDEX).exists():
         files = [folder / name for name in indexed_files(folder / INDEX)]
         if missing := [f.name for f in files if not f.exists()]:

@@ -63,12 +63,10 @@ class ModelSpec:
 
 
 def read_spec(config: Mapping[str, Any], *, where: str, trust_remote_code: bool = False) -> ModelSpec:
-    """Read a model's spec from its parsed config.json, which errors call `where`.
+    """The spec of a parsed config.json, which errors call `where`.
 
     `trust_remote_code` takes a type that is not in the table, as Llama's shape, when its repository ships the code.
-
-    Raises:
-        ModelError: the model is not a decoder that this engine trains, or a size is missing or impossible.
+    ModelError where it is no decoder that this engine trains, or a size is missing or impossible.
     """
     try:
         return _read_sizes(config, where, trust_remote_code)

@@ -121,16 +121,15 @@ def load_weights(
 def _read_parameter(stored: StoredTensor, target: torch.Tensor) -> None:
     """Read a tensor into its parameter; further rows of an embedding or head become the mean of the stored ones.
 
-    With the mean, a new token's logits and inputs are those of an average token, so that an untrained row neither
-    dominates the softmax nor is out of distribution (Hewitt, 2021, "Initializing new word embeddings for pretrained
-    language models"); without noise it is the same on every machine.
+    An untrained row then neither dominates the softmax nor is out of distribution (Hewitt, 2021, "Initializing new word
+    embeddings for pretrained language models"); without noise it is the same on every machine.
     """
     if target.shape == stored.shape:
         stored.into(target)
-        return
-    known = stored.shape[0]
-    stored.into(target[:known])
-    target[known:] = target[:known].mean(dim=0, dtype=torch.float32).to(target.dtype)
+    else:
+        known = stored.shape[0]
+        stored.into(target[:known])
+        target[known:] = target[:known].mean(dim=0, dtype=torch.float32).to(target.dtype)
 
 
 def _target_name(stored: str, wanted: set[str], hooks: Mapping[str, Hook]) -> tuple[str, str]:
@@ -152,12 +151,11 @@ def _drop_tied_copies(groups: dict[str, dict[str, Entry]], targets: Mapping[str,
     first: dict[int, str] = {}
     for name in sorted(groups.keys() & targets.keys()):
         kept = first.setdefault(id(targets[name]), name)
-        if kept == name:
-            continue
-        if not _equal(groups[kept][""], groups[name][""]):
-            fix = "set tie_word_embeddings: false in config.json"
-            raise ModelError(f"{kept} and {name} differ, but the config ties them", where=where, fix=fix)
-        del groups[name]
+        if kept != name:
+            if not _equal(groups[kept][""], groups[name][""]):
+                fix = "set tie_word_embeddings: false in config.json"
+                raise ModelError(f"{kept} and {name} differ, but the config ties them", where=where, fix=fix)
+            del groups[name]
 
 
 def _equal(a: Entry, b: Entry) -> bool:

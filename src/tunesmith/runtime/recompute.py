@@ -74,13 +74,8 @@ def calibrate_recompute(
 ) -> int:
     """Set how many layers are recomputed in the backward by forward and backward of `batch`, and return it.
 
-    Args:
-        model: with its weights and decoder `layers`, before there is an optimizer; its gradients are dropped.
-        batch: a micro batch of the run, on the model's device.
-        budget: bytes that may be allocated in all.
-
-    Raises:
-        MachineError: the micro batch does not fit even where every layer is recomputed.
+    The model has its weights and no optimizer yet; its gradients are dropped. `budget` bytes may be allocated in all.
+    MachineError where the micro batch does not fit although every layer is recomputed.
     """
     count, tokens, training = estimate.recomputed_layers, batch.input_ids.numel(), model.training
     model.train()
