@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 class LastingOutput(io.FileIO):
     """The descriptor of a standard stream: what cannot be written is dropped.
 
-    Attributes:
-        raises: raise the first error, and drop what comes after it: for the output that a command is there for.
-        raised: that error.
+    With `raises` the first error is raised, and kept in `raised`: for the output that a command is there for.
     """
 
     raises = False

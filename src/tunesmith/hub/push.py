@@ -26,8 +26,7 @@ def push_files(files: Mapping[str, Path | bytes], to: str, *, public: bool, revi
         public: whether a repository that is made is public; an existing public one is refused without it.
         revision: the branch, made if there is none; None: main.
 
-    Raises:
-        UsageError: no token, a wrong name, no right to write, no connection; the files there are as they were before.
+    UsageError where it cannot be done: the files there are then as they were before.
     """
     if get_token() is None:
         raise UsageError("there is no token to push with", where="HF_TOKEN", fix=LOGIN)

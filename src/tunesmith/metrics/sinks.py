@@ -21,15 +21,14 @@ class JsonlSink(Sink):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: TextIO | None = None
+        self._file: Any = None
 
     def open(self, run: Run, resumed_at: int) -> None:
         cut_back(self.path, resumed_at)
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def step(self, record: StepRecord) -> None:
-        if self._file is not None:
-            self._file.write(record.to_json() + "\n")
+        self._file.write(record.to_json() + "\n")
 
     def flush(self) -> None:
         # The file is line-buffered, so the kernel has every whole line; the Python file object is not safe to flush in

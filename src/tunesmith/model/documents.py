@@ -21,13 +21,10 @@ ALIKE = 0.8
 
 @dataclass(frozen=True)
 class Group:
-    """Documents of nearly one length, padded to the longest.
+    """`count` documents of nearly one length, padded to the `length` of the longest.
 
-    Attributes:
-        start: first token of the only document, where `count` is 1 and nothing is gathered.
-        length: tokens of the longest.
-        places: int64 [tokens]; which of the count * length padded places hold a token; None where count is 1.
-        tokens: int64 [tokens]; the token at each of `places`; None where count is 1.
+    `places` tells which of the count * length padded places hold a token, `tokens` which one: int64 [tokens] each. A
+    single document has neither: it begins at the token `start`.
     """
 
     start: int

@@ -85,8 +85,7 @@ def load_weights(
         grow_from: embedding and head may have so many rows in the checkpoint and more in the model, where tokens were
             added; the further rows become the mean of the stored ones. None: as many in both.
 
-    Raises:
-        ModelError: tensors are missing, unexpected or of another shape (the first few are listed), or a file is damaged.
+    ModelError where tensors are missing, unexpected or of another shape (it lists a few), or a file is damaged.
     """
     hooks = dict(convert or {})
     targets = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not skip(n) and n not in hooks}

@@ -10,13 +10,9 @@ from tunesmith.units import Size
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan depends on, each finding with its reason; `resolve.probe_machine` makes it for this machine.
+    """What a plan depends on, as `resolve.probe_machine` finds it: free memory, and findings with their reasons.
 
-    Attributes:
-        free_bytes: memory that can be had on `device`.
-        attention: name of the attention backend.
-        compiles: whether decoder layers are compiled.
-        fp8: scaling recipe of fp8 matmuls, or None; asked for only where the recipe wants fp8.
+    `attention` names the backend, `compiles` tells whether layers are compiled, `fp8` is the scaling recipe or None.
     """
 
     device: str
