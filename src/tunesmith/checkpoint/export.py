@@ -89,10 +89,8 @@ def snapshot(
 ) -> Callable[[Path], None]:
     """Copy an adapter's checkpoint as it is now; the function returned writes the copy into a folder, from any thread, once.
 
-    Tensors are copied on their own device, in stream order, so this does not wait for the device.
-
-    Raises:
-        torch.OutOfMemoryError: there is no room for the copies.
+    Tensors are copied on their own device, in stream order, so this does not wait for the device; it may have no room
+    for them (torch.OutOfMemoryError).
     """
     tensors, settings = _adapter(run, model)
     progress = replace(progress)  # the caller changes its own while a thread writes this one
@@ -119,6 +117,5 @@ def read_optimizer(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(folder / OPTIMIZER)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder.name} has no readable {OPTIMIZER}", where=str(folder / OPTIMIZER), why=str(error), fix=DELETE
-        ) from error
+        what = f"{folder.name} has no readable {OPTIMIZER}"
+        raise CheckpointError(what, where=str(folder / OPTIMIZER), why=str(error), fix=DELETE) from error

@@ -50,11 +50,8 @@ def model_card(base: Model, run: Run | None = None, run_dir: Path = Path(), *, m
         tags=["tunesmith", "full" if full else "lora", *([run.method] if run else [])],
         **licence,
     )
-    how = (
-        "trained in full"
-        if full
-        else "with a LoRA adapter" + (f" merged into its weights ({merged})" if merged else "")
-    )
+    adapter = "with a LoRA adapter" + (f" merged into its weights ({merged})" if merged else "")
+    how = "trained in full" if full else adapter
     text = [f"---\n{data.to_yaml()}\n---", f"# {_shown(base.name)}, fine-tuned", f"`{_shown(base.name)}`, {how}."]
     if run:
         trained_on = ", ".join(f"`{_shown(name)}`" for name in sources)

@@ -100,9 +100,7 @@ class Start:
 def decide_start(run: Run, *, warn: Callable[[str], None]) -> Start:
     """Decide from the run directory how the run starts.
 
-    Raises:
-        RecipeError: keys differ from the recipe that the checkpoints were written with, and may not.
-        UsageError: there are checkpoints without a readable recipe.
+    RecipeError where keys differ from the recipe of the checkpoints and may not, or that recipe cannot be read.
     """
     output_dir = Path(run.output_dir)
     restore(output_dir)
@@ -157,8 +155,7 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
 def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str]:
     """Lines for the user: from which step the run goes on, its new duration, and what that does to the learning rate.
 
-    Raises:
-        RecipeError: the duration is shorter than before, and `checkpoint.resume` is not `force`.
+    RecipeError if the duration is shorter than before, and `checkpoint.resume` is not `force`.
     """
     if not (start.found and start.progress and start.before):
         return []

@@ -62,9 +62,8 @@ def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
     """
     found = [path.name for path in run_files(output_dir)]
     if found and not is_run(output_dir):
-        what = (
-            f"output_dir holds files that no run of tunesmith wrote: {', '.join(found[:5])}{', ...' * (len(found) > 5)}"
-        )
+        names = ", ".join(found[:5]) + ", ..." * (len(found) > 5)
+        what = f"output_dir holds files that no run of tunesmith wrote: {names}"
         why = f"a run writes files of these names, and there is no {IDENTITY} of a run"
         fix = "use another output_dir, such as output_dir=runs/my-run, or move these files away"
         raise UsageError(what, where=str(output_dir), why=why, fix=fix)

@@ -64,8 +64,7 @@ def seal(folder: Path, step: int) -> None:
 def find_damage(folder: Path, *, contents: bool = True) -> str | None:
     """What is wrong with a checkpoint's folder or `final/`, as a clause for a warning; None if it is complete.
 
-    Args:
-        contents: compare the SHA-256 of every file too, not only the sizes.
+    With `contents` the SHA-256 of every file is compared too, not only its size.
     """
     if not (folder / MANIFEST).is_file():
         return "it has no manifest.json: it was not finished"
@@ -117,10 +116,8 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> SavedCheckp
 def writing(place: Path, step: int) -> Iterator[Path]:
     """A folder to write into. It becomes `place` when the block ends, or is removed if the block raises.
 
-    A folder without a manifest that lies there is not a checkpoint: it is kept as `<place>.previous-<n>`.
-
-    Raises:
-        CheckpointError: the disk is full or cannot be written; what was there before stays.
+    A folder without a manifest that lies there is not a checkpoint: it is kept as `<place>.previous-<n>`. Where the disk
+    cannot be written, CheckpointError, and what was there before stays.
     """
     partial, old = (place.with_name(f".{place.name}.{kind}") for kind in ("partial", "old"))
     try:
@@ -202,12 +199,9 @@ class Writer:
         self._running: Future[None] | None = None
 
     def write(self, fill: Fill, step: int, *, keep_step: int | None) -> None:
-        """Write a checkpoint now, after the one in progress.
+        """Write a checkpoint now, after the one in progress; the one of `keep_step` stays however old it is.
 
-        The checkpoint of `keep_step` stays however old it is.
-
-        Raises:
-            CheckpointError: it cannot be written; what was there before stays. All methods but `close` raise it.
+        CheckpointError if it cannot be written; what was there before stays. All methods but `close` raise it.
         """
         self.wait()
         self._write(fill, step, keep_step)

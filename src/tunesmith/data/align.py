@@ -50,11 +50,7 @@ class _Bounds(NamedTuple):
 
 
 class Aligner:
-    """Tokenises text once and maps spans of its characters to tokens.
-
-    Raises:
-        ModelError: the tokenizer is not a fast one.
-    """
+    """Tokenises text once and maps spans of its characters to tokens; ModelError if the tokenizer is not a fast one."""
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.is_fast:

@@ -133,11 +133,7 @@ _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def with_fixed_date(jinja: str) -> str:
-    """The template with DATE in place of every `strftime_now(FORMAT)`.
-
-    Raises:
-        DataError: a format that is not a literal, which cannot be replaced.
-    """
+    """The template with DATE in place of every `strftime_now(FORMAT)`; DataError if a format is not a literal."""
     fixed = _TODAY.sub(lambda found: json.dumps(DATE.strftime(found[2])), jinja)
     if "strftime_now(" in fixed:
         what = "the chat template writes today's date in a way that cannot be fixed to one day"

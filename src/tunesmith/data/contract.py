@@ -70,19 +70,12 @@ class _Chunk(NamedTuple):
 
 
 def check_tokens(tokens: TokenSet, template: Template, tokenizer: Any, *, vocab_size: int, split: str) -> Contract:
-    """Check the tokens of a split.
-
-    Args:
-        vocab_size: entries of the model's embedding; every id must be below it.
-        split: `train` or `validation`, for errors.
-    """
+    """Check the tokens of a split, named in errors; `vocab_size`: entries of the model's embedding."""
     counts = tokens.counts
     checks = [Check("the split is not empty", counts.rows, "rows")]
     if not len(tokens):
-        why = (
-            f"{counts.rows:,} rows were read, {counts.dropped:,} dropped as too long, "
-            f"{counts.emptied:,} dropped because the cut left no supervised token"
-        )
+        why = f"{counts.rows:,} rows were read, {counts.dropped:,} dropped as too long"
+        why += f", {counts.emptied:,} dropped because the cut left no supervised token"
         fix = "raise data.seq_len, or widen the split"
         return Contract(split, (replace(checks[0], broken=max(1, counts.rows), where=counts.source, why=why, fix=fix),))
     end_ids, bos = sorted(template.end_ids), tokenizer.bos_token_id
@@ -114,10 +107,8 @@ def check_tokens(tokens: TokenSet, template: Template, tokenizer: Any, *, vocab_
                 check = replace(check, where=tokens.where(chunk.first + row), why=why, fix=fix)
             checks[n + 1] = replace(check, checked=check.checked + count, broken=check.broken + len(faults))
     if template.raw:
-        first = _excerpt(tokens, tokenizer, 0, int(np.argmax(tokens[0].trained)))
-        checks.append(
-            Check("rows stand as they are, no template between", len(tokens), "rows", note=f"such as {first}")
-        )
+        note = f"such as {_excerpt(tokens, tokenizer, 0, int(np.argmax(tokens[0].trained)))}"
+        checks.append(Check("rows stand as they are, no template between", len(tokens), "rows", note=note))
     return Contract(split, tuple(checks))
 
 

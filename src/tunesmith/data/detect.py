@@ -81,32 +81,30 @@ def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
         fix = "train on some columns only, such as --columns prompt=...,completion=..."
         raise DataError(f"the rows hold {other}, which cannot be trained on yet", where=where, why=listed, fix=fix)
     chats = [name for name in columns if any(_is_chat(row.get(name)) for row in sample.values())]
-    found, read, errors = list[Detected](), dict[int, int](), dict[int, DataError]()
+    tries: list[tuple[int, list[DataError], Detected]] = []  # rows read, what the others raise, the layout
     for layout in _layouts(columns, chats, None if any_format else source.format, source.columns):
         tried = replace(source, format=layout.format, columns=layout.columns)  # type: ignore[arg-type]
-        read[len(found)] = 0
+        errors = []
         for i, row in sample.items():
             try:
                 convert_row(row, tried, where=rows.where(i))
-                read[len(found)] += 1
             except DataError as error:
-                errors.setdefault(len(found), error)
-        found.append(replace(layout, ignored=tuple(c for c in columns if c not in layout.columns.values())))
-    whole = _best([layout for n, layout in enumerate(found) if n not in errors])
+                errors.append(error)
+        ignored = tuple(c for c in columns if c not in layout.columns.values())
+        tries.append((count - len(errors), errors, replace(layout, ignored=ignored)))
+    whole = _best([layout for _, errors, layout in tries if not errors])
     if len(whole) == 1:
         return whole[0]
     if whole:
         what, fix = f"the rows can be read in {len(whole)} ways", " or ".join(layout.flags() for layout in whole)
         raise DataError(what, where=where, why=f"{listed}; more than one may be meant", fix=f"say which: {fix}")
-    if found:  # report what keeps the likeliest layout from reading the rows
-        best = max(read, key=lambda n: read[n])
-        first, layout = errors[best], found[best]
-        why = f"{read[best]} of the {count} rows looked at can be read as {layout.format}; not this one"
+    if tries:  # report what keeps the likeliest layout from reading the rows
+        read, (first, *_), layout = max(tries, key=lambda one: one[0])
+        why = f"{read} of the {count} rows looked at can be read as {layout.format}; not this one"
         raise DataError(first.what, where=first.where, why=f"{first.why}; {why}".lstrip("; "), fix=first.fix)
-    needed = next(
-        names for form, names, _ in _LAYOUTS if form == ("prompt-completion" if any_format else source.format)
-    )
-    meant = Detected(source.format, dict(zip(needed, [*columns, "...", "..."], strict=False)))
+    wanted = "prompt-completion" if any_format else source.format
+    needed = next(names for form, names, _ in _LAYOUTS if form == wanted)
+    meant = Detected(wanted, dict(zip(needed, [*columns, "...", "..."], strict=False)))
     pairs = ", ".join(f"{name}={column}" for name, column in source.columns.items())
     what = f"no format reads {pairs}" if pairs else "no column's name tells what to train on"
     raise DataError(what, where=where, why=listed, fix=f"say which columns are meant, such as {meant.flags()}")

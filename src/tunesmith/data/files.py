@@ -51,29 +51,31 @@ class Table:
 
 
 def open_table(path: Path) -> Table:
-    """Open a local data file.
-
-    Raises:
-        DataError: missing, a folder, unreadable, empty, of an unknown type, or broken.
-    """
+    """Open a local data file; DataError where it is missing, empty, of an unknown type or broken."""
     check_data_file(path)
     try:
         before = _version(path)
-        return replace(_READERS[path.suffix.lower()](path), check_unchanged=lambda: _check_unchanged(path, before))
+        table = _READERS[path.suffix.lower()](path)
     except OSError as error:
         why, fix = error.strerror or str(error), f"ls -l {quote(str(path))}"
         raise DataError("the file cannot be read", where=str(path), why=why, fix=fix) from error
 
+    def check_unchanged() -> None:
+        if _version(path) != before:
+            raise _changed(path)
+
+    return replace(table, check_unchanged=check_unchanged)
+
 
 def check_data_file(path: Path) -> None:
     """Refuse what a look at a data file's name and size tells; raises DataError."""
-    if path.is_file() and path.suffix.lower() not in SUFFIXES:
-        what, why = f"{path.name} is not a supported data file", f"the types are {', '.join(SUFFIXES)}"
-        fix = "unpack or convert it to JSON lines, one object a line, and name that file"
-        raise DataError(what, where=str(path), why=why, fix=fix)
-    if path.is_file() and path.stat().st_size == 0:
-        raise DataError("the file is empty", where=str(path), fix="write rows into it, or name another file")
     if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            what, why = f"{path.name} is not a supported data file", f"the types are {', '.join(SUFFIXES)}"
+            fix = "unpack or convert it to JSON lines, one object a line, and name that file"
+            raise DataError(what, where=str(path), why=why, fix=fix)
+        if path.stat().st_size == 0:
+            raise DataError("the file is empty", where=str(path), fix="write rows into it, or name another file")
         return
     folder = path if path.is_dir() else path.parent
     inside = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
@@ -98,11 +100,6 @@ def _version(path: Path) -> tuple[int, int, int] | None:
         found = path.stat()
         return found.st_ino, found.st_size, found.st_mtime_ns
     return None
-
-
-def _check_unchanged(path: Path, before: tuple[int, int, int] | None) -> None:
-    if _version(path) != before:
-        raise _changed(path)
 
 
 def _changed(path: Path) -> DataError:

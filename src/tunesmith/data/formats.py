@@ -234,9 +234,8 @@ def _text(row: _RowReader) -> Sample:
     return Text(text)
 
 
-_FORMATS: dict[
-    str, tuple[Callable[[_RowReader], Sample], tuple[str, ...]]
-] = {  # name: its reader and the columns it needs
+# Name: its reader and the columns it needs.
+_FORMATS: dict[str, tuple[Callable[[_RowReader], Sample], tuple[str, ...]]] = {
     "alpaca": (_alpaca, ("instruction", "output")),
     "messages": (_messages, ("messages",)),
     "sharegpt": (_sharegpt, ("conversations",)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tunesmith.config.schema import Data, Source
+from tunesmith.data.schedule import shuffled
 from tunesmith.data.source import Rows, read_rows
 from tunesmith.errors import DataError
 from tunesmith.units import Share
@@ -24,22 +25,16 @@ def count_held_out(share: Share, total: int) -> int:
 
 
 def read_splits(data: Data, seed: int) -> tuple[SourceRows, SourceRows]:
-    """Read the rows to train on and the rows to validate on, source by source.
+    """Read the rows to train on and the rows to validate on, source by source; DataError where that cannot be done.
 
-    With `data.hold_out` the seed draws the rows to validate on from all rows of `data.train`, wherever they stand in
-    their file, and the others keep their order.
-
-    Raises:
-        DataError: a source cannot be read, or nothing is left to train on.
+    With `data.hold_out` the seed draws the latter from all rows of `data.train`, and the others keep their order.
     """
     train = [(source, read_rows(source)) for source in data.train]
     if data.hold_out is None:
         return train, [(source, read_rows(source)) for source in data.validation]
     total = sum(len(rows) for _, rows in train)
     count = count_held_out(data.hold_out, total)
-    # The raw output of Philox is what numpy promises never to change, as for the batch schedule.
-    drawn = np.random.Philox(np.random.SeedSequence([seed, 0, _PURPOSE])).random_raw(total)
-    held = np.sort(np.argsort(drawn, kind="stable")[:count])
+    held = np.sort(shuffled(total, seed, 0, _PURPOSE)[:count])
     kept, aside, first = SourceRows(), SourceRows(), 0
     for source, rows in train:
         here = (held[(held >= first) & (held < first + len(rows))] - first).tolist()

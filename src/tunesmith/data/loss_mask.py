@@ -87,11 +87,7 @@ class AssistantMask:
         self._probe()
 
     def render(self, messages: Messages, tools: Tools = None, *, generate: bool = False, where: str = "") -> str:
-        """The text of a conversation; `generate` adds the generation prompt.
-
-        Raises:
-            DataError: the template refuses the conversation or fails on it.
-        """
+        """The text of a conversation, or DataError; `generate` adds the generation prompt."""
         with self._render_errors(where):
             return self.tokenizer.apply_chat_template(
                 list(messages), tools, chat_template=self.jinja, add_generation_prompt=generate, tokenize=False
@@ -308,11 +304,9 @@ class AssistantMask:
 
         if (view := rendering([user, answer])) and not complete(view):
             field = next(field for n, field in enumerate(view.sentinels.fields) if n not in view.shown)
-            whose, fix = (
-                ("question", "answer")[field.message],
-                "name a template that writes it: data.template=FILE.jinja",
-            )
-            raise self._error(f"drops the {whose}", "data.template", f"it renders as {view.text[:60]!r}", fix)
+            what, why = f"drops the {('question', 'answer')[field.message]}", f"it renders as {view.text[:60]!r}"
+            fix = "name a template that writes it: data.template=FILE.jinja"
+            raise self._error(what, "data.template", why, fix)
         self.reasoning = complete(rendering([user, {**answer, "reasoning_content": "three"}]))
         self.tools = complete(rendering(called, [{"type": "function", "function": schema}]))
         if view := rendering(pair):

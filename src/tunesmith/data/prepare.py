@@ -53,15 +53,12 @@ class TrainingData:
     def describe(self) -> str:
         """Lines for the user: which rows are trained on, what was left out, how many steps, what was checked."""
         lines = [self.template.describe()]
-        lines += [
-            f"{split}: {from_here(part.counts.source)}: {', '.join(self.figures(part))}"
-            for split, part in self.sources()
-        ]
+        for split, part in self.sources():
+            lines.append(f"{split}: {from_here(part.counts.source)}: {', '.join(self.figures(part))}")
         lines += [self.describe_schedule(), *self.warnings()]
         for contract in self.contracts:
-            counts = {
-                check.of: max(c.checked for c in contract.checks if c.of == check.of) for check in contract.checks
-            }
+            kinds = dict.fromkeys(check.of for check in contract.checks)
+            counts = {of: max(check.checked for check in contract.checks if check.of == of) for of in kinds}
             found = f"{len(contract.checks)} checks of {', '.join(f'{n:,} {of}' for of, n in counts.items())}"
             lines.append(f"token contract of {contract.split}: {'BROKEN' if contract.broken else 'holds'}: {found}")
         return "\n".join(lines)
@@ -164,9 +161,8 @@ def prepare_data(
     for contract in contracts if strict else ():
         contract.raise_if_broken()
     if BYTES_PER_EXAMPLE * float(train.repeats.sum()) > available_memory():
-        what = (
-            f"the weights of the sources make {train.repeats.sum():,.0f} examples an epoch, more than memory can order"
-        )
+        many = f"{train.repeats.sum():,.0f} examples an epoch"
+        what = f"the weights of the sources make {many}, more than memory can order"
         raise DataError(what, where="data.train", fix="lower weight, to 1 where it is not needed")
     schedule = BatchSchedule(train.lengths, run.data, run.train, repeats=train.repeats)
     if len(train) and schedule.steps_per_epoch(0) == 0:

@@ -45,6 +45,15 @@ class StepSize(NamedTuple):
 _Units = Sequence[Sequence[int]] | np.ndarray  # of an epoch or a step: packed rows of examples, or examples
 
 
+def shuffled(n: int, *seed: int) -> np.ndarray:
+    """int64: 0 to n - 1 in an order that depends on the seed alone.
+
+    Raw output of Philox and SeedSequence is what numpy promises never to change; the methods of Generator may draw
+    differently in another version, and a resumed run would see other batches.
+    """
+    return np.argsort(np.random.Philox(np.random.SeedSequence(seed)).random_raw(n), kind="stable")
+
+
 class BatchSchedule:
     """The sequence of global batches. Steps are counted from 0.
 
@@ -67,22 +76,16 @@ class BatchSchedule:
         self._per_step = max(1, self._size.amount // (self.row_length if self._size.unit == "tokens" else 1))
         self._units = lru_cache(maxsize=2)(self._order_units)
 
-    def _random(self, n: int, epoch: int, purpose: int) -> np.ndarray:
-        """uint64 [n]. Raw output of Philox and SeedSequence is what numpy promises never to change; the methods of
-        Generator may draw differently in another version, and a resumed run would see other batches."""
-        seed = np.random.SeedSequence([self._seed, epoch, purpose])
-        return np.asarray(np.random.Philox(seed).random_raw(n), np.uint64)
-
     def _order_examples(self, epoch: int) -> np.ndarray:
         """int64: the examples of an epoch in its order."""
         taken = np.repeat(np.arange(len(self._repeats)), np.floor(self._repeats).astype(np.int64))
         for number, fraction in enumerate(self._fractions):
             group = np.flatnonzero(self._repeats % 1.0 == fraction)
-            drawn = np.argsort(self._random(len(group), epoch, 2 + number), kind="stable")
+            drawn = shuffled(len(group), self._seed, epoch, 2 + number)
             taken = np.concatenate([taken, group[drawn[: round(fraction * len(group))]]])
         if not self._shuffle:
             return np.sort(taken, kind="stable")
-        return taken[np.argsort(self._random(len(taken), epoch, 0), kind="stable")]
+        return taken[shuffled(len(taken), self._seed, epoch, 0)]
 
     def _order_units(self, epoch: int) -> _Units:
         """All units of an epoch in its order; each step takes the next `_per_step`."""
@@ -91,7 +94,7 @@ class BatchSchedule:
             return order
         rows = best_fit_decreasing(self.lengths[order], self.row_length)
         if self._shuffle:
-            turn = np.argsort(self._random(len(rows), epoch, 1), kind="stable").tolist()
+            turn = shuffled(len(rows), self._seed, epoch, 1).tolist()
         else:
             turn = sorted(range(len(rows)), key=lambda r: min(rows[r]))
         return [order[sorted(rows[r])].tolist() for r in turn]

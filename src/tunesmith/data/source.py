@@ -98,11 +98,7 @@ class Rows:
 
 
 def read_rows(source: Source) -> Rows:
-    """Read a source: its file or Hub dataset, its split, at most `max_examples` rows.
-
-    Raises:
-        DataError: nothing there, no access, broken, an unknown split, or no row selected.
-    """
+    """Read a source: its file or Hub dataset, its split, at most `max_examples` rows; DataError if one is not there."""
     rows = Rows(source.source, select_rows(open_splits(source), source.split, where=source.source))
     return rows if source.max_examples is None else rows.take([range(source.max_examples)])
 

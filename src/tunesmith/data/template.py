@@ -117,9 +117,8 @@ class Template:
         """One line for the user: which prompt is in use, how an answer ends and how the loss mask is found."""
         end = repr(self.tokenizer.decode([self._end]))
         if self._mask is None:
-            return (
-                f"raw: no template; prompt and completion as they stand, nothing between them; each row ends with {end}"
-            )
+            how = "prompt and completion as they stand, nothing between them"
+            return f"raw: no template; {how}; each row ends with {end}"
         if self.name == "text":
             return f"text: rows as they are; each ends with {end}"
         parts = [_TITLES[self.name][1] if self.name in _TITLES else f"{self.name}: a chat template from a file"]
@@ -151,11 +150,7 @@ class Template:
         return [self._example(*one) for one in zip(samples, aligned, where, strict=True)]
 
     def prompt(self, sample: Sample) -> list[int]:
-        """Token ids that the model is given: all before the last answer, which the sample may lack.
-
-        Raises:
-            DataError: the template cannot render it.
-        """
+        """Token ids that the model is given: all before the last answer, which the sample may lack; may raise DataError."""
         sample = self._as_taken(sample)
         if isinstance(sample, Conversation):
             messages = self._messages(sample)
@@ -286,11 +281,7 @@ def _is_chatml(mask: AssistantMask) -> bool:
 
 
 def _read_template(path: Path, tokenizer: Any) -> str:
-    """A Jinja file, tried for its syntax.
-
-    Raises:
-        DataError: it cannot be read, or is not Jinja; with file:line.
-    """
+    """A Jinja file, tried for its syntax; DataError, with file:line, if it cannot be read or is not Jinja."""
     import jinja2
 
     try:

@@ -144,18 +144,7 @@ class TokenSet:
     @property
     def counts(self) -> TokenCounts:
         """The sum over all sources."""
-        names = (
-            "rows",
-            "kept",
-            "tokens",
-            "supervised",
-            "cut",
-            "dropped",
-            "emptied",
-            "prompts",
-            "prompts_apart",
-            "available",
-        )
+        names = "rows kept tokens supervised cut dropped emptied prompts prompts_apart available".split()
         return TokenCounts(
             source=", ".join(c.source for c in self.sources),
             longest=max((c.longest for c in self.sources), default=0),

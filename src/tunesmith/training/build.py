@@ -183,29 +183,21 @@ def choose_device() -> torch.device:
 
 
 def check_machine(run: Run, device: torch.device) -> None:
-    """Refuse what this machine cannot do, before anything is fetched.
-
-    Raises:
-        MachineError: a dtype that the device has no matmuls for, or a package that is not installed.
-    """
+    """Refuse a dtype that the device has no matmuls for, and packages that are not installed, before anything is fetched."""
     if run.train.optimizer == "adamw-8bit":
         packages.bitsandbytes("8-bit moments", "train.optimizer")
     if run.model.quantize == "nf4":
         nf4.check_nf4(device)
     if run.model.dtype == "fp16" and device.type == "cpu":
-        raise MachineError(
-            "fp16 cannot be trained on a CPU",
-            where="model.dtype",
-            why="its matmuls are emulated, hundreds of times slower than bf16",
-            fix="model.dtype=bf16, or model.dtype=fp32",
+        why, fix = (
+            "its matmuls are emulated, hundreds of times slower than bf16",
+            "model.dtype=bf16, or model.dtype=fp32",
         )
+        raise MachineError("fp16 cannot be trained on a CPU", where="model.dtype", why=why, fix=fix)
     if run.model.dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise MachineError(
-            "this GPU has no bf16",
-            where="model.dtype",
-            why=f"{torch.cuda.get_device_name(device)} is older than Ampere",
-            fix="model.dtype=fp16 (the loss is scaled), or model.dtype=fp32",
-        )
+        why = f"{torch.cuda.get_device_name(device)} is older than Ampere"
+        fix = "model.dtype=fp16 (the loss is scaled), or model.dtype=fp32"
+        raise MachineError("this GPU has no bf16", where="model.dtype", why=why, fix=fix)
 
 
 def check_inputs(run: Run, start: Start) -> None:
@@ -259,18 +251,12 @@ def first_batches(loader: Loader, device: torch.device, tokens: int) -> list[Bat
 
 
 def check_one_micro_batch(run: Run, batch: GlobalBatch) -> None:
-    """Refuse a step of several backwards where the first of them already updates the weights.
-
-    Raises:
-        UsageError: `train.optimizer_in_backward`, and the batch does not fit one micro batch.
-    """
+    """Refuse a step of several backwards where `train.optimizer_in_backward` updates the weights in the first."""
+    key = "train.optimizer_in_backward"
     if run.train.optimizer_in_backward and len(batch.micro) > 1:
-        raise UsageError(
-            f"step {batch.step + 1} takes {len(batch.micro)} micro batches, and train.optimizer_in_backward needs one",
-            where="train.optimizer_in_backward",
-            why="each parameter is updated as soon as its gradient is there, so gradients cannot be accumulated",
-            fix="a smaller train.global_batch, or train.optimizer_in_backward=false",
-        )
+        what = f"step {batch.step + 1} takes {len(batch.micro)} micro batches, and {key} needs one"
+        why = "each parameter is updated as soon as its gradient is there, so gradients cannot be accumulated"
+        raise UsageError(what, where=key, why=why, fix=f"a smaller train.global_batch, or {key}=false")
 
 
 def make_optimizer(run: Run, model: TrainModel, start: Start) -> Optimizer:
@@ -286,13 +272,9 @@ def make_optimizer(run: Run, model: TrainModel, start: Start) -> Optimizer:
 def write_identity(session: Session, argv: list[str] | None) -> None:
     """Write env.json, which makes the directory a run's, and config.yaml: what was run, on what, from which data."""
     out, plan = Path(session.run.output_dir), session.plan
-    found = {
-        "recipe_hash": digest(session.run),
-        **session.hashes,
-        "template": session.data.template.name,
-    }
+    found = {"recipe_hash": digest(session.run), **session.hashes, "template": session.data.template.name}
     if session.data.validation is not None:
-        found["validation_hash"] = session.data.validation.counts.digest
+        found["validation_hash"] = session.data.validation.counts.digest  # of those that are measured
     choices = {part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()}
     env = {**hardware.describe_machine(argv), **found, "choices": choices}
     write_atomically(out / IDENTITY, json.dumps(env, indent=1))

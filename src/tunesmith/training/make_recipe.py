@@ -87,7 +87,7 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
         overrides: as for `load_recipe`; they are written into the recipe, and what is chosen here follows them.
 
     Raises:
-        RecipeError, DataError, ModelError: something is wrong or ambiguous; the fix says what to give.
+        UsageError: something is wrong or ambiguous; the fix says what to give.
     """
     layer = override_layer(overrides)
     given = {key for key, _ in layer.places()}

@@ -58,13 +58,7 @@ class Result:
 def failure_of(
     error: BaseException, run: Run, *, micro_batch: Size, step: int, saved_step: int | None
 ) -> TunesmithError:
-    """The error of a run that had begun, in the words of failure.json.
-
-    Args:
-        micro_batch: what one forward and backward took.
-        step: the last step done.
-        saved_step: step of the newest checkpoint, or None.
-    """
+    """The error of a run that had begun, in the words of failure.json; `step`: the last one done."""
     again, where = how_to_resume(saved_step), f"step {step + 1}"
     if isinstance(error, TunesmithError):
         # What is a wrong input before the first step is a failed run after it.
@@ -80,29 +74,16 @@ def failure_of(
         key = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
         smaller = [f"{key}='{half}'"] if half.amount < micro_batch.amount else ["a smaller data.seq_len"]
         smaller += ["train.recompute=full"] if run.train.recompute != "full" else []
-        return RunError(
-            "out of memory",
-            where=where,
-            why=f"a micro batch of {micro_batch} did not fit",
-            fix=f"{' or '.join(smaller)}; {again}",
-        )
-    return RunError(
-        f"{type(error).__name__}: {error}",
-        where=where,
-        why="an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from",
-        fix=again,
-    )
+        why = f"a micro batch of {micro_batch} did not fit"
+        return RunError("out of memory", where=where, why=why, fix=f"{' or '.join(smaller)}; {again}")
+    why = "an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from"
+    return RunError(f"{type(error).__name__}: {error}", where=where, why=why, fix=again)
 
 
 def non_finite_error(
     loss: float, norm: float, run: Run, *, step: int, rows: list[str], saved_step: int | None
 ) -> NonFiniteError:
-    """The stop on a loss or gradient norm that is NaN or infinite.
-
-    Args:
-        step: the step it was found in; rows: the places of its rows.
-        saved_step: step of the newest checkpoint, or None.
-    """
+    """The stop on a loss or gradient norm that is NaN or infinite, found in `step`, on `rows` (their places)."""
     applied = "the update was not applied"
     if run.train.optimizer_in_backward:
         applied = "of this step only the parameters with a finite gradient were updated, and nothing of it is saved"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.checkpoint.run_dir import claim_run_dir, put_aside, sweep
@@ -54,8 +54,7 @@ def train(
         on_record: called after each step. What it raises ends the run, is named in failure.json and raised unchanged;
             `signal.raise_signal(signal.SIGINT)` in it saves and stops.
         fresh: put an earlier run in `output_dir` aside and start over.
-        why: say the reason of each choice for this machine.
-        argv: the command line, for env.json.
+        why, argv: say the reason of each choice for this machine; the command line, for env.json.
         say: takes each line that is told before the first step; None shows nothing, then or later.
 
     Raises:
@@ -84,7 +83,9 @@ def train(
             if start.finished is not None:
                 return Result(out, start.finished, finished_before=True)
             session = build(run, start, say=say, why=why)
-            sinks = make_sinks(session, log, stream, callback)
+            total, per_epoch = session.total_steps, session.data.schedule.steps_per_epoch(0)
+            sinks = sinks_of(run, out, total_steps=total, steps_per_epoch=per_epoch, log=log, stream=stream)
+            sinks.all.append(callback)
             stack.callback(close_after_all, sinks)
             begin(session, start, sinks, mark, argv)
         except RunError as error:  # a checkpoint that cannot be read, say: nothing has begun
@@ -118,15 +119,6 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
             raise
         raise failure from error
     return result
-
-
-def make_sinks(session: Session, log: LogFile, stream: TextIO | None, callback: RecordCallback) -> Sinks:
-    """The sinks that the recipe asks for, and the caller's; `stream` takes what is shown (None: stderr)."""
-    run, per_epoch = session.run, session.data.schedule.steps_per_epoch(0)
-    out, total = Path(run.output_dir), session.total_steps
-    sinks = sinks_of(run, out, total_steps=total, steps_per_epoch=per_epoch, log=log, stream=stream)
-    sinks.all.append(callback)
-    return sinks
 
 
 def begin(session: Session, start: Start, sinks: Sinks, mark: Callable[[], None], argv: list[str] | None) -> None:

@@ -63,10 +63,8 @@ class Trainer:
     def __init__(self, session: Session, start: Start, sinks: Sinks, stop: StopRequest) -> None:
         self.session, self.run, self.sinks, self.stop = session, session.run, sinks, stop
         self.out = Path(session.run.output_dir)
-        micro_batch = str(session.plan.layout.micro_batch)
-        self.progress = dataclasses.replace(
-            start.progress or Progress(), ended=None, micro_batch=micro_batch, **session.hashes
-        )
+        now = {"ended": None, "micro_batch": str(session.plan.layout.micro_batch), **session.hashes}
+        self.progress = dataclasses.replace(start.progress or Progress(), **now)
         self.first_step = self.progress.step
         self.records: list[StepRecord] = []
         self.pending: PendingMetrics | None = None
@@ -144,10 +142,7 @@ class Trainer:
         return self.progress.seconds >= (self.run.train.duration.seconds or 0.0)
 
     def train_step(self, batch: GlobalBatch) -> PendingMetrics:
-        """Forward, backward and update on one global batch, which the loader has put on the device.
-
-        The loss is divided once, by its denominator over the global batch.
-        """
+        """Forward, backward and update on one global batch; the loss is divided once, by its denominator over that."""
         model, optimizer = self.session.model, self.session.optimizer
         check_one_micro_batch(self.run, batch)
         lr = scheduled_rate(self.run.train, batch.step, **self.lr_schedule, seconds=self.progress.seconds)
@@ -171,9 +166,7 @@ class Trainer:
     def flush_metrics(self, *, log: bool = True) -> None:
         """Read the pending step's metrics into its record; log it, unless a validation loss is to be added first.
 
-        Raises:
-            NonFiniteError: the loss or the gradient norm is NaN or infinite; the update was not applied, or in part
-                with `optimizer_in_backward`.
+        NonFiniteError if the loss or the gradient norm is NaN or infinite.
         """
         pending, self.pending = self.pending, None
         if pending is None:
@@ -186,10 +179,8 @@ class Trainer:
         searching = scale is not None and scale >= 1.0  # fp16 skips steps while it searches for its loss scale
         if not (math.isfinite(loss) and (math.isfinite(norm) or searching)):
             self.writer.close()  # the checkpoint in progress may be the last good one
-            rows = pending.batch.row_names()
-            raise non_finite_error(
-                loss, norm, self.run, step=pending.step, rows=rows, saved_step=self.writer.saved_step
-            )
+            rows, saved = pending.batch.row_names(), self.writer.saved_step
+            raise non_finite_error(loss, norm, self.run, step=pending.step, rows=rows, saved_step=saved)
         self.progress.record = self.make_record(pending, loss, norm, metrics, seconds)
         if log:
             self.log_record()
@@ -296,11 +287,9 @@ class Trainer:
         if self.progress.record is None:
             raise self.stop.not_begun()
         self.save()
-        raise StoppedError(
-            f"stopped by {self.stop.signal}: step {self.progress.step} is saved",
-            where=str(self.out / f"checkpoint-{self.progress.step}"),
-            fix="start the same command again: it goes on from there",
-        )
+        step, fix = self.progress.step, "start the same command again: it goes on from there"
+        what, where = f"stopped by {self.stop.signal}: step {step} is saved", str(self.out / f"checkpoint-{step}")
+        raise StoppedError(what, where=where, fix=fix)
 
     def stopped_now(self) -> StoppedError:
         """The error of a second ctrl-C: the newest checkpoint is all that is saved."""
