@@ -309,9 +309,10 @@ def test_what_is_given_stands_and_is_written(home: Path) -> None:
     none_held = make_recipe("small", "faq.csv", ["data.hold_out=null"])
     assert none_held.run.data.hold_out is None
     assert "# 40 examples;" in none_held.text, "all rows are trained on"
-    by_python = make_recipe(
-        str(home / "small"), str(home / "faq.csv"), {"train.learning_rate": 3e-4, "data.hold_out": "10 %"}
-    )
+    values = {"train.learning_rate": 3e-4, "data.hold_out": "10 %", "data.system": "Be brief.\nBe: kind."}
+    by_python = make_recipe(str(home / "small"), str(home / "faq.csv"), values)
+    made.path.write_text(by_python.text)
+    assert load_recipe(made.path).data.system == "Be brief.\nBe: kind.", "the command in the comment has two lines"
     assert by_python.run.train.learning_rate == 3e-4
     assert str(by_python.run.data.hold_out) == "10 %"
     assert f"source: {home / 'faq.csv'}\n" in by_python.text, "an absolute path stays one"

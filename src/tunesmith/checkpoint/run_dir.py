@@ -54,11 +54,8 @@ def is_run(output_dir: Path) -> bool:
 def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
     """Create the run directory and lock it; remove what was created if no run wrote into it.
 
-    Yields a function that marks the directory as a run's, to be called before anything is written into it.
-
-    Raises:
-        UsageError: it holds files that no run wrote.
-        MachineError: the folder cannot be created or written, or another run holds it.
+    Yields a function that marks the directory as a run's, to be called before anything is written into it. UsageError
+    if it holds files that no run wrote; MachineError if it cannot be written or another run holds it.
     """
     found = [path.name for path in run_files(output_dir)]
     if found and not is_run(output_dir):

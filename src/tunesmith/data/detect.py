@@ -64,13 +64,9 @@ class Detected:
 
 
 def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
-    """Find the format and the columns of some rows.
+    """Find the format and the columns of some rows; DataError unless one layout reads them all.
 
-    Args:
-        source: `columns` that are known already, and the `format`, unless `any_format`.
-
-    Raises:
-        DataError: no layout reads the rows, more than one does, some rows read otherwise, or they are of another kind.
+    `source` gives `columns` that are known already, and the `format`, unless `any_format`.
     """
     where, count = from_here(rows.name), min(SAMPLE, len(rows))
     sample = {i: rows[i] for i in (n * (len(rows) - 1) // max(1, count - 1) for n in range(count))}

@@ -85,11 +85,8 @@ def convert_row(row: Mapping[str, Any], source: Source, *, where: str, system: s
     Args:
         row: column names and values as the file has them; null counts as absent.
         source: gives `format` and `columns` (the format's name of a column: the file's name of it).
-        where: the row's place, for errors.
+        where: the row's place, for the DataError of one that is not of this format.
         system: a system message for conversations that have none (`data.system`).
-
-    Raises:
-        DataError: a column is missing or of a wrong type, a role is unknown or out of order, a call is broken.
     """
     reader = _RowReader(row, source, where)
     sample = _FORMATS[source.format][0](reader)

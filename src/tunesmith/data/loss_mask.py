@@ -147,14 +147,9 @@ class AssistantMask:
     def answers(
         self, messages: Messages, tools: Tools = None, *, wanted: Collection[int] | None = None, where: str = ""
     ) -> tuple[str, list[CharSpan]]:
-        """The rendered conversation, and the supervised spans of its assistant messages.
+        """The rendered conversation, and the supervised spans of its assistant messages in `wanted` (None: of all).
 
-        Args:
-            wanted: indices of the messages whose answers are wanted; None: all.
-            where: the row's place, for errors.
-
-        Raises:
-            DataError: the template drops a part of the conversation, or an answer cannot be located for certain.
+        DataError if the template drops a part of the conversation, or an answer cannot be located for certain.
         """
         if self.tagged:
             text, blocks = self._render_tagged(messages, tools, where)
@@ -166,9 +161,8 @@ class AssistantMask:
         own = self._blocks_of_answers(view, blocks, turns, where) if self.tagged else {}
         spans = []
         for i in (i for i in turns if wanted is None or i in wanted):
-            spans += (
-                self._tagged_answer(view, i, own[i], where) if own else [self._answer(view, i, i == turns[-1], where)]
-            )
+            last = i == turns[-1]
+            spans += self._tagged_answer(view, i, own[i], where) if own else [self._answer(view, i, last, where)]
         return text, spans
 
     def _check_complete(self, view: _Rendering, where: str) -> None:

@@ -21,9 +21,6 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
     Returns:
         Bins of indices into `lengths`; each index occurs once. Equal input gives equal output: of equal lengths the
         earlier comes first.
-
-    Raises:
-        ValueError: an item is longer than a bin, or empty.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if sizes.size == 0:

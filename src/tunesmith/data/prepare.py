@@ -87,10 +87,8 @@ class TrainingData:
         plan, duration = self.schedule.summary(self.run.train.duration), self.run.train.duration
         kind = f"packed rows of {self.schedule.row_length}" if self.schedule.packed else "rows"
         steps = f"{plan.steps:,} optimizer steps" if plan.steps is not None else "optimizer steps until the time is up"
-        return (
-            f"{plan.examples:,} examples ({plan.tokens:,} tokens) -> {plan.rows:,} {kind}, {plan.fill:.1%} filled"
-            f" -> {plan.steps_per_epoch:,} steps an epoch -> {duration}: {steps}"
-        )
+        rows = f"{plan.rows:,} {kind}, {plan.fill:.1%} filled -> {plan.steps_per_epoch:,} steps an epoch"
+        return f"{plan.examples:,} examples ({plan.tokens:,} tokens) -> {rows} -> {duration}: {steps}"
 
     def warnings(self) -> list[str]:
         """What is valid but seldom meant, each with its fix."""
@@ -103,18 +101,14 @@ class TrainingData:
             fix = f'train.duration="{math.ceil(FEW_STEPS / per_epoch)} epochs"'
             if smaller < size.amount:
                 fix += f' or train.global_batch="{smaller} {size.unit}"'
-            found.append(
-                f"warning: only {steps} optimizer steps: a model changes little in fewer than {FEW_STEPS}; fix: {fix}"
-            )
+            found.append(f"only {steps} optimizer steps: a model changes little in fewer than {FEW_STEPS}; fix: {fix}")
         for split, part in self.sources():
             for name, (count, first) in part.counts.flaws.items():
                 if name == "joined" and self.run.data.template != "auto":
                     continue  # it was asked for
                 what, why, fix = FLAWS[name]
-                found.append(
-                    f"warning: {split}: {count:,} of {part.counts.rows:,} rows with {what}, first "
-                    f"{part.rows.where(first)}: {why}; fix: {fix}"
-                )
+                what = f"{count:,} of {part.counts.rows:,} rows with {what}"
+                found.append(f"{split}: {what}, first {part.rows.where(first)}: {why}; fix: {fix}")
         for repeats, tokens, what, fix in (
             (self.duplicates, self.train, "training examples are there before", "delete them"),
             (self.overlap, self.validation, "validation examples are trained on too, so val_loss says little of new rows",
@@ -122,8 +116,8 @@ class TrainingData:
         ):  # fmt: skip
             if repeats.count:
                 where = f"{repeats.where} ({repeats.earlier})"
-                found.append(f"warning: {repeats.count:,} of {len(tokens or ()):,} {what}; first {where}; fix: {fix}")
-        return found
+                found.append(f"{repeats.count:,} of {len(tokens or ()):,} {what}; first {where}; fix: {fix}")
+        return [f"warning: {text}" for text in found]
 
 
 def prepare_data(
@@ -135,16 +129,13 @@ def prepare_data(
     cache: Path | None = None,
     strict: bool = True,
 ) -> TrainingData:
-    """Read, tokenise and check the rows of a recipe.
+    """Read, tokenise and check the rows of a recipe; DataError where a source, a row or the contract is broken.
 
     Args:
         eos_ids: ids that end a turn, by the model's generation config.
         vocab_size: entries of the model's embedding.
         cache: folder of the token cache; None takes `tokens` in the cache folder.
         strict: raise on a broken contract; False leaves it to the caller to look at `contracts`.
-
-    Raises:
-        DataError: a source, a row or the contract is broken.
     """
     cache = cache or cache_folder("tokens")
     template = select_template(run.data, tokenizer, eos_ids)

@@ -37,13 +37,8 @@ _TITLES = {  # name: what errors call the template, what `describe` calls it
 def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> Template:
     """The template that `data.template` names.
 
-    Args:
-        data: the recipe's data block; `template` and the formats of its sources are read.
-        tokenizer: a fast Transformers tokenizer.
-        eos_ids: ids at which generation stops (the generation config's list).
-
-    Raises:
-        DataError: there is no such template, the file cannot be read, or it cannot tell answers from prompts.
+    `eos_ids`: those at which generation stops (the generation config's list). DataError where there is no such template
+    or it cannot tell answers from prompts.
     """
     formats = {source.format for source in (*data.train, *data.validation)}
     tools = bool(formats & _TOOLS)
@@ -139,10 +134,7 @@ class Template:
 
         Args:
             train_on: `response` (every answer), `last` (the last one) or `all` (every token but the first).
-            where: the rows' places, for errors.
-
-        Raises:
-            DataError: the template cannot render the row, drops a part of it, or its answers cannot be located.
+            where: the rows' places, for the DataError of one that cannot be rendered or masked.
         """
         samples = [self._as_taken(sample) for sample in samples]
         located = [self._locate(sample, train_on, place) for sample, place in zip(samples, where, strict=True)]

@@ -135,7 +135,8 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
     path = Path(f"{run.output_dir}.yaml")
     why |= {key: "given on the command line" for key in why if key in given and key != "data.train"}
     words = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
-    head = f"{schema_line()}\n# {shlex.join(['tunesmith', 'train', '--model', model, '--data', data, *words])}\n"
+    command = shlex.join(["tunesmith", "train", "--model", model, "--data", data, *words])
+    head = "".join(f"{line}\n" for line in (schema_line(), *(f"# {line}" for line in command.splitlines())))
     return MadeRecipe(run, path, head + to_yaml(resolve_paths(tree, beside=path.parent).plain(), why), found)
 
 

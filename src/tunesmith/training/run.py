@@ -67,8 +67,7 @@ def train(
         run = load_recipe(run, overrides, say=say)
     elif overrides:
         raise UsageError("a checked recipe takes no overrides", fix="give the recipe's file, or dataclasses.replace it")
-    out = Path(run.output_dir)
-    refuse_special_files(out)
+    refuse_special_files(out := Path(run.output_dir))
     with ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
         stop = stack.enter_context(StopRequest())

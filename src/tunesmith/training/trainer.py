@@ -121,9 +121,8 @@ class Trainer:
         self.pending, progress.step = pending, pending.step
 
         last = self.over()
-        validate = self.session.data.validation is not None and (
-            self.validate_cadence.due(progress.step, progress.seconds) or last
-        )
+        due = self.validate_cadence.due(progress.step, progress.seconds) or last
+        validate = due and self.session.data.validation is not None
         save = self.checkpoint_cadence.due(progress.step, progress.seconds)
         if validate or save or last or self.stop.signal or not self.async_metrics:
             self.flush_metrics(log=not validate)
