@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from tunesmith.cli.main import VERBS
+
 SOURCE = Path(__file__).parents[1] / "src" / "tunesmith"
 FILES = sorted(SOURCE.rglob("*.py"))
 LINES, FILE_LINES, FUNCTION_LINES = 18_300, 400, 60
@@ -60,6 +62,15 @@ def test_a_function_fits_a_page():
     assert len(functions) > 500
     long = {f"{f.name}:{n.lineno} {n.name}": n.end_lineno - n.lineno + 1 for f, n in functions}
     assert {name: size for name, size in long.items() if size > FUNCTION_LINES} == {}
+
+
+def test_a_command_that_a_text_offers_exists():
+    """Such as the fix of an error: `tunesmith train my-recipe.yaml`."""
+    nodes = [node for file in FILES for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    offered = [verb for text in texts for verb in re.findall(r"(?:^|[:;,`(\n] ?| or | then )tunesmith ([a-z]+)", text)]
+    assert len(offered) > 30
+    assert {*offered} - {*VERBS} == set()
 
 
 def test_the_files_that_the_docs_name_exist():

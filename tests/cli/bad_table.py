@@ -156,7 +156,7 @@ def unfinished(world: World) -> str:
 VERBS = [
     Case("verb", "unknown command", lambda w: ["trian"], "command line", "trian", "tunesmith train"),
     Case("verb", "unknown option", lambda w: w.train("--freshh"), "command line", "--freshh", "did you mean --fresh?"),
-    Case("verb", "no recipe", lambda w: ["train"], "command line: tunesmith train", "recipe"),
+    Case("verb", "no recipe", lambda w: ["train"], "command line", "recipe", "--data"),
     Case("verb", "merge into a full folder", lambda w: ["merge", str(w.begun()), "--output", str(w.write("m/mine.txt", "mine").parent)], "--output", "--force"),
     Case("verb", "merge a plain model", lambda w: ["merge", str(w.tiny), "--output", str(w.folder / "m")], "tiny", "adapter"),
     Case("verb", "merge onto a file", lambda w: ["merge", str(w.begun()), "--output", str(w.write("m", "mine"))], "--output", "/m is a file"),

@@ -43,7 +43,6 @@ OF_SHAPE = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `tunesmith bench`."""
     parser.usage = f"{parser.prog} (RECIPE | --shape NAME --tokenizer T --data FILE) [key=value ...] [options]"
     add = parser.add_argument
     add("words", nargs="*", metavar="RECIPE | key=value", help="a recipe, and keys that win over it")
@@ -60,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure; errors leave as TunesmithError with their exit code."""
     check_arguments(args)
     refuse_many_ranks("bench")
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-", ignore_cleanup_errors=True) as name:

@@ -204,11 +204,7 @@ class Chat:
                     return
 
     def _ask(self, side: str, question: str, write: Callable[[str], None]) -> bool:
-        """Stream one answer; False when ctrl-C ended it: it is kept, and no other side is asked.
-
-        Raises:
-            UsageError: the question alone does not fit the model's context; it is forgotten.
-        """
+        """Stream one answer; False when ctrl-C ended it: it is kept, and no other side is asked."""
         from tunesmith.adapter.lora import disabled
         from tunesmith.inference.decoding import answer_batch
         from tunesmith.inference.load_run import load_run

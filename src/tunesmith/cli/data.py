@@ -36,14 +36,12 @@ _ROW_TOKENS = 800  # tokens of a row that are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `tunesmith data`."""
     add_recipe(parser)
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows to show (default 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare the data as `train` does, and show it; errors leave as TunesmithError with their exit code."""
     recipe, _ = chosen_recipe(args, partial(print, file=sys.stderr))
     from tunesmith.data.prepare import prepare_data
     from tunesmith.hub import fetch
@@ -87,16 +85,12 @@ def print_data(prepared: TrainingData, tokenizer: Any, rows: int, console: Conso
 
 
 def segments(tokens: TokenSet, tokenizer: Any, i: int, limit: int = _ROW_TOKENS) -> list[tuple[str, bool, bool]]:
-    """Example i as (text, supervised, special) stretches; of one longer than `limit` tokens the beginning and the end.
-
-    A stretch is decoded as what it adds to the text before it: alone, a piece of a character or a leading space would
-    decode to something else.
-    """
+    """Example i as (text, supervised, special) stretches; of one longer than `limit` tokens the beginning and the end."""
     ids, trained, special = tokens[i].ids.tolist(), tokens[i].trained.tolist(), set(tokenizer.all_special_ids)
     kinds = [(supervised, token in special) for supervised, token in zip(trained, ids, strict=True)]
     half, long = limit // 2, len(ids) > limit
 
-    def decode(end: int) -> str:
+    def decode(end: int) -> str:  # whole: alone, a piece of a character or a leading space is something else
         return str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     out: list[tuple[str, bool, bool]] = []

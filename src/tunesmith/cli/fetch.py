@@ -28,7 +28,6 @@ An interrupted download resumes where it stopped. HF_HOME names the cache, HF_TO
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of this verb."""
     parser.add_argument("name", nargs="?", metavar="RECIPE|MODEL", help="a recipe, or a Hub id, folder or .gguf file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
     parser.add_argument("--revision", help="branch, tag or commit of a model that is named without a recipe")
@@ -40,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the command line says; the exit code."""
     if args.list:
         return _list(as_json=args.json)
     if args.remove is not None:

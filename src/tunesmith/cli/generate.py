@@ -143,13 +143,9 @@ def _read_input(name: str) -> Rows:
 
 
 def _kept_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> tuple[int, int]:
-    """How many rows of the output --resume keeps, and their bytes; nothing is written before the model is loaded.
+    """How many rows of the output --resume keeps, and their bytes; an output that may not be written is refused.
 
     Its last line may be the beginning of a record, or lack its line break: it is written again.
-
-    Raises:
-        UsageError: the output is the input, a folder, or holds anything but answers to these rows.
-        MachineError: it cannot be written.
     """
     where, special = "--output", output is None or (output.exists() and not output.is_file() and not output.is_dir())
     if special and args.resume:

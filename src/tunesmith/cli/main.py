@@ -70,10 +70,8 @@ class Parser(argparse.ArgumentParser):
             elif word.startswith("--") and any("key=value" in str(action.metavar) for action in self._actions):
                 from tunesmith.config.typed import suggest_override
 
-                after = next(
-                    (w for before, w in pairwise(self.words) if before == word and not w.startswith("-")), None
-                )
-                if override := suggest_override(word, after):
+                values = {option: value for option, value in pairwise(self.words) if not value.startswith("-")}
+                if override := suggest_override(word, values.get(word)):
                     fix = f"recipe keys are written without dashes: {override}"
         raise UsageError(message, where=f"command line: {self.prog}", fix=fix)
 

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is new or empty")
-    dtype_help = "of the written weights (default: the base's)"
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help=dtype_help)
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of what is written (default: the base's)")
     force_help = "replace an earlier merge in the output folder, once the check is passed"
     parser.add_argument("--force", action="store_true", help=force_help)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

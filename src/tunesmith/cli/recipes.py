@@ -59,8 +59,8 @@ def _list(*, as_json: bool) -> int:
     rows = []
     for name, path in shipped().items():
         recipe = load_recipe(path)
-        row = {"name": name, "model": recipe.model.name, "method": describe_adapter(recipe), "purpose": purpose(path)}
-        rows.append({**row, "file": str(path)})
+        about = {"method": describe_adapter(recipe), "purpose": purpose(path), "file": str(path)}
+        rows.append({"name": name, "model": recipe.model.name, **about})
     if as_json:
         print(json.dumps(rows, indent=2))
         return EXIT_OK

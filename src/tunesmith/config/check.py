@@ -130,13 +130,10 @@ def _batch(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
     if batch.unit == "tokens" and not run.data.pack:
         fix = "train.global_batch: 64 examples, or data.pack: true"
         yield "train.global_batch", "in tokens needs packed rows", fix
-    for key, size, other in (
-        ("train.global_batch", batch, "a smaller data.seq_len"),
-        ("train.micro_batch", micro, "auto"),
-    ):
+    for name, size, other in (("global_batch", batch, "a smaller data.seq_len"), ("micro_batch", micro, "auto")):
         if size != "auto" and size.unit == "tokens" and size.amount < seq_len:
             what = f"of {size} is smaller than one row of data.seq_len {seq_len}"
-            yield key, what, f"{key}: {seq_len} tokens or more, or {other}"
+            yield f"train.{name}", what, f"train.{name}: {seq_len} tokens or more, or {other}"
     if micro != "auto" and micro.unit == batch.unit and micro.amount > batch.amount:
         what = f"of {micro} is larger than train.global_batch of {batch}"
         yield "train.micro_batch", what, f"train.micro_batch: {batch}, or auto"

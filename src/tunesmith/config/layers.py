@@ -69,11 +69,13 @@ def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False)
         what = f"{key}.{next(iter(given))}: there is no key {next(iter(given))!r} in a single value"
         raise RecipeError(what, where=upper.where, fix=f"give the whole of {key} instead")
     if isinstance(below, list) and isinstance(given, dict) and given and "source" not in given:
-        items = list(below)
+        items = dict(lower.children())
         for name, node in given.items():
-            at = _index(items, name, key, node.where)
-            items[at] = _merge(items[at], node, f"{key}.{name}", same_layer=same_layer)
-        return replace(lower, value=items)
+            if name not in items:
+                fix = f"name one of its entries by number, 0 to {len(items) - 1}" if items else "give the whole list"
+                raise RecipeError(f"{key}: the list has no entry {name!r}", where=node.where, fix=fix)
+            items[name] = _merge(items[name], node, f"{key}.{name}", same_layer=same_layer)
+        return replace(lower, value=list(items.values()))
     cleared = not given and get_origin(keys().get(without_indices(key), (None, None))[1]) in (dict, tuple)
     if not isinstance(below, dict) or not isinstance(given, dict) or cleared:
         return upper
@@ -108,12 +110,3 @@ def _sources(rows: Node) -> list[Any]:
             with suppress(RecipeError):  # a text that is neither is refused later, unless a layer replaces it
                 found[-1] = resolve_paths(found[-1], "data.train.source")
     return [node.plain() for node in found]
-
-
-def _index(items: Sequence[Node], name: str, key: str, where: str) -> int:
-    """The place in a list that a part of a key names."""
-    place = {str(i): i for i in range(len(items))}.get(name)
-    if place is None:
-        fix = f"name one of its entries by number, 0 to {len(items) - 1}" if items else "give the whole list"
-        raise RecipeError(f"{key}: the list has no entry {name!r}", where=where, fix=fix)
-    return place

@@ -104,11 +104,7 @@ def wrap(values: Any, *, where: str, base: Path, key: str = "") -> Node:
 
 
 def read_file(path: Path) -> Node:
-    """A recipe file as a tree whose top is a mapping.
-
-    Raises:
-        RecipeError: it cannot be read, is not UTF-8, not YAML 1.2, empty, more than one document, or not a mapping.
-    """
+    """A recipe file as a tree whose top is a mapping; RecipeError for one that is not UTF-8 text with such a document."""
     name = str(path)
     try:
         with path.open("rb") as file:

@@ -48,11 +48,7 @@ def run_type() -> TypeAdapter[Run]:
 
 
 def build_run(tree: Node) -> Run:
-    """The recipe in the types of the schema.
-
-    Raises:
-        RecipeError: an unknown or missing key, or a value of the wrong type or out of bounds, with its place.
-    """
+    """The recipe in the types of the schema; RecipeError for the first key or value that does not fit, with its place."""
     from pydantic import ValidationError
 
     values = tree.plain()

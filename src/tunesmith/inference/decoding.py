@@ -31,11 +31,7 @@ WINDOW_BATCHES = 4  # a larger window sorts better; a resumed job computes one w
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen.
-
-    Raises:
-        UsageError: a value out of range, or a sampling option without a temperature.
-    """
+    """How tokens are chosen; UsageError for a value out of range, or a sampling option without a temperature."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0 is greedy; above, the logits are divided by it and a token is drawn

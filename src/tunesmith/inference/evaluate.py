@@ -142,9 +142,6 @@ def evaluate(
         format_name, columns: how the rows of `data` are read, as for `generate`; by the columns of the first row.
         exact_match: also answer every row greedily and compare texts.
         max_new_tokens, batch_size: for exact match: longest answer in tokens, and rows answered at once.
-
-    Raises:
-        UsageError: the run or the data cannot be used; see `load_run` and `read_rows`.
     """
     location = locate_run(path)
     if data is None:

@@ -83,12 +83,7 @@ def generate(
 def row_source(
     row: dict[str, Any], where: str, known: Sequence[Source], format_name: str, columns: Mapping[str, str] | None
 ) -> Source:
-    """How to read a row: as told, else as the known source whose columns it has, else by its own columns.
-
-    Raises:
-        DataError: no column identifies the format.
-        UsageError: `columns` names one that the format does not have.
-    """
+    """How to read a row: as told, else as the known source whose columns it has, else by its own columns."""
     fits = [
         s
         for s in known
@@ -117,13 +112,12 @@ def _make_prompt(
     source = row_source(row, where, loaded.location.sources, format_name, columns)
     complete, answered = _with_answer(row, source)
     sample = convert_row(complete, source, where=where, system=loaded.system)
-    if isinstance(sample, Conversation) and sample.messages[-1]["role"] != "assistant":
-        what = "the conversation ends with neither a question nor an answer"
-        why = f"its last message is of the role {sample.messages[-1]['role']}"
-        raise DataError(what, where=where, why=why, fix="end it with the turn to answer, or with the answer")
-    reference = None
     if isinstance(sample, Conversation):
+        if (role := sample.messages[-1]["role"]) != "assistant":
+            what, why = "the conversation ends with neither a question nor an answer", f"the last role is {role}"
+            raise DataError(what, where=where, why=why, fix="end it with the turn to answer, or with the answer")
         sample = replace(sample, untrained=frozenset())  # an answer that is not trained on is an answer too
+    reference = None
     if answered:
         # Taken from the tokens, not from the row: tool calls, reasoning and what the template trims are compared in the
         # form in which the model writes them.

@@ -123,7 +123,7 @@ def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:
         raise UsageError(f"{output} is where the adapter or its base lies", where=where, fix="name another folder")
     if output == Path.cwd() or output in Path.cwd().parents:
         raise UsageError(f"{output} is the folder you are in", where=where, fix="name a folder in it")
-    for folder, replace in ((output, force), (_rejected(output), True)):
+    for folder, replace in ((output, force), (Path(f"{output}.rejected"), True)):
         if foreign := _foreign_file(folder):
             why = "--force replaces only what an earlier merge wrote, and nothing has changed since"
             fix = "name a folder that is new or empty"
@@ -134,11 +134,6 @@ def _check_output(output: Path, location: RunLocation, *, force: bool) -> None:
     parent = existing_folder(output.parent)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError(f"{parent} cannot be written", where=where, fix="name a folder that you may write")
-
-
-def _rejected(goal: Path) -> Path:
-    """Where a merge that fails its check is kept."""
-    return goal.with_name(goal.name + ".rejected")
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
@@ -202,7 +197,7 @@ def _reload(folder: Path) -> PreTrainedModel:
 def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
     """Give the written folder its name: the goal, or `<goal>.rejected` if the check failed."""
     if not check.passed:
-        rejected = _rejected(goal)
+        rejected = Path(f"{goal}.rejected")
         shutil.rmtree(rejected, ignore_errors=True)
         temporary.rename(rejected)
         raise CheckpointError(
