@@ -121,11 +121,8 @@ def put_aside(output_dir: Path, inputs: Iterable[str] = ()) -> Path | None:
     """Move an earlier run to `<output_dir>.previous-<n>`, and return that; None if there was nothing to move.
 
     What a run does not write stays where it is. A link is followed: the run stays on its disk. `inputs` are what the new
-    run reads: paths, and Hub ids, which are ignored.
-
-    Raises:
-        UsageError: one of the inputs, or the working directory, would be moved.
-        MachineError: the folder cannot be moved, such as a mounted one.
+    run reads: paths, and Hub ids, which are ignored. UsageError if one of them, or the working directory, would be moved;
+    MachineError if the folder cannot be, such as a mounted one.
     """
     old, here = run_files(output_dir), output_dir.resolve()
     if not old:

@@ -119,10 +119,8 @@ class Loader(AbstractContextManager["Loader"]):
 
     def _prefetched(self, step: int) -> GlobalBatch:
         """The global batch of one step, on the device; called in the thread."""
-        batch = self.batch(step)
-        if self._prefetcher is None:
-            return batch
-        return replace(batch, micro=[self._prefetcher(micro) for micro in batch.micro])
+        batch, put = self.batch(step), self._prefetcher
+        return replace(batch, micro=[put(micro) for micro in batch.micro]) if put is not None else batch
 
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of one step, made here and now, in host memory."""

@@ -177,9 +177,6 @@ def tokenise(
         data: gives seq_len, train_on, too_long and system.
         cache: folder of the cache, None for none.
         what: `train` or `validation`, for progress.
-
-    Raises:
-        DataError: a row that is broken, a row too long with `too_long: error`.
     """
     parts = []
     tokenizer_hash = _tokenizer_hash(tokenizer) if cache is not None else ""

@@ -103,10 +103,7 @@ def build(
     """Make a Session, checking before each slow thing what can be checked without it.
 
     Args:
-        run: the resolved recipe.
-        start: where the run resumes from, if it does.
-        say: takes one line for the user about each choice made here.
-        why: say the reason of each choice too.
+        say: takes one line for the user about each choice made here; `why` asks for its reason too.
         weights: "random" draws them on the device; `model.name` is then a folder that needs none.
         checkpoints: False where none will be written, so that no room is asked for them.
     """
