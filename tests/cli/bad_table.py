@@ -232,7 +232,6 @@ FOLDERS = [
     Case("folder", "output_dir has too long a name", lambda w: w.train(output_dir=str(w.folder / ("a" * 300))), "aaa"),
     Case("folder", "output_dir in no one's home", lambda w: w.train("output_dir=~no.one/run"), "output_dir"),
     Case("folder", "output_dir with a null character", lambda w: w.train('output_dir="a\\0b"'), "output_dir"),
-    Case("folder", "--fresh where the rows lie", lambda w: w.train("--fresh", output_dir=str(w.folder)), "", "train.jsonl"),
     Case("folder", "TensorBoard under a file", lambda w: w.train(log={"tensorboard": True, "tensorboard_dir": str(w.write("f", "mine") / "tb")}), "f/tb", "TensorBoard", "log.tensorboard"),
 ]  # fmt: skip
 ALL = [*RECIPES, *DATA, *MODELS, *VERBS, *GENERATE, *SCRIPTS, *FOLDERS]

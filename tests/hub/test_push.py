@@ -123,6 +123,7 @@ def test_an_adapter_on_a_folder_is_refused_and_its_merge_is_not(lora: Path, tmp_
         assert hub.seen == []
         merge(lora, tmp_path / "merged", device="cpu")
         assert push(tmp_path / "merged", hub=hub)[0] == 0
+        assert hub.commits[-1][2] == "Push merged"
         sent = hub.stored["ada/merged"]["main"]
         assert sent["model.safetensors"] == (tmp_path / "merged" / "model.safetensors").read_bytes()
         assert not [name for name, data in sent.items() if str(lora.parent).encode() in data]

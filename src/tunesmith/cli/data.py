@@ -169,12 +169,8 @@ def _contracts_table(prepared: TrainingData) -> Table:
             note, checked = f"; {check.note}" if check.note else "", f"{check.checked:,} {check.of}"
             result = Text(f"holds: {checked}{note}", style="green" if check.checked else "")
             if check.broken:
-                lines = [
-                    f"BROKEN: {check.broken:,} of {checked}, first in {check.where}",
-                    check.why,
-                    f"fix: {check.fix}",
-                ]
-                result = Text("\n".join(lines), style="red")
+                broken = f"BROKEN: {check.broken:,} of {checked}, first in {check.where}"
+                result = Text(f"{broken}\n{check.why}\nfix: {check.fix}", style="red")
             table.add_row(f"{contract.split}: {check.name}", result)
     return table
 

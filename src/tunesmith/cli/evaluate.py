@@ -86,5 +86,4 @@ def _print_table(found: Evaluation) -> None:
     Console(file=sys.stdout).print(table)
     for count, what in ((found.dropped, "dropped"), (found.cut, "cut short")):
         if count:
-            why = "they are longer than the recipe's seq_len"
-            print(f"{count} of {found.rows} rows were {what}: {why}", file=sys.stderr)
+            print(f"{count} of {found.rows} rows were {what}: longer than the recipe's seq_len", file=sys.stderr)

@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    rows_help = "rows: jsonl, json, csv, parquet; - is stdin (jsonl)"
-    parser.add_argument("--input", required=True, metavar="FILE", help=rows_help)
+    parser.add_argument("--input", required=True, metavar="FILE", help="jsonl, json, csv, parquet; - is stdin (jsonl)")
     parser.add_argument("--output", required=True, metavar="FILE", help="where answers go (jsonl); - is stdout")
     parser.add_argument("--base", action="store_true", help="ask the base model, without what was trained")
     add_rows(parser, batch_size="rows answered at once")

@@ -46,8 +46,6 @@ def run(args: argparse.Namespace) -> int:
     if CARD not in files and location.kind != "base":
         files[CARD] = model_card(location.base, location.run, folder.parent).encode()
     name = (folder.parent if location.run else folder).resolve().name
-    page = push_files(
-        files, args.to or name, public=args.public, revision=args.revision, message=f"Push {name}/{folder.name}"
-    )
-    print(page)
+    message = f"Push {name}" + (f"/{folder.name}" if location.run else "")
+    print(push_files(files, args.to or name, public=args.public, revision=args.revision, message=message))
     return EXIT_OK

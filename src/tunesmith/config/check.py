@@ -21,7 +21,6 @@ COLUMNS = {
 }
 CHATS = ("alpaca", "messages", "sharegpt", "prompt-completion")  # formats with turns, and so with a system message
 
-
 # A broken rule: the key, what is wrong with it (read after the key), the fix, and the reason if it is not plain.
 Problem = tuple[str, str, str] | tuple[str, str, str, str]
 

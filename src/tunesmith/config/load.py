@@ -45,10 +45,7 @@ def load_recipe(
 def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
     """A `Run` from plain values, as `to_mapping` gives them; raises as `load_recipe`.
 
-    Args:
-        values: the recipe; lists may be tuples.
-        where: what errors call it, such as the file's name; the key is added.
-        base: the folder that relative paths start from.
+    `where` is what errors call it, such as the file's name, and `base` the folder that relative paths start from.
     """
     return checked(wrap(values, where=where, base=base))
 

@@ -77,11 +77,9 @@ def validation_loss(
     device: torch.device,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> tuple[float, int] | None:
-    """The method's mean loss over `tokens`, each example once, in packed rows of `micro_tokens`.
+    """The method's mean loss over `tokens`, each once, in packed rows of `micro_tokens`, and what its sum is divided by.
 
-    Returns:
-        (loss, what its sum was divided by: for SFT nats and supervised tokens); None once `cancelled` says so, which is
-        asked before each row.
+    For SFT these are nats and supervised tokens. None once `cancelled` says so, which is asked before each row.
     """
     total, count = 0.0, 0
     with evaluating(train_model):

@@ -97,10 +97,7 @@ class LoadedModel:
 
 
 def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
-    """Find what `path`, one of the forms in the module's docstring, stands for.
-
-    Args:
-        base_only: take the base instead of what was trained from it.
+    """Find what `path`, one of the forms in the module's docstring, stands for; with `base_only` the base of it.
 
     Raises:
         UsageError: there is no such path, or it is none of these.
