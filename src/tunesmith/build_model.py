@@ -51,8 +51,8 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
 def embedding_rows(run: Run, files: ModelFiles) -> int:
     """Rows of embedding and head.
 
-    Where tokens were added, those of a model trained in full are a multiple of 64, which the head's product is fast with.
-    An adapter's are as many as the tokenizer has tokens: to so many PEFT and its users resize the base.
+    Where tokens were added, a multiple of 64 in a model trained in full, which the head's product is fast with; with an
+    adapter as many as the tokenizer has tokens: to so many PEFT and its users resize the base.
     """
     rows = files.vocab_rows
     grows = rows > files.config.vocab_size and run.adapter.kind == "none"

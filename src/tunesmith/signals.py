@@ -30,13 +30,8 @@ class StopRequest:
 
     Before `hold` a signal raises a KeyboardInterrupt, which libraries let pass, and the context ends with StoppedError
     whatever a library made of it. From `hold` on the caller looks at `signal` and ends by itself; a second ctrl-C sets
-    `now` and raises the same.
-
-    Args:
-        interactive: for commands that answer: hold SIGTERM and SIGINT from the start.
-
-    Attributes:
-        doing: what is completed before the stop, as told to the user.
+    `now` and raises the same. `interactive` is for commands that answer: it holds SIGTERM and SIGINT from the start.
+    `doing` is what is completed before the stop, as told to the user.
     """
 
     def __init__(self, *, interactive: bool = False) -> None:
@@ -80,8 +75,7 @@ class StopRequest:
     def hold(self, say: Callable[[str], None] | None = None) -> None:
         """From here on there is something to save: the loop ends the run, not the handler.
 
-        Args:
-            say: takes a line at once when a signal comes; called in another thread.
+        `say` takes a line at once when a signal comes, in another thread.
         """
         self._say, self._held = say, True
         if self.signal:  # a library swallowed the KeyboardInterrupt

@@ -133,8 +133,7 @@ class FusedNorm(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021, arXiv:2104.09864) in Transformers' layout, halves instead of pairs.
 
-    Args:
-        x: [n, heads, d]; cos, sin: [n, d], both halves alike.
+    x: [n, heads, d]; cos, sin: [n, d], both halves alike.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if torch.compiler.is_compiling():

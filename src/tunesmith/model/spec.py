@@ -208,11 +208,8 @@ def flops(
     causal mask (and a window) leaves, document by document, and the head only the positions that carry a label.
     Recomputation, norms, rotary embeddings and the softmax are not counted.
 
-    Args:
-        documents: length of each document, in tokens, padding not counted.
-        supervised: positions whose label enters the loss.
-        trained: "full", or "lora" for a frozen base.
-        adapter_parameters: with "lora", parameters of all A and B, which cost 6 each per token.
+    `documents` are lengths in tokens without padding; `supervised` counts the positions whose label enters the loss. Each
+    of the `adapter_parameters` costs 6 per token.
     """
     lengths = list(documents)
     tokens = sum(lengths)

@@ -71,13 +71,10 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run does on its machine. The defaults are those of inference.
+    """What a run does on its machine, and why, by part. The defaults are those of inference.
 
-    Attributes:
-        base: how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8.
-        layers: decoder layers of the model, of which `recomputed_layers` recompute in the backward.
-        memory: the estimate behind micro batch and recompute.
-        why: the reason of each choice, by its part.
+    `base` is how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8. Of the model's decoder
+    `layers`, `recomputed_layers` recompute in the backward.
     """
 
     device: str
