@@ -27,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of what is written (default: the base's)")
-    force_help = "replace an earlier merge in the output folder, once the check is passed"
-    parser.add_argument("--force", action="store_true", help=force_help)
+    parser.add_argument("--force", action="store_true", help="replace an earlier merge there, once the check is passed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -11,10 +11,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressCounter:
-    """`with ProgressCounter() as progress: progress("answers", 7, 100)`; another name starts another count.
-
-    The first call of each name tells where it starts; rates are counted from there.
-    """
+    """`progress("answers", 7, 100)` in its block; another name starts another count, from where its first call says."""
 
     def __enter__(self) -> ProgressCounter:
         self._what, self._done, self._start, self._bar = "", 0, 0, None

@@ -26,17 +26,13 @@ MAX_EXTENDS = 20  # recipes one over the other
 def load_recipe(
     recipe: str | Path, overrides: Mapping[str, Any] | Sequence[str] = (), *, say: Callable[[str], None] | None = None
 ) -> Run:
-    """Read a recipe, apply overrides, check it.
+    """Read a recipe, apply overrides, check it; RecipeError or MachineError names what is wrong, its place and the fix.
 
     Args:
         recipe: a file, or the name of a recipe that ships.
         overrides: `{"key.sub": value}`, each value as it is, or texts `key.sub=value`, the value in YAML 1.2; all of
             them are one layer.
         say: takes a line for each layer that names other rows, about the keys that it leaves behind.
-
-    Raises:
-        RecipeError: anything wrong with the recipe or an override, with its place and fix.
-        MachineError: something that this version cannot do.
     """
     tree = _read_layers(locate_recipe(recipe, base=Path(), where=str(recipe)), (), say)
     return checked(merge_layers(tree, override_layer(overrides), say))

@@ -37,7 +37,7 @@ def without_indices(key: str) -> str:
 
 @cache
 def other_tools(kind: str) -> dict[str, str]:
-    """Names of other tools and what to write here; `kind` is `keys` or `words`."""
+    """Names of other tools and what to write here; `kind` is `keys`, `words` or `absent`."""
     table = read_file(Path(__file__).with_name("other_tools.yaml")).plain()[kind]
     return {name: meant for meant, names in table.items() for name in names}
 
