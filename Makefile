@@ -2,6 +2,7 @@
 # make quick   the tests without the slow ones, under 90 seconds
 # make test    every test, as CI runs them
 # make check   lint, format, types, import floors, house rules, generated pages
+# make picture  the picture of the README: a run in a terminal of 80 columns
 # make clean   remove the environment and what the demo wrote
 
 PYTHON ?= python3
@@ -15,10 +16,13 @@ INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CO
 # One thread a process: two processes of two threads each starve each other on two cores.
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo quick test check clean
+.PHONY: demo picture quick test check clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python demo/run.py
+
+picture: $(VENV)/dev.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python demo/picture.py
 
 quick: $(VENV)/dev.stamp
 	$(PYTEST) -m 'not slow'
