@@ -16,10 +16,12 @@ os.environ.setdefault("NO_COLOR", "1")
 
 # Files whose tests start processes, compile, or train for long: `make quick` leaves them out.
 SLOW = """
-bench/test_measure.py bench/test_shape.py cli/test_bad_inputs.py cli/test_bad_streams.py cli/test_bench.py cli/test_campaign.py
-cli/test_failed_runs.py cli/test_playbook.py cli/test_readme.py cli/test_serving.py hub/test_fetch_verb.py
-hub/test_hub.py cli/test_bad_hub.py hub/test_push.py inference/test_merge.py parity/test_batches.py parity/test_curves.py
-parity/test_optimizers.py quant/test_fp8_base.py runtime/test_compilation.py runtime/test_host.py test_notebook.py training/test_resume.py
+bench/test_measure.py bench/test_shape.py cli/test_bad_hub.py cli/test_bad_inputs.py cli/test_bad_streams.py
+cli/test_bench.py cli/test_campaign.py cli/test_failed_runs.py cli/test_log_file.py cli/test_playbook.py
+cli/test_readme.py cli/test_serving.py data/test_workers.py hub/test_fetch_verb.py hub/test_hub.py
+hub/test_own_data.py hub/test_push.py inference/test_merge.py model/test_weights.py parity/test_batches.py
+parity/test_curves.py parity/test_optimizers.py quant/test_fp8_base.py runtime/test_compilation.py
+runtime/test_host.py test_notebook.py test_public_api.py training/test_going_on.py training/test_resume.py
 """.split()
 
 
