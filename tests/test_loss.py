@@ -124,7 +124,7 @@ def test_no_more_than_a_chunk_of_logits_exists():
     with Watch():
         chunked_cross_entropy(torch.randn(300, 4), head, torch.zeros(300, dtype=torch.long), chunk=64)
     assert largest == 60  # 300 in five chunks, all alike
-    assert chunk_size(128256, torch.device("cpu")) * 128256 * 4 <= 64 << 20
+    assert chunk_size(128256, 300, torch.device("cpu")) * 128256 * 4 <= 64 << 20
 
 
 def test_no_positions_make_a_zero_that_can_be_differentiated():
@@ -158,8 +158,11 @@ def test_chunks_are_alike_and_on_a_gpu_whole_tiles():
 
 
 def test_a_chunk_on_a_gpu_is_whole_tiles_within_its_budget():
-    gpu = torch.device("cuda")
-    assert chunk_size(128_256, gpu) == 512
-    assert chunk_size(151_936, gpu) == 384
-    assert chunk_size(151_936, gpu, trained=True) == 1664
-    assert chunk_size(1_000_000, gpu) == 67
+    gpu, small, large = torch.device("cuda"), {"card": 24 << 30}, {"card": 141 << 30}
+    assert chunk_size(128_256, 16384, gpu, **small) == 512
+    assert chunk_size(151_936, 16384, gpu, **small) == 384
+    assert chunk_size(151_936, 16384, gpu, **small, trained=True) == 1664
+    assert chunk_size(1_000_000, 16384, gpu, card=0) == 67
+    assert chunk_size(128_256, 16384, gpu, **large) == 2048
+    assert chunk_size(128_256, 16384, gpu, **large, trained=True) == 4096
+    assert chunk_size(128_256, 2048, gpu, **large) == 512, "the peak of a small micro batch stays small"

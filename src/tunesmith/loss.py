@@ -10,6 +10,7 @@ tied heads, a soft cap, a logit scale and weights per position all take the same
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +22,12 @@ from torch.utils.checkpoint import checkpoint
 # -> sum of the weighted losses (0-d) and its gradient by the raw logits [c, vocabulary].
 Score = Callable[[Tensor, Tensor, Tensor | None, float | None, float], tuple[Tensor, Tensor]]
 
-# Budget of one chunk of fp32 logits. On a GPU larger chunks keep the matmuls efficient; on a CPU the chunk should stay
-# in the last-level cache.
-CHUNK_BYTES = {"cpu": 32 << 20, "other": 256 << 20}
+# Budget of one chunk of fp32 logits. On a CPU the chunk should stay in the last-level cache. On a GPU the gradient by the
+# hidden states is a product of only [rows, h]: with h = 4096, 512 rows make 64 tiles of 128 x 256 for the 132
+# multiprocessors of an H200, 2048 rows make 256. Large cards get the room for that, and long micro batches alone.
+CPU_CHUNK = 32 << 20
+GPU_CHUNK = (256 << 20, 1 << 30)  # at least and at most, between them a 96th of the card's memory
+TRAINED_CHUNK = 2 << 30  # at most, with a trained head
 # Rows of a GPU matmul's tile: a partial tile takes as long as a whole one.
 TILE = 128
 
@@ -49,7 +53,7 @@ def chunked_cross_entropy(
         weights: [n], a constant factor per position; None counts each once.
         softcap: c in c * tanh(logits / c) (Gemma 2), or None.
         scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
-        chunk: positions per chunk; None keeps a chunk of fp32 logits within `CHUNK_BYTES`.
+        chunk: positions per chunk; None takes `chunk_size`.
         score: computes loss and gradient of a chunk; None takes `loss_and_grad`, which may also be passed compiled.
 
     Returns:
@@ -101,7 +105,7 @@ def token_cross_entropy(
     Returns:
         (fp32 or fp64 [n], bool [n]); without gradient.
     """
-    size = chunk_size(_vocabulary(head), hidden.device)
+    size = chunk_size(_vocabulary(head), len(targets), hidden.device)
     losses, hits = [hidden.new_zeros(0, dtype=_wide(hidden))], [targets.new_zeros(0, dtype=torch.bool)]
     for h, t in zip(hidden.split(size), targets.split(size), strict=True):
         logits = _logits(head(h), softcap, scale)
@@ -110,15 +114,27 @@ def token_cross_entropy(
     return torch.cat(losses), torch.cat(hits)
 
 
-def chunk_size(vocabulary: int, device: torch.device, *, trained: bool = False) -> int:
-    """Positions whose fp32 logits fit the budget of the device.
+@cache
+def card_bytes(device: torch.device) -> int:
+    """All memory of a GPU, in use or not; 0 for other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def chunk_size(
+    vocabulary: int, positions: int, device: torch.device, *, trained: bool = False, card: int | None = None
+) -> int:
+    """How many of `positions` make a chunk, by the budget of the device: a GPU with `card` bytes (None asks it).
 
     A `trained` head accumulates its gradient, [vocabulary, h] in fp32, once a chunk: on a GPU that takes longer than
-    the matmuls of a small chunk, so it gets four times the room.
+    the matmuls of a small chunk, so it gets up to four times the room.
     """
     if device.type == "cpu":
-        return max(16, CHUNK_BYTES["cpu"] // (4 * vocabulary))
-    rows = CHUNK_BYTES["other"] * (4 if trained else 1) // (4 * vocabulary)
+        return max(16, CPU_CHUNK // (4 * vocabulary))
+    least, most = GPU_CHUNK
+    # More than a quarter of the positions would make few chunks fewer, and cost a small micro batch its small peak.
+    most = min(most, (card_bytes(device) if card is None else card) // 96, vocabulary * positions)
+    budget = max(least, most)
+    rows = (min(4 * budget, TRAINED_CHUNK) if trained else budget) // (4 * vocabulary)
     return max(16, rows // TILE * TILE or rows)
 
 
@@ -156,7 +172,7 @@ def _arguments(
     score: Score | None,
 ) -> _LossArguments:
     trained = any(p.requires_grad for p in head.parameters())
-    size = chunk or chunk_size(_vocabulary(head), hidden.device, trained=trained)
+    size = chunk or chunk_size(_vocabulary(head), len(targets), hidden.device, trained=trained)
     size = even_chunk_size(len(targets), size, tile=1 if chunk or hidden.device.type == "cpu" else TILE)
     return _LossArguments(targets, softcap, scale, size, score or loss_and_grad)
 
@@ -230,8 +246,11 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (*(None if grad is None else (grad * grads[0]).to(dtype) for grad, dtype in saved), None, None)
+        def scaled(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            # Written in its last dtype: in fp32 first, a trained head's is 1.6 GB more to write and read.
+            return None if grad is None else torch.mul(grad, grads[0], out=torch.empty_like(grad, dtype=dtype))
+
+        return (*map(scaled, ctx.saved_tensors, ctx.dtypes), None, None)
 
 
 class _HeadLogprobs(torch.autograd.Function):

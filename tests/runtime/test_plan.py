@@ -44,7 +44,8 @@ def recipe(**train) -> Run:
 
 def gpu(gib: float, **found) -> Machine:
     """A GPU with so much memory free, which this machine need not have."""
-    parts = {"attention": ("varlen", "it runs"), "compiles": (True, "it runs")} | found
+    whole = {"card_bytes": int(gib * GIB)}
+    parts = {"attention": ("varlen", "it runs"), "compiles": (True, "it runs")} | whole | found
     return Machine("cuda:0", int(gib * GIB), **parts)
 
 
@@ -283,3 +284,11 @@ def test_what_a_trial_has_not_allocated_is_counted_once():
     full = MemoryEstimator(replace(recipe(), adapter=Adapter(kind="none")), spec, gpu(139), 100).estimate(2048)
     assert (full.gradients, full.optimizer) == (200, 100 * (4 + 8 + 4 - 2))
     assert lora.weights - full.weights == 400
+
+
+def test_a_large_card_has_room_for_larger_chunks_of_logits():
+    """The estimate and the loss take the same size, from the card's memory and not from what of it is free."""
+    vocabulary, step = LLAMA["vocab_size"], {"micro_batch": Size(16384, "tokens"), "recompute": "full"}
+    small = planned(recipe(**step), LLAMA, 139, card_bytes=24 << 30).memory.workspace
+    large = planned(recipe(**step), LLAMA, 20, card_bytes=141 << 30).memory.workspace
+    assert large - small == (2048 - 512) * vocabulary * 8  # bytes: raw logits, their fp32 form, the raw gradient

@@ -10,9 +10,10 @@ from tunesmith.units import Size
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan depends on, as `resolve.probe_machine` finds it: free memory, and findings with their reasons.
+    """What a plan depends on, as `resolve.probe_machine` finds it: memory, and findings with their reasons.
 
-    `attention` names the backend, `compiles` tells whether layers are compiled, `fp8` is the scaling recipe or None.
+    `free_bytes` can be had now, `card_bytes` is all memory of a GPU. `attention` names the backend, `compiles` tells
+    whether layers are compiled, `fp8` is the scaling recipe or None.
     """
 
     device: str
@@ -20,6 +21,7 @@ class Machine:
     attention: tuple[str, str]
     compiles: tuple[bool, str]
     fp8: tuple[str | None, str] = (None, "")
+    card_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
 from tunesmith.host_files import available_memory
 from tunesmith.hub.model_files import ModelFiles
-from tunesmith.loss import chunk_size
+from tunesmith.loss import card_bytes, chunk_size
 from tunesmith.model import attention
 from tunesmith.model.load import DTYPES
 from tunesmith.model.spec import ModelSpec
@@ -62,6 +62,7 @@ def probe_machine(run: Run, files: ModelFiles, device: torch.device) -> Machine:
     return Machine(
         str(device),
         free,
+        card_bytes=card_bytes(device),
         attention=attention_backend(run, files, device),
         compiles=compilation.select_compile(run.train.compile, device),
         fp8=fp8.select_scaling(device) if run.model.quantize == "fp8" else (None, ""),
@@ -158,10 +159,11 @@ class MemoryEstimator:
         block = (5 + more) * spec.hidden + spec.head_dim * (spec.heads + 2 * spec.kv_heads)
         layer = (block + (3 + more) * spec.intermediate) * itemsize * tokens
         recomputed_layer = spec.hidden * itemsize * tokens
-        # One layer's gradients, one weight made dense, the embeddings; raw logits, their fp32 form and its gradient.
+        # One layer's gradients, one weight made dense, the embeddings; raw logits, their fp32 form and the raw gradient.
         widest = spec.hidden * spec.intermediate + (6 * spec.hidden + 4 * spec.intermediate) * tokens
-        chunk = chunk_size(spec.vocab, torch.device(self.machine.device), trained=not lora)
-        workspace = widest * itemsize + 3 * 4 * spec.vocab * chunk
+        device = torch.device(self.machine.device)
+        chunk = chunk_size(spec.vocab, tokens, device, trained=not lora, card=self.machine.card_bytes)
+        workspace = widest * itemsize + (2 * itemsize + 4) * spec.vocab * min(chunk, tokens)
 
         room = int(self.machine.free_bytes * USABLE) - base - adapter - state - workspace
         named = {"auto": fewest_recomputed(room, spec.layers, layer, recomputed_layer), "none": 0, "full": spec.layers}
