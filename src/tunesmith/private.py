@@ -21,3 +21,12 @@ def graphs_compiled() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
+
+
+def restart_compiler() -> None:
+    """Forget what torch.compile has made or failed to make, and end its workers: they keep the environment they began with."""
+    from torch._inductor.async_compile import CompiledTritonKernels, shutdown_compile_workers
+
+    torch.compiler.reset()
+    shutdown_compile_workers()
+    CompiledTritonKernels.cache_clear()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +29,7 @@ from tunesmith.runtime.recompute import recompute_layers
 
 @pytest.fixture(autouse=True)
 def packed_kernel(varlen_on_cpu):
-    forget = compilation.compiler_fault.cache_clear
+    forget = compilation.probe_compiler.cache_clear
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -253,7 +257,7 @@ def test_the_cache_lies_in_the_users_folder_unless_it_is_said(monkeypatch, tmp_p
 
 @pytest.mark.parametrize(
     ("choice", "device", "expected"),
-    [("auto", "cuda", True), ("auto", "cpu", False), ("on", "cpu", True), ("off", "cuda", False)],
+    [("auto", "cuda", True), ("auto", "cpu", False), ("on", "cpu", True), ("on", "cuda", True), ("off", "cuda", False)],
 )
 def test_where_layers_are_compiled(choice, device, expected, monkeypatch):
     monkeypatch.setattr(compilation, "compiler_fault", lambda device: "")
@@ -264,20 +268,105 @@ def test_where_layers_are_compiled(choice, device, expected, monkeypatch):
 
 def test_a_compiler_that_does_not_run_is_done_without(monkeypatch):
     cpu = torch.device("cpu")
-    compilation.compiler_fault.cache_clear()
     assert compilation.compiler_fault(cpu) == ""
 
     def refuse(*_, **__):
-        raise RuntimeError("ptxas: no target sm_999\nmore")
+        raise RuntimeError("no C++ compiler\nmore")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    compilation.compiler_fault.cache_clear()
-    assert compilation.compiler_fault(cpu) == "the compiler does not run here: ptxas: no target sm_999"
+    assert compilation.probe_compiler(cpu) == ("the compiler does not run here: no C++ compiler", "")
     monkeypatch.setattr(torch, "compile", lambda function: lambda x: x)
-    compilation.compiler_fault.cache_clear()
     assert "wrong results" in compilation.compiler_fault(cpu)
 
 
 def test_where_the_compiler_does_not_run_auto_goes_without_it_and_says_so(monkeypatch):
     monkeypatch.setattr(compilation, "compiler_fault", lambda device: "the compiler does not run here: why")
     assert select_compile("auto", torch.device("cuda")) == (False, "the compiler does not run here: why")
+
+
+# Triton 3.6's error for a GPU that its ptxas does not know, below the lines of torch.compile
+REFUSAL = """PTXASError: PTXAS error: Internal Triton PTX codegen error
+`ptxas` stderr:
+ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'"""
+# In place of ATTEMPT where there is no GPU: does the assembler that Triton reads for Blackwell know one?
+ASSEMBLE = """import os, subprocess, sys
+sys.exit(subprocess.run([os.environ['TRITON_PTXAS_BLACKWELL_PATH'], '--gpu-name=sm_121a']).returncode)"""
+
+
+def assembler(folder, *known):
+    """A ptxas that knows these chips: it exits as the real one does."""
+    file = folder / "bin" / "ptxas"
+    file.parent.mkdir(parents=True)
+    names = " | ".join(f"--gpu-name={chip}" for chip in known)
+    file.write_text(f"#!/bin/sh\ncase $1 in {names}) exit 0;; *) exit 255;; esac\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+@pytest.fixture
+def blackwell(monkeypatch, tmp_path):
+    """A GPU that needs an assembler for sm_121a: the compiler runs with one in Triton's variables, and fails without."""
+    own = assembler(tmp_path / "triton", "sm_90a")
+
+    def compiled(function):
+        path = os.environ.get("TRITON_PTXAS_BLACKWELL_PATH", own)
+        if subprocess.run([path, "--gpu-name=sm_121a"], check=False).returncode:
+            raise RuntimeError(REFUSAL)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(compilation, "ATTEMPT", ASSEMBLE)
+    monkeypatch.setattr(compilation, "glob", lambda pattern: [])
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name in compilation.ASSEMBLERS:  # set and deleted, so that what the code sets is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", str(Path(assembler(tmp_path / "old", "sm_90a")).parent))
+    return tmp_path
+
+
+def test_an_assembler_that_does_not_know_the_chip_is_replaced_by_the_toolkits(blackwell, monkeypatch):
+    new = assembler(blackwell / "cuda-13.0", "sm_90a", "sm_121a")
+    monkeypatch.setenv("CUDA_HOME", str(blackwell / "cuda-13.0"))
+    assert compilation.assemblers() == [str(blackwell / "old" / "bin" / "ptxas"), new]
+    fault, instead = compilation.probe_compiler(torch.device("cpu"))
+    assert (fault, os.environ["TRITON_PTXAS_PATH"], os.environ["TRITON_PTXAS_BLACKWELL_PATH"]) == ("", new, new)
+    assert instead == f", with {new} in place of Triton's own assembler, which does not know it"
+    monkeypatch.setattr(compilation, "probe_compiler", lambda device: (fault, instead))
+    for choice in ("auto", "on"):
+        compiles, why = select_compile(choice, torch.device("cuda"))
+        assert compiles
+        assert new in why
+
+
+def test_the_variable_that_a_user_set_for_older_chips_serves_blackwell_too(blackwell, monkeypatch):
+    """Triton 3.6 reads another variable for Blackwell than the one that most advice names."""
+    new = assembler(blackwell / "mine", "sm_121a")
+    monkeypatch.setenv("TRITON_PTXAS_PATH", new)
+    assert compilation.probe_compiler(torch.device("cpu"))[0] == ""
+    assert os.environ["TRITON_PTXAS_BLACKWELL_PATH"] == new
+
+
+def test_where_no_assembler_knows_the_chip_the_run_goes_on_uncompiled_and_says_what_was_tried(blackwell):
+    why, _ = compilation.probe_compiler(torch.device("cpu"))
+    assert "Value 'sm_121a' is not defined" in why
+    assert str(blackwell / "old" / "bin" / "ptxas") in why
+    assert "set TRITON_PTXAS_PATH" in why
+    assert not any(name in os.environ for name in compilation.ASSEMBLERS)
+
+
+def test_the_attempt_in_a_new_process_tells_by_its_exit_status_whether_the_compiler_runs(tmp_path):
+    """The real program on the CPU: with a C++ compiler and without."""
+    command = [sys.executable, "-c", compilation.ATTEMPT, "cpu"]
+    good = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "a")}
+    assert subprocess.run(command, env=good, check=False).returncode == 0
+    done = subprocess.run(
+        command,
+        env=good | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "b")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the compiler does not run here" in done.stderr

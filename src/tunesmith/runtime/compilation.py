@@ -8,9 +8,16 @@ where steps differ in it (`global_batch` in examples). On a CPU it gained nothin
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from glob import glob
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,22 +29,44 @@ from tunesmith.host_files import cache_folder
 from tunesmith.loss import Score
 from tunesmith.model.documents import Documents
 from tunesmith.model.fused import add_mixin
-from tunesmith.private import mark_varying
+from tunesmith.private import mark_varying, restart_compiler
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+# What Triton reads for its assembler; from 3.6 on the second for Blackwell (sm_100 and later), and the first for others.
+ASSEMBLERS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+# A program that exits with 0 where the compiler runs on the device that its argument names
+ATTEMPT = """import sys, torch; from tunesmith.runtime.compilation import compiler_fault
+sys.exit(compiler_fault(torch.device(sys.argv[1])) or 0)"""
 
 
 def select_compile(choice: str, device: torch.device) -> tuple[bool, str]:
     """Whether `train.compile` (auto, on or off) compiles layers on `device`, and why."""
-    if choice != "auto":
-        return choice == "on", "as train.compile says"
-    if device.type != "cuda":
-        return False, "on a CPU it gains nothing"
-    fault = compiler_fault(device)
-    return not fault, fault or "the compiler runs on this GPU"
+    if device.type != "cuda" or choice == "off":
+        return choice == "on", "on a CPU it gains nothing" if choice == "auto" else "as train.compile says"
+    fault, assembler = probe_compiler(device)
+    if choice == "on":
+        return True, f"as train.compile says{assembler}"
+    return not fault, fault or f"the compiler runs on this GPU{assembler}"
 
 
 @cache
+def probe_compiler(device: torch.device) -> tuple[str, str]:
+    """Why the compiler does not run on a device, or ""; and the assembler that was put in place of Triton's, in words."""
+    fault = compiler_fault(device)
+    if "ptxas" not in fault.lower():
+        return fault, ""
+    path, tried = find_assembler([sys.executable, "-c", ATTEMPT, str(device)])
+    if path is None:
+        paths = f"so do {', '.join(tried)}" if tried else "no CUDA toolkit was found beside it"
+        return f"{fault}; {paths}; install a newer CUDA toolkit, or set {ASSEMBLERS[0]}", ""
+    os.environ |= dict.fromkeys(ASSEMBLERS, path)
+    restart_compiler()
+    if fault := compiler_fault(device):
+        settings = " ".join(f"{name}={path}" for name in ASSEMBLERS)
+        return f"{fault}; in a new process it runs: start again with {settings}", ""
+    return "", f", with {path} in place of Triton's own assembler, which does not know it"
+
+
 def compiler_fault(device: torch.device) -> str:
     """Why the compiler does not run on a device, or "": found by trying a small function.
 
@@ -48,8 +77,34 @@ def compiler_fault(device: torch.device) -> str:
     try:
         right = torch.allclose(torch.compile(F.silu)(x), F.silu(x))
     except Exception as error:  # whatever a compiler may raise, training goes on without it
-        return f"the compiler does not run here: {first_line(error)}"
+        said = re.search(r"ptxas (?:fatal|error).*", str(error))  # below Triton's first line, which names no reason
+        return f"the compiler does not run here: {said[0] if said else first_line(error)}"
     return "" if right else "the compiler runs here and gives wrong results"
+
+
+def find_assembler(attempt: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The first ptxas of a CUDA toolkit or wheel with which the command `attempt` exits with 0; and those that were tried.
+
+    Each runs in a process of its own: a failed compile leaves worker processes behind that keep their environment.
+    """
+    tried: list[str] = []
+    for path in assemblers():
+        tried.append(path)
+        env = {**os.environ, **dict.fromkeys(ASSEMBLERS, path)}
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            if subprocess.run(attempt, env=env, capture_output=True, timeout=300, check=False).returncode == 0:
+                return path, tried
+    return None, tried
+
+
+def assemblers() -> list[str]:
+    """Every ptxas here: as the user set it, on PATH, of CUDA_HOME, below /usr/local (newest first), in NVIDIA's wheels."""
+    toolkits = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
+    toolkits += sorted(glob("/usr/local/cuda*"), reverse=True)
+    toolkits += sorted(glob(f"{Path(torch.__file__).parents[1]}/nvidia/*"), reverse=True)
+    found = [*map(os.environ.get, ASSEMBLERS), shutil.which("ptxas"), *(f"{each}/bin/ptxas" for each in toolkits)]
+    files = [os.path.realpath(path) for path in found if path and os.access(path, os.X_OK)]
+    return list(dict.fromkeys(files))
 
 
 def use_persistent_cache() -> str:
