@@ -5,11 +5,13 @@
 
 The backward keeps x and xa and nothing dense, and adds up dx in place. Two paths share the arithmetic: an autograd
 function in eager mode (an operator takes 0.6 ms longer for three layers on a CPU), and one opaque operator inside
-torch.compile, whose own patterns would undo the order of the sums (see `FrozenWeight.forward_matmul`).
+torch.compile, whose own patterns would undo the order of the sums (see `FrozenWeight.forward_matmul`). xa is an input of
+both: as an output of the operator it would make a recomputed layer run its last product again, whose y nobody reads.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,18 +44,18 @@ def grouped_matmul(
     kind, widths = weights[0].kind, [w.shape[0] for w in weights]
     tensors = [t for w in weights for t in w.tensors]
     lora = [torch.cat(list(lora_A)).to(x.dtype), *(b.to(x.dtype) for b in lora_B)] if lora_A else []
+    xa = [rows.detach() @ lora[0].detach().T] if lora else []  # the operator's backward has the gradients of x and A
     quantized = weights[0].quantize_input(rows.detach())
     if torch.compiler.is_compiling():
-        outputs = frozen_matmul(rows, quantized, lora, tensors, kind, widths)
+        outputs = frozen_matmul(rows, xa, quantized, lora, tensors, kind, widths)
     else:
-        counts = (len(quantized), len(lora))
-        outputs = list(_FrozenMatmul.apply(rows, kind, widths, counts, *quantized, *lora, *tensors))
-    # With updates the last output is xa, which only the backward reads.
-    ys = [y if b is None else y + b for y, b in zip(outputs[: len(widths)], biases, strict=True)]
+        counts = (len(xa), len(quantized), len(lora))
+        outputs = _FrozenMatmul.apply(rows, kind, widths, counts, *xa, *quantized, *lora, *tensors)
+    ys = [y if b is None else y + b for y, b in zip(outputs, biases, strict=True)]
     return [y.unflatten(0, x.shape[:-1]) for y in ys]
 
 
-# ---- the arithmetic; `lora` is [stacked A, B_1, B_2, ...], or empty ----
+# ---- the arithmetic; `lora` is [stacked A, B_1, B_2, ...] and `xa` is [x A^T], or both are empty ----
 
 
 def _weights(kind: str, tensors: list[Tensor], widths: list[int], in_features: int) -> list[FrozenWeight]:
@@ -63,16 +65,20 @@ def _weights(kind: str, tensors: list[Tensor], widths: list[int], in_features: i
 
 
 def _forward(
-    x: Tensor, quantized: list[Tensor], lora: list[Tensor], tensors: list[Tensor], kind: str, widths: list[int]
+    x: Tensor,
+    xa: list[Tensor],
+    quantized: list[Tensor],
+    lora: list[Tensor],
+    tensors: list[Tensor],
+    kind: str,
+    widths: list[int],
 ) -> list[Tensor]:
-    """The outputs, and xa [n, sum of ranks] if there are updates."""
     weights = _weights(kind, tensors, widths, x.shape[1])
     if not lora:
         return [w.forward_matmul(x, quantized, None) for w in weights]
-    a, *bs = lora
-    xa = x @ a.T
-    updates = zip(xa.split([b.shape[1] for b in bs], 1), bs, strict=True)
-    return [*(w.forward_matmul(x, quantized, u) for w, u in zip(weights, updates, strict=True)), xa]
+    bs = lora[1:]
+    updates = zip(xa[0].split([b.shape[1] for b in bs], 1), bs, strict=True)
+    return [w.forward_matmul(x, quantized, u) for w, u in zip(weights, updates, strict=True)]
 
 
 def _backward(
@@ -113,16 +119,16 @@ def _backward(
 # ---- what both paths keep for the backward ----
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what the backward reads, and the sizes that gradients are told apart by."""
-    x, quantized, lora, tensors, ctx.kind, ctx.widths = inputs
-    ctx.in_features, ctx.counts = x.shape[1], (len(quantized), len(lora), len(tensors))
-    ctx.save_for_backward(*([x, output[-1]] if lora else []), *lora, *tensors)
+    x, xa, quantized, lora, tensors, ctx.kind, ctx.widths = inputs
+    ctx.in_features, ctx.counts = x.shape[1], (len(xa), len(quantized), len(lora), len(tensors))
+    ctx.save_for_backward(*([x, *xa] if lora else []), *lora, *tensors)
 
 
 def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """The arguments of `_backward`; an output that nobody used has a gradient of zeros."""
-    kept, (_, n_lora, _) = list(ctx.saved_tensors), ctx.counts
+    kept, n_lora = list(ctx.saved_tensors), ctx.counts[2]
     at = 2 if n_lora else 0
     like = next(g for g in grads if g is not None)
     wide = zip(grads[: len(ctx.widths)], ctx.widths, strict=True)
@@ -140,21 +146,20 @@ def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
 class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kind: str, widths: list[int], counts: tuple[int, int], *flat: Tensor
+        ctx: Any, x: Tensor, kind: str, widths: list[int], counts: tuple[int, ...], *flat: Tensor
     ) -> tuple[Tensor, ...]:
-        n, end = counts[0], sum(counts)
-        inputs = (x, list(flat[:n]), list(flat[n:end]), list(flat[end:]), kind, widths)
-        outputs = _forward(*inputs)
-        _save(ctx, inputs, outputs)
-        if counts[1]:
-            ctx.mark_non_differentiable(outputs[-1])
-        return tuple(outputs)
+        given = iter(flat)
+        xa, quantized, lora = ([next(given) for _ in range(n)] for n in counts)
+        inputs = (x, xa, quantized, lora, list(given), kind, widths)
+        _save(ctx, inputs, None)
+        return tuple(_forward(*inputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         dx, *d_lora = _backward(*_backward_inputs(ctx, grads))
-        n_quantized, _, n_tensors = ctx.counts
-        return (dx if ctx.needs_input_grad[0] else None, *[None] * (3 + n_quantized), *d_lora, *[None] * n_tensors)
+        n_xa, n_quantized, _, n_tensors = ctx.counts
+        dx_or_none = dx if ctx.needs_input_grad[0] else None
+        return (dx_or_none, *[None] * (3 + n_xa + n_quantized), *d_lora, *[None] * n_tensors)
 
 
 # ---- inside torch.compile ----
@@ -165,8 +170,8 @@ frozen_matmul_backward = torch.library.custom_op("tunesmith::frozen_matmul_backw
 
 
 @frozen_matmul.register_fake
-def _(x, quantized, lora, tensors, kind, widths):  # type: ignore[no-untyped-def]
-    return [x.new_empty(x.shape[0], width) for width in (*widths, *(a.shape[0] for a in lora[:1]))]
+def _(x, xa, quantized, lora, tensors, kind, widths):  # type: ignore[no-untyped-def]
+    return [x.new_empty(x.shape[0], width) for width in widths]
 
 
 @frozen_matmul_backward.register_fake
@@ -177,8 +182,9 @@ def _(dys, quantized, saved, lora, tensors, kind, in_features, needs_dx):  # typ
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     dx, *d_lora = frozen_matmul_backward(*_backward_inputs(ctx, grads))
-    n_quantized, _, n_tensors = ctx.counts
-    return dx if ctx.needs_input_grad[0] else None, [None] * n_quantized, d_lora, [None] * n_tensors, None, None
+    n_xa, n_quantized, _, n_tensors = ctx.counts
+    dx_or_none = dx if ctx.needs_input_grad[0] else None
+    return dx_or_none, [None] * n_xa, [None] * n_quantized, d_lora, [None] * n_tensors, None, None
 
 
 frozen_matmul.register_autograd(_differentiate, setup_context=_save)
@@ -187,7 +193,7 @@ frozen_matmul.register_autograd(_differentiate, setup_context=_save)
 # ---- layers ----
 
 
-class FrozenLinear(nn.Module):
+class FrozenLinear(nn.Module, ABC):
     """y = x W^T + b with a quantized W that gets no gradient. One layer is quantized without knowing of the others.
 
     What is as large as W is a parameter: FSDP shards parameters, and leaves buffers whole on every rank.
@@ -202,8 +208,9 @@ class FrozenLinear(nn.Module):
     compute_dtype: torch.dtype
     bias: nn.Parameter | None
 
+    @abstractmethod
     def frozen_weight(self) -> FrozenWeight:
-        raise NotImplementedError
+        """The weight as the operators take it."""
 
     @torch.no_grad()
     def dense(self) -> Tensor:
