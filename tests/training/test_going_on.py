@@ -172,6 +172,8 @@ def test_fewer_validation_examples_and_checkpoints_without_hashes_go_on(
 ) -> None:
     go(own, tmp_path, [])
     go(own, tmp_path, [], train={"duration": "5 steps"}, validate={"max_examples": 3})
+    identity = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert identity["validation_hash"] == progress(tmp_path, 5)["validation_hash"], "of all rows, whatever is measured"
     from tunesmith.checkpoint.state import seal
 
     file = tmp_path / "run" / "checkpoint-5" / "state" / "progress.json"

@@ -189,14 +189,14 @@ def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]
 def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) -> TokenSet:
     """The first `count` of the examples that the run validated on; UsageError where they are not the same any more."""
     run, folder = location.run, location.folder
-    if run and run.validate.max_examples is not None:
-        tokens = tokens.first(run.validate.max_examples)
     about = folder.parent / "env.json" if folder else None
     known = read_json(about).get("validation_hash") if about and about.is_file() else None
     if known not in (None, tokens.counts.digest):
         why = "the file, the template or the tokenizer has changed: with data.hold_out, others would be held out now"
         fix = "undo the change, or name rows that it was not trained on: --data FILE"
         raise UsageError("these are not the rows that the run held out", where="--data", why=why, fix=fix)
+    if run and run.validate.max_examples is not None:
+        tokens = tokens.first(run.validate.max_examples)
     return tokens if count is None else tokens.first(count)
 
 

@@ -270,8 +270,6 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     """Write env.json, which makes the directory a run's, and config.yaml: what was run, on what, from which data."""
     out, plan = Path(session.run.output_dir), session.plan
     found = {"recipe_hash": digest(session.run), **session.hashes, "template": session.data.template.name}
-    if session.data.validation is not None:
-        found["validation_hash"] = session.data.validation.counts.digest  # of those that are measured
     choices = {part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()}
     env = {**hardware.describe_machine(argv), **found, "choices": choices}
     write_atomically(out / IDENTITY, json.dumps(env, indent=1))
