@@ -116,9 +116,9 @@ def build_model(
     if adapter is not None:
         peft_files.load_adapter(model, adapter)
     if probes and run.train.recompute == "auto" and is_discrete(device):
-        budget = int(plan.memory.free * USABLE)
-        count = calibrate_recompute(root, root.layers, probes[0], plan.memory, MemoryMeter(device), budget=budget)
-        plan = replace(plan, recomputed_layers=count)
+        budget, meter = int(plan.memory.free * USABLE), MemoryMeter(device)
+        count = calibrate_recompute(root, root.layers, probes[0], plan.memory, meter, budget=budget)
+        plan = replace(plan, recomputed_layers=count, trial_peak=meter.before)
     return root, plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 
 from recipes import make_run
 from tunesmith.bench.figures import BenchReport
-from tunesmith.bench.measure import BenchPlan, Measured, fp8_matmul_tflops, matmul_tflops, measure
+from tunesmith.bench.measure import BenchPlan, Measured, fp8_matmul_tflops, measure
 from tunesmith.checkpoint.resume import Start
 from tunesmith.errors import RunError
+from tunesmith.metrics.hardware import Peak, matmul_tflops
 from tunesmith.model import spec
 from tunesmith.runtime import compilation
 from tunesmith.training.build import Session
@@ -133,6 +135,23 @@ def test_graphs_of_the_build_are_counted_too(tiny: Path, tmp_path: Path, monkeyp
     found = run_plan(BenchPlan(make_run(tiny, tmp_path, held=False), steps=4, warmup=2), tmp_path).figures
     torch.compiler.reset()
     assert (found.graphs_compiled, found.graphs_compiled_after_step_3) == (1, 0)
+
+
+def test_the_peak_of_the_trial_and_a_measured_peak_are_what_they_are(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial of a GPU begins the allocator's statistics anew; and what was measured is not called published."""
+
+    def build(*args: Any, **options: Any) -> Session:
+        session = session_of(*args, **options)
+        session.plan = replace(session.plan, trial_peak=200 * 2**30)
+        session.peak = Peak(92.0, "measured on a DGX Spark")
+        return session
+
+    monkeypatch.setattr("tunesmith.bench.measure.build", build)
+    found = run_plan(BenchPlan(make_run(tiny, tmp_path, held=False), steps=1, warmup=0), tmp_path).figures
+    assert found.peak_memory_gib == 200
+    assert (found.published_peak_tflops, found.mfu_of_published_peak) == (None, None)
 
 
 def test_traces_are_of_steps_after_the_timed_ones(tiny: Path, tmp_path: Path) -> None:

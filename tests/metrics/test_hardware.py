@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tunesmith.metrics.hardware import Gauges, describe_machine, memory_gib, peak_of, peak_tflops, scrub
+from tunesmith.metrics.hardware import Gauges, Peak, describe_machine, find_peak, memory_gib, peak_of, scrub
 
 
 @pytest.mark.parametrize(
@@ -20,19 +21,60 @@ from tunesmith.metrics.hardware import Gauges, describe_machine, memory_gib, pea
         ("NVIDIA A100 80GB PCIe", 312.0), ("NVIDIA L40S", 362.0), ("NVIDIA L40", 181.0), ("NVIDIA L4", 121.0),
         ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 5090", 209.5), ("NVIDIA GeForce RTX 3090", 71.0),
         ("NVIDIA GB10", 92.0), ("NVIDIA B200", 2250.0), ("NVIDIA GB200", 2500.0), ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA H800 PCIe", 756.5), ("NVIDIA H800", 989.5), ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8), ("Quadro RTX 6000", None),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 438.9),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 468.0), ("NVIDIA RTX PRO 5000 Blackwell Laptop GPU", None),
         ("NVIDIA A10G", 70.0), ("NVIDIA A10", 125.0), ("NVIDIA H20", 148.0),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA Tesla X9", None),
         ("NVIDIA GeForce RTX 3090 Ti", None), ("Tesla P40", None), ("", None),
     ],
 )  # fmt: skip
 def test_a_name_finds_its_own_peak_and_no_other(name: str, tflops: float | None) -> None:
-    found, source = peak_of(name)
-    assert found == tflops
-    assert bool(source) == (tflops is not None)
+    found = peak_of(name)
+    assert found.tflops == tflops
+    assert bool(found.source) == (tflops is not None)
+    assert found.published == (tflops is not None and "GB10" not in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "words"),
+    [
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 312.0 / 7, "1 of 7 MIG slices"),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 989.5 * 3 / 7, "3 of 7 MIG slices"),
+        ("NVIDIA H100 80GB HBM3 MIG 1c.3g.40gb", 989.5 / 7, "1 of 7 MIG slices"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb+me", 989.5 / 7, "1 of 7 MIG slices"),
+        ("NVIDIA A30 MIG 2g.12gb", 165.0 / 2, "2 of 4 MIG slices"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition MIG 1g.24gb", 117.0, "1 of 4 MIG slices"),
+        ("NVIDIA Tesla X9 MIG 1g.10gb", None, ""),
+    ],
+)
+def test_a_mig_slice_has_its_share_of_the_peak(name: str, share: float | None, words: str) -> None:
+    found = peak_of(name)
+    assert found.tflops == share
+    assert found.source.endswith(words)
 
 
 def test_no_peak_is_made_up_for_a_cpu() -> None:
-    assert peak_tflops(torch.device("cpu"), torch.bfloat16) is None
+    assert find_peak(torch.device("cpu"), torch.bfloat16) == Peak(None, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "integrated", "peak"),
+    [
+        ("NVIDIA GB10", True, Peak(92.0, "measured on a DGX Spark, dense bf16")),
+        ("NVIDIA Thor", True, Peak(7.0, "measured at the start of this run, dense torch.bfloat16")),
+        ("NVIDIA Tesla X9", False, Peak(None, "")),
+    ],
+)
+def test_an_integrated_chip_without_a_published_peak_is_measured_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, name: str, integrated: bool, peak: Peak
+) -> None:
+    chip = SimpleNamespace(name=name, is_integrated=integrated)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    monkeypatch.setattr("tunesmith.metrics.hardware.matmul_tflops", lambda device, dtype: 7.0)
+    found = find_peak(torch.device("cuda"), torch.bfloat16)
+    assert (found, found.published) == (peak, False)
 
 
 def test_memory_is_the_peak_of_this_process() -> None:

@@ -22,7 +22,7 @@ from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
 from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
-from tunesmith.runtime.recompute import calibrate_recompute, revise_recomputed
+from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, revise_recomputed
 from tunesmith.runtime.resolve import MemoryEstimator, fewest_recomputed, resolve_plan
 from tunesmith.units import Size
 
@@ -241,6 +241,22 @@ def test_a_trial_recomputes_more_layers_until_the_micro_batch_fits(tiny):
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(MachineError, match="128 tokens does not fit"):
         trial(1000, 0)
+
+
+def test_the_peak_before_a_restart_is_kept():
+    peaks = iter((7, 3, 5))
+    asked: list[str] = []
+    cuda = SimpleNamespace(
+        max_memory_allocated=lambda device: next(peaks),
+        empty_cache=lambda: asked.append("emptied"),
+        reset_peak_memory_stats=lambda device: asked.append("reset"),
+    )
+    meter = MemoryMeter(torch.device("cuda"), cuda)
+    found = []
+    for _ in range(3):
+        meter.restart()
+        found.append(meter.before)
+    assert (found, asked) == ([7, 7, 7], ["emptied", "reset"] * 3)
 
 
 def test_a_trial_whose_backward_fails_leaves_nothing_in_the_way_of_the_next():

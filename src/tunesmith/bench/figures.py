@@ -24,7 +24,8 @@ class BenchReport:
             micro batch, and what that compiles.
         first_step_seconds: the first step alone, with what it compiles.
         graphs_compiled: in build and steps; _after_step_3: those of later steps, which a steady run has none of.
-        peak_memory_gib: allocated on the GPU from the build to the last timed step; on a CPU resident in RAM.
+        peak_memory_gib: allocated on the GPU from the build, with its trial of memory, to the last timed step; on a CPU
+            resident in RAM.
         checkpoint_stall_seconds: how long an adapter's checkpoint holds up the loop; None for full fine-tuning.
     """
 

@@ -20,8 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from tunesmith.bench.figures import BenchReport
 from tunesmith.build_model import Weights
@@ -29,7 +27,7 @@ from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Checkpoint, Log, Run, Validate
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import TunesmithError
-from tunesmith.metrics import hardware
+from tunesmith.metrics.hardware import MATMUL_SIZE, matmul_tflops, seconds_of
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
@@ -42,8 +40,6 @@ from tunesmith.training.trainer import Trainer
 from tunesmith.units import Length
 
 STEADY = 3  # a shape that first comes after this step should find its graph
-MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}  # of the measured peak
-ROUND_SECONDS, ROUNDS = 0.2, 5
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
             if step <= timed:
                 seen.graphs.append(graphs_compiled())
             if step == timed:
-                seen.memory_gib = hardware.memory_gib(session.device)
+                seen.memory_gib = session.memory_gib()
                 stack.enter_context(profiler)
             elif step > timed:
                 profiler.step()
@@ -164,7 +160,7 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
     examples = session.data.schedule.examples
     work = sum(session.flops(examples(record.step - 1), record.supervised_tokens) for record in records)
     tflops = work / seconds / 1e12
-    published, measured = hardware.peak_tflops(device, session.dtype), matmul_tflops(device, session.dtype)
+    published, measured = session.peak.tflops if session.peak.published else None, matmul_tflops(device, session.dtype)
     quantize = "none" if run.model.quantize == "none" else session.plan.base
     fp8 = fp8_matmul_tflops(device) if quantize.startswith("fp8") else None
     p50, p95 = (float(value) for value in np.percentile([r.step_seconds for r in records], [50, 95]))
@@ -202,17 +198,6 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
     )
 
 
-def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
-    """The measured peak: TFLOP/s of a dense product [size, size] x [size, size] in `dtype`, the median of ROUNDS.
-
-    Few chips hold the clock of their published peak under load. Random numbers, as zeros draw less power.
-    """
-    n = size or MATMUL_SIZE[device.type]
-    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / _seconds(lambda: torch.mm(left, right, out=out)) / 1e12
-
-
 def fp8_matmul_tflops(device: torch.device, *, size: int | None = None) -> float | None:
     """The same with fp8 (e4m3) factors, scaled by rows, else by tensor; None where the device has neither."""
     if device.type != "cuda":
@@ -223,15 +208,8 @@ def fp8_matmul_tflops(device: torch.device, *, size: int | None = None) -> float
     for rows in (n, 1):
         a, b = torch.ones(rows, 1, device=device), torch.ones(1, rows, device=device)
         with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # this chip lacks that product
-            return 2 * n**3 / _seconds(partial(product, scale_a=a, scale_b=b)) / 1e12
+            return 2 * n**3 / seconds_of(partial(product, scale_a=a, scale_b=b)) / 1e12
     return None
-
-
-def _seconds(product: Callable[[], Tensor]) -> float:
-    """Seconds of one product: the median of ROUNDS rounds of about ROUND_SECONDS each, after a warm-up."""
-    timer = Timer("product()", globals={"product": product}, num_threads=torch.get_num_threads())
-    count = max(1, round(ROUND_SECONDS / timer.timeit(2).mean))  # on a GPU, waiting once per round costs nothing
-    return statistics.median(timer.timeit(count).mean for _ in range(ROUNDS))
 
 
 def free_device_memory() -> None:

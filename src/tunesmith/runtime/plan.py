@@ -76,7 +76,8 @@ class RunPlan:
     """What a run does on its machine, and why, by part. The defaults are those of inference.
 
     `base` is how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8. Of the model's decoder
-    `layers`, `recomputed_layers` recompute in the backward.
+    `layers`, `recomputed_layers` recompute in the backward. `trial_peak` is the most bytes that were allocated before
+    the last trial of memory, which begins the allocator's statistics anew.
     """
 
     device: str
@@ -87,6 +88,7 @@ class RunPlan:
     recomputed_layers: int = 0
     layout: MicroBatchLayout = ONE_EXAMPLE
     memory: MemoryEstimate = MemoryEstimate()
+    trial_peak: int = 0
     why: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -47,20 +47,24 @@ class RecomputedLayer(nn.Module):
 
 
 class MemoryMeter:
-    """Bytes that torch's allocator has on one GPU: now, and at most since `restart`."""
+    """Bytes that torch's allocator has on one GPU: now, and at most since `restart`.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    `before` holds the most before the last restart. `cuda` is torch.cuda.
+    """
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self.device, self.cuda, self.before = device, cuda, 0
 
     def allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.device)
+        return int(self.cuda.memory_allocated(self.device))
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device)
+        return int(self.cuda.max_memory_allocated(self.device))
 
     def restart(self) -> None:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
+        self.before = max(self.before, self.peak())
+        self.cuda.empty_cache()
+        self.cuda.reset_peak_memory_stats(self.device)
 
 
 def calibrate_recompute(

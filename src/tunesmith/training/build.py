@@ -58,6 +58,7 @@ class Session:
         plan: what was decided for this machine, and why.
         total_steps: optimizer steps of the whole run, or None where it ends by the clock.
         hashes: of base and data, by their names in `Progress`.
+        peak: what MFU is taken against.
     """
 
     run: Run
@@ -68,6 +69,7 @@ class Session:
     plan: RunPlan
     total_steps: int | None
     hashes: Mapping[str, Any]
+    peak: hardware.Peak
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +87,10 @@ class Session:
             return flops(self.files.spec, lengths, supervised, trained="full")
         adapter = sum(p.numel() for p in self.optimizer.params.values())
         return flops(self.files.spec, lengths, supervised, trained="lora", adapter_parameters=adapter)
+
+    def memory_gib(self) -> float:
+        """Peak memory of this start so far, GiB; what the trial of memory reset in the allocator's statistics counts."""
+        return max(hardware.memory_gib(self.device), self.plan.trial_peak / 2**30)
 
     def loader(self, start_step: int) -> Loader:
         """Global batches from step `start_step` (0 for the first) to the end of the run, on the device."""
@@ -138,7 +144,8 @@ def build(
         say(f"warning: the base stays in {plan.base}: {plan.why['base']}")
     for text in (root.describe(), *plan.describe(why=why), *describe_micro_batch(start, run, plan)):
         say(text)
-    session = Session(run, files, data, root, optimizer, plan, total_steps, hashes)
+    peak = hardware.find_peak(device, load.DTYPES[run.model.dtype])
+    session = Session(run, files, data, root, optimizer, plan, total_steps, hashes, peak)
     first = start.progress.step if start.progress else 0
     if run.train.optimizer_in_backward and (total_steps is None or first < total_steps):
         check_one_micro_batch(run, session.loader(first).batch(first))
@@ -271,6 +278,7 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     out, plan = Path(session.run.output_dir), session.plan
     found = {"recipe_hash": digest(session.run), **session.hashes, "template": session.data.template.name}
     choices = {part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()}
-    env = {**hardware.describe_machine(argv), **found, "choices": choices}
+    peak = {"mfu_peak": session.peak._asdict()}
+    env = {**hardware.describe_machine(argv), **found, **peak, "choices": choices}
     write_atomically(out / IDENTITY, json.dumps(env, indent=1))
     write_atomically(out / RECIPE, dump(session.run))

@@ -78,7 +78,6 @@ class Trainer:
         clock = self.lr_schedule | {"seconds": self.progress.seconds}
         self.validate_cadence = Cadence(self.run.validate.every if session.data.validation else None, **clock)
         self.checkpoint_cadence = Cadence(self.run.checkpoint.every, **clock)
-        self.peak_tflops = hardware.peak_tflops(session.device, session.dtype)
         self.gauges = hardware.Gauges(session.device)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -188,7 +187,7 @@ class Trainer:
         self, pending: PendingMetrics, loss: float, norm: float, metrics: list[float], seconds: float
     ) -> StepRecord:
         """The step's record in the form of metrics.jsonl."""
-        session, batch = self.session, pending.batch
+        session, batch, peak = self.session, pending.batch, self.session.peak.tflops
         utilization, watts = self.gauges.read()
         work = session.flops(batch.indices, batch.supervised)
         return StepRecord(
@@ -203,9 +202,9 @@ class Trainer:
             step_seconds=seconds,
             data_seconds=batch.data_seconds,
             tokens_per_second=batch.tokens / seconds,
-            mfu=work / seconds / (self.peak_tflops * 1e12) if self.peak_tflops else None,
-            mfu_peak_tflops=self.peak_tflops,
-            memory_gib=hardware.memory_gib(session.device),
+            mfu=work / seconds / (peak * 1e12) if peak else None,
+            mfu_peak_tflops=peak,
+            memory_gib=session.memory_gib(),
             gpu_utilization=utilization,
             gpu_power_watts=watts,
             extra=dict(zip(session.model.method.metrics, metrics, strict=True)),
