@@ -30,7 +30,7 @@ def through(source: Source) -> None:
         convert_row(rows[i], source, where=rows.where(i))
 
 
-def expect(source: Source, what: str, where: str, fix: str) -> None:
+def assert_refused(source: Source, what: str, where: str, fix: str) -> None:
     with pytest.raises(DataError) as caught:
         through(source)
     error = caught.value
@@ -93,10 +93,19 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="there is no /proc")
+def test_a_refused_file_is_closed(write: Callable[[str, str | bytes], str]) -> None:
+    source = Source(source=write("a.jsonl", "\n \n"), format="text")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        assert_refused(source, "only blank lines", "a.jsonl", "write rows")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize("case", FILES, ids=lambda c: f"{c[0]}: {c[3]}")
 def test_files(write, case: tuple[str, str | bytes, dict[str, Any], str, str, str]) -> None:
     name, content, keys, what, where, fix = case
-    expect(Source(**{"source": write(name, content), "format": "text", **keys}), what, where, fix)
+    assert_refused(Source(**{"source": write(name, content), "format": "text", **keys}), what, where, fix)
 
 
 @pytest.mark.parametrize("content", ["text;n\na, b;1\n", "text\tn\na, b\t1\n", "text|n\na, b|1\n"])
@@ -136,7 +145,7 @@ MESSAGES: list[tuple[Any, str, str, str]] = [
 
 @pytest.mark.parametrize(("messages", "what", "where", "fix"), MESSAGES)
 def test_messages(write, messages: Any, what: str, where: str, fix: str) -> None:
-    expect(Source(source=write("a.jsonl", line(messages=messages)), format="messages"), what, where, fix)
+    assert_refused(Source(source=write("a.jsonl", line(messages=messages)), format="messages"), what, where, fix)
 
 
 @pytest.mark.parametrize(
@@ -151,24 +160,24 @@ def test_messages(write, messages: Any, what: str, where: str, fix: str) -> None
     ],
 )  # fmt: skip
 def test_sharegpt(write, row: dict[str, Any], what: str, fix: str) -> None:
-    expect(Source(source=write("a.jsonl", line(**row)), format="sharegpt"), what, "a.jsonl:1", fix)
+    assert_refused(Source(source=write("a.jsonl", line(**row)), format="sharegpt"), what, "a.jsonl:1", fix)
 
 
 def test_a_file_that_is_missing_names_the_nearest(tmp_path: Path, write: Callable[..., str]) -> None:
     write("alpaca.jsonl", GOOD)
-    expect(Source(source=str(tmp_path / "alpacca.jsonl")), "no such file", "alpacca.jsonl", "alpaca.jsonl?")
-    expect(Source(source=str(tmp_path / "no" / "a.jsonl")), "no such file", "a.jsonl", "fix the path")
+    assert_refused(Source(source=str(tmp_path / "alpacca.jsonl")), "no such file", "alpacca.jsonl", "alpaca.jsonl?")
+    assert_refused(Source(source=str(tmp_path / "no" / "a.jsonl")), "no such file", "a.jsonl", "fix the path")
 
 
 def test_a_folder_names_the_files_in_it(tmp_path: Path, write: Callable[..., str]) -> None:
-    expect(Source(source=str(tmp_path)), "a folder, not a file", str(tmp_path), "name a file")
+    assert_refused(Source(source=str(tmp_path)), "a folder, not a file", str(tmp_path), "name a file")
     name = write("rows.jsonl", GOOD)
-    expect(Source(source=str(tmp_path)), "a folder, not a file", str(tmp_path), f"source: {name}")
+    assert_refused(Source(source=str(tmp_path)), "a folder, not a file", str(tmp_path), f"source: {name}")
 
 
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")  # opening it would wait for ever
-    expect(Source(source=str(tmp_path / "pipe.jsonl")), "not a regular file", "pipe.jsonl", "copy its rows")
+    assert_refused(Source(source=str(tmp_path / "pipe.jsonl")), "not a regular file", "pipe.jsonl", "copy its rows")
 
 
 def test_a_file_that_may_not_be_read(write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,20 +187,22 @@ def test_a_file_that_may_not_be_read(write, monkeypatch: pytest.MonkeyPatch) -> 
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", refuse)  # root may read everything, so a mode of 000 would prove nothing
-    expect(Source(source=name), "cannot be read", "a.jsonl", "ls -l")
+    assert_refused(Source(source=name), "cannot be read", "a.jsonl", "ls -l")
 
 
 def test_a_huge_row(write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 1 << 20)
     big = line(text="x" * (3 << 20))
-    expect(
+    assert_refused(
         Source(source=write("a.jsonl", f"{GOOD}\n{big}\n"), format="text"),
         "a row of 3 MiB",
         "a.jsonl:2",
         "one row a line",
     )
     monkeypatch.setattr("tunesmith.data.formats.MAX_ROW_BYTES", 1 << 20)
-    expect(Source(source=write("a.json", f"[{big}]"), format="text"), "a text of 3 MiB", "a.json row 1", "split it")
+    assert_refused(
+        Source(source=write("a.json", f"[{big}]"), format="text"), "a text of 3 MiB", "a.json row 1", "split it"
+    )
 
 
 def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +212,9 @@ def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    expect(Source(source="nobody/no-such-rows"), "not in the Hub cache", "nobody/no-such-rows", "unset HF_HUB_OFFLINE")
+    assert_refused(
+        Source(source="nobody/no-such-rows"), "not in the Hub cache", "nobody/no-such-rows", "unset HF_HUB_OFFLINE"
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,7 +234,7 @@ def test_answers_of_the_hub(monkeypatch: pytest.MonkeyPatch, error: Any, what: s
         raise error(datasets)
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    expect(Source(source="a/b"), what, "a/b", fix)
+    assert_refused(Source(source="a/b"), what, "a/b", fix)
 
 
 class _Gate(BaseHTTPRequestHandler):

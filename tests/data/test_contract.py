@@ -25,7 +25,7 @@ def check(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> Contract:
     return check_tokens(tokens, simple, simple.tokenizer, vocab_size=vocab, split="train")
 
 
-def holds(simple: Simple, tokens: TokenSet) -> Contract:
+def assert_holds(simple: Simple, tokens: TokenSet) -> Contract:
     contract = check(simple, tokens)
     contract.raise_if_broken()
     return contract
@@ -42,7 +42,7 @@ def given(simple: Simple, *examples: tuple[list[int], list[int]], cut: bool = Fa
     return TokenSet([SourceTokens(arrays, counts, rows)])
 
 
-def broken(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> DataError:
+def assert_broken(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> DataError:
     contract = check(simple, tokens, vocab)
     assert len(contract.broken) == 1
     with pytest.raises(DataError) as caught:
@@ -55,7 +55,7 @@ def broken(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> DataError:
 
 def test_a_good_set_holds_and_says_how_much_was_checked(make, simple: Simple) -> None:
     tokens = make(alpaca(50), alpaca(30), seq_len=256)
-    contract = holds(simple, tokens)
+    contract = assert_holds(simple, tokens)
     assert [c.checked for c in contract.checks] == [80, 80, 80, 0, 80, int(tokens.lengths.sum())]
     assert "80 prompts rendered apart" in contract.checks[4].note
     assert contract.checks[3].note == "the tokenizer has no BOS"
@@ -63,11 +63,11 @@ def test_a_good_set_holds_and_says_how_much_was_checked(make, simple: Simple) ->
 
 def test_train_on_all_holds(make, simple: Simple) -> None:
     """The line break that the template writes after the end token is supervised too."""
-    holds(simple, make(alpaca(9), seq_len=256, train_on="all"))
+    assert_holds(simple, make(alpaca(9), seq_len=256, train_on="all"))
 
 
 def test_an_empty_split(make, simple: Simple) -> None:
-    error = broken(simple, make(alpaca(4), seq_len=8))
+    error = assert_broken(simple, make(alpaca(4), seq_len=8))
     assert "not empty" in error.what
     assert "4 dropped because the cut left no supervised token" in error.why
     assert "data.seq_len" in error.fix
@@ -75,7 +75,7 @@ def test_an_empty_split(make, simple: Simple) -> None:
 
 def test_a_row_without_a_supervised_token(simple: Simple) -> None:
     end = simple.tokenizer.eos_token_id
-    error = broken(simple, given(simple, ([70, 71, end], [0, 1, 1]), ([72, 73, end], [0, 0, 0])))
+    error = assert_broken(simple, given(simple, ([70, 71, end], [0, 1, 1]), ([72, 73, end], [0, 0, 0])))
     assert "a supervised token (1 of 2 rows)" in error.what
     assert error.where == "train: made row 2"
 
@@ -83,38 +83,38 @@ def test_a_row_without_a_supervised_token(simple: Simple) -> None:
 def test_a_missing_end_token(simple: Simple) -> None:
     end = simple.tokenizer.eos_token_id
     two = ([70, 71, end, 72, 73, 74], [0, 1, 1, 0, 1, 0])
-    error = broken(simple, given(simple, ([70, 71, end], [0, 1, 1]), two))
+    error = assert_broken(simple, given(simple, ([70, 71, end], [0, 1, 1]), two))
     assert "ends with an end token (1 of 3 answers)" in error.what
     assert error.where == "train: made row 2"
     word = simple.tokenizer.decode([73])
     assert f"⟦{word}⟧" in error.why
     assert "<|im_end|>" in error.why
-    broken(simple, given(simple, ([70, 71, 72], [0, 1, 1])))
+    assert_broken(simple, given(simple, ([70, 71, 72], [0, 1, 1])))
     # A stretch of one example does not borrow the end token that begins the next.
-    broken(simple, given(simple, ([70, 71], [0, 1]), ([end, 71, end], [0, 1, 1])))
+    assert_broken(simple, given(simple, ([70, 71], [0, 1]), ([end, 71, end], [0, 1, 1])))
 
 
 def test_a_cut_answer_need_not_end(simple: Simple) -> None:
     tokens = given(simple, ([70, 71, 72], [0, 1, 1]), cut=True)
-    holds(simple, tokens)
+    assert_holds(simple, tokens)
     end = simple.tokenizer.eos_token_id
     # ... but an earlier answer in the same row must.
-    broken(simple, given(simple, ([70, 71, 72, 73, end], [0, 1, 0, 0, 0]), cut=True))
+    assert_broken(simple, given(simple, ([70, 71, 72, 73, end], [0, 1, 0, 0, 0]), cut=True))
 
 
 def test_a_doubled_bos(simple: Simple) -> None:
     end = simple.tokenizer.eos_token_id
     simple.tokenizer.bos_token = "<|im_start|>"
     bos = simple.tokenizer.bos_token_id
-    holds(simple, given(simple, ([bos, 70, end], [0, 1, 1])))
-    error = broken(simple, given(simple, ([bos, 70, end], [0, 1, 1]), ([bos, bos, 70, end], [0, 0, 1, 1])))
+    assert_holds(simple, given(simple, ([bos, 70, end], [0, 1, 1])))
+    error = assert_broken(simple, given(simple, ([bos, 70, end], [0, 1, 1]), ([bos, bos, 70, end], [0, 0, 1, 1])))
     assert "two BOS tokens (1 of 2 rows)" in error.what
     assert error.where == "train: made row 2"
 
 
 def test_a_mask_on_the_first_token(simple: Simple) -> None:
     end = simple.tokenizer.eos_token_id
-    error = broken(simple, given(simple, ([70, end], [1, 1])))
+    error = assert_broken(simple, given(simple, ([70, end], [1, 1])))
     assert "reach the prompt" in error.what
 
 
@@ -129,7 +129,7 @@ def test_a_mask_that_reaches_into_the_prompt(make, simple: Simple, monkeypatch: 
         return example
 
     monkeypatch.setattr(Simple, "encode", greedy)
-    error = broken(simple, make(alpaca(5), seq_len=256))
+    error = assert_broken(simple, make(alpaca(5), seq_len=256))
     assert "reach the prompt (1 of 5 rows)" in error.what
     assert error.where.endswith("rows0.jsonl:4")
     assert "assistant⟦\\n⟧" in error.why
@@ -138,7 +138,7 @@ def test_a_mask_that_reaches_into_the_prompt(make, simple: Simple, monkeypatch: 
 def test_a_label_outside_the_vocabulary(make, simple: Simple) -> None:
     tokens = make(alpaca(4), seq_len=256)
     end = simple.tokenizer.eos_token_id
-    error = broken(simple, tokens, vocab=end)
+    error = assert_broken(simple, tokens, vocab=end)
     assert "in the model's vocabulary" in error.what
     assert f"{end:,} entries" in error.why
     assert "model.added_tokens" in error.fix
@@ -148,10 +148,10 @@ def test_chunks_see_every_row(simple: Simple, make, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tunesmith.data.contract._CHUNK", 50)
     end = simple.tokenizer.eos_token_id
     good, bad = ([70, 71, end], [0, 1, 1]), ([70, 71, 72], [0, 1, 1])
-    error = broken(simple, given(simple, *[good] * 40, bad, *[good] * 40, bad))
+    error = assert_broken(simple, given(simple, *[good] * 40, bad, *[good] * 40, bad))
     assert "(2 of 82 answers)" in error.what
     assert error.where == "train: made row 41"
-    holds(simple, make(alpaca(50), alpaca(30), seq_len=256))
+    assert_holds(simple, make(alpaca(50), alpaca(30), seq_len=256))
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_a_million_rows_take_seconds(simple: Simple) -> None:
     counts = TokenCounts("made", n, n, n * length, 0, 0, 0, 0, 0, "")
     tokens = TokenSet([SourceTokens(arrays, counts, from_list([{}]))])
     began = time.perf_counter()
-    contract = holds(simple, tokens)
+    contract = assert_holds(simple, tokens)
     assert contract.checks[2].checked == n
     assert time.perf_counter() - began < 20  # 2 s when written
     assert len(contract.checks) == CHECKS

@@ -69,7 +69,7 @@ def print_data(prepared: TrainingData, tokenizer: Any, rows: int, console: Conso
     # A file or a pipe has no width; rich would assume 80 columns and fold the tables.
     console = console or Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     _print_rows(console, prepared.train, tokenizer, rows)
-    console.print(prepared.template.describe(), markup=False)
+    console.print(prepared.describe_template(), markup=False)
     console.print(_counts_table(prepared))
     bars = histogram(prepared.train)
     most = max((n for _, _, n in bars), default=1)

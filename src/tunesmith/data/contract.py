@@ -103,12 +103,9 @@ def check_tokens(tokens: TokenSet, template: Template, tokenizer: Any, *, vocab_
             check, (*_, why, fix) = checks[n + 1], rules[n]
             if len(faults) and not check.broken:
                 row = int(chunk.rows(faults[:1])[0])
-                why = f"{why}: {_excerpt(tokens, tokenizer, chunk.first + row, int(faults[0] - chunk.offsets[row]))}"
+                why = f"{why}: {excerpt(tokens, tokenizer, chunk.first + row, int(faults[0] - chunk.offsets[row]))}"
                 check = replace(check, where=tokens.where(chunk.first + row), why=why, fix=fix)
             checks[n + 1] = replace(check, checked=check.checked + count, broken=check.broken + len(faults))
-    if template.raw:
-        note = f"such as {_excerpt(tokens, tokenizer, 0, int(np.argmax(tokens[0].trained)))}"
-        checks.append(Check("rows stand as they are, no template between", len(tokens), "rows", note=note))
     return Contract(split, tuple(checks))
 
 
@@ -158,7 +155,7 @@ def _find_faults(
     yield len(ids), np.flatnonzero((ids < 0) | (ids >= vocab_size))
 
 
-def _excerpt(tokens: TokenSet, tokenizer: Any, example: int, at: int) -> str:
+def excerpt(tokens: TokenSet, tokenizer: Any, example: int, at: int) -> str:
     """The decoded tokens around one of them, which stands in brackets."""
     ids = tokens[example].ids.tolist()
     left, right = max(0, at - _CONTEXT), min(len(ids), at + _CONTEXT + 1)

@@ -137,7 +137,6 @@ def _read_json_lines(path: Path) -> Table:
     starts, ends, numbers = array("q"), array("q"), array("q")
     at = 0
     with path.open("rb") as file:
-        descriptor = os.dup(file.fileno())
         for number, line in enumerate(file, 1):
             mark = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
             if line[mark:].strip():
@@ -145,8 +144,9 @@ def _read_json_lines(path: Path) -> Table:
                 ends.append(at + len(line))
                 numbers.append(number)
             at += len(line)
-    if not starts:
-        raise DataError("the file has only blank lines", where=str(path), fix="write rows into it")
+        if not starts:
+            raise DataError("the file has only blank lines", where=str(path), fix="write rows into it")
+        descriptor = os.dup(file.fileno())
 
     def where(i: int) -> str:
         return f"{path}:{numbers[i]}"

@@ -56,7 +56,7 @@ def row_flaws(sample: Sample, *, raw: bool) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Repeats:
-    """How many examples are there before, token for token, and the places of the first such and of the earlier one."""
+    """How many examples repeat an earlier one token for token; places of the first of them and of the one it repeats."""
 
     count: int = 0
     where: str = ""

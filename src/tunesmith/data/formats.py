@@ -48,7 +48,7 @@ class Conversation:
     untrained: frozenset[int] = frozenset()
 
     def supervised(self) -> list[dict[str, Any]]:
-        """The assistant messages that are learnt from, where nothing but the row decides."""
+        """The assistant messages that are trained on, where nothing but the row decides."""
         own = [i for i in range(self.given, len(self.messages)) if i not in self.untrained]
         return [self.messages[i] for i in own if self.messages[i]["role"] == "assistant"]
 
@@ -282,7 +282,7 @@ def _message(row: _RowReader, role: str, message: Mapping[str, Any], at: str) ->
 
 
 def _is_trained(row: _RowReader, role: str, message: Mapping[str, Any], at: str) -> bool:
-    """False where a turn says that it is not learnt from: by `train`, or OpenAI's `weight`."""
+    """False where a turn says that it is not trained on: by `train`, or OpenAI's `weight`."""
     given = {name: message[name] for name in ("train", "weight", "loss_weight") if message.get(name) is not None}
     for name, value in given.items():
         if value not in (0, 1) or (value and role != "assistant"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import Run
-from tunesmith.data.contract import Contract, check_tokens
+from tunesmith.data.contract import Contract, check_tokens, excerpt
 from tunesmith.data.flaws import FLAWS, Repeats, find_repeats
 from tunesmith.data.hold_out import read_splits
 from tunesmith.data.schedule import BatchSchedule
@@ -26,7 +26,7 @@ FEW_STEPS = 50  # with fewer, the learning rate is mostly in its warm-up and the
 class TrainingData:
     """What training needs of the data; `validation` is None where the recipe names none.
 
-    duplicates: training examples that are there before. overlap: validation examples that are trained on too.
+    duplicates: training examples that repeat an earlier one. overlap: validation examples that are trained on too.
     validation_digest: sha256 (hex) of all validation examples, also of those that `validate.max_examples` leaves out.
     """
 
@@ -52,7 +52,7 @@ class TrainingData:
 
     def describe(self) -> str:
         """Lines for the user: which rows are trained on, what was left out, how many steps, what was checked."""
-        lines = [self.template.describe()]
+        lines = [self.describe_template()]
         for split, part in self.sources():
             lines.append(f"{split}: {from_here(part.counts.source)}: {', '.join(self.figures(part))}")
         lines += [self.describe_schedule(), *self.warnings()]
@@ -62,6 +62,13 @@ class TrainingData:
             found = f"{len(contract.checks)} checks of {', '.join(f'{n:,} {of}' for of, n in counts.items())}"
             lines.append(f"token contract of {contract.split}: {'BROKEN' if contract.broken else 'holds'}: {found}")
         return "\n".join(lines)
+
+    def describe_template(self) -> str:
+        """A line for the user: the prompt in use, and without a template how the first row reads where its answer begins."""
+        line, tokens = self.template.describe(), self.train
+        if not self.template.raw or not len(tokens):
+            return line
+        return f"{line}; such as {excerpt(tokens, self.template.tokenizer, 0, int(tokens[0].trained.argmax()))}"
 
     def figures(self, part: SourceTokens) -> list[str]:
         """What one source gives, and what of it is left out and why."""
@@ -110,7 +117,7 @@ class TrainingData:
                 what = f"{count:,} of {part.counts.rows:,} rows with {what}"
                 found.append(f"{split}: {what}, first {part.rows.where(first)}: {why}; fix: {fix}")
         for repeats, tokens, what, fix in (
-            (self.duplicates, self.train, "training examples are there before", "delete them"),
+            (self.duplicates, self.train, "training examples repeat an earlier one", "delete them"),
             (self.overlap, self.validation, "validation examples are trained on too, so val_loss says little of new rows",
              "splits that share no row, such as train[:95%] and train[95%:]; or delete the rows that are there twice"),
         ):  # fmt: skip
@@ -161,5 +168,6 @@ def prepare_data(
         what = "the weights of the sources leave no example in an epoch"
         raise DataError(what, where="data.train", why=why, fix="raise weight")
     duplicates, overlap = find_repeats(train), find_repeats(validation, train) if validation is not None else Repeats()
-    facts = (tuple(contracts), duplicates, overlap, validation_digest)
-    return TrainingData(run, train, validation, template, schedule, *facts)
+    return TrainingData(
+        run, train, validation, template, schedule, tuple(contracts), duplicates, overlap, validation_digest
+    )

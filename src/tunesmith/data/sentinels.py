@@ -2,7 +2,7 @@
 
 A sentinel stands inside the whitespace at its text's edges, so a template that trims renders the same text with and
 without it. It is letters and digits alone, so JSON escapes leave it as it is. Templates may test a text (`startswith`,
-`in`): where sentinels on both sides change the outcome, one at the end, at the start or in the middle may not.
+`in`): where sentinels on both sides change the rendering, one at the end, at the start or in the middle may not.
 """
 
 from __future__ import annotations

@@ -77,14 +77,13 @@ class Template:
             stand; None where this tokenizer would split its rendering in another way than the texts themselves.
         raw: whether prompt and completion stand as they are.
         end_ids: ids of the tokens that may end an answer, at which generation must stop.
-        straddled: tokens so far that begin in a prompt and end in an answer; they are not supervised.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Collection[int], *, jinja: str | None, name: str) -> None:
         self._dated = jinja is not None and "strftime_now(" in jinja
         self.jinja = None if jinja is None else builtin_templates.with_fixed_date(jinja)
-        self.name, self.tokenizer, self.straddled = name, tokenizer, 0
-        self._aligner, self.raw = Aligner(tokenizer), name == "raw"
+        self.name, self.tokenizer, self.raw = name, tokenizer, name == "raw"
+        self._aligner = Aligner(tokenizer)
         if not eos_ids and tokenizer.eos_token_id is None:
             why = "each answer must end with one, or the model never learns to stop"
             fix = "set eos_token in the tokenizer's tokenizer_config.json"
@@ -223,7 +222,6 @@ class Template:
             raise DataError("the end of an answer is not one token of its own", where=where, why=why, fix=fix)
         if len(ids) < 2:
             raise DataError("the row holds no text", where=where, fix="delete the row")
-        self.straddled += aligned.straddled
         trained[0] = False  # nothing predicts the first token
         return Example(ids, trained)
 

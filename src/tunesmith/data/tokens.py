@@ -227,11 +227,11 @@ def _tokenise_rows(
     leaks, flaws = list[int](), dict[str, list[int]]()
     encode = RowEncoder(template, source, data.system, data.train_on)
     with closing(_encode_rows(rows, encode, title)) as found:
-        for i, where, (whole, own_flaws, clean) in found:
-            if clean != "":
-                counts["prompts_apart" if clean is None else "prompts"] += 1
-                if clean is False:
-                    leaks.append(len(writer))
+        for i, where, (whole, own_flaws, prompt) in found:
+            if prompt != "unchecked":
+                counts["prompts_apart" if prompt == "apart" else "prompts"] += 1
+            if prompt == "supervised":
+                leaks.append(len(writer))
             for name in own_flaws:
                 flaws.setdefault(name, [0, i])[0] += 1
             n = len(whole.ids)

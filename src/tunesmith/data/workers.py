@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -43,13 +43,16 @@ class RowBatch(NamedTuple):
     places: list[str]
 
 
+Prompt = Literal["unsupervised", "supervised", "apart", "unchecked"]
+
+
 class EncodedRow(NamedTuple):
-    """The example of a row, uncut, and the names of its flaws. prompt_clean: whether no token of the prompt is
-    supervised; None where the prompt, rendered apart, is not the beginning of the example; "" for rows not compared."""
+    """The example of a row, uncut, and the names of its flaws. prompt: whether one of its tokens is supervised; `apart`:
+    rendered alone it is not the beginning of the example; `unchecked`: this row's was not rendered alone."""
 
     example: Example
     flaws: list[str]
-    prompt_clean: bool | str | None
+    prompt: Prompt
 
 
 Encoded = tuple[RowBatch, list[EncodedRow]]
@@ -74,25 +77,25 @@ class RowEncoder:
         examples = self.template.encode_many(samples, self.train_on, where=batch.places)
         for i, (sample, example) in enumerate(zip(samples, examples, strict=True), batch.first):
             compared = self.train_on != "all" and (i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0)
-            clean = _prompt_is_unsupervised(self.template, sample, example) if compared else ""
-            encoded.append(EncodedRow(example, list(row_flaws(sample, raw=self.template.raw)), clean))
+            prompt = _check_prompt(self.template, sample, example) if compared else "unchecked"
+            encoded.append(EncodedRow(example, list(row_flaws(sample, raw=self.template.raw)), prompt))
         return encoded
 
 
-def _prompt_is_unsupervised(template: Template, sample: Sample, example: Example) -> bool | None:
-    """`EncodedRow.prompt_clean`; some templates write a turn differently once others follow: None."""
+def _check_prompt(template: Template, sample: Sample, example: Example) -> Prompt:
+    """`EncodedRow.prompt`; some templates write a turn differently once others follow: `apart`."""
     if isinstance(sample, Text):
-        return None
+        return "apart"
     if isinstance(sample, Conversation):
         turn = next(n for n, m in enumerate(sample.messages) if m["role"] == "assistant")
         sample = Conversation(sample.messages[: turn + 1], sample.tools, 0, sample.instruction)
     try:
         prompt = template.prompt(sample)
     except DataError:  # a template that wants more turns than this beginning has
-        return None
+        return "apart"
     if not prompt or prompt != np.asarray(example.ids[: len(prompt)]).tolist():
-        return None
-    return not bool(np.any(example.trained[: len(prompt)]))
+        return "apart"
+    return "supervised" if np.any(example.trained[: len(prompt)]) else "unsupervised"
 
 
 def available_cores() -> int:
