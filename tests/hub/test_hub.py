@@ -92,7 +92,7 @@ def part_of(home: Path, files: dict[str, bytes]) -> Path:
     return blobs / f"{sha256(files['model.safetensors'])}.tunesmith.incomplete"
 
 
-def refused(answer: dict, *words: str, kind: str = "ModelError") -> None:
+def assert_refused(answer: dict, *words: str, kind: str = "ModelError") -> None:
     assert answer.get("kind") == kind, answer
     assert answer["code"] == 2
     for word in (*words, "where:", "fix:"):
@@ -152,7 +152,7 @@ def test_a_server_without_ranges_begins_again(ask, files) -> None:
 def test_a_connection_that_always_breaks_ends_with_words(ask, files) -> None:
     with StandIn({NAME: Repo(files, cut=[0] * 20)}) as hub:
         answer, _ = ask(hub)
-        refused(answer, "cannot be reached", "what has arrived is kept")
+        assert_refused(answer, "cannot be reached", "what has arrived is kept")
 
 
 def test_a_silent_connection_is_left_and_resumed(ask, files) -> None:
@@ -166,7 +166,7 @@ def test_a_silent_connection_is_left_and_resumed(ask, files) -> None:
 def test_damaged_bytes_are_not_kept(ask, files) -> None:
     with StandIn({NAME: Repo(files, bad_byte=True)}) as hub:
         answer, _ = ask(hub)
-        refused(answer, "model.safetensors arrived damaged")
+        assert_refused(answer, "model.safetensors arrived damaged")
         assert not part_of(ask.home, files).exists()
 
 
@@ -176,7 +176,7 @@ def test_a_busy_hub_is_asked_again(ask, files) -> None:
         assert "folder" in answer
     with StandIn({"someone/other": Repo(files, failing=99)}) as hub:
         answer, _ = ask(hub, model={"name": "someone/other"})
-        refused(answer, "answers 503", "start again later")
+        assert_refused(answer, "answers 503", "start again later")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_busy_hub_is_asked_again(ask, files) -> None:
 def test_a_gated_model_names_the_page_to_ask_on(ask, files, token, words) -> None:
     with StandIn({NAME: Repo(files, gated=True, card={"license": "other", "license_name": "tiny-licence"})}) as hub:
         answer, said = ask(hub, token=token)
-        refused(answer, "gated", f"{hub.url}/{NAME}", *words)
+        assert_refused(answer, "gated", f"{hub.url}/{NAME}", *words)
         assert "licence tiny-licence, gated" in said, "the licence is told before access is asked for"
         assert not hub.downloads("model.safetensors")
 
@@ -200,8 +200,8 @@ def test_a_granted_token_is_used_but_not_given_to_the_content_network(ask, files
 
 def test_what_is_not_there_is_named(ask, files) -> None:
     with StandIn({NAME: Repo(files)}) as hub:
-        refused(ask(hub, model={"name": "someone/else"})[0], "no model someone/else", "private")
-        refused(ask(hub, model={"name": NAME, "revision": "v9"})[0], "no revision 'v9'", "/tree/main")
+        assert_refused(ask(hub, model={"name": "someone/else"})[0], "no model someone/else", "private")
+        assert_refused(ask(hub, model={"name": NAME, "revision": "v9"})[0], "no revision 'v9'", "/tree/main")
         assert ask(hub, model={"name": NAME, "revision": "v2"})[0]["folder"].endswith(COMMIT)
 
 
@@ -209,7 +209,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts(ask, files) 
     pickled = {n: d for n, d in files.items() if n != "model.safetensors"} | {"pytorch_model.bin": b"x"}
     with StandIn({NAME: Repo(pickled)}) as hub:
         answer, _ = ask(hub)
-        refused(answer, "pickled", 'python -c "from transformers import', NAME)
+        assert_refused(answer, "pickled", 'python -c "from transformers import', NAME)
 
 
 @pytest.mark.parametrize(
@@ -218,13 +218,13 @@ def test_pickled_weights_are_refused_with_the_command_that_converts(ask, files) 
 )
 def test_other_repositories_are_told_apart(ask, files, others, words) -> None:
     with StandIn({NAME: Repo({"config.json": files["config.json"]} | others)}) as hub:
-        refused(ask(hub)[0], words)
+        assert_refused(ask(hub)[0], words)
 
 
 def test_a_kind_that_is_not_trained_is_refused_before_its_weights_come(ask, files) -> None:
     config = json.loads(files["config.json"]) | {"model_type": "mixtral", "num_local_experts": 8}
     with StandIn({NAME: Repo(files | {"config.json": json.dumps(config).encode()})}) as hub:
-        refused(ask(hub)[0], "a mixture of 8 experts", "llama")
+        assert_refused(ask(hub)[0], "a mixture of 8 experts", "llama")
         assert not [s for s in hub.seen if "model.safetensors" in s.path]
 
 
@@ -233,13 +233,13 @@ def test_a_missing_shard_is_found_before_the_download(ask, files) -> None:
     shards = {n: d for n, d in files.items() if n != "model.safetensors"}
     shards |= {"model.safetensors.index.json": json.dumps(index).encode(), "model-00001-of-00002.safetensors": b"x"}
     with StandIn({NAME: Repo(shards)}) as hub:
-        refused(ask(hub)[0], "model-00002-of-00002.safetensors")
+        assert_refused(ask(hub)[0], "model-00002-of-00002.safetensors")
 
 
 def test_a_full_disk_says_how_much_is_missing(ask, files) -> None:
     with StandIn({NAME: Repo(files)}) as hub:
         answer, _ = ask(hub, free=1 << 20)
-        refused(answer, "no room on the disk", " short", "HF_HOME", str(ask.home), kind="MachineError")
+        assert_refused(answer, "no room on the disk", " short", "HF_HOME", str(ask.home), kind="MachineError")
         assert not hub.downloads("network/someone/tiny/model.safetensors")
 
 
@@ -247,12 +247,12 @@ def test_a_cache_that_cannot_be_made_is_named(ask, files) -> None:
     ask.home.parent.mkdir(exist_ok=True)
     ask.home.write_text("a file where the cache should be")
     with StandIn({NAME: Repo(files)}) as hub:
-        refused(ask(hub)[0], "cache cannot be written", "HF_HOME", kind="MachineError")
+        assert_refused(ask(hub)[0], "cache cannot be written", "HF_HOME", kind="MachineError")
 
 
 def test_without_a_network_or_cache(ask) -> None:
-    refused(ask(None)[0], "cannot be reached", "HF_ENDPOINT")
-    refused(ask(None, offline=True)[0], "HF_HUB_OFFLINE", "tunesmith fetch")
+    assert_refused(ask(None)[0], "cannot be reached", "HF_ENDPOINT")
+    assert_refused(ask(None, offline=True)[0], "HF_HUB_OFFLINE", "tunesmith fetch")
 
 
 def test_a_snapshot_that_lost_a_file_is_made_whole(ask, files) -> None:
@@ -261,7 +261,7 @@ def test_a_snapshot_that_lost_a_file_is_made_whole(ask, files) -> None:
         weights = folder / "model.safetensors"
         weights.resolve().unlink()
         weights.unlink()
-        refused(ask(None, offline=True)[0], "not complete")
+        assert_refused(ask(None, offline=True)[0], "not complete")
         assert Path(ask(hub)[0]["folder"]) == folder
         assert weights.read_bytes() == files["model.safetensors"]
 

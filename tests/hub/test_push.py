@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from recipes import make_run
+from tunesmith.checkpoint.state import prune
 from tunesmith.config.load import load_recipe
 from tunesmith.inference.merge import merge
 from tunesmith.training.run import train
@@ -102,6 +103,15 @@ def test_a_checkpoint_is_pushed_without_its_state_and_with_a_card(full: Path) ->
         assert not [name for name in files if "state" in name or "manifest" in name]
         assert "4 (0.67 epochs" in files["README.md"].decode()
         assert hub.stored["team/bot"]["main"] == {}
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile(full: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(full, tmp_path / "my-run"))
+    with UploadHub(meanwhile=lambda: prune(run, 1, latest=0, keep_step=None)) as hub:
+        code, out, err = push(run / "checkpoint-4", hub=hub)
+        assert (code, out, hub.commits) == (1, "", []), err
+    assert "checkpoint-4 was deleted while it was read" in err
+    assert f"give the run directory: {run}" in err
 
 
 def test_an_adapter(lora: Path, tmp_path: Path) -> None:

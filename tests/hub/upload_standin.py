@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
@@ -22,15 +23,16 @@ class UploadHub(StandIn):
         private: repository -> whether it is.
         commits: (repository, branch, message, paths of the files in it).
         refuse: (part of a path, status): such requests are answered so.
+        meanwhile: called before a repository is made.
     """
 
-    def __init__(self, refuse: tuple[str, int] | None = None) -> None:
+    def __init__(self, refuse: tuple[str, int] | None = None, meanwhile: Callable[[], object] = lambda: None) -> None:
         super().__init__({})
         self.stored: dict[str, dict[str, dict[str, bytes]]] = {}
         self.private: dict[str, bool] = {}
         self.commits: list[tuple[str, str, str, list[str]]] = []
         self.large: dict[str, bytes] = {}  # sha256 -> contents, of LFS
-        self.refuse = refuse
+        self.refuse, self.meanwhile = refuse, meanwhile
         for method in ("POST", "PUT"):
             setattr(self.server.RequestHandlerClass, f"do_{method}", lambda http: self.answer(http, body=True))
 
@@ -48,6 +50,7 @@ class UploadHub(StandIn):
         if path == "/api/whoami-v2":
             return self.reply(http, {"type": "user", "name": USER, "orgs": []})
         if path == "/api/repos/create":
+            self.meanwhile()
             return self.create(http, json.loads(sent))
         if path == "/api/validate-yaml":
             return self.reply(http, {"errors": [], "warnings": []})

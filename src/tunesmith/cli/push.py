@@ -19,14 +19,12 @@ from tunesmith.errors import EXIT_OK, UsageError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, final/, adapter or model folder")
     parser.add_argument("--to", metavar="NAME", help="owner/name on the Hub (default: your account, the run's name)")
-    seen = parser.add_mutually_exclusive_group()
-    seen.add_argument("--public", action="store_true", help="everybody may see the repository")
-    seen.add_argument("--private", action="store_false", dest="public", help="only its owner may (default)")
+    parser.add_argument("--public", action="store_true", help="everybody may see the repository (default: its owner)")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made if there is none (default: main)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from tunesmith.inference.load_run import locate_run
+    from tunesmith.inference.load_run import locate_run, undeleted
 
     location = locate_run(args.run)
     if (folder := location.folder) is None:
@@ -40,12 +38,15 @@ def run(args: argparse.Namespace) -> int:
         what, why = "the adapter's base is a folder of this machine", f"its files name {location.base.name}"
         fix = f"tunesmith merge {args.run} --output DIR, then tunesmith push DIR; or train with the base's Hub id"
         raise UsageError(what, where=str(folder), why=why, fix=fix)
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files: dict[str, Path | bytes] = {}
-    files |= {n: p for n, p in paths.items() if not n.startswith(("state/", ".")) and "/." not in n and n != MANIFEST}
-    if CARD not in files and location.kind != "base":
-        files[CARD] = model_card(location.base, location.run, folder.parent).encode()
     name = (folder.parent if location.run else folder).resolve().name
     message = f"Push {name}" + (f"/{folder.name}" if location.run else "")
-    print(push_files(files, args.to or name, public=args.public, revision=args.revision, message=message))
+    with undeleted(location):
+        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        files: dict[str, Path | bytes] = {}
+        kept = (n for n in paths if not n.startswith(("state/", ".")) and "/." not in n and n != MANIFEST)
+        files |= {n: paths[n] for n in kept}
+        if CARD not in files and location.kind != "base":
+            files[CARD] = model_card(location.base, location.run, folder.parent).encode()
+        page = push_files(files, args.to or name, public=args.public, revision=args.revision, message=message)
+    print(page)
     return EXIT_OK

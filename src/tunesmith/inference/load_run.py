@@ -220,7 +220,7 @@ def load_run(
         why = f"this machine has {', '.join(names)}"
         raise MachineError(f"there is no device {device}", where="--device", why=why, fix="name one of these")
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
-    with _undeleted(location):
+    with undeleted(location):
         folder, adapter = location.folder, Adapter(kind="none")
         if location.kind == "adapter" and folder:
             adapter = replace(read_adapter(folder), from_=str(folder))
@@ -246,7 +246,7 @@ def load_run(
 
 
 @contextmanager
-def _undeleted(location: RunLocation) -> Iterator[None]:
+def undeleted(location: RunLocation) -> Iterator[None]:
     """CheckpointError where a run that goes on deletes the checkpoint in the block: some of its files went unread."""
     fault: Exception | None = None
     try:
