@@ -107,6 +107,16 @@ def test_a_tracker_that_fails_is_told_once_and_left_alone(
     assert calls == [1]
 
 
+def test_samples_that_wandb_cannot_take_do_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # its table cannot be made
+    warnings: list[str] = []
+    sink = TrackerSink("wandb", tmp_path, warnings.append)
+    sink._tracker = "begun"
+    sink.samples(1, [("ask", "answer")])
+    sink.close()
+    assert [line.partition(":")[2].partition(",")[0] for line in warnings] == [" wandb failed"]
+
+
 def test_a_tracker_that_does_not_start_is_refused(tmp_path: Path, tensorboard: str) -> None:
     (tmp_path / "events").write_text("a file")
     with pytest.raises(MachineError) as raised:

@@ -146,11 +146,14 @@ class TrackerSink(Sink):
         self._report("validation", step, loss, {"validation/loss": loss})
 
     def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
-        if self.name == "wandb":
+        def report(tracker: Any) -> None:
             import wandb
 
             table = wandb.Table(columns=["step", "prompt", "answer"], data=[[step, *row] for row in rows])
-            self._report("samples", step, None, {"samples": table})
+            tracker.log({"samples": table, "train/step": step})
+
+        if self.name == "wandb":
+            self._thread.submit(self._call, report)
 
     def close(self) -> None:
         if self._tracker is not None:
