@@ -327,7 +327,7 @@ def _run(name: str, args: argparse.Namespace) -> int:
     script, first = SCRIPTS[name], os.environ.get("RANK", "0") == "0"
     folder = Path(args.output_dir) if args.output_dir else default_folder(name, args)
     if first:
-        print(opening(script, args))
+        print(configuration_text(script, args))
         if args.fresh:
             with claim_run_dir(folder):
                 unlink_final(folder)
@@ -363,7 +363,7 @@ def _run(name: str, args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def opening(script: Script, args: argparse.Namespace) -> str:
+def configuration_text(script: Script, args: argparse.Namespace) -> str:
     """The block of lines that the scripts open with."""
     rows = [
         f"\n{RULE}",

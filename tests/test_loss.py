@@ -36,7 +36,7 @@ def case(kind: str):
     return hidden, head, torch.randint(0, 40, (23,))
 
 
-def compare_with_gradients(ours, expected, leaves):
+def assert_equal_with_gradients(ours, expected, leaves):
     torch.testing.assert_close(ours, expected, rtol=1e-13, atol=0)
     got = torch.autograd.grad(ours * 0.37, leaves)
     wanted = torch.autograd.grad(expected * 0.37, leaves)
@@ -53,7 +53,7 @@ def test_value_and_gradients(kind, options, chunk):
     leaves = [hidden, *(p for p in head.parameters() if p.requires_grad)]
     ours = chunked_cross_entropy(hidden, head, targets, chunk=chunk, **options)
     expected = plain(hidden, head, targets, **options)
-    compare_with_gradients(ours, expected, leaves)
+    assert_equal_with_gradients(ours, expected, leaves)
 
 
 @pytest.mark.parametrize("options", CAPS, ids=str)
@@ -65,7 +65,7 @@ def test_weights_per_position(kind, options, chunk):
     leaves = [hidden, *(p for p in head.parameters() if p.requires_grad)]
     ours = chunked_cross_entropy(hidden, head, targets, weights=weights, chunk=chunk, **options)
     expected = (plain(hidden, head, targets, reduction="none", **options) * weights).sum()
-    compare_with_gradients(ours, expected, leaves)
+    assert_equal_with_gradients(ours, expected, leaves)
 
 
 @pytest.mark.parametrize("options", CAPS, ids=str)
@@ -78,7 +78,7 @@ def test_log_probabilities_have_gradients(kind, options, chunk):
     ours = token_logprobs(hidden, head, targets, chunk=chunk, **options)
     expected = -plain(hidden, head, targets, reduction="none", **options)
     assert ours.shape == (23,)
-    compare_with_gradients(ours.square().mean(), expected.square().mean(), leaves)
+    assert_equal_with_gradients(ours.square().mean(), expected.square().mean(), leaves)
 
 
 def test_log_probabilities_of_no_positions():

@@ -7,7 +7,7 @@
 >>> tunesmith.evaluate(result.output_dir, "held-out.jsonl").scores["tuned"].loss
 >>> tunesmith.merge(result.output_dir, "merged")
 
-What a user can mend is raised as a `TunesmithError`, whose text says what, where, why and the fix; `tunesmith.errors`
+What a user can fix is raised as a `TunesmithError`, whose text says what, where, why and the fix; `tunesmith.errors`
 has the whole tree.
 """
 

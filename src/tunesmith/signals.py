@@ -135,7 +135,7 @@ def _leave_all() -> None:
 os.register_at_fork(after_in_child=_leave_all)
 
 
-def settle() -> None:
-    """Ignore stop signals: the outcome stands, and one that comes while the interpreter ends must not change it."""
+def ignore_stop_signals() -> None:
+    """Ignore them from here on: the exit code is known, and one that comes while the interpreter ends must not change it."""
     for name in NAMES:
         signal.signal(signal.Signals[name], signal.SIG_IGN)

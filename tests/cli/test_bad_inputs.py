@@ -24,7 +24,7 @@ def call(words: list[str]) -> int:
     return playbook.main(words[0], words[1:]) if words[0] in playbook.SCRIPTS else main(words)
 
 
-def check(case: Case, world: World, before: dict[str, str], code: int, out: str, err: str) -> None:
+def assert_told(case: Case, world: World, before: dict[str, str], code: int, out: str, err: str) -> None:
     parts = told(err)
     assert code == case.code, err
     assert parts["error"], err
@@ -48,7 +48,7 @@ def test_bad_input(
     before = snapshot(world.folder)
     capsys.readouterr()
     code = call(words)
-    check(case, world, before, code, *capsys.readouterr())
+    assert_told(case, world, before, code, *capsys.readouterr())
 
 
 @pytest.mark.parametrize("case", [BY_NAME[name] for name in AS_PROCESS], ids=str)
@@ -66,7 +66,7 @@ def test_bad_input_of_a_process(case: Case, world: World) -> None:
         timeout=120,
         stdin=subprocess.DEVNULL,
     )
-    check(case, world, before, done.returncode, done.stdout, done.stderr)
+    assert_told(case, world, before, done.returncode, done.stdout, done.stderr)
 
 
 GOOD_ROWS = [

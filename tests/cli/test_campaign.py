@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import pytest
 
 from cli.bad_world import World, snapshot, told
 from cli.campaign import bad_input
+from time_limit import time_limit
 from tunesmith.cli.main import main
 
 SECONDS = 120  # a hang
@@ -27,30 +24,12 @@ SEEDS = range(int(FIRST or 0), int(LAST) + bool(FIRST))
 AS_PROCESS = [seed for seed in SEEDS if seed % 20 == 7]
 
 
-class HangError(BaseException):
-    """It takes too long."""
-
-
-@contextmanager
-def no_hang() -> Iterator[None]:
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise HangError(f"still running after {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def owned(path: str) -> bool:
     """Whether a run may write there."""
     return path == "run" or path.startswith(("run/", "run.previous-"))
 
 
-def check(words: list[str], code: int, err: str, before: dict[str, str], after: dict[str, str]) -> None:
+def assert_told(words: list[str], code: int, err: str, before: dict[str, str], after: dict[str, str]) -> None:
     shown = f"{words}\n{err}"[-4000:]
     assert "Traceback" not in err, shown
     assert "internal error" not in err, shown
@@ -75,9 +54,9 @@ def test_a_bad_input(
     capsys.readouterr()
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(errors="backslashreplace")  # as the stream of a process
-    with no_hang():
+    with time_limit(SECONDS):
         code = main(words)
-    check(words, code, capsys.readouterr().err, before, snapshot(world.folder))
+    assert_told(words, code, capsys.readouterr().err, before, snapshot(world.folder))
 
 
 @pytest.mark.parametrize("seed", AS_PROCESS)
@@ -97,7 +76,7 @@ def test_a_bad_input_of_a_process(seed: int, world: World, monkeypatch: pytest.M
         timeout=SECONDS,
         stdin=subprocess.DEVNULL,
     )
-    check(words, done.returncode, done.stderr, before, snapshot(world.folder))
+    assert_told(words, done.returncode, done.stderr, before, snapshot(world.folder))
 
 
 def test_the_seeds_spoil_what_they_should(world: World, tmp_path_factory: pytest.TempPathFactory) -> None:

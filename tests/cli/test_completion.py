@@ -70,7 +70,7 @@ def test_the_script_parses_and_names_all(shell: str, place: Path) -> None:
         assert word in text
 
 
-def check_offered(shell: str, line: str, offered: list[str]) -> None:
+def assert_offered(shell: str, line: str, offered: list[str]) -> None:
     assert set(OFFERED[line]) <= set(offered), f"{shell}: {line}"
     assert NOT_OFFERED.get(line) not in offered
 
@@ -83,14 +83,14 @@ def test_bash_offers(line: str, place: Path) -> None:
         name=$(complete -p tunesmith); name=${name##*-F }; ${name% tunesmith}; printf '%s\\n' "${COMPREPLY[@]}" """
     command = [needs("bash"), "--norc", "-c", script, "bash", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    check_offered("bash", line, done.stdout.splitlines())
+    assert_offered("bash", line, done.stdout.splitlines())
 
 
 @pytest.mark.parametrize("line", OFFERED)
 def test_fish_offers(line: str, place: Path) -> None:
     command = [needs("fish"), "--no-config", "-c", 'source ./fish; complete -C "$argv[1]"', line]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    check_offered("fish", line, [row.partition("\t")[0].rstrip("/") for row in done.stdout.splitlines()])
+    assert_offered("fish", line, [row.partition("\t")[0].rstrip("/") for row in done.stdout.splitlines()])
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

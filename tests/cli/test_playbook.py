@@ -270,7 +270,7 @@ def test_opening_lines_name_what_was_asked(script: str) -> None:
     args = parser(script).parse_args(
         ["--batch_size", "3", "--gradient_accumulation_steps", "2", "--model_name", "org/m"]
     )
-    lines = playbook.opening(SCRIPTS[script], args).splitlines()
+    lines = playbook.configuration_text(SCRIPTS[script], args).splitlines()
     assert lines[1] == lines[3] == "=" * 60
     assert {"Model: org/m", "Batch size: 3", "Effective batch size: 6", "Torch compile: False"} <= set(lines)
     assert ("LoRA rank: 8" in lines) == (script != FULL)

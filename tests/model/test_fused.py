@@ -88,7 +88,7 @@ def test_names_and_values_of_the_weights_stay(tmp_path):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def compare(ours, theirs, *leaves):
+def assert_equal_with_gradients(ours, theirs, *leaves):
     """Value and gradients of two functions of the same float64 leaves."""
     a, b = ours(*leaves), theirs(*leaves)
     weight = torch.randn_like(b)
@@ -105,13 +105,13 @@ def leaf(*shape):
 
 def test_swiglu():
     torch.manual_seed(0)
-    compare(swiglu, lambda g, u: F.silu(g) * u, leaf(5, 7), leaf(5, 7))
+    assert_equal_with_gradients(swiglu, lambda g, u: F.silu(g) * u, leaf(5, 7), leaf(5, 7))
 
 
 def test_rms_norm():
     torch.manual_seed(0)
     formula = lambda x, w: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * w  # noqa: E731
-    compare(lambda x, w: rms_norm(x, w, 1e-5), formula, leaf(2, 5, 7), leaf(7))
+    assert_equal_with_gradients(lambda x, w: rms_norm(x, w, 1e-5), formula, leaf(2, 5, 7), leaf(7))
 
 
 def test_rms_norm_rounds_as_transformers_does():
@@ -127,4 +127,4 @@ def test_rotation():
     angles = torch.randn(5, 4, dtype=torch.float64)
     cos, sin = (f(torch.cat((angles, angles), -1)) for f in (torch.cos, torch.sin))
     theirs = lambda x: apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=1)[0]  # noqa: E731
-    compare(lambda x: rotate(x, cos, sin), theirs, leaf(5, 3, 8))
+    assert_equal_with_gradients(lambda x: rotate(x, cos, sin), theirs, leaf(5, 3, 8))

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 import torch
 
 from runs import peft_model
+from time_limit import time_limit
 from tunesmith.adapter import lora, peft_files
 from tunesmith.config.schema import Model
 from tunesmith.errors import UsageError
@@ -33,20 +32,6 @@ from .mutations import VALUES, mutate
 SECONDS = 30  # a load takes a tenth of one
 
 
-@contextmanager
-def bounded(what: str) -> Iterator[None]:
-    def hangs(*_: object) -> None:
-        pytest.fail(f"{what} takes more than {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def use_model(folder: Path) -> None:
     """All that `train` reads of a model's folder."""
     model = Model(name=str(folder), dtype="fp32")
@@ -58,7 +43,7 @@ def use_model(folder: Path) -> None:
 
 
 def outcome(use: Callable[[], Any], what: str) -> str:
-    with bounded(what):
+    with time_limit(SECONDS, what):
         try:
             use()
         except UsageError as error:

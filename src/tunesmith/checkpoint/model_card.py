@@ -109,9 +109,8 @@ def _licence(base: Model) -> dict[str, Any]:
     known = is_hub_id(base.name) and try_to_load_from_cache(base.name, "README.md", revision=base.revision)
     card = Path(known) if isinstance(known, str) else Path(base.name).expanduser() / "README.md"
     stated: dict[str, Any] = {}
-    with suppress(
-        Exception
-    ):  # none is there, or it is not a card: nothing in it may keep trained weights from the disk
+    # None may be there, or what is no card: nothing in it may keep trained weights from the disk.
+    with suppress(Exception):
         stated = metadata_load(card) or {}
     keys = ("license", "license_name", "license_link")
     return {key: stated[key] for key in keys if isinstance(stated.get(key), str)}

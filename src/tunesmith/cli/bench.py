@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.config.check import COLUMNS
 from tunesmith.errors import EXIT_OK, RunError, UsageError
 from tunesmith.host_files import refuse_many_ranks
 from tunesmith.model.shapes import SHAPES, find_shape
@@ -33,7 +34,6 @@ example:
   tunesmith bench --shape llama3-8b --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct --data rows.json --json 8b.json
   tunesmith bench --shape llama3-3b --tokenizer DIR --data rows.json adapter.kind=none --profile traces
 """
-FORMATS = ("alpaca", "messages", "sharegpt", "prompt-completion", "text")
 # Options of a shape -> (key that a recipe has for it, example; empty where the option may be left out)
 OF_SHAPE = {
     "tokenizer": ("model.tokenizer", "HuggingFaceTB/SmolLM2-135M-Instruct"),
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shape", metavar="NAME", help="a model's true shape with random weights, instead of a recipe")
     add("--tokenizer", metavar="DIR_OR_ID", help="with --shape: any tokenizer that fits its vocabulary")
     add("--data", metavar="FILE", help="with --shape: real rows, a file or a Hub id")
-    add("--format", choices=FORMATS, help="with --shape: format of the rows (default: alpaca)")
+    add("--format", choices=COLUMNS, help="with --shape: format of the rows (default: alpaca)")
     add("--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)")
     add("--warmup", type=int, default=5, metavar="N", help="steps before them (default: 5)")
     add("--json", metavar="FILE", help="write figures, recipe, versions and hardware there")
@@ -115,7 +115,7 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
     from tunesmith.bench.shape import shape_recipe, write_shape
 
     folder.mkdir()
-    checked = shape_recipe(folder, data=args.data, rows=args.format or FORMATS[0], overrides=overrides)
+    checked = shape_recipe(folder, data=args.data, rows=args.format or "alpaca", overrides=overrides)
     if changed := write_shape(folder, find_shape(args.shape).config, args.tokenizer):
         print(f"warning: {args.shape} with a {changed}", file=sys.stderr, flush=True)
     return checked

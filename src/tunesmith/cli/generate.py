@@ -108,7 +108,7 @@ def _record(row: dict[str, Any]) -> str:
 
 
 def _open_output(output: Path | None, size: int) -> AbstractContextManager[IO[str]]:
-    """The file behind the first `size` bytes, which are kept, or stdout; half a character (a lone surrogate) is written as its JSON escape."""
+    """The file, of which the first `size` bytes are kept, or stdout; a lone surrogate is written as its JSON escape."""
     if output is None:
         return nullcontext(sys.stdout)
     output.parent.mkdir(parents=True, exist_ok=True)

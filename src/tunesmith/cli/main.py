@@ -1,4 +1,4 @@
-"""The command line: finds the command, imports only that one, and reports every outcome with an exit code.
+"""The command line: finds the command, imports only that one, and ends with a message and an exit code.
 
 Each command is a module of this package with `add_arguments(parser)` and `run(args) -> int`. Its docstring begins its
 help page and its `EPILOG`, if any, ends it; one of the two holds an example that works.
@@ -26,7 +26,7 @@ from tunesmith import __version__
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError, TunesmithError, UsageError, disk_fault, first_line
 from tunesmith.packages import pip_install
 from tunesmith.runtime.host import bound_product_caches
-from tunesmith.signals import settle
+from tunesmith.signals import ignore_stop_signals
 from tunesmith.streams import fault_of, lasting
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -107,7 +107,7 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
     if isinstance(fault_of(sys.stdout), BrokenPipeError):  # as in `tunesmith recipes | head -1`
         code, failure = EXIT_BROKEN_PIPE, None
     if process:
-        settle()
+        ignore_stop_signals()
     if failure is not None:
         _report(failure)
     return code

@@ -12,14 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith.config.check import COLUMNS
 from tunesmith.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
     from tunesmith.inference.decoding import Decoding
     from tunesmith.training.make_recipe import MadeRecipe
-
-FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text")
 
 
 def whole_number(text: str) -> int:
@@ -52,7 +51,7 @@ def column_names(text: str) -> list[tuple[str, str]]:
 def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
     """How rows are read (`format_name`, `columns`) and how many are answered at once (`batch_size`)."""
     look = "what a row looks like (default: as in training where its columns fit, else by their names)"
-    parser.add_argument("--format", choices=FORMATS, default="auto", dest="format_name", help=look)
+    parser.add_argument("--format", choices=("auto", *COLUMNS), default="auto", dest="format_name", help=look)
     names = "the file's name of a column: --columns prompt=question --columns completion=answer"
     parser.add_argument("--columns", type=column_names, action="extend", default=[], metavar="NAME=COLUMN", help=names)
     parser.add_argument("--batch-size", type=whole_number, default=16, metavar="N", help=f"{batch_size} (default: 16)")
@@ -60,7 +59,7 @@ def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
 
 @contextmanager
 def fixes_as_options() -> Iterator[None]:
-    """What a recipe's keys would mend is said in options, for commands that have no recipe."""
+    """Fixes that name keys of a recipe name options instead, for commands that have no recipe."""
     try:
         yield
     except DataError as error:
@@ -78,7 +77,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--model", metavar="NAME", help="Hub id, folder or .gguf file")
     own.add_argument("--data", metavar="FILE", action="append", help="json, jsonl, csv, parquet, arrow, or a Hub id")
     own.add_argument("--split", metavar="SPLIT", help="of a Hub data set, or a slice such as train[:1000]")
-    own.add_argument("--format", choices=FORMATS[1:], help="what a row looks like, where unclear")
+    own.add_argument("--format", choices=COLUMNS, help="what a row looks like, where unclear")
     names = "which columns are meant, where unclear: prompt=question,completion=answer"
     own.add_argument("--columns", type=column_names, action="extend", default=[], metavar="NAME=COLUMN", help=names)
 
