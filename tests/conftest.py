@@ -20,7 +20,7 @@ bench/test_measure.py bench/test_shape.py cli/test_bad_hub.py cli/test_bad_input
 cli/test_bench.py cli/test_campaign.py cli/test_failed_runs.py cli/test_log_file.py cli/test_playbook.py
 cli/test_readme.py cli/test_serving.py data/test_workers.py hub/test_fetch_verb.py hub/test_hub.py
 hub/test_own_data.py hub/test_push.py inference/test_merge.py model/test_weights.py parity/test_batches.py
-parity/test_curves.py parity/test_optimizers.py quant/test_fp8_base.py runtime/test_compilation.py
+parity/test_curves.py parity/test_optimizers.py quant/test_eight_bit_base.py runtime/test_compilation.py
 runtime/test_host.py test_notebook.py test_public_api.py training/test_going_on.py training/test_resume.py
 """.split()
 

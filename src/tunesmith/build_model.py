@@ -32,9 +32,10 @@ Weights = Literal["stored", "random"]
 
 # Relative change of the loss. Rounding to e4m3 changed that of SmolLM2-135M by 1.2 to 2.2 % on 4,500 tokens of alpaca
 # rows, as chats and as plain text; nf4 changed it by 7 %. A larger change has another cause than rounding.
-FP8_TOLERANCE = 0.03
+# The rotated int8 changed it by 0.1 to 0.3 %.
+EIGHT_BIT_TOLERANCE = {"fp8": 0.03, "int8": 0.01}
 ROW_MULTIPLE = 64  # tensor cores want the vocabulary, a dimension of the head's product, in multiples of this
-FP8_PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
+EIGHT_BIT_PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
 
 
 def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
@@ -84,7 +85,7 @@ def build_model(
             the device, for measuring speed.
         adapter: folder of the checkpoint whose adapter training resumes from.
         probes: the first micro batches of the run, on the plan's device, the same at every start. On them the loss of a
-            base in fp8 is compared and recompute is calibrated; without them the base of an fp8 recipe stays dense.
+            base in 8 bits is compared and recompute is calibrated; without them such a base stays dense.
 
     Returns the root module, and the plan, corrected by what was measured on the probes. ModelError or RecipeError where
     files and recipe do not fit each other; MachineError where the GPU's memory is too small.
@@ -108,9 +109,9 @@ def build_model(
         root.score = compilation.compile_score(root.score)
     load.materialise(model, device)
     fill_parameters(run, files, model, weights or files.folder)
-    if plan.base.startswith("fp8") and probes:
-        plan = quantize_base_fp8(root, plan, probes)
-        if not plan.base.startswith("fp8"):
+    if plan.base.startswith(tuple(EIGHT_BIT_TOLERANCE)) and probes:
+        plan = quantize_base_eight_bit(root, plan, probes)
+        if not plan.base.startswith(tuple(EIGHT_BIT_TOLERANCE)):
             model.to("meta")  # the caller still refers to it, and its dense weights are gone
             return build_model(run, files, plan, weights=weights, adapter=adapter, probes=probes)
     if adapter is not None:
@@ -137,20 +138,20 @@ def fill_parameters(run: Run, files: ModelFiles, model: nn.Module, weights: Path
             peft_files.load_adapter(model, peft_files.find_adapter(run.adapter.from_))
 
 
-def quantize_base_fp8(model: TrainModel, plan: RunPlan, batches: Sequence[Batch]) -> RunPlan:
-    """Quantize the frozen linear layers to fp8, and compare the loss on the run's own batches before and after.
+def quantize_base_eight_bit(model: TrainModel, plan: RunPlan, batches: Sequence[Batch]) -> RunPlan:
+    """Quantize the frozen linear layers to fp8 or int8, and compare the loss on the run's own batches before and after.
 
-    Returns the plan with the figures. Its base is bf16 if the loss changed by more than FP8_TOLERANCE: the model must then
+    Returns the plan with the figures. Its base is bf16 if the loss changed by more than its EIGHT_BIT_TOLERANCE: the model must then
     be built again, since its dense weights are gone.
     """
     before = mean_loss(model, batches)
-    count = lora.convert_to_fp8(model.model, plan.base)
+    count = lora.convert_to_eight_bit(model.model, plan.base)
     after = mean_loss(model, batches)
-    change = (after - before) / before
+    change, tolerance = (after - before) / before, EIGHT_BIT_TOLERANCE[plan.base.split()[0]]
     tokens = sum(batch.tokens for batch in batches)
     base, why = plan.base, f"{plan.why['base']}; {count} layers"
-    if not math.isfinite(after) or abs(change) > FP8_TOLERANCE:
-        base, why = "bf16", f"{plan.base} was tried and dropped: it changes the loss by more than {FP8_TOLERANCE:.0%}"
+    if not math.isfinite(after) or abs(change) > tolerance:
+        base, why = "bf16", f"{plan.base} was tried and dropped: it changes the loss by more than {tolerance:.0%}"
     figures = f"loss {after:.4f}, {before:.4f} in bf16 ({change:+.2%}), on {tokens:,} tokens of the data"
     return replace(plan, base=base, why={**plan.why, "base": f"{why}: {figures}"})
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 # The only fp8 matmul that torch 2.11 to 2.13 share on GPU and CPU (on a CPU, 2.11 scales tensor-wise only).
 scaled_mm = torch._scaled_mm
+# int8 times int8 in int32; CUDA asks for more than 16 rows, and for widths that are multiples of 8.
+int_mm = torch._int_mm
 
 
 def mark_varying(tensor: Tensor, dim: int) -> None:

@@ -136,7 +136,7 @@ _TYPES = [
     _line("compile as truth", "train.compile=true", "train.compile: expected", "train.compile", "'train.compile=on'"),
     _line("adapter of others", "adapter.kind=dora", "adapter.kind: expected `lora` or `none`", "adapter.kind", "write one of lora, none: dora and other adapters are not supported"),
     _line("QLoRA as a kind", "adapter.kind=qlora", "adapter.kind: expected", "adapter.kind", "qlora is lora with model.quantize: nf4"),
-    _line("quantization of others", "model.quantize=int8", "model.quantize: expected", "model.quantize", "write one of none, fp8, nf4: int8 and other"),
+    _line("quantization of others", "model.quantize=gptq", "model.quantize: expected", "model.quantize", "write one of none, fp8, int8, nf4: gptq and other"),
     _line("schedule of others", "train.schedule=cosine_with_restarts", "train.schedule: expected", "train.schedule", "write one of constant, linear, cosine: cosine_with_restarts and other"),
     _line("method", "method=dpo", "method: expected `sft`, found the text 'dpo'", "method", "write one of sft"),
     _line("resume mistyped", "checkpoint.resume=atuo", "checkpoint.resume: expected", "checkpoint.resume", "'checkpoint.resume=auto'"),

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
-from tunesmith.quant import fp8, frozen_matmul
-from tunesmith.quant.fp8 import Fp8Linear
-from tunesmith.quant.frozen_weight import ROW_WISE, TENSOR_WISE, DenseWeight
+from tunesmith.quant import eight_bit, frozen_matmul
+from tunesmith.quant.eight_bit import EightBitLinear
+from tunesmith.quant.frozen_weight import DenseWeight
 from tunesmith.quant.nf4 import Nf4Linear
+from tunesmith.quant.scaled_matmul import INT8, TENSOR_WISE
 
 # torch 2.11 has no fp8 matmuls scaled by row on a CPU.
-FP8 = tuple(k for k in fp8.KINDS if k == TENSOR_WISE or fp8.select_scaling(torch.device("cpu")).kind == ROW_WISE)
+FP8 = tuple({TENSOR_WISE, eight_bit.select_scaling("fp8", torch.device("cpu")).kind or TENSOR_WISE})
+EIGHT_BIT = (*sorted(FP8), INT8)
 WIDTHS = (48, 16, 16)  # like q, k and v
 ADAPTER = Adapter(rank=4, alpha=8)
 
@@ -85,15 +87,16 @@ def kinds() -> dict[str, list[lora.Lora]]:
         packed.append(lora.LoraNf4Linear(base, ADAPTER))
         packed[-1].lora_A, packed[-1].lora_B = layer.lora_A, layer.lora_B
     made["nf4"] = packed
-    for kind in FP8:
-        made[kind] = [lora.LoraFp8Linear(layer, kind) for layer in adapted(dense_layers(torch.bfloat16))]
+    for kind in EIGHT_BIT:
+        made[kind] = [lora.LoraEightBitLinear(layer, kind) for layer in adapted(dense_layers(torch.bfloat16))]
     return made
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
+@pytest.mark.parametrize("kind", ["dense", "nf4", *EIGHT_BIT])
 def test_every_kind_answers_as_the_weight_it_stands_for(kind):
     """bf16 keeps 8 bits: 2^-9 a rounding. fp8 rounds the input (and each output's gradient) to 3 bits of mantissa:
-    up to 2^-4 an element, about 3 % of a product's length, with a scale a tensor somewhat more."""
+    up to 2^-4 an element, about 3 % of a product's length, with a scale a tensor somewhat more; int8 to 1/254 of the
+    row's largest value, which is about three times the mean."""
     layers = kinds()[kind]
     tolerance = 0.01 if kind in ("dense", "nf4") else 0.05
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -106,7 +109,7 @@ def test_every_kind_answers_as_the_weight_it_stands_for(kind):
         assert distance(got[name], gradient) < (tolerance if name == "x" else 0.01), name
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
+@pytest.mark.parametrize("kind", ["dense", "nf4", *EIGHT_BIT])
 def test_the_compiled_operator_gives_the_same_numbers(kind):
     layers = kinds()[kind]
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -125,7 +128,7 @@ def test_the_compiled_operator_gives_the_same_numbers(kind):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
+@pytest.mark.parametrize("kind", ["dense", "nf4", *EIGHT_BIT])
 def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
     """Shapes, types and strides of the outputs, no output that shares memory with an input, and gradients in a graph:
     a compiler lays out memory by these promises, and a broken one shows on a GPU only."""
@@ -150,15 +153,15 @@ def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
             torch.library.opcheck(frozen_matmul.frozen_matmul_backward, given, test_utils=tests)
 
 
-@pytest.mark.parametrize("kind", ["nf4", *FP8])
+@pytest.mark.parametrize("kind", ["nf4", *EIGHT_BIT])
 def test_a_frozen_layer_without_an_adapter_passes_its_gradient_on(kind):
     adapter = kinds()[kind][0]
-    layer = Fp8Linear(dense_layers(torch.bfloat16)[0], kind) if kind in FP8 else adapter
+    layer = EightBitLinear(dense_layers(torch.bfloat16)[0], kind) if kind in EIGHT_BIT else adapter
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
-    y = layer(x) if kind in FP8 else frozen_matmul.grouped_matmul(x, [layer.frozen_weight()], [None])[0]
+    y = layer(x) if kind in EIGHT_BIT else frozen_matmul.grouped_matmul(x, [layer.frozen_weight()], [None])[0]
     d = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, d)
-    tolerance = 0.05 if kind in FP8 else 0.01
+    tolerance = 0.05 if kind in EIGHT_BIT else 0.01
     assert distance(y, F.linear(x, layer.dense())) < tolerance
     assert distance(dx, d @ layer.dense()) < tolerance
 

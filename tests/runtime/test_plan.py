@@ -140,8 +140,8 @@ def test_compiled_graphs_see_few_shapes(changes, compiles, layout):
 
 def test_a_chip_without_fp8_keeps_the_base_in_its_dtype():
     run = replace(recipe(), model=Model(name="m", quantize="fp8"))
-    assert planned(run, LLAMA, 139, fp8=("fp8 row-wise", "it runs")).base == "fp8 row-wise"
-    plan = planned(run, LLAMA, 139, fp8=(None, "too old"))
+    assert planned(run, LLAMA, 139, scaling=("fp8 row-wise", "it runs")).base == "fp8 row-wise"
+    plan = planned(run, LLAMA, 139, scaling=(None, "too old"))
     assert (plan.base, plan.why["base"]) == ("bf16", "too old")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
 from tunesmith.model.random_init import seed_of
-from tunesmith.quant.fp8 import ALIGNED, Fp8Linear
+from tunesmith.quant.eight_bit import ALIGNED, EightBitLinear
 from tunesmith.quant.frozen_matmul import grouped_matmul, linear_names
 from tunesmith.quant.frozen_weight import DenseWeight, FrozenWeight
 from tunesmith.quant.nf4 import Nf4Linear
@@ -95,8 +95,8 @@ class LoraNf4Linear(Lora, Nf4Linear):
         self.add_lora(adapter, base.weight.device)
 
 
-class LoraFp8Linear(Lora, Fp8Linear):
-    """An `Fp8Linear` with an adapter; it takes over the trained parameters of a `LoraLinear`."""
+class LoraEightBitLinear(Lora, EightBitLinear):
+    """An `EightBitLinear` with an adapter; it takes over the trained parameters of a `LoraLinear`."""
 
     def __init__(self, base: LoraLinear, kind: str) -> None:
         super().__init__(base, kind)
@@ -104,18 +104,36 @@ class LoraFp8Linear(Lora, Fp8Linear):
         self.scaling, self.dropout, self.enabled = base.scaling, base.dropout, base.enabled
 
 
-def convert_to_fp8(model: nn.Module, kind: str) -> int:
-    """Put every frozen linear layer but the output layer into fp8 (one of `fp8.KINDS`), one at a time; return how many."""
-    count = 0
-    for name in linear_names(model, head=False):  # by name: a list of the layers would keep every dense weight alive
+def _eight_bit_names(model: nn.Module) -> list[str]:
+    """Full names of the dense, frozen linear layers of fitting widths; without the output layer."""
+
+    def fits(m: nn.Module) -> bool:
+        if not isinstance(m, nn.Linear) or m.weight.requires_grad:
+            return False
+        return m.in_features % ALIGNED == 0 and m.out_features % ALIGNED == 0
+
+    return [name for name in linear_names(model, head=False) if fits(model.get_submodule(name))]
+
+
+def eight_bit_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(out_features, in_features) of the layers that `convert_to_eight_bit` takes, each once; on meta or not."""
+    shapes = {model.get_parameter(f"{name}.weight").shape for name in _eight_bit_names(model)}
+    return sorted((n_out, n_in) for n_out, n_in in shapes)
+
+
+def convert_to_eight_bit(model: nn.Module, kind: str) -> int:
+    """Put the layers of `_eight_bit_names` into 8 bits, one at a time; return how many.
+
+    `kind` is one of `scaled_matmul.KINDS`.
+    """
+    names = _eight_bit_names(model)  # by name: a list of the layers would keep every dense weight alive
+    for name in names:
         layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear) or layer.weight.requires_grad:
-            continue
-        if layer.in_features % ALIGNED == 0 and layer.out_features % ALIGNED == 0:
-            fp8 = LoraFp8Linear(layer, kind) if isinstance(layer, LoraLinear) else Fp8Linear(layer, kind)
-            model.set_submodule(name, fp8)
-            count += 1
-    return count
+        if isinstance(layer, LoraLinear):
+            model.set_submodule(name, LoraEightBitLinear(layer, kind))
+        elif isinstance(layer, nn.Linear):
+            model.set_submodule(name, EightBitLinear(layer, kind))
+    return len(names)
 
 
 def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:

@@ -50,8 +50,10 @@ class Model:
     revision: str | None = key(None, "branch, tag or commit on the Hub; null: `main`")
     tokenizer: str | None = key(None, "Hub id or folder of another tokenizer; null: the model's own")
     dtype: Literal["bf16", "fp16", "fp32"] = key("bf16", "dtype of weights and matmuls; fp16 scales the loss")
-    quantize: Literal["none", "fp8", "nf4"] = key(
-        "none", "quantization of the frozen base: fp8 for speed (needs bf16), nf4 (bitsandbytes' format) for memory"
+    quantize: Literal["none", "fp8", "int8", "nf4"] = key(
+        "none",
+        "quantization of the frozen base: fp8 or int8 for speed (need bf16), nf4 (bitsandbytes' format) for memory; int8 "
+        "rotates what it rounds, and keeps the loss nearer to bf16's than fp8",
     )
     attention: Literal["auto", "eager"] = key("auto", "auto: the fastest for packed rows; eager: Transformers' own")
     trust_remote_code: bool = key(False, "run Python code from the model's repository")

@@ -2,8 +2,8 @@
 
 - dense: W itself.
 - nf4: 4-bit codes and their scales, in bitsandbytes' format (Dettmers et al. 2023, arXiv:2305.14314).
-- fp8: e4m3 with one scale a row or one a tensor (Micikevicius et al. 2022, arXiv:2209.05433), stored twice: the GPU
-  multiplies along contiguous rows only, and the backward needs the rows of W^T.
+- fp8 and int8: 8-bit values with scales (see `scaled_matmul`), stored twice: the GPU multiplies along contiguous rows
+  only, and the backward needs the rows of W^T.
 
 A `torch.library` operator takes strings and tensors, not objects. `kind` and `tensors` describe a weight in full;
 `frozen_weight` builds it again from them.
@@ -12,7 +12,7 @@ A `torch.library` operator takes strings and tensors, not objects. `kind` and `t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith import packages
-from tunesmith.private import scaled_mm
+from tunesmith.quant.scaled_matmul import INT8, hadamard, hadamard_rotate, quantize, scaled_matmul
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = torch.finfo(E4M3).max
-ROW_WISE, TENSOR_WISE = "fp8 row-wise", "fp8 tensor-wise"
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -107,50 +104,53 @@ class Nf4Weight(FrozenWeight):
         return weight.to(dtype)
 
 
-class Fp8Weight(FrozenWeight):
-    """tensors: e4m3 [out, in] and its scale, e4m3 [in, out] and its scale; scales are fp32 [rows, 1] or [1, 1]."""
+class EightBitWeight(FrozenWeight):
+    """tensors: 8-bit [out, in] and its scale, 8-bit [in, out] and its scale; for int8 the matrix of `hadamard` too.
+
+    Scales are fp32 [rows, 1], or [1, 1] of a tensor. `product` multiplies two 8-bit matrices; None for torch's own.
+    """
 
     adds_in_epilogue = False
 
+    def __init__(
+        self,
+        kind: str,
+        tensors: Sequence[Tensor],
+        shape: tuple[int, int],
+        product: Callable[..., Tensor] | None = None,
+    ) -> None:
+        super().__init__(kind, tensors, shape)
+        self.product = product
+
     @classmethod
-    def from_dense(cls, kind: str, dense: Tensor) -> Fp8Weight:
-        """Quantize W [out, in]; `kind` is ROW_WISE or TENSOR_WISE."""
-        both = (quantize_fp8(w, per_tensor=kind == TENSOR_WISE) for w in (dense, dense.T.contiguous()))
-        return cls(kind, [tensor for pair in both for tensor in pair], (dense.shape[0], dense.shape[1]))
+    def from_dense(cls, kind: str, dense: Tensor, product: Callable[..., Tensor] | None = None) -> EightBitWeight:
+        """Quantize W [out, in] in the dtype of x; `kind` is one of `scaled_matmul.KINDS`."""
+        signs = [hadamard(dense.device, dense.dtype)] if kind == INT8 else []
+        both = (quantize(kind, w, *signs) for w in (dense, dense.T.contiguous()))
+        return cls(kind, [*(t for pair in both for t in pair), *signs], (dense.shape[0], dense.shape[1]), product)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return (self.tensors[0].float() * self.tensors[1]).to(dtype)
+        weight = self.tensors[0].float() * self.tensors[1]
+        return (hadamard_rotate(weight, self.tensors[4].float()) if self.kind == INT8 else weight).to(dtype)
 
     def quantize_input(self, x: Tensor) -> list[Tensor]:
-        return list(quantize_fp8(x, per_tensor=self.kind == TENSOR_WISE))
+        return list(quantize(self.kind, x, *self.tensors[4:]))
 
     def forward_matmul(self, x: Tensor, quantized: Sequence[Tensor], update: tuple[Tensor, Tensor] | None) -> Tensor:
-        y = _matmul_fp8(quantized, self.tensors[:2], x.dtype)
+        y = scaled_matmul(self.kind, quantized, self.tensors[:2], x.dtype, self.product)
         return y if update is None else y.addmm_(update[0], update[1].T)
 
     def backward_matmul(self, dy: Tensor, quantized: Sequence[Tensor], dx: Tensor | None) -> Tensor:
-        product = _matmul_fp8(quantized, self.tensors[2:], dy.dtype)
+        product = scaled_matmul(self.kind, quantized, self.tensors[2:4], dy.dtype, self.product)
         return product if dx is None else dx.add_(product)
 
 
-def quantize_fp8(x: Tensor, *, per_tensor: bool) -> tuple[Tensor, Tensor]:
-    """x [n, k] as e4m3 and its scales, with x = e4m3 * scale: fp32 [n, 1], or [1, 1] if `per_tensor`.
-
-    A value that is not finite makes its row NaN (its tensor, if `per_tensor`).
-    """
-    wide = x.float()
-    largest = wide.abs().amax() if per_tensor else wide.abs().amax(-1, keepdim=True)
-    scale = (largest / E4M3_MAX).clamp(min=1e-12)
-    return (wide / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale.view(-1, 1)
-
-
-def _matmul_fp8(left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """left [n, k] times the transpose of right [m, k], each e4m3 with its scales; adds up in fp32: [n, m] in `dtype`."""
-    (a, a_scale), (b, b_scale) = left, right
-    return scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), out_dtype=dtype, use_fast_accum=a.is_cuda)
-
-
-WEIGHT_CLASSES: dict[str, type[FrozenWeight]] = {"dense": DenseWeight, "nf4": Nf4Weight, "fp8": Fp8Weight}
+WEIGHT_CLASSES: dict[str, type[FrozenWeight]] = {
+    "dense": DenseWeight,
+    "nf4": Nf4Weight,
+    "fp8": EightBitWeight,
+    "int8": EightBitWeight,
+}
 
 
 def frozen_weight(kind: str, tensors: Sequence[Tensor], shape: tuple[int, int]) -> FrozenWeight:

@@ -13,14 +13,14 @@ class Machine:
     """What a plan depends on, as `resolve.probe_machine` finds it: memory, and findings with their reasons.
 
     `free_bytes` can be had now, `card_bytes` is all memory of a GPU. `attention` names the backend, `compiles` tells
-    whether layers are compiled, `fp8` is the scaling recipe or None.
+    whether layers are compiled, `scaling` is that of an 8-bit base or None.
     """
 
     device: str
     free_bytes: int
     attention: tuple[str, str]
     compiles: tuple[bool, str]
-    fp8: tuple[str | None, str] = (None, "")
+    scaling: tuple[str | None, str] = (None, "")
     card_bytes: int = 0
 
 
@@ -75,7 +75,7 @@ class MemoryEstimate:
 class RunPlan:
     """What a run does on its machine, and why, by part. The defaults are those of inference.
 
-    `base` is how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8. Of the model's decoder
+    `base` is how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8 or int8. Of the model's decoder
     `layers`, `recomputed_layers` recompute in the backward. `trial_peak` is the most bytes that were allocated before
     the last trial of memory, which begins the allocator's statistics anew.
     """

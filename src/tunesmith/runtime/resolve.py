@@ -12,6 +12,7 @@ input alone. At 16,384 tokens of an 8B LoRA run this comes to 68 GiB; 69 were me
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,8 @@ from tunesmith.model import attention
 from tunesmith.model.load import DTYPES
 from tunesmith.model.spec import ModelSpec
 from tunesmith.optim.adamw import state_bytes_per_parameter
-from tunesmith.quant import fp8
+from tunesmith.quant import eight_bit
+from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime import compilation
 from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
 from tunesmith.units import Size
@@ -34,7 +36,7 @@ MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
 USABLE = 0.9  # of the free memory: the rest is the allocator's
 # The fixed cost of a forward and backward, in tokens whose work takes as long: reading the weights against four
 # operations a weight and token, at the 4 TB/s and 700 TFLOP/s of an H200; unpacking nf4 adds about as much.
-FIXED_COST_TOKENS = {"none": 160, "fp8": 320, "nf4": 320}
+FIXED_COST_TOKENS = {"none": 160, "fp8": 320, "int8": 320, "nf4": 320}
 RECOMPUTE_COST = {"none": 1 / 3, "lora": 1 / 2}  # a second forward, as a share of a step: 2 of 6 operations, or of 4
 # Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a usual step...
 ROW_MULTIPLE = 128
@@ -55,8 +57,12 @@ def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tupl
     return attention.select_attention_backend(device, DTYPES[run.model.dtype], files.spec.head_dim, softcap=softcap)
 
 
-def probe_machine(run: Run, files: ModelFiles, device: torch.device) -> Machine:
-    """What this machine has for a run, found by trying: backends, compiler, memory."""
+def probe_machine(run: Run, files: ModelFiles, device: torch.device, shapes: Sequence[tuple[int, int]] = ()) -> Machine:
+    """What this machine has for a run, found by trying: backends, compiler, memory, 8-bit matmuls.
+
+    `shapes` are those of `lora.eight_bit_shapes`, tried with as few and as many rows as a run may have.
+    """
+    quantize, rows = run.model.quantize, (1, 16, MAX_TOKENS[device.type])
     # Where GPU and host share memory (GB10) the driver reports what is unused, not what can be had.
     free = torch.cuda.mem_get_info(device)[0] if is_discrete(device) else available_memory()
     return Machine(
@@ -65,12 +71,12 @@ def probe_machine(run: Run, files: ModelFiles, device: torch.device) -> Machine:
         card_bytes=card_bytes(device),
         attention=attention_backend(run, files, device),
         compiles=compilation.select_compile(run.train.compile, device),
-        fp8=fp8.select_scaling(device) if run.model.quantize == "fp8" else (None, ""),
+        scaling=eight_bit.select_scaling(quantize, device, shapes, rows) if quantize in KINDS else (None, ""),
     )
 
 
 def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan:
-    """The plan of a model that is only asked: nothing compiled or recomputed, no base in fp8."""
+    """The plan of a model that is only asked: nothing compiled or recomputed, no base in 8 bits."""
     return RunPlan(str(device), attention_backend(run, files, device)[0], run.model.dtype, files.spec.layers)
 
 
@@ -111,11 +117,11 @@ def resolve_plan(
         multiple = 1 if fixed else ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8
         bound = -(-longest // DOCUMENT_BLOCK) * DOCUMENT_BLOCK
         layout = MicroBatchLayout(size, pad_to=size.amount if fixed else None, multiple=multiple, bound=bound)
-    bases = {"none": run.model.dtype, "fp8": machine.fp8[0] or run.model.dtype, "nf4": "nf4"}
+    base = "nf4" if run.model.quantize == "nf4" else machine.scaling[0] or run.model.dtype
     return RunPlan(
         device=machine.device,
         attention=machine.attention[0],
-        base=bases[run.model.quantize],
+        base=base,
         layers=spec.layers,
         compiled=compiled,
         recomputed_layers=memory.recomputed_layers,
@@ -124,7 +130,7 @@ def resolve_plan(
         why={
             "attention": machine.attention[1],
             "loss": "head and loss on supervised positions alone",
-            "base": machine.fp8[1] if run.model.quantize == "fp8" else "as the recipe says",
+            "base": machine.scaling[1] or "as the recipe says",
             "compile": compile_why,
             "recompute": "as train.recompute says" if train.recompute != "auto" else "no more than the memory needs",
             "micro batch": f"{why}: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB",

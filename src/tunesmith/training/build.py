@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from tunesmith import packages
+from tunesmith.adapter import lora
 from tunesmith.adapter.peft_files import find_adapter, read_adapter
-from tunesmith.build_model import FP8_PROBE_TOKENS, Weights, build_model, count_trained, define_model
+from tunesmith.build_model import EIGHT_BIT_PROBE_TOKENS, Weights, build_model, count_trained, define_model
 from tunesmith.checkpoint.export import read_optimizer
 from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
 from tunesmith.checkpoint.run_dir import IDENTITY, RECIPE
@@ -42,6 +43,7 @@ from tunesmith.model.tokenizer import eos_ids
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.quant import nf4
+from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime.plan import RunPlan
 from tunesmith.runtime.resolve import probe_machine, resolve_plan
 from tunesmith.runtime.transfer import DevicePrefetcher
@@ -126,10 +128,11 @@ def build(
     trained = count_trained(run, model)
     if checkpoints:
         check_disk(run, trained)
-    machine = probe_machine(run, files, device)
+    machine = probe_machine(run, files, device, lora.eight_bit_shapes(model))
     size, longest = data.schedule.step_size(), data.train.counts.longest
     plan = resolve_plan(run, files.spec, machine, trained=trained, step=size, longest=longest, before=start.micro_batch)
     saved = start.found.path if start.found else None
+    eight_bit = run.model.quantize in KINDS
     root, plan = build_model(
         run,
         files,
@@ -137,10 +140,10 @@ def build(
         model=model,
         weights="random" if weights == "random" else saved if run.adapter.kind == "none" else None,
         adapter=saved if run.adapter.kind == "lora" else None,
-        probes=first_batches(make_loader(data, files, plan), device, FP8_PROBE_TOKENS if "fp8" in plan.base else 1),
+        probes=first_batches(make_loader(data, files, plan), device, EIGHT_BIT_PROBE_TOKENS if eight_bit else 1),
     )
     optimizer = make_optimizer(run, root, start)
-    if run.model.quantize == "fp8" and not plan.base.startswith("fp8"):
+    if eight_bit and not plan.base.startswith(run.model.quantize):
         say(f"warning: the base stays in {plan.base}: {plan.why['base']}")
     for text in (root.describe(), *plan.describe(why=why), *describe_micro_batch(start, run, plan)):
         say(text)

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from recipes import make_run, write_rows
-from tunesmith import build_model
+from tunesmith.build_model import EIGHT_BIT_TOLERANCE
 from tunesmith.checkpoint.resume import Start
-from tunesmith.quant import fp8
-from tunesmith.quant.fp8 import Fp8Linear
+from tunesmith.quant import eight_bit
+from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.training.build import Session, build, first_batches
 
 
-def begin(tiny: Path, folder: Path) -> tuple[Session, list[str]]:
+def begin(tiny: Path, folder: Path, quantize: str = "fp8") -> tuple[Session, list[str]]:
     for name, rows in (("train", 24), ("held", 8)):
         write_rows(folder / f"{name}.jsonl", rows)
     run = make_run(tiny, folder, held=False, train={"global_batch": "4 examples"})
-    run = replace(run, model=replace(run.model, dtype="bf16", quantize="fp8"))
+    run = replace(run, model=replace(run.model, dtype="bf16", quantize=quantize))
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
     said: list[str] = []
     return build(run, Start(), say=said.append), said
@@ -31,13 +31,14 @@ def base(session: Session) -> tuple[str, str]:
 
 
 def count(session: Session) -> int:
-    return sum(isinstance(m, Fp8Linear) for m in session.model.modules())
+    return sum(isinstance(m, EightBitLinear) for m in session.model.modules())
 
 
-def test_the_base_is_quantized_and_the_loss_is_told(tiny, tmp_path):
-    session, said = begin(tiny, tmp_path)
+@pytest.mark.parametrize("quantize", EIGHT_BIT_TOLERANCE)
+def test_the_base_is_quantized_and_the_loss_is_told(quantize, tiny, tmp_path):
+    session, said = begin(tiny, tmp_path, quantize)
     taken, why = base(session)
-    assert taken == fp8.select_scaling(torch.device("cpu")).kind
+    assert taken == eight_bit.select_scaling(quantize, torch.device("cpu")).kind
     assert count(session) == 14
     assert "14 layers" in why
     assert "loss " in why
@@ -45,9 +46,10 @@ def test_the_base_is_quantized_and_the_loss_is_told(tiny, tmp_path):
     assert not any("warning: the base" in line for line in said)
 
 
-def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_model, "FP8_TOLERANCE", -1.0)
-    session, said = begin(tiny, tmp_path)
+@pytest.mark.parametrize("quantize", EIGHT_BIT_TOLERANCE)
+def test_where_the_loss_moves_too_far_bf16_stays_whole(quantize, tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(EIGHT_BIT_TOLERANCE, quantize, -1.0)
+    session, said = begin(tiny, tmp_path, quantize)
     assert base(session)[0] == "bf16"
     assert "was tried and dropped" in base(session)[1]
     assert count(session) == 0
@@ -60,9 +62,8 @@ def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypat
 
 
 def test_a_machine_without_fp8_matmuls_trains_in_bf16(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        fp8, "select_scaling", lambda device: fp8.ScalingRecipe(None, "this chip has no fp8 matmuls: too old")
-    )
+    refused = eight_bit.ScalingRecipe(None, "this chip has no fp8 matmuls: too old")
+    monkeypatch.setattr(eight_bit, "select_scaling", lambda *tried: refused)
     session, said = begin(tiny, tmp_path)
     assert base(session) == ("bf16", "this chip has no fp8 matmuls: too old")
     assert count(session) == 0

@@ -1,0 +1,106 @@
+"""Frozen linear layers whose matmuls run in 8 bits, for speed; nf4 is for memory.
+
+Weights, inputs and output gradients are e4m3 or int8; the matmuls give bf16. Only the frozen base is rounded: the
+adapter's own matmuls and gradients stay in bf16. W is stored twice (see `EightBitWeight`), together as large as bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product as pairs
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.errors import first_line
+from tunesmith.quant.frozen_matmul import FrozenLinear
+from tunesmith.quant.frozen_weight import EightBitWeight, FrozenWeight
+from tunesmith.quant.scaled_matmul import KINDS
+
+ALIGNED = 16  # the GPU's 8-bit matmuls take widths that are a multiple of 16
+TENSORS = ("weight", "scale", "transposed_weight", "transposed_scale", "signs")  # of an EightBitWeight, in its order
+
+
+class ScalingRecipe(NamedTuple):
+    """How this machine scales 8-bit matmuls: one of KINDS, or None for none; and why."""
+
+    kind: str | None
+    why: str
+
+
+def select_scaling(
+    quantize: str,
+    device: torch.device,
+    shapes: Sequence[tuple[int, int]] = ((48, 32),),
+    rows: Sequence[int] = (1, 16, 40),
+    product: Callable[..., Tensor] | None = None,
+) -> ScalingRecipe:
+    """The first kind of `model.quantize` whose matmuls are right on this device: by trying, not by version.
+
+    sm_120 and sm_121 have fp8 tensor-wise only. All layers take one kind.
+
+    Args:
+        shapes: (out_features, in_features) of the model's layers; rows: of x, each tried with each shape.
+        product: tried in the place of torch's (see `scaled_matmul`).
+    """
+    faults: list[str] = []
+    for kind in KINDS[quantize]:
+        found = (matmul_fault(kind, device, shape, n, product) for shape, n in pairs(shapes, rows))
+        fault = next(filter(None, found), "")
+        if not fault:
+            return ScalingRecipe(kind, "; ".join([f"{kind} matmuls run here", *faults]))
+        faults.append(f"{kind} does not: {fault}")
+    return ScalingRecipe(None, f"this device has no {quantize} matmuls: {'; '.join(faults)}")
+
+
+@torch.no_grad()
+def matmul_fault(
+    kind: str, device: torch.device, shape: tuple[int, int], n: int, product: Callable[..., Tensor] | None = None
+) -> str:
+    """What is wrong with a forward and a backward of one frozen layer on n rows, or "".
+
+    Rows and columns are different powers of two, so that scales that are swapped or shifted change the result.
+    """
+
+    def powers(count: int, period: int) -> Tensor:
+        return torch.arange(count, device=device).remainder(period).float().exp2()
+
+    (n_out, n_in), of_x, of_out, of_in = shape, powers(n, 7), powers(shape[0], 5), powers(shape[1], 3)
+    x, dy = (of_x.outer(torch.ones(width, device=device)).bfloat16() for width in (n_in, n_out))
+    try:
+        weight = EightBitWeight.from_dense(kind, of_out.outer(of_in).bfloat16(), product)
+        y = weight.forward_matmul(x, weight.quantize_input(x), None)
+        dx = weight.backward_matmul(dy, weight.quantize_input(dy), None)
+        expected = (of_x.outer(of_out * of_in.sum()), of_x.outer(of_in * of_out.sum()))
+        # int8 rounds to 1/254 of a row's largest value, once a factor; the powers are e4m3 numbers.
+        right = all(torch.allclose(*pair, rtol=0.02) for pair in zip((y.float(), dx.float()), expected, strict=True))
+        fault = "" if right else "a wrong result"
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        fault = first_line(error)
+    return fault and f"{n} rows times [{n_in}, {n_out}]: {fault}"
+
+
+class EightBitLinear(FrozenLinear):
+    """A dense linear layer's weight in 8 bits; its bias is taken over.
+
+    Attributes (frozen):
+        weight: e4m3 or int8 [out_features, in_features]; scale: fp32 [out_features, 1] or [1, 1].
+        transposed_weight: [in_features, out_features]; transposed_scale: fp32 [in_features, 1] or [1, 1].
+        signs: the rotation of int8, one tensor for all layers.
+    """
+
+    @torch.no_grad()
+    def __init__(self, base: nn.Linear, kind: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.kind, self.compute_dtype, self.bias = kind, torch.bfloat16, base.bias
+        for name, tensor in zip(TENSORS, EightBitWeight.from_dense(kind, base.weight).tensors, strict=False):
+            if name.endswith("weight"):
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:  # not persistent: a checkpoint of the base holds dense weights
+                self.register_buffer(name, tensor, persistent=False)
+
+    def frozen_weight(self) -> FrozenWeight:
+        tensors = [getattr(self, name) for name in TENSORS if hasattr(self, name)]
+        return EightBitWeight(self.kind, tensors, (self.out_features, self.in_features))

@@ -1,0 +1,285 @@
+"""Weights in fp8: what rounding costs, which layers stay dense, and a fall-back that says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tunesmith.adapter import lora, peft_files
+from tunesmith.config.schema import Adapter
+from tunesmith.private import int_mm
+from tunesmith.quant import eight_bit, nf4
+from tunesmith.quant.eight_bit import EightBitLinear
+from tunesmith.quant.frozen_matmul import parameter_count
+from tunesmith.quant.frozen_weight import EightBitWeight
+from tunesmith.quant.scaled_matmul import (
+    INT8,
+    KINDS,
+    LEAST_ROWS,
+    ROW_WISE,
+    TENSOR_WISE,
+    hadamard,
+    hadamard_rotate,
+    quantize,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_quantizing_keeps_every_element_within_half_a_step_of_e4m3():
+    x = torch.randn(64, 96) * torch.logspace(-3, 3, 64).unsqueeze(1)
+    for per_tensor in (False, True):
+        codes, scale = quantize(TENSOR_WISE if per_tensor else ROW_WISE, x)
+        assert codes.dtype is torch.float8_e4m3fn
+        assert scale.shape == ((1, 1) if per_tensor else (64, 1))
+        error = (codes.float() * scale - x).abs()
+        # 3 bits of mantissa: 2^-4 of the element; below 2^-6 of the scale's unit the steps are 2^-9 apart.
+        assert bool((error <= torch.maximum(x.abs() * 2**-4, scale * 2**-10) * 1.001).all())
+
+
+@pytest.mark.parametrize("width", [16, 48, 64, 576, 1024])
+def test_the_rotation_is_its_own_inverse_and_spreads_an_outlier(width):
+    x, signs = torch.randn(5, width, dtype=torch.float64), hadamard(CPU, torch.float64)
+    x[:, 3] = 100
+    rotated, block = hadamard_rotate(x, signs), min(width & -width, 128)
+    assert torch.allclose(hadamard_rotate(rotated, signs), x, atol=1e-12)
+    assert torch.allclose(rotated.norm(dim=1), x.norm(dim=1))
+    assert float(rotated.abs().max()) < 100 / block**0.5 + 5  # the outlier's share, and five sigma of the others
+
+
+def test_int8_keeps_every_rotated_element_within_half_a_step_and_shows_what_is_not_finite():
+    x, signs = torch.randn(64, 96) * torch.logspace(-3, 3, 64).unsqueeze(1), hadamard(CPU, torch.float32)
+    x[0] = 0
+    codes, scale = quantize(INT8, x, signs)
+    assert codes.dtype is torch.int8
+    assert int(codes.abs().max()) == 127
+    assert bool(((codes * scale - hadamard_rotate(x, signs)).abs() <= scale * 0.501).all())
+    for value in (float("inf"), float("nan")):
+        x[1, 3] = value
+        codes, scale = quantize(INT8, x, signs)
+        assert bool((codes * scale)[1].isnan().any())
+        assert bool((codes * scale)[2:].isfinite().all())
+
+
+def test_an_outlier_costs_int8_little_where_it_is_rotated():
+    """A column 50 times as large as the rest, as residual streams have: without the rotation it takes all the codes."""
+    x, signs = torch.randn(64, 256), hadamard(CPU, torch.float32)
+    x[:, 7] *= 50
+
+    codes, scale = quantize(INT8, x, signs)
+    step = x.abs().amax(1, keepdim=True) / 127
+    rotated, plain = hadamard_rotate(codes * scale, signs), (x / step).round() * step
+    rest = torch.arange(256) != 7
+    assert (rotated - x)[:, rest].norm() < 0.5 * (plain - x)[:, rest].norm()
+
+
+def test_rows_of_zeros_and_rows_that_are_not_finite():
+    x = torch.ones(3, 16)
+    x[0], x[1, 3] = 0, float("inf")
+    codes, scale = quantize(ROW_WISE, x)
+    back = codes.float() * scale
+    assert bool((back[0] == 0).all())
+    assert bool(back[1].isnan().any())
+    assert torch.equal(back[2], x[2])
+
+
+def test_row_wise_is_nearer_than_tensor_wise_where_rows_differ():
+    x = torch.randn(64, 96) * torch.logspace(-4, 2, 64).unsqueeze(1)
+
+    def error(per_tensor: bool) -> float:
+        codes, scale = quantize(TENSOR_WISE if per_tensor else ROW_WISE, x)
+        return float(((codes.float() * scale - x).norm(dim=1) / x.norm(dim=1)).mean())
+
+    assert error(False) < 0.5 * error(True)
+
+
+def refuse_row_wise(a, b, *, scale_a, scale_b, **rest):
+    """As sm_120 and sm_121."""
+    if scale_b.numel() > 1:
+        raise RuntimeError("row-wise scaling is not supported\non this chip")
+    return dequantized(a, b, scale_a, scale_b)
+
+
+def refuse_few_rows(a, b, *, scale_a, scale_b, **rest):
+    """As cuBLASLt on Hopper, row-wise, for a large K."""
+    if len(a) < 257 and len(a[0]) > 1000 and scale_b.numel() > 1:
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+    return dequantized(a, b, scale_a, scale_b)
+
+
+def refuse_large_k(a, b, *, scale_a, scale_b, **rest):
+    if len(a[0]) > 1000 and scale_b.numel() > 1:
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+    return dequantized(a, b, scale_a, scale_b)
+
+
+def swap_scales(a, b, *, scale_a, scale_b, **rest):
+    """Each factor's scales on the other's side, for as many as fit."""
+    n, m = len(a), b.shape[1]
+    left, right = (s.flatten().repeat(-(-k // s.numel()))[:k] for s, k in ((scale_b, n), (scale_a, m)))
+    return dequantized(a, b, left.view(-1, 1), right.view(1, -1))
+
+
+def zeros(a, b, **rest):
+    return torch.zeros(len(a), b.shape[1], dtype=torch.bfloat16)
+
+
+def refuse(a, b, **rest):
+    raise RuntimeError("not supported\non this chip")
+
+
+def dequantized(a, b, scale_a, scale_b):
+    return ((a.float() * scale_a) @ (b.float() * scale_b)).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("product", "kind", "why"),
+    [
+        (None, TENSOR_WISE, "matmuls run here"),  # torch's own, and the one of torch 2.11 on a CPU
+        (
+            refuse_row_wise,
+            TENSOR_WISE,
+            "fp8 row-wise does not: 1 rows times [32, 48]: row-wise scaling is not supported",
+        ),
+        (refuse_few_rows, ROW_WISE, "fp8 row-wise matmuls run here"),
+        (refuse_large_k, TENSOR_WISE, "fp8 row-wise does not: 1 rows times [1024, 48]: CUBLAS_STATUS_NOT_SUPPORTED"),
+        (swap_scales, TENSOR_WISE, "fp8 row-wise does not: 1 rows times [32, 48]: a wrong result"),
+        (zeros, None, "this device has no fp8 matmuls: fp8 row-wise does not: 1 rows"),
+        (refuse, None, "not supported"),
+    ],
+)
+def test_the_scaling_is_found_by_trying_the_models_shapes(product, kind, why):
+    found = eight_bit.select_scaling("fp8", CPU, ((48, 32), (48, 1024)), (1, 16, 300), product)
+    assert found.kind == kind or (product is None and found.kind == ROW_WISE)
+    assert why in found.why
+
+
+def test_int8_is_given_more_rows_than_cuda_refuses_and_a_wrong_product_shows():
+    def cuda(a, b):
+        if len(a) <= 16:
+            raise RuntimeError("self.size(0) needs to be greater than 16")
+        return int_mm(a, b)
+
+    shapes = ((48, 32), (48, 1024))
+    assert eight_bit.select_scaling("int8", CPU, shapes, (1, 16, 300), cuda).kind == INT8
+    assert eight_bit.select_scaling("int8", CPU, shapes).kind == INT8
+    found = eight_bit.select_scaling("int8", CPU, shapes, product=lambda a, b: int_mm(a, b) // 2)
+    assert found == (
+        None,
+        "this device has no int8 matmuls: int8 rotated does not: 1 rows times [32, 48]: a wrong result",
+    )
+
+
+@pytest.mark.parametrize("n", [1, 7, 15, 16, 17, 31, 33, 257, 300])
+@pytest.mark.parametrize("kind", [*KINDS["fp8"], INT8])
+def test_few_rows_are_padded_and_cut_again(kind, n):
+    """Each row as if it was multiplied with others: rows do not see each other (unless they share a scale)."""
+
+    def product(a, b, **rest):
+        assert len(a) >= LEAST_ROWS[kind]
+        return dequantized(a, b, rest["scale_a"], rest["scale_b"]) if rest else int_mm(a, b)
+
+    w = torch.randn(48, 64, dtype=torch.bfloat16)
+    weight, x = EightBitWeight.from_dense(kind, w, product), torch.randn(400, 64, dtype=torch.bfloat16)
+    x[0] = 4 * x.abs().max()  # the scale of the tensor
+    quantized = weight.quantize_input(x)
+    got = weight.forward_matmul(x[:n], weight.quantize_input(x[:n]), None)
+    assert torch.equal(got, weight.forward_matmul(x, quantized, None)[:n])
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+def test_a_matmul_is_that_of_its_rounded_factors(quantize):
+    """Beside float64 on the same 8-bit numbers only the sum (fp32) and the result (bf16: 2^-9) are rounded."""
+    kind = eight_bit.select_scaling(quantize, CPU).kind
+    assert kind is not None
+    x, w = torch.randn(48, 64, dtype=torch.bfloat16), torch.randn(32, 64, dtype=torch.bfloat16)
+    dy, weight = torch.randn(48, 32, dtype=torch.bfloat16), EightBitWeight.from_dense(kind, w)
+
+    def plain(left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:
+        (a, a_scale), (b, b_scale) = left, right
+        return (a.double() * a_scale.double()) @ (b.double() * b_scale.double()).T
+
+    x8, dy8 = weight.quantize_input(x), weight.quantize_input(dy)
+    for got, left, right in (
+        (weight.forward_matmul(x, x8, None), x8, weight.tensors[:2]),
+        (weight.backward_matmul(dy, dy8, None), dy8, weight.tensors[2:4]),
+    ):
+        expected = plain(left, right)
+        assert (got.double() - expected).norm() / expected.norm() < 2**-8
+
+
+def test_only_frozen_layers_of_fitting_widths_go_into_fp8():
+    model = nn.ModuleDict(
+        {
+            "fits": nn.Linear(32, 48, bias=False),
+            "odd": nn.Linear(32, 40, bias=False),
+            "trained": nn.Linear(32, 32, bias=False),
+            "norm": nn.LayerNorm(32),
+        }
+    ).bfloat16()
+    model.requires_grad_(False)
+    model["trained"].requires_grad_(True)
+    assert lora.convert_to_eight_bit(model, ROW_WISE) == 1
+    assert isinstance(model["fits"], EightBitLinear)
+    assert type(model["odd"]) is type(model["trained"]) is nn.Linear
+
+
+def test_an_adapter_keeps_its_very_parameters_and_the_head_its_weight(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    lora.attach_lora(model, Adapter(rank=2, target=("q_proj", "down_proj")), seed=1)
+    before = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert lora.convert_to_eight_bit(model, ROW_WISE) == 14
+    after = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert list(before) == list(after)
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert isinstance(model.get_submodule("model.layers.0.mlp.gate_proj"), EightBitLinear)
+    assert model.lm_head.weight.dtype is torch.bfloat16
+    assert not any("scale" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp8"])
+def test_a_quantized_weight_counts_as_the_dense_one_and_is_in_no_adapter_file(base, tiny):
+    """fp8 stores a weight twice, nf4 two codes a byte."""
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    count = sum(p.numel() for p in model.parameters())
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+        nf4.replace_linears(model, torch.bfloat16)
+        assert parameter_count(model) == count
+    lora.attach_lora(model, Adapter(rank=2), seed=1)
+    if base == "fp8":
+        lora.convert_to_eight_bit(model, ROW_WISE)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert parameter_count(model) == count + trained
+    written, _ = peft_files.adapter_files(model, Adapter(rank=2), "base", None)
+    assert sum(tensor.numel() for tensor in written.values()) == trained
+
+
+def test_all_that_grows_with_the_weight_is_a_parameter():
+    """FSDP shards parameters, and leaves buffers whole on every rank."""
+    layer = eight_bit.EightBitLinear(
+        nn.Linear(64, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False), ROW_WISE
+    )
+    assert {n: tuple(p.shape) for n, p in layer.named_parameters()} == {
+        "weight": (32, 64),
+        "transposed_weight": (64, 32),
+    }
+    assert all(b.numel() == b.shape[0] for b in layer.buffers())  # a scale a row
+    assert torch.equal(layer.weight, quantize(ROW_WISE, layer.dense())[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_the_gpu_multiplies_as_the_cpu_does():
+    x, w = torch.randn(256, 512, dtype=torch.bfloat16), torch.randn(384, 512, dtype=torch.bfloat16)
+    kind = eight_bit.select_scaling("fp8", torch.device("cuda")).kind
+    if kind is None:
+        pytest.skip("this GPU has no fp8 matmuls")
+    results = []
+    for device in ("cpu", "cuda"):
+        weight, there = EightBitWeight.from_dense(kind, w.to(device)), x.to(device)
+        results.append(weight.forward_matmul(there, weight.quantize_input(there), None).cpu().double())
+    # Fast accumulation on the chip keeps fewer bits between partial sums.
+    assert (results[1] - results[0]).norm() / results[0].norm() < 0.01
