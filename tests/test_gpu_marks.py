@@ -1,0 +1,32 @@
+"""`pytest -m gpu` on a machine that has torch, Transformers and pytest, and little else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+OPTIONAL = (  # some in Transformers' reach, some only in that of our tests
+    "bitsandbytes datasets gguf hypothesis jsonschema nbclient nbformat peft pyte tensorboard trl wandb xdist".split()
+)
+COLLECT = """import sys; sys.modules |= dict.fromkeys(sys.argv[1].split())
+import pytest; sys.exit(pytest.main(sys.argv[2:]))"""
+
+
+def collected(*, hidden: list[str], marks: str) -> set[str]:
+    """Names of the tests that a pytest of its own finds with these packages hidden; it must find them without an error."""
+    words = ["-m", marks, "--collect-only", "-p", "no:cacheprovider", str(TESTS)]
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-c", COLLECT, " ".join(hidden), *words]
+    done = subprocess.run(command, cwd=TESTS.parent, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {line for line in done.stdout.splitlines() if "::" in line}
+
+
+def test_missing_packages_stop_no_gpu_test() -> None:
+    """The same tests are found as with everything there and all files read: none is lost."""
+    found = collected(hidden=OPTIONAL, marks="gpu")
+    assert len(found) >= 5
+    assert found == collected(hidden=[], marks="(gpu)")
