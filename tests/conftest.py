@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["rows", "varlen"]
+pytest_plugins = ["devices", "rows", "varlen"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,8 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m gpu` only files that have such tests are imported: a machine with a GPU may lack what others need."""
-    other = config.option.markexpr == "gpu" and collection_path.suffix == ".py"
-    return True if other and "mark.gpu" not in collection_path.read_text() else None
+    if config.option.markexpr != "gpu" or collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text()
+    return None if "mark.gpu" in text or "cpu_and_gpu" in text else True
 
 
 CHATML = (

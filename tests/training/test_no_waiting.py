@@ -1,20 +1,22 @@
 """A step asks nothing of the device: every value that the host would wait for goes through one operator, and none does.
 
-On a CPU there is nothing to wait for, but the operator that hands a tensor's value to Python is the same.
+On a CPU there is nothing to wait for, but the operator that hands a tensor's value to Python is the same. On a GPU torch
+itself refuses whatever waits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes import make_run, write_rows
+from devices import cpu_and_gpu
+from recipes import make_run, merge, write_rows
 from tunesmith.checkpoint.resume import Start
 from tunesmith.metrics.sink import Sinks
 from tunesmith.signals import StopRequest
@@ -48,13 +50,27 @@ class Asked(TorchDispatchMode):
         self.names[:] = kept
 
 
+@contextlib.contextmanager
+def nothing_waits(device: torch.device) -> Iterator[None]:
+    """Fails where the host waits for the device in the block."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
+    with Asked() as asked:
+        yield
+    assert asked.names == []
+
+
 def trainer_of(tiny: Path, folder: Path, **changes) -> Trainer:
     write_rows(folder / "train.jsonl", 24)
     write_rows(folder / "held.jsonl", 8)
-    run = make_run(tiny, folder, held=False, train={"global_batch": "8 examples", "micro_batch": "4 examples"})
-    train = replace(run.train, **changes.pop("train", {}))
-    run = replace(run, train=train, adapter=replace(run.adapter, **changes.pop("adapter", {})))
-    run = replace(run, model=replace(run.model, **changes.pop("model", {})))
+    batches = {"global_batch": "8 examples", "micro_batch": "4 examples", "compile": "off"}
+    base = {"train": batches, "checkpoint": {"every": None}}
+    run = make_run(tiny, folder, held=False, **merge(base, changes))
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
     trainer = Trainer(build(run, Start(), say=lambda text: None), Start(), Sinks([]), StopRequest())
     trainer.async_metrics, trainer.session.optimizer.checks_on_host = True, False  # as on CUDA
@@ -62,27 +78,49 @@ def trainer_of(tiny: Path, folder: Path, **changes) -> Trainer:
     return trainer
 
 
+def no_step_waits(trainer: Trainer, device: torch.device) -> None:
+    """Two steps in which the host waits for nothing, and which train."""
+    on_gpu = device.type == "cuda"
+    # On a GPU the metrics of the step before are read too; on a CPU reading them is what asks.
+    step = trainer.iteration if on_gpu else trainer.train_step
+    with trainer.session.loader(0) as loader:
+        batches = [batch for batch, _ in zip(loader, range(5 if on_gpu else 2), strict=False)]
+    trainer.clock = time.perf_counter()
+    for batch in batches[:-2]:  # the first ones compile and allocate
+        step(batch)
+    before = [p.detach().clone() for _, p in trainer.session.model.trained_parameters()]
+    with nothing_waits(device):
+        for batch in batches[-2:]:
+            assert len(batch.micro) == 2 or trainer.session.plan.compiled
+            step(batch)
+    after = [p.detach() for _, p in trainer.session.model.trained_parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True)), "the steps must have trained"
+
+
+BF16 = {"dtype": "bf16"}  # FlashAttention takes no fp32
+
+
+@cpu_and_gpu
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"train": {"recompute": "full"}},
-        {"train": {"clip_norm": None}},
-        {"model": {"dtype": "bf16", "quantize": "fp8"}},
-        {"model": {"dtype": "bf16", "quantize": "nf4"}},
-        {"model": {"dtype": "bf16"}, "adapter": {"kind": "none"}},
+        {"model": BF16},
+        {"model": BF16, "train": {"recompute": "full"}},
+        {"model": BF16, "train": {"clip_norm": None}},
+        {"model": {**BF16, "quantize": "fp8"}},
+        {"model": {**BF16, "quantize": "nf4"}},
+        {"model": BF16, "adapter": {"kind": "none"}},
     ],
     ids=["lora", "recompute", "no clipping", "fp8", "nf4", "full"],
 )
-def test_no_step_waits_for_the_device(tiny, tmp_path, varlen_on_cpu, changes):
-    trainer = trainer_of(tiny, tmp_path, **changes)
-    with trainer.session.loader(0) as loader:
-        batches = [batch for batch, _ in zip(loader, range(2), strict=False)]
-    before = [p.detach().clone() for _, p in trainer.session.model.trained_parameters()]
-    with Asked() as asked:
-        for batch in batches:
-            assert len(batch.micro) == 2
-            trainer.train_step(batch)
-    after = [p.detach() for _, p in trainer.session.model.trained_parameters()]
-    assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True)), "the steps must have trained"
-    assert asked.names == []
+def test_no_step_waits_for_the_device(device, tiny, tmp_path, changes):
+    if changes["model"].get("quantize") == "nf4":
+        pytest.importorskip("bitsandbytes")
+    no_step_waits(trainer_of(tiny, tmp_path, **changes), device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU: waiting for one cannot be seen")
+def test_no_compiled_step_waits_for_the_device(tiny, tmp_path):
+    trainer = trainer_of(tiny, tmp_path, model=BF16, train={"compile": "on"})
+    no_step_waits(trainer, torch.device("cuda"))
