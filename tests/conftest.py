@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("NO_COLOR", "1")
 
 # Files whose tests start processes, compile, or train for long: `make quick` leaves them out.
-SLOW = """
+SLOW = """ checkpoint/test_export.py
 bench/test_measure.py bench/test_shape.py cli/test_bad_hub.py cli/test_bad_inputs.py cli/test_bad_streams.py
 cli/test_bench.py cli/test_campaign.py cli/test_failed_runs.py cli/test_log_file.py cli/test_playbook.py
 cli/test_readme.py cli/test_serving.py data/test_workers.py hub/test_fetch_verb.py hub/test_hub.py

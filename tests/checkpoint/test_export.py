@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from recipes import built_model, make_run
 from tunesmith.checkpoint.export import write_model_files
+from tunesmith.model.save_tensors import PIECE, save_tensors
 
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="the tensors lie on a CUDA GPU")]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -53,3 +59,97 @@ def test_a_tied_model_is_written_under_the_name_of_its_embedding(stored, tiny: P
         assert torch.allclose(loaded(ids).logits, expected, atol=1e-5)
         tuned = get_peft_model(loaded, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
         assert torch.allclose(tuned.eval()(ids).logits, expected, atol=1e-5)
+
+
+def test_a_file_is_the_one_that_the_library_writes(tmp_path: Path) -> None:
+    """Byte for byte, so whatever reads the library's files reads these; a small piece cuts tensors in several."""
+    torch.manual_seed(0)
+    tensors = {
+        "wide": torch.randn(33, 7, dtype=torch.float64),
+        "b": torch.randn(300, 5).bfloat16(),
+        "a": torch.randn(3).bfloat16(),
+        "über": torch.randn(4, 6).T,
+        "part": torch.randn(40, 40)[::3, 5:],
+        "expanded": torch.randn(1, 9).expand(20, 9),
+        "step": torch.tensor(3.0),
+        "none": torch.empty(0, 4),
+        "codes": torch.arange(200, dtype=torch.uint8),
+        "trained": torch.nn.Parameter(torch.randn(5)),
+    }
+    for metadata in (None, {"format": "pt"}):
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, tmp_path / "library", metadata)
+        save_tensors(tmp_path / "ours", tensors, metadata)
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
+
+
+def test_a_large_model_is_written_in_several_files(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the names and contents that `from_pretrained` reads back, and huggingface_hub's own index."""
+    from huggingface_hub import save_torch_state_dict
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("tunesmith.model.save_tensors.SHARD", "50KB")
+    monkeypatch.setattr("tunesmith.model.save_tensors.PIECE", 1000)
+    run, ours, theirs = make_run(tiny, tmp_path, adapter={"kind": "none"}), tmp_path / "ours", tmp_path / "theirs"
+    model = built_model(run, tiny)
+    for folder in (ours, theirs):
+        folder.mkdir()
+    write_model_files(ours, run, model, {})
+    state = model.model.state_dict()
+    save_torch_state_dict(state, theirs, max_shard_size="50KB", shared_tensors_to_discard=[HEAD])
+    assert len(list(ours.glob("*.safetensors"))) > 3
+    for file in theirs.glob("*.safetensors"):
+        assert (ours / file.name).read_bytes() == file.read_bytes()
+    index = "model.safetensors.index.json"
+    known, found = (json.loads((folder / index).read_text()) for folder in (theirs, ours))
+    assert found["weight_map"] == known["weight_map"]
+    loaded = AutoModelForCausalLM.from_pretrained(ours, dtype=torch.float32).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.model.state_dict().items())
+
+
+CHECKPOINT = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, LlamaConfig
+from recipes import make_run
+from tunesmith.checkpoint.export import write_checkpoint
+from tunesmith.checkpoint.resume import Progress
+from tunesmith.methods import METHODS
+from tunesmith.methods.base import TrainModel
+def status(key):
+    return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(key))
+def elsewhere(meta):
+    # On a CPU: nothing is in memory until somebody makes the tensor contiguous, as a GPU's is not until it is copied.
+    return torch.full((1,) * meta.dim(), 0.5).expand(meta.shape) if device == "cpu" else torch.randn(meta.shape, device=device)
+folder, device = Path(sys.argv[1]), sys.argv[2]
+shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 8000}
+with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=8))
+for name, meta in list(model.named_parameters()):
+    owner, _, key = name.rpartition(".")
+    setattr(model.get_submodule(owner), key, torch.nn.Parameter(elsewhere(meta)))
+sizes = [p.nbytes for p in model.parameters()]
+optimizer = {f"{n}.{k}": elsewhere(p) for n, p in model.named_parameters() for k in ("exp_avg", "exp_avg_sq", "master")}
+run = make_run(folder, folder, adapter={"kind": "none"})
+root = TrainModel(model, METHODS["sft"], layers="model.layers", attention_backend="products")
+out = folder / "checkpoint"
+out.mkdir()
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+write_checkpoint(out, run, root, {}, optimizer, Progress())
+written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+print(status("VmHWM") - before, sum(sizes), max(sizes), written)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_the_host_holds_one_tensor_of_a_full_checkpoint(device: str, tmp_path: Path) -> None:
+    """A full checkpoint of 3B has 48 GiB, which the host of a GPU may not have free."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    child = [sys.executable, "-c", CHECKPOINT, str(tmp_path), device]
+    done = subprocess.run(child, check=True, capture_output=True, text=True, env=env)
+    peak, size, largest, written = map(int, done.stdout.split())
+    assert size > 200 << 20
+    assert written > 4 * size
+    # One tensor made contiguous, or one piece that came from the GPU; the rest is code that is imported meanwhile.
+    assert peak < max(largest, PIECE) + (24 << 20), f"{peak / 2**20:.0f} MiB for {written / 2**20:.0f} MiB written"

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tunesmith.adapter import lora
@@ -21,6 +20,7 @@ from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError, first_line
 from tunesmith.host_files import refuse_special_files
 from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.save_tensors import save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -89,8 +89,7 @@ def adapter_files(
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
     """Write PEFT's two files, as of `adapter_files`, to `folder`, an existing one."""
-    on_host = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(on_host, folder / WEIGHTS, {"format": "pt"})
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 

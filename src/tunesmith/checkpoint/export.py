@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
@@ -21,9 +20,8 @@ from tunesmith.config.schema import Run
 from tunesmith.data.template import Template
 from tunesmith.errors import CheckpointError
 from tunesmith.methods.base import TrainModel
+from tunesmith.model.save_tensors import save_sharded, save_tensors
 from tunesmith.runtime.transfer import Snapshot
-
-SHARD = "5GB"
 
 TokenizerFiles = Mapping[str, bytes]  # path in the folder -> contents
 OptimizerState = Mapping[str, Tensor]
@@ -61,10 +59,9 @@ def write_model_files(folder: Path, run: Run, model: TrainModel, tokenizer: Toke
     else:
         # A tied weight is stored once, as the embedding: the name that bases have. Transformers 4.57 does not find it
         # under the head's.
-        head = model.model.get_output_embeddings()
-        copies = [f"{name}.weight" for name, module in model.model.named_modules() if module is head]
+        once, names = (dict(model.model.named_parameters(remove_duplicate=r)).keys() for r in (True, False))
         state = model.model.state_dict()
-        save_torch_state_dict(state, folder, max_shard_size=SHARD, shared_tensors_to_discard=copies)
+        save_sharded(folder, {name: state[name] for name in state if name not in names - once})
         model.model.config.save_pretrained(folder)
         if model.model.generation_config is not None:
             model.model.generation_config.save_pretrained(folder)
@@ -109,7 +106,7 @@ def write_optimizer(folder: Path, tensors: OptimizerState) -> None:
     """Write the optimizer's tensors to state/optimizer.safetensors."""
     path = folder / OPTIMIZER
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    save_tensors(path, tensors)
 
 
 def read_optimizer(folder: Path) -> dict[str, Tensor]:

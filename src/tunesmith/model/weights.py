@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tunesmith.errors import ModelError
 from tunesmith.model.safetensors_files import Entry, drop_pages, open_uncached, read_headers, read_into
 
-_STORED = {
+STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
@@ -31,7 +31,7 @@ class StoredTensor:
     def __init__(self, entry: Entry, file: BufferedReader) -> None:
         self._entry, self._file = entry, file
         self.name, self.shape = entry.name, torch.Size(entry.shape)
-        self.dtype = _STORED[entry.dtype]
+        self.dtype = STORED[entry.dtype]
 
     def read(self) -> torch.Tensor:
         """The whole tensor, on the CPU, in its stored dtype."""
@@ -160,7 +160,7 @@ def _drop_tied_copies(groups: dict[str, dict[str, Entry]], targets: Mapping[str,
 def _equal(a: Entry, b: Entry) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    if a.dtype not in _STORED:
+    if a.dtype not in STORED:
         return True  # `_check_complete` refuses the one that stays
     with open_uncached(a.file) as fa, open_uncached(b.file) as fb:
         return torch.equal(StoredTensor(a, fa).read(), StoredTensor(b, fb).read())
@@ -188,7 +188,7 @@ def _check_complete(
         if shape != stored and not grows:
             file = groups[name][""].file.name
             shapes.append(f"{name}: {list(stored)} in {file}, {list(shape)} in the model that config.json describes")
-    unreadable = [e.name for group in groups.values() for e in group.values() if e.dtype not in _STORED]
+    unreadable = [e.name for group in groups.values() for e in group.values() if e.dtype not in STORED]
     for what, names in (
         ("tensors are missing", sorted(missing)),
         ("tensors belong nowhere in this model", unexpected),
