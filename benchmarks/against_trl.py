@@ -127,7 +127,7 @@ def contend(a: argparse.Namespace) -> None:
         folder = Path(name)
         out = tunesmith_run(a, folder) if a.contender == "tunesmith" else trl_run(a, folder, CONTENDERS[a.contender])
     from tunesmith.metrics import hardware
-    from tunesmith.training.build import choose_device
+    from tunesmith.runtime.device import choose_device
 
     out |= {"tokens_per_second": out["tokens"] / out["seconds"], "peak_gib": hardware.memory_gib(choose_device())}
     print("REPORT " + json.dumps(out))

@@ -23,10 +23,11 @@ from tunesmith.model.architectures import LAYERS
 from tunesmith.model.weights import load_weights
 from tunesmith.quant import nf4
 from tunesmith.runtime import compilation
+from tunesmith.runtime.device import is_integrated, prepare_allocator
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
 from tunesmith.runtime.plan import RunPlan
 from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, recompute_layers
-from tunesmith.runtime.resolve import USABLE, is_discrete
+from tunesmith.runtime.resolve import USABLE
 
 Weights = Literal["stored", "random"]
 
@@ -94,6 +95,7 @@ def build_model(
     if device.type == "cpu":
         keep_freed_pages()
         bound_product_caches()
+    prepare_allocator(device)  # inference names a device without `choose_device`
     model = model or define_model(run, files)
     root = TrainModel(
         model,
@@ -116,9 +118,12 @@ def build_model(
             return build_model(run, files, plan, weights=weights, adapter=adapter, probes=probes)
     if adapter is not None:
         peft_files.load_adapter(model, adapter)
-    if probes and run.train.recompute == "auto" and is_discrete(device):
+    if probes and run.train.recompute == "auto" and device.type == "cuda":
         budget, meter = int(plan.memory.free * USABLE), MemoryMeter(device)
-        count = calibrate_recompute(root, root.layers, probes[0], plan.memory, meter, budget=budget)
+        careful, fix = is_integrated(device), plan.less_memory(recompute=False)
+        count = calibrate_recompute(
+            root, root.layers, probes[0], plan.memory, meter, budget=budget, careful=careful, fix=fix
+        )
         plan = replace(plan, recomputed_layers=count, trial_peak=meter.before)
     return root, plan
 

@@ -113,6 +113,11 @@ def available_memory() -> int:
         return MEMORY_UNKNOWN
 
 
+def physical_memory() -> int:
+    """Bytes of host memory, in use or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Whether `stream` can draw a progress bar: what rich says, which knows TERM, FORCE_COLOR and TTY_COMPATIBLE."""
     from rich.console import Console

@@ -10,6 +10,11 @@ scaled_mm = torch._scaled_mm
 # int8 times int8 in int32; CUDA asks for more than 16 rows, and for widths that are multiples of 8.
 int_mm = torch._int_mm
 
+# Sets the options of PYTORCH_ALLOC_CONF in a process that has begun; torch 2.11 deprecates the older name.
+set_allocator = (
+    getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+)
+
 
 def mark_varying(tensor: Tensor, dim: int) -> None:
     """Tell torch.compile that a dimension differs from call to call, so that no size of it makes a graph of its own."""

@@ -19,9 +19,9 @@ from cli.bad_world import Capture, World, records, snapshot, started, told
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
+from tunesmith.runtime.plan import RunPlan, Saving
 from tunesmith.training import build
 from tunesmith.training.result import failure_of
-from tunesmith.units import Size
 
 SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 
@@ -118,20 +118,29 @@ def test_a_fix_for_a_full_disk_is_one_that_helps(
     assert f"{size * (keep + 3) / 1000:.1f} kB needed" in parts["error"], "and never 0.00 GiB"
 
 
+SMALLER = (
+    Saving("train.micro_batch='4 examples'", 3 << 30, True), Saving("train.recompute=full", 2 << 30, True),
+    Saving("data.seq_len=1024", 2 << 30, False),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("micro", "recompute", "fix"),
+    ("savings", "saved_step", "fix"),
     [
-        ("8 examples", "auto", "train.micro_batch='4 examples' or train.recompute=full"),
-        ("1 examples", "auto", "a smaller data.seq_len or train.recompute=full"),
-        ("1 examples", "full", "a smaller data.seq_len"),
-        ("128 tokens", "full", "a smaller data.seq_len"),
-        ("256 tokens", "full", "train.micro_batch='128 tokens'"),
+        (SMALLER, None, "train.micro_batch='4 examples' (3.0 GiB) or train.recompute=full (2.0 GiB) or data.seq_len=1024 (2.0 GiB)"),
+        (SMALLER, 2, "train.micro_batch='4 examples' (3.0 GiB) or train.recompute=full (2.0 GiB)"),
+        (SMALLER[2:], 2, "data.seq_len=1024 (2.0 GiB) with --fresh"),
+        ((), None, "a smaller model, or a device with more memory"),
     ],
-)
-def test_a_fix_for_a_full_memory_is_one_that_helps(world: World, micro: str, recompute: str, fix: str) -> None:
-    run = load_recipe(world.train()[1], [f"train.recompute={recompute}"])
-    failed = failure_of(MemoryError(), run, micro_batch=Size.parse(micro), step=1, saved_step=None)
-    assert failed.fix == f"{fix}; start the same command again"
+    ids=["at the start", "what a resumed run may change", "what it may not", "nothing helps"],
+)  # fmt: skip
+def test_a_fix_for_a_full_memory_is_one_that_helps(
+    world: World, savings: tuple[Saving, ...], saved_step: int | None, fix: str
+) -> None:
+    plan = RunPlan("cuda:0", "varlen", "bf16", 2, savings=savings)
+    failed = failure_of(MemoryError(), load_recipe(world.train()[1]), plan, step=1, saved_step=saved_step)
+    again = "" if fix.endswith("--fresh") else "; start the same command again"
+    assert failed.fix.removesuffix(": it goes on from checkpoint-2") == fix + again
 
 
 def limited(words: list[str], size: int, env: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -124,7 +124,7 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
 def refuse_eager(recipe: Run) -> None:
     """UsageError for --cold where nothing is compiled."""
     from tunesmith.runtime.compilation import select_compile
-    from tunesmith.training.build import choose_device
+    from tunesmith.runtime.device import choose_device
 
     if not select_compile(recipe.train.compile, choose_device())[0]:
         what = f"--cold measures compilation, and train.compile {recipe.train.compile} compiles nothing here"

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from tunesmith.errors import mask
+from tunesmith.host_files import physical_memory
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}  # of the measured peak
 ROUND_SECONDS, ROUNDS = 0.2, 5
@@ -171,7 +172,7 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(physical_memory() / 2**30, 1),
         "gpus": gpus,
         "commit": _commit(),
         "command": scrub(sys.argv if argv is None else argv),

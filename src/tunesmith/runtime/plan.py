@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tunesmith.units import Size
 
@@ -12,8 +13,9 @@ from tunesmith.units import Size
 class Machine:
     """What a plan depends on, as `resolve.probe_machine` finds it: memory, and findings with their reasons.
 
-    `free_bytes` can be had now, `card_bytes` is all memory of a GPU. `attention` names the backend, `compiles` tells
-    whether layers are compiled, `scaling` is that of an 8-bit base or None.
+    `free_bytes` can be had now, `card_bytes` is all memory there is (0: not known), which an `integrated` GPU shares with
+    the host. `attention` names the backend, `compiles` tells whether layers are compiled, `scaling` is that
+    of an 8-bit base or None.
     """
 
     device: str
@@ -22,6 +24,7 @@ class Machine:
     compiles: tuple[bool, str]
     scaling: tuple[str | None, str] = (None, "")
     card_bytes: int = 0
+    integrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class MemoryEstimate:
         recomputed_layers: decoder layers that recompute in the backward.
         weights: of the base and the adapter.
         gradients: as the backward makes them, in the dtype of the weights.
-        optimizer: what the first optimizer step adds: moments, fp32 masters and gradients, a checkpoint's copies.
+        optimizer: what the first optimizer step adds: moments, fp32 masters and gradients.
+        copies: of an adapter and its moments while its checkpoint is written; without room for them training waits.
         activations: what the layers keep for the backward; of it `recomputed_layer` for each that recomputes.
         workspace: there for a moment: one layer's gradients, a chunk of logits, the embeddings' rows.
         free: what there was before anything was built.
@@ -56,6 +60,7 @@ class MemoryEstimate:
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
+    copies: int = 0
     activations: int = 0
     recomputed_layer: int = 0
     workspace: int = 0
@@ -64,11 +69,28 @@ class MemoryEstimate:
     @property
     def static(self) -> int:
         """What does not depend on the micro batch."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.copies
 
     @property
     def total(self) -> int:
         return self.static + self.activations + self.workspace
+
+    def describe(self) -> str:
+        """The parts, in GiB."""
+        parts = ("weights", "gradients", "optimizer", "activations", "workspace")
+        return ", ".join(f"{part} {vars(self)[part] / 2**30:.1f}" for part in parts) + " GiB"
+
+
+class Saving(NamedTuple):
+    """A change of the recipe that needs less memory.
+
+    `keys` is it as words of the command line, `total` the bytes that the run then needs, by the estimate; `resumes` tells
+    whether a run that has begun may be changed so.
+    """
+
+    keys: str
+    total: int
+    resumes: bool
 
 
 @dataclass(frozen=True)
@@ -77,7 +99,7 @@ class RunPlan:
 
     `base` is how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8 or int8. Of the model's decoder
     `layers`, `recomputed_layers` recompute in the backward. `trial_peak` is the most bytes that were allocated before
-    the last trial of memory, which begins the allocator's statistics anew.
+    the last trial of memory, which begins the allocator's statistics anew. `savings` need less memory than this plan.
     """
 
     device: str
@@ -88,6 +110,7 @@ class RunPlan:
     recomputed_layers: int = 0
     layout: MicroBatchLayout = ONE_EXAMPLE
     memory: MemoryEstimate = MemoryEstimate()
+    savings: tuple[Saving, ...] = ()
     trial_peak: int = 0
     why: Mapping[str, str] = field(default_factory=dict)
 
@@ -103,6 +126,14 @@ class RunPlan:
             "recompute": {0: "none", self.layers: "full"}.get(count, f"{count} of {self.layers} layers"),
             "micro batch": f"{size.amount:,} {size.unit}",
         }
+
+    def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:
+        """The advice for a run that does not fit; `resumed`: it has a checkpoint, `recompute`: that may help."""
+        found = [s for s in self.savings if recompute or not s.keys.startswith("train.recompute")]
+        found = [s for s in found if s.resumes] if resumed and any(s.resumes for s in found) else found
+        fresh = " with --fresh" if resumed and found and not found[0].resumes else ""
+        keys = " or ".join(f"{s.keys} ({s.total / 2**30:.1f} GiB)" for s in found)
+        return f"{keys}{fresh}" if keys else "a smaller model, or a device with more memory"
 
     def describe(self, *, why: bool = False) -> list[str]:
         """One line, `attention backend: varlen; loss: chunked; ...`; with `why` one line a choice, with its reason."""

@@ -75,13 +75,19 @@ def calibrate_recompute(
     meter: MemoryMeter,
     *,
     budget: int,
+    careful: bool = False,
+    fix: str = "",
 ) -> int:
     """Set how many layers are recomputed in the backward by forward and backward of `batch`, and return it.
 
     The model has its weights and no optimizer yet; its gradients are dropped. `budget` bytes may be allocated in all.
-    MachineError where the micro batch does not fit although every layer is recomputed.
+    MachineError, with the advice `fix`, where the micro batch does not fit although every layer is recomputed.
+    `careful`: on an integrated GPU, where the trial must not come near the end of memory, it keeps the activations of an
+    eighth of the layers at most, and learns from these what the others would keep.
     """
     count, tokens, training = estimate.recomputed_layers, batch.input_ids.numel(), model.training
+    few = max(1, len(layers) // 8)
+    count = max(count, len(layers) - few) if careful else count
     model.train()
     while True:
         recompute_layers(layers, count)
@@ -93,12 +99,11 @@ def calibrate_recompute(
             if count == len(layers):
                 what = f"a micro batch of {tokens:,} tokens does not fit into this GPU's memory"
                 why = f"with every layer recomputed; {str(error).partition('.')[0]}"
-                fix = "a smaller train.micro_batch or data.seq_len, or model.quantize=nf4"
                 raise MachineError(what, where="train.micro_batch", why=why, fix=fix) from error
         finally:
             model.zero_grad(set_to_none=True)
-        count = min(len(layers), count + max(1, len(layers) // 8))
-    room = budget - estimate.optimizer - meter.peak()
+        count = min(len(layers), count + few)
+    room = budget - estimate.optimizer - estimate.copies - meter.peak()
     activations *= estimate.tokens / tokens  # of the largest micro batch
     count = revise_recomputed(count, len(layers), activations, estimate.recomputed_layer, room=room)
     recompute_layers(layers, count)

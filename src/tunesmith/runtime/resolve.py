@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
-from tunesmith.host_files import available_memory
+from tunesmith.errors import MachineError
+from tunesmith.host_files import physical_memory
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.loss import card_bytes, chunk_size
 from tunesmith.model import attention
@@ -29,24 +30,29 @@ from tunesmith.optim.adamw import state_bytes_per_parameter
 from tunesmith.quant import eight_bit
 from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime import compilation
+from tunesmith.runtime.device import free_memory, is_integrated
 from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
+from tunesmith.runtime.savings import find_savings
 from tunesmith.units import Size
 
 MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
-USABLE = 0.9  # of the free memory: the rest is the allocator's
-# The fixed cost of a forward and backward, in tokens whose work takes as long: reading the weights against four
-# operations a weight and token, at the 4 TB/s and 700 TFLOP/s of an H200; unpacking nf4 adds about as much.
-FIXED_COST_TOKENS = {"none": 160, "fp8": 320, "int8": 320, "nf4": 320}
+USABLE = 0.9  # of the free memory, to plan with: the rest is the allocator's, and the estimate's error
+# A plan beyond this is refused. Weights, gradients and moments are counted, and the one estimate of activations that was
+# compared with a GPU was 1.5 % too small; segments that the allocator cannot fill take a few percent (not measured).
+ALLOCATABLE = 0.97
+# The fixed cost of a forward and backward, in tokens whose work takes as long: the bytes that it moves for each weight,
+# against the four operations of a token. Both passes read the weight: two bytes in bf16, one in 8 bits; nf4's half is read,
+# and the dense weight that is made of it is written and read, 2 x (0.53 + 2 + 2).
+WEIGHT_TRAFFIC = {"none": 4.0, "fp8": 2.0, "int8": 2.0, "nf4": 9.06}
+# Operations in the time of a byte: an H200 reaches 700 TFLOP/s (in 8 bits twice that) and 4 TB/s, and other discrete cards
+# lie between 150 and 300; a GB10 92 (in 8 bits 188) and 226 GB/s. So a pass over 70B in nf4 costs as much as 396 tokens on
+# an H200 and as 922 on a GB10, which prefers larger micro batches.
+OPERATIONS_PER_BYTE = {False: (175, 350), True: (407, 832)}  # by Machine.integrated: in 16 bits, in 8 bits
 RECOMPUTE_COST = {"none": 1 / 3, "lora": 1 / 2}  # a second forward, as a share of a step: 2 of 6 operations, or of 4
 # Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a usual step...
 ROW_MULTIPLE = 128
 # ... and the longest document is stated in blocks of the attention kernel.
 DOCUMENT_BLOCK = 128
-
-
-def is_discrete(device: torch.device) -> bool:
-    """Whether `device` is a GPU with memory of its own, where running out raises an error that can be caught."""
-    return device.type == "cuda" and not torch.cuda.get_device_properties(device).is_integrated
 
 
 def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tuple[str, str]:
@@ -63,12 +69,11 @@ def probe_machine(run: Run, files: ModelFiles, device: torch.device, shapes: Seq
     `shapes` are those of `lora.eight_bit_shapes`, tried with as few and as many rows as a run may have.
     """
     quantize, rows = run.model.quantize, (1, 16, MAX_TOKENS[device.type])
-    # Where GPU and host share memory (GB10) the driver reports what is unused, not what can be had.
-    free = torch.cuda.mem_get_info(device)[0] if is_discrete(device) else available_memory()
     return Machine(
         str(device),
-        free,
-        card_bytes=card_bytes(device),
+        free_memory(device),
+        card_bytes=card_bytes(device) or physical_memory(),
+        integrated=is_integrated(device),
         attention=attention_backend(run, files, device),
         compiles=compilation.select_compile(run.train.compile, device),
         scaling=eight_bit.select_scaling(quantize, device, shapes, rows) if quantize in KINDS else (None, ""),
@@ -90,11 +95,47 @@ def resolve_plan(
     longest: int,
     before: Size | None = None,
 ) -> RunPlan:
-    """Resolve every `auto` of a recipe by what the machine has.
+    """Resolve every `auto` of a recipe by what the machine has; MachineError where the run does not fit its memory.
 
     `trained` counts trained parameters, `step` the tokens of an optimizer step, `longest` those of the longest example.
     `auto` keeps the micro batch that a resumed run had `before` while it fits: dropout and the order of sums depend on it.
     """
+
+    def plan_of(changed: Run) -> RunPlan:
+        """The plan of a recipe that differs in what `find_savings` changes."""
+        q, kv, rank = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, changed.adapter.rank
+        lora = spec.layers * rank * (7 * spec.hidden + 2 * q + 2 * kv + 3 * spec.intermediate)
+        count = trained if changed.adapter.kind == run.adapter.kind else lora
+        share = changed.train.global_batch.amount / run.train.global_batch.amount
+        size = StepSize(step.mean * share, math.ceil(step.largest * share))
+        return _plan(changed, spec, machine, count, size, min(longest, changed.data.seq_len), before)
+
+    plan = plan_of(run)
+    below = min(int(plan.memory.free * USABLE), plan.memory.total * 9 // 10)  # less would not be worth a change
+    plan = replace(plan, savings=find_savings(run, plan, plan_of, below=below))
+    refuse_overrun(plan, machine)
+    return plan
+
+
+def refuse_overrun(plan: RunPlan, machine: Machine) -> None:
+    """MachineError where a plan needs more memory than there is; an adapter's checkpoint may wait for its copies.
+
+    A CPU's free memory grows as other programs give way: there only what is allocated for the whole run counts, against
+    all memory of the machine.
+    """
+    memory, on_gpu = plan.memory, torch.device(plan.device).type == "cuda"
+    there = int(machine.free_bytes * ALLOCATABLE) if on_gpu else machine.card_bytes
+    needed = (memory.total if on_gpu else memory.static) - memory.copies
+    if there and needed > there:
+        what = f"the run does not fit: it needs about {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB can be used"
+        how = f"micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
+        raise MachineError(what, where=plan.device, why=f"{memory.describe()}; {how}", fix=plan.less_memory())
+
+
+def _plan(
+    run: Run, spec: ModelSpec, machine: Machine, trained: int, step: StepSize, longest: int, before: Size | None
+) -> RunPlan:
+    """The plan of a recipe, whether it fits or not."""
     train, (compiled, compile_why) = run.train, machine.compiles
     estimator = MemoryEstimator(run, spec, machine, trained)
     size, why = train.micro_batch, "as train.micro_batch says"
@@ -157,9 +198,9 @@ class MemoryEstimator:
             base = int(packed * 0.53) + (spec.parameters - packed) * itemsize
         # An adapter's weights are fp32 and not in the base; while its checkpoint is written, they and the moments are
         # there twice.
-        width, copies = (4, 12) if lora else (itemsize, 0)
+        width, copies = (4, 12 * self.trained) if lora else (itemsize, 0)
         gradients, adapter = width * self.trained, width * self.trained * lora
-        state = int(self.trained * (state_bytes_per_parameter(run.train, width) + copies))
+        state = int(self.trained * state_bytes_per_parameter(run.train, width))
 
         more = 0 if self.machine.compiles[0] else 1
         block = (5 + more) * spec.hidden + spec.head_dim * (spec.heads + 2 * spec.kv_heads)
@@ -171,7 +212,7 @@ class MemoryEstimator:
         chunk = chunk_size(spec.vocab, tokens, device, trained=not lora, card=self.machine.card_bytes)
         workspace = widest * itemsize + (2 * itemsize + 4) * spec.vocab * min(chunk, tokens)
 
-        room = int(self.machine.free_bytes * USABLE) - base - adapter - state - workspace
+        room = int(self.machine.free_bytes * USABLE) - base - adapter - state - copies - workspace
         named = {"auto": fewest_recomputed(room, spec.layers, layer, recomputed_layer), "none": 0, "full": spec.layers}
         given = run.train.recompute
         recomputed = min(given if isinstance(given, int) else named[given], spec.layers)
@@ -181,6 +222,7 @@ class MemoryEstimator:
             weights=base + adapter,
             gradients=gradients,
             optimizer=state - gradients,
+            copies=copies,
             activations=(spec.layers - recomputed) * layer + recomputed * recomputed_layer,
             recomputed_layer=recomputed_layer,
             workspace=workspace,
@@ -203,8 +245,9 @@ class MemoryEstimator:
         work = 1 + RECOMPUTE_COST[self.run.adapter.kind] * memory.recomputed_layers / self.spec.layers
         micro_batches = math.ceil(step.mean / tokens)
         padded = micro_batches * tokens / step.mean if fixed else 1.0
-        fixed_cost = FIXED_COST_TOKENS[self.run.model.quantize] * micro_batches / step.mean
-        return work * padded + fixed_cost + 1e6 * self.overrun(tokens)
+        base, machine = self.run.model.quantize, self.machine
+        pass_tokens = WEIGHT_TRAFFIC[base] * OPERATIONS_PER_BYTE[machine.integrated][base in KINDS] / 4
+        return work * padded + pass_tokens * micro_batches / step.mean + 1e6 * self.overrun(tokens)
 
     def tokens_of(self, size: Size, step: StepSize) -> int:
         """Tokens of a micro batch, padding counted."""

@@ -44,6 +44,7 @@ from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import KINDS
+from tunesmith.runtime.device import choose_device
 from tunesmith.runtime.plan import RunPlan
 from tunesmith.runtime.resolve import probe_machine, resolve_plan
 from tunesmith.runtime.transfer import DevicePrefetcher
@@ -182,11 +183,6 @@ def describe_micro_batch(start: Start, run: Run, plan: RunPlan) -> list[str]:
     why = "which no longer fits" if run.train.micro_batch == "auto" else f"train.micro_batch='{before}' keeps it"
     effect = "dropout falls elsewhere" if run.adapter.dropout else "sums are rounded otherwise"
     return [f"the micro batch is {now}, and was {before}, {why}: numbers differ from a run that kept it, as {effect}"]
-
-
-def choose_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def check_machine(run: Run, device: torch.device) -> None:

@@ -12,7 +12,7 @@ import torch
 from tunesmith.config.schema import Run
 from tunesmith.errors import NonFiniteError, RunError, TunesmithError, UsageError, disk_fault
 from tunesmith.metrics.record import StepRecord
-from tunesmith.units import Size
+from tunesmith.runtime.plan import RunPlan
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class Result:
         return {"output_dir": str(self.output_dir), **{name: vars(self)[name] for name in kept}, **losses}
 
 
-def failure_of(
-    error: BaseException, run: Run, *, micro_batch: Size, step: int, saved_step: int | None
-) -> TunesmithError:
+def failure_of(error: BaseException, run: Run, plan: RunPlan, *, step: int, saved_step: int | None) -> TunesmithError:
     """The error of a run that had begun, in the words of failure.json; `step`: the last one done."""
     again, where = how_to_resume(saved_step), f"step {step + 1}"
     if isinstance(error, TunesmithError):
@@ -68,14 +66,10 @@ def failure_of(
         kept = f"checkpoint-{saved_step} is whole" if saved_step else "no checkpoint was written before"
         return RunError(full, where=f"{where}, in {run.output_dir}", why=kept, fix=f"make room (df -h), then {again}")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        least = run.data.seq_len if micro_batch.unit == "tokens" else 1
-        half = Size(max(least, micro_batch.amount // 2), micro_batch.unit)
-        # An update in the backward takes the global batch as one micro batch.
-        key = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
-        smaller = [f"{key}='{half}'"] if half.amount < micro_batch.amount else ["a smaller data.seq_len"]
-        smaller += ["train.recompute=full"] if run.train.recompute != "full" else []
-        why = f"a micro batch of {micro_batch} did not fit"
-        return RunError("out of memory", where=where, why=why, fix=f"{' or '.join(smaller)}; {again}")
+        why = f"a micro batch of {plan.layout.micro_batch} did not fit"
+        advice = plan.less_memory(resumed=saved_step is not None)
+        fix = advice if advice.endswith("--fresh") else f"{advice}; {again}"
+        return RunError("out of memory", where=where, why=why, fix=fix)
     why = "an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from"
     return RunError(f"{type(error).__name__}: {error}", where=where, why=why, fix=again)
 

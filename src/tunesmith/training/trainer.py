@@ -322,5 +322,5 @@ class Trainer:
 
     def as_failure(self, error: BaseException) -> TunesmithError:
         """The error that ends this run, with what it knows of where it stood."""
-        size, step = self.session.plan.layout.micro_batch, self.progress.step
-        return failure_of(error, self.run, micro_batch=size, step=step, saved_step=self.writer.saved_step)
+        saved_step, plan = self.writer.saved_step, self.session.plan
+        return failure_of(error, self.run, plan, step=self.progress.step, saved_step=saved_step)

@@ -1,0 +1,46 @@
+"""The device of a run, and how much of its memory torch's allocator may take."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from tunesmith import private
+from tunesmith.host_files import available_memory
+
+INTEGRATED_SHARE = 0.95  # of the available memory; the rest stays with the host, for this process and the page cache
+
+
+def choose_device() -> torch.device:
+    """CUDA where there is one, else the CPU; the allocator is prepared before its first use."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    prepare_allocator(device)
+    return device
+
+
+def is_integrated(device: torch.device, cuda: Any = torch.cuda) -> bool:
+    """Whether `device` is a GPU that shares the host's memory (GB10)."""
+    return device.type == "cuda" and bool(cuda.get_device_properties(device).is_integrated)
+
+
+def free_memory(device: torch.device, cuda: Any = torch.cuda) -> int:
+    """Bytes that can be allocated on `device` beside those that are."""
+    if is_integrated(device, cuda):  # its driver reports what is unused, not what can be had
+        return int(available_memory() * INTEGRATED_SHARE)
+    return int(cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
+
+
+def prepare_allocator(device: torch.device, cuda: Any = torch.cuda, configure: Any = private.set_allocator) -> None:
+    """Set up the allocator of a GPU before its first allocation; `cuda` is torch.cuda.
+
+    An integrated GPU gets a limit, so that an overrun raises torch.OutOfMemoryError and does not freeze the machine. A
+    discrete one gets expandable segments, unless the user has set the allocator's variable: they waste less where
+    micro batches differ in length, but gave driver errors on GB10.
+    """
+    if is_integrated(device, cuda):
+        limit = free_memory(device, cuda) + cuda.memory_reserved(device)
+        cuda.set_per_process_memory_fraction(min(1.0, limit / cuda.get_device_properties(device).total_memory), device)
+    elif device.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        configure("expandable_segments:True")

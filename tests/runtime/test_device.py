@@ -1,0 +1,97 @@
+"""The allocator's limit on a GPU that shares the host's memory, and its segments on one that does not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tunesmith import private
+from tunesmith.runtime import device
+from tunesmith.runtime.device import INTEGRATED_SHARE, choose_device, free_memory, is_integrated, prepare_allocator
+
+GIB = 2**30
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+class Pretended:
+    """What `torch.cuda` tells of a GPU that this machine lacks, and what it is told."""
+
+    def __init__(self, *, integrated: bool, total: int = 119 * GIB, reserved: int = 0, free: int = 0) -> None:
+        self.chip = SimpleNamespace(is_integrated=int(integrated), total_memory=total)
+        self.reserved, self.free = reserved, free
+        self.told: list[object] = []
+
+    def get_device_properties(self, device: torch.device) -> SimpleNamespace:
+        return self.chip
+
+    def memory_reserved(self, device: torch.device) -> int:
+        return self.reserved
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return self.free, self.chip.total_memory
+
+    def set_per_process_memory_fraction(self, fraction: float, device: torch.device) -> None:
+        self.told.append(fraction)
+
+
+@pytest.fixture(autouse=True)
+def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "available_memory", lambda: 100 * GIB)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def prepared(cuda: Pretended, place: torch.device = GPU) -> list[object]:
+    prepare_allocator(place, cuda, cuda.told.append)
+    return cuda.told
+
+
+@pytest.mark.parametrize(("reserved", "gib"), [(0, 95), (20 * GIB, 115), (60 * GIB, 119)])
+def test_the_allocator_may_take_what_the_host_has_and_what_it_holds(reserved: int, gib: float) -> None:
+    """MemAvailable has lost what this process took before, such as in an earlier run; and no share is above 1."""
+    assert prepared(Pretended(integrated=True, reserved=reserved)) == [pytest.approx(gib / 119)]
+
+
+def test_segments_expand_on_a_discrete_card_unless_the_user_set_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prepared(Pretended(integrated=False)) == ["expandable_segments:True"]
+    assert prepared(Pretended(integrated=True), CPU) == []
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "backend:native")
+            assert prepared(Pretended(integrated=False)) == []
+
+
+def test_free_memory_is_the_card_s_or_the_host_s() -> None:
+    assert free_memory(GPU, Pretended(integrated=False, free=7)) == 7
+    assert free_memory(GPU, Pretended(integrated=True, free=7)) == int(100 * GIB * INTEGRATED_SHARE)
+    assert free_memory(CPU) == 100 * GIB
+    assert [is_integrated(place, Pretended(integrated=True)) for place in (GPU, CPU)] == [True, False]
+
+
+def test_this_torch_takes_the_setting() -> None:
+    """Its name has moved before; a CPU's allocator ignores the option."""
+    private.set_allocator("expandable_segments:False")
+    with pytest.raises((RuntimeError, ValueError)):
+        private.set_allocator("expandable_segments")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_more_than_the_limit_raises_and_the_segments_expand() -> None:
+    place = choose_device()
+    share = torch.cuda.get_per_process_memory_fraction(place)
+    total = torch.cuda.get_device_properties(place).total_memory
+    try:
+        torch.cuda.set_per_process_memory_fraction(2**30 / total, place)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2 * 2**30, dtype=torch.uint8, device=place)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(share, place)
+    torch.cuda.empty_cache()
+    block = torch.empty(64 * 2**20, dtype=torch.uint8, device=place)
+    segments = [
+        s for s in torch.cuda.memory_snapshot() if s["address"] <= block.data_ptr() < s["address"] + s["total_size"]
+    ]
+    assert [s["is_expandable"] for s in segments] == [not is_integrated(place)]

@@ -1,0 +1,124 @@
+"""A run that does not fit is refused with the keys that make it fit, each tried by the estimate that plans a run."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes import make_run
+from tunesmith.config.load import load_recipe
+from tunesmith.config.schema import Run
+from tunesmith.data.schedule import StepSize
+from tunesmith.errors import EXIT_USAGE, MachineError
+from tunesmith.hub.model_files import read_model_files
+from tunesmith.model.shapes import SHAPES
+from tunesmith.model.spec import read_spec
+from tunesmith.runtime.plan import Machine, RunPlan
+from tunesmith.runtime.resolve import ALLOCATABLE, USABLE, probe_machine, resolve_plan
+
+GIB = 2**30
+STEP = StepSize(16000, 18000)
+FULL = {"adapter.kind": "none"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: {name: m}\ndata: {train: {source: rows.jsonl}}\noutput_dir: runs/mine\n")
+    return file
+
+
+def plan_of(run: Run, shape: str, gib: float, **found: object) -> RunPlan:
+    spec = read_spec(SHAPES[shape].config, where=shape)
+    trained = spec.parameters if run.adapter.kind == "none" else spec.parameters // 400
+    parts = {"device": "cuda:0", "attention": ("varlen", ""), "compiles": (True, "")} | found
+    machine = Machine(free_bytes=int(gib * GIB), card_bytes=int(gib * GIB), **parts)
+    return resolve_plan(run, spec, machine, trained=trained, step=STEP, longest=2000)
+
+
+REFUSED = [
+    ("llama3-8b", 138, FULL, "train.optimizer=adamw-8bit"),
+    ("llama3-8b", 138, FULL, "train.master_weights=stochastic"),
+    ("llama3-8b", 138, FULL, "train.optimizer_in_backward=true train.clip_norm=null"),
+    ("llama3-8b", 138, FULL, "adapter.kind=lora"),
+    ("llama3-8b", 79, FULL, "train.optimizer=adamw-8bit train.master_weights=stochastic"),
+    ("llama3-8b", 100, FULL | {"train.optimizer_in_backward": True, "train.clip_norm": None}, "train.master_weights=stochastic"),
+    ("llama3-8b", 24, {"train.recompute": "none"}, "train.recompute=full"),
+    ("llama3-8b", 24, {"train.recompute": "none"}, "data.seq_len=1024"),
+    ("llama3-8b", 40, {"train.recompute": "none", "train.micro_batch": "16384 tokens"}, "train.micro_batch='4096 tokens'"),
+    ("llama3-70b", 138, {}, "model.quantize=nf4"),
+    ("llama3-70b", 138, FULL, "model.quantize=nf4 adapter.kind=lora"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "gib", "keys", "offered"), REFUSED)
+def test_a_plan_that_does_not_fit_is_refused_with_keys_that_make_it_fit(
+    recipe: Path, shape: str, gib: float, keys: dict[str, object], offered: str
+) -> None:
+    with pytest.raises(MachineError, match="the run does not fit") as refused:
+        plan_of(load_recipe(recipe, keys), shape, gib)
+    assert refused.value.exit_code == EXIT_USAGE
+    changes = dict(change.rpartition(" (")[::2] for change in refused.value.fix.split(" or "))
+    assert offered in changes
+    for words, claimed in changes.items():
+        # As the user would: the same recipe, with the words on the command line.
+        again = plan_of(load_recipe(recipe, [*words_of(keys), *shlex.split(words)]), shape, gib)
+        assert again.memory.total <= gib * GIB * USABLE, words
+        # The size of an adapter that the recipe does not have yet is worked out without its model.
+        tolerance = 0.7 if "adapter.kind" in words else 0.06
+        assert again.memory.total / GIB == pytest.approx(float(claimed.partition(" GiB")[0]), abs=tolerance)
+
+
+def words_of(keys: dict[str, object]) -> list[str]:
+    names = {None: "null", True: "true"}
+    return [f"{key}={names.get(value, value)}" for key, value in keys.items()]  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(("shape", "gib"), [("llama3-8b", 13), ("llama3-70b", 30)])
+def test_nothing_is_offered_where_nothing_helps(recipe: Path, shape: str, gib: float) -> None:
+    with pytest.raises(MachineError) as refused:
+        plan_of(load_recipe(recipe, {"model.quantize": "nf4"}), shape, gib / 2)
+    assert refused.value.fix == "a smaller model, or a device with more memory"
+
+
+def test_what_fits_but_leaves_little_is_not_refused(recipe: Path) -> None:
+    """The planner aims below USABLE; a plan between that and ALLOCATABLE is tried, and has advice in case it fails."""
+    keys = {"train.recompute": "none", "train.micro_batch": "2048 tokens"}
+    plan = plan_of(load_recipe(recipe, keys), "llama3-8b", 26)
+    assert USABLE < plan.memory.total / plan.memory.free < ALLOCATABLE
+    assert plan.savings[0].keys == "train.recompute=full"
+    assert plan.savings[0].resumes
+    assert "train.recompute" not in plan.less_memory(recompute=False)
+
+
+def test_a_checkpoint_s_copies_refuse_nothing(recipe: Path) -> None:
+    """Without room for them training waits while the file is written."""
+    run = load_recipe(recipe, {"train.recompute": "full", "train.micro_batch": "2048 tokens"})
+    memory = plan_of(run, "llama3-8b", 139).memory
+    needed = memory.total - memory.copies
+    assert plan_of(run, "llama3-8b", 1.001 * needed / ALLOCATABLE / GIB).memory.total > needed
+    with pytest.raises(MachineError):
+        plan_of(run, "llama3-8b", 0.999 * needed / ALLOCATABLE / GIB)
+
+
+def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> None:
+    run = load_recipe(recipe, FULL)
+    busy = {"device": "cpu", "compiles": (False, "")}
+    assert plan_of(run, "llama3-3b", 60, **busy).memory.free == 60 * GIB, "57 GiB stay, and activations come on top"
+    with pytest.raises(MachineError, match="does not fit") as refused:
+        plan_of(run, "llama3-3b", 50, **busy)
+    assert "train.optimizer=adamw-8bit" in refused.value.fix
+    unknown = Machine("cpu", GIB, ("sdpa", ""), (False, ""))
+    spec = read_spec(SHAPES["llama3-3b"].config, where="test")
+    plan = resolve_plan(run, spec, unknown, trained=spec.parameters, step=STEP, longest=2000)
+    assert plan.memory.total > GIB
+
+
+def test_the_memory_of_a_cpu_is_that_of_the_machine(tiny: Path, tmp_path: Path) -> None:
+    run = make_run(tiny, tmp_path)
+    machine = probe_machine(run, read_model_files(tiny, run.model), torch.device("cpu"))
+    assert machine.card_bytes > machine.free_bytes > 0
+    assert not machine.integrated
