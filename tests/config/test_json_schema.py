@@ -10,9 +10,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from jsonschema import Draft7Validator
 
-from tunesmith.config.describe import write_or_check
+from tunesmith.config.describe import json_schema, write_or_check
 from tunesmith.config.dump import to_mapping
-from tunesmith.config.json_schema import json_schema
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
