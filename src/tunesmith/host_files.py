@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -13,6 +15,7 @@ from tunesmith.errors import MachineError, ModelError
 # Where torchrun and accelerate, srun, Open MPI, and other MPIs say how many ranks there are. SLURM_NTASKS does not tell:
 # a batch script without srun has it too, and is one process.
 RANKS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+ABANDONED = 3 * 24 * 3600  # seconds; nothing is tokenised or converted for so long
 MEMORY_UNKNOWN = 8 << 30  # bytes: a small laptop's, which only makes callers careful
 
 
@@ -70,22 +73,24 @@ def from_here(path: str | Path) -> str:
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
 
 
+def remove_abandoned(cache: Path) -> None:
+    """Delete the hidden folders of a cache that killed processes left behind: those made longer ago than ABANDONED."""
+    for folder in cache.glob(".*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > ABANDONED:
+                shutil.rmtree(folder)
+
+
 def existing_folder(path: Path) -> Path:
     """The path itself or its nearest parent that is a folder: where what does not exist yet would be created."""
     path = path.expanduser().absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def size_text(count: float) -> str:
-    """Bytes for a reader: `270.0 MB`, `16.1 GB` (powers of ten, as on the Hub's pages)."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count:.0f} bytes"
-
-
 def refuse_full_disk(path: Path, needed: int, *, what: str, fix: str, why: str = "") -> None:
     """Raise MachineError unless the disk of `path`, which need not exist yet, has `needed` bytes free for `what`."""
+    from rich.filesize import decimal as size_text
+
     free = shutil.disk_usage(existing_folder(path)).free
     if needed > free:
         figures = f"{size_text(needed)} needed, {size_text(free)} free, {size_text(needed - free)} short"

@@ -288,6 +288,13 @@ def test_hermes_form_leaves_conversations_without_tools_alone() -> None:
             assert theirs[0] == theirs[1]
 
 
+def test_hermes_form_of_a_dated_template_still_says_that_its_date_is_fixed() -> None:
+    tokenizer = chat_tokenizer(CHATML + "{{ strftime_now('%d') if false else '' }}")
+    template = Template(tokenizer, {2}, jinja=tokenizer.chat_template, name="chat").with_tools()
+    assert "Hermes' form" in template.describe()
+    assert "its date is fixed at" in template.describe()
+
+
 def test_no_hermes_form_for_other_templates(tmp_path: Path) -> None:
     llama = (TEMPLATES / "bos.jinja").read_text(encoding="utf-8")
     tokenizer = train("bytes", WORDS, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tunesmith.data.formats import Text
 from tunesmith.data.source import read_rows
 from tunesmith.data.tokens import TokenSet, tokenise
 from tunesmith.errors import DataError
+from tunesmith.host_files import ABANDONED
 
 
 def equal(a: TokenSet, b: TokenSet) -> bool:
@@ -57,7 +59,7 @@ def test_the_cache_is_used_and_gives_the_same(make, simple: Simple, tmp_path: Pa
     assert simple.encoded == 600
     taken = make(alpaca(300), seq_len=256, cache=tmp_path / "c")
     assert simple.encoded == 600  # nothing was tokenised again
-    assert isinstance(taken.parts[0].arrays.ids, np.memmap)
+    assert isinstance(taken.parts[0].arrays.ids.base, np.memmap)
     assert equal(plain, made)
     assert equal(plain, taken)
     assert [p.name for p in (tmp_path / "c").iterdir() if p.name.startswith(".")] == []
@@ -85,7 +87,7 @@ def test_what_shapes_the_tokens_names_the_entry(make, simple: Simple, tmp_path: 
     assert entries() == 9
 
 
-FILES = ("ids.bin", "trained.bin", "offsets.npy", "rows.npy", "cut.npy", "meta.json")
+FILES = ("ids.bin", "trained.bin", "offsets.bin", "rows.bin", "cut.bin", "meta.json")
 
 
 @pytest.mark.parametrize("case", [(file, damage) for file in FILES for damage in ("lost", "torn", "flipped")], ids=str)
@@ -114,6 +116,18 @@ def test_a_damaged_entry_is_made_again(
     assert simple.encoded == 60  # and now it is whole
 
 
+def test_what_a_killed_process_left_in_the_cache_is_removed(make, tmp_path: Path) -> None:
+    old, new = (tmp_path / "c" / name / "entry" for name in (".0123-killed", ".4567-at-work"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "ids.bin").write_bytes(b"half")
+    long_ago = time.time() - ABANDONED - 1
+    os.utime(old.parent, (long_ago, long_ago))
+    make(alpaca(7), seq_len=256, cache=tmp_path / "c")
+    assert not old.parent.exists()
+    assert (new / "ids.bin").read_bytes() == b"half"
+
+
 def test_a_cache_that_cannot_be_written_costs_a_warning(make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "c").write_text("a file where the folder should be")
     tokens = make(alpaca(7), seq_len=256, cache=tmp_path / "c")
@@ -127,7 +141,7 @@ def test_a_full_disk_leaves_no_torn_entry(
     def full(*args: object, **keys: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk.np, "save", full)
+    monkeypatch.setattr(Path, "rename", full)
     tokens = make(alpaca(7), seq_len=256, cache=tmp_path / "c")
     assert len(tokens) == 7
     assert "No space left" in caplog.text

@@ -1,8 +1,8 @@
 """The token cache on disk: one folder for each tokenised source, named by the hash of all that its tokens depend on.
 
-`ids.bin` and `trained.bin` hold the tokens of all examples one after another; `offsets.npy`, `rows.npy` and `cut.npy`
-the other `TokenArrays`; `meta.json` counts and a checksum. The folder is written under another name and renamed, so it
-is there as a whole or not at all; an entry that does not match its checksum is made again.
+Each of the `TokenArrays` is a file of its values one after another; `meta.json` has counts and a checksum. The folder is
+written under another name and renamed, so it is there as a whole or not at all; an entry that does not match its checksum
+is made again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import logging
 import shutil
 import tempfile
 import zlib
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,25 +22,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tunesmith.data.batch import Example
+from tunesmith.host_files import remove_abandoned
 
 log = logging.getLogger(__name__)
 
-_TOKENS: dict[str, type[np.generic]] = {"ids.bin": np.int32, "trained.bin": np.bool_}
-_INDEX = ("offsets", "rows", "cut")
+_DTYPES = {"ids": np.int32, "trained": np.bool_, "offsets": np.int64, "rows": np.int64, "cut": np.bool_}
 
 
 class TokenArrays(NamedTuple):
-    """The n examples of a source, one after another.
+    """The n examples of a source, one after another."""
 
-    ids: int32 [tokens]; trained: bool [tokens]; offsets: int64 [n + 1], between examples; rows: int64 [n], the row of
-    each; cut: bool [n], whether it was cut at seq_len.
-    """
-
-    ids: np.ndarray
-    trained: np.ndarray
-    offsets: np.ndarray
-    rows: np.ndarray
-    cut: np.ndarray
+    ids: np.ndarray  # int32 [tokens]
+    trained: np.ndarray  # bool [tokens]
+    offsets: np.ndarray  # int64 [n + 1], between examples
+    rows: np.ndarray  # int64 [n], the row of each
+    cut: np.ndarray  # bool [n], whether it was cut at seq_len
 
     def crc32(self) -> int:
         value = 0
@@ -58,48 +53,42 @@ class TokenArrays(NamedTuple):
 
 
 class TokenWriter:
-    """Collects examples: their tokens in two files of a folder, or in memory where there is none."""
+    """Collects examples: in files of a folder, or in memory where there is none."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-        self._files = [(folder / name).open("wb") if folder else io.BytesIO() for name in _TOKENS]
-        self._offsets, self._rows, self._cut = array("q", [0]), array("q"), array("b")
+        self._folder, self._rows, self._tokens = folder, 0, 0
+        self._files = {name: (folder / f"{name}.bin").open("wb") if folder else io.BytesIO() for name in _DTYPES}
+        self._append("offsets", 0)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._rows
 
     def add(self, example: Example, row: int, cut: bool) -> None:
-        ids, trained = self._files
-        ids.write(np.asarray(example.ids, np.int32).tobytes())
-        trained.write(np.asarray(example.trained, np.bool_).tobytes())
-        self._offsets.append(self._offsets[-1] + len(example.ids))
-        self._rows.append(row)
-        self._cut.append(cut)
+        self._rows, self._tokens = self._rows + 1, self._tokens + len(example.ids)
+        for name, values in zip(_DTYPES, (example.ids, example.trained, self._tokens, row, cut), strict=True):
+            self._append(name, values)
+
+    def _append(self, name: str, values: Any) -> None:
+        self._files[name].write(np.asarray(values, _DTYPES[name]).tobytes())
 
     def close(self) -> None:
-        for file in self._files:
+        for file in self._files.values():
             file.close()
 
     def arrays(self) -> TokenArrays:
         """All that was added."""
         if self._folder is not None:
             self.close()
-            tokens = list(_map_tokens(self._folder))
-        else:
-            for file in self._files:
-                file.seek(0)
-            tokens = [np.frombuffer(f.read(), kind) for f, kind in zip(self._files, _TOKENS.values(), strict=True)]
-        ids, trained = tokens
-        return TokenArrays(
-            ids, trained, np.asarray(self._offsets), np.asarray(self._rows), np.asarray(self._cut, np.bool_)
-        )
+            return _map_arrays(self._folder)
+        kept = {name: file.getvalue() for name, file in self._files.items() if isinstance(file, io.BytesIO)}
+        return TokenArrays(*(np.frombuffer(kept[name], dtype) for name, dtype in _DTYPES.items()))
 
 
-def _map_tokens(folder: Path) -> Iterator[np.ndarray]:
-    """ids and trained of an entry; numpy cannot map an empty file."""
-    for name, dtype in _TOKENS.items():
-        file = folder / name
-        yield np.memmap(file, dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
+def _map_arrays(folder: Path) -> TokenArrays:
+    """The arrays of an entry; numpy cannot map an empty file."""
+    files = [(folder / f"{name}.bin", dtype) for name, dtype in _DTYPES.items()]
+    maps = (np.memmap(file, dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype) for file, dtype in files)
+    return TokenArrays(*map(np.asarray, maps))
 
 
 Tokenised = tuple[TokenArrays, dict[str, Any]]
@@ -123,13 +112,12 @@ def cached_tokens(folder: Path, key: str, make: Callable[[TokenWriter], Tokenise
 def _write_entry(entry: Path, make: Callable[[TokenWriter], Tokenised]) -> None:
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(entry.parent)
         with tempfile.TemporaryDirectory(prefix=f".{entry.name[:16]}-", dir=entry.parent) as temporary:
             folder = Path(temporary, "entry")
             folder.mkdir()
             with closing(TokenWriter(folder)) as writer:
                 arrays, about = make(writer)
-            for name in _INDEX:
-                np.save(folder / f"{name}.npy", arrays._asdict()[name])
             meta = {"key": entry.name, "crc32": arrays.crc32(), "about": about}
             (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
             if entry.exists():  # damaged, else it would have been read; or another process was faster
@@ -146,8 +134,7 @@ def _read_entry(entry: Path) -> Tokenised | None:
         return None
     try:
         meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
-        index = (np.load(entry / f"{name}.npy", allow_pickle=False) for name in _INDEX)
-        arrays = TokenArrays(*_map_tokens(entry), *index)
+        arrays = _map_arrays(entry)
         if meta["key"] == entry.name and meta["crc32"] == arrays.crc32():
             return arrays, meta["about"]
         why = "its checksum differs"

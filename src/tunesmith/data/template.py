@@ -105,7 +105,9 @@ class Template:
         """This template; or if it is ChatML and drops tool calls, one that renders those in Hermes' form."""
         if self._mask is None or self.jinja is None or self._mask.tools or not _is_chatml(self._mask):
             return self
-        return Template(self.tokenizer, self._eos, jinja=builtin_templates.with_tools(self.jinja), name=self.name)
+        made = Template(self.tokenizer, self._eos, jinja=builtin_templates.with_tools(self.jinja), name=self.name)
+        made._dated = self._dated
+        return made
 
     def describe(self) -> str:
         """One line for the user: which prompt is in use, how an answer ends and how the loss mask is found."""

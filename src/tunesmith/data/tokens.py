@@ -27,37 +27,29 @@ from tunesmith.host_files import is_terminal
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # raise it when the same rows would give other tokens
+VERSION = 3  # raise it when the same rows would give other tokens, or an entry of the cache has another form
 _BATCH = 256  # rows handed to the tokenizer at once
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What became of the rows of one source.
-
-    rows: read. kept: examples made of them; tokens, supervised: theirs; cut: how many lost their end. dropped: left out
-    as too long; emptied: left out because the cut left no supervised token. longest: tokens of the longest row, uncut.
-    digest: sha256 (hex) of all that is trained on: tokens, mask and bounds of examples, in order. prompts: rows whose
-    prompt was rendered apart and found as the beginning of the example; prompts_apart: rows where it renders otherwise.
-    flaws: name in `flaws.FLAWS` -> how many of the rows read have it, and the first of them. available: rows that the
-    source has; taken: the recipe's keys that take some of them.
-    """
+    """What became of the rows of one source."""
 
     source: str
-    rows: int
-    kept: int
-    tokens: int
-    supervised: int
-    cut: int
-    dropped: int
-    emptied: int
-    longest: int
-    digest: str
-    prompts: int = 0
-    prompts_apart: int = 0
-    flaws: dict[str, list[int]] = field(default_factory=dict)
-    available: int = 0
-    taken: str = ""
+    rows: int  # read
+    kept: int  # examples made of them
+    tokens: int  # of these
+    supervised: int  # of the tokens
+    cut: int  # examples that lost their end
+    dropped: int  # rows left out as too long
+    emptied: int  # rows left out because the cut left no supervised token
+    longest: int  # tokens of the longest row, uncut
+    digest: str  # sha256 (hex) of all that is trained on: tokens, mask and bounds of examples, in order
+    prompts: int = 0  # rows whose prompt was rendered apart and found as the beginning of the example
+    prompts_apart: int = 0  # rows where it renders otherwise
+    flaws: dict[str, list[int]] = field(default_factory=dict)  # name in FLAWS -> how many rows, and the first of them
+    available: int = 0  # rows that the source has
+    taken: str = ""  # the recipe's keys that take some of them
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tunesmith.errors import MachineError, ModelError
-from tunesmith.host_files import cache_folder, follow_umask
+from tunesmith.host_files import cache_folder, follow_umask, remove_abandoned
 from tunesmith.model.safetensors_files import unreadable_file
 from tunesmith.packages import pip_install
 
@@ -50,6 +50,7 @@ def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
     say(f"converting {file.name} to {dtype} safetensors, once, in {target}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
             made = Path(scratch) / "model"
             with _quiet():
