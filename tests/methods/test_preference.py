@@ -20,8 +20,9 @@ from recipes import built_model, make_run
 from tunesmith.checkpoint.resume import Start
 from tunesmith.checkpoint.run_dir import claim_run_dir
 from tunesmith.data.batch import Batch, Example, collate
+from tunesmith.data.loader import GlobalBatch
 from tunesmith.data.schedule import BatchSchedule
-from tunesmith.methods.base import BatchCounts, MethodOutput, TrainModel, sum_by_sequence, supervised_positions
+from tunesmith.methods.base import MethodOutput, TrainModel, sum_by_sequence, supervised_positions
 from tunesmith.metrics.sink import Sinks
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build
@@ -36,8 +37,8 @@ class SigmoidPreference:
 
     metrics = ("preference_accuracy", "preference_margin")
 
-    def denominator(self, counts: BatchCounts) -> int:
-        return counts.examples
+    def denominator(self, batch: Batch | GlobalBatch) -> int:
+        return batch.examples
 
     def __call__(self, model: TrainModel, batch: Batch) -> MethodOutput:
         index, targets = supervised_positions(batch)

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal as size_text
+
 from tunesmith.config.names import nearest
 from tunesmith.errors import EXIT_OK, MachineError, UsageError
-from tunesmith.host_files import size_text
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Source

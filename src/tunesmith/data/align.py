@@ -29,16 +29,12 @@ class CharSpan(NamedTuple):
 
 
 class Aligned(NamedTuple):
-    """A tokenised text: ids int32 [n], trained bool [n].
+    """A tokenised text."""
 
-    straddled: how many tokens begin before a span and end in it. ended: whether at the `stop` of every span that has
-    one stands one token, of the ids asked for.
-    """
-
-    ids: np.ndarray
-    trained: np.ndarray
-    straddled: int
-    ended: bool
+    ids: np.ndarray  # int32 [n]
+    trained: np.ndarray  # bool [n]
+    straddled: int  # how many tokens begin before a span and end in it
+    ended: bool  # whether at the `stop` of every span that has one stands one token, of the ids asked for
 
 
 class _Bounds(NamedTuple):

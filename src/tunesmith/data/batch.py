@@ -21,42 +21,29 @@ IGNORE = -100
 
 
 class Example(NamedTuple):
-    """One tokenised example: one sequence, or several that a method needs side by side (the two of a preference pair).
+    """One tokenised example: one sequence, or several that a method needs side by side (the two of a preference pair)."""
 
-    ids: int32 [n], n >= 2.
-    trained: bool [n]; `trained[i]` says that token i is supervised: predicted from position i - 1 with loss.
-        The first token of a sequence has none before it and carries no loss.
-    sequences: length of each sequence, n in all; empty for one of n tokens. Each is a document of its own.
-    """
-
-    ids: np.ndarray
+    ids: np.ndarray  # int32 [n], n >= 2
+    # bool [n]; `trained[i]` says that token i is supervised: predicted from position i - 1 with loss. The first token of
+    # a sequence has none before it and carries no loss.
     trained: np.ndarray
-    sequences: tuple[int, ...] = ()
+    sequences: tuple[
+        int, ...
+    ] = ()  # length of each, n in all; empty for one of n tokens. Each is a document of its own
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch, local to a rank.
+    """One micro batch, local to a rank."""
 
-    Attributes:
-        input_ids: int64 [rows, length].
-        position_ids: int64 [rows, length]; each document counts from 0.
-        targets: int64 [rows, length]; the next token, or IGNORE.
-        cu_seqlens: int32 [documents + 1]; edges of the documents in the flattened block, from 0 to rows * length.
-        max_seqlen: longest document, in tokens, or a bound of it that all batches of a run share.
-        tokens: non-padding tokens.
-        supervised: positions whose target is not IGNORE.
-        examples: real examples (padding documents are none).
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    targets: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-    tokens: int
-    supervised: int
-    examples: int
+    input_ids: torch.Tensor  # int64 [rows, length]
+    position_ids: torch.Tensor  # int64 [rows, length]; each document counts from 0
+    targets: torch.Tensor  # int64 [rows, length]; the next token, or IGNORE
+    cu_seqlens: torch.Tensor  # int32 [documents + 1]; edges of documents in the flattened block, 0 to rows * length
+    max_seqlen: int  # longest document, in tokens, or a bound of it that all batches of a run share
+    tokens: int  # non-padding tokens
+    supervised: int  # positions whose target is not IGNORE
+    examples: int  # real examples (padding documents are none)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`: not copied if there already, without blocking if pinned."""

@@ -34,17 +34,13 @@ _BLOCK = 256  # rows of an Arrow table converted to Python at once
 
 @dataclass(frozen=True)
 class Table:
-    """Rows found by number.
-
-    row: row i as Python values, or a DataError with its place. where: the place of row i that an editor shows.
-    fingerprint: sha256 of the content, in hex. check_unchanged: DataError if the file is another than when it was opened.
-    """
+    """Rows found by number."""
 
     size: int
-    row: Callable[[int], Any]
-    where: Callable[[int], str]
-    fingerprint: Callable[[], str]
-    check_unchanged: Callable[[], None] = lambda: None
+    row: Callable[[int], Any]  # row i as Python values, or a DataError with its place
+    where: Callable[[int], str]  # the place of row i that an editor shows
+    fingerprint: Callable[[], str]  # sha256 of the content, in hex
+    check_unchanged: Callable[[], None] = lambda: None  # DataError if the file is another than when it was opened
 
     def __len__(self) -> int:
         return self.size

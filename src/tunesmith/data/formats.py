@@ -31,21 +31,16 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in OpenAI's form.
+    """Messages in OpenAI's form."""
 
-    messages: dicts of `role` (system, user, assistant, tool) and `content` (str); an assistant's may have
-        `reasoning_content` (str) and `tool_calls` ([{"type": "function", "function": {"name", "arguments": dict}}]).
-    tools: OpenAI's tool schemas, or None.
-    given: how many leading messages are a prompt, whose answers are not supervised.
-    untrained: indices of the assistant messages that the row itself leaves unsupervised.
-    instruction: alpaca's (instruction, input, output) for a row of that format, so that alpaca's own text can be made.
-    """
-
+    # Dicts of `role` (system, user, assistant, tool) and `content` (str); an assistant's may have `reasoning_content` (str)
+    # and `tool_calls` ([{"type": "function", "function": {"name", "arguments": dict}}]).
     messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    given: int = 0
+    tools: list[dict[str, Any]] | None = None  # OpenAI's tool schemas
+    given: int = 0  # how many leading messages are a prompt, whose answers are not supervised
+    # (instruction, input, output) of a row in alpaca's format, so that alpaca's own text can be made.
     instruction: tuple[str, str, str] | None = None
-    untrained: frozenset[int] = frozenset()
+    untrained: frozenset[int] = frozenset()  # indices of the assistant messages that the row itself leaves unsupervised
 
     def supervised(self) -> list[dict[str, Any]]:
         """The assistant messages that are trained on, where nothing but the row decides."""

@@ -24,20 +24,17 @@ FEW_STEPS = 50  # with fewer, the learning rate is mostly in its warm-up and the
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What training needs of the data; `validation` is None where the recipe names none.
-
-    duplicates: training examples that repeat an earlier one. overlap: validation examples that are trained on too.
-    validation_digest: sha256 (hex) of all validation examples, also of those that `validate.max_examples` leaves out.
-    """
+    """What training needs of the data."""
 
     run: Run
     train: TokenSet
-    validation: TokenSet | None
+    validation: TokenSet | None  # None where the recipe names none
     template: Template
     schedule: BatchSchedule
     contracts: tuple[Contract, ...]
-    duplicates: Repeats
-    overlap: Repeats
+    duplicates: Repeats  # training examples that repeat an earlier one
+    overlap: Repeats  # validation examples that are trained on too
+    # sha256 (hex) of all validation examples, also of those that `validate.max_examples` leaves out.
     validation_digest: str | None = None
 
     @property

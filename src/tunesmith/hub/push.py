@@ -9,9 +9,9 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging
+from rich.filesize import decimal as size_text
 
 from tunesmith.errors import UsageError
-from tunesmith.host_files import size_text
 from tunesmith.hub.hub_calls import TRANSPORT, clean, repo_page, retry
 
 LOGIN = "hf auth login (or set HF_TOKEN)"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.data.batch import IGNORE, Batch
+from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import ModelError
 from tunesmith.loss import Score, chunked_cross_entropy, loss_and_grad, token_cross_entropy, token_logprobs
 from tunesmith.model import attention
@@ -22,30 +23,12 @@ from tunesmith.model.documents import Documents
 from tunesmith.quant.frozen_matmul import parameter_count
 
 
-class BatchCounts(Protocol):
-    """What the host knows of a micro batch or of a whole global batch before it runs."""
-
-    @property
-    def supervised(self) -> int:
-        """Positions with a label."""
-
-    @property
-    def examples(self) -> int:
-        """Examples; padding counts as none."""
-
-
 class MethodOutput(NamedTuple):
-    """What a method makes of one micro batch, local to the rank.
+    """What a method makes of one micro batch, local to the rank."""
 
-    Attributes:
-        loss: 0-d, fp32 or fp64; the sum, not the mean.
-        denominator: this micro batch's part of what the loss of the global batch is divided by.
-        metrics: sums by name, 0-d and detached, divided by the same denominator.
-    """
-
-    loss: Tensor
-    denominator: int
-    metrics: Mapping[str, Tensor] = {}
+    loss: Tensor  # 0-d, fp32 or fp64; the sum, not the mean
+    denominator: int  # this micro batch's part of what the loss of the global batch is divided by
+    metrics: Mapping[str, Tensor] = {}  # sums by name, 0-d and detached, divided by the same denominator
 
 
 class Method(Protocol):
@@ -58,8 +41,9 @@ class Method(Protocol):
     @property
     def metrics(self) -> Sequence[str]: ...
 
-    def denominator(self, counts: BatchCounts) -> int:
-        """What the loss sum over `counts` is divided by; additive over micro batches and ranks."""
+    def denominator(self, batch: Batch | GlobalBatch) -> int:
+        """What the loss sum over a micro batch or a whole global batch is divided by, from its counts on the host:
+        `supervised` and `examples`. Additive over micro batches and ranks."""
 
     def __call__(self, model: TrainModel, batch: Batch) -> MethodOutput:
         """Loss sum and metrics of one micro batch, with `denominator(batch)`."""

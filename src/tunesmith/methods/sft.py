@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tunesmith.data.batch import Batch
-from tunesmith.methods.base import BatchCounts, MethodOutput, TrainModel, supervised_positions
+from tunesmith.data.loader import GlobalBatch
+from tunesmith.methods.base import MethodOutput, TrainModel, supervised_positions
 
 
 class SupervisedFineTuning:
@@ -11,8 +12,8 @@ class SupervisedFineTuning:
 
     metrics = ()
 
-    def denominator(self, counts: BatchCounts) -> int:
-        return counts.supervised
+    def denominator(self, batch: Batch | GlobalBatch) -> int:
+        return batch.supervised
 
     def __call__(self, model: TrainModel, batch: Batch) -> MethodOutput:
         index, targets = supervised_positions(batch)

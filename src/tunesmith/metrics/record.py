@@ -21,46 +21,26 @@ from tunesmith.host_files import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one optimizer step did. Counts are those of the global batch, over all ranks.
+    """What one optimizer step did. Counts are those of the global batch, over all ranks."""
 
-    Attributes:
-        step: optimizer steps taken, this one included; the first step is 1.
-        epoch: passes over the training rows, such as 1.25.
-        loss: mean over the supervised tokens, measured before the step's update.
-        learning_rate: of this step's update.
-        grad_norm: L2 norm over all trained parameters before clipping, tied ones once.
-        tokens: non-padding input tokens.
-        supervised_tokens: positions whose label enters the loss.
-        examples: examples.
-        step_seconds: wall time of the whole step.
-        data_seconds: the part of it spent waiting for data.
-        tokens_per_second: `tokens / step_seconds`.
-        mfu: model FLOPs per second over the peak, from 0 to 1; None where no peak is known.
-        memory_gib: peak memory so far: allocated on the GPU, else resident in RAM.
-        mfu_peak_tflops: the peak that `mfu` was taken against.
-        gpu_utilization: percent, GPU only.
-        gpu_power_watts: GPU only.
-        val_loss: loss on the held-out rows, where it was measured after this step.
-        extra: further metrics of the method, by names that no field has. On disk they follow the other values.
-    """
-
-    step: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    supervised_tokens: int
+    step: int  # optimizer steps taken, this one included; the first step is 1
+    epoch: float  # passes over the training rows, such as 1.25
+    loss: float  # mean over the supervised tokens, measured before the step's update
+    learning_rate: float  # of this step's update
+    grad_norm: float  # L2 norm over all trained parameters before clipping, tied ones once
+    tokens: int  # non-padding input tokens
+    supervised_tokens: int  # positions whose label enters the loss
     examples: int
-    step_seconds: float
-    data_seconds: float
-    tokens_per_second: float
-    mfu: float | None
-    memory_gib: float
-    mfu_peak_tflops: float | None = None
-    gpu_utilization: float | None = None
-    gpu_power_watts: float | None = None
-    val_loss: float | None = None
+    step_seconds: float  # wall time of the whole step
+    data_seconds: float  # the part of it spent waiting for data
+    tokens_per_second: float  # `tokens / step_seconds`
+    mfu: float | None  # model FLOPs per second over the peak, from 0 to 1; None where no peak is known
+    memory_gib: float  # peak memory so far: allocated on the GPU, else resident in RAM
+    mfu_peak_tflops: float | None = None  # the peak that `mfu` was taken against
+    gpu_utilization: float | None = None  # percent, GPU only
+    gpu_power_watts: float | None = None  # GPU only
+    val_loss: float | None = None  # loss on the held-out rows, where it was measured after this step
+    # Further metrics of the method, by names that no field has. On disk they follow the other values.
     extra: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

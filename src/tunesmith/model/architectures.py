@@ -14,36 +14,26 @@ LAYERS = "model.layers"  # path of the decoder layers in the causal LM, the same
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family of dense decoders.
+    """One family of dense decoders."""
 
-    Attributes:
-        examples: models of the family, for messages.
-        tied, head_dim, kv_heads: defaults of tie_word_embeddings, head_dim (None: hidden_size / heads) and
-            num_key_value_heads (None: as many as heads).
-        qkv_bias, output_bias: whether attention's projections have a bias; None: as `attention_bias` says.
-        norms: norms of hidden_size per layer.
-        head_norms: norms on q and k: over one head, or over all of them.
-        window: which layers see a bounded window: none, all with `sliding_window`, those that the config picks and
-            only with `use_sliding_window`, all but every second, or `sliding_window_pattern`.
-        softcaps: defaults of final_logit_softcapping and attn_logit_softcapping; None: the family has no such keys.
-        logits_scaling: the model divides its logits by `logits_scaling`.
-        fused: the prefix of Transformers' class names (`LlamaAttention`), where `fused.py` replaces these forwards.
-        rope_by_layer: attention modules say by `use_rope` whether they rotate q and k.
-    """
-
-    examples: str
-    tied: bool = False
-    head_dim: int | None = None
-    kv_heads: int | None = None
-    qkv_bias: bool | None = None
+    examples: str  # models of the family, for messages
+    tied: bool = False  # the default of tie_word_embeddings
+    head_dim: int | None = None  # its default; None: hidden_size / heads
+    kv_heads: int | None = None  # the default of num_key_value_heads; None: as many as heads
+    qkv_bias: bool | None = None  # whether attention's projections have a bias; None: as `attention_bias` says
     output_bias: bool | None = None
-    norms: int = 2
-    head_norms: Literal["none", "head", "projection"] = "none"
+    norms: int = 2  # of hidden_size, per layer
+    head_norms: Literal["none", "head", "projection"] = "none"  # norms on q and k: over one head, or over all of them
+    # Which layers see a bounded window: none, all with `sliding_window`, those that the config picks and only with
+    # `use_sliding_window`, all but every second, or `sliding_window_pattern`.
     window: Literal["none", "all", "opt-in", "every-second", "pattern"] = "none"
+    # Defaults of final_logit_softcapping and attn_logit_softcapping; None: the family has no such keys.
     softcaps: tuple[float | None, float | None] | None = None
-    logits_scaling: bool = False
-    fused: str = ""
-    rope_by_layer: bool = False
+    logits_scaling: bool = False  # the model divides its logits by `logits_scaling`
+    fused: str = (
+        ""  # the prefix of Transformers' class names (`LlamaAttention`), where `fused.py` replaces these forwards
+    )
+    rope_by_layer: bool = False  # attention modules say by `use_rope` whether they rotate q and k
 
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -28,19 +28,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The shape of a decoder.
-
-    Attributes:
-        context: the longest sequence that the model was made for, in tokens.
-        windows: per layer, how many tokens back a position sees (itself counted), or None for all of them.
-        parameters: all of them, a tied head counted once.
-        layer_matmul: parameters of one layer's matrices, which every token is multiplied with.
-        head_matmul: parameters of the head's matrix, which every position with a label is multiplied with.
-        quantised: "bnb-nf4" for a ready-made bitsandbytes 4-bit checkpoint, else None.
-        final_softcap: logits become cap * tanh(logits / cap) before the loss; None: as they are.
-        attention_softcap: the same for attention scores.
-        logit_scale: logits are multiplied by it before the loss (and before `final_softcap`).
-    """
+    """The shape of a decoder."""
 
     model_type: str
     layers: int
@@ -51,15 +39,15 @@ class ModelSpec:
     head_dim: int
     vocab: int
     tied: bool
-    context: int
-    windows: tuple[int | None, ...]
-    parameters: int
-    layer_matmul: int
-    head_matmul: int
-    quantised: str | None
-    final_softcap: float | None = None
-    attention_softcap: float | None = None
-    logit_scale: float = 1.0
+    context: int  # the longest sequence that the model was made for, in tokens
+    windows: tuple[int | None, ...]  # per layer, how many tokens back a position sees (itself counted), or None for all
+    parameters: int  # all of them, a tied head counted once
+    layer_matmul: int  # parameters of one layer's matrices, which every token is multiplied with
+    head_matmul: int  # parameters of the head's matrix, which every position with a label is multiplied with
+    quantised: str | None  # "bnb-nf4" for a ready-made bitsandbytes 4-bit checkpoint
+    final_softcap: float | None = None  # logits become cap * tanh(logits / cap) before the loss; None: as they are
+    attention_softcap: float | None = None  # the same for attention scores
+    logit_scale: float = 1.0  # logits are multiplied by it before the loss (and before `final_softcap`)
 
 
 def read_spec(config: Mapping[str, Any], *, where: str, trust_remote_code: bool = False) -> ModelSpec:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal as size_text
 
 from tunesmith import packages
 from tunesmith.adapter import lora
@@ -30,7 +31,7 @@ from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source import is_local
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host_files import existing_folder, refuse_full_disk, size_text, write_atomically
+from tunesmith.host_files import existing_folder, refuse_full_disk, write_atomically
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.methods.base import TrainModel

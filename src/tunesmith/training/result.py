@@ -17,25 +17,17 @@ from tunesmith.runtime.plan import RunPlan
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
-
-    Attributes:
-        finished_before: the directory held a finished run, and nothing was done.
-        steps: optimizer steps of the whole run.
-        first_step: the step that this start resumed from, 0 for a new run.
-        records: the records of this start's steps.
-        best_step, best_loss: of the lowest validation loss.
-    """
+    """What a run came to."""
 
     output_dir: Path
-    steps: int
-    first_step: int = 0
+    steps: int  # optimizer steps of the whole run
+    first_step: int = 0  # the step that this start resumed from, 0 for a new run
     seconds: float = 0.0
     tokens: int = 0
     examples: int = 0
-    records: list[StepRecord] = field(default_factory=list, repr=False)
-    finished_before: bool = False
-    best_step: int | None = None
+    records: list[StepRecord] = field(default_factory=list, repr=False)  # of this start's steps
+    finished_before: bool = False  # the directory held a finished run, and nothing was done
+    best_step: int | None = None  # of the lowest validation loss
     best_loss: float | None = None
 
     @property
