@@ -1,52 +1,31 @@
-"""The gain of each technique: the same steps again, with one of them switched off at a time.
+"""What a technique brings that no key switches off: the same steps again, its fast code replaced by plain code.
 
-    python benchmarks/ablation.py --json out.json RECIPE [key=value ...]
-    python benchmarks/ablation.py --json out.json --shape llama3-8b --tokenizer DIR --data rows.json [key=value ...]
+    python benchmarks/ablation.py [--rounds 2] [--only NAME ...] [--json out.json] BENCH...
 
-Every variant runs in a process of its own through `tunesmith.bench`, in turns, `--rounds` times; the median counts. A
-variant either changes a key of the recipe or replaces fast code by plain code, here and only here.
+BENCH is what follows `tunesmith bench`: a recipe or --shape, --tokenizer and --data, key=value, --steps. What keys switch
+is measured by `tunesmith bench --ablation`, whose runner this shares.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tunesmith import build_model
 from tunesmith.adapter import lora
-from tunesmith.bench.measure import BenchPlan, measure
-from tunesmith.bench.shape import shape_recipe, write_shape
-from tunesmith.config.load import load_recipe
-from tunesmith.config.schema import Run
+from tunesmith.bench.ablation import BASELINE, lines_of, run_in_turns, table_of
+from tunesmith.cli.main import main as tunesmith
 from tunesmith.data.batch import Batch
 from tunesmith.methods import base
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.model import attention, fused
-from tunesmith.model.shapes import find_shape
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One technique switched off.
-
-    does: what replaces it. keys: of the recipe. patch: replaces the code. only: the device it is for.
-    """
-
-    does: str
-    keys: tuple[str, ...] = ()
-    patch: Callable[[], None] = lambda: None
-    only: str = ""
 
 
 def adapters_alone() -> None:
@@ -101,91 +80,47 @@ def default_malloc() -> None:
     build_model.keep_freed_pages = lambda: False
 
 
-VARIANTS = {
-    "all on": Variant("nothing switched off"),
-    "compile": Variant("no compiled layers, no compiled loss", keys=("train.compile=off",), only="cuda"),
-    "attention": Variant("one document at a time", patch=document_by_document),
-    "packing": Variant("one example a row, padded", keys=("data.pack=false",)),
-    "grouped adapters": Variant("each layer reads its input for itself", patch=adapters_alone),
-    "fused parts": Variant("Transformers' norms, rotary embedding and MLP", patch=transformers_parts),
-    "head on labels only": Variant("the head on every position", patch=head_everywhere),
-    "chunked loss": Variant("all logits at once, in fp32", patch=whole_logits),
-    "no recompute": Variant("every layer run again in the backward", keys=("train.recompute=full",)),
-    "freed pages": Variant("glibc's defaults", patch=default_malloc, only="cpu"),
-    "bf16": Variant("weights and products in fp32", keys=("model.dtype=fp32",)),
-    "dense base": Variant("the base in nf4", keys=("model.quantize=nf4",)),
-    "bf16 base": Variant("the base in fp8", keys=("model.quantize=fp8",)),
+class Plain(NamedTuple):
+    """Plain code in place of a technique. replace: changes this process. does: what it does instead. only: its device."""
+
+    replace: Callable[[], None]
+    does: str
+    only: str = ""
+
+
+PLAIN = {
+    "attention": Plain(document_by_document, "one document at a time"),
+    "grouped adapters": Plain(adapters_alone, "each layer reads its input for itself"),
+    "fused modules": Plain(transformers_parts, "Transformers' norms, rotary embedding and MLP"),
+    "head on labels only": Plain(head_everywhere, "the head on every position"),
+    "chunked loss": Plain(whole_logits, "all logits at once, in fp32"),
+    "freed pages": Plain(default_malloc, "glibc's defaults", only="cpu"),
 }
 
 
-def recipe(a: argparse.Namespace, folder: Path) -> Run:
-    keys = [w for w in a.words if "=" in w] + list(VARIANTS[a.one].keys if a.one else ())
-    if a.shape is None:
-        return load_recipe(next(w for w in a.words if "=" not in w), keys)
-    (folder / "model").mkdir()
-    run = shape_recipe(folder / "model", data=a.data, rows="alpaca", overrides=keys)
-    write_shape(folder / "model", find_shape(a.shape).config, a.tokenizer)
-    return run
-
-
-def one(a: argparse.Namespace) -> None:
-    """Measure one variant in this process and print its figures as JSON."""
-    VARIANTS[a.one].patch()
-    with tempfile.TemporaryDirectory() as name:
-        run = recipe(a, Path(name))
-        (Path(name) / "run").mkdir()
-        weights = "stored" if a.shape is None else "random"
-        measured = measure(BenchPlan(run, a.steps, a.warmup, weights=weights), Path(name) / "run")
-    print(json.dumps(vars(measured.figures)))
-
-
 def main() -> None:
-    """All variants in turns."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("words", nargs="*", metavar="RECIPE | key=value")
-    p.add_argument("--shape")
-    p.add_argument("--tokenizer")
-    p.add_argument("--data")
-    p.add_argument("--steps", type=int, default=6)
-    p.add_argument("--warmup", type=int, default=2)
+    """All of them in turns; with --one one of them, in this process."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("--rounds", type=int, default=2)
-    p.add_argument("--only", nargs="+", choices=list(VARIANTS), help="these variants beside `all on`")
-    p.add_argument("--one", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    p.add_argument("--only", nargs="+", choices=list(PLAIN), help="these alone")
+    p.add_argument("--one", choices=list(PLAIN), help=argparse.SUPPRESS)
     p.add_argument("--json")
-    a = p.parse_args()
+    a, bench = p.parse_known_args()
     if a.one:
-        one(a)
-        return
+        PLAIN[a.one].replace()
+        sys.exit(tunesmith(["bench", *bench, "--json", a.json]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = [n for n, v in VARIANTS.items() if v.only in ("", device) and (not a.only or n in a.only or n == "all on")]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
-    command = [sys.executable, __file__, *(w for w in sys.argv[1:])]
-    for turn in range(a.rounds):
-        for name in chosen:
-            done = subprocess.run([*command, "--one", name], capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(f"{name}: failed\n{done.stderr[-800:]}", flush=True)
-                continue
-            figures = json.loads(done.stdout.splitlines()[-1])
-            found[name].append(figures)
-            print(f"round {turn + 1}: {name:22} {figures['tokens_per_second']:10,.0f} tokens/s", flush=True)
-    table = {}
-    for name, runs in found.items():
-        if not runs:
-            continue
-        speed = statistics.median(r["tokens_per_second"] for r in runs)
-        peak = max(r["peak_memory_gib"] for r in runs)
-        table[name] = {"switched_to": VARIANTS[name].does, "tokens_per_second": speed, "peak_gib": peak}
-    whole = table["all on"]["tokens_per_second"]
-    print(f"\n{'off':22} {'tokens/s':>10} {'of all on':>10} {'GiB':>6}  in its place")
-    for name, row in table.items():
-        row["of_all_on"] = row["tokens_per_second"] / whole
-        print(
-            f"{name:22} {row['tokens_per_second']:10,.0f} {row['of_all_on']:10.1%} {row['peak_gib']:6.1f}  "
-            f"{row['switched_to']}"
-        )
+    chosen = [name for name, plain in PLAIN.items() if plain.only in ("", device) and name in (a.only or PLAIN)]
+    commands = {name: [sys.executable, __file__, "--one", name, *bench] for name in chosen}
+    commands = {BASELINE: [sys.executable, "-m", "tunesmith", "bench", *bench], **commands}
+    found = run_in_turns(commands, rounds=a.rounds, say=lambda text: print(text, flush=True))
+    table, changes = table_of(found), {BASELINE: "", **{name: PLAIN[name].does for name in chosen}}
+    print(*lines_of(table, changes), sep="\n")
     if a.json:
-        Path(a.json).write_text(json.dumps({"command": sys.argv, "table": table, "runs": found}, indent=1) + "\n")
+        report = {"command": sys.argv, "changes": changes, "table": table, "runs": found}
+        Path(a.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 import tunesmith
-from recipes import recipe
+from recipes import make_run, recipe
+from tunesmith.bench import ablation
 from tunesmith.bench.figures import BenchReport
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
+from tunesmith.errors import RunError
 from tunesmith.model.shapes import SHAPES, Shape
 
 Capture = pytest.CaptureFixture[str]
@@ -106,6 +108,9 @@ GOOD: list[Any] = ["--shape", "llama3-8b", "--tokenizer", "t", "--data", "d"]
         ([*GOOD, "--warmup", "-1"], "--warmup -1 is out of range", "at least 0"),
         ([*GOOD, "--json", "no/such/x.json"], "there is no folder no/such", "mkdir -p no/such"),
         ([*GOOD, "--profile", __file__], "is a file", "name a folder"),
+        ([*GOOD, "--ablation", "--rounds", "0"], "--rounds 0 is out of range", "at least 1"),
+        ([*GOOD, "--only", "recomputed"], "--only chooses variants", "add --ablation"),
+        ([*GOOD, "--ablation", "--cold"], "--ablation times whole runs only", "remove --cold"),
         ([*GOOD, "model.name=gpt2"], "the model and tokenizer of a shape cannot be overridden", "--shape NAME --tokenizer"),
         ([*GOOD, "train.sed=1"], "unknown key train.sed", "did you mean seed?"),
     ],
@@ -148,3 +153,81 @@ def test_cold_and_warm_first_steps(tiny: Path, tmp_path: Path) -> None:
     found = json.loads(out.read_text())["cold"]
     assert 0 < found["warm_first_step_seconds"] < found["first_step_seconds"]
     assert "with an empty compile cache" in done.stdout
+
+
+def test_an_ablation_end_to_end(tiny: Path, tmp_path: Path) -> None:
+    """Of the recipe and what it changes each figure is there, the change was made, and one that fails costs only itself."""
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
+    words = [
+        "--ablation",
+        "--only",
+        "recomputed, not packed",
+        "--rounds",
+        1,
+        "--steps",
+        2,
+        "--warmup",
+        1,
+        "--json",
+        out,
+    ]
+    done = bench(tmp_path, file, *words)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    table, runs = report["table"], report["runs"]
+    assert list(table) == ["as given", "recomputed", "not packed"]
+    assert table["as given"]["of_baseline"] == 1
+    assert all(row["tokens_per_second"] > 0 and row["peak_memory_gib"] > 0 for row in table.values())
+    assert [runs[name][0]["figures"]["recomputed_layers"] for name in table] == [0, 2, 0]
+    assert [runs[name][0]["recipe"]["data"]["pack"] for name in table] == [True, True, False]
+    for row in table.values():  # the same tokens and updates, in fp32
+        assert row["last_loss"] == pytest.approx(table["as given"]["last_loss"], rel=1e-5)
+    for name, change in report["changes"].items():
+        assert any(line.startswith(name) and line.endswith(change) for line in done.stdout.splitlines()), done.stdout
+
+
+def test_a_variant_that_fails_costs_only_itself_and_the_recipe_itself_must_run(tmp_path: Path) -> None:
+    """Commands of other programs stand in for bench: what they write and how they end is all that counts."""
+    figures = {"figures": {"tokens_per_second": 10.0, "peak_memory_gib": 1.0, "last_loss": 2.0}}
+    good = [sys.executable, "-c", f"import sys; open(sys.argv[2], 'w').write({json.dumps(figures)!r})"]
+    bad = [sys.executable, "-c", "import sys; sys.exit('error: no memory')"]
+    said: list[str] = []
+    found = ablation.run_in_turns({"as given": good, "other": bad}, rounds=2, say=said.append)
+    assert list(ablation.table_of(found)) == ["as given"]
+    assert (len(found["as given"]), len(found["other"])) == (2, 0)
+    assert any("other failed with 1" in text and "no memory" in text for text in said)
+    with pytest.raises(RunError, match="could not be measured"):
+        ablation.table_of({"as given": [], "other": found["as given"]})
+
+
+def test_the_variants_are_the_other_values_of_a_recipes_keys(tiny: Path, tmp_path: Path) -> None:
+    lora = dict(ablation.variants(make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"}), gpu=True))
+    assert lora["not compiled"] == "train.compile=off"
+    assert {"dense base", "base in nf4", "base in int8"} <= set(lora)
+    assert not {"base in fp8", "fp32"} & set(lora)
+    changes = {"adapter": {"kind": "none"}, "train": {"recompute": "full"}, "data": {"pack": False}}
+    assert dict(ablation.variants(make_run(tiny, tmp_path, **changes), gpu=False)) == {}
+
+
+def test_a_variant_that_a_recipe_has_not_is_refused(tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
+    assert main(typed(file, "--ablation", "--only", "recomputed,pakced")) == 2
+    assert "choose from: not packed, recomputed" in capsys.readouterr().err
+
+
+def test_plain_code_in_place_of_a_technique_shares_its_turns(tiny: Path, tmp_path: Path) -> None:
+    """benchmarks/ablation.py: both variants ran, on other code, which gives the same loss in fp32."""
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
+    names = ["grouped adapters", "fused modules"]
+    script = [sys.executable, Path(__file__).parents[2] / "benchmarks" / "ablation.py", "--only", *names]
+    command = [*script, "--rounds", 1, "--json", out, file, "--steps", 2, "--warmup", 0]
+    env = {**os.environ, "PYTHONPATH": str(Path(tunesmith.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = json.loads(out.read_text())["table"]
+    assert list(table) == ["as given", *names]
+    for row in table.values():
+        assert row["last_loss"] == pytest.approx(table["as given"]["last_loss"], rel=1e-5)

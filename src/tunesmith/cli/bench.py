@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ example:
   tunesmith bench smollm2-135m-lora data.train.source=rows.jsonl data.train.format=alpaca
   tunesmith bench --shape llama3-8b --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct --data rows.json --json 8b.json
   tunesmith bench --shape llama3-3b --tokenizer DIR --data rows.json adapter.kind=none --profile traces
+  tunesmith bench my-recipe.yaml --ablation --only 'not packed,recomputed' --json ablation.json
 """
 # Options of a shape -> (key that a recipe has for it, example; empty where the option may be left out)
 OF_SHAPE = {
@@ -55,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", metavar="FILE", help="write figures, recipe, versions and hardware there")
     add("--profile", metavar="DIR", help="profile further steps, as the recipe's `profile` says, into DIR")
     add("--cold", action="store_true", help="time the first step with an empty and with a warm compile cache")
+    add("--ablation", action="store_true", help="measure again with one key changed at a time, each in a new process")
+    add("--only", metavar="NAMES", help="with --ablation: these variants alone, separated by commas")
+    add("--rounds", type=int, default=2, metavar="N", help="with --ablation: rounds, variants in turns (default: 2)")
     add("--plain", action="store_true", help="print plain text on a terminal too")
 
 
@@ -63,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     refuse_many_ranks("bench")
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-", ignore_cleanup_errors=True) as name:
         recipe = recipe_of(args, Path(name) / "model")
+        if args.ablation:
+            return ablate(args, recipe)
         if args.cold:
             refuse_eager(recipe)
             # Both are read when something is compiled, and this process does nothing after the command.
@@ -86,6 +93,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         (not recipes and args.shape is None, "command line", "bench needs a recipe or a shape", usage),
         (args.steps < 1, "--steps", f"--steps {args.steps} is out of range", "give at least 1"),
         (args.warmup < 0, "--warmup", f"--warmup {args.warmup} is out of range", "give at least 0"),
+        (args.rounds < 1, "--rounds", f"--rounds {args.rounds} is out of range", "give at least 1"),
+        (bool(args.only) and not args.ablation, "--only", "--only chooses variants of --ablation", "add --ablation"),
+        (
+            args.ablation and bool(args.cold or args.profile),
+            "--ablation",
+            "--ablation times whole runs only",
+            "remove --cold and --profile, or --ablation",
+        ),
         (not folder.is_dir(), "--json", f"there is no folder {folder}", f"mkdir -p {folder}"),
         (traces.is_file(), "--profile", f"{traces} is a file", "name a folder for the traces"),
     ]
@@ -169,12 +184,40 @@ def bench(args: argparse.Namespace, recipe: Run, folder: Path) -> tuple[BenchRep
     return measured.figures, report, lines
 
 
-def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -> dict[str, float]:
-    """Seconds of build and first step here, and in a new process that finds what this one has compiled."""
-    command = [sys.executable, "-m", "tunesmith", "bench", *args.words, "--steps", "1", "--warmup", "0"]
+def ablate(args: argparse.Namespace, recipe: Run) -> int:
+    """Measure a recipe and its variants in turns; print the table, and write it with every report to --json."""
+    import torch
+
+    from tunesmith.bench import ablation
+
+    changes = dict(ablation.variants(recipe, gpu=torch.cuda.is_available()))
+    names = [name.strip() for name in args.only.split(",")] if args.only else list(changes)
+    if unknown := [name for name in names if name not in changes]:
+        what = f"there is no variant {unknown[0]!r} of this recipe"
+        raise UsageError(what, where="--only", fix=f"choose from: {', '.join(changes)}")
+    chosen = {ablation.BASELINE: ""} | {name: changes[name] for name in names}
+    commands = {name: command_of(args, args.steps, args.warmup, change) for name, change in chosen.items()}
+    found = ablation.run_in_turns(commands, rounds=args.rounds, say=partial(print, flush=True))
+    table = ablation.table_of(found)
+    print(*ablation.lines_of(table, chosen), sep="\n")
+    if args.json:
+        report = {"command": sys.argv, "changes": chosen, "table": table, "runs": found}
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return EXIT_OK
+
+
+def command_of(args: argparse.Namespace, steps: int, warmup: int, *changes: str) -> list[str]:
+    """The command that measures the same in a new process, with other steps and with `changes` (key=value)."""
+    command = [sys.executable, "-m", "tunesmith", "bench", *args.words, *filter(None, changes)]
     for option in ("shape", *OF_SHAPE):
         if vars(args)[option] is not None:
             command += [f"--{option}", vars(args)[option]]
+    return [*command, "--steps", str(steps), "--warmup", str(warmup)]
+
+
+def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -> dict[str, float]:
+    """Seconds of build and first step here, and in a new process that finds what this one has compiled."""
+    command = command_of(args, 1, 0)
     done = subprocess.run([*command, "--json", str(file)], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         what = f"the run with a warm compile cache ended with {done.returncode}; its messages are above"

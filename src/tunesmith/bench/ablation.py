@@ -1,0 +1,84 @@
+"""What each technique brings: the same steps again, with one key of the recipe changed at a time.
+
+Every variant runs in a process of its own, in turns, several rounds; the median counts. A shared machine drifts by more
+than most techniques bring, so compare only within one call.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from tunesmith.config.schema import Model, Run
+from tunesmith.errors import RunError
+
+BASELINE = "as given"
+
+
+def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
+    """(name, key=value) of what may be changed in a recipe; the value is the other one than the recipe's."""
+    train, model, lora = run.train, run.model, run.adapter.kind == "lora"
+    if train.compile == "on" or (gpu and train.compile == "auto"):
+        yield "not compiled", "train.compile=off"
+    if run.data.pack:
+        yield "not packed", "data.pack=false"
+    if train.recompute != "full":
+        yield "recomputed", "train.recompute=full"
+    if model.dtype != "fp32" and model.quantize == "none":
+        yield "fp32", "model.dtype=fp32"
+    for base in get_args(get_type_hints(Model)["quantize"]) if lora else ():
+        if base != model.quantize:
+            yield {"none": "dense base"}.get(base, f"base in {base}"), f"model.quantize={base}"
+
+
+def run_in_turns(
+    commands: Mapping[str, Sequence[str]], *, rounds: int, say: Callable[[str], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """Run each command `rounds` times, in turns; it writes its report to the file that follows as `--json FILE`.
+
+    Returns the reports by name. A command that fails is told to `say` with the end of what it wrote, and leaves none.
+    """
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    with tempfile.TemporaryDirectory(prefix="tunesmith-turns-") as folder:
+        file = Path(folder) / "report.json"
+        for turn in range(1, rounds + 1):
+            for name, command in commands.items():
+                done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, check=False)
+                if done.returncode:
+                    say(f"round {turn}: {name} failed with {done.returncode}\n{done.stderr[-800:]}")
+                    continue
+                found[name].append(json.loads(file.read_text(encoding="utf-8")))
+                say(f"round {turn}: {name:26} {found[name][-1]['figures']['tokens_per_second']:10,.0f} tokens/s")
+    return found
+
+
+def table_of(found: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Of each variant that ran: median tokens/s, its ratio to the baseline, peak memory in GiB, and the last loss.
+
+    RunError where the baseline failed.
+    """
+    table: dict[str, dict[str, float]] = {}
+    for name, reports in found.items():
+        if runs := [report["figures"] for report in reports]:
+            speed = statistics.median(figures["tokens_per_second"] for figures in runs)
+            peak = max(figures["peak_memory_gib"] for figures in runs)
+            table[name] = {"tokens_per_second": speed, "peak_memory_gib": peak, "last_loss": runs[-1]["last_loss"]}
+    if BASELINE not in table:
+        what = "the recipe itself could not be measured; its messages are above"
+        raise RunError(what, where="bench --ablation", fix="run bench without --ablation and mend what it reports")
+    for row in table.values():
+        row["of_baseline"] = row["tokens_per_second"] / table[BASELINE]["tokens_per_second"]
+    return table
+
+
+def lines_of(table: Mapping[str, Mapping[str, float]], changes: Mapping[str, str]) -> Iterator[str]:
+    """The table as text; `changes` tells what each variant has changed."""
+    yield f"{'':26} {'tokens/s':>10} {'of recipe':>10} {'GiB':>6} {'loss':>8}"
+    for name, row in table.items():
+        figures = f"{row['tokens_per_second']:10,.0f} {row['of_baseline']:10.1%} {row['peak_memory_gib']:6.1f}"
+        yield f"{name:26} {figures} {row['last_loss']:8.4f}  {changes[name]}"
