@@ -99,7 +99,7 @@ def test_dump_is_read_by_load(run: Run, tmp_path: Path) -> None:
 
 FREE = {
     "log.every": "10 steps", "log.wandb": "true", "validate.every": "7 steps", "checkpoint.keep": "9", "checkpoint.resume": "force",
-    "train.micro_batch": "2048 tokens", "train.recompute": "full", "train.compile": "off", "profile.enabled": "true",
+    "train.micro_batch": "2048 tokens", "train.recompute": "full", "train.compile": "off", "train.deterministic": "true", "profile.enabled": "true",
     "output_dir": "elsewhere", "model.attention": "eager", "parallel.replicate": "1", "train.duration": "2 epochs",
 }  # fmt: skip
 REFUSED = {

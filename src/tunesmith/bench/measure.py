@@ -33,6 +33,7 @@ from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.private import graphs_compiled, scaled_mm
+from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, build
 from tunesmith.training.run import print_line
@@ -99,6 +100,11 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
         UsageError: the recipe, data, model or machine is wrong.
         RunError: a step failed, such as for lack of memory.
     """
+    with deterministic_algorithms(plan.run.train.deterministic):
+        return _measure(plan, folder, say)
+
+
+def _measure(plan: BenchPlan, folder: Path, say: Callable[[str], None]) -> Measured:
     run = plan.measured_run(folder)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -24,7 +24,7 @@ from tunesmith.units import Length, Share, Size
 # What may change when a run resumes, by dotted key or section; train.duration may grow.
 FREE = (
     "log", "validate", "checkpoint", "parallel", "profile", "output_dir",
-    "train.micro_batch", "train.recompute", "train.compile", "model.attention",
+    "train.micro_batch", "train.recompute", "train.compile", "train.deterministic", "model.attention",
 )  # fmt: skip
 DURATION = "train.duration"
 

@@ -142,6 +142,9 @@ class Train:
         "auto", "activation checkpointing: how many layers to recompute in backward; auto: as few as fit in memory"
     )
     compile: Literal["auto", "on", "off"] = key("auto", "torch.compile")
+    deterministic: bool = key(
+        False, "equal runs and resumes give equal bits on a GPU too; slower, and an operator that cannot ends the run"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

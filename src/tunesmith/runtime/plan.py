@@ -107,6 +107,7 @@ class RunPlan:
     base: str
     layers: int
     compiled: bool = False
+    deterministic: bool = False
     recomputed_layers: int = 0
     layout: MicroBatchLayout = ONE_EXAMPLE
     memory: MemoryEstimate = MemoryEstimate()
@@ -118,6 +119,7 @@ class RunPlan:
     def choices(self) -> dict[str, str]:
         """What was decided, by part, as env.json holds it."""
         size, count = self.layout.micro_batch, self.recomputed_layers
+        kernels = {"kernels": "deterministic"} if self.deterministic else {}
         return {
             "attention": self.attention,
             "loss": "chunked, compiled" if self.compiled else "chunked",
@@ -125,6 +127,7 @@ class RunPlan:
             "compile": "per layer" if self.compiled else "off",
             "recompute": {0: "none", self.layers: "full"}.get(count, f"{count} of {self.layers} layers"),
             "micro batch": f"{size.amount:,} {size.unit}",
+            **kernels,
         }
 
     def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:

@@ -62,6 +62,9 @@ def failure_of(error: BaseException, run: Run, plan: RunPlan, *, step: int, save
         advice = plan.less_memory(resumed=saved_step is not None)
         fix = advice if advice.endswith("--fresh") else f"{advice}; {again}"
         return RunError("out of memory", where=where, why=why, fix=fix)
+    if "does not have a deterministic implementation" in str(error):
+        what, why = str(error).partition(", but you set")[0], "train.deterministic: true allows no such operator"
+        return RunError(what, where=where, why=why, fix=f"train.deterministic=false; {again}")
     why = "an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from"
     return RunError(f"{type(error).__name__}: {error}", where=where, why=why, fix=again)
 

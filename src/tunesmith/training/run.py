@@ -21,6 +21,7 @@ from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import RecordCallback, Sinks
 from tunesmith.metrics.sinks import sinks_of
 from tunesmith.metrics.summary import FAILURE, write_failure
+from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
 from tunesmith.training.build import Session, build, write_identity
@@ -68,7 +69,7 @@ def train(
     elif overrides:
         raise UsageError("a checked recipe takes no overrides", fix="give the recipe's file, or dataclasses.replace it")
     refuse_special_files(out := Path(run.output_dir))
-    with ExitStack() as stack:
+    with ExitStack() as stack, deterministic_algorithms(run.train.deterministic):
         stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
         stop = stack.enter_context(StopRequest())
         stream = None if say else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
