@@ -18,9 +18,12 @@ from tunesmith.data.batch import Example
 from tunesmith.data.hold_out import read_splits
 from tunesmith.data.tokens import TokenSet, tokenise
 from tunesmith.errors import UsageError
+from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.evaluate import evaluate, is_exact_match, packed, score, validation_loss
+from tunesmith.inference.generate import generate
 from tunesmith.inference.load_run import LoadedModel, load_run
 from tunesmith.metrics.record import read_records
+from tunesmith.runtime import compilation
 from tunesmith.training.run import train
 
 CPU = torch.device("cpu")
@@ -219,3 +222,22 @@ def test_columns_are_those_of_the_run_or_as_told(tiny: Path, tmp_path: Path, end
 )
 def test_exact_match_forgives_whitespace_alone(answer: str, reference: str, same: bool) -> None:
     assert is_exact_match(answer, reference) is same
+
+
+def test_asking_a_model_neither_compiles_nor_tries_the_compiler(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was trained compiled: on a GPU the trial alone takes longer than an answer."""
+
+    def tried(*args: object, **options: object) -> None:
+        raise AssertionError("something is compiled")
+
+    make_run(tmp_path / "run", tiny, peft_model(tiny), train={"compile": "on"})
+    monkeypatch.setattr(torch, "compile", tried)
+    monkeypatch.setattr(compilation, "probe_compiler", tried)
+    monkeypatch.setattr(compilation, "compiler_fault", tried)
+    loaded = load_run(tmp_path / "run", device="cpu")
+    assert len(list(generate(loaded, ROWS[:1], Decoding(2)))) == 1
+    rows = write_rows(tmp_path / "held.jsonl", ROWS[:2])
+    found = evaluate(tmp_path / "run", str(rows), exact_match=True, max_new_tokens=2, device="cpu")
+    assert found.scores["tuned"].asked == 2

@@ -1,0 +1,92 @@
+"""The stages of the first half hour on a GPU: what they would run is what the commands take, and a failure ends nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes import recipe
+from tunesmith.cli.bench import add_arguments, check_arguments, recipe_of
+from tunesmith.config.dump import to_yaml
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+# Notes its arguments, one JSON list a line, and ends as FAILS says: a script of the interpreter in the place of Python
+STAND_IN = """#!{python}
+import json, os, sys
+open(os.environ["NOTED"], "a").write(json.dumps(sys.argv[1:]) + "\\n")
+sys.exit(any(word in os.environ["FAILS"].split() for word in sys.argv))
+"""
+
+
+def run_stage(folder: Path, stage: int, *, fails: str = "", **env: object) -> tuple[list[list[str]], str]:
+    """The arguments of each Python that a stage starts, and what it prints."""
+    noted, python = folder / f"noted-{stage}", folder / "python"
+    python.write_text(STAND_IN.format(python=sys.executable))
+    python.chmod(0o755)
+    given = {"OUT": folder / "out", "PYTHON": python, "NOTED": noted, "FAILS": fails, "TMPDIR": folder, **env}
+    done = subprocess.run(
+        ["bash", SCRIPTS / "first_gpu.sh", str(stage)], cwd=SCRIPTS.parent, env=os.environ | {k: str(v) for k, v in given.items()},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert not done.stderr
+    noted.touch()
+    return [json.loads(line) for line in noted.read_text().splitlines()], done.stdout
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("shapes", [True, False], ids=["true shapes", "a recipe"])
+def test_every_command_of_a_stage_is_one_that_bench_takes(stage: int, shapes: bool, tiny: Path, tmp_path: Path) -> None:
+    file, checked = tmp_path / "recipe.yaml", 0
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False, model={"dtype": "bf16"})))
+    commands, shown = run_stage(tmp_path, stage, **({"FOLDER": tmp_path} if shapes else {"RECIPE": file}))
+    assert "skipped" not in shown
+    assert len({word for command in commands for word in command if word.endswith(".json")}) >= len(commands) - 1
+    for command in commands:
+        if command[:3] == ["-m", "tunesmith", "bench"]:
+            parser = argparse.ArgumentParser()
+            add_arguments(parser)
+            args = parser.parse_intermixed_args(command[3:])
+            args.json = None  # its folder is there: the script has made it
+            check_arguments(args)
+            if not shapes:
+                recipe_of(args, tmp_path / "model")
+            checked += 1
+    assert checked or stage == 5
+
+
+def test_a_failure_ends_nothing_and_8b_is_measured_uncompiled_where_compiled_it_fails(tmp_path: Path) -> None:
+    commands, shown = run_stage(tmp_path, 1, fails=f"pytest {tmp_path}/out/8b-bf16.json")
+    assert "tests ended with 1" in shown
+    assert "8b-bf16 ended with 1" in shown
+    assert "8b-bf16-eager ended with 0" in shown
+    assert any("train.compile=off" in command for command in commands)
+    assert "8b-least-memory ended with 0" in shown
+
+
+def test_what_a_stage_has_no_time_for_is_named(tmp_path: Path) -> None:
+    commands, shown = run_stage(tmp_path, 2, LIMIT=10)
+    assert len(commands) == 0
+    assert shown.count("no time is left in this stage") == 3
+
+
+def test_the_preparation_is_a_script_that_bash_reads() -> None:
+    subprocess.run(["bash", "-n", SCRIPTS / "first_gpu_prep.sh"], check=True)
+
+
+def test_the_micro_timings_run_and_tell_what_failed(tmp_path: Path) -> None:
+    """Of a CPU's products only the fp32 output of a bf16 product is missing."""
+    out = tmp_path / "micro.json"
+    words = [SCRIPTS / "micro.py", out, "--tokens", "64", "--divide", "16", "--repeat", "1"]
+    env = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, words)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["milliseconds"]
+    failed = {name for name, value in found.items() if isinstance(value, str)}
+    assert failed == {name for name in found if "in fp32" in name}
+    assert len(found) > 50
