@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from tunesmith.errors import RunError
 from tunesmith.metrics.hardware import Peak, matmul_tflops
 from tunesmith.model import spec
 from tunesmith.runtime import compilation
-from tunesmith.training.build import Session
+from tunesmith.training.build import Session, write_identity
 from tunesmith.training.build import build as session_of
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
@@ -153,6 +154,19 @@ def test_the_peak_of_the_trial_and_a_measured_peak_are_what_they_are(
     found = run_plan(BenchPlan(make_run(tiny, tmp_path, held=False), steps=1, warmup=0), tmp_path).figures
     assert found.peak_memory_gib == 200
     assert (found.published_peak_tflops, found.mfu_of_published_peak) == (None, None)
+
+
+def test_a_measured_peak_is_named_before_the_first_step(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    measured = Peak(92.0, "measured on a DGX Spark, dense bf16")
+    monkeypatch.setattr("tunesmith.metrics.hardware.find_peak", lambda device, dtype: measured)
+    session = session_of(make_run(tiny, tmp_path, held=False), Start(), say=told.append)
+    assert "MFU is taken against 92 TFLOP/s, measured on a DGX Spark, dense bf16" in told
+    write_identity(session, [])
+    identity = json.loads((Path(session.run.output_dir) / "env.json").read_text())
+    assert identity["mfu_peak"] == {"tflops": 92.0, "source": "measured on a DGX Spark, dense bf16"}
 
 
 def test_traces_are_of_steps_after_the_timed_ones(tiny: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import read_spec
 from tunesmith.runtime.plan import Machine, RunPlan
 from tunesmith.runtime.resolve import ALLOCATABLE, USABLE, probe_machine, resolve_plan
+from tunesmith.units import Size
 
 GIB = 2**30
 STEP = StepSize(16000, 18000)
@@ -31,12 +32,12 @@ def recipe(tmp_path: Path) -> Path:
     return file
 
 
-def plan_of(run: Run, shape: str, gib: float, **found: object) -> RunPlan:
+def plan_of(run: Run, shape: str, gib: float, before: Size | None = None, **found: object) -> RunPlan:
     spec = read_spec(SHAPES[shape].config, where=shape)
     trained = spec.parameters if run.adapter.kind == "none" else spec.parameters // 400
     parts = {"device": "cuda:0", "attention": ("varlen", ""), "compiles": (True, "")} | found
     machine = Machine(free_bytes=int(gib * GIB), card_bytes=int(gib * GIB), **parts)
-    return resolve_plan(run, spec, machine, trained=trained, step=STEP, longest=2000)
+    return resolve_plan(run, spec, machine, trained=trained, step=STEP, longest=2000, before=before)
 
 
 REFUSED = [
@@ -82,6 +83,21 @@ def test_nothing_is_offered_where_nothing_helps(recipe: Path, shape: str, gib: f
     with pytest.raises(MachineError) as refused:
         plan_of(load_recipe(recipe, {"model.quantize": "nf4"}), shape, gib / 2)
     assert refused.value.fix == "a smaller model, or a device with more memory"
+
+
+@pytest.mark.parametrize(
+    ("keys", "fix"),
+    [
+        ({"train.recompute": "none"}, "train.recompute=full (16.9 GiB)"),
+        (FULL, "adapter.kind=lora (21.4 GiB) with --fresh"),
+    ],
+)
+def test_a_run_that_resumes_on_a_smaller_device_is_told_what_it_may_change(
+    recipe: Path, keys: dict[str, object], fix: str
+) -> None:
+    with pytest.raises(MachineError) as refused:
+        plan_of(load_recipe(recipe, keys), "llama3-8b", 24, before=Size(2048, "tokens"))
+    assert refused.value.fix == fix
 
 
 def test_what_fits_but_leaves_little_is_not_refused(recipe: Path) -> None:

@@ -82,11 +82,7 @@ class MemoryEstimate:
 
 
 class Saving(NamedTuple):
-    """A change of the recipe that needs less memory.
-
-    `keys` is it as words of the command line, `total` the bytes that the run then needs, by the estimate; `resumes` tells
-    whether a run that has begun may be changed so.
-    """
+    """A change of the recipe, as words of the command line; the bytes that the run then needs; whether a resumed run may."""
 
     keys: str
     total: int
@@ -133,10 +129,10 @@ class RunPlan:
     def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:
         """The advice for a run that does not fit; `resumed`: it has a checkpoint, `recompute`: that may help."""
         found = [s for s in self.savings if recompute or not s.keys.startswith("train.recompute")]
-        found = [s for s in found if s.resumes] if resumed and any(s.resumes for s in found) else found
-        fresh = " with --fresh" if resumed and found and not found[0].resumes else ""
-        keys = " or ".join(f"{s.keys} ({s.total / 2**30:.1f} GiB)" for s in found)
-        return f"{keys}{fresh}" if keys else "a smaller model, or a device with more memory"
+        free = [s for s in found if s.resumes]
+        keys = " or ".join(f"{s.keys} ({s.total / 2**30:.1f} GiB)" for s in (resumed and free) or found)
+        fresh = " with --fresh" if keys and resumed and not free else ""
+        return f"{keys}{fresh}" or "a smaller model, or a device with more memory"
 
     def describe(self, *, why: bool = False) -> list[str]:
         """One line, `attention backend: varlen; loss: chunked; ...`; with `why` one line a choice, with its reason."""

@@ -113,11 +113,11 @@ def resolve_plan(
     plan = plan_of(run)
     below = min(int(plan.memory.free * USABLE), plan.memory.total * 9 // 10)  # less would not be worth a change
     plan = replace(plan, savings=find_savings(run, plan, plan_of, below=below))
-    refuse_overrun(plan, machine)
+    refuse_overrun(plan, machine, resumed=before is not None)
     return plan
 
 
-def refuse_overrun(plan: RunPlan, machine: Machine) -> None:
+def refuse_overrun(plan: RunPlan, machine: Machine, *, resumed: bool) -> None:
     """MachineError where a plan needs more memory than there is; an adapter's checkpoint may wait for its copies.
 
     A CPU's free memory grows as other programs give way: there only what is allocated for the whole run counts, against
@@ -129,7 +129,8 @@ def refuse_overrun(plan: RunPlan, machine: Machine) -> None:
     if there and needed > there:
         what = f"the run does not fit: it needs about {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB can be used"
         how = f"micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
-        raise MachineError(what, where=plan.device, why=f"{memory.describe()}; {how}", fix=plan.less_memory())
+        fix = plan.less_memory(resumed=resumed)
+        raise MachineError(what, where=plan.device, why=f"{memory.describe()}; {how}", fix=fix)
 
 
 def _plan(

@@ -150,6 +150,8 @@ def build(
     for text in (root.describe(), *plan.describe(why=why), *describe_micro_batch(start, run, plan)):
         say(text)
     peak = hardware.find_peak(device, load.DTYPES[run.model.dtype])
+    if peak.tflops and not peak.published:
+        say(f"MFU is taken against {peak.tflops:.0f} TFLOP/s, {peak.source}")
     session = Session(run, files, data, root, optimizer, plan, total_steps, hashes, peak)
     first = start.progress.step if start.progress else 0
     if run.train.optimizer_in_backward and (total_steps is None or first < total_steps):
