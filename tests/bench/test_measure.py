@@ -164,8 +164,9 @@ def test_a_measured_peak_is_named_before_the_first_step(
     monkeypatch.setattr("tunesmith.metrics.hardware.find_peak", lambda device, dtype: measured)
     session = session_of(make_run(tiny, tmp_path, held=False), Start(), say=told.append)
     assert "MFU is taken against 92 TFLOP/s, measured on a DGX Spark, dense bf16" in told
+    (out := Path(session.run.output_dir)).mkdir(exist_ok=True)
     write_identity(session, [])
-    identity = json.loads((Path(session.run.output_dir) / "env.json").read_text())
+    identity = json.loads((out / "env.json").read_text())
     assert identity["mfu_peak"] == {"tflops": 92.0, "source": "measured on a DGX Spark, dense bf16"}
 
 

@@ -276,6 +276,25 @@ def test_a_careful_trial_keeps_few_activations_and_learns_what_the_others_would_
     assert trial(careful=True, budget=cautious.most - 1)[0] == 2
 
 
+def test_a_trial_on_a_short_micro_batch_leaves_room_for_the_largest(tiny):
+    """Steps differ in length, and the first one may be short: what it was measured to keep grows with the tokens."""
+    model = built_model(replace(recipe(), model=Model(name=str(tiny), dtype="fp32")), tiny)
+    estimate = MemoryEstimate(tokens=128, recomputed_layer=128 * 64 * 4)
+
+    def trial(tokens: int, budget: int) -> tuple[int, int]:
+        batch = collate(
+            [[Example(np.arange(2, 2 + tokens, dtype=np.int32), np.arange(tokens) > 0)]], length=tokens, pad_id=0
+        )
+        meter = Small(10**9)
+        with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
+            count = calibrate_recompute(model, model.layers, batch, estimate, meter, budget=budget)
+        return count, meter.most
+
+    _, needed = trial(128, 10**9)
+    # A tenth less than all is needed: one layer of the two has to recompute, whichever batch the trial sees.
+    assert [trial(tokens, needed * 9 // 10)[0] for tokens in (128, 32)] == [1, 1]
+
+
 def test_the_peak_before_a_restart_is_kept():
     peaks = iter((7, 3, 5))
     asked: list[str] = []

@@ -103,8 +103,9 @@ def calibrate_recompute(
         finally:
             model.zero_grad(set_to_none=True)
         count = min(len(layers), count + few)
-    room = budget - estimate.optimizer - estimate.copies - meter.peak()
-    activations *= estimate.tokens / tokens  # of the largest micro batch
+    more = activations * (estimate.tokens / tokens - 1)  # in the largest micro batch
+    room = budget - estimate.optimizer - estimate.copies - meter.peak() - more
+    activations += more
     count = revise_recomputed(count, len(layers), activations, estimate.recomputed_layer, room=room)
     recompute_layers(layers, count)
     model.train(training)
