@@ -190,5 +190,13 @@ def test_recompute_is_calibrated_by_running_out_of_memory(tmp_path):
         count = calibrate_recompute(model, model.layers, batch, estimate, meter, budget=int(0.9 * limit))
         assert 0 < count <= layers
         assert fits(model, batch, count)
+        # As on a GPU that shares the host's memory: the same count, without reaching the limit on the way.
+        failed = torch.cuda.memory_stats()["num_ooms"]
+        careful = calibrate_recompute(
+            model, model.layers, batch, estimate, MemoryMeter(device), budget=int(0.9 * limit), careful=True
+        )
+        assert torch.cuda.memory_stats()["num_ooms"] == failed
+        assert fits(model, batch, careful)
+        assert abs(careful - count) <= 2  # each is an estimate from what other layers keep
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
