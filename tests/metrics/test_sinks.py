@@ -21,9 +21,9 @@ from tunesmith.errors import MachineError
 from tunesmith.host_files import is_terminal
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import read_records
-from tunesmith.metrics.sink import Sink, Sinks
-from tunesmith.metrics.sinks import JsonlSink, TensorBoardSink, sinks_of
+from tunesmith.metrics.sink import JsonlSink, Sink, Sinks, TensorBoardSink
 from tunesmith.metrics.terminal import Terminal, format_seconds
+from tunesmith.training.run import sinks_of
 from tunesmith.units import Length
 
 

@@ -20,7 +20,7 @@ from tunesmith.config.dump import to_yaml
 from tunesmith.config.schema import Log, TrackerName
 from tunesmith.errors import MachineError
 from tunesmith.metrics.record import read_records
-from tunesmith.metrics.sinks import JsonlSink
+from tunesmith.metrics.sink import JsonlSink
 from tunesmith.metrics.trackers import TRACKERS, Tracker, TrackerSink, trackers_of
 from tunesmith.training.run import train
 

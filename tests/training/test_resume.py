@@ -247,7 +247,7 @@ def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM
         "tunesmith.training.run.decide_start",
         "tunesmith.data.workers.convert_row",
         "tunesmith.training.build.build_model",
-        "tunesmith.metrics.sinks.JsonlSink.open",
+        "tunesmith.metrics.sink.JsonlSink.open",
     ],
 )
 def test_a_stop_before_the_first_step_exits_75_wherever_it_comes(

@@ -12,11 +12,10 @@ from recipes import make_run
 from tunesmith.checkpoint import state
 from tunesmith.checkpoint.resume import Start
 from tunesmith.metrics.log_file import LogFile
-from tunesmith.metrics.sinks import sinks_of
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build
 from tunesmith.training.result import Result
-from tunesmith.training.run import train
+from tunesmith.training.run import sinks_of, train
 from tunesmith.training.trainer import Trainer
 
 FIELDS = [

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.checkpoint.run_dir import claim_run_dir, put_aside, sweep
@@ -18,9 +18,10 @@ from tunesmith.errors import RunError, StoppedError, UsageError, first_line
 from tunesmith.host_files import refuse_many_ranks, refuse_special_files
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
-from tunesmith.metrics.sink import RecordCallback, Sinks
-from tunesmith.metrics.sinks import sinks_of
+from tunesmith.metrics.sink import JsonlSink, RecordCallback, Sink, Sinks, TensorBoardSink
 from tunesmith.metrics.summary import FAILURE, write_failure
+from tunesmith.metrics.terminal import Terminal
+from tunesmith.metrics.trackers import TrackerSink, trackers_of
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
@@ -130,6 +131,19 @@ def begin(session: Session, start: Start, sinks: Sinks, mark: Callable[[], None]
     sinks.open(session.run, progress.step - (not progress.validated) if progress else 0)
     write_identity(session, argv)
     (out / FAILURE).unlink(missing_ok=True)
+
+
+def sinks_of(
+    run: Run, folder: Path, *, total_steps: int | None, steps_per_epoch: int, log: LogFile, stream: TextIO | None = None
+) -> Sinks:
+    """The sinks that a recipe asks for. The terminal comes first, and metrics.jsonl before those that may be slow."""
+    terminal = Terminal(log, total_steps=total_steps, steps_per_epoch=steps_per_epoch, stream=stream)
+    sinks: list[Sink] = [terminal, JsonlSink(folder / "metrics.jsonl")]
+    if run.log.tensorboard:
+        elsewhere = run.log.tensorboard_dir
+        sinks.append(TensorBoardSink(Path(elsewhere or folder / "tensorboard"), shared=elsewhere is not None))
+    sinks += [TrackerSink(name, folder, lambda text: terminal.text("tracker", text)) for name in trackers_of(run)]
+    return Sinks(sinks)
 
 
 def inputs_of(run: Run) -> list[str]:
