@@ -451,7 +451,7 @@ def test_eval_of_a_full_run_loads_its_base_after_it(
 # --- merge ----------------------------------------------------------------------------------------------------------
 
 
-def test_merge_prints_its_proof_and_the_next_command(
+def test_merge_prints_its_check_and_the_next_command(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["merge", str(run), "--output", str(tmp_path / "m"), "--device", "cpu"]) == EXIT_OK
@@ -460,7 +460,7 @@ def test_merge_prints_its_proof_and_the_next_command(
     assert f"next: tunesmith chat {tmp_path / 'm'}" in text
     assert main(["merge", str(run), "--output", str(tmp_path / "j"), "--json", "--device", "cpu"]) == EXIT_OK
     found = json.loads(capsys.readouterr().out)
-    assert found["proof"]["merged"]["max_logit"] <= 1e-4
+    assert found["merge_check"]["merged"]["max_logit"] <= 1e-4
 
 
 def test_help_of_every_verb_starts_without_torch() -> None:

@@ -36,9 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     done = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)
     if args.json:
-        values = asdict(done)
-        values["proof"] = values.pop("merge_check")
-        print(json.dumps(values, indent=2))
+        print(json.dumps(asdict(done), indent=2))
     else:
         _print_check(done)
     return EXIT_OK

@@ -21,7 +21,7 @@ from tunesmith.config.schema import Source
 from tunesmith.data.files import MAX_ROW_BYTES, json_type
 from tunesmith.errors import DataError
 
-_ROLES = {
+ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant", "function_call": "call",
     "tool_call": "call", "observation": "tool", "tool": "tool", "function_response": "tool", "tool_response": "tool",
@@ -157,9 +157,9 @@ class _RowReader:
         return found
 
     def role(self, name: Any, at: str) -> str:
-        role = _ROLES.get(name) if isinstance(name, str) else None
+        role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            raise self.error(f"unknown role {name!r}", f"the roles are {', '.join(_ROLES)}", "rename the role", at)
+            raise self.error(f"unknown role {name!r}", f"the roles are {', '.join(ROLES)}", "rename the role", at)
         return role
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.host_files import cache_folder, follow_umask, remove_abandoned
 from tunesmith.model.safetensors_files import unreadable_file
-from tunesmith.packages import pip_install
+from tunesmith.packages import require
 
 MAGIC = b"GGUF"
 LAYOUT = 1  # goes up when what is written changes, so that older conversions are made again
@@ -44,9 +43,7 @@ def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
     target = cache_folder("models") / f"{file.stem}-{dtype}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if target.is_dir():
         return target
-    if importlib.util.find_spec("gguf") is None:
-        what = "the package gguf is missing, which reads .gguf files"
-        raise MachineError(what, where=str(file), fix=pip_install("gguf"))
+    require("gguf", where=str(file), fix="take the Hub's safetensors of this model")
     say(f"converting {file.name} to {dtype} safetensors, once, in {target}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.check import COLUMNS
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import Conversation, convert_row
+from tunesmith.data.formats import ROLES, Conversation, convert_row
 from tunesmith.data.source import Rows, from_list
 from tunesmith.errors import DataError, UsageError
 from tunesmith.inference.decoding import Decoding, answer_all, cut_answer
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # The column that identifies a format, in the order of the search, and the column that holds the answer.
 _KEY_COLUMN = {name: COLUMNS[name][0] for name in ("messages", "sharegpt", "alpaca", "prompt-completion", "text")}
 _ANSWER_COLUMN = {"alpaca": "output", "prompt-completion": "completion", "sharegpt": "conversations"}
-_ANSWER_ROLES = ("assistant", "gpt", "model", "chatgpt", "bot", "function_call", "tool_call")
+_ANSWER_ROLES = [name for name, role in ROLES.items() if role in ("assistant", "call")]
 PLACEHOLDER = "?"  # stands in for an answer that is to come, so that the row converts; a prompt ends before it
 
 
