@@ -8,53 +8,36 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """Speeds are means over the timed steps, which took `seconds` together; shares are between 0 and 1.
-
-    Attributes:
-        quantize: how the base was stored: none, nf4, an fp8 form, or bf16 where fp8 was given up.
-        recomputed_layers: decoder layers whose forward runs again in the backward.
-        tokens: non-padding tokens of the timed steps.
-        samples_times_seq_len_per_second: what others often call tokens/s: each example counted as if it filled `seq_len`.
-        fill_share: non-padding tokens of all computed ones.
-        mfu_of_published_peak, mfu_of_measured_peak: FLOPs of the model (no recomputation) per second, over the peak of
-            the data sheet and over the dense product measured in this run.
-        mfu_of_fp8_peak: the same over the measured fp8 product, where the base is fp8.
-        data_wait_share: of the step time, spent waiting for data.
-        build_seconds: from the recipe to a model that is ready: reading rows, weights, optimizer; on a GPU also a trial
-            micro batch, and what that compiles.
-        first_step_seconds: the first step alone, with what it compiles.
-        graphs_compiled: in build and steps; _after_step_3: those of later steps, which a steady run has none of.
-        peak_memory_gib: allocated on the GPU from the build, with its trial of memory, to the last timed step; on a CPU
-            resident in RAM.
-        checkpoint_stall_seconds: how long an adapter's checkpoint holds up the loop; None for full fine-tuning.
-    """
+    """Speeds are means over the timed steps, which took `seconds` together; shares are between 0 and 1."""
 
     device: str
     dtype: str
-    quantize: str
+    quantize: str  # how the base was stored: none, nf4, an fp8 form, or bf16 where fp8 was given up
     micro_batch: str
-    recomputed_layers: int
+    recomputed_layers: int  # decoder layers whose forward runs again in the backward
     steps: int
     seconds: float
-    tokens: int
+    tokens: int  # non-padding tokens of the timed steps
     tokens_per_second: float
     supervised_tokens_per_second: float
-    samples_times_seq_len_per_second: float
-    fill_share: float
+    samples_times_seq_len_per_second: float  # often called tokens/s: each example counted as if it filled `seq_len`
+    fill_share: float  # non-padding tokens of all computed ones
     published_peak_tflops: float | None
-    mfu_of_published_peak: float | None
+    mfu_of_published_peak: float | None  # FLOPs of the model a second (no recomputation), over the data sheet's peak
     measured_peak_tflops: float
-    mfu_of_measured_peak: float
-    mfu_of_fp8_peak: float | None
+    mfu_of_measured_peak: float  # the same, over the dense product measured in this run
+    mfu_of_fp8_peak: float | None  # the same, over the measured fp8 product, where the base is fp8
     step_seconds_p50: float
     step_seconds_p95: float
-    data_wait_share: float
+    data_wait_share: float  # of the step time, spent waiting for data
+    # From the recipe to a model that is ready: rows, weights, optimizer; on a GPU also a trial micro batch, compiled.
     build_seconds: float
-    first_step_seconds: float
-    graphs_compiled: int
-    graphs_compiled_after_step_3: int
+    first_step_seconds: float  # the first step alone, with what it compiles
+    graphs_compiled: int  # in build and steps
+    graphs_compiled_after_step_3: int  # of them in later steps, where a steady run has none
+    # Allocated on the GPU from the build, with its trial of memory, to the last timed step; on a CPU resident in RAM.
     peak_memory_gib: float
-    checkpoint_stall_seconds: float | None
+    checkpoint_stall_seconds: float | None  # how long an adapter's checkpoint holds up the loop; None for full runs
     gpu_power_watts: float | None
     first_loss: float
     last_loss: float

@@ -31,34 +31,23 @@ START_OVER = "start over with --fresh (the old run is put aside), or use another
 class Progress:
     """Where a run stands: all that a resumed run needs beside tensors. The fields are the keys of progress.json.
 
-    Attributes:
-        step: optimizer steps done.
-        seconds: training time so far, for durations by the clock.
-        record: of the last step; None before the first.
-        validated: whether the validation due at this step is done.
-        best_step, best_loss: of the best validation so far.
-        worse: validations since the best one.
-        loss_scale, good_steps: fp16's loss scale, and steps since it last changed.
-        ended: the duration that the run completed, as in its recipe; None before its end.
-        data_hash, validation_hash: sha256 (hex) of the examples, as tokens; None in a checkpoint of an older version.
-        model_hash: of the base's weights, see `weights_digest`; None too.
-        micro_batch: what one forward takes, such as `4096 tokens`; None too.
+    The hashes and `micro_batch` are None in a checkpoint of an older version.
     """
 
-    step: int = 0
-    seconds: float = 0.0
-    record: StepRecord | None = None
-    validated: bool = True
-    best_step: int | None = None
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # training time so far, for durations by the clock
+    record: StepRecord | None = None  # of the last step; None before the first
+    validated: bool = True  # whether the validation due at this step is done
+    best_step: int | None = None  # of the best validation so far
     best_loss: float | None = None
-    worse: int = 0
-    loss_scale: float | None = None
-    good_steps: int = 0
-    ended: str | None = None
-    data_hash: str | None = None
-    validation_hash: str | None = None
-    model_hash: str | None = None
-    micro_batch: str | None = None
+    worse: int = 0  # validations since the best one
+    loss_scale: float | None = None  # fp16's
+    good_steps: int = 0  # since it last changed
+    ended: str | None = None  # the duration that the run completed, as in its recipe; None before its end
+    data_hash: str | None = None  # sha256 (hex) of the training examples, as tokens
+    validation_hash: str | None = None  # of the held-out ones
+    model_hash: str | None = None  # of the base's weights, see `weights_digest`
+    micro_batch: str | None = None  # what one forward takes, such as `4096 tokens`
 
     def write(self, folder: Path) -> None:
         """Write progress.json into a checkpoint's folder."""

@@ -21,20 +21,16 @@ from tunesmith.units import Size
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What one optimizer step trains on, local to a rank.
+    """What one optimizer step trains on, local to a rank."""
 
-    step: from 0. epoch: epochs done after it. tokens, supervised, examples: sums over `micro`. indices: the examples.
-    data_seconds: how long the training waited for it, on its device.
-    """
-
-    step: int
-    epoch: float
+    step: int  # from 0
+    epoch: float  # epochs done after it
     micro: list[Batch]
-    tokens: int
+    tokens: int  # sum over `micro`, as the next two
     supervised: int
     examples: int
-    indices: list[int]
-    data_seconds: float = 0.0
+    indices: list[int]  # the examples
+    data_seconds: float = 0.0  # how long the training waited for it, on its device
     source: TokenSet | None = field(default=None, repr=False, compare=False)
 
     def row_names(self) -> list[str]:

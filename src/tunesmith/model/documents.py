@@ -21,32 +21,22 @@ ALIKE = 0.8
 
 @dataclass(frozen=True)
 class Group:
-    """`count` documents of nearly one length, padded to the `length` of the longest.
-
-    `places` tells which of the count * length padded places hold a token, `tokens` which one: int64 [tokens] each. A
-    single document has neither: it begins at the token `start`.
-    """
+    """`count` documents of nearly one length, padded to the `length` of the longest; a single one begins at `start`."""
 
     start: int
     count: int
     length: int
-    places: Tensor | None = None
-    tokens: Tensor | None = None
+    places: Tensor | None = None  # int64 [tokens], which of the count * length padded places hold a token; None of one
+    tokens: Tensor | None = None  # int64 [tokens], which token each of these holds
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Edges of the documents in a flattened block of n tokens.
+    """Edges of the documents in a flattened block of n tokens."""
 
-    Attributes:
-        cu_seqlens: int32 [documents + 1], from 0 to n, on the device of the tokens; equal neighbours are empty documents.
-        max_seqlen: an upper bound of the longest document, in tokens.
-        backend: name of the attention backend, of `attention.select_attention_backend`; None: selected at the call.
-    """
-
-    cu_seqlens: Tensor
-    max_seqlen: int
-    backend: str | None = None
+    cu_seqlens: Tensor  # int32 [documents + 1], 0 to n, on the tokens' device; equal neighbours are empty documents
+    max_seqlen: int  # an upper bound of the longest document, in tokens
+    backend: str | None = None  # of attention, by `attention.select_attention_backend`; None: selected at the call
 
     @cached_property
     def edges(self) -> list[int]:

@@ -48,25 +48,15 @@ def state_bytes_per_parameter(train: Train, weight_bytes: int) -> float:
 
 @dataclass(eq=False)
 class ParameterState:
-    """One trained parameter and its optimizer state.
+    """One trained parameter and its optimizer state."""
 
-    Attributes:
-        name: of the parameter in the model.
-        param: the model's own.
-        weight: what is updated and whose `.grad` is read: the fp32 master of a 16-bit parameter, else `param` itself.
-        decay: weight decay.
-        rounded: `param` is bf16 without a master, and rounded stochastically.
-        eight_bit: both moments are stored in 8 bits.
-        state: moments and step count by field; empty before the first update.
-    """
-
-    name: str
-    param: nn.Parameter
-    weight: nn.Parameter
-    decay: float
-    rounded: bool
-    eight_bit: bool
-    state: dict[str, Tensor] = field(default_factory=dict)
+    name: str  # of the parameter in the model
+    param: nn.Parameter  # the model's own
+    weight: nn.Parameter  # what is updated and whose `.grad` is read: the fp32 master of a 16-bit `param`, else itself
+    decay: float  # weight decay
+    rounded: bool  # `param` is bf16 without a master, and rounded stochastically
+    eight_bit: bool  # both moments are stored in 8 bits
+    state: dict[str, Tensor] = field(default_factory=dict)  # moments and step count; empty before the first update
 
     @classmethod
     def of(cls, name: str, param: nn.Parameter, train: Train) -> ParameterState:

@@ -42,29 +42,18 @@ ONE_EXAMPLE = MicroBatchLayout(Size(1, "examples"))
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the device while it trains on a micro batch of `tokens`, padding counted, by part.
-
-    Attributes:
-        recomputed_layers: decoder layers that recompute in the backward.
-        weights: of the base and the adapter.
-        gradients: as the backward makes them, in the dtype of the weights.
-        optimizer: what the first optimizer step adds: moments, fp32 masters and gradients.
-        copies: of an adapter and its moments while its checkpoint is written; without room for them training waits.
-        activations: what the layers keep for the backward; of it `recomputed_layer` for each that recomputes.
-        workspace: there for a moment: one layer's gradients, a chunk of logits, the embeddings' rows.
-        free: what there was before anything was built.
-    """
+    """Bytes on the device while it trains on a micro batch of `tokens`, padding counted, by part."""
 
     tokens: int = 0
-    recomputed_layers: int = 0
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    copies: int = 0
-    activations: int = 0
-    recomputed_layer: int = 0
-    workspace: int = 0
-    free: int = 0
+    recomputed_layers: int = 0  # decoder layers that recompute in the backward
+    weights: int = 0  # of the base and the adapter
+    gradients: int = 0  # as the backward makes them, in the dtype of the weights
+    optimizer: int = 0  # what the first optimizer step adds: moments, fp32 masters and gradients
+    copies: int = 0  # of an adapter and its moments while its checkpoint is written; without room training waits
+    activations: int = 0  # what the layers keep for the backward
+    recomputed_layer: int = 0  # of it, for each that recomputes
+    workspace: int = 0  # there for a moment: one layer's gradients, a chunk of logits, the embeddings' rows
+    free: int = 0  # what there was before anything was built
 
     @property
     def static(self) -> int:

@@ -55,25 +55,17 @@ LOSS_SCALE = 2.0**16
 
 @dataclass
 class Session:
-    """All the live objects of one run.
-
-    Attributes:
-        files: of the base model, and its tokenizer.
-        plan: what was decided for this machine, and why.
-        total_steps: optimizer steps of the whole run, or None where it ends by the clock.
-        hashes: of base and data, by their names in `Progress`.
-        peak: what MFU is taken against.
-    """
+    """All the live objects of one run."""
 
     run: Run
-    files: ModelFiles
+    files: ModelFiles  # of the base model, and its tokenizer
     data: TrainingData
     model: TrainModel
     optimizer: Optimizer
-    plan: RunPlan
-    total_steps: int | None
-    hashes: Mapping[str, Any]
-    peak: hardware.Peak
+    plan: RunPlan  # what was decided for this machine, and why
+    total_steps: int | None  # optimizer steps of the whole run; None where it ends by the clock
+    hashes: Mapping[str, Any]  # of base and data, by their names in `Progress`
+    peak: hardware.Peak  # what MFU is taken against
 
     @property
     def device(self) -> torch.device:
