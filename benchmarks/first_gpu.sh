@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # The first half hour on a GPU, in stages of under ten minutes each, without a network:
-#   OUT=results bash benchmarks/first_gpu.sh STAGE      # 1 to 5, in the root of a checkout
+#   OUT=results bash benchmarks/first_gpu.sh STAGE      # 1 to 6, in the root of a checkout
 # FOLDER (default .gpu) is from first_gpu_prep.sh. Each step has a limit of its own, and one that fails ends nothing. $OUT gets
 # a JSON file of each measurement and stageN.log; how each step ended is printed.
 #   1  tests, products one by one, Llama 3.1 8B LoRA in bf16, with an fp8 base, at its least memory
 #   2  70B on nf4, 3B in full, a profile of 8B
 #   3  a profile of 8B on fp8, first step cold and warm, 8B on int8
-#   4  8B with one key changed at a time: the fast paths, then compile, packing and recomputation
-#   5  8B with plain code in place of a technique; Qwen3 8B and Mistral 7B beside Llama
+#   4  8B with one key changed at a time: each fast path, then compile, packing and recomputation
+#   5  the fast paths on fp8; Qwen3 8B and Mistral 7B beside Llama
+#   6  the fast paths of 3B in full; 8B with plain code in place of a technique
 # RECIPE=FILE measures that recipe in place of the true shapes, two steps each: whether every stage runs, on any machine.
 set -u
-stage=${1:?stage: 1 to 5} out=${OUT:?OUT: the folder for the results} folder=${FOLDER:-.gpu} limit=${LIMIT:-585} began=$SECONDS
+stage=${1:?stage: 1 to 6} out=${OUT:?OUT: the folder for the results} folder=${FOLDER:-.gpu} limit=${LIMIT:-585} began=$SECONDS
 python=${PYTHON:-python3} cache=${TMPDIR:-/tmp}/tunesmith-first-gpu log=$out/stage$stage.log
 mkdir -p "$out" "$cache"
 if [ -d "$folder/wheels" ]; then
@@ -50,13 +51,10 @@ bench() { # seconds, name, shape, more words
   step "$seconds" "$name" "$python" -m tunesmith bench --plain --json "$out/$name.json" "${given[@]}"
 }
 
-script() { # seconds, name, script, its own words up to --, shape, more words
-  local seconds=$1 name=$2 own=("$3")
+ablation() { # seconds, name, keys, shape, more words
+  local seconds=$1 name=$2 keys=$3
   shift 3
-  while [ "$1" != -- ]; do own+=("$1"); shift; done
-  shift
-  words "$@"
-  step "$seconds" "$name" "$python" "${own[@]}" --json "$out/$name.json" "${given[@]}"
+  bench "$seconds" "$name" "$@" --ablation --only "$keys" --rounds 1 "${brief[@]}"
 }
 
 brief=(--steps 6 --warmup 3)
@@ -81,13 +79,21 @@ case $stage in
   bench 200 8b-cold llama3-8b --cold --steps 5
   bench 140 8b-int8 llama3-8b model.quantize=int8
   ;;
-4) bench 580 ablation llama3-8b --ablation --rounds 1 "${brief[@]}" ;;
+4)
+  ablation 340 fast-paths train.fast_paths llama3-8b
+  ablation 240 ablation train.compile,data.pack,train.recompute llama3-8b
+  ;;
 5)
-  script 280 ablation-plain benchmarks/ablation.py --rounds 1 -- llama3-8b "${brief[@]}"
-  step 290 shapes "$python" benchmarks/shapes.py --rounds 1 --json "$out/shapes.json" --tokenizer "$folder/tokenizer" \
+  ablation 280 fast-paths-fp8 train.fast_paths llama3-8b model.quantize=fp8
+  step 300 shapes "$python" benchmarks/shapes.py --rounds 1 --json "$out/shapes.json" --tokenizer "$folder/tokenizer" \
     --data "$folder/rows.json" "${brief[@]}" ${RECIPE:+--layers 1 --shapes mistral-7b train.global_batch=2048\ tokens}
   ;;
-*) echo "there is no stage $stage: 1 to 5" >&2; exit 2 ;;
+6)
+  ablation 200 fast-paths-full train.fast_paths llama3-3b adapter.kind=none train.global_batch='65536 tokens'
+  words llama3-8b "${brief[@]}"
+  step 380 plain-code "$python" benchmarks/ablation.py --rounds 1 --json "$out/plain-code.json" "${given[@]}"
+  ;;
+*) echo "there is no stage $stage: 1 to 6" >&2; exit 2 ;;
 esac
 cp "$cache"/traces/top-*.txt "$out/" 2>/dev/null
 exit 0

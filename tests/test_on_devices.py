@@ -29,6 +29,7 @@ from tunesmith.model.documents import Documents
 from tunesmith.quant.eight_bit import select_scaling
 from tunesmith.quant.frozen_weight import EightBitWeight
 from tunesmith.runtime import compilation
+from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.plan import MemoryEstimate
 from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, recompute_layers
 from tunesmith.runtime.resolve import inference_plan
@@ -200,3 +201,4 @@ def test_recompute_is_calibrated_by_running_out_of_memory(tmp_path):
         assert abs(careful - count) <= 2  # each is an estimate from what other layers keep
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+        prepare_allocator(device)

@@ -34,7 +34,7 @@ example:
   tunesmith bench smollm2-135m-lora data.train.source=rows.jsonl data.train.format=alpaca
   tunesmith bench --shape llama3-8b --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct --data rows.json --json 8b.json
   tunesmith bench --shape llama3-3b --tokenizer DIR --data rows.json adapter.kind=none --profile traces
-  tunesmith bench my-recipe.yaml --ablation --only 'not packed,recomputed' --json ablation.json
+  tunesmith bench my-recipe.yaml --ablation --only data.pack,train.recompute --json ablation.json
 """
 # Options of a shape -> (key that a recipe has for it, example; empty where the option may be left out)
 OF_SHAPE = {
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--profile", metavar="DIR", help="profile further steps, as the recipe's `profile` says, into DIR")
     add("--cold", action="store_true", help="time the first step with an empty and with a warm compile cache")
     add("--ablation", action="store_true", help="measure again with one key changed at a time, each in a new process")
-    add("--only", metavar="NAMES", help="with --ablation: these variants alone, separated by commas")
+    add("--only", metavar="NAMES", help="with --ablation: these variants alone, by name or key, separated by commas")
     add("--rounds", type=int, default=2, metavar="N", help="with --ablation: rounds, variants in turns (default: 2)")
     add("--plain", action="store_true", help="print plain text on a terminal too")
 
@@ -191,11 +191,16 @@ def ablate(args: argparse.Namespace, recipe: Run) -> int:
     from tunesmith.bench import ablation
 
     changes = dict(ablation.variants(recipe, gpu=torch.cuda.is_available()))
-    names = [name.strip() for name in args.only.split(",")] if args.only else list(changes)
-    if unknown := [name for name in names if name not in changes]:
-        what = f"there is no variant {unknown[0]!r} of this recipe"
-        raise UsageError(what, where="--only", fix=f"choose from: {', '.join(changes)}")
-    chosen = {ablation.BASELINE: ""} | {name: changes[name] for name in names}
+    words = [word.strip() for word in args.only.split(",")] if args.only else []
+    for word in words:
+        if not any(word in names_of(variant) for variant in changes.items()):
+            what = f"there is no variant {word!r} of this recipe"
+            raise UsageError(
+                what, where="--only", fix=f"choose from: {', '.join(changes)}; or name a key that they change"
+            )
+    chosen = {ablation.BASELINE: ""} | {
+        name: change for name, change in changes.items() if not words or names_of((name, change)) & {*words}
+    }
     commands = {name: command_of(args, args.steps, args.warmup, change) for name, change in chosen.items()}
     found = ablation.run_in_turns(commands, rounds=args.rounds, say=partial(print, flush=True))
     table = ablation.table_of(found)
@@ -204,6 +209,11 @@ def ablate(args: argparse.Namespace, recipe: Run) -> int:
         report = {"command": sys.argv, "changes": chosen, "table": table, "runs": found}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return EXIT_OK
+
+
+def names_of(variant: tuple[str, str]) -> set[str]:
+    """A variant's name, and the key that it changes."""
+    return {variant[0], variant[1].partition("=")[0]}
 
 
 def command_of(args: argparse.Namespace, steps: int, warmup: int, *changes: str) -> list[str]:
