@@ -47,6 +47,9 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import tunesmith` does not import torch."""
     for module, names in _MODULES.items():
         if name in names:
+            host = import_module(f"{__name__}.runtime.host")
+            host.bound_product_caches()
+            host.prepare_threads()
             return vars(import_module(f"{__name__}.{module}"))[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

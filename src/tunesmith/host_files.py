@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -121,6 +122,33 @@ def available_memory() -> int:
 def physical_memory() -> int:
     """Bytes of host memory, in use or not."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_cores(root: Path = Path("/")) -> int:
+    """Cores that this process is bound to, within its control groups' share of time.
+
+    `root` is where /proc and /sys are looked for.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no control groups here
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, own = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            base = root / "sys/fs/cgroup" / controllers
+            group = base / own.lstrip("/")  # in a container it may not be there, and its limit is that of `base`
+            folders = [folder for folder in (group, *group.parents) if folder.is_relative_to(base)]
+            cores = min([cores, *(quota for folder in folders if (quota := _core_quota(folder)))])
+    return cores
+
+
+def _core_quota(group: Path) -> int | None:
+    """Whole cores that a control group, of version 1 or 2, may use, at least 1; None where it has no limit."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):  # no such file, or `max`
+            quota, period = map(int, " ".join((group / name).read_text(encoding="ascii") for name in names).split())
+            return max(1, quota // period) if quota > 0 else None
+    return None
 
 
 def is_terminal(stream: TextIO) -> bool:

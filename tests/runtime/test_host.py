@@ -6,10 +6,11 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tunesmith.runtime.host import CACHED_SHAPES, bound_product_caches
+from tunesmith.runtime.host import CACHED_SHAPES, Cores, bound_product_caches, measure_cores
 
 PROBE = """
 import sys, torch
@@ -46,3 +47,82 @@ def test_caches_of_shapes_are_bounded_unless_the_user_said_otherwise(monkeypatch
     bound_product_caches()
     assert [os.environ[name] for name in CACHES] == [CACHED_SHAPES, "7"]
     assert int(CACHED_SHAPES) < 1024, "what oneDNN keeps by itself"
+
+
+STARTED = """
+import os, sys
+{first}
+import tunesmith
+{then}
+import torch
+print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), torch.get_num_threads())
+"""
+COMMAND_LINE = "from tunesmith.cli.main import main; main(['bench', 'no-such-recipe.yaml'])"
+
+
+def started(*, first: str = "", then: str = "tunesmith.train", **variables: str) -> list[str]:
+    """How threads wait, and how many there are, in a process of its own: [policy, spins, threads]."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "MKL_"))}
+    code = STARTED.format(first=first, then=then)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env | variables, check=True, capture_output=True, text=True)
+    return done.stdout.split()
+
+
+def test_variables_and_a_torch_of_the_user_stay_as_they_are() -> None:
+    assert started(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="ACTIVE") == ["ACTIVE", "None", "1"]
+    assert started(GOMP_SPINCOUNT="7", OMP_NUM_THREADS="1") == ["None", "7", "1"]
+    assert started(first="import torch; torch.set_num_threads(5)") == ["None", "None", "5"]
+
+
+BUSY_LOOP = [sys.executable, "-c", "print('on', flush=True)\nwhile True: pass"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is torch's on Linux")
+@pytest.mark.parametrize("then", ["tunesmith.train", COMMAND_LINE], ids=["Python", "command line"])
+def test_threads_sleep_at_once_beside_a_busy_neighbour(then: str) -> None:
+    cores = os.sched_getaffinity(0)
+    neighbours = [subprocess.Popen(BUSY_LOOP, stdout=subprocess.PIPE) for _ in cores]
+    try:
+        for neighbour in neighbours:
+            assert neighbour.stdout is not None
+            neighbour.stdout.readline()
+        policy, spins, threads = started(then=then)
+        assert (policy, spins) == ("PASSIVE", "None")
+        assert 1 <= int(threads) <= len(cores)
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.communicate()
+
+
+def stat(cpus: int, busy: int, at: int) -> str:
+    """/proc/stat at tick `at` of a machine whose first `busy` processors compute all the time."""
+    rows = [f"cpu{n} {at if n < busy else 0} 0 0 {0 if n < busy else at} 0 0 0 0 0 0" for n in range(cpus)]
+    return "\n".join(["cpu 1 2 3 4 5 6 7 8 9 10", *rows, "intr 5 0"])
+
+
+@pytest.mark.parametrize(
+    ("busy", "threads", "why"),
+    [(0, 8, "one a core"), (3, 5, "3 of 8 cores are busy"), (4, 8, "one a core"), (8, 8, "one a core")],
+)
+def test_busy_cores_are_left_out_while_more_than_half_are_free(
+    busy: int, threads: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    cores = measure_cores(stat(8, busy, 100), stat(8, busy, 106), tmp_path)
+    assert cores == Cores(8, busy, 8)
+    assert (cores.threads()[0], cores.threads()[1].split(";")[0]) == (threads, why)
+
+
+def test_two_processors_of_one_core_take_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    for cpu in range(4):
+        file = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"{cpu % 2},{cpu % 2 + 2}\n", encoding="ascii")
+    assert measure_cores(stat(4, 2, 100), stat(4, 2, 106), tmp_path) == Cores(2, 1, 2)
+
+
+def test_a_share_of_the_cores_time_bounds_the_threads() -> None:
+    assert Cores(total=16, busy=2, allowed=4).threads() == (4, "this process's share of the time of 16 cores")

@@ -25,7 +25,7 @@ from typing import NoReturn
 from tunesmith import __version__
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError, TunesmithError, UsageError, disk_fault, first_line
 from tunesmith.packages import pip_install
-from tunesmith.runtime.host import bound_product_caches
+from tunesmith.runtime.host import bound_product_caches, prepare_threads
 from tunesmith.signals import ignore_stop_signals
 from tunesmith.streams import fault_of, lasting
 
@@ -46,6 +46,8 @@ VERBS = {
     "push": ("tunesmith.cli.push", "upload what a run trained to the Hugging Face Hub"),
     "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
 }
+
+COMPUTING = {"train", "chat", "generate", "bench", "eval", "merge"}  # with torch
 
 _NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a place that you may write to")
 _UNUSABLE = ("this path cannot be used", "correct the path, or move away what lies there")
@@ -137,7 +139,10 @@ def _dispatch(words: list[str]) -> int:
     module.add_arguments(parser)
     parser.words = rest
     run: Callable[[argparse.Namespace], int] = module.run
-    return run(parser.parse_intermixed_args(rest))
+    args = parser.parse_intermixed_args(rest)
+    if verb in COMPUTING:
+        prepare_threads()
+    return run(args)
 
 
 def _overview() -> str:

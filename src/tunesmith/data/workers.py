@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +28,7 @@ from tunesmith.data.flaws import row_flaws
 from tunesmith.data.formats import Conversation, Sample, Text, convert_row
 from tunesmith.data.template import Template, TrainOn
 from tunesmith.errors import DataError, MachineError, TunesmithError
+from tunesmith.host_files import available_cores
 
 ROWS_EACH = 5_000  # a worker takes about a second to start
 MOST = 16  # one process reads the rows for all of them
@@ -96,15 +96,6 @@ def _check_prompt(template: Template, sample: Sample, example: Example) -> Promp
     if not prompt or prompt != np.asarray(example.ids[: len(prompt)]).tolist():
         return "apart"
     return "supervised" if np.any(example.trained[: len(prompt)]) else "unsupervised"
-
-
-def available_cores() -> int:
-    """Cores that this process is bound to, within its container's share of time."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no cgroup 2, or `max`: no limit
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split())
-        cores = max(1, min(cores, quota // period))
-    return cores
 
 
 def encode_batches(encode: RowEncoder, batches: Iterable[RowBatch], *, rows: int) -> Iterator[Encoded]:

@@ -46,6 +46,7 @@ from tunesmith.optim.optimizer import Optimizer
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime.device import choose_device
+from tunesmith.runtime.host import prepare_threads
 from tunesmith.runtime.plan import RunPlan
 from tunesmith.runtime.resolve import probe_machine, resolve_plan
 from tunesmith.runtime.transfer import DevicePrefetcher
@@ -141,6 +142,8 @@ def build(
         say(f"warning: the base stays in {plan.base}: {plan.why['base']}")
     for text in (root.describe(), *plan.describe(why=why), *describe_micro_batch(start, run, plan)):
         say(text)
+    if device.type == "cpu":
+        say(f"threads: {torch.get_num_threads()}, {prepare_threads()}")
     peak = hardware.find_peak(device, load.DTYPES[run.model.dtype])
     if peak.tflops and not peak.published:
         say(f"MFU is taken against {peak.tflops:.0f} TFLOP/s, {peak.source}")
@@ -272,6 +275,7 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     out, plan = Path(session.run.output_dir), session.plan
     found = {"recipe_hash": digest(session.run), **session.hashes, "template": session.data.template.name}
     choices = {part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()}
+    choices["threads"] = {"taken": str(torch.get_num_threads()), "why": prepare_threads()}
     peak = {"mfu_peak": session.peak._asdict()}
     env = {**hardware.describe_machine(argv), **found, **peak, "choices": choices}
     write_atomically(out / IDENTITY, json.dumps(env, indent=1))
