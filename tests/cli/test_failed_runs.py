@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from cli.bad_world import Capture, World, records, snapshot, started, told
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
-from tunesmith.runtime.plan import RunPlan, Saving
+from tunesmith.runtime.plan import Machine, RunPlan, Saving
+from tunesmith.runtime.resolve import probe_machine
 from tunesmith.training import build
 from tunesmith.training.result import failure_of
 
@@ -116,6 +118,25 @@ def test_a_fix_for_a_full_disk_is_one_that_helps(
     assert parts["fix"].startswith(fix)
     assert ("checkpoint.keep" in parts["fix"]) == bool(fix), "where one is kept already, fewer cannot be"
     assert f"{size * (keep + 3) / 1000:.1f} kB needed" in parts["error"], "and never 0.00 GiB"
+
+
+def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
+    world: World, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine of a megabyte; the model in full takes 18 bytes a parameter, and without masters and in 8 bits six."""
+
+    def small(*args: Any) -> Machine:
+        return replace(probe_machine(*args), card_bytes=1 << 20, free_bytes=1 << 20)
+
+    monkeypatch.setattr(build, "probe_machine", small)
+    monkeypatch.setattr(build, "build_model", lambda *args, **options: pytest.fail("built"))
+    code, parts, err = started(world.train("adapter.kind=none", "model.dtype=bf16"), capsys)
+    assert code == EXIT_USAGE, err
+    assert parts["error"].startswith("the run does not fit: it needs about")
+    assert parts["where"] == "cpu"
+    assert "weights" in parts["why"]
+    assert parts["fix"]
+    assert not (world.out / "metrics.jsonl").exists()
 
 
 SMALLER = (

@@ -63,6 +63,12 @@ def test_segments_expand_on_a_discrete_card_unless_the_user_set_the_allocator(mo
             assert prepared(Pretended(integrated=False)) == []
 
 
+def test_a_device_is_chosen_with_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[torch.device] = []
+    monkeypatch.setattr(device, "prepare_allocator", told.append)
+    assert choose_device() == told[0]
+
+
 def test_free_memory_is_the_card_s_or_the_host_s() -> None:
     assert free_memory(GPU, Pretended(integrated=False, free=7)) == 7
     assert free_memory(GPU, Pretended(integrated=True, free=7)) == int(100 * GIB * INTEGRATED_SHARE)
