@@ -10,6 +10,10 @@ bias would show in, and the mean of the last fifth.
 
 nf4: the plain loop has the very weights that nf4 stands for (bitsandbytes makes them dense). fp8 and nf4 are also told
 beside our bf16 run: what the rounded base costs in loss. A curve that is already in the file is not run again.
+
+    python benchmarks/fast_against_plain.py --model BF16_DIR --sets rows.json:alpaca chats.json:sharegpt --json out.json
+
+runs no plain loop: bases in bf16, int8, fp8 and nf4 on several data sets as chats, loss on the answers.
 """
 
 from __future__ import annotations
@@ -88,6 +92,33 @@ def apart(one: list[float], other: list[float]) -> dict[str, float]:
     }
 
 
+def compare_bases(a: argparse.Namespace) -> None:
+    """Loss curves of each base on each data set, and beside bf16's; a line each as it is there."""
+    report: dict[str, Any] = {"command": sys.argv, "curves": {}, "difference": {}}
+    if a.json and Path(a.json).exists():
+        report["curves"] = json.loads(Path(a.json).read_text())["curves"]
+    for text in a.sets:
+        path, _, form = text.rpartition(":")
+        curves = report["curves"].setdefault(Path(path).name, {})
+        for quantize in a.bases:
+            with tempfile.TemporaryDirectory() as folder:
+                values = to_mapping(recipe(a, Path(path), Path(folder) / "run", "lora"))
+                values["model"] |= {"dtype": "bf16", "quantize": quantize}
+                values["data"]["train"] = {"source": str(Path(path).absolute()), "format": form}
+                values["data"]["train_on"] = "response"
+                run = from_mapping(values, where="bases", base=Path.cwd())
+                if quantize not in curves:
+                    curves[quantize] = [r.loss for r in train(run, say=lambda text: None).records]
+            d = report["difference"][f"{Path(path).name}: {quantize}"] = apart(curves[quantize], curves["none"])
+            last = sum(curves[quantize][-20:]) / 20
+            line = (
+                f"rms {d['rms']:.2e}  mean {d['mean']:+.2e}  last fifth {d['mean_of_last_fifth']:+.2e}  loss {last:.4f}"
+            )
+            print(f"{Path(path).name:32} {quantize:5} {line}", flush=True)
+            if a.json:
+                Path(a.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
 def held_as(run: Run, dtype: str, quantize: str, out: Path) -> Run:
     values = to_mapping(run)
     values["model"] |= {"dtype": dtype, "quantize": quantize}
@@ -99,13 +130,19 @@ def main() -> None:
     """bf16, nf4 and fp8 bases."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True, help="a Transformers folder in bf16")
-    p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
+    given = p.add_mutually_exclusive_group(required=True)
+    given.add_argument("--data", help="alpaca-like rows, a JSON array")
+    given.add_argument("--sets", nargs="+", metavar="FILE:FORMAT", help="compare bases on these, without a plain loop")
+    p.add_argument("--bases", nargs="+", default=["none", "int8", "fp8", "nf4"], help="of --sets; bf16 (none) first")
     p.add_argument("--steps", type=int, default=100)
     p.add_argument("--batch", type=int, default=2)
     p.add_argument("--seq", type=int, default=160)
     p.add_argument("--rate", type=float, default=1e-4)
     p.add_argument("--json", help="write the curves here; those that are there are kept")
     a = p.parse_args()
+    if a.sets:
+        compare_bases(a)
+        return
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(a.model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tunesmith.errors import first_line
 from tunesmith.quant.frozen_matmul import FrozenLinear
 from tunesmith.quant.frozen_weight import EightBitWeight, FrozenWeight
-from tunesmith.quant.scaled_matmul import KINDS
+from tunesmith.quant.scaled_matmul import FUSED, KINDS
 
 ALIGNED = 16  # the GPU's 8-bit matmuls take widths that are a multiple of 16
 TENSORS = ("weight", "scale", "transposed_weight", "transposed_scale", "signs")  # of an EightBitWeight, in its order
@@ -35,6 +35,8 @@ def select_scaling(
     shapes: Sequence[tuple[int, int]] = ((48, 32),),
     rows: Sequence[int] = (1, 16, 40),
     product: Callable[..., Tensor] | None = None,
+    *,
+    fused: bool = False,
 ) -> ScalingRecipe:
     """The first kind of `model.quantize` whose matmuls are right on this device: by trying, not by version.
 
@@ -43,9 +45,14 @@ def select_scaling(
     Args:
         shapes: (out_features, in_features) of the model's layers; rows: of x, each tried with each shape.
         product: tried in the place of torch's (see `scaled_matmul`).
+        fused: try the Triton kernel for fp8 too; for int8, where torch scales in passes of their own, it is tried anyway.
     """
-    faults: list[str] = []
-    for kind in KINDS[quantize]:
+    kinds, faults = KINDS[quantize], []
+    if device.type != "cuda" and fused:
+        faults.append("the fused epilogue does not: it needs a GPU")
+    elif device.type == "cuda" and (fused or quantize == "int8"):
+        kinds = (FUSED[quantize], *kinds)
+    for kind in kinds:
         found = (matmul_fault(kind, device, shape, n, product) for shape, n in pairs(shapes, rows))
         fault = next(filter(None, found), "")
         if not fault:
@@ -56,9 +63,14 @@ def select_scaling(
 
 @torch.no_grad()
 def matmul_fault(
-    kind: str, device: torch.device, shape: tuple[int, int], n: int, product: Callable[..., Tensor] | None = None
+    kind: str,
+    device: torch.device,
+    shape: tuple[int, int],
+    n: int,
+    product: Callable[..., Tensor] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> str:
-    """What is wrong with a forward and a backward of one frozen layer on n rows, or "".
+    """What is wrong with a forward and two added backwards of one frozen layer and its adapter on n rows, or "".
 
     Rows and columns are different powers of two, so that scales that are swapped or shifted change the result.
     """
@@ -67,16 +79,22 @@ def matmul_fault(
         return torch.arange(count, device=device).remainder(period).float().exp2()
 
     (n_out, n_in), of_x, of_out, of_in = shape, powers(n, 7), powers(shape[0], 5), powers(shape[1], 3)
-    x, dy = (of_x.outer(torch.ones(width, device=device)).bfloat16() for width in (n_in, n_out))
+    of_y, of_dx = of_out * of_in.sum(), of_in * of_out.sum()
+    # xa and B, d_xa and A^T: a column each, which is as much again as the frozen product.
+    x, dy, xa, b, a = (
+        left.outer(torch.ones(width, device=device)).to(dtype)
+        for left, width in ((of_x, n_in), (of_x, n_out), (of_x, 1), (of_y, 1), (of_dx, 1))
+    )
     try:
-        weight = EightBitWeight.from_dense(kind, of_out.outer(of_in).bfloat16(), product)
-        y = weight.forward_matmul(x, weight.quantize_input(x), None)
-        dx = weight.backward_matmul(dy, weight.quantize_input(dy), None)
-        expected = (of_x.outer(of_out * of_in.sum()), of_x.outer(of_in * of_out.sum()))
+        weight = EightBitWeight.from_dense(kind, of_out.outer(of_in).to(dtype), product)
+        y = weight.forward_matmul(x, weight.quantize_input(x), (xa, b))
+        dy8 = weight.quantize_input(dy)
+        dx = weight.backward_matmul(dy, dy8, weight.backward_matmul(dy, dy8, None, (xa, a)))
+        expected = (2 * of_x.outer(of_y), 3 * of_x.outer(of_dx))
         # int8 rounds to 1/254 of a row's largest value, once a factor; the powers are e4m3 numbers.
         right = all(torch.allclose(*pair, rtol=0.02) for pair in zip((y.float(), dx.float()), expected, strict=True))
         fault = "" if right else "a wrong result"
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+    except Exception as error:  # those of Triton have no other class in common
         fault = first_line(error)
     return fault and f"{n} rows times [{n_in}, {n_out}]: {fault}"
 

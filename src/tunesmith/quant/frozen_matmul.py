@@ -105,14 +105,10 @@ def _backward(
         d_lora = [d_xa.T @ x, *(dy.T @ part for dy, part in zip(dys, parts, strict=True))]
     if not needs_dx:
         return [dys[0].new_empty(0), *d_lora]
-    first = weights[0].adds_in_epilogue
-    if d_xa is not None and first:
-        dx = d_xa @ a
+    update = None if d_xa is None else (d_xa, a.T)
     for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
-        dx = weight.backward_matmul(dy, quantized[i * each : (i + 1) * each], dx)
+        dx = weight.backward_matmul(dy, quantized[i * each : (i + 1) * each], dx, update if i == 0 else None)
     assert dx is not None
-    if d_xa is not None and not first:
-        dx.addmm_(d_xa, a)
     return [dx, *d_lora]
 
 

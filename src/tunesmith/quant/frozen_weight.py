@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith import packages
-from tunesmith.quant.scaled_matmul import INT8, hadamard, hadamard_rotate, quantize, scaled_matmul
+from tunesmith.quant.scaled_matmul import FUSED, hadamard, hadamard_rotate, quantize, scaled_matmul
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -37,10 +37,7 @@ class FrozenWeight(ABC):
         kind: a key of WEIGHT_CLASSES, and the options of its class after it.
         tensors: what stores the weight.
         shape: (out_features, in_features).
-        adds_in_epilogue: whether `backward_matmul` adds in the matmul's own pass over dx, or in a pass of its own.
     """
-
-    adds_in_epilogue = True
 
     def __init__(self, kind: str, tensors: Sequence[Tensor], shape: tuple[int, int]) -> None:
         self.kind, self.tensors, self.shape = kind, tensors, shape
@@ -68,9 +65,19 @@ class FrozenWeight(ABC):
         # The small product first: `addmm` adds x W^T onto it in its epilogue, so y is written once.
         return (xa @ b.T).addmm_(x, weight.T)
 
-    def backward_matmul(self, dy: Tensor, quantized: Sequence[Tensor], dx: Tensor | None) -> Tensor:
-        """dy W for dy [n, out], added to `dx` [n, in] if there is one, which is then overwritten."""
+    def backward_matmul(
+        self,
+        dy: Tensor,
+        quantized: Sequence[Tensor],
+        dx: Tensor | None,
+        update: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """dy W for dy [n, out], added to `dx` [n, in] if there is one, which is then overwritten.
+
+        update: d_xa [n, rank] and A^T [in, rank], whose product is added; not beside `dx`.
+        """
         weight = self.dense(dy.dtype)
+        dx = dx if update is None else update[0] @ update[1].T
         return dy @ weight if dx is None else dx.addmm_(dy, weight)
 
 
@@ -110,8 +117,6 @@ class EightBitWeight(FrozenWeight):
     Scales are fp32 [rows, 1], or [1, 1] of a tensor. `product` multiplies two 8-bit matrices; None for torch's own.
     """
 
-    adds_in_epilogue = False
-
     def __init__(
         self,
         kind: str,
@@ -125,24 +130,45 @@ class EightBitWeight(FrozenWeight):
     @classmethod
     def from_dense(cls, kind: str, dense: Tensor, product: Callable[..., Tensor] | None = None) -> EightBitWeight:
         """Quantize W [out, in] in the dtype of x; `kind` is one of `scaled_matmul.KINDS`."""
-        signs = [hadamard(dense.device, dense.dtype)] if kind == INT8 else []
+        signs = [hadamard(dense.device, dense.dtype)] if kind.startswith("int8") else []
         both = (quantize(kind, w, *signs) for w in (dense, dense.T.contiguous()))
         return cls(kind, [*(t for pair in both for t in pair), *signs], (dense.shape[0], dense.shape[1]), product)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         weight = self.tensors[0].float() * self.tensors[1]
-        return (hadamard_rotate(weight, self.tensors[4].float()) if self.kind == INT8 else weight).to(dtype)
+        return (hadamard_rotate(weight, self.tensors[4].float()) if self.tensors[4:] else weight).to(dtype)
 
     def quantize_input(self, x: Tensor) -> list[Tensor]:
         return list(quantize(self.kind, x, *self.tensors[4:]))
 
     def forward_matmul(self, x: Tensor, quantized: Sequence[Tensor], update: tuple[Tensor, Tensor] | None) -> Tensor:
-        y = scaled_matmul(self.kind, quantized, self.tensors[:2], x.dtype, self.product)
-        return y if update is None else y.addmm_(update[0], update[1].T)
+        return self._matmul(quantized, self.tensors[:2], x.dtype, update, None)
 
-    def backward_matmul(self, dy: Tensor, quantized: Sequence[Tensor], dx: Tensor | None) -> Tensor:
-        product = scaled_matmul(self.kind, quantized, self.tensors[2:4], dy.dtype, self.product)
-        return product if dx is None else dx.add_(product)
+    def backward_matmul(
+        self,
+        dy: Tensor,
+        quantized: Sequence[Tensor],
+        dx: Tensor | None,
+        update: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        return self._matmul(quantized, self.tensors[2:4], dy.dtype, update, dx)
+
+    def _matmul(
+        self,
+        left: Sequence[Tensor],
+        right: Sequence[Tensor],
+        dtype: torch.dtype,
+        update: tuple[Tensor, Tensor] | None,
+        onto: Tensor | None,
+    ) -> Tensor:
+        if self.kind in FUSED.values():
+            from tunesmith.quant.triton_matmul import fused_matmul  # Triton comes with torch's CUDA builds only
+
+            return fused_matmul(left, right, dtype, update, onto)
+        y = scaled_matmul(self.kind, left, right, dtype, self.product)
+        if update is not None:
+            y.addmm_(update[0], update[1].T)
+        return y if onto is None else onto.add_(y)
 
 
 WEIGHT_CLASSES: dict[str, type[FrozenWeight]] = {

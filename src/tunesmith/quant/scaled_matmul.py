@@ -23,6 +23,7 @@ E4M3_MAX = torch.finfo(E4M3).max
 INT8_MAX = 127
 ROW_WISE, TENSOR_WISE, INT8 = "fp8 row-wise", "fp8 tensor-wise", "int8 rotated"
 KINDS = {"fp8": (ROW_WISE, TENSOR_WISE), "int8": (INT8,)}  # of each value of `model.quantize`, the best first
+FUSED = {"fp8": f"{ROW_WISE} fused", "int8": f"{INT8} fused"}  # the same numbers by the kernel of `triton_matmul`
 # Fewer rows are padded to so many. cuBLASLt has no row-wise kernel for a large K below 257 rows on Hopper
 # (github.com/pytorch/ao/issues/4582: K = 9216), and torch's int8 product on CUDA asks for more than 16.
 LEAST_ROWS = {ROW_WISE: 272, TENSOR_WISE: 16, INT8: 32}
@@ -31,15 +32,15 @@ CPU_ROWS = 256  # rows whose int32 sums stay in a CPU's cache until they are sca
 
 
 def quantize(kind: str, x: Tensor, signs: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [n, k] as 8-bit values and their scales: fp32 [n, 1], or [1, 1] for TENSOR_WISE.
+    """x [n, k] as 8-bit values and their scales: fp32 [n, 1], or [1, 1] for TENSOR_WISE; int8 with `signs`, else e4m3.
 
     x = e4m3 * scale, or `hadamard_rotate(x, signs)` = int8 * scale. A value that is not finite makes its row so (its tensor).
     """
     wide = x.float() if signs is None else hadamard_rotate(x, signs).float()
     largest = wide.abs().amax() if kind == TENSOR_WISE else wide.abs().amax(-1, keepdim=True)
-    scale = (largest / (INT8_MAX if kind == INT8 else E4M3_MAX)).clamp(min=1e-12)
+    scale = (largest / (E4M3_MAX if signs is None else INT8_MAX)).clamp(min=1e-12)
     scaled = wide / scale
-    codes = scaled.round().to(torch.int8) if kind == INT8 else scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3) if signs is None else scaled.round().to(torch.int8)
     return codes, scale.view(-1, 1)
 
 

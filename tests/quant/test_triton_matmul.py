@@ -1,0 +1,54 @@
+"""The Triton kernel of 8-bit products: right in Triton's interpreter, and taken by the assembler of each chip."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tunesmith.quant import eight_bit
+from tunesmith.quant.scaled_matmul import FUSED, INT8, ROW_WISE
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+HERE = Path(__file__).parent
+
+
+def run(script: str, **variables: str) -> str:
+    """What a script of this folder prints. In a process of its own: Triton reads its variables once."""
+    done = subprocess.run(
+        [sys.executable, HERE / script], env={**os.environ, **variables}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_scales_update_and_sum_are_applied_in_the_interpreter():
+    assert run("interpreted.py", TRITON_INTERPRET="1") == "55 checks\n"
+
+
+def test_the_assembler_takes_the_largest_tile_on_every_chip(tmp_path):
+    """Without a GPU: the 8-bit instructions of Hopper and Blackwell, and no more shared memory than a block may have."""
+    lines = [line.split() for line in run("assembled.py", TRITON_CACHE_DIR=str(tmp_path)).splitlines()]
+    assert len(lines) == 4 * 2
+    instruction = {"90": "wgmma.mma_async", "100": "tcgen05.mma", "120": "mma.sync", "121": "mma.sync"}
+    for chip, dtype, found, shared in lines:
+        assert found == instruction[chip], (chip, dtype)
+        assert int(shared) <= (227 if chip in ("90", "100") else 99) * 1024, (chip, dtype)
+
+
+def test_on_a_cpu_the_fused_epilogue_is_named_and_not_taken():
+    found = eight_bit.select_scaling("fp8", torch.device("cpu"), fused=True)
+    assert found.kind not in FUSED.values()
+    assert "the fused epilogue does not: it needs a GPU" in found.why
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize(("quantize", "plain"), [("fp8", ROW_WISE), ("int8", INT8)])
+@pytest.mark.parametrize("n", [1, 16, 1000])
+def test_the_gpu_has_the_kernel(quantize, plain, n):
+    assert not eight_bit.matmul_fault(FUSED[quantize], torch.device("cuda"), (1024, 4096), n)
