@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from tunesmith.bench.figures import BenchReport
 from tunesmith.bench.measure import BenchPlan, Measured, fp8_matmul_tflops, measure
 from tunesmith.build_model import EIGHT_BIT_TOLERANCE
 from tunesmith.checkpoint.resume import Start
+from tunesmith.config.schema import Run
 from tunesmith.errors import RunError
 from tunesmith.metrics.hardware import Peak, matmul_tflops
 from tunesmith.model import spec
@@ -112,6 +114,49 @@ def test_the_model_flops_are_those_of_the_formula(tiny: Path, tmp_path: Path) ->
     assert found.recomputed_layers == 2
     tflops = found.mfu_of_measured_peak * found.measured_peak_tflops
     assert tflops * found.seconds * 1e12 == pytest.approx(work)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Layers are compiled, so that micro batches have one shape; by a backend that needs no C++ compiler."""
+    torch.compiler.reset()
+    monkeypatch.setattr(compilation, "compile_layers", partial(compilation.compile_layers, backend="eager"))
+    yield
+    torch.compiler.reset()
+
+
+def bins(tiny: Path, folder: Path, size: str, micro: str) -> Run:
+    """22 examples of 32 tokens, bytes and an end: 11 full rows of 64."""
+    lines = [json.dumps({"prompt": f"{i:016}", "completion": "y" * 15}) for i in range(22)]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    train = {"global_batch": size, "micro_batch": micro, "compile": "on"}
+    return make_run(tiny, folder, held=False, data={"seq_len": 64, "template": "raw"}, train=train)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_no_timed_step_is_short(tiny: Path, tmp_path: Path) -> None:
+    """Four rows a step: the third of an epoch has three, and its micro batch is padded to the shape of the others."""
+    told: list[str] = []
+    plan = BenchPlan(bins(tiny, tmp_path, "256 tokens", "256 tokens"), steps=6, warmup=1)
+    schedule = session_of(plan.measured_run(tmp_path), Start(), say=told.append).data.schedule
+    assert [len(schedule.rows(step)) for step in range(7)] == [4, 4, 3, 4, 4, 3, 4], "those of train"
+    assert not any("repeated" in text for text in told)
+    (tmp_path / "measured").mkdir()
+    found = measure(plan, tmp_path / "measured", say=told.append).figures
+    assert (found.fill_share, found.tokens, found.padding) == (1.0, 6 * 256, "")
+    assert any("step 3 would be short: rows are repeated" in text for text in told)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_padding_is_explained(tiny: Path, tmp_path: Path) -> None:
+    """Three rows in micro batches of two: the second is half empty, whatever the packing does."""
+    found = run_plan(BenchPlan(bins(tiny, tmp_path, "192 tokens", "128 tokens"), steps=2, warmup=0), tmp_path).figures
+    assert found.fill_share == 0.75
+    assert found.padding == "every micro batch is padded to 128 tokens: a train.global_batch of whole micro batches"
+    assert found.padding in "".join(remark for _, _, remark in found.rows())
+    (tmp_path / "varied").mkdir()
+    unpacked = make_run(tiny, tmp_path / "varied", data={"pack": False}, held=False)
+    assert run_plan(BenchPlan(unpacked, steps=2, warmup=0), tmp_path, "rows").figures.padding.endswith("data.pack=true")
 
 
 def test_graphs_are_counted(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ class BenchReport:
     supervised_tokens_per_second: float
     samples_times_seq_len_per_second: float  # often called tokens/s: each example counted as if it filled `seq_len`
     fill_share: float  # non-padding tokens of all computed ones
+    padding: str  # where the other tokens come from; empty below 1 %
     published_peak_tflops: float | None
     mfu_of_published_peak: float | None  # FLOPs of the model a second (no recomputation), over the data sheet's peak
     measured_peak_tflops: float
@@ -48,7 +49,7 @@ class BenchReport:
         yield "supervised tokens", f"{self.supervised_tokens_per_second:,.0f} /s", "positions that enter the loss"
         quoted = f"{self.samples_times_seq_len_per_second:,.0f} /s"
         yield "samples x seq_len", quoted, "what others quote; counts tokens that do not exist"
-        yield "fill", f"{self.fill_share:.2%}", "of the computed tokens are no padding"
+        yield "fill", f"{self.fill_share:.2%}", self.padding or "of the computed tokens are no padding"
         if self.mfu_of_published_peak is not None:
             peak = f"of {self.published_peak_tflops:g} TFLOP/s"
             yield "MFU, published peak", f"{self.mfu_of_published_peak:.1%}", peak

@@ -40,6 +40,7 @@ from tunesmith.training.run import print_line
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import Length
 
+FULL = 0.99  # of the computed tokens; more padding is explained
 STEADY = 3  # a shape that first comes after this step should find its graph
 
 
@@ -57,7 +58,7 @@ class BenchPlan:
     traces: Path | None = None
 
     def measured_run(self, folder: Path) -> Run:
-        """The recipe for the steps to measure, without validation, checkpoints and logs; epochs repeat."""
+        """The recipe for the steps to measure, without validation, checkpoints and logs."""
         run, profile = self.run, replace(self.run.profile, enabled=self.traces is not None)
         profiled = (profile.wait + profile.warmup + profile.active) * profile.cycles * profile.enabled
         return replace(
@@ -109,7 +110,7 @@ def _measure(plan: BenchPlan, folder: Path, say: Callable[[str], None]) -> Measu
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     began, graphs = time.perf_counter(), [graphs_compiled()]
-    session = build(run, Start(), say=say, weights=plan.weights, checkpoints=False)
+    session = build(run, Start(), say=say, weights=plan.weights, measured=True)
     seen = Observed(time.perf_counter() - began, graphs)
     per_epoch = session.data.schedule.steps_per_epoch(0)
     sinks = Sinks([Terminal(None, total_steps=session.total_steps, steps_per_epoch=per_epoch)])
@@ -184,6 +185,7 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
         supervised_tokens_per_second=sum(r.supervised_tokens for r in records) / seconds,
         samples_times_seq_len_per_second=sum(r.examples for r in records) * run.data.seq_len / seconds,
         fill_share=tokens / padded,
+        padding=_padding(session, records, tokens, padded),
         published_peak_tflops=published,
         mfu_of_published_peak=tflops / published if published else None,
         measured_peak_tflops=measured,
@@ -202,6 +204,21 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
         first_loss=records[0].loss,
         last_loss=records[-1].loss,
     )
+
+
+def _padding(session: Session, records: list[StepRecord], tokens: int, padded: int) -> str:
+    """What the padding of the timed steps comes from and what mends it, in words; "" below 1 %."""
+    run, layout, schedule = session.run, session.plan.layout, session.data.schedule
+    if tokens >= FULL * padded:
+        return ""
+    if not run.data.pack:
+        return "rows are padded to the longest of their micro batch: data.pack=true"
+    room = sum(len(schedule.rows(record.step - 1)) for record in records) * run.data.seq_len
+    if layout.pad_to is None or tokens < FULL * room:
+        return (
+            f"examples fill {tokens / room:.1%} of packed rows of {run.data.seq_len:,}: another data.seq_len, more rows"
+        )
+    return f"every micro batch is padded to {layout.pad_to:,} tokens: a train.global_batch of whole micro batches"
 
 
 def fp8_matmul_tflops(device: torch.device, *, size: int | None = None) -> float | None:

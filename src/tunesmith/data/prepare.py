@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,14 @@ class TrainingData:
     def digest(self) -> str:
         """sha256 (hex) of the training examples: tokens, mask, order in the source, and weights."""
         return self.train.counts.digest
+
+    def repeated(self, steps: int) -> TrainingData:
+        """The same where all of the first `steps` steps are full: each example comes several times in an epoch if need be."""
+        schedule, repeats = self.schedule, self.train.repeats
+        while schedule.ends_short and schedule.steps_per_epoch(0) <= steps:
+            repeats = repeats * 2
+            schedule = BatchSchedule(self.train.lengths, self.run.data, self.run.train, repeats=repeats)
+        return replace(self, schedule=schedule)
 
     def sources(self) -> list[tuple[str, SourceTokens]]:
         """The sources of both splits."""

@@ -103,6 +103,11 @@ class BatchSchedule:
         """Optimizer steps of one epoch; the last may be short."""
         return -(-len(self._units(0 if self._even else epoch)) // self._per_step)
 
+    @property
+    def ends_short(self) -> bool:
+        """Whether the last step of an epoch may have less than the global batch."""
+        return not self._even or len(self._units(0)) % self._per_step > 0
+
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of an optimizer step."""
         if self.steps_per_epoch(0) == 0:

@@ -101,14 +101,14 @@ def build(
     say: Callable[[str], None],
     why: bool = False,
     weights: Weights = "stored",
-    checkpoints: bool = True,
+    measured: bool = False,
 ) -> Session:
     """Make a Session, checking before each slow thing what can be checked without it.
 
     Args:
         say: takes one line for the user about each choice made here; `why` asks for its reason too.
         weights: "random" draws them on the device; `model.name` is then a folder that needs none.
-        checkpoints: False where none will be written, so that no room is asked for them.
+        measured: for figures alone: no room is asked for checkpoints, and rows are repeated so that no step is short.
     """
     device = choose_device()
     check_machine(run, device)
@@ -118,10 +118,15 @@ def build(
     hashes = {"model_hash": weights_digest(folder) if weights == "stored" else None}
     data = read_data(run, start, files, hashes, say)
     total_steps = data.schedule.steps(run.train.duration)
+    if measured and total_steps is not None and (full := data.repeated(total_steps)).schedule is not data.schedule:
+        say(
+            f"step {data.schedule.steps_per_epoch(0)} would be short: rows are repeated within an epoch, to fill all steps"
+        )
+        data = full
     torch.manual_seed(run.train.seed)
     model = define_model(run, files)
     trained = count_trained(run, model)
-    if checkpoints:
+    if not measured:
         check_disk(run, trained)
     machine = probe_machine(run, files, device, lora.eight_bit_shapes(model))
     size, longest = data.schedule.step_size(), data.train.counts.longest
