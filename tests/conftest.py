@@ -13,6 +13,7 @@ pytest_plugins = ["devices", "rows", "varlen"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("NO_COLOR", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before the tests that need it
 
 # Files whose tests start processes, compile, or train for long: `make quick` leaves them out.
 SLOW = """ checkpoint/test_export.py

@@ -34,6 +34,7 @@ from tunesmith.inference.merge_check import ExactCheck, MergeCheck, compare_logi
 from tunesmith.model import spec
 from tunesmith.model.load import DTYPES
 from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.save_tensors import SHARD
 from tunesmith.quant.nf4 import Nf4Linear
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
     from tunesmith.inference.load_run import LoadedModel, RunLocation
 
-SHARD = "5GB"
 MERGE_FILE = "merge.json"  # the check, and the size of each file: the mark of a folder that a merge wrote
 ROOM = 1.1  # of the weights: the rest of the folder, and an untied head
 EXACT_BYTES = 8  # a parameter: written, fp32, and what comparing takes

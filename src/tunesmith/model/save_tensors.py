@@ -26,8 +26,7 @@ SHARD = "5GB"
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors of any device and strides: byte for byte the file that `safetensors.torch.save_file` writes.
 
-    At most PIECE bytes of a tensor on another device are in host memory at once; one that is not contiguous is copied
-    whole on its device. OSError where the disk does not take them.
+    The host holds at most PIECE bytes of another device's tensor; one that is not contiguous is copied on its device.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     names, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0

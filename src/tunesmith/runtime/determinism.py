@@ -1,9 +1,8 @@
-"""Steps that come out bit for bit alike, on a GPU too: what `train.deterministic` turns on, and off after the run.
+"""What `train.deterministic` turns on: equal steps come out bit for bit alike on a GPU too.
 
-By default FlashAttention's backward and sums by index add up in the order in which blocks of threads come to an end.
-torch has another form of all operators of a step: FlashAttention writes dq in parts that are summed in their order
-(torch's attention_backward.cu asks the flag), sums by index sort first, Inductor does not time kernels against each other.
-cuBLAS needs a workspace of fixed size. An operator without such a form raises.
+By default FlashAttention's backward and sums by index add up in the order in which thread blocks end. For both torch has
+a second, deterministic form (attention_backward.cu asks the flag), and an operator that has none raises. Inductor then
+times no kernels against each other, and cuBLAS takes a workspace of fixed size.
 """
 
 from __future__ import annotations
@@ -23,21 +22,17 @@ CHOICES = (":4096:8", ":16:8")  # those that NVIDIA calls deterministic; the fir
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Have torch compute deterministically inside the block, if `wanted`; then all is as it was before.
+    """Have torch compute deterministically inside the block, if `wanted`, and restore its settings afterwards.
 
-    Enter it before the first product on a GPU, as cuBLAS reads its environment variable once; that one stays set.
-    MachineError where it is too late.
+    MachineError after the first use of CUDA: cuBLAS reads its variable, which stays set, only once.
     """
     if not wanted:
         yield
         return
     if os.environ.get(WORKSPACE) not in CHOICES:
         if torch.cuda.is_initialized():
-            what, why = (
-                "it is too late to make cuBLAS deterministic",
-                f"this process uses CUDA already, without {WORKSPACE}",
-            )
-            fix = f"start Python with {WORKSPACE}={CHOICES[0]} in its environment, or set train.deterministic=false"
+            what, why = "cuBLAS cannot change its workspace any more", f"CUDA was started without {WORKSPACE}"
+            fix = f"start Python with {WORKSPACE}={CHOICES[0]} in its environment, or train.deterministic=false"
             raise MachineError(what, where="train.deterministic", why=why, fix=fix)
         os.environ[WORKSPACE] = CHOICES[0]
     mode, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

@@ -117,12 +117,8 @@ def build(
     files = read_model_files(folder, run.model)
     hashes = {"model_hash": weights_digest(folder) if weights == "stored" else None}
     data = read_data(run, start, files, hashes, say)
+    data = fill_steps(data, say) if measured else data
     total_steps = data.schedule.steps(run.train.duration)
-    if measured and total_steps is not None and (full := data.repeated(total_steps)).schedule is not data.schedule:
-        say(
-            f"step {data.schedule.steps_per_epoch(0)} would be short: rows are repeated within an epoch, to fill all steps"
-        )
-        data = full
     torch.manual_seed(run.train.seed)
     model = define_model(run, files)
     trained = count_trained(run, model)
@@ -175,6 +171,17 @@ def read_data(
         say(f"warning: {text}; fix: data.seq_len={files.spec.context}")
     for text in describe_resume(start, run, data.schedule):
         say(text)
+    return data
+
+
+def fill_steps(data: TrainingData, say: Callable[[str], None]) -> TrainingData:
+    """The data with rows repeated within an epoch where a step of the run would be short."""
+    short, steps = data.schedule, data.schedule.steps(data.run.train.duration)
+    data = data.repeated(steps or 0)
+    if data.schedule is not short:
+        say(
+            f"step {short.steps_per_epoch(0)} would be short: rows are repeated within an epoch, and every step is full"
+        )
     return data
 
 
