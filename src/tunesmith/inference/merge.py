@@ -83,6 +83,8 @@ def merge(
         where = str(location.folder or path)
         why = "it is a full fine-tune: a whole model already" if location.kind == "full" else "it is a plain model"
         raise UsageError(f"{path} has no adapter to merge", where=where, why=why, fix=f"use {where}, or copy it")
+    if not goal.exists() and (old := _old(goal)).exists():
+        old.rename(goal)  # a kill came between the two renames of `_move_into_place`
     _check_output(goal, location, force=force)
     chosen: Dtype = dtype or location.base.dtype
     config = fetch(location.base) / "config.json"
@@ -207,11 +209,17 @@ def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
             why="; ".join(text for text, holds in check.rules if not holds),
             fix="merge with --dtype fp32, or serve the adapter beside its base",
         )
-    old = goal.with_name(f".{goal.name}.{os.getpid()}.old")
+    old = _old(goal)
     if goal.exists():
+        shutil.rmtree(old, ignore_errors=True)
         goal.rename(old)
     temporary.rename(goal)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(goal: Path) -> Path:
+    """Where an earlier merge stands while the new one takes its name."""
+    return goal.with_name(f".{goal.name}.old")
 
 
 def to_plain(model: PreTrainedModel, dtype: torch.dtype, *, merge_adapter: bool) -> None:
