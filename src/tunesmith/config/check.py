@@ -11,15 +11,15 @@ from tunesmith.config.paths import TEMPLATES
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RecipeError
 
-# The column names of each format; `columns` maps them to those of a file.
+# The column names of each format, the first of which identifies it; `columns` maps them to those of a file.
 COLUMNS = {
-    "alpaca": ("instruction", "input", "output", "system", "history"),
     "messages": ("messages", "tools"),
     "sharegpt": ("conversations", "system", "tools"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
 }
-CHATS = ("alpaca", "messages", "sharegpt", "prompt-completion")  # formats with turns, and so with a system message
+CHATS = tuple(name for name in COLUMNS if name != "text")  # formats with turns, and so with a system message
 
 # A broken rule: the key, what is wrong with it (read after the key), the fix, and the reason if it is not plain.
 Problem = tuple[str, str, str] | tuple[str, str, str, str]

@@ -20,8 +20,8 @@ from tunesmith.inference.decoding import Decoding, answer_all, cut_answer
 if TYPE_CHECKING:
     from tunesmith.inference.load_run import LoadedModel
 
-# The column that identifies a format, in the order of the search, and the column that holds the answer.
-_KEY_COLUMN = {name: COLUMNS[name][0] for name in ("messages", "sharegpt", "alpaca", "prompt-completion", "text")}
+_KEY_COLUMN = {name: columns[0] for name, columns in COLUMNS.items()}
+# The column that holds the answer, where it is not `messages`.
 _ANSWER_COLUMN = {"alpaca": "output", "prompt-completion": "completion", "sharegpt": "conversations"}
 _ANSWER_ROLES = [name for name, role in ROLES.items() if role in ("assistant", "call")]
 PLACEHOLDER = "?"  # stands in for an answer that is to come, so that the row converts; a prompt ends before it
