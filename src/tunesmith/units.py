@@ -12,9 +12,6 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-LENGTH_UNITS = ("steps", "epochs", "s", "min", "h", "%")
-SIZE_UNITS = ("examples", "tokens")
-SHARE_UNITS = ("%", "examples")
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 MOST = 10**9  # of any unit: more steps, tokens of a batch or seconds than anybody trains
 
@@ -44,9 +41,9 @@ class _Amount:
         amount = float(found[1].replace("_", ""))
         if amount > MOST:
             raise ValueError(f"{reprlib.repr(text)} is too much: at most {MOST:,} {unit}")
-        if (unit in ("steps", *SIZE_UNITS) and amount != int(amount)) or (unit in SIZE_UNITS and amount < 1):
-            raise ValueError(f"{text!r}: {unit} are whole{' and at least 1' if unit in SIZE_UNITS else ''}")
-        return cls(int(amount) if unit in SIZE_UNITS else amount, unit)
+        if (unit in ("steps", *Size.units) and amount != int(amount)) or (unit in Size.units and amount < 1):
+            raise ValueError(f"{text!r}: {unit} are whole{' and at least 1' if unit in Size.units else ''}")
+        return cls(int(amount) if unit in Size.units else amount, unit)
 
     def __str__(self) -> str:
         return f"{int(self.amount) if self.amount == int(self.amount) else self.amount!r} {self.unit}"
@@ -67,13 +64,13 @@ class _Amount:
 
 @dataclass(frozen=True)
 class Length(_Amount):
-    """How long something lasts or how often it comes, in LENGTH_UNITS.
+    """How long something lasts or how often it comes.
 
     >>> Length.parse("3 %"), str(Length.parse("2h"))
     (Length(amount=3.0, unit='%'), '2 h')
     """
 
-    units, example = LENGTH_UNITS, "200 steps"
+    units, example = ("steps", "epochs", "s", "min", "h", "%"), "200 steps"
 
     @property
     def seconds(self) -> float | None:
@@ -83,25 +80,25 @@ class Length(_Amount):
 
 @dataclass(frozen=True)
 class Size(_Amount):
-    """How much one batch holds, in SIZE_UNITS.
+    """How much one batch holds.
 
     >>> Size.parse("64 examples")
     Size(amount=64, unit='examples')
     """
 
-    units, example = SIZE_UNITS, "64 examples"
+    units, example = ("examples", "tokens"), "64 examples"
     amount: int
 
 
 @dataclass(frozen=True)
 class Share(_Amount):
-    """A part of the rows, in SHARE_UNITS.
+    """A part of the rows.
 
     >>> Share.parse("5 %")
     Share(amount=5.0, unit='%')
     """
 
-    units, example = SHARE_UNITS, "5 %"
+    units, example = ("%", "examples"), "5 %"
 
     def of(self, rows: int) -> int:
         """How many of so many rows: a percentage rounded up."""

@@ -11,7 +11,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.shipped import purpose, shipped
 from tunesmith.config.typed import run_type
-from tunesmith.units import LENGTH_UNITS, SIZE_UNITS, Length, Size
+from tunesmith.units import Length, Size
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,7 +70,7 @@ def test_reference_page_is_up_to_date(capsys: pytest.CaptureFixture[str], tmp_pa
     assert write_or_check(["--check", str(path)]) == 0, capsys.readouterr().err
     by_hand, mark, _ = path.read_text().partition(MARK)
     assert shipped()["llama3.1-8b-lora"].read_text().partition("\n")[2] in by_hand
-    assert all(f"`{unit}`" in by_hand for unit in (*LENGTH_UNITS, *SIZE_UNITS))
+    assert all(f"`{unit}`" in by_hand for unit in (*Length.units, *Size.units))
     old = tmp_path / "old.md"
     old.write_text(by_hand + mark + reference().replace("learning_rate", "learning_rat"))
     assert write_or_check(["--check", str(old)]) == 1

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from recipes import built_model, make_run
@@ -22,13 +23,31 @@ from tunesmith.checkpoint.run_dir import claim_run_dir
 from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.data.schedule import BatchSchedule
-from tunesmith.methods.base import MethodOutput, TrainModel, sum_by_sequence, supervised_positions
+from tunesmith.methods.base import MethodOutput, TrainModel, supervised_positions
 from tunesmith.metrics.sink import Sinks
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build
 from tunesmith.training.trainer import Trainer
 
 BETA = 0.3
+
+
+def sum_by_sequence(values: Tensor, index: Tensor, batch: Batch, count: int) -> Tensor:
+    """Sum values of supervised positions over each sequence that has any, in the batch's order.
+
+    Args:
+        values: [n], one for each of `supervised_positions`.
+        index: these positions, int64 [n].
+        batch: gives the sequences' edges.
+        count: sequences with a supervised position; known on the host.
+
+    Returns:
+        [count], the dtype of `values`.
+    """
+    document = torch.bucketize(index, batch.cu_seqlens[1:], right=True)
+    first = document.new_zeros(document.shape, dtype=torch.int64)
+    first[1:] = document[1:] != document[:-1]
+    return values.new_zeros(count).index_add(0, first.cumsum(0), values)
 
 
 class SigmoidPreference:

@@ -166,21 +166,3 @@ def supervised_positions(batch: Batch) -> tuple[Tensor, Tensor]:
     flat = batch.targets.flatten()
     index = torch.nonzero_static(flat != IGNORE, size=batch.supervised).squeeze(1)
     return index, flat[index]
-
-
-def sum_by_sequence(values: Tensor, index: Tensor, batch: Batch, count: int) -> Tensor:
-    """Sum values of supervised positions over each sequence that has any, in the batch's order.
-
-    Args:
-        values: [n], one for each of `supervised_positions`.
-        index: these positions, int64 [n].
-        batch: gives the sequences' edges.
-        count: sequences with a supervised position; known on the host.
-
-    Returns:
-        [count], the dtype of `values`.
-    """
-    document = torch.bucketize(index, batch.cu_seqlens[1:], right=True)
-    first = document.new_zeros(document.shape, dtype=torch.int64)
-    first[1:] = document[1:] != document[:-1]
-    return values.new_zeros(count).index_add(0, first.cumsum(0), values)
