@@ -22,6 +22,7 @@ from tunesmith.model import fused, load, random_init
 from tunesmith.model.architectures import LAYERS
 from tunesmith.model.weights import load_weights
 from tunesmith.quant import nf4
+from tunesmith.quant.scaled_matmul import TENSOR_WISE
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import is_integrated, prepare_allocator
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
@@ -109,6 +110,7 @@ def build_model(
     if plan.compiled:
         compilation.compile_layers(root.layers, varied=plan.layout.pad_to is None)
         root.score = compilation.compile_score(root.score)
+    plan = apply_fast_paths(model, plan)
     load.materialise(model, device)
     fill_parameters(run, files, model, weights or files.folder)
     if plan.base.startswith(tuple(EIGHT_BIT_TOLERANCE)) and probes:
@@ -126,6 +128,15 @@ def build_model(
         )
         plan = replace(plan, recomputed_layers=count, trial_peak=meter.before)
     return root, plan
+
+
+def apply_fast_paths(model: nn.Module, plan: RunPlan) -> RunPlan:
+    """Change a model on meta as `train.fast_paths` says; the plan without those that have no effect in it."""
+    device = torch.device(plan.device)
+    if "joined-weights" in plan.fast_paths and (plan.base == TENSOR_WISE or not lora.join_weights(model, device)):
+        needed = "it needs adapters without dropout on q/k/v or gate/up, and no base in nf4 or in fp8 scaled by tensor"
+        plan = plan.without_fast_path("joined-weights", needed)
+    return plan
 
 
 def fill_parameters(run: Run, files: ModelFiles, model: nn.Module, weights: Path | Literal["random"]) -> None:

@@ -24,7 +24,8 @@ from tunesmith.units import Length, Share, Size
 # What may change when a run resumes, by dotted key or section; train.duration may grow.
 FREE = (
     "log", "validate", "checkpoint", "parallel", "profile", "output_dir",
-    "train.micro_batch", "train.recompute", "train.compile", "train.deterministic", "model.attention",
+    "train.micro_batch", "train.recompute", "train.compile", "train.deterministic", "train.fast_paths",
+    "model.attention",
 )  # fmt: skip
 DURATION = "train.duration"
 

@@ -25,6 +25,9 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 # Those of accelerate whose runs can be continued; metrics/trackers.py says how.
 TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
+# Techniques that are equal in result and wait for a measurement on a GPU; `bench --ablation` turns them one by one.
+FastPath = Literal["joined-weights"]
+
 
 def key(default: Any, doc: str, *, example: str = "") -> Any:
     """A recipe key with its documentation; one whose default is `...` must be given, and has an example."""
@@ -144,6 +147,11 @@ class Train:
     compile: Literal["auto", "on", "off"] = key("auto", "torch.compile")
     deterministic: bool = key(
         False, "equal runs and resumes give equal bits on a GPU too; slower, and an operator that cannot ends the run"
+    )
+    fast_paths: tuple[FastPath, ...] = key(
+        (),
+        "optional techniques, equal in result and not yet measured on a GPU: "
+        "joined-weights (q/k/v, and gate/up, as one tensor each)",
     )
 
 

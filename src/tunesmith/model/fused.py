@@ -77,6 +77,7 @@ def _mixed_class(mixin: Any, own: Any) -> Any:
 class FusedAttention(nn.Module):
     """q, k and v from one reading of the input, rotated, and attended by document."""
 
+    group = ("q_proj", "k_proj", "v_proj")  # layers of one input
     family: Architecture
     project: Project
 
@@ -113,6 +114,7 @@ class FusedAttention(nn.Module):
 class FusedMLP(nn.Module):
     """A gated MLP whose gate and up come from one reading of the input."""
 
+    group = ("gate_proj", "up_proj")
     project: Project
 
     def forward(self, x: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def matmul_fault(
 
 
 class EightBitLinear(FrozenLinear):
-    """A dense linear layer's weight in 8 bits; its bias is taken over.
+    """A dense linear layer's weight in 8 bits, or that weight as it is `stored` already; its bias is taken over.
 
     Attributes (frozen):
         weight: e4m3 or int8 [out_features, in_features]; scale: fp32 [out_features, 1] or [1, 1].
@@ -109,11 +109,12 @@ class EightBitLinear(FrozenLinear):
     """
 
     @torch.no_grad()
-    def __init__(self, base: nn.Linear, kind: str) -> None:
+    def __init__(self, base: nn.Linear, kind: str, stored: EightBitWeight | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.kind, self.compute_dtype, self.bias = kind, torch.bfloat16, base.bias
-        for name, tensor in zip(TENSORS, EightBitWeight.from_dense(kind, base.weight).tensors, strict=False):
+        stored = stored or EightBitWeight.from_dense(kind, base.weight)
+        for name, tensor in zip(TENSORS, stored.tensors, strict=False):
             if name.endswith("weight"):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             else:  # not persistent: a checkpoint of the base holds dense weights

@@ -27,7 +27,8 @@ def grouped_matmul(
     biases: Sequence[Tensor | None],
     lora_A: Sequence[Tensor] = (),
     lora_B: Sequence[Tensor] = (),
-) -> list[Tensor]:
+    joined: FrozenWeight | None = None,
+) -> Sequence[Tensor]:
     """y_i = x W_i^T + b_i + (x A_i^T) B_i^T; no gradient reaches W and b.
 
     Args:
@@ -36,11 +37,16 @@ def grouped_matmul(
         biases: [out_i] each, or None.
         lora_A: [rank_i, in] each; lora_B: times the layer's scaling, [out_i, rank_i] each. Of any dtype, computed in that
             of x. Both empty: no update.
+        joined: all the weights as one, [sum of out, in]. The outputs are then columns of one matrix: dx is one product
+            instead of a sum of several, and B is block-diagonal. It adds the same products in another order.
 
     Returns:
         [..., out_i] each, in the dtype of x.
     """
     rows = x.flatten(0, -2)
+    columns = [w.shape[0] for w in weights]
+    if joined is not None:
+        weights, lora_B = [joined], [torch.block_diag(*lora_B)] if lora_B else []
     kind, widths = weights[0].kind, [w.shape[0] for w in weights]
     tensors = [t for w in weights for t in w.tensors]
     lora = [torch.cat(list(lora_A)).to(x.dtype), *(b.to(x.dtype) for b in lora_B)] if lora_A else []
@@ -51,6 +57,8 @@ def grouped_matmul(
     else:
         counts = (len(xa), len(quantized), len(lora))
         outputs = _FrozenMatmul.apply(rows, kind, widths, counts, *xa, *quantized, *lora, *tensors)
+    if joined is not None:
+        outputs = outputs[0].split(columns, 1)
     ys = [y if b is None else y + b for y, b in zip(outputs, biases, strict=True)]
     return [y.unflatten(0, x.shape[:-1]) for y in ys]
 

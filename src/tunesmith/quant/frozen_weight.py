@@ -12,7 +12,7 @@ A `torch.library` operator takes strings and tensors, not objects. `kind` and `t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +133,14 @@ class EightBitWeight(FrozenWeight):
         signs = [hadamard(dense.device, dense.dtype)] if kind.startswith("int8") else []
         both = (quantize(kind, w, *signs) for w in (dense, dense.T.contiguous()))
         return cls(kind, [*(t for pair in both for t in pair), *signs], (dense.shape[0], dense.shape[1]), product)
+
+    def split(self, rows: Sequence[int]) -> Iterator[EightBitWeight]:
+        """Views of rows of a weight scaled by row: `rows[i]` outputs each, for int8 in whole blocks of the rotation."""
+        weight, scale, transposed, transposed_scale, *signs = self.tensors
+        cut = zip(weight.split(list(rows)), scale.split(list(rows)), transposed.split(list(rows), 1), strict=True)
+        for own, own_scale, columns in cut:
+            tensors = [own, own_scale, columns, transposed_scale, *signs]
+            yield EightBitWeight(self.kind, tensors, (own.shape[0], own.shape[1]))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         weight = self.tensors[0].float() * self.tensors[1]

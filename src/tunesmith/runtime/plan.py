@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from tunesmith.units import Size
@@ -94,17 +94,26 @@ class RunPlan:
     compiled: bool = False
     deterministic: bool = False
     recomputed_layers: int = 0
+    fast_paths: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     layout: MicroBatchLayout = ONE_EXAMPLE
     memory: MemoryEstimate = MemoryEstimate()
     savings: tuple[Saving, ...] = ()
     trial_peak: int = 0
     why: Mapping[str, str] = field(default_factory=dict)
 
+    def without_fast_path(self, name: str, why: str) -> RunPlan:
+        """The plan of a model in which this fast path has no effect, and why."""
+        left = tuple(path for path in self.fast_paths if path != name)
+        warning = f"warning: train.fast_paths: {name} has no effect: {why}"
+        return replace(self, fast_paths=left, warnings=(*self.warnings, warning))
+
     @property
     def choices(self) -> dict[str, str]:
         """What was decided, by part, as env.json holds it."""
         size, count = self.layout.micro_batch, self.recomputed_layers
         kernels = {"kernels": "deterministic"} if self.deterministic else {}
+        taken = {"fast paths": ", ".join(self.fast_paths)} if self.fast_paths else {}
         return {
             "attention": self.attention,
             "loss": "chunked, compiled" if self.compiled else "chunked",
@@ -113,6 +122,7 @@ class RunPlan:
             "recompute": {0: "none", self.layers: "full"}.get(count, f"{count} of {self.layers} layers"),
             "micro batch": f"{size.amount:,} {size.unit}",
             **kernels,
+            **taken,
         }
 
     def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:

@@ -168,6 +168,7 @@ def _plan(
         compiled=compiled,
         deterministic=train.deterministic,
         recomputed_layers=memory.recomputed_layers,
+        fast_paths=train.fast_paths,
         layout=layout,
         memory=memory,
         why={
@@ -177,6 +178,7 @@ def _plan(
             "compile": compile_why,
             "kernels": "as train.deterministic says",
             "recompute": "as train.recompute says" if train.recompute != "auto" else "no more than the memory needs",
+            "fast paths": "as train.fast_paths says",
             "micro batch": f"{why}: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB",
         },
     )

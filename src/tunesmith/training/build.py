@@ -124,7 +124,7 @@ def build(
     trained = count_trained(run, model)
     if not measured:
         check_disk(run, trained)
-    machine = probe_machine(run, files, device, lora.eight_bit_shapes(model))
+    machine = probe_machine(run, files, device, lora.eight_bit_shapes(model, run.train.fast_paths))
     size, longest = data.schedule.step_size(), data.train.counts.longest
     plan = resolve_plan(run, files.spec, machine, trained=trained, step=size, longest=longest, before=start.micro_batch)
     saved = start.found.path if start.found else None
@@ -141,7 +141,7 @@ def build(
     optimizer = make_optimizer(run, root, start)
     if eight_bit and not plan.base.startswith(run.model.quantize):
         say(f"warning: the base stays in {plan.base}: {plan.why['base']}")
-    for text in (root.describe(), *plan.describe(why=why), *describe_micro_batch(start, run, plan)):
+    for text in (*plan.warnings, root.describe(), *plan.describe(why=why), *describe_micro_batch(start, run, plan)):
         say(text)
     if device.type == "cpu":
         say(f"threads: {torch.get_num_threads()}, {prepare_threads()}")
