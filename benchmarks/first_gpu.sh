@@ -61,9 +61,11 @@ brief=(--steps 6 --warmup 3)
 profile=(--steps 3 --warmup 3 --profile "$cache/traces" profile.wait=0 profile.warmup=1 profile.active=2)
 micro=(benchmarks/micro.py "$out/micro.json")
 [ -z "${RECIPE:-}" ] || micro+=(--tokens 512 --divide 16 --repeat 1)
+keys=train.compile,data.pack,train.recompute
+[ -z "${RECIPE:-}" ] || keys=data.pack,train.recompute # on a CPU nothing is compiled
 case $stage in
 1)
-  step 110 tests "$python" -m pytest -m gpu -p no:cacheprovider
+  step 130 tests "$python" -m pytest -m gpu -rs -p no:cacheprovider --junitxml "$out/tests.xml"
   step 70 micro "$python" "${micro[@]}"
   bench 160 8b-bf16 llama3-8b || bench 110 8b-bf16-eager llama3-8b train.compile=off
   bench 140 8b-fp8 llama3-8b model.quantize=fp8
@@ -81,7 +83,7 @@ case $stage in
   ;;
 4)
   ablation 340 fast-paths train.fast_paths llama3-8b
-  ablation 240 ablation train.compile,data.pack,train.recompute llama3-8b
+  ablation 240 ablation "$keys" llama3-8b
   ;;
 5)
   ablation 280 fast-paths-fp8 train.fast_paths llama3-8b model.quantize=fp8
