@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -18,6 +18,7 @@ from tunesmith.bench import ablation
 from tunesmith.bench.figures import BenchReport
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
+from tunesmith.config.schema import FastPath
 from tunesmith.errors import RunError
 from tunesmith.model.shapes import SHAPES, Shape
 
@@ -207,7 +208,21 @@ def test_the_variants_are_the_other_values_of_a_recipes_keys(tiny: Path, tmp_pat
     assert {"dense base", "base in nf4", "base in int8"} <= set(lora)
     assert not {"base in fp8", "fp32"} & set(lora)
     changes = {"adapter": {"kind": "none"}, "train": {"recompute": "full"}, "data": {"pack": False}}
-    assert dict(ablation.variants(make_run(tiny, tmp_path, **changes), gpu=False)) == {}
+    full = dict(ablation.variants(make_run(tiny, tmp_path, **changes), gpu=False))
+    assert all(change.startswith("train.fast_paths=") for change in full.values())
+    assert not ablation.LORA_ONLY & set(full)
+
+
+def test_each_fast_path_is_switched_by_itself(tiny: Path, tmp_path: Path) -> None:
+    paths = get_args(FastPath)
+    off = dict(ablation.variants(make_run(tiny, tmp_path), gpu=True))
+    assert {
+        path: f"train.fast_paths=[{path}]" for path in paths if path not in ablation.FULL_ONLY
+    }.items() <= off.items()
+    assert not ablation.FULL_ONLY & set(off)
+    on = dict(ablation.variants(make_run(tiny, tmp_path, train={"fast_paths": ["joined-weights"]}), gpu=True))
+    assert on["without joined-weights"] == "train.fast_paths=[]"
+    assert "joined-weights" not in on
 
 
 def test_a_variant_that_a_recipe_has_not_is_refused(tiny: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from tunesmith.config.schema import Model, Run
+from tunesmith.config.schema import FastPath, Model, Run
 from tunesmith.errors import RunError
 
 BASELINE = "as given"
+# Fast paths that have no effect in the other kind of run
+LORA_ONLY = {"joined-weights", "wide-products", "one-pass-gradients", "fused-epilogue"}
+FULL_ONLY = {"fp32-weight-gradients"}
 
 
 def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
@@ -34,6 +37,11 @@ def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
     for base in get_args(get_type_hints(Model)["quantize"]) if lora else ():
         if base != model.quantize:
             yield {"none": "dense base"}.get(base, f"base in {base}"), f"model.quantize={base}"
+    for path in get_args(FastPath):
+        if path not in (FULL_ONLY if lora else LORA_ONLY):
+            taken = path in train.fast_paths
+            paths = [name for name in train.fast_paths if name != path] + [path] * (not taken)
+            yield f"without {path}" if taken else path, f"train.fast_paths=[{', '.join(paths)}]"
 
 
 def run_in_turns(
