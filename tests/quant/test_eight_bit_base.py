@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.training.build import Session, build, first_batches
 
 
-def begin(tiny: Path, folder: Path, quantize: str = "fp8") -> tuple[Session, list[str]]:
+def begin(tiny: Path, folder: Path, quantize: str = "fp8", **train: Any) -> tuple[Session, list[str]]:
     for name, rows in (("train", 24), ("held", 8)):
         write_rows(folder / f"{name}.jsonl", rows)
-    run = make_run(tiny, folder, held=False, train={"global_batch": "4 examples"})
+    run = make_run(tiny, folder, held=False, train={"global_batch": "4 examples", **train})
     run = replace(run, model=replace(run.model, dtype="bf16", quantize=quantize))
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
     said: list[str] = []
@@ -63,7 +64,7 @@ def test_where_the_loss_moves_too_far_bf16_stays_whole(quantize, tiny, tmp_path,
 
 def test_a_machine_without_fp8_matmuls_trains_in_bf16(tiny, tmp_path, monkeypatch):
     refused = eight_bit.ScalingRecipe(None, "this chip has no fp8 matmuls: too old")
-    monkeypatch.setattr(eight_bit, "select_scaling", lambda *tried: refused)
+    monkeypatch.setattr(eight_bit, "select_scaling", lambda *tried, **options: refused)
     session, said = begin(tiny, tmp_path)
     assert base(session) == ("bf16", "this chip has no fp8 matmuls: too old")
     assert count(session) == 0
@@ -77,3 +78,13 @@ def test_probes_are_the_first_batches_and_hold_enough(tiny, tmp_path, least):
     assert sum(b.tokens for b in found) >= least
     assert sum(b.tokens for b in found[:-1]) < least
     assert torch.equal(found[0].input_ids, session.loader(0).batch(0).micro[0].input_ids)
+
+
+@pytest.mark.parametrize("quantize", ["none", "fp8"])
+def test_a_fused_epilogue_that_cannot_be_had_is_named(quantize, tiny, tmp_path):
+    session, said = begin(tiny, tmp_path, quantize, fast_paths=("fused-epilogue",))
+    (line,) = (line for line in said if "fused-epilogue" in line)
+    assert line.startswith(
+        "warning: train.fast_paths: fused-epilogue has no effect: it needs model.quantize=fp8 or int8"
+    )
+    assert session.plan.fast_paths == ()

@@ -40,12 +40,6 @@ def test_the_assembler_takes_the_largest_tile_on_every_chip(tmp_path):
         assert int(shared) <= (227 if chip in ("90", "100") else 99) * 1024, (chip, dtype)
 
 
-def test_on_a_cpu_the_fused_epilogue_is_named_and_not_taken():
-    found = eight_bit.select_scaling("fp8", torch.device("cpu"), fused=True)
-    assert found.kind not in FUSED.values()
-    assert "the fused epilogue does not: it needs a GPU" in found.why
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize(("quantize", "plain"), [("fp8", ROW_WISE), ("int8", INT8)])

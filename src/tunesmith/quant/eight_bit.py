@@ -47,10 +47,9 @@ def select_scaling(
         product: tried in the place of torch's (see `scaled_matmul`).
         fused: try the Triton kernel for fp8 too; for int8, where torch scales in passes of their own, it is tried anyway.
     """
-    kinds, faults = KINDS[quantize], []
-    if device.type != "cuda" and fused:
-        faults.append("the fused epilogue does not: it needs a GPU")
-    elif device.type == "cuda" and (fused or quantize == "int8"):
+    faults: list[str] = []
+    kinds = KINDS[quantize]
+    if device.type == "cuda" and (fused or quantize == "int8"):
         kinds = (FUSED[quantize], *kinds)
     for kind in kinds:
         found = (matmul_fault(kind, device, shape, n, product) for shape, n in pairs(shapes, rows))

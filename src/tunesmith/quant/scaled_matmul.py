@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -36,11 +37,11 @@ def quantize(kind: str, x: Tensor, signs: Tensor | None = None) -> tuple[Tensor,
 
     x = e4m3 * scale, or `hadamard_rotate(x, signs)` = int8 * scale. A value that is not finite makes its row so (its tensor).
     """
-    wide = x.float() if signs is None else hadamard_rotate(x, signs).float()
-    largest = wide.abs().amax() if kind == TENSOR_WISE else wide.abs().amax(-1, keepdim=True)
-    scale = (largest / (E4M3_MAX if signs is None else INT8_MAX)).clamp(min=1e-12)
-    scaled = wide / scale
-    codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3) if signs is None else scaled.round().to(torch.int8)
+    x = x if signs is None else hadamard_rotate(x, signs)
+    largest = x.abs().amax() if kind == TENSOR_WISE else torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
+    scale = (largest.float() / (E4M3_MAX if signs is None else INT8_MAX)).clamp(min=1e-12)
+    scaled = x / scale  # fp32: the scale's dtype
+    codes = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3) if signs is None else scaled.round_().to(torch.int8)
     return codes, scale.view(-1, 1)
 
 

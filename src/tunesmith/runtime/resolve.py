@@ -69,6 +69,8 @@ def probe_machine(run: Run, files: ModelFiles, device: torch.device, shapes: Seq
     `shapes` are those of `lora.eight_bit_shapes`, tried with as few and as many rows as a run may have.
     """
     quantize, rows = run.model.quantize, (1, 16, MAX_TOKENS[device.type])
+    fused = "fused-epilogue" in run.train.fast_paths
+    found = eight_bit.select_scaling(quantize, device, shapes, rows, fused=fused) if quantize in KINDS else (None, "")
     return Machine(
         str(device),
         free_memory(device),
@@ -76,7 +78,7 @@ def probe_machine(run: Run, files: ModelFiles, device: torch.device, shapes: Seq
         integrated=is_integrated(device),
         attention=attention_backend(run, files, device),
         compiles=compilation.select_compile(run.train.compile, device),
-        scaling=eight_bit.select_scaling(quantize, device, shapes, rows) if quantize in KINDS else (None, ""),
+        scaling=found,
     )
 
 
