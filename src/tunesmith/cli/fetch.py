@@ -131,7 +131,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _list(*, as_json: bool) -> int:
-    from tunesmith.hub.cache import cached_items
+    from tunesmith.hub.fetch import cached_items
 
     items = cached_items()
     if as_json:
@@ -145,7 +145,7 @@ def _list(*, as_json: bool) -> int:
 
 
 def _remove(name: str, *, dry: bool, as_json: bool) -> int:
-    from tunesmith.hub.cache import cached_items, remove_cached
+    from tunesmith.hub.fetch import cached_items, remove_cached
 
     items = cached_items()
     chosen = [item for item in items if item.name == name]

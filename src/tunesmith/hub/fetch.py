@@ -1,13 +1,14 @@
 """Get a model's folder: a local one, a .gguf file converted once, the Hub's cache, the Hub.
 
 Licence, config, access and disk are checked before the first large byte. Only the files that training needs are
-downloaded: of several formats of the weights, safetensors.
+downloaded: of several formats of the weights, safetensors. And what the caches hold: listed, and removed from them.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -20,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.host_files import refuse_full_disk, refuse_special_files
+from tunesmith.host_files import cache_folder, refuse_full_disk, refuse_special_files
 from tunesmith.hub.download import FetchProgress, RemoteFile, download
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
@@ -235,3 +236,38 @@ def fetch_without_weights(name: str, revision: str | None = None) -> Path:
         if isinstance(cached, str):
             return Path(cached).parent
         return Path(retry(lambda: snapshot_download(name, revision=revision, allow_patterns=list(SUPPORT))))
+
+
+@dataclass(frozen=True)
+class CachedItem:
+    """One thing in a cache. `kind` is model, dataset or converted; size in bytes; used: seconds since the epoch."""
+
+    name: str
+    kind: str
+    size: int
+    used: float
+    folder: Path
+
+
+def cached_items() -> list[CachedItem]:
+    """Everything in the caches, the largest first; parts of unfinished downloads counted."""
+    # Not scan_cache_dir: it leaves out a repository of which no file is complete yet.
+    found: list[tuple[Path, str, str]] = []
+    for kind in ("model", "dataset"):
+        for folder in Path(constants.HF_HUB_CACHE).glob(f"{kind}s--*"):
+            found += [(folder, kind, folder.name.removeprefix(f"{kind}s--").replace("--", "/"))]
+    found += [(folder, "converted", folder.name) for folder in cache_folder("models").glob("*")]
+    items = []
+    for folder, kind, name in found:
+        if folder.is_dir():
+            # Links are not followed, so that a blob counts once.
+            files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+            used = max((file.st_atime for file in files), default=folder.stat().st_mtime)
+            items.append(CachedItem(name, kind, sum(file.st_size for file in files), used, folder))
+    return sorted(items, key=lambda item: -item.size)
+
+
+def remove_cached(item: CachedItem) -> None:
+    """Delete it from the disk, with its locks and parts."""
+    shutil.rmtree(item.folder)
+    shutil.rmtree(item.folder.parent / ".locks" / item.folder.name, ignore_errors=True)
