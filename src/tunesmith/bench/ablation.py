@@ -78,7 +78,7 @@ def table_of(found: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[st
             table[name] = {"tokens_per_second": speed, "peak_memory_gib": peak, "last_loss": runs[-1]["last_loss"]}
     if BASELINE not in table:
         what = "the recipe itself could not be measured; its messages are above"
-        raise RunError(what, where="bench --ablation", fix="run bench without --ablation and mend what it reports")
+        raise RunError(what, where="bench --ablation", fix="run bench without --ablation and fix what it reports")
     for row in table.values():
         row["of_baseline"] = row["tokens_per_second"] / table[BASELINE]["tokens_per_second"]
     return table
