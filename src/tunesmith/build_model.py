@@ -130,7 +130,7 @@ def build_model(
     return root, plan
 
 
-def apply_fast_paths(model: nn.Module, plan: RunPlan) -> RunPlan:
+def apply_fast_paths(model: PreTrainedModel, plan: RunPlan) -> RunPlan:
     """Change a model on meta as `train.fast_paths` says; the plan without those that have no effect in it."""
     device = torch.device(plan.device)
     if "joined-weights" in plan.fast_paths and (plan.base == TENSOR_WISE or not lora.join_weights(model, device)):
@@ -139,6 +139,8 @@ def apply_fast_paths(model: nn.Module, plan: RunPlan) -> RunPlan:
     if "fused-epilogue" in plan.fast_paths and plan.base not in FUSED.values():
         needed = f"it needs model.quantize=fp8 or int8 and a GPU whose kernel is right; the base: {plan.why['base']}"
         plan = plan.without_fast_path("fused-epilogue", needed)
+    if "one-pass-gradients" in plan.fast_paths and (fault := lora.use_one_pass(model, device, model.dtype)):
+        plan = plan.without_fast_path("one-pass-gradients", fault)
     return plan
 
 

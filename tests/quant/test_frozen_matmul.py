@@ -143,13 +143,13 @@ def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
     for factors in (lora_AB, []):
         leaves = [t.clone().requires_grad_() for t in factors]
         xa = [x @ factors[0].T] if factors else []
-        given = (x.clone().requires_grad_(), xa, weight.quantize_input(x), leaves, tensors, weight.kind, widths)
+        given = (x.clone().requires_grad_(), xa, weight.quantize_input(x), leaves, tensors, weight.kind, widths, False)
         torch.library.opcheck(frozen_matmul.frozen_matmul, given, test_utils=tests)
         dys = [torch.randn(40, width, dtype=torch.bfloat16) for width in widths]
         quantized = [t for dy in dys for t in weight.quantize_input(dy)]
         saved = [x, *xa] if factors else []
         for needs_dx in (True, False):
-            given = (dys, quantized, saved, factors, tensors, weight.kind, 64, needs_dx)
+            given = (dys, quantized, saved, factors, tensors, weight.kind, 64, needs_dx, False)
             torch.library.opcheck(frozen_matmul.frozen_matmul_backward, given, test_utils=tests)
 
 

@@ -9,6 +9,7 @@ a = sqrt(5) and B as zeros; both are fp32 parameters, computed in the dtype of x
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.model.fused import FusedAttention, FusedMLP
 from tunesmith.model.random_init import seed_of
 from tunesmith.quant.eight_bit import ALIGNED, EightBitLinear
-from tunesmith.quant.frozen_matmul import grouped_matmul, linear_names
+from tunesmith.quant.frozen_matmul import MAX_RANK, grouped_matmul, linear_names
 from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight, FrozenWeight, frozen_weight
 from tunesmith.quant.nf4 import Nf4Linear
 from tunesmith.quant.scaled_matmul import MAX_BLOCK, TENSOR_WISE
@@ -47,6 +48,7 @@ class Lora(nn.Module):
     scaling: float
     dropout: float
     enabled: bool
+    one_pass: bool = False  # see `use_one_pass`
     joined: bool = False  # the weights of its group are one (see `join_weights`), and it is the first layer there
 
     def hold(self, weight: FrozenWeight) -> None:
@@ -119,6 +121,7 @@ class LoraEightBitLinear(Lora, EightBitLinear):
         super().__init__(base, kind, stored)
         self.lora_A, self.lora_B = base.lora_A, base.lora_B
         self.scaling, self.dropout, self.enabled = base.scaling, base.dropout, base.enabled
+        self.one_pass = base.one_pass
 
 
 def join_weights(model: nn.Module, device: torch.device) -> int:
@@ -144,6 +147,21 @@ def join_weights(model: nn.Module, device: torch.device) -> int:
         layers[0].hold(DenseWeight("dense", [whole], (sum(rows), width)))
         count += 1
     return count
+
+
+def use_one_pass(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """Take the gradients of every adapter from one reading of dy, which is of `dtype`; or return why that has no effect."""
+    adapted = [m for _, m in loras(model) if m.dropout == 0 and m.lora_A.shape[0] <= MAX_RANK]
+    if device.type != "cuda" or dtype.itemsize != 2 or not adapted:
+        return f"it needs a GPU, a model in 16 bits, and adapters without dropout of rank {MAX_RANK} at most"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    from tunesmith.quant.one_pass import kernel_fault
+
+    fault = kernel_fault(device, dtype)
+    for layer in adapted:
+        layer.one_pass = not fault
+    return fault
 
 
 def _groups(model: nn.Module) -> Iterator[list[str]]:
@@ -360,4 +378,6 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
         return [alone(m) for m in linears]
     lora_B = [m.lora_B * m.scaling for m in layers]
     joined = layers[0].joined_weight(weights)
-    return grouped_matmul(x, weights, [m.bias for m in layers], [m.lora_A for m in layers], lora_B, joined)
+    return grouped_matmul(
+        x, weights, [m.bias for m in layers], [m.lora_A for m in layers], lora_B, joined, layers[0].one_pass
+    )

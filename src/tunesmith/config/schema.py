@@ -26,7 +26,7 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
 # Techniques that are equal in result and wait for a measurement on a GPU; `bench --ablation` turns them one by one.
-FastPath = Literal["joined-weights", "fused-epilogue"]
+FastPath = Literal["joined-weights", "fused-epilogue", "one-pass-gradients"]
 
 
 def key(default: Any, doc: str, *, example: str = "") -> Any:
@@ -151,8 +151,9 @@ class Train:
     fast_paths: tuple[FastPath, ...] = key(
         (),
         "optional techniques, equal in result and not yet measured on a GPU: "
-        "joined-weights (q/k/v, and gate/up, as one tensor each), fused-epilogue (one Triton kernel for a product of an fp8 base, "
-        "its scales and its LoRA update)",
+        "joined-weights (q/k/v, and gate/up, as one tensor each), "
+        "fused-epilogue (one Triton kernel for a product of an fp8 base, its scales and its LoRA update), "
+        "one-pass-gradients (those of an adapter's B from one reading of dy)",
     )
 
 

@@ -1,0 +1,32 @@
+"""Run by test_one_pass.py: compiles the kernel for each chip, without one; a line each: chip, rank, bytes of shared memory."""
+
+from __future__ import annotations
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tunesmith.quant.one_pass import COLUMNS, ROWS, SPAN, gradient_kernel
+
+ALIGNED = [["tt.divisibility", 16]]
+
+
+def main() -> None:
+    for chip in (90, 100, 120, 121):
+        for rank, padded in ((8, 16), (24, 32), (64, 64)):
+            types = dict.fromkeys(("dy", "b", "xa"), "*bf16") | dict.fromkeys(("d_xa", "d_b"), "*fp32")
+            fixed = {"RANK": rank, "PADDED_RANK": padded, "ROWS": ROWS, "COLUMNS": COLUMNS, "SPAN": SPAN}
+            source = ASTSource(
+                fn=gradient_kernel,
+                signature=types | dict.fromkeys(("n", "m", "xa_step"), "i32") | dict.fromkeys(fixed, "constexpr"),
+                constexprs=fixed,
+                attrs={(i,): ALIGNED for i in (*range(5), 6)},  # every pointer, and m
+            )
+            made = triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_warps": 4, "num_stages": 2})
+            assert made.asm["cubin"]
+            assert "ld.local" not in made.asm["ptx"]
+            print(chip, rank, made.metadata.shared)
+
+
+if __name__ == "__main__":
+    main()
