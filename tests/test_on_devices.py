@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from recipes import make_run
 from tunesmith.adapter import lora
 from tunesmith.build_model import build_model
 from tunesmith.checkpoint.resume import Start
+from tunesmith.config.schema import FastPath
 from tunesmith.data.batch import Example, collate
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.inference.decoding import sample_answers
@@ -75,10 +76,22 @@ def test_varlen_attention_and_its_gradients_are_those_of_plain_products(device, 
 
 # In 8 bits the last bit of a norm may round a whole row's values to other numbers, which in e4m3 are 6 % apart.
 @cpu_and_gpu
-@pytest.mark.parametrize(("base", "tolerance"), [("none", 0.03), ("fp8", 0.1), ("int8", 0.1), ("nf4", 0.03)])
+@pytest.mark.parametrize(
+    ("base", "paths", "tolerance"),
+    [
+        ("none", (), 0.03),
+        ("none", get_args(FastPath), 0.03),
+        ("fp8", (), 0.1),
+        ("fp8", get_args(FastPath), 0.1),
+        ("int8", (), 0.1),
+        ("nf4", (), 0.03),
+    ],
+    ids=["bf16", "bf16, every fast path", "fp8", "fp8, every fast path", "int8", "nf4"],
+)
 def test_a_compiled_step_has_the_loss_and_the_gradients_of_an_eager_one(
-    device, base, tolerance, tiny, tmp_path, monkeypatch
+    device, base, paths, tolerance, tiny, tmp_path, monkeypatch
 ):
+    """The eager one takes none of `train.fast_paths`."""
     if base == "nf4":
         pytest.importorskip("bitsandbytes")
     if device.type == "cpu":  # no C++ compiler is needed, and no time to wait for one
@@ -88,8 +101,10 @@ def test_a_compiled_step_has_the_loss_and_the_gradients_of_an_eager_one(
     found = []
     for choice in ("off", "on"):
         torch.compiler.reset()
-        session = session_of(tiny, tmp_path, model={"quantize": base}, train={"compile": choice})
+        train = {"compile": choice, "fast_paths": paths if choice == "on" else ()}
+        session = session_of(tiny, tmp_path, model={"quantize": base}, train=train)
         assert session.plan.compiled == (choice == "on")
+        assert bool(session.plan.fast_paths) == (choice == "on" and bool(paths))
         assert base == "none" or session.plan.base.startswith(base), session.plan.why["base"]
         batch = session.loader(0).batch(0)
         total = torch.zeros((), device=device)
