@@ -50,6 +50,7 @@ from tunesmith.model import attention
 from tunesmith.model.documents import Documents
 from tunesmith.model.load import materialise
 from tunesmith.model.shapes import find_shape
+from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
 
@@ -184,6 +185,10 @@ def count_operator(node: torch.fx.Node, count: Count, mode: FakeTensorMode) -> N
         count.kernels += ATTENTION[schema.name]
         count.gib += bytes_of(args, node.meta["val"]) / 2**30
         return
+    if schema.name == "tunesmith::add_weight_gradient":  # one product on a GPU, which reads what it adds to
+        gradient, _, dy, x = args
+        count.add(bytes_of(gradient, gradient, dy, x), operations=2 * gradient.numel() * len(dy), rate=RATE["bf16"])
+        return
     space, name = schema.name.split("::")
     run: Callable[..., Any] = node.target  # type: ignore[assignment]
     if space == "tunesmith":
@@ -212,6 +217,8 @@ def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[
     torch.compiler.reset()
     counter, fake = Counter(), FakeTensorMode(allow_non_fake_inputs=True)
     model = define_model(run, SimpleNamespace(config=config, vocab_rows=config.vocab_size))  # type: ignore[arg-type]
+    if "fp32-weight-gradients" in run.train.fast_paths:
+        accumulate_in_fp32(model.model.layers)
     with fake, patch.object(attention, "varlen_attn", attention_of_cuda), INDUCTOR:
         materialise(model, torch.device("cpu"))
         for name, p in model.named_parameters():  # made outside the mode

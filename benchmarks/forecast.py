@@ -66,16 +66,17 @@ def head_ms(spec: ModelSpec, goal: Goal) -> tuple[float, float]:
     return 1e3 * products, 1e3 * moved / BANDWIDTH
 
 
-def optimizer_ms(spec: ModelSpec, goal: Goal) -> float:
+def optimizer_ms(spec: ModelSpec, goal: Goal, fast_paths: tuple[str, ...]) -> float:
     """A step's norm (4 bytes a parameter), clipping (8), AdamW (28), bf16 copy (6); the adapter's is under a millisecond.
 
     With every micro batch a hook moves the bf16 gradient into the master's: 2 + 4 bytes, and 4 more after the first. The
-    kernel that writes it in bf16 is the layer's.
+    kernel that writes it in bf16 is the layer's, and with fp32-weight-gradients the whole sum.
     """
     if not goal.full:
         return 0.5
-    hooks = 6 + 10 * (goal.micro_batches - 1)
-    return 1e3 * spec.parameters * (4 + 8 + 28 + 6 + hooks) / BANDWIDTH
+    hooked = spec.parameters - ("fp32-weight-gradients" in fast_paths) * spec.layers * spec.layer_matmul
+    moved = spec.parameters * (4 + 8 + 28 + 6) + hooked * (6 + 10 * (goal.micro_batches - 1))
+    return 1e3 * moved / BANDWIDTH
 
 
 def forecast(goal: Goal, fast_paths: tuple[str, ...]) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def forecast(goal: Goal, fast_paths: tuple[str, ...]) -> dict[str, Any]:
         "other kernels of the layers": goal.micro_batches * (spec.layers * (layer + again) - products + head),
         "attention": goal.micro_batches * scale * (forward * (1 + goal.recomputed) + backward),
         "loss": goal.micro_batches * loss,
-        "optimizer": optimizer_ms(spec, goal),
+        "optimizer": optimizer_ms(spec, goal, fast_paths),
     }
     tokens, best = goal.tokens * goal.micro_batches, sum(parts.values())
     slower = best + parts["products"] * (790 / 700 - 1)

@@ -21,6 +21,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.model import fused, load, random_init
 from tunesmith.model.architectures import LAYERS
 from tunesmith.model.weights import load_weights
+from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import FUSED, TENSOR_WISE
 from tunesmith.runtime import compilation
@@ -110,7 +111,7 @@ def build_model(
     if plan.compiled:
         compilation.compile_layers(root.layers, varied=plan.layout.pad_to is None)
         root.score = compilation.compile_score(root.score)
-    plan = apply_fast_paths(model, plan)
+    plan = apply_fast_paths(run, model, plan)
     load.materialise(model, device)
     fill_parameters(run, files, model, weights or files.folder)
     if plan.base.startswith(tuple(EIGHT_BIT_TOLERANCE)) and probes:
@@ -130,7 +131,7 @@ def build_model(
     return root, plan
 
 
-def apply_fast_paths(model: PreTrainedModel, plan: RunPlan) -> RunPlan:
+def apply_fast_paths(run: Run, model: PreTrainedModel, plan: RunPlan) -> RunPlan:
     """Change a model on meta as `train.fast_paths` says; the plan without those that have no effect in it."""
     device = torch.device(plan.device)
     if "joined-weights" in plan.fast_paths and (plan.base == TENSOR_WISE or not lora.join_weights(model, device)):
@@ -141,6 +142,11 @@ def apply_fast_paths(model: PreTrainedModel, plan: RunPlan) -> RunPlan:
         plan = plan.without_fast_path("fused-epilogue", needed)
     if "one-pass-gradients" in plan.fast_paths and (fault := lora.use_one_pass(model, device, model.dtype)):
         plan = plan.without_fast_path("one-pass-gradients", fault)
+    if "fp32-weight-gradients" in plan.fast_paths:
+        masters = run.train.master_weights == "fp32" and not run.train.optimizer_in_backward
+        if not (masters and accumulate_in_fp32(model.get_submodule(LAYERS))):
+            needed = "it needs 16-bit weights that are trained in full, fp32 masters and no train.optimizer_in_backward"
+            plan = plan.without_fast_path("fp32-weight-gradients", needed)
     return plan
 
 

@@ -26,7 +26,7 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
 # Techniques that are equal in result and wait for a measurement on a GPU; `bench --ablation` turns them one by one.
-FastPath = Literal["joined-weights", "fused-epilogue", "one-pass-gradients"]
+FastPath = Literal["joined-weights", "fused-epilogue", "one-pass-gradients", "fp32-weight-gradients"]
 
 
 def key(default: Any, doc: str, *, example: str = "") -> Any:
@@ -153,7 +153,8 @@ class Train:
         "optional techniques, equal in result and not yet measured on a GPU: "
         "joined-weights (q/k/v, and gate/up, as one tensor each), "
         "fused-epilogue (one Triton kernel for a product of an fp8 base, its scales and its LoRA update), "
-        "one-pass-gradients (those of an adapter's B from one reading of dy)",
+        "one-pass-gradients (those of an adapter's B from one reading of dy), "
+        "fp32-weight-gradients (of bf16 weights trained in full, never rounded to bf16)",
     )
 
 

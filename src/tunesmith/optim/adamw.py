@@ -57,6 +57,7 @@ class ParameterState:
     rounded: bool  # `param` is bf16 without a master, and rounded stochastically
     eight_bit: bool  # both moments are stored in 8 bits
     state: dict[str, Tensor] = field(default_factory=dict)  # moments and step count; empty before the first update
+    filled: Tensor | None = None  # of a layer that adds up `weight.grad` itself (`Fp32GradientLinear`): bool []
 
     @classmethod
     def of(cls, name: str, param: nn.Parameter, train: Train) -> ParameterState:
@@ -72,6 +73,16 @@ class ParameterState:
     def grad(self) -> Tensor:
         assert self.weight.grad is not None
         return self.weight.grad
+
+    @property
+    def has_grad(self) -> bool:
+        return self.weight.grad is not None and (self.filled is None or bool(self.filled))
+
+    def drop_grad(self) -> None:
+        if self.filled is None:
+            self.weight.grad = None
+        else:
+            self.filled.fill_(False)
 
     def initial_state(self) -> dict[str, Tensor]:
         """The state before the first update.

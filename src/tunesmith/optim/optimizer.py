@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tunesmith.config.schema import Train
 from tunesmith.errors import CheckpointError
 from tunesmith.optim.adamw import HALF, AdamWUpdate, ParameterState
+from tunesmith.optim.weight_gradients import Fp32GradientLinear
 
 
 class Optimizer:
@@ -64,8 +65,17 @@ class Optimizer:
             if train.optimizer_in_backward or part.weight is not part.param:
                 part.param.register_post_accumulate_grad_hook(partial(self._take_grad, part))
 
+    def use_fp32_gradients(self, layers: Iterable[tuple[str, Fp32GradientLinear]]) -> None:
+        """Update the weights of these layers by the gradients that the layers add up themselves."""
+        for name, layer in layers:
+            part = self.parts[name]
+            part.weight.grad, part.filled = layer.gradient, layer.filled
+            part.drop_grad()  # of a trial before the first step
+
     def _take_grad(self, part: ParameterState, param: Tensor) -> None:
         """As soon as autograd has made a gradient: add a 16-bit one to its fp32 master's; update in the backward."""
+        if part.filled is not None:  # autograd calls the hook, and has made no gradient
+            return
         if part.weight is not part.param:
             assert param.grad is not None
             if part.weight.grad is None:
@@ -94,7 +104,7 @@ class Optimizer:
         """
         if self.train.optimizer_in_backward:
             return _norm(torch.stack(self.norms))
-        return self._clip_and_update([part for part in self.parts.values() if part.weight.grad is not None])
+        return self._clip_and_update([part for part in self.parts.values() if part.has_grad])
 
     @torch.no_grad()
     def _clip_and_update(self, parts: list[ParameterState]) -> Tensor:
@@ -121,8 +131,8 @@ class Optimizer:
                 self.scale *= 2.0 if self.growth_tracker % self.GROWTH_INTERVAL == 0 else 1.0
             else:
                 self.scale, self.growth_tracker = self.scale / 2.0, 0
-        for weight in weights:
-            weight.grad = None
+        for part in parts:
+            part.drop_grad()
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -206,7 +206,8 @@ class MemoryEstimator:
         # An adapter's weights are fp32 and not in the base; while its checkpoint is written, they and the moments are
         # there twice.
         width, copies = (4, 12 * self.trained) if lora else (itemsize, 0)
-        gradients, adapter = width * self.trained, width * self.trained * lora
+        adapter = width * self.trained * lora
+        gradients = max(width, 4 * ("fp32-weight-gradients" in run.train.fast_paths)) * self.trained
         state = int(self.trained * state_bytes_per_parameter(run.train, width))
 
         more = 0 if self.machine.compiles[0] else 1

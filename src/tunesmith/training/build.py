@@ -43,6 +43,7 @@ from tunesmith.model.spec import flops
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.optim.optimizer import Optimizer
+from tunesmith.optim.weight_gradients import fp32_gradients
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime.device import choose_device
@@ -276,6 +277,7 @@ def make_optimizer(run: Run, model: TrainModel, start: Start) -> Optimizer:
     """The optimizer over everything that is trained, in the state of the checkpoint if there is one."""
     scale = LOSS_SCALE if run.model.dtype == "fp16" else None
     optimizer = Optimizer(model.trained_parameters(), run.train, loss_scale=scale)
+    optimizer.use_fp32_gradients(fp32_gradients(model.model))
     if start.found and start.progress:
         tensors, saved, where = read_optimizer(start.found.path), start.progress, str(start.found.path)
         optimizer.load_state_dict(tensors, scale=saved.loss_scale, growth_tracker=saved.good_steps, where=where)

@@ -1,0 +1,152 @@
+"""Weight gradients that are added up in fp32 by their product, beside exact sums and beside the ordinary path."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.checkpoint import checkpoint
+
+from recipes import make_run
+from tunesmith.config.schema import Train
+from tunesmith.optim.optimizer import Optimizer
+from tunesmith.optim.weight_gradients import accumulate_in_fp32, fp32_gradients
+from tunesmith.training.run import train
+
+NAME = "fp32-weight-gradients"
+
+
+class Block(nn.Module):
+    """Two linear layers, one of them with a bias, and a parameter whose gradient stays autograd's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48, bias=False), nn.Linear(48, 32)
+        self.scale = nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.silu(self.up(x * self.scale)))
+
+
+def blocks() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block()).bfloat16()
+
+
+def backward(model: nn.Sequential, seed: int, call: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__) -> None:
+    x = torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(seed)).bfloat16().requires_grad_()
+    for block in model:
+        x = call(block, x)
+    x.float().square().sum().backward()
+
+
+def test_the_sum_over_micro_batches_is_exact_and_the_next_step_starts_anew():
+    model = blocks()
+    seen: list[Tensor] = []
+    layer = model[0].down
+    layer.register_full_backward_hook(lambda _, __, d: seen.append(d[0].float().flatten(0, -2)))
+    layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().float().flatten(0, -2)))
+    assert accumulate_in_fp32(model) == 4
+    optimizer = Optimizer(model.named_parameters(), Train(clip_norm=None))
+    optimizer.use_fp32_gradients(fp32_gradients(model))
+    for step in range(2):
+        seen.clear()
+        for micro in range(3):
+            backward(model, 3 * step + micro)
+        exact = sum(d.T @ x for x, d in zip(seen[::2], seen[1::2], strict=True))
+        # Both are products of the same 16-bit numbers in fp32, added up in another order.
+        torch.testing.assert_close(dict(fp32_gradients(model))["0.down.weight"].gradient, exact, rtol=1e-5, atol=1e-5)
+        assert layer.weight.grad is None
+        optimizer.start_step(1e-2, step)
+        optimizer.step()
+
+
+def test_every_gradient_lies_nearer_to_fp32_than_that_of_the_ordinary_path():
+    wide, plain, fast = blocks().float(), blocks(), blocks()
+    accumulate_in_fp32(fast)
+    optimizers = [Optimizer(m.named_parameters(), Train()) for m in (plain, fast)]
+    optimizers[1].use_fp32_gradients(fp32_gradients(fast))
+    for model in (wide, plain, fast):
+        for micro in range(4):
+            backward(model, micro) if model is not wide else backward(model, micro, lambda m, x: m(x.float()))
+    for name, _ in fp32_gradients(fast):
+        reference = wide.get_parameter(name)
+        off = [(o.parts[name].grad - reference.grad).norm() / reference.grad.norm() for o in optimizers]
+        assert off[0] < 0.01, "eight bits of a bf16 number, a few roundings deep"
+        assert off[1] <= off[0], name
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+def test_compiled_layers_add_to_the_same_gradient(recomputed):
+    eager = blocks()
+    accumulate_in_fp32(eager)
+    fast = copy.deepcopy(eager)
+    again = partial(checkpoint, use_reentrant=False)
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(module)
+        return aot_eager(module, inputs)
+
+    compiled = torch.compile(lambda m, x: again(m, x) if recomputed else m(x), backend=backend)
+    for micro in range(3):
+        backward(eager, micro)
+        backward(fast, micro, compiled)
+    assert len(graphs) == 1, "blocks and micro batches share it"
+    for (name, a), (_, b) in zip(fp32_gradients(eager), fp32_gradients(fast), strict=True):
+        assert bool(b.filled)
+        torch.testing.assert_close(b.gradient, a.gradient, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def go(tiny: Path, folder: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
+    """Full fine-tuning of the tiny Llama in micro batches of two examples; its records."""
+    given = {"schedule": "constant", "warmup": "0 steps", "micro_batch": "2 examples", "duration": "12 steps"}
+    settings: dict[str, Any] = {"held": False, "adapter": {"kind": "none"}, "checkpoint": {"every": "4 steps"}}
+    dtype = changes.pop("dtype", "bf16")
+    out = str(folder / name)
+    run = make_run(tiny, folder, **settings, model={"dtype": dtype}, train={**given, **changes}, output_dir=out)
+    said: list[str] = []
+    train(run, say=said.append)
+    assert not any(NAME in text for text in said if "warning" in text)
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
+
+
+def test_a_run_s_curve_is_that_of_the_ordinary_path(tiny: Path, tmp_path: Path):
+    exact = [r["loss"] for r in go(tiny, tmp_path, "fp32", dtype="fp32")]
+    plain = [r["loss"] for r in go(tiny, tmp_path, "plain")]
+    fast = [r["loss"] for r in go(tiny, tmp_path, "fast", fast_paths=[NAME])]
+    assert fast != plain, "the path was not taken"
+    assert plain[-1] < plain[0] - 0.05
+    for a, b, c in zip(exact, plain, fast, strict=True):
+        # The forward in bf16 moves both by the same: some thousandths.
+        assert abs(c - a) / a < 0.01
+        assert abs(c - b) / b < 2e-3
+
+
+def test_resumed_is_uninterrupted(tiny: Path, tmp_path: Path):
+    whole = go(tiny, tmp_path, "whole", fast_paths=[NAME])
+    go(tiny, tmp_path, "cut", fast_paths=[NAME], duration="4 steps")
+    cut = go(tiny, tmp_path, "cut", fast_paths=[NAME])
+    assert [r["loss"] for r in cut] == [r["loss"] for r in whole]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"adapter": {"kind": "lora"}}, {"model": {"dtype": "fp32"}}, {"train": {"master_weights": "stochastic"}}],
+)
+def test_where_it_has_no_effect_the_start_says_so(changes, tiny: Path, tmp_path: Path):
+    given = {"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}, "output_dir": str(tmp_path / "run")} | changes
+    given["train"] = {"duration": "1 steps", "warmup": "0 steps", "fast_paths": [NAME], **given.get("train", {})}
+    said: list[str] = []
+    train(make_run(tiny, tmp_path, held=False, **given), say=said.append)
+    assert any(NAME in text and "no effect" in text for text in said)
