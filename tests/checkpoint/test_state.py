@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from page_cache import resident
 from tunesmith.checkpoint import run_dir, state
 from tunesmith.errors import CheckpointError
 
@@ -33,6 +34,17 @@ def test_manifest_has_sizes_and_checksums(tmp_path: Path) -> None:
     assert len(manifest["files"]["a.bin"]["sha256"]) == 64
     assert state.find_damage(place) is None
     assert state.step_of(place) == 7
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages")
+def test_nothing_of_it_stays_in_the_page_cache(tmp_path: Path) -> None:
+    """48 GiB of a 3B model trained in full would fill the memory that a GB10's GPU shares."""
+    (tmp_path / "other").write_bytes(bytes(1 << 20))
+    if resident(tmp_path / "other") < 200:
+        pytest.skip("this file system does not cache")
+    with state.writing(tmp_path / "checkpoint-1", 1) as folder:
+        (folder / "weights").write_bytes(bytes(1 << 20))
+    assert resident(tmp_path / "checkpoint-1" / "weights") == 0
 
 
 @pytest.mark.parametrize(

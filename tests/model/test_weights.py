@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from page_cache import resident
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.hub import fetch
@@ -383,21 +384,6 @@ def test_peak_memory_is_the_model_and_one_slice(tmp_path: Path, dtype: str) -> N
     assert size > 90 << 20
     # the stage of 16 MiB where dtypes differ, and what the allocator and lazily loaded code take
     assert extra < (24 << 20), f"{extra / 2**20:.1f} MiB beside a model of {size / 2**20:.0f} MiB"
-
-
-def resident(file: Path) -> int:
-    """Pages of a file in the page cache, as mincore(2) tells; reading to find out would bring them in."""
-    import ctypes
-    import mmap
-
-    with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
-        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
-        view = ctypes.c_char.from_buffer(mapped)
-        libc = ctypes.CDLL(None, use_errno=True)
-        failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(len(mapped)), pages)
-        del view
-        assert not failed
-        return sum(page & 1 for page in pages)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tunesmith.errors import CheckpointError, disk_fault
 from tunesmith.host_files import follow_umask
+from tunesmith.model.safetensors_files import open_uncached
 
 MANIFEST, CARD = "manifest.json", "README.md"
 Fill = Callable[[Path], None]  # writes files into an empty folder
@@ -54,7 +55,9 @@ def seal(folder: Path, step: int) -> None:
     entries = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         _flush(path)
-        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        with open_uncached(path) as file:  # on unified memory a checkpoint in the page cache would be in the GPU's way
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"step": step, "files": entries}, indent=1))
     _flush(manifest)
