@@ -210,16 +210,20 @@ def test_the_variants_are_the_other_values_of_a_recipes_keys(tiny: Path, tmp_pat
     changes = {"adapter": {"kind": "none"}, "train": {"recompute": "full"}, "data": {"pack": False}}
     full = dict(ablation.variants(make_run(tiny, tmp_path, **changes), gpu=False))
     assert all(change.startswith("train.fast_paths=") for change in full.values())
-    assert not ablation.LORA_ONLY & set(full)
+    assert "joined-weights" not in full
+
+
+PATHS = get_args(FastPath)
 
 
 def test_each_fast_path_is_switched_by_itself(tiny: Path, tmp_path: Path) -> None:
-    paths = get_args(FastPath)
-    off = dict(ablation.variants(make_run(tiny, tmp_path), gpu=True))
-    assert {
-        path: f"train.fast_paths=[{path}]" for path in paths if path not in ablation.FULL_ONLY
-    }.items() <= off.items()
-    assert not ablation.FULL_ONLY & set(off)
+    eight_bit = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
+    found = [dict(ablation.variants(run, gpu=True)) for run in (eight_bit, make_run(tiny, tmp_path))]
+    assert "fused-epilogue" in found[0]
+    assert "fused-epilogue" not in found[1], "it is in 8-bit products only"
+    for variants in found:
+        assert all(variants.get(path, change) == change for path in PATHS for change in [f"train.fast_paths=[{path}]"])
+        assert "joined-weights" in variants
     on = dict(ablation.variants(make_run(tiny, tmp_path, train={"fast_paths": ["joined-weights"]}), gpu=True))
     assert on["without joined-weights"] == "train.fast_paths=[]"
     assert "joined-weights" not in on

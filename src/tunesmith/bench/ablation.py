@@ -18,9 +18,18 @@ from tunesmith.config.schema import FastPath, Model, Run
 from tunesmith.errors import RunError
 
 BASELINE = "as given"
-# Fast paths that have no effect in the other kind of run
-LORA_ONLY = {"joined-weights", "wide-products", "one-pass-gradients", "fused-epilogue"}
-FULL_ONLY = {"fp32-weight-gradients"}
+
+
+def has_effect(path: str, run: Run) -> bool:
+    """Whether a fast path can change what a run computes; the others are not worth a variant's minute."""
+    lora, base = run.adapter.kind == "lora", run.model.quantize
+    effects = {
+        "fused-epilogue": lora and base in ("fp8", "int8"),
+        "wide-products": lora and base == "none",
+        "fp32-weight-gradients": not lora,
+        "last-layer-rows": True,
+    }
+    return effects.get(path, lora)
 
 
 def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
@@ -38,7 +47,7 @@ def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
         if base != model.quantize:
             yield {"none": "dense base"}.get(base, f"base in {base}"), f"model.quantize={base}"
     for path in get_args(FastPath):
-        if path not in (FULL_ONLY if lora else LORA_ONLY):
+        if has_effect(path, run):
             taken = path in train.fast_paths
             paths = [name for name in train.fast_paths if name != path] + [path] * (not taken)
             yield f"without {path}" if taken else path, f"train.fast_paths=[{', '.join(paths)}]"
