@@ -26,10 +26,12 @@ from tunesmith.packages import bitsandbytes
 from tunesmith.quant.eight_bit import select_scaling
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight, FrozenWeight
+from tunesmith.quant.scaled_matmul import FUSED, INT8, KINDS
 
 RANK = 8
 HIDDEN, MLP, KV = 4096, 14336, 1024
 BF16 = torch.bfloat16
+EIGHT_BIT = ("fp8", FUSED["fp8"], "int8", INT8)  # with the kernel of ours and with torch's product
 
 
 class Timings:
@@ -80,18 +82,18 @@ def dense_products(timed: Timings, draw: Callable[..., Tensor], n: int, k: int, 
 
 
 def weights_of(base: str, dense: list[Tensor], device: torch.device) -> list[FrozenWeight]:
-    """Frozen weights in a base: bf16, fp8 or int8, as this device scales it."""
+    """Frozen weights in a base: bf16; fp8 or int8, as this device scales it; or a kind of them by its full name."""
     if base == "bf16":
         return [DenseWeight("dense", [w], (w.shape[0], w.shape[1])) for w in dense]
-    kind = select_scaling(base, device).kind
+    kind, why = select_scaling(base, device) if base in KINDS else (base, "")
     if kind is None:
-        raise RuntimeError(select_scaling(base, device).why)
+        raise RuntimeError(why)
     return [EightBitWeight.from_dense(kind, w) for w in dense]
 
 
 def groups(timed: Timings, draw: Callable[..., Tensor], n: int, names: dict[str, tuple[int, list[int]]]) -> None:
     """Layers of one input as the engine computes them, forward and backward, apart and as one weight."""
-    for base in ("bf16", "fp8", "int8"):
+    for base in ("bf16", *EIGHT_BIT):
         for name, (k, rows) in names.items():
             x, dense = draw(n, k).requires_grad_(), [draw(m, k) for m in rows]
             a = [draw(RANK, k).float().requires_grad_() for _ in rows]
@@ -140,7 +142,7 @@ def main() -> None:
     groups(
         timed, draw, n, {"q/k/v": (hidden, [hidden, kv, kv]), "gate/up": (hidden, [mlp, mlp]), "down": (mlp, [hidden])}
     )
-    for base in ("fp8", "int8"):
+    for base in EIGHT_BIT:
         for rows in (n, 256, 1):
             try:
                 (weight,), x = weights_of(base, [draw(hidden, mlp)], device), draw(rows, mlp)
