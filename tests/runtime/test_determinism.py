@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from devices import cpu_and_gpu
 from recipes import make_run
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RunError, StoppedError
@@ -19,7 +20,6 @@ from tunesmith.runtime.determinism import WORKSPACE, deterministic_algorithms
 from tunesmith.training.run import train
 
 ON = {"deterministic": True}
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a CUDA GPU")]
 
 
 def state() -> tuple[bool, ...]:
@@ -121,10 +121,11 @@ def test_an_operator_that_cannot_is_named_with_the_key(
     assert "train.deterministic=false" in text
 
 
+@cpu_and_gpu
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
-def test_20_steps_resumed_on_a_gpu(device: str, deterministic: bool, tiny: Path, tmp_path: Path) -> None:
-    """Bitwise with the key. Without it FlashAttention's backward sums in any order: gradients differ by bf16's rounding,
+def test_20_steps_resumed(deterministic: bool, tiny: Path, tmp_path: Path) -> None:
+    """Bitwise with the key. Without it, on a GPU, FlashAttention's backward sums in any order: gradients differ by bf16's rounding,
     2**-8 of the largest, which 10 steps of rate 1e-3 turn into a thousandth of the loss."""
     changes = {"duration": "20 steps", "deterministic": deterministic}
     for name in ("whole", "resumed"):
@@ -132,7 +133,9 @@ def test_20_steps_resumed_on_a_gpu(device: str, deterministic: bool, tiny: Path,
     whole, resumed = (
         make_run(tiny, tmp_path / name, model={"dtype": "bf16"}, train=changes) for name in ("whole", "resumed")
     )
-    expected, found = losses(whole)[10:], stopped_and_resumed(resumed, 10)
+    found = stopped_and_resumed(resumed, 10)
+    assert len(found) in (9, 10), "a GPU's record comes one step late, and so does the stop that it asks for"
+    expected = losses(whole)[-len(found) :]
     if deterministic:
         assert found == expected
         assert all(torch.equal(trained(resumed)[name], tensor) for name, tensor in trained(whole).items())
