@@ -224,6 +224,8 @@ def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[
         for name, p in model.named_parameters():  # made outside the mode
             module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             setattr(module, key, torch.nn.Parameter(fake.from_tensor(p), requires_grad=p.requires_grad))
+        if "joined-weights" in run.train.fast_paths:
+            lora.join_weights(model, torch.device("cpu"))
         if run.model.quantize in EIGHT_BIT:
             convert = getattr(lora, "convert_to_eight_bit", None) or lora.convert_to_fp8  # an older name
             convert(model, EIGHT_BIT[run.model.quantize])
