@@ -2,9 +2,9 @@
 
     python benchmarks/micro.py out.json [--tokens 16384] [--divide 1] [--repeat 20]
 
-Base, LoRA and 8-bit products, the same joined and widened as `train.fast_paths` does, weight gradients in fp32, whole groups
-forward and backward, attention, and the unpacking of nf4. A product that fails is noted with its error, and the others go
-on. `--divide` makes every width smaller, so that a CPU shows that all of them run.
+Base, LoRA and 8-bit products, LoRA's gradients in one pass, base and LoRA widened to one product, weight gradients in fp32,
+whole groups, apart and joined, forward and backward, attention, and the unpacking of nf4. A product that fails is noted
+with its error, and the others go on. `--divide` makes every width smaller, so that a CPU shows that all of them run.
 """
 
 from __future__ import annotations
@@ -74,11 +74,18 @@ def dense_products(timed: Timings, draw: Callable[..., Tensor], n: int, k: int, 
     timed(f"low B^T, {shape}", lambda: low @ b.T)
     timed(f"d_low = dy B, {shape}", lambda: dy @ b)
     timed(f"dB = dy^T low, {shape}", lambda: dy.T @ low)
+    timed(f"d_low and dB in one pass, {shape}", lambda: in_one_pass(dy, b, low))
     timed(f"dA = d_low^T x, {shape}", lambda: low.T @ x)
     wide_x, wide_w = torch.cat([x, low], 1), torch.cat([w, b], 1)
     timed(f"[x | low] [W | B]^T, {shape}", lambda: wide_x @ wide_w.T)
     timed(f"dW = dy^T x in bf16, {shape}", lambda: dy.T @ x)
     timed(f"dW = dy^T x in fp32, {shape}", lambda: torch.mm(dy.T, x, out_dtype=torch.float32))
+
+
+def in_one_pass(dy: Tensor, b: Tensor, low: Tensor) -> None:
+    from tunesmith.quant.one_pass import lora_gradients  # Triton comes with torch's CUDA builds only
+
+    lora_gradients(dy, b, low)
 
 
 def weights_of(base: str, dense: list[Tensor], device: torch.device) -> list[FrozenWeight]:

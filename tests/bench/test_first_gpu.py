@@ -80,7 +80,7 @@ def test_the_preparation_is_a_script_that_bash_reads() -> None:
 
 
 def test_the_micro_timings_run_and_tell_what_failed(tmp_path: Path) -> None:
-    """Of a CPU's products only the fp32 output of a bf16 product is missing."""
+    """A CPU lacks the fp32 output of a bf16 product, and the Triton kernel of LoRA's gradients."""
     out = tmp_path / "micro.json"
     words = [SCRIPTS / "micro.py", out, "--tokens", "64", "--divide", "16", "--repeat", "1"]
     env = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent / "src"), "OMP_NUM_THREADS": "1"}
@@ -88,5 +88,5 @@ def test_the_micro_timings_run_and_tell_what_failed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())["milliseconds"]
     failed = {name for name, value in found.items() if isinstance(value, str)}
-    assert failed == {name for name in found if "in fp32" in name}
+    assert failed == {name for name in found if "in fp32" in name or "in one pass" in name}
     assert len(found) > 50
