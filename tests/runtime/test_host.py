@@ -75,6 +75,14 @@ def test_variables_and_a_torch_of_the_user_stay_as_they_are() -> None:
     assert started(first="import torch; torch.set_num_threads(5)") == ["None", "None", "5"]
 
 
+@pytest.mark.parametrize(("before", "threads"), [(None, 4), (3, 3), (7, 7), (2, 4), (8, 4)])
+def test_a_resumed_run_keeps_the_threads_that_it_had_unless_the_machine_is_another(before, threads) -> None:
+    """A sum of a million numbers is rounded otherwise by another number of threads, so a clipped step is too."""
+    keep = f"import torch; torch.set_num_threads(4); from tunesmith.runtime.host import keep_threads; keep_threads({before})"
+    assert started(first=keep) == ["None", "None", str(threads)]
+    assert started(first=keep, OMP_NUM_THREADS="4") == ["None", "None", "4"]
+
+
 BUSY_LOOP = [sys.executable, "-c", "print('on', flush=True)\nwhile True: pass"]
 
 

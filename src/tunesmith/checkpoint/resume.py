@@ -31,7 +31,7 @@ START_OVER = "start over with --fresh (the old run is put aside), or use another
 class Progress:
     """Where a run stands: all that a resumed run needs beside tensors. The fields are the keys of progress.json.
 
-    The hashes and `micro_batch` are None in a checkpoint of an older version.
+    The hashes, `micro_batch` and `threads` are None in a checkpoint of an older version.
     """
 
     step: int = 0  # optimizer steps done
@@ -48,6 +48,7 @@ class Progress:
     validation_hash: str | None = None  # of the held-out ones
     model_hash: str | None = None  # of the base's weights, see `weights_digest`
     micro_batch: str | None = None  # what one forward takes, such as `4096 tokens`
+    threads: int | None = None  # that torch computes with on the host
 
     def write(self, folder: Path) -> None:
         """Write progress.json into a checkpoint's folder."""

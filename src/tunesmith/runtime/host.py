@@ -19,6 +19,7 @@ LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no more on 64 bit
 NEVER = 2**31 - 1
 CACHED_SHAPES = "128"  # between the two that were measured; a cached shape holds about half a megabyte
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+NAMED = "as the environment says"
 SAMPLE_SECONDS = 0.06  # six ticks a core: enough to tell a core that computes from one that does not
 
 
@@ -76,7 +77,7 @@ def prepare_threads() -> str:
     """
     named = any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
     if "torch" in sys.modules or sys.platform != "linux":
-        return "as the environment says" if named else "as torch chose"
+        return NAMED if named else "as torch chose"
     before = _read_stat()
     time.sleep(SAMPLE_SECONDS)
     cores = measure_cores(before, _read_stat())
@@ -85,7 +86,22 @@ def prepare_threads() -> str:
     count, why = cores.threads()
     if not named:
         os.environ["OMP_NUM_THREADS"] = str(count)
-    return "as the environment says" if named else why
+    return NAMED if named else why
+
+
+def keep_threads(before: int | None) -> str:
+    """Give a resumed run the threads that it had `before` (None: not known); returns why so many.
+
+    A sum over a whole tensor is split by threads, and another number of them rounds it otherwise. Numbers within a factor of
+    two may be those of one machine, more or less busy; others are left, and so are those that the environment names.
+    """
+    import torch
+
+    why, now = prepare_threads(), torch.get_num_threads()
+    if before is not None and before != now and why != NAMED and max(before, now) < 2 * min(before, now):
+        torch.set_num_threads(before)
+        return "those of the checkpoint"
+    return why
 
 
 def _read_stat() -> str:

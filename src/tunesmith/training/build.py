@@ -9,7 +9,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tunesmith.adapter import lora
 from tunesmith.adapter.peft_files import find_adapter, read_adapter
 from tunesmith.build_model import EIGHT_BIT_PROBE_TOKENS, Weights, build_model, count_trained, define_model
 from tunesmith.checkpoint.export import read_optimizer
-from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
+from tunesmith.checkpoint.resume import Progress, Start, check_unchanged, describe_resume
 from tunesmith.checkpoint.run_dir import IDENTITY, RECIPE
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
@@ -47,7 +47,7 @@ from tunesmith.optim.weight_gradients import fp32_gradients
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime.device import choose_device
-from tunesmith.runtime.host import prepare_threads
+from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.plan import RunPlan
 from tunesmith.runtime.resolve import probe_machine, resolve_plan
 from tunesmith.runtime.transfer import DevicePrefetcher
@@ -111,7 +111,7 @@ def build(
         weights: "random" draws them on the device; `model.name` is then a folder that needs none.
         measured: for figures alone: no room is asked for checkpoints, and rows are repeated so that no step is short.
     """
-    device = choose_device()
+    device, before = choose_device(), start.progress or Progress()
     check_machine(run, device)
     check_inputs(run, start)
     folder = fetch.fetch(run.model, progress=say) if weights == "stored" else Path(run.model.name)
@@ -145,14 +145,14 @@ def build(
     for text in (*plan.warnings, root.describe(), *plan.describe(why=why), *describe_micro_batch(start, run, plan)):
         say(text)
     if device.type == "cpu":
-        say(f"threads: {torch.get_num_threads()}, {prepare_threads()}")
+        plan = replace(plan, why={**plan.why, "threads": keep_threads(before.threads)})
+        say(f"threads: {torch.get_num_threads()}, {plan.why['threads']}")
     peak = hardware.find_peak(device, load.DTYPES[run.model.dtype])
     if peak.tflops and not peak.published:
         say(f"MFU is taken against {peak.tflops:.0f} TFLOP/s, {peak.source}")
     session = Session(run, files, data, root, optimizer, plan, total_steps, hashes, peak)
-    first = start.progress.step if start.progress else 0
-    if run.train.optimizer_in_backward and (total_steps is None or first < total_steps):
-        check_one_micro_batch(run, session.loader(first).batch(first))
+    if run.train.optimizer_in_backward and (total_steps is None or before.step < total_steps):
+        check_one_micro_batch(run, session.loader(before.step).batch(before.step))
     return session
 
 
@@ -289,7 +289,10 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     out, plan = Path(session.run.output_dir), session.plan
     found = {"recipe_hash": digest(session.run), **session.hashes, "template": session.data.template.name}
     choices = {part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()}
-    choices["threads"] = {"taken": str(torch.get_num_threads()), "why": prepare_threads()}
+    choices["threads"] = {
+        "taken": str(torch.get_num_threads()),
+        "why": plan.why.get("threads", "only the host's part runs on the CPU"),
+    }
     peak = {"mfu_peak": session.peak._asdict()}
     env = {**hardware.describe_machine(argv), **found, **peak, "choices": choices}
     write_atomically(out / IDENTITY, json.dumps(env, indent=1))

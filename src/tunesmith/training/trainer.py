@@ -63,7 +63,8 @@ class Trainer:
     def __init__(self, session: Session, start: Start, sinks: Sinks, stop: StopRequest) -> None:
         self.session, self.run, self.sinks, self.stop = session, session.run, sinks, stop
         self.out = Path(session.run.output_dir)
-        now = {"ended": None, "micro_batch": str(session.plan.layout.micro_batch), **session.hashes}
+        layout = {"micro_batch": str(session.plan.layout.micro_batch), "threads": torch.get_num_threads()}
+        now = {"ended": None, **layout, **session.hashes}
         self.progress = dataclasses.replace(start.progress or Progress(), **now)
         self.first_step = self.progress.step
         self.records: list[StepRecord] = []
