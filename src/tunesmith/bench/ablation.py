@@ -23,12 +23,7 @@ BASELINE = "as given"
 def has_effect(path: str, run: Run) -> bool:
     """Whether a fast path can change what a run computes; the others are not worth a variant's minute."""
     lora, base = run.adapter.kind == "lora", run.model.quantize
-    effects = {
-        "fused-epilogue": lora and base in ("fp8", "int8"),
-        "wide-products": lora and base == "none",
-        "fp32-weight-gradients": not lora,
-        "last-layer-rows": True,
-    }
+    effects = {"fused-epilogue": lora and base in ("fp8", "int8"), "fp32-weight-gradients": not lora}
     return effects.get(path, lora)
 
 
