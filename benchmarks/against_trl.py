@@ -5,7 +5,8 @@
 Each round starts one process per contender, in turn, so that a noisy machine is noisy for all. Reported for each:
 non-padding tokens/s over the timed steps (data loading included), peak memory (allocated on a GPU, else resident), the
 loss of each step, and the ratio of the medians. Rows are alpaca-like JSON; every contender trains on the same text in
-the same order, on every token. A model of a true shape with random weights: benchmarks/random_model.py.
+the same order, on every token. `--busy N` starts N processes beside them that compute without end. A model of a true
+shape with random weights: benchmarks/random_model.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +45,8 @@ def texts(path: str, count: int, eos: str = "") -> list[str]:
 
 def tunesmith_run(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """tunesmith, through the same `train` that the command calls."""
+    from tunesmith import train  # which prepares this process's threads before it loads torch
     from tunesmith.config.load import from_mapping
-    from tunesmith.training.run import train
 
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(a.data, a.steps * a.batch)))
@@ -144,6 +147,18 @@ def measure(contender: str) -> dict[str, Any]:
     return json.loads(found[-1].removeprefix("REPORT "))
 
 
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """`count` processes that compute without end."""
+    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
 def main() -> None:
     """Run all contenders in turn, `--rounds` times, and print the table."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,6 +169,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=6)
     p.add_argument("--skip", type=int, default=2, help="first steps that are not timed")
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--busy", type=int, default=0, metavar="N", help="processes beside them that compute without end")
     p.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     p.add_argument("--json", help="write the report here")
     p.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
@@ -163,14 +179,12 @@ def main() -> None:
         contend(a)
         return
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
-    for round_ in range(a.rounds):
-        for name, done in runs.items():
-            done.append(measure(name))
-            last = done[-1]
-            print(
-                f"round {round_ + 1}  {name:12}  {last['tokens_per_second']:8.1f} tok/s  {last['peak_gib']:.2f} GiB",
-                flush=True,
-            )
+    with neighbours(a.busy):
+        for round_ in range(a.rounds):
+            for name, done in runs.items():
+                done.append(measure(name))
+                speed, peak = (done[-1][figure] for figure in ("tokens_per_second", "peak_gib"))
+                print(f"round {round_ + 1}  {name:12}  {speed:8.1f} tok/s  {peak:.2f} GiB", flush=True)
     table = {
         name: {
             "tokens_per_second": statistics.median(r["tokens_per_second"] for r in done),

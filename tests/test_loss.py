@@ -9,7 +9,15 @@ from torch import nn
 
 from tunesmith.adapter.lora import LoraLinear
 from tunesmith.config.schema import Adapter
-from tunesmith.loss import TILE, chunk_size, chunked_cross_entropy, even_chunk_size, token_cross_entropy, token_logprobs
+from tunesmith.loss import (
+    TILE,
+    chunk_size,
+    chunked_cross_entropy,
+    even_chunk_size,
+    loss_and_grad,
+    token_cross_entropy,
+    token_logprobs,
+)
 
 CAPS = [{}, {"softcap": 3.0}, {"scale": 0.25}, {"softcap": 3.0, "scale": 2.0}]
 
@@ -166,3 +174,22 @@ def test_a_chunk_on_a_gpu_is_whole_tiles_within_its_budget():
     assert chunk_size(128_256, 16384, gpu, **large) == 2048
     assert chunk_size(128_256, 16384, gpu, **large, trained=True) == 4096
     assert chunk_size(128_256, 2048, gpu, **large) == 512, "the peak of a small micro batch stays small"
+
+
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 0.5)])
+def test_a_chunk_of_16_bit_logits_is_scored_as_in_fp64(softcap: float | None, scale: float) -> None:
+    """More rows than are scored together, with labels that are all but certain and all but impossible."""
+    torch.manual_seed(3)
+    raw = (torch.randn(37, 500) * 4).bfloat16()
+    targets, weights = torch.randint(0, 500, (37,)), torch.rand(37) + 0.5
+    raw[0, targets[0]], raw[1, targets[1]] = 40.0, -200.0
+    exact = raw.double().requires_grad_()
+    logits = exact * scale if softcap is None else softcap * torch.tanh(exact * scale / softcap)
+    expected = (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    expected.backward()
+    loss, grad = loss_and_grad(raw.clone(), targets, weights, softcap, scale)
+    assert loss.dtype == torch.float32
+    # fp32 with an exponential of 20 units in the last place; a 16-bit loss would be off by a thousandth.
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
+    # Half a unit in the last place of bf16, and the gradient's own cancellation where a label is all but certain.
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=2**-8, atol=1e-5)

@@ -182,12 +182,10 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
+        silu = F.silu(gate)
         d_up = grads[0] * silu
-        # silu'(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s)
-        d_silu = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-        return (grads[0] * up).mul_(d_silu), d_up
+        d_gate: Tensor = torch.ops.aten.silu_backward(torch.mul(grads[0], up, out=silu), gate)
+        return d_gate, d_up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
