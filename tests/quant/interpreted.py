@@ -6,8 +6,11 @@ The interpreter multiplies the bits of bf16 as integers, so what is bf16 on a GP
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from tunesmith.quant.eight_bit import matmul_fault
+from tunesmith.quant.frozen_matmul import grouped_matmul
+from tunesmith.quant.frozen_weight import EightBitWeight
 from tunesmith.quant.scaled_matmul import FUSED, KINDS, hadamard, quantize, scaled_matmul
 from tunesmith.quant.triton_matmul import fused_matmul
 
@@ -38,7 +41,22 @@ def main() -> None:
     assert torch.allclose(
         fused_matmul(rows, rows, torch.float32), scaled_matmul(KINDS["int8"][0], rows, rows, torch.float32)
     )
-    print(f"{checked + 1} checks")
+    checked += 1
+    plain, fused = (operator(kind) for kind in (KINDS["int8"][0], FUSED["int8"]))
+    for a, b in zip(plain, fused, strict=True):
+        assert a.norm() > 0
+        assert (a - b).norm() / a.norm() < 1e-5  # equal integers and scales; sums of fp32 in another order
+        checked += 1
+    print(f"{checked} checks")
+
+
+def operator(kind: str) -> list[Tensor]:
+    """Outputs and gradients of q, k and v as a layer computes them, with weights of this kind."""
+    torch.manual_seed(0)
+    weights = [EightBitWeight.from_dense(kind, torch.randn(m, 96)) for m in (144, 48, 48)]
+    x, *lora = (torch.randn(*size).requires_grad_() for size in ((70, 96), *[(4, 96)] * 3, (144, 4), (48, 4), (48, 4)))
+    ys = grouped_matmul(x, weights, [None] * 3, lora[:3], lora[3:])
+    return [*ys, *torch.autograd.grad(sum((y * torch.randn_like(y)).sum() for y in ys), [x, *lora])]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def run(script: str, **variables: str) -> str:
 
 
 def test_scales_update_and_sum_are_applied_in_the_interpreter():
-    assert run("interpreted.py", TRITON_INTERPRET="1") == "55 checks\n"
+    assert run("interpreted.py", TRITON_INTERPRET="1") == "65 checks\n"
 
 
 def test_the_assembler_takes_the_largest_tile_on_every_chip(tmp_path):
