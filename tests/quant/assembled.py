@@ -23,14 +23,14 @@ def main() -> None:
         for dtype in ("i8", "fp8e4nv"):
             types = dict.fromkeys(("a", "b"), f"*{dtype}") | dict.fromkeys(("a_scale", "b_scale"), "*fp32")
             types |= dict.fromkeys(("xa", "update", "y"), "*bf16")
-            numbers = ("n", "m", "k", "a_step", "b_step", "xa_step", "update_step", "update_rank_step")
+            numbers = ("n", "m", "k", "b_row", "a_step", "b_step", "xa_step", "update_step", "update_rank_step")
             fixed = {"INT8": dtype == "i8", "RANK": 8, "PADDED_RANK": LEAST_RANK, "ADD": True, "GROUP": GROUP}
             fixed |= {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth}
             source = ASTSource(
                 fn=scaled_kernel.fn,
                 signature=types | dict.fromkeys(numbers, "i32") | dict.fromkeys(fixed, "constexpr"),
                 constexprs=fixed,
-                attrs={(i,): ALIGNED for i in (*range(7), 8, 9)},  # every pointer, m and k
+                attrs={(i,): ALIGNED for i in (*range(7), 8, 9, 10)},  # every pointer, m, k and b_row
             )
             made = triton.compile(
                 source, target=GPUTarget("cuda", chip, 32), options={"num_warps": warps, "num_stages": stages}

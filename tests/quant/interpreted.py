@@ -29,6 +29,7 @@ def main() -> None:
         for n, m, k, rank in ((1, 48, 64, 1), (130, 144, 96, 12), (129, 80, 288, 24)):
             x, w, xa, a, onto = (torch.randn(*size) for size in ((n, k), (m, k), (n, 40), (rank, m), (n, m)))
             left, right = (quantize(plain, t, *([signs] if "int8" in plain else [])) for t in (x, w))
+            right = (torch.cat([right[0], right[0]], 1)[:, :k], right[1])  # rows that lie apart
             expected = (left[0].double() * left[1]) @ (right[0].double() * right[1]).T
             xa = xa[:, 3 : 3 + rank]  # a view into the stacked xa of a group
             for update, y in ((None, None), ((xa, a.T), None), ((xa, a.T.contiguous()), onto), (None, onto)):

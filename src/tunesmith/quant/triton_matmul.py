@@ -28,7 +28,7 @@ GROUP = 8  # tiles of rows that go through all columns before the next, so that 
 @triton.autotune(CONFIGS if torch.cuda.is_available() else CONFIGS[2:3], key=["m", "k"], restore_value=["y"])
 @triton.jit
 def scaled_kernel(  # type: ignore[no-untyped-def]
-    a, b, a_scale, b_scale, xa, update, y, n, m, k, a_step, b_step, xa_step, update_step, update_rank_step,
+    a, b, a_scale, b_scale, xa, update, y, n, m, k, b_row, a_step, b_step, xa_step, update_step, update_rank_step,
     INT8: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr, ADD: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def scaled_kernel(  # type: ignore[no-untyped-def]
     depth = tl.arange(0, DEPTH)
     # Rows beyond the end repeat the first ones; their results are not stored.
     a_tile = a + (rows % n).to(tl.int64)[:, None] * k + depth[None, :]
-    b_tile = b + (columns % m).to(tl.int64)[None, :] * k + depth[:, None]
+    b_tile = b + (columns % m).to(tl.int64)[None, :] * b_row + depth[:, None]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.int32 if INT8 else tl.float32)
     for at in range(0, k, DEPTH):
         left = tl.load(a_tile, mask=depth[None, :] < k - at, other=0.0)
@@ -77,6 +77,7 @@ def fused_matmul(
 ) -> Tensor:
     """left [n, k] times the transpose of right [m, k], each as from `quantize`: [n, m] in `dtype`.
 
+    The rows of `right` may lie apart, as those of a part of joined weights do.
     update: [n, rank] and [m, rank], whose product is added; the second may be a transposed view.
     onto: [n, m], contiguous, to which all is added in place; it is then the result.
     """
@@ -87,7 +88,7 @@ def fused_matmul(
     padded = max(LEAST_RANK, triton.next_power_of_2(rank))
     xa = xa if xa.stride(1) == 1 else xa.contiguous()
     scaled_kernel[lambda tile: (triton.cdiv(len(a), tile["ROWS"]) * triton.cdiv(len(b), tile["COLUMNS"]),)](
-        a, b, a_scale, b_scale, xa, other, y, len(a), len(b), a.shape[1], len(a_scale) > 1, len(b_scale) > 1,
+        a, b, a_scale, b_scale, xa, other, y, len(a), len(b), a.shape[1], b.stride(0), len(a_scale) > 1, len(b_scale) > 1,
         xa.stride(0), other.stride(0), other.stride(1), INT8=a.dtype == torch.int8, RANK=rank, PADDED_RANK=padded,
         ADD=onto is not None, GROUP=GROUP,
     )  # fmt: skip

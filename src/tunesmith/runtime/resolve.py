@@ -36,6 +36,7 @@ from tunesmith.runtime.savings import find_savings
 from tunesmith.units import Size
 
 MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
+PROBE_ROWS = 4096  # of the 8-bit products that are tried at start: 3 GiB for the widest layers of an 8B model
 USABLE = 0.9  # of the free memory, to plan with: the rest is the allocator's, and the estimate's error
 # A plan beyond this is refused. Weights, gradients and moments are counted, and the one estimate of activations that was
 # compared with a GPU was 1.5 % too small; segments that the allocator cannot fill take a few percent (not measured).
@@ -66,14 +67,16 @@ def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tupl
 def probe_machine(run: Run, files: ModelFiles, device: torch.device, shapes: Sequence[tuple[int, int]] = ()) -> Machine:
     """What this machine has for a run, found by trying: backends, compiler, memory, 8-bit matmuls.
 
-    `shapes` are those of `lora.eight_bit_shapes`, tried with as few and as many rows as a run may have.
+    `shapes` are those of `lora.eight_bit_shapes`, tried with many rows, few and one; many first, as the tiles of a Triton
+    kernel are chosen by the first product of a shape.
     """
-    quantize, rows = run.model.quantize, (1, 16, MAX_TOKENS[device.type])
+    free = free_memory(device)  # before the products are tried: torch keeps their memory, for the model to use
+    quantize, rows = run.model.quantize, (PROBE_ROWS, 16, 1)
     fused = "fused-epilogue" in run.train.fast_paths
     found = eight_bit.select_scaling(quantize, device, shapes, rows, fused=fused) if quantize in KINDS else (None, "")
     return Machine(
         str(device),
-        free_memory(device),
+        free,
         card_bytes=card_bytes(device) or physical_memory(),
         integrated=is_integrated(device),
         attention=attention_backend(run, files, device),
