@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,63 +18,65 @@ from tunesmith.units import Size
 
 SHORTEST = 128  # tokens of data.seq_len that is offered; shorter ones cut most answers
 
+Keys = dict[str, Any]  # dotted recipe keys and their new values
+
 
 def find_savings(run: Run, plan: RunPlan, plan_of: Callable[[Run], RunPlan], *, below: int) -> tuple[Saving, ...]:
     """Changes that bring a run below so many bytes: of each kind the smallest, in the order in which a user would try them.
 
-    Where none does alone, or only training an adapter, the first two or three that do together come last. `plan_of`
-    plans a changed recipe; what the recipe's rules refuse is left out.
+    Where none does alone, the first two or three that do together stand in their place; training an adapter comes last.
+    `plan_of` plans a changed recipe; what the recipe's rules refuse is left out.
     """
 
-    def saving(changed: Run) -> Saving | None:
-        try:
-            check_run(changed, lambda key: "")
-        except UsageError:
-            return None
-        total, changes = plan_of(changed).memory.total, differences(run, changed)
-        words = {c.key: c.new if isinstance(c.new, str) else json.dumps(c.new) for c in changes}
-        keys = " ".join(f"{key}={shlex.quote(word)}" for key, word in words.items())
-        return Saving(keys, total, all(change.allowed for change in changes)) if total <= below else None
+    def smallest(*kinds: list[Keys]) -> list[Saving]:
+        """The first change that is enough, made of one change of each kind; empty where there is none."""
+        for parts in itertools.product(*kinds):
+            changed = _with_keys(run, itertools.chain.from_iterable(part.items() for part in parts))
+            try:
+                check_run(changed, lambda key: "")
+            except UsageError:
+                continue
+            if (total := plan_of(changed).memory.total) <= below:
+                changes = differences(run, changed)
+                words = {c.key: c.new if isinstance(c.new, str) else json.dumps(c.new) for c in changes}
+                keys = " ".join(f"{key}={shlex.quote(word)}" for key, word in words.items())
+                return [Saving(keys, total, all(change.allowed for change in changes))]
+        return []
 
-    found: list[Saving] = []
-    changes = _changes(run, plan)
-    for kinds in itertools.chain.from_iterable(itertools.combinations(changes, count) for count in (1, 2, 3)):
-        adapter_only = all("adapter.kind" in s.keys for s in found)
-        if len(kinds) == 1 or not found or (adapter_only and "adapter" not in kinds):
-            tried = map(saving, _variants(run, plan, kinds))
-            found += [first] if (first := next(filter(None, tried), None)) else []
-    return tuple(found)
-
-
-def _variants(run: Run, plan: RunPlan, kinds: tuple[str, ...]) -> Iterator[Run]:
-    """The recipe with each change of the first kind, and on it each of the next."""
-    for changed in _changes(run, plan)[kinds[0]]:
-        yield from _variants(changed, plan, kinds[1:]) if kinds[1:] else (changed,)
+    *changes, adapter = _changes(run, plan)
+    found, as_adapter = [saving for kind in changes for saving in smallest(kind)], smallest(adapter)
+    if not found:
+        kinds = changes if as_adapter else [*changes, adapter]
+        together = itertools.chain(itertools.combinations(kinds, 2), itertools.combinations(kinds, 3))
+        found = next((savings for several in together if (savings := smallest(*several))), [])
+    return (*found, *as_adapter)
 
 
-def _changes(run: Run, plan: RunPlan) -> dict[str, list[Run]]:
-    """The recipe with changes of each kind, the smaller ones first; some change nothing."""
+def _changes(run: Run, plan: RunPlan) -> list[list[Keys]]:
+    """Changes of a recipe, kind by kind, the smaller ones first; some change nothing. Training an adapter is the last."""
     size, seq_len = plan.layout.micro_batch, run.data.seq_len
     # An update in the backward takes the global batch as one micro batch.
-    batch = "global_batch" if run.train.optimizer_in_backward else "micro_batch"
-    sizes = [Size(n, size.unit) for n in _halves(size.amount, seq_len if size.unit == "tokens" else 1)]
-
-    def train(changed: Run, **keys: Any) -> Run:
-        return replace(changed, train=replace(run.train, **keys))
-
-    lora = replace(run, adapter=replace(run.adapter, kind="lora"))
-    return {
-        "batch": [train(run, **{batch: smaller}) for smaller in sizes],
-        "recompute": [train(run, recompute="full")],
-        "length": [replace(run, data=replace(run.data, seq_len=n)) for n in _halves(seq_len, SHORTEST)],
-        "moments": [train(run, optimizer="adamw-8bit")],
-        "masters": [train(run, master_weights="stochastic")],
-        "gradients": [train(run, optimizer_in_backward=True, clip_norm=None)],
-        "base": [replace(run, model=replace(run.model, quantize="nf4"))],
-        "adapter": [train(lora, master_weights="fp32", optimizer_in_backward=False)],
-    }
+    batch = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
+    least = seq_len if size.unit == "tokens" else 1
+    return [
+        [{batch: Size(amount, size.unit)} for amount in _halves(size.amount, least)],
+        [{"train.recompute": "full"}],
+        [{"data.seq_len": length} for length in _halves(seq_len, SHORTEST)],
+        [{"train.optimizer": "adamw-8bit"}],
+        [{"train.master_weights": "stochastic"}],
+        [{"train.optimizer_in_backward": True, "train.clip_norm": None}],
+        [{"model.quantize": "nf4"}],
+        [{"adapter.kind": "lora", "train.master_weights": "fp32", "train.optimizer_in_backward": False}],
+    ]
 
 
 def _halves(amount: int, least: int) -> Iterator[int]:
     while (amount := amount // 2) >= least:
         yield amount
+
+
+def _with_keys(run: Run, keys: Iterable[tuple[str, Any]]) -> Run:
+    for key, value in keys:
+        section, name = key.split(".")
+        run = replace(run, **{section: replace(getattr(run, section), **{name: value})})
+    return run
