@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+from recipes import make_run
 from tunesmith import private
+from tunesmith.checkpoint.resume import Start
 from tunesmith.runtime import device
-from tunesmith.runtime.device import INTEGRATED_SHARE, choose_device, free_memory, is_integrated, prepare_allocator
+from tunesmith.runtime.device import (
+    INTEGRATED_SHARE,
+    choose_device,
+    free_device_memory,
+    free_memory,
+    is_integrated,
+    prepare_allocator,
+)
+from tunesmith.training import build
 
 GIB = 2**30
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -18,9 +32,9 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 class Pretended:
     """What `torch.cuda` tells of a GPU that this machine lacks, and what it is told."""
 
-    def __init__(self, *, integrated: bool, total: int = 119 * GIB, reserved: int = 0, free: int = 0) -> None:
-        self.chip = SimpleNamespace(is_integrated=int(integrated), total_memory=total)
-        self.reserved, self.free = reserved, free
+    def __init__(self, *, integrated: bool, reserved: int = 0, allocated: int = 0, free: int = 0) -> None:
+        self.chip = SimpleNamespace(is_integrated=int(integrated), total_memory=119 * GIB)
+        self.reserved, self.allocated, self.free = reserved, allocated, free
         self.told: list[object] = []
 
     def get_device_properties(self, device: torch.device) -> SimpleNamespace:
@@ -29,11 +43,25 @@ class Pretended:
     def memory_reserved(self, device: torch.device) -> int:
         return self.reserved
 
+    def memory_allocated(self, device: torch.device) -> int:
+        return self.allocated
+
     def mem_get_info(self, device: torch.device) -> tuple[int, int]:
         return self.free, self.chip.total_memory
 
-    def set_per_process_memory_fraction(self, fraction: float, device: torch.device) -> None:
+    def set_per_process_memory_fraction(self, fraction: float, device: torch.device | int | None) -> None:
+        """As torch.cuda's: a device without its index is refused, and None is the current one."""
+        assert not isinstance(device, torch.device) or device.index is not None, device
         self.told.append(fraction)
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def empty_cache(self) -> None:
+        self.told.append("emptied")
+
+    def reset_peak_memory_stats(self) -> None:
+        self.told.append("peak")
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +79,8 @@ def prepared(cuda: Pretended, place: torch.device = GPU) -> list[object]:
 @pytest.mark.parametrize(("reserved", "gib"), [(0, 95), (20 * GIB, 115), (60 * GIB, 119)])
 def test_the_allocator_may_take_what_the_host_has_and_what_it_holds(reserved: int, gib: float) -> None:
     """MemAvailable has lost what this process took before, such as in an earlier run; and no share is above 1."""
-    assert prepared(Pretended(integrated=True, reserved=reserved)) == [pytest.approx(gib / 119)]
+    for place in (GPU, torch.device("cuda")):
+        assert prepared(Pretended(integrated=True, reserved=reserved), place) == [pytest.approx(gib / 119)]
 
 
 def test_segments_expand_on_a_discrete_card_unless_the_user_set_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +102,35 @@ def test_free_memory_is_the_card_s_or_the_host_s() -> None:
     assert free_memory(GPU, Pretended(integrated=False, free=7)) == 7
     assert free_memory(GPU, Pretended(integrated=True, free=7)) == int(100 * GIB * INTEGRATED_SHARE)
     assert free_memory(CPU) == 100 * GIB
+
+
+def test_memory_that_the_allocator_holds_unused_since_an_earlier_run_is_free() -> None:
+    for integrated, before in ((False, 7), (True, int(100 * GIB * INTEGRATED_SHARE))):
+        assert free_memory(GPU, Pretended(integrated=integrated, free=7, reserved=30, allocated=10)) == before + 20
+
+
+def test_what_an_earlier_run_left_is_freed_before_the_next(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gc.disable()  # until the function asks for it
+    layer, cuda = nn.Linear(2, 2), Pretended(integrated=False)
+    layer.owner = [layer]
+    weight = weakref.ref(layer.weight)
+    del layer
+    assert weight() is not None, "a cycle of references holds it"
+    free_device_memory(cuda)
+    gc.enable()
+    assert weight() is None
+    assert cuda.told == ["emptied", "peak"]
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(build, "free_device_memory", lambda: order.append("freed"))
+    monkeypatch.setattr(build, "choose_device", lambda: order.append("chosen") or CPU)
+    build.build(make_run(tiny, tmp_path), Start(), say=lambda text: None)
+    assert order == ["freed", "chosen"]
+
+
+def test_an_integrated_gpu_is_told_from_others() -> None:
     assert [is_integrated(place, Pretended(integrated=True)) for place in (GPU, CPU)] == [True, False]
 
 

@@ -50,11 +50,19 @@ def gpu(gib: float, **found) -> Machine:
 
 
 def planned(
-    run: Run, config: dict, gib: float, *, step: int = 16384, trained: int = 21_000_000, before: str = "", **found
+    run: Run,
+    config: dict,
+    gib: float,
+    *,
+    step: int = 16384,
+    longest: int = 2000,
+    trained: int = 21_000_000,
+    before: str = "",
+    **found,
 ) -> RunPlan:
     spec, size = read_spec(config, where="test"), StepSize(step, step)
     kept = Size.parse(before) if before else None
-    return resolve_plan(run, spec, gpu(gib, **found), trained=trained, step=size, longest=2000, before=kept)
+    return resolve_plan(run, spec, gpu(gib, **found), trained=trained, step=size, longest=longest, before=kept)
 
 
 def test_with_room_nothing_recomputes_and_the_micro_batch_is_whole():
@@ -105,6 +113,17 @@ def test_a_resumed_run_keeps_the_micro_batch_of_its_checkpoint(before: str, step
         assert str(plan.layout.micro_batch) == before
         assert plan.why["micro batch"].startswith("that of the checkpoint")
     assert planned(recipe(**steps), LLAMA, 139, compiles=(compiles, "")).layout.micro_batch == Size(16384, "tokens")
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_micro_batch_of_examples_is_as_long_as_they_are(pack: bool):
+    """16 rows of at most 200 tokens fit where 16 of data.seq_len would be refused."""
+    run = recipe(micro_batch=Size(16, "examples"), recompute="none")
+    run = replace(run, data=replace(run.data, pack=pack))
+    assert planned(run, LLAMA, 40, longest=200).memory.tokens == 16 * 200
+    with pytest.raises(MachineError, match="does not fit"):
+        planned(run, LLAMA, 40, longest=2048)
+    assert planned(run, LLAMA, 139, step=2500, longest=200).memory.tokens == (2500 if pack else 16 * 200)
 
 
 def test_a_micro_batch_that_no_longer_fits_is_chosen_anew():

@@ -8,7 +8,6 @@ It is `train` without its end: no validation, no periodic checkpoints, nothing k
 from __future__ import annotations
 
 import contextlib
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -107,8 +106,6 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
 
 def _measure(plan: BenchPlan, folder: Path, say: Callable[[str], None]) -> Measured:
     run = plan.measured_run(folder)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     began, graphs = time.perf_counter(), [graphs_compiled()]
     session = build(run, Start(), say=say, weights=plan.weights, measured=True)
     seen = Observed(time.perf_counter() - began, graphs)
@@ -233,11 +230,3 @@ def fp8_matmul_tflops(device: torch.device, *, size: int | None = None) -> float
         with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # this chip lacks that product
             return 2 * n**3 / seconds_of(partial(product, scale_a=a, scale_b=b)) / 1e12
     return None
-
-
-def free_device_memory() -> None:
-    """Give the device's memory back, for a process that is to run while this one lives."""
-    torch.compiler.reset()  # compiled layers keep their model alive
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -148,9 +148,10 @@ def refuse_eager(recipe: Run) -> None:
 
 def bench(args: argparse.Namespace, recipe: Run, folder: Path) -> tuple[BenchReport, dict[str, Any], list[str]]:
     """Measure in `folder`; the figures, the report for --json, and the lines that follow the table."""
-    from tunesmith.bench.measure import BenchPlan, free_device_memory, measure
+    from tunesmith.bench.measure import BenchPlan, measure
     from tunesmith.config.dump import to_mapping
     from tunesmith.metrics import hardware
+    from tunesmith.runtime.device import free_device_memory
 
     traces = Path(args.profile) if args.profile else None
     plan = BenchPlan(recipe, args.steps, args.warmup, "random" if args.shape else "stored", traces)

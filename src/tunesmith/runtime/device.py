@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -27,9 +28,12 @@ def is_integrated(device: torch.device, cuda: Any = torch.cuda) -> bool:
 
 def free_memory(device: torch.device, cuda: Any = torch.cuda) -> int:
     """Bytes that can be allocated on `device` beside those that are."""
+    if device.type == "cpu":
+        return available_memory()
+    idle = cuda.memory_reserved(device) - cuda.memory_allocated(device)  # in the allocator's hands since an earlier run
     if is_integrated(device, cuda):  # its driver reports what is unused, not what can be had
-        return int(available_memory() * INTEGRATED_SHARE)
-    return int(cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
+        return int(available_memory() * INTEGRATED_SHARE) + int(idle)
+    return int(cuda.mem_get_info(device)[0] + idle)
 
 
 def prepare_allocator(device: torch.device, cuda: Any = torch.cuda, configure: Any = private.set_allocator) -> None:
@@ -40,7 +44,19 @@ def prepare_allocator(device: torch.device, cuda: Any = torch.cuda, configure: A
     micro batches differ in length, but gave driver errors on GB10.
     """
     if is_integrated(device, cuda):
-        limit = free_memory(device, cuda) + cuda.memory_reserved(device)
-        cuda.set_per_process_memory_fraction(min(1.0, limit / cuda.get_device_properties(device).total_memory), device)
+        limit = free_memory(device, cuda) + cuda.memory_allocated(device)
+        share = min(1.0, limit / cuda.get_device_properties(device).total_memory)
+        cuda.set_per_process_memory_fraction(
+            share, device.index
+        )  # an index of None is the current device; `cuda` is refused
     elif device.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         configure("expandable_segments:True")
+
+
+def free_device_memory(cuda: Any = torch.cuda) -> None:
+    """Give back the memory that ended runs of this process still hold, and begin a GPU's peak anew."""
+    torch.compiler.reset()  # compiled layers may keep their model alive
+    gc.collect()
+    if cuda.is_initialized():
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats()

@@ -147,7 +147,7 @@ def _plan(
     size, why = train.micro_batch, "as train.micro_batch says"
     if train.optimizer_in_backward:  # an update in the backward leaves no place for a second micro batch
         size, why = train.global_batch, "the whole global batch"
-    elif size == "auto" and before is not None and not estimator.overrun(estimator.tokens_of(before, step)):
+    elif size == "auto" and before is not None and not estimator.overrun(estimator.tokens_of(before, step, longest)):
         size, why = before, "that of the checkpoint"
     by_examples = size != "auto" and size.unit == "examples"
     # Where every step has the same tokens, one padded shape serves all micro batches.
@@ -155,7 +155,7 @@ def _plan(
     if size == "auto":
         tokens, why = estimator.fastest_micro_batch(step, fixed=fixed), "the least time by the estimate"
     else:
-        tokens = estimator.tokens_of(size, step)
+        tokens = estimator.tokens_of(size, step, longest)
     memory = estimator.estimate(tokens)
     if size == "auto" or size.unit == "tokens":
         size = Size(max(tokens, longest) if fixed else tokens, "tokens")
@@ -260,10 +260,12 @@ class MemoryEstimator:
         pass_tokens = WEIGHT_TRAFFIC[base] * OPERATIONS_PER_BYTE[machine.integrated][base in KINDS] / 4
         return work * padded + pass_tokens * micro_batches / step.mean + 1e6 * self.overrun(tokens)
 
-    def tokens_of(self, size: Size, step: StepSize) -> int:
-        """Tokens of a micro batch, padding counted."""
-        seq = self.run.data.seq_len
-        return size.amount if size.unit == "tokens" else min(size.amount * seq, max(step.largest, seq))
+    def tokens_of(self, size: Size, step: StepSize, longest: int) -> int:
+        """The most tokens of a micro batch, padding counted, where the longest example has `longest`."""
+        if size.unit == "tokens":
+            return size.amount
+        rows = size.amount * longest  # without packing each is padded to the longest
+        return min(rows, max(step.largest, longest)) if self.run.data.pack else rows
 
     def overrun(self, tokens: int) -> float:
         """0 where a micro batch fits, else how many times the memory that it may take it needs."""

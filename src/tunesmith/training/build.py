@@ -46,7 +46,7 @@ from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import fp32_gradients
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import KINDS
-from tunesmith.runtime.device import choose_device
+from tunesmith.runtime.device import choose_device, free_device_memory
 from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.plan import RunPlan
 from tunesmith.runtime.resolve import probe_machine, resolve_plan
@@ -111,6 +111,8 @@ def build(
         weights: "random" draws them on the device; `model.name` is then a folder that needs none.
         measured: for figures alone: no room is asked for checkpoints, and rows are repeated so that no step is short.
     """
+    if torch.cuda.is_initialized():  # by an earlier run of this process
+        free_device_memory()
     device, before = choose_device(), start.progress or Progress()
     check_machine(run, device)
     check_inputs(run, start)
@@ -128,8 +130,7 @@ def build(
     machine = probe_machine(run, files, device, lora.eight_bit_shapes(model, run.train.fast_paths))
     size, longest = data.schedule.step_size(), data.train.counts.longest
     plan = resolve_plan(run, files.spec, machine, trained=trained, step=size, longest=longest, before=start.micro_batch)
-    saved = start.found.path if start.found else None
-    eight_bit = run.model.quantize in KINDS
+    saved, eight_bit = start.found.path if start.found else None, run.model.quantize in KINDS
     root, plan = build_model(
         run,
         files,
