@@ -62,7 +62,11 @@ profile=(--steps 3 --warmup 3 --profile "$cache/traces" profile.wait=0 profile.w
 micro=(benchmarks/micro.py "$out/micro.json")
 [ -z "${RECIPE:-}" ] || micro+=(--tokens 512 --divide 16 --repeat 1)
 keys=train.compile,data.pack,train.recompute
-[ -z "${RECIPE:-}" ] || keys=data.pack,train.recompute # on a CPU nothing is compiled
+cut=() # of the shapes beside Llama
+if [ -n "${RECIPE:-}" ]; then
+  keys=data.pack,train.recompute # on a CPU nothing is compiled
+  cut=(--shapes mistral-7b --layers 1 train.global_batch='256 tokens' data.seq_len=256 --steps 1 --warmup 0)
+fi
 case $stage in
 1)
   step 130 tests "$python" -m pytest -m gpu -rs -p no:cacheprovider --junitxml "$out/tests.xml"
@@ -88,7 +92,7 @@ case $stage in
 5)
   ablation 280 fast-paths-fp8 train.fast_paths llama3-8b model.quantize=fp8
   step 300 shapes "$python" benchmarks/shapes.py --rounds 1 --json "$out/shapes.json" --tokenizer "$folder/tokenizer" \
-    --data "$folder/rows.json" "${brief[@]}" ${RECIPE:+--layers 1 --shapes mistral-7b train.global_batch=2048\ tokens}
+    --data "$folder/rows.json" "${brief[@]}" "${cut[@]}"
   ;;
 6)
   ablation 200 fast-paths-full train.fast_paths llama3-3b adapter.kind=none train.global_batch='65536 tokens'
