@@ -31,7 +31,7 @@ from tunesmith.quant.eight_bit import select_scaling
 from tunesmith.quant.frozen_weight import EightBitWeight
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
-from tunesmith.runtime.plan import MemoryEstimate
+from tunesmith.runtime.plan import MemoryEstimate, RunPlan
 from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, recompute_layers
 from tunesmith.runtime.resolve import inference_plan
 from tunesmith.training.build import Session, build
@@ -202,15 +202,15 @@ def test_recompute_is_calibrated_by_running_out_of_memory(tmp_path):
     try:
         assert not fits(model, batch, 0), "the limit must be reached"
         estimate = MemoryEstimate(tokens=tokens, recomputed_layer=tokens * 1024 * 2)
-        meter = MemoryMeter(device)
-        count = calibrate_recompute(model, model.layers, batch, estimate, meter, budget=int(0.9 * limit))
+        plan, meter = RunPlan(str(device), "varlen", "bf16", layers, memory=estimate), MemoryMeter(device)
+        count = calibrate_recompute(model, plan, batch, meter, budget=int(0.9 * limit)).recomputed_layers
         assert 0 < count <= layers
         assert fits(model, batch, count)
         # As on a GPU that shares the host's memory: the same count, without reaching the limit on the way.
         failed = torch.cuda.memory_stats()["num_ooms"]
         careful = calibrate_recompute(
-            model, model.layers, batch, estimate, MemoryMeter(device), budget=int(0.9 * limit), careful=True
-        )
+            model, plan, batch, MemoryMeter(device), budget=int(0.9 * limit), careful=True
+        ).recomputed_layers
         assert torch.cuda.memory_stats()["num_ooms"] == failed
         assert fits(model, batch, careful)
         assert abs(careful - count) <= 2  # each is an estimate from what other layers keep

@@ -123,11 +123,7 @@ def build_model(
         peft_files.load_adapter(model, adapter)
     if probes and run.train.recompute == "auto" and device.type == "cuda":
         budget, meter = int(plan.memory.free * USABLE), MemoryMeter(device)
-        careful, fix = is_integrated(device), plan.less_memory(recompute=False)
-        count = calibrate_recompute(
-            root, root.layers, probes[0], plan.memory, meter, budget=budget, careful=careful, fix=fix
-        )
-        plan = replace(plan, recomputed_layers=count, trial_peak=meter.before)
+        plan = calibrate_recompute(root, plan, probes[0], meter, budget=budget, careful=is_integrated(device))
     return root, plan
 
 

@@ -21,7 +21,7 @@ from tunesmith.errors import MachineError
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
-from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
+from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
 from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, revise_recomputed
 from tunesmith.runtime.resolve import MemoryEstimator, fewest_recomputed, resolve_plan
 from tunesmith.units import Size
@@ -225,11 +225,16 @@ def test_a_trial_moves_the_count_by_the_room_that_is_left_or_missing():
     assert revise_recomputed(32, 32, 32 * 10, 10, room=1e9) == 32
 
 
+def trial_plan(estimate: MemoryEstimate) -> RunPlan:
+    savings = (Saving("train.recompute=full", GIB, True), Saving("data.seq_len=64", GIB, False))
+    return RunPlan("cuda:0", "varlen", "bf16", 2, memory=estimate, savings=savings)
+
+
 class Small:
     """A device of `size` bytes: what autograd has saved counts, and more than `size` of it is an error."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.now, self.most, self.tries = size, 0, 0, 0
+        self.size, self.now, self.most, self.tries, self.before = size, 0, 0, 0, 0
 
     def allocated(self) -> int:
         return self.now
@@ -258,9 +263,7 @@ def test_a_trial_recomputes_more_layers_until_the_micro_batch_fits(tiny):
         meter = Small(size)
         estimate = MemoryEstimate(tokens=128, recomputed_layers=count, recomputed_layer=128 * 64 * 4)
         with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
-            return calibrate_recompute(
-                model, model.layers, batch, estimate, meter, budget=size, fix="data.seq_len=64"
-            ), meter
+            return calibrate_recompute(model, trial_plan(estimate), batch, meter, budget=size).recomputed_layers, meter
 
     whole, meter = trial(10**9, 0)
     assert whole == 0
@@ -271,7 +274,7 @@ def test_a_trial_recomputes_more_layers_until_the_micro_batch_fits(tiny):
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(MachineError, match="128 tokens does not fit") as refused:
         trial(1000, 0)
-    assert refused.value.fix == "data.seq_len=64"
+    assert refused.value.fix == "data.seq_len=64 (1.0 GiB)"
 
 
 def test_a_careful_trial_keeps_few_activations_and_learns_what_the_others_would_keep(tiny):
@@ -284,8 +287,8 @@ def test_a_careful_trial_keeps_few_activations_and_learns_what_the_others_would_
         meter = Small(10**9)
         with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
             found = calibrate_recompute(
-                model, model.layers, batch, estimate, meter, budget=budget, careful=careful, fix=""
-            )
+                model, trial_plan(estimate), batch, meter, budget=budget, careful=careful
+            ).recomputed_layers
         return found, meter
 
     count, bold = trial(careful=False)
@@ -306,7 +309,7 @@ def test_a_trial_on_a_short_micro_batch_leaves_room_for_the_largest(tiny):
         )
         meter = Small(10**9)
         with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
-            count = calibrate_recompute(model, model.layers, batch, estimate, meter, budget=budget)
+            count = calibrate_recompute(model, trial_plan(estimate), batch, meter, budget=budget).recomputed_layers
         return count, meter.most
 
     _, needed = trial(128, 10**9)
@@ -358,7 +361,7 @@ def test_a_trial_whose_backward_fails_leaves_nothing_in_the_way_of_the_next():
     model, meter = Full(), Watching(10**9)
     estimate = MemoryEstimate(tokens=128, recomputed_layer=128)
     batch = SimpleNamespace(input_ids=torch.zeros(1, 128))
-    calibrate_recompute(model, model.layers, batch, estimate, meter, budget=10**9)
+    calibrate_recompute(model, trial_plan(estimate), batch, meter, budget=10**9)
     assert (meter.tries, len(losses)) == (3, 3)
 
 

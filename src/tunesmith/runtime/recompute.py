@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.data.batch import Batch
 from tunesmith.errors import MachineError
 from tunesmith.model.fused import add_mixin
-from tunesmith.runtime.plan import MemoryEstimate
+from tunesmith.runtime.plan import RunPlan
 
 
 def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:
@@ -68,24 +69,17 @@ class MemoryMeter:
 
 
 def calibrate_recompute(
-    model: nn.Module,
-    layers: Sequence[nn.Module],
-    batch: Batch,
-    estimate: MemoryEstimate,
-    meter: MemoryMeter,
-    *,
-    budget: int,
-    careful: bool = False,
-    fix: str = "",
-) -> int:
-    """Set how many layers are recomputed in the backward by forward and backward of `batch`, and return it.
+    model: Any, plan: RunPlan, batch: Batch, meter: MemoryMeter, *, budget: int, careful: bool = False
+) -> RunPlan:
+    """Set how many of the model's `layers` are recomputed by a forward and backward of `batch`; the plan with this number.
 
     The model has its weights and no optimizer yet; its gradients are dropped. `budget` bytes may be allocated in all.
-    MachineError, with the advice `fix`, where the micro batch does not fit although every layer is recomputed.
+    MachineError, with the plan's advice, where the micro batch does not fit although every layer is recomputed.
     `careful`: on an integrated GPU, where the trial must not come near the end of memory, it keeps the activations of an
     eighth of the layers at most, and learns from these what the others would keep.
     """
-    count, tokens, training = estimate.recomputed_layers, batch.input_ids.numel(), model.training
+    layers, estimate, training = model.layers, plan.memory, model.training
+    count, tokens = estimate.recomputed_layers, batch.input_ids.numel()
     few = max(1, len(layers) // 8)
     count = max(count, len(layers) - few) if careful else count
     model.train()
@@ -99,7 +93,9 @@ def calibrate_recompute(
             if count == len(layers):
                 what = f"a micro batch of {tokens:,} tokens does not fit into this GPU's memory"
                 why = f"with every layer recomputed; {str(error).partition('.')[0]}"
-                raise MachineError(what, where="train.micro_batch", why=why, fix=fix) from error
+                raise MachineError(
+                    what, where="train.micro_batch", why=why, fix=plan.less_memory(recompute=False)
+                ) from error
         finally:
             model.zero_grad(set_to_none=True)
         count = min(len(layers), count + few)
@@ -109,7 +105,7 @@ def calibrate_recompute(
     count = revise_recomputed(count, len(layers), activations, estimate.recomputed_layer, room=room)
     recompute_layers(layers, count)
     model.train(training)
-    return count
+    return replace(plan, recomputed_layers=count, trial_peak=meter.before)
 
 
 def _trial(model: nn.Module, batch: Batch, meter: MemoryMeter) -> float:
