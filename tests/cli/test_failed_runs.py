@@ -158,7 +158,7 @@ SMALLER = (
 def test_a_fix_for_a_full_memory_is_one_that_helps(
     world: World, savings: tuple[Saving, ...], saved_step: int | None, fix: str
 ) -> None:
-    plan = RunPlan("cuda:0", "varlen", "bf16", 2, savings=savings)
+    plan = RunPlan("cuda:0", "varlen", "bf16", 2, savings=lambda: savings)
     failed = failure_of(MemoryError(), load_recipe(world.train()[1]), plan, step=1, saved_step=saved_step)
     again = "" if fix.endswith("--fresh") else "; start the same command again"
     assert failed.fix.removesuffix(": it goes on from checkpoint-2") == fix + again

@@ -12,8 +12,8 @@ ALIGNED = [["tt.divisibility", 16]]
 
 
 def main() -> None:
-    for chip in (90, 100, 120, 121):
-        for rank, padded in ((8, 16), (24, 32), (64, 64)):
+    for chip in (90, 121):  # Hopper and GB10; each compile takes seconds
+        for rank, padded in ((8, 16), (64, 64)):
             types = dict.fromkeys(("dy", "b", "xa"), "*bf16") | dict.fromkeys(("d_xa", "d_b"), "*fp32")
             fixed = {"RANK": rank, "PADDED_RANK": padded, "ROWS": ROWS, "COLUMNS": COLUMNS, "SPAN": SPAN}
             source = ASTSource(

@@ -75,12 +75,20 @@ def test_variables_and_a_torch_of_the_user_stay_as_they_are() -> None:
     assert started(first="import torch; torch.set_num_threads(5)") == ["None", "None", "5"]
 
 
-@pytest.mark.parametrize(("before", "threads"), [(None, 4), (3, 3), (7, 7), (2, 4), (8, 4)])
-def test_a_resumed_run_keeps_the_threads_that_it_had_unless_the_machine_is_another(before, threads) -> None:
+KEPT = """
+import torch
+from tunesmith.runtime.host import keep_threads
+for before in (None, 3, 7, 2, 8):
+    torch.set_num_threads(4)
+    keep_threads(before)
+    print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(("named", "kept"), [({}, "4 3 7 4 4"), ({"OMP_NUM_THREADS": "4"}, "4 4 4 4 4")])
+def test_a_resumed_run_keeps_its_threads_unless_the_machine_is_another(named: dict[str, str], kept: str) -> None:
     """A sum of a million numbers is rounded otherwise by another number of threads, so a clipped step is too."""
-    keep = f"import torch; torch.set_num_threads(4); from tunesmith.runtime.host import keep_threads; keep_threads({before})"
-    assert started(first=keep) == ["None", "None", str(threads)]
-    assert started(first=keep, OMP_NUM_THREADS="4") == ["None", "None", "4"]
+    assert " ".join(started(first=KEPT, **named)[:5]) == kept
 
 
 BUSY_LOOP = [sys.executable, "-c", "print('on', flush=True)\nwhile True: pass"]

@@ -227,7 +227,7 @@ def test_a_trial_moves_the_count_by_the_room_that_is_left_or_missing():
 
 def trial_plan(estimate: MemoryEstimate) -> RunPlan:
     savings = (Saving("train.recompute=full", GIB, True), Saving("data.seq_len=64", GIB, False))
-    return RunPlan("cuda:0", "varlen", "bf16", 2, memory=estimate, savings=savings)
+    return RunPlan("cuda:0", "varlen", "bf16", 2, memory=estimate, savings=lambda: savings)
 
 
 class Small:

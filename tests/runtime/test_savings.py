@@ -105,8 +105,8 @@ def test_what_fits_but_leaves_little_is_not_refused(recipe: Path) -> None:
     keys = {"train.recompute": "none", "train.micro_batch": "2048 tokens"}
     plan = plan_of(load_recipe(recipe, keys), "llama3-8b", 26)
     assert USABLE < plan.memory.total / plan.memory.free < ALLOCATABLE
-    assert plan.savings[0].keys == "train.recompute=full"
-    assert plan.savings[0].resumes
+    assert plan.savings()[0].keys == "train.recompute=full"
+    assert plan.savings()[0].resumes
     assert "train.recompute" not in plan.less_memory(recompute=False)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -84,7 +84,7 @@ class RunPlan:
 
     `base` is how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8 or int8. Of the model's decoder
     `layers`, `recomputed_layers` recompute in the backward. `trial_peak` is the most bytes that were allocated before
-    the last trial of memory, which begins the allocator's statistics anew. `savings` need less memory than this plan.
+    the last trial of memory, which begins the allocator's statistics anew. `savings` finds changes that need less memory than this plan.
     """
 
     device: str
@@ -98,7 +98,7 @@ class RunPlan:
     warnings: tuple[str, ...] = ()
     layout: MicroBatchLayout = ONE_EXAMPLE
     memory: MemoryEstimate = MemoryEstimate()
-    savings: tuple[Saving, ...] = ()
+    savings: Callable[[], Sequence[Saving]] = tuple  # planned when advice is asked for: it takes some 0.3 s
     trial_peak: int = 0
     why: Mapping[str, str] = field(default_factory=dict)
 
@@ -127,7 +127,7 @@ class RunPlan:
 
     def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:
         """The advice for a run that does not fit; `resumed`: it has a checkpoint, `recompute`: that may help."""
-        found = [s for s in self.savings if recompute or not s.keys.startswith("train.recompute")]
+        found = [s for s in self.savings() if recompute or not s.keys.startswith("train.recompute")]
         free = [s for s in found if s.resumes]
         keys = " or ".join(f"{s.keys} ({s.total / 2**30:.1f} GiB)" for s in (resumed and free) or found)
         fresh = " with --fresh" if keys and resumed and not free else ""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -117,7 +118,7 @@ def resolve_plan(
 
     plan = plan_of(run)
     below = min(int(plan.memory.free * USABLE), plan.memory.total * 9 // 10)  # less would not be worth a change
-    plan = replace(plan, savings=find_savings(run, plan, plan_of, below=below))
+    plan = replace(plan, savings=partial(find_savings, run, plan, plan_of, below=below))
     refuse_overrun(plan, machine, resumed=before is not None)
     return plan
 
