@@ -16,13 +16,16 @@ os.environ.setdefault("NO_COLOR", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, before the tests that need it
 
 # Files whose tests start processes, compile, or train for long: `make quick` leaves them out.
-SLOW = """ checkpoint/test_export.py
-bench/test_measure.py bench/test_shape.py cli/test_bad_hub.py cli/test_bad_inputs.py cli/test_bad_streams.py
+SLOW = """
+adapter/test_joined.py bench/test_count_kernels.py bench/test_first_gpu.py bench/test_measure.py
+bench/test_shape.py checkpoint/test_export.py cli/test_bad_hub.py cli/test_bad_inputs.py cli/test_bad_streams.py
 cli/test_bench.py cli/test_campaign.py cli/test_failed_runs.py cli/test_log_file.py cli/test_playbook.py
 cli/test_readme.py cli/test_serving.py data/test_workers.py hub/test_fetch_verb.py hub/test_hub.py
-hub/test_own_data.py hub/test_push.py inference/test_merge.py model/test_weights.py parity/test_batches.py
-parity/test_curves.py parity/test_optimizers.py quant/test_eight_bit_base.py runtime/test_compilation.py
-runtime/test_host.py test_notebook.py test_public_api.py training/test_going_on.py training/test_resume.py
+hub/test_own_data.py hub/test_push.py inference/test_merge.py model/test_weights.py optim/test_weight_gradients.py parity/test_batches.py
+parity/test_curves.py parity/test_optimizers.py quant/test_eight_bit_base.py
+quant/test_one_pass.py quant/test_triton_matmul.py runtime/test_compilation.py
+runtime/test_determinism.py runtime/test_host.py test_gpu_marks.py
+test_notebook.py test_on_devices.py test_public_api.py training/test_going_on.py training/test_resume.py
 """.split()
 
 
