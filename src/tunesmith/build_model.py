@@ -23,7 +23,7 @@ from tunesmith.model.architectures import LAYERS
 from tunesmith.model.weights import load_weights
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.quant import nf4
-from tunesmith.quant.scaled_matmul import FUSED, TENSOR_WISE
+from tunesmith.quant.scaled_matmul import FUSED, KINDS, TENSOR_WISE
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import is_integrated, prepare_allocator
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
@@ -36,7 +36,7 @@ Weights = Literal["stored", "random"]
 # Relative change of the loss. Rounding to e4m3 changed that of SmolLM2-135M by 1.2 to 2.2 % on 4,500 tokens of alpaca
 # rows, as chats and as plain text, and rotated int8 by 0.5 %; nf4 changed it by 7 %. On answers that the model half knows
 # (tool calls) both come near 2 %. A larger change has another cause than rounding.
-EIGHT_BIT_TOLERANCE = {"fp8": 0.03, "int8": 0.03}
+EIGHT_BIT_TOLERANCE = 0.03
 ROW_MULTIPLE = 64  # tensor cores want the vocabulary, a dimension of the head's product, in multiples of this
 EIGHT_BIT_PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
 
@@ -114,9 +114,9 @@ def build_model(
     plan = apply_fast_paths(run, model, plan)
     load.materialise(model, device)
     fill_parameters(run, files, model, weights or files.folder)
-    if plan.base.startswith(tuple(EIGHT_BIT_TOLERANCE)) and probes:
+    if plan.base.startswith(tuple(KINDS)) and probes:
         plan = quantize_base_eight_bit(root, plan, probes)
-        if not plan.base.startswith(tuple(EIGHT_BIT_TOLERANCE)):
+        if not plan.base.startswith(tuple(KINDS)):
             model.to("meta")  # the caller still refers to it, and its dense weights are gone
             return build_model(run, files, plan, weights=weights, adapter=adapter, probes=probes)
     if adapter is not None:
@@ -164,17 +164,18 @@ def fill_parameters(run: Run, files: ModelFiles, model: nn.Module, weights: Path
 def quantize_base_eight_bit(model: TrainModel, plan: RunPlan, batches: Sequence[Batch]) -> RunPlan:
     """Quantize the frozen linear layers to fp8 or int8, and compare the loss on the run's own batches before and after.
 
-    Returns the plan with the figures. Its base is bf16 if the loss changed by more than its EIGHT_BIT_TOLERANCE: the model must then
-    be built again, since its dense weights are gone.
+    Returns the plan with the figures. Its base is bf16 if the loss changed by more than EIGHT_BIT_TOLERANCE: the model must
+    then be built again, since its dense weights are gone.
     """
     before = mean_loss(model, batches)
     count = lora.convert_to_eight_bit(model.model, plan.base)
     after = mean_loss(model, batches)
-    change, tolerance = (after - before) / before, EIGHT_BIT_TOLERANCE[plan.base.split()[0]]
+    change = (after - before) / before
     tokens = sum(batch.tokens for batch in batches)
     base, why = plan.base, f"{plan.why['base']}; {count} layers"
-    if not math.isfinite(after) or abs(change) > tolerance:
-        base, why = "bf16", f"{plan.base} was tried and dropped: it changes the loss by more than {tolerance:.0%}"
+    if not math.isfinite(after) or abs(change) > EIGHT_BIT_TOLERANCE:
+        dropped = f"it changes the loss by more than {EIGHT_BIT_TOLERANCE:.0%}"
+        base, why = "bf16", f"{plan.base} was tried and dropped: {dropped}"
     figures = f"loss {after:.4f}, {before:.4f} in bf16 ({change:+.2%}), on {tokens:,} tokens of the data"
     return replace(plan, base=base, why={**plan.why, "base": f"{why}: {figures}"})
 

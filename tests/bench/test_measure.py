@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from recipes import make_run
+from tunesmith import build_model
 from tunesmith.bench.figures import BenchReport
 from tunesmith.bench.measure import BenchPlan, Measured, fp8_matmul_tflops, measure
-from tunesmith.build_model import EIGHT_BIT_TOLERANCE
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError
@@ -246,7 +246,7 @@ def test_the_base_is_named_as_it_was_held(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerance: float
 ) -> None:
     """Where fp8 was asked for and given up, the speed is bf16's and must not stand under fp8's name."""
-    monkeypatch.setitem(EIGHT_BIT_TOLERANCE, "fp8", tolerance)
+    monkeypatch.setattr(build_model, "EIGHT_BIT_TOLERANCE", tolerance)
     run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
     found = run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path).figures
     assert found.quantize.startswith("fp8") if tolerance > 0 else found.quantize == "bf16"

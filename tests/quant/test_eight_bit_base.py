@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from recipes import make_run, write_rows
-from tunesmith.build_model import EIGHT_BIT_TOLERANCE
+from tunesmith import build_model
 from tunesmith.checkpoint.resume import Start
 from tunesmith.quant import eight_bit
 from tunesmith.quant.eight_bit import EightBitLinear
+from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.training.build import Session, build, first_batches
 
 
@@ -35,7 +36,7 @@ def count(session: Session) -> int:
     return sum(isinstance(m, EightBitLinear) for m in session.model.modules())
 
 
-@pytest.mark.parametrize("quantize", EIGHT_BIT_TOLERANCE)
+@pytest.mark.parametrize("quantize", KINDS)
 def test_the_base_is_quantized_and_the_loss_is_told(quantize, tiny, tmp_path):
     session, said = begin(tiny, tmp_path, quantize)
     taken, why = base(session)
@@ -47,9 +48,9 @@ def test_the_base_is_quantized_and_the_loss_is_told(quantize, tiny, tmp_path):
     assert not any("warning: the base" in line for line in said)
 
 
-@pytest.mark.parametrize("quantize", EIGHT_BIT_TOLERANCE)
+@pytest.mark.parametrize("quantize", KINDS)
 def test_where_the_loss_moves_too_far_bf16_stays_whole(quantize, tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(EIGHT_BIT_TOLERANCE, quantize, -1.0)
+    monkeypatch.setattr(build_model, "EIGHT_BIT_TOLERANCE", -1.0)
     session, said = begin(tiny, tmp_path, quantize)
     assert base(session)[0] == "bf16"
     assert "was tried and dropped" in base(session)[1]

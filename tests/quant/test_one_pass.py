@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from quant.scripts import output_of
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
-
-HERE = Path(__file__).parent
-
-
-def output_of(script: str, **variables: str) -> str:
-    """What a script of this folder prints, in a process of its own: Triton reads its variables once."""
-    pytest.importorskip("triton", reason="Triton is for Linux")
-    environment = {**os.environ, **variables}
-    done = subprocess.run([sys.executable, HERE / script], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_the_kernel_is_right_in_the_interpreter():

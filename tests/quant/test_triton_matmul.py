@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from quant.scripts import output_of
 from tunesmith.quant import eight_bit
 from tunesmith.quant.scaled_matmul import FUSED, INT8, ROW_WISE
 
-pytest.importorskip("triton", reason="Triton is for Linux")
-HERE = Path(__file__).parent
-
-
-def run(script: str, **variables: str) -> str:
-    """What a script of this folder prints. In a process of its own: Triton reads its variables once."""
-    done = subprocess.run(
-        [sys.executable, HERE / script], env={**os.environ, **variables}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
 
 def test_scales_update_and_sum_are_applied_in_the_interpreter():
-    assert run("interpreted.py", TRITON_INTERPRET="1") == "65 checks\n"
+    assert output_of("interpreted.py", TRITON_INTERPRET="1") == "65 checks\n"
 
 
 def test_the_assembler_takes_the_largest_tile_on_every_chip(tmp_path):
     """Without a GPU: the 8-bit instructions of Hopper and Blackwell, and no more shared memory than a block may have."""
-    lines = [line.split() for line in run("assembled.py", TRITON_CACHE_DIR=str(tmp_path)).splitlines()]
+    lines = [line.split() for line in output_of("assembled.py", TRITON_CACHE_DIR=str(tmp_path)).splitlines()]
     assert len(lines) == 4
     instruction = {"90": "wgmma.mma_async", "100": "tcgen05.mma", "121": "mma.sync"}
     for chip, dtype, found, shared in lines:

@@ -78,7 +78,7 @@ def trainer_of(tiny: Path, folder: Path, **changes) -> Trainer:
     return trainer
 
 
-def no_step_waits(trainer: Trainer, device: torch.device) -> None:
+def assert_no_step_waits(trainer: Trainer, device: torch.device) -> None:
     """Two steps in which the host waits for nothing, and which train."""
     on_gpu = device.type == "cuda"
     # On a GPU the metrics of the step before are read too; on a CPU reading them is what asks.
@@ -116,11 +116,11 @@ BF16 = {"dtype": "bf16"}  # FlashAttention takes no fp32
 def test_no_step_waits_for_the_device(device, tiny, tmp_path, changes):
     if changes["model"].get("quantize") == "nf4":
         pytest.importorskip("bitsandbytes")
-    no_step_waits(trainer_of(tiny, tmp_path, **changes), device)
+    assert_no_step_waits(trainer_of(tiny, tmp_path, **changes), device)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU: waiting for one cannot be seen")
 def test_no_compiled_step_waits_for_the_device(tiny, tmp_path):
     trainer = trainer_of(tiny, tmp_path, model=BF16, train={"compile": "on"})
-    no_step_waits(trainer, torch.device("cuda"))
+    assert_no_step_waits(trainer, torch.device("cuda"))

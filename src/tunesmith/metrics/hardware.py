@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from tunesmith.errors import mask
 from tunesmith.host_files import physical_memory
@@ -114,6 +113,8 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None 
 
 def seconds_of(product: Callable[[], Tensor]) -> float:
     """Seconds of one product: the median of ROUNDS rounds of about ROUND_SECONDS each, after a warm-up."""
+    from torch.utils.benchmark import Timer  # a tenth of a second, which most runs can spare
+
     timer = Timer("product()", globals={"product": product}, num_threads=torch.get_num_threads())
     count = max(1, round(ROUND_SECONDS / timer.timeit(2).mean))  # on a GPU, waiting once per round costs nothing
     return statistics.median(timer.timeit(count).mean for _ in range(ROUNDS))

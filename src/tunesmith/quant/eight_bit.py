@@ -19,7 +19,6 @@ from tunesmith.quant.frozen_weight import EightBitWeight, FrozenWeight
 from tunesmith.quant.scaled_matmul import FUSED, KINDS
 
 ALIGNED = 16  # the GPU's 8-bit matmuls take widths that are a multiple of 16
-TENSORS = ("weight", "scale", "transposed_weight", "transposed_scale", "signs")  # of an EightBitWeight, in its order
 
 
 class ScalingRecipe(NamedTuple):
@@ -104,8 +103,12 @@ class EightBitLinear(FrozenLinear):
     Attributes (frozen):
         weight: e4m3 or int8 [out_features, in_features]; scale: fp32 [out_features, 1] or [1, 1].
         transposed_weight: [in_features, out_features]; transposed_scale: fp32 [in_features, 1] or [1, 1].
-        signs: the rotation of int8, one tensor for all layers.
+        signs: the rotation of int8, one tensor for all layers; None in fp8.
     """
+
+    scale: Tensor
+    transposed_scale: Tensor
+    signs: Tensor | None
 
     @torch.no_grad()
     def __init__(self, base: nn.Linear, kind: str, stored: EightBitWeight | None = None) -> None:
@@ -113,12 +116,16 @@ class EightBitLinear(FrozenLinear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.kind, self.compute_dtype, self.bias = kind, torch.bfloat16, base.bias
         stored = stored or EightBitWeight.from_dense(kind, base.weight)
-        for name, tensor in zip(TENSORS, stored.tensors, strict=False):
-            if name.endswith("weight"):
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-            else:  # not persistent: a checkpoint of the base holds dense weights
-                self.register_buffer(name, tensor, persistent=False)
+        weight, scale, transposed_weight, transposed_scale, *signs = stored.tensors
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.transposed_weight = nn.Parameter(transposed_weight, requires_grad=False)
+        # Not persistent: a checkpoint of the base holds dense weights.
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("transposed_scale", transposed_scale, persistent=False)
+        self.register_buffer("signs", signs[0] if signs else None, persistent=False)
 
     def frozen_weight(self) -> FrozenWeight:
-        tensors = [getattr(self, name) for name in TENSORS if hasattr(self, name)]
+        tensors = [self.weight, self.scale, self.transposed_weight, self.transposed_scale]
+        if self.signs is not None:
+            tensors.append(self.signs)
         return EightBitWeight(self.kind, tensors, (self.out_features, self.in_features))
