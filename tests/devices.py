@@ -1,6 +1,11 @@
-"""Tests whose body runs on the CPU and, under `pytest -m gpu`, on a GPU: what only a GPU can fail is known to run."""
+"""Tests whose body runs on the CPU and, under `pytest -m gpu`, on a GPU: what only a GPU can fail is known to run.
+And what takes a CPU long for a reason of its own, made short.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,3 +22,26 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if found.type == "cpu":
         request.getfixturevalue("varlen_on_cpu")
     return found
+
+
+@pytest.fixture
+def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench` measures the peak on a small product: the usual one takes half a minute in bf16 on a CPU that has no bf16."""
+    from tunesmith.metrics import hardware
+
+    monkeypatch.setitem(hardware.MATMUL_SIZE, "cpu", 256)
+    monkeypatch.setattr(hardware, "ROUND_SECONDS", 0.02)
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is compiled is traced and then runs as it is, without the seconds that a C++ compiler takes."""
+    compiler = torch.compile
+
+    def traced(*args: Any, **options: Any) -> Any:
+        return compiler(*args, **options | {"backend": "eager"})
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", traced)
+    yield
+    torch.compiler.reset()

@@ -19,6 +19,7 @@ SIZES = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("small_peak")
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path) -> None:
