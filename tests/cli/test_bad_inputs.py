@@ -16,7 +16,7 @@ from cli.bad_world import Case, World, snapshot, told
 from tunesmith.cli.main import main
 
 BY_NAME = {str(case): case for case in ALL}
-AS_PROCESS = ("recipe: unknown key", "data: row 40 is no JSON", "model: cut-off weights", "script: no such data")
+AS_PROCESS = ("recipe: unknown key", "model: cut-off weights", "script: no such data")
 
 
 def call(words: list[str]) -> int:

@@ -56,11 +56,9 @@ def test_streams(name: str, world: World) -> None:
 
 
 TRAINS = {
-    "stderr to head": "2>&1 >/dev/null | head -3 >&2",
     "both to head": "2>&1 | head -1 >&2",
     "stderr full": "2>/dev/full",
     "stdout full": ">/dev/full",
-    "stderr closed": "2>&-",
     "both closed": ">&- 2>&-",
 }
 
@@ -80,7 +78,7 @@ def test_a_run_does_not_need_its_readers(name: str, world: World) -> None:
 @pytest.mark.parametrize("ignored", [True, False])
 def test_a_terminal_that_goes_away(ignored: bool, world: World) -> None:
     """A closed pane ends the run with all saved; under nohup it trains on, bar and all."""
-    words = world.train("train.duration=200 steps", checkpoint={"every": "100 steps"})
+    words = world.train("train.duration=100 steps", checkpoint={"every": "50 steps"})
     pid, terminal = pty.fork()
     if pid == 0:
         if ignored:
@@ -88,16 +86,16 @@ def test_a_terminal_that_goes_away(ignored: bool, world: World) -> None:
         env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | world.env | {"TERM": "xterm"}
         os.execve(sys.executable, [sys.executable, "-m", "tunesmith", *words], env)
     seen = b""
-    while b"/200" not in seen:
+    while b"/100" not in seen:
         seen += os.read(terminal, 4096)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (0 if ignored else 75)
     steps = len(list(records(world.out)))
-    assert steps == 200 if ignored else 0 < steps < 200
+    assert steps == 100 if ignored else 0 < steps < 100
     assert not (world.out / "failure.json").exists()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])  # Python has a handler of its own for the first
 def test_a_stop_while_torch_is_imported(name: str, world: World) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tunesmith", *world.train()],

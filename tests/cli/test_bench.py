@@ -156,25 +156,15 @@ def test_cold_and_warm_first_steps(tiny: Path, tmp_path: Path) -> None:
     assert "with an empty compile cache" in done.stdout
 
 
-def test_an_ablation_end_to_end(tiny: Path, tmp_path: Path) -> None:
+def test_an_ablation_end_to_end(tiny: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the recipe and what it changes each figure is there, the change was made, and one that fails costs only itself."""
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
-    words = [
-        "--ablation",
-        "--only",
-        "recomputed, not packed",
-        "--rounds",
-        1,
-        "--steps",
-        2,
-        "--warmup",
-        1,
-        "--json",
-        out,
-    ]
-    done = bench(tmp_path, file, *words)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("PYTHONPATH", str(Path(tunesmith.__file__).parents[1]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = ["--only", "recomputed, not packed", "--rounds", 1, "--steps", 2, "--warmup", 1, "--json", out]
+    assert main(typed(file, "--ablation", *words)) == 0
+    shown = capsys.readouterr().out
     report = json.loads(out.read_text())
     table, runs = report["table"], report["runs"]
     assert list(table) == ["as given", "not packed", "recomputed"]
@@ -185,7 +175,7 @@ def test_an_ablation_end_to_end(tiny: Path, tmp_path: Path) -> None:
     for row in table.values():  # the same tokens and updates, in fp32
         assert row["last_loss"] == pytest.approx(table["as given"]["last_loss"], rel=1e-5)
     for name, change in report["changes"].items():
-        assert any(line.startswith(name) and line.endswith(change) for line in done.stdout.splitlines()), done.stdout
+        assert any(line.startswith(name) and line.endswith(change) for line in shown.splitlines()), shown
 
 
 def test_a_variant_that_fails_costs_only_itself_and_the_recipe_itself_must_run(tmp_path: Path) -> None:

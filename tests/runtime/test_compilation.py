@@ -150,8 +150,10 @@ def test_the_number_of_graphs_does_not_grow_with_layers_and_lengths(recomputed):
     assert graphs == [1 + (recomputed > 0)] * 2  # one of the recomputed layers, one of the others
 
 
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "recomputed"),
+    [*((family, False) for family in sorted(FAMILIES)), ("qwen2, two windows", True), ("smollm3", True)],
+)
 def test_every_family_has_one_graph_for_each_kind_of_layer(family, recomputed):
     plain, backend = build(6, family), Counting()
     fast = copy.deepcopy(plain)
@@ -166,8 +168,7 @@ def test_every_family_has_one_graph_for_each_kind_of_layer(family, recomputed):
 TOLERANCE = {"nf4": 1e-4, "fp8": 0.05, "int8": 0.05}
 
 
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("family", "recomputed"), [("llama", True), ("qwen2", False)])
 @pytest.mark.parametrize("base", ["fp8", "int8", "nf4"])
 def test_quantised_bases_have_one_graph_too(base, family, recomputed):
     if base == "nf4":
@@ -201,10 +202,10 @@ def test_a_recomputed_layer_leaves_out_the_product_that_nobody_reads(base):
 
 
 @pytest.mark.parametrize("varied", [False, True])
-def test_three_hundred_varied_steps_make_no_graph_after_the_first(varied):
+def test_sixty_varied_steps_make_no_graph_after_the_first(varied):
     model, backend = build(2), Counting()
     compile_layers(model.model.layers, varied=varied, backend=backend)
-    for step in range(300):
+    for step in range(60):
         b = batch(step, length=96 + 16 * (step % 7) if varied else 96)
         assert len(b.cu_seqlens) > 2
         run(model, b)

@@ -38,6 +38,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.signals import NAMES, StopRequest
 from tunesmith.training import run
 import peft
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 STOPS = [signal.Signals[name] for name in NAMES]
 class Blocking(StopRequest):
     def __exit__(self, *error):
@@ -130,8 +131,8 @@ def lines(run_dir: Path) -> int:
 
 
 CASES = {
-    "LoRA, dropout, packed": ({"adapter": {"dropout": 0.1}, "train": {"micro_batch": "128 tokens"}}, 20, 300),
-    "full, bf16, masters": ({"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}, "data": {"pack": False}}, 4, 80),
+    "LoRA, dropout, packed": ({"adapter": {"dropout": 0.1}, "train": {"micro_batch": "128 tokens"}}, 8, 160),
+    "full, bf16, masters": ({"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}, "data": {"pack": False}}, 3, 60),
 }  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def test_kill_9_at_random_moments_changes_no_number(case: str, tiny: Path, tmp_p
     assert starter.wait() == 0
     assert steps_of(tmp_path / "cut") == steps_of(tmp_path / "run")
     assert len(steps_of(tmp_path / "run")) == steps
-    if kills >= 20:
+    if kills > 3:
         assert inside >= 1, "no kill fell into the writing of a checkpoint"
 
 
