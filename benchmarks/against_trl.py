@@ -51,7 +51,7 @@ def tunesmith_run(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(a.data, a.steps * a.batch)))
     recipe = {
-        "model": {"name": a.model, "dtype": "bf16"},
+        "model": {"name": a.model, "dtype": a.dtype},
         "adapter": {"kind": "lora", "rank": 8, "alpha": 16},
         "data": {"train": {"source": str(rows), "format": "text"}, "seq_len": a.seq, "train_on": "all", "shuffle": False},
         "train": {
@@ -105,11 +105,13 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     config = SFTConfig(
         max_steps=a.steps, per_device_train_batch_size=a.batch, max_length=a.seq, learning_rate=1e-4,
-        lr_scheduler_type="linear", save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
+        lr_scheduler_type="linear", bf16=a.dtype == "bf16", save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(), output_dir=str(folder / "run"), **options,
     )  # fmt: skip
     trainer = InOrder(
-        model=AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16),
+        model=AutoModelForCausalLM.from_pretrained(
+            a.model, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[a.dtype]
+        ),
         processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"text": texts(a.data, a.steps * a.batch, tokenizer.eos_token)}),
         args=config,
@@ -170,6 +172,9 @@ def main() -> None:
     p.add_argument("--skip", type=int, default=2, help="first steps that are not timed")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--busy", type=int, default=0, metavar="N", help="processes beside them that compute without end")
+    p.add_argument(
+        "--dtype", default="bf16", choices=["bf16", "fp32"], help="of all contenders; fp32 where a CPU emulates bf16"
+    )
     p.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     p.add_argument("--json", help="write the report here")
     p.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)

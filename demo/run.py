@@ -46,6 +46,16 @@ def find_model() -> str:
     return str(next(Path(spec.origin).parent.glob("*.gguf")))
 
 
+def dtype_for_this_machine() -> list[str]:
+    """fp32 where there is no GPU and the CPU only emulates bf16, which takes up to a hundred times as long."""
+    import torch
+
+    from tunesmith.metrics.hardware import bf16_slowdown
+
+    emulated = not torch.cuda.is_available() and bf16_slowdown(torch.device("cpu")) > 2
+    return ["model.dtype=fp32"] if emulated else []
+
+
 def tunesmith(*words: str) -> None:
     """Show a command and run it; end with its exit code where it fails.
 
@@ -117,7 +127,7 @@ def main() -> None:
     model = find_model()
     RUN.parent.mkdir(exist_ok=True)
     before = ask(model, held_out, RUN.parent / "demo-base.jsonl", "--base")
-    tunesmith("train", str(HERE / "recipe.yaml"), f"model.name={model}")
+    tunesmith("train", str(HERE / "recipe.yaml"), f"model.name={model}", *dtype_for_this_machine())
     after = ask(str(RUN), held_out, RUN.parent / "demo-tuned.jsonl")
 
     records = read_records(RUN / "metrics.jsonl")

@@ -111,6 +111,23 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None 
     return 2 * n**3 / seconds_of(lambda: torch.mm(left, right, out=out)) / 1e12
 
 
+def bf16_slowdown(device: torch.device) -> float:
+    """How many times as long a product in bf16 takes as one in fp32: below 1, except on CPUs that emulate bf16.
+
+    A CPU without AVX-512 or AMX took 85 times as long (256^3: 1 and 79 GFLOP/s a thread). Found in a twentieth of a second.
+    """
+    n, seconds = 256, []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(n, n, device=device).to(dtype)
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            torch.mm(x, x)
+            times.append(time.perf_counter() - began)
+        seconds.append(min(times))
+    return seconds[0] / seconds[1]
+
+
 def seconds_of(product: Callable[[], Tensor]) -> float:
     """Seconds of one product: the median of ROUNDS rounds of about ROUND_SECONDS each, after a warm-up."""
     from torch.utils.benchmark import Timer  # a tenth of a second, which most runs can spare

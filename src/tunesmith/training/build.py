@@ -53,6 +53,7 @@ from tunesmith.runtime.resolve import probe_machine, resolve_plan
 from tunesmith.runtime.transfer import DevicePrefetcher
 
 LOSS_SCALE = 2.0**16
+SLOW = 2.0  # a 16-bit product that takes so many times as long as one in fp32 is worth a warning
 
 
 @dataclass
@@ -114,7 +115,7 @@ def build(
     if torch.cuda.is_initialized():  # by an earlier run of this process
         free_device_memory()
     device, before = choose_device(), start.progress or Progress()
-    check_machine(run, device)
+    check_machine(run, device, say)
     check_inputs(run, start)
     folder = fetch.fetch(run.model, progress=say) if weights == "stored" else Path(run.model.name)
     files = read_model_files(folder, run.model)
@@ -197,8 +198,14 @@ def describe_micro_batch(start: Start, run: Run, plan: RunPlan) -> list[str]:
     return [f"the micro batch is {now}, and was {before}, {why}: numbers differ from a run that kept it, as {effect}"]
 
 
-def check_machine(run: Run, device: torch.device) -> None:
-    """Refuse a dtype that the device has no matmuls for, and packages that are not installed, before anything is fetched."""
+def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) -> None:
+    """Refuse a dtype that the device has no matmuls for, and packages that are not installed, before anything is fetched.
+
+    A CPU that only emulates products in bf16 is warned of.
+    """
+    if run.model.dtype == "bf16" and device.type == "cpu" and (slowdown := hardware.bf16_slowdown(device)) > SLOW:
+        why = f"bf16 products take {slowdown:.0f} times as long as fp32's on this CPU"
+        say(f"warning: {why}, which only emulates them; fix: model.dtype=fp32")
     if run.train.optimizer == "adamw-8bit":
         packages.bitsandbytes("8-bit moments", "train.optimizer")
     if run.model.quantize == "nf4":
