@@ -17,35 +17,39 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it o
 
 # Files, or tests of a file, that start processes, compile, or train for long: `make quick` leaves them out.
 SLOW = """
-adapter/test_joined.py bench/test_count_kernels.py bench/test_measure.py bench/test_shape.py
-checkpoint/test_export.py checkpoint/test_periodic.py cli/test_bad_hub.py cli/test_bad_inputs.py cli/test_bad_runs.py
-cli/test_bad_streams.py cli/test_bench.py cli/test_campaign.py cli/test_failed_runs.py cli/test_foreign_folders.py
-cli/test_log_file.py cli/test_playbook.py cli/test_readme.py cli/test_serving.py data/test_workers.py
-hub/test_fetch_verb.py hub/test_hub.py hub/test_own_data.py hub/test_push.py inference/test_evaluate.py
+adapter/test_joined.py bench/test_count_kernels.py bench/test_measure.py bench/test_shape.py checkpoint/test_export.py
+checkpoint/test_periodic.py cli/test_bad_hub.py cli/test_bad_inputs.py cli/test_bad_runs.py cli/test_bad_streams.py
+cli/test_bench.py cli/test_campaign.py cli/test_failed_runs.py cli/test_foreign_folders.py cli/test_log_file.py
+cli/test_playbook.py cli/test_readme.py cli/test_serving.py data/test_workers.py hub/test_fetch_verb.py
+hub/test_hub.py hub/test_own_data.py hub/test_push.py inference/test_evaluate.py inference/test_load_run.py
 inference/test_merge.py model/test_weights.py optim/test_weight_gradients.py parity/test_batches.py
 parity/test_curves.py parity/test_optimizers.py quant/test_eight_bit_base.py quant/test_one_pass.py
 quant/test_triton_matmul.py runtime/test_compilation.py runtime/test_determinism.py runtime/test_host.py
-test_gpu_marks.py test_notebook.py test_on_devices.py test_public_api.py training/test_going_on.py
-training/test_no_waiting.py training/test_resume.py
+test_gpu_marks.py test_house.py test_notebook.py test_on_devices.py test_public_api.py training/test_added_tokens.py
+training/test_from_python.py training/test_going_on.py training/test_no_waiting.py training/test_resume.py
 bench/test_first_gpu.py::test_the_micro_timings_run_and_tell_what_failed
 checkpoint/test_state.py::test_kill_9_at_any_moment_leaves_a_whole_newest_one
 checkpoint/test_umask.py::test_a_run_and_a_merge cli/test_pages.py::test_the_memory_table_is_what_the_estimate_says
 config/test_dump.py::test_round_trip data/test_bad_data.py::test_a_hub_that_refuses
 data/test_hold_out.py::test_a_run_validates_on_them_and_resumes_with_the_same
 data/test_loader.py::test_the_wait_for_a_copy_is_a_wait_for_data
-data/test_pack.py::test_every_item_once_and_no_bin_too_full
+data/test_pack.py::test_every_item_once_and_no_bin_too_full data/test_pack.py::test_it_is_best_fit_decreasing
 data/test_refusals.py::test_trls_templates_and_their_training_twins
 data/test_source.py::test_a_file_that_is_cut_while_it_is_read_is_named
-data/test_template.py::test_any_words_in_any_turn
+data/test_source.py::test_slices_are_those_of_datasets data/test_template.py::test_any_words_in_any_turn
+metrics/test_sinks.py::test_tensorboard_purges_what_a_run_repeats
 model/test_mutations.py::test_a_damaged_adapter_loads_or_is_refused_by_name
 model/test_mutations.py::test_a_damaged_model_loads_or_is_refused_by_name
 optim/test_optimizer.py::test_compiled_rounding_is_the_plain_one_in_two_graphs
 quant/test_frozen_matmul.py::test_the_compiled_operator_gives_the_same_numbers
+test_loss.py::test_bf16_head_sums_its_gradient_in_fp32
 training/test_make_recipe.py::test_an_edited_recipe_is_not_overwritten
 training/test_make_recipe.py::test_rows_of_ones_own_are_trained_on
 training/test_make_recipe.py::test_the_option_that_an_error_names_is_the_way_on
 training/test_make_recipe.py::test_the_same_command_resumes
+training/test_train.py::test_a_run_by_the_clock_ends_with_everything_written
 training/test_train.py::test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers
+training/test_train.py::test_metrics_read_one_step_later_are_the_same
 """.split()
 
 
