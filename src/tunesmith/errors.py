@@ -9,7 +9,8 @@
     ├── RunError              exit 1: the run began and failed
     │   ├── NonFiniteError
     │   └── CheckpointError
-    └── StoppedError          exit 75: a signal came, everything is saved, start again to resume
+    ├── StoppedError          exit 75: a signal came, everything is saved, start again to resume
+    └── OtherRankError        the exit code of the rank that failed, which tells why
 
 Every error says what is wrong, where (file:line, key or step), why, and the command or edit that fixes it.
 """
@@ -98,6 +99,14 @@ class StoppedError(TunesmithError):
     def text(self) -> str:
         """The block without `error:`, for nothing is lost."""
         return super().text().removeprefix("error: ")
+
+
+class OtherRankError(TunesmithError):
+    """Another rank of this run failed, and tells why: this one ends with its exit code."""
+
+    def __init__(self, what: str, *, exit_code: int) -> None:
+        super().__init__(what)
+        self.exit_code = exit_code
 
 
 _DISK = {

@@ -1,0 +1,96 @@
+"""How the ranks of a run share its work: replicate x shard x tensor.
+
+Ranks are numbered with `tensor` fastest and `replicate` slowest, so that the ranks that talk most are neighbours: those
+of a tensor group on one node, and those of a shard group as near as they can be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+DIMENSIONS = ("replicate", "shard", "tensor")
+
+
+class MeshShape(NamedTuple):
+    """Copies of the model, ranks that shard one copy, and ranks that compute one layer together."""
+
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.replicate * self.shard * self.tensor
+
+    @property
+    def data(self) -> int:
+        """Ranks with micro batches of their own; those of a tensor group have the same ones."""
+        return self.replicate * self.shard
+
+    def describe(self) -> str:
+        """`2 replicas x 4 shards x 1 tensor`."""
+        return f"replicate {self.replicate} x shard {self.shard} x tensor {self.tensor}"
+
+
+ONE = MeshShape()
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of a run by dimension, as this rank sees them. The default is one process, without a process group."""
+
+    shape: MeshShape = ONE
+    device_mesh: DeviceMesh | None = None  # [replicate, shard, tensor]; None for one process
+
+    @classmethod
+    def of(cls, shape: MeshShape, device_type: str) -> Mesh:
+        """The mesh of all ranks; a collective call. `device_type` is `cpu` or `cuda`."""
+        if shape.world == 1:
+            return cls()
+        return cls(shape, init_device_mesh(device_type, tuple(shape), mesh_dim_names=DIMENSIONS))
+
+    @property
+    def data_rank(self) -> int:
+        return dist.get_rank() // self.shape.tensor if self.device_mesh is not None else 0
+
+    @property
+    def tensor_rank(self) -> int:
+        return dist.get_rank() % self.shape.tensor if self.device_mesh is not None else 0
+
+    @property
+    def sharding(self) -> DeviceMesh:
+        """[replicate, shard]: what `fully_shard` takes."""
+        assert self.device_mesh is not None
+        return self.device_mesh["replicate", "shard"]
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        """[tensor]."""
+        assert self.device_mesh is not None
+        return self.device_mesh["tensor"]
+
+    @cached_property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks whose micro batches make the global batch, with this one; None where it is alone. The first call is
+        collective."""
+        if self.shape.data == 1:
+            return None
+        if self.shape.tensor == 1:
+            return dist.group.WORLD
+        every = [[d * self.shape.tensor + t for d in range(self.shape.data)] for t in range(self.shape.tensor)]
+        return dist.new_subgroups_by_enumeration(every)[0]
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup | None:
+        """The ranks that shard this rank's copy; None where it is whole."""
+        return self.device_mesh.get_group("shard") if self.device_mesh is not None and self.shape.shard > 1 else None
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        """The ranks that compute each layer together with this one; None where it computes them alone."""
+        return self.device_mesh.get_group("tensor") if self.device_mesh is not None and self.shape.tensor > 1 else None

@@ -1,0 +1,76 @@
+"""Functions run by several ranks on this machine, with gloo: `run_ranks(4, function, argument)`.
+
+The ranks are forked from a process that has imported torch and transformers once, and rendezvous by a file.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+LIMIT = 300  # seconds that all ranks together may take
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a rank, with one thread each."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    return {name: str(value) for name, value in (ranks | address).items()}
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(*arguments)` returns on each of `world` ranks, in their order.
+
+    `function` is a module's own, so that a rank can import it. AssertionError with the traceback of the first rank that
+    failed, or where the ranks take longer than LIMIT.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "torch.distributed.fsdp", "tunesmith.training.run"])
+    port, results = free_port(), context.SimpleQueue()
+    ranks = [
+        context.Process(target=_rank, args=(environment_of(r, world, port), r, results, function, arguments))
+        for r in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    found: dict[int, Any] = {}
+    deadline = time.monotonic() + LIMIT
+    try:
+        while len(found) < world:
+            alive = any(process.is_alive() for process in ranks)
+            if results.empty():
+                assert alive, f"ranks {sorted(set(range(world)) - set(found))} ended without a result"
+                assert time.monotonic() < deadline, f"the ranks took longer than {LIMIT} s"
+                time.sleep(0.02)
+                continue
+            rank, fault, value = results.get()
+            assert not fault, f"rank {rank} failed:\n{fault}"
+            found[rank] = value
+    finally:
+        for process in ranks:
+            process.join(0 if len(found) < world else 20)
+            process.kill()
+    return [found[rank] for rank in range(world)]
+
+
+def _rank(env: dict[str, str], rank: int, results: Any, function: Callable[..., Any], arguments: Any) -> None:
+    os.environ.update(env)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, "", function(*arguments)))
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
+        raise SystemExit(1) from None

@@ -1,0 +1,47 @@
+"""What ranks share before and after a step."""
+
+from __future__ import annotations
+
+import pytest
+
+from ranks import run_ranks
+from tunesmith.errors import DataError, OtherRankError, TunesmithError
+from tunesmith.parallel.mesh import Mesh, MeshShape
+from tunesmith.ranks import Ranks, join_ranks
+
+
+def test_one_process_shares_with_itself():
+    with join_ranks() as ranks:
+        assert ranks == Ranks()
+        assert ranks.share("a") == "a"
+        assert ranks.gather(1) == [1]
+        with pytest.raises(DataError), ranks.together():
+            raise DataError("broken")
+
+
+def shared() -> tuple[object, ...]:
+    with join_ranks() as ranks:
+        raised = None
+        try:
+            with ranks.together():
+                if ranks.rank >= 1:
+                    raise DataError(f"rows of {ranks.rank}")
+        except TunesmithError as error:
+            raised = type(error).__name__, error.what, error.exit_code
+        order = []
+        with ranks.node_leader_first():
+            order.append(ranks.rank)
+        mesh = Mesh.of(MeshShape(1, 2, 2), "cpu")
+        return ranks.share(ranks.rank), ranks.gather(ranks.rank), raised, mesh.data_rank, mesh.tensor_rank
+
+
+def test_ranks_share_values_and_errors():
+    found = run_ranks(4, shared)
+    assert [f[0] for f in found] == [0] * 4
+    assert all(f[1] == [0, 1, 2, 3] for f in found)
+    names = [f[2][0] for f in found]
+    assert names == ["OtherRankError", "DataError", "OtherRankError", "OtherRankError"]
+    assert {f[2][2] for f in found} == {OtherRankError("", exit_code=2).exit_code}
+    assert "rows of 1" in found[0][2][1]
+    assert [f[3] for f in found] == [0, 0, 1, 1]
+    assert [f[4] for f in found] == [0, 1, 0, 1]
