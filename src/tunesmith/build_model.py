@@ -22,6 +22,8 @@ from tunesmith.model import fused, load, random_init
 from tunesmith.model.architectures import LAYERS
 from tunesmith.model.weights import load_weights
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
+from tunesmith.parallel.mesh import ALONE, Mesh
+from tunesmith.parallel.shard import settle_shards, shard_model
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import FUSED, KINDS, TENSOR_WISE
 from tunesmith.runtime import compilation
@@ -79,6 +81,7 @@ def build_model(
     weights: Path | Literal["random"] | None = None,
     adapter: Path | None = None,
     probes: Sequence[Batch] = (),
+    mesh: Mesh = ALONE,
 ) -> tuple[TrainModel, RunPlan]:
     """Build the model of a recipe, with its weights, ready for its first step.
 
@@ -89,6 +92,7 @@ def build_model(
         adapter: folder of the checkpoint whose adapter training resumes from.
         probes: the first micro batches of the run, on the plan's device, the same at every start. On them the loss of a
             base in 8 bits is compared and recompute is calibrated; without them such a base stays dense.
+        mesh: the ranks that share the model; building it is then a collective call.
 
     Returns the root module, and the plan, corrected by what was measured on the probes. ModelError or RecipeError where
     files and recipe do not fit each other; MachineError where the GPU's memory is too small.
@@ -111,25 +115,30 @@ def build_model(
     if plan.compiled:
         compilation.compile_layers(root.layers, varied=plan.layout.pad_to is None)
         root.score = compilation.compile_score(root.score)
-    plan = apply_fast_paths(run, model, plan)
+    plan = apply_fast_paths(run, model, plan, mesh)
+    shard_model(root, mesh, run, load.DTYPES[run.model.dtype])
     load.materialise(model, device)
+    settle_shards(root)
     fill_parameters(run, files, model, weights or files.folder)
     if plan.base.startswith(tuple(KINDS)) and probes:
         plan = quantize_base_eight_bit(root, plan, probes)
         if not plan.base.startswith(tuple(KINDS)):
             model.to("meta")  # the caller still refers to it, and its dense weights are gone
-            return build_model(run, files, plan, weights=weights, adapter=adapter, probes=probes)
+            return build_model(run, files, plan, weights=weights, adapter=adapter, probes=probes, mesh=mesh)
     if adapter is not None:
         peft_files.load_adapter(model, adapter)
-    if probes and run.train.recompute == "auto" and device.type == "cuda":
+    if probes and run.train.recompute == "auto" and device.type == "cuda" and mesh.shape.world == 1:
         budget, meter = int(plan.memory.free * USABLE), MemoryMeter(device)
         plan = calibrate_recompute(root, plan, probes[0], meter, budget=budget, careful=is_integrated(device))
     return root, plan
 
 
-def apply_fast_paths(run: Run, model: PreTrainedModel, plan: RunPlan) -> RunPlan:
+def apply_fast_paths(run: Run, model: PreTrainedModel, plan: RunPlan, mesh: Mesh = ALONE) -> RunPlan:
     """Change a model on meta as `train.fast_paths` says; the plan without those that have no effect in it."""
     device = torch.device(plan.device)
+    for name in ("joined-weights", "fp32-weight-gradients"):
+        if name in plan.fast_paths and mesh.shape.world > 1:
+            plan = plan.without_fast_path(name, "it holds weights and gradients whole, on one rank")
     if "joined-weights" in plan.fast_paths and (plan.base == TENSOR_WISE or not lora.join_weights(model, device)):
         needed = "it needs adapters without dropout on q/k/v or gate/up, and no base in nf4 or in fp8 scaled by tensor"
         plan = plan.without_fast_path("joined-weights", needed)

@@ -99,14 +99,17 @@ def refuse_full_disk(path: Path, needed: int, *, what: str, fix: str, why: str =
 
 
 def refuse_many_ranks(command: str) -> None:
-    """Raise MachineError where this process is one of several ranks, each of which would do all of `command` alone."""
+    """Raise MachineError where this process is one of several that would each do all of `command` alone."""
     for name in RANKS:
         if (count := os.environ.get(name, "")).isdecimal() and int(count) > 1:
-            what = f"this process is one of {count} ranks, and this version trains with one process"
-            fix = (
-                f"CUDA_VISIBLE_DEVICES=0 tunesmith {command} ... without the launcher; unset {name} if it is left over"
+            what = f"this process is one of {count}, and cannot find the others"
+            by = (
+                "torchrun --nproc-per-node N -m tunesmith train ..."
+                if command == "train"
+                else f"tunesmith {command} ..."
             )
-            where, why = f"environment: {name}={count}", "each of them would train alone, on all rows"
+            fix = f"{by}, without another launcher; unset {name} if it is left over"
+            where, why = f"environment: {name}={count}", "each of them would work alone, on all rows"
             raise MachineError(what, where=where, why=why, fix=fix)
 
 

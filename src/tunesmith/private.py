@@ -30,6 +30,17 @@ def graphs_compiled() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+def local_slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Which part of a DTensor's global shape this rank holds, dimension by dimension; of a plain tensor all."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
 def restart_compiler() -> None:
     """Forget what torch.compile has made or failed to make, and end its workers: they keep the environment they began with."""
     from torch._inductor.async_compile import CompiledTritonKernels, shutdown_compile_workers

@@ -106,6 +106,9 @@ class Ranks:
                 self.gather(None)
 
 
+ONE_PROCESS = Ranks()
+
+
 def started_as() -> dict[str, int] | None:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them; None where this process is alone."""
     found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}

@@ -108,7 +108,7 @@ def test_a_start_that_is_refused_touches_nothing(name: str, world: World, capsys
 
 
 RANKS = {
-    "torchrun": {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+    "half an environment": {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
     "srun": {"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8", "SLURM_PROCID": "3"},
     "mpirun": {"OMPI_COMM_WORLD_SIZE": "4"},
     "mpiexec": {"PMI_SIZE": "4", "PMI_RANK": "0"},
@@ -127,12 +127,12 @@ def test_one_of_several_ranks_is_refused(
             patch.setenv(key, value)
         code, parts, err = started([*world.again(), *words], capsys)
         bench, _, _ = started(["bench", *world.again()[1:]], capsys)
-        with pytest.raises(UsageError, match=f"one of {count} ranks"):
+        with pytest.raises(UsageError, match=f"one of {count}, and cannot find the others"):
             train(world.folder / "recipe.yaml", say=None)
     assert code == bench == EXIT_USAGE, err
-    assert f"one of {count} ranks" in parts["error"]
+    assert f"one of {count}, and cannot find the others" in parts["error"]
     assert f"{name}={count}" in parts["where"]
-    assert "CUDA_VISIBLE_DEVICES=0 tunesmith train" in parts["fix"]
+    assert "torchrun --nproc-per-node N -m tunesmith train" in parts["fix"]
     assert f"unset {name}" in parts["fix"]
     assert snapshot(world.folder) == before
 

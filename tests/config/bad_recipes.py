@@ -199,8 +199,6 @@ _RULES = [
     _line("in the backward, in fp16", ("adapter.kind=none", "train.clip_norm=null", "model.dtype=fp16", "train.optimizer_in_backward=true"), "excludes model.dtype: fp16", "train.optimizer_in_backward", "model.dtype: bf16"),
     _line("in the backward, accumulated", ("adapter.kind=none", "train.clip_norm=null", "train.micro_batch=8 examples", "train.optimizer_in_backward=true"), "of 8 examples differs from train.global_batch of 64 examples", "train.micro_batch", "train.micro_batch: auto"),
     _line("in the backward, by tokens", ("adapter.kind=none", "train.clip_norm=null", "train.micro_batch=8192 tokens", "train.optimizer_in_backward=true"), "of 8192 tokens differs from train.global_batch of 64 examples", "train.micro_batch", "train.micro_batch: auto"),
-    _rule("tensor parallel", "parallel.tensor=2", "this version trains on one rank", "parallel.tensor: 1"),
-    _rule("sharding", "parallel.shard=8", "this version trains on one rank", "parallel.shard: auto"),
     _rule("no replica", "parallel.replicate=0", "parallel.replicate is 0: it must be 1 or more", "parallel.replicate=auto"),
     _rule("patience without rows", "validate.patience=3", "needs data.validation", "add data.validation"),
     _line("share of a timed run", ("train.duration=1 h", "checkpoint.every=10 %"), "checkpoint.every is 10 %", "checkpoint.every", "200 steps"),

@@ -20,6 +20,7 @@ from tunesmith.config.schema import Run
 from tunesmith.data.template import Template
 from tunesmith.errors import CheckpointError
 from tunesmith.methods.base import TrainModel
+from tunesmith.model.load import DTYPES
 from tunesmith.model.save_tensors import save_sharded, save_tensors
 from tunesmith.runtime.transfer import Snapshot
 
@@ -52,20 +53,32 @@ def _write_tokenizer(folder: Path, files: TokenizerFiles) -> None:
         path.write_bytes(content)
 
 
+def gather_model_files(run: Run, model: TrainModel, optimizer: OptimizerState | None) -> None:
+    """Take part in writing a checkpoint or, without an `optimizer`, a model, which another rank writes."""
+    if run.adapter.kind == "none":
+        save_sharded(None, _weights(model), DTYPES[run.model.dtype])
+        if optimizer is not None:
+            save_tensors(None, optimizer)
+
+
 def write_model_files(folder: Path, run: Run, model: TrainModel, tokenizer: TokenizerFiles) -> None:
     """Write the adapter (PEFT) or the whole model (Transformers), by `adapter.kind`, and the tokenizer into a folder."""
     if run.adapter.kind == "lora":
         peft_files.write_adapter(folder, *_adapter(run, model))
     else:
-        # A tied weight is stored once, as the embedding: the name that bases have. Transformers 4.57 does not find it
-        # under the head's.
-        once, names = (dict(model.model.named_parameters(remove_duplicate=r)).keys() for r in (True, False))
-        state = model.model.state_dict()
-        save_sharded(folder, {name: state[name] for name in state if name not in names - once})
+        save_sharded(folder, _weights(model), DTYPES[run.model.dtype])
         model.model.config.save_pretrained(folder)
         if model.model.generation_config is not None:
             model.model.generation_config.save_pretrained(folder)
     _write_tokenizer(folder, tokenizer)
+
+
+def _weights(model: TrainModel) -> dict[str, Tensor]:
+    """What a model's checkpoint holds. A tied weight is there once, as the embedding: the name that bases have.
+    Transformers 4.57 does not find it under the head's."""
+    once, names = (dict(model.model.named_parameters(remove_duplicate=r)).keys() for r in (True, False))
+    state = model.model.state_dict()
+    return {name: state[name] for name in state if name not in names - once}
 
 
 def _adapter(run: Run, model: TrainModel) -> tuple[dict[str, Parameter], dict[str, Any]]:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from tunesmith.cli.options import add_recipe, chosen_recipe
 from tunesmith.errors import EXIT_OK
-from tunesmith.host_files import refuse_many_ranks
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
@@ -35,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    refuse_many_ranks("train")
     log = LogFile()
     say = log.with_log(partial(print, file=sys.stderr, flush=True))
     with StopRequest() as early:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tunesmith.config.names import nearest
 from tunesmith.config.paths import TEMPLATES
 from tunesmith.config.schema import Run
-from tunesmith.errors import MachineError, RecipeError
+from tunesmith.errors import RecipeError
 
 # The column names of each format, the first of which identifies it; `columns` maps them to those of a file.
 COLUMNS = {
@@ -26,17 +26,13 @@ Problem = tuple[str, str, str] | tuple[str, str, str, str]
 
 
 def check_run(run: Run, where: Callable[[str], str]) -> None:
-    """RecipeError for the first rule that a recipe breaks; MachineError if this version cannot do what is asked.
+    """RecipeError for the first rule that a recipe breaks.
 
     `where` gives the place of a dotted key (`data.train.0.columns`), or "" if the key was not given.
     """
     for rules in (_model, _adapter, _data, _train, _batch, _optimizer_in_backward, _lengths, _validate):
         for key, what, fix, *why in rules(run, where):
             raise RecipeError(f"{key} {what}", where=where(key) or key, why="".join(why), fix=fix)
-    for name, size in vars(run.parallel).items():
-        if size not in ("auto", 1):
-            key, fix = f"parallel.{name}", f"parallel.{name}: {1 if name == 'tensor' else 'auto'}"
-            raise MachineError(f"{key} is {size}: this version trains on one rank", where=where(key) or key, fix=fix)
 
 
 def _model(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:

@@ -31,6 +31,7 @@ class GlobalBatch:
     examples: int
     indices: list[int]  # the examples
     data_seconds: float = 0.0  # how long the training waited for it, on its device
+    first_micro: int = 0  # number of the first of `micro` among those of all ranks
     source: TokenSet | None = field(default=None, repr=False, compare=False)
 
     def row_names(self) -> list[str]:
@@ -77,7 +78,9 @@ class Loader(AbstractContextManager["Loader"]):
         bound: int | None = None,
         ahead: int = 2,
         prefetcher: BatchPrefetcher | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
+        self._share = share
         least = min((n for n in (pad_to, bound) if n is not None), default=None)
         if least is not None and len(tokens) and least < int(tokens.lengths.max()):
             raise ValueError(f"the longest example has {tokens.lengths.max()} tokens, and there is room for {least}")
@@ -122,13 +125,18 @@ class Loader(AbstractContextManager["Loader"]):
         """The global batch of one step, made here and now, in host memory."""
         members = self._schedule.examples(step)
         micro = [self._collate(group) for group in self._groups(step, members)]
+        everything, (rank, world) = micro, self._share
+        while len(micro) % world:
+            micro.append(collate([[]], length=1, pad_id=self._pad_id))
+        micro = micro[rank::world]
         return GlobalBatch(
             step=step,
             epoch=self._schedule.epoch(step),
             micro=micro,
-            tokens=sum(b.tokens for b in micro),
-            supervised=sum(b.supervised for b in micro),
-            examples=sum(b.examples for b in micro),
+            first_micro=rank * len(micro),
+            tokens=sum(b.tokens for b in everything),
+            supervised=sum(b.supervised for b in everything),
+            examples=sum(b.examples for b in everything),
             indices=members,
             source=self._tokens,
         )

@@ -107,6 +107,7 @@ def answer_batch(
     stops: Collection[int],
     write: Callable[[str], None] | None = None,
     cancelled: Callable[[], bool] = lambda: False,
+    generate: Callable[..., torch.Tensor] | None = None,
 ) -> list[Answer]:
     """Answer a few prompts, of at least one token each, in one batch.
 
@@ -115,6 +116,7 @@ def answer_batch(
         stops: ids that end an answer.
         write: gets the text as it comes; for a single prompt only.
         cancelled: asked after each token; once true, the answers end there and are returned as they are.
+        generate: takes the place of the model's own, for a sharded root.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
     known, last = model.get_input_embeddings().weight.shape[0], max(map(max, prompts))
@@ -134,7 +136,7 @@ def answer_batch(
     try:
         with evaluating(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(decoding.seed)
-            out = model.generate(
+            out = (generate or model.generate)(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=decoding.config(eos_token_id=sorted(stops) or None, pad_token_id=pad_id),
@@ -217,7 +219,8 @@ def sample_answers(
     model, decoding = train_model.model, Decoding(max_new_tokens=SAMPLE_TOKENS)
     model.set_attn_implementation("sdpa")
     try:
-        answers = [answer_batch(model, tokenizer, [ids], decoding, stops=stops)[0].text for ids in prompts]
+        how: dict[str, Any] = {"stops": stops, "generate": train_model.generate}
+        answers = [answer_batch(model, tokenizer, [ids], decoding, **how)[0].text for ids in prompts]
     finally:
         train_model.use_training_attention()
     return [(decode(tokenizer, ids), text) for ids, text in zip(prompts, answers, strict=True)]

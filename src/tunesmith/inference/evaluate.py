@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from tunesmith.adapter.lora import disabled
 from tunesmith.config.schema import Data, Source
@@ -28,6 +29,7 @@ from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.generate import generate, row_source
 from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run, locate_run
 from tunesmith.model.safetensors_files import read_json
+from tunesmith.parallel.mesh import ALONE, Mesh
 
 if TYPE_CHECKING:
     from tunesmith.data.tokens import TokenSet
@@ -76,18 +78,27 @@ def validation_loss(
     pad_id: int,
     device: torch.device,
     cancelled: Callable[[], bool] = lambda: False,
+    mesh: Mesh = ALONE,
 ) -> tuple[float, int] | None:
     """The method's mean loss over `tokens`, each once, in packed rows of `micro_tokens`, and what its sum is divided by.
 
-    For SFT these are nats and supervised tokens. None once `cancelled` says so, which is asked before each row.
+    For SFT these are nats and supervised tokens. None once `cancelled` says so, which is asked before each row. The data
+    ranks of `mesh` take the rows in turn, all as many: some may end with an empty one.
     """
-    total, count = 0.0, 0
+    total, count, ranks = 0.0, 0, mesh.shape.data
+    batches = packed(tokens, capacity=micro_tokens, pad_id=pad_id)
+    empty = collate([[]], length=1, pad_id=pad_id)
     with evaluating(train_model):
-        for batch in packed(tokens, capacity=micro_tokens, pad_id=pad_id):
+        while row := list(islice(batches, ranks)):
             if cancelled():
                 return None
+            batch = row[mesh.data_rank] if mesh.data_rank < len(row) else empty
             made = train_model(batch.to(device))
             total, count = total + made.loss.double().item(), count + made.denominator
+    if ranks > 1:
+        sums = torch.tensor([total, count], dtype=torch.float64, device=device)
+        dist.all_reduce(sums, group=mesh.data_group)
+        total, count = float(sums[0]), int(sums[1])
     return (total / count if count else math.nan), count
 
 

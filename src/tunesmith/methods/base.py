@@ -8,7 +8,7 @@ method (`sft.py`) is called by the root. It returns a loss sum and what to divid
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +144,11 @@ class TrainModel(nn.Module):
         every_loss, every_hit = losses.new_zeros(batch.targets.numel()), hits.new_zeros(batch.targets.numel())
         every_loss[index], every_hit[index] = losses, hits
         return every_loss.view_as(batch.targets), every_hit.view_as(batch.targets)
+
+    def generate(self, **options: Any) -> Tensor:
+        """Token ids that the causal LM continues a prompt with; `options` are those of Transformers' `generate`."""
+        ids: Tensor = self.model.generate(**options)
+        return ids
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is trained, by its name in the causal LM; tied parameters once."""

@@ -98,6 +98,11 @@ def _replace(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -
             setattr(module, name, made[old])
 
 
+def widen(model: nn.Module) -> None:
+    """Make every 16-bit parameter of a model on meta fp32: the shards of a model trained in full are its masters."""
+    _replace(model, lambda p: p.float() if p.dtype in (torch.bfloat16, torch.float16) else p)
+
+
 def materialise(model: nn.Module, device: torch.device) -> None:
     """Give every parameter on meta its memory on `device`, uninitialised; move the real ones and all buffers there.
 

@@ -7,16 +7,19 @@ machine with unified memory is the GPU's memory too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.model.safetensors_files import Entry, drop_pages, open_uncached, read_headers, read_into
+from tunesmith.private import local_slices
 
 STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -39,18 +42,33 @@ class StoredTensor:
         self.into(tensor)
         return tensor
 
-    def into(self, target: torch.Tensor) -> None:
-        """Read into `target` (same number of elements, contiguous), converting to its dtype and device."""
+    def into(self, target: torch.Tensor, begin: int = 0) -> None:
+        """Read into `target` (contiguous) from element `begin` on, converting to its dtype and device."""
         flat, item = target.view(-1), self.dtype.itemsize
         if target.device.type == "cpu" and target.dtype == self.dtype:
-            self._read(flat, 0)
+            self._read(flat, begin * item)
         else:
             buffer = torch.empty(min(len(flat), SLICE // item), dtype=self.dtype)
             for start in range(0, len(flat), max(1, len(buffer))):
                 piece = buffer[: len(flat) - start]
-                self._read(piece, start * item)
+                self._read(piece, (begin + start) * item)
                 flat[start : start + len(piece)].copy_(piece)
         drop_pages(self._file, self._entry)
+
+    def into_shard(self, target: DTensor) -> None:
+        """Read this rank's part of `target`, whose global shape is the stored one."""
+        local, (rows, *rest) = target.to_local(), local_slices(target)
+        width = math.prod(self.shape[1:])
+        if all(part == slice(0, size) for part, size in zip(rest, self.shape[1:], strict=True)):
+            if local.numel():
+                self.into(local, rows.start * width)
+            return
+        step = max(1, SLICE // (width * self.dtype.itemsize))  # whole rows, of which the columns are taken
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            piece = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+            self.into(piece, start * width)
+            local[start - rows.start : stop - rows.start].copy_(piece[(slice(None), *rest)])
 
     def _read(self, flat: torch.Tensor, offset: int) -> None:
         if flat.numel():
@@ -123,12 +141,25 @@ def _read_parameter(stored: StoredTensor, target: torch.Tensor) -> None:
     An untrained row then neither dominates the softmax nor is out of distribution (Hewitt, 2021, "Initializing new word
     embeddings for pretrained language models"); without noise it is the same on every machine.
     """
-    if target.shape == stored.shape:
+    if isinstance(target, DTensor) and target.shape == stored.shape:
+        stored.into_shard(target)
+    elif isinstance(target, DTensor):
+        whole = torch.empty(target.shape, dtype=target.dtype)
+        _read_parameter(stored, whole)
+        copy_whole(target, whole)
+    elif target.shape == stored.shape:
         stored.into(target)
     else:
         known = stored.shape[0]
         stored.into(target[:known])
         target[known:] = target[:known].mean(dim=0, dtype=torch.float32).to(target.dtype)
+
+
+def copy_whole(target: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy a whole tensor into its parameter, of which this rank may hold a part only."""
+    if isinstance(target, DTensor):
+        target, whole = target.to_local(), whole[local_slices(target)]
+    target.copy_(whole)
 
 
 def _target_name(stored: str, wanted: set[str], hooks: Mapping[str, Hook]) -> tuple[str, str]:

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from tunesmith import packages
 from tunesmith.config.schema import Train
 from tunesmith.errors import MachineError, first_line
+from tunesmith.private import local_slices
 
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 256  # elements of an 8-bit moment that share a scale
@@ -52,10 +55,13 @@ class ParameterState:
 
     name: str  # of the parameter in the model
     param: nn.Parameter  # the model's own
-    weight: nn.Parameter  # what is updated and whose `.grad` is read: the fp32 master of a 16-bit `param`, else itself
+    # What is updated and whose `.grad` is read: the fp32 master of a 16-bit `param`, this rank's part of a sharded one,
+    # else itself
+    weight: nn.Parameter
     decay: float  # weight decay
     rounded: bool  # `param` is bf16 without a master, and rounded stochastically
     eight_bit: bool  # both moments are stored in 8 bits
+    sharding_groups: tuple[dist.ProcessGroup, ...] = ()  # whose ranks hold the other parts of `param`
     state: dict[str, Tensor] = field(default_factory=dict)  # moments and step count; empty before the first update
     filled: Tensor | None = None  # of a layer that adds up `weight.grad` itself (`Fp32GradientLinear`): bool []
 
@@ -64,10 +70,23 @@ class ParameterState:
         """The state of a parameter that the recipe trains, with its fp32 master if it has one."""
         rounded = param.dtype in HALF and train.master_weights == "stochastic"
         has_master = param.dtype in HALF and not rounded
-        weight = nn.Parameter(param.detach().float()) if has_master else param
+        weight: nn.Parameter = param
+        groups: tuple[dist.ProcessGroup, ...] = ()
+        if isinstance(param, DTensor):
+            mesh, places = param.device_mesh, enumerate(param.placements)
+            groups = tuple(mesh.get_group(dim) for dim, at in places if at.is_shard() and mesh.size(dim) > 1)
+            weight = nn.Parameter(param.to_local().detach())
+        elif has_master:
+            weight = nn.Parameter(param.detach().float())
         # Decay pulls matrices towards zero; norms, biases and scalars have no reason to go there.
         decay = train.weight_decay if param.ndim >= 2 else 0.0
-        return cls(name, param, weight, decay, rounded, train.optimizer == "adamw-8bit" and param.numel() >= MIN_8BIT)
+        eight_bit = train.optimizer == "adamw-8bit" and param.numel() >= MIN_8BIT
+        return cls(name, param, weight, decay, rounded, eight_bit, groups)
+
+    @property
+    def has_master(self) -> bool:
+        """Whether `weight` is an fp32 copy of the 16-bit `param`."""
+        return self.weight.dtype != self.param.dtype
 
     @property
     def grad(self) -> Tensor:
@@ -83,6 +102,13 @@ class ParameterState:
             self.weight.grad = None
         else:
             self.filled.fill_(False)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """A tensor of the weight's shape as a DTensor, where the parameter is one; any other as it is."""
+        if not isinstance(self.param, DTensor) or value.shape != self.weight.shape:
+            return value
+        like = self.param
+        return DTensor.from_local(value, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
     def initial_state(self) -> dict[str, Tensor]:
         """The state before the first update.
@@ -184,7 +210,7 @@ class AdamWUpdate:
             beta1=self.train.betas[0], beta2=self.train.betas[1], lr=lr, eps=self.train.eps, weight_decay=decay,
         )  # fmt: skip
         for part in parts:
-            if part.param is not part.weight:
+            if part.has_master:
                 part.param.copy_(part.weight)
 
     def _update_8bit(self, part: ParameterState, lr: float, step: int) -> None:
@@ -198,8 +224,8 @@ class AdamWUpdate:
             state["exp_avg_scale"], state["exp_avg_sq_scale"], part.decay,
         )  # fmt: skip
         if part.rounded:
-            part.param.copy_(round_stochastically(weight, self.noise(part, step)))
-        elif part.param is not part.weight:
+            part.weight.copy_(round_stochastically(weight, self.noise(part, step)))
+        elif part.has_master:
             part.param.copy_(weight)
 
     def _update_rounded(self, part: ParameterState, lr: float, step: int, found_inf: Tensor | None) -> None:
@@ -217,15 +243,16 @@ class AdamWUpdate:
             # From pinned memory the host does not wait for the copy.
             self._scalars[values] = here.pin_memory().to(self.device, non_blocking=True) if cuda else here
         moments, noise = (state["exp_avg"], state["exp_avg_sq"]), self.noise(part, step)
-        self.rounded(part.param.data, part.grad, *moments, noise, self._scalars[values], found_inf)
+        self.rounded(part.weight.data, part.grad, *moments, noise, self._scalars[values], found_inf)
 
     def noise(self, part: ParameterState, step: int) -> Tensor:
         """Uniform over all 16 bits: int16 of the parameter's shape, by seed, step and name."""
         text = f"{self.train.seed} {step} {part.name}".encode()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
         generator = torch.Generator(self.device).manual_seed(seed)
-        shape, device = part.param.shape, part.param.device
-        return torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, device=device, generator=generator)
+        shape, device = part.param.shape, part.weight.device
+        drawn = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, device=device, generator=generator)
+        return drawn[local_slices(part.param)]  # as on one rank, however it is sharded
 
 
 def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:

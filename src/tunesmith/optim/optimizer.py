@@ -18,13 +18,18 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tunesmith.config.schema import Train
 from tunesmith.errors import CheckpointError
 from tunesmith.optim.adamw import HALF, AdamWUpdate, ParameterState
 from tunesmith.optim.weight_gradients import Fp32GradientLinear
+from tunesmith.private import local_slices
+
+Groups = tuple[dist.ProcessGroup, ...]  # over which a parameter is sharded
 
 
 class Optimizer:
@@ -60,7 +65,8 @@ class Optimizer:
         # CPU the norm is there at once.
         self.checks_on_host = device.type != "cuda" or loss_scale is not None or not self.update.takes_found_inf
         self.lr, self.index = 0.0, 0
-        self.norms: list[Tensor] = []
+        self.groups = list(dict.fromkeys(part.sharding_groups for part in self.parts.values()))
+        self.norms: dict[Groups, list[Tensor]] = {}  # of the updates in the backward
         for part in self.parts.values():
             if train.optimizer_in_backward or part.weight is not part.param:
                 part.param.register_post_accumulate_grad_hook(partial(self._take_grad, part))
@@ -78,18 +84,26 @@ class Optimizer:
             return
         if part.weight is not part.param:
             assert param.grad is not None
+            grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
             if part.weight.grad is None:
-                part.weight.grad = param.grad.float()
+                part.weight.grad = grad.to(part.weight.dtype)
             else:
-                part.weight.grad.add_(param.grad)
+                part.weight.grad.add_(grad)
             param.grad = None
         if self.train.optimizer_in_backward:
-            self.norms.append(self._clip_and_update([part]))
+            norm = total_norm([part.grad])
+            self.norms.setdefault(part.sharding_groups, []).append(norm)
+            self._clip_and_update([part], norm)
 
     @property
     def masters(self) -> dict[str, nn.Parameter]:
         """The fp32 copies of 16-bit parameters, by name."""
-        return {name: part.weight for name, part in self.parts.items() if part.weight is not part.param}
+        return {name: part.weight for name, part in self.parts.items() if part.has_master}
+
+    def whole_gradients(self) -> list[Tensor]:
+        """The gradients that no engine has summed over ranks: of parameters that every rank holds whole."""
+        parts = (part for part in self.parts.values() if not isinstance(part.param, DTensor))
+        return [part.grad for part in parts if part.has_grad]
 
     def start_step(self, lr: float, index: int) -> None:
         """Set the learning rate and the index (from 0) of the coming step; before its backward."""
@@ -103,16 +117,35 @@ class Optimizer:
         CUDA the host does not wait for the device, except with a loss scale.
         """
         if self.train.optimizer_in_backward:
-            return _norm(torch.stack(self.norms))
-        return self._clip_and_update([part for part in self.parts.values() if part.has_grad])
+            return self._global_norm(self.norms)
+        parts = [part for part in self.parts.values() if part.has_grad]
+        if self.scale is not None:
+            for part in parts:
+                part.grad.div_(self.scale)
+        norms: dict[Groups, list[Tensor]] = {}
+        for groups in self.groups:
+            if grads := [part.grad for part in parts if part.sharding_groups == groups]:
+                norms[groups] = [total_norm(grads)]
+        return self._clip_and_update(parts, self._global_norm(norms))
 
     @torch.no_grad()
-    def _clip_and_update(self, parts: list[ParameterState]) -> Tensor:
-        weights, grads = [part.weight for part in parts], [part.grad for part in parts]
-        if self.scale is not None:
-            for grad in grads:
-                grad.div_(self.scale)
-        norm = total_norm(grads)
+    def _global_norm(self, norms: Mapping[Groups, list[Tensor]]) -> Tensor:
+        """The norm over all parameters, 0-d on the device, from those of this rank's parts; a collective call where some
+        are sharded."""
+        if not any(self.groups):
+            return total_norm(norms.get((), []))
+        squares = []
+        for groups in self.groups:  # on every rank the same ones in the same order
+            found = norms.get(groups, [])
+            square = torch.stack(found).square().sum() if found else torch.zeros((), device=self.update.device)
+            for group in groups:
+                dist.all_reduce(square, group=group)
+            squares.append(square)
+        return torch.stack(squares).sum().sqrt()
+
+    @torch.no_grad()
+    def _clip_and_update(self, parts: list[ParameterState], norm: Tensor) -> Tensor:
+        weights = [part.weight for part in parts]
         finite = norm.isfinite()
         found_inf, divisor, limit = None, norm, self.train.clip_norm
         if not self.checks_on_host:
@@ -136,8 +169,13 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors that a resumed run needs, by `<parameter>.<field>` (see `initial_state`); nothing is copied."""
-        out = {f"{name}.{field}": value for name, part in self.parts.items() for field, value in part.state.items()}
+        """All tensors that a resumed run needs, by `<parameter>.<field>` (see `initial_state`); nothing is copied.
+
+        What is sharded as its parameter is, is a DTensor like that; sharded weights are their own masters.
+        """
+        out = {
+            f"{n}.{field}": part.whole(value) for n, part in self.parts.items() for field, value in part.state.items()
+        }
         return out | {f"{name}.master": master.data for name, master in self.masters.items()}
 
     def load_state_dict(
@@ -151,6 +189,9 @@ class Optimizer:
 
         def copy_of(name: str, like: Tensor) -> Tensor:
             saved = tensors.get(name)
+            if saved is not None and saved.shape == like.shape:
+                saved = saved[local_slices(like)]
+                like = like.to_local() if isinstance(like, DTensor) else like
             if saved is None or saved.shape != like.shape or saved.dtype != like.dtype:
                 raise CheckpointError(
                     f"the optimizer's state has no {name} of shape {tuple(like.shape)} and {like.dtype}",
@@ -163,9 +204,11 @@ class Optimizer:
         for name, master in self.masters.items():
             master.data.copy_(copy_of(f"{name}.master", master))
         for name, part in self.parts.items():
+            if isinstance(part.param, DTensor) and f"{name}.master" in tensors:
+                part.weight.data.copy_(copy_of(f"{name}.master", part.param))
             if f"{name}.step" in tensors:  # a parameter that has had no gradient yet has no state
                 initial = part.initial_state()
-                part.state = {field: copy_of(f"{name}.{field}", like) for field, like in initial.items()}
+                part.state = {field: copy_of(f"{name}.{field}", part.whole(like)) for field, like in initial.items()}
         self.scale, self.growth_tracker = scale, growth_tracker
 
 

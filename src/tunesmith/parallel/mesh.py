@@ -6,13 +6,19 @@ of a tensor group on one node, and those of a shard group as near as they can be
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from tunesmith.config.schema import Parallel
+from tunesmith.errors import MachineError, RecipeError
+
+T = TypeVar("T")
 DIMENSIONS = ("replicate", "shard", "tensor")
 
 
@@ -94,3 +100,34 @@ class Mesh:
     def tensor_group(self) -> dist.ProcessGroup | None:
         """The ranks that compute each layer together with this one; None where it computes them alone."""
         return self.device_mesh.get_group("tensor") if self.device_mesh is not None and self.shape.tensor > 1 else None
+
+
+ALONE = Mesh()
+
+
+def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
+    """The meshes of `world` ranks that a recipe allows, those with the fewest shards first; RecipeError if there is none."""
+    tensor = parallel.tensor
+    data = world // tensor if world % tensor == 0 else 0
+    shards = [n for n in range(1, data + 1) if data % n == 0 and parallel.shard in ("auto", n)]
+    shapes = [MeshShape(data // n, n, tensor) for n in shards if parallel.replicate in ("auto", data // n)]
+    if not shapes:
+        sizes = " x ".join(f"{name} {size}" for name, size in vars(parallel).items())
+        what = f"the recipe's parallel does not fit {world} rank{'s' if world > 1 else ''}: {sizes}"
+        fix = (
+            "parallel.replicate=auto parallel.shard=auto parallel.tensor=1, or start as many ranks as they multiply to"
+        )
+        raise RecipeError(what, where="parallel", fix=fix)
+    return shapes
+
+
+def share_work(parallel: Parallel, world: int, plan_of: Callable[[MeshShape], T]) -> tuple[MeshShape, T]:
+    """The mesh of a run and its plan: what the recipe sets, else as few shards as fit, in as many copies as there are.
+
+    `plan_of` plans for a mesh, or raises MachineError where the run does not fit, which is raised again if it fits none.
+    """
+    *shapes, last = possible_shapes(parallel, world)
+    for shape in shapes:
+        with suppress(MachineError):
+            return shape, plan_of(shape)
+    return last, plan_of(last)

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tunesmith.errors import MachineError, ModelError, first_line
-from tunesmith.model.weights import WeightSource
+from tunesmith.model.weights import WeightSource, copy_whole
 from tunesmith.quant.frozen_matmul import FrozenLinear, linear_names
 from tunesmith.quant.frozen_weight import FrozenWeight, Nf4Weight, nf4_functions
 
@@ -110,7 +111,14 @@ class Nf4Linear(FrozenLinear):
     def _store_state(self, packed: Tensor, state: Any) -> None:
         nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
         kind = f"nf4 {state.blocksize} {state.state2.blocksize if nested else 0} {state.dtype}"
-        self._store(kind, packed.reshape(-1, 1), state.absmax, state.code, *nested)
+        codes = packed.reshape(-1, 1)
+        if isinstance(self.weight, DTensor):  # sharded: the parameter that FSDP knows stays
+            copy_whole(self.weight, codes)
+            self.kind = kind
+            for name, tensor in zip_longest(SCALES, (state.absmax, state.code, *nested)):
+                self.register_buffer(name, tensor, persistent=False)
+        else:
+            self._store(kind, codes, state.absmax, state.code, *nested)
 
     def frozen_weight(self) -> FrozenWeight:
         tensors = [self.weight, self.absmax, self.code]

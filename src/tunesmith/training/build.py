@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.filesize import decimal as size_text
+from transformers import PreTrainedModel
 
 from tunesmith import packages
 from tunesmith.adapter import lora
@@ -44,11 +45,13 @@ from tunesmith.model.tokenizer import eos_ids
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import fp32_gradients
+from tunesmith.parallel.mesh import ALONE, Mesh, MeshShape, share_work
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import KINDS
+from tunesmith.ranks import ONE_PROCESS, Ranks
 from tunesmith.runtime.device import choose_device, free_device_memory
 from tunesmith.runtime.host import keep_threads
-from tunesmith.runtime.plan import RunPlan
+from tunesmith.runtime.plan import Machine, RunPlan
 from tunesmith.runtime.resolve import probe_machine, resolve_plan
 from tunesmith.runtime.transfer import DevicePrefetcher
 
@@ -68,7 +71,9 @@ class Session:
     plan: RunPlan  # what was decided for this machine, and why
     total_steps: int | None  # optimizer steps of the whole run; None where it ends by the clock
     hashes: Mapping[str, Any]  # of base and data, by their names in `Progress`
-    peak: hardware.Peak  # what MFU is taken against
+    peak: hardware.Peak  # of one rank, what MFU is taken against
+    ranks: Ranks = ONE_PROCESS
+    mesh: Mesh = ALONE  # how the ranks share the work
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +83,11 @@ class Session:
     def dtype(self) -> torch.dtype:
         """Type of the matmuls."""
         return load.DTYPES[self.run.model.dtype]
+
+    @property
+    def peak_tflops(self) -> float | None:
+        """Of all ranks together."""
+        return self.peak.tflops * self.ranks.world if self.peak.tflops else None
 
     def flops(self, examples: Sequence[int], supervised: int) -> float:
         """Floating-point operations of a step on these examples, of which `supervised` positions carry a label."""
@@ -93,7 +103,7 @@ class Session:
 
     def loader(self, start_step: int) -> Loader:
         """Global batches from step `start_step` (0 for the first) to the end of the run, on the device."""
-        return make_loader(self.data, self.files, self.plan, start_step, self.total_steps)
+        return make_loader(self.data, self.files, self.plan, start_step, self.total_steps, self.mesh)
 
 
 def build(
@@ -104,6 +114,7 @@ def build(
     why: bool = False,
     weights: Weights = "stored",
     measured: bool = False,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Session:
     """Make a Session, checking before each slow thing what can be checked without it.
 
@@ -111,36 +122,33 @@ def build(
         say: takes one line for the user about each choice made here; `why` asks for its reason too.
         weights: "random" draws them on the device; `model.name` is then a folder that needs none.
         measured: for figures alone: no room is asked for checkpoints, and rows are repeated so that no step is short.
+        ranks: those that share the run; each of them builds its Session at the same time.
     """
-    if torch.cuda.is_initialized():  # by an earlier run of this process
-        free_device_memory()
+    if torch.cuda.is_initialized():
+        free_device_memory()  # of an earlier run of this process
     device, before = choose_device(), start.progress or Progress()
-    check_machine(run, device, say)
-    check_inputs(run, start)
-    folder = fetch.fetch(run.model, progress=say) if weights == "stored" else Path(run.model.name)
-    files = read_model_files(folder, run.model)
-    hashes = {"model_hash": weights_digest(folder) if weights == "stored" else None}
-    data = read_data(run, start, files, hashes, say)
-    data = fill_steps(data, say) if measured else data
+    with ranks.together(), ranks.node_leader_first():  # what one of a node downloads and tokenises, the others find
+        check_machine(run, device, say)
+        check_inputs(run, start)
+        folder = fetch.fetch(run.model, progress=say) if weights == "stored" else Path(run.model.name)
+        files = read_model_files(folder, run.model)
+        hashes = {"model_hash": weights_digest(folder) if weights == "stored" else None}
+        data = read_data(run, start, files, hashes, say)
+        data = fill_steps(data, say) if measured else data
     total_steps = data.schedule.steps(run.train.duration)
     torch.manual_seed(run.train.seed)
-    model = define_model(run, files)
-    trained = count_trained(run, model)
+    model, mesh, plan = plan_model(run, start, files, data, device, ranks)
     if not measured:
-        check_disk(run, trained)
-    machine = probe_machine(run, files, device, lora.eight_bit_shapes(model, run.train.fast_paths))
-    size, longest = data.schedule.step_size(), data.train.counts.longest
-    plan = resolve_plan(run, files.spec, machine, trained=trained, step=size, longest=longest, before=start.micro_batch)
+        with ranks.together():
+            check_disk(run, count_trained(run, model))
     saved, eight_bit = start.found.path if start.found else None, run.model.quantize in KINDS
+    probes = first_batches(make_loader(data, files, plan), device, EIGHT_BIT_PROBE_TOKENS if eight_bit else 1)
     root, plan = build_model(
-        run,
-        files,
-        plan,
-        model=model,
+        run, files, plan, model=model,
         weights="random" if weights == "random" else saved if run.adapter.kind == "none" else None,
         adapter=saved if run.adapter.kind == "lora" else None,
-        probes=first_batches(make_loader(data, files, plan), device, EIGHT_BIT_PROBE_TOKENS if eight_bit else 1),
-    )
+        probes=probes, mesh=mesh,
+    )  # fmt: skip
     optimizer = make_optimizer(run, root, start)
     if eight_bit and not plan.base.startswith(run.model.quantize):
         say(f"warning: the base stays in {plan.base}: {plan.why['base']}")
@@ -152,10 +160,44 @@ def build(
     peak = hardware.find_peak(device, load.DTYPES[run.model.dtype])
     if peak.tflops and not peak.published:
         say(f"MFU is taken against {peak.tflops:.0f} TFLOP/s, {peak.source}")
-    session = Session(run, files, data, root, optimizer, plan, total_steps, hashes, peak)
+    session = Session(run, files, data, root, optimizer, plan, total_steps, hashes, peak, ranks, mesh)
     if run.train.optimizer_in_backward and (total_steps is None or before.step < total_steps):
         check_one_micro_batch(run, session.loader(before.step).batch(before.step))
     return session
+
+
+def plan_model(
+    run: Run, start: Start, files: ModelFiles, data: TrainingData, device: torch.device, ranks: Ranks
+) -> tuple[PreTrainedModel, Mesh, RunPlan]:
+    """The model on meta, the mesh that the ranks make, and what each of them will do."""
+    with ranks.together():
+        model = define_model(run, files)
+        machine = probe_machine(run, files, device, lora.eight_bit_shapes(model, run.train.fast_paths))
+    machines = ranks.gather(machine)
+    with ranks.together():
+        machine, trained = common_machine(machines, ranks), count_trained(run, model)
+        size, longest = data.schedule.step_size(), data.train.counts.longest
+
+        def plan_of(shape: MeshShape) -> RunPlan:
+            return resolve_plan(
+                run, files.spec, machine, trained=trained, step=size, longest=longest, before=start.micro_batch
+            )
+
+        shape, plan = share_work(run.parallel, ranks.world, plan_of)
+    return model, Mesh.of(shape, device.type), plan
+
+
+def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
+    """The machine that all ranks plan for: as each of them, with the least free memory. MachineError where they differ in
+    more: ranks that compute otherwise would not give equal numbers."""
+    first = machines[0]
+    for rank, other in enumerate(machines):
+        for part in ("attention", "compiles", "scaling", "integrated"):
+            if (own := getattr(other, part)) != (led := getattr(first, part)):
+                what = f"{ranks.name(rank)} and {ranks.name(0)} differ: {part} {own}, and {led}"
+                fix = "make the nodes alike, or set what differs in the recipe, such as train.compile=off"
+                raise MachineError(what, why="all ranks must compute alike", fix=fix)
+    return replace(first, free_bytes=min(m.free_bytes for m in machines), device=machines[ranks.rank].device)
 
 
 def read_data(
@@ -247,9 +289,15 @@ def check_disk(run: Run, trained: int) -> None:
 
 
 def make_loader(
-    data: TrainingData, files: ModelFiles, plan: RunPlan, start_step: int = 0, stop_step: int | None = None
+    data: TrainingData,
+    files: ModelFiles,
+    plan: RunPlan,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    mesh: Mesh = ALONE,
 ) -> Loader:
-    """Global batches in the plan's layout, from `start_step` up to `stop_step`; iterating puts them on the device."""
+    """Global batches in the plan's layout, from `start_step` up to `stop_step`; iterating puts this rank's share of them
+    on the device."""
     device = torch.device(plan.device)
     return Loader(
         data.train,
@@ -258,6 +306,7 @@ def make_loader(
         pad_id=files.pad_id,
         start_step=start_step,
         stop_step=stop_step,
+        share=(mesh.data_rank, mesh.shape.data),
         prefetcher=DevicePrefetcher(device) if device.type == "cuda" else None,
     )
 
@@ -302,6 +351,7 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
         "why": plan.why.get("threads", "only the host's part runs on the CPU"),
     }
     peak = {"mfu_peak": session.peak._asdict()}
-    env = {**hardware.describe_machine(argv), **found, **peak, "choices": choices}
+    ranks = {"mesh": session.mesh.shape._asdict(), "hosts": session.ranks.hosts} if session.ranks.world > 1 else {}
+    env = {**hardware.describe_machine(argv), **found, **peak, "choices": choices, **ranks}
     write_atomically(out / IDENTITY, json.dumps(env, indent=1))
     write_atomically(out / RECIPE, dump(session.run))

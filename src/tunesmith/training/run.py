@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,7 +14,7 @@ from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.checkpoint.run_dir import claim_run_dir, put_aside, sweep
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.errors import RunError, StoppedError, UsageError, first_line
+from tunesmith.errors import NonFiniteError, OtherRankError, RunError, StoppedError, UsageError, first_line
 from tunesmith.host_files import refuse_many_ranks, refuse_special_files
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
@@ -22,6 +22,8 @@ from tunesmith.metrics.sink import JsonlSink, RecordCallback, Sink, Sinks, Tenso
 from tunesmith.metrics.summary import FAILURE, write_failure
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
+from tunesmith.parallel.mesh import possible_shapes
+from tunesmith.ranks import Ranks, join_ranks, started_as
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
@@ -64,37 +66,81 @@ def train(
         RunError: the run began and failed; failure.json says why.
         StoppedError: a signal, ctrl-C or the notebook's stop button came; everything is saved.
     """
-    refuse_many_ranks("train")
     if not isinstance(run, Run):
         run = load_recipe(run, overrides, say=say)
     elif overrides:
         raise UsageError("a checked recipe takes no overrides", fix="give the recipe's file, or dataclasses.replace it")
+    if started_as() is None:
+        refuse_many_ranks("train")
     refuse_special_files(out := Path(run.output_dir))
     with ExitStack() as stack, deterministic_algorithms(run.train.deterministic):
         stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
         stop = stack.enter_context(StopRequest())
+        ranks = stack.enter_context(join_ranks())
+        with ranks.together():
+            possible_shapes(run.parallel, ranks.world)
+        if not ranks.leads:
+            return follow(run, stop, ranks)
         stream = None if say else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        log, callback = stack.enter_context(LogFile(out / "log.txt")), RecordCallback(on_record)
+        log = stack.enter_context(LogFile(out / "log.txt"))
         say = log.with_log(say or (lambda text: None))
-        mark = stack.enter_context(claim_run_dir(out))
-        if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
-            say(f"the earlier run is now in {place}")
-        try:
+        with ranks.together():
+            mark = stack.enter_context(claim_run_dir(out))
+            if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
+                say(f"the earlier run is now in {place}")
+        with ranks.together(), as_usage_error():
             start = decide_start(run, warn=say)
-            if start.finished is not None:
-                return Result(out, start.finished, finished_before=True)
-            session = build(run, start, say=say, why=why)
-            total, per_epoch = session.total_steps, session.data.schedule.steps_per_epoch(0)
-            sinks = sinks_of(run, out, total_steps=total, steps_per_epoch=per_epoch, log=log, stream=stream)
-            sinks.all.append(callback)
-            stack.callback(close_after_all, sinks)
-            begin(session, start, sinks, mark, argv)
-        except RunError as error:  # a checkpoint that cannot be read, say: nothing has begun
-            raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
-        trainer = Trainer(session, start, sinks, stop)
-        stack.callback(trainer.writer.close)
-        stop.hold(say)
-        return fit_or_say_why(trainer, say, callback)
+        if (finished := ranks.share(start).finished) is not None:
+            return Result(out, finished, finished_before=True)
+        with as_usage_error():
+            session = build(run, start, say=say, why=why, ranks=ranks)
+        return lead(session, start, stop, stack, RecordCallback(on_record), (log, stream, say, mark, argv))
+
+
+def lead(
+    session: Session, start: Start, stop: StopRequest, stack: ExitStack, callback: RecordCallback, how: tuple[Any, ...]
+) -> Result:
+    """Open the files of a run and train; `how`: log, terminal, where to say what, `claim_run_dir`'s mark, command line."""
+    (log, stream, say, mark, argv), run = how, session.run
+    total, per_epoch = session.total_steps, session.data.schedule.steps_per_epoch(0)
+    with session.ranks.together(), as_usage_error():
+        out = Path(run.output_dir)
+        sinks = sinks_of(run, out, total_steps=total, steps_per_epoch=per_epoch, log=log, stream=stream)
+        sinks.all.append(callback)
+        stack.callback(close_after_all, sinks)
+        begin(session, start, sinks, mark, argv)
+    trainer = Trainer(session, start, sinks, stop)
+    stack.callback(trainer.writer.close)
+    stop.hold(say)
+    return fit_or_say_why(trainer, say, callback)
+
+
+@contextlib.contextmanager
+def as_usage_error() -> Iterator[None]:
+    """What fails before the first step is found in time: nothing has begun. A checkpoint that cannot be read, say."""
+    try:
+        yield
+    except RunError as error:
+        raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
+
+
+def follow(run: Run, stop: StopRequest, ranks: Ranks) -> Result:
+    """What a rank other than 0 does of `train`: it says nothing, writes nothing, and takes part in everything else."""
+    for _ in range(2):  # rank 0 claims the run directory, and decides where to start
+        with ranks.together():
+            pass
+    start: Start = ranks.share(Start())
+    if start.finished is not None:
+        return Result(Path(run.output_dir), start.finished, finished_before=True)
+    session = build(run, start, say=lambda text: None, ranks=ranks)
+    with ranks.together():  # rank 0 opens its files
+        pass
+    trainer = Trainer(session, start, Sinks([]), stop)
+    stop.hold()
+    try:
+        return trainer.fit()
+    except (StoppedError, NonFiniteError) as error:  # on all ranks alike: rank 0 tells it
+        raise OtherRankError(error.what, exit_code=error.exit_code) from error
 
 
 def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: RecordCallback) -> Result:

@@ -12,12 +12,14 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.model_card import model_card
@@ -33,11 +35,14 @@ from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.optim.lr_schedule import scheduled_rate
+from tunesmith.parallel.shard import reduce_in, sharded_modules, sum_gradients
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
 from tunesmith.training.result import Result, failure_of, how_to_resume, non_finite_error
 from tunesmith.units import Cadence
+
+STOP_FILE = "stop"  # in the run directory: asks all ranks to save and end
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,16 @@ class Trainer:
         now = {"ended": None, **layout, **session.hashes}
         self.progress = dataclasses.replace(start.progress or Progress(), **now)
         self.first_step = self.progress.step
+        self.agreed_to_stop = False
         self.records: list[StepRecord] = []
         self.pending: PendingMetrics | None = None
         self.async_metrics = session.device.type == "cuda"
         self.checkpoint_stalls: list[float] = []
         saved_step = self.first_step if start.progress else None
         self.writer = Writer(self.out, self.run.checkpoint.keep, saved_step, sync=sinks.flush)
-        self.tokenizer = export.tokenizer_files(session.files.tokenizer, session.data.template, self.out)
+        self.tokenizer: export.TokenizerFiles = {}
+        if session.ranks.leads:
+            self.tokenizer = export.tokenizer_files(session.files.tokenizer, session.data.template, self.out)
         steps_per_epoch = session.data.schedule.steps_per_epoch(0)
         self.lr_schedule: dict[str, Any] = {"total": session.total_steps, "steps_per_epoch": steps_per_epoch}
         clock = self.lr_schedule | {"seconds": self.progress.seconds}
@@ -89,7 +97,9 @@ class Trainer:
         if not self.progress.validated:
             self.sinks.text("validation", "now comes the validation that a stop cut off")
             self.validate()
-        profiler = Profiler(self.run.profile, self.out / "profile", rank=0, device=self.session.device)
+        profiler = Profiler(
+            self.run.profile, self.out / "profile", rank=self.session.ranks.rank, device=self.session.device
+        )
         with profiler, self.session.loader(self.first_step) as loader:
             for _ in self.steps(loader):
                 profiler.step()
@@ -98,7 +108,7 @@ class Trainer:
                     self.sinks.text("patience", text)
                     break
         self.flush_metrics()
-        if self.stop.signal and not self.over():
+        if self.stopping and not self.over():
             self.save_and_stop()
         return self.end()
 
@@ -106,7 +116,7 @@ class Trainer:
         """Train on each batch until the run is over; yields the number of optimizer steps taken so far."""
         self.clock = time.perf_counter()
         for batch in batches:
-            if self.stop.signal or self.over():
+            if self.stopping or self.over():
                 return
             self.writer.check()
             self.iteration(batch)
@@ -124,12 +134,12 @@ class Trainer:
         due = self.validate_cadence.due(progress.step, progress.seconds) or last
         validate = due and self.session.data.validation is not None
         save = self.checkpoint_cadence.due(progress.step, progress.seconds)
-        if validate or save or last or self.stop.signal or not self.async_metrics:
+        if validate or save or last or self.stopping or not self.async_metrics:
             self.flush_metrics(log=not validate)
         if validate:
             progress.validated = False
             self.validate()
-        if save and not last and not self.stop.signal:  # the last step's is written at the end
+        if save and not last and not self.stopping:  # the last step's is written at the end
             self.save_periodic()
         if validate or save:
             self.clock = time.perf_counter()
@@ -150,15 +160,41 @@ class Trainer:
         scale = (optimizer.scale or 1.0) / denominator
         total = torch.zeros((), device=self.session.device)
         metrics = dict.fromkeys(model.method.metrics, total)
-        for index, micro in enumerate(batch.micro):
+        mesh = self.session.mesh
+        for index, micro in enumerate(batch.micro, batch.first_micro):
             # Dropout is a function of (seed, step, micro batch): a resumed run draws what the first one drew.
             torch.manual_seed((self.run.train.seed * 1_000_003 + batch.step) * 4_099 + index)
+            reduce_in(model, mesh, last=micro is batch.micro[-1])
             made = model(micro)
             (made.loss * scale).backward()
             total = total + made.loss.detach()
             metrics = {name: value + made.metrics[name] for name, value in metrics.items()}
-        means = (value / denominator for value in (total, *metrics.values()))
+        sum_gradients(optimizer.whole_gradients(), mesh)
+        means = self.agree([value / denominator for value in (total, *metrics.values())])
         return PendingMetrics(batch.step + 1, batch, AsyncScalars(*means, optimizer.step()), lr)
+
+    def agree(self, means: list[Tensor]) -> Sequence[Tensor]:
+        """A step's loss and metrics over all ranks, and after them how many ranks were asked to stop, and the seconds that
+        the step took by rank 0's clock: what one rank decided by itself would leave the others in a collective.
+
+        On one process just the loss and metrics.
+        """
+        ranks, mesh = self.session.ranks, self.session.mesh
+        if ranks.world == 1:
+            return means
+        now = time.perf_counter()
+        asked = self.stop.requested() or (ranks.leads and (self.out / STOP_FILE).exists())
+        own = torch.tensor([float(asked), (now - self.clock) * ranks.leads], dtype=torch.float64)
+        self.clock = now
+        counted = torch.stack([value.double() for value in means]) * (mesh.tensor_rank == 0)
+        values = torch.cat([counted, own.to(counted.device)])
+        dist.all_reduce(values)
+        return values.unbind()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop was asked for, of this process or, once all know, of any rank."""
+        return self.agreed_to_stop if self.session.ranks.world > 1 else self.stop.requested()
 
     # ---- metrics --------------------------------------------------------------------------------------------------
 
@@ -171,8 +207,12 @@ class Trainer:
         if pending is None:
             return
         loss, *metrics, norm = pending.scalars.read()
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        if self.session.ranks.world > 1:
+            *metrics, asked, seconds = metrics
+            self.agreed_to_stop |= asked > 0
+        else:
+            now = time.perf_counter()
+            seconds, self.clock = now - self.clock, now
         self.progress.seconds += seconds
         scale = self.session.optimizer.scale
         searching = scale is not None and scale >= 1.0  # fp16 skips steps while it searches for its loss scale
@@ -188,7 +228,7 @@ class Trainer:
         self, pending: PendingMetrics, loss: float, norm: float, metrics: list[float], seconds: float
     ) -> StepRecord:
         """The step's record in the form of metrics.jsonl."""
-        session, batch, peak = self.session, pending.batch, self.session.peak.tflops
+        session, batch, peak = self.session, pending.batch, self.session.peak_tflops
         utilization, watts = self.gauges.read()
         work = session.flops(batch.indices, batch.supervised)
         return StepRecord(
@@ -230,7 +270,9 @@ class Trainer:
             micro_tokens=size.amount if size.unit == "tokens" else self.run.data.seq_len * 4,
             pad_id=session.files.pad_id,
             device=session.device,
-            cancelled=lambda: self.stop.signal is not None,
+            # The ranks agree on a stop in the next step.
+            cancelled=lambda: session.ranks.world == 1 and self.stop.requested(),
+            mesh=session.mesh,
         )
         session.model.train()
         if found is None:
@@ -242,8 +284,10 @@ class Trainer:
         progress.worse += 1
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_step, progress.best_loss, progress.worse = progress.step, loss, 0
-            write_atomically(self.out / "best.json", json.dumps({"step": progress.step, "val_loss": loss}, indent=1))
-        if self.run.log.samples:
+            if session.ranks.leads:
+                best = json.dumps({"step": progress.step, "val_loss": loss}, indent=1)
+                write_atomically(self.out / "best.json", best)
+        if self.run.log.samples and (session.ranks.leads or sharded_modules(session.model)):
             examples, template = session.data.validation.first(self.run.log.samples), session.data.template
             answers = sample_answers(session.model, session.files.tokenizer, examples, template.end_ids)
             self.sinks.samples(progress.step, answers)
@@ -263,6 +307,10 @@ class Trainer:
         if self.writer.saved_step == progress.step and progress.ended is None:
             return
         progress.loss_scale, progress.good_steps = session.optimizer.scale, session.optimizer.growth_tracker
+        if not session.ranks.leads:
+            export.gather_model_files(self.run, session.model, session.optimizer.state_dict())
+            self.writer.saved_step = progress.step
+            return
         parts = (self.run, session.model, self.tokenizer, session.optimizer.state_dict(), progress)
         if periodic and self.run.adapter.kind == "lora":
             try:
@@ -287,7 +335,8 @@ class Trainer:
             raise self.stop.not_begun()
         self.save()
         step, fix = self.progress.step, "start the same command again: it goes on from there"
-        what, where = f"stopped by {self.stop.signal}: step {step} is saved", str(self.out / f"checkpoint-{step}")
+        by = next((name for name in self.session.ranks.gather(self.stop.signal) if name), f"the file {STOP_FILE}")
+        what, where = f"stopped by {by}: step {step} is saved", str(self.out / f"checkpoint-{step}")
         raise StoppedError(what, where=where, fix=fix)
 
     def stopped_now(self) -> StoppedError:
@@ -306,9 +355,17 @@ class Trainer:
         self.stop.doing = "final/ is written"
         progress.ended = str(self.run.train.duration)
         self.save()
+        if not self.session.ranks.leads:
+            export.gather_model_files(self.run, self.session.model, None)
+            return self.result()
         with state.writing(self.out / "final", progress.step) as folder:
             export.write_model_files(folder, self.run, self.session.model, self.tokenizer)
             (folder / state.CARD).write_text(model_card(self.run.model, self.run, self.out), encoding="utf-8")
+        return self.result()
+
+    def result(self) -> Result:
+        """What this start came to."""
+        progress = self.progress
         return Result(
             output_dir=self.out,
             steps=progress.step,

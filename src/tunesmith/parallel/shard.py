@@ -1,0 +1,98 @@
+"""Data parallelism: a copy of the model on each rank, or shards of one (FSDP2), or copies of shards (HSDP).
+
+A model trained in full goes through `fully_shard`, whose reductions run beside the backward. An adapter is small: its
+parameters stay whole on every rank, and their gradients are summed in one piece at the end of a step. Its frozen base is
+sharded without them, so that nothing keeps room for gradients that never come.
+
+Zhao et al. 2023, arXiv:2304.11277 (FSDP); PyTorch's `fully_shard`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from tunesmith.config.schema import Run
+from tunesmith.methods.base import TrainModel
+from tunesmith.model.load import widen
+from tunesmith.parallel.mesh import Mesh
+
+HALF = (torch.bfloat16, torch.float16)
+# Methods of the root, beside its forward, that read parameters.
+READERS = ("token_scores", "generate")
+
+
+def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype) -> None:
+    """Shard a model on meta as its recipe needs, after all that changes its modules and before its weights are there.
+
+    16-bit weights trained in full become fp32 shards, their own masters, of which the forward gathers copies in
+    `compute`. Embedding, last norm and head form the root's group, so that tied weights stay one; the last layer stays
+    gathered, as the backward begins with it.
+    """
+    adapter = run.adapter.kind == "lora"
+    if mesh.shape.data == 1 or (adapter and mesh.shape.shard == 1):
+        return
+    if not adapter and run.train.master_weights == "fp32":
+        widen(root)
+    trained = {p for p in root.parameters() if p.requires_grad}
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute if compute in HALF and not adapter else None,
+        reduce_dtype=torch.float32 if compute in HALF else None,
+        cast_forward_inputs=False,  # rotary tables are fp32
+    )
+    ignored = trained if adapter else None
+    *layers, last = root.layers
+    for layer in layers:
+        fully_shard(layer, mesh=mesh.sharding, mp_policy=policy, ignored_params=ignored)
+    fully_shard(last, mesh=mesh.sharding, mp_policy=policy, ignored_params=ignored, reshard_after_forward=False)
+    fully_shard(root, mesh=mesh.sharding, mp_policy=policy, ignored_params=ignored, reshard_after_forward=False)
+    for module in sharded_modules(root):
+        # The loss is divided by the global batch's denominator, so gradients are summed; gloo knows no scaled sum.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    for name in READERS:
+        register_fsdp_forward_method(root, name)
+
+
+def sharded_modules(root: nn.Module) -> list[FSDPModule]:
+    """The groups of a sharded model; none where it is whole on every rank."""
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def settle_shards(root: nn.Module) -> None:
+    """Let FSDP lay its padding into parameters that `materialise` has just allocated: tensors taken from them before
+    would be left behind. A collective call, group by group."""
+    for module in sharded_modules(root):
+        module.unshard()
+        module.reshard()
+
+
+def reduce_in(root: nn.Module, mesh: Mesh, *, last: bool) -> None:
+    """Say whether the coming backward, of a model trained in full, is the `last` of its step.
+
+    Shards are reduced in each, as whole gradients would take the memory that sharding saves; copies only in the last.
+    """
+    for module in sharded_modules(root):
+        module.set_requires_all_reduce(last)
+        module.set_requires_gradient_sync(last or mesh.shape.shard > 1)
+
+
+def sum_gradients(grads: Sequence[Tensor], mesh: Mesh) -> None:
+    """Sum gradients of parameters that are whole on every rank over the data ranks, in place and in one piece."""
+    if mesh.data_group is None or not grads:
+        return
+    for dtype in {grad.dtype for grad in grads}:
+        same = [grad for grad in grads if grad.dtype == dtype]
+        flat = torch.cat([grad.flatten() for grad in same])
+        dist.all_reduce(flat, group=mesh.data_group)
+        for grad, piece in zip(same, flat.split([grad.numel() for grad in same]), strict=True):
+            grad.copy_(piece.view_as(grad))
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, on every rank; a collective call where it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
