@@ -274,8 +274,7 @@ def is_adapter_weight(name: str) -> bool:
 
 def count_adapter_parameters(model: nn.Module, adapter: Adapter) -> int:
     """Parameters that a model with an adapter trains: A, B and the modules to save; on meta or not."""
-    to_save = [model.get_submodule(name) for name in _names_to_save(model, adapter)]
-    count = sum(p.numel() for module in to_save for p in module.parameters(recurse=False))
+    count = sum(p.numel() for module in modules_to_save(model, adapter) for p in module.parameters(recurse=False))
     return count + sum(m.lora_A.numel() + m.lora_B.numel() for _, m in loras(model))
 
 
@@ -315,6 +314,11 @@ def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
     own = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
     endings = {name: name for name in adapter.modules_to_save}
     return _match(endings, own, "adapter.modules_to_save", "module with weights of its own named")
+
+
+def modules_to_save(model: nn.Module, adapter: Adapter) -> list[nn.Module]:
+    """The modules that an adapter trains in full; `init_lora` gives them parameters of their own."""
+    return [model.get_submodule(name) for name in _names_to_save(model, adapter)]
 
 
 def loras(model: nn.Module) -> Iterator[tuple[str, Lora]]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from tunesmith.adapter.lora import modules_to_save
 from tunesmith.config.schema import Run
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.load import widen
@@ -38,13 +39,14 @@ def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype) ->
         return
     if not adapter and run.train.master_weights == "fp32":
         widen(root)
-    trained = {p for p in root.parameters() if p.requires_grad}
+    kept = {p for p in root.parameters() if p.requires_grad}
+    kept |= {p for module in modules_to_save(root.model, run.adapter) for p in module.parameters(recurse=False)}
     policy = MixedPrecisionPolicy(
         param_dtype=compute if compute in HALF and not adapter else None,
         reduce_dtype=torch.float32 if compute in HALF else None,
         cast_forward_inputs=False,  # rotary tables are fp32
     )
-    ignored = trained if adapter else None
+    ignored = kept if adapter else None
     *layers, last = root.layers
     for layer in layers:
         fully_shard(layer, mesh=mesh.sharding, mp_policy=policy, ignored_params=ignored)
