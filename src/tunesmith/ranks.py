@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from tunesmith.errors import OtherRankError, TunesmithError
+from tunesmith.errors import OtherRankError, TunesmithError, UsageError
 
 # A collective may wait for a rank that compiles, loads or saves; one that is gone is found by its heartbeat.
 PATIENCE = timedelta(hours=24)
@@ -115,6 +115,17 @@ def started_as() -> dict[str, int] | None:
     if not all(value.isdecimal() for value in found.values()) or int(found["WORLD_SIZE"]) < 2:
         return None
     return {name: int(value) for name, value in found.items()}
+
+
+@contextmanager
+def told_once_a_node() -> Iterator[None]:
+    """Before the ranks join, each finds the same faults of the command and recipe: one of a node tells them."""
+    try:
+        yield
+    except UsageError as error:
+        if (started_as() or {"LOCAL_RANK": 0})["LOCAL_RANK"]:
+            raise OtherRankError(error.what, exit_code=error.exit_code) from error
+        raise
 
 
 @contextmanager

@@ -23,7 +23,16 @@ from itertools import pairwise
 from typing import NoReturn
 
 from tunesmith import __version__
-from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError, TunesmithError, UsageError, disk_fault, first_line
+from tunesmith.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    MachineError,
+    OtherRankError,
+    TunesmithError,
+    UsageError,
+    disk_fault,
+    first_line,
+)
 from tunesmith.packages import pip_install
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
 from tunesmith.signals import ignore_stop_signals
@@ -171,6 +180,8 @@ def _report(error: BaseException) -> None:
     trace = "".join(traceback.format_exception(error))
     if os.environ.get("TUNESMITH_DEBUG") == "1":
         print(trace, file=sys.stderr)
+    if isinstance(error, OtherRankError):  # that rank tells it
+        return
     known = error if isinstance(error, TunesmithError) else _machine_error(error) or _internal_error(error, trace)
     print(known.text(), file=sys.stderr)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from tunesmith.cli.options import add_recipe, chosen_recipe
 from tunesmith.errors import EXIT_OK
 from tunesmith.metrics.log_file import LogFile
+from tunesmith.ranks import started_as, told_once_a_node
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
 
@@ -34,14 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    leads = (started_as() or {"RANK": 0})["RANK"] == 0  # of several ranks one speaks
     log = LogFile()
-    say = log.with_log(partial(print, file=sys.stderr, flush=True))
+    say = log.with_log(partial(print, file=sys.stderr, flush=True) if leads else lambda text: None)
     with StopRequest() as early:
         early.doing = "the libraries are loaded"  # for seconds; an exception inside torch's C++ code would abort
         early.hold(say)
-        recipe, made = chosen_recipe(args, say)
+        with told_once_a_node():
+            recipe, made = chosen_recipe(args, say)
+            if made is not None:
+                made.check_file()
         if made is not None:
-            made.check_file()
             say(f"recipe: {made.name} (to change it, edit it, then: tunesmith train {made.name})")
         from tunesmith.metrics.summary import closing_summary
         from tunesmith.training.run import train
@@ -59,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
             made.write_file()
 
     result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=keep)
+    if not leads:
+        return EXIT_OK
     sys.stdout = lasting(sys.stdout)  # the run has ended well, whether or not someone reads this
     with StopRequest() as late:
         late.hold()
