@@ -31,6 +31,12 @@ class Example(NamedTuple):
         int, ...
     ] = ()  # length of each, n in all; empty for one of n tokens. Each is a document of its own
 
+    @property
+    def supervised(self) -> int:
+        """Positions that carry loss, as `collate` counts them."""
+        first = [0, *np.cumsum(self.sequences[:-1], dtype=np.int64)]
+        return int(self.trained.sum() - self.trained[first].sum())
+
 
 @dataclass(frozen=True)
 class Batch:

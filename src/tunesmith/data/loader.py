@@ -1,9 +1,15 @@
-"""Global batches -> micro batches, in a thread that works ahead of the training."""
+"""Global batches -> this rank's micro batches, in a thread that works ahead of the training.
+
+A rank groups the examples of all data ranks by their lengths alone, and collates its own. Sharded ranks meet at every
+micro batch: those that run at the same time, a micro step, cost much the same.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +19,7 @@ from itertools import islice
 from typing import Protocol
 
 from tunesmith.data.batch import Batch, Example, collate
-from tunesmith.data.pack import best_fit_decreasing
+from tunesmith.data.pack import balanced_bins, best_fit_decreasing
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.tokens import TokenSet
 from tunesmith.units import Size
@@ -21,17 +27,18 @@ from tunesmith.units import Size
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What one optimizer step trains on, local to a rank."""
+    """What one optimizer step trains on, over all ranks; `micro` is this data rank's share of it."""
 
     step: int  # from 0
     epoch: float  # epochs done after it
-    micro: list[Batch]
-    tokens: int  # sum over `micro`, as the next two
+    micro: list[Batch]  # equally many on every rank, without examples where these are too few
+    tokens: int  # sum over all ranks, as the next two
     supervised: int
     examples: int
     indices: list[int]  # the examples
+    first_micro: int = 0  # number of `micro[0]` among the micro batches of all data ranks
+    idle_share: float = 0.0  # of the data ranks' time: 1 - load balance (mean cost / largest, micro step by micro step)
     data_seconds: float = 0.0  # how long the training waited for it, on its device
-    first_micro: int = 0  # number of the first of `micro` among those of all ranks
     source: TokenSet | None = field(default=None, repr=False, compare=False)
 
     def row_names(self) -> list[str]:
@@ -60,6 +67,9 @@ class Loader(AbstractContextManager["Loader"]):
             there are no more examples. None pads little: [1, n] packed, else [rows, longest].
         multiple: rows are padded up to a multiple of this many tokens.
         bound: what all batches state as their longest document; no example may be longer.
+        share: (data rank, data ranks): whose micro batches these are. The sequence of global batches does not depend on it.
+        attention_weight: cost of one pair of a query and a key that it sees, relative to a token's matmuls. Micro batches
+            of one micro step are made alike in cost; an example counts as one document.
         ahead: global batches that wait ready.
         prefetcher: copies each micro batch to the device before it waits; None leaves it in host memory.
     """
@@ -76,16 +86,17 @@ class Loader(AbstractContextManager["Loader"]):
         pad_to: int | None = None,
         multiple: int = 1,
         bound: int | None = None,
+        share: tuple[int, int] = (0, 1),
+        attention_weight: float = 0.0,
         ahead: int = 2,
         prefetcher: BatchPrefetcher | None = None,
-        share: tuple[int, int] = (0, 1),
     ) -> None:
-        self._share = share
         least = min((n for n in (pad_to, bound) if n is not None), default=None)
         if least is not None and len(tokens) and least < int(tokens.lengths.max()):
             raise ValueError(f"the longest example has {tokens.lengths.max()} tokens, and there is room for {least}")
         self._tokens, self._schedule, self._pad_id = tokens, schedule, pad_id
         self._micro_batch, self._pad_to, self._multiple, self._bound = micro_batch, pad_to, multiple, bound
+        self._share, self._attention_weight = share, attention_weight
         self._prefetcher, self._ahead = prefetcher, ahead
         self._steps = iter(itertools.count(start_step) if stop_step is None else range(start_step, stop_step))
         self._thread, self._begun = ThreadPoolExecutor(1, thread_name_prefix="tunesmith-data"), False
@@ -123,26 +134,55 @@ class Loader(AbstractContextManager["Loader"]):
 
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of one step, made here and now, in host memory."""
-        members = self._schedule.examples(step)
-        micro = [self._collate(group) for group in self._groups(step, members)]
-        everything, (rank, world) = micro, self._share
-        while len(micro) % world:
-            micro.append(collate([[]], length=1, pad_id=self._pad_id))
-        micro = micro[rank::world]
+        members, (rank, world) = self._schedule.examples(step), self._share
+        micro_steps = self._micro_steps(step, members)
+        costs = [[self._cost(group) for group in groups] for groups in micro_steps]
         return GlobalBatch(
             step=step,
             epoch=self._schedule.epoch(step),
-            micro=micro,
-            first_micro=rank * len(micro),
-            tokens=sum(b.tokens for b in everything),
-            supervised=sum(b.supervised for b in everything),
-            examples=sum(b.examples for b in everything),
+            micro=[self._collate(groups[rank]) for groups in micro_steps],
+            tokens=int(self._schedule.lengths[members].sum()),
+            supervised=sum(self._tokens[i].supervised for i in members),
+            examples=len(members),
             indices=members,
+            first_micro=rank * len(micro_steps),
+            idle_share=max(0.0, 1 - sum(map(sum, costs)) / (world * sum(map(max, costs)))),
             source=self._tokens,
         )
 
+    def _micro_steps(self, step: int, members: list[int]) -> list[list[list[int]]]:
+        """The examples of a step by micro step and data rank; the groups of a micro step cost much the same."""
+        groups, world = self._groups(step, members), self._share[1]
+        count = -(-len(groups) // world) * world
+        if world > 1:
+            groups = sorted(self._balance(groups, members, count), key=self._cost, reverse=True)
+            groups += [[]] * (count - len(groups))
+        # Every second micro step goes backwards, so that no rank has the costliest group of each.
+        return [groups[k : k + world][:: -1 if k // world % 2 else 1] for k in range(0, count, world)]
+
+    def _balance(self, groups: list[list[int]], members: list[int], count: int) -> list[list[int]]:
+        """At most `count` groups that cost much the same, of the examples of `groups`, which are no more."""
+        lengths, size = self._schedule.lengths[members], self._micro_batch
+        if not self._schedule.packed:
+            tops = range(math.ceil(len(members) * max(self._cost([i]) for i in members)))
+            found = bisect_left(tops, True, key=lambda top: len(self._group_by_length(members, top)) <= count)
+            return self._group_by_length(members, found)
+        pairs = lengths * (lengths + 1) / 2
+        # Micro batches of one fixed shape differ in attention alone.
+        costs = pairs if self._pad_to is not None else lengths + self._attention_weight * pairs
+        # None larger than the largest of one rank: that is what memory holds.
+        room = max(int(self._schedule.lengths[group].sum()) for group in groups)
+        most = size.amount if size.unit == "examples" else len(members)
+        bins = balanced_bins(costs, lengths, count, room=room, most=most)
+        return groups if bins is None else [[members[i] for i in group] for group in bins]
+
+    def _cost(self, group: list[int]) -> float:
+        """Cost of a micro batch, padding and attention counted, in tokens; 0 without examples."""
+        lengths, (rows, length) = self._schedule.lengths[group], self._shape(group)
+        return rows * length + self._attention_weight * float((lengths * (lengths + 1)).sum()) / 2 if group else 0.0
+
     def _groups(self, step: int, members: list[int]) -> list[list[int]]:
-        """The examples of a step, micro batch by micro batch."""
+        """The examples of a step, micro batch by micro batch, as one rank has them."""
         if not self._schedule.packed:
             return self._group_by_length(members)
         if self._micro_batch.unit == "examples":
@@ -169,26 +209,31 @@ class Loader(AbstractContextManager["Loader"]):
             groups[-1].append(i)
         return groups
 
-    def _group_by_length(self, members: list[int]) -> list[list[int]]:
+    def _group_by_length(self, members: list[int], top: float = math.inf) -> list[list[int]]:
         """Rows of similar length together, so that they pad little: the micro batch's examples, or as many as fit into
-        its tokens, at least one. The sum over the step does not depend on the order."""
+        its tokens and cost `top` at most, at least one. The sum over the step does not depend on the order."""
         groups: list[list[int]] = []
-        size, lengths, limit = self._micro_batch, self._schedule.lengths, 0
-        for i in sorted(members, key=lambda i: -lengths[i]):
-            if not groups or len(groups[-1]) >= limit:
-                groups.append([])
-                per_row = 1 if size.unit == "examples" else self._pad_to or int(lengths[i])
-                limit = max(1, size.amount // per_row)
-            groups[-1].append(i)
+        size, lengths = self._micro_batch, self._schedule.lengths
+        order = sorted(members, key=lambda i: -lengths[i])
+        while order:
+            per_row = 1 if size.unit == "examples" else self._pad_to or int(lengths[order[0]])
+            limit = int(max(1, min(size.amount // per_row, top / self._cost(order[:1]))))
+            groups.append(order[:limit])
+            order = order[limit:]
         return groups
 
+    def _shape(self, group: list[int]) -> tuple[int, int]:
+        """Rows and tokens a row of a micro batch, padding counted; both at least 1."""
+        lengths, size, packed = self._schedule.lengths[group], self._micro_batch, self._schedule.packed
+        count = 1 if packed else max(1, len(group))
+        if self._pad_to is None:
+            longest = int(lengths.sum() if packed else lengths.max(initial=0))
+            return count, -(-max(1, longest) // self._multiple) * self._multiple
+        fixed = 1 if packed else size.amount if size.unit == "examples" else size.amount // self._pad_to
+        return max(count, fixed), self._pad_to
+
     def _collate(self, group: list[int]) -> Batch:
-        examples = [self._tokens[i] for i in group]
+        examples, (count, length) = [self._tokens[i] for i in group], self._shape(group)
         rows: list[list[Example]] = [examples] if self._schedule.packed else [[e] for e in examples]
-        if self._pad_to is not None and not self._schedule.packed:
-            size = self._micro_batch
-            count = size.amount if size.unit == "examples" else size.amount // self._pad_to
-            rows += [[]] * (count - len(rows))
-        longest = max(sum(len(e.ids) for e in row) for row in rows)
-        length = self._pad_to or -(-longest // self._multiple) * self._multiple
+        rows += [[]] * (count - len(rows))
         return collate(rows, length=length, pad_id=self._pad_id, bound=self._bound)

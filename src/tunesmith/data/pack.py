@@ -1,4 +1,4 @@
-"""Best-fit-decreasing bin packing: documents into rows of a fixed length.
+"""Best-fit-decreasing bin packing: documents into rows of a fixed length. And bins of like cost, for ranks.
 
 Longest first, each document goes into the fullest bin that still has room; never more than 11/9 OPT + 1 bins
 (Johnson et al., SIAM J. Comput. 3, 1974). Ding et al., arXiv:2404.10830, use it for training rows.
@@ -50,3 +50,23 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
                 insort(rooms, left)
             stacks[left].append(target)
     return bins
+
+
+def balanced_bins(costs: np.ndarray, lengths: np.ndarray, bins: int, *, room: int, most: int) -> list[list[int]] | None:
+    """Deal items of float64 [n] `costs` to `bins` bins: the costliest first, each to the bin of least cost that can take it
+    (longest processing time first: Graham, SIAM J. Appl. Math. 17, 1969).
+
+    A bin takes at most `room` of the items' `lengths`, int64 [n], and `most` items. Returns all bins, some perhaps empty,
+    of indices into `costs`; None where no bin can take the next item.
+    """
+    found: list[list[int]] = [[] for _ in range(bins)]
+    load, free = np.zeros(bins), np.tile([room, most], (bins, 1))
+    for item in np.argsort(-costs, kind="stable").tolist():
+        takes = (lengths[item], 1)
+        target = int(np.where((free >= takes).all(1), load, np.inf).argmin())
+        if (free[target] < takes).any():
+            return None
+        found[target].append(item)
+        load[target] += costs[item]
+        free[target] -= takes
+    return found

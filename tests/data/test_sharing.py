@@ -1,0 +1,279 @@
+"""Ranks share the micro batches of a step: each example once, equally many micro batches, alike in cost."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recipes import built_model, make_run
+from tunesmith.config.schema import Data, Source, Train
+from tunesmith.data.batch import Batch, Example, collate
+from tunesmith.data.loader import GlobalBatch, Loader
+from tunesmith.data.pack import balanced_bins, best_fit_decreasing
+from tunesmith.data.schedule import BatchSchedule
+from tunesmith.units import Size
+
+SEQ = 64
+
+
+class Numbered:
+    """What a loader asks of tokens; every token of example i is i + 1, so that a batch tells whose it is."""
+
+    def __init__(self, lengths: list[int], *, pairs: bool = False) -> None:
+        self.lengths = np.array(lengths, np.int64)
+        random = np.random.default_rng(0)
+        self.examples = [
+            Example(np.full(n, i + 1, np.int32), random.random(n) < 0.7, (n // 2, n - n // 2) if pairs else ())
+            for i, n in enumerate(lengths)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> Example:
+        return self.examples[i]
+
+
+def schedule(lengths: list[int], batch: str, *, pack: bool) -> BatchSchedule:
+    data = Data(train=(Source(source="x"),), seq_len=SEQ, pack=pack)
+    return BatchSchedule(np.array(lengths), data, Train(global_batch=Size.parse(batch)))
+
+
+def all_ranks(tokens: Any, course: BatchSchedule, world: int, step: int = 0, **layout: Any) -> list[GlobalBatch]:
+    """The step's batch as each data rank has it."""
+    return [Loader(tokens, course, pad_id=0, share=(r, world), **layout).batch(step) for r in range(world)]
+
+
+def examples_of(micro: Batch) -> list[tuple[int, int]]:
+    """(example, tokens) of each document without padding."""
+    ids, edges = micro.input_ids.flatten(), micro.cu_seqlens.tolist()
+    return [(int(ids[a]) - 1, b - a) for a, b in pairwise(edges) if ids[a] != 0]
+
+
+def cost(micro: Batch, weight: float) -> float:
+    """Tokens with padding, and attention within each document; the definition."""
+    if not micro.examples:
+        return 0.0
+    return micro.input_ids.numel() + weight * sum(n * (n + 1) / 2 for _, n in examples_of(micro))
+
+
+lengths_of_examples = st.lists(st.integers(4, SEQ), min_size=1, max_size=40)
+layouts = st.sampled_from(
+    [
+        {"micro_batch": Size(64, "tokens")},
+        {"micro_batch": Size(200, "tokens"), "multiple": 8, "bound": SEQ},
+        {"micro_batch": Size(10_000, "tokens")},
+        {"micro_batch": Size(1, "examples")},
+        {"micro_batch": Size(3, "examples")},
+        {"micro_batch": Size(128, "tokens"), "pad_to": 128},
+        {"micro_batch": Size(4, "examples"), "pad_to": 96, "bound": 80},
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    lengths_of_examples,
+    st.integers(1, 16),
+    layouts,
+    st.sampled_from(["8 examples", "40 examples", "256 tokens"]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 0.05]),
+)
+def test_ranks_share_a_step(
+    lengths: list[int], world: int, layout: dict[str, Any], size: str, pack: bool, pairs: bool, weight: float
+) -> None:
+    tokens, course = Numbered(lengths, pairs=pairs), schedule(lengths, size, pack=pack)
+    ranks = all_ranks(tokens, course, world, **layout, attention_weight=weight)
+    alone = Loader(tokens, course, pad_id=0, **layout).batch(0)
+    micro = [m for batch in ranks for m in batch.micro]
+
+    # Each example once and whole, its sequences side by side in their order.
+    found = [document for m in micro for document in examples_of(m)]
+    whole = [[(i, n) for n in tokens[i].sequences or (len(tokens[i].ids),)] for i in alone.indices]
+    assert sorted(found) == sorted(document for example in whole for document in example)
+    for m in micro:
+        inside = examples_of(m)
+        assert [d for i in dict.fromkeys(i for i, _ in inside) for d in whole[alone.indices.index(i)]] == inside
+
+    # All ranks know the same counts, and they are those of what the ranks hold.
+    for batch in ranks:
+        for name in ("step", "epoch", "tokens", "supervised", "examples", "indices"):
+            assert getattr(batch, name) == getattr(alone, name), name
+        assert batch.idle_share == ranks[0].idle_share
+    for name in ("tokens", "supervised", "examples"):
+        assert sum(getattr(m, name) for m in micro) == getattr(alone, name), name
+
+    # Equally many micro batches, as few as make room for those of one rank, with numbers of their own.
+    count = -(-len(alone.micro) // world)
+    assert {len(batch.micro) for batch in ranks} == {count}
+    assert sorted(b.first_micro + k for b in ranks for k in range(count)) == list(range(count * world))
+    check_limits(micro, layout, pack, longest=max(lengths))
+
+
+def check_limits(micro: list[Batch], layout: dict[str, Any], pack: bool, longest: int) -> None:
+    size, pad_to, multiple = layout["micro_batch"], layout.get("pad_to"), layout.get("multiple", 1)
+    for m in micro:
+        rows, length = m.input_ids.shape
+        if size.unit == "examples":
+            assert m.examples <= size.amount
+        elif pack:
+            assert m.tokens <= max(size.amount, longest)
+        elif m.examples > 1 and pad_to is None:
+            assert rows * (length - multiple) < size.amount
+        assert length == pad_to if pad_to else length % multiple == 0
+        assert m.examples or pad_to or (rows, length) == (1, multiple), "the least padding"
+        assert m.tokens > 0 or m.supervised == 0
+    if pad_to is not None:
+        assert len({m.input_ids.shape for m in micro}) == 1
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_equal_input_gives_equal_micro_batches(pack: bool) -> None:
+    lengths = np.random.default_rng(0).integers(4, SEQ, 100).tolist()
+    tokens, layout = Numbered(lengths), {"micro_batch": Size(128, "tokens"), "attention_weight": 0.01}
+    for step in range(2):
+        first, again = (all_ranks(tokens, schedule(lengths, "48 examples", pack=pack), 3, step, **layout) for _ in "ab")
+        for a, b in zip(first, again, strict=True):
+            assert len(a.micro) == len(b.micro) > 1
+            for x, y in zip(a.micro, b.micro, strict=True):
+                assert all(torch.equal(tensor, y.tensors()[name]) for name, tensor in x.tensors().items())
+
+
+# Examples of each micro batch and its rows' length, as one process laid them out before ranks shared them.
+ONE_RANK = [
+    (True, {"micro_batch": Size(128, "tokens")},
+     [([11, 0, 8], 127), ([9, 1, 2], 128), ([10, 4, 3, 6, 5, 7], 102)]),
+    (True, {"micro_batch": Size(100, "tokens"), "multiple": 8},
+     [([11, 1], 104), ([0, 10], 104), ([9, 2, 8], 104), ([4, 3, 6, 5, 7], 64)]),
+    (True, {"micro_batch": Size(5, "examples")},
+     [([0, 1, 4, 10, 2], 195), ([6, 8, 5, 11, 9], 138), ([7, 3], 24)]),
+    (True, {"micro_batch": Size(160, "tokens"), "pad_to": 160},
+     [([11, 0, 1, 7], 160), ([9, 10, 2, 4, 6], 160), ([3, 8, 5], 160)]),
+    (False, {"micro_batch": Size(128, "tokens")},
+     [([11, 0], 58), ([9, 1], 52), ([10, 2, 4], 42), ([3, 8, 6, 5, 7], 20)]),
+    (False, {"micro_batch": Size(100, "tokens"), "multiple": 8},
+     [([11], 64), ([0], 56), ([9], 56), ([1, 10], 48), ([2, 4], 40), ([3, 8, 6, 5, 7], 24)]),
+    (False, {"micro_batch": Size(5, "examples")},
+     [([11, 0, 9, 1, 10], 58), ([2, 4, 3, 8, 6], 34), ([5, 7], 6)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pack", "layout", "expected"), ONE_RANK, ids=str)
+def test_one_rank_is_as_before(pack: bool, layout: dict[str, Any], expected: list[tuple[list[int], int]]) -> None:
+    lengths = [55, 42, 34, 20, 22, 6, 8, 4, 14, 52, 42, 58]
+    [batch] = all_ranks(
+        Numbered(lengths), schedule(lengths, "12 examples", pack=pack), 1, **layout, attention_weight=0.05
+    )
+    assert [([i for i, _ in examples_of(m)], m.input_ids.shape[1]) for m in batch.micro] == expected
+    assert (batch.first_micro, batch.idle_share) == (0, 0.0)
+
+
+def test_idle_share_is_what_the_costs_of_all_ranks_say() -> None:
+    """Two micro steps on two ranks: by hand 60 and 50, then 40 and 35 tokens, so 15 of 200 are idle."""
+    lengths = [60, 50, 40, 35]
+    ranks = all_ranks(Numbered(lengths), schedule(lengths, "4 examples", pack=True), 2, micro_batch=Size(60, "tokens"))
+    assert [[m.tokens for m in batch.micro] for batch in ranks] == [[60, 35], [50, 40]]
+    assert ranks[0].idle_share == pytest.approx(15 / 200)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("weight", [0.0, 0.02])
+@pytest.mark.parametrize("world", [2, 5, 16])
+def test_micro_steps_are_alike_in_cost(pack: bool, weight: float, world: int) -> None:
+    """Less idle than one rank's micro batches dealt in order; and idle_share is by the definition of cost."""
+    lengths = np.clip(np.random.default_rng(1).lognormal(2.5, 0.8, 256).astype(int), 4, SEQ).tolist()
+    tokens, course = Numbered(lengths), schedule(lengths, "64 examples", pack=pack)
+    layout = {"micro_batch": Size(128, "tokens"), "attention_weight": weight}
+    for step in range(4):
+        ranks = all_ranks(tokens, course, world, step, **layout)
+        balanced = idle([[cost(m, weight) for m in batch.micro] for batch in ranks])
+        assert ranks[0].idle_share == pytest.approx(balanced, abs=1e-12)  # the same sums in another order
+        alone = [cost(m, weight) for m in Loader(tokens, course, pad_id=0, **layout).batch(step).micro]
+        alone += [0.0] * (-len(alone) % world)
+        assert balanced < idle([alone[r::world] for r in range(world)])
+
+
+def idle(costs: list[list[float]]) -> float:
+    """Share of the time that is waited, of costs[rank][micro step]."""
+    steps = list(zip(*costs, strict=True))
+    return 1 - sum(map(sum, steps)) / (len(costs) * sum(map(max, steps)))
+
+
+def test_of_one_fixed_shape_attention_is_balanced() -> None:
+    """One long document costs as much attention as many short ones: 64 x 65 / 2 = 2080 pairs, 8 x 9 / 2 = 36."""
+    lengths = [64, *[8] * 8]
+    ranks = all_ranks(
+        Numbered(lengths), schedule(lengths, "9 examples", pack=True), 2,
+        micro_batch=Size(72, "tokens"), pad_to=72, attention_weight=1.0,
+    )  # fmt: skip
+    assert sorted(m.examples for batch in ranks for m in batch.micro) == [1, 8]
+
+
+def test_ranks_without_an_example_have_a_micro_batch_all_the_same() -> None:
+    ranks = all_ranks(
+        Numbered([8, 8]), schedule([8, 8], "2 examples", pack=True), 5, micro_batch=Size(64, "tokens"), multiple=4
+    )
+    assert [b.micro[0].examples for b in ranks] == [1, 1, 0, 0, 0]
+    assert [tuple(b.micro[0].input_ids.shape) for b in ranks] == [(1, 8)] * 2 + [(1, 4)] * 3
+    assert [b.idle_share for b in ranks] == pytest.approx([3 / 5] * 5)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_a_micro_batch_without_an_example_adds_nothing(tiny, tmp_path, adapter: str) -> None:
+    model = built_model(make_run(tiny, tmp_path, adapter={"kind": adapter}), tiny)
+    made = model(collate([[]], length=1, pad_id=0))
+    made.loss.backward()
+    assert float(made.loss.detach()) == made.denominator == 0
+    assert all(p.grad is None or not p.grad.any() for _, p in model.trained_parameters())
+
+
+items = st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 50)), min_size=1, max_size=60)
+
+
+@settings(max_examples=300, deadline=None)
+@given(items, st.integers(1, 16), st.integers(1, 400), st.integers(1, 60))
+def test_balanced_bins(pairs: list[tuple[int, int]], count: int, room: int, most: int) -> None:
+    costs, lengths = np.array(pairs, np.float64)[:, 0], np.array(pairs)[:, 1]
+    bins = balanced_bins(costs, lengths, count, room=room, most=most)
+    # The definition, step by step.
+    wanted: list[list[int]] | None = [[] for _ in range(count)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        open_bins = [b for b in wanted if len(b) < most and lengths[b].sum() + lengths[i] <= room]
+        if not open_bins:
+            wanted = None
+            break
+        min(open_bins, key=lambda b: costs[b].sum()).append(i)
+    assert bins == wanted
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 16))
+def test_with_ample_room_no_bin_costs_much_more_than_the_mean(costs: list[int], count: int) -> None:
+    """List scheduling: the bin that ends last had the least cost before its last item (Graham, 1969)."""
+    bins = balanced_bins(np.array(costs, np.float64), np.ones(len(costs), int), count, room=10**6, most=10**6)
+    assert bins is not None
+    largest = max(sum(costs[i] for i in b) for b in bins)
+    assert largest <= sum(costs) / count + max(costs) * (1 - 1 / count) + 1e-9
+    assert sum(map(bool, bins)) == min(count, len(costs)), "no bin is empty that need not be"
+
+
+def test_where_the_costliest_first_does_not_fit_best_fit_stays() -> None:
+    """3 + 3 and 2 + 2 + 2 fill two bins of 6; the costliest first puts a 3 into each, and the last 2 finds no room."""
+    lengths = np.array([3, 3, 2, 2, 2]) * 2
+    assert balanced_bins(lengths.astype(float), lengths, 2, room=12, most=5) is None
+    assert len(best_fit_decreasing(lengths, 12)) == 2
+    ranks = all_ranks(
+        Numbered(lengths.tolist()),
+        schedule(lengths.tolist(), "5 examples", pack=True),
+        2,
+        micro_batch=Size(12, "tokens"),
+    )
+    assert [[m.tokens for m in batch.micro] for batch in ranks] == [[12], [12]]
