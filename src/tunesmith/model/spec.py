@@ -211,3 +211,10 @@ def flops(
     # Attention's q k^T and p v cost 2 operations each a pair and channel; their backward takes twice the forward.
     attention = 3 * 4 * pairs * spec.heads * spec.head_dim
     return float(matmul + attention + 6 * adapter_parameters * tokens)
+
+
+def attention_weight(spec: ModelSpec, *, trained: Literal["full", "lora"]) -> float:
+    """What one pair of a query and a key that it sees costs, as a share of what a supervised token's matmuls cost."""
+    one, two = (flops(spec, [n], 0, trained=trained) for n in (1, 2))  # 1 and 3 pairs
+    pair = two - 2 * one
+    return pair / (flops(spec, [1], 1, trained=trained) - pair)

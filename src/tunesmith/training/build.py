@@ -40,7 +40,7 @@ from tunesmith.metrics import hardware
 from tunesmith.metrics.trackers import asked_by, trackers_of
 from tunesmith.model import load
 from tunesmith.model.safetensors_files import weights_digest
-from tunesmith.model.spec import flops
+from tunesmith.model.spec import attention_weight, flops
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.optim.optimizer import Optimizer
@@ -100,6 +100,14 @@ class Session:
     def memory_gib(self) -> float:
         """Peak memory of this start so far, GiB; what the trial of memory reset in the allocator's statistics counts."""
         return max(hardware.memory_gib(self.device), self.plan.trial_peak / 2**30)
+
+    def describe_ranks(self, step: int) -> list[str]:
+        """A line for the user, before step `step`, where there are several ranks."""
+        if self.ranks.world == 1:
+            return []
+        idle = self.loader(step).batch(step).idle_share if self.mesh.shape.data > 1 else 0.0
+        hosts = ", ".join(dict.fromkeys(self.ranks.hosts))
+        return [f"{self.ranks.world} ranks on {hosts}: {self.mesh.shape.describe()}; idle share of a step: {idle:.1%}"]
 
     def loader(self, start_step: int) -> Loader:
         """Global batches from step `start_step` (0 for the first) to the end of the run, on the device."""
@@ -307,6 +315,7 @@ def make_loader(
         start_step=start_step,
         stop_step=stop_step,
         share=(mesh.data_rank, mesh.shape.data),
+        attention_weight=attention_weight(files.spec, trained="full" if data.run.adapter.kind == "none" else "lora"),
         prefetcher=DevicePrefetcher(device) if device.type == "cuda" else None,
     )
 

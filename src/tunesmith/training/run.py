@@ -110,6 +110,8 @@ def lead(
         stack.callback(close_after_all, sinks)
         begin(session, start, sinks, mark, argv)
     trainer = Trainer(session, start, sinks, stop)
+    for text in session.describe_ranks(trainer.first_step):
+        say(text)
     stack.callback(trainer.writer.close)
     stop.hold(say)
     return fit_or_say_why(trainer, say, callback)

@@ -248,6 +248,7 @@ class Trainer:
             memory_gib=session.memory_gib(),
             gpu_utilization=utilization,
             gpu_power_watts=watts,
+            idle_share=batch.idle_share if session.mesh.shape.data > 1 else None,
             extra=dict(zip(session.model.method.metrics, metrics, strict=True)),
         )
 
