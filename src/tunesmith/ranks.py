@@ -117,6 +117,11 @@ def started_as() -> dict[str, int] | None:
     return {name: int(value) for name, value in found.items()}
 
 
+def is_launched() -> bool:
+    """Whether torchrun, or what stands in for it, started this process, and starts it again on an exit code other than 0."""
+    return started_as() is not None or "TORCHELASTIC_RUN_ID" in os.environ
+
+
 @contextmanager
 def told_once_a_node() -> Iterator[None]:
     """Before the ranks join, each finds the same faults of the command and recipe: one of a node tells them."""

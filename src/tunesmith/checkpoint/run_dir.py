@@ -21,9 +21,10 @@ from tunesmith.config.schema import TrackerName
 from tunesmith.errors import MachineError, UsageError
 
 RECIPE, IDENTITY, LOCK = "config.yaml", "env.json", ".lock"
+STOP_FILE, STOPPED = "stop", "stopped.json"  # asks a run to save and end; says that ranks of torchrun did
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
-FILES = (RECIPE, IDENTITY, "metrics.jsonl", "log.txt", "failure.json", "best.json", *TRACKER_IDS)
+FILES = (RECIPE, IDENTITY, "metrics.jsonl", "log.txt", "failure.json", STOPPED, "best.json", *TRACKER_IDS)
 BEFORE_IDENTITY = ("metrics.jsonl", "log.txt", "tensorboard", *TRACKER_IDS)
 _LEFTOVER = re.compile(
     rf"\.(?:{'|'.join(map(re.escape, FILES))})(?:\.\d+)?\.partial"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,20 @@ from typing import Any
 
 import torch
 
+from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED
 from tunesmith.config.schema import Run
-from tunesmith.errors import NonFiniteError, RunError, TunesmithError, UsageError, disk_fault
+from tunesmith.errors import (
+    EXIT_OK,
+    NonFiniteError,
+    RunError,
+    StoppedError,
+    TunesmithError,
+    UsageError,
+    disk_fault,
+)
+from tunesmith.host_files import write_atomically
 from tunesmith.metrics.record import StepRecord
+from tunesmith.ranks import is_launched
 from tunesmith.runtime.plan import RunPlan
 
 
@@ -84,6 +96,23 @@ def non_finite_error(
         fix="lower train.learning_rate or lengthen train.warmup; look at those rows with `tunesmith data`; "
         "model.dtype=fp32 tells rounding from bad data",
     )
+
+
+def stopped_by(signal: str | None, out: Path, step: int, *, leads: bool) -> StoppedError:
+    """The end of a run by a signal, or by the file `stop`, which is removed, after `step` was saved. The exit code is 75.
+
+    Under torchrun, which starts a rank of any code but 0 again, it is 0, and rank 0 (`leads`) writes stopped.json.
+    """
+    fix = "start the same command again: it goes on from there"
+    what, where = f"stopped by {signal or 'the file stop'}: step {step} is saved", str(out / f"checkpoint-{step}")
+    error = StoppedError(what, where=where, fix=fix)
+    if leads:
+        (out / STOP_FILE).unlink(missing_ok=True)
+    if is_launched():
+        error.exit_code = EXIT_OK
+        if leads:
+            write_atomically(out / STOPPED, json.dumps({"signal": signal, "step": step, "next": fix}, indent=1))
+    return error
 
 
 def how_to_resume(saved_step: int | None) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tunesmith.checkpoint.resume import Start, decide_start
-from tunesmith.checkpoint.run_dir import claim_run_dir, put_aside, sweep
+from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED, claim_run_dir, put_aside, sweep
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.errors import NonFiniteError, OtherRankError, RunError, StoppedError, UsageError, first_line
@@ -178,7 +178,8 @@ def begin(session: Session, start: Start, sinks: Sinks, mark: Callable[[], None]
     # A step whose validation was cut off is written again, with its validation.
     sinks.open(session.run, progress.step - (not progress.validated) if progress else 0)
     write_identity(session, argv)
-    (out / FAILURE).unlink(missing_ok=True)
+    for name in (FAILURE, STOPPED, STOP_FILE):
+        (out / name).unlink(missing_ok=True)
 
 
 def sinks_of(

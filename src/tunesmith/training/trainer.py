@@ -24,6 +24,7 @@ from torch import Tensor
 from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.resume import Progress, Start
+from tunesmith.checkpoint.run_dir import STOP_FILE
 from tunesmith.checkpoint.state import Writer
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import StoppedError, TunesmithError
@@ -39,10 +40,8 @@ from tunesmith.parallel.shard import reduce_in, sharded_modules, sum_gradients
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
-from tunesmith.training.result import Result, failure_of, how_to_resume, non_finite_error
+from tunesmith.training.result import Result, failure_of, how_to_resume, non_finite_error, stopped_by
 from tunesmith.units import Cadence
-
-STOP_FILE = "stop"  # in the run directory: asks all ranks to save and end
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class Trainer:
         if ranks.world == 1:
             return means
         now = time.perf_counter()
-        asked = self.stop.requested() or (ranks.leads and (self.out / STOP_FILE).exists())
+        asked = self.asked_to_stop()
         own = torch.tensor([float(asked), (now - self.clock) * ranks.leads], dtype=torch.float64)
         self.clock = now
         counted = torch.stack([value.double() for value in means]) * (mesh.tensor_rank == 0)
@@ -191,10 +190,14 @@ class Trainer:
         dist.all_reduce(values)
         return values.unbind()
 
+    def asked_to_stop(self) -> bool:
+        """Whether a signal came to this process, or a file asks rank 0 to stop."""
+        return self.stop.requested() or (self.session.ranks.leads and (self.out / STOP_FILE).exists())
+
     @property
     def stopping(self) -> bool:
         """Whether a stop was asked for, of this process or, once all know, of any rank."""
-        return self.agreed_to_stop if self.session.ranks.world > 1 else self.stop.requested()
+        return self.agreed_to_stop if self.session.ranks.world > 1 else self.asked_to_stop()
 
     # ---- metrics --------------------------------------------------------------------------------------------------
 
@@ -331,14 +334,12 @@ class Trainer:
         self.checkpoint_stalls.append(time.perf_counter() - began)
 
     def save_and_stop(self) -> None:
-        """Save the last step and leave with exit code 75."""
+        """Save the last step and leave."""
         if self.progress.record is None:
             raise self.stop.not_begun()
         self.save()
-        step, fix = self.progress.step, "start the same command again: it goes on from there"
-        by = next((name for name in self.session.ranks.gather(self.stop.signal) if name), f"the file {STOP_FILE}")
-        what, where = f"stopped by {by}: step {step} is saved", str(self.out / f"checkpoint-{step}")
-        raise StoppedError(what, where=where, fix=fix)
+        by = next((name for name in self.session.ranks.gather(self.stop.signal) if name), None)
+        raise stopped_by(by, self.out, self.progress.step, leads=self.session.ranks.leads)
 
     def stopped_now(self) -> StoppedError:
         """The error of a second ctrl-C: the newest checkpoint is all that is saved."""

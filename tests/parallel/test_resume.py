@@ -1,0 +1,107 @@
+"""Stop several ranks, or start them again as more or fewer: the losses go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ranks import run_ranks
+from recipes import make_run
+from tunesmith.checkpoint import state
+from tunesmith.errors import OtherRankError, StoppedError
+from tunesmith.training.run import train
+from tunesmith.training.trainer import PendingMetrics, Trainer
+
+FULL, LORA = {"adapter": {"kind": "none"}}, {}
+# Sums over ranks are taken in another order on another mesh: 6 steps in fp32 move a loss by about 1e-6 of itself.
+ROUNDING = 1e-5
+BY_FILE = -1  # in place of a rank: the file `stop` asks for it
+
+
+def start(
+    model: Path, folder: Path, parallel: dict[str, Any], changes: dict[str, Any], stop: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """One start of a run of 6 steps on this rank; `stop`: SIGTERM comes to one rank alone, (rank, step)."""
+    settings = {"duration": "6 steps", "micro_batch": "128 tokens"}
+    # `auto` takes shards only where a copy does not fit, so a mesh is named here.
+    run = make_run(
+        model, folder, train=settings, parallel=parallel, checkpoint={"every": "2 steps", "keep": 9}, **changes
+    )
+    step = Trainer.train_step
+
+    def signalled(self: Trainer, batch: Any) -> PendingMetrics:
+        if stop == (self.session.ranks.rank, batch.step + 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif stop == (BY_FILE, batch.step + 1):
+            (self.out / "stop").touch()
+        return step(self, batch)
+
+    Trainer.train_step = signalled  # type: ignore[method-assign]
+    try:
+        result = train(run, say=None)
+    except (StoppedError, OtherRankError) as error:
+        return {"stopped": error.what, "code": error.exit_code}
+    finally:
+        Trainer.train_step = step  # type: ignore[method-assign]
+    records = [(r.step, r.loss, r.grad_norm, r.val_loss) for r in result.records]
+    return {"records": records, "first": result.first_step, "finished": result.finished_before}
+
+
+def many(model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, Any], stop: Any = None) -> list[Any]:
+    """The same on the ranks of a mesh; on one the process itself."""
+    world = mesh.get("replicate", 1) * mesh.get("shard", 1)
+    if world == 1:
+        return [start(model, folder, mesh, changes, stop)]
+    return run_ranks(world, start, model, folder, mesh, changes, stop)
+
+
+def plain(found: dict[str, Any]) -> list[float]:
+    return [value or 0.0 for record in found["records"] for value in record]
+
+
+@pytest.mark.parametrize(("what", "by"), [(FULL, 1), (LORA, BY_FILE)], ids=["full, signal", "LoRA, file"])
+def test_a_stop_of_one_rank_saves_all_and_two_ranks_go_on_bit_for_bit(what, by, tiny, tmp_path):
+    mesh = {"shard": 2} if what else {"replicate": 2}
+    whole = many(tiny, tmp_path, mesh, {**what, "output_dir": str(tmp_path / "whole")})
+    stopped = many(tiny, tmp_path, mesh, what, stop=(by, 3))
+    assert ("file stop" if by == BY_FILE else "SIGTERM") in stopped[0]["stopped"]
+    assert [rank["code"] for rank in stopped] == [0, 0]  # torchrun would start them again
+    out = tmp_path / "run"
+    said = json.loads((out / "stopped.json").read_text())
+    assert (said["signal"], said["step"]) == (None if by == BY_FILE else "SIGTERM", 3)
+    found = state.newest_checkpoint(out, pytest.fail)
+    assert found is not None
+    assert found.step == 3
+    (out / "stop").touch()  # of an earlier start
+    resumed = many(tiny, tmp_path, mesh, what)
+    assert resumed[0]["first"] == 3
+    assert resumed[0]["records"] == whole[0]["records"][3:]
+    assert not (out / "stop").exists()
+    assert not (out / "stopped.json").exists()
+    assert all(rank["finished"] for rank in many(tiny, tmp_path, mesh, what))
+
+
+COPIES, SHARDS, HYBRID, ONE = {"replicate": 2}, {"shard": 2}, {"replicate": 2, "shard": 2}, {}
+MOVES = {
+    "4-to-2": (FULL, HYBRID, SHARDS),
+    "4-to-1": (FULL, {"shard": 4}, ONE),
+    "1-to-2": (FULL, ONE, SHARDS),
+    "copies-to-shards": (FULL, COPIES, SHARDS),
+    "lora-4-to-1": (LORA, HYBRID, ONE),
+    "lora-1-to-2": (LORA, ONE, SHARDS),
+    "lora-copies-to-shards": (LORA, COPIES, SHARDS),
+}
+
+
+@pytest.mark.parametrize(("what", "before", "after"), MOVES.values(), ids=MOVES)
+def test_another_mesh_goes_on_where_the_first_stopped(what, before, after, tiny, tmp_path):
+    whole = many(tiny, tmp_path, ONE, {**what, "output_dir": str(tmp_path / "whole")})[0]
+    many(tiny, tmp_path, before, what, stop=(0, 3))
+    resumed = many(tiny, tmp_path, after, what)[0]
+    assert resumed["first"] == 3
+    assert plain(resumed) == pytest.approx(plain({"records": whole["records"][3:]}), rel=ROUNDING)
