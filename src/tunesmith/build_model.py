@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora, peft_files
+from tunesmith.checkpoint.sharded import is_sharded, read_sharded_weights
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
 from tunesmith.hub.model_files import ModelFiles
@@ -161,6 +162,8 @@ def fill_parameters(run: Run, files: ModelFiles, model: nn.Module, weights: Path
         stored = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))  # as in a checkpoint
         shapes = dict(stored.named_parameters())
         random_init.init_random_weights(model, shapes, seed=run.train.seed, convert=nf4.load_hooks(model))
+    elif is_sharded(weights):
+        read_sharded_weights(model, weights)
     else:
         known = int(files.config.vocab_size) if run.model.added_tokens else None
         load_weights(model, weights, skip=lora.is_adapter_weight, convert=nf4.load_hooks(model), grow_from=known)

@@ -34,6 +34,7 @@ class Ranks:
     local_rank: int = 0
     local_world: int = 1
     hosts: tuple[str, ...] = ("",)
+    group: Any = None  # the process group that they share values over; None is the default one
 
     @property
     def leads(self) -> bool:
@@ -60,7 +61,7 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     @contextmanager

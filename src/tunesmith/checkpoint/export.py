@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 
@@ -53,31 +53,35 @@ def _write_tokenizer(folder: Path, files: TokenizerFiles) -> None:
         path.write_bytes(content)
 
 
-def gather_model_files(run: Run, model: TrainModel, optimizer: OptimizerState | None) -> None:
-    """Take part in writing a checkpoint or, without an `optimizer`, a model, which another rank writes."""
+def gather_model_files(run: Run, model: TrainModel) -> None:
+    """Take part in `write_model_files` of another rank."""
     if run.adapter.kind == "none":
-        save_sharded(None, _weights(model), DTYPES[run.model.dtype])
-        if optimizer is not None:
-            save_tensors(None, optimizer)
+        save_sharded(None, weights_of(model.model), DTYPES[run.model.dtype])
 
 
 def write_model_files(folder: Path, run: Run, model: TrainModel, tokenizer: TokenizerFiles) -> None:
     """Write the adapter (PEFT) or the whole model (Transformers), by `adapter.kind`, and the tokenizer into a folder."""
     if run.adapter.kind == "lora":
         peft_files.write_adapter(folder, *_adapter(run, model))
+        _write_tokenizer(folder, tokenizer)
     else:
-        save_sharded(folder, _weights(model), DTYPES[run.model.dtype])
-        model.model.config.save_pretrained(folder)
-        if model.model.generation_config is not None:
-            model.model.generation_config.save_pretrained(folder)
+        save_sharded(folder, weights_of(model.model), DTYPES[run.model.dtype])
+        write_config(folder, model, tokenizer)
+
+
+def write_config(folder: Path, model: TrainModel, tokenizer: TokenizerFiles) -> None:
+    """Write a whole model's files but its weights."""
+    model.model.config.save_pretrained(folder)
+    if model.model.generation_config is not None:
+        model.model.generation_config.save_pretrained(folder)
     _write_tokenizer(folder, tokenizer)
 
 
-def _weights(model: TrainModel) -> dict[str, Tensor]:
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """What a model's checkpoint holds. A tied weight is there once, as the embedding: the name that bases have.
     Transformers 4.57 does not find it under the head's."""
-    once, names = (dict(model.model.named_parameters(remove_duplicate=r)).keys() for r in (True, False))
-    state = model.model.state_dict()
+    once, names = (dict(model.named_parameters(remove_duplicate=r)).keys() for r in (True, False))
+    state = model.state_dict()
     return {name: state[name] for name in state if name not in names - once}
 
 

@@ -7,7 +7,7 @@ fp32 masters and moments of a 3B model. Here the host holds one piece of one ten
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,14 @@ def save_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write tensors of any device and strides: byte for byte the file that `safetensors.torch.save_file` writes.
 
     The host holds at most PIECE bytes of another device's tensor; one that is not contiguous is copied on its device.
     DTensors are gathered one at a time, in which all their ranks take part: those that write no file give no `path`.
-    `dtype`: to write DTensors in, None for their own; other tensors keep theirs.
+    `dtype`: to write DTensors in, None for their own; other tensors keep theirs. With `read` the tensors are on meta, and it
+    returns the values of each by its name when its turn comes.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     kinds = {name: _written_dtype(tensor, dtype) for name, tensor in tensors.items()}
@@ -50,7 +52,7 @@ def save_tensors(
         if file is not None:
             file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            tensor = tensors[name].detach()
+            tensor = read(name) if read else tensors[name].detach()
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if file is not None:
                 file.writelines(_pieces(whole, kinds[name]))
@@ -66,16 +68,21 @@ def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
         yield piece.to(dtype).view(torch.uint8).cpu().numpy().data
 
 
-def save_sharded(folder: Path | None, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+def save_sharded(
+    folder: Path | None,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    read: Callable[[str], Tensor] | None = None,
+) -> None:
     """Write a model's tensors by their Transformers names: model.safetensors, or files of up to SHARD and their index.
 
-    `folder` and `dtype` as `path` and `dtype` of `save_tensors`.
+    `folder`, `dtype` and `read` as `path`, `dtype` and `read` of `save_tensors`.
     """
     shapes = {n: torch.empty(t.shape, dtype=_written_dtype(t, dtype), device="meta") for n, t in tensors.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
     for file, names in split.filename_to_tensors.items():
         path = folder / file if folder else None
-        save_tensors(path, {name: tensors[name] for name in names}, {"format": "pt"}, dtype)
+        save_tensors(path, {name: tensors[name] for name in names}, {"format": "pt"}, dtype, read)
     if split.is_sharded and folder:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -24,6 +24,7 @@ from tunesmith.build_model import EIGHT_BIT_PROBE_TOKENS, Weights, build_model, 
 from tunesmith.checkpoint.export import read_optimizer
 from tunesmith.checkpoint.resume import Progress, Start, check_unchanged, describe_resume
 from tunesmith.checkpoint.run_dir import IDENTITY, RECIPE
+from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
@@ -344,7 +345,9 @@ def make_optimizer(run: Run, model: TrainModel, start: Start) -> Optimizer:
     scale = LOSS_SCALE if run.model.dtype == "fp16" else None
     optimizer = Optimizer(model.trained_parameters(), run.train, loss_scale=scale)
     optimizer.use_fp32_gradients(fp32_gradients(model.model))
-    if start.found and start.progress:
+    if start.found and start.progress and is_sharded(start.found.path):
+        read_sharded_optimizer(optimizer, start.found.path, start.progress)
+    elif start.found and start.progress:
         tensors, saved, where = read_optimizer(start.found.path), start.progress, str(start.found.path)
         optimizer.load_state_dict(tensors, scale=saved.loss_scale, growth_tracker=saved.good_steps, where=where)
     return optimizer

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.checkpoint.run_dir import STOP_FILE
+from tunesmith.checkpoint.sharded import ShardedWriter, fill_together, fits_twice
 from tunesmith.checkpoint.state import Writer
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import StoppedError, TunesmithError
@@ -77,7 +79,10 @@ class Trainer:
         self.async_metrics = session.device.type == "cuda"
         self.checkpoint_stalls: list[float] = []
         saved_step = self.first_step if start.progress else None
-        self.writer = Writer(self.out, self.run.checkpoint.keep, saved_step, sync=sinks.flush)
+        # A model trained in full on many ranks is written by all of them, and anything else by rank 0.
+        together = session.ranks.world > 1 and self.run.adapter.kind == "none"
+        writer = partial(ShardedWriter, ranks=session.ranks) if together else Writer
+        self.writer: Writer = writer(self.out, self.run.checkpoint.keep, saved_step, sync=sinks.flush)
         self.tokenizer: export.TokenizerFiles = {}
         if session.ranks.leads:
             self.tokenizer = export.tokenizer_files(session.files.tokenizer, session.data.template, self.out)
@@ -304,18 +309,23 @@ class Trainer:
 
         Args:
             periodic: more steps follow, so an adapter is copied and written while they run. A model trained in full is
-                written here and now: a second copy of its weights and moments would not fit beside the first.
+                written here and now, unless many ranks share it and their hosts have room for a copy of weights and moments.
         """
         session, progress = self.session, self.progress
         self.writer.wait()
         if self.writer.saved_step == progress.step and progress.ended is None:
             return
         progress.loss_scale, progress.good_steps = session.optimizer.scale, session.optimizer.growth_tracker
+        parts = (self.run, session.model, self.tokenizer, session.optimizer.state_dict(), progress)
+        if isinstance(self.writer, ShardedWriter):
+            copy = periodic and fits_twice(parts[3], session.model, session.ranks, session.device)
+            fill = fill_together(*parts, ranks=self.writer.ranks, copy=copy)
+            write = self.writer.write_async if copy else self.writer.write
+            write(fill, progress.step, keep_step=progress.best_step)
+            return
         if not session.ranks.leads:
-            export.gather_model_files(self.run, session.model, session.optimizer.state_dict())
             self.writer.saved_step = progress.step
             return
-        parts = (self.run, session.model, self.tokenizer, session.optimizer.state_dict(), progress)
         if periodic and self.run.adapter.kind == "lora":
             try:
                 self.writer.write_async(export.snapshot(*parts), progress.step, keep_step=progress.best_step)
@@ -358,7 +368,7 @@ class Trainer:
         progress.ended = str(self.run.train.duration)
         self.save()
         if not self.session.ranks.leads:
-            export.gather_model_files(self.run, self.session.model, None)
+            export.gather_model_files(self.run, self.session.model)
             return self.result()
         with state.writing(self.out / "final", progress.step) as folder:
             export.write_model_files(folder, self.run, self.session.model, self.tokenizer)

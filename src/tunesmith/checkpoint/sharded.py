@@ -1,0 +1,207 @@
+"""Checkpoints of a model trained in full on several ranks: each writes what it holds, and any mesh reads it again.
+
+torch.distributed.checkpoint (DCP) makes state/: a file or more of each rank, and `.metadata`, which says where in them
+each tensor's parts lie. `model.<name>` are the weights, `optimizer.<name>.<field>` the optimizer's tensors; fp32 shards are
+their own masters. Config, tokenizer and progress lie beside it as in every checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+
+from tunesmith.checkpoint.export import OptimizerState, TokenizerFiles, weights_of, write_config
+from tunesmith.checkpoint.model_card import model_card
+from tunesmith.checkpoint.resume import DELETE, Progress
+from tunesmith.checkpoint.state import CARD, MANIFEST, Fill, Writer, prune, writing
+from tunesmith.config.schema import Run
+from tunesmith.errors import EXIT_FAILED, CheckpointError, OtherRankError, first_line
+from tunesmith.host_files import available_memory
+from tunesmith.methods.base import TrainModel
+from tunesmith.model.load import DTYPES
+from tunesmith.model.save_tensors import save_sharded
+from tunesmith.optim.optimizer import Optimizer
+from tunesmith.parallel.shard import local_part
+from tunesmith.ranks import PATIENCE, Ranks
+from tunesmith.runtime.device import is_integrated
+
+STATE, METADATA = "state", ".metadata"
+FITS = 0.7  # of the host's free memory may hold a copy
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a checkpoint was written by ranks together."""
+    return (folder / STATE / METADATA).is_file()
+
+
+class ShardedWriter(Writer):
+    """Writes checkpoints with the other ranks: rank 0 makes, seals and renames the folder, and all fill it.
+
+    Every rank makes one, and calls its methods, at the same step as the others. `ranks` talk over a group of their own, as
+    a thread may use it beside the steps.
+    """
+
+    def __init__(
+        self, run_dir: Path, keep: int, saved_step: int | None, *, sync: Callable[[], None], ranks: Ranks
+    ) -> None:
+        super().__init__(run_dir, keep, saved_step, sync=sync)
+        self.ranks = replace(ranks, group=dist.new_group(backend="gloo", timeout=PATIENCE))
+
+    def check(self) -> None:
+        """Nothing: a rank that sees an error earlier than others would leave them in a step. The next write raises it."""
+
+    def _write(self, fill: Fill, step: int, keep_step: int | None) -> None:
+        place = self._run_dir / f"checkpoint-{step}"
+        with ExitStack() as unfinished:
+            folder = place.with_name(f".{place.name}.partial")
+            with self.ranks.together():
+                if self.ranks.leads:
+                    self._sync()
+                    folder = unfinished.enter_context(writing(place, step))
+            fill(folder)
+            finish = unfinished.pop_all()
+        with self.ranks.together():
+            finish.close()
+            if self.ranks.leads:
+                prune(self._run_dir, self._keep, latest=step, keep_step=keep_step)
+        self.saved_step = step
+
+
+class _Files(FileSystemWriter):
+    """DCP's writer of files, whose errors say why a disk took no more: torch.save raises another one on top."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
+
+
+def fits_twice(optimizer: OptimizerState, model: TrainModel, ranks: Ranks, device: torch.device) -> bool:
+    """Whether the host of every rank holds a copy of what its ranks write; a collective call. An integrated GPU's memory is
+    the host's, where there is none to spare."""
+    size = sum(local_part(t).nbytes for t in _named(model, optimizer).values())
+    room = device.type == "cpu" or not is_integrated(device)
+    return all(ranks.gather(room and size * ranks.local_world < FITS * available_memory()))
+
+
+def fill_together(
+    run: Run,
+    model: TrainModel,
+    tokenizer: TokenizerFiles,
+    optimizer: OptimizerState,
+    progress: Progress,
+    *,
+    ranks: Ranks,
+    copy: bool,
+) -> Fill:
+    """What a `ShardedWriter` with these `ranks` writes a checkpoint with. With `copy` it is the state of this moment, which
+    any thread may write later; else it must be written before the next step."""
+    tensors, progress = _named(model, optimizer), replace(progress)
+    if copy:
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def fill(folder: Path) -> None:
+        with ranks.together():
+            if ranks.leads:
+                write_config(folder, model, tokenizer)
+                progress.write(folder)
+        try:
+            dcp.save(tensors, storage_writer=_Files(folder / STATE), process_group=ranks.group)
+        except CheckpointException as error:  # on all ranks alike, and not an Exception
+            rank, (cause, _) = min(error.failures.items())
+            if ranks.leads:
+                raise cause from None
+            raise OtherRankError(f"{ranks.name(rank)} failed: {cause}", exit_code=EXIT_FAILED) from None
+
+    return fill
+
+
+def _named(model: TrainModel, optimizer: OptimizerState) -> dict[str, Tensor]:
+    weights = {f"model.{name}": tensor for name, tensor in weights_of(model.model).items()}
+    return {n: t.detach() for n, t in (weights | {f"optimizer.{n}": t for n, t in optimizer.items()}).items()}
+
+
+def read_sharded_weights(model: nn.Module, folder: Path) -> None:
+    """Fill a materialised model, or this rank's shards of it, in its own dtype; CheckpointError if that cannot be done."""
+    _read(folder, {f"model.{name}": tensor for name, tensor in weights_of(model).items()})
+
+
+def read_sharded_optimizer(optimizer: Optimizer, folder: Path, progress: Progress) -> None:
+    """Put the optimizer, or this rank's part of it, into the state of a checkpoint; CheckpointError as above."""
+    known = _entries(folder)
+    for name, part in optimizer.parts.items():
+        if f"optimizer.{name}.step" in known:
+            part.state = part.initial_state()
+    masters = {f"{name}.master": name for name in optimizer.masters}
+    _read(folder, {f"optimizer.{n}": t for n, t in optimizer.state_dict().items() if n not in masters})
+    _read(folder, {f"model.{name}": master.data for name, master in optimizer.masters.items()})
+    optimizer.scale, optimizer.growth_tracker = progress.loss_scale, progress.good_steps
+
+
+def _entries(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """The tensors of a checkpoint."""
+    try:
+        found = FileSystemReader(folder / STATE).read_metadata().state_dict_metadata
+    except Exception as error:  # pickle's are of many kinds
+        raise _unreadable(folder, error) from error
+    return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read into tensors, each rank by itself what it holds of them."""
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it says so of `no_dist`
+            dcp.load({**tensors}, storage_reader=FileSystemReader(folder / STATE), no_dist=True)
+    except CheckpointException as error:
+        raise _unreadable(folder, error.failures[0][0]) from None
+
+
+def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
+    what = f"{folder.name} has no readable {STATE}/"
+    return CheckpointError(what, where=str(folder / STATE), why=first_line(error), fix=DELETE)
+
+
+def export_sharded(folder: Path, output: Path, run: Run) -> None:
+    """Write a sharded checkpoint's model as Transformers' files into a new folder, one tensor in memory at a time.
+
+    Raises:
+        CheckpointError: it cannot be read, or `output` not be written.
+    """
+    stored = {n.removeprefix("model."): e for n, e in _entries(folder).items() if n.startswith("model.")}
+    dtype = DTYPES[run.model.dtype]
+    shapes = {
+        name: torch.empty(entry.size, dtype=dtype if entry.properties.dtype.is_floating_point else None, device="meta")
+        for name, entry in stored.items()
+    }
+
+    def read(name: str) -> Tensor:
+        tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
+        _read(folder, {f"model.{name}": tensor})
+        return tensor
+
+    with writing(output, int(json.loads((folder / MANIFEST).read_text())["step"])) as inside:
+        save_sharded(inside, shapes, read=read)
+        for path in folder.iterdir():
+            if path.is_file() and path.name != MANIFEST:
+                shutil.copyfile(path, inside / path.name)
+        (inside / CARD).write_text(model_card(run.model, run, folder.parent), encoding="utf-8")

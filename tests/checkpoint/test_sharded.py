@@ -1,0 +1,98 @@
+"""A checkpoint that several ranks write is whole or absent, and one process reads and exports it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemWriter
+
+from ranks import run_ranks
+from recipes import make_run
+from tunesmith.checkpoint import sharded, state
+from tunesmith.cli.main import main
+from tunesmith.errors import TunesmithError
+from tunesmith.inference.load_run import load_run
+from tunesmith.training.run import train
+
+SMALL = 20_000  # bytes: less than a rank's part of the checkpoint
+
+
+def start(model: Path, folder: Path, fault: str = "", copy: bool = True) -> dict[str, Any]:
+    """One start on this rank. At the second checkpoint rank 1 runs into a limit of its files, or is killed."""
+    run = make_run(
+        model, folder, held=False, adapter={"kind": "none"}, parallel={"shard": 2},
+        train={"duration": "6 steps"}, checkpoint={"keep": 9},
+    )  # fmt: skip
+    write, calls = FileSystemWriter.write_data, []
+
+    def faulty(self: FileSystemWriter, *args: Any) -> Any:
+        calls.append(self)
+        if len(calls) == 2 and os.environ.get("RANK") == "1":
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, resource.RLIM_INFINITY))
+        return write(self, *args)
+
+    if fault:
+        FileSystemWriter.write_data = faulty  # type: ignore[method-assign]
+    sharded.FITS = sharded.FITS if copy else 0.0
+    try:
+        result = train(run, say=None)
+    except TunesmithError as error:
+        return {"error": type(error).__name__, "code": error.exit_code, "text": str(error)}
+    finally:
+        FileSystemWriter.write_data = write  # type: ignore[method-assign]
+    return {"first": result.first_step, "losses": [record.loss for record in result.records]}
+
+
+def whole(run_dir: Path) -> list[int]:
+    return [found.step for found in state.list_checkpoints(run_dir) if state.find_damage(found.path) is None]
+
+
+@pytest.mark.parametrize("copy", [True, False], ids=["in a thread", "in the loop"])
+def test_a_full_disk_of_one_rank_ends_all_and_leaves_what_was_written(copy, tiny, tmp_path):
+    out = tmp_path / "run"
+    found = run_ranks(2, start, tiny, tmp_path, "disk", copy)
+    assert [rank["error"] for rank in found] == ["CheckpointError", "OtherRankError"]
+    assert "a file grew larger" in found[0]["text"]
+    assert "earlier checkpoints are complete: checkpoint-2" in found[0]["text"]
+    assert {rank["code"] for rank in found} == {1}
+    assert "a file grew larger" in json.loads((out / "failure.json").read_text())["what"]
+    assert whole(out) == [2]
+    assert not list(out.glob(".*.partial"))
+    assert [rank["first"] for rank in run_ranks(2, start, tiny, tmp_path)] == [2, 2]
+    assert whole(out) == [6, 4, 2]
+
+
+def test_a_rank_killed_while_it_writes_leaves_no_half_checkpoint(tiny, tmp_path):
+    with pytest.raises(AssertionError):  # the other rank's error, or the silence of the killed one
+        run_ranks(2, start, tiny, tmp_path, "kill")
+    assert whole(tmp_path / "run") == [2]
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
+    assert [rank["first"] for rank in run_ranks(2, start, tiny, tmp_path)] == [2, 2]
+
+
+def test_one_process_opens_and_exports_what_two_ranks_wrote(tiny, tmp_path, capsys):
+    run_ranks(2, start, tiny, tmp_path)
+    saved, output = tmp_path / "run" / "checkpoint-6", tmp_path / "exported"
+    assert not list(saved.glob("*.safetensors"))
+    assert main(["export", str(saved), "--output", str(output)]) == 0
+    assert "Transformers loads it" in capsys.readouterr().out
+    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    exported = load_file(output / "model.safetensors")
+    assert exported.keys() == final.keys()
+    assert all(torch.equal(exported[name], final[name]) for name in final)
+    assert {p.name for p in output.iterdir()} == {p.name for p in (tmp_path / "run" / "final").iterdir()}
+    opened, trained = load_run(saved), load_run(tmp_path / "run" / "final")
+    state_of = trained.model.state_dict()
+    assert all(torch.equal(value, state_of[name]) for name, value in opened.model.state_dict().items())
+    assert main(["export", str(tmp_path / "run" / "final"), "--output", str(tmp_path / "no")]) == 2
+    assert "needs no export" in capsys.readouterr().err
