@@ -52,11 +52,12 @@ VERBS = {
     "bench": ("tunesmith.cli.bench", "measure how fast a recipe trains here, and the share of the chip"),
     "eval": ("tunesmith.cli.evaluate", "measure a trained model on held-out rows, beside its base"),
     "merge": ("tunesmith.cli.merge", "merge an adapter into its base model, and check that it answers alike"),
+    "export": ("tunesmith.cli.export", "write a checkpoint of several ranks as a model that Transformers loads"),
     "push": ("tunesmith.cli.push", "upload what a run trained to the Hugging Face Hub"),
     "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
 }
 
-COMPUTING = {"train", "chat", "generate", "bench", "eval", "merge"}  # with torch
+COMPUTING = {"train", "chat", "generate", "bench", "eval", "merge", "export"}  # with torch
 
 _NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a place that you may write to")
 _UNUSABLE = ("this path cannot be used", "correct the path, or move away what lies there")
