@@ -50,6 +50,7 @@ VERBS = {
     "chat": ("tunesmith.cli.chat", "talk to a trained model in the terminal"),
     "generate": ("tunesmith.cli.generate", "answer the rows of a file"),
     "bench": ("tunesmith.cli.bench", "measure how fast a recipe trains here, and the share of the chip"),
+    "selfcheck": ("tunesmith.cli.selfcheck", "check that the ranks here train as one process does, in about a minute"),
     "eval": ("tunesmith.cli.evaluate", "measure a trained model on held-out rows, beside its base"),
     "merge": ("tunesmith.cli.merge", "merge an adapter into its base model, and check that it answers alike"),
     "export": ("tunesmith.cli.export", "write a checkpoint of several ranks as a model that Transformers loads"),

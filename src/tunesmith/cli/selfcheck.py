@@ -1,0 +1,95 @@
+"""Check on this machine, or on these ranks, that several ranks train as one process does.
+
+It trains a small random model of its own for a few steps: on one process, and on every mesh that the ranks can make. It
+takes about a minute and needs no network. Exit code 0: all checks passed; 1: one did not.
+
+example:
+  tunesmith selfcheck
+  tunesmith selfcheck --ranks 4
+  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint NODE:29500 -m tunesmith selfcheck
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.cli.options import whole_number
+from tunesmith.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
+from tunesmith.host_files import available_cores
+from tunesmith.ranks import started_as
+
+if TYPE_CHECKING:
+    from tunesmith.selfcheck import CheckRow
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    ranks = "start so many ranks here (default: one a GPU, without GPUs 2); not under torchrun, which starts them"
+    parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)  # of ranks that `launch` has started
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    env = started_as()
+    leads, world = (
+        not env or env["RANK"] == 0,
+        env["WORLD_SIZE"] if env else args.ranks or torch.cuda.device_count() or 2,
+    )
+    if args.ranks not in (None, world):
+        what = f"--ranks {args.ranks}, and this is one of {world} ranks that are there already"
+        raise UsageError(what, where="--ranks", fix="leave it out under torchrun")
+    if env is None and world > 1:
+        report = start_ranks(world, quiet=args.json)
+    else:
+        from tunesmith.selfcheck import run_checks
+
+        report = run_checks(say=(lambda row: None) if args.json else print_row)
+    if args.report is not None:
+        if leads:
+            args.report.write_text(json.dumps(report), encoding="utf-8")
+        return EXIT_OK  # else torchrun would end in a traceback
+    if leads:
+        print(json.dumps(report, indent=1) if args.json else verdict(report))
+    return EXIT_OK if report["passed"] else EXIT_FAILED
+
+
+def start_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
+    """Start ranks here by torchrun and wait for their report; they print the table unless `quiet`."""
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // world))}  # torchrun would set 1
+    started = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m", "tunesmith", "selfcheck"]
+    with tempfile.TemporaryDirectory(prefix="tunesmith-selfcheck-") as folder:
+        file = Path(folder) / "report.json"
+        command = [sys.executable, "-m", *started, *(["--json"] if quiet else []), "--report", str(file)]
+        done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
+        if file.is_file():
+            report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return report
+    said = re.search(r"^error: .*(?:\n  .*)*", done.stderr, re.M)  # the rest is torchrun's
+    why = said[0].removeprefix("error: ") if said else done.stderr.strip().rpartition("\n")[2]
+    fix = f"python -m {' '.join(started)} shows all that they say"
+    raise RunError("the ranks ended before the checks were done", why=why, fix=fix)
+
+
+def print_row(row: CheckRow) -> None:
+    """A line of the table, as soon as it is known."""
+    result = {True: "pass", False: "FAIL", None: ""}[row.passed]
+    print(f"{row.check:<71} {row.expected:>11} {row.found:>11} {row.tolerance:>6} {result}".rstrip(), flush=True)
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """The last line."""
+    judged = [row["passed"] for row in report["checks"] if row["passed"] is not None]
+    where = f"{report['ranks']} ranks on {', '.join(report['hosts'])} ({report['device']})"
+    if report["passed"]:
+        return f"all {len(judged)} checks passed: {where}"
+    return f"{judged.count(False)} of {len(judged)} checks failed: {where}; a run here would learn something else"
