@@ -275,6 +275,10 @@ def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) ->
 
 def check_inputs(run: Run, start: Start) -> None:
     """Refuse packages, data files, a tokenizer and an adapter that are missing, before the Hub is asked for the model."""
+    if start.found and not start.found.path.is_dir():  # which rank 0 has found, on another node
+        why, place = "output_dir is on a disk of each node's own", start.found.path.absolute()
+        fix = f"copy {place.parent} from the node of rank 0 to this one, or put it on a disk that all nodes share"
+        raise MachineError(f"this node has no {place.name}", where=str(place), why=why, fix=fix)
     for name in trackers_of(run):
         packages.require(name, **asked_by(run, name))
     for source in (*run.data.train, *run.data.validation):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,7 +16,15 @@ from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED, claim_run_dir, put_aside, sweep
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.errors import NonFiniteError, OtherRankError, RunError, StoppedError, UsageError, first_line
+from tunesmith.errors import (
+    MachineError,
+    NonFiniteError,
+    OtherRankError,
+    RunError,
+    StoppedError,
+    UsageError,
+    first_line,
+)
 from tunesmith.host_files import refuse_many_ranks, refuse_special_files
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
@@ -88,6 +98,7 @@ def train(
             mark = stack.enter_context(claim_run_dir(out))
             if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
                 say(f"the earlier run is now in {place}")
+        check_shared_disk(run, ranks, say)
         with ranks.together(), as_usage_error():
             start = decide_start(run, warn=say)
         if (finished := ranks.share(start).finished) is not None:
@@ -126,12 +137,37 @@ def as_usage_error() -> Iterator[None]:
         raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
 
 
+def check_shared_disk(run: Run, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Find the nodes that do not see rank 0's run directory: MachineError where all ranks write into it; a line for the
+    user where only rank 0 does. A collective call."""
+    token = Path(run.output_dir) / ranks.share(f".seen-{uuid.uuid4().hex}")
+    with ranks.together():
+        if ranks.leads:
+            token.touch()
+    seen = ranks.gather(token.exists())
+    with ranks.together():
+        if not ranks.leads:
+            return
+        token.unlink()
+        if all(seen):
+            return
+        blind = f"{ranks.name(seen.index(False))} does not see the run directory of {ranks.name(0)}"
+        if run.adapter.kind == "none":
+            why, fix = "each rank writes its part of a checkpoint there", "output_dir on a disk that all nodes share"
+            raise MachineError(blind, where=run.output_dir, why=why, fix=fix)
+        say(f"warning: {blind}, which alone keeps checkpoints: to resume, copy it to the other nodes first")
+
+
 def follow(run: Run, stop: StopRequest, ranks: Ranks) -> Result:
     """What a rank other than 0 does of `train`: it says nothing, writes nothing, and takes part in everything else."""
-    for _ in range(2):  # rank 0 claims the run directory, and decides where to start
-        with ranks.together():
-            pass
+    with ranks.together():  # rank 0 claims the run directory
+        pass
+    check_shared_disk(run, ranks, lambda text: None)
+    with ranks.together():  # rank 0 decides where to start
+        pass
     start: Start = ranks.share(Start())
+    if start.found is not None:  # by this rank's own path to the run directory
+        start = replace(start, found=replace(start.found, path=Path(run.output_dir) / start.found.path.name))
     if start.finished is not None:
         return Result(Path(run.output_dir), start.finished, finished_before=True)
     session = build(run, start, say=lambda text: None, ranks=ranks)
