@@ -18,9 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Raw logits [c, vocabulary], targets [c], weights [c] or None, soft cap, scale
+from tunesmith.sharded import ShardedHead, VocabularyShard, local_part, shard_of
+
+# Raw logits [c, vocabulary], targets [c], weights [c] or None, soft cap, scale, the logits' part of the vocabulary
 # -> sum of the weighted losses (0-d) and its gradient by the raw logits [c, vocabulary].
-Score = Callable[[Tensor, Tensor, Tensor | None, float | None, float], tuple[Tensor, Tensor]]
+Shard = VocabularyShard | None
+Score = Callable[[Tensor, Tensor, Tensor | None, float | None, float, Shard], tuple[Tensor, Tensor]]
 
 # Budget of one chunk of fp32 logits. On a CPU the chunk should stay in the last-level cache. On a GPU the gradient by the
 # hidden states is a product of only [rows, h]: with h = 4096, 512 rows make 64 tiles of 128 x 256 for the 132
@@ -50,7 +53,8 @@ def chunked_cross_entropy(
     Args:
         hidden: [n, h], hidden states of the supervised positions.
         head: the output layer. A plain `nn.Linear`, frozen or trained, has its gradient computed in the forward; any
-            other module (a head with an adapter) is called again in the backward, chunk by chunk.
+            other module (a head with an adapter) is called again in the backward, chunk by chunk. Of a `ShardedHead` the
+            loss is whole on every rank, and the gradient of `hidden` this rank's part of a sum.
         targets: int64 [n].
         weights: [n], a constant factor per position; None counts each once.
         softcap: c in c * tanh(logits / c) (Gemma 2), or None.
@@ -62,8 +66,8 @@ def chunked_cross_entropy(
         0-d, fp32 (fp64 where hidden is fp64).
     """
     args = _arguments(hidden, head, targets, softcap, scale, chunk, score)
-    if type(head) is nn.Linear:
-        loss: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, weights, args)
+    if _is_plain(head):
+        loss: Tensor = _HeadLoss.apply(hidden, local_part(head.weight), local_part(head.bias), weights, args)
         return loss
     total = hidden.new_zeros((), dtype=_wide(hidden))
     for span in args.spans():
@@ -88,8 +92,8 @@ def token_logprobs(
     head matmul than `chunked_cross_entropy`, and the same memory. Args as there.
     """
     args = _arguments(hidden, head, targets, softcap, scale, chunk, score)
-    if type(head) is nn.Linear:
-        logprobs: Tensor = _HeadLogprobs.apply(hidden, head.weight, head.bias, args)
+    if _is_plain(head):
+        logprobs: Tensor = _HeadLogprobs.apply(hidden, local_part(head.weight), local_part(head.bias), args)
         return logprobs
     losses = [
         checkpoint(_module_losses, hidden[span], head, targets[span], args, use_reentrant=False)
@@ -107,12 +111,12 @@ def token_cross_entropy(
     Returns:
         (fp32 or fp64 [n], bool [n]); without gradient.
     """
-    size = chunk_size(_vocabulary(head), len(targets), hidden.device)
+    size, shard = chunk_size(_vocabulary(head), len(targets), hidden.device), shard_of(head)
     losses, hits = [hidden.new_zeros(0, dtype=_wide(hidden))], [targets.new_zeros(0, dtype=torch.bool)]
     for h, t in zip(hidden.split(size), targets.split(size), strict=True):
         logits = _logits(head(h), softcap, scale)
-        losses.append(F.cross_entropy(logits, t, reduction="none"))
-        hits.append(logits.argmax(-1) == t)
+        hits.append((logits.argmax(-1) if shard is None else shard.most_likely(logits)) == t)
+        losses.append(_token_losses(logits, t, shard))
     return torch.cat(losses), torch.cat(hits)
 
 
@@ -159,6 +163,7 @@ class _LossArguments(NamedTuple):
     scale: float
     size: int
     score: Score
+    shard: Shard
 
     def spans(self) -> list[slice]:
         return [slice(start, start + self.size) for start in range(0, len(self.targets), self.size)]
@@ -176,7 +181,12 @@ def _arguments(
     trained = any(p.requires_grad for p in head.parameters())
     size = chunk or chunk_size(_vocabulary(head), len(targets), hidden.device, trained=trained)
     size = even_chunk_size(len(targets), size, tile=1 if chunk or hidden.device.type == "cpu" else TILE)
-    return _LossArguments(targets, softcap, scale, size, score or loss_and_grad)
+    return _LossArguments(targets, softcap, scale, size, score or loss_and_grad, shard_of(head))
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether the head computes what an `nn.Linear` does; `fully_shard` gives it a class of another name."""
+    return isinstance(head, ShardedHead) or type(head).forward is nn.Linear.forward
 
 
 def _vocabulary(head: nn.Module) -> int:
@@ -239,7 +249,7 @@ class _HeadLoss(torch.autograd.Function):
         for span in args.spans():
             raw = F.linear(hidden[span], weight, bias)
             factors = None if weights is None else weights[span]
-            loss, grad_logits = args.score(raw, args.targets[span], factors, args.softcap, args.scale)
+            loss, grad_logits = args.score(raw, args.targets[span], factors, args.softcap, args.scale, args.shard)
             total += loss
             grads.add(span, grad_logits, hidden[span], weight)
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
@@ -265,7 +275,7 @@ class _HeadLogprobs(torch.autograd.Function):
         logprobs = hidden.new_empty(len(hidden), dtype=_wide(hidden))
         for span in args.spans():
             logits = _logits(F.linear(hidden[span], weight, bias), args.softcap, args.scale)
-            logprobs[span] = -F.cross_entropy(logits, args.targets[span], reduction="none")
+            logprobs[span] = -_token_losses(logits, args.targets[span], args.shard)
         return logprobs
 
     @staticmethod
@@ -274,22 +284,30 @@ class _HeadLogprobs(torch.autograd.Function):
         args, made = ctx.args, _HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
         for span in args.spans():
             raw = F.linear(hidden[span], weight, bias)
-            _, grad_logits = args.score(raw, args.targets[span], -grads[0][span], args.softcap, args.scale)
+            factors = -grads[0][span]
+            _, grad_logits = args.score(raw, args.targets[span], factors, args.softcap, args.scale, args.shard)
             made.add(span, grad_logits, hidden[span], weight)
         of_weight = None if made.weight is None else made.weight.to(weight.dtype)
         of_bias = None if made.bias is None else made.bias.to(bias.dtype)
         return made.hidden, of_weight, of_bias, None
 
 
+def _token_losses(logits: Tensor, targets: Tensor, shard: Shard) -> Tensor:
+    """Cross-entropy of each row, [c]; without gradient. The logits of a shard are overwritten."""
+    if shard is None:
+        return F.cross_entropy(logits, targets, reduction="none")
+    return shard.softmax(logits, targets)[0].squeeze(1)
+
+
 def loss_and_grad(
-    raw: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, scale: float
+    raw: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, scale: float, shard: Shard = None
 ) -> tuple[Tensor, Tensor]:
     """Sum of a chunk's weighted losses (0-d), and its gradient by the raw logits [c, vocabulary], in their dtype.
 
     On a CPU the gradient overwrites `raw`, a few rows at a time.
     """
-    if raw.device.type != "cpu" or torch.compiler.is_compiling():
-        return _loss_and_grad(raw, targets, weights, softcap, scale)
+    if raw.device.type != "cpu" or torch.compiler.is_compiling() or shard is not None:
+        return _loss_and_grad(raw, targets, weights, softcap, scale, shard)
     total = raw.new_zeros((), dtype=_wide(raw))
     for start in range(0, len(raw), CACHED_ROWS):
         rows = slice(start, start + CACHED_ROWS)
@@ -301,7 +319,7 @@ def loss_and_grad(
 
 
 def _loss_and_grad(
-    raw: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, scale: float
+    raw: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, scale: float, shard: Shard = None
 ) -> tuple[Tensor, Tensor]:
     # raw belongs to this chunk alone, so the wide copy and everything after it work in place.
     logits = raw.to(_wide(raw))
@@ -313,9 +331,12 @@ def _loss_and_grad(
         softcap_grad = 1 - logits * logits
         logits = logits.mul_(softcap)
     column = targets.unsqueeze(1)
-    largest, picked = logits.amax(-1, keepdim=True), logits.gather(1, column)
     compiling = torch.compiler.is_compiling()
-    if compiling or logits.dtype == raw.dtype:
+    if shard is not None:
+        losses, grad = shard.softmax(logits, targets)
+        column = column - shard.first
+    elif compiling or logits.dtype == raw.dtype:
+        largest, picked = logits.amax(-1, keepdim=True), logits.gather(1, column)
         grad = logits.sub_(largest).exp_()
         total = grad.sum(-1, keepdim=True)
         losses = total.log().add_(largest) - picked
@@ -323,11 +344,14 @@ def _loss_and_grad(
     else:
         # One kernel, whose exponential errs by 2e-6: much less than 16-bit logits do. The largest probability is one over
         # the sum of exp(logit - largest), and never 0.
+        largest, picked = logits.amax(-1, keepdim=True), logits.gather(1, column)
         grad = logits.softmax(-1)
         losses = largest.sub_(grad.amax(-1, keepdim=True).log_()) - picked
     if compiling:
         # Fused into the kernel that writes the gradient; for a scatter the compiler would first write it out in fp32.
         grad = grad - (torch.arange(grad.shape[1], device=grad.device) == column).to(grad.dtype)
+    elif shard is not None:
+        shard.subtract_one_hot(grad, targets)
     else:
         grad.scatter_add_(1, column, grad.new_full((), -1.0).expand(len(targets), 1))
     if softcap_grad is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,16 @@ int_mm = torch._int_mm
 set_allocator = (
     getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
 )
+
+
+def collective(name: str, x: Tensor, *arguments: Any) -> Tensor:
+    """The result of a collective as a new plain tensor, which torch.compile keeps in one graph.
+
+    `all_reduce` (op, group), `all_gather_into_tensor` (size, group) or `reduce_scatter_tensor` (op, size, group), by rows;
+    group: a process group's name. torch's functions around them were renamed between 2.11 and 2.13.
+    """
+    operators: Any = torch.ops._c10d_functional
+    return operators.wait_tensor(getattr(operators, name)(x.contiguous(), *arguments))
 
 
 def mark_varying(tensor: Tensor, dim: int) -> None:

@@ -36,9 +36,9 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.model.load import DTYPES
 from tunesmith.model.save_tensors import save_sharded
 from tunesmith.optim.optimizer import Optimizer
-from tunesmith.parallel.shard import local_part
 from tunesmith.ranks import PATIENCE, Ranks
 from tunesmith.runtime.device import is_integrated
+from tunesmith.sharded import local_part
 
 STATE, METADATA = "state", ".metadata"
 FITS = 0.7  # of the host's free memory may hold a copy

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from tunesmith.adapter.lora import modules_to_save
 from tunesmith.config.schema import Run
@@ -99,8 +98,3 @@ def sum_gradients(grads: Sequence[Tensor], mesh: Mesh) -> None:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor, on every rank; a collective call where it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
