@@ -24,11 +24,13 @@ from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
 from tunesmith.model.fused import FusedAttention, FusedMLP
 from tunesmith.model.random_init import seed_of
+from tunesmith.model.weights import copy_whole
 from tunesmith.quant.eight_bit import ALIGNED, EightBitLinear
 from tunesmith.quant.frozen_matmul import MAX_RANK, grouped_matmul, linear_names
 from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight, FrozenWeight, frozen_weight
 from tunesmith.quant.nf4 import Nf4Linear
 from tunesmith.quant.scaled_matmul import MAX_BLOCK, TENSOR_WISE
+from tunesmith.sharded import local_part
 
 ALL_LINEAR = "all-linear"
 ORIGINAL = "before_tuning_"  # a module trained in full keeps its base values in buffers of this prefix
@@ -49,6 +51,7 @@ class Lora(nn.Module):
     dropout: float
     enabled: bool
     one_pass: bool = False  # see `use_one_pass`
+    first: int = 0  # of the whole layer's inputs this rank has `in_features`, from this one on
     joined: bool = False  # the weights of its group are one (see `join_weights`), and it is the first layer there
 
     def hold(self, weight: FrozenWeight) -> None:
@@ -72,6 +75,13 @@ class Lora(nn.Module):
         self.scaling = adapter.alpha / (math.sqrt(rank) if adapter.rslora else rank)
         self.dropout = adapter.dropout
         self.enabled = True
+
+    def drop(self, x: Tensor) -> Tensor:
+        """x [..., in_features] with dropout; the ranks that share the layer's inputs draw as one process does."""
+        if self.lora_A.shape[1] == self.in_features:
+            return F.dropout(x, self.dropout, self.training)
+        ones = x.new_ones(*x.shape[:-1], self.lora_A.shape[1])
+        return x * F.dropout(ones, self.dropout, self.training).narrow(-1, self.first, self.in_features)
 
     def base(self, x: Tensor) -> Tensor:
         """The layer without its adapter: [..., in_features] -> [..., out_features]."""
@@ -99,10 +109,13 @@ class LoraLinear(Lora, nn.Linear):
         self.add_lora(adapter, base.weight.device)
 
     def dense(self) -> Tensor:
-        return self.weight
+        return local_part(self.weight)
+
+    def base(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dense(), local_part(self.bias))
 
     def frozen_weight(self) -> DenseWeight:
-        return DenseWeight("dense", [self.weight], (self.out_features, self.in_features))
+        return DenseWeight("dense", [self.dense()], (self.out_features, self.in_features))
 
 
 class LoraNf4Linear(Lora, Nf4Linear):
@@ -121,7 +134,7 @@ class LoraEightBitLinear(Lora, EightBitLinear):
         super().__init__(base, kind, stored)
         self.lora_A, self.lora_B = base.lora_A, base.lora_B
         self.scaling, self.dropout, self.enabled = base.scaling, base.dropout, base.enabled
-        self.one_pass = base.one_pass
+        self.one_pass, self.first = base.one_pass, base.first
 
 
 def join_weights(model: nn.Module, device: torch.device) -> int:
@@ -254,10 +267,10 @@ def init_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
     for name, module in loras(model):
         # Drawn in full, by seed and name: neither the order of the layers nor a later sharding changes it.
         generator = torch.Generator().manual_seed(seed_of(seed, f"{name}.lora_A"))
-        bound = 1 / math.sqrt(module.in_features)  # Kaiming-uniform with a = sqrt(5)
+        bound = 1 / math.sqrt(module.lora_A.shape[1])  # Kaiming-uniform with a = sqrt(5)
         drawn = torch.empty(module.lora_A.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
-            module.lora_A.copy_(drawn)
+            copy_whole(module.lora_A, drawn)
             module.lora_B.zero_()
     for name in _names_to_save(model, adapter):
         to_save = model.get_submodule(name)
@@ -372,16 +385,14 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
         y: Tensor = m.base(x) if isinstance(m, Lora) else m(x)
         if not isinstance(m, Lora) or not m.enabled:
             return y
-        dropped = F.dropout(x, m.dropout, m.training)
-        return y + F.linear(F.linear(dropped, m.lora_A.to(x.dtype)), m.lora_B.to(x.dtype)) * m.scaling
+        a, b = local_part(m.lora_A), local_part(m.lora_B)
+        return y + F.linear(F.linear(m.drop(x), a.to(x.dtype)), b.to(x.dtype)) * m.scaling
 
     layers = [m for m in linears if isinstance(m, Lora) and m.enabled and not (m.dropout > 0 and m.training)]
     layers = [m for m in layers if not (isinstance(m, nn.Linear) and m.weight.requires_grad)]
     weights = [m.frozen_weight() for m in layers]
     if len(layers) < len(linears) or len({w.kind for w in weights}) != 1:
         return [alone(m) for m in linears]
-    lora_B = [m.lora_B * m.scaling for m in layers]
-    joined = layers[0].joined_weight(weights)
-    return grouped_matmul(
-        x, weights, [m.bias for m in layers], [m.lora_A for m in layers], lora_B, joined, layers[0].one_pass
-    )
+    biases, lora_A = [local_part(m.bias) for m in layers], [local_part(m.lora_A) for m in layers]
+    lora_B, joined = [local_part(m.lora_B) * m.scaling for m in layers], layers[0].joined_weight(weights)
+    return grouped_matmul(x, weights, biases, lora_A, lora_B, joined, layers[0].one_pass)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tunesmith.model.architectures import ARCHITECTURES, Architecture
 from tunesmith.model.attention import attend
 from tunesmith.model.documents import Documents
+from tunesmith.sharded import local_part
 
 Project = Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor]]
 
@@ -129,7 +130,7 @@ class FusedNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         own: Any = self
-        return rms_norm(hidden_states, own.weight, own.variance_epsilon)
+        return rms_norm(hidden_states, local_part(own.weight), own.variance_epsilon)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

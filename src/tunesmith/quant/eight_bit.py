@@ -17,6 +17,7 @@ from tunesmith.errors import first_line
 from tunesmith.quant.frozen_matmul import FrozenLinear
 from tunesmith.quant.frozen_weight import EightBitWeight, FrozenWeight
 from tunesmith.quant.scaled_matmul import FUSED, KINDS
+from tunesmith.sharded import local_part
 
 ALIGNED = 16  # the GPU's 8-bit matmuls take widths that are a multiple of 16
 
@@ -115,7 +116,7 @@ class EightBitLinear(FrozenLinear):
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.kind, self.compute_dtype, self.bias = kind, torch.bfloat16, base.bias
-        stored = stored or EightBitWeight.from_dense(kind, base.weight)
+        stored = stored or EightBitWeight.from_dense(kind, local_part(base.weight))
         weight, scale, transposed_weight, transposed_scale, *signs = stored.tensors
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.transposed_weight = nn.Parameter(transposed_weight, requires_grad=False)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.quant.frozen_weight import FrozenWeight, frozen_weight
+from tunesmith.sharded import local_part
 
 MAX_RANK = 64  # of a layer, or of a joined group, whose sums fit into the registers of one block of `one_pass.py`
 
@@ -47,6 +48,8 @@ def grouped_matmul(
     Returns:
         [..., out_i] each, in the dtype of x.
     """
+    # A DTensor would make its own collectives out of the products.
+    assert all(type(t) in (Tensor, nn.Parameter) for w in weights for t in w.tensors)
     rows = x.flatten(0, -2)
     columns = [w.shape[0] for w in weights]
     if joined is not None:
@@ -243,7 +246,7 @@ class FrozenLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
-        return grouped_matmul(x, [self.frozen_weight()], [self.bias])[0]
+        return grouped_matmul(x, [self.frozen_weight()], [local_part(self.bias)])[0]
 
     def extra_repr(self) -> str:
         kind = self.frozen_weight().kind
