@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ranks import run_ranks
-from tunesmith.errors import DataError, OtherRankError, TunesmithError
+from tunesmith.cli.main import framed
+from tunesmith.errors import DataError, MachineError, OtherRankError, TunesmithError
 from tunesmith.parallel.mesh import Mesh, MeshShape
 from tunesmith.ranks import Ranks, join_ranks
 
@@ -45,3 +46,19 @@ def test_ranks_share_values_and_errors():
     assert "rows of 1" in found[0][2][1]
     assert [f[3] for f in found] == [0, 0, 1, 1]
     assert [f[4] for f in found] == [0, 1, 0, 1]
+
+
+def test_a_command_leaves_it_to_the_other_rank_to_tell_its_error(capsys: pytest.CaptureFixture[str]):
+    def fail() -> int:
+        raise OtherRankError("rank 1 on b failed", exit_code=2)
+
+    assert framed(fail, process=False) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_an_address_that_no_launcher_has_set_is_named(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(MachineError, match="MASTER_ADDR"), join_ranks():
+        pass

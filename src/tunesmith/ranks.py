@@ -7,18 +7,26 @@ such decision is shared first. The functions here take any Python value and are 
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tunesmith.errors import OtherRankError, TunesmithError, UsageError
+from tunesmith.errors import MachineError, OtherRankError, TunesmithError, UsageError, first_line
+from tunesmith.heartbeat import Heartbeat, heartbeat_limit
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 # A collective may wait for a rank that compiles, loads or saves; one that is gone is found by its heartbeat.
 PATIENCE = timedelta(hours=24)
+JOIN = 600.0  # seconds that the ranks have to find each other, as long as torchrun gives its nodes
 T = TypeVar("T")
 
 
@@ -26,7 +34,7 @@ T = TypeVar("T")
 class Ranks:
     """This process among the ranks of a run. The defaults are a run of one process, where nothing has to be shared.
 
-    `hosts` names the host of each rank.
+    `hosts` names the host of each rank; `heartbeat` watches over them.
     """
 
     rank: int = 0
@@ -34,6 +42,7 @@ class Ranks:
     local_rank: int = 0
     local_world: int = 1
     hosts: tuple[str, ...] = ("",)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
     group: Any = None  # the process group that they share values over; None is the default one
 
     @property
@@ -143,15 +152,67 @@ def join_ranks() -> Iterator[Ranks]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    cuda = torch.cuda.is_available()
+    rank, world, local_rank, local_world = env.values()
+    cuda, limit = torch.cuda.is_available(), timedelta(seconds=heartbeat_limit())
     if cuda:
-        torch.cuda.set_device(env["LOCAL_RANK"])
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        torch.cuda.set_device(local_rank)
     try:
-        hosts: list[Any] = [None] * env["WORLD_SIZE"]
-        dist.all_gather_object(hosts, socket.gethostname())
-        ranks = Ranks(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], tuple(hosts))
-        yield ranks
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=JOIN)))
+        group, hosts = meet(store, rank, world)
+        own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
+    except (RuntimeError, ValueError) as error:  # torch's, of a network and of an environment
+        raise _apart("the store of the ranks cannot be used", rank, world, why=first_line(error)) from error
+    local = range(rank - local_rank, rank - local_rank + local_world)
+    heartbeat = Heartbeat(rank, hosts, local, dist.PrefixStore(group, own))
+    try:
+        with heartbeat:
+            heartbeat.phase("joining the ranks", JOIN)  # gloo waits for ever behind a wrong interface
+            backend, names = "cpu:gloo,cuda:nccl" if cuda else "gloo", dist.PrefixStore(group, store)
+            dist.init_process_group(backend, store=names, rank=rank, world_size=world, timeout=PATIENCE)
+            heartbeat.phase("start")
+            yield Ranks(rank, world, local_rank, local_world, tuple(hosts), heartbeat)
     finally:
-        dist.destroy_process_group()
+        if heartbeat.fault is None and dist.is_initialized():  # a group that a rank has left may wait for it
+            dist.destroy_process_group()
+
+
+def meet(store: Store, rank: int, world: int) -> tuple[str, list[str]]:
+    """Find the ranks that were started together: a new name for them, which prefixes their keys, and each one's host.
+
+    torchrun 2.13 keeps one store over its restarts, with the addresses of earlier ranks: whoever starts first would
+    connect to those, and fail or wait for ever; and its nodes may count their restarts differently. So each rank says
+    who it is and agrees to the list that rank 0 reads, and all go on when rank 0 has seen that every one agrees.
+
+    MachineError if they have not after JOIN seconds.
+    """
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    me, deadline = f"{socket.gethostname()} {uuid.uuid4().hex}", time.monotonic() + JOIN
+    store.set(f"hello/{rank}", me)
+    while time.monotonic() < deadline:
+        if rank == 0 and all(hellos := [read(f"hello/{r}") for r in range(world)]):
+            store.set("list", json.dumps(hellos))
+        members = json.loads(listed := read("list") or "[]")
+        if members[rank : rank + 1] == [me]:
+            hosts, name = [member.split()[0] for member in members], members[0].split()[1]
+            store.set(f"agreed/{rank}", listed)
+            if rank == 0 and all(read(f"agreed/{r}") == listed for r in range(world)):
+                for key, value in {"verdict": "-", **{f"beat/{r}": "{}" for r in range(world)}}.items():
+                    store.set(f"{name}/{key}", value)  # a PrefixStore's way to write them
+                store.set("go", name)
+            if read("go") == name:
+                return name, hosts
+        time.sleep(0.05)
+    missing = [f"rank {r}" for r in range(world) if not read(f"hello/{r}")] or ["a rank that was there"]
+    more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+    raise _apart(f"no word of {', '.join(missing[:4])}{more} in {JOIN:.0f} s", rank, world)
+
+
+def _apart(what: str, rank: int, world: int, why: str = "") -> MachineError:
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    fix = "start the launcher on every node, with the same address and the same number of nodes"
+    return MachineError(what, where=f"rank {rank} of {world}, MASTER_ADDR and MASTER_PORT {place}", why=why, fix=fix)

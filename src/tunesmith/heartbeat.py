@@ -1,0 +1,298 @@
+"""Signs of life between the ranks of a run, and what each of them says and does when one is gone.
+
+A collective waits for a rank that is gone until its time limit, and a short limit would end slow loads and compiles too.
+So a thread of each rank writes a beat to the launcher's store once a second and reads those of the others. The first
+rank that sees a fault publishes it; then all end with exit code 1, and one of each node tells what happened. Errors and
+killed processes are seen at once; broken connections and launchers that are gone in seconds; a rank without beats, or a
+store without answers, after TUNESMITH_HEARTBEAT_SECONDS; a stuck main thread after the limit of its phase.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import MachineError, OtherRankError, RunError, StoppedError, TunesmithError, first_line
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+SECONDS = "TUNESMITH_HEARTBEAT_SECONDS"  # of the environment: for a slow network, or a test
+STUCK = 30 * 60.0  # seconds for a phase of micro batches: each takes seconds on a machine that holds the model
+MISSED = 4  # beats in a row, after which a rank is blamed for a connection that broke
+GRACE, ENDING = 3.0, 60.0  # seconds that the main thread has to end: in a collective it cannot; once it knows the fault
+AGAIN = "start the same command again: it goes on from the newest checkpoint"
+_BROKEN = re.compile(r"gloo|nccl|^Dist\w+Error", re.IGNORECASE)  # torch's errors of a collective and of a store
+_COLLECTIVES = ("torch.distributed.distributed_c10d", "torch.distributed._functional_", "torch.distributed.fsdp")
+
+
+@dataclass
+class Beat:
+    """What a rank says of itself."""
+
+    count: int = 0
+    process: str = ""  # PID namespace and number
+    place: str = ""  # of the main thread
+    collective: str = ""  # what it waits in there, if it does
+    idle: float = 0.0  # seconds without progress, which must not exceed `limit`
+    limit: float = inf
+    done: bool = False
+
+
+class Heartbeat:
+    """The beats of this rank and of the others, in two threads; the defaults are a run of one process.
+
+    Attributes:
+        fault: what ends all ranks, once it is known.
+        on_fault: called with it and the last step, by a thread, on the one rank of a node that tells it.
+    """
+
+    def __init__(
+        self, rank: int = 0, hosts: Sequence[str] = ("",), local: Sequence[int] = (0,), store: Store | None = None
+    ) -> None:
+        """`local`: the ranks of this node. `store`: a client of this object alone, after `meet` has opened the keys."""
+        self.rank, self.hosts, self.local, self.store = rank, hosts, local, store
+        self.limit = heartbeat_limit() if store is not None else inf
+        self.interval = min(1.0, self.limit / 20)
+        self.fault: TunesmithError | None = None
+        self.on_fault: Callable[[TunesmithError, int], object] = lambda fault, step: None
+        self.own, self.beats = Beat(process=f"{_pid_namespace()} {os.getpid()}"), [Beat() for _ in hosts]
+        # Seconds that this process ran: after it was stopped it must not take the others for gone.
+        self.clock = self.answered = self.moved = self.decided = 0.0
+        self.heard = [0.0] * len(hosts)
+        self.step, self._phase = 0, "start"
+        self._outbox: dict[str, Any] = {}
+        self._broken, self._broken_at, self._ending = "", 0.0, False
+        self._known, self._wake, self._closing, self._closed = (threading.Event() for _ in range(4))
+        self._deciding = threading.Lock()
+        self._talker = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        if self.store is not None:
+            self._talker.start()
+            threading.Thread(target=self._mind_time, name="heartbeat-time", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        found = self.verdict(error) if error is not None else None
+        self._close()
+        if found is not None and found is not error:
+            raise found from error
+
+    def phase(self, name: str, limit: float | None = None) -> None:
+        """Begin a part of the run that may take `limit` seconds without progress; None: any time."""
+        self._phase, self.own.limit = name, limit or inf
+        self.progress()
+
+    def progress(self, step: int | None = None) -> None:
+        """Note that the main thread moves on; `step`: the last one done."""
+        self.moved, self.step = self.clock, self.step if step is None else step
+
+    def verdict(self, error: BaseException) -> BaseException:
+        """What ends this rank: `error`, made known to the others, or OtherRankError if another rank's end caused it."""
+        if self.store is None or isinstance(error, OtherRankError | StoppedError | KeyboardInterrupt):
+            return error  # what all ranks have agreed on, or are sent
+        self._ending, cause = True, error
+        while cause.__cause__ is not None:  # of a RunError that says it in other words
+            cause = cause.__cause__
+        broken = isinstance(cause, RuntimeError) and bool(_BROKEN.search(f"{type(cause).__name__}: {cause}"))
+        if broken:
+            self._broken_at, self._broken = self.clock, first_line(cause)
+        elif not self._outbox:
+            what = error.what if isinstance(error, TunesmithError) else f"{type(error).__name__}: {first_line(error)}"
+            words = {name: getattr(error, name, "") for name in ("where", "why", "fix")}
+            self._outbox = {"what": f"{self._name([self.rank])} failed: {what}", **words, "teller": self.rank}
+        self._wake.set()
+        self._known.wait(2 * self.limit)
+        return OtherRankError(self.fault.what, exit_code=self.fault.exit_code) if broken and self.fault else error
+
+    def _close(self) -> None:
+        if self.store is None:
+            return
+        self.own.done = True
+        # Where no launcher holds the store rank 0 does, and stays until the others have read it for the last time.
+        holds = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        while holds and self._talker.is_alive():
+            holds = not all(b.done or self._silent(r, MISSED * self.interval) for r, b in enumerate(self.beats))
+            self._wake.set()
+            time.sleep(self.interval / 4)
+        self._closing.set()
+        self._wake.set()
+        self._talker.join(GRACE)
+        self._closed.set()
+        if self._talker.is_alive():  # a thread in a call to a mute store would crash an interpreter that ends
+            atexit.register(_leave)
+
+    def _mind_time(self) -> None:
+        parent, last = os.getppid(), time.monotonic()
+        while not self._closed.wait(self.interval / 2):
+            now = time.monotonic()
+            self.clock, last = self.clock + min(now - last, self.interval), now
+            if self.fault is not None:
+                if now - self.decided > (ENDING if self._ending else GRACE):
+                    _leave()
+            elif self.clock - self.answered > self.limit:
+                self._lose_store(f"no answer for {self.limit:.0f} s")
+            elif os.getppid() != parent and not self._outbox:
+                what = f"the launcher of {self._name([self.rank])} is gone"
+                self._outbox = self._words(what, "its process has left its ranks behind")
+
+    def _talk(self) -> None:
+        closing = False
+        while not closing:
+            closing = self._closing.is_set()  # the last round says that this rank is done
+            try:
+                self._round()
+            except RuntimeError as error:  # torch's errors of a store and of a network
+                if not self.own.done:
+                    self._lose_store(first_line(error))
+                return
+            self._wake.wait(self.interval)
+            self._wake.clear()
+
+    def _round(self) -> None:
+        """Write this rank's beat, read those of all, and look for a fault."""
+        assert self.store is not None
+        own = self.own
+        if not self._ending:
+            own.collective, at = _main_thread()
+            own.place = ", ".join(text for text in (self._phase, f"step {self.step}", own.collective, at) if text)
+        own.count, own.idle = own.count + 1, self.clock - self.moved
+        ended = self._ended()  # before the beats: a rank says that it is done, then ends
+        self.store.set(f"beat/{self.rank}", json.dumps(asdict(own)))
+        *beats, verdict = self.store.multi_get([*(f"beat/{rank}" for rank in range(len(self.hosts))), "verdict"])
+        self.answered = self.clock
+        for rank, beat in enumerate(Beat(**json.loads(text)) for text in beats):
+            if beat.count != self.beats[rank].count:
+                self.beats[rank], self.heard[rank] = beat, self.clock
+        if self.fault is not None:
+            return
+        if verdict == b"-" and (found := self._outbox or self._look([r for r in ended if not self.beats[r].done])):
+            verdict = self.store.compare_set("verdict", "-", json.dumps(found))
+        if verdict != b"-":
+            words = json.loads(verdict)
+            teller = words.pop("teller", None)  # a rank that raises the error: it is told where that arrives
+            first = self.store.add(f"told/{self.local[0]}", 1) == 1
+            self._decide(words, tells=teller == self.rank if teller in self.local else first)
+            for mute in (self.beats[r] for r in self.local if self._silent(r, self.limit)):
+                if not mute.done and not _has_ended(mute.process):  # a stopped one would hold up the launcher for 30 s
+                    os.kill(int(mute.process.split()[1]), signal.SIGKILL)
+
+    def _look(self, ended: list[int]) -> dict[str, str]:
+        """The fault that the beats show, in the words of an error; empty: none. `ended`: ranks without a process."""
+        if ended:
+            why = "its process ended without a word: a signal, or no memory was left (dmesg -T | grep -i oom)"
+            return self._words(f"{self._name(ended)} was killed", why, ended)
+        limit = MISSED * self.interval if self._broken else self.limit
+        # A rank that is done beats no more. It is missed where another waits for it.
+        waits = bool(self._broken or self.own.collective)
+        missed = [r for r, beat in enumerate(self.beats) if waits or not beat.done]
+        if any(self._silent(r, limit) for r in missed):
+            gone = [r for r in missed if self._silent(r, limit / 2)]  # the ranks of a node do not beat at once
+            why = "it was killed or stopped, its machine is down, or the network to it is cut"
+            return self._words(f"{self._name(gone)} gave no sign of life for {limit:.0f} s", why, gone)
+        if longest := max((beat.idle for beat in self.beats if beat.idle > beat.limit), default=0.0):
+            # The others came to their collective a little after the stuck rank last moved.
+            idle = [r for r, beat in enumerate(self.beats) if beat.idle > longest / 2]
+            stuck = [r for r in idle if not self.beats[r].collective]
+            why = "its main thread is stuck" if stuck else "they wait in collectives, for each other or for the network"
+            return self._words(f"{self._name(stuck or idle)} made no progress for {longest:.0f} s", why)
+        if self._broken and self.clock - self._broken_at > 2 * limit:
+            return self._words("a connection between the ranks broke, and all of them live", self._broken)
+        return {}
+
+    def _lose_store(self, why: str) -> None:
+        """Decide without the others, who cannot be asked."""
+        what = f"rank 0 on {self.hosts[0]} or its launcher is gone, or the network to it"
+        words = self._words(what, f"the store there: {why}")
+        self._decide(words, tells=self.rank == min({*self.local} - {*self._ended()}))
+
+    def _decide(self, words: dict[str, str], *, tells: bool) -> None:
+        with self._deciding:  # both threads may come here
+            if self.fault is not None:
+                return
+            self.decided, self.fault = time.monotonic(), RunError(**words)
+        if tells:
+            if self._broken or not self._ending:  # an error of its own is told where it arrives
+                print(self.fault.text(), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                self.on_fault(self.fault, self.step)
+        self._known.set()
+
+    def _words(self, what: str, why: str, gone: Collection[int] = ()) -> dict[str, str]:
+        """Those of an error that says where the ranks stand that are not gone: what they do, what they wait in."""
+        places: dict[str, list[str]] = {}
+        for rank, beat in enumerate(self.beats):
+            if rank not in gone and beat.place:
+                places.setdefault(beat.place, []).append(str(rank))
+        where = "; ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}: {at}" for at, ranks in places.items())
+        return {"what": what, "where": where, "why": why, "fix": AGAIN}
+
+    def _ended(self) -> list[int]:
+        """The ranks of this node whose process is no more."""
+        return [r for r in self.local if not self.beats[r].done and _has_ended(self.beats[r].process)]
+
+    def _silent(self, rank: int, limit: float) -> bool:
+        return rank != self.rank and self.clock - self.heard[rank] > limit
+
+    def _name(self, ranks: Collection[int]) -> str:
+        names = [f"rank {rank} on {self.hosts[rank]}" for rank in sorted(ranks)]
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def heartbeat_limit() -> float:
+    """Seconds after which a rank without beats is gone. MachineError where the environment names no such number."""
+    text = os.environ.get(SECONDS, "60")
+    with contextlib.suppress(ValueError):
+        if 1 <= (seconds := float(text)) < inf:
+            return seconds
+    raise MachineError("not a number of seconds from 1", where=f"environment: {SECONDS}={text}", fix=f"unset {SECONDS}")
+
+
+def _pid_namespace() -> str:
+    with contextlib.suppress(OSError):  # a system without them
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def _has_ended(process: str) -> bool:
+    """Whether a process is no more, or a zombie; False where that cannot be seen from here."""
+    namespace, _, number = process.rpartition(" ")
+    if not namespace or namespace != _pid_namespace():
+        return False
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def _main_thread() -> tuple[str, str]:
+    """The collective that the main thread waits in, if it does, and the line of ours that it is at."""
+    frame, collective = sys._current_frames().get(threading.main_thread().ident or 0), ""
+    while frame is not None:
+        module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_name
+        if not collective and module.startswith(_COLLECTIVES) and name != "wrapper":
+            collective = name
+        if module == "__main__" or module.startswith("tunesmith."):
+            return collective, f"{module}:{frame.f_lineno}"
+        frame = frame.f_back
+    return collective, ""
+
+
+def _leave() -> None:
+    """End this process though its main thread may be stuck."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(RunError.exit_code)

@@ -1,0 +1,166 @@
+"""What ranks say and do when one of them is killed, stopped, stuck or fails: real processes on this machine, with gloo.
+
+`benchmarks/faults.py` does the same with torchrun on two nodes, and cuts the cable between them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from ranks import environment_of, free_port
+from tunesmith.errors import DataError, MachineError, OtherRankError, TunesmithError
+from tunesmith.heartbeat import SECONDS, Heartbeat, heartbeat_limit
+from tunesmith.ranks import join_ranks, meet
+
+HOST = socket.gethostname()
+
+
+def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
+    """A rank whose steps are all-reduces; rank 1 is struck at step 20. What it prints goes to a file."""
+    os.environ.update(env)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    sys.stderr = (folder / f"stderr-{env['RANK']}").open("w")
+    code = 0
+    try:
+        with join_ranks() as ranks:
+            heartbeat, value = ranks.heartbeat, torch.ones(10)
+            heartbeat.on_fault = lambda error, step: (folder / f"failure-{ranks.rank}").write_text(error.what)
+            heartbeat.phase("training", 2.0 if fault == "hang" else None)
+            for step in range(40 if fault == "none" else 1_000_000):
+                dist.all_reduce(value)
+                value /= ranks.world
+                heartbeat.progress(step)
+                time.sleep(0.01)
+                if step == 20 and ranks.rank == 1:
+                    if fault in ("kill", "stop"):
+                        os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+                    elif fault == "error":
+                        raise DataError("row 7 is broken", where="rows.jsonl:7")
+                    elif fault == "hang":
+                        time.sleep(1000)
+            time.sleep(ranks.rank)  # one that ends early is not missed, and the store waits for the last
+    except TunesmithError as error:
+        code = error.exit_code
+        (folder / f"raised-{env['RANK']}").write_text(f"{type(error).__name__}: {error.what}")
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def strike(fault: str, folder: Path) -> tuple[list[int | None], str]:
+    """Three ranks that are struck by a fault: their exit codes, and all that they printed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "torch.distributed.fsdp", "tunesmith.training.run"])
+    port = free_port()
+    envs = [environment_of(rank, 3, port) | {SECONDS: "3"} for rank in range(3)]
+    processes = [context.Process(target=take_steps, args=(fault, env, folder)) for env in envs]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(60)
+        return [p.exitcode for p in processes], "".join(p.read_text() for p in sorted(folder.glob("stderr-*")))
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_ranks_that_end_one_after_the_other_are_not_missed(tmp_path: Path):
+    codes, printed = strike("none", tmp_path)
+    assert codes == [0, 0, 0]
+    assert "error" not in printed
+    assert not [*tmp_path.glob("failure-*")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "what"),
+    [
+        ("kill", -signal.SIGKILL, f"rank 1 on {HOST} was killed"),
+        ("stop", -signal.SIGKILL, f"rank 1 on {HOST} gave no sign of life for 3 s"),
+        ("hang", 1, f"rank 1 on {HOST} made no progress for 2 s"),
+    ],
+)
+def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(tmp_path: Path, fault: str, code: int, what: str):
+    codes, printed = strike(fault, tmp_path)
+    assert codes == [1, code, 1]
+    assert printed.count("error: ") == 1, printed
+    assert f"error: {what}\n" in printed
+    assert "training, step " in printed
+    if fault != "kill":  # gloo may have told the others of its end before a beat saw them wait
+        assert "ranks 0, 2: training, step 20, all_reduce, " in printed
+    assert [p.read_text() for p in tmp_path.glob("failure-*")] == [what]
+
+
+def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(tmp_path: Path):
+    codes, printed = strike("error", tmp_path)
+    assert codes == [1, DataError.exit_code, 1]
+    assert "error" not in printed  # the command line prints what rank 1 has raised
+    assert (tmp_path / "raised-1").read_text() == "DataError: row 7 is broken"
+    failed = f"rank 1 on {HOST} failed: row 7 is broken"
+    assert [p.read_text() for p in tmp_path.glob("failure-1")] == [failed]
+    for rank in (0, 2):  # unless it waited in the collective until the end of its grace
+        raised = tmp_path / f"raised-{rank}"
+        assert not raised.exists() or raised.read_text() == f"{OtherRankError.__name__}: {failed}"
+
+
+def test_a_group_that_is_started_again_does_not_meet_its_predecessors():
+    import torch.distributed as dist
+
+    store, names = dist.HashStore(), []
+    store.set_timeout(timedelta(seconds=20))
+
+    def start(rank: int, found: list[tuple[str, list[str]]]) -> None:
+        time.sleep(0.3 * rank)  # the earlier rank 1 is still in the store when rank 0 starts
+        found.append(meet(store, rank, 2))
+
+    for _ in range(3):
+        found: list[tuple[str, list[str]]] = []
+        threads = [threading.Thread(target=start, args=(rank, found)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found[0] == found[1]
+        assert found[0][1] == [HOST, HOST]
+        assert store.get(f"{found[0][0]}/verdict") == b"-"
+        names.append(found[0][0])
+    assert len({*names}) == 3
+
+
+def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch):
+    import torch.distributed as dist
+
+    monkeypatch.setenv(SECONDS, "1")
+    monkeypatch.setattr("tunesmith.ranks.JOIN", 0.2)
+    monkeypatch.setenv("MASTER_ADDR", "node-a")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(MachineError, match="rank 1"):
+        meet(dist.HashStore(), 0, 2)
+
+
+def test_one_process_has_nobody_to_watch():
+    with Heartbeat() as heartbeat:
+        heartbeat.phase("training", 1.0)
+        heartbeat.progress(3)
+        error = ValueError("own")
+        assert heartbeat.verdict(error) is error
+    assert heartbeat.fault is None
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "nan", "inf", "-3", ""])
+def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, text: str):
+    monkeypatch.setenv(SECONDS, text)
+    with pytest.raises(MachineError, match="seconds"):
+        heartbeat_limit()
