@@ -25,6 +25,7 @@ from tunesmith.model.weights import load_weights
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.shard import settle_shards, shard_model
+from tunesmith.parallel.tensor import cut_model
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import FUSED, KINDS, TENSOR_WISE
 from tunesmith.runtime import compilation
@@ -112,6 +113,7 @@ def build_model(
         softcap=files.spec.final_softcap,
         logit_scale=files.spec.logit_scale,
     )
+    root.partial_gradients = cut_model(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)
     if plan.compiled:
         compilation.compile_layers(root.layers, varied=plan.layout.pad_to is None)

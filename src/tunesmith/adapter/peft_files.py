@@ -21,6 +21,7 @@ from tunesmith.errors import ModelError, first_line
 from tunesmith.host_files import refuse_special_files
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.save_tensors import save_tensors
+from tunesmith.model.weights import copy_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -181,7 +182,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                     fix = "take the base model, target, rank and modules_to_save that the adapter was made with"
                     raise ModelError(listed, where=str(file), why=why, fix=fix)
             for name in names:
-                own[name].copy_(stored.get_tensor(name))
+                copy_whole(own[name], stored.get_tensor(name))
     except (OSError, SafetensorError) as error:
         what, fix = "the adapter's weights cannot be read", "copy the adapter again"
         raise ModelError(what, where=str(file), why=str(error), fix=fix) from error

@@ -11,7 +11,6 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.adapter import peft_files
@@ -22,6 +21,7 @@ from tunesmith.errors import CheckpointError
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.load import DTYPES
 from tunesmith.model.save_tensors import save_sharded, save_tensors
+from tunesmith.parallel.shard import gathered
 from tunesmith.runtime.transfer import Snapshot
 
 TokenizerFiles = Mapping[str, bytes]  # path in the folder -> contents
@@ -57,6 +57,8 @@ def gather_model_files(run: Run, model: TrainModel) -> None:
     """Take part in `write_model_files` of another rank."""
     if run.adapter.kind == "none":
         save_sharded(None, weights_of(model.model), DTYPES[run.model.dtype])
+    else:
+        _adapter(run, model)
 
 
 def write_model_files(folder: Path, run: Run, model: TrainModel, tokenizer: TokenizerFiles) -> None:
@@ -85,8 +87,10 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in state if name not in names - once}
 
 
-def _adapter(run: Run, model: TrainModel) -> tuple[dict[str, Parameter], dict[str, Any]]:
-    return peft_files.adapter_files(model.model, run.adapter, run.model.name, run.model.revision)
+def _adapter(run: Run, model: TrainModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The adapter's tensors, whole, and its configuration; a collective call where ranks hold parts."""
+    tensors, settings = peft_files.adapter_files(model.model, run.adapter, run.model.name, run.model.revision)
+    return gathered(tensors), settings
 
 
 def write_checkpoint(

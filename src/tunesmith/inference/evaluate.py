@@ -63,11 +63,13 @@ class Evaluation:
     cut: int  # rows shortened for the same reason
 
 
-def packed(tokens: TokenSet, *, capacity: int, pad_id: int) -> Iterator[Batch]:
-    """Batches of one packed row without padding: `capacity` tokens at most, or the longest example's if it has more."""
+def packed(tokens: TokenSet, *, capacity: int, pad_id: int, multiple: int = 1) -> Iterator[Batch]:
+    """Batches of one packed row, padded to a multiple of `multiple` tokens: of `capacity` at most, or the longest
+    example's if it has more."""
     lengths = tokens.lengths
     for row in best_fit_decreasing(lengths, max(capacity, int(lengths.max(initial=0)))):
-        yield collate([[tokens[i] for i in row]], length=int(lengths[row].sum()), pad_id=pad_id)
+        length = -(-int(lengths[row].sum()) // multiple) * multiple
+        yield collate([[tokens[i] for i in row]], length=length, pad_id=pad_id)
 
 
 def validation_loss(
@@ -86,8 +88,8 @@ def validation_loss(
     ranks of `mesh` take the rows in turn, all as many: some may end with an empty one.
     """
     total, count, ranks = 0.0, 0, mesh.shape.data
-    batches = packed(tokens, capacity=micro_tokens, pad_id=pad_id)
-    empty = collate([[]], length=1, pad_id=pad_id)
+    batches = packed(tokens, capacity=micro_tokens, pad_id=pad_id, multiple=mesh.shape.tensor)
+    empty = collate([[]], length=mesh.shape.tensor, pad_id=pad_id)
     with evaluating(train_model):
         while row := list(islice(batches, ranks)):
             if cancelled():

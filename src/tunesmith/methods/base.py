@@ -80,6 +80,7 @@ class TrainModel(nn.Module):
         self.softcap = softcap
         self.logit_scale = logit_scale
         self.score: Score = loss_and_grad
+        self.partial_gradients: frozenset[str] = frozenset()  # names of the parameters for `tensor.reduce_gradients`
         self.use_training_attention()
 
     def use_training_attention(self) -> None:

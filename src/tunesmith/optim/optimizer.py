@@ -100,10 +100,9 @@ class Optimizer:
         """The fp32 copies of 16-bit parameters, by name."""
         return {name: part.weight for name, part in self.parts.items() if part.has_master}
 
-    def whole_gradients(self) -> list[Tensor]:
-        """The gradients that no engine has summed over ranks: of parameters that every rank holds whole."""
-        parts = (part for part in self.parts.values() if not isinstance(part.param, DTensor))
-        return [part.grad for part in parts if part.has_grad]
+    def gradients(self) -> dict[str, Tensor]:
+        """This rank's part of each gradient, by the parameter's name."""
+        return {name: part.grad for name, part in self.parts.items() if part.has_grad}
 
     def start_step(self, lr: float, index: int) -> None:
         """Set the learning rate and the index (from 0) of the coming step; before its backward."""

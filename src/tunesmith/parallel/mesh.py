@@ -58,7 +58,9 @@ class Mesh:
         """The mesh of all ranks; a collective call. `device_type` is `cpu` or `cuda`."""
         if shape.world == 1:
             return cls()
-        return cls(shape, init_device_mesh(device_type, tuple(shape), mesh_dim_names=DIMENSIONS))
+        mesh = cls(shape, init_device_mesh(device_type, tuple(shape), mesh_dim_names=DIMENSIONS))
+        _ = mesh.data_group  # made by all ranks together
+        return mesh
 
     @property
     def data_rank(self) -> int:

@@ -9,12 +9,13 @@ Zhao et al. 2023, arXiv:2304.11277 (FSDP); PyTorch's `fully_shard`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from tunesmith.adapter.lora import modules_to_save
 from tunesmith.config.schema import Run
@@ -35,7 +36,7 @@ def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype) ->
     gathered, as the backward begins with it.
     """
     adapter = run.adapter.kind == "lora"
-    if mesh.shape.data == 1 or (adapter and mesh.shape.shard == 1):
+    if mesh.shape.world == 1 or (adapter and mesh.shape.shard == 1):
         return
     if not adapter and run.train.master_weights == "fp32":
         widen(root)
@@ -95,6 +96,6 @@ def sum_gradients(grads: Sequence[Tensor], mesh: Mesh) -> None:
             grad.copy_(piece.view_as(grad))
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, on every rank; a collective call where it is sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whole, on every rank; a collective call where they are DTensors."""
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}

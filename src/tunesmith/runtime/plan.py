@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -35,6 +36,11 @@ class MicroBatchLayout:
     pad_to: int | None = None
     multiple: int = 1
     bound: int | None = None
+
+    def multiple_of(self, tensor: int) -> MicroBatchLayout:
+        """The layout whose micro batches can be cut into `tensor` equal parts."""
+        pad_to = None if self.pad_to is None else -(-self.pad_to // tensor) * tensor
+        return replace(self, pad_to=pad_to, multiple=math.lcm(self.multiple, tensor))
 
 
 ONE_EXAMPLE = MicroBatchLayout(Size(1, "examples"))

@@ -311,11 +311,11 @@ def make_loader(
 ) -> Loader:
     """Global batches in the plan's layout, from `start_step` up to `stop_step`; iterating puts this rank's share of them
     on the device."""
-    device = torch.device(plan.device)
+    device, layout = torch.device(plan.device), plan.layout.multiple_of(mesh.shape.tensor)
     return Loader(
         data.train,
         data.schedule,
-        **vars(plan.layout),
+        **vars(layout),
         pad_id=files.pad_id,
         start_step=start_step,
         stop_step=stop_step,

@@ -38,7 +38,8 @@ from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.optim.lr_schedule import scheduled_rate
-from tunesmith.parallel.shard import reduce_in, sharded_modules, sum_gradients
+from tunesmith.parallel.shard import gathered, reduce_in, sharded_modules, sum_gradients
+from tunesmith.parallel.tensor import reduce_gradients
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
@@ -173,7 +174,10 @@ class Trainer:
             (made.loss * scale).backward()
             total = total + made.loss.detach()
             metrics = {name: value + made.metrics[name] for name, value in metrics.items()}
-        sum_gradients(optimizer.whole_gradients(), mesh)
+        grads = optimizer.gradients()
+        if self.run.adapter.kind == "lora":  # those of a model trained in full are summed in its backward
+            sum_gradients(list(grads.values()), mesh)
+        reduce_gradients(grads, model.partial_gradients, mesh)
         means = self.agree([value / denominator for value in (total, *metrics.values())])
         return PendingMetrics(batch.step + 1, batch, AsyncScalars(*means, optimizer.step()), lr)
 
@@ -296,7 +300,8 @@ class Trainer:
             if session.ranks.leads:
                 best = json.dumps({"step": progress.step, "val_loss": loss}, indent=1)
                 write_atomically(self.out / "best.json", best)
-        if self.run.log.samples and (session.ranks.leads or sharded_modules(session.model)):
+        answers_here = session.ranks.leads or sharded_modules(session.model)
+        if self.run.log.samples and answers_here and session.mesh.shape.tensor == 1:
             examples, template = session.data.validation.first(self.run.log.samples), session.data.template
             answers = sample_answers(session.model, session.files.tokenizer, examples, template.end_ids)
             self.sinks.samples(progress.step, answers)
@@ -323,7 +328,9 @@ class Trainer:
             write = self.writer.write_async if copy else self.writer.write
             write(fill, progress.step, keep_step=progress.best_step)
             return
+        parts = (*parts[:3], gathered(parts[3]), progress)
         if not session.ranks.leads:
+            export.gather_model_files(self.run, session.model)
             self.writer.saved_step = progress.step
             return
         if periodic and self.run.adapter.kind == "lora":
