@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ BITES = {"train": {"clip_norm": 0.05}}  # a tenth of the norm
 IN_BACKWARD = {
     "train": {"optimizer_in_backward": True, "clip_norm": None, "micro_batch": "auto", "global_batch": "1 examples"}
 }
-SHARD, COPY = {"shard": 2}, {"replicate": 2}
+SHARD, COPY, TENSOR = {"shard": 2}, {"replicate": 2}, {"tensor": 2}
 # name: what is trained, how it is shared among how many ranks
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "lora, copies": (LORA, COPY),
@@ -53,20 +54,24 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "full, shards": (merge(FULL, BITES), SHARD),
     "full, bf16 with masters": (merge(FULL, {"model": {"dtype": "bf16"}}), SHARD),
     "full, samples": (merge(FULL, {"log": {"samples": 1}}), SHARD),
+    "lora, tensor": ({}, TENSOR),
+    "full, tensor": (merge(FULL, BITES), TENSOR),
+    "full, tensor, bf16 with masters": (merge(FULL, {"model": {"dtype": "bf16"}}), TENSOR),
     "lora, 8 examples on 3": (LORA, {"replicate": 3}),
     "full, 8 examples on 3": (FULL, {"shard": 3}),
     "lora, copies of shards": (LORA, {"replicate": 2, "shard": 2}),
     "full, copies of shards": (FULL, {"replicate": 2, "shard": 2}),
+    "lora, copies of a tensor group": ({}, {"replicate": 2, "tensor": 2}),
+    "lora, shards of a tensor group": ({}, {"shard": 2, "tensor": 2}),
+    "full, shards of a tensor group": (merge(FULL, BITES), {"shard": 2, "tensor": 2}),
 }
 # First step and others. fp32: sums in another order. bf16: gradients of micro batches are rounded before they are summed.
-TOLERANCES = {"full, bf16 with masters": (2e-3, 2e-2)}
+TOLERANCES = dict.fromkeys(("full, bf16 with masters", "full, tensor, bf16 with masters"), (2e-3, 2e-2))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_numbers_are_those_of_one_process(world, tiny, tmp_path):
-    chosen = {
-        name: case for name, case in CASES.items() if world == case[1].get("replicate", 1) * case[1].get("shard", 1)
-    }
+    chosen = {name: case for name, case in CASES.items() if world == math.prod(case[1].values())}
     assert chosen
     alone = {
         name: numbers(tiny, tmp_path, {**what, "output_dir": str(tmp_path / name)})

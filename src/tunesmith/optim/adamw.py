@@ -74,7 +74,7 @@ class ParameterState:
         groups: tuple[dist.ProcessGroup, ...] = ()
         if isinstance(param, DTensor):
             mesh, places = param.device_mesh, enumerate(param.placements)
-            groups = tuple(mesh.get_group(dim) for dim, at in places if at.is_shard() and mesh.size(dim) > 1)
+            groups = tuple(mesh.get_group(dim) for dim, at in places if not at.is_replicate() and mesh.size(dim) > 1)
             weight = nn.Parameter(param.to_local().detach())
         elif has_master:
             weight = nn.Parameter(param.detach().float())

@@ -32,7 +32,7 @@ from tunesmith.data.files import check_data_file
 from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source import is_local
-from tunesmith.errors import MachineError, UsageError
+from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.host_files import existing_folder, refuse_full_disk, write_atomically
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
@@ -193,7 +193,22 @@ def plan_model(
             )
 
         shape, plan = share_work(run.parallel, ranks.world, plan_of)
+        check_mesh(run, shape, files)
     return model, Mesh.of(shape, device.type), plan
+
+
+def check_mesh(run: Run, shape: MeshShape, files: ModelFiles) -> None:
+    """Refuse what this mesh does not compute yet, before anything is loaded."""
+    train, base = run.train, run.model.quantize
+    for what, where, wrong, fix in (
+        ("a base in 8 bits", "model.quantize", base in KINDS and shape.shard * shape.tensor > 1, "nf4"),
+        ("a ready-made nf4 base", "parallel.tensor", bool(files.spec.quantised) and shape.tensor > 1, "1"),
+        ("8-bit moments", "train.optimizer", train.optimizer == "adamw-8bit" and shape.shard * shape.tensor > 1, "adamw"),
+        ("updates in the backward", "train.optimizer_in_backward", train.optimizer_in_backward and shape.tensor > 1, "false"),
+    ):  # fmt: skip
+        if wrong:
+            why = f"the ranks make {shape.describe()}, and each would hold a part of what goes together"
+            raise RecipeError(f"{what} cannot be cut over ranks", where=where, why=why, fix=f"{where}={fix}")
 
 
 def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:

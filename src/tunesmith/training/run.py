@@ -120,6 +120,7 @@ def lead(
         sinks.all.append(callback)
         stack.callback(close_after_all, sinks)
         begin(session, start, sinks, mark, argv)
+    leave_faults(session.ranks, out)
     trainer = Trainer(session, start, sinks, stop)
     for text in session.describe_ranks(trainer.first_step):
         say(text)
@@ -174,11 +175,17 @@ def follow(run: Run, stop: StopRequest, ranks: Ranks) -> Result:
     with ranks.together():  # rank 0 opens its files
         pass
     trainer = Trainer(session, start, Sinks([]), stop)
+    leave_faults(ranks, trainer.out)
     stop.hold()
     try:
         return trainer.fit()
     except (StoppedError, NonFiniteError) as error:  # on all ranks alike: rank 0 tells it
         raise OtherRankError(error.what, exit_code=error.exit_code) from error
+
+
+def leave_faults(ranks: Ranks, out: Path) -> None:
+    """Let the rank of each node that tells what ends them all leave failure.json, where the node has the run directory."""
+    ranks.heartbeat.on_fault = lambda fault, step: write_failure(out, fault, last_step=step, next_command="")
 
 
 def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: RecordCallback) -> Result:
@@ -188,7 +195,10 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
         trainer.sinks.close()
     except StoppedError:
         raise
-    except BaseException as error:
+    except BaseException as caught:
+        error = trainer.session.ranks.heartbeat.verdict(caught)
+        if isinstance(error, OtherRankError):  # which the heartbeat has told
+            raise error from caught
         if trainer.stop.now:
             raise trainer.stopped_now() from error
         trainer.writer.close()  # what it is writing still counts

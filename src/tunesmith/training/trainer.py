@@ -30,6 +30,7 @@ from tunesmith.checkpoint.sharded import ShardedWriter, fill_together, fits_twic
 from tunesmith.checkpoint.state import Writer
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import StoppedError, TunesmithError
+from tunesmith.heartbeat import STUCK
 from tunesmith.host_files import write_atomically
 from tunesmith.inference.decoding import sample_answers
 from tunesmith.inference.evaluate import validation_loss
@@ -129,7 +130,9 @@ class Trainer:
 
     def iteration(self, batch: GlobalBatch) -> None:
         """One optimizer step; then log, validate and save what is due."""
-        progress = self.progress
+        progress, heartbeat = self.progress, self.session.ranks.heartbeat
+        heartbeat.phase("training", STUCK if self.records else None)  # the first step compiles
+        heartbeat.progress(progress.step)
         pending = self.train_step(batch)
         if self.async_metrics:
             self.flush_metrics()  # of the step before, while the device computes this one
@@ -141,6 +144,7 @@ class Trainer:
         save = self.checkpoint_cadence.due(progress.step, progress.seconds)
         if validate or save or last or self.stopping or not self.async_metrics:
             self.flush_metrics(log=not validate)
+        heartbeat.phase("validation and checkpoints")
         if validate:
             progress.validated = False
             self.validate()
@@ -171,6 +175,7 @@ class Trainer:
             torch.manual_seed((self.run.train.seed * 1_000_003 + batch.step) * 4_099 + index)
             reduce_in(model, mesh, last=micro is batch.micro[-1])
             made = model(micro)
+            self.session.ranks.heartbeat.progress()
             (made.loss * scale).backward()
             total = total + made.loss.detach()
             metrics = {name: value + made.metrics[name] for name, value in metrics.items()}
