@@ -33,6 +33,7 @@ class Architecture:
     fused: str = (
         ""  # the prefix of Transformers' class names (`LlamaAttention`), where `fused.py` replaces these forwards
     )
+    joined: bool = False  # q, k and v are one linear layer, and so are gate and up
     rope_by_layer: bool = False  # attention modules say by `use_rope` whether they rotate q and k
 
 
@@ -51,7 +52,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Gemma 3 (text)", tied=True, head_dim=256, kv_heads=4, norms=4, head_norms="head", window="pattern",
         softcaps=(None, None),
     ),
-    "phi3": Architecture("Phi-3, Phi-3.5, Phi-4", qkv_bias=False, output_bias=False, window="all"),
+    "phi3": Architecture("Phi-3, Phi-3.5, Phi-4", qkv_bias=False, output_bias=False, window="all", joined=True),
     "smollm3": Architecture("SmolLM3", tied=True, kv_heads=4, window="opt-in", fused="SmolLM3", rope_by_layer=True),
     "olmo2": Architecture("OLMo 2", head_norms="projection"),
     "granite": Architecture("Granite 3", logits_scaling=True),

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES, Architecture, families_text
 
@@ -179,6 +180,30 @@ def _windows(config: Mapping[str, Any], family: Architecture, layers: int) -> tu
         every = 2 if family.window == "every-second" else config.get("sliding_window_pattern", 6)
         slides = [(i + 1) % every != 0 for i in range(layers)]
     return tuple(window if s else None for s in slides)
+
+
+def adapter_parameters(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> int:
+    """Parameters that an adapter trains, on each of `tensor` ranks that compute a layer together.
+
+    Such a rank has A whole and its part of B in the layers that cut their outputs, the other way round in those that cut
+    their inputs (o and down). A target of one layer counts as that of all.
+    """
+    hidden, wide, q, kv = spec.hidden, spec.intermediate, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    family = ARCHITECTURES.get(spec.model_type)
+    if family is not None and family.joined:
+        linears = {"qkv_proj": (hidden, q + 2 * kv), "gate_up_proj": (hidden, 2 * wide)}
+    else:
+        linears = {name: (hidden, q if name == "q_proj" else kv) for name in ("q_proj", "k_proj", "v_proj")}
+        linears |= {"gate_proj": (hidden, wide), "up_proj": (hidden, wide)}
+    linears |= {"o_proj": (q, hidden), "down_proj": (wide, hidden)}
+    names = [adapter.target] if isinstance(adapter.target, str) else adapter.target
+    wanted = {*linears} if adapter.target == "all-linear" else {name.rpartition(".")[2] for name in names}
+    count = 0
+    for name in wanted & {*linears}:
+        whole, cut = linears[name] if name not in ("o_proj", "down_proj") else reversed(linears[name])
+        count += spec.layers * adapter.rank * (whole + -(-cut // tensor))
+    tables = [name for name in adapter.modules_to_save if name.rpartition(".")[2] in ("embed_tokens", "lm_head")]
+    return count + -(-len(tables) * spec.head_matmul // tensor)
 
 
 def flops(

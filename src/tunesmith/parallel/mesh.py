@@ -10,40 +10,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tunesmith.config.schema import Parallel
 from tunesmith.errors import MachineError, RecipeError
+from tunesmith.runtime.plan import ONE, MeshShape
 
 T = TypeVar("T")
 DIMENSIONS = ("replicate", "shard", "tensor")
-
-
-class MeshShape(NamedTuple):
-    """Copies of the model, ranks that shard one copy, and ranks that compute one layer together."""
-
-    replicate: int = 1
-    shard: int = 1
-    tensor: int = 1
-
-    @property
-    def world(self) -> int:
-        return self.replicate * self.shard * self.tensor
-
-    @property
-    def data(self) -> int:
-        """Ranks with micro batches of their own; those of a tensor group have the same ones."""
-        return self.replicate * self.shard
-
-    def describe(self) -> str:
-        """`2 replicas x 4 shards x 1 tensor`."""
-        return f"replicate {self.replicate} x shard {self.shard} x tensor {self.tensor}"
-
-
-ONE = MeshShape()
 
 
 @dataclass(frozen=True)

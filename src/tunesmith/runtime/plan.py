@@ -10,6 +10,30 @@ from typing import NamedTuple
 from tunesmith.units import Size
 
 
+class MeshShape(NamedTuple):
+    """Copies of the model, ranks that shard one copy, and ranks that compute one layer together."""
+
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.replicate * self.shard * self.tensor
+
+    @property
+    def data(self) -> int:
+        """Ranks with micro batches of their own; those of a tensor group have the same ones."""
+        return self.replicate * self.shard
+
+    def describe(self) -> str:
+        """`2 replicas x 4 shards x 1 tensor`."""
+        return f"replicate {self.replicate} x shard {self.shard} x tensor {self.tensor}"
+
+
+ONE = MeshShape()
+
+
 @dataclass(frozen=True)
 class Machine:
     """What a plan depends on, as `resolve.probe_machine` finds it: memory, and findings with their reasons.
@@ -58,13 +82,14 @@ class MemoryEstimate:
     copies: int = 0  # of an adapter and its moments while its checkpoint is written; without room training waits
     activations: int = 0  # what the layers keep for the backward
     recomputed_layer: int = 0  # of it, for each that recomputes
+    gathered: int = 0  # weights whose shards FSDP has gathered, and gradients on the way to theirs
     workspace: int = 0  # there for a moment: one layer's gradients, a chunk of logits, the embeddings' rows
     free: int = 0  # what there was before anything was built
 
     @property
     def static(self) -> int:
         """What does not depend on the micro batch."""
-        return self.weights + self.gradients + self.optimizer + self.copies
+        return self.weights + self.gradients + self.optimizer + self.copies + self.gathered
 
     @property
     def total(self) -> int:
@@ -72,7 +97,14 @@ class MemoryEstimate:
 
     def describe(self) -> str:
         """The parts, in GiB."""
-        parts = ("weights", "gradients", "optimizer", "activations", "workspace")
+        parts = (
+            "weights",
+            "gradients",
+            "optimizer",
+            *(["gathered"] if self.gathered else []),
+            "activations",
+            "workspace",
+        )
         return ", ".join(f"{part} {vars(self)[part] / 2**30:.1f}" for part in parts) + " GiB"
 
 
@@ -104,6 +136,7 @@ class RunPlan:
     warnings: tuple[str, ...] = ()
     layout: MicroBatchLayout = ONE_EXAMPLE
     memory: MemoryEstimate = MemoryEstimate()
+    mesh: MeshShape = ONE
     savings: Callable[[], Sequence[Saving]] = tuple  # planned when advice is asked for: it takes some 0.3 s
     trial_peak: int = 0
     why: Mapping[str, str] = field(default_factory=dict)

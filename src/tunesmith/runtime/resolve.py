@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,19 +23,20 @@ from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
 from tunesmith.errors import MachineError
 from tunesmith.host_files import physical_memory
-from tunesmith.hub.model_files import ModelFiles
 from tunesmith.loss import card_bytes, chunk_size
 from tunesmith.model import attention
-from tunesmith.model.load import DTYPES
-from tunesmith.model.spec import ModelSpec
+from tunesmith.model.spec import ModelSpec, adapter_parameters
 from tunesmith.optim.adamw import state_bytes_per_parameter
 from tunesmith.quant import eight_bit
 from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_memory, is_integrated
-from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan
+from tunesmith.runtime.plan import ONE, Machine, MemoryEstimate, MeshShape, MicroBatchLayout, RunPlan
 from tunesmith.runtime.savings import find_savings
 from tunesmith.units import Size
+
+if TYPE_CHECKING:
+    from tunesmith.hub.model_files import ModelFiles  # with Transformers, which a plan can do without
 
 MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
 PROBE_ROWS = 4096  # of the 8-bit products that are tried at start: 3 GiB for the widest layers of an 8B model
@@ -50,6 +52,9 @@ WEIGHT_TRAFFIC = {"none": 4.0, "fp8": 2.0, "int8": 2.0, "nf4": 9.06}
 # lie between 150 and 300; a GB10 92 (in 8 bits 188) and 226 GB/s. So a pass over 70B in nf4 costs as much as 396 tokens on
 # an H200 and as 922 on a GB10, which prefers larger micro batches.
 OPERATIONS_PER_BYTE = {False: (175, 350), True: (407, 832)}  # by Machine.integrated: in 16 bits, in 8 bits
+# Layers that FSDP2 has gathered at once: one in use, the next one, and the flat buffer that a gather arrives in.
+GATHERED_LAYERS = 3
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # model.load brings Transformers along
 RECOMPUTE_COST = {"none": 1 / 3, "lora": 1 / 2}  # a second forward, as a share of a step: 2 of 6 operations, or of 4
 # Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a usual step...
 ROW_MULTIPLE = 128
@@ -61,8 +66,8 @@ def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tupl
     """How attention is computed in a run (`eager`: by Transformers, on padded rows), and why."""
     if run.model.attention == "eager":
         return "eager", "as model.attention says"
-    softcap = files.spec.attention_softcap is not None
-    return attention.select_attention_backend(device, DTYPES[run.model.dtype], files.spec.head_dim, softcap=softcap)
+    softcap, dtype = files.spec.attention_softcap is not None, DTYPES[run.model.dtype]
+    return attention.select_attention_backend(device, dtype, files.spec.head_dim, softcap=softcap)
 
 
 def probe_machine(run: Run, files: ModelFiles, device: torch.device, shapes: Sequence[tuple[int, int]] = ()) -> Machine:
@@ -100,54 +105,81 @@ def resolve_plan(
     step: StepSize,
     longest: int,
     before: Size | None = None,
+    mesh: MeshShape = ONE,
+    refuse: bool = True,
 ) -> RunPlan:
     """Resolve every `auto` of a recipe by what the machine has; MachineError where the run does not fit its memory.
 
-    `trained` counts trained parameters, `step` the tokens of an optimizer step, `longest` those of the longest example.
-    `auto` keeps the micro batch that a resumed run had `before` while it fits: dropout and the order of sums depend on it.
+    `trained` counts trained parameters, `step` the tokens of an optimizer step, both of all ranks; `longest` those of the
+    longest example. `auto` keeps the micro batch that a resumed run had `before` while it fits: dropout and the order of
+    sums depend on it. `machine` and the plan are those of each rank of the `mesh`. Without `refuse` what does not fit is planned too.
     """
 
     def plan_of(changed: Run) -> RunPlan:
         """The plan of a recipe that differs in what `find_savings` changes."""
-        q, kv, rank = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, changed.adapter.rank
-        lora = spec.layers * rank * (7 * spec.hidden + 2 * q + 2 * kv + 3 * spec.intermediate)
-        count = trained if changed.adapter.kind == run.adapter.kind else lora
+        count = trained if changed.adapter.kind == run.adapter.kind else adapter_parameters(spec, changed.adapter)
         share = changed.train.global_batch.amount / run.train.global_batch.amount
-        size = StepSize(step.mean * share, math.ceil(step.largest * share))
-        return _plan(changed, spec, machine, count, size, min(longest, changed.data.seq_len), before)
+        size = rank_step(changed, StepSize(step.mean * share, math.ceil(step.largest * share)), mesh)
+        return _plan(changed, spec, machine, count, size, min(longest, changed.data.seq_len), before, mesh)
 
     plan = plan_of(run)
     below = min(int(plan.memory.free * USABLE), plan.memory.total * 9 // 10)  # less would not be worth a change
     plan = replace(plan, savings=partial(find_savings, run, plan, plan_of, below=below))
-    refuse_overrun(plan, machine, resumed=before is not None)
+    if refuse:
+        refuse_overrun(plan, machine, resumed=before is not None)
     return plan
 
 
 def refuse_overrun(plan: RunPlan, machine: Machine, *, resumed: bool) -> None:
-    """MachineError where a plan needs more memory than there is; an adapter's checkpoint may wait for its copies.
+    """MachineError where a plan needs more memory than there is."""
+    needed, there = memory_needs(plan, machine)
+    if there and needed > there:
+        what = f"the run does not fit: it needs about {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB can be used"
+        how = f"micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
+        fix = plan.less_memory(resumed=resumed)
+        raise MachineError(what, where=plan.device, why=f"{plan.memory.describe()}; {how}", fix=fix)
+
+
+def step_units(run: Run) -> int:
+    """What an optimizer step has, and no rank shares with another: examples, or packed rows where tokens are counted."""
+    size = run.train.global_batch
+    return size.amount if size.unit == "examples" else max(1, size.amount // run.data.seq_len)
+
+
+def rank_step(run: Run, step: StepSize, mesh: MeshShape) -> StepSize:
+    """What the busiest data rank takes of a step."""
+    units = step_units(run)
+    share = -(-units // mesh.data) / units
+    return StepSize(step.mean * share, math.ceil(step.largest * share))
+
+
+def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
+    """Bytes that a plan cannot do without, and those that there are (0: not known). An adapter's checkpoint may wait.
 
     A CPU's free memory grows as other programs give way: there only what is allocated for the whole run counts, against
     all memory of the machine.
     """
     memory, on_gpu = plan.memory, torch.device(plan.device).type == "cuda"
     there = int(machine.free_bytes * ALLOCATABLE) if on_gpu else machine.card_bytes
-    needed = (memory.total if on_gpu else memory.static) - memory.copies
-    if there and needed > there:
-        what = f"the run does not fit: it needs about {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB can be used"
-        how = f"micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
-        fix = plan.less_memory(resumed=resumed)
-        raise MachineError(what, where=plan.device, why=f"{memory.describe()}; {how}", fix=fix)
+    return (memory.total if on_gpu else memory.static) - memory.copies, there
 
 
 def _plan(
-    run: Run, spec: ModelSpec, machine: Machine, trained: int, step: StepSize, longest: int, before: Size | None
+    run: Run,
+    spec: ModelSpec,
+    machine: Machine,
+    trained: int,
+    step: StepSize,
+    longest: int,
+    before: Size | None,
+    mesh: MeshShape,
 ) -> RunPlan:
-    """The plan of a recipe, whether it fits or not."""
+    """The plan of a rank whose share of a step is `step`, whether it fits or not."""
     train, (compiled, compile_why) = run.train, machine.compiles
-    estimator = MemoryEstimator(run, spec, machine, trained)
+    estimator = MemoryEstimator(run, spec, machine, trained, mesh)
     size, why = train.micro_batch, "as train.micro_batch says"
     if train.optimizer_in_backward:  # an update in the backward leaves no place for a second micro batch
-        size, why = train.global_batch, "the whole global batch"
+        size, why = Size(-(-train.global_batch.amount // mesh.data), train.global_batch.unit), "the whole global batch"
     elif size == "auto" and before is not None and not estimator.overrun(estimator.tokens_of(before, step, longest)):
         size, why = before, "that of the checkpoint"
     by_examples = size != "auto" and size.unit == "examples"
@@ -177,6 +209,7 @@ def _plan(
         fast_paths=train.fast_paths,
         layout=layout,
         memory=memory,
+        mesh=mesh,
         why={
             "attention": machine.attention[1],
             "loss": "head and loss on supervised positions alone",
@@ -192,39 +225,66 @@ def _plan(
 
 @dataclass(frozen=True)
 class MemoryEstimator:
-    """Estimates memory and time of one micro batch; `trained` counts the trained parameters."""
+    """Estimates memory and time of one micro batch on one rank; `trained` counts the trained parameters of all."""
 
     run: Run
     spec: ModelSpec
     machine: Machine
     trained: int
+    mesh: MeshShape = ONE
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the base goes through `fully_shard`: trained in full on several data ranks, or frozen in shards."""
+        return self.mesh.shard > 1 or (self.run.adapter.kind == "none" and self.mesh.data > 1)
+
+    def weights(self, itemsize: float) -> tuple[int, int]:
+        """Bytes of the base that a tensor-parallel rank computes with: of all layers' matrices, and of what else there is.
+
+        Tensor-parallel ranks cut everything but norms and biases. nf4 takes 4 bits, and 8 bits a block of 64.
+        """
+        spec, cut = self.spec, self.mesh.tensor
+        matrices, tables = spec.layers * spec.layer_matmul, spec.head_matmul * (1 if spec.tied else 2)
+        rest = spec.parameters - matrices - tables
+        width = 0.53 if self.run.model.quantize == "nf4" else itemsize
+        return int(-(-matrices // cut) * width), int((-(-tables // cut) + rest) * itemsize)
+
+    @property
+    def trained_here(self) -> int:
+        """Trained parameters of one rank. Those of an adapter are whole on every data rank, all others are sharded."""
+        cut, adapter = self.mesh.tensor, self.run.adapter
+        if adapter.kind == "lora":
+            return self.trained - adapter_parameters(self.spec, adapter) + adapter_parameters(self.spec, adapter, cut)
+        return -(-sum(self.weights(1)) * self.trained // (self.spec.parameters * self.mesh.shard))
 
     def estimate(self, tokens: int) -> MemoryEstimate:
         """Memory of a micro batch of `tokens`, padding counted, with the fewest recomputed layers that fit."""
-        run, spec, itemsize = self.run, self.spec, DTYPES[self.run.model.dtype].itemsize
-        lora = run.adapter.kind == "lora"
-        base = spec.parameters * itemsize
-        if run.model.quantize == "nf4":
-            packed = spec.layers * spec.layer_matmul  # 4 bits, and 8 bits a block of 64
-            base = int(packed * 0.53) + (spec.parameters - packed) * itemsize
+        run, spec, cut, itemsize = self.run, self.spec, self.mesh.tensor, DTYPES[self.run.model.dtype].itemsize
+        lora, trained = run.adapter.kind == "lora", self.trained_here
+        # Sharded 16-bit weights that are trained in full are fp32, their own masters.
+        masters = self.sharded and not lora and run.train.master_weights == "fp32"
         # An adapter's weights are fp32 and not in the base; while its checkpoint is written, they and the moments are
         # there twice.
-        width, copies = (4, 12 * self.trained) if lora else (itemsize, 0)
-        adapter = width * self.trained * lora
-        gradients = max(width, 4 * ("fp32-weight-gradients" in run.train.fast_paths)) * self.trained
-        state = int(self.trained * state_bytes_per_parameter(run.train, width))
+        width, copies = (4, 12 * trained) if lora else (4 if masters else itemsize, 0)
+        base = -(-sum(self.weights(width if masters else itemsize)) // self.mesh.shard)
+        adapter = width * trained * lora
+        gradients = max(width, 4 * ("fp32-weight-gradients" in run.train.fast_paths)) * trained
+        state = int(trained * state_bytes_per_parameter(run.train, width))
+        gathered = self.gathered_bytes(itemsize) if self.sharded else 0
 
         more = 0 if self.machine.compiles[0] else 1
-        block = (5 + more) * spec.hidden + spec.head_dim * (spec.heads + 2 * spec.kv_heads)
-        layer = (block + (3 + more) * spec.intermediate) * itemsize * tokens
+        # Tensor-parallel ranks cut what lies between the norms, not the norms' inputs and outputs.
+        wide, heads = -(-spec.intermediate // cut), spec.head_dim * (spec.heads + 2 * spec.kv_heads) // cut
+        block = (4 + more) * spec.hidden + -(-spec.hidden // cut) + heads
+        layer = (block + (3 + more) * wide) * itemsize * tokens
         recomputed_layer = spec.hidden * itemsize * tokens
         # One layer's gradients, one weight made dense, the embeddings; raw logits, their fp32 form and the raw gradient.
-        widest = spec.hidden * spec.intermediate + (6 * spec.hidden + 4 * spec.intermediate) * tokens
-        device = torch.device(self.machine.device)
-        chunk = chunk_size(spec.vocab, tokens, device, trained=not lora, card=self.machine.card_bytes)
-        workspace = widest * itemsize + (2 * itemsize + 4) * spec.vocab * min(chunk, tokens)
+        widest = spec.hidden * wide + (6 * spec.hidden + 4 * wide) * tokens
+        device, vocabulary = torch.device(self.machine.device), -(-spec.vocab // cut)
+        chunk = chunk_size(vocabulary, tokens, device, trained=not lora, card=self.machine.card_bytes)
+        workspace = widest * itemsize + (2 * itemsize + 4) * vocabulary * min(chunk, tokens)
 
-        room = int(self.machine.free_bytes * USABLE) - base - adapter - state - copies - workspace
+        room = int(self.machine.free_bytes * USABLE) - base - adapter - state - copies - gathered - workspace
         named = {"auto": fewest_recomputed(room, spec.layers, layer, recomputed_layer), "none": 0, "full": spec.layers}
         given = run.train.recompute
         recomputed = min(given if isinstance(given, int) else named[given], spec.layers)
@@ -235,11 +295,23 @@ class MemoryEstimator:
             gradients=gradients,
             optimizer=state - gradients,
             copies=copies,
+            gathered=gathered,
             activations=(spec.layers - recomputed) * layer + recomputed * recomputed_layer,
             recomputed_layer=recomputed_layer,
             workspace=workspace,
             free=self.machine.free_bytes,
         )
+
+    def gathered_bytes(self, itemsize: int) -> int:
+        """What FSDP2 holds beside the shards: the root's group, GATHERED_LAYERS, and gradients on the way to their shards.
+
+        Those of a layer are there in its dtype, and in fp32 on the way; the reduction of the layer before may not be done.
+        """
+        layers, rest = self.weights(itemsize)
+        gathered = rest + GATHERED_LAYERS * layers // self.spec.layers
+        if self.run.adapter.kind == "lora":
+            return gathered
+        return gathered + rest + (itemsize + 2 * 4) * layers // itemsize // self.spec.layers
 
     def fastest_micro_batch(self, step: StepSize, *, fixed: bool) -> int:
         """Tokens of the micro batch with the least time, in whole `seq_len`; the largest of equal ones.
@@ -257,9 +329,13 @@ class MemoryEstimator:
         work = 1 + RECOMPUTE_COST[self.run.adapter.kind] * memory.recomputed_layers / self.spec.layers
         micro_batches = math.ceil(step.mean / tokens)
         padded = micro_batches * tokens / step.mean if fixed else 1.0
-        base, machine = self.run.model.quantize, self.machine
-        pass_tokens = WEIGHT_TRAFFIC[base] * OPERATIONS_PER_BYTE[machine.integrated][base in KINDS] / 4
-        return work * padded + pass_tokens * micro_batches / step.mean + 1e6 * self.overrun(tokens)
+        return work * padded + self.pass_tokens * micro_batches / step.mean + 1e6 * self.overrun(tokens)
+
+    @property
+    def pass_tokens(self) -> float:
+        """The fixed cost of a forward and backward, in tokens whose products take as long."""
+        base = self.run.model.quantize
+        return WEIGHT_TRAFFIC[base] * OPERATIONS_PER_BYTE[self.machine.integrated][base in KINDS] / 4
 
     def tokens_of(self, size: Size, step: StepSize, longest: int) -> int:
         """The most tokens of a micro batch, padding counted, where the longest example has `longest`."""
