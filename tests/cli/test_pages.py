@@ -75,7 +75,8 @@ def test_the_recipe_of_the_page_is_one(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "my-recipe.yaml").model.name == "Qwen/Qwen3-8B"
 
 
-def test_the_memory_table_is_what_the_estimate_says() -> None:
-    command = [sys.executable, "benchmarks/memory.py", "--check", "docs/memory.md"]
+@pytest.mark.parametrize("name", ["memory", "plan"])
+def test_the_table_is_what_the_estimate_says(name: str) -> None:
+    command = [sys.executable, f"benchmarks/{name}.py", "--check", f"docs/{name}.md"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -47,6 +47,7 @@ VERBS = {
     "recipes": ("tunesmith.cli.recipes", "list, show and copy the recipes that ship"),
     "fetch": ("tunesmith.cli.fetch", "check licence and disk, then download model and data"),
     "data": ("tunesmith.cli.data", "see the tokens that a recipe trains on"),
+    "plan": ("tunesmith.cli.plan", "forecast memory, time and cost on machines that need not be here"),
     "chat": ("tunesmith.cli.chat", "talk to a trained model in the terminal"),
     "generate": ("tunesmith.cli.generate", "answer the rows of a file"),
     "bench": ("tunesmith.cli.bench", "measure how fast a recipe trains here, and the share of the chip"),
@@ -58,7 +59,7 @@ VERBS = {
     "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
 }
 
-COMPUTING = {"train", "chat", "generate", "bench", "eval", "merge", "export"}  # with torch
+COMPUTING = {"train", "chat", "generate", "bench", "eval", "merge", "export", "plan"}  # with torch
 
 _NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a place that you may write to")
 _UNUSABLE = ("this path cannot be used", "correct the path, or move away what lies there")

@@ -161,8 +161,9 @@ def tokenise(
     *,
     cache: Path | None,
     what: str,
+    only_cached: bool = False,
 ) -> TokenSet:
-    """Tokenise all rows of some sources, or take them from the cache.
+    """Tokenise all rows of some sources, or take them from the cache; LookupError where `only_cached` and one is not there.
 
     Args:
         sources: rows and how to read them; the weights become `TokenSet.repeats`.
@@ -173,7 +174,8 @@ def tokenise(
     parts = []
     tokenizer_hash = _tokenizer_hash(tokenizer) if cache is not None else ""
     for source, rows in sources:
-        make = partial(_tokenise_rows, rows, source, data, template, f"tokenise {what}: {rows.name}")
+        title = f"tokenise {what}: {rows.name}"
+        make = _refuse if only_cached else partial(_tokenise_rows, rows, source, data, template, title)
         if cache is None:
             arrays, about = make(TokenWriter(None))
         else:
@@ -183,6 +185,10 @@ def tokenise(
         counts = TokenCounts(source=source.source, **about["counts"], available=rows.available, taken=taken)
         parts.append(SourceTokens(arrays, counts, rows, source.weight, tuple(about["reached"])))
     return TokenSet(parts)
+
+
+def _refuse(writer: TokenWriter) -> Tokenised:
+    raise LookupError("the token cache has no such entry")
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

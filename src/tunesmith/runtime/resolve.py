@@ -273,11 +273,11 @@ class MemoryEstimator:
         gathered = self.gathered_bytes(itemsize) if self.sharded else 0
 
         more = 0 if self.machine.compiles[0] else 1
-        # Tensor-parallel ranks cut what lies between the norms, not the norms' inputs and outputs.
+        # Of what a tensor group keeps, only the normed inputs are whole: gathered before attention and MLP.
         wide, heads = -(-spec.intermediate // cut), spec.head_dim * (spec.heads + 2 * spec.kv_heads) // cut
-        block = (4 + more) * spec.hidden + -(-spec.hidden // cut) + heads
+        block = 2 * spec.hidden + (3 + more) * -(-spec.hidden // cut) + heads
         layer = (block + (3 + more) * wide) * itemsize * tokens
-        recomputed_layer = spec.hidden * itemsize * tokens
+        recomputed_layer = -(-spec.hidden // cut) * itemsize * tokens
         # One layer's gradients, one weight made dense, the embeddings; raw logits, their fp32 form and the raw gradient.
         widest = spec.hidden * wide + (6 * spec.hidden + 4 * wide) * tokens
         device, vocabulary = torch.device(self.machine.device), -(-spec.vocab // cut)

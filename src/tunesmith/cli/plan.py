@@ -1,0 +1,143 @@
+"""Forecast what a recipe takes on machines that need not be here: memory, time, cost, and how ranks share the work.
+
+Only the model's config.json is needed. Lengths are those of the token cache if it has the recipe's rows (`tunesmith data`
+puts them there). No GPU is touched. The exit code is 2 where nothing fits.
+
+examples:
+  tunesmith plan llama3.3-70b-full --on 2x8xh100 --price 2.5
+  tunesmith plan my-recipe.yaml parallel.tensor=8 --on 8xh100 --json
+  tunesmith plan llama3.1-8b-lora --on 2x-dgx-spark --length 180     # tokens of an example, where they are not known
+  tunesmith plan my-recipe.yaml                                      # on this machine
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.cli.options import whole_number
+from tunesmith.errors import EXIT_OK, MachineError, TunesmithError
+
+if TYPE_CHECKING:
+    from tunesmith.config.schema import Run
+    from tunesmith.data.tokens import TokenSet
+    from tunesmith.plan.forecast import Forecast, Planner
+
+GIB = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of one that ships")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ...; here (default): this machine"
+    parser.add_argument("--on", default="here", metavar="MACHINES", help=machines)
+    figures = "a figure of the GPUs: gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"
+    parser.add_argument("--assume", action="append", default=[], metavar="NAME=NUMBER", help=figures)
+    parser.add_argument(
+        "--length", type=whole_number, metavar="TOKENS", help="of an example, where no tokens are there"
+    )
+    parser.add_argument("--price", type=float, metavar="USD", help="of a GPU for an hour")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tunesmith.config.load import load_recipe
+    from tunesmith.hub import fetch
+    from tunesmith.model.safetensors_files import read_json
+    from tunesmith.model.spec import read_spec
+    from tunesmith.plan.forecast import Planner, measure_work
+    from tunesmith.plan.hardware import read_cluster
+
+    cluster, recipe = read_cluster(args.on, args.assume), load_recipe(args.recipe, args.overrides)
+    model, path = recipe.model, fetch.local_model(recipe.model)
+    file = path is not None and path.is_file()  # .gguf
+    folder = fetch.fetch(model) if file else fetch.fetch_without_weights(model.name, model.revision)
+    config = folder / "config.json"
+    spec = read_spec(read_json(config), where=str(config), trust_remote_code=model.trust_remote_code)
+    work = measure_work(recipe, spec, None if args.length else _cached(recipe, folder), args.length)
+    planner = Planner(recipe, spec, cluster, work)
+    found = planner.ranked()
+    if args.json:
+        rows = [{**vars(f), "plan": {**vars(f.plan), "mesh": f.plan.mesh._asdict(), "savings": None}} for f in found]
+        about = {"machines": vars(cluster), "work": work._asdict(), "checkpoint_bytes": planner.checkpoint_bytes}
+        print(json.dumps({**about, "meshes": rows}, indent=1, default=vars))
+    else:
+        print(*_lines(planner, found, args.price), sep="\n")
+    if not found[0].fits:
+        raise _refusal(planner, found[0])
+    return EXIT_OK
+
+
+def _cached(recipe: Run, folder: Path) -> TokenSet | None:
+    """The tokens of a recipe, if the token cache has them; no rows are downloaded."""
+    from tunesmith.data.source import is_local
+    from tunesmith.host_files import cache_folder
+    from tunesmith.hub import fetch
+
+    cache, sources = cache_folder("tokens"), recipe.data.train
+    if not cache.exists() or not all(
+        is_local(s.source) or fetch.repo_cache(s.source, "dataset").exists() for s in sources
+    ):
+        return None
+    from tunesmith.data.hold_out import read_splits
+    from tunesmith.data.template import select_template
+    from tunesmith.data.tokens import tokenise
+    from tunesmith.model.tokenizer import eos_ids, load_tokenizer
+
+    with suppress(TunesmithError, LookupError):
+        tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
+        template = select_template(recipe.data, tokenizer, eos_ids(folder, tokenizer))
+        rows, _ = read_splits(recipe.data, recipe.train.seed)
+        return tokenise(rows, recipe.data, template, tokenizer, cache=cache, what="train", only_cached=True)
+    return None
+
+
+def _lines(planner: Planner, found: list[Forecast], price: float | None) -> list[str]:
+    """A table of the meshes, and what the first of them does."""
+    chip, work, best, size = planner.cluster.chip, planner.work, found[0], planner.checkpoint_bytes / 1e9
+    speed = f"{chip.tflops:.0f} TFLOP/s in whole steps" if chip.tflops else "for times --assume tflops=NUMBER"
+    lines = [
+        f"{planner.cluster.describe()}: {chip.gib:.0f} GiB, {speed} ({chip.source})",
+        f"examples: {work.source}; {work.step.mean:,.0f} tokens a step, {work.steps or 'an unknown number of'} steps",
+        "replicate x shard x tensor     micro batch  recompute      GiB   step s  tokens/s   idle",
+    ]
+    for f in found:
+        memory = (
+            f"{f.plan.recomputed_layers:4} of {f.plan.layers:<3} {max(f.phases['load'], f.phases['step']) / GIB:8.1f}"
+        )
+        speed = f"{f.step_seconds or math.nan:8.2f} {f.tokens_per_second or math.nan:9,.0f} {f.idle_share:6.0%}"
+        shape = f"{' x '.join(map(str, f.plan.mesh)):<26} {f.plan.choices['micro batch']:>15}"
+        lines.append(f"{shape} {memory} {speed if f.fits else ' does not fit'}")
+    if not best.fits:
+        return lines
+    seconds = ", ".join(f"{part} {value:.2f}" for part, value in best.seconds.items() if value >= 0.005)
+    phases = ", ".join(f"{phase} {size / GIB:.1f}" for phase, size in best.phases.items())
+    copies = planner.run.checkpoint.keep + 3  # one being written, the best, final/
+    lines += [
+        f"memory of a rank: {best.plan.memory.describe()}; {phases} of {best.room / GIB:.1f} GiB",
+        f"seconds of a step: {seconds}; communication behind them {best.hidden_seconds:.2f}",
+        f"disk: {size:.1f} GB a checkpoint, at most {copies} at once",
+    ]
+    if best.hides_from and planner.lora:
+        lines.append(
+            f"shards: gathers hide in micro batches of {best.hides_from:,} tokens; in smaller ones a pipeline is faster"
+        )
+    if best.hours:
+        cost = f", {best.hours * price * planner.cluster.world:,.0f} USD" if price else ""
+        lines.append(f"the run: {best.hours:,.2f} h{cost}, without validation and checkpoints")
+    return [*lines, f"to have the first: {best.keys}"]
+
+
+def _refusal(planner: Planner, nearest: Forecast) -> MachineError:
+    """Nothing fits: what the nearest mesh needs, and what to change."""
+    needed, larger = max(nearest.phases["load"], nearest.phases["step"]), planner.enough_nodes()
+    what = (
+        f"the run does not fit: it needs about {needed / GIB:.1f} GiB a rank, and {nearest.room / GIB:.1f} can be used"
+    )
+    fix = nearest.plan.less_memory() + (f"; or {larger.nodes} nodes: {larger.describe()}" if larger else "")
+    why = f"{nearest.plan.mesh.describe()}: {nearest.plan.memory.describe()}"
+    return MachineError(what, where=planner.cluster.describe(), why=why, fix=fix)

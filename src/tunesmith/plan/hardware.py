@@ -1,0 +1,113 @@
+"""The machines that a run is planned for: `2x8xh100`, `2x-dgx-spark`, `here`. Importable without torch.
+
+The figures are in machines.json, each with its source. A link reaches 80 % of what is published for it, as the cable
+between two Sparks does (20 of 25 GB/s): nothing else of that kind was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.names import nearest
+from tunesmith.errors import UsageError
+from tunesmith.host_files import available_memory
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One GPU and its links, with what is not known as None.
+
+    `gib` is what a process can have, `tflops` what whole steps reach in bf16. GB/s: `bandwidth` of the memory, `link` to a
+    neighbour in the node and `network` to another node, one direction of one GPU. `eight_bit`: bases that it multiplies.
+    """
+
+    name: str
+    gib: float
+    bandwidth: float | None = None
+    tflops: float | None = None
+    link: float | None = None
+    network: float | None = None
+    integrated: bool = False
+    eight_bit: Sequence[str] = ("fp8", "int8")
+    source: str = "not known"  # of tflops
+    sources: str = ""  # of the other figures
+
+
+TABLE = json.loads(Path(__file__).with_name("machines.json").read_text(encoding="utf-8"))
+CHIPS: dict[str, Chip] = {name: Chip(**values) for name, values in TABLE.items()}
+ASSUMED = ("gib", "bandwidth", "tflops", "link", "network")  # figures that --assume may give
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """So many nodes of so many GPUs."""
+
+    chip: Chip
+    nodes: int = 1
+    per_node: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.per_node
+
+    def describe(self) -> str:
+        """`2 x 8 x NVIDIA H200`."""
+        return " x ".join([*(str(n) for n in (self.nodes, self.per_node) if n > 1), self.chip.name])
+
+    def bandwidth(self, ranks: int, stride: int) -> float:
+        """Bytes/s of each rank of a group of `ranks`, `stride` apart, in a ring; one over several nodes crosses between
+        them through the network of all its members in a node."""
+        inside = min(ranks, max(1, self.per_node // stride))
+        link, across = self.chip.link or 0.0, inside * (self.chip.network or 0.0)
+        return 1e9 * (link if ranks * stride <= self.per_node else min(across, link) if inside > 1 else across)
+
+
+def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
+    """The machines that `--on` names, with the figures of `--assume NAME=NUMBER`; UsageError if one is missing or unknown."""
+    found = re.fullmatch(r"(?:(\d+)x)?-?(?:(\d+)x)?-?([a-z][a-z0-9-]*)", text.lower())
+    name = found[3] if found else text
+    if name == "here":
+        cluster = _look()
+    elif found is None or name not in CHIPS or "0" in found.groups():
+        near = nearest(name, CHIPS)
+        fix = f"did you mean --on {near}?" if near else f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
+        raise UsageError(f"there is no machine {text!r} in the table", where="--on", fix=fix)
+    else:
+        counts = [int(count) for count in found.groups()[:2] if count]
+        if len(counts) < 2:  # a Spark has one GPU: two of them are two nodes
+            counts = [*counts, 1] if CHIPS[name].integrated else [1, *counts]
+        cluster = Cluster(CHIPS[name], *counts)
+    given: dict[str, Any] = {}
+    for word in assume:
+        figure, _, number = word.partition("=")
+        if figure not in ASSUMED or not re.fullmatch(r"\d+(\.\d+)?", number) or not float(number):
+            raise UsageError(f"{word} is no figure of a machine", where="--assume", fix=f"{', '.join(ASSUMED)}=NUMBER")
+        given |= {figure: float(number)} | ({"source": "as --assume says"} if figure == "tflops" else {})
+    chip = replace(cluster.chip, **given)
+    for figure, count in (("link", cluster.per_node), ("network", cluster.nodes)):
+        if count > 1 and vars(chip)[figure] is None:
+            what = f"the {figure} of {chip.name} is not known"
+            raise UsageError(
+                what, where="--on", fix=f"--assume {figure}=GB/s, one direction of one GPU, as it is reached"
+            )
+    return replace(cluster, chip=chip)
+
+
+def _look() -> Cluster:
+    """This machine, as nvidia-smi describes it, which touches no GPU; without one its CPU."""
+    words = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        rows = subprocess.check_output(words, stderr=subprocess.DEVNULL, text=True, timeout=20).strip().splitlines()
+    except (OSError, subprocess.SubprocessError):
+        rows = []
+    if not rows:
+        return Cluster(Chip("cpu", available_memory() / 2**30))
+    name, _, size = rows[0].rpartition(", ")
+    known = next((chip for chip in CHIPS.values() if chip.name == name), None)
+    return Cluster(known or Chip(name, float(size) / 1024 - 0.6), 1, len(rows))

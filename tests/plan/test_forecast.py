@@ -1,0 +1,254 @@
+"""The forecast of a run for machines that are not here: memory by hand for every layout, time, and what hides behind what."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tunesmith.config.load import from_mapping
+from tunesmith.config.schema import Run
+from tunesmith.errors import RecipeError
+from tunesmith.loss import chunk_size
+from tunesmith.model.shapes import SHAPES
+from tunesmith.model.spec import adapter_parameters, flops, read_spec
+from tunesmith.plan.forecast import EIGHT_BIT_SPEED, Forecast, Planner, measure_work
+from tunesmith.plan.hardware import CHIPS, Cluster, read_cluster
+from tunesmith.runtime.plan import Machine, MeshShape
+from tunesmith.runtime.resolve import GATHERED_LAYERS, MemoryEstimator
+
+P, LAYERS, MATRICES, TABLE = 70_553_706_496, 80, 855_638_016, 128256 * 8192  # Llama 3.1 70B
+NORMS = P - LAYERS * MATRICES - 2 * TABLE
+FULL = {"adapter": {"kind": "none"}, "train": {"global_batch": "16 examples", "recompute": "full"}}
+# What one rank was estimated at before there were several: shape, recipe, device -> bytes of weights, gradients, optimizer,
+# copies, activations; recomputed layers; bytes of workspace. A micro batch of 4,096 tokens, 79 GiB (CPU: 16) free.
+ONE_RANK = {
+    ("llama3-3b", "lora", "cuda"): (6505499648, 80000000, 160000000, 240000000, 10334765056, 0, 1520435200),
+    ("llama3-3b", "full", "cpu"): (6425499648, 6425499648, 44978497536, 0, 704643072, 28, 536455168),
+    ("qwen3-8b", "lora", "cpu"): (16461470720, 80000000, 160000000, 240000000, 1207959552, 36, 771494912),
+    ("qwen3-8b", "8 bit", "cuda"): (16381470720, 16381470720, 16637431200, 0, 18723373056, 0, 4905369600),
+    ("llama3-70b", "nf4", "cuda"): (40564382310, 80000000, 160000000, 240000000, 31792824320, 55, 2862612480),
+    ("llama3-70b", "backward", "cuda"): (141107412992, 141107412992, 705537064960, 0, 5368709120, 80, 6014631936),
+}
+RECIPES = {
+    "lora": {},
+    "nf4": {"model": {"quantize": "nf4"}},
+    "full": {"adapter": {"kind": "none"}},
+    "8 bit": {"adapter": {"kind": "none"}, "train": {"optimizer": "adamw-8bit", "master_weights": "stochastic"}},
+    "backward": {"adapter": {"kind": "none"}, "train": {"optimizer_in_backward": True, "clip_norm": None}},
+}
+
+
+def recipe(changes: dict, **parallel: int) -> Run:
+    values = {"data": {"train": {"source": "rows.jsonl"}}, "output_dir": "out"} | changes
+    values["model"] = {"name": "m", **changes.get("model", {})}
+    run = from_mapping(values, where="test", base=Path.cwd())
+    return replace(run, parallel=replace(run.parallel, **parallel))
+
+
+def planner(shape: str, on: str, changes: dict, *, length: int | None = None, **parallel: int) -> Planner:
+    run, spec = recipe(changes, **parallel), read_spec(SHAPES[shape].config, where=shape)
+    return Planner(run, spec, read_cluster(on), measure_work(run, spec, None, length))
+
+
+def forecast(shape: str, on: str, mesh: tuple[int, int, int], changes: dict) -> Forecast:
+    return planner(shape, on, changes).forecast(MeshShape(*mesh))
+
+
+@pytest.mark.parametrize("case", ONE_RANK, ids=" ".join)
+def test_one_rank_is_estimated_as_before(case: tuple[str, str, str]) -> None:
+    shape, name, device = case
+    run, spec = recipe(RECIPES[name]), read_spec(SHAPES[shape].config, where=shape)
+    trained = spec.parameters if run.adapter.kind == "none" else 20_000_000
+    free, compiles = (79, True) if device == "cuda" else (16, False)
+    card = {79: 80, 16: 32}[free]
+    machine = Machine(device, free << 30, ("", ""), (compiles, ""), card_bytes=card << 30)
+    m = MemoryEstimator(run, spec, machine, trained).estimate(4096)
+    found = (m.weights, m.gradients, m.optimizer, m.copies, m.activations, m.recomputed_layers, m.workspace)
+    assert (*found, m.gathered) == (*ONE_RANK[case], 0)
+
+
+def test_full_fine_tuning_holds_fp32_shards_of_what_its_tensor_group_cuts() -> None:
+    """70B over 2 shards x 8: a weight is 4 bytes, its gradient 4, its moments 8; layers are gathered in bf16."""
+    memory = forecast("llama3-70b", "2x8xh100", (1, 2, 8), FULL).plan.memory
+    cut = (P - NORMS) // 8 + NORMS
+    # Norms are on every rank; the shares of weights and of trained parameters are rounded up.
+    assert memory.weights == pytest.approx(4 * cut / 2, abs=8)
+    assert memory.gradients == pytest.approx(4 * cut / 2, abs=8)
+    assert memory.optimizer == pytest.approx(8 * cut / 2, abs=16)
+    layer, rest = MATRICES // 8, 2 * TABLE // 8 + NORMS
+    assert memory.gathered == pytest.approx(
+        2 * (rest + GATHERED_LAYERS * layer) + 2 * rest + (2 + 2 * 4) * layer, abs=8
+    )
+
+
+def test_a_sharded_adapter_run_shards_the_frozen_base_alone() -> None:
+    one, two, copies = (
+        forecast("llama3-8b", "2x-dgx-spark", m, {}).plan.memory for m in ((1, 1, 1), (1, 2, 1), (2, 1, 1))
+    )
+    spec = read_spec(SHAPES["llama3-8b"].config, where="")
+    adapter = 4 * adapter_parameters(spec, recipe({}).adapter)
+    assert (one.weights, two.weights) == (2 * spec.parameters + adapter, spec.parameters + adapter)
+    assert (one.gradients, one.optimizer, one.copies) == (two.gradients, two.optimizer, two.copies)
+    root, layer = 2 * (spec.parameters - spec.layers * spec.layer_matmul), 2 * spec.layer_matmul
+    assert (two.gathered, one.gathered) == (root + GATHERED_LAYERS * layer, 0)
+    assert vars(copies) == vars(one), "a replica holds what one process does"
+
+
+def test_tensor_parallelism_keeps_the_normed_inputs_whole() -> None:
+    run = {"train": {"recompute": "none", "micro_batch": "4096 tokens"}}
+    one, eight = (forecast("llama3-70b", "8xh100", (8 // t, 1, t), run).plan.memory for t in (1, 8))
+    hidden, heads, wide = 8192, 128 * (64 + 2 * 8), 28672
+    assert one.activations == LAYERS * 2 * 4096 * (5 * hidden + heads + 3 * wide)
+    assert eight.activations == LAYERS * 2 * 4096 * (2 * hidden + (3 * hidden + heads + 3 * wide) // 8)
+    chunk = min(4096, chunk_size(128256 // 8, 4096, torch.device("cuda"), card=79 << 30))
+    one_weight, rows = hidden * wide // 8, (6 * hidden + 4 * wide // 8) * 4096
+    assert eight.workspace == 2 * (one_weight + rows) + (2 * 2 + 4) * 128256 // 8 * chunk
+
+
+def test_the_meshes_of_a_cluster() -> None:
+    found = planner("llama3-70b", "2x8xh100", {}).meshes()
+    assert len(found) == len({*found}) == 5 + 4 + 3 + 2  # shards of 16, 8, 4 and 2 ranks
+    assert all(mesh.world == 16 and mesh.tensor <= 8 for mesh in found)
+    assert planner("llama3-70b", "2x8xh100", {}, tensor=8, shard=2).meshes() == [MeshShape(1, 2, 8)]
+    assert {m.tensor for m in planner("qwen3-8b", "2x8xh100", {"model": {"quantize": "nf4"}}).meshes()} == {1, 2, 4, 8}
+    # 3B has 24 heads, which 16 ranks cannot share, and other families are not cut.
+    assert max(m.tensor for m in planner("llama3-3b", "16xh100", {}).meshes()) == 8
+    gemma = replace(planner("llama3-3b", "8xh100", {}).spec, model_type="gemma")
+    assert {m.tensor for m in replace(planner("llama3-3b", "8xh100", {}), spec=gemma).meshes()} == {1}
+    # 14336 / 8 = 1792 is 28 blocks of nf4, 28 / 8 is no whole number of them.
+    blocks = replace(planner("llama3-8b", "8xh100", {"model": {"quantize": "nf4"}}).spec, intermediate=1792)
+    assert (
+        max(
+            m.tensor
+            for m in replace(planner("llama3-8b", "8xh100", {"model": {"quantize": "nf4"}}), spec=blocks).meshes()
+        )
+        == 4
+    )
+    with pytest.raises(RecipeError, match="no mesh of 16 ranks") as refused:
+        planner("llama3-70b", "2x8xh100", {}, shard=5).meshes()
+    assert "parallel.shard=auto" in refused.value.fix
+    for tensor in (3, 16):  # 64 heads are no multiple of 3, and 16 GPUs are two nodes
+        with pytest.raises(RecipeError, match="no mesh of 16 ranks"):
+            planner("llama3-70b", "2x8xh100", {}, tensor=tensor).meshes()
+
+
+def test_a_step_of_one_rank_takes_its_operations_at_the_rate_of_the_chip() -> None:
+    keys = {"global_batch": "16384 tokens", "micro_batch": "16384 tokens", "recompute": "none"}
+    found = forecast("llama3-8b", "h200", (1, 1, 1), {"train": keys})
+    spec, run = read_spec(SHAPES["llama3-8b"].config, where=""), recipe({})
+    work = flops(spec, [2048] * 8, 16384, trained="lora", adapter_parameters=adapter_parameters(spec, run.adapter))
+    seconds = found.seconds
+    assert seconds["products"] + seconds["attention"] == pytest.approx(work / 551e12)
+    assert seconds["attention"] == pytest.approx(12 * 32 * 4096 * 8 * 2048 * 2049 / 2 / 551e12)
+    assert found.step_seconds == pytest.approx(sum(seconds.values()))
+    assert found.tokens_per_second == pytest.approx(16384 / sum(seconds.values()))
+    assert (found.hidden_seconds, found.idle_share) == (0, 0)
+    again = forecast("llama3-8b", "h200", (1, 1, 1), {"train": keys | {"recompute": "full"}})
+    assert again.seconds["recompute"] == pytest.approx(work / 551e12 / 2), "a second forward is half of two passes"
+    eight_bit = forecast("llama3-8b", "h200", (1, 1, 1), {"train": keys, "model": {"quantize": "fp8"}})
+    assert seconds["products"] / eight_bit.seconds["products"] == pytest.approx(EIGHT_BIT_SPEED)
+    assert forecast("llama3-8b", "a100-80gb", (1, 1, 1), {"model": {"quantize": "fp8"}}).plan.base == "bf16"
+
+
+def test_gathers_hide_behind_compute_as_far_as_they_are_shorter() -> None:
+    """70B in bf16 over two Sparks: half of 137 GB each way, at 20 GB/s."""
+    runs = {}
+    for tokens in (512, 16384):
+        keys = {"global_batch": f"{2 * tokens} tokens", "micro_batch": f"{tokens} tokens", "recompute": "full"}
+        runs[tokens] = forecast(
+            "llama3-70b",
+            "2x-dgx-spark",
+            (1, 2, 1),
+            {"train": keys, "data": {"train": {"source": "r.jsonl"}, "seq_len": 512}},
+        )
+    layers, rest = 2 * LAYERS * MATRICES, 2 * (P - LAYERS * MATRICES)
+    gather, ends = layers / 2 / 20e9, (rest + layers / LAYERS) / 2 / 20e9
+    long, short = runs[16384], runs[512]
+    assert long.seconds["shards"] == pytest.approx(ends)
+    assert long.hidden_seconds == pytest.approx(2 * gather)
+    forward = (short.seconds["products"] + short.seconds["attention"]) / 2
+    exposed = ends + (gather - forward) + max(0, gather - 2 * forward)
+    assert short.seconds["shards"] == pytest.approx(exposed)
+    assert short.hidden_seconds == pytest.approx(ends + 2 * gather - exposed)
+
+
+def test_a_group_is_as_fast_as_its_slowest_link() -> None:
+    cluster = read_cluster("2x8xh100")
+    link, network = 360e9, 40e9
+    for ranks, stride, expected in (
+        (8, 1, link),
+        (2, 4, link),
+        (2, 8, network),  # one rank of each node, through its own network card
+        (4, 4, 2 * network),
+        (16, 1, 8 * network),
+    ):
+        assert cluster.bandwidth(ranks, stride) == pytest.approx(expected)
+
+
+def test_a_global_batch_that_does_not_fill_the_ranks_leaves_some_idle() -> None:
+    run = {"train": {"global_batch": "4 examples"}}
+    few, many = (forecast("llama3-8b", on, (n, 1, 1), run) for on, n in (("4xh100", 4), ("2x8xh100", 16)))
+    assert (few.idle_share, many.idle_share) == (0, 0.75)
+    assert many.seconds["products"] == few.seconds["products"]
+
+
+def test_replicas_are_taken_where_shards_gain_little() -> None:
+    """Two Sparks with a model that each of them holds."""
+    for shape, changes in (("llama3-8b", {}), ("llama3-3b", FULL)):
+        found = planner(shape, "2x-dgx-spark", changes).ranked()
+        assert found[0].plan.mesh == MeshShape(2, 1, 1)
+        assert found[0].fits
+    assert planner("llama3-70b", "2x-dgx-spark", {}).ranked()[0].plan.mesh == MeshShape(1, 2, 1)
+
+
+def test_a_larger_micro_batch_is_taken_where_it_spares_gathers() -> None:
+    run = FULL | {"train": {"global_batch": "16 examples", "recompute": "auto"}}
+    made = planner("llama3-70b", "2x8xh100", run)
+    found = made.ranked()[0]
+    assert "train.micro_batch=" in found.keys
+    assert found.step_seconds < 0.95 * made.forecast(found.plan.mesh).step_seconds
+
+
+def test_what_does_not_fit_comes_last_and_has_its_savings() -> None:
+    made = planner("llama3-70b", "dgx-spark", {})
+    nearest = made.ranked()[0]
+    assert not nearest.fits
+    assert "model.quantize=nf4" in nearest.plan.less_memory()
+    assert made.enough_nodes() == Cluster(CHIPS["dgx-spark"], 2)
+    nf4 = planner("llama3-70b", "dgx-spark", {"model": {"quantize": "nf4"}}).ranked()[0]
+    assert nf4.fits
+    assert nf4.phases["save"] - nf4.phases["step"] == 12 * made.trained
+
+
+def test_without_tokens_examples_are_as_long_as_said() -> None:
+    """In steps the duration is known, in epochs it is not."""
+    short = planner("llama3-8b", "h200", {"train": {"duration": "10 steps"}}, length=100)
+    assert (short.work.step.mean, short.work.longest, short.work.steps) == (6400, 100, 10)
+    found = short.forecast(MeshShape())
+    assert found.hours == pytest.approx(10 * found.step_seconds / 3600)
+    filled = planner("llama3-8b", "h200", {})
+    assert (filled.work.step.mean, filled.forecast(MeshShape()).hours) == (64 * 2048, None)
+    assert planner("llama3-8b", "h200", {"train": {"duration": "2 h"}}).forecast(MeshShape()).hours == 2
+
+
+def test_a_forecast_needs_neither_transformers_nor_a_gpu() -> None:
+    code = "import sys, tunesmith.plan.forecast, torch; print(sys.modules.keys() & {'transformers', 'datasets', 'peft'}, torch.cuda.is_initialized())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["set()", "False"]
+
+
+def test_the_lengths_of_real_examples_count() -> None:
+    from types import SimpleNamespace
+
+    run, spec = recipe({"train": {"global_batch": "4 examples"}}), read_spec(SHAPES["llama3-8b"].config, where="")
+    lengths = np.array([100, 200, 300, 400] * 10)
+    counts = SimpleNamespace(supervised=int(lengths.sum()) // 2)
+    tokens = SimpleNamespace(lengths=lengths, repeats=np.ones(len(lengths)), counts=counts)
+    work = measure_work(run, spec, tokens, None)  # type: ignore[arg-type]
+    assert (work.step.mean, work.longest, work.steps) == (1000, 400, 10)
+    assert work.operations < measure_work(run, spec, None, 400).operations, "half of the positions have a label"

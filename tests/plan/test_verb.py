@@ -1,0 +1,172 @@
+"""`tunesmith plan`: the table, JSON, exit codes, and where lengths are from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from recipes import recipe
+from tunesmith.cli.main import main
+from tunesmith.config.dump import to_yaml
+from tunesmith.errors import UsageError
+from tunesmith.model.shapes import SHAPES
+from tunesmith.plan import hardware
+from tunesmith.plan.hardware import CHIPS, Chip, Cluster, read_cluster
+
+NAMES = {
+    "2x8xh100": (2, 8, "h100"), "8xh100": (1, 8, "h100"), "1x-h200": (1, 1, "h200"), "H200": (1, 1, "h200"),
+    "4xa100-80gb": (1, 4, "a100-80gb"), "2x-dgx-spark": (2, 1, "dgx-spark"), "dgx-spark": (1, 1, "dgx-spark"),
+    "2xrtx-4090": (1, 2, "rtx-4090"), "16x8xh200": (16, 8, "h200"),
+}  # fmt: skip
+REFUSED = {
+    "8xh10": ("there is no machine '8xh10'", "did you mean --on h100?"),
+    "0xh100": ("there is no machine '0xh100'", ""),
+    "large": ("there is no machine 'large'", "as in 8xh100 or 2x8xh100; or here"),
+    "2x4xl40s": ("the network of NVIDIA L40S is not known", "--assume network=GB/s"),
+    "2x2x-dgx-spark": ("the link of NVIDIA GB10 is not known", "--assume link=GB/s"),
+}
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A recipe of 70B, of whose model only config.json is there."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(SHAPES["llama3-70b"].config))
+    values = {
+        "model": {"name": "model"},
+        "data": {"train": {"source": "rows.jsonl"}},
+        "train": {"duration": "100 steps"},
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(values | {"output_dir": "runs/none"}))
+    return file
+
+
+@pytest.mark.parametrize("text", NAMES)
+def test_machines_by_name(text: str) -> None:
+    nodes, per_node, chip = NAMES[text]
+    assert read_cluster(text) == Cluster(CHIPS[chip], nodes, per_node)
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_machines_that_are_not_known(text: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        read_cluster(text)
+    assert REFUSED[text][0] in str(refused.value)
+    assert REFUSED[text][1] in refused.value.fix
+
+
+def test_every_figure_has_a_source() -> None:
+    for chip in CHIPS.values():
+        assert all(figure in chip.sources for figure in ("gib", "bandwidth"))
+        assert chip.source.startswith(("measured", "assumed"))
+        assert all(figure in chip.sources for figure in ("link", "network") if getattr(chip, figure))
+        assert hardware.ASSUMED == ("gib", "bandwidth", "tflops", "link", "network")
+
+
+def test_given_figures_win() -> None:
+    found = read_cluster("2x4xl40s", ["network=5", "tflops=150"]).chip
+    assert (found.network, found.tflops, found.source) == (5.0, 150.0, "as --assume says")
+    for word in ("network", "speed=3", "tflops=fast", "tflops=0"):
+        with pytest.raises(UsageError, match="is no figure of a machine"):
+            read_cluster("h100", [word])
+
+
+def test_here_is_what_nvidia_smi_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = "NVIDIA H200, 143771\nNVIDIA H200, 143771\n"
+    smi = SimpleNamespace(check_output=lambda *_, **__: shown, DEVNULL=None, SubprocessError=subprocess.SubprocessError)
+    monkeypatch.setattr(hardware, "subprocess", smi)
+    assert read_cluster("here") == Cluster(CHIPS["h200"], 1, 2)
+    shown = "NVIDIA T4, 15360\n"
+    assert read_cluster("here") == Cluster(Chip("NVIDIA T4", 14.4), 1, 1)
+
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError("nvidia-smi")
+
+    smi.check_output = missing
+    cpu = read_cluster("here")
+    assert (cpu.chip.name, cpu.world, cpu.chip.tflops) == ("cpu", 1, None)
+    assert cpu.describe() == "cpu"
+    assert Cluster(CHIPS["h200"], 11, 8).describe() == "11 x 8 x NVIDIA H200"
+
+
+def test_the_table_and_what_the_first_takes(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(llama), "--on", "2x8xh100", "--price", "2.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2 x 8 x NVIDIA H100 80GB HBM3: 79 GiB, 402 TFLOP/s in whole steps (measured with NeMo")
+    assert lines[1] == (
+        "examples: not known, taken as 2,048 tokens each, all with a label; 131,072 tokens a step, 100 steps"
+    )
+    first = lines[3].split()
+    assert lines[3].count(" x ") == 2
+    assert float(first[-2].replace(",", "")) > 10_000
+    said = "\n".join(lines)
+    for part in (
+        "memory of a rank: weights",
+        "load ",
+        "seconds of a step: products",
+        "disk: ",
+        " USD",
+        "to have the first: ",
+    ):
+        assert part in said
+    assert f"parallel.replicate={first[0]} parallel.shard={first[2]} parallel.tensor={first[4]}" in said
+    assert "does not fit" in said
+
+
+def test_json_has_everything(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(llama), "--on", "2x-dgx-spark", "--json", "--length", "300"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    best = found["meshes"][0]
+    assert best["plan"]["mesh"] == {"replicate": 1, "shard": 2, "tensor": 1}
+    assert (best["fits"], found["meshes"][1]["fits"]) == (True, False)
+    assert best["step_seconds"] == pytest.approx(sum(best["seconds"].values()))
+    assert best["phases"]["step"] <= best["room"]
+    assert found["work"]["longest"] == 300
+    assert found["machines"]["chip"]["network"] == 20
+
+
+def test_what_does_not_fit_ends_with_2_and_what_to_change(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(llama), "--on", "dgx-spark"]) == 2
+    shown = capsys.readouterr()
+    assert "does not fit" in shown.out
+    assert "error: the run does not fit: it needs about" in shown.err
+    assert "fix: model.quantize=nf4 (" in shown.err
+    assert "2 nodes: 2 x NVIDIA GB10" in shown.err
+
+
+def test_on_a_cpu_memory_alone_is_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
+    words = ["plan", str(file), "--on", "here"]
+    if Path("/usr/bin/nvidia-smi").exists():
+        pytest.skip("there is a GPU here")
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "cpu: " in shown
+    assert "for times --assume tflops=NUMBER" in shown
+    assert main([*words, "--assume", "tflops=0.1"]) == 0
+    assert "the run: " in capsys.readouterr().out
+
+
+def test_lengths_come_from_the_token_cache_if_it_has_them(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
+    for _ in range(2):
+        assert main(["plan", str(file), "--on", "h100"]) == 0
+        assert "examples: not known" in capsys.readouterr().out
+        assert not list((tmp_path / "cache").glob("tokens/*")), "a plan tokenises nothing"
+        (tmp_path / "cache" / "tokens").mkdir(parents=True, exist_ok=True)
+    assert main(["data", str(file)]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(file), "--on", "h100"]) == 0
+    assert "examples: 48 in the token cache, " in capsys.readouterr().out
+    assert main(["plan", str(file), "data.seq_len=64", "--on", "h100"]) == 0
+    assert "examples: not known" in capsys.readouterr().out
