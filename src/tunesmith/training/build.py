@@ -189,8 +189,9 @@ def plan_model(
 
         def plan_of(shape: MeshShape) -> RunPlan:
             return resolve_plan(
-                run, files.spec, machine, trained=trained, step=size, longest=longest, before=start.micro_batch
-            )
+                run, files.spec, machine,
+                trained=trained, step=size, longest=longest, before=start.micro_batch, mesh=shape,
+            )  # fmt: skip
 
         shape, plan = share_work(run.parallel, ranks.world, plan_of)
         check_mesh(run, shape, files)

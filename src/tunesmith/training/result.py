@@ -115,6 +115,13 @@ def stopped_by(signal: str | None, out: Path, step: int, *, leads: bool) -> Stop
     return error
 
 
+def stopped_twice(out: Path, step: int, saved_step: int | None) -> StoppedError:
+    """The end of a run by a second ctrl-C after `step`: the newest checkpoint is all that is saved."""
+    kept = f"step {saved_step} is saved" if saved_step else "no checkpoint was written yet"
+    where = str(out / f"checkpoint-{saved_step}") if saved_step else ""
+    return StoppedError(f"stopped after step {step}: {kept}", where=where, fix=how_to_resume(saved_step))
+
+
 def how_to_resume(saved_step: int | None) -> str:
     """The advice on how to start again."""
     again = "start the same command again"

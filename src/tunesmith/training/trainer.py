@@ -44,7 +44,7 @@ from tunesmith.parallel.tensor import reduce_gradients
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
-from tunesmith.training.result import Result, failure_of, how_to_resume, non_finite_error, stopped_by
+from tunesmith.training.result import Result, failure_of, non_finite_error, stopped_by, stopped_twice
 from tunesmith.units import Cadence
 
 
@@ -366,10 +366,7 @@ class Trainer:
     def stopped_now(self) -> StoppedError:
         """The error of a second ctrl-C: the newest checkpoint is all that is saved."""
         self.writer.close()  # what it is writing still counts
-        saved = self.writer.saved_step
-        kept = f"step {saved} is saved" if saved else "no checkpoint was written yet"
-        where = str(self.out / f"checkpoint-{saved}") if saved else ""
-        return StoppedError(f"stopped after step {self.progress.step}: {kept}", where=where, fix=how_to_resume(saved))
+        return stopped_twice(self.out, self.progress.step, self.writer.saved_step)
 
     def end(self) -> Result:
         """The last checkpoint and final/; a signal that cut off the last validation leaves both to the next start."""
@@ -389,18 +386,12 @@ class Trainer:
 
     def result(self) -> Result:
         """What this start came to."""
-        progress = self.progress
+        progress, records = self.progress, self.records
         return Result(
-            output_dir=self.out,
-            steps=progress.step,
-            first_step=self.first_step,
-            seconds=progress.seconds,
-            tokens=sum(r.tokens for r in self.records),
-            examples=sum(r.examples for r in self.records),
-            records=self.records,
-            best_step=progress.best_step,
-            best_loss=progress.best_loss,
-        )
+            self.out, progress.step, self.first_step, progress.seconds,
+            tokens=sum(r.tokens for r in records), examples=sum(r.examples for r in records), records=records,
+            best_step=progress.best_step, best_loss=progress.best_loss,
+        )  # fmt: skip
 
     def as_failure(self, error: BaseException) -> TunesmithError:
         """The error that ends this run, with what it knows of where it stood."""
