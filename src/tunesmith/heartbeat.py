@@ -24,7 +24,16 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import MachineError, OtherRankError, RunError, StoppedError, TunesmithError, first_line
+from tunesmith.errors import (
+    CheckpointError,
+    MachineError,
+    NonFiniteError,
+    OtherRankError,
+    RunError,
+    StoppedError,
+    TunesmithError,
+    first_line,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -32,6 +41,8 @@ if TYPE_CHECKING:
 SECONDS = "TUNESMITH_HEARTBEAT_SECONDS"  # of the environment: for a slow network, or a test
 STUCK = 30 * 60.0  # seconds for a phase of micro batches: each takes seconds on a machine that holds the model
 MISSED = 4  # beats in a row, after which a rank is blamed for a connection that broke
+# What all ranks have agreed on, or are sent
+AGREED = (OtherRankError, StoppedError, NonFiniteError, CheckpointError, KeyboardInterrupt)
 GRACE, ENDING = 3.0, 60.0  # seconds that the main thread has to end: in a collective it cannot; once it knows the fault
 AGAIN = "start the same command again: it goes on from the newest checkpoint"
 _BROKEN = re.compile(r"gloo|nccl|^Dist\w+Error", re.IGNORECASE)  # torch's errors of a collective and of a store
@@ -102,8 +113,8 @@ class Heartbeat:
 
     def verdict(self, error: BaseException) -> BaseException:
         """What ends this rank: `error`, made known to the others, or OtherRankError if another rank's end caused it."""
-        if self.store is None or isinstance(error, OtherRankError | StoppedError | KeyboardInterrupt):
-            return error  # what all ranks have agreed on, or are sent
+        if self.store is None or isinstance(error, AGREED):
+            return error
         self._ending, cause = True, error
         while cause.__cause__ is not None:  # of a RunError that says it in other words
             cause = cause.__cause__
