@@ -114,7 +114,8 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None 
 def bf16_slowdown(device: torch.device) -> float:
     """How many times as long a product in bf16 takes as one in fp32: below 1, except on CPUs that emulate bf16.
 
-    A CPU without AVX-512 or AMX took 85 times as long (256^3: 1 and 79 GFLOP/s a thread). Found in a twentieth of a second.
+    A CPU without AVX-512 or AMX took 198 times as long for this product of 256^3, and 85 times for one of 1024^3 (0.9 and 79
+    GFLOP/s a thread). There it takes a tenth of a second.
     """
     n, seconds = 256, []
     for dtype in (torch.bfloat16, torch.float32):
