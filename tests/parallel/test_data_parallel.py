@@ -54,7 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "full, shards": (merge(FULL, BITES), SHARD),
     "full, bf16 with masters": (merge(FULL, {"model": {"dtype": "bf16"}}), SHARD),
     "full, samples": (merge(FULL, {"log": {"samples": 1}}), SHARD),
-    "lora, tensor": ({}, TENSOR),
+    "lora, tensor": (LORA, TENSOR),
     "full, tensor": (merge(FULL, BITES), TENSOR),
     "full, tensor, bf16 with masters": (merge(FULL, {"model": {"dtype": "bf16"}}), TENSOR),
     "lora, 8 examples on 3": (LORA, {"replicate": 3}),
@@ -90,3 +90,5 @@ def test_numbers_are_those_of_one_process(world, tiny, tmp_path):
             if got != pytest.approx(expected, rel=others if step else first):
                 wrong[name, step] = expected, got
     assert not wrong
+    silent = [name for name in chosen if "no sample answers" in (tmp_path / f"{name}, ranks/log.txt").read_text()]
+    assert silent == [name for name in chosen if name == "lora, tensor"]

@@ -108,7 +108,10 @@ class Session:
             return []
         idle = self.loader(step).batch(step).idle_share if self.mesh.shape.data > 1 else 0.0
         hosts = ", ".join(dict.fromkeys(self.ranks.hosts))
-        return [f"{self.ranks.world} ranks on {hosts}: {self.mesh.shape.describe()}; idle share of a step: {idle:.1%}"]
+        lines = [f"{self.ranks.world} ranks on {hosts}: {self.mesh.shape.describe()}; idle share of a step: {idle:.1%}"]
+        if self.run.log.samples and self.data.validation is not None and self.mesh.shape.tensor > 1:
+            lines.append("no sample answers at validation: a model that is cut over a tensor group does not generate")
+        return lines
 
     def loader(self, start_step: int) -> Loader:
         """Global batches from step `start_step` (0 for the first) to the end of the run, on the device."""
