@@ -1,0 +1,128 @@
+"""What sharding and a second process cost on a CPU: the same steps in turns, tokens/s beside one plain process.
+
+    python benchmarks/ranks_speed.py --model DIR --data rows.json --dtype fp32 --rounds 3 --json out.json
+
+`plain` and `one shard` are one process with all threads; `one shard` takes every layer through `fully_shard` on a mesh of
+one rank, which `train` does not do: there it is what sharding itself costs. `copies` and `shards` are two processes with
+half of the threads each, under torchrun with gloo. Rows are alpaca-like JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+CONTENDERS = {"plain": ["1"], "one shard": ["1"], "copies": ["2", "replicate"], "shards": ["2", "shard"]}
+
+
+def shard_over_one_rank() -> None:
+    """Let every model of this process go through `fully_shard`, over a mesh of this process alone."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from tunesmith import build_model
+    from tunesmith.parallel.shard import shard_model
+
+    with tempfile.NamedTemporaryFile() as store:
+        dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
+    mesh: Any = SimpleNamespace(
+        shape=SimpleNamespace(world=2, shard=2), sharding=init_device_mesh("cpu", (1, 1), mesh_dim_names=("r", "s"))
+    )
+    build_model.shard_model = lambda root, _, run, compute: shard_model(root, mesh, run, compute)
+
+
+def contend(a: argparse.Namespace) -> None:
+    """Train in this process, or as one of two; the last line of rank 0's stdout is its report."""
+    from tunesmith.checkpoint.resume import Start
+    from tunesmith.config.load import from_mapping
+    from tunesmith.metrics.sink import Sinks
+    from tunesmith.ranks import join_ranks
+    from tunesmith.signals import StopRequest
+    from tunesmith.training.build import build
+    from tunesmith.training.trainer import Trainer
+
+    ranks, *dimension = CONTENDERS[a.contender]
+    if a.contender == "one shard":
+        shard_over_one_rank()
+    with tempfile.TemporaryDirectory() as folder, join_ranks() as joined:
+        recipe = {
+            "model": {"name": a.model, "dtype": a.dtype},
+            "adapter": {"kind": a.trained},
+            "data": {"train": {"source": str(Path(a.data).resolve()), "format": "alpaca"}, "seq_len": a.seq},
+            "train": {"duration": f"{a.steps} steps", "global_batch": f"{a.batch} examples", "compile": "off"},
+            "parallel": dict.fromkeys(dimension, int(ranks)),
+            "log": {"tensorboard": False}, "output_dir": folder,
+        }  # fmt: skip
+        run = from_mapping(recipe, where="benchmark", base=Path(folder))
+        session = build(run, Start(), say=lambda text: None, measured=True, ranks=joined)
+        trainer = Trainer(session, Start(), Sinks([]), StopRequest())
+        session.model.train()
+        with session.loader(0) as loader:
+            for _ in trainer.steps(loader):
+                pass
+        trainer.flush_metrics()
+        timed = trainer.records[a.skip :]
+        if joined.leads:
+            rate = sum(r.tokens for r in timed) / sum(r.step_seconds for r in timed)
+            report = {"tokens_per_second": rate, "loss": [r.loss for r in trainer.records]}
+            print("REPORT " + json.dumps(report), flush=True)
+
+
+def measure(contender: str) -> dict[str, Any]:
+    """Run one contender in new processes."""
+    ranks = int(CONTENDERS[contender][0])
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launch, __file__, *sys.argv[1:], "--contender", contender]
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    found = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
+    if done.returncode or not found:
+        sys.exit(f"{contender} failed:\n{done.stdout}\n{done.stderr}")
+    return json.loads(found[-1].removeprefix("REPORT "))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True, help="a Transformers folder")
+    p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
+    p.add_argument("--trained", default="none", choices=["none", "lora"], help="adapter.kind; none is full fine-tuning")
+    p.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="fp32 where a CPU emulates bf16")
+    p.add_argument("--batch", type=int, default=8, help="examples of a step")
+    p.add_argument("--seq", type=int, default=256)
+    p.add_argument("--steps", type=int, default=4)
+    p.add_argument("--skip", type=int, default=1, help="first steps that are not timed")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--json", help="write the report here")
+    p.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.contender:
+        contend(a)
+        return
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    for round_ in range(a.rounds):
+        for name, done in runs.items():
+            done.append(measure(name))
+            print(f"round {round_ + 1}  {name:10} {done[-1]['tokens_per_second']:8.1f} tok/s", flush=True)
+    table = {}
+    for name, done in runs.items():
+        rate = statistics.median(r["tokens_per_second"] for r in done)
+        shares = [
+            r["tokens_per_second"] / plain["tokens_per_second"] for r, plain in zip(done, runs["plain"], strict=True)
+        ]
+        table[name] = {"tokens_per_second": rate, "of_plain": statistics.median(shares)}
+        print(f"{name:10} {rate:8.1f} tok/s  {table[name]['of_plain']:.1%} of plain")
+    if a.json:
+        Path(a.json).write_text(json.dumps({"command": sys.argv, "median": table, "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
