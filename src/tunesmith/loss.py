@@ -39,7 +39,7 @@ TILE = 128
 
 def chunked_cross_entropy(
     hidden: Tensor,
-    head: nn.Module,
+    head: nn.Linear,
     targets: Tensor,
     *,
     weights: Tensor | None = None,
@@ -52,8 +52,8 @@ def chunked_cross_entropy(
 
     Args:
         hidden: [n, h], hidden states of the supervised positions.
-        head: the output layer. A plain `nn.Linear`, frozen or trained, has its gradient computed in the forward; any
-            other module (a head with an adapter) is called again in the backward, chunk by chunk. Of a `ShardedHead` the
+        head: the output layer. A plain `nn.Linear`, frozen or trained, has its gradient computed in the forward; one
+            with another forward (an adapter) is called again in the backward, chunk by chunk. Of a `ShardedHead` the
             loss is whole on every rank, and the gradient of `hidden` this rank's part of a sum.
         targets: int64 [n].
         weights: [n], a constant factor per position; None counts each once.
@@ -67,18 +67,14 @@ def chunked_cross_entropy(
     """
     args = _arguments(hidden, head, targets, softcap, scale, chunk, score)
     if _is_plain(head):
-        loss: Tensor = _HeadLoss.apply(hidden, local_part(head.weight), local_part(head.bias), weights, args)
-        return loss
-    total = hidden.new_zeros((), dtype=_wide(hidden))
-    for span in args.spans():
-        factors = None if weights is None else weights[span]
-        total = total + checkpoint(_module_loss, hidden[span], head, targets[span], factors, args, use_reentrant=False)
-    return total
+        return _HeadLoss.apply(hidden, local_part(head.weight), local_part(head.bias), weights, args)
+    losses = _module_losses(hidden, head, args)
+    return (losses if weights is None else losses * weights).sum()
 
 
 def token_logprobs(
     hidden: Tensor,
-    head: nn.Module,
+    head: nn.Linear,
     targets: Tensor,
     *,
     softcap: float | None = None,
@@ -93,25 +89,20 @@ def token_logprobs(
     """
     args = _arguments(hidden, head, targets, softcap, scale, chunk, score)
     if _is_plain(head):
-        logprobs: Tensor = _HeadLogprobs.apply(hidden, local_part(head.weight), local_part(head.bias), args)
-        return logprobs
-    losses = [
-        checkpoint(_module_losses, hidden[span], head, targets[span], args, use_reentrant=False)
-        for span in args.spans()
-    ]
-    return -torch.cat([hidden.new_zeros(0, dtype=_wide(hidden)), *losses])
+        return _HeadLogprobs.apply(hidden, local_part(head.weight), local_part(head.bias), args)
+    return -_module_losses(hidden, head, args)
 
 
 @torch.no_grad()
 def token_cross_entropy(
-    hidden: Tensor, head: nn.Module, targets: Tensor, *, softcap: float | None = None, scale: float = 1.0
+    hidden: Tensor, head: nn.Linear, targets: Tensor, *, softcap: float | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each position, and whether the most likely token is the target. Args as above.
 
     Returns:
         (fp32 or fp64 [n], bool [n]); without gradient.
     """
-    size, shard = chunk_size(_vocabulary(head), len(targets), hidden.device), shard_of(head)
+    size, shard = chunk_size(head.out_features, len(targets), hidden.device), shard_of(head)
     losses, hits = [hidden.new_zeros(0, dtype=_wide(hidden))], [targets.new_zeros(0, dtype=torch.bool)]
     for h, t in zip(hidden.split(size), targets.split(size), strict=True):
         logits = _logits(head(h), softcap, scale)
@@ -171,7 +162,7 @@ class _LossArguments(NamedTuple):
 
 def _arguments(
     hidden: Tensor,
-    head: nn.Module,
+    head: nn.Linear,
     targets: Tensor,
     softcap: float | None,
     scale: float,
@@ -179,20 +170,14 @@ def _arguments(
     score: Score | None,
 ) -> _LossArguments:
     trained = any(p.requires_grad for p in head.parameters())
-    size = chunk or chunk_size(_vocabulary(head), len(targets), hidden.device, trained=trained)
+    size = chunk or chunk_size(head.out_features, len(targets), hidden.device, trained=trained)
     size = even_chunk_size(len(targets), size, tile=1 if chunk or hidden.device.type == "cpu" else TILE)
     return _LossArguments(targets, softcap, scale, size, score or loss_and_grad, shard_of(head))
 
 
-def _is_plain(head: nn.Module) -> bool:
+def _is_plain(head: nn.Linear) -> bool:
     """Whether the head computes what an `nn.Linear` does; `fully_shard` gives it a class of another name."""
     return isinstance(head, ShardedHead) or type(head).forward is nn.Linear.forward
-
-
-def _vocabulary(head: nn.Module) -> int:
-    if not isinstance(head, nn.Linear):
-        raise TypeError(f"the head is a {type(head).__name__}; an nn.Linear or a subclass of it is needed")
-    return head.out_features
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -206,16 +191,14 @@ def _logits(raw: Tensor, softcap: float | None, scale: float) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _module_losses(hidden: Tensor, head: nn.Module, targets: Tensor, args: _LossArguments) -> Tensor:
-    return F.cross_entropy(_logits(head(hidden), args.softcap, args.scale), targets, reduction="none")
+def _module_losses(hidden: Tensor, head: nn.Linear, args: _LossArguments) -> Tensor:
+    """Cross-entropy of each position by plain autograd, [n]; the head is called again in the backward, chunk by chunk."""
 
+    def losses(part: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(_logits(head(part), args.softcap, args.scale), targets, reduction="none")
 
-def _module_loss(
-    hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor | None, args: _LossArguments
-) -> Tensor:
-    if weights is None:
-        return F.cross_entropy(_logits(head(hidden), args.softcap, args.scale), targets, reduction="sum")
-    return (_module_losses(hidden, head, targets, args) * weights).sum()
+    parts = (checkpoint(losses, hidden[span], args.targets[span], use_reentrant=False) for span in args.spans())
+    return torch.cat([hidden.new_zeros(0, dtype=_wide(hidden)), *parts])
 
 
 class _HeadGradients:
@@ -311,9 +294,8 @@ def loss_and_grad(
     total = raw.new_zeros((), dtype=_wide(raw))
     for start in range(0, len(raw), CACHED_ROWS):
         rows = slice(start, start + CACHED_ROWS)
-        loss, raw[rows] = _loss_and_grad(
-            raw[rows], targets[rows], None if weights is None else weights[rows], softcap, scale
-        )
+        factors = None if weights is None else weights[rows]
+        loss, raw[rows] = _loss_and_grad(raw[rows], targets[rows], factors, softcap, scale)
         total += loss
     return total, raw
 

@@ -93,7 +93,7 @@ class TrainModel(nn.Module):
         return list(self.model.get_submodule(self.layers_name).children())
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{type(self.model).__name__} has no output layer", fix="take a causal language model")
