@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tunesmith.cli.progress import ProgressCounter
+from tunesmith.cli.options import ProgressCounter
 
 
 def test_each_count_ends_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ def fetch(tmp_path: Path):
         base |= {"HF_HOME": str(tmp_path / "home"), "TUNESMITH_CACHE": str(tmp_path / "own"), "HF_HUB_DISABLE_XET": "1"}
         base |= {"HF_ENDPOINT": hub.url} if hub else {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
-            [sys.executable, "-m", "tunesmith.cli.main", "fetch", *words],
+            [sys.executable, "-m", "tunesmith", "fetch", *words],
             check=False, env=base | env, capture_output=True, text=True, timeout=120, cwd=tmp_path,
         )  # fmt: skip
         assert "Traceback" not in done.stderr, done.stderr

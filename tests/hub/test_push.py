@@ -60,7 +60,7 @@ def push(*words: object, hub: UploadHub | None = None, token: str | None = TOKEN
     base |= {"HF_ENDPOINT": hub.url} if hub else {}
     base |= {"HF_TOKEN": token} if token else {}
     done = subprocess.run(
-        [sys.executable, "-m", "tunesmith.cli.main", "push", *map(str, words)],
+        [sys.executable, "-m", "tunesmith", "push", *map(str, words)],
         check=False, env=base | env, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.check import COLUMNS
-from tunesmith.errors import EXIT_OK, RunError, UsageError
+from tunesmith.errors import RunError, UsageError
 from tunesmith.host_files import refuse_many_ranks
 from tunesmith.model.shapes import SHAPES, find_shape
 
@@ -63,13 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plain", action="store_true", help="print plain text on a terminal too")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     refuse_many_ranks("bench")
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-", ignore_cleanup_errors=True) as name:
         recipe = recipe_of(args, Path(name) / "model")
         if args.ablation:
-            return ablate(args, recipe)
+            ablate(args, recipe)
+            return
         if args.cold:
             refuse_eager(recipe)
             # Both are read when something is compiled, and this process does nothing after the command.
@@ -78,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
     print_figures(figures, lines, plain=args.plain)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return EXIT_OK
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -86,6 +86,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     recipes = [word for word in args.words if "=" not in word]
     usage = "tunesmith bench my-recipe.yaml, or --shape llama3-8b --tokenizer DIR --data rows.json"
     folder, traces = Path(args.json or ".").parent, Path(args.profile or ".")
+    beside = args.ablation and bool(args.cold or args.profile)
     if args.shape is not None:
         find_shape(args.shape)
     problems = [  # (whether, where, what, fix)
@@ -95,12 +96,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         (args.warmup < 0, "--warmup", f"--warmup {args.warmup} is out of range", "give at least 0"),
         (args.rounds < 1, "--rounds", f"--rounds {args.rounds} is out of range", "give at least 1"),
         (bool(args.only) and not args.ablation, "--only", "--only chooses variants of --ablation", "add --ablation"),
-        (
-            args.ablation and bool(args.cold or args.profile),
-            "--ablation",
-            "--ablation times whole runs only",
-            "remove --cold and --profile, or --ablation",
-        ),
+        (beside, "--ablation", "--ablation times whole runs only", "remove --cold and --profile, or --ablation"),
         (not folder.is_dir(), "--json", f"there is no folder {folder}", f"mkdir -p {folder}"),
         (traces.is_file(), "--profile", f"{traces} is a file", "name a folder for the traces"),
     ]
@@ -185,7 +181,7 @@ def bench(args: argparse.Namespace, recipe: Run, folder: Path) -> tuple[BenchRep
     return measured.figures, report, lines
 
 
-def ablate(args: argparse.Namespace, recipe: Run) -> int:
+def ablate(args: argparse.Namespace, recipe: Run) -> None:
     """Measure a recipe and its variants in turns; print the table, and write it with every report to --json."""
     import torch
 
@@ -193,15 +189,13 @@ def ablate(args: argparse.Namespace, recipe: Run) -> int:
 
     changes = dict(ablation.variants(recipe, gpu=torch.cuda.is_available()))
     words = [word.strip() for word in args.only.split(",")] if args.only else []
-    for word in words:
-        if not any(word in names_of(variant) for variant in changes.items()):
-            what = f"there is no variant {word!r} of this recipe"
-            raise UsageError(
-                what, where="--only", fix=f"choose from: {', '.join(changes)}; or name a key that they change"
-            )
-    chosen = {ablation.BASELINE: ""} | {
-        name: change for name, change in changes.items() if not words or names_of((name, change)) & {*words}
-    }
+    named = {name: {name, change.partition("=")[0]} for name, change in changes.items()}  # by name, or by the key
+    if unknown := [word for word in words if not any(word in names for names in named.values())]:
+        what = f"there is no variant {unknown[0]!r} of this recipe"
+        fix = f"choose from: {', '.join(changes)}; or name a key that they change"
+        raise UsageError(what, where="--only", fix=fix)
+    taken = {name: change for name, change in changes.items() if not words or named[name] & {*words}}
+    chosen = {ablation.BASELINE: "", **taken}
     commands = {name: command_of(args, args.steps, args.warmup, change) for name, change in chosen.items()}
     found = ablation.run_in_turns(commands, rounds=args.rounds, say=partial(print, flush=True))
     table = ablation.table_of(found)
@@ -209,12 +203,6 @@ def ablate(args: argparse.Namespace, recipe: Run) -> int:
     if args.json:
         report = {"command": sys.argv, "changes": chosen, "table": table, "runs": found}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return EXIT_OK
-
-
-def names_of(variant: tuple[str, str]) -> set[str]:
-    """A variant's name, and the key that it changes."""
-    return {variant[0], variant[1].partition("=")[0]}
 
 
 def command_of(args: argparse.Namespace, steps: int, warmup: int, *changes: str) -> list[str]:

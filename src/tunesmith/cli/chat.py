@@ -22,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import add_decoding, add_run, decoding_of, stdin_lines
-from tunesmith.errors import EXIT_OK, TunesmithError, UsageError
+from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_decoding(parser, max_new_tokens=512)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import load_run, locate_run
 
     location = locate_run(args.run)
@@ -64,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
         about = f"{location.note or args.run}: {decoding.describe()}; {loaded.template.describe()}"
         notify(f"{about}\n/help shows the commands")
     chat.talk()
-    return EXIT_OK
 
 
 def notify(text: str) -> None:

@@ -17,7 +17,6 @@ from tunesmith.cli.main import VERBS
 from tunesmith.config.names import keys
 from tunesmith.config.schema import is_section
 from tunesmith.config.shipped import shipped
-from tunesmith.errors import EXIT_OK
 
 # Two functions for each shell: recipes and files, and those with keys before them. Behind `=` stands a value or a file.
 FUNCTIONS = {
@@ -44,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=list(FUNCTIONS))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     import shtab
 
     top = argparse.ArgumentParser(prog="tunesmith")
@@ -63,4 +62,3 @@ def run(args: argparse.Namespace) -> int:
     named = " ".join(f"{key}=" for key, (_, hint) in keys().items() if not is_section(hint))
     functions = FUNCTIONS[args.shell].replace("RECIPES", " ".join(shipped())).replace("KEYS", named)
     print(shtab.complete(top, args.shell, preamble=functions) + (NO_SPACE if args.shell == "bash" else ""))
-    return EXIT_OK

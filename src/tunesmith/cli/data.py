@@ -17,12 +17,12 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.cli.options import add_recipe, chosen_recipe
-from tunesmith.errors import EXIT_OK
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     recipe, _ = chosen_recipe(args, partial(print, file=sys.stderr))
     from tunesmith.data.prepare import prepare_data
     from tunesmith.hub import fetch
@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
         print_data(prepared, tokenizer, args.rows)
     for contract in prepared.contracts:
         contract.raise_if_broken()
-    return EXIT_OK
 
 
 def print_data(prepared: TrainingData, tokenizer: Any, rows: int, console: Console | None = None) -> None:
@@ -177,8 +176,6 @@ def _contracts_table(prepared: TrainingData) -> Table:
 
 def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
     """The same as plain values, for --json."""
-    from dataclasses import asdict
-
     train, names = prepared.train, ("text", "supervised", "special")
     shown = []
     for i in range(min(rows, len(train))):

@@ -20,8 +20,8 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import add_rows, add_run, fixes_as_options, whole_number
-from tunesmith.errors import EXIT_OK, UsageError
+from tunesmith.cli.options import ProgressCounter, add_rows, add_run, fixes_as_options, whole_number
+from tunesmith.errors import UsageError
 
 if TYPE_CHECKING:
     from tunesmith.inference.evaluate import Evaluation
@@ -42,11 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
     locate_run(args.run)  # a wrong path is reported before torch is imported
-    from tunesmith.cli.progress import ProgressCounter
     from tunesmith.inference.evaluate import evaluate
 
     options = {name: value for name, value in vars(args).items() if name not in ("run", "data", "json")}
@@ -64,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(about, indent=2))
     else:
         _print_table(found)
-    return EXIT_OK
 
 
 def _print_table(found: Evaluation) -> None:

@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from tunesmith.errors import EXIT_OK, UsageError
+from tunesmith.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
     found, output = locate_run(args.checkpoint), Path(args.output)
@@ -42,4 +42,3 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{output}: {size / 2**20:.0f} MiB in {found.run.model.dtype}; Transformers loads it as it is")
         print(f"next: tunesmith chat {output}")
-    return EXIT_OK

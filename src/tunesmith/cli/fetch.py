@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal as size_text
 
 from tunesmith.config.names import nearest
-from tunesmith.errors import EXIT_OK, MachineError, UsageError
+from tunesmith.errors import MachineError, UsageError
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Source
@@ -39,14 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for scripts")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     if args.list:
-        return _list(as_json=args.json)
-    if args.remove is not None:
-        return _remove(args.remove, dry=args.dry_run, as_json=args.json)
-    if args.name is None:
+        _list(as_json=args.json)
+    elif args.remove is not None:
+        _remove(args.remove, dry=args.dry_run, as_json=args.json)
+    elif args.name is None:
         fix = "tunesmith fetch smollm2-135m-lora, or --list"
         raise UsageError("fetch needs a recipe or a model", where="command line", fix=fix)
+    else:
+        _fetch(args)
+
+
+def _fetch(args: argparse.Namespace) -> None:
     model, sources = _wanted(args)
     from tunesmith.hub.download import FetchProgress
 
@@ -54,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
     rows = [_model(model, progress, dry=args.dry_run, update=args.update)]
     rows += [_dataset(source, progress, dry=args.dry_run) for source in sources]
     print(json.dumps(rows, indent=2) if args.json else "\n".join(map(_line, rows)))
-    return EXIT_OK
 
 
 def _wanted(args: argparse.Namespace) -> tuple[Model, list[Source]]:
@@ -130,21 +134,20 @@ def _line(row: dict[str, Any]) -> str:
     return "  ".join(filter(None, [row["name"], *said]))
 
 
-def _list(*, as_json: bool) -> int:
+def _list(*, as_json: bool) -> None:
     from tunesmith.hub.fetch import cached_items
 
     items = cached_items()
     if as_json:
         print(json.dumps([dataclasses.asdict(i) for i in items], indent=2, default=str))
-        return EXIT_OK
+        return
     width = max((len(i.name) for i in items), default=0)
     for item in items:
         print(f"{item.name:<{width}}  {item.kind:<9}  {size_text(item.size):>10}  {item.folder}")
     print(f"{len(items)} in the caches, {size_text(sum(i.size for i in items))}", file=sys.stderr)
-    return EXIT_OK
 
 
-def _remove(name: str, *, dry: bool, as_json: bool) -> int:
+def _remove(name: str, *, dry: bool, as_json: bool) -> None:
     from tunesmith.hub.fetch import cached_items, remove_cached
 
     items = cached_items()
@@ -165,4 +168,3 @@ def _remove(name: str, *, dry: bool, as_json: bool) -> int:
     else:
         for item in chosen:
             print(f"{'would remove' if dry else 'removed'} {item.kind} {item.name}  {size_text(item.size)}")
-    return EXIT_OK

@@ -20,35 +20,26 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from tunesmith.cli.options import add_decoding, add_rows, add_run, decoding_of, fixes_as_options, stdin_lines
-from tunesmith.errors import (
-    EXIT_OK,
-    EXIT_STOPPED,
-    DataError,
-    MachineError,
-    RunError,
-    UsageError,
-    disk_fault,
-    first_line,
-)
+from tunesmith.cli import options
+from tunesmith.errors import DataError, MachineError, RunError, StoppedError, UsageError, disk_fault, first_line
 
 if TYPE_CHECKING:
     from tunesmith.data.source import Rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
+    options.add_run(parser)
     parser.add_argument("--input", required=True, metavar="FILE", help="jsonl, json, csv, parquet; - is stdin (jsonl)")
     parser.add_argument("--output", required=True, metavar="FILE", help="where answers go (jsonl); - is stdout")
     parser.add_argument("--base", action="store_true", help="ask the base model, without what was trained")
-    add_rows(parser, batch_size="rows answered at once")
-    add_decoding(parser, max_new_tokens=256)
+    options.add_rows(parser, batch_size="rows answered at once")
+    options.add_decoding(parser, max_new_tokens=256)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="keep the rows that are already in the output")
     existing.add_argument("--force", action="store_true", help="overwrite the output")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
     location = locate_run(args.run, base_only=args.base)
@@ -57,24 +48,22 @@ def run(args: argparse.Namespace) -> int:
     done, size = _kept_rows(output, rows, args)
     if done == len(rows) and args.resume:
         print(f"all {done} rows are already in {output}", file=sys.stderr)
-        return EXIT_OK
-
-    from tunesmith.cli.progress import ProgressCounter
+        return
     from tunesmith.inference.generate import generate
     from tunesmith.inference.load_run import load_run
     from tunesmith.signals import StopRequest
 
-    decoding, stop = decoding_of(args), StopRequest(interactive=True)
+    decoding, stop = options.decoding_of(args), StopRequest(interactive=True)
     loaded = load_run(location, device=args.device)
-    options = {"format_name": args.format_name, "columns": dict(args.columns) or None, "batch_size": args.batch_size}
-    with fixes_as_options():
-        answers = generate(loaded, rows, decoding, **options, start=done, cancelled=stop.requested)
+    how = {"format_name": args.format_name, "columns": dict(args.columns) or None, "batch_size": args.batch_size}
+    with options.fixes_as_options():
+        answers = generate(loaded, rows, decoding, **how, start=done, cancelled=stop.requested)
     if location.note:
         print(location.note, file=sys.stderr)
     print(f"{len(rows) - done} rows, {decoding.describe()}", file=sys.stderr)
     name = output or "standard output"
     try:
-        with _open_output(output, size) as file, stop, ProgressCounter() as progress:
+        with _open_output(output, size) as file, stop, options.ProgressCounter() as progress:
             progress("answers", done, len(rows))
             for row in answers:
                 file.write(_record(row))
@@ -91,9 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if done < len(rows):
         again = _with_resume(output, args)
         go_on = f"; to go on, start the same command again{again}" if again else ""
-        print(f"stopped: {done} of {len(rows)} rows are in {name}{go_on}", file=sys.stderr)
-        return EXIT_STOPPED
-    return EXIT_OK
+        raise StoppedError(f"stopped: {done} of {len(rows)} rows are in {name}{go_on}")
 
 
 def _with_resume(output: Path | None, args: argparse.Namespace) -> str:
@@ -128,7 +115,7 @@ def _read_input(name: str) -> Rows:
             raise DataError(f"there is no file {name}", where=name, fix=fix)
         return read_rows(Source(source=str(path.absolute())))
     rows, fix = [], 'send one JSON object a line: {"prompt": "..."}'
-    for number, line in stdin_lines():
+    for number, line in options.stdin_lines():
         try:
             row, why = json.loads(line), ""
         except ValueError as error:
@@ -159,8 +146,8 @@ def _kept_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> tup
     usable = nearest == output or nearest.is_dir()
     if not usable or not os.access(nearest, os.W_OK):
         why = f"you may not write to {nearest}" if usable else f"{nearest} is a file, not a folder"
-        fix = "name a file that you may write"
-        raise MachineError(f"{output} cannot be written", where=f"{where} {output}", why=why, fix=fix)
+        what, fix = f"{output} cannot be written", "name a file that you may write"
+        raise MachineError(what, where=f"{where} {output}", why=why, fix=fix)
     if nearest != output or args.force or output.stat().st_size == 0:
         return 0, 0
     if not args.resume:
@@ -170,10 +157,8 @@ def _kept_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> tup
     torn = not last or (len(lines) < len(rows) and _begins_answer_to(last, rows[len(lines)]))
     for i, line in enumerate(lines if torn else [*lines, last]):
         if i >= len(rows) or i == len(lines) or not _is_answer_to(line, rows[i]):
-            what, fix = (
-                "the output answers other rows than the input holds",
-                "name its own input, or --force in place of --resume",
-            )
+            what = "the output answers other rows than the input holds"
+            fix = "name its own input, or --force in place of --resume"
             raise UsageError(what, where=f"{output}:{i + 1}", fix=fix)
     return len(lines), sum(len(line) + 1 for line in lines)
 

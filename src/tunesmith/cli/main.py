@@ -1,7 +1,7 @@
 """The command line: finds the command, imports only that one, and ends with a message and an exit code.
 
-Each command is a module of this package with `add_arguments(parser)` and `run(args) -> int`. Its docstring begins its
-help page and its `EPILOG`, if any, ends it; one of the two holds an example that works.
+Each command is a module of this package with `add_arguments(parser)` and `run(args)`, which returns an exit code unless
+that is 0. Its docstring begins its help page and its `EPILOG`, if any, ends it; one of the two holds an example that works.
 
 Exit codes: 0 done, 1 failed, 2 the command or recipe is wrong, 75 stopped with all saved, 130 interrupted before
 there was anything to save, 141 nobody reads the output any more.
@@ -150,11 +150,10 @@ def _dispatch(words: list[str]) -> int:
     )
     module.add_arguments(parser)
     parser.words = rest
-    run: Callable[[argparse.Namespace], int] = module.run
     args = parser.parse_intermixed_args(rest)
     if verb in COMPUTING:
         prepare_threads()
-    return run(args)
+    return module.run(args) or EXIT_OK
 
 
 def _overview() -> str:
@@ -218,7 +217,3 @@ def _internal_error(error: BaseException, trace: str) -> TunesmithError:
         fix = "please report it with the traceback above"
     message = (str(error).strip().splitlines() or ["no message"])[0]
     return TunesmithError(f"internal error: {type(error).__name__}: {message}", fix=fix)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

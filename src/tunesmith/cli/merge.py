@@ -17,7 +17,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import add_run
-from tunesmith.errors import EXIT_OK
 
 if TYPE_CHECKING:
     from tunesmith.inference.merge import Merged
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.merge import merge
 
     done = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)
@@ -39,7 +38,6 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(done), indent=2))
     else:
         _print_check(done)
-    return EXIT_OK
 
 
 def _print_check(done: Merged) -> None:

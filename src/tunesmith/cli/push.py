@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tunesmith.errors import EXIT_OK, UsageError
+from tunesmith.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made if there is none (default: main)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run, undeleted
 
     location = locate_run(args.run)
@@ -49,4 +49,3 @@ def run(args: argparse.Namespace) -> int:
             files[CARD] = model_card(location.base, location.run, folder.parent).encode()
         page = push_files(files, args.to or name, public=args.public, revision=args.revision, message=message)
     print(page)
-    return EXIT_OK

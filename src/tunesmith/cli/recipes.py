@@ -19,7 +19,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.names import nearest
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import copy_of, purpose, shipped
-from tunesmith.errors import EXIT_OK, MachineError, UsageError
+from tunesmith.errors import MachineError, UsageError
 
 WIDE = 130  # columns of a terminal that leave 60 for what a recipe is for
 
@@ -32,20 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="copy: write over a file that is there")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     if args.action == "list":
-        return _list(as_json=args.json)
-    if args.name is None:
+        _list(as_json=args.json)
+    elif args.name is None:
         example = f"tunesmith recipes {args.action} smollm2-135m-lora"
         raise UsageError(f"recipes {args.action} needs a recipe's name", where="command line", fix=example)
-    if args.action == "show":
+    elif args.action == "show":
         recipe = load_recipe(args.name, args.rest)
         sys.stdout.write(json.dumps(to_mapping(recipe), indent=2) + "\n" if args.json else dump(recipe))
-        return EXIT_OK
-    if len(args.rest) > 1:
+    elif len(args.rest) > 1:
         what, fix = f"recipes copy takes one destination, not {len(args.rest)}", ["copy", args.name, args.rest[0]]
         raise UsageError(what, where="command line", fix=f"tunesmith recipes {shlex.join(fix)}")
-    return _copy(args.name, Path(args.rest[0] if args.rest else "."), force=args.force)
+    else:
+        _copy(args.name, Path(args.rest[0] if args.rest else "."), force=args.force)
 
 
 def describe_adapter(run: Run) -> str:
@@ -55,7 +55,7 @@ def describe_adapter(run: Run) -> str:
     return f"{'QLoRA' if run.model.quantize == 'nf4' else 'LoRA'} r={run.adapter.rank}"
 
 
-def _list(*, as_json: bool) -> int:
+def _list(*, as_json: bool) -> None:
     rows = []
     for name, path in shipped().items():
         recipe = load_recipe(path)
@@ -63,12 +63,12 @@ def _list(*, as_json: bool) -> int:
         rows.append({"name": name, "model": recipe.model.name, **about})
     if as_json:
         print(json.dumps(rows, indent=2))
-        return EXIT_OK
+        return
     if not sys.stdout.isatty():
         widths = {column: max(len(row[column]) for row in rows) for column in ("name", "model", "method")}
         for row in rows:
             print("  ".join([*(row[column].ljust(width) for column, width in widths.items()), row["purpose"]]))
-        return EXIT_OK
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -83,10 +83,9 @@ def _list(*, as_json: bool) -> int:
         table.add_row(*(row[column] for column in columns.values()))
     console.print(table)
     print("\ntunesmith recipes copy NAME    writes one to edit", file=sys.stderr)
-    return EXIT_OK
 
 
-def _copy(name: str, destination: Path, *, force: bool) -> int:
+def _copy(name: str, destination: Path, *, force: bool) -> None:
     known = shipped()
     if name not in known:
         near = nearest(name, known)
@@ -106,4 +105,3 @@ def _copy(name: str, destination: Path, *, force: bool) -> int:
         raise MachineError(f"cannot write: {error.strerror}", where=str(path), fix=fix) from error
     print(path)
     print(f"edit it, then: tunesmith train {path}", file=sys.stderr)
-    return EXIT_OK

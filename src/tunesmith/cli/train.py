@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 from tunesmith.cli.options import add_recipe, chosen_recipe
-from tunesmith.errors import EXIT_OK
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.ranks import started_as, told_once_a_node
 from tunesmith.signals import StopRequest
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     leads = (started_as() or {"RANK": 0})["RANK"] == 0  # of several ranks one speaks
     log = LogFile()
     say = log.with_log(partial(print, file=sys.stderr, flush=True) if leads else lambda text: None)
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     result = train(recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=keep)
     if not leads:
-        return EXIT_OK
+        return
     sys.stdout = lasting(sys.stdout)  # the run has ended well, whether or not someone reads this
     with StopRequest() as late:
         late.hold()
@@ -79,4 +78,3 @@ def run(args: argparse.Namespace) -> int:
                 with suppress(OSError):
                     log.write(text)
     log.close()
-    return EXIT_OK
