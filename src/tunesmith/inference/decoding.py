@@ -10,20 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
 from tunesmith.adapter.lora import LoraLinear, loras, merged_weight
+from tunesmith.data.batch import Example
 from tunesmith.errors import UsageError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from tunesmith.data.batch import Example
-    from tunesmith.methods.base import TrainModel
+from tunesmith.methods.base import TrainModel
 
 SAMPLE_TOKENS = 64  # of a sample answer while training
 WINDOW_BATCHES = 4  # a larger window sorts better; a resumed job computes one window again

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,17 +23,14 @@ from tunesmith.data.batch import Batch, collate
 from tunesmith.data.hold_out import SourceRows, read_splits
 from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.data.source import read_rows
-from tunesmith.data.tokens import tokenise
+from tunesmith.data.tokens import TokenSet, tokenise
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.generate import generate, row_source
 from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run, locate_run
+from tunesmith.methods.base import TrainModel
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.parallel.mesh import ALONE, Mesh
-
-if TYPE_CHECKING:
-    from tunesmith.data.tokens import TokenSet
-    from tunesmith.methods.base import TrainModel
 
 ROW_TOKENS = 4096  # of a packed row that is scored
 Progress = Callable[[str, int, int], None]  # called with what is counted, how many are done, and the total

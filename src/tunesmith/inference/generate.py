@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunesmith.config.check import COLUMNS
 from tunesmith.config.schema import Source
@@ -16,9 +16,7 @@ from tunesmith.data.formats import ROLES, Conversation, convert_row
 from tunesmith.data.source import Rows, from_list
 from tunesmith.errors import DataError, UsageError
 from tunesmith.inference.decoding import Decoding, answer_all, cut_answer
-
-if TYPE_CHECKING:
-    from tunesmith.inference.load_run import LoadedModel
+from tunesmith.inference.load_run import LoadedModel
 
 _KEY_COLUMN = {name: columns[0] for name, columns in COLUMNS.items()}
 # The column that holds the answer, where it is not `messages`.

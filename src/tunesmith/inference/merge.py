@@ -15,11 +15,10 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from tunesmith.adapter.lora import Lora, LoraLinear, disabled, merged_weight
@@ -29,18 +28,13 @@ from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fau
 from tunesmith.host_files import available_memory, existing_folder, follow_umask, refuse_full_disk
 from tunesmith.hub.fetch import fetch
 from tunesmith.inference import merge_check
-from tunesmith.inference.load_run import Dtype, load_run, locate_run
+from tunesmith.inference.load_run import Dtype, LoadedModel, RunLocation, load_run, locate_run
 from tunesmith.inference.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit, logits_of
 from tunesmith.model import spec
 from tunesmith.model.load import DTYPES
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.save_tensors import SHARD
 from tunesmith.quant.nf4 import Nf4Linear
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from tunesmith.inference.load_run import LoadedModel, RunLocation
 
 MERGE_FILE = "merge.json"  # the check, and the size of each file: the mark of a folder that a merge wrote
 ROOM = 1.1  # of the weights: the rest of the folder, and an untied head

@@ -13,18 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from tunesmith.data.formats import convert_row
 from tunesmith.data.source import read_rows
 from tunesmith.errors import CheckpointError, TunesmithError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from tunesmith.inference.load_run import LoadedModel
+from tunesmith.inference.load_run import LoadedModel
 
 FP32_LIMIT = 1e-4
 KL_SHARE = 0.1  # of what the training changed
