@@ -51,10 +51,8 @@ class TunesmithError(Exception):
 
     def text(self) -> str:
         """The block for the terminal: one line each for what, where, why and fix, not all of a word that is endless."""
-        rows = {"where": self.where, "why": self.why, "fix": self.fix}
-        return "\n".join(
-            [f"error: {self.what:.2000}", *(f"  {name}: {row:.2000}" for name, row in rows.items() if row)]
-        )
+        rows = {"error": self.what, "  where": self.where, "  why": self.why, "  fix": self.fix}
+        return "\n".join(f"{name}: {row:.2000}" for name, row in rows.items() if row or name == "error")
 
 
 class UsageError(TunesmithError):

@@ -85,8 +85,7 @@ class Lora(nn.Module):
 
     def base(self, x: Tensor) -> Tensor:
         """The layer without its adapter: [..., in_features] -> [..., out_features]."""
-        y: Tensor = super().forward(x)
-        return y
+        return super().forward(x)
 
     def update(self) -> Tensor:
         """scaling * B A: fp32 [out_features, in_features]."""
@@ -229,12 +228,10 @@ def _convert_joined(model: nn.Module, names: Sequence[str], kind: str) -> None:
     """Put a group into 8 bits if its dense weights are joined; in int8 each must have whole blocks of the rotation."""
     layers: list[Any] = [model.get_submodule(name) for name in names]
     rows = [m.out_features for m in layers]
-    if not (isinstance(layers[0], LoraLinear) and layers[0].joined) or (
-        kind.startswith("int8") and any(n % MAX_BLOCK for n in rows)
-    ):
+    joined = isinstance(layers[0], LoraLinear) and layers[0].joined
+    if not joined or (kind.startswith("int8") and any(n % MAX_BLOCK for n in rows)):
         return
-    dense: Any = layers[0].joined_0
-    whole = EightBitWeight.from_dense(kind, dense)
+    whole = EightBitWeight.from_dense(kind, layers[0].joined_0)
     converted = [LoraEightBitLinear(m, kind, part) for m, part in zip(layers, whole.split(rows), strict=True)]
     converted[0].hold(whole)
     for name, layer in zip(names, converted, strict=True):

@@ -20,13 +20,6 @@ from tunesmith.errors import RunError
 BASELINE = "as given"
 
 
-def has_effect(path: str, run: Run) -> bool:
-    """Whether a fast path can change what a run computes; the others are not worth a variant's minute."""
-    lora, base = run.adapter.kind == "lora", run.model.quantize
-    effects = {"fused-epilogue": lora and base in ("fp8", "int8"), "fp32-weight-gradients": not lora}
-    return effects.get(path, lora)
-
-
 def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
     """(name, key=value) of what may be changed in a recipe; the value is the other one than the recipe's."""
     train, model, lora = run.train, run.model, run.adapter.kind == "lora"
@@ -41,8 +34,10 @@ def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
     for base in get_args(get_type_hints(Model)["quantize"]) if lora else ():
         if base != model.quantize:
             yield {"none": "dense base"}.get(base, f"base in {base}"), f"model.quantize={base}"
+    # A fast path that cannot change what this run computes is not worth a variant's minute.
+    effects = {"fused-epilogue": lora and model.quantize in ("fp8", "int8"), "fp32-weight-gradients": not lora}
     for path in get_args(FastPath):
-        if has_effect(path, run):
+        if effects.get(path, lora):
             taken = path in train.fast_paths
             paths = [name for name in train.fast_paths if name != path] + [path] * (not taken)
             yield f"without {path}" if taken else path, f"train.fast_paths=[{', '.join(paths)}]"

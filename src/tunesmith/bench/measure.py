@@ -100,31 +100,27 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
         UsageError: the recipe, data, model or machine is wrong.
         RunError: a step failed, such as for lack of memory.
     """
-    with deterministic_algorithms(plan.run.train.deterministic):
-        return _measure(plan, folder, say)
-
-
-def _measure(plan: BenchPlan, folder: Path, say: Callable[[str], None]) -> Measured:
     run = plan.measured_run(folder)
-    began, graphs = time.perf_counter(), [graphs_compiled()]
-    session = build(run, Start(), say=say, weights=plan.weights, measured=True)
-    seen = Observed(time.perf_counter() - began, graphs)
-    per_epoch = session.data.schedule.steps_per_epoch(0)
-    sinks = Sinks([Terminal(None, total_steps=session.total_steps, steps_per_epoch=per_epoch)])
-    trainer = Trainer(session, Start(), sinks, StopRequest())
-    profiler = Profiler(run.profile, plan.traces or folder, rank=0, device=session.device)
-    sinks.open(run, 0)
-    try:
-        _run_steps(plan, trainer, profiler, seen)
-    except TunesmithError:
-        raise
-    except Exception as error:
-        raise trainer.as_failure(error) from error
-    finally:
-        sinks.close()
-    records = trainer.records[plan.warmup : plan.warmup + plan.steps]
-    figures = _report(session, records, trainer.records[0].step_seconds, seen)
-    return Measured(figures, profiler.traces, profiler.tables)
+    with deterministic_algorithms(run.train.deterministic):
+        began, graphs = time.perf_counter(), [graphs_compiled()]
+        session = build(run, Start(), say=say, weights=plan.weights, measured=True)
+        seen = Observed(time.perf_counter() - began, graphs)
+        per_epoch = session.data.schedule.steps_per_epoch(0)
+        sinks = Sinks([Terminal(None, total_steps=session.total_steps, steps_per_epoch=per_epoch)])
+        trainer = Trainer(session, Start(), sinks, StopRequest())
+        profiler = Profiler(run.profile, plan.traces or folder, rank=0, device=session.device)
+        sinks.open(run, 0)
+        try:
+            _run_steps(plan, trainer, profiler, seen)
+        except TunesmithError:
+            raise
+        except Exception as error:
+            raise trainer.as_failure(error) from error
+        finally:
+            sinks.close()
+        records = trainer.records[plan.warmup : plan.warmup + plan.steps]
+        figures = _report(session, records, trainer.records[0].step_seconds, seen)
+        return Measured(figures, profiler.traces, profiler.tables)
 
 
 def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Observed) -> None:
@@ -137,8 +133,7 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
             yield batch
 
     session.model.train()
-    with ExitStack() as stack:
-        loader = stack.enter_context(session.loader(0))
+    with session.loader(0) as loader, ExitStack() as stack:
         for step in trainer.steps(counted(loader)):
             if step in (1, timed):  # read its numbers now: the next step's work must not count for this one
                 trainer.flush_metrics()
@@ -210,11 +205,10 @@ def _padding(session: Session, records: list[StepRecord], tokens: int, padded: i
         return ""
     if not run.data.pack:
         return "rows are padded to the longest of their micro batch: data.pack=true"
-    room = sum(len(schedule.rows(record.step - 1)) for record in records) * run.data.seq_len
+    seq_len = run.data.seq_len
+    room = sum(len(schedule.rows(record.step - 1)) for record in records) * seq_len
     if layout.pad_to is None or tokens < FULL * room:
-        return (
-            f"examples fill {tokens / room:.1%} of packed rows of {run.data.seq_len:,}: another data.seq_len, more rows"
-        )
+        return f"examples fill {tokens / room:.1%} of packed rows of {seq_len:,}: another data.seq_len, more rows"
     return f"every micro batch is padded to {layout.pad_to:,} tokens: a train.global_batch of whole micro batches"
 
 

@@ -27,9 +27,8 @@ class Example(NamedTuple):
     # bool [n]; `trained[i]` says that token i is supervised: predicted from position i - 1 with loss. The first token of
     # a sequence has none before it and carries no loss.
     trained: np.ndarray
-    sequences: tuple[
-        int, ...
-    ] = ()  # length of each, n in all; empty for one of n tokens. Each is a document of its own
+    # Length of each sequence, n in all; empty for one of n tokens. Each is a document of its own.
+    sequences: tuple[int, ...] = ()
 
     @property
     def supervised(self) -> int:

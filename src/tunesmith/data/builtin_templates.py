@@ -120,9 +120,7 @@ def with_tools(jinja: str) -> str:
 def either(condition: str, this: str, that: str) -> str:
     """One template out of two. `condition` ends with an open `if` block."""
     # trim_blocks removes the newline after a block's tag, and a template's last newline is dropped: keep both as they were.
-    this, that = (
-        "\n" + text.removesuffix("\n") if text.startswith("\n") else text.removesuffix("\n") for text in (this, that)
-    )
+    this, that = ("\n" * text.startswith("\n") + text.removesuffix("\n") for text in (this, that))
     return f"{condition}{this}{{% else %}}{that}{{% endif %}}"
 
 

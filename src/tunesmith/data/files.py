@@ -277,8 +277,7 @@ def _read_arrow(path: Path) -> Table:
 
     @lru_cache(maxsize=1)
     def block(n: int) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = table.slice(n * _BLOCK, _BLOCK).to_pylist()
-        return rows
+        return table.slice(n * _BLOCK, _BLOCK).to_pylist()
 
     def row(i: int) -> dict[str, Any]:
         return without_nulls(block(i // _BLOCK)[i % _BLOCK])

@@ -171,6 +171,5 @@ class BatchSchedule:
             members = self.lengths[[i for row in shared for i in row]]
             examples, tokens, rows = examples + len(members), tokens + int(members.sum()), rows + len(shared)
             room += len(shared) * (self.row_length if self.packed else int(members.max()))
-        return ScheduleSummary(
-            examples, tokens, rows, tokens / max(1, room), self.steps_per_epoch(0), self.steps(duration)
-        )
+        per_epoch, fill = self.steps_per_epoch(0), tokens / max(1, room)
+        return ScheduleSummary(examples, tokens, rows, fill, per_epoch, self.steps(duration))

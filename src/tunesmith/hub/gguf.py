@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from tunesmith.errors import MachineError, ModelError
@@ -50,8 +50,7 @@ def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
         remove_abandoned(target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
             made = Path(scratch) / "model"
-            with _quiet():
-                _convert(file, dtype, made)
+            _convert(file, dtype, made)
             follow_umask(made)
             try:
                 made.rename(target)
@@ -67,16 +66,21 @@ def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
 def _convert(file: Path, dtype: str, made: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from tunesmith.model.load import DTYPES, one_line
 
-    kept = DTYPES[dtype]
+    kept, level = DTYPES[dtype], logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=kept)
+        with contextlib.redirect_stderr(io.StringIO()):  # the bars that tqdm draws
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=kept)
     except Exception as error:  # gguf and Transformers raise many kinds for a file that is cut off or unknown to them
         what, fix = f"{file.name} cannot be read as a model", "download it again, or take the Hub's safetensors"
         raise ModelError(what, where=str(file), why=one_line(error), fix=fix) from error
+    finally:
+        logging.set_verbosity(level)
     # Written file by file rather than by save_pretrained, which refuses a model that was loaded from a quantised file.
     config = model.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):  # the weights are plain now, and the path is of this machine
@@ -89,17 +93,3 @@ def _convert(file: Path, dtype: str, made: Path) -> None:
     model.generation_config.save_pretrained(made)
     type(model.config).from_dict(config).save_pretrained(made)
     save_file(state, made / "model.safetensors", metadata={"format": "pt"})
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Transformers' warnings, and the bars that tqdm draws, off the terminal."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)

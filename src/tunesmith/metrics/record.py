@@ -39,9 +39,7 @@ class StepRecord:
     mfu_peak_tflops: float | None = None  # the peak that `mfu` was taken against
     gpu_utilization: float | None = None  # percent, GPU only
     gpu_power_watts: float | None = None  # GPU only
-    idle_share: float | None = (
-        None  # several data ranks: share of their time without work, by the cost of micro batches
-    )
+    idle_share: float | None = None  # several data ranks: share of their time without work, by micro batches' cost
     val_loss: float | None = None  # loss on the held-out rows, where it was measured after this step
     # Further metrics of the method, by names that no field has. On disk they follow the other values.
     extra: Mapping[str, float] = field(default_factory=dict)

@@ -48,8 +48,6 @@ class Terminal(Sink):
         self._recent: deque[float] = deque(maxlen=20)
         self._steps = 0  # of this start
         self._shown_at = 0.0
-        self._seconds: float | None = None
-        self._started = time.monotonic()
 
     def open(self, run: Run, resumed_at: int) -> None:
         if self.log is not None:

@@ -30,9 +30,7 @@ class Architecture:
     # Defaults of final_logit_softcapping and attn_logit_softcapping; None: the family has no such keys.
     softcaps: tuple[float | None, float | None] | None = None
     logits_scaling: bool = False  # the model divides its logits by `logits_scaling`
-    fused: str = (
-        ""  # the prefix of Transformers' class names (`LlamaAttention`), where `fused.py` replaces these forwards
-    )
+    fused: str = ""  # the prefix of Transformers' class names (`LlamaAttention`) whose forwards `fused.py` replaces
     joined: bool = False  # q, k and v are one linear layer, and so are gate and up
     rope_by_layer: bool = False  # attention modules say by `use_rope` whether they rotate q and k
 

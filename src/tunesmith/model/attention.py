@@ -174,8 +174,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> 
 
 @torch.compiler.disable  # as above
 def _products(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    out: Tensor = _Products.apply(q, k, v, rule)
-    return out
+    return _Products.apply(q, k, v, rule)
 
 
 class _Products(torch.autograd.Function):

@@ -41,8 +41,7 @@ class Documents:
     @cached_property
     def edges(self) -> list[int]:
         """`cu_seqlens` on the host; waits for the device, so varlen does not ask for it."""
-        edges: list[int] = self.cu_seqlens.tolist()
-        return edges
+        return self.cu_seqlens.tolist()
 
     @cached_property
     def groups(self) -> list[Group]:

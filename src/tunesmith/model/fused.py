@@ -95,8 +95,7 @@ class FusedAttention(nn.Module):
         own: Any = self
         if documents is None or position_embeddings is None:
             given = others if documents is None else {"documents": documents, **others}
-            result: tuple[Tensor, None] = super().forward(hidden_states, position_embeddings, attention_mask, **given)
-            return result
+            return super().forward(hidden_states, position_embeddings, attention_mask, **given)
         projected = self.project(hidden_states.flatten(0, -2), (own.q_proj, own.k_proj, own.v_proj))
         q, k, v = (y.unflatten(-1, (-1, own.head_dim)) for y in projected)
         if self.family.head_norms == "head":
@@ -121,8 +120,7 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         own: Any = self
         gate, up = self.project(x, (own.gate_proj, own.up_proj))
-        out: Tensor = own.down_proj(swiglu(gate, up))
-        return out
+        return own.down_proj(swiglu(gate, up))
 
 
 class FusedNorm(nn.Module):
@@ -142,8 +140,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         half = x.shape[-1] // 2
         return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
-    out: Tensor = _Rotate.apply(x, cos, sin)
-    return out
+    return _Rotate.apply(x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):
@@ -170,8 +167,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202); keeps the two inputs only."""
     if torch.compiler.is_compiling():
         return F.silu(gate) * up
-    out: Tensor = _SwiGLU.apply(gate, up)
-    return out
+    return _SwiGLU.apply(gate, up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -185,8 +181,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         silu = F.silu(gate)
         d_up = grads[0] * silu
-        d_gate: Tensor = torch.ops.aten.silu_backward(torch.mul(grads[0], up, out=silu), gate)
-        return d_gate, d_up
+        return torch.ops.aten.silu_backward(torch.mul(grads[0], up, out=silu), gate), d_up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -194,8 +189,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.compiler.is_compiling():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-    out: Tensor = _RMSNorm.apply(x, weight, eps)
-    return out
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

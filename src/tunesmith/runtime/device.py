@@ -46,9 +46,7 @@ def prepare_allocator(device: torch.device, cuda: Any = torch.cuda, configure: A
     if is_integrated(device, cuda):
         limit = free_memory(device, cuda) + cuda.memory_allocated(device)
         share = min(1.0, limit / cuda.get_device_properties(device).total_memory)
-        cuda.set_per_process_memory_fraction(
-            share, device.index
-        )  # an index of None is the current device; `cuda` is refused
+        cuda.set_per_process_memory_fraction(share, device.index)  # None is the current device; `cuda` is refused
     elif device.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         configure("expandable_segments:True")
 

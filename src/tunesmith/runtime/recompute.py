@@ -93,9 +93,8 @@ def calibrate_recompute(
             if count == len(layers):
                 what = f"a micro batch of {tokens:,} tokens does not fit into this GPU's memory"
                 why = f"with every layer recomputed; {str(error).partition('.')[0]}"
-                raise MachineError(
-                    what, where="train.micro_batch", why=why, fix=plan.less_memory(recompute=False)
-                ) from error
+                fix = plan.less_memory(recompute=False)
+                raise MachineError(what, where="train.micro_batch", why=why, fix=fix) from error
         finally:
             model.zero_grad(set_to_none=True)
         count = min(len(layers), count + few)
