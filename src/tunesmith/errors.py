@@ -15,8 +15,6 @@
 Every error says what is wrong, where (file:line, key or step), why, and the command or edit that fixes it.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 

@@ -7,8 +7,6 @@ Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). The chun
 tied heads, a soft cap, a logit scale and weights per position all take the same path.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple

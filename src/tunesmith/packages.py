@@ -1,7 +1,5 @@
 """Optional packages: where each is imported, and how each is installed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tunesmith.errors import MachineError

@@ -4,8 +4,6 @@ Each is an amount and a unit, read from text and printed back in the same form. 
 passed.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import reprlib

@@ -7,8 +7,6 @@ a = sqrt(5) and B as zeros; both are fp32 parameters, computed in the dtype of x
 `bias` of the layer that it replaces, so the base loads into it as before.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from collections import Counter

@@ -3,8 +3,6 @@
 What an adapter asks for and is not computed here (DoRA, a rank by layer, ...) is refused by name, never ignored.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ Every variant runs in a process of its own, in turns, several rounds; the median
 than most techniques bring, so compare only within one call.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import subprocess

@@ -1,7 +1,5 @@
 """The figures of a measured run: one frozen record with units in its names, and the rows of its table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

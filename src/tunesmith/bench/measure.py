@@ -5,8 +5,6 @@
 It is `train` without its end: no validation, no periodic checkpoints, nothing kept.
 """
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import time

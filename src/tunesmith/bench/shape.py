@@ -1,7 +1,5 @@
 """A shape as a recipe: a model folder with config and tokenizer but no weights, and a recipe that trains it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ examples:
   tunesmith completion fish > ~/.config/fish/completions/tunesmith.fish
 """
 
-from __future__ import annotations
-
 import argparse
 from importlib import import_module
 from typing import Any

@@ -7,8 +7,6 @@ A model trained in full on several ranks is saved as the part of each rank. Here
 tensor in memory at a time. final/ is such a model already, and so is every checkpoint of one process.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -7,8 +7,6 @@ Exit codes: 0 done, 1 failed, 2 the command or recipe is wrong, 75 stopped with 
 there was anything to save, 141 nobody reads the output any more.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import errno

@@ -8,8 +8,6 @@ A run directory is pushed as its final/, or as its newest whole checkpoint witho
 private unless --public is given; pushed again, only what has changed is sent.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -6,8 +6,6 @@ examples:
   tunesmith recipes copy smollm2-135m-lora mine.yaml                    # one to edit; a file or a folder
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

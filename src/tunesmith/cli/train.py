@@ -10,8 +10,6 @@ ctrl-C (and SIGTERM, SIGHUP, SIGUSR1) saves after the present step and exits wit
 again stops at once: the same command goes on from the newest checkpoint.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

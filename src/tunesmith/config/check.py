@@ -1,7 +1,5 @@
 """The rules that span several keys of a recipe, or that a type and its bounds cannot say."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path

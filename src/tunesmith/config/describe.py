@@ -4,8 +4,6 @@
 what follows the mark. `--check FILE` compares instead, and exits 1 if the file has drifted.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterable

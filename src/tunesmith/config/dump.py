@@ -4,8 +4,6 @@ What is written reads back as the same `Run`, to the last bit of every number: f
 text is quoted unless it can only be text.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -5,8 +5,6 @@ below, because the split, the columns and the held-out rows of one data set mean
 the place it came from.
 """
 
-from __future__ import annotations
-
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence

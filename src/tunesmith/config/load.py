@@ -5,8 +5,6 @@
 Every value keeps the place it came from, so an error names the file and line, or the key on the command line.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The recipe key or value that a mistyped or foreign name most likely means."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable, Iterator

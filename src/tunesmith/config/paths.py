@@ -4,8 +4,6 @@ In a recipe a relative path starts from the recipe's folder, so that a recipe an
 the command line it starts from the working directory, and so do `output_dir` and `log.tensorboard_dir` always.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The recipes that come with tunesmith: `recipes/` of a checkout, `tunesmith/recipes` of an installed package."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

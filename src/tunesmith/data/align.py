@@ -8,8 +8,6 @@ the text: they give its place. Otherwise (SentencePiece, normalised text) the to
 are not enough: byte-level post-processors often cut whitespace off them (`trim_offsets`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ The alpaca template reads `message.input` beside `message.content` where a row h
 variant without input.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import re

@@ -5,8 +5,6 @@ written under another name and renamed, so it is there as a whole or not at all;
 is made again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -4,8 +4,6 @@ Every rule checks all examples (arrays at a time, so a million rows take seconds
 names the first fault by its row, with the tokens around it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ reads every row looked at and no other does; one that uses the columns of anothe
 (instruction, input and output before input and output). What is left open is an error that names the choices.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

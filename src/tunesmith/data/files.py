@@ -7,8 +7,6 @@ line that a text editor shows. JSON lines stay on disk and are parsed when a row
 No file is memory-mapped: where another program shortens it, the next access to a mapping kills the process (SIGBUS).
 """
 
-from __future__ import annotations
-
 import csv
 import difflib
 import hashlib

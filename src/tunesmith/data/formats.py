@@ -10,8 +10,6 @@ Nothing is guessed. A row with something that training would ignore (a role that
 weight of 0.5) is refused, by its place. An assistant's message with `"train": false` (or `"weight": 0`) is context only.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

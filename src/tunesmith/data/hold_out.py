@@ -1,7 +1,5 @@
 """Which rows a run trains on and which it only validates on: those of `data.validation`, or some held out of the rest."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from tunesmith.config.schema import Data, Source

@@ -4,8 +4,6 @@ A rank groups the examples of all data ranks by their lengths alone, and collate
 micro batch: those that run at the same time, a micro step, cost much the same.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

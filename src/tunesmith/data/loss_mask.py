@@ -16,8 +16,6 @@ A template with {% generation %} says itself where answers are; the sentinels ch
 where a block opens before its answer's text. Whatever cannot be proven is refused with a DataError, never guessed.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 import sys

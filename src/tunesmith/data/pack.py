@@ -7,8 +7,6 @@ Remaining room is a whole number up to the capacity, so bins are kept in stacks 
 that occur answers "the least room >= n" by bisection: O(n log n) with memory moves of at most `capacity` entries.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 

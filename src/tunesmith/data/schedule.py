@@ -5,8 +5,6 @@ k sees what an uninterrupted one sees. Packing, the micro batch and the number o
 step has.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

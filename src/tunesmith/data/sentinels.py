@@ -5,8 +5,6 @@ without it. It is letters and digits alone, so JSON escapes leave it as it is. T
 `in`): where sentinels on both sides change the rendering, one at the end, at the start or in the middle may not.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple

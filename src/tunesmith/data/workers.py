@@ -5,8 +5,6 @@ that is given the encoder, then rows, on its standard input, and ends with that.
 forked below torch's threads, never runs a user's script again, and no ctrl-C of the terminal reaches it.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import subprocess

@@ -5,8 +5,6 @@ the Hub states; huggingface_hub then makes the snapshot. Its own download (2.4) 
 killed at 90 % of a 500 MB file, it fetched 500 MB again and left 440 MB behind; this module fetched 49 MB.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sys
 import threading

@@ -4,8 +4,6 @@ Licence, config, access and disk are checked before the first large byte. Only t
 downloaded: of several formats of the weights, safetensors. And what the caches hold: listed, and removed from them.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

@@ -4,8 +4,6 @@ Transformers reads the format and dequantises it (`gguf_file=`), which takes min
 folder is written beside its place and renamed, so that a stopped conversion leaves nothing incomplete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

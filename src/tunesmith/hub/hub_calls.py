@@ -1,7 +1,5 @@
 """Calls of huggingface_hub: without its bars, tried again while the network fails, and with errors in a user's terms."""
 
-from __future__ import annotations
-
 import errno
 import re
 import time

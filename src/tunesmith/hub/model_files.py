@@ -1,7 +1,5 @@
 """What a model's folder says about it, read once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Upload files to a model repository, with the Hub's own client. A token is never shown."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ seed, so a job that is stopped and resumed gives the same answers as an uninterr
 with a model (a repetition penalty, a default temperature) are ignored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ training uses: there is no second formula. They are sums over all tokens divided
 batching. Exact match generates greedily and compares texts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ A row may have any format that trains, with its answer or without. The last assi
 completion is taken off and kept as the reference; a row that has none is prompted as it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -7,8 +7,6 @@ A merge that fails the check is kept as `OUTPUT.rejected`. Peak memory is one mo
 read again), and one more in fp32 for the second half of a 16-bit merge's check, where there is room.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -9,8 +9,6 @@ fp16    In fp32 arithmetic the merge answers like the adapter (the rule above). 
         for the model in fp32; where there is none, the result says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

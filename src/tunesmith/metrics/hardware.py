@@ -1,7 +1,5 @@
 """The machine under a run: its description for env.json, its published peak, its memory, utilisation and power."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os

@@ -4,8 +4,6 @@ A sink shows and never computes; metrics.jsonl is the only one that a resume rea
 terminal and the trackers have files of their own beside this one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence

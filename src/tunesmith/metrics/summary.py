@@ -1,7 +1,5 @@
 """The end of a run in words: the closing summary, and failure.json."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Sequence

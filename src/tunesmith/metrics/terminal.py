@@ -1,7 +1,5 @@
 """Progress for a person: a bar on a terminal, plain lines elsewhere, and log.txt with every line that is due."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections import deque

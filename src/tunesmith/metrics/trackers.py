@@ -4,8 +4,6 @@ A tracker is set up by its own files and variables, such as WANDB_PROJECT, MLFLO
 `<tracker>-id.txt` in the run directory holds the id of its run, which a resumed run continues.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Sequence

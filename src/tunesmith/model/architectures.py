@@ -4,8 +4,6 @@ To add a family, add a row here and a variant to `tests/model/families.py`: the 
 attention keywords, logits, gradients and loaded weights with Transformers' own. No torch is imported here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

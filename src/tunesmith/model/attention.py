@@ -11,8 +11,6 @@ Attention without documents is refused: a plain causal mask over a packed row wo
 Generation therefore runs under another name ("sdpa"), never this one.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from functools import cache

@@ -1,7 +1,5 @@
 """Edges of the documents in a packed block, and their grouping by length for batched products."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

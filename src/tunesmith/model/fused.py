@@ -7,8 +7,6 @@ and in fp32 (fp64 for fp64 input) where it does. Inside torch.compile they are p
 better than a hand-written backward.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 from functools import cache

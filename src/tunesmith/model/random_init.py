@@ -4,8 +4,6 @@ Matrices are normal, norms' weights one and biases zero, as in `PreTrainedModel.
 Mistral. Each tensor has a generator seeded by (seed, its name): it depends on no other tensor.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 

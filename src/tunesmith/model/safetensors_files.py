@@ -5,8 +5,6 @@ drop its pages has no effect. Format: 8 bytes of length (little-endian), a JSON 
 (https://huggingface.co/docs/safetensors).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

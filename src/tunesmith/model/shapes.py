@@ -3,8 +3,6 @@
 Token ids are left out: they depend on the tokenizer. `mistral-7b` is version 0.3, which has no sliding window.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Nothing heavy is imported. A config that this engine cannot train (mixture of ex
 layers, other quantisation) is refused here, by name, before a byte of weights is read.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The tokenizer: padding, added tokens, and which ids end a turn."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -6,8 +6,6 @@ longest document is one number for the whole run, the number of documents is dyn
 where steps differ in it (`global_batch` in examples). On a CPU it gained nothing (SmolLM2-135M, 2 cores).
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

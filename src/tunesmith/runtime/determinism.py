@@ -5,8 +5,6 @@ a second, deterministic form (attention_backward.cu asks the flag), and an opera
 times no kernels against each other, and cuBLAS takes a workspace of fixed size.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

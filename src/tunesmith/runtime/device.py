@@ -1,7 +1,5 @@
 """The device of a run, and how much of its memory torch's allocator may take."""
 
-from __future__ import annotations
-
 import gc
 import os
 from typing import Any

@@ -1,7 +1,5 @@
 """How this process uses the host's memory and cores."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

@@ -5,8 +5,6 @@ version to version. One layer of 32 costs a third of that layer's time, a hundre
 recompute is estimated by `resolve.py`, which errs by what a compiler decides to keep; on a GPU a trial corrects it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

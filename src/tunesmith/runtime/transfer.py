@@ -4,8 +4,6 @@ A stream runs its work in issue order: `.item()` would wait for the next step's 
 pinned memory and an event says when they are there. On a CPU all work is done when a call returns: there are no events.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
