@@ -12,8 +12,7 @@ import torch
 
 from recipes import make_run
 from tunesmith import build_model
-from tunesmith.bench.figures import BenchReport
-from tunesmith.bench.measure import BenchPlan, Measured, fp8_matmul_tflops, measure
+from tunesmith.bench.measure import BenchPlan, BenchReport, Measured, fp8_matmul_tflops, measure
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError

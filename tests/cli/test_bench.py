@@ -15,7 +15,7 @@ import pytest
 import tunesmith
 from recipes import make_run, recipe
 from tunesmith.bench import ablation
-from tunesmith.bench.figures import BenchReport
+from tunesmith.bench.measure import BenchReport
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.schema import FastPath

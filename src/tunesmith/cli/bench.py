@@ -25,7 +25,7 @@ from tunesmith.host_files import refuse_many_ranks
 from tunesmith.model.shapes import SHAPES, find_shape
 
 if TYPE_CHECKING:
-    from tunesmith.bench.figures import BenchReport
+    from tunesmith.bench.measure import BenchReport
     from tunesmith.config.schema import Run
 
 EPILOG = f"""shapes: {", ".join(f"{name} ({shape.source})" for name, shape in SHAPES.items())}
