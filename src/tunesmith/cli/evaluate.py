@@ -11,20 +11,15 @@ training. Exact match answers greedily and compares with the row's answer after 
 every run of whitespace one space.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunesmith.cli.options import ProgressCounter, add_rows, add_run, fixes_as_options, whole_number
 from tunesmith.errors import UsageError
-
-if TYPE_CHECKING:
-    from tunesmith.inference.evaluate import Evaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +56,7 @@ def run(args: argparse.Namespace) -> None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(score).items()}
             about[name] = finite
         print(json.dumps(about, indent=2))
-    else:
-        _print_table(found)
-
-
-def _print_table(found: Evaluation) -> None:
-    """The scores on stdout; what was left out on stderr."""
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -81,7 +71,7 @@ def _print_table(found: Evaluation) -> None:
         table.add_row("exact match", *(f"{share:.1%} ({share * asked:.0f}/{asked})" for share, asked in matches))
     table.add_row("rows", *(str(s.rows) for s in scores))
     table.add_row("supervised tokens", *(str(s.tokens) for s in scores))
-    Console(file=sys.stdout).print(table)
+    Console().print(table)
     for count, what in ((found.dropped, "dropped"), (found.cut, "cut short")):
         if count:
             print(f"{count} of {found.rows} rows were {what}: longer than the recipe's seq_len", file=sys.stderr)

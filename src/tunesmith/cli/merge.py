@@ -8,18 +8,11 @@ The folder is plain Transformers: weights in safetensors, tokenizer, chat templa
 Transformers has loaded it and answered like the adapter; otherwise it is kept as OUTPUT.rejected and the exit code is 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
-import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import add_run
-
-if TYPE_CHECKING:
-    from tunesmith.inference.merge import Merged
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,20 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     from tunesmith.inference.merge import merge
 
     done = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)
     if args.json:
         print(json.dumps(asdict(done), indent=2))
-    else:
-        _print_check(done)
-
-
-def _print_check(done: Merged) -> None:
-    """The check as a table, then where the model is and how to use it; on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
+        return
     check = done.merge_check
     table = Table("against the adapter", "max logit diff", "mean KL (nats)", "same top token")
     rows = [("merged", check.merged), ("base", check.base), (f"noise of {check.dtype}", check.noise)]
@@ -52,7 +40,7 @@ def _print_check(done: Merged) -> None:
         rows.insert(1, ("merged, in fp32", check.exact.difference))
     for name, diff in rows:
         table.add_row(name, f"{diff.max_logit:.3g}", f"{diff.mean_kl:.3g}", f"{diff.agreement:.2%}")
-    Console(file=sys.stdout).print(table)
+    Console().print(table)
     print(f"largest logit difference {check.merged.max_logit:.3g}, over {check.positions} positions of {check.probes}")
     for text, _ in check.rules:
         print(f"passed: {text}")
