@@ -53,8 +53,8 @@ def probe_compiler(device: torch.device) -> tuple[str, str]:
     fault = compiler_fault(device)
     if "ptxas" not in fault.lower():
         return fault, ""
-    path, tried = find_assembler([sys.executable, "-c", ATTEMPT, str(device)])
-    if path is None:
+    tried = assemblers()
+    if (path := next((path for path in tried if runs_with(path, device)), None)) is None:
         paths = f"so do {', '.join(tried)}" if tried else "no CUDA toolkit was found beside it"
         return f"{fault}; {paths}; install a newer CUDA toolkit, or set {ASSEMBLERS[0]}", ""
     os.environ |= dict.fromkeys(ASSEMBLERS, path)
@@ -80,19 +80,13 @@ def compiler_fault(device: torch.device) -> str:
     return "" if right else "the compiler runs here and gives wrong results"
 
 
-def find_assembler(attempt: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The first ptxas of a CUDA toolkit or wheel with which the command `attempt` exits with 0; and those that were tried.
-
-    Each runs in a process of its own: a failed compile leaves worker processes behind that keep their environment.
-    """
-    tried: list[str] = []
-    for path in assemblers():
-        tried.append(path)
-        env = {**os.environ, **dict.fromkeys(ASSEMBLERS, path)}
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            if subprocess.run(attempt, env=env, capture_output=True, timeout=300, check=False).returncode == 0:
-                return path, tried
-    return None, tried
+def runs_with(assembler: str, device: torch.device) -> bool:
+    """Whether the compiler runs with that ptxas, in a process of its own: a failed compile leaves worker processes behind
+    that keep their environment."""
+    command, env = [sys.executable, "-c", ATTEMPT, str(device)], {**os.environ, **dict.fromkeys(ASSEMBLERS, assembler)}
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, env=env, capture_output=True, timeout=300, check=False).returncode == 0
+    return False
 
 
 def assemblers() -> list[str]:
