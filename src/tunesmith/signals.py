@@ -4,8 +4,6 @@ A signal that is ignored when a command starts stays ignored: `nohup` does that 
 its background jobs. A forked child has its parent's handlers of before.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import signal
@@ -13,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from tunesmith.errors import StoppedError
 
@@ -43,7 +41,7 @@ class StopRequest:
         self._strike = False  # the next signal raises
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         # Python lets only the main thread take signals; elsewhere (a notebook's worker) the caller keeps its own.
         if threading.current_thread() is not threading.main_thread():
             return self

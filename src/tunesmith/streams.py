@@ -1,15 +1,10 @@
 """Standard streams that outlive their readers: a closed pipe or descriptor, a terminal that is gone, a full disk."""
 
-from __future__ import annotations
-
 import io
 import os
 import select
 import sys
-from typing import TYPE_CHECKING, TextIO
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from typing import Any, TextIO
 
 
 class LastingOutput(io.FileIO):
@@ -21,7 +16,7 @@ class LastingOutput(io.FileIO):
     raises = False
     raised: OSError | None = None
 
-    def write(self, data: ReadableBuffer, /) -> int:
+    def write(self, data: Any, /) -> int:
         try:
             while (count := super().write(data)) is None:  # a non-blocking pipe or terminal whose reader is behind
                 select.select([], [self], [])

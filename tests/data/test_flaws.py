@@ -14,11 +14,11 @@ from conftest import byte_tokenizer
 from recipes import make_run
 from rows import alpaca
 from tunesmith.config.schema import Source
-from tunesmith.data.flaws import find_repeats, row_flaws
+from tunesmith.data.flaws import row_flaws
 from tunesmith.data.formats import Completion, Conversation, Text, convert_row
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.template import Template
-from tunesmith.data.tokens import TokenSet
+from tunesmith.data.tokens import TokenSet, find_repeats
 from tunesmith.errors import DataError
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

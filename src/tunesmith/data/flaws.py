@@ -1,21 +1,9 @@
-"""What is valid in rows but seldom meant, and told before the first step.
-
-Flaws of a row are counted while it is tokenised. Repeated examples are found by a hash of their tokens.
-"""
-
-from __future__ import annotations
+"""What is valid in a row but seldom meant: counted while it is tokenised, and told before the first step."""
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from tunesmith.data.formats import Completion, Conversation, Sample
-
-if TYPE_CHECKING:
-    from tunesmith.data.tokens import TokenSet
 
 # name: (what the row has, why it matters, the fix)
 FLAWS = {
@@ -52,25 +40,3 @@ def row_flaws(sample: Sample, *, raw: bool) -> Iterator[str]:
         yield "empty"
     if any("{{" in text and _PLACEHOLDER.search(text) for text in texts):
         yield "placeholder"
-
-
-@dataclass(frozen=True)
-class Repeats:
-    """How many examples repeat an earlier one token for token; places of the first of them and of the one it repeats."""
-
-    count: int = 0
-    where: str = ""
-    earlier: str = ""
-
-
-def find_repeats(tokens: TokenSet, among: TokenSet | None = None) -> Repeats:
-    """Examples of `tokens` that are also in `among`; or None, earlier in `tokens`."""
-    there = tokens if among is None else among
-    own, other = tokens.hashes, there.hashes
-    if not len(own) or not len(other):
-        return Repeats()
-    order = np.argsort(other, kind="stable")
-    # Of equal hashes the first in the sorted order is the earliest example.
-    found = order[np.minimum(np.searchsorted(other, own, sorter=order), len(other) - 1)]
-    at = np.flatnonzero(found < np.arange(len(own)) if there is tokens else other[found] == own)
-    return Repeats(len(at), tokens.where(int(at[0])), there.where(int(found[at[0]]))) if len(at) else Repeats()

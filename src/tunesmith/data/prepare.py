@@ -1,20 +1,18 @@
 """A recipe's data, ready to train on: template, tokens, contract and schedule. `train` and `data` both start here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tunesmith.config.schema import Run
 from tunesmith.data.contract import Contract, check_tokens, excerpt
-from tunesmith.data.flaws import FLAWS, Repeats, find_repeats
+from tunesmith.data.flaws import FLAWS
 from tunesmith.data.hold_out import read_splits
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.template import Template, select_template
-from tunesmith.data.tokens import SourceTokens, TokenSet, tokenise
+from tunesmith.data.tokens import Repeats, SourceTokens, TokenSet, find_repeats, tokenise
 from tunesmith.errors import DataError
 from tunesmith.host_files import available_memory, cache_folder, from_here
 
@@ -42,7 +40,7 @@ class TrainingData:
         """sha256 (hex) of the training examples: tokens, mask, order in the source, and weights."""
         return self.train.counts.digest
 
-    def repeated(self, steps: int) -> TrainingData:
+    def repeated(self, steps: int) -> Self:
         """The same where all of the first `steps` steps are full: each example comes several times in an epoch if need be."""
         schedule, repeats = self.schedule, self.train.repeats
         while schedule.ends_short and schedule.steps_per_epoch(0) <= steps:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,9 +44,6 @@ class Rows:
     def available(self) -> int:
         """All rows of the files and splits that some are taken of."""
         return sum(map(len, self._tables()))
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[i] for i in range(len(self)))
 
     def _find(self, i: int) -> tuple[Table, int]:
         if not 0 <= i < len(self):

@@ -153,6 +153,28 @@ class TokenSet:
         return TokenSet(parts)
 
 
+@dataclass(frozen=True)
+class Repeats:
+    """How many examples repeat an earlier one token for token; places of the first of them and of the one it repeats."""
+
+    count: int = 0
+    where: str = ""
+    earlier: str = ""
+
+
+def find_repeats(tokens: TokenSet, among: TokenSet | None = None) -> Repeats:
+    """Examples of `tokens` that are also in `among`; or None, earlier in `tokens`."""
+    there = tokens if among is None else among
+    own, other = tokens.hashes, there.hashes
+    if not len(own) or not len(other):
+        return Repeats()
+    order = np.argsort(other, kind="stable")
+    # Of equal hashes the first in the sorted order is the earliest example.
+    found = order[np.minimum(np.searchsorted(other, own, sorter=order), len(other) - 1)]
+    at = np.flatnonzero(found < np.arange(len(own)) if there is tokens else other[found] == own)
+    return Repeats(len(at), tokens.where(int(at[0])), there.where(int(found[at[0]]))) if len(at) else Repeats()
+
+
 def tokenise(
     sources: Sequence[tuple[Source, Rows]],
     data: Data,

@@ -1,13 +1,12 @@
 """log.txt: every line that a run showed, with its time."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from tunesmith.errors import StoppedError, TunesmithError
 
@@ -62,7 +61,7 @@ class LogFile(logging.Handler):
             os.close(self._file)
             self._file = None
 
-    def __enter__(self) -> LogFile:
+    def __enter__(self) -> Self:
         if not PACKAGE.hasHandlers():
             PACKAGE.addHandler(self)
         return self

@@ -8,14 +8,12 @@ In its folder, `output_dir/profile/` for a training run, each rank r writes for 
     top-rank<r>-<cycle>.txt           the ten operations with the most time of their own; on a GPU its idle time
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.autograd import DeviceType
@@ -49,7 +47,7 @@ class Profiler:
             record_shapes=True,
         )
 
-    def __enter__(self) -> Profiler:
+    def __enter__(self) -> Self:
         if self._profile is not None:
             self._profile.start()
         return self

@@ -5,15 +5,13 @@ infinities, which JSON lacks, become the strings "NaN", "Infinity" and "-Infinit
 partial last line.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tunesmith.errors import RunError
 from tunesmith.host_files import write_atomically
@@ -63,7 +61,7 @@ class StepRecord:
         return json.dumps(self.to_plain(), allow_nan=False)
 
     @classmethod
-    def from_plain(cls, values: Any) -> StepRecord:
+    def from_plain(cls, values: Any) -> Self:
         """The record that `to_plain` made. Unknown names go to `extra` if their value is a number, else they are skipped.
 
         ValueError for a missing name; TypeError for what is no dict, or a value of another type.
@@ -87,7 +85,7 @@ class StepRecord:
         return cls(**known, extra=extra)
 
     @classmethod
-    def from_json(cls, line: str | bytes) -> StepRecord:
+    def from_json(cls, line: str | bytes) -> Self:
         """Read what `to_json` wrote; raises as `from_plain`, and ValueError for what is not JSON."""
         return cls.from_plain(json.loads(line))
 
