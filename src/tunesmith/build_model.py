@@ -24,7 +24,7 @@ from tunesmith.model.architectures import LAYERS
 from tunesmith.model.weights import load_weights
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.parallel.mesh import ALONE, Mesh
-from tunesmith.parallel.shard import settle_shards, shard_model
+from tunesmith.parallel.shard import shard_model
 from tunesmith.parallel.tensor import cut_model
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import FUSED, KINDS, TENSOR_WISE
@@ -121,7 +121,7 @@ def build_model(
     plan = apply_fast_paths(run, model, plan, mesh)
     shard_model(root, mesh, run, load.DTYPES[run.model.dtype])
     load.materialise(model, device)
-    settle_shards(root)
+    root.to(device)  # FSDP lays its padding into the shards now: tensors taken from them before would be left behind
     fill_parameters(run, files, model, weights or files.folder)
     if plan.base.startswith(tuple(KINDS)) and probes:
         plan = quantize_base_eight_bit(root, plan, probes)

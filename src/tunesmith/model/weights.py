@@ -8,7 +8,7 @@ machine with unified memory is the GPU's memory too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from tunesmith.errors import ModelError
 from tunesmith.model.safetensors_files import Entry, drop_pages, open_uncached, read_headers, read_into
 from tunesmith.private import local_slices
+from tunesmith.sharded import local_part
 
 STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -55,20 +56,29 @@ class StoredTensor:
                 flat[start : start + len(piece)].copy_(piece)
         drop_pages(self._file, self._entry)
 
-    def into_shard(self, target: DTensor) -> None:
-        """Read this rank's part of `target`, whose global shape is the stored one."""
-        local, (rows, *rest) = target.to_local(), local_slices(target)
-        width = math.prod(self.shape[1:])
-        if all(part == slice(0, size) for part, size in zip(rest, self.shape[1:], strict=True)):
-            if local.numel():
-                self.into(local, rows.start * width)
+    def into_part(self, target: torch.Tensor) -> None:
+        """Read what this rank holds of `target`, which may be a DTensor and have more rows than are stored."""
+        local, slices = local_part(target), local_slices(target)
+        if not slices:
+            self.into(local)
             return
-        step = max(1, SLICE // (width * self.dtype.itemsize))  # whole rows, of which the columns are taken
-        for start in range(rows.start, rows.stop, step):
-            stop = min(start + step, rows.stop)
-            piece = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
-            self.into(piece, start * width)
-            local[start - rows.start : stop - rows.start].copy_(piece[(slice(None), *rest)])
+        rows, *columns = slices
+        first, last = rows.start, min(rows.stop, self.shape[0])
+        local = local[: max(last - first, 0)]
+        if all(part == slice(0, size) for part, size in zip(columns, self.shape[1:], strict=True)):
+            self.into(local, first * math.prod(self.shape[1:]))
+            return
+        for start, band in self.bands(first, last):
+            local[start - first : start - first + len(band)].copy_(band[(slice(None), *columns)])
+
+    def bands(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """The rows from `first` to before `last`, about SLICE bytes at a time: the index of the first one, and the rows."""
+        last, width = self.shape[0] if last is None else last, math.prod(self.shape[1:])
+        step = max(1, SLICE // max(1, width * self.dtype.itemsize))
+        for start in range(first, last, step):
+            band = torch.empty(min(step, last - start), *self.shape[1:], dtype=self.dtype)
+            self.into(band, start * width)
+            yield start, band
 
     def _read(self, flat: torch.Tensor, offset: int) -> None:
         if flat.numel():
@@ -141,18 +151,13 @@ def _read_parameter(stored: StoredTensor, target: torch.Tensor) -> None:
     An untrained row then neither dominates the softmax nor is out of distribution (Hewitt, 2021, "Initializing new word
     embeddings for pretrained language models"); without noise it is the same on every machine.
     """
-    if isinstance(target, DTensor) and target.shape == stored.shape:
-        stored.into_shard(target)
-    elif isinstance(target, DTensor):
-        whole = torch.empty(target.shape, dtype=target.dtype)
-        _read_parameter(stored, whole)
-        copy_whole(target, whole)
-    elif target.shape == stored.shape:
-        stored.into(target)
-    else:
-        known = stored.shape[0]
-        stored.into(target[:known])
-        target[known:] = target[:known].mean(dim=0, dtype=torch.float32).to(target.dtype)
+    stored.into_part(target)
+    if target.shape != stored.shape:
+        (rows, *rest), known = local_slices(target), stored.shape[0]
+        new = local_part(target)[max(known - rows.start, 0) :]
+        if len(new):
+            total = torch.stack([band.sum(dim=0, dtype=torch.float32) for _, band in stored.bands()]).sum(dim=0)
+            new.copy_((total / known)[tuple(rest)])
 
 
 def copy_whole(target: torch.Tensor, whole: torch.Tensor) -> None:
@@ -194,7 +199,8 @@ def _equal(a: Entry, b: Entry) -> bool:
     if a.dtype not in STORED:
         return True  # `_check_complete` refuses the one that stays
     with open_uncached(a.file) as fa, open_uncached(b.file) as fb:
-        return torch.equal(StoredTensor(a, fa).read(), StoredTensor(b, fb).read())
+        pairs = zip(StoredTensor(a, fa).bands(), StoredTensor(b, fb).bands(), strict=True)
+        return all(torch.equal(left, right) for (_, left), (_, right) in pairs)
 
 
 def _check_complete(

@@ -66,14 +66,6 @@ def sharded_modules(root: nn.Module) -> list[FSDPModule]:
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
-def settle_shards(root: nn.Module) -> None:
-    """Let FSDP lay its padding into parameters that `materialise` has just allocated: tensors taken from them before
-    would be left behind. A collective call, group by group."""
-    for module in sharded_modules(root):
-        module.unshard()
-        module.reshard()
-
-
 def reduce_in(root: nn.Module, mesh: Mesh, *, last: bool) -> None:
     """Say whether the coming backward, of a model trained in full, is the `last` of its step.
 
