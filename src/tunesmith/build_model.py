@@ -21,6 +21,7 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import fused, load, random_init
 from tunesmith.model.architectures import LAYERS
+from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.weights import load_weights
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.parallel.mesh import ALONE, Mesh
@@ -49,7 +50,7 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
     """The model on meta, as the recipe trains it: quantized layers, adapter and fused modules, but no weights."""
     model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
     if run.model.quantize == "nf4":
-        nf4.replace_linears(model, load.DTYPES[run.model.dtype])
+        nf4.replace_linears(model, DTYPES[run.model.dtype])
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=run.train.seed)
     fused.fuse_modules(model, project=lora.project)
@@ -119,7 +120,7 @@ def build_model(
         compilation.compile_layers(root.layers, varied=plan.layout.pad_to is None)
         root.score = compilation.compile_score(root.score)
     plan = apply_fast_paths(run, model, plan, mesh)
-    shard_model(root, mesh, run, load.DTYPES[run.model.dtype])
+    shard_model(root, mesh, run, DTYPES[run.model.dtype])
     load.materialise(model, device)
     root.to(device)  # FSDP lays its padding into the shards now: tensors taken from them before would be left behind
     fill_parameters(run, files, model, weights or files.folder)

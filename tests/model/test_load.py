@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tunesmith.config.schema import Model
 from tunesmith.model import load
+from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.weights import load_weights
 
 from . import families
@@ -31,7 +32,7 @@ def family(request, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_tensor_is_from_pretraineds(family: Path, dtype: str) -> None:
-    theirs = AutoModelForCausalLM.from_pretrained(family, dtype=load.DTYPES[dtype]).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(family, dtype=DTYPES[dtype]).eval()
     mine = ours(family, dtype)
     for kind in ("named_parameters", "named_buffers"):
         left, right = dict(getattr(mine, kind)()), dict(getattr(theirs, kind)())

@@ -19,6 +19,7 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.hub import fetch
 from tunesmith.model import load, safetensors_files
+from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.model.weights import load_weights
 
@@ -99,7 +100,7 @@ def test_dtypes_are_converted_as_torch_does(folder: Path, stored: str, dtype: st
     load.materialise(model, torch.device("cpu"))
     load_weights(model, folder)
     for name, tensor in load_file(folder / "model.safetensors").items():
-        assert torch.equal(model.get_parameter(name), tensor.to(load.DTYPES[dtype]))
+        assert torch.equal(model.get_parameter(name), tensor.to(DTYPES[dtype]))
 
 
 def test_new_rows_are_the_mean_of_the_old(folder: Path) -> None:

@@ -19,7 +19,7 @@ from tunesmith.config.schema import Run
 from tunesmith.data.template import Template
 from tunesmith.errors import CheckpointError
 from tunesmith.methods.base import TrainModel
-from tunesmith.model.load import DTYPES
+from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.save_tensors import save_sharded, save_tensors
 from tunesmith.parallel.shard import gathered
 from tunesmith.runtime.transfer import Snapshot

@@ -33,7 +33,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import EXIT_FAILED, CheckpointError, OtherRankError, first_line
 from tunesmith.host_files import available_memory
 from tunesmith.methods.base import TrainModel
-from tunesmith.model.load import DTYPES
+from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.save_tensors import save_sharded
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.ranks import PATIENCE, Ranks

@@ -66,7 +66,8 @@ def _convert(file: Path, dtype: str, made: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from tunesmith.model.load import DTYPES, one_line
+    from tunesmith.model.dtypes import DTYPES
+    from tunesmith.model.load import one_line
 
     kept, level = DTYPES[dtype], logging.get_verbosity()
     logging.set_verbosity_error()

@@ -29,7 +29,7 @@ from tunesmith.inference import merge_check
 from tunesmith.inference.load_run import Dtype, LoadedModel, RunLocation, load_run, locate_run
 from tunesmith.inference.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit, logits_of
 from tunesmith.model import spec
-from tunesmith.model.load import DTYPES
+from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.save_tensors import SHARD
 from tunesmith.quant.nf4 import Nf4Linear

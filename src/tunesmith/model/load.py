@@ -19,10 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
+from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.spec import read_spec
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def load_config(folder: Path, model: Model) -> PretrainedConfig:
