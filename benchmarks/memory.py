@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from generated import table, write_or_check
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.adapter.lora import attach_lora, count_adapter_parameters
@@ -23,8 +24,6 @@ from tunesmith.model.spec import ModelSpec, read_spec
 from tunesmith.runtime.plan import Machine
 from tunesmith.runtime.resolve import USABLE, MemoryEstimator
 
-BEGIN = "<!-- Written by: python benchmarks/memory.py --write docs/memory.md -->\n"
-END = "<!-- The end of what it writes. -->\n"
 MODELS = ("llama3-3b", "mistral-7b", "llama3-8b", "qwen3-8b", "llama3-70b")
 METHODS = {
     "full": {"adapter": {"kind": "none"}},
@@ -83,29 +82,11 @@ def rows() -> Iterator[tuple[str, ...]]:
             )
 
 
-def table() -> str:
+def page() -> str:
     """The table in Markdown."""
     head = ("model", "method", "trained", "GiB, at least", "GiB, 2,048 tokens", "GiB, 16,384 tokens", "smallest GPU")
-    lines = [head, ("---",) * len(head), *rows()]
-    return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
-
-
-def main() -> int:
-    """`--write FILE` or `--check FILE`."""
-    if len(sys.argv) != 3 or sys.argv[1] not in ("--write", "--check"):
-        print(__doc__, file=sys.stderr)
-        return 2
-    page = Path(sys.argv[2])
-    old = page.read_text(encoding="utf-8")
-    before, _, rest = old.partition(BEGIN)
-    new = before + BEGIN + table() + END + rest.partition(END)[2]
-    if sys.argv[1] == "--write":
-        page.write_text(new, encoding="utf-8")
-    elif new != old:
-        print(f"{page} differs from the estimate; run: python benchmarks/memory.py --write {page}", file=sys.stderr)
-        return 1
-    return 0
+    return table(head, rows())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(__doc__, "benchmarks/memory.py", page))

@@ -1,106 +1,81 @@
-"""The table of docs/plan.md: what `tunesmith plan` forecasts for some models and machines.
+"""The table of docs/plan.md: what `tunesmith plan` forecasts for the recipes that ship, on the machines that they are for.
 
     python benchmarks/plan.py --write docs/plan.md
     python benchmarks/plan.py --check docs/plan.md      # exit status 1 if the page differs from the forecast
 
-Shapes are those of `tunesmith bench --shape`; every example fills 2,048 tokens.
+Shapes are those of `tunesmith bench --shape`; every example fills `data.seq_len`.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
-from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
-from tunesmith.config.load import from_mapping
+from generated import table, write_or_check
+
+from tunesmith.config.load import load_recipe
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import read_spec
-from tunesmith.plan.forecast import Planner, measure_work
+from tunesmith.plan.forecast import measure_work, plan_on_paper
 from tunesmith.plan.hardware import read_cluster
-
-BEGIN = "<!-- Written by: python benchmarks/plan.py --write docs/plan.md -->\n"
-END = "<!-- The end of what it writes. -->\n"
-LORA = {"adapter": {"rank": 16, "alpha": 32}}
-FULL = {"adapter": {"kind": "none"}}
-STOCHASTIC = {"master_weights": "stochastic"}
+from tunesmith.runtime.resolve import checkpoint_bytes
 
 
 class Row(NamedTuple):
-    """A run: model, method in words, machines, recipe, keys of `train`, and of `parallel` where one mesh is meant."""
+    """A run in words, its recipe with other keys, the shape of its model, machines."""
 
+    words: str
+    recipe: str
     shape: str
-    method: str
     on: str
-    recipe: dict
-    train: dict
-    parallel: dict
 
 
+FULL, LORA = "llama3.3-70b-full", "llama3.3-70b-lora"
+# A guide's 4 and 16 rows for each of 2 shards of 8 ranks are 8,192 and 32,768 tokens a step.
 ROWS = [
-    Row("llama3-70b", "full, 4 examples a step", "2x8xh100", FULL, {"global_batch": "4 examples"}, {}),
-    Row("llama3-70b", "the same", "2x8xh100", FULL, {"global_batch": "4 examples"}, {"shard": 2, "tensor": 8}),
-    Row("llama3-70b", "full, 16 examples a step", "2x8xh100", FULL, {"global_batch": "16 examples"}, {}),
-    Row("llama3-70b", "full, 16, stochastic rounding", "2x8xh100", FULL, {"global_batch": "16 examples", **STOCHASTIC}, {}),
-    Row("llama3-70b", "LoRA r 16, 32 a step", "2x8xh100", LORA, {"global_batch": "32 examples"}, {}),
-    Row("llama3-70b", "LoRA r 16, 32 a step", "2x-dgx-spark", LORA, {"global_batch": "32 examples"}, {}),
-    Row("llama3-70b", "QLoRA r 16 (nf4), 32 a step", "dgx-spark", LORA | {"model": {"quantize": "nf4"}}, {"global_batch": "32 examples"}, {}),
-    Row("llama3-8b", "LoRA r 16, 32 a step", "dgx-spark", LORA, {"global_batch": "32 examples"}, {}),
-    Row("llama3-8b", "LoRA r 16, 32 a step", "2x-dgx-spark", LORA, {"global_batch": "32 examples"}, {}),
-    Row("llama3-3b", "full, 32 a step", "dgx-spark", FULL, {"global_batch": "32 examples"}, {}),
-    Row("llama3-3b", "full, 32 a step", "2x-dgx-spark", FULL, {"global_batch": "32 examples"}, {}),
-]  # fmt: skip
+    Row("70B full, 4 rows a data rank", FULL, "llama3-70b", "2x8xh100"),
+    Row("70B full, 16 rows a data rank", f"{FULL} train.global_batch='32768 tokens'", "llama3-70b", "2x8xh100"),
+    Row("70B LoRA", LORA, "llama3-70b", "2x8xh100"),
+    Row("70B LoRA", "llama3.1-70b-lora", "llama3-70b", "2x-dgx-spark"),
+    Row("70B QLoRA", "llama3.1-70b-qlora", "llama3-70b", "dgx-spark"),
+    Row("8B LoRA", "llama3.1-8b-lora", "llama3-8b", "dgx-spark"),
+    Row("8B LoRA", "llama3.1-8b-lora", "llama3-8b", "2x-dgx-spark"),
+    Row("3B full", "llama3.2-3b-full", "llama3-3b", "dgx-spark"),
+    Row("3B full", "llama3.2-3b-full", "llama3-3b", "2x-dgx-spark"),
+]
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """One line of the table: the mesh that `plan` puts first."""
-    values = {"data": {"train": {"source": "rows.jsonl"}}, "output_dir": "runs/none", **row.recipe, "train": row.train}
-    values["model"] = {"name": "none", **row.recipe.get("model", {})}
-    run = from_mapping(values, where="plan.py", base=Path.cwd())
-    run = replace(run, parallel=replace(run.parallel, **row.parallel))
-    spec = read_spec(SHAPES[row.shape].config, where=row.shape)
-    found = Planner(run, spec, read_cluster(row.on), measure_work(run, spec, None, None)).ranked()[0]
+    name, *keys = shlex.split(row.recipe)
+    run, spec = load_recipe(name, keys), read_spec(SHAPES[row.shape].config, where=row.shape)
+    planner = plan_on_paper(run, spec, read_cluster(row.on), measure_work(run, spec, None))
+    found, (size, _) = planner.ranked()[0], checkpoint_bytes(run, planner.trained)
     return (
-        SHAPES[row.shape].source.partition("/")[2],
-        row.method,
+        row.words,
+        f"`{row.recipe}`",
         row.on,
         " x ".join(map(str, found.plan.mesh)),
         f"{found.plan.memory.tokens:,}",
         f"{found.plan.recomputed_layers} of {spec.layers}",
-        f"{found.phases['step'] / 2**30:.0f} of {found.room / 2**30:.0f}",
-        f"{found.step_seconds:.1f}",
-        f"{found.hidden_seconds:.1f}",
+        f"{' / '.join(f'{bytes_ / 2**30:.0f}' for bytes_ in found.phases.values())} of {found.room / 2**30:.0f}",
+        " / ".join(f"{bytes_ / 1e9:,.1f}" for bytes_ in found.sent.values()),
+        f"{found.step_seconds:.1f}" if found.fits else "does not fit",
         f"{found.idle_share:.0%}",
         f"{found.tokens_per_second:,.0f}",
+        f"{size / 1e9:,.1f}",
     )
 
 
-def table() -> str:
+def page() -> str:
     """The table in Markdown."""
     head = (
-        "model", "method", "on", "replicate x shard x tensor", "micro batch", "recompute", "GiB a rank", "step, s",
-        "hidden communication, s", "idle", "tokens/s",
+        "run", "recipe", "on", "replicate x shard x tensor", "micro batch", "recompute", "GiB a rank: load / step / save",
+        "GB that a rank sends a step: node / network", "step, s", "idle", "tokens/s", "GB a checkpoint",
     )  # fmt: skip
-    lines = [head, ("---",) * len(head), *map(cells, ROWS)]
-    return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
-
-
-def main() -> int:
-    """`--write FILE` or `--check FILE`."""
-    if len(sys.argv) != 3 or sys.argv[1] not in ("--write", "--check"):
-        print(__doc__, file=sys.stderr)
-        return 2
-    page = Path(sys.argv[2])
-    old = page.read_text(encoding="utf-8")
-    before, _, rest = old.partition(BEGIN)
-    new = before + BEGIN + table() + END + rest.partition(END)[2]
-    if sys.argv[1] == "--write":
-        page.write_text(new, encoding="utf-8")
-    elif new != old:
-        print(f"{page} differs from the forecast; run: python benchmarks/plan.py --write {page}", file=sys.stderr)
-        return 1
-    return 0
+    return table(head, map(cells, ROWS))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(__doc__, "benchmarks/plan.py", page))

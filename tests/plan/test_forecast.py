@@ -17,7 +17,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.loss import chunk_size
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import adapter_parameters, flops, read_spec
-from tunesmith.plan.forecast import EIGHT_BIT_SPEED, Forecast, Planner, measure_work
+from tunesmith.plan.forecast import EIGHT_BIT_SPEED, Forecast, Planner, measure_work, plan_on_paper
 from tunesmith.plan.hardware import CHIPS, Cluster, read_cluster
 from tunesmith.runtime.plan import Machine, MeshShape
 from tunesmith.runtime.resolve import GATHERED_LAYERS, MemoryEstimator
@@ -44,16 +44,16 @@ RECIPES = {
 }
 
 
-def recipe(changes: dict, **parallel: int) -> Run:
+def recipe(changes: dict, **parallel: int | str) -> Run:
     values = {"data": {"train": {"source": "rows.jsonl"}}, "output_dir": "out"} | changes
     values["model"] = {"name": "m", **changes.get("model", {})}
     run = from_mapping(values, where="test", base=Path.cwd())
     return replace(run, parallel=replace(run.parallel, **parallel))
 
 
-def planner(shape: str, on: str, changes: dict, *, length: int | None = None, **parallel: int) -> Planner:
+def planner(shape: str, on: str, changes: dict, *, length: int | None = None, **parallel: int | str) -> Planner:
     run, spec = recipe(changes, **parallel), read_spec(SHAPES[shape].config, where=shape)
-    return Planner(run, spec, read_cluster(on), measure_work(run, spec, None, length))
+    return plan_on_paper(run, spec, read_cluster(on), measure_work(run, spec, None, length))
 
 
 def forecast(shape: str, on: str, mesh: tuple[int, int, int], changes: dict) -> Forecast:
@@ -111,31 +111,65 @@ def test_tensor_parallelism_keeps_the_normed_inputs_whole() -> None:
     assert eight.workspace == 2 * (one_weight + rows) + (2 * 2 + 4) * 128256 // 8 * chunk
 
 
+def tensors(shape: str, on: str, changes: dict, **spec: object) -> set[int]:
+    """The sizes of a tensor group that `auto` may take."""
+    made = planner(shape, on, changes, tensor="auto")
+    return {mesh.tensor for mesh in replace(made, spec=replace(made.spec, **spec)).meshes()}
+
+
 def test_the_meshes_of_a_cluster() -> None:
-    found = planner("llama3-70b", "2x8xh100", {}).meshes()
+    found = planner("llama3-70b", "2x8xh100", {}, tensor="auto").meshes()
     assert len(found) == len({*found}) == 5 + 4 + 3 + 2  # shards of 16, 8, 4 and 2 ranks
     assert all(mesh.world == 16 and mesh.tensor <= 8 for mesh in found)
+    assert found == sorted(found, key=lambda mesh: (mesh.tensor, mesh.shard)), "the fewest cuts and shards first"
+    assert {mesh.tensor for mesh in planner("llama3-70b", "2x8xh100", {}).meshes()} == {1}, "as the recipe says"
     assert planner("llama3-70b", "2x8xh100", {}, tensor=8, shard=2).meshes() == [MeshShape(1, 2, 8)]
-    assert {m.tensor for m in planner("qwen3-8b", "2x8xh100", {"model": {"quantize": "nf4"}}).meshes()} == {1, 2, 4, 8}
+    assert planner("llama3-70b", "2x8xh100", {}, tensor="auto", shard=8, replicate=1).meshes() == [MeshShape(1, 8, 2)]
+
+
+def test_auto_cuts_what_can_be_cut_evenly() -> None:
+    nf4 = {"model": {"quantize": "nf4"}}
+    assert tensors("qwen3-8b", "2x8xh100", nf4) == {1, 2, 4, 8}
     # 3B has 24 heads, which 16 ranks cannot share, and other families are not cut.
-    assert max(m.tensor for m in planner("llama3-3b", "16xh100", {}).meshes()) == 8
-    gemma = replace(planner("llama3-3b", "8xh100", {}).spec, model_type="gemma")
-    assert {m.tensor for m in replace(planner("llama3-3b", "8xh100", {}), spec=gemma).meshes()} == {1}
+    assert tensors("llama3-3b", "16xh100", {}) == {1, 2, 4, 8}
+    assert tensors("llama3-3b", "8xh100", {}, model_type="gemma") == {1}
     # 14336 / 8 = 1792 is 28 blocks of nf4, 28 / 8 is no whole number of them.
-    blocks = replace(planner("llama3-8b", "8xh100", {"model": {"quantize": "nf4"}}).spec, intermediate=1792)
-    assert (
-        max(
-            m.tensor
-            for m in replace(planner("llama3-8b", "8xh100", {"model": {"quantize": "nf4"}}), spec=blocks).meshes()
-        )
-        == 4
-    )
-    with pytest.raises(RecipeError, match="no mesh of 16 ranks") as refused:
-        planner("llama3-70b", "2x8xh100", {}, shard=5).meshes()
-    assert "parallel.shard=auto" in refused.value.fix
-    for tensor in (3, 16):  # 64 heads are no multiple of 3, and 16 GPUs are two nodes
-        with pytest.raises(RecipeError, match="no mesh of 16 ranks"):
-            planner("llama3-70b", "2x8xh100", {}, tensor=tensor).meshes()
+    assert tensors("llama3-8b", "8xh100", nf4, intermediate=1792) == {1, 2, 4}
+    assert tensors("llama3-8b", "8xh100", nf4, quantised="bnb-nf4") == {1}
+    assert tensors(
+        "llama3-8b",
+        "8xh100",
+        {"train": {"optimizer_in_backward": True, "clip_norm": None}, "adapter": {"kind": "none"}},
+    ) == {1}
+    fp8 = planner("llama3-8b", "8xh100", {"model": {"quantize": "fp8"}}, tensor="auto")
+    assert fp8.meshes() == [MeshShape(8, 1, 1)]
+
+
+REFUSED = {
+    "does not fit 16 ranks": {"shard": 5},
+    "64 heads, 8 of keys and values": {"tensor": 3, "world": "3xh100"},
+    "a layer over the nodes, which have 8 ranks each": {"tensor": 16},
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_a_mesh_that_cannot_be(text: str) -> None:
+    parallel = dict(REFUSED[text])
+    with pytest.raises(RecipeError, match=text) as refused:
+        planner("llama3-70b", parallel.pop("world", "2x8xh100"), {}, **parallel).meshes()
+    assert "auto" in refused.value.fix
+
+
+def test_a_recipe_that_keeps_to_one_tensor_rank_is_told_of_auto() -> None:
+    """70B in full: 16 shards do not fit with fp32 masters, 2 shards of 8 ranks that compute a layer together do."""
+    made = planner("llama3-70b", "2x8xh100", FULL)
+    best = made.with_tensor()
+    assert best is not None
+    assert best == planner("llama3-70b", "2x8xh100", FULL, tensor="auto").ranked()[0]
+    nearest = made.ranked()[0]
+    assert nearest.fits or nearest.plan.less_memory().startswith("parallel.tensor=auto (")
+    assert planner("llama3-8b", "2x-dgx-spark", {}).with_tensor() is None, "a node has one rank"
+    assert planner("llama3-70b", "2x8xh100", FULL, tensor=8).with_tensor() is None
 
 
 def test_a_step_of_one_rank_takes_its_operations_at_the_rate_of_the_chip() -> None:
@@ -168,7 +202,7 @@ def test_gathers_hide_behind_compute_as_far_as_they_are_shorter() -> None:
             {"train": keys, "data": {"train": {"source": "r.jsonl"}, "seq_len": 512}},
         )
     layers, rest = 2 * LAYERS * MATRICES, 2 * (P - LAYERS * MATRICES)
-    gather, ends = layers / 2 / 20e9, (rest + layers / LAYERS) / 2 / 20e9
+    gather, ends = (layers - layers / LAYERS) / 2 / 20e9, (rest + layers / LAYERS) / 2 / 20e9
     long, short = runs[16384], runs[512]
     assert long.seconds["shards"] == pytest.approx(ends)
     assert long.hidden_seconds == pytest.approx(2 * gather)
@@ -176,6 +210,25 @@ def test_gathers_hide_behind_compute_as_far_as_they_are_shorter() -> None:
     exposed = ends + (gather - forward) + max(0, gather - 2 * forward)
     assert short.seconds["shards"] == pytest.approx(exposed)
     assert short.hidden_seconds == pytest.approx(ends + 2 * gather - exposed)
+
+
+def test_bytes_over_each_link_are_those_of_the_rings() -> None:
+    """70B, LoRA, 32 examples of 2,048 tokens."""
+    keys = {"train": {"global_batch": "32 examples", "micro_batch": "4096 tokens", "recompute": "full"}}
+    adapter = 4 * adapter_parameters(read_spec(SHAPES["llama3-70b"].config, where=""), recipe({}).adapter)
+    layers, rest = 2 * LAYERS * MATRICES, 2 * (P - LAYERS * MATRICES)
+    # Over two Sparks: half of each layer in the forward and again in the backward, but for the last one, and A and B's
+    # gradients there and back.
+    pair = forecast("llama3-70b", "2x-dgx-spark", (1, 2, 1), keys).sent
+    passes = 8  # micro batches of a rank
+    assert pair["link"] == 0
+    assert pair["network"] == pytest.approx(passes * (layers * (2 - 1 / LAYERS) + rest) / 2 + 2 * adapter / 2)
+    # Tensor groups stay on a node: 6 sums a layer and two more, each a scatter and a gather of 2 bytes a channel; what
+    # is left for the network is the adapter's gradients.
+    both = forecast("llama3-70b", "2x8xh100", (2, 1, 8), keys).sent
+    here = 4 * adapter_parameters(read_spec(SHAPES["llama3-70b"].config, where=""), recipe({}).adapter, 8)
+    assert both["link"] == pytest.approx(2 * (6 * LAYERS + 2) * 16 * 2048 * 8192 * 2 * 7 / 8)
+    assert both["network"] == pytest.approx(2 * here / 2)
 
 
 def test_a_group_is_as_fast_as_its_slowest_link() -> None:

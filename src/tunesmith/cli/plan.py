@@ -49,8 +49,9 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.hub import fetch
     from tunesmith.model.safetensors_files import read_json
     from tunesmith.model.spec import read_spec
-    from tunesmith.plan.forecast import Planner, measure_work
+    from tunesmith.plan.forecast import measure_work, plan_on_paper
     from tunesmith.plan.hardware import read_cluster
+    from tunesmith.runtime.resolve import checkpoint_bytes
 
     cluster, recipe = read_cluster(args.on, args.assume), load_recipe(args.recipe, args.overrides)
     model, path = recipe.model, fetch.local_model(recipe.model)
@@ -59,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
     config = folder / "config.json"
     spec = read_spec(read_json(config), where=str(config), trust_remote_code=model.trust_remote_code)
     work = measure_work(recipe, spec, None if args.length else _cached(recipe, folder), args.length)
-    planner = Planner(recipe, spec, cluster, work)
+    planner = plan_on_paper(recipe, spec, cluster, work)
     found = planner.ranked()
     if args.json:
         rows = [{**vars(f), "plan": {**vars(f.plan), "mesh": f.plan.mesh._asdict(), "savings": None}} for f in found]
-        about = {"machines": vars(cluster), "work": work._asdict(), "checkpoint_bytes": planner.checkpoint_bytes}
+        size, _ = checkpoint_bytes(recipe, planner.trained)
+        about = {"machines": vars(cluster), "work": work._asdict(), "checkpoint_bytes": size}
         print(json.dumps({**about, "meshes": rows}, indent=1, default=vars))
     else:
         print(*_lines(planner, found, args.price), sep="\n")
@@ -98,7 +100,11 @@ def _cached(recipe: Run, folder: Path) -> TokenSet | None:
 
 def _lines(planner: Planner, found: list[Forecast], price: float | None) -> list[str]:
     """A table of the meshes, and what the first of them does."""
-    chip, work, best, size = planner.cluster.chip, planner.work, found[0], planner.checkpoint_bytes / 1e9
+    from tunesmith.plan.forecast import BETTER
+    from tunesmith.runtime.resolve import checkpoint_bytes
+
+    chip, work, best = planner.cluster.chip, planner.work, found[0]
+    size, copies = checkpoint_bytes(planner.run, planner.trained)
     speed = f"{chip.tflops:.0f} TFLOP/s in whole steps" if chip.tflops else "for times --assume tflops=NUMBER"
     lines = [
         f"{planner.cluster.describe()}: {chip.gib:.0f} GiB, {speed} ({chip.source})",
@@ -115,12 +121,13 @@ def _lines(planner: Planner, found: list[Forecast], price: float | None) -> list
     if not best.fits:
         return lines
     seconds = ", ".join(f"{part} {value:.2f}" for part, value in best.seconds.items() if value >= 0.005)
-    phases = ", ".join(f"{phase} {size / GIB:.1f}" for phase, size in best.phases.items())
-    copies = planner.run.checkpoint.keep + 3  # one being written, the best, final/
+    phases = ", ".join(f"{phase} {needed / GIB:.1f}" for phase, needed in best.phases.items())
+    sent = [f"{amount / 1e9:,.2f} GB over its {name}" for name, amount in best.sent.items() if amount]
     lines += [
         f"memory of a rank: {best.plan.memory.describe()}; {phases} of {best.room / GIB:.1f} GiB",
         f"seconds of a step: {seconds}; communication behind them {best.hidden_seconds:.2f}",
-        f"disk: {size:.1f} GB a checkpoint, at most {copies} at once",
+        f"a rank sends in a step: {', '.join(sent) or 'nothing'}",
+        f"disk: {size / 1e9:.1f} GB a checkpoint, at most {copies} at once",
     ]
     if best.hides_from and planner.lora:
         lines.append(
@@ -129,7 +136,10 @@ def _lines(planner: Planner, found: list[Forecast], price: float | None) -> list
     if best.hours:
         cost = f", {best.hours * price * planner.cluster.world:,.0f} USD" if price else ""
         lines.append(f"the run: {best.hours:,.2f} h{cost}, without validation and checkpoints")
-    return [*lines, f"to have the first: {best.keys}"]
+    if (other := planner.with_tensor()) and (other.step_seconds or 0) < BETTER * (best.step_seconds or 0):
+        shape = other.plan.mesh.describe()
+        lines.append(f"parallel.tensor=auto is faster: {shape}, {other.step_seconds:.2f} s a step")
+    return [*lines, f"`train` takes the first on these machines; to have it elsewhere: {best.keys}"]
 
 
 def _refusal(planner: Planner, nearest: Forecast) -> MachineError:

@@ -164,7 +164,7 @@ class Parallel:
 
     replicate: Count | Literal["auto"] = key("auto", "data-parallel replicas of the model")
     shard: Count | Literal["auto"] = key("auto", "ranks that shard one replica")
-    tensor: Count = key(1, "tensor-parallel ranks of one layer")
+    tensor: Count | Literal["auto"] = key(1, "tensor-parallel ranks of one layer, on one node; auto: what is fastest")
 
 
 @dataclass(frozen=True, kw_only=True)

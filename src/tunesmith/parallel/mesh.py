@@ -6,20 +6,19 @@ of a tensor group on one node, and those of a shard group as near as they can be
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tunesmith.config.schema import Parallel
-from tunesmith.errors import MachineError, RecipeError
+from tunesmith.config.schema import Parallel, Run
+from tunesmith.errors import RecipeError
+from tunesmith.model.architectures import ARCHITECTURES, Architecture
+from tunesmith.model.spec import ModelSpec
+from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime.plan import ONE, MeshShape
 
-T = TypeVar("T")
 DIMENSIONS = ("replicate", "shard", "tensor")
 
 
@@ -85,28 +84,53 @@ ALONE = Mesh()
 
 
 def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
-    """The meshes of `world` ranks that a recipe allows, those with the fewest shards first; RecipeError if there is none."""
-    tensor = parallel.tensor
-    data = world // tensor if world % tensor == 0 else 0
-    shards = [n for n in range(1, data + 1) if data % n == 0 and parallel.shard in ("auto", n)]
-    shapes = [MeshShape(data // n, n, tensor) for n in shards if parallel.replicate in ("auto", data // n)]
+    """The meshes of `world` ranks that a recipe allows, those with the fewest cuts first, of them those with the fewest
+    shards; RecipeError if there is none."""
+    shapes = [
+        MeshShape(world // (shard * tensor), shard, tensor)
+        for tensor in (range(1, world + 1) if parallel.tensor == "auto" else [parallel.tensor])
+        for shard in range(1, world // tensor + 1)
+        if world % (shard * tensor) == 0
+    ]
+    shapes = [s for s in shapes if parallel.shard in ("auto", s.shard) and parallel.replicate in ("auto", s.replicate)]
     if not shapes:
         sizes = " x ".join(f"{name} {size}" for name, size in vars(parallel).items())
         what = f"the recipe's parallel does not fit {world} rank{'s' if world > 1 else ''}: {sizes}"
-        fix = (
-            "parallel.replicate=auto parallel.shard=auto parallel.tensor=1, or start as many ranks as they multiply to"
-        )
+        fix = "parallel.replicate=auto parallel.shard=auto parallel.tensor=1, or as many ranks as they multiply to"
         raise RecipeError(what, where="parallel", fix=fix)
     return shapes
 
 
-def share_work(parallel: Parallel, world: int, plan_of: Callable[[MeshShape], T]) -> tuple[MeshShape, T]:
-    """The mesh of a run and its plan: what the recipe sets, else as few shards as fit, in as many copies as there are.
+def meshes_for(run: Run, spec: ModelSpec, world: int, per_node: int) -> list[MeshShape]:
+    """Those of `possible_shapes` that compute this run on nodes of `per_node` ranks; RecipeError if there is none."""
+    found, refused = [], []
+    for shape in possible_shapes(run.parallel, world):
+        try:
+            check_mesh(run, spec, shape, per_node)
+            found.append(shape)
+        except RecipeError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    return found
 
-    `plan_of` plans for a mesh, or raises MachineError where the run does not fit, which is raised again if it fits none.
-    """
-    *shapes, last = possible_shapes(parallel, world)
-    for shape in shapes:
-        with suppress(MachineError):
-            return shape, plan_of(shape)
-    return last, plan_of(last)
+
+def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> None:
+    """Refuse, by a RecipeError, what a mesh does not compute, before anything is loaded."""
+    train, base, cut, key = run.train, run.model.quantize, shape.tensor, "parallel.tensor"
+    known = ARCHITECTURES.get(spec.model_type, Architecture("")).fused
+    block = 64 if base == "nf4" else 1  # weights that share a scale stay together
+    widths = (spec.heads, spec.kv_heads, spec.intermediate / block, spec.heads * spec.head_dim / block)
+    for what, where, wrong, fix in (
+        ("a base in 8 bits", "model.quantize", base in KINDS and shape.shard * cut > 1, "nf4"),
+        ("a ready-made nf4 base", key, bool(spec.quantised) and cut > 1, "1"),
+        ("8-bit moments", "train.optimizer", train.optimizer == "adamw-8bit" and shape.shard * cut > 1, "adamw"),
+        ("updates in the backward", "train.optimizer_in_backward", train.optimizer_in_backward and cut > 1, "false"),
+        (f"the layers of this {spec.model_type}", key, cut > 1 and not known, "1"),
+        (f"{spec.heads} heads, {spec.kv_heads} of keys and values, and an MLP of {spec.intermediate:,} columns", key,
+         any(width % cut for width in widths), "auto"),
+        (f"a layer over the nodes, which have {per_node} ranks each,", key, per_node % cut > 0, "auto"),
+    ):  # fmt: skip
+        if wrong:
+            why = f"the ranks make {shape.describe()}, and each would hold a part of what goes together"
+            raise RecipeError(f"{what} cannot be cut over ranks", where=where, why=why, fix=f"{where}={fix}")

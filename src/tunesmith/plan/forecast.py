@@ -10,8 +10,9 @@ tensor parallelism's gathers and scatters, nor the one of an adapter's gradients
 from __future__ import annotations
 
 import math
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,15 +20,13 @@ import numpy as np
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import BatchSchedule, StepSize
 from tunesmith.data.tokens import TokenSet
-from tunesmith.errors import RecipeError
-from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters, flops
-from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
-from tunesmith.parallel.mesh import possible_shapes
+from tunesmith.parallel.mesh import meshes_for
 from tunesmith.plan.hardware import Cluster
 from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime import resolve
-from tunesmith.runtime.plan import Machine, MeshShape, RunPlan
+from tunesmith.runtime.plan import Machine, MeshShape, RunPlan, Saving
 from tunesmith.units import Size
 
 EIGHT_BIT_SPEED = 1.44  # of whole steps, beside bf16: 794 and 551 TFLOP/s, LoRA of an 8B on an H200
@@ -49,12 +48,28 @@ class Workload(NamedTuple):
     source: str
 
 
-def measure_work(run: Run, spec: ModelSpec, tokens: TokenSet | None, length: int | None) -> Workload:
+class Ring(NamedTuple):
+    """A gather or reduction of `size` bytes among `ranks`, `stride` apart, so many `times` a step."""
+
+    times: int
+    size: float
+    ranks: int
+    stride: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each rank passes on: all parts but one."""
+        return self.size * (self.ranks - 1) / self.ranks
+
+
+def measure_work(
+    run: Run, spec: ModelSpec, tokens: TokenSet | None, length: int | None = None, schedule: BatchSchedule | None = None
+) -> Workload:
     """From the recipe's tokens; without them every example has `length` tokens, or fills `data.seq_len`."""
     seq_len, steps = run.data.seq_len, None
     if tokens is not None:
         lengths, supervised = tokens.lengths, tokens.counts.supervised
-        schedule = BatchSchedule(lengths, run.data, run.train, repeats=tokens.repeats)
+        schedule = schedule or BatchSchedule(lengths, run.data, run.train, repeats=tokens.repeats)
         step, steps = schedule.step_size(), schedule.steps(run.train.duration)
         source = f"{len(lengths):,} in the token cache, {lengths.mean():,.0f} tokens on average"
     else:
@@ -76,16 +91,19 @@ def measure_work(run: Run, spec: ModelSpec, tokens: TokenSet | None, length: int
 class Forecast:
     """What a mesh makes of a run.
 
-    `seconds` of an optimizer step by part, and the communication that they hide, shards' gathers wholly in micro batches of
-    `hides_from` tokens or more; `idle_share` of the data ranks, as a step
-    has too few examples; `phases`: bytes of a rank, of which it can have `room`. None: a speed or a count is not known.
+    `phases`: bytes of a rank, of which it can have `room`; `idle_share` of the data ranks, as a step has too few examples;
+    `sent`: bytes a step that a rank sends over its link in the node and over its network. `seconds` of an optimizer step
+    by part, and the communication that they hide, shards' gathers wholly in micro batches of `hides_from` tokens or more.
+    None: a speed or a count is not known.
     """
 
     plan: RunPlan
     fits: bool
+    tight: bool  # it fits with less to spare than the estimate may err
     room: int
     phases: dict[str, int]
     idle_share: float
+    sent: dict[str, float]
     seconds: dict[str, float]
     hidden_seconds: float
     hides_from: int
@@ -97,67 +115,57 @@ class Forecast:
     @property
     def order(self) -> tuple[bool, bool, float]:
         """The least is the fastest with memory to spare, as the estimate errs; then what fits; then the nearest to it."""
-        tight = self.phases["step"] > resolve.USABLE * self.plan.memory.free
-        return not self.fits, tight, (self.step_seconds or 0.0) if self.fits else self.phases["step"]
+        return not self.fits, self.tight, (self.step_seconds or 0.0) if self.fits else self.phases["step"]
+
+
+def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> Planner:
+    """The planner for machines that are not here: everything is assumed to work which the chip has."""
+    chip, base, compiles = cluster.chip, run.model.quantize, run.train.compile != "off"
+    device, size = ("cpu" if chip.name == "cpu" else "cuda"), int(chip.gib * 2**30)
+    machine = Machine(
+        device, size, ("varlen", "assumed"), (compiles and device == "cuda", "assumed"),
+        (base if base in chip.eight_bit else None, "assumed"), size, chip.integrated,
+    )  # fmt: skip
+    trained = adapter_parameters(spec, run.adapter) if run.adapter.kind == "lora" else spec.parameters
+    return Planner(run, spec, cluster, work, machine, trained)
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Forecasts of a recipe on a cluster."""
+    """Forecasts of a recipe for every mesh of a cluster's ranks, and the choice between them, in `plan` and in `train`.
+
+    `machine` is that of each rank, `trained` counts the parameters that all of them train; `before`: the micro batch of
+    the checkpoint that a run goes on from, as for `resolve_plan`.
+    """
 
     run: Run
     spec: ModelSpec
     cluster: Cluster
     work: Workload
+    machine: Machine
+    trained: int
+    before: Size | None = None
 
     @property
     def lora(self) -> bool:
         return self.run.adapter.kind == "lora"
 
-    @property
-    def trained(self) -> int:
-        """Trained parameters."""
-        return adapter_parameters(self.spec, self.run.adapter) if self.lora else self.spec.parameters
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Of one checkpoint on the disk."""
-        width = 4 if self.lora else resolve.DTYPES[self.run.model.dtype].itemsize
-        return int(self.trained * (width + checkpoint_bytes_per_parameter(self.run.train, width)))
-
-    @property
-    def machine(self) -> Machine:
-        """That of each rank: everything is assumed to work which the chip has."""
-        chip, base, compiles = self.cluster.chip, self.run.model.quantize, self.run.train.compile != "off"
-        device, size = ("cpu" if chip.name == "cpu" else "cuda"), int(chip.gib * 2**30)
-        return Machine(
-            device, size, ("varlen", "assumed"), (compiles and device == "cuda", "assumed"),
-            (base if base in chip.eight_bit else None, "assumed"), size, chip.integrated,
-        )  # fmt: skip
-
     def meshes(self) -> list[MeshShape]:
-        """Those that the ranks can make and the recipe allows, fewest cuts and shards first; RecipeError if there is none.
+        return meshes_for(self.run, self.spec, self.cluster.world, self.cluster.per_node)
 
-        `parallel.tensor: 1` may be the default, so others are tried. They stay within a node, and cut heads and widths
-        evenly; nf4's blocks of 64 stay whole.
-        """
-        spec, given, family = self.spec, self.run.parallel, ARCHITECTURES.get(self.spec.model_type)
-        block = 64 if self.run.model.quantize == "nf4" else 1
-        widths = (spec.heads, spec.kv_heads, spec.intermediate / block, spec.heads * spec.head_dim / block)
-        known, most, found = family is not None and family.fused and not spec.quantised, self.cluster.per_node, []
-        for tensor in range(1, most + 1) if given.tensor == 1 else [given.tensor]:
-            if tensor == 1 or (known and most % tensor == 0 and not any(width % tensor for width in widths)):
-                with suppress(RecipeError):
-                    found += possible_shapes(replace(given, tensor=tensor), self.cluster.world)
-        if not found:
-            what = f"no mesh of {self.cluster.world} ranks is as parallel says"
-            why = "replicate x shard x tensor are all ranks, and tensor divides the GPUs of a node, heads and widths"
-            fix = "parallel.replicate=auto parallel.shard=auto parallel.tensor=1"
-            raise RecipeError(what, where="parallel", why=why, fix=fix)
-        return found
+    def choose(self) -> RunPlan:
+        """What each rank does: by the first mesh of `ranked`; MachineError where none fits."""
+        best, count = self.ranked()[0], len(self.meshes())
+        if not best.fits:
+            resolve.refuse_overrun(best.plan, self.machine, resumed=self.before is not None)
+        how = "the fastest by the forecast" if best.step_seconds else "the first that fits, as no speed is known here"
+        return replace(best.plan, why={**best.plan.why, "mesh": f"{how}, of {count} that the ranks can make"})
 
     def ranked(self) -> list[Forecast]:
-        """Every mesh: first those that fit, the fastest first, then the nearest to fitting."""
+        """Every mesh: first those that fit, the fastest first, then the nearest to fitting.
+
+        Where no speed is known, those that fit stay in the order of `meshes_for`.
+        """
         found = [self.fastest(mesh) for mesh in self.meshes()]
         *rank, least = min(f.order for f in found)
         first = next(f for f in found if f.order[:2] == tuple(rank) and BETTER * f.order[2] <= least)
@@ -166,7 +174,8 @@ class Planner:
     def fastest(self, mesh: MeshShape) -> Forecast:
         """A mesh with the micro batch that `train` takes, or with another that is faster."""
         auto, sizes = self.forecast(mesh), []
-        if self.run.train.micro_batch == "auto" and not self.run.train.optimizer_in_backward:
+        links, free = mesh.world > 1, self.run.train.micro_batch == "auto" and self.before is None
+        if links and free and auto.step_seconds and not self.run.train.optimizer_in_backward:
             most = min(
                 resolve.MAX_TOKENS[self.machine.device], resolve.rank_step(self.run, self.work.step, mesh).largest
             )
@@ -179,38 +188,71 @@ class Planner:
         run, spec, machine, work = self.run, self.spec, self.machine, self.work
         run = replace(run, train=replace(run.train, micro_batch=size)) if size else run
         plan = resolve.resolve_plan(
-            run, spec, machine, trained=self.trained, step=work.step, longest=work.longest, mesh=mesh, refuse=False
-        )
+            run, spec, machine,
+            trained=self.trained, step=work.step, longest=work.longest, before=self.before, mesh=mesh, refuse=False,
+        )  # fmt: skip
+        plan = replace(plan, savings=partial(self._savings, plan))
         memory, (needed, room), units = plan.memory, resolve.memory_needs(plan, machine), resolve.step_units(run)
         largest = max(spec.head_matmul, spec.hidden * spec.intermediate)  # of the tensors, which come and go one by one
         phases = {
-            "load": memory.weights + largest * resolve.DTYPES[run.model.dtype].itemsize,
+            "load": memory.weights + largest * DTYPES[run.model.dtype].itemsize,
             "step": memory.total - memory.copies,
             # An adapter's copies are written beside the next steps; a whole model between two, tensor by tensor.
             "save": memory.total if self.lora else memory.static + 4 * largest * (mesh.world > 1),
         }
-        seconds, hidden, tokens = self._seconds(plan) if self.cluster.chip.tflops else ({}, 0.0, 0)
+        tokens = resolve.rank_step(run, work.step, mesh).mean
+        count = max(1, math.ceil(tokens / memory.tokens - 1e-9))  # of micro batches
+        tokens = count * (plan.layout.pad_to or 0) or tokens
+        sent = self._sent(self._rings(plan, tokens, count).values())
+        seconds, hidden, most = self._seconds(plan, tokens, count) if self.cluster.chip.tflops else ({}, 0.0, 0)
         step, clock = sum(seconds.values()) or None, run.train.duration.seconds
         hours = clock / 3600 if clock else work.steps * step / 3600 if work.steps and step else None
-        idle, fits = 1 - units / (mesh.data * -(-units // mesh.data)), max(needed, phases["load"]) <= room
+        idle, needed = 1 - units / (mesh.data * -(-units // mesh.data)), max(needed, phases["load"])
+        fits, tight = needed <= room, needed > room * resolve.USABLE / resolve.ALLOCATABLE
         keys = " ".join(f"parallel.{name}={count}" for name, count in mesh._asdict().items())
         keys += f" train.micro_batch='{size}'" if size else ""
         speed = step and work.step.mean / step
-        return Forecast(plan, fits, room, phases, idle, seconds, hidden, tokens, step, speed, hours, keys)
+        return Forecast(plan, fits, tight, room, phases, idle, sent, seconds, hidden, most, step, speed, hours, keys)
 
-    def _seconds(self, plan: RunPlan) -> tuple[dict[str, float], float, int]:
-        """Of an optimizer step on the busiest rank: its seconds by part, hidden ones, and tokens of `hides_from`."""
-        run, spec, (replicate, shard, tensor), chip = self.run, self.spec, plan.mesh, self.cluster.chip
-        estimator = resolve.MemoryEstimator(run, spec, self.machine, self.trained, plan.mesh)
-        tokens, itemsize = (
-            resolve.rank_step(run, self.work.step, plan.mesh).mean,
-            resolve.DTYPES[run.model.dtype].itemsize,
-        )
-        count = max(1, math.ceil(tokens / plan.memory.tokens - 1e-9))  # of micro batches
-        tokens = count * (plan.layout.pad_to or 0) or tokens
+    def with_tensor(self) -> Forecast | None:
+        """What `parallel.tensor=auto` makes of the run, if the recipe keeps to 1 and it fits."""
+        if self.run.parallel.tensor != 1 or self.cluster.per_node == 1:
+            return None
+        best = replace(self, run=replace(self.run, parallel=replace(self.run.parallel, tensor="auto"))).ranked()[0]
+        return best if best.fits and best.plan.mesh.tensor > 1 else None
+
+    def _savings(self, plan: RunPlan) -> Sequence[Saving]:
+        """Those of a plan, and before them `parallel.tensor=auto`, which changes no result."""
+        best = self.with_tensor()
+        own = [Saving("parallel.tensor=auto", best.plan.memory.total, True)] if best else []
+        return (*own, *plan.savings())
+
+    def _rings(self, plan: RunPlan, tokens: float, count: int) -> dict[str, Ring]:
+        """What the groups of a rank gather and reduce in a step of `tokens`, in `count` micro batches."""
+        spec, (replicate, shard, tensor), itemsize = self.spec, plan.mesh, DTYPES[self.run.model.dtype].itemsize
+        estimator = resolve.MemoryEstimator(self.run, spec, self.machine, self.trained, plan.mesh)
+        layers, rest = estimator.weights(itemsize)
+        gradients = 4 * estimator.trained_here  # in fp32; of a model trained in full, of this rank's shards
+        # Sums over a tensor group, each a scatter and a gather of all tokens: two of a layer forward and two backward, those
+        # of the forward again where it is recomputed; and of the embedding and the head's gradient.
+        sums = 4 * spec.layers + 2 * plan.recomputed_layers + 2
+        copies = (replicate * shard, tensor) if self.lora else (replicate, tensor * shard)
+        return {
+            "tensor parallel": Ring(1, 2 * sums * tokens * spec.hidden * itemsize, tensor, 1),
+            # In each pass: of all layers but one, as the last stays for the backward, and nothing hides the first one's.
+            "gather": Ring(2 * count, layers * (1 - 1 / spec.layers), shard, tensor),
+            "ends": Ring(count, rest + layers / spec.layers, shard, tensor),
+            "reduce": Ring(count, 0 if self.lora else gradients * shard, shard, tensor),
+            "gradients": Ring(1, 2 * gradients, *copies),
+        }
+
+    def _seconds(self, plan: RunPlan, tokens: float, count: int) -> tuple[dict[str, float], float, int]:
+        """Of such a step: its seconds by part, hidden ones, and tokens of `hides_from`."""
+        run, chip, shown = self.run, self.cluster.chip, {}
+        estimator = resolve.MemoryEstimator(run, self.spec, self.machine, self.trained, plan.mesh)
         rate = (chip.tflops or 0.0) * 1e12 * (EIGHT_BIT_SPEED if plan.base.startswith(tuple(KINDS)) else 1.0)
-        token = self.work.operations / rate / tensor
-        again = resolve.RECOMPUTE_COST[run.adapter.kind] * plan.recomputed_layers / spec.layers
+        token = self.work.operations / rate / plan.mesh.tensor
+        again = resolve.RECOMPUTE_COST[run.adapter.kind] * plan.recomputed_layers / self.spec.layers
         compute = {
             "products": tokens * token * (1 - self.work.attention),
             "attention": tokens * token * self.work.attention,
@@ -218,29 +260,28 @@ class Planner:
             "fixed cost of passes": count * estimator.pass_tokens * token,
             "update": UPDATE_BYTES * estimator.trained_here / (1e9 * chip.bandwidth if chip.bandwidth else math.inf),
         }
-        # Sums over a tensor group, each a scatter and a gather of all tokens: two of a layer forward and two backward, those
-        # of the forward again where it is recomputed; and of the embedding and the head's gradient.
-        reduces = 4 * spec.layers + 2 * plan.recomputed_layers + 2
-        layers, rest = estimator.weights(itemsize)
-        gradients = 4 * estimator.trained_here  # in fp32; of a model trained in full, of this rank's shards
-        gather, ends = (self._ring(size, shard, tensor) for size in (layers, rest + layers / spec.layers))
-        reduce = 0.0 if self.lora else self._ring(gradients * shard, shard, tensor)
+        rings = self._rings(plan, tokens, count)
+        group, gather, ends, reduce, last = (
+            ring.sent / self.cluster.bandwidth(ring.ranks, ring.stride) if ring.sent else 0.0 for ring in rings.values()
+        )
         forward = tokens * token / count / (2 if self.lora else 3)
         backward = (1 + again) * tokens * token / count - forward
-        exposed = ends + max(0.0, gather - forward) + max(0.0, gather + reduce - backward)
-        copies = (replicate * shard, tensor) if self.lora else (replicate, tensor * shard)
-        last = self._ring(2 * gradients, *copies)
         shown = {
-            "tensor parallel": self._ring(2 * reduces * tokens * spec.hidden * itemsize, tensor, 1),
-            "shards": count * exposed,
+            "tensor parallel": group,
+            "shards": count * (ends + max(0.0, gather - forward) + max(0.0, gather + reduce - backward)),
             "gradients": last if self.lora else max(0.0, last - backward),  # FSDP reduces in the last backward
         }
         hidden = count * (ends + 2 * gather + reduce) + last - shown["shards"] - shown["gradients"]
         return compute | shown, hidden, math.ceil(gather / forward * tokens / count)
 
-    def _ring(self, size: float, ranks: int, stride: int) -> float:
-        """Seconds of a gather or reduction of `size` bytes: each rank passes all parts but one on."""
-        return size * (ranks - 1) / ranks / self.cluster.bandwidth(ranks, stride) if ranks > 1 else 0.0
+    def _sent(self, rings: Iterable[Ring]) -> dict[str, float]:
+        """Bytes that a rank sends in a step over its `link` in the node and over its `network`."""
+        sent = {"link": 0.0, "network": 0.0}
+        for ring in rings:
+            inside = self.cluster.inside(ring.ranks, ring.stride)
+            sent["link"] += ring.times * ring.sent * (inside > 1)
+            sent["network"] += ring.times * ring.sent / inside * (inside < ring.ranks)
+        return sent
 
     def enough_nodes(self) -> Cluster | None:
         """The smallest of some larger clusters on which the recipe fits; None where none does."""

@@ -60,10 +60,14 @@ class Cluster:
         """`2 x 8 x NVIDIA H200`."""
         return " x ".join([*(str(n) for n in (self.nodes, self.per_node) if n > 1), self.chip.name])
 
+    def inside(self, ranks: int, stride: int) -> int:
+        """Those of a group of `ranks`, `stride` apart, that are on one node."""
+        return min(ranks, max(1, self.per_node // stride))
+
     def bandwidth(self, ranks: int, stride: int) -> float:
-        """Bytes/s of each rank of a group of `ranks`, `stride` apart, in a ring; one over several nodes crosses between
-        them through the network of all its members in a node."""
-        inside = min(ranks, max(1, self.per_node // stride))
+        """Bytes/s of each rank of such a group in a ring; one over several nodes crosses between them through the network
+        of all its members in a node."""
+        inside = self.inside(ranks, stride)
         link, across = self.chip.link or 0.0, inside * (self.chip.network or 0.0)
         return 1e9 * (link if ranks * stride <= self.per_node else min(across, link) if inside > 1 else across)
 
@@ -99,6 +103,14 @@ def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
     return replace(cluster, chip=chip)
 
 
+def cluster_of(name: str, nodes: int = 1, per_node: int = 1, gib: float = 0.0) -> Cluster:
+    """GPUs that are there, by their name; one that is not in the table, or whose link is not, without a speed."""
+    chip = next((chip for chip in CHIPS.values() if chip.name == name), Chip(name, gib))
+    if (per_node > 1 and chip.link is None) or (nodes > 1 and chip.network is None):
+        chip = replace(chip, tflops=None)
+    return Cluster(chip, nodes, per_node)
+
+
 def _look() -> Cluster:
     """This machine, as nvidia-smi describes it, which touches no GPU; without one its CPU."""
     words = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
@@ -109,5 +121,4 @@ def _look() -> Cluster:
     if not rows:
         return Cluster(Chip("cpu", available_memory() / 2**30))
     name, _, size = rows[0].rpartition(", ")
-    known = next((chip for chip in CHIPS.values() if chip.name == name), None)
-    return Cluster(known or Chip(name, float(size) / 1024 - 0.6), 1, len(rows))
+    return cluster_of(name, 1, len(rows), float(size) / 1024 - 0.6)

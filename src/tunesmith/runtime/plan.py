@@ -50,6 +50,7 @@ class Machine:
     scaling: tuple[str | None, str] = (None, "")
     card_bytes: int = 0
     integrated: bool = False
+    name: str = ""  # of the GPU, as the driver has it
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from tunesmith.errors import MachineError
 from tunesmith.host_files import physical_memory
 from tunesmith.loss import card_bytes, chunk_size
 from tunesmith.model import attention
+from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters
-from tunesmith.optim.adamw import state_bytes_per_parameter
+from tunesmith.optim.adamw import checkpoint_bytes_per_parameter, state_bytes_per_parameter
 from tunesmith.quant import eight_bit
 from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime import compilation
@@ -54,7 +55,6 @@ WEIGHT_TRAFFIC = {"none": 4.0, "fp8": 2.0, "int8": 2.0, "nf4": 9.06}
 OPERATIONS_PER_BYTE = {False: (175, 350), True: (407, 832)}  # by Machine.integrated: in 16 bits, in 8 bits
 # Layers that FSDP2 has gathered at once: one in use, the next one, and the flat buffer that a gather arrives in.
 GATHERED_LAYERS = 3
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # model.load brings Transformers along
 RECOMPUTE_COST = {"none": 1 / 3, "lora": 1 / 2}  # a second forward, as a share of a step: 2 of 6 operations, or of 4
 # Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a usual step...
 ROW_MULTIPLE = 128
@@ -88,6 +88,7 @@ def probe_machine(run: Run, files: ModelFiles, device: torch.device, shapes: Seq
         attention=attention_backend(run, files, device),
         compiles=compilation.select_compile(run.train.compile, device),
         scaling=found,
+        name=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
     )
 
 
@@ -128,6 +129,13 @@ def resolve_plan(
     if refuse:
         refuse_overrun(plan, machine, resumed=before is not None)
     return plan
+
+
+def checkpoint_bytes(run: Run, trained: int) -> tuple[int, int]:
+    """Bytes of one checkpoint of `trained` parameters on the disk, and how many checkpoints may be there at once."""
+    width = 4 if run.adapter.kind == "lora" else DTYPES[run.model.dtype].itemsize
+    size = int(trained * (width + checkpoint_bytes_per_parameter(run.train, width)))
+    return size, run.checkpoint.keep + 3  # the one being written, the best one, and final/
 
 
 def refuse_overrun(plan: RunPlan, machine: Machine, *, resumed: bool) -> None:

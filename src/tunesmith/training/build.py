@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,28 +33,29 @@ from tunesmith.data.files import check_data_file
 from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source import is_local
-from tunesmith.errors import MachineError, RecipeError, UsageError
+from tunesmith.errors import MachineError, UsageError
 from tunesmith.host_files import existing_folder, refuse_full_disk, write_atomically
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
 from tunesmith.metrics.trackers import asked_by, trackers_of
-from tunesmith.model import load
+from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.model.spec import attention_weight, flops
 from tunesmith.model.tokenizer import eos_ids
-from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import fp32_gradients
-from tunesmith.parallel.mesh import ALONE, Mesh, MeshShape, share_work
+from tunesmith.parallel.mesh import ALONE, Mesh
+from tunesmith.plan.forecast import Planner, measure_work
+from tunesmith.plan.hardware import cluster_of
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.ranks import ONE_PROCESS, Ranks
 from tunesmith.runtime.device import choose_device, free_device_memory
 from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.plan import Machine, RunPlan
-from tunesmith.runtime.resolve import probe_machine, resolve_plan
+from tunesmith.runtime.resolve import checkpoint_bytes, probe_machine
 from tunesmith.runtime.transfer import DevicePrefetcher
 
 LOSS_SCALE = 2.0**16
@@ -83,7 +85,7 @@ class Session:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the matmuls."""
-        return load.DTYPES[self.run.model.dtype]
+        return DTYPES[self.run.model.dtype]
 
     @property
     def peak_tflops(self) -> float | None:
@@ -108,7 +110,8 @@ class Session:
             return []
         idle = self.loader(step).batch(step).idle_share if self.mesh.shape.data > 1 else 0.0
         hosts = ", ".join(dict.fromkeys(self.ranks.hosts))
-        lines = [f"{self.ranks.world} ranks on {hosts}: {self.mesh.shape.describe()}; idle share of a step: {idle:.1%}"]
+        mesh = f"{self.mesh.shape.describe()}, {self.plan.why['mesh']}"
+        lines = [f"{self.ranks.world} ranks on {hosts}: {mesh}; idle share of a step: {idle:.1%}"]
         if self.run.log.samples and self.data.validation is not None and self.mesh.shape.tensor > 1:
             lines.append("no sample answers at validation: a model that is cut over a tensor group does not generate")
         return lines
@@ -169,7 +172,7 @@ def build(
     if device.type == "cpu":
         plan = replace(plan, why={**plan.why, "threads": keep_threads(before.threads)})
         say(f"threads: {torch.get_num_threads()}, {plan.why['threads']}")
-    peak = hardware.find_peak(device, load.DTYPES[run.model.dtype])
+    peak = hardware.find_peak(device, DTYPES[run.model.dtype])
     if peak.tflops and not peak.published:
         say(f"MFU is taken against {peak.tflops:.0f} TFLOP/s, {peak.source}")
     session = Session(run, files, data, root, optimizer, plan, total_steps, hashes, peak, ranks, mesh)
@@ -185,34 +188,13 @@ def plan_model(
     with ranks.together():
         model = define_model(run, files)
         machine = probe_machine(run, files, device, lora.eight_bit_shapes(model, run.train.fast_paths))
-    machines = ranks.gather(machine)
+    machines, local = ranks.gather(machine), math.gcd(*ranks.gather(ranks.local_world))
     with ranks.together():
         machine, trained = common_machine(machines, ranks), count_trained(run, model)
-        size, longest = data.schedule.step_size(), data.train.counts.longest
-
-        def plan_of(shape: MeshShape) -> RunPlan:
-            return resolve_plan(
-                run, files.spec, machine,
-                trained=trained, step=size, longest=longest, before=start.micro_batch, mesh=shape,
-            )  # fmt: skip
-
-        shape, plan = share_work(run.parallel, ranks.world, plan_of)
-        check_mesh(run, shape, files)
-    return model, Mesh.of(shape, device.type), plan
-
-
-def check_mesh(run: Run, shape: MeshShape, files: ModelFiles) -> None:
-    """Refuse what this mesh does not compute yet, before anything is loaded."""
-    train, base = run.train, run.model.quantize
-    for what, where, wrong, fix in (
-        ("a base in 8 bits", "model.quantize", base in KINDS and shape.shard * shape.tensor > 1, "nf4"),
-        ("a ready-made nf4 base", "parallel.tensor", bool(files.spec.quantised) and shape.tensor > 1, "1"),
-        ("8-bit moments", "train.optimizer", train.optimizer == "adamw-8bit" and shape.shard * shape.tensor > 1, "adamw"),
-        ("updates in the backward", "train.optimizer_in_backward", train.optimizer_in_backward and shape.tensor > 1, "false"),
-    ):  # fmt: skip
-        if wrong:
-            why = f"the ranks make {shape.describe()}, and each would hold a part of what goes together"
-            raise RecipeError(f"{what} cannot be cut over ranks", where=where, why=why, fix=f"{where}={fix}")
+        cluster = cluster_of(machine.name, ranks.world // local, local)
+        work = measure_work(run, files.spec, data.train, schedule=data.schedule)
+        plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
+    return model, Mesh.of(plan.mesh, device.type), plan
 
 
 def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
@@ -225,7 +207,9 @@ def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
                 what = f"{ranks.name(rank)} and {ranks.name(0)} differ: {part} {own}, and {led}"
                 fix = "make the nodes alike, or set what differs in the recipe, such as train.compile=off"
                 raise MachineError(what, why="all ranks must compute alike", fix=fix)
-    return replace(first, free_bytes=min(m.free_bytes for m in machines), device=machines[ranks.rank].device)
+    name = first.name if len({m.name for m in machines}) == 1 else ""
+    free = min(m.free_bytes for m in machines)
+    return replace(first, free_bytes=free, device=machines[ranks.rank].device, name=name)
 
 
 def read_data(
@@ -311,9 +295,7 @@ def check_inputs(run: Run, start: Start) -> None:
 
 def check_disk(run: Run, trained: int) -> None:
     """Refuse to begin a run whose checkpoints cannot be written; `trained` counts the trained parameters."""
-    weight = 4 if run.adapter.kind == "lora" else load.DTYPES[run.model.dtype].itemsize
-    size = int(trained * (weight + checkpoint_bytes_per_parameter(run.train, weight)))
-    copies = run.checkpoint.keep + 3  # the one being written, the best one, and final/
+    size, copies = checkpoint_bytes(run, trained)
     why = f"one takes {size_text(size)}, and {copies} may be there at once"
     fits = shutil.disk_usage(existing_folder(Path(run.output_dir))).free // max(size, 1) - 3
     fix = f"{f'checkpoint.keep={fits}, or ' if fits >= 1 else ''}output_dir on a larger disk; df -h lists them"
