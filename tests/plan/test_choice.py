@@ -54,20 +54,20 @@ def planned_in_training(
 ) -> RunPlan:
     """What `train` plans on ranks whose machine is the planner's, each with a GPU of its name."""
     cluster = planner.cluster
-    machine = replace(planner.machine, name=cluster.chip.name)
+    machine = replace(planner.machine, name=cluster.chip.name, device="cuda:1")
     monkeypatch.setattr(build, "define_model", lambda run, files: None)
     monkeypatch.setattr(build, "count_trained", lambda run, model: planner.trained)
     monkeypatch.setattr(build, "probe_machine", lambda *_: machine)
     monkeypatch.setattr(build.lora, "eight_bit_shapes", lambda *_: [])
     monkeypatch.setattr(build.Mesh, "of", lambda shape, device: shape)
     ranks = SimpleNamespace(
-        together=nullcontext, gather=lambda value: [value] * cluster.world, rank=0, world=cluster.world,
+        together=nullcontext, gather=lambda value: [value] * cluster.world, rank=min(1, cluster.world - 1), world=cluster.world,
         local_world=cluster.per_node, name=str,
     )  # fmt: skip
     start = SimpleNamespace(micro_batch=Size(int(before.split()[0]), "tokens") if before else None)
     data = SimpleNamespace(train=tokens, schedule=None)
     files = SimpleNamespace(spec=planner.spec)
-    _, mesh, plan = build.plan_model(planner.run, start, files, data, torch.device(machine.device), ranks)  # type: ignore[arg-type]
+    _, mesh, plan = build.plan_model(planner.run, start, files, data, torch.device("cuda:1"), ranks)  # type: ignore[arg-type]
     assert mesh == plan.mesh
     return plan
 

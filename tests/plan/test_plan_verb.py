@@ -111,7 +111,9 @@ def test_the_table_and_what_the_first_takes(llama: Path, capsys: pytest.CaptureF
         "seconds of a step: products",
         "disk: ",
         " USD",
-        "to have the first: ",
+        "a rank sends in a step: ",
+        " GB over its network",
+        "to have it elsewhere: ",
     ):
         assert part in said
     assert f"parallel.replicate={first[0]} parallel.shard={first[2]} parallel.tensor={first[4]}" in said

@@ -23,7 +23,7 @@ from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
 from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
 from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, revise_recomputed
-from tunesmith.runtime.resolve import MemoryEstimator, fewest_recomputed, resolve_plan
+from tunesmith.runtime.resolve import MemoryEstimator, fewest_recomputed, refuse_overrun, resolve_plan
 from tunesmith.units import Size
 
 GIB = 2**30
@@ -62,7 +62,10 @@ def planned(
 ) -> RunPlan:
     spec, size = read_spec(config, where="test"), StepSize(step, step)
     kept = Size.parse(before) if before else None
-    return resolve_plan(run, spec, gpu(gib, **found), trained=trained, step=size, longest=longest, before=kept)
+    machine = gpu(gib, **found)
+    plan = resolve_plan(run, spec, machine, trained=trained, step=size, longest=longest, before=kept)
+    refuse_overrun(plan, machine, resumed=kept is not None)
+    return plan
 
 
 def test_with_room_nothing_recomputes_and_the_micro_batch_is_whole():
@@ -378,7 +381,8 @@ def test_what_a_trial_has_not_allocated_is_counted_once():
 
 def test_a_large_card_has_room_for_larger_chunks_of_logits():
     """The estimate and the loss take the same size, from the card's memory and not from what of it is free."""
-    vocabulary, step = LLAMA["vocab_size"], {"micro_batch": Size(16384, "tokens"), "recompute": "full"}
+    vocabulary, step = LLAMA["vocab_size"], {"micro_batch": Size(16384, "tokens"), "recompute": "none"}
     small = planned(recipe(**step), LLAMA, 139, card_bytes=24 << 30).memory.workspace
-    large = planned(recipe(**step), LLAMA, 40, card_bytes=141 << 30).memory.workspace
-    assert large - small == (2048 - 512) * vocabulary * 8  # bytes: raw logits, their fp32 form, the raw gradient
+    large = planned(recipe(**step), LLAMA, 138, card_bytes=141 << 30).memory.workspace
+    assert large == 2048 * vocabulary * 8  # bytes: raw logits, their fp32 form, the raw gradient
+    assert small == 2 * 16384 * (2 * 14336 + 3 * 4096)  # the backward of a layer: 512 logits take less

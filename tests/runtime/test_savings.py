@@ -17,7 +17,7 @@ from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import read_spec
 from tunesmith.runtime.plan import Machine, RunPlan
-from tunesmith.runtime.resolve import ALLOCATABLE, USABLE, probe_machine, resolve_plan
+from tunesmith.runtime.resolve import ALLOCATABLE, USABLE, probe_machine, refuse_overrun, resolve_plan
 from tunesmith.units import Size
 
 GIB = 2**30
@@ -37,7 +37,9 @@ def plan_of(run: Run, shape: str, gib: float, before: Size | None = None, **foun
     trained = spec.parameters if run.adapter.kind == "none" else spec.parameters // 400
     parts = {"device": "cuda:0", "attention": ("varlen", ""), "compiles": (True, "")} | found
     machine = Machine(free_bytes=int(gib * GIB), card_bytes=int(gib * GIB), **parts)
-    return resolve_plan(run, spec, machine, trained=trained, step=STEP, longest=2000, before=before)
+    plan = resolve_plan(run, spec, machine, trained=trained, step=STEP, longest=2000, before=before)
+    refuse_overrun(plan, machine, resumed=before is not None)
+    return plan
 
 
 REFUSED = [
@@ -88,8 +90,8 @@ def test_nothing_is_offered_where_nothing_helps(recipe: Path, shape: str, gib: f
 @pytest.mark.parametrize(
     ("keys", "fix"),
     [
-        ({"train.recompute": "none"}, "train.recompute=full (16.9 GiB)"),
-        (FULL, "adapter.kind=lora (21.4 GiB) with --fresh"),
+        ({"train.recompute": "none"}, "train.recompute=full (16.5 GiB)"),
+        (FULL, "adapter.kind=lora (21.5 GiB) with --fresh"),
     ],
 )
 def test_a_run_that_resumes_on_a_smaller_device_is_told_what_it_may_change(
@@ -130,6 +132,7 @@ def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> 
     unknown = Machine("cpu", GIB, ("sdpa", ""), (False, ""))
     spec = read_spec(SHAPES["llama3-3b"].config, where="test")
     plan = resolve_plan(run, spec, unknown, trained=spec.parameters, step=STEP, longest=2000)
+    refuse_overrun(plan, unknown)
     assert plan.memory.total > GIB
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import whole_number
-from tunesmith.errors import EXIT_OK, MachineError, TunesmithError
+from tunesmith.errors import EXIT_OK, TunesmithError
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.model.spec import read_spec
     from tunesmith.plan.forecast import measure_work, plan_on_paper
     from tunesmith.plan.hardware import read_cluster
-    from tunesmith.runtime.resolve import checkpoint_bytes
+    from tunesmith.runtime.resolve import checkpoint_bytes, refuse_overrun
 
     cluster, recipe = read_cluster(args.on, args.assume), load_recipe(args.recipe, args.overrides)
     model, path = recipe.model, fetch.local_model(recipe.model)
@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(*_lines(planner, found, args.price), sep="\n")
     if not found[0].fits:
-        raise _refusal(planner, found[0])
+        larger = planner.enough_nodes()
+        more = f"; or {larger.nodes} nodes: {larger.describe()}" if larger else ""
+        refuse_overrun(found[0].plan, planner.machine, where=cluster.describe(), more=more)
     return EXIT_OK
 
 
@@ -112,9 +114,7 @@ def _lines(planner: Planner, found: list[Forecast], price: float | None) -> list
         "replicate x shard x tensor     micro batch  recompute      GiB   step s  tokens/s   idle",
     ]
     for f in found:
-        memory = (
-            f"{f.plan.recomputed_layers:4} of {f.plan.layers:<3} {max(f.phases['load'], f.phases['step']) / GIB:8.1f}"
-        )
+        memory = f"{f.plan.recomputed_layers:4} of {f.plan.layers:<3} {f.phases['step'] / GIB:8.1f}"
         speed = f"{f.step_seconds or math.nan:8.2f} {f.tokens_per_second or math.nan:9,.0f} {f.idle_share:6.0%}"
         shape = f"{' x '.join(map(str, f.plan.mesh)):<26} {f.plan.choices['micro batch']:>15}"
         lines.append(f"{shape} {memory} {speed if f.fits else ' does not fit'}")
@@ -140,14 +140,3 @@ def _lines(planner: Planner, found: list[Forecast], price: float | None) -> list
         shape = other.plan.mesh.describe()
         lines.append(f"parallel.tensor=auto is faster: {shape}, {other.step_seconds:.2f} s a step")
     return [*lines, f"`train` takes the first on these machines; to have it elsewhere: {best.keys}"]
-
-
-def _refusal(planner: Planner, nearest: Forecast) -> MachineError:
-    """Nothing fits: what the nearest mesh needs, and what to change."""
-    needed, larger = max(nearest.phases["load"], nearest.phases["step"]), planner.enough_nodes()
-    what = (
-        f"the run does not fit: it needs about {needed / GIB:.1f} GiB a rank, and {nearest.room / GIB:.1f} can be used"
-    )
-    fix = nearest.plan.less_memory() + (f"; or {larger.nodes} nodes: {larger.describe()}" if larger else "")
-    why = f"{nearest.plan.mesh.describe()}: {nearest.plan.memory.describe()}"
-    return MachineError(what, where=planner.cluster.describe(), why=why, fix=fix)

@@ -156,8 +156,7 @@ class Planner:
     def choose(self) -> RunPlan:
         """What each rank does: by the first mesh of `ranked`; MachineError where none fits."""
         best, count = self.ranked()[0], len(self.meshes())
-        if not best.fits:
-            resolve.refuse_overrun(best.plan, self.machine, resumed=self.before is not None)
+        resolve.refuse_overrun(best.plan, self.machine, resumed=self.before is not None)
         how = "the fastest by the forecast" if best.step_seconds else "the first that fits, as no speed is known here"
         return replace(best.plan, why={**best.plan.why, "mesh": f"{how}, of {count} that the ranks can make"})
 
@@ -176,9 +175,8 @@ class Planner:
         auto, sizes = self.forecast(mesh), []
         links, free = mesh.world > 1, self.run.train.micro_batch == "auto" and self.before is None
         if links and free and auto.step_seconds and not self.run.train.optimizer_in_backward:
-            most = min(
-                resolve.MAX_TOKENS[self.machine.device], resolve.rank_step(self.run, self.work.step, mesh).largest
-            )
+            limit = resolve.MAX_TOKENS[self.machine.device.partition(":")[0]]
+            most = min(limit, resolve.rank_step(self.run, self.work.step, mesh).largest)
             sizes = [self.run.data.seq_len << k for k in range(16) if self.run.data.seq_len << k <= most]
         best = min((self.forecast(mesh, Size(size, "tokens")) for size in sizes), key=lambda f: f.order, default=auto)
         return best if (*best.order[:2], best.order[2]) < (*auto.order[:2], BETTER * auto.order[2]) else auto
@@ -189,7 +187,7 @@ class Planner:
         run = replace(run, train=replace(run.train, micro_batch=size)) if size else run
         plan = resolve.resolve_plan(
             run, spec, machine,
-            trained=self.trained, step=work.step, longest=work.longest, before=self.before, mesh=mesh, refuse=False,
+            trained=self.trained, step=work.step, longest=work.longest, before=self.before, mesh=mesh,
         )  # fmt: skip
         plan = replace(plan, savings=partial(self._savings, plan))
         memory, (needed, room), units = plan.memory, resolve.memory_needs(plan, machine), resolve.step_units(run)
@@ -207,7 +205,7 @@ class Planner:
         seconds, hidden, most = self._seconds(plan, tokens, count) if self.cluster.chip.tflops else ({}, 0.0, 0)
         step, clock = sum(seconds.values()) or None, run.train.duration.seconds
         hours = clock / 3600 if clock else work.steps * step / 3600 if work.steps and step else None
-        idle, needed = 1 - units / (mesh.data * -(-units // mesh.data)), max(needed, phases["load"])
+        idle = 1 - units / (mesh.data * -(-units // mesh.data))
         fits, tight = needed <= room, needed > room * resolve.USABLE / resolve.ALLOCATABLE
         keys = " ".join(f"parallel.{name}={count}" for name, count in mesh._asdict().items())
         keys += f" train.micro_batch='{size}'" if size else ""
@@ -248,7 +246,7 @@ class Planner:
 
     def _seconds(self, plan: RunPlan, tokens: float, count: int) -> tuple[dict[str, float], float, int]:
         """Of such a step: its seconds by part, hidden ones, and tokens of `hides_from`."""
-        run, chip, shown = self.run, self.cluster.chip, {}
+        run, chip = self.run, self.cluster.chip
         estimator = resolve.MemoryEstimator(run, self.spec, self.machine, self.trained, plan.mesh)
         rate = (chip.tflops or 0.0) * 1e12 * (EIGHT_BIT_SPEED if plan.base.startswith(tuple(KINDS)) else 1.0)
         token = self.work.operations / rate / plan.mesh.tensor

@@ -3,9 +3,9 @@
 Micro batch and recompute are chosen together, for the least time: a larger micro batch spreads the fixed cost of a
 forward and backward, a smaller one leaves memory for activations. `recompute.py` corrects the estimate on a GPU.
 
-Activations per token and layer of a Llama-like block, in elements, where the layer is compiled: five vectors of the
-hidden width (the block's input, the sum after attention, the two normed inputs, attention's output), q, k and v, and
-three of the MLP's width (gate, up, and their product). Without a compiler one more of each. A recomputed layer keeps its
+Activations per token and layer of a Llama-like block, in elements: five vectors of the hidden width (the block's input, the
+sum after attention, the two normed inputs, attention's output), q, k and v, and three of the MLP's width (gate, up, and
+their product). Where neither a compiler nor our own modules do the work, one more of each. A recomputed layer keeps its
 input alone. At 16,384 tokens of an 8B LoRA run this comes to 68 GiB; 69 were measured on an H200.
 """
 
@@ -25,6 +25,7 @@ from tunesmith.errors import MachineError
 from tunesmith.host_files import physical_memory
 from tunesmith.loss import card_bytes, chunk_size
 from tunesmith.model import attention
+from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter, state_bytes_per_parameter
@@ -47,8 +48,11 @@ USABLE = 0.9  # of the free memory, to plan with: the rest is the allocator's, a
 ALLOCATABLE = 0.97
 # The fixed cost of a forward and backward, in tokens whose work takes as long: the bytes that it moves for each weight,
 # against the four operations of a token. Both passes read the weight: two bytes in bf16, one in 8 bits; nf4's half is read,
-# and the dense weight that is made of it is written and read, 2 x (0.53 + 2 + 2).
-WEIGHT_TRAFFIC = {"none": 4.0, "fp8": 2.0, "int8": 2.0, "nf4": 9.06}
+# and the dense weight that is made of it is written and read, 2 x (0.52 + 2 + 2).
+NF4_BYTES = (
+    1 / 2 + 1 / 64 + 4 / (64 * 256)
+)  # of a weight: its code, an 8-bit scale of 64, an fp32 scale of 256 of these
+WEIGHT_TRAFFIC = {"none": 4.0, "fp8": 2.0, "int8": 2.0, "nf4": 9.03}
 # Operations in the time of a byte: an H200 reaches 700 TFLOP/s (in 8 bits twice that) and 4 TB/s, and other discrete cards
 # lie between 150 and 300; a GB10 92 (in 8 bits 188) and 226 GB/s. So a pass over 70B in nf4 costs as much as 396 tokens on
 # an H200 and as 922 on a GB10, which prefers larger micro batches.
@@ -107,13 +111,12 @@ def resolve_plan(
     longest: int,
     before: Size | None = None,
     mesh: MeshShape = ONE,
-    refuse: bool = True,
 ) -> RunPlan:
-    """Resolve every `auto` of a recipe by what the machine has; MachineError where the run does not fit its memory.
+    """Resolve every `auto` of a recipe by what the machine has, whether it fits or not.
 
     `trained` counts trained parameters, `step` the tokens of an optimizer step, both of all ranks; `longest` those of the
     longest example. `auto` keeps the micro batch that a resumed run had `before` while it fits: dropout and the order of
-    sums depend on it. `machine` and the plan are those of each rank of the `mesh`. Without `refuse` what does not fit is planned too.
+    sums depend on it. `machine` and the plan are those of each rank of the `mesh`.
     """
 
     def plan_of(changed: Run) -> RunPlan:
@@ -121,14 +124,13 @@ def resolve_plan(
         count = trained if changed.adapter.kind == run.adapter.kind else adapter_parameters(spec, changed.adapter)
         share = changed.train.global_batch.amount / run.train.global_batch.amount
         size = rank_step(changed, StepSize(step.mean * share, math.ceil(step.largest * share)), mesh)
-        return _plan(changed, spec, machine, count, size, min(longest, changed.data.seq_len), before, mesh)
+        return MemoryEstimator(changed, spec, machine, count, mesh).plan(
+            size, min(longest, changed.data.seq_len), before
+        )
 
     plan = plan_of(run)
     below = min(int(plan.memory.free * USABLE), plan.memory.total * 9 // 10)  # less would not be worth a change
-    plan = replace(plan, savings=partial(find_savings, run, plan, plan_of, below=below))
-    if refuse:
-        refuse_overrun(plan, machine, resumed=before is not None)
-    return plan
+    return replace(plan, savings=partial(find_savings, run, plan, plan_of, below=below))
 
 
 def checkpoint_bytes(run: Run, trained: int) -> tuple[int, int]:
@@ -138,14 +140,15 @@ def checkpoint_bytes(run: Run, trained: int) -> tuple[int, int]:
     return size, run.checkpoint.keep + 3  # the one being written, the best one, and final/
 
 
-def refuse_overrun(plan: RunPlan, machine: Machine, *, resumed: bool) -> None:
-    """MachineError where a plan needs more memory than there is."""
+def refuse_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False, where: str = "", more: str = "") -> None:
+    """MachineError where a plan needs more memory than there is, with `more` advice; `where`: not the plan's device."""
     needed, there = memory_needs(plan, machine)
     if there and needed > there:
         what = f"the run does not fit: it needs about {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB can be used"
-        how = f"micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
-        fix = plan.less_memory(resumed=resumed)
-        raise MachineError(what, where=plan.device, why=f"{plan.memory.describe()}; {how}", fix=fix)
+        ranks = f"{plan.mesh.describe()}, " if plan.mesh.world > 1 else ""
+        how = f"{ranks}micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
+        fix = plan.less_memory(resumed=resumed) + more
+        raise MachineError(what, where=where or plan.device, why=f"{plan.memory.describe()}; {how}", fix=fix)
 
 
 def step_units(run: Run) -> int:
@@ -172,65 +175,6 @@ def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
     return (memory.total if on_gpu else memory.static) - memory.copies, there
 
 
-def _plan(
-    run: Run,
-    spec: ModelSpec,
-    machine: Machine,
-    trained: int,
-    step: StepSize,
-    longest: int,
-    before: Size | None,
-    mesh: MeshShape,
-) -> RunPlan:
-    """The plan of a rank whose share of a step is `step`, whether it fits or not."""
-    train, (compiled, compile_why) = run.train, machine.compiles
-    estimator = MemoryEstimator(run, spec, machine, trained, mesh)
-    size, why = train.micro_batch, "as train.micro_batch says"
-    if train.optimizer_in_backward:  # an update in the backward leaves no place for a second micro batch
-        size, why = Size(-(-train.global_batch.amount // mesh.data), train.global_batch.unit), "the whole global batch"
-    elif size == "auto" and before is not None and not estimator.overrun(estimator.tokens_of(before, step, longest)):
-        size, why = before, "that of the checkpoint"
-    by_examples = size != "auto" and size.unit == "examples"
-    # Where every step has the same tokens, one padded shape serves all micro batches.
-    fixed = compiled and run.data.pack and train.global_batch.unit == "tokens" and not by_examples
-    if size == "auto":
-        tokens, why = estimator.fastest_micro_batch(step, fixed=fixed), "the least time by the estimate"
-    else:
-        tokens = estimator.tokens_of(size, step, longest)
-    memory = estimator.estimate(tokens)
-    if size == "auto" or size.unit == "tokens":
-        size = Size(max(tokens, longest) if fixed else tokens, "tokens")
-    layout = MicroBatchLayout(size)
-    if compiled:
-        multiple = 1 if fixed else ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8
-        bound = -(-longest // DOCUMENT_BLOCK) * DOCUMENT_BLOCK
-        layout = MicroBatchLayout(size, pad_to=size.amount if fixed else None, multiple=multiple, bound=bound)
-    base = "nf4" if run.model.quantize == "nf4" else machine.scaling[0] or run.model.dtype
-    return RunPlan(
-        device=machine.device,
-        attention=machine.attention[0],
-        base=base,
-        layers=spec.layers,
-        compiled=compiled,
-        deterministic=train.deterministic,
-        recomputed_layers=memory.recomputed_layers,
-        fast_paths=train.fast_paths,
-        layout=layout,
-        memory=memory,
-        mesh=mesh,
-        why={
-            "attention": machine.attention[1],
-            "loss": "head and loss on supervised positions alone",
-            "base": machine.scaling[1] or "as the recipe says",
-            "compile": compile_why,
-            "kernels": "as train.deterministic says",
-            "recompute": "as train.recompute says" if train.recompute != "auto" else "no more than the memory needs",
-            "fast paths": "as train.fast_paths says",
-            "micro batch": f"{why}: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB",
-        },
-    )
-
-
 @dataclass(frozen=True)
 class MemoryEstimator:
     """Estimates memory and time of one micro batch on one rank; `trained` counts the trained parameters of all."""
@@ -249,12 +193,12 @@ class MemoryEstimator:
     def weights(self, itemsize: float) -> tuple[int, int]:
         """Bytes of the base that a tensor-parallel rank computes with: of all layers' matrices, and of what else there is.
 
-        Tensor-parallel ranks cut everything but norms and biases. nf4 takes 4 bits, and 8 bits a block of 64.
+        Tensor-parallel ranks cut everything but norms and biases.
         """
         spec, cut = self.spec, self.mesh.tensor
         matrices, tables = spec.layers * spec.layer_matmul, spec.head_matmul * (1 if spec.tied else 2)
         rest = spec.parameters - matrices - tables
-        width = 0.53 if self.run.model.quantize == "nf4" else itemsize
+        width = NF4_BYTES if self.run.model.quantize == "nf4" else itemsize
         return int(-(-matrices // cut) * width), int((-(-tables // cut) + rest) * itemsize)
 
     @property
@@ -264,6 +208,59 @@ class MemoryEstimator:
         if adapter.kind == "lora":
             return self.trained - adapter_parameters(self.spec, adapter) + adapter_parameters(self.spec, adapter, cut)
         return -(-sum(self.weights(1)) * self.trained // (self.spec.parameters * self.mesh.shard))
+
+    def plan(self, step: StepSize, longest: int, before: Size | None) -> RunPlan:
+        """The plan of a rank whose share of a step is `step`, whether it fits or not."""
+        run, machine, train, (compiled, compile_why) = self.run, self.machine, self.run.train, self.machine.compiles
+        size, why = train.micro_batch, "as train.micro_batch says"
+        if train.optimizer_in_backward:  # an update in the backward leaves no place for a second micro batch
+            size, why = (
+                Size(-(-train.global_batch.amount // self.mesh.data), train.global_batch.unit),
+                "the whole global batch",
+            )
+        elif size == "auto" and before is not None and not self.overrun(self.tokens_of(before, step, longest)):
+            size, why = before, "that of the checkpoint"
+        by_examples = size != "auto" and size.unit == "examples"
+        # Where every step has the same tokens, one padded shape serves all micro batches.
+        fixed = compiled and run.data.pack and train.global_batch.unit == "tokens" and not by_examples
+        if size == "auto":
+            tokens, why = self.fastest_micro_batch(step, fixed=fixed), "the least time by the estimate"
+        else:
+            tokens = self.tokens_of(size, step, longest)
+        memory = self.estimate(tokens)
+        if size == "auto" or size.unit == "tokens":
+            size = Size(max(tokens, longest) if fixed else tokens, "tokens")
+        layout = MicroBatchLayout(size)
+        if compiled:
+            multiple = 1 if fixed else ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8
+            bound = -(-longest // DOCUMENT_BLOCK) * DOCUMENT_BLOCK
+            layout = MicroBatchLayout(size, pad_to=size.amount if fixed else None, multiple=multiple, bound=bound)
+        base = "nf4" if run.model.quantize == "nf4" else machine.scaling[0] or run.model.dtype
+        return RunPlan(
+            device=machine.device,
+            attention=machine.attention[0],
+            base=base,
+            layers=self.spec.layers,
+            compiled=compiled,
+            deterministic=train.deterministic,
+            recomputed_layers=memory.recomputed_layers,
+            fast_paths=train.fast_paths,
+            layout=layout,
+            memory=memory,
+            mesh=self.mesh,
+            why={
+                "attention": machine.attention[1],
+                "loss": "head and loss on supervised positions alone",
+                "base": machine.scaling[1] or "as the recipe says",
+                "compile": compile_why,
+                "kernels": "as train.deterministic says",
+                "recompute": "as train.recompute says"
+                if train.recompute != "auto"
+                else "no more than the memory needs",
+                "fast paths": "as train.fast_paths says",
+                "micro batch": f"{why}: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB",
+            },
+        )
 
     def estimate(self, tokens: int) -> MemoryEstimate:
         """Memory of a micro batch of `tokens`, padding counted, with the fewest recomputed layers that fit."""
@@ -275,27 +272,31 @@ class MemoryEstimator:
         # there twice.
         width, copies = (4, 12 * trained) if lora else (4 if masters else itemsize, 0)
         base = -(-sum(self.weights(width if masters else itemsize)) // self.mesh.shard)
+        if run.model.quantize == "nf4":  # FSDP2 leaves its scales, which are buffers, whole
+            base += int((1 - 1 / self.mesh.shard) * (NF4_BYTES - 0.5) * spec.layers * spec.layer_matmul / cut)
         adapter = width * trained * lora
         gradients = max(width, 4 * ("fp32-weight-gradients" in run.train.fast_paths)) * trained
         state = int(trained * state_bytes_per_parameter(run.train, width))
         gathered = self.gathered_bytes(itemsize) if self.sharded else 0
 
-        more = 0 if self.machine.compiles[0] else 1
+        family = ARCHITECTURES.get(spec.model_type)
+        more = 0 if self.machine.compiles[0] or (family is not None and family.fused) else 1
         # Of what a tensor group keeps, only the normed inputs are whole: gathered before attention and MLP.
         wide, heads = -(-spec.intermediate // cut), spec.head_dim * (spec.heads + 2 * spec.kv_heads) // cut
         block = 2 * spec.hidden + (3 + more) * -(-spec.hidden // cut) + heads
         layer = (block + (3 + more) * wide) * itemsize * tokens
         recomputed_layer = -(-spec.hidden // cut) * itemsize * tokens
-        # One layer's gradients, one weight made dense, the embeddings; raw logits, their fp32 form and the raw gradient.
-        widest = spec.hidden * wide + (6 * spec.hidden + 4 * wide) * tokens
-        device, vocabulary = torch.device(self.machine.device), -(-spec.vocab // cut)
-        chunk = chunk_size(vocabulary, tokens, device, trained=not lora, card=self.machine.card_bytes)
-        workspace = widest * itemsize + (2 * itemsize + 4) * vocabulary * min(chunk, tokens)
+        # The last norm's input, and the gradient of its output.
+        ends = (spec.hidden + -(-spec.hidden // cut)) * itemsize * tokens
+        workspace = max(self._head_bytes(tokens, itemsize), self._backward_bytes(tokens, itemsize))
 
-        room = int(self.machine.free_bytes * USABLE) - base - adapter - state - copies - gathered - workspace
+        room = int(self.machine.free_bytes * USABLE) - base - adapter - state - copies - gathered - workspace - ends
         named = {"auto": fewest_recomputed(room, spec.layers, layer, recomputed_layer), "none": 0, "full": spec.layers}
         given = run.train.recompute
         recomputed = min(given if isinstance(given, int) else named[given], spec.layers)
+        if recomputed == spec.layers:  # otherwise the last layer's activations are gone when the first one recomputes
+            again = self._backward_bytes(tokens, itemsize) + layer - recomputed_layer
+            workspace = max(workspace, again)
         return MemoryEstimate(
             tokens=tokens,
             recomputed_layers=recomputed,
@@ -304,11 +305,31 @@ class MemoryEstimator:
             optimizer=state - gradients,
             copies=copies,
             gathered=gathered,
-            activations=(spec.layers - recomputed) * layer + recomputed * recomputed_layer,
+            activations=(spec.layers - recomputed) * layer + recomputed * recomputed_layer + ends,
             recomputed_layer=recomputed_layer,
             workspace=workspace,
             free=self.machine.free_bytes,
         )
+
+    def _head_bytes(self, tokens: int, itemsize: int) -> int:
+        """A chunk of logits: raw, in fp32, and their raw gradient; of a trained head the fp32 sum of its gradients too, and
+        one chunk's."""
+        trained, vocabulary = self.run.adapter.kind == "none", -(-self.spec.vocab // self.mesh.tensor)
+        device, card = torch.device(self.machine.device), self.machine.card_bytes
+        chunk = min(tokens, chunk_size(vocabulary, tokens, device, trained=trained, card=card))
+        half, hidden = itemsize < 4, self.spec.hidden * trained  # fp32 logits are scored in place
+        logits = (2 * itemsize + 4 * half) * chunk
+        return vocabulary * (4 * hidden + max(logits, itemsize * ((1 + half) * chunk + hidden)))
+
+    def _backward_bytes(self, tokens: int, itemsize: int) -> int:
+        """What the backward of a layer adds to its activations, while no chunk of logits is there.
+
+        Gradients of three hidden vectors, and those of gate, up and their product, as the product itself goes; or that of
+        the product beside one weight's gradient, or nf4's made dense.
+        """
+        hidden, wide = self.spec.hidden, -(-self.spec.intermediate // self.mesh.tensor)
+        weight = hidden * wide * (self.run.adapter.kind == "none" or self.run.model.quantize == "nf4")
+        return (3 * hidden * tokens + wide * tokens + max(wide * tokens, weight)) * itemsize
 
     def gathered_bytes(self, itemsize: int) -> int:
         """What FSDP2 holds beside the shards: the root's group, GATHERED_LAYERS, and gradients on the way to their shards.
