@@ -137,9 +137,8 @@ class Chat:
             return
         self.sides = sides
         most = max(map(len, self.turns.values()))
-        behind = (
-            f"{side} knows {len(self.turns[side])} of {most} turns" for side in sides if len(self.turns[side]) < most
-        )
+        known = {side: len(self.turns[side]) for side in sides}
+        behind = (f"{side} knows {count} of {most} turns" for side, count in known.items() if count < most)
         notify("; ".join([f"from here on: {' and '.join(sides)}", *behind]))
 
     def reset(self, _: str) -> None:

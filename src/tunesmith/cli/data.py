@@ -65,11 +65,17 @@ def print_data(prepared: TrainingData, tokenizer: Any, rows: int, console: Conso
     from rich.bar import Bar
     from rich.console import Console
 
+    from tunesmith.data.source import is_local
+
     # A file or a pipe has no width; rich would assume 80 columns and fold the tables.
     console = console or Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     _print_rows(console, prepared.train, tokenizer, rows)
     console.print(prepared.describe_template(), markup=False)
-    console.print(_counts_table(prepared))
+    counts = _table("what is trained on", "source", "figures", text=(1,))
+    for split, part in prepared.sources():
+        name = part.counts.source
+        counts.add_row(f"{split}: {Path(name).name if is_local(name) else name}", "\n".join(prepared.figures(part)))
+    console.print(counts)
     bars = histogram(prepared.train)
     most = max((n for _, _, n in bars), default=1)
     lengths = _table("tokens of an example", "from - to", "examples", "", text=(2,))
@@ -134,16 +140,6 @@ def _table(title: str, *columns: str, text: tuple[int, ...] = ()) -> Table:
         wraps = number == 0 or number in text
         justify: Literal["left", "right"] = "left" if wraps else "right"
         table.add_column(column, justify=justify, no_wrap=not wraps, overflow="fold")
-    return table
-
-
-def _counts_table(prepared: TrainingData) -> Table:
-    from tunesmith.data.source import is_local
-
-    table = _table("what is trained on", "source", "figures", text=(1,))
-    for split, part in prepared.sources():
-        name = part.counts.source
-        table.add_row(f"{split}: {Path(name).name if is_local(name) else name}", "\n".join(prepared.figures(part)))
     return table
 
 

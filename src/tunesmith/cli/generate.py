@@ -9,8 +9,6 @@ Each output row is the input row with `output` added, and `reference` where the 
 as they are ready, in the order of the input; ctrl-C keeps what is written, and --resume goes on from there.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -18,13 +16,12 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from tunesmith.cli import options
+from tunesmith.config.schema import Source
+from tunesmith.data.source import Rows, from_list, read_rows
 from tunesmith.errors import DataError, MachineError, RunError, StoppedError, UsageError, disk_fault, first_line
-
-if TYPE_CHECKING:
-    from tunesmith.data.source import Rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,9 +103,6 @@ def _open_output(output: Path | None, size: int) -> AbstractContextManager[IO[st
 
 def _read_input(name: str) -> Rows:
     """Rows of a file, or JSON lines from stdin; DataError where there is none, or one is broken."""
-    from tunesmith.config.schema import Source
-    from tunesmith.data.source import from_list, read_rows
-
     if name != "-":
         path, fix = Path(name), "name a jsonl, json, csv or parquet file, or - for stdin"
         if not path.is_file():
