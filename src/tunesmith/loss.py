@@ -8,7 +8,6 @@ tied heads, a soft cap, a logit scale and weights per position all take the same
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +108,6 @@ def token_cross_entropy(
     return torch.cat(losses), torch.cat(hits)
 
 
-@cache
 def card_bytes(device: torch.device) -> int:
     """All memory of a GPU, in use or not; 0 for other devices."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0

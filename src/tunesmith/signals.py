@@ -80,7 +80,6 @@ class StopRequest:
             raise self.not_begun()
 
     def requested(self) -> bool:
-        """Whether a signal has come."""
         return self.signal is not None
 
     def not_begun(self) -> StoppedError:

@@ -55,13 +55,11 @@ class Batch:
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Its tensors by name."""
         import torch
 
         return {name: value for name, value in self.__dict__.items() if isinstance(value, torch.Tensor)}
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        """The same batch with every tensor changed."""
         return Batch(**{**self.__dict__, **{name: change(tensor) for name, tensor in self.tensors().items()}})
 
 

@@ -45,7 +45,6 @@ class Contract:
         return tuple(check for check in self.checks if check.broken)
 
     def raise_if_broken(self) -> None:
-        """Raise DataError for the first broken check."""
         for check in self.broken:
             what = f"the token contract is broken: {check.name} ({check.broken:,} of {check.checked:,} {check.of})"
             raise DataError(what, where=f"{self.split}: {check.where}", why=check.why, fix=check.fix)

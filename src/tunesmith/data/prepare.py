@@ -49,7 +49,6 @@ class TrainingData:
         return replace(self, schedule=schedule)
 
     def sources(self) -> list[tuple[str, SourceTokens]]:
-        """The sources of both splits."""
         validation = self.validation.parts if self.validation is not None else ()
         return [*(("train", part) for part in self.train.parts), *(("validation", part) for part in validation)]
 

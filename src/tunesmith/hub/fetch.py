@@ -250,14 +250,11 @@ class CachedItem:
 def cached_items() -> list[CachedItem]:
     """Everything in the caches, the largest first; parts of unfinished downloads counted."""
     # Not scan_cache_dir: it leaves out a repository of which no file is complete yet.
-    found: list[tuple[Path, str, str]] = []
-    for kind in ("model", "dataset"):
-        for folder in Path(constants.HF_HUB_CACHE).glob(f"{kind}s--*"):
-            found += [(folder, kind, folder.name.removeprefix(f"{kind}s--").replace("--", "/"))]
-    found += [(folder, "converted", folder.name) for folder in cache_folder("models").glob("*")]
-    items = []
-    for folder, kind, name in found:
-        if folder.is_dir():
+    hub, items = Path(constants.HF_HUB_CACHE), []
+    places = [("model", hub, "models--"), ("dataset", hub, "datasets--"), ("converted", cache_folder("models"), "")]
+    for kind, cache, prefix in places:
+        for folder in filter(Path.is_dir, cache.glob(f"{prefix}*")):
+            name = folder.name.removeprefix(prefix).replace("--", "/") if prefix else folder.name
             # Links are not followed, so that a blob counts once.
             files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
             used = max((file.st_atime for file in files), default=folder.stat().st_mtime)
