@@ -183,13 +183,9 @@ def _groups(model: nn.Module) -> Iterator[list[str]]:
 
 def _eight_bit_names(model: nn.Module) -> list[str]:
     """Full names of the dense, frozen linear layers of fitting widths; without the output layer."""
-
-    def fits(m: nn.Module) -> bool:
-        if not isinstance(m, nn.Linear) or m.weight.requires_grad:
-            return False
-        return m.in_features % ALIGNED == 0 and m.out_features % ALIGNED == 0
-
-    return [name for name in linear_names(model, head=False) if fits(model.get_submodule(name))]
+    layers = ((name, model.get_submodule(name)) for name in linear_names(model, head=False))
+    frozen = ((name, m) for name, m in layers if isinstance(m, nn.Linear) and not m.weight.requires_grad)
+    return [name for name, m in frozen if m.in_features % ALIGNED == 0 and m.out_features % ALIGNED == 0]
 
 
 def eight_bit_shapes(model: nn.Module, fast_paths: Sequence[str] = ()) -> list[tuple[int, int]]:

@@ -31,8 +31,7 @@ def read_splits(data: Data, seed: int) -> tuple[SourceRows, SourceRows]:
     if data.hold_out is None:
         return train, [(source, read_rows(source)) for source in data.validation]
     total = sum(len(rows) for _, rows in train)
-    count = count_held_out(data.hold_out, total)
-    held = np.sort(shuffled(total, seed, 0, _PURPOSE)[:count])
+    held = np.sort(shuffled(total, seed, 0, _PURPOSE)[: count_held_out(data.hold_out, total)])
     kept, aside, first = SourceRows(), SourceRows(), 0
     for source, rows in train:
         here = (held[(held >= first) & (held < first + len(rows))] - first).tolist()

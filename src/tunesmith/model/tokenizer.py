@@ -20,8 +20,7 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
         tokenizer("a")  # a setting of a wrong type shows in use only
     except Exception as error:  # Transformers and tokenizers raise many kinds for a missing or broken file
         fix = "put tokenizer.json (or tokenizer.model) and tokenizer_config.json there, or set model.tokenizer"
-        why = one_line(error)
-        raise ModelError("the tokenizer cannot be read", where=str(folder), why=why, fix=fix) from error
+        raise ModelError("the tokenizer cannot be read", where=str(folder), why=one_line(error), fix=fix) from error
     new = [t for t in model.added_tokens if t not in tokenizer.get_vocab()]
     if new:
         tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in new], special_tokens=True)
