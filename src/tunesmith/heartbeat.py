@@ -18,35 +18,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+import traceback
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import Any
 
-from tunesmith.errors import (
-    CheckpointError,
-    MachineError,
-    NonFiniteError,
-    OtherRankError,
-    RunError,
-    StoppedError,
-    TunesmithError,
-    first_line,
-)
+from tunesmith.errors import NonFiniteError, OtherRankError, RunError, StoppedError, TunesmithError, first_line
 
-if TYPE_CHECKING:
-    from torch.distributed import Store
-
-SECONDS = "TUNESMITH_HEARTBEAT_SECONDS"  # of the environment: for a slow network, or a test
 STUCK = 30 * 60.0  # seconds for a phase of micro batches: each takes seconds on a machine that holds the model
 MISSED = 4  # beats in a row, after which a rank is blamed for a connection that broke
-# What all ranks have agreed on, or are sent
-AGREED = (OtherRankError, StoppedError, NonFiniteError, CheckpointError, KeyboardInterrupt)
+AGREED = (OtherRankError, StoppedError, NonFiniteError)  # which all ranks raise at the same step
 GRACE, ENDING = 3.0, 60.0  # seconds that the main thread has to end: in a collective it cannot; once it knows the fault
+GONE = ("Z", "X")  # states of a process
 AGAIN = "start the same command again: it goes on from the newest checkpoint"
 _BROKEN = re.compile(r"gloo|nccl|^Dist\w+Error", re.IGNORECASE)  # torch's errors of a collective and of a store
-_COLLECTIVES = ("torch.distributed.distributed_c10d", "torch.distributed._functional_", "torch.distributed.fsdp")
 
 
 @dataclass
@@ -67,26 +55,31 @@ class Heartbeat:
 
     Attributes:
         fault: what ends all ranks, once it is known.
+        agreed: an error that all ranks know of already, by other means.
         on_fault: called with it and the last step, by a thread, on the one rank of a node that tells it.
     """
 
     def __init__(
-        self, rank: int = 0, hosts: Sequence[str] = ("",), local: Sequence[int] = (0,), store: Store | None = None
+        self, rank: int = 0, hosts: Sequence[str] = ("",), local: Sequence[int] = (0,), store: Any = None
     ) -> None:
-        """`local`: the ranks of this node. `store`: a client of this object alone, after `meet` has opened the keys."""
+        """`local`: the ranks of this node. `store`: a client of torch's store for this object alone, after `meet` has opened
+        the keys; a rank that does not beat for its timeout is gone."""
         self.rank, self.hosts, self.local, self.store = rank, hosts, local, store
-        self.limit = heartbeat_limit() if store is not None else inf
+        self.limit = store.timeout.total_seconds() if store is not None else inf
         self.interval = min(1.0, self.limit / 20)
         self.fault: TunesmithError | None = None
+        self.agreed: BaseException | None = None
         self.on_fault: Callable[[TunesmithError, int], object] = lambda fault, step: None
-        self.own, self.beats = Beat(process=f"{_pid_namespace()} {os.getpid()}"), [Beat() for _ in hosts]
+        self.own, self.beats = Beat(), [Beat() for _ in hosts]
+        with contextlib.suppress(OSError):  # a system without namespaces
+            self.own.process = f"{os.readlink('/proc/self/ns/pid')} {os.getpid()}"
         # Seconds that this process ran: after it was stopped it must not take the others for gone.
         self.clock = self.answered = self.moved = self.decided = 0.0
         self.heard = [0.0] * len(hosts)
         self.step, self._phase = 0, "start"
         self._outbox: dict[str, Any] = {}
-        self._broken, self._broken_at, self._ending = "", 0.0, False
-        self._known, self._wake, self._closing, self._closed = (threading.Event() for _ in range(4))
+        self._broken, self._broken_at, self._ended_at, self._ending = "", 0.0, 0.0, False
+        self._known, self._wake, self._closing = (threading.Event() for _ in range(3))
         self._deciding = threading.Lock()
         self._talker = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
 
@@ -98,7 +91,8 @@ class Heartbeat:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         found = self.verdict(error) if error is not None else None
-        self._close()
+        if self.store is not None:
+            self._close()
         if found is not None and found is not error:
             raise found from error
 
@@ -113,25 +107,29 @@ class Heartbeat:
 
     def verdict(self, error: BaseException) -> BaseException:
         """What ends this rank: `error`, made known to the others, or OtherRankError if another rank's end caused it."""
-        if self.store is None or isinstance(error, AGREED):
+        chain = [error]
+        # A RunError may say it in other words; `raise error from error` makes a ring.
+        while (cause := chain[-1].__cause__) is not None and cause not in chain:
+            chain.append(cause)
+        if self.store is None or any(isinstance(cause, AGREED) or cause is self.agreed for cause in chain):
+            self.agreed = error
             return error
-        self._ending, cause = True, error
-        while cause.__cause__ is not None:  # of a RunError that says it in other words
-            cause = cause.__cause__
-        broken = isinstance(cause, RuntimeError) and bool(_BROKEN.search(f"{type(cause).__name__}: {cause}"))
+        self._ending, first = True, chain[-1]
+        broken = isinstance(first, RuntimeError) and bool(_BROKEN.search(f"{type(first).__name__}: {first}"))
         if broken:
-            self._broken_at, self._broken = self.clock, first_line(cause)
+            self._stand_at([*traceback.walk_tb(first.__traceback__)][::-1])
+            self._broken_at, self._broken = self.clock, first_line(first)
         elif not self._outbox:
-            what = error.what if isinstance(error, TunesmithError) else f"{type(error).__name__}: {first_line(error)}"
-            words = {name: getattr(error, name, "") for name in ("where", "why", "fix")}
-            self._outbox = {"what": f"{self._name([self.rank])} failed: {what}", **words, "teller": self.rank}
+            other = RunError(f"{type(error).__name__}: {first_line(error)}")
+            own = error if isinstance(error, TunesmithError) else other
+            what = "was stopped by a signal" if isinstance(error, KeyboardInterrupt) else f"failed: {own.what}"
+            words = {"where": own.where, "why": own.why, "fix": own.fix, "teller": self.rank}
+            self._outbox = {"what": f"{self._name([self.rank])} {what}", **words}
         self._wake.set()
         self._known.wait(2 * self.limit)
         return OtherRankError(self.fault.what, exit_code=self.fault.exit_code) if broken and self.fault else error
 
     def _close(self) -> None:
-        if self.store is None:
-            return
         self.own.done = True
         # Where no launcher holds the store rank 0 does, and stays until the others have read it for the last time.
         holds = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -142,13 +140,12 @@ class Heartbeat:
         self._closing.set()
         self._wake.set()
         self._talker.join(GRACE)
-        self._closed.set()
         if self._talker.is_alive():  # a thread in a call to a mute store would crash an interpreter that ends
             atexit.register(_leave)
 
     def _mind_time(self) -> None:
         parent, last = os.getppid(), time.monotonic()
-        while not self._closed.wait(self.interval / 2):
+        while not self._closing.wait(self.interval / 2):
             now = time.monotonic()
             self.clock, last = self.clock + min(now - last, self.interval), now
             if self.fault is not None:
@@ -175,11 +172,9 @@ class Heartbeat:
 
     def _round(self) -> None:
         """Write this rank's beat, read those of all, and look for a fault."""
-        assert self.store is not None
         own = self.own
         if not self._ending:
-            own.collective, at = _main_thread()
-            own.place = ", ".join(text for text in (self._phase, f"step {self.step}", own.collective, at) if text)
+            self._stand_at(traceback.walk_stack(sys._current_frames()[threading.main_thread().ident or 0]))
         own.count, own.idle = own.count + 1, self.clock - self.moved
         ended = self._ended()  # before the beats: a rank says that it is done, then ends
         self.store.set(f"beat/{self.rank}", json.dumps(asdict(own)))
@@ -197,13 +192,33 @@ class Heartbeat:
             teller = words.pop("teller", None)  # a rank that raises the error: it is told where that arrives
             first = self.store.add(f"told/{self.local[0]}", 1) == 1
             self._decide(words, tells=teller == self.rank if teller in self.local else first)
-            for mute in (self.beats[r] for r in self.local if self._silent(r, self.limit)):
-                if not mute.done and not _has_ended(mute.process):  # a stopped one would hold up the launcher for 30 s
-                    os.kill(int(mute.process.split()[1]), signal.SIGKILL)
+            for mute in (r for r in self.local if self._silent(r, self.limit) and self._state(r) not in ("", *GONE)):
+                os.kill(
+                    int(self.beats[mute].process.split()[1]), signal.SIGKILL
+                )  # it would hold up the launcher for 30 s
+
+    def _stand_at(self, frames: Iterable[tuple[FrameType, int]]) -> None:
+        """Note what the main thread does, by its frames and their lines from the innermost on: the collective that it waits
+        in, if it does, and the line of ours."""
+        collective = at = ""
+        for frame, line in frames:
+            module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_name
+            if (module, name) == ("tunesmith.private", "collective"):
+                collective = frame.f_locals["name"]
+            elif module.startswith("torch.distributed") and name != "wrapper":
+                collective = collective or name
+            elif module == "__main__" or module.startswith("tunesmith."):
+                at = f"{module}:{line}"
+                break
+        self.own.collective = collective
+        self.own.place = ", ".join(text for text in (self._phase, f"step {self.step}", collective, at) if text)
 
     def _look(self, ended: list[int]) -> dict[str, str]:
         """The fault that the beats show, in the words of an error; empty: none. `ended`: ranks without a process."""
         if ended:
+            self._ended_at = self._ended_at or self.clock
+            if self.clock - self._ended_at < self.interval:  # the others have yet to tell what they wait in
+                return {}
             why = "its process ended without a word: a signal, or no memory was left (dmesg -T | grep -i oom)"
             return self._words(f"{self._name(ended)} was killed", why, ended)
         limit = MISSED * self.interval if self._broken else self.limit
@@ -253,7 +268,17 @@ class Heartbeat:
 
     def _ended(self) -> list[int]:
         """The ranks of this node whose process is no more."""
-        return [r for r in self.local if not self.beats[r].done and _has_ended(self.beats[r].process)]
+        return [r for r in self.local if not self.beats[r].done and self._state(r) in GONE]
+
+    def _state(self, rank: int) -> str:
+        """That of a rank's process, as /proc names it; empty where it cannot be seen from here."""
+        namespace, _, pid = self.beats[rank].process.rpartition(" ")
+        if not namespace or not self.own.process.startswith(namespace):
+            return ""
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "X"
 
     def _silent(self, rank: int, limit: float) -> bool:
         return rank != self.rank and self.clock - self.heard[rank] > limit
@@ -261,45 +286,6 @@ class Heartbeat:
     def _name(self, ranks: Collection[int]) -> str:
         names = [f"rank {rank} on {self.hosts[rank]}" for rank in sorted(ranks)]
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def heartbeat_limit() -> float:
-    """Seconds after which a rank without beats is gone. MachineError where the environment names no such number."""
-    text = os.environ.get(SECONDS, "60")
-    with contextlib.suppress(ValueError):
-        if 1 <= (seconds := float(text)) < inf:
-            return seconds
-    raise MachineError("not a number of seconds from 1", where=f"environment: {SECONDS}={text}", fix=f"unset {SECONDS}")
-
-
-def _pid_namespace() -> str:
-    with contextlib.suppress(OSError):  # a system without them
-        return os.readlink("/proc/self/ns/pid")
-    return ""
-
-
-def _has_ended(process: str) -> bool:
-    """Whether a process is no more, or a zombie; False where that cannot be seen from here."""
-    namespace, _, number = process.rpartition(" ")
-    if not namespace or namespace != _pid_namespace():
-        return False
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
-
-
-def _main_thread() -> tuple[str, str]:
-    """The collective that the main thread waits in, if it does, and the line of ours that it is at."""
-    frame, collective = sys._current_frames().get(threading.main_thread().ident or 0), ""
-    while frame is not None:
-        module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_name
-        if not collective and module.startswith(_COLLECTIVES) and name != "wrapper":
-            collective = name
-        if module == "__main__" or module.startswith("tunesmith."):
-            return collective, f"{module}:{frame.f_lineno}"
-        frame = frame.f_back
-    return collective, ""
 
 
 def _leave() -> None:

@@ -13,19 +13,21 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunesmith.errors import MachineError, OtherRankError, TunesmithError, UsageError, first_line
-from tunesmith.heartbeat import Heartbeat, heartbeat_limit
+from tunesmith.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 # A collective may wait for a rank that compiles, loads or saves; one that is gone is found by its heartbeat.
 PATIENCE = timedelta(hours=24)
+SECONDS = "TUNESMITH_HEARTBEAT_SECONDS"  # of the environment: for a slow network, or a test
 JOIN = 600.0  # seconds that the ranks have to find each other, as long as torchrun gives its nodes
 T = TypeVar("T")
 
@@ -95,6 +97,7 @@ class Ranks:
             return
         rank, code, text = found[0]
         if error is not None and rank == self.rank:
+            self.heartbeat.agreed = error
             raise error
         raise OtherRankError(f"{self.name(rank)} failed: {text}", exit_code=code) from error
 
@@ -176,6 +179,15 @@ def join_ranks() -> Iterator[Ranks]:
     finally:
         if heartbeat.fault is None and dist.is_initialized():  # a group that a rank has left may wait for it
             dist.destroy_process_group()
+
+
+def heartbeat_limit() -> float:
+    """Seconds after which a rank without beats is gone. MachineError where the environment names no such number."""
+    text = os.environ.get(SECONDS, "60")
+    with suppress(ValueError):
+        if 1 <= (seconds := float(text)) < inf:
+            return seconds
+    raise MachineError("not a number of seconds from 1", where=f"environment: {SECONDS}={text}", fix=f"unset {SECONDS}")
 
 
 def meet(store: Store, rank: int, world: int) -> tuple[str, list[str]]:

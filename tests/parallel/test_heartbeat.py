@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -18,11 +19,20 @@ from pathlib import Path
 import pytest
 
 from ranks import environment_of, free_port
-from tunesmith.errors import DataError, MachineError, OtherRankError, TunesmithError
-from tunesmith.heartbeat import SECONDS, Heartbeat, heartbeat_limit
-from tunesmith.ranks import join_ranks, meet
+from tunesmith.errors import CheckpointError, DataError, MachineError, OtherRankError, TunesmithError
+from tunesmith.heartbeat import Heartbeat
+from tunesmith.ranks import SECONDS, heartbeat_limit, join_ranks, meet
+from tunesmith.signals import Interrupted
 
 HOST = socket.gethostname()
+LIMIT = 3  # seconds without a heartbeat
+
+
+ERRORS = {
+    "data": DataError("row 7 is broken", where="rows.jsonl:7"),
+    "disk": CheckpointError("the disk is full", where="checkpoint-20"),
+    "signal": Interrupted(),
+}
 
 
 def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
@@ -31,6 +41,8 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    from tunesmith.private import collective
+
     torch.set_num_threads(1)
     sys.stderr = (folder / f"stderr-{env['RANK']}").open("w")
     code = 0
@@ -38,23 +50,32 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
         with join_ranks() as ranks:
             heartbeat, value = ranks.heartbeat, torch.ones(10)
             heartbeat.on_fault = lambda error, step: (folder / f"failure-{ranks.rank}").write_text(error.what)
+            if fault == "slow" and ranks.rank == 1:
+                time.sleep(2.5 * LIMIT)  # a load, a compile or a save, which the others wait for
             heartbeat.phase("training", 2.0 if fault == "hang" else None)
-            for step in range(40 if fault == "none" else 1_000_000):
-                dist.all_reduce(value)
-                value /= ranks.world
+            for step in range(40 if fault in ("none", "slow") else 1_000_000):
+                if fault == "stop":  # that of the operators in compiled and tensor-parallel layers
+                    value = collective("all_reduce", value, "sum", dist.group.WORLD.group_name)
+                else:
+                    dist.all_reduce(value)
+                value = value / ranks.world
                 heartbeat.progress(step)
                 time.sleep(0.01)
                 if step == 20 and ranks.rank == 1:
                     if fault in ("kill", "stop"):
                         os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
-                    elif fault == "error":
-                        raise DataError("row 7 is broken", where="rows.jsonl:7")
+                    elif fault in ERRORS:
+                        raise ERRORS[fault] from ERRORS[fault]  # as the trainer's are that need no other words
                     elif fault == "hang":
                         time.sleep(1000)
+                if step == 20 and fault == "known to all":
+                    with ranks.together():
+                        if ranks.rank == 1:
+                            raise ERRORS["disk"]
             time.sleep(ranks.rank)  # one that ends early is not missed, and the store waits for the last
-    except TunesmithError as error:
-        code = error.exit_code
-        (folder / f"raised-{env['RANK']}").write_text(f"{type(error).__name__}: {error.what}")
+    except (TunesmithError, Interrupted) as error:
+        code = error.exit_code if isinstance(error, TunesmithError) else 75
+        (folder / f"raised-{env['RANK']}").write_text(f"{type(error).__name__}: {error}")
     sys.stderr.flush()
     sys.exit(code)
 
@@ -64,7 +85,7 @@ def strike(fault: str, folder: Path) -> tuple[list[int | None], str]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "torch.distributed.fsdp", "tunesmith.training.run"])
     port = free_port()
-    envs = [environment_of(rank, 3, port) | {SECONDS: "3"} for rank in range(3)]
+    envs = [environment_of(rank, 3, port) | {SECONDS: str(LIMIT)} for rank in range(3)]
     processes = [context.Process(target=take_steps, args=(fault, env, folder)) for env in envs]
     for process in processes:
         process.start()
@@ -77,8 +98,9 @@ def strike(fault: str, folder: Path) -> tuple[list[int | None], str]:
             process.kill()
 
 
-def test_ranks_that_end_one_after_the_other_are_not_missed(tmp_path: Path):
-    codes, printed = strike("none", tmp_path)
+@pytest.mark.parametrize("fault", ["none", "slow"])
+def test_ranks_that_are_slow_or_end_one_after_the_other_are_not_missed(tmp_path: Path, fault: str):
+    codes, printed = strike(fault, tmp_path)
     assert codes == [0, 0, 0]
     assert "error" not in printed
     assert not [*tmp_path.glob("failure-*")]
@@ -97,22 +119,39 @@ def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(tmp_path: Path, 
     assert codes == [1, code, 1]
     assert printed.count("error: ") == 1, printed
     assert f"error: {what}\n" in printed
-    assert "training, step " in printed
-    if fault != "kill":  # gloo may have told the others of its end before a beat saw them wait
-        assert "ranks 0, 2: training, step 20, all_reduce, " in printed
+    where = printed.partition("  where: ")[2].partition("\n")[0]
+    waiting = [place for place in where.split("; ") if "training, step 20, all_reduce" in place]
+    assert sorted(", ".join(re.findall(r"ranks? ([\d, ]+):", "; ".join(waiting))).split(", ")) == ["0", "2"], where
     assert [p.read_text() for p in tmp_path.glob("failure-*")] == [what]
 
 
-def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(tmp_path: Path):
-    codes, printed = strike("error", tmp_path)
-    assert codes == [1, DataError.exit_code, 1]
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ("data", DataError.exit_code, "failed: row 7 is broken"),
+        ("disk", CheckpointError.exit_code, "failed: the disk is full"),
+        ("signal", 75, "was stopped by a signal"),
+    ],
+)
+def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(tmp_path: Path, fault: str, code: int, said: str):
+    codes, printed = strike(fault, tmp_path)
+    assert codes == [1, code, 1]
     assert "error" not in printed  # the command line prints what rank 1 has raised
-    assert (tmp_path / "raised-1").read_text() == "DataError: row 7 is broken"
-    failed = f"rank 1 on {HOST} failed: row 7 is broken"
-    assert [p.read_text() for p in tmp_path.glob("failure-1")] == [failed]
+    assert (tmp_path / "raised-1").read_text() == f"{type(ERRORS[fault]).__name__}: {ERRORS[fault]}"
+    said = f"rank 1 on {HOST} {said}"
+    assert [p.read_text() for p in tmp_path.glob("failure-1")] == [said]
     for rank in (0, 2):  # unless it waited in the collective until the end of its grace
         raised = tmp_path / f"raised-{rank}"
-        assert not raised.exists() or raised.read_text() == f"{OtherRankError.__name__}: {failed}"
+        assert not raised.exists() or raised.read_text() == f"{OtherRankError.__name__}: error: {said}"
+
+
+def test_an_error_that_all_ranks_know_is_told_once_without_the_heartbeat(tmp_path: Path):
+    codes, printed = strike("known to all", tmp_path)
+    assert codes == [1, 1, 1]
+    assert "error" not in printed
+    assert not [*tmp_path.glob("failure-*")]
+    raised = [(tmp_path / f"raised-{rank}").read_text().partition(":")[0] for rank in range(3)]
+    assert raised == ["OtherRankError", "CheckpointError", "OtherRankError"]
 
 
 def test_a_group_that_is_started_again_does_not_meet_its_predecessors():
