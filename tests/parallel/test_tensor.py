@@ -266,7 +266,7 @@ def test_a_model_is_cut_on_meta_and_its_adapter_drawn_whole():
 
 
 def quantized() -> tuple[int, float]:
-    """The 4-bit codes of each part, and the 8-bit weights, against those of the whole layers."""
+    """The 4-bit and the 8-bit weights of each part, against those of the whole layers."""
     with join_ranks():
         mesh, rank = Mesh.of(MeshShape(tensor=2), "cpu"), dist.get_rank()
         sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 16}
@@ -278,16 +278,18 @@ def quantized() -> tuple[int, float]:
         cut_model(rooted(model), mesh)
         for each in (model, whole):
             load.materialise(each, torch.device("cpu"))
-        count = 0
+        count, nested = 0, []
         for name, layer in whole.named_modules():
             if isinstance(layer, nf4.Nf4Linear):
                 weight, part = dense.get_submodule(name).weight.detach(), model.get_submodule(name)
                 layer.quantize(weight)
                 part.quantize(weight)
-                columns = layer.weight.view(layer.out_features, -1)
-                own = columns.chunk(2, 1 if name.endswith(("o_proj", "down_proj")) else 0)[rank]
-                assert torch.equal(part.weight.flatten(), own.flatten()), name
+                own = layer.dense().chunk(2, 1 if name.endswith(("o_proj", "down_proj")) else 0)[rank]
+                assert torch.equal(part.dense(), own), name
+                nested.append(part.nested_absmax is not None)
                 count += 1
+        assert any(nested), "no part has scales in one piece"
+        assert not all(nested)
         eight = rooted(causal_lm("llama", torch.bfloat16, **sizes).requires_grad_(False))
         expected = eight(batch()).loss
         lora.attach_lora(eight.model, ADAPTER, seed=1)

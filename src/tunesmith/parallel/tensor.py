@@ -115,7 +115,8 @@ def _check_sizes(model: Any, size: int) -> None:
     }
     for name, layer in model.named_modules():
         if isinstance(layer, Nf4Linear) and name.endswith(("0.self_attn.o_proj", "0.mlp.down_proj")):
-            whole = layer.in_features % BLOCK == 0  # no block of weights with one scale reaches into another row
+            # No block of weights with one scale reaches into another row, of this layer and of those it follows.
+            whole = layer.in_features % BLOCK == layer.out_features % BLOCK == 0
             counts[f"nf4 blocks in a row of {name}"] = layer.in_features // BLOCK if whole else 1
     if wrong := [f"{count:,} {name}" for name, count in counts.items() if count % size]:
         common = math.gcd(*counts.values())
@@ -240,7 +241,7 @@ class CutLinear(nn.Module):
 
 
 class CutNf4Layer(nn.Module):
-    """An `Nf4Linear` that quantizes this rank's part of the dense weight: the codes are those of the whole one."""
+    """An `Nf4Linear` that stores this rank's part of the quantized weight."""
 
     tensor_group: TensorGroup
     dim: int  # along which the weight is cut
@@ -248,7 +249,7 @@ class CutNf4Layer(nn.Module):
     def quantize(self, dense: Tensor) -> None:
         """dense: the whole [out_features, in_features]."""
         own: Any = super()
-        own.quantize(dense.chunk(self.tensor_group.size, self.dim)[self.tensor_group.rank])
+        own.quantize_part(dense, self.dim, self.tensor_group.rank, self.tensor_group.size)
 
 
 class CutHead(CutLinear, ShardedHead):

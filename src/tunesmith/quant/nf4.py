@@ -87,10 +87,32 @@ class Nf4Linear(FrozenLinear):
     @torch.no_grad()
     def quantize(self, dense: Tensor) -> None:
         """Store `dense` [out_features, in_features], rounded to the compute dtype first, as Transformers does."""
-        packed, state = nf4_functions().quantize_4bit(
+        self._store_state(*self._quantized(dense))
+
+    @torch.no_grad()
+    def quantize_part(self, dense: Tensor, dim: int, index: int, count: int) -> None:
+        """Quantize `dense` whole, of which this layer is part `index` of `count` equal ones along `dim`, and store that part.
+
+        Its values are those of the whole, whose scales share scales: where a part of these does not lie in one piece, its own
+        scales are fp32 (4.5 bits a weight in place of 4.13). Rows, and parts of them, are blocks of 64 weights.
+        """
+        packed, state = self._quantized(dense)
+        functional, rows = nf4_functions(), len(dense)
+
+        def part(tensor: Tensor) -> Tensor:
+            return tensor.view(rows, -1).chunk(count, dim)[index].clone(memory_format=torch.contiguous_format).view(-1)
+
+        if dim == 0 and len(part(state.absmax)) % NESTED_BLOCK == 0:
+            state.absmax, state.state2.absmax = part(state.absmax), state.state2.absmax.chunk(count)[index].clone()
+        else:
+            absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            state.absmax, state.nested = part(absmax), False
+        self._store_state(part(packed), state)
+
+    def _quantized(self, dense: Tensor) -> Any:
+        return nf4_functions().quantize_4bit(
             dense.to(self.compute_dtype).contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=True
         )
-        self._store_state(packed, state)
 
     @torch.no_grad()
     def load_quantized(self, parts: dict[str, Tensor], *, where: str) -> None:
