@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +119,21 @@ def test_the_table_and_what_the_first_takes(llama: Path, capsys: pytest.CaptureF
         assert part in said
     assert f"parallel.replicate={first[0]} parallel.shard={first[2]} parallel.tensor={first[4]}" in said
     assert "does not fit" in said
+
+
+def test_a_plan_needs_neither_transformers_nor_a_gpu(llama: Path) -> None:
+    """Of GPUs that are not here; where one is, CUDA is not even started."""
+    code = f"""import sys, torch
+from tunesmith.cli.main import main
+assert main(["plan", {str(llama)!r}, "--on", "2x8xh100"]) == 0
+print(sys.modules.keys() & {{"transformers", "datasets", "peft"}}, torch.cuda.is_initialized())"""
+    shown = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert shown.splitlines()[-1] == "set() False"
+
+
+def test_without_tokens_the_hours_of_an_epoch_are_not_known(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(llama), "--on", "2x8xh100", "train.duration=1 epochs"]) == 0
+    assert "hours: not known, as no tokens are cached; train.duration='N steps' gives them" in capsys.readouterr().out
 
 
 def test_json_has_everything(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,6 +136,8 @@ def _lines(planner: Planner, found: list[Forecast], price: float | None) -> list
     if best.hours:
         cost = f", {best.hours * price * planner.cluster.world:,.0f} USD" if price else ""
         lines.append(f"the run: {best.hours:,.2f} h{cost}, without validation and checkpoints")
+    elif best.step_seconds:
+        lines.append("hours: not known, as no tokens are cached; train.duration='N steps' gives them")
     if (other := planner.with_tensor()) and (other.step_seconds or 0) < BETTER * (best.step_seconds or 0):
         shape = other.plan.mesh.describe()
         lines.append(f"parallel.tensor=auto is faster: {shape}, {other.step_seconds:.2f} s a step")
