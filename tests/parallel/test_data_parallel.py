@@ -65,6 +65,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "lora, shards of a tensor group": ({}, {"shard": 2, "tensor": 2}),
     "full, shards of a tensor group": (merge(FULL, BITES), {"shard": 2, "tensor": 2}),
 }
+AUTO = {"full, tensor": {"replicate": 1, "shard": 1, "tensor": "auto"}}  # the recipe of a case that has `auto`
 # First step and others. fp32: sums in another order. bf16: gradients of micro batches are rounded before they are summed.
 TOLERANCES = dict.fromkeys(("full, bf16 with masters", "full, tensor, bf16 with masters"), (2e-3, 2e-2))
 
@@ -78,7 +79,7 @@ def test_numbers_are_those_of_one_process(world, tiny, tmp_path):
         for name, (what, _) in chosen.items()
     }
     cases = [
-        {**what, "parallel": mesh, "output_dir": str(tmp_path / f"{name}, ranks")}
+        {**what, "parallel": AUTO.get(name, mesh), "output_dir": str(tmp_path / f"{name}, ranks")}
         for name, (what, mesh) in chosen.items()
     ]
     found = run_ranks(world, numbers_of_all, tiny, tmp_path, cases, [free_port() for _ in cases])[0]
@@ -90,5 +91,8 @@ def test_numbers_are_those_of_one_process(world, tiny, tmp_path):
             if got != pytest.approx(expected, rel=others if step else first):
                 wrong[name, step] = expected, got
     assert not wrong
+    for name in AUTO.keys() & chosen.keys():
+        taken = "replicate 1 x shard 1 x tensor 2, the first that fits, as no speed is known here, of 1 "
+        assert taken in (tmp_path / f"{name}, ranks/log.txt").read_text()
     silent = [name for name in chosen if "no sample answers" in (tmp_path / f"{name}, ranks/log.txt").read_text()]
     assert silent == [name for name in chosen if name == "lora, tensor"]
