@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,6 +264,11 @@ def test_without_tokens_examples_are_as_long_as_said() -> None:
     filled = planner("llama3-8b", "h200", {})
     assert (filled.work.step.mean, filled.forecast(MeshShape()).hours) == (64 * 2048, None)
     assert planner("llama3-8b", "h200", {"train": {"duration": "2 h"}}).forecast(MeshShape()).hours == 2
+
+
+def test_a_forecast_needs_no_transformers() -> None:
+    code = "import sys, tunesmith.plan.forecast; print(sys.modules.keys() & {'transformers', 'datasets', 'peft'})"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
 def test_the_lengths_of_real_examples_count() -> None:

@@ -121,14 +121,14 @@ def test_the_table_and_what_the_first_takes(llama: Path, capsys: pytest.CaptureF
     assert "does not fit" in said
 
 
-def test_a_plan_needs_neither_transformers_nor_a_gpu(llama: Path) -> None:
-    """Of GPUs that are not here; where one is, CUDA is not even started."""
+def test_a_plan_starts_no_gpu(llama: Path) -> None:
+    """Where there is one; without any, a look at it would raise."""
     code = f"""import sys, torch
 from tunesmith.cli.main import main
 assert main(["plan", {str(llama)!r}, "--on", "2x8xh100"]) == 0
-print(sys.modules.keys() & {{"transformers", "datasets", "peft"}}, torch.cuda.is_initialized())"""
+print(torch.cuda.is_initialized())"""
     shown = subprocess.check_output([sys.executable, "-c", code], text=True)
-    assert shown.splitlines()[-1] == "set() False"
+    assert shown.splitlines()[-1] == "False"
 
 
 def test_without_tokens_the_hours_of_an_epoch_are_not_known(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
