@@ -29,6 +29,7 @@ from tunesmith.parallel.shard import shard_model
 from tunesmith.parallel.tensor import cut_model
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import FUSED, KINDS, TENSOR_WISE
+from tunesmith.ranks import ONE_PROCESS, Ranks
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import is_integrated, prepare_allocator
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
@@ -85,17 +86,17 @@ def build_model(
     adapter: Path | None = None,
     probes: Sequence[Batch] = (),
     mesh: Mesh = ALONE,
+    ranks: Ranks = ONE_PROCESS,
 ) -> tuple[TrainModel, RunPlan]:
     """Build the model of a recipe, with its weights, ready for its first step.
 
     Args:
         model: from `define_model`, on meta; it is changed in place. None makes it.
-        weights: folder of the safetensors files, None for `files.folder`; `random` draws weights of the same shapes on
-            the device, for measuring speed.
+        weights: folder of the safetensors files, None for `files.folder`; `random` draws them, to measure speed.
         adapter: folder of the checkpoint whose adapter training resumes from.
         probes: the first micro batches of the run, on the plan's device, the same at every start. On them the loss of a
             base in 8 bits is compared and recompute is calibrated; without them such a base stays dense.
-        mesh: the ranks that share the model; building it is then a collective call.
+        mesh, ranks: those that share the model; building it is then a collective call.
 
     Returns the root module, and the plan, corrected by what was measured on the probes. ModelError or RecipeError where
     files and recipe do not fit each other; MachineError where the GPU's memory is too small.
@@ -123,7 +124,7 @@ def build_model(
     shard_model(root, mesh, run, DTYPES[run.model.dtype])
     load.materialise(model, device)
     root.to(device)  # FSDP lays its padding into the shards now: tensors taken from them before would be left behind
-    fill_parameters(run, files, model, weights or files.folder)
+    fill_parameters(run, files, model, weights or files.folder, ranks)
     if plan.base.startswith(tuple(KINDS)) and probes:
         plan = quantize_base_eight_bit(root, plan, probes)
         if not plan.base.startswith(tuple(KINDS)):
@@ -159,14 +160,16 @@ def apply_fast_paths(run: Run, model: PreTrainedModel, plan: RunPlan, mesh: Mesh
     return plan
 
 
-def fill_parameters(run: Run, files: ModelFiles, model: nn.Module, weights: Path | Literal["random"]) -> None:
+def fill_parameters(
+    run: Run, files: ModelFiles, model: nn.Module, weights: Path | Literal["random"], ranks: Ranks
+) -> None:
     """Give a materialised model its values: the base's weights, then the first values of the adapter."""
     if weights == "random":
         stored = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))  # as in a checkpoint
         shapes = dict(stored.named_parameters())
         random_init.init_random_weights(model, shapes, seed=run.train.seed, convert=nf4.load_hooks(model))
     elif is_sharded(weights):
-        read_sharded_weights(model, weights)
+        read_sharded_weights(model, weights, ranks)
     else:
         known = int(files.config.vocab_size) if run.model.added_tokens else None
         load_weights(model, weights, skip=lora.is_adapter_weight, convert=nf4.load_hooks(model), grow_from=known)

@@ -36,7 +36,8 @@ T = TypeVar("T")
 class Ranks:
     """This process among the ranks of a run. The defaults are a run of one process, where nothing has to be shared.
 
-    `hosts` names the host of each rank; `heartbeat` watches over them.
+    `hosts` names the host of each rank; `heartbeat` watches over them. `dir_leaders` has for each rank the one that writes
+    the run directory that it sees: rank 0, unless nodes share no disk (`checkpoint.nodes.find_dir_leaders`).
     """
 
     rank: int = 0
@@ -44,6 +45,7 @@ class Ranks:
     local_rank: int = 0
     local_world: int = 1
     hosts: tuple[str, ...] = ("",)
+    dir_leaders: tuple[int, ...] = (0,)
     heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
     group: Any = None  # the process group that they share values over; None is the default one
 
@@ -56,6 +58,11 @@ class Ranks:
     def leads_node(self) -> bool:
         """Whether this rank does what is done once a node."""
         return self.local_rank == 0
+
+    @property
+    def leads_dir(self) -> bool:
+        """Whether this rank writes the run directory that it sees."""
+        return self.dir_leaders[self.rank] == self.rank
 
     def name(self, rank: int) -> str:
         """A rank in words: `rank 3 on spark-b`."""
@@ -175,7 +182,7 @@ def join_ranks() -> Iterator[Ranks]:
             backend, names = "cpu:gloo,cuda:nccl" if cuda else "gloo", dist.PrefixStore(group, store)
             dist.init_process_group(backend, store=names, rank=rank, world_size=world, timeout=PATIENCE)
             heartbeat.phase("start")
-            yield Ranks(rank, world, local_rank, local_world, tuple(hosts), heartbeat)
+            yield Ranks(rank, world, local_rank, local_world, tuple(hosts), (0,) * world, heartbeat)
     finally:
         if heartbeat.fault is None and dist.is_initialized():  # a group that a rank has left may wait for it
             dist.destroy_process_group()

@@ -135,7 +135,7 @@ out = folder / "checkpoint"
 out.mkdir()
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
-write_checkpoint(out, run, root, {}, optimizer, Progress())
+write_checkpoint(run, root, {}, optimizer, Progress(), out)
 written = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
 print(status("VmHWM") - before, sum(sizes), max(sizes), written)
 """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from recipes import make_run
-from tunesmith.checkpoint import export, state
+from tunesmith.checkpoint import export, nodes, state
 from tunesmith.checkpoint.state import Writer
 from tunesmith.errors import NonFiniteError, RunError, StoppedError
 from tunesmith.runtime.transfer import Snapshot
@@ -118,7 +118,7 @@ def test_a_model_trained_in_full_is_written_while_the_loop_waits(
     monkeypatch.setattr(Writer, "write", noted)
     train(make_run(tiny, tmp_path, adapter={"kind": "none"}), say=lambda text: None)
     assert written == [2, 4, 6, 8]
-    found = state.newest_checkpoint(tmp_path / "run", pytest.fail)
+    found = nodes.newest_checkpoint(tmp_path / "run", pytest.fail)
     assert found is not None
     assert found.step == 8
 
@@ -174,7 +174,7 @@ def test_a_full_disk_behind_the_steps_ends_the_run_as_one_in_the_loop_does(
             with pytest.raises(RunError) as caught:
                 train(make_run(tiny, tmp_path / name), say=lambda text: None)
         out = tmp_path / name / "run"
-        assert state.newest_checkpoint(out, pytest.fail).step == 2  # type: ignore[union-attr]
+        assert nodes.newest_checkpoint(out, pytest.fail).step == 2  # type: ignore[union-attr]
         assert not list(out.glob(".*.partial"))
         told.append((caught.value.text().replace(str(out), "RUN"), caught.value.exit_code, failed(out)))
     assert told[0] == told[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from page_cache import resident
-from tunesmith.checkpoint import run_dir, state
+from tunesmith.checkpoint import nodes, run_dir, state
 from tunesmith.errors import CheckpointError
 
 
@@ -62,7 +62,7 @@ def test_a_torn_one_is_passed_over_and_said(tmp_path: Path, tear, words: str) ->
     write(tmp_path, 1)
     tear(write(tmp_path, 2))
     said: list[str] = []
-    found = state.newest_checkpoint(tmp_path, said.append)
+    found = nodes.newest_checkpoint(tmp_path, said.append)
     assert found is not None
     assert found.step == 1
     assert len(said) == 1
@@ -71,7 +71,7 @@ def test_a_torn_one_is_passed_over_and_said(tmp_path: Path, tear, words: str) ->
 
 
 def test_none_whole(tmp_path: Path) -> None:
-    assert state.newest_checkpoint(tmp_path, pytest.fail) is None
+    assert nodes.newest_checkpoint(tmp_path, pytest.fail) is None
 
 
 def test_an_error_in_the_block_leaves_no_trace_and_the_old_one(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_sweep_puts_back_a_folder_that_was_being_replaced(tmp_path: Path) -> Non
 WRITER = """
 import sys
 from pathlib import Path
-from tunesmith.checkpoint import run_dir, state
+from tunesmith.checkpoint import nodes, run_dir, state
 run = Path(sys.argv[1])
 for step in range(1, 100_000):
     with state.writing(run / f"checkpoint-{step}", step) as folder:
@@ -154,7 +154,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_newest_one(tmp_path: Path) -> None:
         seen = max([seen, *map(int, child.stdout.read().split())])
         child.wait()
         run_dir.sweep(run)
-        found = state.newest_checkpoint(run, lambda _: None)
+        found = nodes.newest_checkpoint(run, lambda _: None)
         assert found is not None
         assert found.step >= seen
         assert not list(run.glob(".*"))

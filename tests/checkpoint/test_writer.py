@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,7 +61,7 @@ def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(
     fill = Held()
     writer.write_async(fill, 3, keep_step=None)
     assert fill.begun.wait(30)
-    writer.check()
+    assert not writer.failed
     assert (writer.saved_step, whole(tmp_path)) == (2, [1, 2]), "the older ones are needed until it is whole"
     fill.go.set()
     writer.wait()
@@ -82,17 +82,7 @@ def test_the_next_one_waits_and_the_spared_one_stays(writer: Writer, tmp_path: P
     assert whole(tmp_path) == [1, 3, 4]
 
 
-def again(call: Callable[[Writer], None], writer: Writer) -> None:
-    """`check` says nothing until the thread has ended."""
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        call(writer)
-
-
-@pytest.mark.parametrize("call", [Writer.check, Writer.wait])
-def test_a_full_disk_in_the_thread_is_raised_in_the_loop(
-    call: Callable[[Writer], None], writer: Writer, tmp_path: Path
-) -> None:
+def test_a_full_disk_in_the_thread_is_raised_in_the_loop(writer: Writer, tmp_path: Path) -> None:
     """The error is the very one that a write in the loop raises, once; what was whole stays."""
 
     def fill(folder: Path) -> None:
@@ -103,12 +93,17 @@ def test_a_full_disk_in_the_thread_is_raised_in_the_loop(
     with pytest.raises(CheckpointError) as at_once:
         writer.write(fill, 2, keep_step=None)
     writer.write_async(fill, 2, keep_step=None)
+    until = time.monotonic() + 30
+    while not writer.failed and time.monotonic() < until:
+        time.sleep(0.01)
+    assert writer.failed
     with pytest.raises(CheckpointError) as behind:
-        again(call, writer)
+        writer.wait()
+    assert not writer.failed
     assert behind.value.text() == at_once.value.text()
     assert (writer.saved_step, whole(tmp_path)) == (1, [1])
     assert not list(tmp_path.glob(".*"))
-    call(writer)
+    writer.wait()
 
 
 def test_close_lets_it_end_and_keeps_its_fault_to_itself(writer: Writer, tmp_path: Path) -> None:

@@ -184,12 +184,12 @@ TEARS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_torn_checkpoint_is_passed_over(name: str, tear: str, world: World, begun: Path, capsys: Capture) -> None:
     """The run goes on from the one before, says so, and ends with the numbers of a run that was never torn."""
-    from tunesmith.checkpoint import state
+    from tunesmith.checkpoint import nodes
 
     world.begun()
     TEARS[tear](world.out / "checkpoint-4" / name)
     said: list[str] = []
-    found = state.newest_checkpoint(world.out, said.append)
+    found = nodes.newest_checkpoint(world.out, said.append)
     if (name, tear) == ("manifest.json", "flipped") and found is not None and found.step == 4:
         return  # a flipped bit in the whitespace of the manifest leaves it as it was
     assert found is not None

@@ -1,47 +1,308 @@
-"""Nodes that do not share a disk: what all ranks must write there is refused, and a checkpoint is copied by hand."""
+"""Nodes that share no disk: what each keeps, and that a run goes on whichever rank is on which of them."""
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ranks import run_ranks
 from recipes import make_run
+from tunesmith.checkpoint import nodes, state
+from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.errors import TunesmithError
+from tunesmith.ranks import join_ranks
 from tunesmith.training.run import train
 
+FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
+LORA: dict[str, Any] = {}
+# Sums over ranks are taken in another order on another mesh: 6 steps in fp32 move a loss by about 1e-6 of itself.
+ROUNDING = 1e-5
 
-def start(model: Path, folder: Path, steps: int, changes: dict[str, Any]) -> Any:
-    """One start on this rank, whose run directory is of its own; its first step and number of steps, or the error."""
-    node = folder / f"node-{os.environ['RANK']}"
-    node.mkdir(exist_ok=True)
-    os.chdir(node)
-    train_for = {"duration": f"{steps} steps", "schedule": "constant"}
-    run = make_run(model, folder, held=False, output_dir="run", train=train_for, parallel={"replicate": 2}, **changes)
+
+def on_node(folder: Path, layout: str) -> str:
+    """Make this process rank r of the node that `layout` names for it: `aabb` is two nodes of two ranks each."""
+    rank = int(os.environ["RANK"])
+    node = layout[rank]
+    local = {"LOCAL_RANK": layout[:rank].count(node), "LOCAL_WORLD_SIZE": layout.count(node)}
+    os.environ.update({name: str(value) for name, value in local.items()})
+    place = folder / node
+    place.mkdir(exist_ok=True)
+    os.environ["TUNESMITH_CACHE"] = str(place / "cache")
+    os.chdir(place)
+    return node
+
+
+def start(
+    model: Path, folder: Path, layout: str, steps: int, mesh: dict[str, int], changes: dict[str, Any], **options: Any
+) -> Any:
+    """One start on this rank, below its node's folder: (first step, losses and norms), or the error."""
+    on_node(folder, layout)
+    changes = {
+        "train": {"duration": f"{steps} steps", "schedule": "constant", "micro_batch": "128 tokens"},
+        "output_dir": "run",
+        "checkpoint": {"every": "2 steps", "keep": 9},
+        **changes,
+    }
+    run = make_run(model, folder, held=False, parallel=mesh, **changes)
     try:
-        result = train(run, say=None)
+        result = train(run, say=None, **options)
     except TunesmithError as error:
         return f"{type(error).__name__}: {error}"
-    return result.first_step, result.steps
+    if result.finished_before:
+        return "finished"
+    return result.first_step, [(record.loss, record.grad_norm) for record in result.records]
 
 
-def test_a_model_trained_in_full_needs_a_shared_disk(tiny, tmp_path):
-    first, second = run_ranks(2, start, tiny, tmp_path, 2, {"adapter": {"kind": "none"}})
-    assert "MachineError" in first
+def go(layout: str, *arguments: Any) -> list[Any]:
+    """`start` on each rank of a layout."""
+    model, folder, *rest = arguments
+    return run_ranks(len(layout), start, model, folder, layout, *rest)
+
+
+def files_of(checkpoint: Path) -> set[str]:
+    return {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+
+
+def parts_of(checkpoint: Path) -> set[str]:
+    return {name for name in files_of(checkpoint) if name.endswith(state.PART)}
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+MESHES = [("aabb", FULL, {"shard": 4}), ("ab", LORA, {"replicate": 2})]
+
+
+@pytest.mark.parametrize(("layout", "what", "mesh"), MESHES, ids=["full", "LoRA"])
+def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(layout, what, mesh, tiny, tmp_path):
+    whole = go("w" * len(layout), tiny, tmp_path, 6, mesh, what)[0]
+    go(layout, tiny, tmp_path, 4, mesh, what)
+    a, b = (tmp_path / node / "run" for node in "ab")
+    assert (a / "checkpoint-4" / "manifest.json").read_bytes() == (b / "checkpoint-4" / "manifest.json").read_bytes()
+    both = files_of(a / "checkpoint-4") | files_of(b / "checkpoint-4")
+    assert both == {*json.loads((a / "checkpoint-4" / "manifest.json").read_text())["files"], "manifest.json"}
+    split = parts_of(a / "checkpoint-4"), parts_of(b / "checkpoint-4")
+    if what is FULL:  # each node keeps what its own ranks wrote
+        assert [len(parts) for parts in split] == [len(layout) // 2] * 2
+        assert not split[0] & split[1]
+    assert files_of(a / "checkpoint-4") - split[0] == files_of(b / "checkpoint-4") - split[1]
+    assert state.find_damage(a / "final") is None
+    assert {path.name for path in b.iterdir()} - {p.name for p in a.iterdir()} == set()
+    assert not {"final", "metrics.jsonl", "log.txt"} & {path.name for path in b.iterdir()}
+
+    swapped = layout.translate(str.maketrans("ab", "ba"))
+    resumed = go(swapped, tiny, tmp_path, 6, mesh, what)
+    assert resumed[0] == (4, whole[1][4:])
+    assert steps_in(b) == [1, 2, 3, 4, 5, 6]  # rank 0 is there now
+    name = "model.safetensors" if what is FULL else "adapter_model.safetensors"
+    assert (b / "final" / name).read_bytes() == (tmp_path / "w" / "run" / "final" / name).read_bytes()
+    assert state.step_of(a / "final") == 4  # of the first start
+    assert parts_of(a / "checkpoint-4") == parts_of(b / "checkpoint-4") == split[0] | split[1]
+    assert "no shared disk: the nodes of rank" in (b / "log.txt").read_text()
+
+    assert go(layout, tiny, tmp_path, 6, mesh, what) == ["finished"] * len(layout)
+    assert state.step_of(a / "final") == 6
+    assert files_of(a / "final") == files_of(b / "final")
+    assert (a / "final" / name).read_bytes() == (b / "final" / name).read_bytes()
+
+
+@pytest.mark.parametrize("lost", "ab")
+def test_an_adapter_outlives_a_machine(lost, tiny, tmp_path):
+    """The new machine gets all that it needs from the other."""
+    whole = go("ww", tiny, tmp_path, 6, {"replicate": 2}, LORA)[0]
+    go("ab", tiny, tmp_path, 4, {"replicate": 2}, LORA)
+    shutil.rmtree(tmp_path / lost)
+    assert go("ab", tiny, tmp_path, 6, {"replicate": 2}, LORA)[0] == (4, whole[1][4:])
+    assert steps_in(tmp_path / "a" / "run") == [5, 6] if lost == "a" else [1, 2, 3, 4, 5, 6]
+    assert state.find_damage(tmp_path / "a" / "run" / "final") is None
+    said = (tmp_path / "a" / "run" / "log.txt").read_text()
+    assert f"are copied to other nodes from rank {'1' if lost == 'a' else '0'} on" in said
+
+
+def test_other_ranks_and_meshes_go_on_from_two_nodes(tiny, tmp_path):
+    whole = go("w", tiny, tmp_path, 8, {}, FULL)[0]
+    flat = [value for pair in whole[1] for value in pair]
+
+    def near(found: tuple[int, list[tuple[float, float]]], first: int) -> None:
+        assert found[0] == first
+        assert [value for pair in found[1] for value in pair] == pytest.approx(flat[2 * first :][:4], rel=ROUNDING)
+
+    go("aabb", tiny, tmp_path, 2, {"shard": 4}, FULL)
+    (alone,) = go("b", tiny, tmp_path, 4, {}, FULL)
+    assert alone.startswith("MachineError: error: checkpoint-2 is not whole"), alone
+    assert "another node's disk" in alone
+    for path in (tmp_path / "a" / "run" / "checkpoint-2" / "state").iterdir():
+        shutil.copy(path, tmp_path / "b" / "run" / "checkpoint-2" / "state")
+    near(go("b", tiny, tmp_path, 4, {}, FULL)[0], 2)
+    near(go("ab", tiny, tmp_path, 6, {"shard": 2}, FULL)[0], 4)
+    near(go("bbaa", tiny, tmp_path, 8, {"replicate": 2, "shard": 2}, FULL)[0], 6)
+
+
+def test_a_node_gets_only_the_parts_that_its_ranks_read(tiny, tmp_path):
+    go("aabb", tiny, tmp_path, 2, {"shard": 4}, FULL)
+
+    def held() -> list[str]:
+        folders = (tmp_path / node / "run" / "checkpoint-2" for node in "ab")
+        return ["".join(sorted(name.split("_")[2] for name in parts_of(folder))) for folder in folders]
+
+    assert held() == ["01", "23"]
+    assert go("aabb", tiny, tmp_path, 3, {"shard": 4}, FULL)[0][0] == 2
+    assert held() == ["01", "23"]  # nothing was copied
+    for node in "ab":
+        shutil.rmtree(tmp_path / node / "run" / "checkpoint-3")
+    assert go("abab", tiny, tmp_path, 3, {"shard": 4}, FULL)[0][0] == 2
+    assert held() == ["012", "123"]
+
+
+def test_a_part_that_is_damaged_makes_all_take_the_checkpoint_before(tiny, tmp_path):
+    whole = go("ww", tiny, tmp_path, 6, {"shard": 2}, FULL)[0]
+    go("ab", tiny, tmp_path, 4, {"shard": 2}, FULL)
+    (part,) = parts_of(tmp_path / "b" / "run" / "checkpoint-4")
+    file = tmp_path / "b" / "run" / "checkpoint-4" / part
+    content = bytearray(file.read_bytes())
+    content[1000] ^= 1
+    file.write_bytes(content)
+    assert go("ab", tiny, tmp_path, 6, {"shard": 2}, FULL)[0] == (2, whole[1][2:])
+    said = (tmp_path / "a" / "run" / "log.txt").read_text()
+    assert f"checkpoint-4 is skipped: the contents of {part} do not match their checksum" in said
+
+
+def test_starting_over_puts_the_run_of_every_node_aside(tiny, tmp_path):
+    go("ab", tiny, tmp_path, 2, {"replicate": 2}, LORA)
+    fresh = run_ranks(2, start_fresh, tiny, tmp_path)
+    assert [found[0] for found in fresh] == [0, 0]
+    for node in "ab":
+        assert (tmp_path / node / "run.previous-1" / "checkpoint-2").is_dir()
+
+
+def start_fresh(model: Path, folder: Path) -> Any:
+    return start(model, folder, "ab", 2, {"replicate": 2}, LORA, fresh=True)
+
+
+def start_until_full(model: Path, folder: Path, what: dict[str, Any]) -> Any:
+    """Rank 1's disk takes no more from the second step on; the next checkpoint is due much later."""
+    if os.environ["RANK"] == "1":
+        write = RanksWriter.write_async
+
+        def full(self: RanksWriter, *args: Any, **options: Any) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            write(self, *args, **options)
+
+        RanksWriter.write_async = full  # type: ignore[method-assign]
+    mesh = {"shard": 2} if what else {"replicate": 2}
+    changes = {**what, "checkpoint": {"every": "40 steps"}, "train": {"duration": "79 steps"}}
+    return start(model, folder, "ab", 79, mesh, changes)
+
+
+@pytest.mark.parametrize("what", [FULL, LORA], ids=["full", "LoRA"])
+def test_a_full_disk_of_one_node_ends_all_in_a_few_steps(what, tiny, tmp_path):
+    first, second = run_ranks(2, start_until_full, tiny, tmp_path, what)
+    assert first.startswith("CheckpointError")
     assert "rank 1 on" in first
-    assert "does not see the run directory" in first
-    assert second.startswith("OtherRankError")
-    assert not (tmp_path / "node-0" / "run").exists()  # a refused start leaves no trace
+    assert "file" in first
+    assert second.startswith("OtherRankError") if what else "File too large" in second
+    failure = json.loads((tmp_path / "a" / "run" / "failure.json").read_text())
+    assert 40 <= failure["last_step"] < 60, failure
+    for node in "ab":
+        assert not list((tmp_path / node / "run").glob("*checkpoint*"))
 
 
-def test_an_adapter_is_kept_by_rank_0_and_resumed_from_a_copy(tiny, tmp_path):
-    assert run_ranks(2, start, tiny, tmp_path, 2, {}) == [(0, 2), (0, 2)]
-    assert "which alone keeps checkpoints" in (tmp_path / "node-0" / "run" / "log.txt").read_text()
-    assert not (tmp_path / "node-1" / "run").exists()
-    first, second = run_ranks(2, start, tiny, tmp_path, 4, {})
-    assert "OtherRankError: error: rank 1 on" in first
-    assert "this node has no checkpoint-2" in second
-    shutil.copytree(tmp_path / "node-0" / "run", tmp_path / "node-1" / "run")
-    assert run_ranks(2, start, tiny, tmp_path, 4, {}) == [(2, 4), (2, 4)]
+# ---- without a model: what lies in the directories, whenever the writers die ------------------------------------------
+
+
+def write_until_killed(folder: Path, seconds: float) -> None:
+    """Write checkpoint after checkpoint, each step twice as at the end of a run, on a node of its own; killed on the way."""
+    on_node(folder, "ab")
+    out = Path("run")
+    with join_ranks() as joined:
+        ranks = nodes.find_dir_leaders(joined, out, lambda: out.mkdir(exist_ok=True))
+        (out / "env.json").write_text("{}")
+        (out / "config.yaml").write_text("")
+        writer = RanksWriter(out, 1, None, sync=lambda: None, ranks=ranks)
+        ranks.gather(None)
+        signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGKILL))
+        for step in range(1, 100_000):
+            if step == 2:
+                signal.setitimer(signal.ITIMER_REAL, seconds * (1 + 0.02 * ranks.rank))
+            for again in range(2):
+
+                def fill(place: Path, step: int = step, again: int = again) -> None:
+                    (place / "state").mkdir(exist_ok=True)
+                    (place / "state" / f"__{ranks.rank}_0{state.PART}").write_bytes(bytes([step % 256, again]) * 9_000)
+                    if ranks.leads:
+                        (place / "progress").write_bytes(bytes([step % 256, again]))
+
+                writer.write(fill, step, keep_step=None)
+            (out / f"done-{step}").touch()
+
+
+def look(folder: Path) -> tuple[int, set[bytes]]:
+    """The newest checkpoint over both nodes, and what its files hold."""
+    on_node(folder, "ab")
+    out, said = Path("run"), []
+    with join_ranks() as joined:
+        ranks = nodes.find_dir_leaders(joined, out, lambda: None)
+        found = nodes.newest_checkpoint(out, said.append, ranks)
+    assert found is not None, said
+    assert not said
+    return found.step, {path.read_bytes()[:2] for path in found.path.rglob("*[!n]") if path.is_file()}
+
+
+def test_kill_9_at_any_moment_leaves_one_whole_over_the_nodes(tmp_path):
+    for number in range(5):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(AssertionError):
+            run_ranks(2, write_until_killed, folder, 0.1 + 0.0613 * number)
+        runs = [folder / node / "run" for node in "ab"]
+        done = min(max(int(path.name[5:]) for path in run.glob("done-*")) for run in runs)
+        first, second = run_ranks(2, look, folder)
+        assert first == second  # all files of one write
+        assert first[0] >= done
+        assert len(first[1]) == 1, first
+
+
+def pass_files(folder: Path, fault: str) -> Any:
+    """Rank 1 wants a file of 1 MB, an empty one and one in a folder from rank 0, in chunks of 1,000 bytes."""
+    node = on_node(folder, "ab")
+    nodes.CHUNK = 1000
+    out, names = Path("run"), ["big", "empty", "state/small"]
+    with join_ranks() as joined:
+        ranks = nodes.find_dir_leaders(joined, out, lambda: (out / "state").mkdir(parents=True))
+        if node == "a":
+            for name, size in zip(names, (1_000_001, 0, 7), strict=True):
+                (out / name).write_bytes(os.urandom(size))
+        entries = ranks.share(state.flush_files(out))
+        if fault == "damaged" and node == "a":
+            (out / "big").write_bytes(os.urandom(1_000_001))
+        if fault == "full" and node == "b":
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+        try:
+            nodes.copy_files(ranks, out, names if node == "b" else [], entries)
+        except TunesmithError as error:
+            return f"{type(error).__name__}: {error}", sorted(files_of(out))
+        return state.flush_files(out)
+
+
+def test_files_go_to_another_node_whole_or_not_at_all(tmp_path):
+    (tmp_path / "well").mkdir()
+    sent, received = run_ranks(2, pass_files, tmp_path / "well", "")
+    assert sent == received
+    assert sent["big"]["bytes"] == 1_000_001
+    for fault, words in (("damaged", "does not match its checksum"), ("full", "File too large")):
+        (tmp_path / fault).mkdir()
+        (told, _), (own, files) = run_ranks(2, pass_files, tmp_path / fault, fault)
+        assert told.startswith("OtherRankError: error: rank 1 on")
+        assert own.startswith("CheckpointError")
+        assert words in own
+        assert "big" not in files
+        assert "state/small" in files

@@ -12,7 +12,7 @@ import pytest
 
 from ranks import run_ranks
 from recipes import make_run
-from tunesmith.checkpoint import state
+from tunesmith.checkpoint import nodes
 from tunesmith.errors import OtherRankError, StoppedError
 from tunesmith.training.run import train
 from tunesmith.training.trainer import PendingMetrics, Trainer
@@ -74,7 +74,7 @@ def test_a_stop_of_one_rank_saves_all_and_two_ranks_go_on_bit_for_bit(what, by, 
     out = tmp_path / "run"
     said = json.loads((out / "stopped.json").read_text())
     assert (said["signal"], said["step"]) == (None if by == BY_FILE else "SIGTERM", 3)
-    found = state.newest_checkpoint(out, pytest.fail)
+    found = nodes.newest_checkpoint(out, pytest.fail)
     assert found is not None
     assert found.step == 3
     (out / "stop").touch()  # of an earlier start

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from recipes import make_run, recipe
-from tunesmith.checkpoint import export, state
+from tunesmith.checkpoint import export, nodes, state
 from tunesmith.errors import ModelError, StoppedError
 from tunesmith.signals import NAMES, StopRequest
 from tunesmith.training.run import train
@@ -181,7 +181,7 @@ def test_a_signal_saves_exits_75_and_resume_goes_on(tiny: Path, tmp_path: Path, 
         recorded = lines(tmp_path / "cut")
         os.kill(pid, signal.Signals[name])
         assert starter.wait() == 75, name
-        found = state.newest_checkpoint(tmp_path / "cut", pytest.fail)
+        found = nodes.newest_checkpoint(tmp_path / "cut", pytest.fail)
         assert found is not None
         # It begins to save within one step; a step may end while the signal is on its way.
         assert recorded <= found.step <= recorded + 3

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.adapter import peft_files
 from tunesmith.checkpoint.resume import DELETE, OPTIMIZER, Progress
+from tunesmith.checkpoint.state import Fill
 from tunesmith.config.schema import Run
 from tunesmith.data.template import Template
 from tunesmith.errors import CheckpointError
@@ -53,22 +56,20 @@ def _write_tokenizer(folder: Path, files: TokenizerFiles) -> None:
         path.write_bytes(content)
 
 
-def gather_model_files(run: Run, model: TrainModel) -> None:
-    """Take part in `write_model_files` of another rank."""
+def write_model_files(folder: Path | None, run: Run, model: TrainModel, tokenizer: TokenizerFiles) -> None:
+    """Write the adapter (PEFT) or the whole model (Transformers), by `adapter.kind`, and the tokenizer into a folder.
+
+    Where ranks hold parts all of them call it, and those that write nothing give no folder.
+    """
     if run.adapter.kind == "none":
-        save_sharded(None, weights_of(model.model), DTYPES[run.model.dtype])
-    else:
-        _adapter(run, model)
-
-
-def write_model_files(folder: Path, run: Run, model: TrainModel, tokenizer: TokenizerFiles) -> None:
-    """Write the adapter (PEFT) or the whole model (Transformers), by `adapter.kind`, and the tokenizer into a folder."""
-    if run.adapter.kind == "lora":
-        peft_files.write_adapter(folder, *_adapter(run, model))
-        _write_tokenizer(folder, tokenizer)
-    else:
         save_sharded(folder, weights_of(model.model), DTYPES[run.model.dtype])
-        write_config(folder, model, tokenizer)
+        if folder:
+            write_config(folder, model, tokenizer)
+        return
+    tensors, settings = _adapter(run, model)
+    if folder:
+        peft_files.write_adapter(folder, tensors, settings)
+        _write_tokenizer(folder, tokenizer)
 
 
 def write_config(folder: Path, model: TrainModel, tokenizer: TokenizerFiles) -> None:
@@ -94,7 +95,7 @@ def _adapter(run: Run, model: TrainModel) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def write_checkpoint(
-    folder: Path, run: Run, model: TrainModel, tokenizer: TokenizerFiles, optimizer: OptimizerState, progress: Progress
+    run: Run, model: TrainModel, tokenizer: TokenizerFiles, optimizer: OptimizerState, progress: Progress, folder: Path
 ) -> None:
     """Write all that a checkpoint holds into an existing, empty folder; `optimizer` is its state dict of tensors."""
     write_model_files(folder, run, model, tokenizer)
@@ -102,25 +103,29 @@ def write_checkpoint(
     progress.write(folder)
 
 
-def snapshot(
-    run: Run, model: TrainModel, tokenizer: TokenizerFiles, optimizer: OptimizerState, progress: Progress
-) -> Callable[[Path], None]:
-    """Copy an adapter's checkpoint as it is now; the function returned writes the copy into a folder, from any thread, once.
+def fill_adapter(
+    run: Run, model: TrainModel, tokenizer: TokenizerFiles, optimizer: OptimizerState, progress: Progress, copy: bool
+) -> tuple[Fill, bool]:
+    """What writes an adapter's checkpoint into a folder, once; a collective call where ranks hold parts.
 
-    Tensors are copied on their own device, in stream order, so this does not wait for the device; it may have no room
-    for them (torch.OutOfMemoryError).
+    With `copy` it writes the state of this moment, from any thread; else it must be called before the next step. Tensors
+    are copied on their own device, in stream order, so this does not wait for it. Returned too: whether they were copied,
+    for which the device may have no room.
     """
     tensors, settings = _adapter(run, model)
-    progress = replace(progress)  # the caller changes its own while a thread writes this one
-    adapter, moments = Snapshot(tensors), Snapshot(optimizer)
+    optimizer, progress = gathered(optimizer), replace(progress)  # the caller's changes while a thread writes this one
+    copies: list[Snapshot] = []
+    with suppress(torch.OutOfMemoryError):
+        copies = [Snapshot(tensors), Snapshot(optimizer)] if copy else []
 
-    def write(folder: Path) -> None:
-        peft_files.write_adapter(folder, adapter.on_host(), settings)
+    def fill(folder: Path) -> None:
+        adapter, moments = [copied.on_host() for copied in copies] or [tensors, optimizer]
+        peft_files.write_adapter(folder, adapter, settings)
         _write_tokenizer(folder, tokenizer)
-        write_optimizer(folder, moments.on_host())
+        write_optimizer(folder, moments)
         progress.write(folder)
 
-    return write
+    return fill, bool(copies)
 
 
 def write_optimizer(folder: Path, tensors: OptimizerState) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.checkpoint.run_dir import RECIPE, restore
-from tunesmith.checkpoint.state import SavedCheckpoint, list_checkpoints, newest_checkpoint, step_of
+from tunesmith.checkpoint.nodes import bring_folder, copies_in, copy_files, newest_checkpoint
+from tunesmith.checkpoint.run_dir import RECIPE, TRACKER_IDS, restore
+from tunesmith.checkpoint.state import SavedCheckpoint, step_of
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run, Train
@@ -16,10 +17,12 @@ from tunesmith.data.schedule import BatchSchedule
 from tunesmith.errors import CheckpointError, DataError, ModelError, RecipeError, TunesmithError
 from tunesmith.metrics.record import StepRecord
 from tunesmith.optim.lr_schedule import scheduled_rate
+from tunesmith.ranks import ONE_PROCESS, Ranks
 from tunesmith.units import Size
 
 PROGRESS = "state/progress.json"
 OPTIMIZER = "state/optimizer.safetensors"
+RECORDS = ("metrics.jsonl", "best.json", *TRACKER_IDS)
 DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
 JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is told
 MIXED = "resuming would mix two runs in one set of numbers"
@@ -87,31 +90,57 @@ class Start:
         return Size.parse(self.progress.micro_batch) if self.progress and self.progress.micro_batch else None
 
 
-def decide_start(run: Run, *, warn: Callable[[str], None]) -> Start:
-    """Decide from the run directory how the run starts.
+def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], None]) -> Start:
+    """Decide from the run directory, or from those of all nodes, how the run starts; a collective call.
 
+    Afterwards each node has what all ranks read of the checkpoint, and rank 0's the records and final/ of a finished run.
     RecipeError where keys differ from the recipe of the checkpoints and may not, or that recipe cannot be read.
     """
     output_dir = Path(run.output_dir)
-    restore(output_dir)
-    if not list_checkpoints(output_dir) and step_of(output_dir / "final") is None:
+    with ranks.together():
+        final, before = _earlier_run(run, output_dir) if ranks.leads_dir else (None, None)
+    finals, recipes = ranks.gather(final), ranks.gather(before)
+    if not any(recipes):
         return Start()
+    final = max((step for step in finals if step is not None), default=None)
+    found, progress = newest_checkpoint(output_dir, warn, ranks), None
+    if found is not None:
+        with ranks.together():
+            progress = Progress.read(found.path)
+    ended = progress is not None and progress.step == final and progress.ended == str(run.train.duration)
+    if final is not None and (ended or found is None):
+        bring_folder(ranks, output_dir / "final", finals.index(final), wants=ranks.leads, say=warn)
+        return Start(finished=final)
+    if found is None:
+        warn("no checkpoint is complete: the run starts over")
+        return Start()
+    _bring_records(output_dir, ranks, warn)
+    return Start(found, progress, before=recipes[found.source])
+
+
+def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
+    """The step of final/, and the recipe of checkpoints, of one directory."""
+    restore(output_dir)
+    final = step_of(output_dir / "final")
+    if not copies_in(output_dir) and final is None:
+        return None, None
     before = _recipe_of(output_dir)
     refused = [c for c in differences(before, run) if not c.allowed]
     if refused and run.checkpoint.resume != "force":
         what, where = "the recipe differs from the one that this run began with", "\n         ".join(map(str, refused))
         raise RecipeError(what, where=where, why=MIXED, fix=f"{START_OVER}, {FORCE}")
-    final = step_of(output_dir / "final")
-    found = newest_checkpoint(output_dir, warn)
-    if found is None:
-        if final is not None:
-            return Start(finished=final)
-        warn("no checkpoint is complete: the run starts over")
-        return Start()
-    progress = Progress.read(found.path)
-    if final == found.step and progress.ended == str(run.train.duration):
-        return Start(finished=final)
-    return Start(found, progress, before=before)
+    return final, before
+
+
+def _bring_records(output_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Copy what only rank 0 writes to rank 0's node, where another one has more of it; a collective call."""
+    with ranks.together():
+        own = [path for name in RECORDS if (path := output_dir / name).is_file()] if any(ranks.dir_leaders) else []
+        sizes = [(path.name, path.stat().st_size) for path in own if ranks.leads_dir]
+    every = ranks.gather(dict(sizes))
+    records = [files.get(RECORDS[0], 0) for files in every]  # each step is a line: the longest one goes furthest
+    if (source := records.index(max(records))) != 0:
+        copy_files(ranks, output_dir, [*every[source]] if ranks.leads else [], {}, say=say, source=source)
 
 
 def _recipe_of(output_dir: Path) -> Run:

@@ -2,7 +2,7 @@
 
 torch.distributed.checkpoint (DCP) makes state/: a file or more of each rank, and `.metadata`, which says where in them
 each tensor's parts lie. `model.<name>` are the weights, `optimizer.<name>.<field>` the optimizer's tensors; fp32 shards are
-their own masters. Config, tokenizer and progress lie beside it as in every checkpoint.
+their own masters. Scalars are in optimizer.safetensors; config, tokenizer and progress lie beside it as in every checkpoint.
 """
 
 from __future__ import annotations
@@ -22,21 +22,29 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
-from tunesmith.checkpoint.export import OptimizerState, TokenizerFiles, weights_of, write_config
+from tunesmith.checkpoint.export import (
+    OptimizerState,
+    TokenizerFiles,
+    read_optimizer,
+    weights_of,
+    write_config,
+    write_optimizer,
+)
 from tunesmith.checkpoint.model_card import model_card
+from tunesmith.checkpoint.nodes import copy_files, seal_together
 from tunesmith.checkpoint.resume import DELETE, Progress
 from tunesmith.checkpoint.state import CARD, MANIFEST, Fill, Writer, prune, writing
 from tunesmith.config.schema import Run
-from tunesmith.errors import EXIT_FAILED, CheckpointError, OtherRankError, first_line
+from tunesmith.errors import EXIT_FAILED, CheckpointError, OtherRankError, TunesmithError, first_line
 from tunesmith.host_files import available_memory
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.save_tensors import save_sharded
 from tunesmith.optim.optimizer import Optimizer
-from tunesmith.ranks import PATIENCE, Ranks
+from tunesmith.ranks import ONE_PROCESS, PATIENCE, Ranks
 from tunesmith.runtime.device import is_integrated
 from tunesmith.sharded import local_part
 
@@ -49,8 +57,9 @@ def is_sharded(folder: Path) -> bool:
     return (folder / STATE / METADATA).is_file()
 
 
-class ShardedWriter(Writer):
-    """Writes checkpoints with the other ranks: rank 0 makes, seals and renames the folder, and all fill it.
+class RanksWriter(Writer):
+    """Writes checkpoints with the other ranks, on every node that has a run directory of its own: the rank that leads a
+    directory makes, seals and renames the folder, and all fill it.
 
     Every rank makes one, and calls its methods, at the same step as the others. `ranks` talk over a group of their own, as
     a thread may use it beside the steps.
@@ -62,24 +71,48 @@ class ShardedWriter(Writer):
         super().__init__(run_dir, keep, saved_step, sync=sync)
         self.ranks = replace(ranks, group=dist.new_group(backend="gloo", timeout=PATIENCE))
 
-    def check(self) -> None:
-        """Nothing: a rank that sees an error earlier than others would leave them in a step. The next write raises it."""
-
     def _write(self, fill: Fill, step: int, keep_step: int | None) -> None:
+        try:
+            self._write_together(fill, step, keep_step)
+        except OtherRankError as error:  # rank 0 tells it, as failure.json does
+            if self.ranks.leads:
+                fix = "start the same command again: it resumes from the newest checkpoint that is whole"
+                raise CheckpointError(error.what, where=f"checkpoint-{step}", fix=fix) from error
+            raise
+
+    def _write_together(self, fill: Fill, step: int, keep_step: int | None) -> None:
         place = self._run_dir / f"checkpoint-{step}"
         with ExitStack() as unfinished:
             folder = place.with_name(f".{place.name}.partial")
             with self.ranks.together():
-                if self.ranks.leads:
-                    self._sync()
+                self._sync()
+                if self.ranks.leads_dir:
                     folder = unfinished.enter_context(writing(place, step))
-            fill(folder)
+            with self.ranks.together():  # what collectives are in `fill` fail on all ranks alike
+                fill(folder)
+            seal_together(self.ranks, folder, step)
             finish = unfinished.pop_all()
         with self.ranks.together():
             finish.close()
-            if self.ranks.leads:
+        with self.ranks.together():  # no node deletes an older one before all have this one
+            if self.ranks.leads_dir:
                 prune(self._run_dir, self._keep, latest=step, keep_step=keep_step)
         self.saved_step = step
+
+
+class _PartsReader(FileSystemReader):
+    """DCP's reader of files, which first copies those here that this node's ranks read and other nodes have."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        super().__init__(folder / STATE)
+        self.folder, self.ranks = folder, ranks
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        if self.ranks.world > 1:
+            read = {f"{STATE}/{self.storage_data[item.storage_index].relative_path}" for item in plan.items}
+            entries = json.loads((self.folder / MANIFEST).read_text())["files"]
+            copy_files(self.ranks, self.folder, [n for n in read if not (self.folder / n).is_file()], entries)
+        return super().prepare_local_plan(plan)
 
 
 class _Files(FileSystemWriter):
@@ -113,22 +146,27 @@ def fill_together(
     ranks: Ranks,
     copy: bool,
 ) -> Fill:
-    """What a `ShardedWriter` with these `ranks` writes a checkpoint with. With `copy` it is the state of this moment, which
+    """What a `RanksWriter` with these `ranks` writes a checkpoint with. With `copy` it is the state of this moment, which
     any thread may write later; else it must be written before the next step."""
     tensors, progress = _named(model, optimizer), replace(progress)
     if copy:
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+    # Every rank reads all step counts. DCP would spread them over the parts, and every node would need all of these.
+    counts = [name for name, tensor in tensors.items() if name.startswith("optimizer.") and tensor.dim() == 0]
+    scalars = {name.removeprefix("optimizer."): tensors.pop(name) for name in counts}
 
     def fill(folder: Path) -> None:
         with ranks.together():
             if ranks.leads:
                 write_config(folder, model, tokenizer)
+                write_optimizer(folder, scalars)
                 progress.write(folder)
         try:
             dcp.save(tensors, storage_writer=_Files(folder / STATE), process_group=ranks.group)
         except CheckpointException as error:  # on all ranks alike, and not an Exception
             rank, (cause, _) = min(error.failures.items())
             if ranks.leads:
+                cause.add_note(f"on {ranks.name(rank)}")
                 raise cause from None
             raise OtherRankError(f"{ranks.name(rank)} failed: {cause}", exit_code=EXIT_FAILED) from None
 
@@ -140,20 +178,25 @@ def _named(model: TrainModel, optimizer: OptimizerState) -> dict[str, Tensor]:
     return {n: t.detach() for n, t in (weights | {f"optimizer.{n}": t for n, t in optimizer.items()}).items()}
 
 
-def read_sharded_weights(model: nn.Module, folder: Path) -> None:
-    """Fill a materialised model, or this rank's shards of it, in its own dtype; CheckpointError if that cannot be done."""
-    _read(folder, {f"model.{name}": tensor for name, tensor in weights_of(model).items()})
+def read_sharded_weights(model: nn.Module, folder: Path, ranks: Ranks = ONE_PROCESS) -> None:
+    """Fill a materialised model, or this rank's shards of it, in its own dtype; a collective call of `ranks`, whose nodes
+    get what they lack from each other.
+
+    CheckpointError if it cannot be read; MachineError where the disk has no room for files of other nodes.
+    """
+    _read(folder, {f"model.{name}": tensor for name, tensor in weights_of(model).items()}, ranks)
 
 
-def read_sharded_optimizer(optimizer: Optimizer, folder: Path, progress: Progress) -> None:
-    """Put the optimizer, or this rank's part of it, into the state of a checkpoint; CheckpointError as above."""
-    known = _entries(folder)
+def read_sharded_optimizer(optimizer: Optimizer, folder: Path, progress: Progress, ranks: Ranks = ONE_PROCESS) -> None:
+    """Put the optimizer, or this rank's part of it, into the state of a checkpoint; as above."""
+    scalars = read_optimizer(folder)
     for name, part in optimizer.parts.items():
-        if f"optimizer.{name}.step" in known:
+        if f"{name}.step" in scalars:
             part.state = part.initial_state()
-    masters = {f"{name}.master": name for name in optimizer.masters}
-    _read(folder, {f"optimizer.{n}": t for n, t in optimizer.state_dict().items() if n not in masters})
-    _read(folder, {f"model.{name}": master.data for name, master in optimizer.masters.items()})
+            part.state["step"].copy_(scalars[f"{name}.step"])
+    apart = {*scalars, *(f"{name}.master" for name in optimizer.masters)}
+    _read(folder, {f"optimizer.{n}": t for n, t in optimizer.state_dict().items() if n not in apart}, ranks)
+    _read(folder, {f"model.{name}": master.data for name, master in optimizer.masters.items()}, ranks)
     optimizer.scale, optimizer.growth_tracker = progress.loss_scale, progress.good_steps
 
 
@@ -166,14 +209,15 @@ def _entries(folder: Path) -> dict[str, TensorStorageMetadata]:
     return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Read into tensors, each rank by itself what it holds of them."""
+def _read(folder: Path, tensors: dict[str, Tensor], ranks: Ranks = ONE_PROCESS) -> None:
+    """Read into tensors, each rank what it holds of them."""
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it says so of `no_dist`
-            dcp.load({**tensors}, storage_reader=FileSystemReader(folder / STATE), no_dist=True)
+            dcp.load({**tensors}, storage_reader=_PartsReader(folder, ranks), no_dist=True)
     except CheckpointException as error:
-        raise _unreadable(folder, error.failures[0][0]) from None
+        cause = error.failures[0][0]
+        raise (cause if isinstance(cause, TunesmithError) else _unreadable(folder, cause)) from None
 
 
 def _unreadable(folder: Path, error: BaseException) -> CheckpointError:

@@ -18,13 +18,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunesmith.errors import CheckpointError, disk_fault
 from tunesmith.host_files import follow_umask
 from tunesmith.model.safetensors_files import open_uncached
 
 MANIFEST, CARD = "manifest.json", "README.md"
+PART = ".distcp"  # the end of a file's name that holds what one rank has of a checkpoint
+ELSEWHERE = ": a rank wrote it, maybe on another node's disk"
 Fill = Callable[[Path], None]  # writes files into an empty folder
+Entries = dict[str, dict[str, Any]]  # of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -34,14 +38,17 @@ class SavedCheckpoint:
 
     path: Path
     step: int
+    source: int = 0  # the lowest rank whose directory held it at this start
 
 
-def _digest(path: Path) -> str:
+def digest_of_file(path: Path) -> str:
+    """SHA-256, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Write what the system holds of a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -49,19 +56,24 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def seal(folder: Path, step: int) -> None:
-    """Flush every file of `folder`, then write and flush its manifest."""
+def flush_files(folder: Path) -> Entries:
+    """Flush every file of `folder`; its manifest's entries."""
     follow_umask(folder)
-    entries = {}
+    entries: Entries = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        _flush(path)
+        flush_to_disk(path)
         with open_uncached(path) as file:  # on unified memory a checkpoint in the page cache would be in the GPU's way
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return entries
+
+
+def write_manifest(folder: Path, step: int, entries: Entries) -> None:
+    """Make `folder`, whose files are on the disk, a checkpoint."""
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"step": step, "files": entries}, indent=1))
-    _flush(manifest)
-    _flush(folder)
+    flush_to_disk(manifest)
+    flush_to_disk(folder)
 
 
 def find_damage(folder: Path, *, contents: bool = True) -> str | None:
@@ -69,25 +81,31 @@ def find_damage(folder: Path, *, contents: bool = True) -> str | None:
 
     With `contents` the SHA-256 of every file is compared too, not only its size.
     """
+    return next((clause for _, clause in damaged_files(folder, contents=contents)), None)
+
+
+def damaged_files(folder: Path, *, contents: bool = True) -> Iterator[tuple[str, str]]:
+    """Each file of a manifest that is missing or damaged, and a clause that says so; the manifest alone if it is."""
     if not (folder / MANIFEST).is_file():
-        return "it has no manifest.json: it was not finished"
+        yield MANIFEST, "it has no manifest.json: it was not finished"
+        return
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         int(manifest["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "its manifest.json cannot be read"
+        yield MANIFEST, "its manifest.json cannot be read"
+        return
     for name, (size, digest) in entries.items():
         path = folder / name
         if name == CARD:  # people edit it
             continue
         if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
-        if contents and _digest(path) != digest:
-            return f"the contents of {name} do not match their checksum"
-    return None
+            yield name, f"{name} is missing{ELSEWHERE if name.endswith(PART) else ''}"
+        elif path.stat().st_size != size:
+            yield name, f"{name} has {path.stat().st_size} bytes of {size}"
+        elif contents and digest_of_file(path) != digest:
+            yield name, f"the contents of {name} do not match their checksum"
 
 
 def step_of(folder: Path) -> int | None:
@@ -105,16 +123,6 @@ def list_checkpoints(run_dir: Path) -> list[SavedCheckpoint]:
     return sorted((SavedCheckpoint(p, int(m[1])) for p, m in named if m), key=lambda f: -f.step)
 
 
-def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> SavedCheckpoint | None:
-    """The newest complete checkpoint; `warn` gets a line about each damaged one that is skipped."""
-    for found in list_checkpoints(run_dir):
-        reason = find_damage(found.path)
-        if reason is None:
-            return found
-        warn(f"{found.path.name} is skipped: {reason}")
-    return None
-
-
 @contextmanager
 def writing(place: Path, step: int) -> Iterator[Path]:
     """A folder to write into. It becomes `place` when the block ends, or is removed if the block raises.
@@ -128,26 +136,28 @@ def writing(place: Path, step: int) -> Iterator[Path]:
             remove(leftover)
         partial.mkdir(parents=True)
         yield partial
-        seal(partial, step)
+        if not (partial / MANIFEST).exists():
+            write_manifest(partial, step, flush_files(partial))
         if place.is_symlink() or place.exists():
-            place.rename(old if _is_sealed(place) else free_name(place))
+            place.rename(old if is_sealed(place) else free_name(place))
         partial.rename(place)
-        _flush(place.parent)
+        flush_to_disk(place.parent)
         remove(old)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         fault = disk_fault(error)
         if not fault and not isinstance(error, OSError):
             raise
-        kept = [f.path.name for f in list_checkpoints(place.parent) if step_of(f.path) is not None]
+        kept = [f.path.name for f in list_checkpoints(place.parent) if is_sealed(f.path)]
         what = fault or f"cannot write {place.name}: {error}"
         why = f"earlier checkpoints are complete: {', '.join(kept)}" if kept else "no checkpoint was written before"
         room = "make room (checkpoint.keep=1 needs less)" if len(kept) > 1 else "make room"
         fix = f"{room} and start the same command again: it resumes from the newest one"
-        raise CheckpointError(what, where=str(place), why=why, fix=fix) from error
+        where = " ".join([str(place), *vars(error).get("__notes__", [])])
+        raise CheckpointError(what, where=where, why=why, fix=fix) from error
 
 
-def _is_sealed(folder: Path) -> bool:
+def is_sealed(folder: Path) -> bool:
     """Whether a folder itself, not one that a link leads to, was written as a checkpoint; it may be damaged since."""
     return not folder.is_symlink() and (folder / MANIFEST).is_file()
 
@@ -174,7 +184,7 @@ def prune(run_dir: Path, keep: int, *, latest: int, keep_step: int | None) -> No
     One later than `latest`, which was just written, is damaged: this run resumed from before it. A link, and a folder
     without a manifest, are not ours to delete.
     """
-    found = [checkpoint for checkpoint in list_checkpoints(run_dir) if _is_sealed(checkpoint.path)]
+    found = [checkpoint for checkpoint in list_checkpoints(run_dir) if is_sealed(checkpoint.path)]
     kept = {keep_step, *[c.step for c in found if c.step <= latest][:keep]}
     for checkpoint in found:
         if checkpoint.step not in kept:
@@ -187,7 +197,7 @@ def prune(run_dir: Path, keep: int, *, latest: int, keep_step: int | None) -> No
 class Writer:
     """Writes `checkpoint-<step>` into a run directory and deletes the oldest beyond `keep`.
 
-    An error of the background thread is raised unchanged by the next call. A run waits before it ends, so that no thread
+    An error of the background thread is raised unchanged by the next `write`, `write_async` or `wait`. A run waits before it ends, so that no thread
     writes into a directory that another run may already hold.
 
     Args:
@@ -204,7 +214,7 @@ class Writer:
     def write(self, fill: Fill, step: int, *, keep_step: int | None) -> None:
         """Write a checkpoint now, after the one in progress; the one of `keep_step` stays however old it is.
 
-        CheckpointError if it cannot be written; what was there before stays. All methods but `close` raise it.
+        CheckpointError if it cannot be written; what was there before stays.
         """
         self.wait()
         self._write(fill, step, keep_step)
@@ -221,10 +231,10 @@ class Writer:
         self.saved_step = step
         prune(self._run_dir, self._keep, latest=step, keep_step=keep_step)
 
-    def check(self) -> None:
-        """Raise the error of the last write, if it has ended with one; do not wait for it."""
-        if self._running is not None and self._running.done():
-            self.wait()
+    @property
+    def failed(self) -> bool:
+        """Whether the last write has ended with an error, which `wait` raises."""
+        return self._running is not None and self._running.done() and self._running.exception() is not None
 
     def wait(self) -> None:
         """Wait for the write in progress, if there is one, and raise its error."""

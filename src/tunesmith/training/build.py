@@ -155,16 +155,16 @@ def build(
     model, mesh, plan = plan_model(run, start, files, data, device, ranks)
     if not measured:
         with ranks.together():
-            check_disk(run, count_trained(run, model))
+            check_disk(run, count_trained(run, model), ranks)
     saved, eight_bit = start.found.path if start.found else None, run.model.quantize in KINDS
     probes = first_batches(make_loader(data, files, plan), device, EIGHT_BIT_PROBE_TOKENS if eight_bit else 1)
     root, plan = build_model(
         run, files, plan, model=model,
         weights="random" if weights == "random" else saved if run.adapter.kind == "none" else None,
         adapter=saved if run.adapter.kind == "lora" else None,
-        probes=probes, mesh=mesh,
+        probes=probes, mesh=mesh, ranks=ranks,
     )  # fmt: skip
-    optimizer = make_optimizer(run, root, start)
+    optimizer = make_optimizer(run, root, start, ranks)
     if eight_bit and not plan.base.startswith(run.model.quantize):
         say(f"warning: the base stays in {plan.base}: {plan.why['base']}")
     for text in (*plan.warnings, root.describe(), *plan.describe(why=why), *describe_micro_batch(start, run, plan)):
@@ -278,10 +278,6 @@ def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) ->
 
 def check_inputs(run: Run, start: Start) -> None:
     """Refuse packages, data files, a tokenizer and an adapter that are missing, before the Hub is asked for the model."""
-    if start.found and not start.found.path.is_dir():  # which rank 0 has found, on another node
-        why, place = "output_dir is on a disk of each node's own", start.found.path.absolute()
-        fix = f"copy {place.parent} from the node of rank 0 to this one, or put it on a disk that all nodes share"
-        raise MachineError(f"this node has no {place.name}", where=str(place), why=why, fix=fix)
     for name in trackers_of(run):
         packages.require(name, **asked_by(run, name))
     for source in (*run.data.train, *run.data.validation):
@@ -293,9 +289,13 @@ def check_inputs(run: Run, start: Start) -> None:
         read_adapter(find_adapter(run.adapter.from_))
 
 
-def check_disk(run: Run, trained: int) -> None:
-    """Refuse to begin a run whose checkpoints cannot be written; `trained` counts the trained parameters."""
+def check_disk(run: Run, trained: int, ranks: Ranks) -> None:
+    """Refuse to begin a run whose checkpoints cannot be written; `trained` counts the trained parameters.
+
+    Of a model trained in full each node that shares no disk holds the parts of its own ranks.
+    """
     size, copies = checkpoint_bytes(run, trained)
+    size = size if run.adapter.kind == "lora" else size // len({*ranks.dir_leaders})
     why = f"one takes {size_text(size)}, and {copies} may be there at once"
     fits = shutil.disk_usage(existing_folder(Path(run.output_dir))).free // max(size, 1) - 3
     fix = f"{f'checkpoint.keep={fits}, or ' if fits >= 1 else ''}output_dir on a larger disk; df -h lists them"
@@ -345,13 +345,13 @@ def check_one_micro_batch(run: Run, batch: GlobalBatch) -> None:
         raise UsageError(what, where=key, why=why, fix=f"a smaller train.global_batch, or {key}=false")
 
 
-def make_optimizer(run: Run, model: TrainModel, start: Start) -> Optimizer:
+def make_optimizer(run: Run, model: TrainModel, start: Start, ranks: Ranks) -> Optimizer:
     """The optimizer over everything that is trained, in the state of the checkpoint if there is one."""
     scale = LOSS_SCALE if run.model.dtype == "fp16" else None
     optimizer = Optimizer(model.trained_parameters(), run.train, loss_scale=scale)
     optimizer.use_fp32_gradients(fp32_gradients(model.model))
     if start.found and start.progress and is_sharded(start.found.path):
-        read_sharded_optimizer(optimizer, start.found.path, start.progress)
+        read_sharded_optimizer(optimizer, start.found.path, start.progress, ranks)
     elif start.found and start.progress:
         tensors, saved, where = read_optimizer(start.found.path), start.progress, str(start.found.path)
         optimizer.load_state_dict(tensors, scale=saved.loss_scale, growth_tracker=saved.good_steps, where=where)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from tunesmith.checkpoint.nodes import find_dir_leaders
 from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED, claim_run_dir, put_aside, sweep
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.errors import (
-    MachineError,
     NonFiniteError,
     OtherRankError,
     RunError,
@@ -82,51 +80,61 @@ def train(
         raise UsageError("a checked recipe takes no overrides", fix="give the recipe's file, or dataclasses.replace it")
     if started_as() is None:
         refuse_many_ranks("train")
-    refuse_special_files(out := Path(run.output_dir))
     with ExitStack() as stack, deterministic_algorithms(run.train.deterministic):
         stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
         stop = stack.enter_context(StopRequest())
         ranks = stack.enter_context(join_ranks())
-        with ranks.together():
-            possible_shapes(run.parallel, ranks.world)
         if not ranks.leads:
-            return follow(run, stop, ranks)
+            return follow(run, stop, ranks, stack, fresh=fresh)
+        out = Path(run.output_dir)
         stream = None if say else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         log = stack.enter_context(LogFile(out / "log.txt"))
         say = log.with_log(say or (lambda text: None))
-        with ranks.together():
-            mark = stack.enter_context(claim_run_dir(out))
-            if (fresh or run.checkpoint.resume == "never") and (place := put_aside(out, inputs_of(run))):
-                say(f"the earlier run is now in {place}")
-        check_shared_disk(run, ranks, say)
-        with ranks.together(), as_usage_error():
-            start = decide_start(run, warn=say)
-        if (finished := ranks.share(start).finished) is not None:
-            return Result(out, finished, finished_before=True)
+        ranks, mark, start = open_run_dir(run, ranks, stack, fresh=fresh, say=say)
+        if start.finished is not None:
+            return Result(out, start.finished, finished_before=True)
         with as_usage_error():
             session = build(run, start, say=say, why=why, ranks=ranks)
-        return lead(session, start, stop, stack, RecordCallback(on_record), (log, stream, say, mark, argv))
+        total, per_epoch = session.total_steps, session.data.schedule.steps_per_epoch(0)
+        callback = RecordCallback(on_record)
+        with ranks.together(), as_usage_error():
+            sinks = sinks_of(run, out, total_steps=total, steps_per_epoch=per_epoch, log=log, stream=stream)
+            sinks.all.append(callback)
+            stack.callback(close_after_all, sinks)
+            begin(session, start, sinks, mark, argv)
+        return fit_or_say_why(ready_trainer(session, start, sinks, stop, stack, say), say, callback)
 
 
-def lead(
-    session: Session, start: Start, stop: StopRequest, stack: ExitStack, callback: RecordCallback, how: tuple[Any, ...]
-) -> Result:
-    """Open the files of a run and train; `how`: log, terminal, where to say what, `claim_run_dir`'s mark, command line."""
-    (log, stream, say, mark, argv), run = how, session.run
-    total, per_epoch = session.total_steps, session.data.schedule.steps_per_epoch(0)
-    with session.ranks.together(), as_usage_error():
-        out = Path(run.output_dir)
-        sinks = sinks_of(run, out, total_steps=total, steps_per_epoch=per_epoch, log=log, stream=stream)
-        sinks.all.append(callback)
-        stack.callback(close_after_all, sinks)
-        begin(session, start, sinks, mark, argv)
-    leave_faults(session.ranks, out)
-    trainer = Trainer(session, start, sinks, stop)
-    for text in session.describe_ranks(trainer.first_step):
-        say(text)
-    stack.callback(trainer.writer.close)
-    stop.hold(say)
-    return fit_or_say_why(trainer, say, callback)
+def open_run_dir(
+    run: Run, ranks: Ranks, stack: ExitStack, *, fresh: bool, say: Callable[[str], None]
+) -> tuple[Ranks, Callable[[], None], Start]:
+    """Claim the run directory until `stack` closes, on each node that does not see rank 0's too, put an earlier run aside
+    if asked to, and decide where to start; a collective call.
+
+    Returns the ranks, which now know who leads which directory; what marks this one as a run's; and the start.
+    """
+    out, marks = Path(run.output_dir), []
+    with ranks.together():
+        possible_shapes(run.parallel, ranks.world)
+
+    def claim() -> None:
+        # Only here, where it is created if it is not there: a network file system remembers for a while what was not there.
+        refuse_special_files(out)
+        marks.append(stack.enter_context(claim_run_dir(out)))
+
+    ranks = find_dir_leaders(ranks, out, claim)
+    if others := sorted({*ranks.dir_leaders} - {0}):
+        names, first = ", ".join(map(ranks.name, others)), ranks.name(0)
+        say(f"no shared disk: the nodes of {names} keep checkpoints of their own; records and final/ are with {first}")
+    with ranks.together():
+        aside = (fresh or run.checkpoint.resume == "never") and ranks.leads_dir
+        place = put_aside(out, inputs_of(run)) if aside else None
+    for rank, moved in enumerate(ranks.gather(place)):
+        if moved:
+            say(f"the earlier run is now in {moved}" + (f", of {ranks.name(rank)}" if rank else ""))
+    with as_usage_error():
+        start = decide_start(run, ranks, warn=say)
+    return ranks, marks[0] if marks else lambda: None, start
 
 
 @contextlib.contextmanager
@@ -138,54 +146,41 @@ def as_usage_error() -> Iterator[None]:
         raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
 
 
-def check_shared_disk(run: Run, ranks: Ranks, say: Callable[[str], None]) -> None:
-    """Find the nodes that do not see rank 0's run directory: MachineError where all ranks write into it; a line for the
-    user where only rank 0 does. A collective call."""
-    token = Path(run.output_dir) / ranks.share(f".seen-{uuid.uuid4().hex}")
-    with ranks.together():
-        if ranks.leads:
-            token.touch()
-    seen = ranks.gather(token.exists())
-    with ranks.together():
-        if not ranks.leads:
-            return
-        token.unlink()
-        if all(seen):
-            return
-        blind = f"{ranks.name(seen.index(False))} does not see the run directory of {ranks.name(0)}"
-        if run.adapter.kind == "none":
-            why, fix = "each rank writes its part of a checkpoint there", "output_dir on a disk that all nodes share"
-            raise MachineError(blind, where=run.output_dir, why=why, fix=fix)
-        say(f"warning: {blind}, which alone keeps checkpoints: to resume, copy it to the other nodes first")
-
-
-def follow(run: Run, stop: StopRequest, ranks: Ranks) -> Result:
-    """What a rank other than 0 does of `train`: it says nothing, writes nothing, and takes part in everything else."""
-    with ranks.together():  # rank 0 claims the run directory
-        pass
-    check_shared_disk(run, ranks, lambda text: None)
-    with ranks.together():  # rank 0 decides where to start
-        pass
-    start: Start = ranks.share(Start())
-    if start.found is not None:  # by this rank's own path to the run directory
-        start = replace(start, found=replace(start.found, path=Path(run.output_dir) / start.found.path.name))
+def follow(run: Run, stop: StopRequest, ranks: Ranks, stack: ExitStack, *, fresh: bool) -> Result:
+    """What a rank other than 0 does of `train`: it says nothing, writes nothing but checkpoints, and takes part in all
+    else."""
+    ranks, mark, start = open_run_dir(run, ranks, stack, fresh=fresh, say=lambda text: None)
     if start.finished is not None:
         return Result(Path(run.output_dir), start.finished, finished_before=True)
     session = build(run, start, say=lambda text: None, ranks=ranks)
     with ranks.together():  # rank 0 opens its files
-        pass
-    trainer = Trainer(session, start, Sinks([]), stop)
-    leave_faults(ranks, trainer.out)
-    stop.hold()
+        if ranks.leads_dir:
+            begin(session, start, Sinks([]), mark, None)
+    trainer = ready_trainer(session, start, Sinks([]), stop, stack, lambda text: None)
     try:
         return trainer.fit()
     except (StoppedError, NonFiniteError) as error:  # on all ranks alike: rank 0 tells it
         raise OtherRankError(error.what, exit_code=error.exit_code) from error
 
 
-def leave_faults(ranks: Ranks, out: Path) -> None:
-    """Let the rank of each node that tells what ends them all leave failure.json, where the node has the run directory."""
-    ranks.heartbeat.on_fault = lambda fault, step: write_failure(out, fault, last_step=step, next_command="")
+def ready_trainer(
+    session: Session,
+    start: Start,
+    sinks: Sinks,
+    stop: StopRequest,
+    stack: ExitStack,
+    say: Callable[[str], None],
+) -> Trainer:
+    """The trainer of a run that begins: from here on the loop answers signals, and the rank of each node that tells what
+    ends them all leaves failure.json there. Its writer is closed with `stack`."""
+    trainer = Trainer(session, start, sinks, stop)
+    heartbeat, out = session.ranks.heartbeat, trainer.out
+    heartbeat.on_fault = lambda fault, step: write_failure(out, fault, last_step=step, next_command="")
+    for text in session.describe_ranks(trainer.first_step) if session.ranks.leads else ():
+        say(text)
+    stack.callback(trainer.writer.close)
+    stop.hold(say)
+    return trainer
 
 
 def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: RecordCallback) -> Result:

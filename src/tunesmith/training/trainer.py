@@ -26,7 +26,7 @@ from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.checkpoint.run_dir import STOP_FILE
-from tunesmith.checkpoint.sharded import ShardedWriter, fill_together, fits_twice
+from tunesmith.checkpoint.sharded import RanksWriter, fill_together, fits_twice
 from tunesmith.checkpoint.state import Writer
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import StoppedError, TunesmithError
@@ -39,7 +39,7 @@ from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.optim.lr_schedule import scheduled_rate
-from tunesmith.parallel.shard import gathered, reduce_in, sharded_modules, sum_gradients
+from tunesmith.parallel.shard import reduce_in, sharded_modules, sum_gradients
 from tunesmith.parallel.tensor import reduce_gradients
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StopRequest
@@ -75,15 +75,13 @@ class Trainer:
         now = {"ended": None, **layout, **session.hashes}
         self.progress = dataclasses.replace(start.progress or Progress(), **now)
         self.first_step = self.progress.step
-        self.agreed_to_stop = False
+        self.agreed_to_stop = self.agreed_write_failed = False
         self.records: list[StepRecord] = []
         self.pending: PendingMetrics | None = None
         self.async_metrics = session.device.type == "cuda"
         self.checkpoint_stalls: list[float] = []
         saved_step = self.first_step if start.progress else None
-        # A model trained in full on many ranks is written by all of them, and anything else by rank 0.
-        together = session.ranks.world > 1 and self.run.adapter.kind == "none"
-        writer = partial(ShardedWriter, ranks=session.ranks) if together else Writer
+        writer = partial(RanksWriter, ranks=session.ranks) if session.ranks.world > 1 else Writer
         self.writer: Writer = writer(self.out, self.run.checkpoint.keep, saved_step, sync=sinks.flush)
         self.tokenizer: export.TokenizerFiles = {}
         if session.ranks.leads:
@@ -124,7 +122,8 @@ class Trainer:
         for batch in batches:
             if self.stopping or self.over():
                 return
-            self.writer.check()
+            if self.agreed_write_failed if self.session.ranks.world > 1 else self.writer.failed:
+                self.writer.wait()
             self.iteration(batch)
             yield self.progress.step
 
@@ -187,8 +186,9 @@ class Trainer:
         return PendingMetrics(batch.step + 1, batch, AsyncScalars(*means, optimizer.step()), lr)
 
     def agree(self, means: list[Tensor]) -> Sequence[Tensor]:
-        """A step's loss and metrics over all ranks, and after them how many ranks were asked to stop, and the seconds that
-        the step took by rank 0's clock: what one rank decided by itself would leave the others in a collective.
+        """A step's loss and metrics over all ranks, and after them how many ranks were asked to stop, on how many a write
+        of a checkpoint failed, and the seconds that the step took by rank 0's clock: what one rank decided by itself would
+        leave the others in a collective.
 
         On one process just the loss and metrics.
         """
@@ -196,7 +196,7 @@ class Trainer:
         if ranks.world == 1:
             return means
         now = time.perf_counter()
-        own = [float(self.asked_to_stop()), (now - self.clock) * ranks.leads]
+        own = [float(self.asked_to_stop()), float(self.writer.failed), (now - self.clock) * ranks.leads]
         self.clock = now
         counted = torch.stack([value.double() for value in means]) * (mesh.tensor_rank == 0)
         # A copy from pageable memory would wait for all that the device has to do.
@@ -226,8 +226,9 @@ class Trainer:
             return
         loss, *metrics, norm = pending.scalars.read()
         if self.session.ranks.world > 1:
-            *metrics, asked, seconds = metrics
+            *metrics, asked, failed, seconds = metrics
             self.agreed_to_stop |= asked > 0
+            self.agreed_write_failed |= failed > 0
         else:
             now = time.perf_counter()
             seconds, self.clock = now - self.clock, now
@@ -328,27 +329,20 @@ class Trainer:
             return
         progress.loss_scale, progress.good_steps = session.optimizer.scale, session.optimizer.growth_tracker
         parts = (self.run, session.model, self.tokenizer, session.optimizer.state_dict(), progress)
-        if isinstance(self.writer, ShardedWriter):
-            copy = periodic and fits_twice(parts[3], session.model, session.ranks, session.device)
-            fill = fill_together(*parts, ranks=self.writer.ranks, copy=copy)
-            write = self.writer.write_async if copy else self.writer.write
-            write(fill, progress.step, keep_step=progress.best_step)
-            return
-        parts = (*parts[:3], gathered(parts[3]), progress)
-        if not session.ranks.leads:
-            export.gather_model_files(self.run, session.model)
-            self.writer.saved_step = progress.step
-            return
-        if periodic and self.run.adapter.kind == "lora":
-            try:
-                self.writer.write_async(export.snapshot(*parts), progress.step, keep_step=progress.best_step)
-            except torch.OutOfMemoryError:
+        writer, leads = self.writer, session.ranks.leads
+        if self.run.adapter.kind == "lora":
+            fill, copied = export.fill_adapter(*parts, periodic and leads)
+            if periodic and leads and not copied:
                 self.sinks.text("checkpoint", "no room on the device for a copy: training waits while it is written")
-            else:
-                return
-        self.writer.write(
-            lambda folder: export.write_checkpoint(folder, *parts), progress.step, keep_step=progress.best_step
-        )
+            periodic = copied or (periodic and not leads)
+            fill = fill if leads else lambda folder: None
+        elif isinstance(writer, RanksWriter):
+            periodic = periodic and fits_twice(parts[3], session.model, session.ranks, session.device)
+            fill = fill_together(*parts, ranks=writer.ranks, copy=periodic)
+        else:
+            fill, periodic = partial(export.write_checkpoint, *parts), False
+        write = writer.write_async if periodic else writer.write
+        write(fill, progress.step, keep_step=progress.best_step)
 
     def save_periodic(self) -> None:
         """Save while more steps follow, and note for how long that held them up."""
@@ -378,7 +372,7 @@ class Trainer:
         progress.ended = str(self.run.train.duration)
         self.save()
         if not self.session.ranks.leads:
-            export.gather_model_files(self.run, self.session.model)
+            export.write_model_files(None, self.run, self.session.model, {})
             return self.result()
         with state.writing(self.out / "final", progress.step) as folder:
             export.write_model_files(folder, self.run, self.session.model, self.tokenizer)

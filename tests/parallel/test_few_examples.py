@@ -1,0 +1,44 @@
+"""A global batch that does not divide by the ranks, or has fewer examples than there are ranks, trains as one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ranks import run_ranks
+from recipes import make_run
+from tunesmith.training.run import train
+
+FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
+# Sums over ranks are taken in another order: 3 steps in fp32 move a loss by about 1e-6 of itself.
+ROUNDING = 1e-5
+
+
+def start(model: Path, folder: Path, mesh: dict[str, int], what: dict[str, Any]) -> list[tuple[float, ...]]:
+    """Loss, gradient norm, examples, tokens and idle share of three steps."""
+    settings = {"duration": "3 steps", "global_batch": "8 examples", "micro_batch": "128 tokens"}
+    out = str(folder / f"run-{'-'.join(map(str, mesh.values()))}")
+    result = train(
+        make_run(model, folder, held=False, train=settings, parallel=mesh, output_dir=out, **what),
+        say=None,
+    )
+    return [(r.loss, r.grad_norm, r.examples, r.tokens, r.idle_share or 0.0) for r in result.records]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "what"),
+    [({"shard": 3}, FULL), ({"replicate": 5}, {}), ({"replicate": 16}, {})],
+    ids=["3 ranks, full", "5 ranks", "16 ranks"],
+)
+def test_eight_examples_a_step_on_any_number_of_ranks(mesh, what, tiny, tmp_path):
+    one = start(tiny, tmp_path, {}, what)
+    world = next(iter(mesh.values()))
+    found = run_ranks(world, start, tiny, tmp_path, mesh, what)
+    assert all(rank == found[0] for rank in found)
+    for (*numbers, _), (*known, _) in zip(found[0], one, strict=True):
+        assert numbers == pytest.approx(known, rel=ROUNDING)
+    assert [row[2] for row in found[0]] == [8, 8, 8]
+    shares = [row[4] for row in found[0]]
+    assert min(shares) >= (0.5 if world == 16 else 0.0)  # at least 8 of 16 ranks have nothing to do
