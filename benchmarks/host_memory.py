@@ -106,8 +106,8 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
             (folder / "figures.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def write_inputs(folder: Path, shape: str, gib: float, tokenizer: str) -> float:
-    """The model and a recipe; GiB of the weights' files."""
+def write_inputs(folder: Path, shape: str, gib: float, tokenizer: str) -> None:
+    """The model and a recipe."""
     from random_model import write_random_model
 
     from tunesmith.model.shapes import SHAPES
@@ -118,14 +118,13 @@ def write_inputs(folder: Path, shape: str, gib: float, tokenizer: str) -> float:
 
     layer = parameters(2) - parameters(1)
     layers = max(1, round((gib * GIB / 2 - parameters(1)) / layer) + 1)
-    size = write_random_model(folder / "model", shape, tokenizer, layers, file_size="1GB")
+    write_random_model(folder / "model", shape, tokenizer, layers, file_size="1GB")
     recipe = {
         "model": {"name": str(folder / "model")},
         "data": {"train": {"source": "none.jsonl", "format": "text"}},
         "output_dir": str(folder / "run"),
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    return size / GIB
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -191,27 +190,34 @@ def main() -> None:
     p.add_argument("--gib", type=float, default=4.0, help="of the checkpoint's weights")
     p.add_argument("--shape", default="mistral-7b")
     p.add_argument("--cases", nargs="+", choices=list(CASES), default=[c for c in CASES if c not in ON_ASKING])
-    p.add_argument("--scratch", help="where the checkpoint is written; it needs twice its size")
-    p.add_argument("--json", type=Path, help="add the table to this file")
+    p.add_argument("--folder", type=Path, help="make the checkpoint here, or take it from here, and keep it")
+    p.add_argument("--json", type=Path, help="add the table to this file, case by case")
     a = p.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory(dir=a.scratch) as name:
-        gib = write_inputs(Path(name), a.shape, a.gib, a.tokenizer)
+    within = True
+    with tempfile.TemporaryDirectory() as name:
+        folder = a.folder or Path(name)
+        if not (folder / "recipe.yaml").exists():
+            write_inputs(folder, a.shape, a.gib, a.tokenizer)
+        if any(case.endswith("resumed") for case in a.cases) and not (folder / "checkpoint-1").exists():
+            write_checkpoint(folder)
+        gib = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")) / GIB
         print(f"{a.shape}, {gib:.2f} GiB in bf16; largest of {a.ranks} ranks, MiB")
-        print(f"{'case':<32}{'phase':<8}{'peak':>7}{'held':>7}{'bound':>7}")
-        if any(case.endswith("resumed") for case in a.cases):
-            write_checkpoint(Path(name))
+        print(f"{'case':<32}{'phase':<8}{'peak':>7}{'held':>7}{'bound':>7}", flush=True)
         for case in a.cases:
-            for row in measured(Path(name), case, a.ranks):
-                rows.append({"gib": round(gib, 2), "shape": a.shape, **row})
+            rows = [{"gib": round(gib, 2), "shape": a.shape, **row} for row in measured(folder, case, a.ranks)]
+            for row in rows:
                 figures = "".join(f"{max(row[key]):>7}" for key in ("peak_mib", "held_mib", "bound_mib"))
                 print(f"{case:<32}{row['phase']:<8}{figures}{'' if row['within'] else '  EXCEEDED'}", flush=True)
-    if a.json:
-        old = json.loads(a.json.read_text(encoding="utf-8"))["rows"] if a.json.exists() else []
-        again = {(row["case"], row["phase"]) for row in rows}
-        kept = [row for row in old if (row["case"], row["phase"]) not in again]
-        a.json.write_text(json.dumps({"command": sys.argv, "rows": kept + rows}, indent=1) + "\n", encoding="utf-8")
-    sys.exit(not all(row["within"] for row in rows))
+                within &= row["within"]
+            if a.json:
+                old = json.loads(a.json.read_text(encoding="utf-8"))["rows"] if a.json.exists() else []
+                kept = [row for row in old if row["case"] != case]
+                a.json.write_text(
+                    json.dumps({"command": [Path(word).name for word in sys.argv], "rows": kept + rows}, indent=1)
+                    + "\n",
+                    encoding="utf-8",
+                )
+    sys.exit(not within)
 
 
 if __name__ == "__main__":

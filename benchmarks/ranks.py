@@ -87,7 +87,7 @@ def cases(a: argparse.Namespace, model: str) -> list[Case]:
         if a.float64 and what in NO_FLOAT64:
             continue
         found.append(Case(model, dtype, "off", what))
-        for world in {1, *a.worlds} if a.compile == "on" else a.worlds:
+        for world in sorted({1, *a.worlds}) if a.compile == "on" else a.worlds:
             sizes = [n for n in range(1, world + 1) if world % n == 0]
             meshes = [(r, s, world // r // s) for r in sizes for s in sizes if world % (r * s) == 0]
             found += [Case(model, dtype, a.compile, what, *m) for m in meshes if a.tensor or m[2] == 1]
@@ -142,7 +142,7 @@ def use_float64() -> None:
     from transformers.models.llama import modeling_llama
 
     from tunesmith.adapter.lora import Lora
-    from tunesmith.model import load
+    from tunesmith.model.dtypes import DTYPES
 
     def norm(self: Any, hidden_states: Any) -> Any:
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
@@ -161,7 +161,7 @@ def use_float64() -> None:
     add, Lora.add_lora = Lora.add_lora, add_lora  # type: ignore[method-assign]
     modeling_llama.LlamaRMSNorm.forward = norm  # type: ignore[method-assign]
     modeling_llama.LlamaRotaryEmbedding.forward = rotary
-    load.DTYPES["fp32"] = torch.float64
+    DTYPES["fp32"] = torch.float64
 
 
 def rank(folder: Path) -> None:
@@ -214,7 +214,10 @@ def train_all(
             process.terminate()
             process.wait()
     if process.returncode or seen < len(wanted):
-        sys.exit(f"{wanted[seen:][:1]} failed:\n{(folder / 'stderr').read_text(errors='replace')[-4000:]}")
+        said = (
+            (folder / "stderr").read_text(errors="replace").partition("torch/distributed/elastic")[0]
+        )  # not torchrun's
+        sys.exit(f"{wanted[seen:][:1]} failed:\n{said[-4000:]}")
 
 
 def differences(one: Curve, many: Curve) -> dict[str, float]:
@@ -253,7 +256,10 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
                     print(f"{case.trained:<18}{case.mesh:<34}{shown}  {seconds:.0f} s", flush=True)
                 if file:
                     kept = [(asdict(case), curve) for case, curve in curves.items()]
-                    file.write_text(json.dumps({"command": sys.argv, "rows": rows, "curves": kept}) + "\n")
+                    file.write_text(
+                        json.dumps({"command": [Path(word).name for word in sys.argv], "rows": rows, "curves": kept})
+                        + "\n"
+                    )
     return rows
 
 

@@ -75,6 +75,14 @@ def test_the_recipe_of_the_page_is_one(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "my-recipe.yaml").model.name == "Qwen/Qwen3-8B"
 
 
+def test_the_tables_of_ranks_are_those_that_were_measured() -> None:
+    files = sorted((ROOT / "docs" / "measurements").glob("ranks-*.json"))
+    assert files
+    command = [sys.executable, "benchmarks/ranks.py", "--check", "docs/ranks.md", *map(str, files)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["memory", "plan"])
 def test_the_table_is_what_the_estimate_says(name: str) -> None:
     command = [sys.executable, f"benchmarks/{name}.py", "--check", f"docs/{name}.md"]
