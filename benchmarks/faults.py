@@ -367,8 +367,11 @@ def end(pair: Pair, *, stop: bool = False) -> dict[str, int]:
 
 def rows(found: dict[str, Any]) -> Iterator[str]:
     """The table of docs/ranks.md."""
-    yield "| fault | heartbeat | every rank has stopped after | launchers | failure.json | exit codes | resumed run |"
-    yield "|---|---|---|---|---|---|---|"
+    yield (
+        "| fault | times | heartbeat limit | every rank has ended after | launchers of node-a; of node-b | their exit codes"
+        " | failure.json | resumed run |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
     for entry in found["faults"].values():
         times = entry["times"]
 
@@ -376,19 +379,22 @@ def rows(found: dict[str, Any]) -> Iterator[str]:
             values = [run["seconds"].get(key) for run in times]
             known = [value for value in values if value is not None]
             if not known:
-                return "not in time"
+                return f"not in {LEFT:.0f} s"
             return f"{min(known):.1f} to {max(known):.1f} s" if len(known) > 1 else f"{known[0]:.1f} s"
 
         said = {f["what"] for run in times for f in run["failure.json"].values()} or {"none: it was asked to stop"}
-        codes = sorted({str(tuple(run["codes"].values())) for run in times if "codes" in run})
+        ended = [[run["codes"][node] for node in NODES] for run in times if "codes" in run] or [
+            [*entry["codes at the end"].values()]
+        ]
+        codes = sorted({"; ".join("killed" if code < 0 else str(code) for code in pair) for pair in ended})
         resumed, loss = entry["resumed"], entry["resumed"]["largest relative difference of the loss"]
         equal = "equal bit for bit" if resumed["equal bit for bit"] else f"losses within {loss:.0e}"
         launchers = f"goes on after {spread('goes on')}" if "goes on" in times[0]["seconds"] else (
             f"{spread('node-a')}; {spread('node-b')}"
         )  # fmt: skip
         yield (
-            f"| {entry['what']} | {entry['heartbeat_seconds']:g} s | {spread('ranks')} | {launchers} |"
-            f" {'; '.join(sorted(said))} | {', '.join(codes)} | {equal} |"
+            f"| {entry['what']} | {len(times)} | {entry['heartbeat_seconds']:g} s | {spread('ranks')} | {launchers} |"
+            f" {', '.join(codes)} | {'; or '.join(sorted(said))} | {equal} |"
         )
 
 
