@@ -77,6 +77,7 @@ class Heartbeat:
         self.clock = self.answered = self.moved = self.decided = 0.0
         self.heard = [0.0] * len(hosts)
         self.step, self._phase = 0, "start"
+        self.part, self.longest = "", inf  # what phases are part of, and the limit of each
         self._outbox: dict[str, Any] = {}
         self._broken, self._broken_at, self._ended_at, self._ending = "", 0.0, 0.0, False
         self._known, self._wake, self._closing = (threading.Event() for _ in range(3))
@@ -98,7 +99,7 @@ class Heartbeat:
 
     def phase(self, name: str, limit: float | None = None) -> None:
         """Begin a part of the run that may take `limit` seconds without progress; None: any time."""
-        self._phase, self.own.limit = name, limit or inf
+        self._phase, self.own.limit = f"{self.part}{name}", min(limit or inf, self.longest)
         self.progress()
 
     def progress(self, step: int | None = None) -> None:

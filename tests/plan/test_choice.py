@@ -59,7 +59,6 @@ def planned_in_training(
     monkeypatch.setattr(build, "count_trained", lambda run, model: planner.trained)
     monkeypatch.setattr(build, "probe_machine", lambda *_: machine)
     monkeypatch.setattr(build.lora, "eight_bit_shapes", lambda *_: [])
-    monkeypatch.setattr(build.Mesh, "of", lambda shape, device: shape)
     ranks = SimpleNamespace(
         together=nullcontext, gather=lambda value: [value] * cluster.world, rank=min(1, cluster.world - 1), world=cluster.world,
         local_world=cluster.per_node, name=str,
@@ -67,9 +66,7 @@ def planned_in_training(
     start = SimpleNamespace(micro_batch=Size(int(before.split()[0]), "tokens") if before else None)
     data = SimpleNamespace(train=tokens, schedule=None)
     files = SimpleNamespace(spec=planner.spec)
-    _, mesh, plan = build.plan_model(planner.run, start, files, data, torch.device("cuda:1"), ranks)  # type: ignore[arg-type]
-    assert mesh == plan.mesh
-    return plan
+    return build.plan_model(planner.run, start, files, data, torch.device("cuda:1"), ranks)[1]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", RUNS)

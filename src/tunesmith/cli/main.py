@@ -49,7 +49,7 @@ VERBS = {
     "chat": ("tunesmith.cli.chat", "talk to a trained model in the terminal"),
     "generate": ("tunesmith.cli.generate", "answer the rows of a file"),
     "bench": ("tunesmith.cli.bench", "measure how fast a recipe trains here, and the share of the chip"),
-    "selfcheck": ("tunesmith.cli.selfcheck", "check that the ranks here train as one process does, in about a minute"),
+    "selfcheck": ("tunesmith.cli.selfcheck", "check that the ranks here train as one process does, in a minute or two"),
     "eval": ("tunesmith.cli.evaluate", "measure a trained model on held-out rows, beside its base"),
     "merge": ("tunesmith.cli.merge", "merge an adapter into its base model, and check that it answers alike"),
     "export": ("tunesmith.cli.export", "write a checkpoint of several ranks as a model that Transformers loads"),
@@ -57,7 +57,7 @@ VERBS = {
     "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
 }
 
-COMPUTING = {"train", "chat", "generate", "bench", "eval", "merge", "export", "plan"}  # with torch
+COMPUTING = {"train", "chat", "generate", "bench", "selfcheck", "eval", "merge", "export", "plan"}  # with torch
 
 _NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a place that you may write to")
 _UNUSABLE = ("this path cannot be used", "correct the path, or move away what lies there")

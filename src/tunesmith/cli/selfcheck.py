@@ -1,7 +1,8 @@
 """Check on this machine, or on these ranks, that several ranks train as one process does.
 
-It trains a small random model of its own for a few steps: on one process, and on every mesh that the ranks can make. It
-takes about a minute and needs no network. Exit code 0: all checks passed; 1: one did not.
+It trains a small random model of its own for a few steps: on one process, and on a mesh of each kind that the ranks can
+make (replicate, shard, tensor, and their mixtures). It takes a minute or two and needs no network. Exit code 0: all checks
+passed; 1: one did not.
 
 example:
   tunesmith selfcheck
@@ -25,6 +26,7 @@ from tunesmith.cli.options import whole_number
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
 from tunesmith.host_files import available_cores
 from tunesmith.ranks import started_as
+from tunesmith.runtime.plan import MeshShape
 
 if TYPE_CHECKING:
     from tunesmith.selfcheck import CheckRow
@@ -81,15 +83,23 @@ def start_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
 
 
 def print_row(row: CheckRow) -> None:
-    """A line of the table, as soon as it is known."""
-    result = {True: "pass", False: "FAIL", None: ""}[row.passed]
-    print(f"{row.check:<71} {row.expected:>11} {row.found:>11} {row.tolerance:>6} {result}".rstrip(), flush=True)
+    """A line of the table, as soon as it is known, and below a failed check what it means."""
+    result, step = {True: "pass", False: "FAIL", None: ""}[row.passed], f"step {row.step}" if row.step else ""
+    line = f"{row.check:<76} {step:>6} {row.expected:>11} {row.found:>11} {row.tolerance:>6} {result}"
+    print(line.rstrip() + (f"\n  {row.meaning}" if row.meaning else ""), flush=True)
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """The last line."""
-    judged = [row["passed"] for row in report["checks"] if row["passed"] is not None]
-    where = f"{report['ranks']} ranks on {', '.join(report['hosts'])} ({report['device']})"
+    """The last lines."""
+    judged = [row for row in report["checks"] if row["passed"] is not None]
+    where = f"{report['ranks']} ranks on {', '.join(report['hosts'])} ({report['device']}), {report['seconds']:.0f} s"
     if report["passed"]:
         return f"all {len(judged)} checks passed: {where}"
-    return f"{judged.count(False)} of {len(judged)} checks failed: {where}; a run here would learn something else"
+    failed = [row["mesh"] and tuple(row["mesh"]) for row in judged if not row["passed"]]
+    meshes = dict.fromkeys(tuple(row["mesh"]) for row in judged if row["mesh"])
+    sound = [MeshShape(*mesh).describe() for mesh in meshes if mesh not in failed]
+    fix = f"`parallel` of a recipe can choose {', or '.join(sound) or 'no other mesh'}"
+    if None in failed:
+        fix = "install the same packages on every node, and check again"
+    what = f"{len(failed)} of {len(judged)} checks failed: {where}; a run here would learn something else"
+    return f"{what}\n  fix: {fix}; report what `tunesmith selfcheck --json` says"

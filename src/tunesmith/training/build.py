@@ -54,7 +54,7 @@ from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.ranks import ONE_PROCESS, Ranks
 from tunesmith.runtime.device import choose_device, free_device_memory
 from tunesmith.runtime.host import keep_threads
-from tunesmith.runtime.plan import Machine, RunPlan
+from tunesmith.runtime.plan import Machine, MeshShape, RunPlan
 from tunesmith.runtime.resolve import checkpoint_bytes, probe_machine
 from tunesmith.runtime.transfer import DevicePrefetcher
 
@@ -130,6 +130,7 @@ def build(
     weights: Weights = "stored",
     measured: bool = False,
     ranks: Ranks = ONE_PROCESS,
+    make_mesh: Callable[[MeshShape, str], Mesh] = Mesh.of,
 ) -> Session:
     """Make a Session, checking before each slow thing what can be checked without it.
 
@@ -137,7 +138,7 @@ def build(
         say: takes one line for the user about each choice made here; `why` asks for its reason too.
         weights: "random" draws them on the device; `model.name` is then a folder that needs none.
         measured: for figures alone: no room is asked for checkpoints, and rows are repeated so that no step is short.
-        ranks: those that share the run; each of them builds its Session at the same time.
+        ranks, make_mesh: those that share the run, each building its Session at the same time, and what makes their mesh.
     """
     if torch.cuda.is_initialized():
         free_device_memory()  # of an earlier run of this process
@@ -152,7 +153,8 @@ def build(
         data = fill_steps(data, say) if measured else data
     total_steps = data.schedule.steps(run.train.duration)
     torch.manual_seed(run.train.seed)
-    model, mesh, plan = plan_model(run, start, files, data, device, ranks)
+    model, plan = plan_model(run, start, files, data, device, ranks)
+    mesh = make_mesh(plan.mesh, device.type)
     if not measured:
         with ranks.together():
             check_disk(run, count_trained(run, model), ranks)
@@ -183,8 +185,8 @@ def build(
 
 def plan_model(
     run: Run, start: Start, files: ModelFiles, data: TrainingData, device: torch.device, ranks: Ranks
-) -> tuple[PreTrainedModel, Mesh, RunPlan]:
-    """The model on meta, the mesh that the ranks make, and what each of them will do."""
+) -> tuple[PreTrainedModel, RunPlan]:
+    """The model on meta, and what each of the ranks will do, on which mesh."""
     with ranks.together():
         model = define_model(run, files)
         machine = probe_machine(run, files, device, lora.eight_bit_shapes(model, run.train.fast_paths))
@@ -194,7 +196,7 @@ def plan_model(
         cluster = cluster_of(machine.name, ranks.world // local, local)
         work = measure_work(run, files.spec, data.train, schedule=data.schedule)
         plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
-    return model, Mesh.of(plan.mesh, device.type), plan
+    return model, plan
 
 
 def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:

@@ -1,0 +1,377 @@
+"""`tunesmith selfcheck` fails on builds that train wrongly: each is a change of the engine, made inside every rank."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from ranks import environment_of, free_port, run_ranks
+from tunesmith import build_model, selfcheck
+from tunesmith.data.loader import GlobalBatch, Loader
+from tunesmith.data.schedule import BatchSchedule
+from tunesmith.errors import OtherRankError, RunError
+from tunesmith.methods.base import TrainModel
+from tunesmith.methods.sft import SupervisedFineTuning
+from tunesmith.model.fused import FusedNorm
+from tunesmith.optim import optimizer
+from tunesmith.optim.adamw import ParameterState
+from tunesmith.parallel import tensor
+from tunesmith.parallel.mesh import MeshShape
+from tunesmith.ranks import SECONDS
+from tunesmith.selfcheck import ALIKE, CHANGED, COPIES, GRADIENTS, LOSS, NORM, ONE, RESUME, SelfCheck
+from tunesmith.sharded import local_part
+from tunesmith.training import build, trainer
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def exchanged(part: Tensor) -> Tensor:
+    """The part of the other one of two ranks."""
+    parts = [torch.empty_like(part) for _ in range(2)]
+    dist.all_gather(parts, part.contiguous())
+    return parts[1 - rank()]
+
+
+# ---- of any training ----
+
+
+def leave_an_adapter_out_of_the_optimizer() -> None:
+    original = TrainModel.trained_parameters
+    TrainModel.trained_parameters = lambda self: (p for p in original(self) if "0.mlp.up_proj.lora_B" not in p[0])
+
+
+def leave_a_layer_without_gradient() -> None:
+    original = TrainModel.hidden
+
+    def hidden(self, batch):
+        self.model.get_submodule("model.layers.0.mlp.up_proj").lora_B.requires_grad_(False)
+        return original(self, batch)
+
+    TrainModel.hidden = hidden
+
+
+def give_a_rank_another_base() -> None:
+    original = build_model.fill_parameters
+
+    def fill(run, files, model, weights):
+        original(run, files, model, weights)
+        with torch.no_grad():
+            local_part(model.get_parameter("model.layers.0.mlp.up_proj.weight")).add_(0.01 * rank())
+
+    build_model.fill_parameters = fill
+
+
+def install_another_torch_on_a_rank() -> None:
+    original = selfcheck.version
+    selfcheck.version = lambda package: original(package) + ".1" * rank() * (package == "torch")
+
+
+# ---- of copies ----
+
+
+def divide_by_the_ranks_own_tokens() -> None:
+    def denominator(self, batch):
+        return sum(m.supervised for m in batch.micro) if isinstance(batch, GlobalBatch) else batch.supervised
+
+    SupervisedFineTuning.denominator = denominator
+
+
+def shuffle_by_rank() -> None:
+    original = BatchSchedule.examples
+    BatchSchedule.examples = lambda self, step: original(self, step + rank() % 2)
+
+
+def take_the_micro_batches_of_another_rank() -> None:
+    original = Loader.__init__
+
+    def init(self, *args, share=(0, 1), **options):
+        original(self, *args, share=(0, share[1]), **options)
+
+    Loader.__init__ = init
+
+
+def keep_gradients_to_oneself() -> None:
+    trainer.sum_gradients = lambda grads, mesh: None
+
+
+def never_sync_copies() -> None:
+    trainer.reduce_in = lambda model, mesh, last: reduce_in(model, mesh, last=False)
+
+
+reduce_in = trainer.reduce_in
+
+# ---- of shards ----
+
+
+def average_over_shards() -> None:
+    original = FSDPModule.set_gradient_divide_factor
+    FSDPModule.set_gradient_divide_factor = lambda self, factor: original(self, 2.0)
+
+
+def take_the_norm_of_ones_own_parts() -> None:
+    original = ParameterState.of
+
+    def of(*args):
+        part = original(*args)
+        part.sharding_groups = ()
+        return part
+
+    ParameterState.of = of
+
+
+def swap_moments_at_resume() -> None:
+    original = build.read_sharded_optimizer
+
+    def read(optimizer, folder, progress):
+        original(optimizer, folder, progress)
+        for part in optimizer.parts.values():
+            part.state["exp_avg"].copy_(exchanged(part.state["exp_avg"]))
+
+    build.read_sharded_optimizer = read
+
+
+def forget_moments_at_resume() -> None:
+    build.read_sharded_optimizer = lambda optimizer, folder, progress: None
+
+
+def forget_the_number_of_updates_at_resume() -> None:
+    original = build.read_sharded_optimizer
+
+    def read(optimizer, folder, progress):
+        original(optimizer, folder, progress)
+        for part in optimizer.parts.values():
+            part.state["step"].zero_()
+
+    build.read_sharded_optimizer = read
+
+
+# ---- of tensor groups ----
+
+
+def pair_query_heads_with_other_keys() -> None:
+    original = build_model.fill_parameters
+
+    def fill(run, files, model, weights):
+        original(run, files, model, weights)
+        if dist.is_initialized():
+            for name, parameter in model.named_parameters():
+                if name.endswith("q_proj.weight"):
+                    local = local_part(parameter).detach()
+                    local.copy_(exchanged(local))
+
+    build_model.fill_parameters = fill
+
+
+def leave_outputs_of_row_parallel_layers_unadded() -> None:
+    original = tensor._exchange
+    tensor._exchange = lambda x, group, gather: original(x, group, gather) if gather else x.chunk(2)[group.rank]
+
+
+def leave_partial_gradients_unadded() -> None:
+    trainer.reduce_gradients = lambda grads, partial, mesh: None
+
+
+def forget_that_norms_have_partial_gradients() -> None:
+    original = tensor._Cutter.cut
+
+    def cut(self, module):
+        original(self, module)
+        if isinstance(module, FusedNorm):
+            self.partial.discard(module.weight)
+
+    tensor._Cutter.cut = cut
+
+
+def count_whole_parameters_once_a_rank() -> None:
+    original = ParameterState.of
+
+    def of(name, param, train):
+        part = original(name, param, train)
+        if hasattr(param, "device_mesh"):
+            part.sharding_groups = (param.device_mesh.get_group(0),)
+        return part
+
+    ParameterState.of = of
+
+
+def begin_the_vocabulary_one_token_late() -> None:
+    original = tensor._Cutter.cut_ends
+
+    def cut_ends(self, embedding, head):
+        original(self, embedding, head)
+        embedding.first += self.group.rank
+
+    tensor._Cutter.cut_ends = cut_ends
+
+
+def read_another_ranks_moments() -> None:
+    original = optimizer.local_slices
+
+    def local_slices(like):
+        cuts, shape = original(like), like.shape
+        return tuple(
+            cut if cut == slice(0, n) else slice(n - cut.stop, n - cut.start)
+            for cut, n in zip(cuts, shape, strict=True)
+        )
+
+    optimizer.local_slices = local_slices
+
+
+def quantize_parts_by_themselves() -> None:
+    """Their scales are then rounded with others: the loss is 4e-5 off."""
+
+    def quantize(self, dense):
+        _, size, rank = self.tensor_group
+        super(tensor.CutNf4Layer, self).quantize(dense.chunk(size, self.dim)[rank])
+
+    tensor.CutNf4Layer.quantize = quantize
+
+
+COPY, SHARD, TENSOR = MeshShape(2, 1, 1), MeshShape(1, 2, 1), MeshShape(1, 1, 2)
+BROKEN: list[tuple[Callable[[], None], str, MeshShape, set[str]]] = [  # the checks that must fail
+    (leave_an_adapter_out_of_the_optimizer, "lora", COPY, {CHANGED}),
+    (leave_a_layer_without_gradient, "lora", COPY, {GRADIENTS}),
+    (give_a_rank_another_base, "lora", COPY, {LOSS, NORM}),
+    (install_another_torch_on_a_rank, "lora", COPY, {"ranks with the software of rank 0"}),
+    (divide_by_the_ranks_own_tokens, "lora", COPY, {LOSS, NORM}),
+    (shuffle_by_rank, "lora", COPY, {LOSS, NORM, ALIKE}),
+    (take_the_micro_batches_of_another_rank, "lora", COPY, {LOSS, NORM}),
+    (keep_gradients_to_oneself, "lora", COPY, {NORM, COPIES}),
+    (never_sync_copies, "full", COPY, {NORM, CHANGED}),
+    (average_over_shards, "full", SHARD, {NORM}),
+    (take_the_norm_of_ones_own_parts, "full", SHARD, {NORM}),
+    (swap_moments_at_resume, "full", SHARD, {RESUME}),
+    (forget_moments_at_resume, "full", SHARD, {RESUME}),
+    (forget_the_number_of_updates_at_resume, "full", SHARD, {RESUME}),
+    (pair_query_heads_with_other_keys, "lora", TENSOR, {LOSS, NORM}),
+    (leave_outputs_of_row_parallel_layers_unadded, "lora", TENSOR, {LOSS, NORM}),
+    (leave_partial_gradients_unadded, "lora", TENSOR, {NORM, COPIES}),
+    (forget_that_norms_have_partial_gradients, "full", TENSOR, {NORM, COPIES}),
+    (count_whole_parameters_once_a_rank, "lora", TENSOR, {NORM}),
+    (begin_the_vocabulary_one_token_late, "full", TENSOR, {LOSS, NORM}),
+    (read_another_ranks_moments, "lora", TENSOR, {RESUME}),
+    (quantize_parts_by_themselves, "nf4 lora", TENSOR, {LOSS, NORM}),
+]
+
+
+def failed_checks(kind: str, mesh: MeshShape, change: Callable[[], None]) -> dict[str, Any]:
+    """The rows that fail on a mesh in a build with `change`, by check."""
+    selfcheck.KINDS = {kind: selfcheck.KINDS[kind]}
+    selfcheck.meshes_of = lambda world: [mesh]
+    check_mesh = SelfCheck.check_mesh
+    SelfCheck.check_mesh = lambda self, kind, shape, *more: shape == ONE or check_mesh(self, kind, shape, *more)
+    change()
+    report = selfcheck.run_checks(say=lambda row: None)
+    return {row["check"].rpartition(": ")[2]: row for row in report["checks"] if row["passed"] is False}
+
+
+@pytest.mark.parametrize(("change", "kind", "mesh", "found"), BROKEN, ids=[case[0].__name__ for case in BROKEN])
+def test_a_broken_build_fails(change, kind, mesh, found):
+    for failed in run_ranks(mesh.world, failed_checks, kind, mesh, change):
+        assert found <= failed.keys(), failed
+
+
+def give_a_rank_another_model_file() -> None:
+    original = build.weights_digest
+    build.weights_digest = lambda folder: original(folder)[rank() :]
+
+
+def cut_keys_by_columns() -> None:
+    original = tensor._Cutter.cut_linear
+
+    def cut_linear(self, layer, dim):
+        original(self, layer, tensor.COLUMNS if layer.out_features == 256 else dim)  # k and v
+
+    tensor._Cutter.cut_linear = cut_linear
+
+
+def fail_on_rank_1() -> None:
+    original = trainer.Trainer.train_step
+
+    def train_step(self, batch):
+        if dist.is_initialized() and rank() == 1 and batch.step == 1:
+            raise ValueError("a kernel failed")
+        return original(self, batch)
+
+    trainer.Trainer.train_step = train_step
+
+
+def raised(kind: str, mesh: MeshShape, change: Callable[[], None]) -> tuple[str, str]:
+    """The error that ends this rank: its class and text."""
+    try:
+        failed_checks(kind, mesh, change)
+    except (RunError, OtherRankError) as error:
+        return type(error).__name__, error.text()
+    return "", ""
+
+
+@pytest.mark.parametrize(
+    ("change", "mesh", "words"),
+    [
+        (cut_keys_by_columns, TENSOR, "RuntimeError: "),
+        (fail_on_rank_1, COPY, "ValueError: a kernel failed"),
+        (give_a_rank_another_model_file, COPY, "the base model is not what this run began with"),
+    ],
+)
+def test_an_error_of_a_mesh_is_told_once_and_names_it(change, mesh, words):
+    found = run_ranks(2, raised, "lora", mesh, change)
+    told = [text for name, text in found if name == "RunError"]
+    assert [name for name, _ in found].count("OtherRankError") == 2 - len(told)
+    assert told
+    assert all(f"error: lora, {mesh.describe()}: {words}" in text for text in told)
+
+
+def stop_on_rank_1() -> None:
+    original = trainer.Trainer.train_step
+
+    def train_step(self, batch):
+        if dist.is_initialized() and rank() == 1 and batch.step == 1:
+            time.sleep(1000)
+        return original(self, batch)
+
+    trainer.Trainer.train_step = train_step
+
+
+def hang(env: dict[str, str], folder: Path) -> None:
+    """A rank of a build that hangs; what it prints goes to a file."""
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    sys.stderr = (folder / f"stderr-{env['RANK']}").open("w")
+    selfcheck.STUCK_SECONDS = 15.0  # ten times what a mesh takes between two signs of progress
+    with suppress(OtherRankError):
+        failed_checks("lora", COPY, stop_on_rank_1)
+
+
+def test_a_rank_that_hangs_ends_all_with_one_message(tmp_path):
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    context.set_forkserver_preload(["torch", "transformers", "torch.distributed.fsdp", "tunesmith.training.run"])
+    envs = [environment_of(r, 2, port) | {SECONDS: "3"} for r in range(2)]
+    ranks = [context.Process(target=hang, args=(env, tmp_path)) for env in envs]
+    for process in ranks:
+        process.start()
+    try:
+        for process in ranks:
+            process.join(150)
+        assert [process.exitcode for process in ranks] == [1, 1]
+    finally:
+        for process in ranks:
+            process.kill()
+    said = "".join(path.read_text() for path in sorted(tmp_path.glob("stderr-*")))
+    assert said.count("error: ") == 1
+    assert re.search(r"error: rank 1 on .* made no progress for 1\d s", said)
+    assert f"rank 1: lora, {COPY.describe()}: training, step 1" in said
