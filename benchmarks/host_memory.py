@@ -98,7 +98,7 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
             with state.writing(folder / "final", 1) as place:
                 export.write_model_files(place, run, root, {})
         else:
-            export.gather_model_files(run, root)
+            export.write_model_files(None, run, root, {})
         own["final"] = [status(key) - before for key in end]
         every = ranks.gather(own)
         if ranks.leads:

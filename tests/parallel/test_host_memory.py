@@ -49,10 +49,7 @@ def write_all(model: Path, folder: Path, cases: list[tuple[dict[str, int], dict[
     with join_ranks() as ranks:
         for mesh, changes, place in cases:
             run, root = built(model, folder, mesh, changes, ranks.world)
-            if ranks.leads:
-                export.write_model_files(place, run, root, {})
-            else:
-                export.gather_model_files(run, root)
+            export.write_model_files(place if ranks.leads else None, run, root, {})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -119,10 +116,7 @@ def peaks(model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, An
         run, root = built(model, folder, mesh, changes, ranks.world)
         found.append((status("VmHWM") - before, status("VmRSS") - before))
         before = begin()
-        if ranks.leads:
-            export.write_model_files(folder, run, root, {})
-        else:
-            export.gather_model_files(run, root)
+        export.write_model_files(folder if ranks.leads else None, run, root, {})
         found.append((status("VmHWM") - before, status("VmRSS") - before))
     return found
 
