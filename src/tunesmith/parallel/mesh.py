@@ -6,10 +6,13 @@ of a tensor group on one node, and those of a shard group as near as they can be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tunesmith.config.schema import Parallel, Run
@@ -70,17 +73,24 @@ class Mesh:
         return dist.new_subgroups_by_enumeration(every)[0]
 
     @property
-    def shard_group(self) -> dist.ProcessGroup | None:
-        """The ranks that shard this rank's copy; None where it is whole."""
-        return self.device_mesh.get_group("shard") if self.device_mesh is not None and self.shape.shard > 1 else None
-
-    @property
     def tensor_group(self) -> dist.ProcessGroup | None:
         """The ranks that compute each layer together with this one; None where it computes them alone."""
         return self.device_mesh.get_group("tensor") if self.device_mesh is not None and self.shape.tensor > 1 else None
 
 
 ALONE = Mesh()
+
+
+@torch.no_grad()
+def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Sum each tensor over a group, in place and in one piece; nothing where the group is None. A collective call with
+    the same shapes, in the same order, on all its ranks."""
+    if group is None or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
 def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:

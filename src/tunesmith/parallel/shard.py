@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -21,7 +20,7 @@ from tunesmith.adapter.lora import modules_to_save
 from tunesmith.config.schema import Run
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.load import widen
-from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.mesh import Mesh, all_reduce_together
 
 HALF = (torch.bfloat16, torch.float16)
 # Methods of the root, beside its forward, that read parameters.
@@ -78,14 +77,7 @@ def reduce_in(root: nn.Module, mesh: Mesh, *, last: bool) -> None:
 
 def sum_gradients(grads: Sequence[Tensor], mesh: Mesh) -> None:
     """Sum gradients of parameters that are whole on every rank over the data ranks, in place and in one piece."""
-    if mesh.data_group is None or not grads:
-        return
-    for dtype in {grad.dtype for grad in grads}:
-        same = [grad for grad in grads if grad.dtype == dtype]
-        flat = torch.cat([grad.flatten() for grad in same])
-        dist.all_reduce(flat, group=mesh.data_group)
-        for grad, piece in zip(same, flat.split([grad.numel() for grad in same]), strict=True):
-            grad.copy_(piece.view_as(grad))
+    all_reduce_together(grads, mesh.data_group)
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -28,7 +27,7 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.fused import FusedAttention, FusedMLP, FusedNorm, add_mixin
-from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.private import collective
 from tunesmith.quant.nf4 import BLOCK, Nf4Linear
 from tunesmith.sharded import ShardedHead, VocabularyShard, local_part
@@ -80,18 +79,12 @@ def cut_model(root: TrainModel, mesh: Mesh) -> frozenset[str]:
     return frozenset(name for name, p in model.named_parameters() if p in cutter.partial)
 
 
-@torch.no_grad()
 def reduce_gradients(grads: Mapping[str, Tensor], partial: Collection[str], mesh: Mesh) -> None:
     """Sum over the tensor group, in place and in one piece, the gradients of the parameters that `cut_model` named.
 
     A collective call, once a step, before the norm. Gradients are DTensors, or this rank's parts of them.
     """
-    parts = [local_part(grad) for name, grad in grads.items() if name in partial]
-    if parts:
-        flat = torch.cat([part.flatten() for part in parts])
-        dist.all_reduce(flat, group=mesh.tensor_group)
-        for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.copy_(total.view_as(part))
+    all_reduce_together([local_part(grad) for name, grad in grads.items() if name in partial], mesh.tensor_group)
 
 
 def _check_family(model: PreTrainedModel) -> None:
