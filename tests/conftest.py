@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -121,6 +122,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one layer of width 512, so that rows cut in two are whole blocks of 8-bit moments and of nf4."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide-llama")
+    shutil.copytree(tiny, folder, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(tiny, hidden_size=512, intermediate_size=512, head_dim=64, num_hidden_layers=1)
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

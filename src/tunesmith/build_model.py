@@ -23,6 +23,7 @@ from tunesmith.model import fused, load, random_init
 from tunesmith.model.architectures import LAYERS
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.weights import load_weights
+from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.shard import shard_model
@@ -122,6 +123,8 @@ def build_model(
         root.score = compilation.compile_score(root.score)
     plan = apply_fast_paths(run, model, plan, mesh)
     shard_model(root, mesh, run, DTYPES[run.model.dtype])
+    if run.train.optimizer == "adamw-8bit":
+        check_blocks(root.trained_parameters())
     load.materialise(model, device)
     root.to(device)  # FSDP lays its padding into the shards now: tensors taken from them before would be left behind
     fill_parameters(run, files, model, weights or files.folder, ranks)

@@ -68,31 +68,66 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 AUTO = {"full, tensor": {"replicate": 1, "shard": 1, "tensor": "auto"}}  # the recipe of a case that has `auto`
 # First step and others. fp32: sums in another order. bf16: gradients of micro batches are rounded before they are summed.
 TOLERANCES = dict.fromkeys(("full, bf16 with masters", "full, tensor, bf16 with masters"), (2e-3, 2e-2))
+# A tensor-parallel rank scales its part of a row in 8 bits by itself.
+TOLERANCES |= {
+    f"{base}, {on}": (1e-2, 2e-2) for base in ("fp8", "int8") for on in ("tensor", "shards of a tensor group")
+}
+
+
+def assert_those_of_one_process(
+    world: int, every: dict[str, Any], model: Path, folder: Path, tolerance: tuple[float, float] = (1e-6, 1e-4)
+) -> list[str]:
+    """Returns the names of the cases for so many ranks."""
+    chosen = {name: case for name, case in every.items() if world == math.prod(case[1].values())}
+    assert chosen
+    alone: dict[str, Numbers] = {}  # by recipe, which several meshes may share
+    for name, (what, _) in chosen.items():
+        if (key := str(what)) not in alone:
+            alone[key] = numbers(model, folder, {**what, "output_dir": str(folder / name)})
+    cases = [
+        {**what, "parallel": AUTO.get(name, mesh), "output_dir": str(folder / f"{name}, ranks")}
+        for name, (what, mesh) in chosen.items()
+    ]
+    found = run_ranks(world, numbers_of_all, model, folder, cases, [free_port() for _ in cases])[0]
+    wrong = {}
+    for name, many in zip(chosen, found, strict=True):
+        first, others = TOLERANCES.get(name, tolerance)
+        assert len(many) == STEPS
+        for step, (expected, got) in enumerate(zip(alone[str(chosen[name][0])], many, strict=True)):
+            if got != pytest.approx(expected, rel=others if step else first):
+                wrong[name, step] = expected, got
+    assert not wrong
+    return list(chosen)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_numbers_are_those_of_one_process(world, tiny, tmp_path):
-    chosen = {name: case for name, case in CASES.items() if world == math.prod(case[1].values())}
-    assert chosen
-    alone = {
-        name: numbers(tiny, tmp_path, {**what, "output_dir": str(tmp_path / name)})
-        for name, (what, _) in chosen.items()
-    }
-    cases = [
-        {**what, "parallel": AUTO.get(name, mesh), "output_dir": str(tmp_path / f"{name}, ranks")}
-        for name, (what, mesh) in chosen.items()
-    ]
-    found = run_ranks(world, numbers_of_all, tiny, tmp_path, cases, [free_port() for _ in cases])[0]
-    wrong = {}
-    for name, many in zip(chosen, found, strict=True):
-        first, others = TOLERANCES.get(name, (1e-6, 1e-4))
-        assert len(many) == STEPS
-        for step, (expected, got) in enumerate(zip(alone[name], many, strict=True)):
-            if got != pytest.approx(expected, rel=others if step else first):
-                wrong[name, step] = expected, got
-    assert not wrong
-    for name in AUTO.keys() & chosen.keys():
+    chosen = assert_those_of_one_process(world, CASES, tiny, tmp_path)
+    for name in AUTO.keys() & set(chosen):
         taken = "replicate 1 x shard 1 x tensor 2, the first that fits, as no speed is known here, of 1 "
         assert taken in (tmp_path / f"{name}, ranks/log.txt").read_text()
     silent = [name for name in chosen if "no sample answers" in (tmp_path / f"{name}, ranks/log.txt").read_text()]
     assert silent == [name for name in chosen if name == "lora, tensor"]
+
+
+EIGHT_BIT_MOMENTS = merge(FULL, {"train": {"optimizer": "adamw-8bit"}})
+NF4 = {"model": {"quantize": "nf4"}}
+# As above.
+IN_BLOCKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "8-bit moments, copies": (EIGHT_BIT_MOMENTS, COPY),
+    "8-bit moments, shards": (EIGHT_BIT_MOMENTS, SHARD),
+    "8-bit moments, in the backward": (merge(EIGHT_BIT_MOMENTS, IN_BACKWARD), SHARD),
+    "8-bit moments, tensor": (EIGHT_BIT_MOMENTS, TENSOR),
+    "8-bit moments, uneven shards": (EIGHT_BIT_MOMENTS, {"shard": 3}),
+    "8-bit moments, copies of shards": (EIGHT_BIT_MOMENTS, {"replicate": 2, "shard": 2}),
+    "8-bit moments, shards of a tensor group": (EIGHT_BIT_MOMENTS, {"shard": 2, "tensor": 2}),
+    "nf4, tensor": (NF4, TENSOR),
+    "nf4, shards of a tensor group": (NF4, {"shard": 2, "tensor": 2}),
+}
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_blocks_of_moments_and_of_nf4_are_those_of_one_process(world, wide, tmp_path):
+    """Norms are of 30 times as many gradients as above: sums in another order moved them by 4e-6."""
+    pytest.importorskip("bitsandbytes")
+    assert_those_of_one_process(world, IN_BLOCKS, wide, tmp_path, (1e-5, 1e-4))

@@ -20,12 +20,13 @@ from torch.optim.adamw import adamw
 
 from tunesmith import packages
 from tunesmith.config.schema import Train
-from tunesmith.errors import MachineError, first_line
+from tunesmith.errors import MachineError, RecipeError, first_line
 from tunesmith.private import local_slices
 
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 256  # elements of an 8-bit moment that share a scale
-MIN_8BIT = 4096  # a smaller tensor keeps fp32 moments, as in bitsandbytes: it costs nothing, and norms are sensitive
+# A smaller tensor keeps fp32 moments, as in bitsandbytes, and a vector too: it costs nothing, and norms are sensitive.
+MIN_8BIT = 4096
 
 # Scalars that leave a weight and its moments as they are where the gradient is 0, in the order of `_adamw_rounded`.
 NO_UPDATE = (0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0)
@@ -47,6 +48,36 @@ def state_bytes_per_parameter(train: Train, weight_bytes: int) -> float:
     """
     gradient = 2.0 if weight_bytes == 2 and train.master_weights == "stochastic" else 4.0
     return checkpoint_bytes_per_parameter(train, weight_bytes) + (0.0 if train.optimizer_in_backward else gradient)
+
+
+def has_eight_bit_moments(param: Tensor) -> bool:
+    """Whether adamw-8bit stores the moments of this parameter, which may be a DTensor, in 8 bits."""
+    return param.ndim >= 2 and param.numel() >= MIN_8BIT
+
+
+def sharding_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups whose ranks hold the other parts of a parameter; none where it is whole."""
+    if not isinstance(param, DTensor):
+        return ()
+    mesh, places = param.device_mesh, enumerate(param.placements)
+    return tuple(mesh.get_group(dim) for dim, at in places if not at.is_replicate() and mesh.size(dim) > 1)
+
+
+def check_blocks(named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """RecipeError where ranks would hold parts of a block of an 8-bit moment. The parameters may be on meta.
+
+    Where a rank's part of each row is whole blocks, the scales are sharded as the weight is: the numbers are those of one
+    process, and any mesh reads the state again. Blocks that reach over rows would depend on the mesh.
+    """
+    for name, param in named:
+        if not (sharding_groups(param) and has_eight_bit_moments(param)):
+            continue
+        columns = local_slices(param)[-1]
+        width = columns.stop - columns.start
+        if width % BLOCK:
+            why = f"{name} has rows of {width:,} elements on a rank, and {BLOCK} share a scale"
+            fix = "train.optimizer=adamw, or copies alone: parallel.shard=1 parallel.tensor=1"
+            raise RecipeError("8-bit moments cannot be cut over these ranks", where="train.optimizer", why=why, fix=fix)
 
 
 @dataclass(eq=False)
@@ -71,17 +102,14 @@ class ParameterState:
         rounded = param.dtype in HALF and train.master_weights == "stochastic"
         has_master = param.dtype in HALF and not rounded
         weight: nn.Parameter = param
-        groups: tuple[dist.ProcessGroup, ...] = ()
         if isinstance(param, DTensor):
-            mesh, places = param.device_mesh, enumerate(param.placements)
-            groups = tuple(mesh.get_group(dim) for dim, at in places if not at.is_replicate() and mesh.size(dim) > 1)
             weight = nn.Parameter(param.to_local().detach())
         elif has_master:
             weight = nn.Parameter(param.detach().float())
         # Decay pulls matrices towards zero; norms, biases and scalars have no reason to go there.
         decay = train.weight_decay if param.ndim >= 2 else 0.0
-        eight_bit = train.optimizer == "adamw-8bit" and param.numel() >= MIN_8BIT
-        return cls(name, param, weight, decay, rounded, eight_bit, groups)
+        eight_bit = train.optimizer == "adamw-8bit" and has_eight_bit_moments(param)
+        return cls(name, param, weight, decay, rounded, eight_bit, sharding_groups(param))
 
     @property
     def has_master(self) -> bool:
@@ -104,21 +132,26 @@ class ParameterState:
             self.filled.fill_(False)
 
     def whole(self, value: Tensor) -> Tensor:
-        """A tensor of the weight's shape as a DTensor, where the parameter is one; any other as it is."""
-        if not isinstance(self.param, DTensor) or value.shape != self.weight.shape:
-            return value
+        """A tensor that is sharded as the weight is, as a DTensor where the parameter is one; any other as it is."""
         like = self.param
-        return DTensor.from_local(value, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+        if not isinstance(like, DTensor) or value.ndim != like.ndim:
+            return value
+        shape = like.shape if value.shape == self.weight.shape else (*like.shape[:-1], like.shape[-1] // BLOCK)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(value, like.device_mesh, like.placements, shape=torch.Size(shape), stride=stride)
 
     def initial_state(self) -> dict[str, Tensor]:
         """The state before the first update.
 
         exp_avg, exp_avg_sq: of the weight's shape, fp32 (fp64 for an fp64 weight), or uint8 codes with exp_avg_scale,
-        exp_avg_sq_scale: fp32 [blocks of 256]. step: fp32 [], on the device for the fused kernel.
+        exp_avg_sq_scale: fp32 [..., blocks of a row], or [blocks] where blocks of 256 reach from row to row. step: fp32 [],
+        on the device for the fused kernel.
         """
         if self.eight_bit:
             codes = torch.zeros_like(self.weight, dtype=torch.uint8)
-            scale = torch.zeros(-(-codes.numel() // BLOCK), device=codes.device)
+            *rows, width = codes.shape
+            shape = [-(-codes.numel() // BLOCK)] if width % BLOCK else [*rows, width // BLOCK]
+            scale = torch.zeros(shape, device=codes.device)
             scales = {"exp_avg_scale": scale, "exp_avg_sq_scale": scale.clone()}
             return {"exp_avg": codes, "exp_avg_sq": codes.clone(), **scales, "step": torch.zeros(())}
         zero = torch.zeros_like(self.weight, dtype=torch.float32 if self.rounded else None, requires_grad=False)
@@ -216,12 +249,14 @@ class AdamWUpdate:
     def _update_8bit(self, part: ParameterState, lr: float, step: int) -> None:
         state, betas = part.state, self.train.betas
         state["step"] += 1
+        if not part.weight.numel():  # other ranks have all its rows
+            return
         # Stochastic rounding needs the update in fp32: a temporary of one tensor.
         weight = part.weight.float() if part.rounded else part.weight
         self.functional.optimizer_update_8bit_blockwise(
             "adam", part.grad.to(weight.dtype).contiguous(), weight, state["exp_avg"], state["exp_avg_sq"],
             betas[0], betas[1], 0.0, 0.0, self.train.eps, int(state["step"]), lr, *self.codes,
-            state["exp_avg_scale"], state["exp_avg_sq_scale"], part.decay,
+            state["exp_avg_scale"].view(-1), state["exp_avg_sq_scale"].view(-1), part.decay,
         )  # fmt: skip
         if part.rounded:
             part.weight.copy_(round_stochastically(weight, self.noise(part, step)))

@@ -131,10 +131,13 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     known = ARCHITECTURES.get(spec.model_type, Architecture("")).fused
     block = 64 if base == "nf4" else 1  # weights that share a scale stay together
     widths = (spec.heads, spec.kv_heads, spec.intermediate / block, spec.heads * spec.head_dim / block)
+    # Rows of 8-bit moments must be whole blocks of 256, which B of an adapter has not; `check_blocks` looks at each.
+    rows = (spec.hidden, spec.intermediate / cut, spec.heads * spec.head_dim / cut)
+    ragged = cut > 1 if run.adapter.kind == "lora" else shape.shard * cut > 1 and any(n % 256 for n in rows)
     for what, where, wrong, fix in (
         ("a base in 8 bits", "model.quantize", base in KINDS and shape.shard * cut > 1, "nf4"),
         ("a ready-made nf4 base", key, bool(spec.quantised) and cut > 1, "1"),
-        ("8-bit moments", "train.optimizer", train.optimizer == "adamw-8bit" and shape.shard * cut > 1, "adamw"),
+        ("8-bit moments", "train.optimizer", train.optimizer == "adamw-8bit" and ragged, "adamw"),
         ("updates in the backward", "train.optimizer_in_backward", train.optimizer_in_backward and cut > 1, "false"),
         (f"the layers of this {spec.model_type}", key, cut > 1 and not known, "1"),
         (f"a layer over the nodes, which have {per_node} ranks each,", key, per_node % cut > 0, "auto"),
