@@ -26,7 +26,7 @@ from tunesmith.model.weights import load_weights
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.parallel.mesh import ALONE, Mesh
-from tunesmith.parallel.shard import shard_model
+from tunesmith.parallel.shard import free_weights, quantize_shards, shard_model, sharded_modules
 from tunesmith.parallel.tensor import cut_model
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import FUSED, KINDS, TENSOR_WISE
@@ -122,23 +122,32 @@ def build_model(
         compilation.compile_layers(root.layers, varied=plan.layout.pad_to is None)
         root.score = compilation.compile_score(root.score)
     plan = apply_fast_paths(run, model, plan, mesh)
-    shard_model(root, mesh, run, DTYPES[run.model.dtype])
-    if run.train.optimizer == "adamw-8bit":
-        check_blocks(root.trained_parameters())
-    load.materialise(model, device)
-    root.to(device)  # FSDP lays its padding into the shards now: tensors taken from them before would be left behind
+    allocate(run, root, plan, mesh)
     fill_parameters(run, files, model, weights or files.folder, ranks)
     if plan.base.startswith(tuple(KINDS)) and probes:
-        plan = quantize_base_eight_bit(root, plan, probes)
+        plan = quantize_base_eight_bit(root, plan, probes, mesh, ranks)
         if not plan.base.startswith(tuple(KINDS)):
-            model.to("meta")  # the caller still refers to it, and its dense weights are gone
-            return build_model(run, files, plan, weights=weights, adapter=adapter, probes=probes, mesh=mesh)
+            free_weights(model)  # the caller still refers to the model, and its dense weights are gone
+            return build_model(
+                run, files, plan, weights=weights, adapter=adapter, probes=probes, mesh=mesh, ranks=ranks
+            )
     if adapter is not None:
         peft_files.load_adapter(model, adapter)
     if probes and run.train.recompute == "auto" and device.type == "cuda" and mesh.shape.world == 1:
         budget, meter = int(plan.memory.free * USABLE), MemoryMeter(device)
         plan = calibrate_recompute(root, plan, probes[0], meter, budget=budget, careful=is_integrated(device))
     return root, plan
+
+
+def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> None:
+    """Shard a model on meta, and give what is left of it on this rank its memory."""
+    device = torch.device(plan.device)
+    shard_model(root, mesh, run, DTYPES[run.model.dtype])
+    if run.train.optimizer == "adamw-8bit":
+        check_blocks(root.trained_parameters())
+    load.materialise(root.model, device)
+    # FSDP lays its padding into the shards now: tensors taken from them before would be left behind.
+    root.to(device)
 
 
 def apply_fast_paths(run: Run, model: PreTrainedModel, plan: RunPlan, mesh: Mesh = ALONE) -> RunPlan:
@@ -182,23 +191,29 @@ def fill_parameters(
             peft_files.load_adapter(model, peft_files.find_adapter(run.adapter.from_))
 
 
-def quantize_base_eight_bit(model: TrainModel, plan: RunPlan, batches: Sequence[Batch]) -> RunPlan:
+def quantize_base_eight_bit(
+    model: TrainModel, plan: RunPlan, batches: Sequence[Batch], mesh: Mesh, ranks: Ranks
+) -> RunPlan:
     """Quantize the frozen linear layers to fp8 or int8, and compare the loss on the run's own batches before and after.
 
-    Returns the plan with the figures. Its base is bf16 if the loss changed by more than EIGHT_BIT_TOLERANCE: the model must
-    then be built again, since its dense weights are gone.
+    Returns the plan with the figures, of the rank whose loss changed most. Its base is bf16 on every rank if that was by
+    more than EIGHT_BIT_TOLERANCE: the model must then be built again, since its dense weights are gone.
     """
     before = mean_loss(model, batches)
-    count = lora.convert_to_eight_bit(model.model, plan.base)
-    after = mean_loss(model, batches)
-    change = (after - before) / before
+    if sharded_modules(model):
+        count = quantize_shards(model, mesh, plan.base)
+    else:
+        count = lora.convert_to_eight_bit(model.model, plan.base)
+    figures = ranks.gather((before, mean_loss(model, batches)))
+    before, after = max(figures, key=lambda pair: (not math.isfinite(pair[1]), abs(pair[1] / pair[0] - 1)))
+    change = after / before - 1
     tokens = sum(batch.tokens for batch in batches)
     base, why = plan.base, f"{plan.why['base']}; {count} layers"
     if not math.isfinite(after) or abs(change) > EIGHT_BIT_TOLERANCE:
         dropped = f"it changes the loss by more than {EIGHT_BIT_TOLERANCE:.0%}"
         base, why = "bf16", f"{plan.base} was tried and dropped: {dropped}"
-    figures = f"loss {after:.4f}, {before:.4f} in bf16 ({change:+.2%}), on {tokens:,} tokens of the data"
-    return replace(plan, base=base, why={**plan.why, "base": f"{why}: {figures}"})
+    found = f"loss {after:.4f}, {before:.4f} in bf16 ({change:+.2%}), on {tokens:,} tokens of the data"
+    return replace(plan, base=base, why={**plan.why, "base": f"{why}: {found}"})
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from tunesmith.private import int_mm
 from tunesmith.quant import eight_bit, nf4
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_matmul import parameter_count
-from tunesmith.quant.frozen_weight import EightBitWeight
+from tunesmith.quant.frozen_weight import EightBitWeight, unpack
 from tunesmith.quant.scaled_matmul import (
     INT8,
     KINDS,
@@ -268,6 +268,20 @@ def test_all_that_grows_with_the_weight_is_a_parameter():
     }
     assert all(b.numel() == b.shape[0] for b in layer.buffers())  # a scale a row
     assert torch.equal(layer.weight, quantize(ROW_WISE, layer.dense())[0])
+
+
+@pytest.mark.parametrize("kind", [ROW_WISE, TENSOR_WISE, INT8])
+def test_both_8_bit_matrices_are_as_many_bytes_as_the_16_bit_one_and_survive_copies(kind):
+    """Some pairs of codes are NaNs to a 16-bit dtype: int8's 127 and -1 are the upper byte of one."""
+    stored = EightBitWeight.from_dense(kind, torch.randn(48, 64, dtype=torch.bfloat16))
+    packed = stored.packed(torch.bfloat16)
+    assert packed.shape == (48, 64)
+    assert bool(packed.isnan().any()) == (kind == INT8)
+    copied = torch.empty_like(packed)
+    torch._foreach_copy_([copied], [packed.clone()])  # as FSDP puts shards together
+    for got, codes in zip(unpack(kind, copied), (stored.tensors[0], stored.tensors[2]), strict=True):
+        assert got.dtype is codes.dtype
+        assert torch.equal(got.view(torch.uint8), codes.view(torch.uint8))
 
 
 @pytest.mark.gpu

@@ -181,7 +181,7 @@ def _groups(model: nn.Module) -> Iterator[list[str]]:
             yield [f"{name}.{part}" for part in module.group]
 
 
-def _eight_bit_names(model: nn.Module) -> list[str]:
+def eight_bit_names(model: nn.Module) -> list[str]:
     """Full names of the dense, frozen linear layers of fitting widths; without the output layer."""
     layers = ((name, model.get_submodule(name)) for name in linear_names(model, head=False))
     frozen = ((name, m) for name, m in layers if isinstance(m, nn.Linear) and not m.weight.requires_grad)
@@ -192,19 +192,19 @@ def eight_bit_shapes(model: nn.Module, fast_paths: Sequence[str] = ()) -> list[t
     """(out_features, in_features) of the layers that `convert_to_eight_bit` takes, each once; on meta or not. Those of
     the joined weights too if they will be joined."""
     joined = "joined-weights" in fast_paths
-    found = {name: model.get_parameter(f"{name}.weight").shape for name in _eight_bit_names(model)}
+    found = {name: model.get_parameter(f"{name}.weight").shape for name in eight_bit_names(model)}
     shapes = {(n_out, n_in) for n_out, n_in in found.values()}
     groups = [[found[name] for name in names] for names in _groups(model) if joined and found.keys() >= set(names)]
     return sorted(shapes | {(sum(n_out for n_out, _ in group), group[0][1]) for group in groups})
 
 
 def convert_to_eight_bit(model: nn.Module, kind: str) -> int:
-    """Put the layers of `_eight_bit_names` into 8 bits, one at a time; return how many.
+    """Put the layers of `eight_bit_names` into 8 bits, one at a time; return how many.
 
     `kind` is one of `scaled_matmul.KINDS`. Joined weights that are scaled by row stay joined: a row of W^T has the scale
     of the whole joined row then.
     """
-    names = _eight_bit_names(model)  # by name: a list of the layers would keep every dense weight alive
+    names = eight_bit_names(model)  # by name: a list of the layers would keep every dense weight alive
     if kind != TENSOR_WISE:
         for group in _groups(model):
             if set(group) <= set(names):

@@ -19,7 +19,6 @@ from tunesmith.config.schema import Parallel, Run
 from tunesmith.errors import RecipeError
 from tunesmith.model.architectures import ARCHITECTURES, Architecture
 from tunesmith.model.spec import ModelSpec
-from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime.plan import ONE, MeshShape
 
 DIMENSIONS = ("replicate", "shard", "tensor")
@@ -135,7 +134,6 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     rows = (spec.hidden, spec.intermediate / cut, spec.heads * spec.head_dim / cut)
     ragged = cut > 1 if run.adapter.kind == "lora" else shape.shard * cut > 1 and any(n % 256 for n in rows)
     for what, where, wrong, fix in (
-        ("a base in 8 bits", "model.quantize", base in KINDS and shape.shard * cut > 1, "nf4"),
         ("a ready-made nf4 base", key, bool(spec.quantised) and cut > 1, "1"),
         ("8-bit moments", "train.optimizer", train.optimizer == "adamw-8bit" and ragged, "adamw"),
         ("updates in the backward", "train.optimizer_in_backward", train.optimizer_in_backward and cut > 1, "false"),

@@ -10,17 +10,21 @@ Zhao et al. 2023, arXiv:2304.11277 (FSDP); PyTorch's `fully_shard`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from tunesmith.adapter.lora import modules_to_save
+from tunesmith.adapter import lora
 from tunesmith.config.schema import Run
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.load import widen
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
+from tunesmith.quant.eight_bit import EightBitLinear
+from tunesmith.quant.frozen_weight import EightBitWeight
+from tunesmith.sharded import local_part
 
 HALF = (torch.bfloat16, torch.float16)
 # Methods of the root, beside its forward, that read parameters.
@@ -40,7 +44,7 @@ def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype) ->
     if not adapter and run.train.master_weights == "fp32":
         widen(root)
     kept = {p for p in root.parameters() if p.requires_grad}
-    kept |= {p for module in modules_to_save(root.model, run.adapter) for p in module.parameters(recurse=False)}
+    kept |= {p for module in lora.modules_to_save(root.model, run.adapter) for p in module.parameters(recurse=False)}
     policy = MixedPrecisionPolicy(
         param_dtype=compute if compute in HALF and not adapter else None,
         reduce_dtype=torch.float32 if compute in HALF else None,
@@ -63,6 +67,40 @@ def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype) ->
 def sharded_modules(root: nn.Module) -> list[FSDPModule]:
     """The groups of a sharded model; none where it is whole on every rank."""
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+@torch.no_grad()
+def quantize_shards(root: TrainModel, mesh: Mesh, kind: str) -> int:
+    """As `lora.convert_to_eight_bit`, for sharded layers: one decoder layer is gathered at a time, by all ranks.
+
+    FSDP knows the parameters that it was given. The codes take the place of the dense weight in its own bytes, so that
+    nothing is allocated, and FSDP goes on as before.
+    """
+    layer: Any
+    group: Any
+    count, rank = 0, mesh.sharding.get_local_rank("shard")
+    for group in root.layers:
+        group.unshard()
+        layers = [group.get_submodule(name) for name in lora.eight_bit_names(group)]
+        weights = [EightBitWeight.from_dense(kind, local_part(layer.weight)) for layer in layers]
+        group.reshard()
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.__class__ = lora.LoraEightBitLinear if isinstance(layer, lora.LoraLinear) else EightBitLinear
+            layer.register_parameter("transposed_weight", None)
+            layer.hold_scales(weight)
+            own, each = local_part(layer.weight), -(-weight.shape[0] // mesh.shape.shard)
+            own.copy_(weight.packed(own.dtype)[rank * each : rank * each + len(own)])
+        count += len(layers)
+    return count
+
+
+def free_weights(model: nn.Module) -> None:
+    """Free the memory of a model that somebody still refers to."""
+    for module in sharded_modules(model):
+        module.reshard()
+    for parameter in model.parameters():
+        local_part(parameter.data).untyped_storage().resize_(0)  # FSDP refers to the shards by itself
+    model.to("meta")
 
 
 def reduce_in(root: nn.Module, mesh: Mesh, *, last: bool) -> None:

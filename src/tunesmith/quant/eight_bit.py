@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import first_line
 from tunesmith.quant.frozen_matmul import FrozenLinear
-from tunesmith.quant.frozen_weight import EightBitWeight, FrozenWeight
+from tunesmith.quant.frozen_weight import EightBitWeight, FrozenWeight, unpack
 from tunesmith.quant.scaled_matmul import FUSED, KINDS
 from tunesmith.sharded import local_part
 
@@ -105,8 +105,12 @@ class EightBitLinear(FrozenLinear):
         weight: e4m3 or int8 [out_features, in_features]; scale: fp32 [out_features, 1] or [1, 1].
         transposed_weight: [in_features, out_features]; transposed_scale: fp32 [in_features, 1] or [1, 1].
         signs: the rotation of int8, one tensor for all layers; None in fp8.
+
+    A layer that FSDP shards keeps the bf16 parameter that FSDP knows: its bytes are those of both 8-bit weights
+    (`EightBitWeight.packed`), and transposed_weight is None.
     """
 
+    transposed_weight: nn.Parameter | None
     scale: Tensor
     transposed_scale: Tensor
     signs: Tensor | None
@@ -114,19 +118,27 @@ class EightBitLinear(FrozenLinear):
     @torch.no_grad()
     def __init__(self, base: nn.Linear, kind: str, stored: EightBitWeight | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.kind, self.compute_dtype, self.bias = kind, torch.bfloat16, base.bias
+        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, base.bias
         stored = stored or EightBitWeight.from_dense(kind, local_part(base.weight))
-        weight, scale, transposed_weight, transposed_scale, *signs = stored.tensors
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.transposed_weight = nn.Parameter(transposed_weight, requires_grad=False)
+        self.weight = nn.Parameter(stored.tensors[0], requires_grad=False)
+        self.transposed_weight = nn.Parameter(stored.tensors[2], requires_grad=False)
+        self.hold_scales(stored)
+
+    def hold_scales(self, stored: EightBitWeight) -> None:
+        """Take the scales of the layer's weight, which `weight` and `transposed_weight` have the codes of."""
+        self.kind, self.compute_dtype = stored.kind, torch.bfloat16
+        _, scale, _, transposed_scale, *signs = stored.tensors
         # Not persistent: a checkpoint of the base holds dense weights.
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("transposed_scale", transposed_scale, persistent=False)
         self.register_buffer("signs", signs[0] if signs else None, persistent=False)
 
     def frozen_weight(self) -> FrozenWeight:
-        tensors = [self.weight, self.scale, self.transposed_weight, self.transposed_scale]
+        weight: Tensor = self.weight
+        transposed: Tensor | None = self.transposed_weight
+        if transposed is None:
+            weight, transposed = unpack(self.kind, local_part(weight))
+        tensors = [weight, self.scale, transposed, self.transposed_scale]
         if self.signs is not None:
             tensors.append(self.signs)
         return EightBitWeight(self.kind, tensors, (self.out_features, self.in_features))

@@ -226,12 +226,14 @@ class FrozenLinear(nn.Module, ABC):
     What is as large as W is a parameter: FSDP shards parameters, and leaves buffers whole on every rank.
 
     Attributes:
+        kind: of its frozen weight.
         compute_dtype: of the matmuls' results, and of `dense`.
         bias: compute_dtype [out_features], or None.
     """
 
     in_features: int
     out_features: int
+    kind: str
     compute_dtype: torch.dtype
     bias: nn.Parameter | None
 
@@ -249,8 +251,7 @@ class FrozenLinear(nn.Module, ABC):
         return grouped_matmul(x, [self.frozen_weight()], [local_part(self.bias)])[0]
 
     def extra_repr(self) -> str:
-        kind = self.frozen_weight().kind
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {kind}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.kind}"
 
 
 def linear_names(model: nn.Module, *, head: bool) -> list[str]:
@@ -267,6 +268,6 @@ def parameter_count(model: nn.Module) -> int:
     count = sum(p.numel() for p in model.parameters())
     for layer in model.modules():
         if isinstance(layer, FrozenLinear):
-            stored = sum(t.numel() for t in layer.frozen_weight().tensors if isinstance(t, nn.Parameter))
-            count += layer.in_features * layer.out_features - stored
+            stored = [p.numel() for name, p in layer.named_parameters(recurse=False) if name.endswith("weight")]
+            count += layer.in_features * layer.out_features - sum(stored)
     return count

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith import packages
-from tunesmith.quant.scaled_matmul import FUSED, hadamard, hadamard_rotate, quantize, scaled_matmul
+from tunesmith.quant.scaled_matmul import E4M3, FUSED, hadamard, hadamard_rotate, quantize, scaled_matmul
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -142,6 +142,11 @@ class EightBitWeight(FrozenWeight):
             tensors = [own, own_scale, columns, transposed_scale, *signs]
             yield EightBitWeight(self.kind, tensors, (own.shape[0], own.shape[1]))
 
+    def packed(self, dtype: torch.dtype) -> Tensor:
+        """Both 8-bit matrices as the bytes of a new [out, in] in a 16-bit `dtype`, which are as many: see `unpack`."""
+        codes = [self.tensors[i].contiguous().view(torch.uint8).flatten() for i in (0, 2)]
+        return torch.cat(codes).view(dtype).view(self.shape)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         weight = self.tensors[0].float() * self.tensors[1]
         return (hadamard_rotate(weight, self.tensors[4].float()) if self.tensors[4:] else weight).to(dtype)
@@ -177,6 +182,13 @@ class EightBitWeight(FrozenWeight):
         if update is not None:
             y.addmm_(update[0], update[1].T)
         return y if onto is None else onto.add_(y)
+
+
+def unpack(kind: str, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of the 8-bit [out, in] and [in, out] in a tensor from `EightBitWeight.packed`, which is contiguous."""
+    codes = packed.view(torch.int8 if kind.startswith("int8") else E4M3)
+    weight, transposed = codes.view(2, -1)
+    return weight.view(packed.shape), transposed.view(packed.shape[::-1])
 
 
 WEIGHT_CLASSES: dict[str, type[FrozenWeight]] = {

@@ -314,7 +314,7 @@ def make_loader(
 ) -> Loader:
     """Global batches in the plan's layout, from `start_step` up to `stop_step`; iterating puts this rank's share of them
     on the device."""
-    device, layout = torch.device(plan.device), plan.layout.multiple_of(mesh.shape.tensor)
+    device, layout = torch.device(plan.device), plan.layout.multiple_of(plan.mesh.tensor)
     return Loader(
         data.train,
         data.schedule,

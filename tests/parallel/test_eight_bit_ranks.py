@@ -1,0 +1,153 @@
+"""A base in 8 bits, and moments in 8 bits, where all ranks must decide alike."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from ranks import free_port, run_ranks
+from recipes import make_run
+from tunesmith import build_model
+from tunesmith.config.schema import Train
+from tunesmith.errors import RecipeError, TunesmithError
+from tunesmith.optim.adamw import check_blocks
+from tunesmith.optim.optimizer import Optimizer
+from tunesmith.parallel.shard import gathered
+from tunesmith.quant.frozen_weight import EightBitWeight
+from tunesmith.ranks import join_ranks
+from tunesmith.sharded import local_part
+from tunesmith.training.run import train
+
+TOLERATED = build_model.EIGHT_BIT_TOLERANCE
+
+
+def start(model: Path, folder: Path, quantize: str, mesh: dict[str, int], fault: str, port: int) -> dict[str, Any]:
+    """One start of 2 steps on this rank. fault: `rank 1` quantizes NaN there, `all` tolerates no change."""
+    os.environ["MASTER_PORT"] = str(port)
+    name = f"{quantize} {mesh} {fault}"
+    run = make_run(
+        model, folder, held=False, model={"dtype": "bf16", "quantize": quantize}, parallel=mesh,
+        train={"duration": "2 steps", "micro_batch": "128 tokens"}, output_dir=str(folder / name),
+    )  # fmt: skip
+    compare, free, left = build_model.quantize_base_eight_bit, build_model.free_weights, []
+    right = EightBitWeight.from_dense
+
+    def wrongly(*arguments: Any) -> Any:
+        EightBitWeight.from_dense = lambda kind, dense, product=None: right(kind, dense * math.nan, product)  # type: ignore
+        try:
+            return compare(*arguments)
+        finally:
+            EightBitWeight.from_dense = right  # type: ignore[method-assign]
+
+    def watched(root: Any) -> None:
+        storages = [local_part(parameter.data).untyped_storage() for parameter in root.parameters()]
+        assert sum(storage.size() for storage in storages) > 0
+        free(root)
+        left.append(sum(storage.size() for storage in storages))
+
+    if fault == "rank 1" and os.environ["RANK"] == "1":
+        build_model.quantize_base_eight_bit = wrongly
+    build_model.EIGHT_BIT_TOLERANCE = -1.0 if fault == "all" else TOLERATED
+    build_model.free_weights = watched  # type: ignore[assignment]
+    try:
+        result = train(run, say=None)
+    finally:
+        build_model.quantize_base_eight_bit, build_model.free_weights = compare, free  # type: ignore[assignment]
+    chosen = json.loads((folder / name / "env.json").read_text())["choices"]["base"]
+    return {"numbers": [(r.loss, r.grad_norm) for r in result.records], "base": chosen, "left": left}
+
+
+def starts(model: Path, folder: Path, cases: list[Any]) -> list[dict[str, Any]]:
+    return [start(model, folder, *case) for case in cases]
+
+
+def test_all_ranks_fall_back_where_the_loss_of_one_moved_too_far(tiny, tmp_path):
+    """Copies would train on, each with another base; shards would wait for each other in different collectives."""
+    meshes, faults = ({"replicate": 2}, {"shard": 2}), ("", "rank 1", "all")
+    cases = [(kind, mesh, "", free_port()) for kind in ("none", "fp8", "int8") for mesh in meshes]
+    cases += [("fp8", mesh, fault, free_port()) for mesh in meshes for fault in faults[1:]]
+    ranks = run_ranks(2, starts, tiny, tmp_path, cases)
+    for kind, mesh, fault, _ in cases:
+        at = [(k, m, f) for k, m, f, _ in cases].index((kind, mesh, fault))
+        dense = [(k, m, f) for k, m, f, _ in cases].index(("none", mesh, ""))
+        for rank in ranks:
+            found, expected = rank[at], rank[dense]["numbers"]
+            if fault:  # the bits of a run that never tried
+                assert found["numbers"] == expected
+                assert found["base"]["taken"] == "bf16"
+                assert "was tried and dropped" in found["base"]["why"]
+                assert found["left"] == [0], "the dense model of the trial keeps its memory"
+            elif kind != "none":
+                assert found["base"]["taken"].startswith(kind)
+                assert "14 layers" in found["base"]["why"]
+                assert found["numbers"] != expected
+                whole = [(k, m, f) for k, m, f, _ in cases].index((kind, meshes[0], ""))
+                assert found["numbers"] == rank[whole]["numbers"], "the same codes give the same bits, sharded or not"
+
+
+def updated(dtype: torch.dtype, shape: tuple[int, int], dim: int) -> bool:
+    """Whether three updates of this rank's part of a matrix, cut along `dim`, have the bits of the whole one's."""
+    recipe = Train(optimizer="adamw-8bit", clip_norm=None, weight_decay=0.1, compile="off")
+    recipe = replace(recipe, master_weights="stochastic" if dtype is torch.bfloat16 else "fp32")
+    with join_ranks() as ranks:
+        mesh = dist.init_device_mesh("cpu", (ranks.world,))
+        torch.manual_seed(1)
+        whole = nn.Parameter(torch.randn(shape).to(dtype))
+        part = nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, [Shard(dim)], src_data_rank=None))
+        check_blocks([("w", part)])
+        ragged = nn.Parameter(distribute_tensor(torch.zeros(300, 64), mesh, [Shard(0)], src_data_rank=None))
+        with pytest.raises(RecipeError, match="ragged has rows of 64 elements on a rank, and 256 share a scale"):
+            check_blocks([("ragged", ragged)])
+        optimizers = [Optimizer([("w", weight)], recipe) for weight in (whole, part)]
+        for step in range(3):
+            grad = torch.randn(shape).to(dtype)
+            whole.grad, part.grad = grad, distribute_tensor(grad, mesh, [Shard(dim)], src_data_rank=None)
+            for optimizer in optimizers:
+                optimizer.start_step(1e-2, step)
+                optimizer.step()
+        moved = [optimizer.state_dict() for optimizer in optimizers]
+        assert {name for name, value in moved[1].items() if isinstance(value, DTensor)} == moved[0].keys() - {"w.step"}
+        pairs = [(whole.detach(), part.detach()), *((moved[0][name], moved[1][name]) for name in moved[0])]
+        return all(torch.equal(one, gathered({"": cut})[""]) for one, cut in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((33, 512), 0), ((2, 2048), 0), ((16, 768), 1)], ids=["rows", "empty", "columns"]
+)
+def test_parts_of_whole_blocks_are_updated_as_the_whole_matrix(shape, dim, dtype):
+    """Three ranks: 11 rows each, two of them one row each, or 256 columns each. bf16 is rounded stochastically."""
+    pytest.importorskip("bitsandbytes")
+    assert run_ranks(3, updated, dtype, shape, dim) == [True] * 3
+
+
+def refused(model: Path, folder: Path, changes: dict[str, Any]) -> tuple[int, str]:
+    try:
+        train(make_run(model, folder, held=False, **changes), say=None)
+    except TunesmithError as error:
+        return error.exit_code, error.text()
+    return 0, ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"adapter": {"kind": "none"}, "parallel": {"shard": 2}}, {"adapter": {"rank": 64}, "parallel": {"tensor": 2}}],
+    ids=["full", "lora"],
+)
+def test_moments_whose_blocks_would_be_cut_are_refused_before_the_weights_are_read(changes, tiny, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    run = {**changes, "train": {"optimizer": "adamw-8bit"}}
+    (code, text), (other, _) = run_ranks(2, refused, tiny, tmp_path, run)
+    assert code == other == 2
+    assert "8-bit moments cannot be cut over ranks" in text
+    assert "train.optimizer=adamw" in text
