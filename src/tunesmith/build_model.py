@@ -35,7 +35,7 @@ from tunesmith.runtime import compilation
 from tunesmith.runtime.device import is_integrated, prepare_allocator
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
 from tunesmith.runtime.plan import RunPlan
-from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, recompute_layers
+from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, offload_inputs, recompute_layers
 from tunesmith.runtime.resolve import USABLE
 
 Weights = Literal["stored", "random"]
@@ -140,14 +140,16 @@ def build_model(
 
 
 def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> None:
-    """Shard a model on meta, and give what is left of it on this rank its memory."""
-    device = torch.device(plan.device)
-    shard_model(root, mesh, run, DTYPES[run.model.dtype])
+    """Shard a model on meta, and give what is left of it on this rank its memory, on the device or the host."""
+    device, on_host = torch.device(plan.device), "parameters" in plan.cpu_offload
+    if "activations" in plan.cpu_offload:
+        offload_inputs(root.layers)
+    shard_model(root, mesh, run, DTYPES[run.model.dtype], offload=on_host)
     if run.train.optimizer == "adamw-8bit":
         check_blocks(root.trained_parameters())
-    load.materialise(root.model, device)
+    load.materialise(root.model, device, shards=torch.device("cpu") if on_host else None)
     # FSDP lays its padding into the shards now: tensors taken from them before would be left behind.
-    root.to(device)
+    root.to(None if on_host else device)
 
 
 def apply_fast_paths(run: Run, model: PreTrainedModel, plan: RunPlan, mesh: Mesh = ALONE) -> RunPlan:

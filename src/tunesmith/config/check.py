@@ -116,6 +116,9 @@ def _train(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
         why = "it rounds trained bf16 parameters; those of an adapter and of model.dtype: fp32 are fp32"
         fix = "remove it, or model.dtype: bf16 with adapter.kind: none"
         yield "train.master_weights", "is stochastic, but has nothing to round here", fix, why
+    if "activations" in train.cpu_offload and train.recompute in ("none", 0):
+        fix = "train.recompute: full, or auto"
+        yield "train.cpu_offload", "moves the inputs of recomputed layers, and train.recompute is none", fix
 
 
 def _batch(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
@@ -147,6 +150,9 @@ def _optimizer_in_backward(run: Run, given: Callable[[str], str]) -> Iterator[Pr
     if run.model.dtype == "fp16":
         fix = f"model.dtype: bf16, or {off}"
         yield key, "excludes model.dtype: fp16", fix, f"an overflow of the scaled loss {late}"
+    if "parameters" in train.cpu_offload:
+        why = "a gradient is still on its way to the host when the next one is made"
+        yield key, "excludes train.cpu_offload: parameters", f"remove one of them, or {off}", why
     if train.micro_batch not in ("auto", train.global_batch):
         why = "optimizer_in_backward updates the weights in each backward pass, so one pass takes the global batch"
         what = f"of {train.micro_batch} differs from train.global_batch of {train.global_batch}"

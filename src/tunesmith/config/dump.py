@@ -22,7 +22,7 @@ from tunesmith.units import Length, Share, Size
 # What may change when a run resumes, by dotted key or section; train.duration may grow.
 FREE = (
     "log", "validate", "checkpoint", "parallel", "profile", "output_dir",
-    "train.micro_batch", "train.recompute", "train.compile", "train.deterministic", "train.fast_paths",
+    "train.micro_batch", "train.recompute", "train.cpu_offload", "train.compile", "train.deterministic", "train.fast_paths",
     "model.attention",
 )  # fmt: skip
 DURATION = "train.duration"

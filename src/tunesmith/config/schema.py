@@ -144,6 +144,11 @@ class Train:
     recompute: CountOrZero | Literal["auto", "none", "full"] = key(
         "auto", "activation checkpointing: how many layers to recompute in backward; auto: as few as fit in memory"
     )
+    cpu_offload: tuple[Literal["parameters", "activations"], ...] = key(
+        (),
+        "keep in the host's memory, at the cost of time: parameters (of several ranks: what FSDP2 shards, with its gradients "
+        "and moments), activations (the inputs of recomputed layers)",
+    )
     compile: Literal["auto", "on", "off"] = key("auto", "torch.compile")
     deterministic: bool = key(
         False, "equal runs and resumes give equal bits on a GPU too; slower, and an operator that cannot ends the run"

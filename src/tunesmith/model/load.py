@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -102,15 +103,17 @@ def widen(model: nn.Module) -> None:
     _replace(model, lambda p: p.float() if p.dtype in (torch.bfloat16, torch.float16) else p)
 
 
-def materialise(model: nn.Module, device: torch.device) -> None:
+def materialise(model: nn.Module, device: torch.device, shards: torch.device | None = None) -> None:
     """Give every parameter on meta its memory on `device`, uninitialised; move the real ones and all buffers there.
 
-    Parameters keep their dtype, shared ones stay shared, and buffers keep the values and the dtype that their module
+    Parameters that FSDP shards go to `shards` instead, if that is given. Parameters keep their dtype, shared ones stay shared, and buffers keep the values and the dtype that their module
     computed (rotary frequencies: fp32).
     """
 
     def real(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        sharded = isinstance(tensor, DTensor) and "shard" in (tensor.device_mesh.mesh_dim_names or ())
+        place = shards if shards and sharded else device
+        return torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(place)
 
     _replace(model, real)
     for module in model.modules():

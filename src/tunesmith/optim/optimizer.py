@@ -68,7 +68,7 @@ class Optimizer:
         self.groups = list(dict.fromkeys(part.sharding_groups for part in self.parts.values()))
         self.norms: dict[Groups, list[Tensor]] = {}  # of the updates in the backward
         for part in self.parts.values():
-            if train.optimizer_in_backward or part.weight is not part.param:
+            if train.optimizer_in_backward or part.has_master:
                 part.param.register_post_accumulate_grad_hook(partial(self._take_grad, part))
 
     def use_fp32_gradients(self, layers: Iterable[tuple[str, Fp32GradientLinear]]) -> None:
@@ -102,6 +102,10 @@ class Optimizer:
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's part of each gradient, by the parameter's name."""
+        for part in self.parts.values():
+            # A DTensor's: FSDP adds up those of its shards, and may still copy them to the host within the backward.
+            if part.weight is not part.param and part.param.grad is not None:
+                self._take_grad(part, part.param)
         return {name: part.grad for name, part in self.parts.items() if part.has_grad}
 
     def start_step(self, lr: float, index: int) -> None:
@@ -117,7 +121,7 @@ class Optimizer:
         """
         if self.train.optimizer_in_backward:
             return self._global_norm(self.norms)
-        parts = [part for part in self.parts.values() if part.has_grad]
+        parts = [self.parts[name] for name in self.gradients()]
         if self.scale is not None:
             for part in parts:
                 part.grad.div_(self.scale)

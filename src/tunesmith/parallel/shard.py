@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from tunesmith.adapter import lora
@@ -31,15 +38,16 @@ HALF = (torch.bfloat16, torch.float16)
 READERS = ("token_scores", "generate")
 
 
-def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype) -> None:
+def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype, *, offload: bool = False) -> None:
     """Shard a model on meta as its recipe needs, after all that changes its modules and before its weights are there.
 
     16-bit weights trained in full become fp32 shards, their own masters, of which the forward gathers copies in
     `compute`. Embedding, last norm and head form the root's group, so that tied weights stay one; the last layer stays
-    gathered, as the backward begins with it.
+    gathered, as the backward begins with it. With `offload` the shards stay in the host's memory, with their gradients and
+    moments, and a copy of each group comes to the device when it is used.
     """
     adapter = run.adapter.kind == "lora"
-    if mesh.shape.world == 1 or (adapter and mesh.shape.shard == 1):
+    if mesh.shape.world == 1 or (adapter and mesh.shape.shard == 1 and not offload):
         return
     if not adapter and run.train.master_weights == "fp32":
         widen(root)
@@ -50,12 +58,16 @@ def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype) ->
         reduce_dtype=torch.float32 if compute in HALF else None,
         cast_forward_inputs=False,  # rotary tables are fp32
     )
-    ignored = kept if adapter else None
+    pinned = mesh.sharding.device_type == "cuda"
+    options: dict[str, Any] = {
+        "mesh": mesh.sharding, "mp_policy": policy, "ignored_params": kept if adapter else None,
+        "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
+    }  # fmt: skip
     *layers, last = root.layers
     for layer in layers:
-        fully_shard(layer, mesh=mesh.sharding, mp_policy=policy, ignored_params=ignored)
-    fully_shard(last, mesh=mesh.sharding, mp_policy=policy, ignored_params=ignored, reshard_after_forward=False)
-    fully_shard(root, mesh=mesh.sharding, mp_policy=policy, ignored_params=ignored, reshard_after_forward=False)
+        fully_shard(layer, **options)
+    fully_shard(last, **options, reshard_after_forward=False)
+    fully_shard(root, **options, reshard_after_forward=False)
     for module in sharded_modules(root):
         # The loss is divided by the global batch's denominator, so gradients are summed; gloo knows no scaled sum.
         module.set_gradient_divide_factor(1.0)

@@ -153,7 +153,8 @@ def load_hooks(model: nn.Module) -> dict[str, Any]:
     """For `load_weights(convert=...)`: each NF4 weight is quantized from a dense tensor, or loaded as it was quantized."""
 
     def load(layer: Nf4Linear, name: str, stored: Mapping[str, WeightSource]) -> None:
-        parts = {suffix: part.read().to(layer.weight.device) for suffix, part in stored.items()}
+        # Where the matmuls are: a shard may lie on the host.
+        parts = {suffix: part.read().to(layer.absmax.device) for suffix, part in stored.items()}
         if len(parts) == 1:
             layer.quantize(parts[""])
         else:

@@ -85,6 +85,7 @@ class MemoryEstimate:
     recomputed_layer: int = 0  # of it, for each that recomputes
     gathered: int = 0  # weights whose shards FSDP has gathered, and gradients on the way to theirs
     workspace: int = 0  # there for a moment: one layer's gradients, a chunk of logits, the embeddings' rows
+    host: int = 0  # in the host's memory, by train.cpu_offload; in none of the sums
     free: int = 0  # what there was before anything was built
 
     @property
@@ -105,6 +106,7 @@ class MemoryEstimate:
             *(["gathered"] if self.gathered else []),
             "activations",
             "workspace",
+            *(["host"] if self.host else []),
         )
         return ", ".join(f"{part} {vars(self)[part] / 2**30:.1f}" for part in parts) + " GiB"
 
@@ -134,6 +136,7 @@ class RunPlan:
     deterministic: bool = False
     recomputed_layers: int = 0
     fast_paths: tuple[str, ...] = ()
+    cpu_offload: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     layout: MicroBatchLayout = ONE_EXAMPLE
     memory: MemoryEstimate = MemoryEstimate()
@@ -163,6 +166,7 @@ class RunPlan:
             "micro batch": f"{size.amount:,} {size.unit}",
             **kernels,
             **taken,
+            **({"cpu offload": ", ".join(self.cpu_offload)} if self.cpu_offload else {}),
         }
 
     def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:

@@ -8,10 +8,12 @@ recompute is estimated by `resolve.py`, which errs by what a compiler decides to
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.data.batch import Batch
@@ -39,10 +41,34 @@ class RecomputedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         forward = super().forward
-        if not self.training or not self.recomputed:
+        if not self.training or not self.recomputed or isinstance(self, OffloadedLayer):
             return forward(*args, **kwargs)
         # The batch's documents and the rotary tables travel in kwargs; both are made once a batch and kept anyway.
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def offload_inputs(layers: Sequence[nn.Module]) -> None:
+    """Keep the inputs of those `layers` that recompute in the host's memory until the backward; after compiling them."""
+    for layer in layers:
+        add_mixin(layer, OffloadedLayer)
+
+
+class OffloadedLayer(nn.Module):
+    """A `RecomputedLayer` whose input waits on the host, around all that is compiled.
+
+    The reentrant form of checkpoint saves its inputs as tensors, which a hook can move; the other's closure keeps them. On
+    a CPU the input is copied.
+    """
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        own: Any = self
+        forward = super().forward
+        if not (self.training and own.recomputed):
+            return forward(hidden, *args, **kwargs)
+        if not hidden.requires_grad:  # over frozen embeddings; this form recomputes for inputs with a gradient only
+            hidden = hidden.detach().requires_grad_()
+        with save_on_cpu(pin_memory=hidden.is_cuda):
+            return checkpoint(partial(forward, **kwargs), hidden, *args, use_reentrant=True)
 
 
 class MemoryMeter:

@@ -34,7 +34,7 @@ from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_memory, is_integrated
 from tunesmith.runtime.plan import ONE, Machine, MemoryEstimate, MeshShape, MicroBatchLayout, RunPlan
-from tunesmith.runtime.savings import find_savings
+from tunesmith.runtime.savings import find_savings, moved_to_host, refuse_offload
 from tunesmith.units import Size
 
 if TYPE_CHECKING:
@@ -124,10 +124,10 @@ def resolve_plan(
         count = trained if changed.adapter.kind == run.adapter.kind else adapter_parameters(spec, changed.adapter)
         share = changed.train.global_batch.amount / run.train.global_batch.amount
         size = rank_step(changed, StepSize(step.mean * share, math.ceil(step.largest * share)), mesh)
-        return MemoryEstimator(changed, spec, machine, count, mesh).plan(
-            size, min(longest, changed.data.seq_len), before
-        )
+        estimator = MemoryEstimator(changed, spec, machine, count, mesh)
+        return estimator.plan(size, min(longest, changed.data.seq_len), before)
 
+    refuse_offload(run, machine, mesh)
     plan = plan_of(run)
     below = min(int(plan.memory.free * USABLE), plan.memory.total * 9 // 10)  # less would not be worth a change
     return replace(plan, savings=partial(find_savings, run, plan, plan_of, below=below))
@@ -187,8 +187,14 @@ class MemoryEstimator:
 
     @property
     def sharded(self) -> bool:
-        """Whether the base goes through `fully_shard`: trained in full on several data ranks, or frozen in shards."""
-        return self.mesh.shard > 1 or (self.run.adapter.kind == "none" and self.mesh.data > 1)
+        """Whether the base goes through `fully_shard`: trained in full on several data ranks, frozen in shards, or offloaded."""
+        full = self.run.adapter.kind == "none" and self.mesh.data > 1
+        return self.mesh.shard > 1 or full or "parameters" in self.moved
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """What is offloaded to the host."""
+        return moved_to_host(self.run, self.machine)
 
     def weights(self, itemsize: float) -> tuple[int, int]:
         """Bytes of the base that a tensor-parallel rank computes with: of all layers' matrices, and of what else there is.
@@ -214,10 +220,8 @@ class MemoryEstimator:
         run, machine, train, (compiled, compile_why) = self.run, self.machine, self.run.train, self.machine.compiles
         size, why = train.micro_batch, "as train.micro_batch says"
         if train.optimizer_in_backward:  # an update in the backward leaves no place for a second micro batch
-            size, why = (
-                Size(-(-train.global_batch.amount // self.mesh.data), train.global_batch.unit),
-                "the whole global batch",
-            )
+            size = Size(-(-train.global_batch.amount // self.mesh.data), train.global_batch.unit)
+            why = "the whole global batch"
         elif size == "auto" and before is not None and not self.overrun(self.tokens_of(before, step, longest)):
             size, why = before, "that of the checkpoint"
         by_examples = size != "auto" and size.unit == "examples"
@@ -245,6 +249,7 @@ class MemoryEstimator:
             deterministic=train.deterministic,
             recomputed_layers=memory.recomputed_layers,
             fast_paths=train.fast_paths,
+            cpu_offload=self.moved,
             layout=layout,
             memory=memory,
             mesh=self.mesh,
@@ -254,10 +259,9 @@ class MemoryEstimator:
                 "base": machine.scaling[1] or "as the recipe says",
                 "compile": compile_why,
                 "kernels": "as train.deterministic says",
-                "recompute": "as train.recompute says"
-                if train.recompute != "auto"
-                else "no more than the memory needs",
+                "recompute": "as few as fit" if train.recompute == "auto" else "as train.recompute says",
                 "fast paths": "as train.fast_paths says",
+                "cpu offload": f"as train.cpu_offload says: {memory.host / 2**30:.1f} GiB of the host's memory a rank",
                 "micro batch": f"{why}: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB",
             },
         )
@@ -276,8 +280,12 @@ class MemoryEstimator:
             base += int((1 - 1 / self.mesh.shard) * (NF4_BYTES - 0.5) * spec.layers * spec.layer_matmul / cut)
         adapter = width * trained * lora
         gradients = max(width, 4 * ("fp32-weight-gradients" in run.train.fast_paths)) * trained
-        state = int(trained * state_bytes_per_parameter(run.train, width))
+        state, host = int(trained * state_bytes_per_parameter(run.train, width)), 0
         gathered = self.gathered_bytes(itemsize) if self.sharded else 0
+        if "parameters" in self.moved:
+            host, base = base, 0
+            if not lora:
+                host, state, gradients = host + state, 0, 0
 
         family = ARCHITECTURES.get(spec.model_type)
         more = 0 if self.machine.compiles[0] or (family is not None and family.fused) else 1
@@ -285,10 +293,12 @@ class MemoryEstimator:
         wide, heads = -(-spec.intermediate // cut), spec.head_dim * (spec.heads + 2 * spec.kv_heads) // cut
         block = 2 * spec.hidden + (3 + more) * -(-spec.hidden // cut) + heads
         layer = (block + (3 + more) * wide) * itemsize * tokens
-        recomputed_layer = -(-spec.hidden // cut) * itemsize * tokens
+        layer_input = -(-spec.hidden // cut) * itemsize * tokens
+        recomputed_layer = 0 if "activations" in self.moved else layer_input
         # The last norm's input, and the gradient of its output.
         ends = (spec.hidden + -(-spec.hidden // cut)) * itemsize * tokens
         workspace = max(self._head_bytes(tokens, itemsize), self._backward_bytes(tokens, itemsize))
+        workspace += layer_input - recomputed_layer  # of the layer that is recomputed
 
         room = int(self.machine.free_bytes * USABLE) - base - adapter - state - copies - gathered - workspace - ends
         named = {"auto": fewest_recomputed(room, spec.layers, layer, recomputed_layer), "none": 0, "full": spec.layers}
@@ -308,6 +318,7 @@ class MemoryEstimator:
             activations=(spec.layers - recomputed) * layer + recomputed * recomputed_layer + ends,
             recomputed_layer=recomputed_layer,
             workspace=workspace,
+            host=host + (layer_input - recomputed_layer) * recomputed,
             free=self.machine.free_bytes,
         )
 

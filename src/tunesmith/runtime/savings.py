@@ -1,4 +1,4 @@
-"""Recipe keys with which a run needs less memory, found by planning the run with each of them."""
+"""Recipe keys with which a run needs less memory, found by planning the run with each of them; and where one has no effect."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from tunesmith.config.check import check_run
 from tunesmith.config.dump import differences
 from tunesmith.config.schema import Run
-from tunesmith.errors import UsageError
-from tunesmith.runtime.plan import RunPlan, Saving
+from tunesmith.errors import RecipeError, UsageError
+from tunesmith.runtime.plan import Machine, MeshShape, RunPlan, Saving
 from tunesmith.units import Size
 
 SHORTEST = 128  # tokens of data.seq_len that is offered; shorter ones cut most answers
@@ -80,3 +80,19 @@ def _with_keys(run: Run, keys: Iterable[tuple[str, Any]]) -> Run:
         section, name = key.split(".")
         run = replace(run, **{section: replace(getattr(run, section), **{name: value})})
     return run
+
+
+def refuse_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:
+    """RecipeError where `train.cpu_offload` asks for what a GPU or the mesh cannot have; on a CPU it has no effect."""
+    key, moved = "train.cpu_offload", moved_to_host(run, machine)
+    if moved and machine.integrated:
+        what, why = "this GPU shares the host's memory", "what is moved to the host takes the same memory there"
+        raise RecipeError(what, where=key, why=why, fix=f"{key}=[]")
+    if "parameters" in moved and mesh.world == 1:
+        what, why = "one process offloads no parameters", "FSDP2 offloads what it shards over ranks"
+        raise RecipeError(what, where=key, why=why, fix=f"{key}=[], or {key}=[activations], or several ranks")
+
+
+def moved_to_host(run: Run, machine: Machine) -> tuple[str, ...]:
+    """What `train.cpu_offload` has an effect on."""
+    return run.train.cpu_offload if machine.device.startswith("cuda") else ()

@@ -34,7 +34,7 @@ from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source import is_local
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host_files import existing_folder, refuse_full_disk, write_atomically
+from tunesmith.host_files import available_memory, existing_folder, refuse_full_disk, write_atomically
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.methods.base import TrainModel
@@ -196,7 +196,17 @@ def plan_model(
         cluster = cluster_of(machine.name, ranks.world // local, local)
         work = measure_work(run, files.spec, data.train, schedule=data.schedule)
         plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
+        check_host(plan, ranks)
     return model, plan
+
+
+def check_host(plan: RunPlan, ranks: Ranks) -> None:
+    """MachineError where the ranks of this node offload more than its memory has."""
+    needed, there = plan.memory.host * ranks.local_world, available_memory()
+    if needed > there:
+        what = f"the host needs {size_text(needed)} for what is offloaded, and {size_text(there)} can be had"
+        fix = "train.cpu_offload=[], or more nodes"
+        raise MachineError(what, where="train.cpu_offload", why=f"{ranks.local_world} ranks are on it", fix=fix)
 
 
 def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
@@ -262,6 +272,8 @@ def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) ->
     if run.model.dtype == "bf16" and device.type == "cpu" and (slowdown := hardware.bf16_slowdown(device)) > SLOW:
         why = f"bf16 products take {slowdown:.0f} times as long as fp32's on this CPU"
         say(f"warning: {why}, which only emulates them; fix: model.dtype=fp32")
+    if run.train.cpu_offload and device.type == "cpu":
+        say("warning: train.cpu_offload has no effect on a CPU: all is in the host's memory")
     if run.train.optimizer == "adamw-8bit":
         packages.bitsandbytes("8-bit moments", "train.optimizer")
     if run.model.quantize == "nf4":

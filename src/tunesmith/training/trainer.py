@@ -183,7 +183,7 @@ class Trainer:
             sum_gradients(list(grads.values()), mesh)
         reduce_gradients(grads, model.partial_gradients, mesh)
         means = self.agree([value / denominator for value in (total, *metrics.values())])
-        return PendingMetrics(batch.step + 1, batch, AsyncScalars(*means, optimizer.step()), lr)
+        return PendingMetrics(batch.step + 1, batch, AsyncScalars(*means, optimizer.step().to(total.device)), lr)
 
     def agree(self, means: list[Tensor]) -> Sequence[Tensor]:
         """A step's loss and metrics over all ranks, and after them how many ranks were asked to stop, on how many a write

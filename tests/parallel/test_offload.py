@@ -1,0 +1,172 @@
+"""CPU offload: shards, gradients and moments, and the inputs of recomputed layers, on the host. The numbers stay.
+
+On a CPU host and device are one: there the same code runs, and only a GPU shows that its memory is freed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from devices import cpu_and_gpu
+from ranks import free_port, run_ranks
+from recipes import make_run, merge
+from tunesmith.adapter import lora
+from tunesmith.config.schema import Model
+from tunesmith.data.batch import Batch
+from tunesmith.methods import METHODS
+from tunesmith.methods.base import TrainModel
+from tunesmith.model import load
+from tunesmith.model.fused import fuse_modules
+from tunesmith.model.weights import copy_whole
+from tunesmith.optim.optimizer import Optimizer
+from tunesmith.parallel import shard
+from tunesmith.parallel.mesh import DIMENSIONS, Mesh
+from tunesmith.runtime import recompute, resolve
+from tunesmith.runtime.plan import MeshShape
+from tunesmith.runtime.recompute import offload_inputs, recompute_layers
+from tunesmith.sharded import local_part
+from tunesmith.training.run import train
+
+FULL, LORA = {"adapter": {"kind": "none"}}, {"adapter": {"kind": "lora"}}
+OFFLOADED = {"train": {"cpu_offload": ["parameters", "activations"], "recompute": "full"}}
+CASES = {
+    "full": (FULL, {"shard": 2}),
+    "lora": (LORA, {"shard": 2}),
+    "lora on copies": (LORA, {"replicate": 2}),
+    "lora on nf4": (merge(LORA, {"model": {"quantize": "nf4"}}), {"shard": 2}),
+    "lora, tensor": (LORA, {"tensor": 2}),
+}
+
+
+def offloaded(model: Path, folder: Path, cases: list[tuple[dict[str, Any], int]]) -> list[Any]:
+    """Loss, norm and validation loss of each step of each recipe, and what was offloaded, as if on a GPU."""
+    found, policy, hook = [], shard.CPUOffloadPolicy, save_on_cpu
+    used: list[str] = []
+    resolve.moved_to_host = lambda run, machine: run.train.cpu_offload  # type: ignore[assignment]
+    shard.CPUOffloadPolicy = lambda **options: used.append("policy") or policy(**options)  # type: ignore
+    recompute.save_on_cpu = lambda **options: used.append("input") or hook(**options)  # type: ignore
+    for changes, port in cases:
+        os.environ["MASTER_PORT"] = str(port)
+        used.clear()
+        result = train(make_run(model, folder, **changes), say=None)
+        numbers = [(r.loss, r.grad_norm, r.val_loss) for r in result.records]
+        found.append((numbers, used.count("policy"), used.count("input")))
+    return found
+
+
+def test_offloaded_runs_have_the_bits_of_those_that_are_not(tiny, tmp_path):
+    """The gradients of several micro batches are added up by FSDP; saved and resumed as well."""
+    pytest.importorskip("bitsandbytes")
+    cases = []
+    for name, (what, mesh) in CASES.items():
+        base = merge(what, {"train": {"duration": "3 steps", "micro_batch": "128 tokens"}, "parallel": mesh})
+        for part, changes in (("", {"train": {"recompute": "full"}}), (", offloaded", OFFLOADED)):
+            cases.append((merge(base, {**changes, "output_dir": str(tmp_path / (name + part))}), free_port()))
+    found = run_ranks(2, offloaded, tiny, tmp_path, cases)[0]
+    for name, plain, moved in zip(CASES, found[::2], found[1::2], strict=True):
+        assert len(plain[0]) == 3
+        assert moved[0] == plain[0], name
+        assert plain[1:] == (0, 0)
+        assert moved[1] == 1, name
+        assert moved[2] >= 2 * 3 * 2, name  # two layers, three steps, and more than one micro batch in each
+
+
+# ---- one rank, on a CPU and on a GPU ----
+
+
+class OneRank(MeshShape):
+    """A mesh of one rank that counts as several, whose models are sharded."""
+
+    world = 2  # type: ignore[assignment]
+
+
+@pytest.fixture
+def mesh(device: torch.device) -> Iterator[Mesh]:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Mesh(OneRank(), dist.init_device_mesh(device.type, (1, 1, 1), mesh_dim_names=DIMENSIONS))
+    finally:
+        dist.destroy_process_group()
+
+
+LAYERS, WIDTH, TOKENS = 4, 256, 2048
+
+
+def batch(device: torch.device) -> Batch:
+    torch.manual_seed(3)
+    ids = torch.randint(3, 127, (1, TOKENS))
+    positions, edges = torch.arange(TOKENS).unsqueeze(0), torch.tensor([0, TOKENS], dtype=torch.int32)
+    return Batch(ids, positions, ids.clone(), edges, TOKENS, TOKENS, TOKENS, 1).to(device)
+
+
+def built(run: Any, mesh: Mesh, device: torch.device, offload: bool) -> TrainModel:
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4
+    )
+    torch.manual_seed(7)
+    whole = dict(LlamaForCausalLM(config).named_parameters())
+    model = load.build_on_meta(config, Model(name="x", dtype="fp32"))
+    if run.adapter.kind == "lora":
+        lora.attach_lora(model, run.adapter, seed=1)
+    fuse_modules(model, project=lora.project)
+    root = TrainModel(model, METHODS["sft"], layers="model.layers", attention_backend="products").train()
+    recompute_layers(root.layers, LAYERS)
+    if offload:
+        offload_inputs(root.layers)
+    shard.shard_model(root, mesh, run, torch.float32, offload=offload)
+    load.materialise(model, device, shards=torch.device("cpu") if offload else None)
+    root.to(None if offload else device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in whole:
+                copy_whole(parameter, whole[name])
+            else:
+                nn.init.constant_(parameter, 0.01)
+    return root
+
+
+@cpu_and_gpu
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_what_is_offloaded_lies_on_the_host_and_trains_alike(kind, device, mesh, tiny, tmp_path):
+    run = make_run(tiny, tmp_path, held=False, adapter={"kind": kind})
+    run = replace(run, train=replace(run.train, compile="off"))
+    losses, kept = [], []
+    for offload in (False, True):
+        root = built(run, mesh, device, offload)
+        optimizer = Optimizer(root.trained_parameters(), run.train)
+        for step in range(3):
+            optimizer.start_step(1e-3, step)
+            for last in (False, True):
+                shard.reduce_in(root, mesh, last=last)
+                before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+                loss = root(batch(device)).loss / TOKENS
+                kept.append(torch.cuda.memory_allocated() - before if device.type == "cuda" else 0)
+                loss.backward()
+            losses.append((float(loss), float(optimizer.step())))
+        frozen_or_full = [p for n, p in root.named_parameters() if not lora.is_adapter_weight(n)]
+        assert len(frozen_or_full) > 20
+        place = "cpu" if offload else device.type
+        assert {local_part(p.data).device.type for p in frozen_or_full} == {place}
+        moments = {value.device.type for part in optimizer.parts.values() for value in part.state.values()}
+        assert moments == {place if kind == "none" else device.type}
+    # The same products; on a GPU AdamW runs there or on the host, and its sums round in another order.
+    on_device, on_host = losses[:3], losses[3:]
+    if device.type == "cpu":
+        assert on_host == on_device
+    else:
+        assert [loss for pair in on_host for loss in pair] == pytest.approx(
+            [n for pair in on_device for n in pair], rel=1e-5
+        )
+        assert kept[0] - kept[6] >= 0.9 * LAYERS * TOKENS * WIDTH * 4  # the input of each layer, fp32
