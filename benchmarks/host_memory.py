@@ -89,9 +89,9 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
             start = Start(found=state.SavedCheckpoint(saved, 1), progress=Progress())
             ranks.gather(None)
             before = start_phase()
-            optimizer = make_optimizer(run, root, start)
+            optimizer = make_optimizer(run, root, start, ranks)
             own["resume"] = [status(key) - before for key in end]
-            own["moments"] = held(optimizer.state_dict().values()) - own["shard"]
+            own["moments"] = held(optimizer.state_dict().values())
         ranks.gather(None)
         before = start_phase()
         if ranks.leads:
