@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -88,12 +89,11 @@ class CheckRow:
     meaning: str
 
 
-def meshes_of(world: int) -> list[MeshShape]:
-    """One mesh of several ranks for each choice of dimensions that are larger than 1: with the largest tensor group, then
-    the most shards, so that on nodes of 8 ranks either is a node."""
-    sizes = [
-        (shard, tensor) for tensor in (1, 2, 4, 8) for shard in range(1, world + 1) if world % (shard * tensor) == 0
-    ]
+def meshes_of(world: int, node: int) -> list[MeshShape]:
+    """One mesh of several ranks for each choice of dimensions that are larger than 1: with the largest tensor group on a
+    `node` of so many, then the most shards, so that on nodes of 8 ranks either is a node."""
+    tensors = [tensor for tensor in (1, 2, 4, 8) if node % tensor == 0]
+    sizes = [(shard, tensor) for tensor in tensors for shard in range(1, world + 1) if world % (shard * tensor) == 0]
     shapes = [MeshShape(world // (shard * tensor), shard, tensor) for shard, tensor in sizes]
     return [*{tuple(size > 1 for size in shape): shape for shape in shapes}.values()]
 
@@ -355,7 +355,7 @@ def run_checks(say: Callable[[CheckRow], None]) -> dict[str, Any]:
                     write_inputs(check.folder, STEPS * check.batch)
             if ranks.world > 1:
                 check.compare_builds(ranks)
-                for shape in meshes_of(ranks.world):
+                for shape in meshes_of(ranks.world, math.gcd(*ranks.gather(ranks.local_world))):
                     for kind in check.kinds:
                         with check.on(kind, shape, ranks):
                             check.check_mesh(kind, shape, ranks)

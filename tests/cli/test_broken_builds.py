@@ -68,8 +68,8 @@ def leave_a_layer_without_gradient() -> None:
 def give_a_rank_another_base() -> None:
     original = build_model.fill_parameters
 
-    def fill(run, files, model, weights):
-        original(run, files, model, weights)
+    def fill(run, files, model, *where):
+        original(run, files, model, *where)
         with torch.no_grad():
             local_part(model.get_parameter("model.layers.0.mlp.up_proj.weight")).add_(0.01 * rank())
 
@@ -137,8 +137,8 @@ def take_the_norm_of_ones_own_parts() -> None:
 def swap_moments_at_resume() -> None:
     original = build.read_sharded_optimizer
 
-    def read(optimizer, folder, progress):
-        original(optimizer, folder, progress)
+    def read(optimizer, *where):
+        original(optimizer, *where)
         for part in optimizer.parts.values():
             part.state["exp_avg"].copy_(exchanged(part.state["exp_avg"]))
 
@@ -146,14 +146,14 @@ def swap_moments_at_resume() -> None:
 
 
 def forget_moments_at_resume() -> None:
-    build.read_sharded_optimizer = lambda optimizer, folder, progress: None
+    build.read_sharded_optimizer = lambda optimizer, *where: None
 
 
 def forget_the_number_of_updates_at_resume() -> None:
     original = build.read_sharded_optimizer
 
-    def read(optimizer, folder, progress):
-        original(optimizer, folder, progress)
+    def read(optimizer, *where):
+        original(optimizer, *where)
         for part in optimizer.parts.values():
             part.state["step"].zero_()
 
@@ -166,8 +166,8 @@ def forget_the_number_of_updates_at_resume() -> None:
 def pair_query_heads_with_other_keys() -> None:
     original = build_model.fill_parameters
 
-    def fill(run, files, model, weights):
-        original(run, files, model, weights)
+    def fill(run, files, model, *where):
+        original(run, files, model, *where)
         if dist.is_initialized():
             for name, parameter in model.named_parameters():
                 if name.endswith("q_proj.weight"):
@@ -272,7 +272,7 @@ BROKEN: list[tuple[Callable[[], None], str, MeshShape, set[str]]] = [  # the che
 def failed_checks(kind: str, mesh: MeshShape, change: Callable[[], None]) -> dict[str, Any]:
     """The rows that fail on a mesh in a build with `change`, by check."""
     selfcheck.KINDS = {kind: selfcheck.KINDS[kind]}
-    selfcheck.meshes_of = lambda world: [mesh]
+    selfcheck.meshes_of = lambda world, node: [mesh]
     check_mesh = SelfCheck.check_mesh
     SelfCheck.check_mesh = lambda self, kind, shape, *more: shape == ONE or check_mesh(self, kind, shape, *more)
     change()

@@ -44,17 +44,18 @@ def test_two_ranks_that_it_starts_pass():
 
 
 @pytest.mark.parametrize(
-    ("world", "expected"),
+    ("world", "node", "expected"),
     [
-        (1, [(1, 1, 1)]),
-        (3, [(3, 1, 1), (1, 3, 1)]),
-        (4, [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]),
-        (8, [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2), (1, 2, 4), (1, 1, 8)]),
-        (16, [(16, 1, 1), (2, 8, 1), (1, 16, 1), (2, 1, 8), (2, 2, 4), (1, 2, 8)]),
+        (1, 1, [(1, 1, 1)]),
+        (3, 3, [(3, 1, 1), (1, 3, 1)]),
+        (4, 4, [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]),
+        (8, 8, [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2), (1, 2, 4), (1, 1, 8)]),
+        (2, 1, [(2, 1, 1), (1, 2, 1)]),  # no tensor group over nodes
+        (16, 8, [(16, 1, 1), (2, 8, 1), (1, 16, 1), (2, 1, 8), (2, 2, 4), (1, 2, 8)]),
     ],
 )
-def test_it_takes_a_mesh_of_each_kind(world, expected):
-    assert meshes_of(world) == expected
+def test_it_takes_a_mesh_of_each_kind(world, node, expected):
+    assert meshes_of(world, node) == expected
 
 
 def a_row(check: str, mesh: MeshShape | None, passed: bool | None, **more: Any) -> CheckRow:
