@@ -163,12 +163,20 @@ class Planner:
     def ranked(self) -> list[Forecast]:
         """Every mesh: first those that fit, the fastest first, then the nearest to fitting.
 
-        Where no speed is known, those that fit stay in the order of `meshes_for`.
+        Groups that reach over nodes come behind those that do not: one slow link holds up every pass of theirs, and what
+        others measured there fell short of any forecast. Where no speed is known, those that fit stay in the order of
+        `meshes_for`.
         """
+
+        def order(forecast: Forecast) -> tuple[bool, bool, bool, float]:
+            fails, tight, cost = forecast.order
+            mesh = forecast.plan.mesh
+            return fails, tight, forecast.fits and mesh.shard * mesh.tensor > self.cluster.per_node, cost
+
         found = [self.fastest(mesh) for mesh in self.meshes()]
-        *rank, least = min(f.order for f in found)
-        first = next(f for f in found if f.order[:2] == tuple(rank) and BETTER * f.order[2] <= least)
-        return sorted(found, key=lambda f: (f is not first, *f.order))
+        *rank, least = min(map(order, found))
+        first = next(f for f in found if order(f)[:3] == tuple(rank) and BETTER * f.order[2] <= least)
+        return sorted(found, key=lambda f: (f is not first, *order(f)))
 
     def fastest(self, mesh: MeshShape) -> Forecast:
         """A mesh with the micro batch that `train` takes, or with another that is faster."""
