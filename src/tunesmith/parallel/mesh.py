@@ -140,7 +140,7 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
         (f"the layers of this {spec.model_type}", key, cut > 1 and not known, "1"),
         (f"a layer over the nodes, which have {per_node} ranks each,", key, per_node % cut > 0, "auto"),
         (f"{spec.heads} heads, {spec.kv_heads} of keys and values, and an MLP of {spec.intermediate:,} columns", key,
-         any(width % cut for width in widths), "auto"),
+         cut > 1 and any(width % cut for width in widths), "auto"),
     ):  # fmt: skip
         if wrong:
             why = f"the ranks make {shape.describe()}, and each would hold a part of what goes together"
