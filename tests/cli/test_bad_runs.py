@@ -78,10 +78,11 @@ def resealed(name: str, content: bytes) -> Callable[[World], None]:
     """A checkpoint that is whole by its manifest, as one of another version may be, and that cannot be read."""
 
     def spoil(world: World) -> None:
-        from tunesmith.checkpoint.state import seal
+        from tunesmith.checkpoint.state import flush_files, write_manifest
 
         world.write(f"run/checkpoint-4/{name}", content)
-        seal(world.out / "checkpoint-4", 4)
+        folder = world.out / "checkpoint-4"
+        write_manifest(folder, 4, flush_files(folder))
 
     return spoil
 

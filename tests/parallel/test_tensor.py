@@ -198,7 +198,7 @@ def updated(adapter: Adapter | None) -> dict[str, float]:
             for step in range(2):
                 optimizer.start_step(1e-2, step)
                 gradients(root)
-                grads = {name: part.grad for name, part in optimizer.parts.items()}
+                grads = optimizer.gradients()
                 reduce_gradients(grads, partial, mesh)
                 norms.append(optimizer.step())
             roots.append(dict(root.trained_parameters()))

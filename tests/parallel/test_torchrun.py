@@ -13,7 +13,7 @@ from typing import Any
 
 from ranks import run_ranks
 from recipes import make_run, recipe
-from tunesmith.checkpoint import state
+from tunesmith.checkpoint import nodes
 from tunesmith.training.run import train
 
 CHANGES = {
@@ -70,7 +70,7 @@ def test_torchrun_starts_a_killed_rank_again_and_a_sigterm_to_it_saves(tiny: Pat
     assert printed.count("error: rank 1 on") == 1, printed
     assert printed.count("stopped by SIGTERM: step") == 1, printed
     stopped = json.loads((out / "stopped.json").read_text())
-    found = state.newest_checkpoint(out, lambda text: None)
+    found = nodes.newest_checkpoint(out, lambda text: None)
     assert found is not None
     assert stopped["signal"] == "SIGTERM"
     assert stopped["step"] == found.step == records(out)[-1]["step"]

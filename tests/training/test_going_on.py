@@ -174,12 +174,13 @@ def test_fewer_validation_examples_and_checkpoints_without_hashes_go_on(
     go(own, tmp_path, [], train={"duration": "5 steps"}, validate={"max_examples": 3})
     identity = json.loads((tmp_path / "run" / "env.json").read_text())
     assert identity["validation_hash"] == progress(tmp_path, 5)["validation_hash"], "of all rows, whatever is measured"
-    from tunesmith.checkpoint.state import seal
+    from tunesmith.checkpoint.state import flush_files, write_manifest
 
     file = tmp_path / "run" / "checkpoint-5" / "state" / "progress.json"
     new = ("validation_hash", "model_hash", "micro_batch")
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in new}))
-    seal(tmp_path / "run" / "checkpoint-5", 5)
+    folder = tmp_path / "run" / "checkpoint-5"
+    write_manifest(folder, 5, flush_files(folder))
     one_weight(own)
     assert go(own, tmp_path, shown, train={"duration": "6 steps"}).steps == 6
 
