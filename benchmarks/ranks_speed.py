@@ -36,7 +36,7 @@ def shard_over_one_rank() -> None:
     mesh: Any = SimpleNamespace(
         shape=SimpleNamespace(world=2, shard=2), sharding=init_device_mesh("cpu", (1, 1), mesh_dim_names=("r", "s"))
     )
-    build_model.shard_model = lambda root, _, run, compute: shard_model(root, mesh, run, compute)
+    build_model.shard_model = lambda root, _, *rest, **options: shard_model(root, mesh, *rest, **options)
 
 
 def contend(a: argparse.Namespace) -> None:
