@@ -241,11 +241,11 @@ class SelfCheck:
             self.compare(NORM, ["grad_norm"], self.alone[kind], trainer.records, first, others)
             self.equal(CHANGED, *map(len, self.trained(run)))
             self.equal(ALIKE, ranks.world, inputs.count(self.inputs[kind]))
-            held: dict[object, list[str]] = {}
+            digests: dict[object, list[str]] = {}
             for part, digest in (item for own in parts for item in own.items()):
-                held.setdefault(part, []).append(digest)
-            if copies := [digests for digests in held.values() if len(digests) > 1]:
-                self.equal(COPIES, len(copies), sum(len({*digests}) == 1 for digests in copies))
+                digests.setdefault(part, []).append(digest)
+            if copies := [same for same in digests.values() if len(same) > 1]:
+                self.equal(COPIES, len(copies), sum(len({*same}) == 1 for same in copies))
         if ranks.leads_node:  # as if the last steps had never been
             shutil.rmtree(out / f"checkpoint-{STEPS}", ignore_errors=True)
             shutil.rmtree(out / "final", ignore_errors=True)

@@ -53,6 +53,9 @@ def find_dir_leaders(ranks: Ranks, folder: Path, claim: Callable[[], object]) ->
     `claim` creates the folder: it is called on the lowest rank that sees it, once for each disk that has one.
     """
     leaders: dict[int, int] = {}
+    if ranks.world == 1:
+        claim()
+        return ranks
     while missing := [rank for rank in range(ranks.world) if rank not in leaders]:
         token = folder / ranks.share(f".seen-{uuid.uuid4().hex}")
         with ranks.together():
@@ -82,17 +85,17 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None], ranks: Ranks =
         with ranks.together():
             damage = dict(damaged_files(copy)) if copy else {}
         copies = ranks.gather((copy.name, damage) if copy else None)
-        held = {rank: found for rank, found in enumerate(copies) if found is not None}
-        source, (_, first) = next(iter(held.items()))
-        lost = [file for file in first if all(file in other for _, other in held.values())]
+        owners = {rank: found for rank, found in enumerate(copies) if found is not None}
+        source, (_, first) = next(iter(owners.items()))
+        lost = [file for file in first if all(file in other for _, other in owners.values())]
         if not lost:
             with ranks.together():
                 if copy:
                     _put_in_place(copy, place, damage)
             bring_folder(ranks, place, source, wants=ranks.leads_dir, say=warn)
             return SavedCheckpoint(place, step, source)
-        if place.name in {name for name, _ in held.values()}:  # others a kill left behind
-            clauses = [other[file] for file in lost for _, other in held.values()]
+        if place.name in {name for name, _ in owners.values()}:  # others a kill left behind
+            clauses = [other[file] for file in lost for _, other in owners.values()]
             apart = [clause for clause in clauses if not clause.endswith(ELSEWHERE)]
             warn(f"{place.name} is skipped: {(apart or clauses)[0]}")
             elsewhere = elsewhere or ("" if apart else f"{place.name} is not whole: {clauses[0]}")
