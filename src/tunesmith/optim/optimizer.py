@@ -28,6 +28,7 @@ from tunesmith.errors import CheckpointError
 from tunesmith.optim.adamw import HALF, AdamWUpdate, ParameterState
 from tunesmith.optim.weight_gradients import Fp32GradientLinear
 from tunesmith.private import local_slices
+from tunesmith.sharded import local_part
 
 Groups = tuple[dist.ProcessGroup, ...]  # over which a parameter is sharded
 
@@ -84,7 +85,7 @@ class Optimizer:
             return
         if part.weight is not part.param:
             assert param.grad is not None
-            grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
+            grad = local_part(param.grad)
             if part.weight.grad is None:
                 part.weight.grad = grad.to(part.weight.dtype)
             else:
@@ -194,7 +195,7 @@ class Optimizer:
             saved = tensors.get(name)
             if saved is not None and saved.shape == like.shape:
                 saved = saved[local_slices(like)]
-                like = like.to_local() if isinstance(like, DTensor) else like
+                like = local_part(like)
             if saved is None or saved.shape != like.shape or saved.dtype != like.dtype:
                 raise CheckpointError(
                     f"the optimizer's state has no {name} of shape {tuple(like.shape)} and {like.dtype}",
