@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,10 +138,10 @@ def contend(a: argparse.Namespace) -> None:
     print("REPORT " + json.dumps(out))
 
 
-def measure(contender: str) -> dict[str, Any]:
-    """Run one contender in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--contender", contender]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def report_of(contender: str, launch: Sequence[str] = (), **environment: str) -> dict[str, Any]:
+    """What a contender of this script, run in new processes that `launch` starts, prints behind REPORT."""
+    command = [sys.executable, *launch, *sys.argv, "--contender", contender]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | environment
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     if done.returncode or not found:
@@ -187,7 +187,7 @@ def main() -> None:
     with neighbours(a.busy):
         for round_ in range(a.rounds):
             for name, done in runs.items():
-                done.append(measure(name))
+                done.append(report_of(name))
                 speed, peak = (done[-1][figure] for figure in ("tokens_per_second", "peak_gib"))
                 print(f"round {round_ + 1}  {name:12}  {speed:8.1f} tok/s  {peak:.2f} GiB", flush=True)
     table = {

@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,22 +24,12 @@ import torch
 from against_trl import neighbours
 
 from tunesmith.loss import loss_and_grad
-from tunesmith.metrics.hardware import matmul_tflops
+from tunesmith.metrics.hardware import matmul_tflops, seconds_of
 from tunesmith.model.fused import rms_norm, rotate, swiglu
 
 WIDTH, MLP, HEADS, KV_HEADS, VOCABULARY, LAYERS = 576, 1536, 9, 3, 49152, 30  # SmolLM2-135M
 HEAD = WIDTH // HEADS
 PRODUCTS = {"q, o": (WIDTH, WIDTH), "k, v": (WIDTH, KV_HEADS * HEAD), "gate, up": (WIDTH, MLP), "down": (MLP, WIDTH)}
-
-
-def median_seconds(call: Callable[[], Any], repeat: int) -> float:
-    """Seconds of one call, the median of `repeat` after one that is not timed."""
-    times = []
-    for _ in range(repeat + 1):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
 
 
 def products(dtype: torch.dtype, tokens: int) -> dict[str, dict[str, float]]:
@@ -53,7 +41,7 @@ def products(dtype: torch.dtype, tokens: int) -> dict[str, dict[str, float]]:
         rates = {"measured peak": matmul_tflops(torch.device("cpu"), dtype) * 1e3}
         for name, (inside, outside) in PRODUCTS.items():
             x, weight = torch.randn(tokens, inside, dtype=dtype), torch.randn(outside, inside, dtype=dtype)
-            seconds = median_seconds(lambda x=x, weight=weight: x @ weight.t(), 20)
+            seconds = seconds_of(lambda x=x, weight=weight: x @ weight.t())
             rates[name] = 2 * tokens * inside * outside / seconds / 1e9
         found[f"{count} threads"] = rates
     torch.set_num_threads(threads)
@@ -84,7 +72,7 @@ def parts(dtype: torch.dtype, tokens: int) -> dict[str, dict[str, float]]:
             if isinstance(made, torch.Tensor):
                 made.backward(torch.ones_like(made))
 
-        return 1e3 * times * median_seconds(both, 10)
+        return 1e3 * times * seconds_of(both)
 
     return {
         name: {"as it is": milliseconds(f, given, times), "compiled": milliseconds(torch.compile(f), given, times)}

@@ -13,12 +13,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from against_trl import report_of
 
 CONTENDERS = {"plain": ["1"], "one shard": ["1"], "copies": ["2", "replicate"], "shards": ["2", "shard"]}
 
@@ -80,14 +81,7 @@ def measure(contender: str) -> dict[str, Any]:
     """Run one contender in new processes."""
     ranks = int(CONTENDERS[contender][0])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launch, __file__, *sys.argv[1:], "--contender", contender]
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    found = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
-    if done.returncode or not found:
-        sys.exit(f"{contender} failed:\n{done.stdout}\n{done.stderr}")
-    return json.loads(found[-1].removeprefix("REPORT "))
+    return report_of(contender, launch, OMP_NUM_THREADS=str(max(1, len(os.sched_getaffinity(0)) // ranks)))
 
 
 def main() -> None:
