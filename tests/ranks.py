@@ -5,8 +5,10 @@ The ranks are forked from a process that has imported torch and transformers onc
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
@@ -17,9 +19,12 @@ LIMIT = 300  # seconds that all ranks together may take
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nothing listens on, below those that the kernel gives to connections: none takes it before its use."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def environment_of(rank: int, world: int, port: int) -> dict[str, str]:

@@ -137,7 +137,7 @@ class Heartbeat:
         while holds and self._talker.is_alive():
             holds = not all(b.done or self._silent(r, MISSED * self.interval) for r, b in enumerate(self.beats))
             self._wake.set()
-            time.sleep(self.interval / 4)
+            time.sleep(self.interval / 20)
         self._closing.set()
         self._wake.set()
         self._talker.join(GRACE)
@@ -159,14 +159,15 @@ class Heartbeat:
                 self._outbox = self._words(what, "its process has left its ranks behind")
 
     def _talk(self) -> None:
-        closing = False
-        while not closing:
+        while True:
             closing = self._closing.is_set()  # the last round says that this rank is done
             try:
                 self._round()
             except RuntimeError as error:  # torch's errors of a store and of a network
                 if not self.own.done:
                     self._lose_store(first_line(error))
+                return
+            if closing:
                 return
             self._wake.wait(self.interval)
             self._wake.clear()
