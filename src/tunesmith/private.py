@@ -1,7 +1,5 @@
 """The private names of torch that the engine needs, here and nowhere else: a new release may move them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ that are drawn on the device, so nothing is downloaded; its tokenizer may be any
 with a recipe (LoRA of rank 8 on all linear layers, seq_len 2048, packed, 16,384 tokens per step), and key=value wins.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -116,7 +114,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UsageError(what, where=where, fix=fix)
 
 
-def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
+def recipe_of(args: argparse.Namespace, folder: Path) -> "Run":
     """The checked recipe; a shape's model, without weights, is written to `folder` first."""
     overrides = [word for word in args.words if "=" in word]
     if args.shape is None:
@@ -132,7 +130,7 @@ def recipe_of(args: argparse.Namespace, folder: Path) -> Run:
     return checked
 
 
-def refuse_eager(recipe: Run) -> None:
+def refuse_eager(recipe: "Run") -> None:
     """UsageError for --cold where nothing is compiled."""
     from tunesmith.runtime.compilation import select_compile
     from tunesmith.runtime.device import choose_device
@@ -142,7 +140,7 @@ def refuse_eager(recipe: Run) -> None:
         raise UsageError(what, where="--cold", fix="train.compile=on, or remove --cold")
 
 
-def bench(args: argparse.Namespace, recipe: Run, folder: Path) -> tuple[BenchReport, dict[str, Any], list[str]]:
+def bench(args: argparse.Namespace, recipe: "Run", folder: Path) -> "tuple[BenchReport, dict[str, Any], list[str]]":
     """Measure in `folder`; the figures, the report for --json, and the lines that follow the table."""
     from tunesmith.bench.measure import BenchPlan, measure
     from tunesmith.config.dump import to_mapping
@@ -181,7 +179,7 @@ def bench(args: argparse.Namespace, recipe: Run, folder: Path) -> tuple[BenchRep
     return measured.figures, report, lines
 
 
-def ablate(args: argparse.Namespace, recipe: Run) -> None:
+def ablate(args: argparse.Namespace, recipe: "Run") -> None:
     """Measure a recipe and its variants in turns; print the table, and write it with every report to --json."""
     import torch
 
@@ -226,7 +224,7 @@ def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -
     return {name: figures[name] for name in names} | {f"warm_{name}": warm[name] for name in names}
 
 
-def print_figures(figures: BenchReport, lines: Sequence[str], *, plain: bool) -> None:
+def print_figures(figures: "BenchReport", lines: Sequence[str], *, plain: bool) -> None:
     """Print the table and the lines after it to stdout."""
     from rich.console import Console
     from rich.table import Table

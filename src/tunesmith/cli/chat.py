@@ -8,8 +8,6 @@ example:
 ctrl-C ends an answer. Without a terminal every line of stdin is a question, and only answers go to stdout.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -74,7 +72,7 @@ def notify(text: str) -> None:
 class Chat:
     """Reads lines, obeys the commands, shows the answers of the loaded model and of its base."""
 
-    def __init__(self, args: argparse.Namespace, loaded: LoadedModel, decoding: Decoding) -> None:
+    def __init__(self, args: argparse.Namespace, loaded: "LoadedModel", decoding: "Decoding") -> None:
         self.args, self.loaded, self.decoding = args, loaded, decoding
         self.system = loaded.system if args.system is None else args.system or None
         # What each side was asked and has answered; neither is shown an answer of the other.
@@ -235,7 +233,7 @@ class Chat:
         pairs = [(("user", asked), ("assistant", answer)) for asked, answer in self.turns[side][forgotten:]]
         return with_system([{"role": role, "content": text} for pair in pairs for role, text in pair], self.system)
 
-    def _prompt(self, side: str, question: str, loaded: LoadedModel) -> list[int]:
+    def _prompt(self, side: str, question: str, loaded: "LoadedModel") -> list[int]:
         """The prompt; drops as many of the side's oldest turns as do not fit beside the answer, and says so."""
         from tunesmith.data.formats import Conversation
         from tunesmith.inference.generate import PLACEHOLDER

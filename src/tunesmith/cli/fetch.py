@@ -1,7 +1,5 @@
 """`tunesmith fetch`: check licence, access and disk, then download a model and a recipe's data; manage the cache."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -61,7 +59,7 @@ def _fetch(args: argparse.Namespace) -> None:
     print(json.dumps(rows, indent=2) if args.json else "\n".join(map(_line, rows)))
 
 
-def _wanted(args: argparse.Namespace) -> tuple[Model, list[Source]]:
+def _wanted(args: argparse.Namespace) -> "tuple[Model, list[Source]]":
     """The model and the Hub's data sets that the command line asks for."""
     from tunesmith.config.load import load_recipe
     from tunesmith.config.schema import Model
@@ -82,7 +80,7 @@ def _wanted(args: argparse.Namespace) -> tuple[Model, list[Source]]:
     return Model(name=args.name, revision=args.revision), []
 
 
-def _model(model: Model, progress: FetchProgress, *, dry: bool, update: bool) -> dict[str, Any]:
+def _model(model: "Model", progress: "FetchProgress", *, dry: bool, update: bool) -> dict[str, Any]:
     """Fetch a model, or with `dry` only look; what was found, with sizes in bytes."""
     from tunesmith.hub import fetch
 
@@ -105,7 +103,7 @@ def _model(model: Model, progress: FetchProgress, *, dry: bool, update: bool) ->
     return row | {"folder": None if folder is None else str(folder)}
 
 
-def _dataset(source: Source, progress: FetchProgress, *, dry: bool) -> dict[str, Any]:
+def _dataset(source: "Source", progress: "FetchProgress", *, dry: bool) -> dict[str, Any]:
     """Fetch one of the Hub's data sets, or with `dry` only look."""
     from huggingface_hub import constants
 

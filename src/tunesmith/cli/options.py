@@ -1,7 +1,5 @@
 """What several commands share: options, the types of their values, the lines of standard input, a count of progress."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import json
@@ -86,7 +84,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--columns", type=column_names, action="extend", default=[], metavar="NAME=COLUMN", help=names)
 
 
-def chosen_recipe(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Run, MadeRecipe | None]:
+def chosen_recipe(args: argparse.Namespace, say: Callable[[str], None]) -> "tuple[Run, MadeRecipe | None]":
     """The recipe that the options of `add_recipe` name; or one that is made, in its file's form too."""
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
     given = [f"--{name}" for name in ("model", "data", "split", "format", "columns") if vars(args)[name]]
@@ -125,7 +123,7 @@ def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> Non
         parser.add_argument(flag, type=type(value), default=value, metavar=metavar, help=text)
 
 
-def decoding_of(args: argparse.Namespace) -> Decoding:
+def decoding_of(args: argparse.Namespace) -> "Decoding":
     """The options of `add_decoding`, checked."""
     from tunesmith.inference.decoding import Decoding
 
@@ -152,7 +150,7 @@ class ProgressCounter:
     `progress("answers", 7, 100)` in its block; another name starts another count, from where its first call says.
     """
 
-    def __enter__(self) -> ProgressCounter:
+    def __enter__(self) -> "ProgressCounter":
         self._what, self._done, self._start, self._bar = "", 0, 0, None
         if is_terminal(sys.stderr):
             from rich.console import Console

@@ -10,8 +10,6 @@ examples:
   tunesmith plan my-recipe.yaml                                      # on this machine
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -76,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _cached(recipe: Run, folder: Path) -> TokenSet | None:
+def _cached(recipe: "Run", folder: Path) -> "TokenSet | None":
     """The tokens of a recipe, if the token cache has them; no rows are downloaded."""
     from tunesmith.data.source import is_local
     from tunesmith.host_files import cache_folder
@@ -100,7 +98,7 @@ def _cached(recipe: Run, folder: Path) -> TokenSet | None:
     return None
 
 
-def _lines(planner: Planner, found: list[Forecast], price: float | None) -> list[str]:
+def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> list[str]:
     """A table of the meshes, and what the first of them does."""
     from tunesmith.plan.forecast import BETTER
     from tunesmith.runtime.resolve import checkpoint_bytes

@@ -7,8 +7,6 @@ The type of a field is all that it accepts: `Literal` fields take the listed wor
 fields take text in the grammar of `tunesmith.units`, `X | None` takes `null`. There is no coercion: `pack: "true"` is refused.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 

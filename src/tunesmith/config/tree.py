@@ -5,8 +5,6 @@ values. What a plain scalar means follows the core schema of YAML 1.2.2 (section
 `yes` are text, there are no timestamps.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -51,11 +49,11 @@ _FIXES = {  # a part of ruamel's message -> what to do
 class Node:
     """A value of a recipe, its place, and the folder that a relative path in it starts from."""
 
-    value: dict[str, Node] | list[Node] | Scalar
+    value: "dict[str, Node] | list[Node] | Scalar"
     where: str
     base: Path
 
-    def children(self) -> list[tuple[str, Node]]:
+    def children(self) -> "list[tuple[str, Node]]":
         """The entries of a mapping, or of a list with their indices; none for a scalar."""
         if isinstance(self.value, dict):
             return list(self.value.items())

@@ -3,8 +3,6 @@
 Nothing is coerced. The one step that is taken is from a whole number to a number: `alpha: 16`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -40,7 +38,7 @@ _FORMS = {
 
 
 @cache
-def run_type() -> TypeAdapter[Run]:
+def run_type() -> "TypeAdapter[Run]":
     """Pydantic's view of the schema: it validates, and gives the JSON Schema."""
     from pydantic import TypeAdapter
 
@@ -72,7 +70,7 @@ class _Value(NamedTuple):
     spec: Field[Any]
 
     @classmethod
-    def at(cls, node: Node, key: str) -> _Value:
+    def at(cls, node: Node, key: str) -> "_Value":
         section = without_indices(key)
         inside = key[-1:].isdigit() and not key.endswith(section)
         if section not in keys():  # an entry of a mapping: data.train.columns.prompt
@@ -95,7 +93,7 @@ class _Value(NamedTuple):
         return self._replace(key=owner).line(example(self.hint, self.spec))
 
 
-def _explain(errors: list[ErrorDetails], tree: Node) -> RecipeError:
+def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
     """The first error as ours. Unknown keys come first: a mistyped one is often missing under its right name."""
     found = [_find(tree, e) for e in errors if e["type"] == "unexpected_keyword_argument"]
     found = found or [_find(tree, e) for e in errors]
@@ -128,7 +126,7 @@ def _explain(errors: list[ErrorDetails], tree: Node) -> RecipeError:
     return RecipeError(what, where=node.where, fix=fix)
 
 
-def _find(tree: Node, error: ErrorDetails) -> tuple[Node, str, ErrorDetails]:
+def _find(tree: Node, error: "ErrorDetails") -> "tuple[Node, str, ErrorDetails]":
     """The value that an error is about, and its key; pydantic's parts for a single source and a union are skipped."""
     node, key = tree, ""
     for part in map(str, error["loc"]):

@@ -8,8 +8,6 @@ Without a template (`raw`) prompt and completion stand as they are, one after th
 always do: a BOS where the tokenizer itself adds one, once, and an end token at the end.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +32,7 @@ _TITLES = {  # name: what errors call the template, what `describe` calls it
 }
 
 
-def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> Template:
+def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Template":
     """The template that `data.template` names.
 
     `eos_ids`: those at which generation stops (the generation config's list). DataError where there is no such template
@@ -101,7 +99,7 @@ class Template:
             given = tokenizer.apply_chat_template(asked, chat_template=jinja)["input_ids"]
             self.jinja = jinja if given == self.prompt(Completion("One two.", "")) else None
 
-    def with_tools(self) -> Template:
+    def with_tools(self) -> "Template":
         """This template; or if it is ChatML and drops tool calls, one that renders those in Hermes' form."""
         if self._mask is None or self.jinja is None or self._mask.tools or not _is_chatml(self._mask):
             return self

@@ -1,7 +1,5 @@
 """Rows -> tokens and loss mask, once: they are kept in the token cache (`cache.py`)."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -65,7 +63,7 @@ class SourceTokens:
     def __len__(self) -> int:
         return len(self.arrays.rows)
 
-    def first(self, n: int) -> SourceTokens:
+    def first(self, n: int) -> "SourceTokens":
         """The first n examples (all, where there are fewer)."""
         n = min(len(self), n)
         ids, trained, offsets, rows, cut = self.arrays
@@ -144,7 +142,7 @@ class TokenSet:
             **{name: sum(vars(c)[name] for c in self.sources) for name in names},
         )
 
-    def first(self, n: int) -> TokenSet:
+    def first(self, n: int) -> "TokenSet":
         """The first n examples."""
         parts = []
         for part in self.parts:

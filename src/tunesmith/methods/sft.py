@@ -1,7 +1,5 @@
 """Supervised fine-tuning: the cross-entropy of the next token, wherever the batch has a label."""
 
-from __future__ import annotations
-
 from tunesmith.data.batch import Batch
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.methods.base import MethodOutput, TrainModel, supervised_positions

@@ -5,8 +5,6 @@ updates many fp32 tensors at once, bitsandbytes' kernel an 8-bit one, and torch.
 stochastically rounded update. bitsandbytes' optimizer class is not used: it waits for the device after each tensor.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -97,7 +95,7 @@ class ParameterState:
     filled: Tensor | None = None  # of a layer that adds up `weight.grad` itself (`Fp32GradientLinear`): bool []
 
     @classmethod
-    def of(cls, name: str, param: nn.Parameter, train: Train) -> ParameterState:
+    def of(cls, name: str, param: nn.Parameter, train: Train) -> "ParameterState":
         """The state of a parameter that the recipe trains, with its fp32 master if it has one."""
         rounded = param.dtype in HALF and train.master_weights == "stochastic"
         has_master = param.dtype in HALF and not rounded
