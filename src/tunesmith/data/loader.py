@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import islice
 from typing import Protocol
 
@@ -54,49 +54,39 @@ class BatchPrefetcher(Protocol):
     def claim(self, batch: Batch) -> None: ...
 
 
+@dataclass(eq=False)
 class Loader(AbstractContextManager["Loader"]):
     """Iterates GlobalBatch from `start_step` up to `stop_step` (None: without end), made ahead in one thread.
 
     Use it in a `with`, or call `close()`: the thread ends with it.
-
-    Args:
-        micro_batch: size of one forward pass, in examples or in tokens with padding; one example always fits.
-        pad_to: fixes the shape, for compiled graphs: [1, pad_to] packed, else [rows, pad_to], with empty rows where
-            there are no more examples. None pads little: [1, n] packed, else [rows, longest].
-        multiple: rows are padded up to a multiple of this many tokens.
-        bound: what all batches state as their longest document; no example may be longer.
-        share: (data rank, data ranks): whose micro batches these are. The sequence of global batches does not depend on it.
-        attention_weight: cost of one pair of a query and a key that it sees, relative to a token's matmuls. Micro batches
-            of one micro step are made alike in cost; an example counts as one document.
-        ahead: global batches that wait ready.
-        prefetcher: copies each micro batch to the device before it waits; None leaves it in host memory.
     """
 
-    def __init__(
-        self,
-        tokens: TokenSet,
-        schedule: BatchSchedule,
-        *,
-        pad_id: int,
-        micro_batch: Size,
-        start_step: int = 0,
-        stop_step: int | None = None,
-        pad_to: int | None = None,
-        multiple: int = 1,
-        bound: int | None = None,
-        share: tuple[int, int] = (0, 1),
-        attention_weight: float = 0.0,
-        ahead: int = 2,
-        prefetcher: BatchPrefetcher | None = None,
-    ) -> None:
-        least = min((n for n in (pad_to, bound) if n is not None), default=None)
-        if least is not None and len(tokens) and least < int(tokens.lengths.max()):
-            raise ValueError(f"the longest example has {tokens.lengths.max()} tokens, and there is room for {least}")
-        self._tokens, self._schedule, self._pad_id = tokens, schedule, pad_id
-        self._micro_batch, self._pad_to, self._multiple, self._bound = micro_batch, pad_to, multiple, bound
-        self._share, self._attention_weight = share, attention_weight
-        self._prefetcher, self._ahead = prefetcher, ahead
-        self._steps = iter(itertools.count(start_step) if stop_step is None else range(start_step, stop_step))
+    tokens: TokenSet
+    schedule: BatchSchedule
+    _: KW_ONLY
+    pad_id: int
+    micro_batch: Size  # of one forward pass, in examples or in tokens with padding; one example always fits
+    start_step: int = 0
+    stop_step: int | None = None
+    # Fixes the shape, for compiled graphs: [1, pad_to] packed, else [rows, pad_to], with empty rows where there are no more
+    # examples. None pads little: [1, n] packed, else [rows, longest].
+    pad_to: int | None = None
+    multiple: int = 1  # rows are padded up to a multiple of this many tokens
+    bound: int | None = None  # what all batches state as their longest document; no example may be longer
+    # (data rank, data ranks): whose micro batches these are. The sequence of global batches does not depend on it.
+    share: tuple[int, int] = (0, 1)
+    # Cost of one pair of a query and a key that it sees, relative to a token's matmuls. Micro batches of one micro step are
+    # made alike in cost; an example counts as one document.
+    attention_weight: float = 0.0
+    ahead: int = 2  # global batches that wait ready
+    prefetcher: BatchPrefetcher | None = None  # None leaves micro batches in host memory
+
+    def __post_init__(self) -> None:
+        least = min((n for n in (self.pad_to, self.bound) if n is not None), default=None)
+        if least is not None and len(self.tokens) and least < (longest := int(self.tokens.lengths.max())):
+            raise ValueError(f"the longest example has {longest} tokens, and there is room for {least}")
+        first, stop = self.start_step, self.stop_step
+        self._steps = iter(itertools.count(first) if stop is None else range(first, stop))
         self._thread, self._begun = ThreadPoolExecutor(1, thread_name_prefix="tunesmith-data"), False
 
     def __exit__(self, *exc: object) -> None:
@@ -112,45 +102,45 @@ class Loader(AbstractContextManager["Loader"]):
         self._begun, waiting = True, deque[Future[GlobalBatch]]()
         try:
             while True:
-                for step in islice(self._steps, self._ahead + 2 - len(waiting)):  # one is taken, one is being made
+                for step in islice(self._steps, self.ahead + 2 - len(waiting)):  # one is taken, one is being made
                     waiting.append(self._thread.submit(self._prefetched, step))
                 if not waiting:
                     return
                 began = time.perf_counter()
                 batch = waiting.popleft().result()
-                if self._prefetcher is not None:
+                if self.prefetcher is not None:
                     for micro in batch.micro:
-                        self._prefetcher.claim(micro)
+                        self.prefetcher.claim(micro)
                 yield replace(batch, data_seconds=time.perf_counter() - began)
         finally:
             self.close()
 
     def _prefetched(self, step: int) -> GlobalBatch:
         """The global batch of one step, on the device; called in the thread."""
-        batch, put = self.batch(step), self._prefetcher
+        batch, put = self.batch(step), self.prefetcher
         return replace(batch, micro=[put(micro) for micro in batch.micro]) if put is not None else batch
 
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of one step, made here and now, in host memory."""
-        members, (rank, world) = self._schedule.examples(step), self._share
+        members, (rank, world) = self.schedule.examples(step), self.share
         micro_steps = self._micro_steps(step, members)
         costs = [[self._cost(group) for group in groups] for groups in micro_steps]
         return GlobalBatch(
             step=step,
-            epoch=self._schedule.epoch(step),
+            epoch=self.schedule.epoch(step),
             micro=[self._collate(groups[rank]) for groups in micro_steps],
-            tokens=int(self._schedule.lengths[members].sum()),
-            supervised=sum(self._tokens[i].supervised for i in members),
+            tokens=int(self.schedule.lengths[members].sum()),
+            supervised=sum(self.tokens[i].supervised for i in members),
             examples=len(members),
             indices=members,
             first_micro=rank * len(micro_steps),
             idle_share=max(0.0, 1 - sum(map(sum, costs)) / (world * sum(map(max, costs)))),
-            source=self._tokens,
+            source=self.tokens,
         )
 
     def _micro_steps(self, step: int, members: list[int]) -> list[list[list[int]]]:
         """The examples of a step by micro step and data rank; the groups of a micro step cost much the same."""
-        groups, world = self._groups(step, members), self._share[1]
+        groups, world = self._groups(step, members), self.share[1]
         count = -(-len(groups) // world) * world
         if world > 1:
             groups = sorted(self._balance(groups, members, count), key=self._cost, reverse=True)
@@ -160,35 +150,35 @@ class Loader(AbstractContextManager["Loader"]):
 
     def _balance(self, groups: list[list[int]], members: list[int], count: int) -> list[list[int]]:
         """At most `count` groups that cost much the same, of the examples of `groups`, which are no more."""
-        lengths, size = self._schedule.lengths[members], self._micro_batch
-        if not self._schedule.packed:
+        lengths, size = self.schedule.lengths[members], self.micro_batch
+        if not self.schedule.packed:
             tops = range(math.ceil(len(members) * max(self._cost([i]) for i in members)))
             found = bisect_left(tops, True, key=lambda top: len(self._group_by_length(members, top)) <= count)
             return self._group_by_length(members, found)
         pairs = lengths * (lengths + 1) / 2
         # Micro batches of one fixed shape differ in attention alone.
-        costs = pairs if self._pad_to is not None else lengths + self._attention_weight * pairs
+        costs = pairs if self.pad_to is not None else lengths + self.attention_weight * pairs
         # None larger than the largest of one rank: that is what memory holds.
-        room = max(int(self._schedule.lengths[group].sum()) for group in groups)
+        room = max(int(self.schedule.lengths[group].sum()) for group in groups)
         most = size.amount if size.unit == "examples" else len(members)
         bins = balanced_bins(costs, lengths, count, room=room, most=most)
         return groups if bins is None else [[members[i] for i in group] for group in bins]
 
     def _cost(self, group: list[int]) -> float:
         """Cost of a micro batch, padding and attention counted, in tokens; 0 without examples."""
-        lengths, (rows, length) = self._schedule.lengths[group], self._shape(group)
-        return rows * length + self._attention_weight * float((lengths * (lengths + 1)).sum()) / 2 if group else 0.0
+        lengths, (rows, length) = self.schedule.lengths[group], self._shape(group)
+        return rows * length + self.attention_weight * float((lengths * (lengths + 1)).sum()) / 2 if group else 0.0
 
     def _groups(self, step: int, members: list[int]) -> list[list[int]]:
         """The examples of a step, micro batch by micro batch, as one rank has them."""
-        if not self._schedule.packed:
+        if not self.schedule.packed:
             return self._group_by_length(members)
-        if self._micro_batch.unit == "examples":
+        if self.micro_batch.unit == "examples":
             return self._group_in_order(members)
-        lengths = self._schedule.lengths
-        room = self._pad_to or max(self._micro_batch.amount, int(lengths[members].max()))
+        lengths = self.schedule.lengths
+        room = self.pad_to or max(self.micro_batch.amount, int(lengths[members].max()))
         groups = [[members[i] for i in group] for group in best_fit_decreasing(lengths[members], room)]
-        rows = self._schedule.rows(step)
+        rows = self.schedule.rows(step)
         sums = [int(lengths[row].sum()) for row in rows]
         if max(sums) <= room:
             # Full rows side by side can need fewer micro batches than best fit over the documents.
@@ -199,10 +189,10 @@ class Loader(AbstractContextManager["Loader"]):
     def _group_in_order(self, members: list[int]) -> list[list[int]]:
         """At most so many examples each, and where the shape is fixed no more than it holds."""
         groups: list[list[int]] = [[]]
-        room, lengths = self._pad_to, self._schedule.lengths
+        room, lengths = self.pad_to, self.schedule.lengths
         for i in members:
             full = room is not None and lengths[[*groups[-1], i]].sum() > room
-            if groups[-1] and (full or len(groups[-1]) == self._micro_batch.amount):
+            if groups[-1] and (full or len(groups[-1]) == self.micro_batch.amount):
                 groups.append([])
             groups[-1].append(i)
         return groups
@@ -211,10 +201,10 @@ class Loader(AbstractContextManager["Loader"]):
         """Rows of similar length together, so that they pad little: the micro batch's examples, or as many as fit into
         its tokens and cost `top` at most, at least one. The sum over the step does not depend on the order."""
         groups: list[list[int]] = []
-        size, lengths = self._micro_batch, self._schedule.lengths
+        size, lengths = self.micro_batch, self.schedule.lengths
         order = sorted(members, key=lambda i: -lengths[i])
         while order:
-            per_row = 1 if size.unit == "examples" else self._pad_to or int(lengths[order[0]])
+            per_row = 1 if size.unit == "examples" else self.pad_to or int(lengths[order[0]])
             limit = int(max(1, min(size.amount // per_row, top / self._cost(order[:1]))))
             groups.append(order[:limit])
             order = order[limit:]
@@ -222,16 +212,16 @@ class Loader(AbstractContextManager["Loader"]):
 
     def _shape(self, group: list[int]) -> tuple[int, int]:
         """Rows and tokens a row of a micro batch, padding counted; both at least 1."""
-        lengths, size, packed = self._schedule.lengths[group], self._micro_batch, self._schedule.packed
+        lengths, size, packed = self.schedule.lengths[group], self.micro_batch, self.schedule.packed
         count = 1 if packed else max(1, len(group))
-        if self._pad_to is None:
+        if self.pad_to is None:
             longest = int(lengths.sum() if packed else lengths.max(initial=0))
-            return count, -(-max(1, longest) // self._multiple) * self._multiple
-        fixed = 1 if packed else size.amount if size.unit == "examples" else size.amount // self._pad_to
-        return max(count, fixed), self._pad_to
+            return count, -(-max(1, longest) // self.multiple) * self.multiple
+        fixed = 1 if packed else size.amount if size.unit == "examples" else size.amount // self.pad_to
+        return max(count, fixed), self.pad_to
 
     def _collate(self, group: list[int]) -> Batch:
-        examples, (count, length) = [self._tokens[i] for i in group], self._shape(group)
-        rows: list[list[Example]] = [examples] if self._schedule.packed else [[e] for e in examples]
+        examples, (count, length) = [self.tokens[i] for i in group], self._shape(group)
+        rows: list[list[Example]] = [examples] if self.schedule.packed else [[e] for e in examples]
         rows += [[]] * (count - len(rows))
-        return collate(rows, length=length, pad_id=self._pad_id, bound=self._bound)
+        return collate(rows, length=length, pad_id=self.pad_id, bound=self.bound)

@@ -7,6 +7,7 @@ without it. It is letters and digits alone, so JSON escapes leave it as it is. T
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Message = dict[str, Any]
@@ -32,23 +33,15 @@ class Sentinel(NamedTuple):
     at: int
 
 
+@dataclass
 class Sentinels:
-    """Sets sentinels into a conversation and takes them out of its rendering.
+    """Sets sentinels into a conversation and takes them out of its rendering."""
 
-    Args:
-        word: begins every sentinel; occurs nowhere in the conversation or its rendering.
-        position: where in a text they stand.
-
-    Attributes:
-        fields: the texts that carry sentinels.
-        argument_names: names of call arguments. They carry none, because templates may sort by them.
-    """
-
-    def __init__(self, word: str, position: Position) -> None:
-        self.word, self.position = word, position
-        self.fields: list[Field] = []
-        self.argument_names: list[str] = []
-        self._pattern = re.compile(word + r"(\d+)([be])Q")
+    word: str  # begins every sentinel; occurs nowhere in the conversation or its rendering
+    position: Position  # where in a text they stand
+    fields: list[Field] = field(default_factory=list)  # the texts that carry sentinels
+    # Names of call arguments. They carry none, because templates may sort by them.
+    argument_names: list[str] = field(default_factory=list)
 
     def insert(self, messages: Messages, tools: Tools) -> tuple[list[Message], Tools]:
         """Copies with sentinels; `fields` lists what carries them."""
@@ -57,11 +50,11 @@ class Sentinels:
 
     def strip(self, text: str) -> tuple[str, list[Sentinel]]:
         """The rendering without sentinels, and those that it held, in order."""
-        found, removed = [], 0
-        for match in self._pattern.finditer(text):
+        found, removed, pattern = [], 0, re.compile(self.word + r"(\d+)([be])Q")
+        for match in pattern.finditer(text):
             found.append(Sentinel(int(match[1]), match[2], match.start() - removed))
             removed += len(match[0])
-        return self._pattern.sub("", text), found
+        return pattern.sub("", text), found
 
     def _message(self, i: int, message: Message) -> Message:
         copy = dict(message)
