@@ -3,8 +3,6 @@
 machine -> model files -> data and token contract -> model on meta -> plan -> weights -> optimizer -> checkpoint
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -196,17 +194,12 @@ def plan_model(
         cluster = cluster_of(machine.name, ranks.world // local, local)
         work = measure_work(run, files.spec, data.train, schedule=data.schedule)
         plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
-        check_host(plan, ranks)
+        needed, there = plan.memory.host * ranks.local_world, available_memory()
+        if needed > there:
+            what = f"the host needs {size_text(needed)} for what is offloaded, and {size_text(there)} can be had"
+            fix = "train.cpu_offload=[], or more nodes"
+            raise MachineError(what, where="train.cpu_offload", why=f"{ranks.local_world} ranks are on it", fix=fix)
     return model, plan
-
-
-def check_host(plan: RunPlan, ranks: Ranks) -> None:
-    """MachineError where the ranks of this node offload more than its memory has."""
-    needed, there = plan.memory.host * ranks.local_world, available_memory()
-    if needed > there:
-        what = f"the host needs {size_text(needed)} for what is offloaded, and {size_text(there)} can be had"
-        fix = "train.cpu_offload=[], or more nodes"
-        raise MachineError(what, where="train.cpu_offload", why=f"{ranks.local_world} ranks are on it", fix=fix)
 
 
 def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:

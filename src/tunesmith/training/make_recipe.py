@@ -3,8 +3,6 @@
 What is not a default is written with its reason, beside the run, to be edited and run again.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -30,9 +28,9 @@ from tunesmith.data.tokens import tokenise
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.host_files import from_here, write_atomically
 from tunesmith.hub import fetch
-from tunesmith.model.safetensors_files import read_json
-from tunesmith.model.spec import ModelSpec, read_spec
-from tunesmith.model.tokenizer import eos_ids, load_tokenizer
+from tunesmith.hub.model_files import read_model_files
+from tunesmith.model.spec import ModelSpec
+from tunesmith.model.tokenizer import eos_ids
 from tunesmith.units import Length, Share, Size
 
 LOOK = 2000  # rows whose tokens are counted, spread over the file
@@ -157,15 +155,12 @@ def _with_split(source: Source) -> Source:
 
 def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelSpec, np.ndarray]:
     """The model's spec, and how many tokens each of some rows becomes, spread over all."""
-    folder = fetch.fetch_for_tokens(run.model)
-    config = folder / "config.json"
-    spec = read_spec(read_json(config), where=str(config), trust_remote_code=run.model.trust_remote_code)
-    tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, folder), run.model)
-    data = replace(run.data, train=(source,), seq_len=spec.context, too_long="truncate", train_on="all")
-    template = select_template(data, tokenizer, eos_ids(folder, tokenizer))
+    files = read_model_files(fetch.fetch_for_tokens(run.model), run.model)
+    data = replace(run.data, train=(source,), seq_len=files.spec.context, too_long="truncate", train_on="all")
+    template = select_template(data, files.tokenizer, eos_ids(files.folder, files.tokenizer))
     spans = [range(n, n + 1) for n in sorted({n * len(rows) // LOOK for n in range(LOOK)})]
     rows = rows.take(spans) if len(rows) > LOOK else rows
-    return spec, tokenise([(source, rows)], data, template, tokenizer, cache=None, what="a sample").lengths
+    return files.spec, tokenise([(source, rows)], data, template, files.tokenizer, cache=None, what="a sample").lengths
 
 
 def _choose_seq_len(lengths: np.ndarray, context: int) -> tuple[int, str]:

@@ -1,7 +1,5 @@
 """What a run came to: a Result, or the error that ended it in words that help."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, field
@@ -12,15 +10,7 @@ import torch
 
 from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED
 from tunesmith.config.schema import Run
-from tunesmith.errors import (
-    EXIT_OK,
-    NonFiniteError,
-    RunError,
-    StoppedError,
-    TunesmithError,
-    UsageError,
-    disk_fault,
-)
+from tunesmith.errors import EXIT_OK, NonFiniteError, RunError, StoppedError, TunesmithError, UsageError, disk_fault
 from tunesmith.host_files import write_atomically
 from tunesmith.metrics.record import StepRecord
 from tunesmith.ranks import is_launched

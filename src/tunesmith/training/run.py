@@ -1,7 +1,5 @@
 """One start of a recipe: claim the run directory -> decide where to start -> build -> Trainer.fit -> Result."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -15,14 +13,7 @@ from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED, claim_run_dir, put_aside, sweep
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.errors import (
-    NonFiniteError,
-    OtherRankError,
-    RunError,
-    StoppedError,
-    UsageError,
-    first_line,
-)
+from tunesmith.errors import NonFiniteError, OtherRankError, RunError, StoppedError, UsageError, first_line
 from tunesmith.host_files import refuse_many_ranks, refuse_special_files
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
@@ -36,7 +27,7 @@ from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
 from tunesmith.training.build import Session, build, write_identity
-from tunesmith.training.result import Result, how_to_resume
+from tunesmith.training.result import Result, how_to_resume, stopped_twice
 from tunesmith.training.trainer import Trainer
 
 
@@ -128,7 +119,9 @@ def open_run_dir(
         say(f"no shared disk: the nodes of {names} keep checkpoints of their own; records and final/ are with {first}")
     with ranks.together():
         aside = (fresh or run.checkpoint.resume == "never") and ranks.leads_dir
-        place = put_aside(out, inputs_of(run)) if aside else None
+        read = [run.model.name, run.model.tokenizer, run.adapter.from_, run.data.template]
+        read += [source.source for source in (*run.data.train, *run.data.validation)]
+        place = put_aside(out, [name for name in read if name is not None]) if aside else None
     for rank, moved in enumerate(ranks.gather(place)):
         if moved:
             say(f"the earlier run is now in {moved}" + (f", of {ranks.name(rank)}" if rank else ""))
@@ -194,9 +187,9 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
         error = trainer.session.ranks.heartbeat.verdict(caught)
         if isinstance(error, OtherRankError):  # which the heartbeat has told
             raise error from caught
-        if trainer.stop.now:
-            raise trainer.stopped_now() from error
         trainer.writer.close()  # what it is writing still counts
+        if trainer.stop.now:
+            raise stopped_twice(trainer.out, trainer.progress.step, trainer.writer.saved_step) from error
         failure, resume = trainer.as_failure(error), how_to_resume(trainer.writer.saved_step)
         if error is callback.error:
             what = f"on_record raised {type(error).__name__}: {first_line(error)}"
@@ -234,12 +227,6 @@ def sinks_of(
         sinks.append(TensorBoardSink(Path(elsewhere or folder / "tensorboard"), shared=elsewhere is not None))
     sinks += [TrackerSink(name, folder, lambda text: terminal.text("tracker", text)) for name in trackers_of(run)]
     return Sinks(sinks)
-
-
-def inputs_of(run: Run) -> list[str]:
-    """All that a run reads, as its recipe names it: files, folders, and names on the Hub."""
-    names = [run.model.name, run.model.tokenizer, run.adapter.from_, run.data.template]
-    return [n for n in (*names, *(s.source for s in (*run.data.train, *run.data.validation))) if n is not None]
 
 
 def close_after_all(sinks: Sinks) -> None:

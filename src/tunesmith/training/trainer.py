@@ -6,8 +6,6 @@ On CUDA a step's metrics are read one step later, so that the host never waits f
 checkpoint is copied in a moment and written while the next steps run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -29,7 +27,7 @@ from tunesmith.checkpoint.run_dir import STOP_FILE
 from tunesmith.checkpoint.sharded import RanksWriter, fill_together, fits_twice
 from tunesmith.checkpoint.state import Writer
 from tunesmith.data.loader import GlobalBatch
-from tunesmith.errors import StoppedError, TunesmithError
+from tunesmith.errors import TunesmithError
 from tunesmith.heartbeat import STUCK
 from tunesmith.host_files import write_atomically
 from tunesmith.inference.decoding import sample_answers
@@ -44,7 +42,7 @@ from tunesmith.parallel.tensor import reduce_gradients
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
-from tunesmith.training.result import Result, failure_of, non_finite_error, stopped_by, stopped_twice
+from tunesmith.training.result import Result, failure_of, non_finite_error, stopped_by
 from tunesmith.units import Cadence
 
 
@@ -357,11 +355,6 @@ class Trainer:
         self.save()
         by = next((name for name in self.session.ranks.gather(self.stop.signal) if name), None)
         raise stopped_by(by, self.out, self.progress.step, leads=self.session.ranks.leads)
-
-    def stopped_now(self) -> StoppedError:
-        """The error of a second ctrl-C: the newest checkpoint is all that is saved."""
-        self.writer.close()  # what it is writing still counts
-        return stopped_twice(self.out, self.progress.step, self.writer.saved_step)
 
     def end(self) -> Result:
         """The last checkpoint and final/; a signal that cut off the last validation leaves both to the next start."""
