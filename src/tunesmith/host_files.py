@@ -1,7 +1,5 @@
 """What this machine offers: a cache folder, room on the disk, memory, a terminal; files written whole, and what is none."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import stat
@@ -125,10 +123,7 @@ def physical_memory() -> int:
 
 
 def available_cores(root: Path = Path("/")) -> int:
-    """Cores that this process is bound to, within its control groups' share of time.
-
-    `root` is where /proc and /sys are looked for.
-    """
+    """Cores that this process is bound to, within its control groups' share of time; /proc and /sys are below `root`."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # no control groups here
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():

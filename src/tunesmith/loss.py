@@ -94,11 +94,7 @@ def token_logprobs(
 def token_cross_entropy(
     hidden: Tensor, head: nn.Linear, targets: Tensor, *, softcap: float | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each position, and whether the most likely token is the target. Args as above.
-
-    Returns:
-        (fp32 or fp64 [n], bool [n]); without gradient.
-    """
+    """Cross-entropy of each position, fp32 or fp64 [n], and whether the most likely token is the target, bool [n]."""
     size, shard = chunk_size(head.out_features, len(targets), hidden.device), shard_of(head)
     losses, hits = [hidden.new_zeros(0, dtype=_wide(hidden))], [targets.new_zeros(0, dtype=torch.bool)]
     for h, t in zip(hidden.split(size), targets.split(size), strict=True):

@@ -63,10 +63,7 @@ def run_in_turns(
 
 
 def table_of(found: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Of each variant that ran: median tokens/s, its ratio to the baseline, peak memory in GiB, and the last loss.
-
-    RunError where the baseline failed.
-    """
+    """Of each variant: median tokens/s, ratio to the baseline, peak GiB, last loss; RunError where the baseline failed."""
     table: dict[str, dict[str, float]] = {}
     for name, reports in found.items():
         if runs := [report["figures"] for report in reports]:

@@ -276,11 +276,11 @@ def _padding(session: Session, records: list[StepRecord], tokens: int, padded: i
     return f"every micro batch is padded to {layout.pad_to:,} tokens: a train.global_batch of whole micro batches"
 
 
-def fp8_matmul_tflops(device: torch.device, *, size: int | None = None) -> float | None:
+def fp8_matmul_tflops(device: torch.device) -> float | None:
     """The same with fp8 (e4m3) factors, scaled by rows, else by tensor; None where the device has neither."""
     if device.type != "cuda":
         return None
-    n = size or MATMUL_SIZE["cuda"]
+    n = MATMUL_SIZE["cuda"]
     left, right = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
     product = partial(scaled_mm, left, right.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
     for rows in (n, 1):

@@ -95,10 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def framed(command: Callable[[], int], *, process: bool) -> int:
-    """Run a command; whatever ends it becomes a message for the user and the exit code that is returned.
-
-    `process`: the process ends with it.
-    """
+    """Run a command; whatever ends it becomes a message and an exit code. `process`: the process ends with it."""
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115  it lives as long as the process
     sys.stdout, sys.stderr = lasting(sys.stdout, raises=True), lasting(sys.stderr)

@@ -24,10 +24,7 @@ Problem = tuple[str, str, str] | tuple[str, str, str, str]
 
 
 def check_run(run: Run, where: Callable[[str], str]) -> None:
-    """RecipeError for the first rule that a recipe breaks.
-
-    `where` gives the place of a dotted key (`data.train.0.columns`), or "" if the key was not given.
-    """
+    """RecipeError for the first rule that a recipe breaks; `where` gives the place of a dotted key, "" if not given."""
     for rules in (_model, _adapter, _data, _train, _batch, _optimizer_in_backward, _lengths, _validate):
         for key, what, fix, *why in rules(run, where):
             raise RecipeError(f"{key} {what}", where=where(key) or key, why="".join(why), fix=fix)

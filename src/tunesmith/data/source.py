@@ -1,7 +1,5 @@
 """A recipe's source -> rows, each with its place: a local file, or a dataset on the Hub."""
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 import itertools
@@ -66,7 +64,7 @@ class Rows:
         table, at = self._find(i)
         return table.where(at)
 
-    def take(self, spans: Iterable[range]) -> Rows:
+    def take(self, spans: Iterable[range]) -> "Rows":
         """The rows of some spans of indices, span after span."""
         taken = []
         for span in spans:
@@ -120,10 +118,7 @@ def is_local(name: str) -> bool:
 
 
 def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> list[RowRange]:
-    """The rows that a split such as `train[:95%]` or `train+test[:10]` names, in the grammar and rounding of `datasets`.
-
-    None takes all rows of all splits.
-    """
+    """The rows that a split such as `train[:95%]` names, in the grammar and rounding of `datasets`; None: of all splits."""
     if split is None:
         if len(tables) > 1:
             names = ", ".join(f"{name} ({len(table)})" for name, table in tables.items())

@@ -5,8 +5,6 @@ a sharded model gathers its weights in the root's forward, so a backbone or head
 method (`sft.py`) is called by the root. It returns a loss sum and what to divide it by, and owns no loop.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -45,7 +43,7 @@ class Method(Protocol):
         """What the loss sum over a micro batch or a whole global batch is divided by, from its counts on the host:
         `supervised` and `examples`. Additive over micro batches and ranks."""
 
-    def __call__(self, model: TrainModel, batch: Batch) -> MethodOutput:
+    def __call__(self, model: "TrainModel", batch: Batch) -> MethodOutput:
         """Loss sum and metrics of one micro batch, with `denominator(batch)`."""
 
 
@@ -111,19 +109,12 @@ class TrainModel(nn.Module):
             ids, positions = ids.view(1, -1), positions.view(1, -1)
             options["documents"] = Documents(batch.cu_seqlens, batch.max_seqlen, self.attention_backend)
         output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **options)
-        hidden: Tensor = output.last_hidden_state.flatten(0, 1)
-        return hidden
+        return output.last_hidden_state.flatten(0, 1)
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Cross-entropy summed over the positions of hidden [n, width] and targets [n], each times its weight [n]."""
         return chunked_cross_entropy(
-            hidden,
-            self.head,
-            targets,
-            weights=weights,
-            softcap=self.softcap,
-            scale=self.logit_scale,
-            score=self.score,
+            hidden, self.head, targets, weights=weights, softcap=self.softcap, scale=self.logit_scale, score=self.score
         )
 
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -148,8 +139,7 @@ class TrainModel(nn.Module):
 
     def generate(self, **options: Any) -> Tensor:
         """Token ids that the causal LM continues a prompt with; `options` are those of Transformers' `generate`."""
-        ids: Tensor = self.model.generate(**options)
-        return ids
+        return self.model.generate(**options)
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is trained, by its name in the causal LM; tied parameters once."""
@@ -165,10 +155,7 @@ class TrainModel(nn.Module):
 
 
 def supervised_positions(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Positions in the flattened batch that have a label, int64 [n], and these labels, int64 [n].
-
-    Their number is known on the host, so nothing waits for a GPU.
-    """
-    flat = batch.targets.flatten()
+    """Positions in the flattened batch that have a label, int64 [n], and these labels, int64 [n]."""
+    flat = batch.targets.flatten()  # their number is known on the host: nothing waits for a GPU
     index = torch.nonzero_static(flat != IGNORE, size=batch.supervised).squeeze(1)
     return index, flat[index]

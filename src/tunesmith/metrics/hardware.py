@@ -10,7 +10,9 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,16 +117,9 @@ def bf16_slowdown(device: torch.device) -> float:
     A CPU without AVX-512 or AMX took 198 times as long for this product of 256^3, and 85 times for one of 1024^3 (0.9 and 79
     GFLOP/s a thread). There it takes a tenth of a second.
     """
-    n, seconds = 256, []
-    for dtype in (torch.bfloat16, torch.float32):
-        x = torch.randn(n, n, device=device).to(dtype)
-        times = []
-        for _ in range(3):
-            began = time.perf_counter()
-            torch.mm(x, x)
-            times.append(time.perf_counter() - began)
-        seconds.append(min(times))
-    return seconds[0] / seconds[1]
+    x = torch.randn(256, 256, device=device)
+    wide, narrow = (min(timeit.repeat(partial(torch.mm, y, y), number=1, repeat=3)) for y in (x, x.bfloat16()))
+    return narrow / wide
 
 
 def seconds_of(product: Callable[[], Tensor]) -> float:

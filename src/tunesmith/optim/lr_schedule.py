@@ -1,7 +1,5 @@
 """The learning rate of every step."""
 
-from __future__ import annotations
-
 import math
 
 from tunesmith.config.schema import Train
@@ -33,10 +31,7 @@ def learning_rate(train: Train, step: int, *, warmup: int, progress: float) -> f
 
 
 def scheduled_rate(train: Train, step: int, *, total: int | None, steps_per_epoch: int, seconds: float) -> float:
-    """The learning rate of one step, counted from 0, of a run of `total` steps.
-
-    With None for `total` the run ends by the clock, and is `seconds` old.
-    """
+    """The learning rate of one step, from 0, of a run of `total` steps; None: it ends by the clock, and is `seconds` old."""
     warmup = warmup_steps(train, total, steps_per_epoch)
     if total is None:
         progress = seconds / (train.duration.seconds or 1.0)

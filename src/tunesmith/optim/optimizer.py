@@ -12,8 +12,6 @@ It always updates an fp32 tensor, or a bf16 one with stochastic rounding:
 never exist together (Lv et al. 2023, arXiv:2306.09782).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from functools import partial
 
@@ -185,11 +183,7 @@ class Optimizer:
     def load_state_dict(
         self, tensors: Mapping[str, Tensor], *, scale: float | None, growth_tracker: int, where: str
     ) -> None:
-        """Copy a saved state in; `where` names it in errors.
-
-        Raises:
-            CheckpointError: tensors are missing or of another shape or type, that is, they belong to another run.
-        """
+        """Copy a saved state in, which errors call `where`; CheckpointError where it belongs to another run."""
 
         def copy_of(name: str, like: Tensor) -> Tensor:
             saved = tensors.get(name)

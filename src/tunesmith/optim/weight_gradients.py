@@ -5,8 +5,6 @@ a parameter in the first micro batch of a step and 12 in each further one, here 
 The gradient is never rounded to 16 bits. Megatron-LM calls this gradient accumulation fusion.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -35,7 +33,7 @@ def accumulate_in_fp32(model: nn.Module) -> int:
     return count
 
 
-def fp32_gradients(model: nn.Module) -> Iterator[tuple[str, Fp32GradientLinear]]:
+def fp32_gradients(model: nn.Module) -> "Iterator[tuple[str, Fp32GradientLinear]]":
     """The layers that add up their own gradients, by the names of their weights."""
     return ((f"{name}.weight", m) for name, m in model.named_modules() if isinstance(m, Fp32GradientLinear))
 
@@ -53,8 +51,7 @@ class Fp32GradientLinear(nn.Module):
         """x: [..., in_features]; returns [..., out_features]."""
         own: Any = self
         if not torch.is_grad_enabled():
-            y: Tensor = super().forward(x)
-            return y
+            return super().forward(x)
         return linear(x.flatten(0, -2), own.weight, own.bias, self.gradient, self.filled).unflatten(0, x.shape[:-1])
 
 

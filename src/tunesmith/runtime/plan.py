@@ -1,7 +1,5 @@
 """What a run will do on a machine: one frozen value, resolved before anything is built. Importable without torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -62,7 +60,7 @@ class MicroBatchLayout:
     multiple: int = 1
     bound: int | None = None
 
-    def multiple_of(self, tensor: int) -> MicroBatchLayout:
+    def multiple_of(self, tensor: int) -> "MicroBatchLayout":
         """The layout whose micro batches can be cut into `tensor` equal parts."""
         pad_to = None if self.pad_to is None else -(-self.pad_to // tensor) * tensor
         return replace(self, pad_to=pad_to, multiple=math.lcm(self.multiple, tensor))
@@ -99,16 +97,9 @@ class MemoryEstimate:
 
     def describe(self) -> str:
         """The parts, in GiB."""
-        parts = (
-            "weights",
-            "gradients",
-            "optimizer",
-            *(["gathered"] if self.gathered else []),
-            "activations",
-            "workspace",
-            *(["host"] if self.host else []),
-        )
-        return ", ".join(f"{part} {vars(self)[part] / 2**30:.1f}" for part in parts) + " GiB"
+        names = ("weights", "gradients", "optimizer", "gathered", "activations", "workspace", "host")
+        parts = [(name, vars(self)[name]) for name in names if name not in ("gathered", "host") or vars(self)[name]]
+        return ", ".join(f"{name} {size / 2**30:.1f}" for name, size in parts) + " GiB"
 
 
 class Saving(NamedTuple):
@@ -145,7 +136,7 @@ class RunPlan:
     trial_peak: int = 0
     why: Mapping[str, str] = field(default_factory=dict)
 
-    def without_fast_path(self, name: str, why: str) -> RunPlan:
+    def without_fast_path(self, name: str, why: str) -> "RunPlan":
         """The plan of a model in which this fast path has no effect, and why."""
         left = tuple(path for path in self.fast_paths if path != name)
         warning = f"warning: train.fast_paths: {name} has no effect: {why}"

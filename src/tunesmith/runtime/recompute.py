@@ -72,10 +72,7 @@ class OffloadedLayer(nn.Module):
 
 
 class MemoryMeter:
-    """Bytes that torch's allocator has on one GPU: now, and at most since `restart`.
-
-    `before` holds the most before the last restart. `cuda` is torch.cuda.
-    """
+    """Bytes that torch's allocator has on one GPU: now, at most since `restart`, and at most `before` the last restart."""
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self.device, self.cuda, self.before = device, cuda, 0
