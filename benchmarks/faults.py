@@ -33,7 +33,7 @@ from typing import Any
 NODES = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
 PORT = 29555
 RANKS = 2  # a node
-STEPS, EVERY, GAP = 300, 10, 25  # of a run; between checkpoints, and at least between faults
+STEPS, EVERY, GAP = 160, 10, 25  # of a run; between checkpoints, and at least between faults
 START, LEFT = 150.0, 20.0  # seconds that a start may take; that a launcher may live on after its ranks
 COMPARED = ("step", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "epoch")
 
@@ -293,20 +293,21 @@ def strike(fault: Fault, pair: Pair, last: int) -> dict[str, Any]:
     pair.wait_for_step(last + GAP)
     pids, step = pair.ranks(), pair.records()[-1]["step"]
     assert len(pids) == 2 * RANKS, pids
+    earlier = {node: len(pair.printed(node)) for node in NODES}  # of a launcher that has started ranks again
     began = time.time()
     fault.strike(pair)
     if not fault.goes_on:
         found: dict[str, Any] = {"seconds": wait_for_end(pair, pids, began, fault.after)}
-        found["codes"] = {node: agent.wait() for node, agent in pair.agents.items()}
+        found |= {"codes": {node: agent.wait() for node, agent in pair.agents.items()}, "failure.json": pair.failure()}
     else:
         while any(map(lives, pids.values())):
             time.sleep(0.02)
-        found = {"seconds": {"ranks": round(time.time() - began, 2)}}
-        pair.wait_for_step(pair.records()[-1]["step"] + 1)  # which only new ranks can take
-        found["seconds"]["goes on"] = round(time.time() - began, 2)
-    printed = {node: pair.printed(node) for node in NODES}
-    found |= {"step": step, "failure.json": pair.failure(), "printed": printed, "whole checkpoints": whole_steps(pair)}
-    return found
+        ended = round(time.time() - began, 2)
+        found = {"failure.json": pair.failure()}  # before the ranks that start again delete it
+        pair.wait_for_step(pair.records()[-1]["step"] + 1)  # which only they can take
+        found |= {"seconds": {"ranks": ended, "goes on": round(time.time() - began, 2)}, "ranks": len(pair.ranks())}
+    printed = {node: pair.printed(node)[earlier[node] :] for node in NODES}
+    return found | {"step": step, "printed": printed, "whole checkpoints": whole_steps(pair)}
 
 
 def compare(run: Path, whole: Path) -> dict[str, Any]:
