@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
+from torch.distributed import distributed_c10d
 
 from ranks import run_ranks
 from tunesmith.cli.main import framed
 from tunesmith.errors import DataError, MachineError, OtherRankError, TunesmithError
 from tunesmith.parallel.mesh import Mesh, MeshShape
-from tunesmith.ranks import Ranks, join_ranks
+from tunesmith.ranks import PATIENCE, Ranks, join_ranks
 
 
 def test_one_process_shares_with_itself():
@@ -33,7 +37,9 @@ def shared() -> tuple[object, ...]:
         with ranks.node_leader_first():
             order.append(ranks.rank)
         mesh = Mesh.of(MeshShape(1, 2, 2), "cpu")
-        return ranks.share(ranks.rank), ranks.gather(ranks.rank), raised, mesh.data_rank, mesh.tensor_rank
+        groups: Any = [*distributed_c10d._world.pg_map]
+        limits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+        return ranks.share(ranks.rank), ranks.gather(ranks.rank), raised, mesh.data_rank, mesh.tensor_rank, limits
 
 
 def test_ranks_share_values_and_errors():
@@ -46,6 +52,7 @@ def test_ranks_share_values_and_errors():
     assert "rows of 1" in found[0][2][1]
     assert [f[3] for f in found] == [0, 0, 1, 1]
     assert [f[4] for f in found] == [0, 1, 0, 1]
+    assert [f[5] for f in found] == [{PATIENCE}] * 4  # of all groups: torch gives a mesh's half an hour
 
 
 def test_a_command_leaves_it_to_the_other_rank_to_tell_its_error(capsys: pytest.CaptureFixture[str]):

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from tunesmith.config.schema import Parallel, Run
 from tunesmith.errors import RecipeError
 from tunesmith.model.architectures import ARCHITECTURES, Architecture
 from tunesmith.model.spec import ModelSpec
+from tunesmith.ranks import PATIENCE
 from tunesmith.runtime.plan import ONE, MeshShape
 
 DIMENSIONS = ("replicate", "shard", "tensor")
@@ -26,27 +26,34 @@ DIMENSIONS = ("replicate", "shard", "tensor")
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a run by dimension, as this rank sees them. The default is one process, without a process group."""
+    """The ranks of a run by dimension, as this rank sees them. The default is one process, without a process group.
+
+    Attributes:
+        device_mesh: [replicate, shard, tensor]; None for one process.
+        data_group: the ranks whose micro batches make the global batch, with this one; None where it is alone.
+        tensor_group: those that compute each layer together with this one; None where it computes them alone.
+        data_rank, tensor_rank: this one's number in them.
+    """
 
     shape: MeshShape = ONE
-    device_mesh: DeviceMesh | None = None  # [replicate, shard, tensor]; None for one process
+    device_mesh: DeviceMesh | None = None
+    data_group: dist.ProcessGroup | None = None
+    tensor_group: dist.ProcessGroup | None = None
+    data_rank: int = 0
+    tensor_rank: int = 0
 
     @classmethod
     def of(cls, shape: MeshShape, device_type: str) -> Mesh:
         """The mesh of all ranks; a collective call. `device_type` is `cpu` or `cuda`."""
         if shape.world == 1:
             return cls()
-        mesh = cls(shape, init_device_mesh(device_type, tuple(shape), mesh_dim_names=DIMENSIONS))
-        _ = mesh.data_group  # made by all ranks together
-        return mesh
-
-    @property
-    def data_rank(self) -> int:
-        return dist.get_rank() // self.shape.tensor if self.device_mesh is not None else 0
-
-    @property
-    def tensor_rank(self) -> int:
-        return dist.get_rank() % self.shape.tensor if self.device_mesh is not None else 0
+        ranks = torch.arange(shape.world).view(*shape)
+        # init_device_mesh would give the groups torch's own time limit, half an hour: a slow save may take longer.
+        groups = [_group_of(ranks.movedim(dim, -1).flatten(0, -2).tolist()) for dim in range(len(DIMENSIONS))]
+        mesh = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=DIMENSIONS)
+        data = _group_of(ranks.flatten(0, 1).T.tolist()) if shape.data > 1 else None
+        tensor = groups[2] if shape.tensor > 1 else None
+        return cls(shape, mesh, data, tensor, *divmod(dist.get_rank(), shape.tensor))
 
     @property
     def sharding(self) -> DeviceMesh:
@@ -54,27 +61,11 @@ class Mesh:
         assert self.device_mesh is not None
         return self.device_mesh["replicate", "shard"]
 
-    @property
-    def tensor(self) -> DeviceMesh:
-        """[tensor]."""
-        assert self.device_mesh is not None
-        return self.device_mesh["tensor"]
 
-    @cached_property
-    def data_group(self) -> dist.ProcessGroup | None:
-        """The ranks whose micro batches make the global batch, with this one; None where it is alone. The first call is
-        collective."""
-        if self.shape.data == 1:
-            return None
-        if self.shape.tensor == 1:
-            return dist.group.WORLD
-        every = [[d * self.shape.tensor + t for d in range(self.shape.data)] for t in range(self.shape.tensor)]
-        return dist.new_subgroups_by_enumeration(every)[0]
-
-    @property
-    def tensor_group(self) -> dist.ProcessGroup | None:
-        """The ranks that compute each layer together with this one; None where it computes them alone."""
-        return self.device_mesh.get_group("tensor") if self.device_mesh is not None and self.shape.tensor > 1 else None
+def _group_of(every: list[list[int]]) -> dist.ProcessGroup:
+    """This rank's of groups that have all ranks between them; a collective call."""
+    world = dist.group.WORLD
+    return world if world and len(every) == 1 else dist.new_subgroups_by_enumeration(every, timeout=PATIENCE)[0]
 
 
 ALONE = Mesh()
