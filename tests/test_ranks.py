@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch._C._distributed_c10d import ErrorType
 from torch.distributed import distributed_c10d
 
 from ranks import run_ranks
 from tunesmith.cli.main import framed
 from tunesmith.errors import DataError, MachineError, OtherRankError, TunesmithError
 from tunesmith.parallel.mesh import Mesh, MeshShape
-from tunesmith.ranks import PATIENCE, Ranks, join_ranks
+from tunesmith.private import find_nccl_error
+from tunesmith.ranks import PATIENCE, WATCHDOG, Ranks, choose_gpu, join_ranks
 
 
 def test_one_process_shares_with_itself():
@@ -39,6 +43,7 @@ def shared() -> tuple[object, ...]:
         mesh = Mesh.of(MeshShape(1, 2, 2), "cpu")
         groups: Any = [*distributed_c10d._world.pg_map]
         limits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+        assert find_nccl_error() == ""
         return ranks.share(ranks.rank), ranks.gather(ranks.rank), raised, mesh.data_rank, mesh.tensor_rank, limits
 
 
@@ -69,3 +74,50 @@ def test_an_address_that_no_launcher_has_set_is_named(monkeypatch: pytest.Monkey
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(MachineError, match="MASTER_ADDR"), join_ranks():
         pass
+
+
+@pytest.mark.parametrize(
+    ("count", "shown", "local_rank", "taken"),
+    [(8, None, 3, 3), (4, "4,5,6,7", 3, 3), (1, "3", 3, 0), (1, None, 0, None), (2, "0,1", 3, None)],
+)
+def test_a_rank_takes_its_gpu_or_the_only_one_that_it_is_shown(
+    monkeypatch: pytest.MonkeyPatch, count: int, shown: str | None, local_rank: int, taken: int | None
+):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    if taken is not None:
+        choose_gpu(local_rank, 4)
+        assert chosen == [taken]
+        return
+    with pytest.raises(MachineError, match=f"4 ranks on a node with {count} GPUs"):
+        choose_gpu(local_rank, 4)
+
+
+def test_nccls_watchdog_ends_no_process_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("tunesmith.ranks.choose_gpu", lambda local_rank, local_world: None)
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # and no MASTER_ADDR
+    names = [f"TORCH_NCCL_{name}" for name in WATCHDOG]
+    with mock.patch.dict(os.environ, rank | {names[0]: "3"}):
+        os.environ.pop("MASTER_ADDR", None)
+        with pytest.raises(MachineError), join_ranks():
+            pass
+        assert [os.environ[name] for name in names] == ["3", "0", "0", "0"]
+
+
+@pytest.mark.parametrize(("error", "found"), [(ErrorType.SUCCESS, ""), (ErrorType.COMM_ERROR, "NCCL: COMM_ERROR")])
+def test_an_error_of_nccl_is_found_in_any_group(monkeypatch: pytest.MonkeyPatch, error: ErrorType, found: str):
+    def group(**errors: ErrorType | None) -> Any:
+        """A process group with a backend of each name, which has that error; gloo's has none to ask for."""
+        backends = {name: mock.Mock(**{"get_error.return_value": value}) for name, value in errors.items()}
+        for name, backend in backends.items():
+            backend.name.return_value = name
+        return mock.Mock(_device_types=[*backends], _get_backend=backends.__getitem__)
+
+    groups = [group(gloo=None), group(gloo=None, nccl=ErrorType.SUCCESS), group(gloo=None, nccl=error)]
+    monkeypatch.setattr(distributed_c10d, "_world", mock.Mock(pg_map=dict.fromkeys(groups)))
+    assert find_nccl_error() == found

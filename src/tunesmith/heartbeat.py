@@ -57,6 +57,8 @@ class Heartbeat:
         fault: what ends all ranks, once it is known.
         agreed: an error that all ranks know of already, by other means.
         on_fault: called with it and the last step, by a thread, on the one rank of a node that tells it.
+        find_error: asked at each beat what went wrong with a collective that has raised nothing; empty: nothing.
+        gpu_is_busy: asked where the main thread seems stuck. Collectives return at once on a GPU: it is there that they wait.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class Heartbeat:
         self.fault: TunesmithError | None = None
         self.agreed: BaseException | None = None
         self.on_fault: Callable[[TunesmithError, int], object] = lambda fault, step: None
+        self.find_error: Callable[[], str] = lambda: ""
+        self.gpu_is_busy: Callable[[], bool] = lambda: False
         self.own, self.beats = Beat(), [Beat() for _ in hosts]
         with contextlib.suppress(OSError):  # a system without namespaces
             self.own.process = f"{os.readlink('/proc/self/ns/pid')} {os.getpid()}"
@@ -187,6 +191,8 @@ class Heartbeat:
                 self.beats[rank], self.heard[rank] = beat, self.clock
         if self.fault is not None:
             return
+        if not self._broken and (error := self.find_error()):
+            self._broken_at, self._broken = self.clock, error
         if verdict == b"-" and (found := self._outbox or self._look([r for r in ended if not self.beats[r].done])):
             verdict = self.store.compare_set("verdict", "-", json.dumps(found))
         if verdict != b"-":
@@ -195,13 +201,11 @@ class Heartbeat:
             first = self.store.add(f"told/{self.local[0]}", 1) == 1
             self._decide(words, tells=teller == self.rank if teller in self.local else first)
             for mute in (r for r in self.local if self._silent(r, self.limit) and self._state(r) not in ("", *GONE)):
-                os.kill(
-                    int(self.beats[mute].process.split()[1]), signal.SIGKILL
-                )  # it would hold up the launcher for 30 s
+                # It would hold up the launcher for 30 s.
+                os.kill(int(self.beats[mute].process.split()[1]), signal.SIGKILL)
 
     def _stand_at(self, frames: Iterable[tuple[FrameType, int]]) -> None:
-        """Note what the main thread does, by its frames and their lines from the innermost on: the collective that it waits
-        in, if it does, and the line of ours."""
+        """Note what the main thread does, by its frames and lines from the innermost on: its collective, and our line."""
         collective = at = ""
         for frame, line in frames:
             module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_name
@@ -212,6 +216,8 @@ class Heartbeat:
             elif module == "__main__" or module.startswith("tunesmith."):
                 at = f"{module}:{line}"
                 break
+        if not collective and self.own.idle > self.own.limit / 2 and self.gpu_is_busy():
+            collective = "a wait for the GPU"
         self.own.collective = collective
         self.own.place = ", ".join(text for text in (self._phase, f"step {self.step}", collective, at) if text)
 
@@ -260,7 +266,7 @@ class Heartbeat:
         self._known.set()
 
     def _words(self, what: str, why: str, gone: Collection[int] = ()) -> dict[str, str]:
-        """Those of an error that says where the ranks stand that are not gone: what they do, what they wait in."""
+        """Those of an error that says what the ranks do and wait in that are not gone."""
         places: dict[str, list[str]] = {}
         for rank, beat in enumerate(self.beats):
             if rank not in gone and beat.place:

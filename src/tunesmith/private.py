@@ -26,6 +26,16 @@ def collective(name: str, x: Tensor, *arguments: Any) -> Tensor:
     return operators.wait_tensor(getattr(operators, name)(x.contiguous(), *arguments))
 
 
+def find_nccl_error() -> str:
+    """What NCCL has found wrong with a collective of any group, for which the GPU waits without raising it; else empty."""
+    from torch.distributed import distributed_c10d
+
+    groups = [*distributed_c10d._world.pg_map]  # other threads may make some
+    backends = [group._get_backend(device) for group in groups for device in group._device_types]
+    errors = {backend.get_error().name for backend in backends if backend.name() == "nccl"}
+    return ", ".join(f"NCCL: {error}" for error in sorted(errors - {"SUCCESS"}))
+
+
 def mark_varying(tensor: Tensor, dim: int) -> None:
     """Tell torch.compile that a dimension differs from call to call, so that no size of it makes a graph of its own."""
     from torch._dynamo import maybe_mark_dynamic  # a slow import, for runs that compile only

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(hours=24)
 SECONDS = "TUNESMITH_HEARTBEAT_SECONDS"  # of the environment: for a slow network, or a test
 JOIN = 600.0  # seconds that the ranks have to find each other, as long as torchrun gives its nodes
+# NCCL's watchdog would end a process by SIGABRT, before a rank has told what happened, where a collective or kernel failed or
+# it stood still for minutes. Its sign to dump stays in the launcher's store for the ranks that start again.
+WATCHDOG = ("ASYNC_ERROR_HANDLING", "RETHROW_CUDA_ERRORS", "ENABLE_MONITORING", "DUMP_ON_TIMEOUT")
 T = TypeVar("T")
 
 
@@ -55,11 +58,6 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def leads_node(self) -> bool:
-        """Whether this rank does what is done once a node."""
-        return self.local_rank == 0
-
-    @property
     def leads_dir(self) -> bool:
         """Whether this rank writes the run directory that it sees."""
         return self.dir_leaders[self.rank] == self.rank
@@ -84,11 +82,10 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All ranks leave the block, or none: an error of one ends the block on all, after all have come to its end.
+        """All ranks leave the block, which must hold no collective, or none: an error of one ends it on all, at its end.
 
-        The block must hold no collective: a rank that has failed would not take part in it. The lowest rank that failed
-        raises its own error and tells it; the others raise `OtherRankError`, which says nothing and has the exit code.
-        """
+        The lowest rank that failed raises its own error and tells it; the others raise `OtherRankError`, which says nothing
+        and has the exit code."""
         if self.world == 1:
             yield
             return
@@ -97,8 +94,7 @@ class Ranks:
             yield
         except BaseException as caught:  # a signal's KeyboardInterrupt too
             error = caught
-        known = error if isinstance(error, TunesmithError) else None
-        code = 0 if error is None else known.exit_code if known else 1
+        code = error.exit_code if isinstance(error, TunesmithError) else int(error is not None)
         found = [(rank, *said) for rank, said in enumerate(self.gather((code, str(error)))) if said[0]]
         if not found:
             return
@@ -110,19 +106,16 @@ class Ranks:
 
     @contextmanager
     def node_leader_first(self) -> Iterator[None]:
-        """Let one rank of each node run the block before its others: what it leaves in a cache is theirs.
-
-        As `together`, and the block must hold no collective.
-        """
+        """Let one rank of each node run the block, without a collective, before its others: they find what it has cached."""
         if self.world == 1:
             yield
             return
-        if not self.leads_node:
+        if self.local_rank:
             self.gather(None)
         try:
             yield
         finally:
-            if self.leads_node:
+            if not self.local_rank:
                 self.gather(None)
 
 
@@ -164,10 +157,13 @@ def join_ranks() -> Iterator[Ranks]:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
+    from tunesmith.private import find_nccl_error
+
     rank, world, local_rank, local_world = env.values()
     cuda, limit = torch.cuda.is_available(), timedelta(seconds=heartbeat_limit())
     if cuda:
-        torch.cuda.set_device(local_rank)
+        choose_gpu(local_rank, local_world)
+        os.environ.update({f"TORCH_NCCL_{name}": "0" for name in WATCHDOG} | os.environ)
     try:
         store, _, _ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=JOIN)))
         group, hosts = meet(store, rank, world)
@@ -182,10 +178,24 @@ def join_ranks() -> Iterator[Ranks]:
             backend, names = "cpu:gloo,cuda:nccl" if cuda else "gloo", dist.PrefixStore(group, store)
             dist.init_process_group(backend, store=names, rank=rank, world_size=world, timeout=PATIENCE)
             heartbeat.phase("start")
+            if cuda:
+                heartbeat.find_error, stream = find_nccl_error, torch.cuda.current_stream()
+                heartbeat.gpu_is_busy = lambda: not stream.query()
             yield Ranks(rank, world, local_rank, local_world, tuple(hosts), (0,) * world, heartbeat)
     finally:
         if heartbeat.fault is None and dist.is_initialized():  # a group that a rank has left may wait for it
             dist.destroy_process_group()
+
+
+def choose_gpu(local_rank: int, local_world: int) -> None:
+    """Take this rank's GPU of the node, or the only one that its process is shown; MachineError where there are too few."""
+    import torch
+
+    count, shown = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if count < local_world and not (count == 1 and shown):  # Slurm's --gpus-per-task shows each rank its own
+        what, fix = f"{local_world} ranks on a node with {count} GPUs", f"one rank a GPU: --nproc-per-node {count}"
+        raise MachineError(what, where=f"CUDA_VISIBLE_DEVICES={shown or ''}", fix=fix)
+    torch.cuda.set_device(local_rank if count >= local_world else 0)
 
 
 def heartbeat_limit() -> float:
@@ -202,10 +212,8 @@ def meet(store: Store, rank: int, world: int) -> tuple[str, list[str]]:
 
     torchrun 2.13 keeps one store over its restarts, with the addresses of earlier ranks: whoever starts first would
     connect to those, and fail or wait for ever; and its nodes may count their restarts differently. So each rank says
-    who it is and agrees to the list that rank 0 reads, and all go on when rank 0 has seen that every one agrees.
-
-    MachineError if they have not after JOIN seconds.
-    """
+    who it is and agrees to the list that rank 0 reads, and all go on when rank 0 has seen that every one agrees; MachineError
+    if they have not after JOIN seconds."""
 
     def read(key: str) -> str:
         return store.get(key).decode() if store.check([key]) else ""
@@ -226,9 +234,8 @@ def meet(store: Store, rank: int, world: int) -> tuple[str, list[str]]:
             if read("go") == name:
                 return name, hosts
         time.sleep(0.05)
-    missing = [f"rank {r}" for r in range(world) if not read(f"hello/{r}")] or ["a rank that was there"]
-    more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-    raise _apart(f"no word of {', '.join(missing[:4])}{more} in {JOIN:.0f} s", rank, world)
+    missing = ", ".join(str(r) for r in range(world) if not read(f"hello/{r}")) or "that was there before"
+    raise _apart(f"no word of rank {missing} in {JOIN:.0f} s", rank, world)
 
 
 def _apart(what: str, rank: int, world: int, why: str = "") -> MachineError:

@@ -36,7 +36,7 @@ from tunesmith.metrics.sink import Sinks
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
 from tunesmith.private import local_slices
 from tunesmith.quant.nf4 import check_nf4
-from tunesmith.ranks import ONE_PROCESS, Ranks, join_ranks, started_as
+from tunesmith.ranks import ONE_PROCESS, Ranks, choose_gpu, join_ranks, started_as
 from tunesmith.sharded import local_part
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build, write_identity
@@ -246,7 +246,7 @@ class SelfCheck:
                 digests.setdefault(part, []).append(digest)
             if copies := [same for same in digests.values() if len(same) > 1]:
                 self.equal(COPIES, len(copies), sum(len({*same}) == 1 for same in copies))
-        if ranks.leads_node:  # as if the last steps had never been
+        if ranks.local_rank == 0:  # as if the last steps had never been
             shutil.rmtree(out / f"checkpoint-{STEPS}", ignore_errors=True)
             shutil.rmtree(out / "final", ignore_errors=True)
         ranks.gather(None)
@@ -339,7 +339,7 @@ def run_checks(say: Callable[[CheckRow], None]) -> dict[str, Any]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(**options)))
         check = SelfCheck(folder, env["WORLD_SIZE"], say)
         if check.device.type == "cuda":
-            torch.cuda.set_device(env["LOCAL_RANK"])
+            choose_gpu(env["LOCAL_RANK"], env.get("LOCAL_WORLD_SIZE", 1))
         if leads:
             write_inputs(check.folder, STEPS * check.batch)
             for kind in check.drop_nf4():
@@ -349,7 +349,7 @@ def run_checks(say: Callable[[CheckRow], None]) -> dict[str, Any]:
         with join_ranks() as ranks:
             check.folder, check.kinds = ranks.share((folder, check.kinds))
             with ranks.together():
-                if ranks.leads_node and not check.folder.exists():  # on a disk that rank 0 does not see
+                if ranks.local_rank == 0 and not check.folder.exists():  # on a disk that rank 0 does not see
                     check.folder.mkdir()
                     stack.callback(shutil.rmtree, check.folder, ignore_errors=True)
                     write_inputs(check.folder, STEPS * check.batch)

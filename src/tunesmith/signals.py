@@ -71,10 +71,8 @@ class StopRequest:
             raise StoppedError(f"stopped by {self.signal}", fix="start the same command again") from error
 
     def hold(self, say: Callable[[str], None] | None = None) -> None:
-        """From here on there is something to save: the loop ends the run, not the handler.
-
-        `say` takes a line at once when a signal comes, in another thread.
-        """
+        """From here on there is something to save: the loop ends the run, not the handler. When a signal comes, `say` takes
+        a line at once, in another thread."""
         self._say, self._held = say, True
         if self.signal:  # a library swallowed the KeyboardInterrupt
             raise self.not_begun()

@@ -52,7 +52,11 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
             heartbeat.on_fault = lambda error, step: (folder / f"failure-{ranks.rank}").write_text(error.what)
             if fault == "slow" and ranks.rank == 1:
                 time.sleep(2.5 * LIMIT)  # a load, a compile or a save, which the others wait for
-            heartbeat.phase("training", 2.0 if fault == "hang" else None)
+            heartbeat.phase("training", 2.0 if fault in ("hang", "gpu") else None)
+            if fault == "gpu":
+                heartbeat.gpu_is_busy = lambda: ranks.rank != 1
+            if fault == "nccl" and ranks.rank == 0:
+                heartbeat.find_error = lambda: "NCCL: REMOTE_ERROR" if heartbeat.step == 20 else ""
             for step in range(40 if fault in ("none", "slow") else 1_000_000):
                 if fault == "stop":  # that of the operators in compiled and tensor-parallel layers
                     value = collective("all_reduce", value, "sum", dist.group.WORLD.group_name)
@@ -66,8 +70,10 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
                         os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
                     elif fault in ERRORS:
                         raise ERRORS[fault] from ERRORS[fault]  # as the trainer's are that need no other words
-                    elif fault == "hang":
+                    elif fault in ("hang", "nccl"):
                         time.sleep(1000)
+                if step == 20 and fault == "gpu":
+                    time.sleep(1000)  # of ranks 0 and 2: on a GPU a collective is waited for in any line
                 if step == 20 and fault == "known to all":
                     with ranks.together():
                         if ranks.rank == 1:
@@ -124,22 +130,27 @@ def test_ranks_that_are_slow_or_end_one_after_the_other_are_not_missed(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "what"),
+    ("fault", "code", "what", "waits_in"),
     [
-        ("kill", -signal.SIGKILL, f"rank 1 on {HOST} was killed"),
-        ("stop", -signal.SIGKILL, f"rank 1 on {HOST} gave no sign of life for 3 s"),
-        ("hang", 1, f"rank 1 on {HOST} made no progress for 2 s"),
+        ("kill", -signal.SIGKILL, f"rank 1 on {HOST} was killed", "all_reduce"),
+        ("stop", -signal.SIGKILL, f"rank 1 on {HOST} gave no sign of life for 3 s", "all_reduce"),
+        ("hang", 1, f"rank 1 on {HOST} made no progress for 2 s", "all_reduce"),
+        ("gpu", 1, f"rank 1 on {HOST} made no progress for 2 s", "a wait for the GPU"),
+        ("nccl", 1, "a connection between the ranks broke, and all of them live", "all_reduce"),
     ],
 )
-def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(tmp_path: Path, fault: str, code: int, what: str):
+def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(
+    tmp_path: Path, fault: str, code: int, what: str, waits_in: str
+):
     codes, printed = strike(fault, tmp_path)
     assert codes == [1, code, 1]
     assert printed.count("error: ") == 1, printed
     assert f"error: {what}\n" in printed
     where = printed.partition("  where: ")[2].partition("\n")[0]
-    waiting = [place for place in where.split("; ") if "training, step 20, all_reduce" in place]
+    waiting = [place for place in where.split("; ") if f"training, step 20, {waits_in}" in place]
     assert sorted(", ".join(re.findall(r"ranks? ([\d, ]+):", "; ".join(waiting))).split(", ")) == ["0", "2"], where
     assert [p.read_text() for p in tmp_path.glob("failure-*")] == [what]
+    assert ("why: NCCL: REMOTE_ERROR" in printed) == (fault == "nccl")
 
 
 @pytest.mark.parametrize(
