@@ -59,22 +59,22 @@ class Pair:
 
     def __init__(self, folder: Path, name: str, seconds: float, *, own_disks: bool = False) -> None:
         self.folder, self.name, self.seconds, self.own_disks = folder, name, seconds, own_disks
+        self.spaces = {space: f"faults-{folder.name}-{name}-{space}" for space in ("switch", *NODES)}
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
         self.starts = 0
 
     def __enter__(self) -> Pair:
-        for space in ("switch", *NODES):  # of a run that was killed
-            sh(f"ip netns del faults-{space}", check=False)
-        sh("ip netns add faults-switch && ip -n faults-switch link add switch type bridge")
-        sh("ip -n faults-switch link set switch up")
+        switch = self.spaces["switch"]
+        for space in self.spaces.values():  # of a run that was killed
+            sh(f"ip netns del {space}", check=False)
+        sh(f"ip netns add {switch} && ip -n {switch} link add switch type bridge")
+        sh(f"ip -n {switch} link set switch up")
         for node, address in NODES.items():
-            card, port, space = f"card-{node[-1]}", f"port-{node[-1]}", f"faults-{node}"
-            sh(
-                f"ip netns add {space} && ip link add {card} netns {space} type veth peer name {port} netns faults-switch"
-            )
+            card, port, space = f"card-{node[-1]}", f"port-{node[-1]}", self.spaces[node]
+            sh(f"ip netns add {space} && ip link add {card} netns {space} type veth peer name {port} netns {switch}")
             sh(f"ip -n {space} link set lo up && ip -n {space} addr add {address}/24 dev {card}")
             sh(f"ip -n {space} link set {card} up")
-            sh(f"ip -n faults-switch link set {port} master switch && ip -n faults-switch link set {port} up")
+            sh(f"ip -n {switch} link set {port} master switch && ip -n {switch} link set {port} up")
             self.disk(node).mkdir(parents=True, exist_ok=True)
             if self.own_disks:
                 sh(f"mountpoint -q {self.disk(node)} || mount -t tmpfs -o size={self.MIB}m faults {self.disk(node)}")
@@ -86,8 +86,8 @@ class Pair:
                 os.kill(pid, signal.SIGKILL)
         for agent in self.agents.values():
             agent.wait()
-        for space in ("switch", *NODES):
-            sh(f"ip netns del faults-{space}", check=False)
+        for space in self.spaces.values():
+            sh(f"ip netns del {space}", check=False)
         for node in NODES if self.own_disks and not kind else ():  # an interrupted measurement goes on
             sh(f"umount -l {self.disk(node)}", check=False)
 
@@ -100,7 +100,7 @@ class Pair:
 
     def cable(self, state: str) -> None:
         """`down` or `up`: the cable between node-b and the switch."""
-        sh(f"ip -n faults-switch link set port-b {state}")
+        sh(f"ip -n {self.spaces['switch']} link set port-b {state}")
 
     def start(self, options: str, sysctl: str = "") -> None:
         """The launchers of both nodes; {node}, {rank} and {address} in their options are those of each."""
@@ -121,7 +121,7 @@ class Pair:
                 "TOKENIZERS_PARALLELISM": "false",
             }  # fmt: skip
             with self.log(node, self.starts).open("wb") as out:
-                command = ["ip", "netns", "exec", f"faults-{node}", *shlex.split(inside)]
+                command = ["ip", "netns", "exec", self.spaces[node], *shlex.split(inside)]
                 self.agents[node] = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
         self.starts += 1
 
