@@ -86,9 +86,6 @@ class Ranks:
 
         The lowest rank that failed raises its own error and tells it; the others raise `OtherRankError`, which says nothing
         and has the exit code."""
-        if self.world == 1:
-            yield
-            return
         error: BaseException | None = None
         try:
             yield
@@ -107,9 +104,6 @@ class Ranks:
     @contextmanager
     def node_leader_first(self) -> Iterator[None]:
         """Let one rank of each node run the block, without a collective, before its others: they find what it has cached."""
-        if self.world == 1:
-            yield
-            return
         if self.local_rank:
             self.gather(None)
         try:
