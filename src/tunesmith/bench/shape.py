@@ -50,10 +50,8 @@ def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]
     file.write_text(to_yaml(values), encoding="utf-8")
     run = load_recipe(file, overrides)
     if (run.model.name, run.model.tokenizer) != (str(folder), None):
-        raise UsageError(
-            "the model and tokenizer of a shape cannot be overridden",
-            where="command line: model.name, model.tokenizer",
-            why="the model is the shape with random weights, and its folder holds the tokenizer",
-            fix="--shape NAME --tokenizer DIR_OR_ID; or give a recipe instead of --shape",
-        )
+        what = "the model and tokenizer of a shape cannot be overridden"
+        why = "the model is the shape with random weights, and its folder holds the tokenizer"
+        fix = "--shape NAME --tokenizer DIR_OR_ID; or give a recipe instead of --shape"
+        raise UsageError(what, where="command line: model.name, model.tokenizer", why=why, fix=fix)
     return run

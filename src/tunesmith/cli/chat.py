@@ -156,8 +156,8 @@ class Chat:
             return
         try:
             with open(os.path.expanduser(name), "a", encoding="utf-8") as file:
-                for side in sides:
-                    file.write(json.dumps({"messages": self.messages(side), "model": side}, ensure_ascii=False) + "\n")
+                rows = ({"messages": self.messages(side), "model": side} for side in sides)
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         except OSError as error:
             notify(f"error: {name} cannot be written: {error.strerror}")
             return

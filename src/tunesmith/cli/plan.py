@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on", default="here", metavar="MACHINES", help=machines)
     figures = "a figure of the GPUs: gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=NUMBER", help=figures)
-    parser.add_argument(
-        "--length", type=whole_number, metavar="TOKENS", help="of an example, where no tokens are there"
-    )
+    parser.add_argument("--length", type=whole_number, metavar="TOKENS", help="of an example, if no tokens are there")
     parser.add_argument("--price", type=float, metavar="USD", help="of a GPU for an hour")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
@@ -80,10 +78,8 @@ def _cached(recipe: "Run", folder: Path) -> "TokenSet | None":
     from tunesmith.host_files import cache_folder
     from tunesmith.hub import fetch
 
-    cache, sources = cache_folder("tokens"), recipe.data.train
-    if not cache.exists() or not all(
-        is_local(s.source) or fetch.repo_cache(s.source, "dataset").exists() for s in sources
-    ):
+    cache, names = cache_folder("tokens"), [source.source for source in recipe.data.train]
+    if not (cache.exists() and all(is_local(n) or fetch.repo_cache(n, "dataset").exists() for n in names)):
         return None
     from tunesmith.data.hold_out import read_splits
     from tunesmith.data.template import select_template

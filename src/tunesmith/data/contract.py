@@ -122,9 +122,7 @@ def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
         first += len(part)
 
 
-def _find_faults(
-    chunk: _Chunk, end_ids: list[int], bos: int | None, vocab_size: int
-) -> Iterator[tuple[int, np.ndarray]]:
+def _find_faults(chunk: _Chunk, end_ids: list[int], bos: int | None, vocab: int) -> Iterator[tuple[int, np.ndarray]]:
     """For each rule, how many things of a chunk it checks, and the tokens that break it (indices into the chunk)."""
     ids, trained, starts = chunk.ids, chunk.trained, chunk.offsets[:-1]
     # A row without a supervised token; the first does not count, because nothing predicts it.
@@ -149,7 +147,7 @@ def _find_faults(
     # The first supervised token of a row that supervises its first token, or its prompt as rendered apart.
     leaking = starts[trained[starts] | chunk.leaks].tolist()
     yield len(starts), np.asarray([start + int(np.argmax(trained[start:])) for start in leaking], np.int64)
-    yield len(ids), np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    yield len(ids), np.flatnonzero((ids < 0) | (ids >= vocab))
 
 
 def excerpt(tokens: TokenSet, tokenizer: Any, example: int, at: int) -> str:

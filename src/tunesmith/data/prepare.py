@@ -151,10 +151,10 @@ def prepare_data(
     rows, held = read_splits(run.data, run.train.seed)
     train = tokenise(rows, run.data, template, tokenizer, cache=cache, what="train")
     contracts = [check_tokens(train, template, tokenizer, vocab_size=vocab_size, split="train")]
-    validation = validation_digest = None
+    validation = held_digest = None
     if held:
         validation = tokenise(held, run.data, template, tokenizer, cache=cache, what="validation")
-        validation_digest = validation.counts.digest
+        held_digest = validation.counts.digest
         if run.validate.max_examples is not None:
             validation = validation.first(run.validate.max_examples)
         contracts.append(check_tokens(validation, template, tokenizer, vocab_size=vocab_size, split="validation"))
@@ -170,6 +170,4 @@ def prepare_data(
         what = "the weights of the sources leave no example in an epoch"
         raise DataError(what, where="data.train", why=why, fix="raise weight")
     duplicates, overlap = find_repeats(train), find_repeats(validation, train) if validation is not None else Repeats()
-    return TrainingData(
-        run, train, validation, template, schedule, tuple(contracts), duplicates, overlap, validation_digest
-    )
+    return TrainingData(run, train, validation, template, schedule, tuple(contracts), duplicates, overlap, held_digest)

@@ -8,16 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import constants, get_token
-from huggingface_hub.errors import (
-    DisabledRepoError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors, get_token
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
 from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_fault, mask
@@ -28,7 +19,7 @@ TRANSIENT = (408, 429, 500, 502, 503, 504)
 DISK_FIX = "make room (tunesmith fetch --list), or put the Hub's cache on another disk: export HF_HOME=/path"
 
 # The root of the HTTP library's errors: httpx's up to huggingface_hub 1.x, httpx2's from 2.x on.
-TRANSPORT: type[Exception] = HfHubHTTPError.__mro__[1]
+TRANSPORT: type[Exception] = errors.HfHubHTTPError.__mro__[1]
 
 T = TypeVar("T")
 
@@ -48,7 +39,7 @@ def retry(call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         try:
             return call()
         except (TRANSPORT, ConnectionResetError) as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code not in TRANSIENT:
+            if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in TRANSIENT:
                 raise
             failures, before = 1 if (reached := progress()) > before else failures + 1, reached
             if failures >= TRIES:
@@ -65,7 +56,7 @@ def hub_calls(repo: str, revision: str | None = None, kind: str = "model") -> It
         disable_progress_bars()
     try:
         yield
-    except (TRANSPORT, HFValidationError, OSError) as error:
+    except (TRANSPORT, errors.HFValidationError, OSError) as error:
         raise hub_error(error, repo, revision, kind) from error
     finally:
         logging.set_verbosity(level)
@@ -77,16 +68,16 @@ def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "mo
     """The error for a user: what the Hub, the network or the disk refused, and what to do."""
     page, cache, why = repo_page(repo, kind), str(Path(constants.HF_HUB_CACHE)), ""
     token, login = _token() is not None, "log in: hf auth login (or set HF_TOKEN)"
-    where, status = page, error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, which it is too
+    where, status = page, error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
+    if isinstance(error, errors.GatedRepoError):  # before RepositoryNotFoundError, which it is too
         whom = "the account of your token" if token else "you: there is no token"
         what = f"{repo} is gated, and access has not been granted to {whom}"
         fix = f"ask for access on {page}" + ("" if token else f", then {login}")
-    elif isinstance(error, RevisionNotFoundError):
+    elif isinstance(error, errors.RevisionNotFoundError):
         what, fix = f"{repo} has no revision {revision!r}", f"take one from {page}/tree/main"
-    elif isinstance(error, DisabledRepoError):
+    elif isinstance(error, errors.DisabledRepoError):
         what, fix = f"{repo} was disabled on the Hub", "take another model"
-    elif isinstance(error, RepositoryNotFoundError):
+    elif isinstance(error, errors.RepositoryNotFoundError):
         what, fix = f"no {kind} {repo} is visible to you on the Hub", f"check the name; for a private one {login}"
         why = "it does not exist, or it is private" + ("" if token else " and there is no token")
     elif status in (401, 403):
@@ -95,10 +86,10 @@ def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "mo
         fix = f"{login}; a fine-grained token needs read access to gated repositories"
     elif status:
         what, why, fix = f"the Hub answers {status}", clean(error), "start again later; what has arrived is kept"
-    elif isinstance(error, HFValidationError):
+    elif isinstance(error, errors.HFValidationError):
         what, where = f"{repo!r} is neither a folder, a .gguf file, nor a Hub id", "model.name"
         fix = "give an existing path, or owner/name as on the Hub"
-    elif isinstance(error, OfflineModeIsEnabled):
+    elif isinstance(error, errors.OfflineModeIsEnabled):
         what, where = f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads", cache
         fix = f"HF_HUB_OFFLINE=0 tunesmith fetch {repo}"
     elif fault := disk_fault(error):

@@ -61,13 +61,10 @@ def generate(
     prompts, references = [ids for ids, _ in pairs], [reference for _, reference in pairs]
     lengths, room = list(map(len, prompts)), loaded.context - decoding.max_new_tokens
     if (longest := max(lengths, default=0)) > room:
-        count = sum(length > room for length in lengths)
-        raise DataError(
-            f"{count} of {len(prompts)} prompts are too long: the longest has {longest} tokens",
-            where=rows.where(lengths.index(longest)),
-            why=f"the model's context is {loaded.context} tokens; {decoding.max_new_tokens} are kept for the answer",
-            fix="shorten these rows, or give a smaller --max-new-tokens",
-        )
+        count, fix = sum(n > room for n in lengths), "shorten these rows, or give a smaller --max-new-tokens"
+        what = f"{count} of {len(prompts)} prompts are too long: the longest has {longest} tokens"
+        why = f"the model's context is {loaded.context} tokens; {decoding.max_new_tokens} are kept for the answer"
+        raise DataError(what, where=rows.where(lengths.index(longest)), why=why, fix=fix)
     options: dict[str, Any] = {"batch_size": batch_size, "start": start, "cancelled": cancelled}
     answers = answer_all(loaded.model, loaded.tokenizer, prompts, decoding, stops=loaded.template.end_ids, **options)
     return (

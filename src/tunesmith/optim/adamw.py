@@ -188,12 +188,9 @@ class AdamWUpdate:
         try:
             self._update_8bit(part, 1.0, 0)
         except (NotImplementedError, RuntimeError) as error:
-            raise MachineError(
-                f"the installed bitsandbytes has no 8-bit optimizer for {self.device.type}",
-                where="train.optimizer",
-                why=first_line(error),
-                fix="pip install --upgrade bitsandbytes, or train.optimizer=adamw",
-            ) from error
+            what = f"the installed bitsandbytes has no 8-bit optimizer for {self.device.type}"
+            fix = "pip install --upgrade bitsandbytes, or train.optimizer=adamw"
+            raise MachineError(what, where="train.optimizer", why=first_line(error), fix=fix) from error
         return bool((weight == 1.0).all())
 
     @torch.no_grad()

@@ -175,9 +175,7 @@ class Optimizer:
 
         What is sharded as its parameter is, is a DTensor like that; sharded weights are their own masters.
         """
-        out = {
-            f"{n}.{field}": part.whole(value) for n, part in self.parts.items() for field, value in part.state.items()
-        }
+        out = {f"{n}.{key}": part.whole(value) for n, part in self.parts.items() for key, value in part.state.items()}
         return out | {f"{name}.master": master.data for name, master in self.masters.items()}
 
     def load_state_dict(
@@ -191,12 +189,10 @@ class Optimizer:
                 saved = saved[local_slices(like)]
                 like = local_part(like)
             if saved is None or saved.shape != like.shape or saved.dtype != like.dtype:
-                raise CheckpointError(
-                    f"the optimizer's state has no {name} of shape {tuple(like.shape)} and {like.dtype}",
-                    where=where,
-                    why="it was written by a run with other trained weights, or another train.optimizer",
-                    fix="go on with the same adapter, model and optimizer, or start over with --fresh",
-                )
+                what = f"the optimizer's state has no {name} of shape {tuple(like.shape)} and {like.dtype}"
+                why = "it was written by a run with other trained weights, or another train.optimizer"
+                fix = "go on with the same adapter, model and optimizer, or start over with --fresh"
+                raise CheckpointError(what, where=where, why=why, fix=fix)
             return saved.to(like.device, copy=True)
 
         for name, master in self.masters.items():

@@ -241,9 +241,8 @@ def fill_steps(data: TrainingData, say: Callable[[str], None]) -> TrainingData:
     short, steps = data.schedule, data.schedule.steps(data.run.train.duration)
     data = data.repeated(steps or 0)
     if data.schedule is not short:
-        say(
-            f"step {short.steps_per_epoch(0)} would be short: rows are repeated within an epoch, and every step is full"
-        )
+        last = short.steps_per_epoch(0)
+        say(f"step {last} would be short: rows are repeated within an epoch, and every step is full")
     return data
 
 
@@ -370,10 +369,8 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     out, plan = Path(session.run.output_dir), session.plan
     found = {"recipe_hash": digest(session.run), **session.hashes, "template": session.data.template.name}
     choices = {part: {"taken": taken, "why": plan.why[part]} for part, taken in plan.choices.items()}
-    choices["threads"] = {
-        "taken": str(torch.get_num_threads()),
-        "why": plan.why.get("threads", "only the host's part runs on the CPU"),
-    }
+    why = plan.why.get("threads", "only the host's part runs on the CPU")
+    choices["threads"] = {"taken": str(torch.get_num_threads()), "why": why}
     peak = {"mfu_peak": session.peak._asdict()}
     ranks = {"mesh": session.mesh.shape._asdict(), "hosts": session.ranks.hosts} if session.ranks.world > 1 else {}
     env = {**hardware.describe_machine(argv), **found, **peak, "choices": choices, **ranks}

@@ -63,14 +63,12 @@ class MadeRecipe:
     def check_file(self) -> None:
         """Raise RecipeError if the file is there and says something else: it may have been edited."""
         if self.path.exists() and (changes := differences(load_recipe(self.path), self.run)):
-            raise RecipeError(
-                f"{self.name} is there, and is not what this command makes",
-                where="\n         ".join(map(str, changes)),
-                why="it was edited, or the command or the data is another; it is not overwritten",
-                fix=f"train it as it stands: tunesmith train {self.name}; or begin another: output_dir=runs/NAME",
-            )
+            what = f"{self.name} is there, and is not what this command makes"
+            why = "it was edited, or the command or the data is another; it is not overwritten"
+            fix = f"train it as it stands: tunesmith train {self.name}; or begin another: output_dir=runs/NAME"
+            raise RecipeError(what, where="\n         ".join(map(str, changes)), why=why, fix=fix)
 
-    def write_file(self, record: object = None) -> None:
+    def write_file(self) -> None:
         """Write the file, unless it is there; can be called after each step."""
         if not self.path.exists():
             write_atomically(self.path, self.text)

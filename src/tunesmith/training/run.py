@@ -157,12 +157,7 @@ def follow(run: Run, stop: StopRequest, ranks: Ranks, stack: ExitStack, *, fresh
 
 
 def ready_trainer(
-    session: Session,
-    start: Start,
-    sinks: Sinks,
-    stop: StopRequest,
-    stack: ExitStack,
-    say: Callable[[str], None],
+    session: Session, start: Start, sinks: Sinks, stop: StopRequest, stack: ExitStack, say: Callable[[str], None]
 ) -> Trainer:
     """The trainer of a run that begins: from here on the loop answers signals, and the rank of each node that tells what
     ends them all leaves failure.json there. Its writer is closed with `stack`."""
