@@ -53,10 +53,6 @@ class World:
     def train(self, *words: str, **changes: Any) -> list[str]:
         return ["train", str(self.recipe(**changes)), *words]
 
-    def text(self, text: str) -> list[str]:
-        """`train` of a recipe of exactly this text."""
-        return ["train", str(self.write("recipe.yaml", text))]
-
     def rows(self, name: str, content: str | bytes, format: str = "prompt-completion", **keys: Any) -> list[str]:  # noqa: A002
         """`train` on a file of exactly this content."""
         path = self.write(name, content)

@@ -69,19 +69,6 @@ def test_bad_input_of_a_process(case: Case, world: World) -> None:
     assert_told(case, world, before, done.returncode, done.stdout, done.stderr)
 
 
-GOOD_ROWS = [
-    ("rows.jsonl", '{"prompt": "a é", "completion": "b"}\n'.encode("utf-8-sig") * 1),
-    ("rows.jsonl", b'{"prompt": "a", "completion": "b"}\r\n' * 3),
-    ("rows.csv", b"\xef\xbb\xbfprompt,completion\r\na,b\r\n"),
-    ("rows.json", b'\xef\xbb\xbf[{"prompt": "a", "completion": "b"}]'),
-]
-
-
-@pytest.mark.parametrize(("name", "content"), GOOD_ROWS)
-def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(world: World, name: str, content: bytes) -> None:
-    assert main(["data", *world.rows(name, content)[1:]]) == 0
-
-
 def test_rows_beyond_the_model_s_context_are_warned_of(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     rows = '{"prompt": "a", "completion": "' + "b" * 1100 + '"}\n'
     assert main([*world.rows("rows.jsonl", rows, seq_len=2048), "train.duration=1 steps", "train.warmup=0 steps"]) == 0

@@ -119,13 +119,6 @@ def test_a_broken_contract_is_shown_and_ends_in_2(recipe, capsys: pytest.Capture
     assert "error: the token contract is broken" in told.err
 
 
-def test_broken_rows_end_in_2_with_their_line(recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", recipe(alpaca(3) + "{broken\n")]) == 2
-    err = capsys.readouterr().err
-    assert "rows.jsonl:4" in err
-    assert "Traceback" not in err
-
-
 def test_prepare_for_training(recipe, tiny: Path, write) -> None:
     held = write("held.jsonl", alpaca(9))
     path = recipe(alpaca(60), "  validation: {source: held.jsonl, format: alpaca}\nvalidate: {max_examples: 4}\n")
