@@ -57,8 +57,7 @@ def test_streams(name: str, world: World) -> None:
 
 TRAINS = {
     "both to head": "2>&1 | head -1 >&2",
-    "stderr full": "2>/dev/full",
-    "stdout full": ">/dev/full",
+    "both full": ">/dev/full 2>&1",
     "both closed": ">&- 2>&-",
 }
 

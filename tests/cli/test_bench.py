@@ -162,16 +162,16 @@ def test_an_ablation_end_to_end(tiny: Path, tmp_path: Path, capsys: Capture, mon
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
     monkeypatch.setenv("PYTHONPATH", str(Path(tunesmith.__file__).parents[1]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = ["--only", "recomputed, not packed", "--rounds", 1, "--steps", 2, "--warmup", 1, "--json", out]
+    words = ["--only", "recomputed", "--rounds", 1, "--steps", 2, "--warmup", 1, "--json", out]
     assert main(typed(file, "--ablation", *words)) == 0
     shown = capsys.readouterr().out
     report = json.loads(out.read_text())
     table, runs = report["table"], report["runs"]
-    assert list(table) == ["as given", "not packed", "recomputed"]
+    assert list(table) == ["as given", "recomputed"]
     assert table["as given"]["of_baseline"] == 1
     assert all(row["tokens_per_second"] > 0 and row["peak_memory_gib"] > 0 for row in table.values())
-    assert [runs[name][0]["figures"]["recomputed_layers"] for name in table] == [0, 0, 2]
-    assert [runs[name][0]["recipe"]["data"]["pack"] for name in table] == [True, False, True]
+    assert [runs[name][0]["figures"]["recomputed_layers"] for name in table] == [0, 2]
+    assert [runs[name][0]["recipe"]["train"]["recompute"] for name in table] == ["auto", "full"]
     for row in table.values():  # the same tokens and updates, in fp32
         assert row["last_loss"] == pytest.approx(table["as given"]["last_loss"], rel=1e-5)
     for name, change in report["changes"].items():
