@@ -351,12 +351,12 @@ def measure(name: str, pair: Pair, times: int, whole: Path, entry: dict[str, Any
 
 def run_whole(folder: Path) -> Path:
     """The run directory of a run that nothing stops; it is made once."""
-    with Pair(folder, "whole", 60) as pair:
-        if not (pair.disk("node-a") / "final").exists():
+    if not (folder / "whole" / "run" / "final").exists():
+        with Pair(folder, "whole", 60) as pair:
             pair.start(DYNAMIC)
             codes = end(pair)
             assert [*codes.values()] == [0, 0], pair.log("node-a", 0).read_text()[-3000:]
-        return pair.disk("node-a")
+    return folder / "whole" / "run"
 
 
 def end(pair: Pair, *, stop: bool = False) -> dict[str, int]:
@@ -390,9 +390,9 @@ def rows(found: dict[str, Any]) -> Iterator[str]:
         codes = sorted({"; ".join("killed" if code < 0 else str(code) for code in pair) for pair in ended})
         resumed, loss = entry["resumed"], entry["resumed"]["largest relative difference of the loss"]
         equal = "equal bit for bit" if resumed["equal bit for bit"] else f"losses within {loss:.0e}"
-        launchers = f"goes on after {spread('goes on')}" if "goes on" in times[0]["seconds"] else (
-            f"{spread('node-a')}; {spread('node-b')}"
-        )  # fmt: skip
+        launchers = f"{spread('node-a')}; {spread('node-b')}"
+        if "goes on" in times[0]["seconds"]:
+            launchers = f"{times[0]['ranks']} ranks go on after {spread('goes on')}"
         yield (
             f"| {entry['what']} | {len(times)} | {entry['heartbeat_seconds']:g} s | {spread('ranks')} | {launchers} |"
             f" {', '.join(codes)} | {'; or '.join(sorted(said))} | {equal} |"
