@@ -1,7 +1,5 @@
 """From a recipe to its model: the whole order of changes, in one function that reads as a list."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -3,8 +3,6 @@
 It is made from a run directory's own files (recipe, metrics.jsonl, env.json) and holds no path of this machine.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

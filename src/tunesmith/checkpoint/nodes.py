@@ -6,8 +6,6 @@ parts that ranks elsewhere wrote, so a checkpoint is whole if some directory has
 is copied to it over the ranks' process group.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

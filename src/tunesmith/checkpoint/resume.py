@@ -1,7 +1,5 @@
 """How a start in a run directory begins, resumes or finds a finished run, and the state that a resume needs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,7 +59,7 @@ class Progress:
         path.write_text(json.dumps(values, indent=1))
 
     @classmethod
-    def read(cls, folder: Path) -> Progress:
+    def read(cls, folder: Path) -> "Progress":
         """Read progress.json of a checkpoint's folder; CheckpointError if that cannot be done."""
         try:
             values = json.loads((folder / PROGRESS).read_text())

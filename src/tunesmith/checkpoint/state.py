@@ -5,8 +5,6 @@ A checkpoint is written into a hidden folder beside its place, every file is flu
 complete and at most one hidden folder, which the next start removes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -10,8 +10,6 @@
 chat template is always the saved one: the prompt in use is the prompt that was trained.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,14 +55,16 @@ class RunLocation:
 class LoadedModel:
     """A model ready to answer: in eval mode, with sdpa attention, which takes padding masks."""
 
-    train_model: TrainModel = field(repr=False)  # the root of training, which computes losses; see `training_attention`
-    tokenizer: PreTrainedTokenizerBase = field(repr=False)  # the saved one, with a padding token
-    template: Template = field(repr=False)  # the saved one
+    train_model: "TrainModel" = field(
+        repr=False
+    )  # the root of training, which computes losses; see `training_attention`
+    tokenizer: "PreTrainedTokenizerBase" = field(repr=False)  # the saved one, with a padding token
+    template: "Template" = field(repr=False)  # the saved one
     location: RunLocation
     weights: Path  # the folder the weights were read from: the base's, or for kind `full` the trained ones
 
     @property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> "PreTrainedModel":
         """Transformers' causal LM; for kind `adapter` its linear layers carry the adapter."""
         return self.train_model.model
 
@@ -87,7 +87,7 @@ class LoadedModel:
         return self.run.data.system if self.run else None
 
     @contextmanager
-    def training_attention(self) -> Iterator[TrainModel]:
+    def training_attention(self) -> "Iterator[TrainModel]":
         """The root with the attention backend of training, for losses; sdpa again afterwards."""
         self.train_model.use_training_attention()
         try:
@@ -186,7 +186,7 @@ def _stored_dtype(folder: Path) -> Dtype:
 def load_run(
     path: str | Path | RunLocation,
     *,
-    device: str | torch.device | None = None,
+    device: "str | torch.device | None" = None,
     base_only: bool = False,
     dtype: Dtype | None = None,
 ) -> LoadedModel:
@@ -262,7 +262,7 @@ def undeleted(location: RunLocation) -> Iterator[None]:
         raise fault
 
 
-def _template(location: RunLocation, tokenizer: Any, ends: set[int], saved: Path | None) -> Template:
+def _template(location: RunLocation, tokenizer: Any, ends: set[int], saved: Path | None) -> "Template":
     """The template in use: what a run has written holds it as the tokenizer's chat template."""
     from tunesmith.data import builtin_templates
     from tunesmith.data.template import Template, select_template

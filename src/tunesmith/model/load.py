@@ -5,8 +5,6 @@ which `weights.load_weights` or `random_init` initialises. `to_empty` would brea
 (rotary frequencies), which are in no checkpoint, uninitialised.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

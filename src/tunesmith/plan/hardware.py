@@ -4,8 +4,6 @@ The figures are in machines.json, each with its source. A link reaches 80 % of w
 between two Sparks does (20 of 25 GB/s): nothing else of that kind was measured.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

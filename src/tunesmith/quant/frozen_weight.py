@@ -9,8 +9,6 @@ A `torch.library` operator takes strings and tensors, not objects. `kind` and `t
 `frozen_weight` builds it again from them.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -128,13 +126,13 @@ class EightBitWeight(FrozenWeight):
         self.product = product
 
     @classmethod
-    def from_dense(cls, kind: str, dense: Tensor, product: Callable[..., Tensor] | None = None) -> EightBitWeight:
+    def from_dense(cls, kind: str, dense: Tensor, product: Callable[..., Tensor] | None = None) -> "EightBitWeight":
         """Quantize W [out, in] in the dtype of x; `kind` is one of `scaled_matmul.KINDS`."""
         signs = [hadamard(dense.device, dense.dtype)] if kind.startswith("int8") else []
         both = (quantize(kind, w, *signs) for w in (dense, dense.T.contiguous()))
         return cls(kind, [*(t for pair in both for t in pair), *signs], (dense.shape[0], dense.shape[1]), product)
 
-    def split(self, rows: Sequence[int]) -> Iterator[EightBitWeight]:
+    def split(self, rows: Sequence[int]) -> "Iterator[EightBitWeight]":
         """Views of rows of a weight scaled by row: `rows[i]` outputs each, for int8 in whole blocks of the rotation."""
         weight, scale, transposed, transposed_scale, *signs = self.tensors
         cut = zip(weight.split(list(rows)), scale.split(list(rows)), transposed.split(list(rows), 1), strict=True)

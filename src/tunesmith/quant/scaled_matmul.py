@@ -7,8 +7,6 @@
   spare a quarter of that and change every parameter of the model.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
