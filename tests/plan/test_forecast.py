@@ -74,14 +74,35 @@ def test_tensor_parallelism_keeps_the_normed_inputs_whole() -> None:
     run = {"train": {"recompute": "none", "micro_batch": "4096 tokens"}}
     one, eight = (forecast("llama3-70b", "8xh100", (8 // t, 1, t), run).plan.memory for t in (1, 8))
     hidden, heads, wide = 8192, 128 * (64 + 2 * 8), 28672
-    # The ends: the last norm's input, and the gradient of its output, which is whole.
-    assert one.activations == 2 * 4096 * (LAYERS * (5 * hidden + heads + 3 * wide) + 2 * hidden)
-    assert eight.activations == 2 * 4096 * (
-        LAYERS * (2 * hidden + (3 * hidden + heads + 3 * wide) // 8) + hidden + hidden // 8
+    # The ends: the last norm's input, and the gradient of its output, which is whole. Seven products of 8 numbers with A, and
+    # A and B themselves, in bf16.
+    spec, products = read_spec(SHAPES["llama3-70b"].config, where=""), 7 * 8
+    factors = [2 * adapter_parameters(spec, recipe({}).adapter, cut) for cut in (1, 8)]
+    assert one.activations == factors[0] + 2 * 4096 * (LAYERS * (5 * hidden + heads + 3 * wide + products) + 2 * hidden)
+    assert eight.activations == factors[1] + 2 * 4096 * (
+        LAYERS * (2 * hidden + (3 * hidden + heads + 3 * wide) // 8 + products) + hidden + hidden // 8
     )
     chunk = min(4096, chunk_size(128256 // 8, 4096, torch.device("cuda"), card=79 << 30))
     head, backward = (2 * 2 + 4) * 128256 // 8 * chunk, 2 * (2 * wide // 8 + 3 * hidden) * 4096
     assert eight.workspace == max(head, backward)
+
+
+def test_a_tensor_group_cuts_some_scales_of_nf4_out_of_their_blocks() -> None:
+    """Those of o and down, along their inputs: fp32 for 64 weights, where 8 bits and a 256th of fp32 were."""
+    run = {"model": {"quantize": "nf4"}}
+    one, eight, shards = (
+        forecast("llama3-70b", "8xh100", mesh, run).plan.memory for mesh in ((8, 1, 1), (1, 1, 8), (1, 8, 1))
+    )
+    adapter = [
+        4 * adapter_parameters(read_spec(SHAPES["llama3-70b"].config, where=""), recipe({}).adapter, n) for n in (1, 8)
+    ]
+    matrices, columns = LAYERS * MATRICES, LAYERS * 8192 * (8192 + 28672)
+    codes, tables, nested = matrices // 2, 2 * (P - matrices), matrices / 64 + matrices * 4 / (64 * 256)
+    assert one.weights == pytest.approx(adapter[0] + codes + tables + nested, abs=8)
+    more = columns * (4 / 64 - 1 / 64 - 4 / (64 * 256))
+    norms = 2 * NORMS * 7 / 8  # whole on every rank
+    assert eight.weights == pytest.approx(adapter[1] + norms + (codes + tables + nested + more) / 8, abs=16)
+    assert shards.weights == pytest.approx(adapter[0] + (codes + tables) / 8 + nested, abs=16), "scales stay whole"
 
 
 def tensors(shape: str, on: str, changes: dict, **spec: object) -> set[int]:

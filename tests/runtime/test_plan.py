@@ -23,7 +23,8 @@ from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
 from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
 from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, revise_recomputed
-from tunesmith.runtime.resolve import MemoryEstimator, fewest_recomputed, refuse_overrun, resolve_plan
+from tunesmith.runtime.resolve import MemoryEstimator, fewest_recomputed, resolve_plan
+from tunesmith.runtime.savings import refuse_overrun
 from tunesmith.units import Size
 
 GIB = 2**30

@@ -17,7 +17,8 @@ from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import read_spec
 from tunesmith.runtime.plan import Machine, RunPlan
-from tunesmith.runtime.resolve import ALLOCATABLE, USABLE, probe_machine, refuse_overrun, resolve_plan
+from tunesmith.runtime.resolve import USABLE, probe_machine, resolve_plan
+from tunesmith.runtime.savings import ALLOCATABLE, refuse_overrun
 from tunesmith.units import Size
 
 GIB = 2**30
@@ -91,7 +92,7 @@ def test_nothing_is_offered_where_nothing_helps(recipe: Path, shape: str, gib: f
     ("keys", "fix"),
     [
         ({"train.recompute": "none"}, "train.recompute=full (16.5 GiB)"),
-        (FULL, "adapter.kind=lora (21.5 GiB) with --fresh"),
+        (FULL, "adapter.kind=lora (21.6 GiB) with --fresh"),
     ],
 )
 def test_a_run_that_resumes_on_a_smaller_device_is_told_what_it_may_change(

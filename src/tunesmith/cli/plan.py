@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.model.spec import read_spec
     from tunesmith.plan.forecast import measure_work, plan_on_paper
     from tunesmith.plan.hardware import read_cluster
-    from tunesmith.runtime.resolve import checkpoint_bytes, refuse_overrun
+    from tunesmith.runtime.resolve import checkpoint_bytes
+    from tunesmith.runtime.savings import refuse_overrun
 
     cluster, recipe = read_cluster(args.on, args.assume), load_recipe(args.recipe, args.overrides)
     model, path = recipe.model, fetch.local_model(recipe.model)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,13 @@ KEEP = 512
 # where they have at least ALIKE of the longest's length: twice as fast at 15 to 45 tokens, 10 % at 90 to 130.
 GROUP_TOKENS = 512
 ALIKE = 0.8
+
+
+def kept_probabilities(length: np.ndarray) -> np.ndarray:
+    """How many a head keeps for the backward of documents of these lengths: a block of queries has those of all keys up
+    to its end. int64, as `length`."""
+    blocks, rest = np.divmod(length, QUERIES)
+    return (length <= KEEP) * (QUERIES**2 * blocks * (blocks + 1) // 2 + rest * length)
 
 
 @dataclass(frozen=True)

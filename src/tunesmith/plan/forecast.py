@@ -20,12 +20,13 @@ import numpy as np
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import BatchSchedule, StepSize
 from tunesmith.data.tokens import TokenSet
+from tunesmith.model.documents import kept_probabilities
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters, flops
 from tunesmith.parallel.mesh import meshes_for
 from tunesmith.plan.hardware import Cluster
 from tunesmith.quant.scaled_matmul import KINDS
-from tunesmith.runtime import resolve
+from tunesmith.runtime import resolve, savings
 from tunesmith.runtime.plan import Machine, MeshShape, RunPlan, Saving
 from tunesmith.units import Size
 
@@ -38,13 +39,15 @@ BETTER = 0.95
 
 class Workload(NamedTuple):
     """What a run trains on. `steps`: None where not known; `operations`: floating-point, of a token; `attention`: its
-    share of them; `source`: what the lengths of examples are from."""
+    share of them; `probabilities`: that a head keeps of a token on a CPU, on average; `source`: what the lengths of
+    examples are from."""
 
     step: StepSize
     longest: int
     steps: int | None
     operations: float
     attention: float
+    probabilities: float
     source: str
 
 
@@ -84,7 +87,9 @@ def measure_work(
     whole, products = (
         flops(s, lengths, supervised, trained=kind, adapter_parameters=count * (kind == "lora")) for s in shapes
     )
-    return Workload(step, int(lengths.max()), steps, whole / float(lengths.sum()), 1 - products / whole, source)
+    total = float(lengths.sum())
+    kept = float(kept_probabilities(lengths).sum()) / total
+    return Workload(step, int(lengths.max()), steps, whole / total, 1 - products / whole, kept, source)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -
     chip, base, compiles = cluster.chip, run.model.quantize, run.train.compile != "off"
     device, size = ("cpu" if chip.name == "cpu" else "cuda"), int(chip.gib * 2**30)
     machine = Machine(
-        device, size, ("varlen", "assumed"), (compiles and device == "cuda", "assumed"),
+        device, size, ("varlen" if device == "cuda" else "products", "assumed"), (compiles and device == "cuda", "assumed"),
         (base if base in chip.eight_bit else None, "assumed"), size, chip.integrated,
     )  # fmt: skip
     trained = adapter_parameters(spec, run.adapter) if run.adapter.kind == "lora" else spec.parameters
@@ -156,7 +161,7 @@ class Planner:
     def choose(self) -> RunPlan:
         """What each rank does: by the first mesh of `ranked`; MachineError where none fits."""
         best, count = self.ranked()[0], len(self.meshes())
-        resolve.refuse_overrun(best.plan, self.machine, resumed=self.before is not None)
+        savings.refuse_overrun(best.plan, self.machine, resumed=self.before is not None)
         how = "the fastest by the forecast" if best.step_seconds else "the first that fits, as no speed is known here"
         return replace(best.plan, why={**best.plan.why, "mesh": f"{how}, of {count} that the ranks can make"})
 
@@ -195,10 +200,11 @@ class Planner:
         run = replace(run, train=replace(run.train, micro_batch=size)) if size else run
         plan = resolve.resolve_plan(
             run, spec, machine,
-            trained=self.trained, step=work.step, longest=work.longest, before=self.before, mesh=mesh,
+            trained=self.trained, step=work.step, longest=work.longest, probabilities=work.probabilities,
+            before=self.before, mesh=mesh,
         )  # fmt: skip
         plan = replace(plan, savings=partial(self._savings, plan))
-        memory, (needed, room), units = plan.memory, resolve.memory_needs(plan, machine), resolve.step_units(run)
+        memory, (needed, room), units = plan.memory, savings.memory_needs(plan, machine), resolve.step_units(run)
         largest = max(spec.head_matmul, spec.hidden * spec.intermediate)  # of the tensors, which come and go one by one
         phases = {
             "load": memory.weights + largest * DTYPES[run.model.dtype].itemsize,
@@ -214,7 +220,7 @@ class Planner:
         step, clock = sum(seconds.values()) or None, run.train.duration.seconds
         hours = clock / 3600 if clock else work.steps * step / 3600 if work.steps and step else None
         idle = 1 - units / (mesh.data * -(-units // mesh.data))
-        fits, tight = needed <= room, needed > room * resolve.USABLE / resolve.ALLOCATABLE
+        fits, tight = needed <= room, needed > room * resolve.USABLE / savings.ALLOCATABLE
         keys = " ".join(f"parallel.{name}={count}" for name, count in mesh._asdict().items())
         keys += f" train.micro_batch='{size}'" if size else ""
         speed = step and work.step.mean / step

@@ -21,7 +21,6 @@ import torch
 
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
-from tunesmith.errors import MachineError
 from tunesmith.host_files import physical_memory
 from tunesmith.loss import card_bytes, chunk_size
 from tunesmith.model import attention
@@ -43,15 +42,10 @@ if TYPE_CHECKING:
 MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
 PROBE_ROWS = 4096  # of the 8-bit products that are tried at start: 3 GiB for the widest layers of an 8B model
 USABLE = 0.9  # of the free memory, to plan with: the rest is the allocator's, and the estimate's error
-# A plan beyond this is refused. Weights, gradients and moments are counted, and the one estimate of activations that was
-# compared with a GPU was 1.5 % too small; segments that the allocator cannot fill take a few percent (not measured).
-ALLOCATABLE = 0.97
+NF4_SCALES = 1 / 64 + 4 / (64 * 256)  # bytes of a weight: an 8-bit scale of 64, an fp32 scale of 256 of these
 # The fixed cost of a forward and backward, in tokens whose work takes as long: the bytes that it moves for each weight,
 # against the four operations of a token. Both passes read the weight: two bytes in bf16, one in 8 bits; nf4's half is read,
 # and the dense weight that is made of it is written and read, 2 x (0.52 + 2 + 2).
-NF4_BYTES = (
-    1 / 2 + 1 / 64 + 4 / (64 * 256)
-)  # of a weight: its code, an 8-bit scale of 64, an fp32 scale of 256 of these
 WEIGHT_TRAFFIC = {"none": 4.0, "fp8": 2.0, "int8": 2.0, "nf4": 9.03}
 # Operations in the time of a byte: an H200 reaches 700 TFLOP/s (in 8 bits twice that) and 4 TB/s, and other discrete cards
 # lie between 150 and 300; a GB10 92 (in 8 bits 188) and 226 GB/s. So a pass over 70B in nf4 costs as much as 396 tokens on
@@ -109,14 +103,15 @@ def resolve_plan(
     trained: int,
     step: StepSize,
     longest: int,
+    probabilities: float = 0.0,
     before: Size | None = None,
     mesh: MeshShape = ONE,
 ) -> RunPlan:
     """Resolve every `auto` of a recipe by what the machine has, whether it fits or not.
 
     `trained` counts trained parameters, `step` the tokens of an optimizer step, both of all ranks; `longest` those of the
-    longest example. `auto` keeps the micro batch that a resumed run had `before` while it fits: dropout and the order of
-    sums depend on it. `machine` and the plan are those of each rank of the `mesh`.
+    longest example; `probabilities` as in `MemoryEstimator`. `auto` keeps the micro batch that a resumed run had `before`
+    while it fits: dropout and the order of sums depend on it. `machine` and the plan are those of each rank of the `mesh`.
     """
 
     def plan_of(changed: Run) -> RunPlan:
@@ -124,7 +119,7 @@ def resolve_plan(
         count = trained if changed.adapter.kind == run.adapter.kind else adapter_parameters(spec, changed.adapter)
         share = changed.train.global_batch.amount / run.train.global_batch.amount
         size = rank_step(changed, StepSize(step.mean * share, math.ceil(step.largest * share)), mesh)
-        estimator = MemoryEstimator(changed, spec, machine, count, mesh)
+        estimator = MemoryEstimator(changed, spec, machine, count, mesh, probabilities)
         return estimator.plan(size, min(longest, changed.data.seq_len), before)
 
     refuse_offload(run, machine, mesh)
@@ -140,17 +135,6 @@ def checkpoint_bytes(run: Run, trained: int) -> tuple[int, int]:
     return size, run.checkpoint.keep + 3  # the one being written, the best one, and final/
 
 
-def refuse_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False, where: str = "", more: str = "") -> None:
-    """MachineError where a plan needs more memory than there is, with `more` advice; `where`: not the plan's device."""
-    needed, there = memory_needs(plan, machine)
-    if there and needed > there:
-        what = f"the run does not fit: it needs about {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB can be used"
-        ranks = f"{plan.mesh.describe()}, " if plan.mesh.world > 1 else ""
-        how = f"{ranks}micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
-        fix = plan.less_memory(resumed=resumed) + more
-        raise MachineError(what, where=where or plan.device, why=f"{plan.memory.describe()}; {how}", fix=fix)
-
-
 def step_units(run: Run) -> int:
     """What an optimizer step has, and no rank shares with another: examples, or packed rows where tokens are counted."""
     size = run.train.global_batch
@@ -164,26 +148,19 @@ def rank_step(run: Run, step: StepSize, mesh: MeshShape) -> StepSize:
     return StepSize(step.mean * share, math.ceil(step.largest * share))
 
 
-def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
-    """Bytes that a plan cannot do without, and those that there are (0: not known). An adapter's checkpoint may wait.
-
-    A CPU's free memory grows as other programs give way: there only what is allocated for the whole run counts, against
-    all memory of the machine.
-    """
-    memory, on_gpu = plan.memory, torch.device(plan.device).type == "cuda"
-    there = int(machine.free_bytes * ALLOCATABLE) if on_gpu else machine.card_bytes
-    return (memory.total if on_gpu else memory.static) - memory.copies, there
-
-
 @dataclass(frozen=True)
 class MemoryEstimator:
-    """Estimates memory and time of one micro batch on one rank; `trained` counts the trained parameters of all."""
+    """Estimates memory and time of one micro batch on one rank; `trained` counts the trained parameters of all.
+
+    `probabilities`: those of attention that a head keeps of a token, on average (`documents.kept_probabilities`).
+    """
 
     run: Run
     spec: ModelSpec
     machine: Machine
     trained: int
     mesh: MeshShape = ONE
+    probabilities: float = 0.0
 
     @property
     def sharded(self) -> bool:
@@ -203,9 +180,19 @@ class MemoryEstimator:
         """
         spec, cut = self.spec, self.mesh.tensor
         matrices, tables = spec.layers * spec.layer_matmul, spec.head_matmul * (1 if spec.tied else 2)
-        rest = spec.parameters - matrices - tables
-        width = NF4_BYTES if self.run.model.quantize == "nf4" else itemsize
-        return int(-(-matrices // cut) * width), int((-(-tables // cut) + rest) * itemsize)
+        rest, width = spec.parameters - matrices - tables, 0.5 if self.run.model.quantize == "nf4" else itemsize
+        return int(-(-matrices // cut) * width) + self.scales, int((-(-tables // cut) + rest) * itemsize)
+
+    @property
+    def scales(self) -> int:
+        """Bytes of the scales of an nf4 base on a tensor-parallel rank. Those of o and down, which are cut along their
+        inputs, are no longer in one piece, and in fp32."""
+        spec, cut = self.spec, self.mesh.tensor
+        if self.run.model.quantize != "nf4":
+            return 0
+        columns = spec.layers * spec.hidden * (spec.heads * spec.head_dim + spec.intermediate) * (cut > 1)
+        rows = spec.layers * spec.layer_matmul - columns
+        return int((rows * NF4_SCALES + columns * 4 / 64) / cut)
 
     @property
     def trained_here(self) -> int:
@@ -276,8 +263,7 @@ class MemoryEstimator:
         # there twice.
         width, copies = (4, 12 * trained) if lora else (4 if masters else itemsize, 0)
         base = -(-sum(self.weights(width if masters else itemsize)) // self.mesh.shard)
-        if run.model.quantize == "nf4":  # FSDP2 leaves its scales, which are buffers, whole
-            base += int((1 - 1 / self.mesh.shard) * (NF4_BYTES - 0.5) * spec.layers * spec.layer_matmul / cut)
+        base += self.scales - self.scales // self.mesh.shard  # buffers, which FSDP2 leaves whole
         adapter = width * trained * lora
         gradients = max(width, 4 * ("fp32-weight-gradients" in run.train.fast_paths)) * trained
         state, host = int(trained * state_bytes_per_parameter(run.train, width)), 0
@@ -287,12 +273,7 @@ class MemoryEstimator:
             if not lora:
                 host, state, gradients = host + state, 0, 0
 
-        family = ARCHITECTURES.get(spec.model_type)
-        more = 0 if self.machine.compiles[0] or (family is not None and family.fused) else 1
-        # Of what a tensor group keeps, only the normed inputs are whole: gathered before attention and MLP.
-        wide, heads = -(-spec.intermediate // cut), spec.head_dim * (spec.heads + 2 * spec.kv_heads) // cut
-        block = 2 * spec.hidden + (3 + more) * -(-spec.hidden // cut) + heads
-        layer = (block + (3 + more) * wide) * itemsize * tokens
+        layer = self._layer_bytes(tokens, itemsize)
         layer_input = -(-spec.hidden // cut) * itemsize * tokens
         recomputed_layer = 0 if "activations" in self.moved else layer_input
         # The last norm's input, and the gradient of its output.
@@ -322,13 +303,33 @@ class MemoryEstimator:
             free=self.machine.free_bytes,
         )
 
+    def _layer_bytes(self, tokens: int, itemsize: int) -> int:
+        """What a layer that does not recompute keeps for the backward: see the docstring of this file."""
+        spec, adapter, cut = self.spec, self.run.adapter, self.mesh.tensor
+        family = ARCHITECTURES.get(spec.model_type)
+        more = 0 if self.machine.compiles[0] or (family is not None and family.fused) else 1
+        # Of what a tensor group keeps, only the normed inputs are whole: gathered before attention and MLP.
+        wide, heads = -(-spec.intermediate // cut), spec.head_dim * (spec.heads + 2 * spec.kv_heads) // cut
+        kept: float = 2 * spec.hidden + (3 + more) * (-(-spec.hidden // cut) + wide) + heads
+        if self.machine.attention[0] == "products" and spec.attention_softcap is None:
+            kept += spec.heads * self.probabilities / cut
+        factors = 0
+        if adapter.kind == "lora":  # x A^T of seven layers; each A and B once more, in the dtype of the products
+            kept += 7 * adapter.rank
+            factors = adapter_parameters(spec, replace(adapter, modules_to_save=()), cut) // spec.layers
+        if adapter.dropout:  # each of these layers has an input of its own, and a mask: a byte a number on a GPU
+            outs, mask = spec.heads * spec.head_dim // cut, 1 if self.machine.device == "cpu" else 1 / itemsize
+            kept += 3 * spec.hidden + outs + mask * (5 * spec.hidden + outs + wide)
+        return int(kept * tokens + factors) * itemsize
+
     def _head_bytes(self, tokens: int, itemsize: int) -> int:
         """A chunk of logits: raw, in fp32, and their raw gradient; of a trained head the fp32 sum of its gradients too, and
         one chunk's."""
         trained, vocabulary = self.run.adapter.kind == "none", -(-self.spec.vocab // self.mesh.tensor)
         device, card = torch.device(self.machine.device), self.machine.card_bytes
         chunk = min(tokens, chunk_size(vocabulary, tokens, device, trained=trained, card=card))
-        half, hidden = itemsize < 4, self.spec.hidden * trained  # fp32 logits are scored in place
+        # fp32 logits are scored in place, and on a CPU all are, a few rows at a time.
+        half, hidden = itemsize < 4 and device.type != "cpu", self.spec.hidden * trained
         logits = (2 * itemsize + 4 * half) * chunk
         return vocabulary * (4 * hidden + max(logits, itemsize * ((1 + half) * chunk + hidden)))
 

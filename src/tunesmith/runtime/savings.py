@@ -12,10 +12,13 @@ from typing import Any
 from tunesmith.config.check import check_run
 from tunesmith.config.dump import differences
 from tunesmith.config.schema import Run
-from tunesmith.errors import RecipeError, UsageError
+from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.runtime.plan import Machine, MeshShape, RunPlan, Saving
 from tunesmith.units import Size
 
+# A plan beyond this is refused. Weights, gradients and moments are counted, and the one estimate of activations that was
+# compared with a GPU was 1.5 % too small; segments that the allocator cannot fill take a few percent (not measured).
+ALLOCATABLE = 0.97
 SHORTEST = 128  # tokens of data.seq_len that is offered; shorter ones cut most answers
 
 Keys = dict[str, Any]  # dotted recipe keys and their new values
@@ -80,6 +83,28 @@ def _with_keys(run: Run, keys: Iterable[tuple[str, Any]]) -> Run:
         section, name = key.split(".")
         run = replace(run, **{section: replace(getattr(run, section), **{name: value})})
     return run
+
+
+def refuse_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False, where: str = "", more: str = "") -> None:
+    """MachineError where a plan needs more memory than there is, with `more` advice; `where`: not the plan's device."""
+    needed, there = memory_needs(plan, machine)
+    if there and needed > there:
+        what = f"the run does not fit: it needs about {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB can be used"
+        ranks = f"{plan.mesh.describe()}, " if plan.mesh.world > 1 else ""
+        how = f"{ranks}micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
+        fix = plan.less_memory(resumed=resumed) + more
+        raise MachineError(what, where=where or plan.device, why=f"{plan.memory.describe()}; {how}", fix=fix)
+
+
+def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
+    """Bytes that a plan cannot do without, and those that there are (0: not known). An adapter's checkpoint may wait.
+
+    A CPU's free memory grows as other programs give way: there only what is allocated for the whole run counts, against
+    all memory of the machine.
+    """
+    memory, on_gpu = plan.memory, plan.device.startswith("cuda")
+    there = int(machine.free_bytes * ALLOCATABLE) if on_gpu else machine.card_bytes
+    return (memory.total if on_gpu else memory.static) - memory.copies, there
 
 
 def refuse_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:
