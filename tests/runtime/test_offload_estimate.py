@@ -1,0 +1,129 @@
+"""`train.cpu_offload` in the plan: what leaves the device and what the host takes for it, and where it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from recipes import make_run
+from tunesmith.config.load import from_mapping
+from tunesmith.config.schema import Run
+from tunesmith.data.schedule import StepSize
+from tunesmith.errors import MachineError, RecipeError
+from tunesmith.model.shapes import SHAPES
+from tunesmith.model.spec import ModelSpec, adapter_parameters, read_spec
+from tunesmith.runtime.plan import Machine, MemoryEstimate, MeshShape, RunPlan
+from tunesmith.runtime.resolve import MemoryEstimator, resolve_plan
+from tunesmith.training import build
+
+SPEC: ModelSpec = read_spec(SHAPES["llama3-8b"].config, where="test")
+SHARDS, ONE = MeshShape(1, 8, 1), MeshShape()
+FULL, LORA = {"kind": "none"}, {"kind": "lora"}
+TOKENS, RECOMPUTED = 4096, 20
+INPUT = 2 * TOKENS * SPEC.hidden  # of a layer, in bf16
+
+
+def recipe(adapter: dict[str, Any], *offload: str) -> Run:
+    values = {"model": {"name": "m"}, "data": {"train": {"source": "rows.jsonl"}}, "output_dir": "out"}
+    train = {"cpu_offload": list(offload), "recompute": RECOMPUTED}
+    return from_mapping(values | {"adapter": adapter, "train": train}, where="test", base=Path.cwd())
+
+
+def machine(device: str = "cuda:0", *, integrated: bool = False) -> Machine:
+    return Machine(device, 79 << 30, ("varlen", ""), (True, ""), card_bytes=79 << 30, integrated=integrated)
+
+
+def trained(run: Run) -> int:
+    return SPEC.parameters if run.adapter.kind == "none" else adapter_parameters(SPEC, run.adapter)
+
+
+def estimate(run: Run, mesh: MeshShape = SHARDS, found: Machine | None = None) -> MemoryEstimate:
+    return MemoryEstimator(run, SPEC, found or machine(), trained(run), mesh).estimate(TOKENS)
+
+
+def plan(run: Run, mesh: MeshShape, found: Machine) -> RunPlan:
+    return resolve_plan(run, SPEC, found, trained=trained(run), step=StepSize(65536, 65536), longest=2048, mesh=mesh)
+
+
+def test_the_host_takes_the_shards_of_a_model_trained_in_full_with_their_gradients_and_moments() -> None:
+    """In fp32: 4 bytes of weight, 4 of gradient and 8 of moments. What is gathered stays on the device."""
+    here, moved = estimate(recipe(FULL)), estimate(recipe(FULL, "parameters"))
+    assert here.host == 0
+    assert moved.host == pytest.approx(16 * SPEC.parameters / 8, abs=64)
+    assert (moved.weights, moved.gradients, moved.optimizer) == (0, 0, 0)
+    assert (moved.gathered, moved.activations, moved.workspace) == (here.gathered, here.activations, here.workspace)
+    assert here.total - moved.total == moved.host
+
+
+def test_the_host_takes_the_frozen_shards_and_the_adapter_stays() -> None:
+    here, moved = estimate(recipe(LORA)), estimate(recipe(LORA, "parameters"))
+    adapter = 4 * adapter_parameters(SPEC, recipe(LORA).adapter)
+    assert moved.host == 2 * SPEC.parameters / 8
+    assert (here.weights, moved.weights) == (moved.host + adapter, adapter)
+    assert (moved.gradients, moved.optimizer) == (here.gradients, here.optimizer) == (adapter, 2 * adapter)
+
+
+def test_copies_whose_base_is_on_the_host_gather_its_layers() -> None:
+    """Without shards nothing is gathered on the device; with the base on the host each layer comes when it is used."""
+    copies = MeshShape(8, 1, 1)
+    assert estimate(recipe(LORA), copies).gathered == 0
+    moved = estimate(recipe(LORA, "parameters"), copies)
+    assert moved.host == 2 * SPEC.parameters
+    assert moved.gathered == estimate(recipe(LORA), SHARDS).gathered
+
+
+def test_the_host_takes_the_inputs_of_the_layers_that_recompute() -> None:
+    """One of them is on the device, of the layer that recomputes just now."""
+    here, moved = estimate(recipe(LORA), ONE), estimate(recipe(LORA, "activations"), ONE)
+    assert moved.host == RECOMPUTED * INPUT
+    assert here.activations - moved.activations == RECOMPUTED * INPUT
+    assert (here.recomputed_layer, moved.recomputed_layer) == (INPUT, 0)
+    assert 0 <= moved.workspace - here.workspace <= INPUT
+    both = estimate(recipe(FULL, "parameters", "activations"))
+    assert both.host == estimate(recipe(FULL, "parameters")).host + RECOMPUTED * INPUT
+
+
+def test_what_is_offloaded_is_in_the_plan_and_its_words() -> None:
+    made = plan(recipe(FULL, "parameters"), SHARDS, machine())
+    assert made.cpu_offload == ("parameters",)
+    assert f"host {made.memory.host / 2**30:.1f} GiB" in made.memory.describe()
+    assert made.why["cpu offload"] == "as train.cpu_offload says: 15.0 GiB of the host's memory a rank"
+
+
+@pytest.mark.parametrize("moved", ["parameters", "activations"])
+def test_a_gpu_that_shares_the_hosts_memory_refuses_offload(moved: str) -> None:
+    with pytest.raises(RecipeError, match="shares the host's memory") as refused:
+        plan(recipe(LORA, moved), SHARDS, machine(integrated=True))
+    assert (refused.value.where, refused.value.fix) == ("train.cpu_offload", "train.cpu_offload=[]")
+
+
+def test_one_process_offloads_no_parameters() -> None:
+    with pytest.raises(RecipeError, match="one process offloads no parameters") as refused:
+        plan(recipe(FULL, "parameters"), ONE, machine())
+    assert refused.value.fix == "train.cpu_offload=[], or train.cpu_offload=[activations], or several ranks"
+    assert plan(recipe(LORA, "activations"), ONE, machine()).cpu_offload == ("activations",)
+
+
+def test_on_a_cpu_offload_has_no_effect_and_that_is_said(tiny: Path, tmp_path: Path) -> None:
+    run = recipe(FULL, "parameters", "activations")
+    assert estimate(run, ONE, machine("cpu")) == estimate(recipe(FULL), ONE, machine("cpu"))
+    assert plan(run, ONE, machine("cpu")).cpu_offload == ()
+    said: list[str] = []
+    build.check_machine(
+        make_run(tiny, tmp_path, train={"cpu_offload": ["activations"]}), torch.device("cpu"), said.append
+    )
+    assert said == ["warning: train.cpu_offload has no effect on a CPU: all is in the host's memory"]
+
+
+def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, ranks = plan(recipe(FULL, "parameters"), SHARDS, machine()), SimpleNamespace(local_world=8)
+    monkeypatch.setattr(build, "available_memory", lambda: 8 * made.memory.host)
+    build.check_host(made, ranks)  # type: ignore[arg-type]
+    monkeypatch.setattr(build, "available_memory", lambda: 8 * made.memory.host - 1)
+    with pytest.raises(MachineError, match=r"the host needs 128.5 GB for what is offloaded, and 128.5 GB") as refused:
+        build.check_host(made, ranks)  # type: ignore[arg-type]
+    assert (refused.value.where, refused.value.why) == ("train.cpu_offload", "8 ranks are on it")
