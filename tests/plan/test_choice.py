@@ -111,6 +111,21 @@ def test_a_resumed_run_keeps_its_micro_batch(monkeypatch: pytest.MonkeyPatch) ->
     assert kept.why["micro batch"].startswith("that of the checkpoint")
 
 
+def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 ranks of a node offload a 16th each of 16 bytes a parameter."""
+    train = {"train": {"global_batch": "32 examples", "cpu_offload": ["parameters"]}}
+    run, spec, tokens = make("llama3-8b", FULL | train | {"parallel": {"shard": 16}})
+    planner = plan_on_paper(run, spec, read_cluster("2x8xh100"), measure_work(run, spec, tokens))  # type: ignore[arg-type]
+    host = 8 * planner.ranked()[0].plan.memory.host
+    assert host == pytest.approx(8 * spec.parameters, rel=1e-6)
+    monkeypatch.setattr(build, "available_memory", lambda: host)
+    assert planned_in_training(monkeypatch, planner, tokens).cpu_offload == ("parameters",)
+    monkeypatch.setattr(build, "available_memory", lambda: host - 1)
+    with pytest.raises(MachineError, match=r"the host needs 64.2 GB for what is offloaded, and 64.2 GB") as refused:
+        planned_in_training(monkeypatch, planner, tokens)
+    assert (refused.value.where, refused.value.why) == ("train.cpu_offload", "8 ranks are on it")
+
+
 def test_train_refuses_what_fits_no_mesh_and_names_tensor_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     run, spec, tokens = make("llama3-70b", FULL | MANY)
     planner = plan_on_paper(run, spec, read_cluster("2x8xh100"), measure_work(run, spec, tokens))  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ def test_the_table_and_what_the_first_takes(llama: Path, capsys: pytest.CaptureF
     said = "\n".join(lines)
     for part in (
         "memory of a rank: weights",
-        "load ",
+        " to load, ",
         "seconds of a step: products",
         "disk: ",
         " USD",

@@ -116,18 +116,21 @@ def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> 
     if not best.fits:
         return lines
     seconds = ", ".join(f"{part} {value:.2f}" for part, value in best.seconds.items() if value >= 0.005)
-    phases = ", ".join(f"{phase} {needed / GIB:.1f}" for phase, needed in best.phases.items())
+    phases = ", ".join(f"{needed / GIB:.1f} to {phase}" for phase, needed in best.phases.items())
     sent = [f"{amount / 1e9:,.2f} GB over its {name}" for name, amount in best.sent.items() if amount]
+    hidden = f"; communication hidden behind them {best.hidden_seconds:.2f}" if best.hidden_seconds else ""
+    if any(f.fits and (f.step_seconds or 0) < (best.step_seconds or 0) for f in found):
+        lines.append(
+            f"first is not the fastest: more cuts or shards must gain {1 - BETTER:.0%}, and groups over nodes come last"
+        )
     lines += [
-        f"memory of a rank: {best.plan.memory.describe()}; {phases} of {best.room / GIB:.1f} GiB",
-        f"seconds of a step: {seconds}; communication behind them {best.hidden_seconds:.2f}",
-        f"a rank sends in a step: {', '.join(sent) or 'nothing'}",
+        f"memory of a rank: {best.plan.memory.describe()}; it takes {phases}, of {best.room / GIB:.1f} GiB",
+        *([f"seconds of a step: {seconds}{hidden}"] if best.step_seconds else []),
+        *([f"a rank sends in a step: {', '.join(sent)}"] if sent else []),
         f"disk: {size / 1e9:.1f} GB a checkpoint, at most {copies} at once",
     ]
     if best.hides_from and planner.lora:
-        lines.append(
-            f"shards: gathers hide in micro batches of {best.hides_from:,} tokens; in smaller ones a pipeline is faster"
-        )
+        lines.append(f"shards: gathers hide in micro batches of {best.hides_from:,} tokens, and hold up smaller ones")
     if best.hours:
         cost = f", {best.hours * price * planner.cluster.world:,.0f} USD" if price else ""
         lines.append(f"the run: {best.hours:,.2f} h{cost}, without validation and checkpoints")
@@ -136,4 +139,6 @@ def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> 
     if (other := planner.with_tensor()) and (other.step_seconds or 0) < BETTER * (best.step_seconds or 0):
         shape = other.plan.mesh.describe()
         lines.append(f"parallel.tensor=auto is faster: {shape}, {other.step_seconds:.2f} s a step")
-    return [*lines, f"`train` takes the first on these machines; to have it elsewhere: {best.keys}"]
+    if planner.cluster.world > 1:
+        lines.append(f"`train` takes the first on these machines; to have it elsewhere: {best.keys}")
+    return lines
