@@ -7,8 +7,6 @@ killed processes are seen at once; broken connections and launchers that are gon
 store without answers, after TUNESMITH_HEARTBEAT_SECONDS; a stuck main thread after the limit of its phase.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import json
@@ -88,7 +86,7 @@ class Heartbeat:
         self._deciding = threading.Lock()
         self._talker = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> Heartbeat:
+    def __enter__(self) -> "Heartbeat":
         if self.store is not None:
             self._talker.start()
             threading.Thread(target=self._mind_time, name="heartbeat-time", daemon=True).start()

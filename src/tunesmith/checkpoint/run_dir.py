@@ -5,8 +5,6 @@ write. Anywhere else a file with a name that a run writes is somebody else's: th
 touched. Files of other names are never touched.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

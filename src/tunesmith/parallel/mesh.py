@@ -4,8 +4,6 @@ Ranks are numbered with `tensor` fastest and `replicate` slowest, so that the ra
 of a tensor group on one node, and those of a shard group as near as they can be.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +41,7 @@ class Mesh:
     tensor_rank: int = 0
 
     @classmethod
-    def of(cls, shape: MeshShape, device_type: str) -> Mesh:
+    def of(cls, shape: MeshShape, device_type: str) -> "Mesh":
         """The mesh of all ranks; a collective call. `device_type` is `cpu` or `cuda`."""
         if shape.world == 1:
             return cls()
