@@ -1,14 +1,19 @@
-"""Host memory of each rank while it loads a model, resumes, and writes final/: its growth over what it had before.
+"""Host memory of each rank while it loads a model, resumes, and writes: its growth over what it had before.
 
     python benchmarks/host_memory.py --tokenizer DIR --ranks 4 --gib 4 --json out.json
-    python benchmarks/host_memory.py --tokenizer DIR --ranks 4 --gib 0.5 --cases "full, shards, resumed"
+    python benchmarks/host_memory.py --tokenizer DIR --ranks 4 --gib 1 --cases "full, shards, resumed"
+    python benchmarks/host_memory.py --tokenizer DIR --ranks 4 --gib 1 --cases "full, shards" --shape llama3-3b
+    python benchmarks/host_memory.py --write docs/ranks.md --json out.json
 
 The checkpoint is random, of a true shape with as many layers as make the size, bf16 in files of 1 GB. The ranks are started
 by torchrun on this machine, on its CPU with gloo. Counted is the peak of all resident pages in a phase (VmHWM of
 /proc/self/status, set back before it), mapped files and torch's own code included; the page cache is not in it. The bound is
-what the phase leaves on the rank (its shard, or moments) and one tensor: the largest one of the checkpoint, as it is stored
-there. No step is taken: there are no gradients, and moments only where a checkpoint brings them. The exit status is 1 if a
-rank exceeds its bound.
+what the phase leaves on the rank (its shard, moments, or scales) and one tensor: the largest one that is read or written, as
+it is stored there. No step is taken: there are no gradients, and moments only where a checkpoint brings them. The exit status
+is 1 if a rank exceeds its bound.
+
+Phases: load; resume, from the optimizer's file of one process; quantize, of a base in 8 bits; save, a checkpoint within the
+loop (of an adapter that ranks share, rank 0's copy is what the phase leaves); final; export, of the saved checkpoint by rank 0.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +39,14 @@ CASES = {
     "LoRA, shards": SHARDS,
     "LoRA, copies": ["parallel.replicate={n}"],
     "LoRA on nf4, shards": ["model.quantize=nf4", *SHARDS],
+    "LoRA on nf4, shards of tensor groups": ["model.quantize=nf4", "parallel.tensor=2", "parallel.shard={half}"],
+    "LoRA on fp8, shards": ["model.quantize=fp8", *SHARDS],
+    "full, a tensor group": [*FULL, "parallel.tensor={n}"],
+    "LoRA of rank 64, a tensor group": ["adapter.rank=64", "parallel.tensor={n}"],
     "full, shards, resumed": [*FULL, *SHARDS],  # from the checkpoint of one process
 }
 ON_ASKING = ("full, shards, resumed",)
+PHASES = ("load", "quantize", "resume", "save", "final", "export")
 
 
 def status(key: str) -> int:
@@ -43,24 +55,19 @@ def status(key: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
-def start_phase() -> int:
-    """Set the peak back; returns the resident bytes now."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return status("VmRSS")
-
-
 def rank(folder: Path, case: str, words: list[str]) -> None:
-    """One rank: load, resume if asked, write final/; rank 0 leaves the figures of all in figures.json."""
+    """One rank: every phase of the case; rank 0 leaves the figures of all in figures.json."""
     import torch
 
     from tunesmith.build_model import build_model
-    from tunesmith.checkpoint import export, state
+    from tunesmith.checkpoint import export, sharded, state
     from tunesmith.checkpoint.resume import Progress, Start
     from tunesmith.config.load import load_recipe
     from tunesmith.hub.model_files import read_model_files
     from tunesmith.model.safetensors_files import read_headers
     from tunesmith.parallel.mesh import Mesh, possible_shapes
+    from tunesmith.parallel.shard import quantize_shards
+    from tunesmith.quant.scaled_matmul import KINDS
     from tunesmith.ranks import join_ranks
     from tunesmith.runtime.resolve import inference_plan
     from tunesmith.sharded import local_part
@@ -77,32 +84,61 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
         stored = max(entry.size for entries in read_headers(files.folder).values() for entry in entries)
         mesh = Mesh.of(possible_shapes(run.parallel, ranks.world)[0], "cpu")
         plan, own = inference_plan(run, files, torch.device("cpu")), {}
-        ranks.gather(None)
 
-        before = start_phase()
-        root, _ = build_model(run, files, plan, mesh=mesh)
-        end = "VmHWM", "VmRSS"
-        own["load"] = [status(key) - before for key in end]
-        own["shard"] = held([*root.parameters(), *root.buffers()])
-        if case.endswith("resumed"):
-            saved = folder / "checkpoint-1"
-            start = Start(found=state.SavedCheckpoint(saved, 1), progress=Progress())
+        @contextmanager
+        def phase(name: str, largest: int = stored) -> Iterator[dict[str, int]]:
+            """Note the peak of a block, and what is left of it; the block says what it `held`."""
+            gc.collect()
             ranks.gather(None)
-            before = start_phase()
-            optimizer = make_optimizer(run, root, start, ranks)
-            own["resume"] = [status(key) - before for key in end]
-            own["moments"] = held(optimizer.state_dict().values())
-        ranks.gather(None)
-        before = start_phase()
-        if ranks.leads:
-            with state.writing(folder / "final", 1) as place:
-                export.write_model_files(place, run, root, {})
-        else:
-            export.write_model_files(None, run, root, {})
-        own["final"] = [status(key) - before for key in end]
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            before, own[name] = status("VmRSS"), {"held": 0, "largest": largest}
+            yield own[name]
+            own[name] |= {"peak": status("VmHWM") - before, "after": status("VmRSS") - before}
+
+        with phase("load") as found:
+            root, _ = build_model(run, files, plan, mesh=mesh)
+            found["held"] = held([*root.parameters(), *root.buffers()])
+        full = run.adapter.kind == "none"
+        wide = max(p.numel() for p in root.parameters()) * 4  # fp32, as shards, masters and moments are
+        if run.model.quantize in ("fp8", "int8"):
+            before = held(root.buffers())
+            with phase("quantize") as found:
+                quantize_shards(root, mesh, KINDS[run.model.quantize][-1])
+                found["held"] = held(root.buffers()) - before
+        start = Start()
+        if case.endswith("resumed"):
+            start = Start(found=state.SavedCheckpoint(folder / "checkpoint-1", 1), progress=Progress())
+        if start.found or (mesh.shape.tensor > 1 and not full):
+            with phase("resume", wide) as found:
+                optimizer = make_optimizer(run, root, start, ranks)
+                for part in optimizer.parts.values() if start.found is None else ():
+                    part.state = {name: value + 1 for name, value in part.initial_state().items()}
+                found["held"] = held(t for part in optimizer.parts.values() for t in part.state.values())
+            if start.found is None:
+                del own["resume"]
+            values = run, root, {}, optimizer.state_dict(), Progress()
+            writer = sharded.RanksWriter(folder / "run", 1, None, sync=lambda: None, ranks=ranks)
+            with phase("save", wide) as found:
+                if full:
+                    fill = sharded.fill_together(*values, ranks=writer.ranks, copy=False)
+                else:
+                    fill, _ = export.fill_adapter(*values, False)
+                    if ranks.leads:
+                        found["held"] = 3 * sum(p.numel() * 4 for _, p in root.trained_parameters())
+                writer.write(fill if full or ranks.leads else lambda place: None, 1, keep_step=None)
+        with phase("final"):
+            if ranks.leads:
+                with state.writing(folder / "final", 1) as place:
+                    export.write_model_files(place, run, root, {})
+            else:
+                export.write_model_files(None, run, root, {})
+        if start.found:
+            with phase("export", wide):
+                if ranks.leads:
+                    sharded.export_sharded(folder / "run" / "checkpoint-1", folder / "exported", run)
         every = ranks.gather(own)
         if ranks.leads:
-            found = {"largest_tensor": stored, "mesh": mesh.shape.describe(), "ranks": every}
+            found = {"mesh": mesh.shape.describe(), "ranks": every}
             (folder / "figures.json").write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -158,26 +194,37 @@ def torchrun(count: int, *words: str) -> None:
 
 
 def measured(folder: Path, case: str, count: int) -> list[dict[str, Any]]:
-    """A row for each phase of a case: the rank with the least room below its bound, and the most of all."""
+    """A row for each phase of a case, with the figures of every rank in MiB."""
     words = [word.format(n=count, half=count // 2) for word in CASES[case]]
     torchrun(count, "--as-rank", str(folder), case, *words)
-    found = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
-    rows = []
-    for phase, holds in (("load", "shard"), ("resume", "moments"), ("final", "")):
-        ranks = [own for own in found["ranks"] if phase in own]
-        if not ranks:
-            continue
-        bounds = [own.get(holds, 0) + found["largest_tensor"] for own in ranks]
-        peaks = [own[phase][0] for own in ranks]
-        rows.append({
-            "case": case, "mesh": found["mesh"], "phase": phase, "peak_mib": [round(p / 2**20) for p in peaks],
-            "after_mib": [round(own[phase][1] / 2**20) for own in ranks],
-            "held_mib": [round(own.get(holds, 0) / 2**20) for own in ranks],
-            "bound_mib": [round(b / 2**20) for b in bounds],
-            "within": all(p <= b for p, b in zip(peaks, bounds, strict=True)),
-        })  # fmt: skip
-    rows[0]["largest_tensor_mib"] = round(found["largest_tensor"] / 2**20)
+    found, rows = json.loads((folder / "figures.json").read_text(encoding="utf-8")), []
+    for phase in (name for name in PHASES if name in found["ranks"][0]):
+        ranks = [own[phase] for own in found["ranks"]]
+        row = {"case": case, "mesh": found["mesh"], "phase": phase}
+        row |= {f"{name}_mib": [round(own[name] / 2**20) for own in ranks] for name in ("peak", "after", "held")}
+        row["largest_tensor_mib"] = round(ranks[0]["largest"] / 2**20)
+        row["bound_mib"] = [round((own["held"] + own["largest"]) / 2**20) for own in ranks]
+        rows.append({**row, "within": all(own["peak"] <= own["held"] + own["largest"] for own in ranks)})
     return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown; of each the largest figure of the ranks."""
+    lines = [
+        "| checkpoint in bf16 | what is trained, on 4 ranks | phase | left on a rank | bound | peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        figures = " | ".join(f"{max(row[key]):,}" for key in ("held_mib", "bound_mib", "peak_mib"))
+        lines.append(f"| {row['shape']}, {row['gib']} GiB | {row['case']} | {row['phase']} | {figures} |")
+    return "\n".join(lines)
+
+
+def write_table(page: Path, rows: list[dict[str, Any]]) -> None:
+    """Put the table between the marks of a page."""
+    begin, end = "<!-- host memory -->\n", "\n<!-- /host memory -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    page.write_text(f"{before}{begin}{table(rows)}{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def main() -> None:
@@ -185,14 +232,19 @@ def main() -> None:
         rank(Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
         return
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tokenizer", required=True, help="a folder or Hub id")
+    p.add_argument("--tokenizer", help="a folder or Hub id")
     p.add_argument("--ranks", type=int, default=4)
     p.add_argument("--gib", type=float, default=4.0, help="of the checkpoint's weights")
     p.add_argument("--shape", default="mistral-7b")
     p.add_argument("--cases", nargs="+", choices=list(CASES), default=[c for c in CASES if c not in ON_ASKING])
     p.add_argument("--folder", type=Path, help="make the checkpoint here, or take it from here, and keep it")
     p.add_argument("--json", type=Path, help="add the table to this file, case by case")
+    p.add_argument("--write", type=Path, help="measure nothing, and put the table of --json into this page")
     a = p.parse_args()
+    old = json.loads(a.json.read_text(encoding="utf-8"))["rows"] if a.json and a.json.exists() else []
+    if a.write:
+        write_table(a.write, old)
+        return
     within = True
     with tempfile.TemporaryDirectory() as name:
         folder = a.folder or Path(name)
@@ -202,21 +254,17 @@ def main() -> None:
             write_checkpoint(folder)
         gib = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")) / GIB
         print(f"{a.shape}, {gib:.2f} GiB in bf16; largest of {a.ranks} ranks, MiB")
-        print(f"{'case':<32}{'phase':<8}{'peak':>7}{'held':>7}{'bound':>7}", flush=True)
+        print(f"{'case':<38}{'phase':<9}{'peak':>7}{'held':>7}{'bound':>7}", flush=True)
         for case in a.cases:
             rows = [{"gib": round(gib, 2), "shape": a.shape, **row} for row in measured(folder, case, a.ranks)]
             for row in rows:
                 figures = "".join(f"{max(row[key]):>7}" for key in ("peak_mib", "held_mib", "bound_mib"))
-                print(f"{case:<32}{row['phase']:<8}{figures}{'' if row['within'] else '  EXCEEDED'}", flush=True)
+                print(f"{case:<38}{row['phase']:<9}{figures}{'' if row['within'] else '  EXCEEDED'}", flush=True)
                 within &= row["within"]
+            old = [row for row in old if (row["case"], row["shape"]) != (case, a.shape)] + rows
             if a.json:
-                old = json.loads(a.json.read_text(encoding="utf-8"))["rows"] if a.json.exists() else []
-                kept = [row for row in old if row["case"] != case]
-                a.json.write_text(
-                    json.dumps({"command": [Path(word).name for word in sys.argv], "rows": kept + rows}, indent=1)
-                    + "\n",
-                    encoding="utf-8",
-                )
+                command = [Path(word).name for word in sys.argv]
+                a.json.write_text(json.dumps({"command": command, "rows": old}, indent=1) + "\n", encoding="utf-8")
     sys.exit(not within)
 
 

@@ -40,8 +40,13 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
     `function` is a module's own, so that a rank can import it. AssertionError with the traceback of the first rank that
     failed, or where the ranks take longer than LIMIT.
     """
+    import torch
+
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "torch.distributed.fsdp", "tunesmith.training.run"])
+    preload = ["torch", "transformers", "torch.distributed.fsdp", "tunesmith.training.run"]
+    if not torch.cuda.is_available():  # bitsandbytes asks a GPU for its kind, after which no process can be forked
+        preload.append("bitsandbytes")
+    context.set_forkserver_preload(preload)
     port, results = free_port(), context.SimpleQueue()
     ranks = [
         context.Process(target=_rank, args=(environment_of(r, world, port), r, results, function, arguments))
@@ -67,6 +72,13 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
             process.join(0 if len(found) < world else 20)
             process.kill()
     return [found[rank] for rank in range(world)]
+
+
+def gathered(tensor: Any) -> Any:
+    """A DTensor gathered, on every rank: a collective call. Any other tensor as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _rank(env: dict[str, str], rank: int, results: Any, function: Callable[..., Any], arguments: Any) -> None:

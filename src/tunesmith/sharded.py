@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -17,6 +18,14 @@ def local_part(tensor: Any) -> Any:
     Forwards compute with parts: products of DTensors would make collectives of their own.
     """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharding_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups whose ranks hold the other parts of a parameter; none where it is whole."""
+    if not isinstance(param, DTensor):
+        return ()
+    mesh, places = param.device_mesh, enumerate(param.placements)
+    return tuple(mesh.get_group(dim) for dim, at in places if not at.is_replicate() and mesh.size(dim) > 1)
 
 
 class VocabularyShard(NamedTuple):

@@ -29,6 +29,7 @@ from tunesmith.optim import optimizer
 from tunesmith.optim.adamw import ParameterState
 from tunesmith.parallel import tensor
 from tunesmith.parallel.mesh import MeshShape
+from tunesmith.quant import nf4
 from tunesmith.ranks import SECONDS
 from tunesmith.selfcheck import ALIKE, CHANGED, COPIES, GRADIENTS, LOSS, NORM, ONE, RESUME, SelfCheck
 from tunesmith.sharded import local_part
@@ -234,11 +235,14 @@ def read_another_ranks_moments() -> None:
 def quantize_parts_by_themselves() -> None:
     """Their scales are then rounded with others: the loss is 4e-5 off."""
 
-    def quantize(self, dense):
-        _, size, rank = self.tensor_group
-        super(tensor.CutNf4Layer, self).quantize(dense.chunk(size, self.dim)[rank])
+    original = nf4.Nf4Linear.quantize
 
-    tensor.CutNf4Layer.quantize = quantize
+    def quantize(self, dense):
+        cut, self.cut = self.cut, None
+        whole = dense if isinstance(dense, Tensor) else dense.read()
+        original(self, whole.chunk(cut.parts, cut.dim)[cut.part] if cut else whole)
+
+    nf4.Nf4Linear.quantize = quantize
 
 
 COPY, SHARD, TENSOR = MeshShape(2, 1, 1), MeshShape(1, 2, 1), MeshShape(1, 1, 2)

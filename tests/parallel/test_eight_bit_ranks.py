@@ -16,14 +16,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ranks import free_port, run_ranks
+from ranks import free_port, gathered, run_ranks
 from recipes import make_run
 from tunesmith import build_model
 from tunesmith.config.schema import Train
 from tunesmith.errors import RecipeError, TunesmithError
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.optimizer import Optimizer
-from tunesmith.parallel.shard import gathered
 from tunesmith.quant.frozen_weight import EightBitWeight
 from tunesmith.ranks import join_ranks
 from tunesmith.sharded import local_part
@@ -121,7 +120,7 @@ def updated(dtype: torch.dtype, shape: tuple[int, int], dim: int) -> bool:
         moved = [optimizer.state_dict() for optimizer in optimizers]
         assert {name for name, value in moved[1].items() if isinstance(value, DTensor)} == moved[0].keys() - {"w.step"}
         pairs = [(whole.detach(), part.detach()), *((moved[0][name], moved[1][name]) for name in moved[0])]
-        return all(torch.equal(one, gathered({"": cut})[""]) for one, cut in pairs)
+        return all(torch.equal(one, gathered(cut)) for one, cut in pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

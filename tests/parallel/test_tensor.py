@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ranks import run_ranks
+from ranks import gathered, run_ranks
 from tunesmith import private
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Model, Train
@@ -25,7 +25,6 @@ from tunesmith.model.fused import fuse_modules
 from tunesmith.model.weights import copy_whole
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.mesh import Mesh, MeshShape
-from tunesmith.parallel.shard import gathered
 from tunesmith.parallel.tensor import cut_model, reduce_gradients
 from tunesmith.quant import nf4
 from tunesmith.quant.eight_bit import EightBitLinear
@@ -110,7 +109,7 @@ def gradients(root: TrainModel) -> tuple[Tensor, dict[str, Tensor]]:
 
 def difference(got: Tensor, expected: Tensor) -> float:
     assert expected.abs().max() > 1e-6, "a zero reference proves nothing"
-    return float((gathered({"": got})[""] - expected).abs().max() / expected.abs().max())
+    return float((gathered(got) - expected).abs().max() / expected.abs().max())
 
 
 def differences(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tunesmith.adapter import lora
@@ -19,7 +18,9 @@ from tunesmith.errors import ModelError, first_line
 from tunesmith.host_files import refuse_special_files
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.save_tensors import save_tensors
-from tunesmith.model.weights import copy_whole
+from tunesmith.model.weights import StoredTensor, stored_tensors
+from tunesmith.private import local_slices
+from tunesmith.sharded import local_part
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -86,10 +87,11 @@ def adapter_files(
     return _peft_tensors(model), settings
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Write PEFT's two files, as of `adapter_files`, to `folder`, an existing one."""
-    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+def write_adapter(folder: Path | None, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write PEFT's two files, as of `adapter_files`, to `folder`, an existing one; None: as in `save_tensors`."""
+    save_tensors(folder / WEIGHTS if folder else None, tensors, {"format": "pt"})
+    if folder:
+        (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -145,10 +147,7 @@ def read_adapter(folder: Path) -> Adapter:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             why = f"{first['loc'][0]} is {str(first['input'])[:80]!r}: {first['msg']}"
-        what, fix = (
-            "the adapter's configuration cannot be read",
-            "name a PEFT adapter's folder, or copy the adapter again",
-        )
+        what, fix = "the adapter's configuration cannot be read", "name a PEFT adapter's folder, or copy it again"
         raise ModelError(what, where=str(file), why=why, fix=fix) from error
 
 
@@ -163,31 +162,27 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             fix = f"set adapter.rank: {adapter.rank}, adapter.alpha: {adapter.alpha:g}, adapter.rslora: "
             raise ModelError(what, where=f"{folder / CONFIG}, layer {name}", fix=fix + str(adapter.rslora).lower())
     file, own = folder / WEIGHTS, _peft_tensors(model)
-    try:
-        with safe_open(str(file), framework="pt") as stored:
-            names = set(stored.keys())
-            names -= {n for n in names - own.keys() if _is_base(model, n, stored.get_tensor(n))}
-            shapes = {n: tuple(stored.get_slice(n).get_shape()) for n in names}
-            for what, wrong in (
-                ("are missing in the adapter", own.keys() - names),
-                ("are in the adapter and not in the recipe's target or modules_to_save", names - own.keys()),
-                ("have another shape", {n for n in names & own.keys() if shapes[n] != tuple(own[n].shape)}),
-            ):
-                if wrong:
-                    shown = ", ".join(n.removeprefix(PREFIX) for n in sorted(wrong)[:3])
-                    listed = f"{len(wrong)} tensors {what}: {shown}{', ...' if len(wrong) > 3 else ''}"
-                    why = "adapter and model do not fit each other"
-                    fix = "take the base model, target, rank and modules_to_save that the adapter was made with"
-                    raise ModelError(listed, where=str(file), why=why, fix=fix)
-            for name in names:
-                copy_whole(own[name], stored.get_tensor(name))
-    except (OSError, SafetensorError) as error:
-        what, fix = "the adapter's weights cannot be read", "copy the adapter again"
-        raise ModelError(what, where=str(file), why=str(error), fix=fix) from error
+    with stored_tensors(file) as stored:
+        names = {n for n in stored if n in own or not _is_base(model, n, stored[n])}
+        for what, wrong in (
+            ("are missing in the adapter", own.keys() - names),
+            ("are in the adapter and not in the recipe's target or modules_to_save", names - own.keys()),
+            ("have another shape", {n for n in names & own.keys() if stored[n].shape != own[n].shape}),
+        ):
+            if wrong:
+                shown = ", ".join(n.removeprefix(PREFIX) for n in sorted(wrong)[:3])
+                listed = f"{len(wrong)} tensors {what}: {shown}{', ...' if len(wrong) > 3 else ''}"
+                why = "adapter and model do not fit each other"
+                fix = "take the base model, target, rank and modules_to_save that the adapter was made with"
+                raise ModelError(listed, where=str(file), why=why, fix=fix)
+        for name in names:
+            stored[name].into_part(own[name])
 
 
-def _is_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
+def _is_base(model: nn.Module, name: str, stored: StoredTensor) -> bool:
     """Whether a stored tensor is a copy of a base weight: PEFT adds embedding and head when one of them carries an adapter."""
     name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
     own = dict(model.named_parameters(remove_duplicate=False)).get(name)
-    return own is not None and own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype))
+    if own is None or own.shape != stored.shape:
+        return False
+    return torch.equal(local_part(own).cpu(), stored[local_slices(own)].to(own.dtype))

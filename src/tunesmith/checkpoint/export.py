@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -20,11 +17,11 @@ from tunesmith.checkpoint.resume import DELETE, OPTIMIZER, Progress
 from tunesmith.checkpoint.state import Fill
 from tunesmith.config.schema import Run
 from tunesmith.data.template import Template
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, ModelError
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.save_tensors import save_sharded, save_tensors
-from tunesmith.parallel.shard import gathered
+from tunesmith.model.save_tensors import gathered, save_sharded, save_tensors
+from tunesmith.model.weights import StoredTensor, stored_tensors
 from tunesmith.runtime.transfer import Snapshot
 
 TokenizerFiles = Mapping[str, bytes]  # path in the folder -> contents
@@ -66,9 +63,9 @@ def write_model_files(folder: Path | None, run: Run, model: TrainModel, tokenize
         if folder:
             write_config(folder, model, tokenizer)
         return
-    tensors, settings = _adapter(run, model)
+    base = run.model.name, run.model.revision
+    peft_files.write_adapter(folder, *peft_files.adapter_files(model.model, run.adapter, *base))
     if folder:
-        peft_files.write_adapter(folder, tensors, settings)
         _write_tokenizer(folder, tokenizer)
 
 
@@ -88,12 +85,6 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in state if name not in names - once}
 
 
-def _adapter(run: Run, model: TrainModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The adapter's tensors, whole, and its configuration; a collective call where ranks hold parts."""
-    tensors, settings = peft_files.adapter_files(model.model, run.adapter, run.model.name, run.model.revision)
-    return gathered(tensors), settings
-
-
 def write_checkpoint(
     run: Run, model: TrainModel, tokenizer: TokenizerFiles, optimizer: OptimizerState, progress: Progress, folder: Path
 ) -> None:
@@ -109,17 +100,22 @@ def fill_adapter(
     """What writes an adapter's checkpoint into a folder, once; a collective call where ranks hold parts.
 
     With `copy` it writes the state of this moment, from any thread; else it must be called before the next step. Tensors
-    are copied on their own device, in stream order, so this does not wait for it. Returned too: whether they were copied,
-    for which the device may have no room.
+    are copied on their own device, in stream order, so this does not wait for it; of those that ranks share, rank 0 gets one
+    after the other into its host's memory. Returned too: whether they were copied, for which the device may have no room.
     """
-    tensors, settings = _adapter(run, model)
-    optimizer, progress = gathered(optimizer), replace(progress)  # the caller's changes while a thread writes this one
+    tensors, settings = peft_files.adapter_files(model.model, run.adapter, run.model.name, run.model.revision)
+    progress = replace(progress)  # the caller's changes while a thread writes this one
+    whole = [gathered(tensors), gathered(optimizer)]
+    rest = [
+        {n: t for n, t in every.items() if n not in own} for every, own in zip((tensors, optimizer), whole, strict=True)
+    ]
     copies: list[Snapshot] = []
     with suppress(torch.OutOfMemoryError):
-        copies = [Snapshot(tensors), Snapshot(optimizer)] if copy else []
+        copies = [Snapshot(of) for of in rest] if copy else []
 
     def fill(folder: Path) -> None:
-        adapter, moments = [copied.on_host() for copied in copies] or [tensors, optimizer]
+        others = [copied.on_host() for copied in copies] or rest
+        adapter, moments = (own | other for own, other in zip(whole, others, strict=True))
         peft_files.write_adapter(folder, adapter, settings)
         _write_tokenizer(folder, tokenizer)
         write_optimizer(folder, moments)
@@ -135,10 +131,12 @@ def write_optimizer(folder: Path, tensors: OptimizerState) -> None:
     save_tensors(path, tensors)
 
 
-def read_optimizer(folder: Path) -> dict[str, Tensor]:
-    """The optimizer's tensors of a checkpoint, on the CPU; CheckpointError if they cannot be read."""
+@contextmanager
+def read_optimizer(folder: Path) -> Iterator[dict[str, StoredTensor]]:
+    """The optimizer's tensors of a checkpoint, to be read in the block; CheckpointError if they cannot be."""
     try:
-        return load_file(folder / OPTIMIZER)
-    except (OSError, SafetensorError) as error:
-        what = f"{folder.name} has no readable {OPTIMIZER}"
-        raise CheckpointError(what, where=str(folder / OPTIMIZER), why=str(error), fix=DELETE) from error
+        with stored_tensors(folder / OPTIMIZER) as tensors:
+            yield tensors
+    except ModelError as error:
+        what, why = f"{folder.name} has no readable {OPTIMIZER}", f"{error.what} {error.why}"
+        raise CheckpointError(what, where=str(folder / OPTIMIZER), why=why, fix=DELETE) from error

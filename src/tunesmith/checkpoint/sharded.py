@@ -189,11 +189,11 @@ def read_sharded_weights(model: nn.Module, folder: Path, ranks: Ranks = ONE_PROC
 
 def read_sharded_optimizer(optimizer: Optimizer, folder: Path, progress: Progress, ranks: Ranks = ONE_PROCESS) -> None:
     """Put the optimizer, or this rank's part of it, into the state of a checkpoint; as above."""
-    scalars = read_optimizer(folder)
-    for name, part in optimizer.parts.items():
-        if f"{name}.step" in scalars:
-            part.state = part.initial_state()
-            part.state["step"].copy_(scalars[f"{name}.step"])
+    with read_optimizer(folder) as scalars:
+        for name, part in optimizer.parts.items():
+            if f"{name}.step" in scalars:
+                part.state = part.initial_state()
+                part.state["step"].copy_(scalars[f"{name}.step"].read())
     apart = {*scalars, *(f"{name}.master" for name in optimizer.masters)}
     _read(folder, {f"optimizer.{n}": t for n, t in optimizer.state_dict().items() if n not in apart}, ranks)
     _read(folder, {f"model.{name}": master.data for name, master in optimizer.masters.items()}, ranks)
@@ -226,11 +226,8 @@ def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
 
 
 def export_sharded(folder: Path, output: Path, run: Run) -> None:
-    """Write a sharded checkpoint's model as Transformers' files into a new folder, one tensor in memory at a time.
-
-    Raises:
-        CheckpointError: it cannot be read, or `output` not be written.
-    """
+    """Write a sharded checkpoint's model as Transformers' files into a new folder, one tensor in memory at a time;
+    CheckpointError if it cannot be read, or `output` not be written."""
     stored = {n.removeprefix("model."): e for n, e in _entries(folder).items() if n.startswith("model.")}
     dtype = DTYPES[run.model.dtype]
     shapes = {

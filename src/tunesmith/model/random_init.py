@@ -20,25 +20,13 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
-class RandomTensor:
-    """The parameter `name`, drawn on `device` when it is read, in the shape and dtype of `like`."""
-
-    def __init__(self, name: str, like: Tensor, device: torch.device, seed: int) -> None:
-        self.name, self.shape, self.dtype, self.device, self._seed = name, like.shape, like.dtype, device, seed
-
-    def read(self) -> Tensor:
-        """The whole tensor, on its device; the same each time."""
-        tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        self.into(tensor)
-        return tensor
-
-    @torch.no_grad()
-    def into(self, target: Tensor) -> None:
-        """Draw into `target`, which has this shape and is on this device."""
-        if len(self.shape) < 2:
-            target.fill_(0.0 if self.name.endswith("bias") else 1.0)
-            return
-        generator = torch.Generator(self.device).manual_seed(seed_of(self._seed, self.name))
+@torch.no_grad()
+def draw(target: Tensor, name: str, seed: int) -> None:
+    """Draw the parameter `name` into `target`: on one device the same each time."""
+    if target.ndim < 2:
+        target.fill_(0.0 if name.endswith("bias") else 1.0)
+    else:
+        generator = torch.Generator(target.device).manual_seed(seed_of(seed, name))
         target.normal_(0.0, STD, generator=generator)
 
 
@@ -52,8 +40,10 @@ def init_random_weights(
     """
     targets = dict(model.named_parameters(remove_duplicate=False))
     for name, like in checkpoint.items():
-        tensor = RandomTensor(name, like, targets[name].device, seed)
+        target = targets[name]
         if convert and name in convert:
-            convert[name]({"": tensor})
+            dense = torch.empty(like.shape, dtype=like.dtype, device=target.device)
+            draw(dense, name, seed)
+            convert[name]({"": dense})
         else:
-            tensor.into(targets[name])
+            draw(target, name, seed)

@@ -48,7 +48,7 @@ def unreadable_file(file: Path, error: OSError) -> ModelError:
     return ModelError(f"{file.name} cannot be read", where=str(file), why=why, fix=f"see who may read it: ls -l {file}")
 
 
-def _read_header(file: Path) -> list[Entry]:
+def read_header(file: Path) -> list[Entry]:
     """A file's tensors; the library checks its header (no gaps, overlaps or names twice) against the file's size."""
     refuse_special_files(file)
     try:
@@ -130,7 +130,7 @@ def read_headers(folder: Path) -> dict[Path, list[Entry]]:
         files = [folder / SINGLE]
     else:
         raise no_safetensors([p.name for p in folder.iterdir()], name=str(folder), where=str(folder))
-    headers = {file: _read_header(file) for file in files}
+    headers = {file: read_header(file) for file in files}
     _refuse_integers([entry for found in headers.values() for entry in found], folder)
     return headers
 

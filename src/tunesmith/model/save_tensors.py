@@ -69,7 +69,9 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype) -> Iterator[Tensor]:
     others zeros; they are summed as bytes, so that no value changes.
     """
     local, (own, *columns), shape = tensor.to_local(), local_slices(tensor), tensor.shape
-    at, step = tensor.device_mesh.get_coordinate(), max(1, GATHERED // (math.prod(shape[1:]) * dtype.itemsize))
+    mesh = tensor.device_mesh  # of all ranks, or for an adapter this rank's tensor group: the others do as this one
+    group, first = mesh.get_group() if mesh.ndim == 1 else None, int(mesh.mesh.min())
+    at, step = mesh.get_coordinate(), max(1, GATHERED // (math.prod(shape[1:]) * dtype.itemsize))
     gives = not any(index and p.is_replicate() for index, p in zip(at or (), tensor.placements, strict=True))
     buffer = torch.empty(min(step, shape[0]), *shape[1:], dtype=dtype, device=local.device)
     for begin in range(0, shape[0], step):
@@ -77,8 +79,20 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype) -> Iterator[Tensor]:
         start, stop = max(begin, own.start), min(begin + len(rows), own.stop)
         if gives and start < stop:
             rows[(slice(start - begin, stop - begin), *columns)] = local[start - own.start : stop - own.start]
-        dist.reduce(rows.view(torch.uint8), dst=0)
+        dist.reduce(rows.view(torch.uint8), dst=first, group=group)
         yield rows
+
+
+@torch.no_grad()
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The DTensors among them, one after the other: whole in host memory on rank 0, without values on others. A collective
+    call."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            place = "meta" if dist.get_rank() else "cpu"
+            found[name] = torch.cat([r.to(place, copy=True) for r in _gathered_rows(tensor, tensor.dtype)])
+    return found
 
 
 def _written_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

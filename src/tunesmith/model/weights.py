@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.model.safetensors_files import Entry, drop_pages, open_uncached, read_headers, read_into
+from tunesmith.model.safetensors_files import Entry, drop_pages, open_uncached, read_header, read_headers, read_into
 from tunesmith.private import local_slices
 from tunesmith.sharded import local_part
 
@@ -39,9 +39,7 @@ class StoredTensor:
 
     def read(self) -> torch.Tensor:
         """The whole tensor, on the CPU, in its stored dtype."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        self.into(tensor)
-        return tensor
+        return self[tuple(slice(0, size) for size in self.shape)]
 
     def into(self, target: torch.Tensor, begin: int = 0) -> None:
         """Read into `target` (contiguous) from element `begin` on, converting to its dtype and device."""
@@ -58,7 +56,15 @@ class StoredTensor:
 
     def into_part(self, target: torch.Tensor) -> None:
         """Read what this rank holds of `target`, which may be a DTensor and have more rows than are stored."""
-        local, slices = local_part(target), local_slices(target)
+        self._fill(local_part(target), local_slices(target))
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
+        """That part, on the CPU, in its stored dtype; nothing else is read. A slice of each dimension has both ends."""
+        part = torch.empty([cut.stop - cut.start for cut in slices], dtype=self.dtype)
+        self._fill(part, slices)
+        return part
+
+    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
         if not slices:
             self.into(local)
             return
@@ -85,13 +91,18 @@ class StoredTensor:
             read_into(self._file, self._entry, flat.view(torch.uint8).numpy().data, offset)
 
 
-class WeightSource(Protocol):
-    """What a hook is handed for a tensor: one of a file (`StoredTensor`), or a random one."""
+@contextmanager
+def stored_tensors(file: Path) -> Iterator[dict[str, StoredTensor]]:
+    """The tensors of a safetensors file by their names, to be read in the block; ModelError where it is damaged."""
+    entries = read_header(file)
+    if wrong := [f"{entry.name} ({entry.dtype})" for entry in entries if entry.dtype not in STORED]:
+        raise ModelError(f"{len(wrong)} tensors have a type that cannot be read: {wrong[0]}", where=str(file))
+    with open_uncached(file) as opened:
+        yield {entry.name: StoredTensor(entry, opened) for entry in entries}
 
-    def read(self) -> torch.Tensor: ...
 
-
-Hook = Callable[[Mapping[str, WeightSource]], None]
+# Takes what a checkpoint holds of a parameter, by suffix; a weight that was drawn is a plain tensor.
+Hook = Callable[[Mapping[str, StoredTensor | torch.Tensor]], None]
 
 
 def load_weights(
@@ -108,8 +119,8 @@ def load_weights(
         model: every parameter has its memory.
         skip: names of parameters that the checkpoint does not hold (an adapter's own).
         convert: parameter name -> hook that takes the stored tensor under "" and its companions (a stored
-            `weight.absmax` belongs to `weight`) under their suffixes, in place of a plain read. Hooks of the tensors in
-            one file run in the order of the file.
+            `weight.absmax` belongs to `weight`) under their suffixes, in place of a plain read. They run in their own order,
+            as they may be collective and each node's files may be split otherwise.
         grow_from: embedding and head may have so many rows in the checkpoint and more in the model, where tokens were
             added; the further rows become the mean of the stored ones. None: as many in both.
 
@@ -132,17 +143,14 @@ def load_weights(
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     growing = {id(p): grow_from for end in ends if end is not None for p in end.parameters(recurse=False)}
     _check_complete(groups, targets, hooks, unexpected, growing, str(folder))
-    with torch.no_grad():
-        for path in headers:
-            # bitsandbytes keeps companions in the file of their tensor.
-            here = sorted((group[""].start, name) for name, group in groups.items() if group[""].file == path)
-            with open_uncached(path) as file:
-                for _, name in here:
-                    stored = {suffix: StoredTensor(entry, file) for suffix, entry in groups[name].items()}
-                    if name in hooks:
-                        hooks[name](stored)
-                    else:
-                        _read_parameter(stored[""], targets[name])
+    with torch.no_grad(), ExitStack() as stack:
+        files = {path: stack.enter_context(open_uncached(path)) for path in headers}
+        for name in filter(groups.__contains__, (*targets, *hooks)):
+            stored = {suffix: StoredTensor(entry, files[entry.file]) for suffix, entry in groups[name].items()}
+            if name in hooks:
+                hooks[name](stored)
+            else:
+                _read_parameter(stored[""], targets[name])
 
 
 def _read_parameter(stored: StoredTensor, target: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from tunesmith import packages
 from tunesmith.config.schema import Train
 from tunesmith.errors import MachineError, RecipeError, first_line
 from tunesmith.private import local_slices
+from tunesmith.sharded import sharding_groups
 
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 256  # elements of an 8-bit moment that share a scale
@@ -51,14 +52,6 @@ def state_bytes_per_parameter(train: Train, weight_bytes: int) -> float:
 def has_eight_bit_moments(param: Tensor) -> bool:
     """Whether adamw-8bit stores the moments of this parameter, which may be a DTensor, in 8 bits."""
     return param.ndim >= 2 and param.numel() >= MIN_8BIT
-
-
-def sharding_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """The groups whose ranks hold the other parts of a parameter; none where it is whole."""
-    if not isinstance(param, DTensor):
-        return ()
-    mesh, places = param.device_mesh, enumerate(param.placements)
-    return tuple(mesh.get_group(dim) for dim, at in places if not at.is_replicate() and mesh.size(dim) > 1)
 
 
 def check_blocks(named: Iterable[tuple[str, nn.Parameter]]) -> None:

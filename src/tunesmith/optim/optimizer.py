@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tunesmith.config.schema import Train
 from tunesmith.errors import CheckpointError
+from tunesmith.model.weights import StoredTensor
 from tunesmith.optim.adamw import HALF, AdamWUpdate, ParameterState
 from tunesmith.optim.weight_gradients import Fp32GradientLinear
 from tunesmith.private import local_slices
@@ -179,30 +180,26 @@ class Optimizer:
         return out | {f"{name}.master": master.data for name, master in self.masters.items()}
 
     def load_state_dict(
-        self, tensors: Mapping[str, Tensor], *, scale: float | None, growth_tracker: int, where: str
+        self, tensors: Mapping[str, Tensor | StoredTensor], *, scale: float | None, growth_tracker: int, where: str
     ) -> None:
-        """Copy a saved state in, which errors call `where`; CheckpointError where it belongs to another run."""
+        """Copy in this rank's parts of a saved state, which errors call `where`; CheckpointError where it is another run's."""
 
-        def copy_of(name: str, like: Tensor) -> Tensor:
+        def part_of(name: str, like: Tensor) -> Tensor:
             saved = tensors.get(name)
-            if saved is not None and saved.shape == like.shape:
-                saved = saved[local_slices(like)]
-                like = local_part(like)
             if saved is None or saved.shape != like.shape or saved.dtype != like.dtype:
                 what = f"the optimizer's state has no {name} of shape {tuple(like.shape)} and {like.dtype}"
                 why = "it was written by a run with other trained weights, or another train.optimizer"
                 fix = "go on with the same adapter, model and optimizer, or start over with --fresh"
                 raise CheckpointError(what, where=where, why=why, fix=fix)
-            return saved.to(like.device, copy=True)
+            return saved[local_slices(like)]
 
-        for name, master in self.masters.items():
-            master.data.copy_(copy_of(f"{name}.master", master))
         for name, part in self.parts.items():
-            if isinstance(part.param, DTensor) and f"{name}.master" in tensors:
-                part.weight.data.copy_(copy_of(f"{name}.master", part.param))
+            if part.has_master or (isinstance(part.param, DTensor) and f"{name}.master" in tensors):
+                part.weight.data.copy_(part_of(f"{name}.master", part.weight if part.has_master else part.param))
             if f"{name}.step" in tensors:  # a parameter that has had no gradient yet has no state
-                initial = part.initial_state()
-                part.state = {field: copy_of(f"{name}.{field}", part.whole(like)) for field, like in initial.items()}
+                part.state = part.initial_state()
+                for field, value in part.state.items():
+                    value.copy_(part_of(f"{name}.{field}", part.whole(value)))
         self.scale, self.growth_tracker = scale, growth_tracker
 
 

@@ -9,7 +9,7 @@ Zhao et al. 2023, arXiv:2304.11277 (FSDP); PyTorch's `fully_shard`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Run
@@ -93,15 +92,20 @@ def quantize_shards(root: TrainModel, mesh: Mesh, kind: str) -> int:
     count, rank = 0, mesh.sharding.get_local_rank("shard")
     for group in root.layers:
         group.unshard()
-        layers = [group.get_submodule(name) for name in lora.eight_bit_names(group)]
-        weights = [EightBitWeight.from_dense(kind, local_part(layer.weight)) for layer in layers]
-        group.reshard()
-        for layer, weight in zip(layers, weights, strict=True):
+        layers, parts = [group.get_submodule(name) for name in lora.eight_bit_names(group)], []
+        for layer in layers:
+            weight, each = (
+                EightBitWeight.from_dense(kind, local_part(layer.weight)),
+                -(-layer.out_features // mesh.shape.shard),
+            )
+            parts.append(weight.packed(layer.weight.dtype)[rank * each : (rank + 1) * each].clone())
             layer.__class__ = lora.LoraEightBitLinear if isinstance(layer, lora.LoraLinear) else EightBitLinear
             layer.register_parameter("transposed_weight", None)
             layer.hold_scales(weight)
-            own, each = local_part(layer.weight), -(-weight.shape[0] // mesh.shape.shard)
-            own.copy_(weight.packed(own.dtype)[rank * each : rank * each + len(own)])
+            layer.parts = layer.weight.numel() // (layer.in_features * layer.out_features)
+        group.reshard()
+        for layer, part in zip(layers, parts, strict=True):
+            local_part(layer.weight).copy_(part)
         count += len(layers)
     return count
 
@@ -128,8 +132,3 @@ def reduce_in(root: nn.Module, mesh: Mesh, *, last: bool) -> None:
 def sum_gradients(grads: Sequence[Tensor], mesh: Mesh) -> None:
     """Sum gradients of parameters that are whole on every rank over the data ranks, in place and in one piece."""
     all_reduce_together(grads, mesh.data_group)
-
-
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whole, on every rank; a collective call where they are DTensors."""
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}

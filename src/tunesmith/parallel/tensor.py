@@ -29,7 +29,7 @@ from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.fused import FusedAttention, FusedMLP, FusedNorm, add_mixin
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.private import collective
-from tunesmith.quant.nf4 import BLOCK, Nf4Linear
+from tunesmith.quant.nf4 import BLOCK, Cut, Nf4Linear
 from tunesmith.sharded import ShardedHead, VocabularyShard, local_part
 
 KEY = "parallel.tensor"
@@ -146,8 +146,8 @@ class _Cutter:
         sizes[dim] //= self.group.size
         layer.out_features, layer.in_features = sizes
         if nf4:
-            self.mix(layer, CutNf4Layer)
-            layer.dim, bias = dim, layer.bias
+            layer.parts, bias = self.group.size, layer.bias
+            layer.cut = Cut(dim, self.group.rank, self.group.size, self.group.name)
             layer.share(Nf4Linear(layer.in_features, layer.out_features, False, layer.compute_dtype))
             layer.bias = bias
         else:
@@ -232,18 +232,6 @@ class CutLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         own: Any = self
         return F.linear(x, local_part(own.weight), local_part(own.bias))
-
-
-class CutNf4Layer(nn.Module):
-    """An `Nf4Linear` that stores this rank's part of the quantized weight."""
-
-    tensor_group: TensorGroup
-    dim: int  # along which the weight is cut
-
-    def quantize(self, dense: Tensor) -> None:
-        """dense: the whole [out_features, in_features]."""
-        own: Any = super()
-        own.quantize_part(dense, self.dim, self.tensor_group.rank, self.tensor_group.size)
 
 
 class CutHead(CutLinear, ShardedHead):

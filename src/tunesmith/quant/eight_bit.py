@@ -123,6 +123,7 @@ class EightBitLinear(FrozenLinear):
         self.weight = nn.Parameter(stored.tensors[0], requires_grad=False)
         self.transposed_weight = nn.Parameter(stored.tensors[2], requires_grad=False)
         self.hold_scales(stored)
+        self.parts = base.weight.numel() // (self.in_features * self.out_features)
 
     def hold_scales(self, stored: EightBitWeight) -> None:
         """Take the scales of the layer's weight, which `weight` and `transposed_weight` have the codes of."""

@@ -229,6 +229,7 @@ class FrozenLinear(nn.Module, ABC):
         kind: of its frozen weight.
         compute_dtype: of the matmuls' results, and of `dense`.
         bias: compute_dtype [out_features], or None.
+        parts: of the whole layer, of which the ranks of a tensor group hold one each.
     """
 
     in_features: int
@@ -236,6 +237,7 @@ class FrozenLinear(nn.Module, ABC):
     kind: str
     compute_dtype: torch.dtype
     bias: nn.Parameter | None
+    parts: int = 1
 
     @abstractmethod
     def frozen_weight(self) -> FrozenWeight:
@@ -269,5 +271,5 @@ def parameter_count(model: nn.Module) -> int:
     for layer in model.modules():
         if isinstance(layer, FrozenLinear):
             stored = [p.numel() for name, p in layer.named_parameters(recurse=False) if name.endswith("weight")]
-            count += layer.in_features * layer.out_features - sum(stored)
+            count += layer.in_features * layer.out_features * layer.parts - sum(stored)
     return count

@@ -6,22 +6,25 @@ The format is bitsandbytes': blocks of 64 weights as 4-bit codes, one scale a bl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tunesmith.errors import MachineError, ModelError, first_line
-from tunesmith.model.weights import WeightSource, copy_whole
+from tunesmith.model.weights import StoredTensor, copy_whole
+from tunesmith.private import collective, local_slices
 from tunesmith.quant.frozen_matmul import FrozenLinear, linear_names
 from tunesmith.quant.frozen_weight import FrozenWeight, Nf4Weight, nf4_functions
+from tunesmith.sharded import local_part, sharding_groups
 
 BLOCK = 64  # weights that share a scale
 NESTED_BLOCK = 256  # scales that share a scale
+PIECE = 1 << 21  # weights quantized at a time: bitsandbytes' code for CPUs takes some 20 bytes for each
 SCALES = ("absmax", "code", "nested_absmax", "nested_code", "nested_offset")
 
 
@@ -44,6 +47,22 @@ def check_nf4(device: torch.device) -> None:
         ) from error
 
 
+class Cut(NamedTuple):
+    """Number `part` of `parts` equal ones along a dimension of a weight, whose rows, and parts of rows, are blocks of 64.
+
+    The others are on the ranks of the process group named `group`.
+    """
+
+    dim: int
+    part: int
+    parts: int
+    group: str
+
+    def of(self, blocks: Tensor, rows: int) -> Tensor:
+        """The part [own rows, own blocks of a row] of a tensor [rows * blocks of a row], as a view."""
+        return blocks.view(rows, -1).chunk(self.parts, self.dim)[self.part]
+
+
 class Nf4Linear(FrozenLinear):
     """A linear layer with W in NF4; empty until `quantize` or `load_quantized`.
 
@@ -52,8 +71,10 @@ class Nf4Linear(FrozenLinear):
         absmax: uint8 [blocks], the scale of each block of 64: a code, or fp32 without double quantization.
         code: fp32 [16], the value of each 4-bit code.
         nested_absmax: fp32 [ceil(blocks / 256)]; nested_code: fp32 [256]; nested_offset: fp32 []; or None.
+        cut: which part of a whole layer this one is.
     """
 
+    cut: Cut | None = None
     absmax: Tensor
     code: Tensor
     nested_absmax: Tensor | None
@@ -68,51 +89,63 @@ class Nf4Linear(FrozenLinear):
         count = in_features * out_features
         blocks = -(-count // BLOCK)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=compute_dtype, device=device)) if bias else None
-        packed = torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=device), False)
         absmax = torch.empty(blocks, dtype=torch.uint8, device=device)
         fp32 = [torch.empty(shape, device=device) for shape in ((16,), (-(-blocks // NESTED_BLOCK),), (256,), ())]
-        self._store(f"nf4 {BLOCK} {NESTED_BLOCK} {compute_dtype}", packed, absmax, *fp32)
+        self._store_scales(f"nf4 {BLOCK} {NESTED_BLOCK} {compute_dtype}", absmax, *fp32)
 
-    def _store(self, kind: str, packed: Tensor, *scales: Tensor) -> None:
-        self.kind, self.weight = kind, nn.Parameter(packed, requires_grad=False)
+    def _store_scales(self, kind: str, *scales: Tensor) -> None:
+        self.kind = kind
         # Not persistent: a dense checkpoint does not hold them, and its reader would miss them.
         for name, tensor in zip_longest(SCALES, scales):
             self.register_buffer(name, tensor, persistent=False)
 
     def share(self, other: Nf4Linear) -> None:
         """Store the very tensors of another layer of the same shape."""
-        self._store(other.kind, *other.frozen_weight().tensors)
-        self.bias = other.bias
+        self._store_scales(other.kind, *other.frozen_weight().tensors[1:])
+        self.weight, self.bias = other.weight, other.bias
 
     @torch.no_grad()
-    def quantize(self, dense: Tensor) -> None:
-        """Store `dense` [out_features, in_features], rounded to the compute dtype first, as Transformers does."""
-        self._store_state(*self._quantized(dense))
+    def quantize(self, dense: Tensor | StoredTensor) -> None:
+        """Store `dense`, the whole layer's [out_features, in_features], rounded to the compute dtype first, as Transformers does.
 
-    @torch.no_grad()
-    def quantize_part(self, dense: Tensor, dim: int, index: int, count: int) -> None:
-        """Quantize `dense` whole, of which this layer is part `index` of `count` equal ones along `dim`, and store that part.
-
-        Its values are those of the whole, whose scales share scales: where a part of these does not lie in one piece, its own
-        scales are fp32 (4.5 bits a weight in place of 4.13). Rows, and parts of them, are blocks of 64 weights.
+        A rank reads and quantizes the blocks that it holds. Where ranks share the layer it is a collective call: the scales
+        of all blocks are quantized together. Those of a tensor-parallel part that are not in one piece then stay fp32 (4.5 bits
+        a weight in place of 4.13).
         """
-        packed, state = self._quantized(dense)
-        functional, rows = nf4_functions(), len(dense)
-
-        def part(tensor: Tensor) -> Tensor:
-            return tensor.view(rows, -1).chunk(count, dim)[index].clone(memory_format=torch.contiguous_format).view(-1)
-
-        if dim == 0 and len(part(state.absmax)) % NESTED_BLOCK == 0:
-            state.absmax, state.state2.absmax = part(state.absmax), state.state2.absmax.chunk(count)[index].clone()
-        else:
-            absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-            state.absmax, state.nested = part(absmax), False
-        self._store_state(part(packed), state)
-
-    def _quantized(self, dense: Tensor) -> Any:
-        return nf4_functions().quantize_4bit(
-            dense.to(self.compute_dtype).contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=True
-        )
+        functional, cut, device = nf4_functions(), self.cut, self.absmax.device
+        packed, own, width = local_part(self.weight).view(-1), local_slices(self.weight)[0], self.in_features
+        scales = torch.zeros(-(-width * self.out_features // BLOCK), device=device)
+        span = BLOCK // math.gcd(BLOCK, width)  # rows that are whole blocks together
+        row, column = (cut.part * n if cut and cut.dim == d else 0 for d, n in enumerate((self.out_features, width)))
+        last = min(self.out_features, -(-2 * own.stop // (width * span)) * span)
+        step = max(1, PIECE // (width * span)) * span
+        for at in range(2 * own.start // (width * span) * span, last, step):
+            rows = dense[row + at : row + min(at + step, last), column : column + width].flatten()
+            codes, state = functional.quantize_4bit(
+                rows.to(device, self.compute_dtype), blocksize=BLOCK, quant_type="nf4"
+            )
+            block, begin = at * width // BLOCK, at * width // 2
+            scales[block : block + len(state.absmax)] = state.absmax
+            start, stop = max(begin, own.start), min(begin + len(codes), own.stop)
+            packed[start - own.start : stop - own.start] = codes.view(-1)[start - begin : stop - begin]
+        groups: list[str] = [group.group_name for group in sharding_groups(self.weight)]
+        if cut:
+            part, scales = scales, torch.zeros(dense.shape.numel() // BLOCK, device=device)
+            cut.of(scales, dense.shape[0]).copy_(part.view(self.out_features, -1))
+            groups.append(cut.group)
+        for group in groups:
+            scales = collective("all_reduce", scales, "max", group)  # a block may reach over the edge of two shards
+        offset, code = scales.mean(), functional.get_4bit_type("nf4", device=device)
+        absmax, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+        nested_block, shared = NESTED_BLOCK, nested.absmax
+        if cut and (cut.dim or len(absmax) // cut.parts % NESTED_BLOCK):
+            nested_block, absmax = 0, functional.dequantize_blockwise(absmax, nested) + offset
+            absmax = cut.of(absmax, dense.shape[0]).flatten().clone()
+        elif cut:
+            absmax, shared = (t.chunk(cut.parts)[cut.part].clone() for t in (absmax, shared))
+        held = (absmax, code, shared, nested.code, offset) if nested_block else (absmax, code)
+        self._store_scales(f"nf4 {BLOCK} {nested_block} {self.compute_dtype}", *held)
 
     @torch.no_grad()
     def load_quantized(self, parts: dict[str, Tensor], *, where: str) -> None:
@@ -128,19 +161,10 @@ class Nf4Linear(FrozenLinear):
         if state.quant_type != "nf4" or tuple(state.shape) != (self.out_features, self.in_features):
             needed = f"nf4 of shape {(self.out_features, self.in_features)} is needed"
             raise ModelError(f"stored as {state.quant_type} of shape {tuple(state.shape)}, and {needed}", where=where)
-        self._store_state(parts[""].contiguous().view(torch.uint8), state)
-
-    def _store_state(self, packed: Tensor, state: Any) -> None:
         nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
         kind = f"nf4 {state.blocksize} {state.state2.blocksize if nested else 0} {state.dtype}"
-        codes = packed.reshape(-1, 1)
-        if isinstance(self.weight, DTensor):  # sharded: the parameter that FSDP knows stays
-            copy_whole(self.weight, codes)
-            self.kind = kind
-            for name, tensor in zip_longest(SCALES, (state.absmax, state.code, *nested)):
-                self.register_buffer(name, tensor, persistent=False)
-        else:
-            self._store(kind, codes, state.absmax, state.code, *nested)
+        copy_whole(self.weight, parts[""].contiguous().view(torch.uint8).view(-1, 1))
+        self._store_scales(kind, state.absmax, state.code, *nested)
 
     def frozen_weight(self) -> FrozenWeight:
         tensors = [self.weight, self.absmax, self.code]
@@ -152,12 +176,11 @@ class Nf4Linear(FrozenLinear):
 def load_hooks(model: nn.Module) -> dict[str, Any]:
     """For `load_weights(convert=...)`: each NF4 weight is quantized from a dense tensor, or loaded as it was quantized."""
 
-    def load(layer: Nf4Linear, name: str, stored: Mapping[str, WeightSource]) -> None:
-        # Where the matmuls are: a shard may lie on the host.
-        parts = {suffix: part.read().to(layer.absmax.device) for suffix, part in stored.items()}
-        if len(parts) == 1:
-            layer.quantize(parts[""])
-        else:
+    def load(layer: Nf4Linear, name: str, stored: Mapping[str, StoredTensor]) -> None:
+        if len(stored) == 1:
+            layer.quantize(stored[""])
+        else:  # where the matmuls are: a shard may lie on the host
+            parts = {suffix: part.read().to(layer.absmax.device) for suffix, part in stored.items()}
             layer.load_quantized(parts, where=name)
 
     return {f"{n}.weight": partial(load, m, n) for n, m in model.named_modules() if isinstance(m, Nf4Linear)}

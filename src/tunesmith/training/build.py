@@ -359,8 +359,9 @@ def make_optimizer(run: Run, model: TrainModel, start: Start, ranks: Ranks) -> O
     if start.found and start.progress and is_sharded(start.found.path):
         read_sharded_optimizer(optimizer, start.found.path, start.progress, ranks)
     elif start.found and start.progress:
-        tensors, saved, where = read_optimizer(start.found.path), start.progress, str(start.found.path)
-        optimizer.load_state_dict(tensors, scale=saved.loss_scale, growth_tracker=saved.good_steps, where=where)
+        saved, where = start.progress, str(start.found.path)
+        with read_optimizer(start.found.path) as tensors:
+            optimizer.load_state_dict(tensors, scale=saved.loss_scale, growth_tracker=saved.good_steps, where=where)
     return optimizer
 
 

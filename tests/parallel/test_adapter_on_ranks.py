@@ -1,0 +1,114 @@
+"""An adapter's files where ranks hold parts of it: written as one process writes them, and read again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ranks import gathered, run_ranks
+from recipes import make_run
+from tunesmith.adapter import lora, peft_files
+from tunesmith.build_model import build_model
+from tunesmith.checkpoint import export
+from tunesmith.checkpoint.resume import OPTIMIZER, Progress, Start
+from tunesmith.hub.model_files import read_model_files
+from tunesmith.model import save_tensors
+from tunesmith.model.random_init import seed_of
+from tunesmith.model.weights import copy_whole
+from tunesmith.parallel.mesh import Mesh, possible_shapes
+from tunesmith.ranks import Ranks, join_ranks
+from tunesmith.runtime.resolve import inference_plan
+from tunesmith.training.build import make_optimizer
+
+# Embedding and head are tied: the trained embedding is a tensor of its own, cut by the vocabulary.
+ADAPTER = {"adapter": {"rank": 4, "modules_to_save": ["embed_tokens", "norm"]}}
+MESHES = [{"tensor": 4}, {"shard": 2, "tensor": 2}, {"replicate": 2, "tensor": 2}, {"shard": 4}]
+
+
+def built(model: Path, folder: Path, mesh: dict[str, int], ranks: Ranks) -> Any:
+    run = make_run(model, folder, held=False, parallel=mesh, **ADAPTER)
+    files = read_model_files(model, run.model)
+    shape = possible_shapes(run.parallel, ranks.world)[0]
+    root, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")), mesh=Mesh.of(shape, "cpu"))
+    return run, root
+
+
+def drawn(name: str, like: Tensor) -> Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed_of(0, name)))
+
+
+def write_all(model: Path, folder: Path, meshes: list[dict[str, int]], places: list[Path]) -> list[int]:
+    """A checkpoint and final/ of each mesh, with values drawn by name; the bytes of adapter and moments that this rank then
+    has for itself beside its own parts."""
+    save_tensors.GATHERED = 1000  # some rows at a time
+    sizes = []
+    with join_ranks() as ranks:
+        DTensor.full_tensor = None  # nothing is gathered on every rank
+        for mesh, place in zip(meshes, places, strict=True):
+            run, root = built(model, folder, mesh, ranks)
+            optimizer = make_optimizer(run, root, Start(), ranks)
+            for name, part in optimizer.parts.items():
+                copy_whole(part.param.data, drawn(name, part.param))
+                part.state = part.initial_state()
+                for field in ("exp_avg", "exp_avg_sq"):
+                    copy_whole(part.whole(part.state[field]), drawn(f"{name}.{field}", part.param))
+            state = optimizer.state_dict()
+            fill, copied = export.fill_adapter(run, root, {}, state, Progress(), ranks.leads)
+            assert copied == ranks.leads
+            export.write_model_files(place / "final" if ranks.leads else None, run, root, {})
+            if ranks.leads:
+                root.model.requires_grad_(False)
+                for parameter in root.model.parameters():
+                    parameter.zero_()  # the copy was made before
+                fill(place)
+            sizes.append(sum(t.nbytes for t in save_tensors.gathered(state).values() if not t.is_meta))
+    return sizes
+
+
+def contents(place: Path) -> list[bytes]:
+    files = (peft_files.WEIGHTS, OPTIMIZER, f"final/{peft_files.WEIGHTS}", f"final/{peft_files.CONFIG}")
+    return [(place / file).read_bytes() for file in files]
+
+
+def test_an_adapter_is_written_as_by_one_process_and_whole_on_rank_0_alone(tiny, tmp_path):
+    places = [tmp_path / str(index) for index in range(len(MESHES) + 1)]
+    for place in places:
+        (place / "final").mkdir(parents=True)
+    run_ranks(1, write_all, tiny, tmp_path, [{}], places[-1:])
+    first, *others = run_ranks(4, write_all, tiny, tmp_path, MESHES, places[:-1])
+    alone = contents(places[-1])
+    for mesh, place in zip(MESHES, places, strict=False):
+        assert contents(place) == alone, mesh
+    values = load_file(places[-1] / peft_files.WEIGHTS)
+    assert len(values) == 2 * 14 + 1 + 5  # A and B, the embedding, the norms
+    assert all(value.abs().max() > 0 for value in values.values())
+    assert all(size > 0 for size in first[:3])
+    assert others == [[0] * len(MESHES)] * 3
+
+
+def loaded(model: Path, folder: Path, adapter: Path) -> dict[str, Any]:
+    with join_ranks() as ranks:
+        _, root = built(model, folder, {"shard": ranks.world}, ranks)
+        peft_files.load_adapter(root.model, adapter)
+        return {name: gathered(layer.lora_B.detach()).numpy() for name, layer in lora.loras(root.model)}
+
+
+def test_shards_read_an_adapter_with_copies_of_base_weights(tiny, tmp_path):
+    """PEFT writes the base's embedding and head beside an adapter where one of them carries one."""
+    place = tmp_path / "adapter"
+    (place / "final").mkdir(parents=True)
+    run_ranks(1, write_all, tiny, tmp_path, [{}], [place])
+    tensors = load_file(place / peft_files.WEIGHTS)
+    base = load_file(tiny / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    extra = {"base_model.model.model.layers.0.mlp.up_proj.base_layer.weight": base}
+    save_file(tensors | extra, place / "final" / peft_files.WEIGHTS)
+    for found in run_ranks(2, loaded, tiny, tmp_path, place / "final"):
+        assert len(found) == 14
+        for name, value in found.items():
+            expected = tensors[f"{peft_files.PREFIX}{name}.lora_B.weight"]
+            assert torch.equal(torch.from_numpy(value), expected)
