@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,29 @@ def test_ranks_quantize_the_blocks_that_they_hold_to_the_bits_of_one_process(wor
             own = np.split(expected, cut[2], cut[0])[cut[1]] if cut else expected
             assert np.array_equal(values, own), f"{mesh} {name}"
             assert 0 < read <= size / parts + 2 * 4 * max(64, row), f"{mesh} {name}"
+
+
+def scales(models: list[Path], folder: Path) -> dict[str, np.ndarray]:
+    """Of each layer, where each rank has the model in a folder of its own."""
+    with join_ranks() as ranks:
+        _, root = built(models[ranks.rank], folder, {"shard": 2}, {"model": {"quantize": "nf4"}}, ranks.world)
+    return {name: m.absmax.numpy() for name, m in root.model.named_modules() if isinstance(m, nf4.Nf4Linear)}
+
+
+def test_nodes_may_have_the_tensors_in_other_files(tiny, tmp_path):
+    """Ranks reduce the scales of a layer together: in the order of the model, not of their files."""
+    pytest.importorskip("bitsandbytes")
+    tensors, other = load_file(tiny / "model.safetensors"), tmp_path / "other"
+    other.mkdir()
+    for file in tiny.glob("*.json"):
+        (other / file.name).write_bytes(file.read_bytes())
+    files = {name: f"model-{len(name) % 2}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, other / file)
+    (other / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    first, second = run_ranks(2, scales, [tiny, other], tmp_path)
+    assert len(first) == 14
+    assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_a_tied_head_that_is_stored_twice_is_compared_piece_by_piece(tiny, tmp_path, monkeypatch):

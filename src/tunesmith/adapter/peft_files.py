@@ -16,7 +16,7 @@ from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError, first_line
 from tunesmith.host_files import refuse_special_files
-from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.safetensors_files import read_header, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
 from tunesmith.private import local_slices
@@ -162,6 +162,11 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             fix = f"set adapter.rank: {adapter.rank}, adapter.alpha: {adapter.alpha:g}, adapter.rslora: "
             raise ModelError(what, where=f"{folder / CONFIG}, layer {name}", fix=fix + str(adapter.rslora).lower())
     file, own = folder / WEIGHTS, _peft_tensors(model)
+    try:
+        read_header(file)
+    except ModelError as error:
+        what, fix = "the adapter's weights cannot be read", "copy the adapter again"
+        raise ModelError(what, where=str(file), why=f"{error.what}. {error.why}", fix=fix) from error
     with stored_tensors(file) as stored:
         names = {n for n in stored if n in own or not _is_base(model, n, stored[n])}
         for what, wrong in (
