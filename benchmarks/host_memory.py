@@ -210,21 +210,19 @@ def measured(folder: Path, case: str, count: int) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown; of each the largest figure of the ranks."""
-    lines = [
-        "| checkpoint in bf16 | what is trained, on 4 ranks | phase | left on a rank | bound | peak |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| checkpoint in bf16 | case | mesh | phase | left | bound | peak |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         figures = " | ".join(f"{max(row[key]):,}" for key in ("held_mib", "bound_mib", "peak_mib"))
-        lines.append(f"| {row['shape']}, {row['gib']} GiB | {row['case']} | {row['phase']} | {figures} |")
+        what = f"{row['shape']}, {row['gib']} GiB | {row['case']} | {row['mesh']} | {row['phase']}"
+        lines.append(f"| {what} | {figures}{'' if row['within'] else ', exceeded'} |")
     return "\n".join(lines)
 
 
 def write_table(page: Path, rows: list[dict[str, Any]]) -> None:
     """Put the table between the marks of a page."""
-    begin, end = "<!-- host memory -->\n", "\n<!-- /host memory -->"
+    begin, end = "<!-- host memory -->\n", "<!-- /host memory -->"
     before, rest = page.read_text(encoding="utf-8").split(begin)
-    page.write_text(f"{before}{begin}{table(rows)}{end}{rest.split(end)[1]}", encoding="utf-8")
+    page.write_text(f"{before}{begin}{table(rows)}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def main() -> None:
