@@ -136,9 +136,8 @@ class SelfCheck:
         self.batch = max(8, 2 * world)  # examples of a step
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # fp32 is held closely; on GPUs bf16 takes the kernels of a real run.
-        self.kinds = [
-            (name, dtype) for dtype in ("fp32", "bf16") if (dtype, self.device.type) in TOLERANCE for name in KINDS
-        ]
+        dtypes = [dtype for dtype in ("fp32", "bf16") if (dtype, self.device.type) in TOLERANCE]
+        self.kinds = [(name, dtype) for dtype in dtypes for name in KINDS]
         self.make_mesh = cache(Mesh.of)  # once for all runs on it: its process groups take sockets and NCCL's memory
         self.rows: list[CheckRow] = []
         self.alone: dict[Kind, list[StepRecord]] = {}  # of one process with one micro batch a step
@@ -197,9 +196,9 @@ class SelfCheck:
             self.add("nf4 is not checked", "", error.what, None)
         return self.kinds
 
-    def recipe(self, kind: Kind, shape: MeshShape, *, micro: int) -> Run:
-        """LoRA or full fine-tuning on a mesh, with micro batches of so many examples."""
-        (adapter, quantize), dtype = KINDS[kind[0]], kind[1]
+    def recipe(self, kind: Kind, shape: MeshShape, *, count: int) -> Run:
+        """LoRA or full fine-tuning on a mesh, where each rank takes so many micro batches a step, or more."""
+        (adapter, quantize), dtype, micro = KINDS[kind[0]], kind[1], self.batch // (count * shape.data)
         start = {"rank": RANK, "alpha": ALPHA, "from": str(self.folder / "adapter")} if adapter == "lora" else {}
         out = "-".join(map(str, (*kind, micro, *shape))).replace(" ", "-")
         values = {
@@ -222,7 +221,7 @@ class SelfCheck:
 
     def reference(self, kind: Kind) -> None:
         """Train on one process with one micro batch a step; each parameter of an adapter must get a gradient."""
-        trainer = take_steps(self.recipe(kind, ONE, micro=self.batch), ONE_PROCESS)
+        trainer = take_steps(self.recipe(kind, ONE, count=1), ONE_PROCESS)
         self.alone[kind], self.inputs[kind], session = trainer.records, first_inputs(trainer), trainer.session
         if session.run.adapter.kind == "lora":
             (micro,) = session.loader(0).batch(0).micro
@@ -232,8 +231,8 @@ class SelfCheck:
             self.equal(GRADIENTS, len(load_file(self.folder / "adapter" / WEIGHTS)), count)
 
     def check_mesh(self, kind: Kind, shape: MeshShape, ranks: Ranks) -> None:
-        """Train on a mesh with micro batches of one example, and compare with `reference`; a collective call."""
-        run, (first, others, again) = self.recipe(kind, shape, micro=1), TOLERANCE[kind[1], self.device.type]
+        """Train on a mesh with two micro batches a step, and compare with `reference`; a collective call."""
+        run, (first, others, again) = self.recipe(kind, shape, count=2), TOLERANCE[kind[1], self.device.type]
         out, trainer = Path(run.output_dir), take_steps(run, ranks, self.make_mesh)
         parts, inputs = ranks.gather(parts_of(trainer)), ranks.gather(first_inputs(trainer))
         if ranks.leads:
@@ -246,6 +245,8 @@ class SelfCheck:
                 digests.setdefault(part, []).append(digest)
             if copies := [same for same in digests.values() if len(same) > 1]:
                 self.equal(COPIES, len(copies), sum(len({*same}) == 1 for same in copies))
+        if run.model.quantize == "nf4":  # at a resume its base is made as at the start, and its adapter as LoRA's
+            return
         if ranks.local_rank == 0:  # as if the last steps had never been
             shutil.rmtree(out / f"checkpoint-{STEPS}", ignore_errors=True)
             shutil.rmtree(out / "final", ignore_errors=True)
@@ -258,9 +259,8 @@ class SelfCheck:
         """Names of the trained tensors, and of those that final/ has with other values than the start."""
         start, file = ("adapter", WEIGHTS) if run.adapter.kind == "lora" else ("model", "model.safetensors")
         before, after = load_file(self.folder / start / file), load_file(Path(run.output_dir) / "final" / file)
-        return [*before], [
-            n for n, t in before.items() if n in after and not torch.equal(t.to(after[n].dtype), after[n])
-        ]
+        changed = [n for n, t in before.items() if n in after and not torch.equal(t.to(after[n].dtype), after[n])]
+        return [*before], changed
 
     def compare_builds(self, ranks: Ranks) -> None:
         """All ranks must run the same code; a collective call."""
@@ -312,16 +312,21 @@ def versions() -> dict[str, str]:
 
 
 def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer:
-    """Train `run` from where its directory stands, as `train` does but without a word; a collective call."""
+    """Train `run` as `train` does but without a word; a resumed run writes nothing at its end. A collective call."""
     out = Path(run.output_dir)
     ranks = find_dir_leaders(ranks, out, lambda: out.mkdir(exist_ok=True))
     start = decide_start(run, ranks, warn=lambda text: None)
     session = build(run, start, say=lambda text: None, ranks=ranks, make_mesh=make_mesh)
     with ranks.together():
-        if ranks.leads_dir:
+        if ranks.leads_dir and not start.progress:
             write_identity(session, None)
     trainer = Trainer(session, start, Sinks([]), StopRequest())
-    trainer.fit()
+    if start.progress:
+        with session.loader(trainer.first_step) as loader:
+            for _ in trainer.steps(loader):
+                pass
+    else:
+        trainer.fit()
     if isinstance(trainer.writer, RanksWriter):
         dist.destroy_process_group(trainer.writer.ranks.group)
     return trainer
@@ -363,8 +368,6 @@ def run_checks(say: Callable[[CheckRow], None]) -> dict[str, Any]:
             rows = ranks.share(check.rows)
     device = torch.cuda.get_device_name() if check.device.type == "cuda" else "CPU"
     described = {"passed": all(row.passed is not False for row in rows), "ranks": ranks.world, "device": device}
-    described |= {
-        "hosts": sorted({*ranks.hosts} - {""}) or ["localhost"],
-        "seconds": round(time.monotonic() - began, 1),
-    }
+    hosts = sorted({*ranks.hosts} - {""}) or ["localhost"]
+    described |= {"hosts": hosts, "seconds": round(time.monotonic() - began, 1)}
     return described | {"checks": [asdict(row) for row in rows]}

@@ -40,13 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
     env = started_as()
-    leads, world = (
-        not env or env["RANK"] == 0,
-        env["WORLD_SIZE"] if env else args.ranks or torch.cuda.device_count() or 2,
-    )
+    if env is None and args.ranks is None:
+        import torch
+
+        args.ranks = torch.cuda.device_count() or 2
+    leads, world = not env or env["RANK"] == 0, env["WORLD_SIZE"] if env else args.ranks
     if args.ranks not in (None, world):
         what = f"--ranks {args.ranks}, and this is one of {world} ranks that are there already"
         raise UsageError(what, where="--ranks", fix="leave it out under torchrun")
@@ -74,8 +73,7 @@ def start_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
         command = [sys.executable, "-m", *started, *(["--json"] if quiet else []), "--report", str(file)]
         done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
         if file.is_file():
-            report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return report
+            return dict(json.loads(file.read_text(encoding="utf-8")))
     said = re.search(r"^error: .*(?:\n  .*)*", done.stderr, re.M)  # the rest is torchrun's
     why = said[0].removeprefix("error: ") if said else done.stderr.strip().rpartition("\n")[2]
     fix = f"python -m {' '.join(started)} shows all that they say"
