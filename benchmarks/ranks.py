@@ -270,7 +270,7 @@ def tables(files: list[Path]) -> str:
     for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in rows):
         here = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
         plain = [row for row in here if "dropout" not in row["trained"]]
-        columns = list(dict.fromkeys(row["trained"] for row in plain))
+        columns = [what for what in TRAINED if any(row["trained"] == what for row in plain)]
         cells: dict[tuple[int, str], dict[str, str]] = {}
         for row in plain:
             case = Case(**{k: row[k] for k in Case.__dataclass_fields__})
