@@ -82,10 +82,10 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All ranks leave the block, which must hold no collective, or none: an error of one ends it on all, at its end.
+        """All ranks leave the block, or none: an error of one ends the block on all, after all have come to its end.
 
-        The lowest rank that failed raises its own error and tells it; the others raise `OtherRankError`, which says nothing
-        and has the exit code."""
+        It must hold no collective. The lowest rank that failed raises its own error and tells it; the others raise
+        `OtherRankError`, which says nothing and has the exit code."""
         error: BaseException | None = None
         try:
             yield
