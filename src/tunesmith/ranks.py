@@ -5,8 +5,6 @@ What one rank decides alone, by its clock, a signal or an error, leaves the othe
 such decision is shared first. The functions here take any Python value and are for what comes before and after a step.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -201,7 +199,7 @@ def heartbeat_limit() -> float:
     raise MachineError("not a number of seconds from 1", where=f"environment: {SECONDS}={text}", fix=f"unset {SECONDS}")
 
 
-def meet(store: Store, rank: int, world: int) -> tuple[str, list[str]]:
+def meet(store: "Store", rank: int, world: int) -> tuple[str, list[str]]:
     """Find the ranks that were started together: a new name for them, which prefixes their keys, and each one's host.
 
     torchrun 2.13 keeps one store over its restarts, with the addresses of earlier ranks: whoever starts first would

@@ -3,8 +3,6 @@
 What is trained is made here, alike on every node: a random Llama, an adapter with a drawn B, and rows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

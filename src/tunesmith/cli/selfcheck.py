@@ -10,8 +10,6 @@ example:
   torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint NODE:29500 -m tunesmith selfcheck
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -80,7 +78,7 @@ def start_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
     raise RunError("the ranks ended before the checks were done", why=why, fix=fix)
 
 
-def print_row(row: CheckRow) -> None:
+def print_row(row: "CheckRow") -> None:
     """A line of the table, as soon as it is known, and below a failed check what it means."""
     result, step = {True: "pass", False: "FAIL", None: ""}[row.passed], f"step {row.step}" if row.step else ""
     line = f"{row.check:<76} {step:>6} {row.expected:>11} {row.found:>11} {row.tolerance:>6} {result}"

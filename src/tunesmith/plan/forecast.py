@@ -7,8 +7,6 @@ compute of their pass as far as they are shorter, except those of the first laye
 tensor parallelism's gathers and scatters, nor the one of an adapter's gradients.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -123,7 +121,7 @@ class Forecast:
         return not self.fits, self.tight, (self.step_seconds or 0.0) if self.fits else self.phases["step"]
 
 
-def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> Planner:
+def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> "Planner":
     """The planner for machines that are not here: everything is assumed to work which the chip has."""
     chip, base, compiles = cluster.chip, run.model.quantize, run.train.compile != "off"
     device, size = ("cpu" if chip.name == "cpu" else "cuda"), int(chip.gib * 2**30)

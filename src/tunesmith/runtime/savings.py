@@ -1,7 +1,5 @@
 """Recipe keys with which a run needs less memory, found by planning the run with each of them; and where one has no effect."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shlex
