@@ -1,7 +1,5 @@
 """What the modules of a model do where ranks hold parts of a parameter or of the vocabulary."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The files of a checkpoint: PEFT's adapter or a Transformers model, the tokenizer, the optimizer's state."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress

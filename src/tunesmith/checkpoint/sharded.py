@@ -5,8 +5,6 @@ each tensor's parts lie. `model.<name>` are the weights, `optimizer.<name>.<fiel
 their own masters. Scalars are in optimizer.safetensors; config, tokenizer and progress lie beside it as in every checkpoint.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import warnings

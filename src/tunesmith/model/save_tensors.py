@@ -4,8 +4,6 @@ safetensors' own `save_file` copies every tensor of a file to the host before it
 fp32 masters and moments of a 3B model. Here the host holds one piece of one tensor at a time.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping

@@ -5,8 +5,6 @@ it, any other goes through a buffer. The pages that were read are dropped at onc
 machine with unified memory is the GPU's memory too.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

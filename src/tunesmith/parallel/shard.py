@@ -7,8 +7,6 @@ sharded without them, so that nothing keeps room for gradients that never come.
 Zhao et al. 2023, arXiv:2304.11277 (FSDP); PyTorch's `fully_shard`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -10,8 +10,6 @@
 Parameters become DTensors on the tensor mesh, so that sharding, the optimizer and checkpoints know their whole shapes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple

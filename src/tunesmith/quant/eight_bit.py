@@ -4,8 +4,6 @@ Weights, inputs and output gradients are e4m3 or int8; the matmuls give bf16. On
 adapter's own matmuls and gradients stay in bf16. W is stored twice (see `EightBitWeight`), together as large as bf16.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import product as pairs
 from typing import NamedTuple

@@ -9,8 +9,6 @@ torch.compile, whose own patterns would undo the order of the sums (see `FrozenW
 both: as an output of the operator it would make a recomputed layer run its last product again, whose y nobody reads.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any

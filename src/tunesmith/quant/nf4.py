@@ -4,8 +4,6 @@ The format is bitsandbytes': blocks of 64 weights as 4-bit codes, one scale a bl
 (double quantization). Its own layer is not used: it repacks its weight inside a forward on some CPUs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -100,7 +98,7 @@ class Nf4Linear(FrozenLinear):
         for name, tensor in zip_longest(SCALES, scales):
             self.register_buffer(name, tensor, persistent=False)
 
-    def share(self, other: Nf4Linear) -> None:
+    def share(self, other: "Nf4Linear") -> None:
         """Store the very tensors of another layer of the same shape."""
         self._store_scales(other.kind, *other.frozen_weight().tensors[1:])
         self.weight, self.bias = other.weight, other.bias
