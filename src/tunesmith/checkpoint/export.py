@@ -104,9 +104,7 @@ def fill_adapter(
     tensors, settings = peft_files.adapter_files(model.model, run.adapter, run.model.name, run.model.revision)
     progress = replace(progress)  # the caller's changes while a thread writes this one
     whole = [gathered(tensors), gathered(optimizer)]
-    rest = [
-        {n: t for n, t in every.items() if n not in own} for every, own in zip((tensors, optimizer), whole, strict=True)
-    ]
+    rest = [{n: of[n] for n in of.keys() - own} for of, own in zip((tensors, optimizer), whole, strict=True)]
     copies: list[Snapshot] = []
     with suppress(torch.OutOfMemoryError):
         copies = [Snapshot(of) for of in rest] if copy else []

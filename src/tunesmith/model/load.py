@@ -104,8 +104,8 @@ def widen(model: nn.Module) -> None:
 def materialise(model: nn.Module, device: torch.device, shards: torch.device | None = None) -> None:
     """Give every parameter on meta its memory on `device`, uninitialised; move the real ones and all buffers there.
 
-    Parameters that FSDP shards go to `shards` instead, if that is given. Parameters keep their dtype, shared ones stay shared, and buffers keep the values and the dtype that their module
-    computed (rotary frequencies: fp32).
+    Parameters that FSDP shards go to `shards` instead, if that is given. All keep their dtype, shared ones stay shared, and
+    buffers keep the values that their module computed (rotary frequencies: fp32).
     """
 
     def real(tensor: torch.Tensor) -> torch.Tensor:

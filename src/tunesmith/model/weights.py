@@ -143,7 +143,8 @@ def load_weights(
     _check_complete(groups, targets, hooks, unexpected, growing, str(folder))
     with torch.no_grad(), ExitStack() as stack:
         files = {path: stack.enter_context(open_uncached(path)) for path in headers}
-        for name in filter(groups.__contains__, (*targets, *hooks)):
+        plain = sorted(groups.keys() - hooks.keys(), key=lambda n: (groups[n][""].file, groups[n][""].start))
+        for name in (*plain, *hooks):
             stored = {suffix: StoredTensor(entry, files[entry.file]) for suffix, entry in groups[name].items()}
             if name in hooks:
                 hooks[name](stored)

@@ -119,10 +119,8 @@ class Nf4Linear(FrozenLinear):
         last = min(self.out_features, -(-2 * own.stop // (width * span)) * span)
         step = max(1, PIECE // (width * span)) * span
         for at in range(2 * own.start // (width * span) * span, last, step):
-            rows = dense[row + at : row + min(at + step, last), column : column + width].flatten()
-            codes, state = functional.quantize_4bit(
-                rows.to(device, self.compute_dtype), blocksize=BLOCK, quant_type="nf4"
-            )
+            rows = dense[row + at : row + min(at + step, last), column : column + width].flatten().to(device)
+            codes, state = functional.quantize_4bit(rows.to(self.compute_dtype), blocksize=BLOCK, quant_type="nf4")
             block, begin = at * width // BLOCK, at * width // 2
             scales[block : block + len(state.absmax)] = state.absmax
             start, stop = max(begin, own.start), min(begin + len(codes), own.stop)
