@@ -3,10 +3,10 @@
     python benchmarks/memory_on_cpu.py --model SMOLLM2_FP32 --data rows.json --json docs/measurements/memory-on-cpu.json
     python benchmarks/memory_on_cpu.py --write docs/plan.md       # the table, from that file
 
-Each case runs in a process of its own: two steps on the first rows of the file (alpaca-like JSON), with several micro batches each,
-by the trainer's own loop. The estimate is the one that `train` plans with. Counted from before the model is built, tokens
-and code being there: the peak of all resident pages (VmHWM of /proc/self/status) less those of files (RssFile), which are code.
-`tensors` is what torch had allocated of it at its peak, from its profiler in a second run, so that what an allocator adds is told apart.
+Each case runs in a process of its own: two steps on the first rows of the file (alpaca-like JSON), several micro batches
+each, by the trainer's own loop. The estimate is the one that `train` plans with. Counted from before the model is built,
+when tokens are there: the peak of all resident pages (VmHWM of /proc/self/status) less those of files (RssFile), which are
+code. `tensors` is what torch had allocated of it at its peak, from its profiler in a second run: the allocator adds the rest.
 """
 
 from __future__ import annotations
