@@ -12,6 +12,7 @@ code. `tensors` is what torch had allocated of it at its peak, from its profiler
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from generated import table, write_or_check
-from host_memory import start_phase, status
 
 GIB = 2**30
 RECORD = Path("docs/measurements/memory-on-cpu.json")
@@ -34,6 +34,12 @@ CASES = {
     "full, packed": [*FULL, *PACKED],
     "full, padded": [*FULL, *PADDED],
 }
+
+
+def status(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
 def measure(case: str, model: str, data: str, rows: int, folder: Path, *, profiled: bool) -> dict[str, Any]:
@@ -71,7 +77,9 @@ def measure(case: str, model: str, data: str, rows: int, folder: Path, *, profil
     meta, plan = plan_model(run, start, files, found, device, ONE_PROCESS)
     torch.ones(8, 8) @ torch.ones(8, 8)  # starts the threads
     micro: list[int] = []
-    began, of_files = start_phase(), status("RssFile")
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the peak back
+    began, of_files = status("VmRSS"), status("RssFile")
     recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if profiled else nullcontext()
     with recorder:
         root, plan = build_model(run, files, plan, model=meta)
