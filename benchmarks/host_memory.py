@@ -9,8 +9,8 @@ The checkpoint is random, of a true shape with as many layers as make the size, 
 by torchrun on this machine, on its CPU with gloo. Counted is the peak of all resident pages in a phase (VmHWM of
 /proc/self/status, set back before it), mapped files and torch's own code included; the page cache is not in it. The bound is
 what the phase leaves on the rank (its shard, moments, or scales) and one tensor: the largest one that is read or written, as
-it is stored there. No step is taken: there are no gradients, and moments only where a checkpoint brings them. The exit status
-is 1 if a rank exceeds its bound.
+it is stored there; an export puts it together from the parts of the ranks, of which one more is in memory. No step is taken:
+there are no gradients, and moments only where a checkpoint brings them. The exit status is 1 if a rank exceeds its bound.
 
 Phases: load; resume, from the optimizer's file of one process; quantize, of a base in 8 bits; save, a checkpoint within the
 loop (of an adapter that ranks share, rank 0's copy is what the phase leaves); final; export, of the saved checkpoint by rank 0.
@@ -133,7 +133,7 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
             else:
                 export.write_model_files(None, run, root, {})
         if start.found:
-            with phase("export", wide):
+            with phase("export", wide + wide // mesh.shape.shard):  # DCP reads a part whole, beside the tensor
                 if ranks.leads:
                     sharded.export_sharded(folder / "run" / "checkpoint-1", folder / "exported", run)
         every = ranks.gather(own)
