@@ -128,7 +128,7 @@ def test_sweep_puts_back_a_folder_that_was_being_replaced(tmp_path: Path) -> Non
 WRITER = """
 import sys
 from pathlib import Path
-from tunesmith.checkpoint import nodes, run_dir, state
+from tunesmith.checkpoint import state
 run = Path(sys.argv[1])
 for step in range(1, 100_000):
     with state.writing(run / f"checkpoint-{step}", step) as folder:

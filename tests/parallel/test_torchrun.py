@@ -18,7 +18,7 @@ from tunesmith.training.run import train
 
 CHANGES = {
     "adapter": {"kind": "none"}, "parallel": {"shard": 2},
-    "train": {"duration": "120 steps", "compile": "off"}, "checkpoint": {"every": "5 steps", "keep": 2},
+    "train": {"duration": "60 steps", "compile": "off"}, "checkpoint": {"every": "5 steps", "keep": 2},
 }  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_torchrun_starts_a_killed_rank_again_and_a_sigterm_to_it_saves(tiny: Pat
         os.kill(rank_of(torchrun, 1), signal.SIGKILL)
         wait_for(torchrun, out, lambda found: (out / "failure.json").exists())
         assert "rank 1 on" in json.loads((out / "failure.json").read_text())["what"]
-        wait_for(torchrun, out, lambda found: not (out / "failure.json").exists() and found[-1]["step"] >= 40)
+        wait_for(torchrun, out, lambda found: not (out / "failure.json").exists() and found[-1]["step"] >= 24)
         torchrun.send_signal(signal.SIGTERM)
         printed = torchrun.communicate(timeout=120)[0]
     finally:
