@@ -170,7 +170,7 @@ def test_kill_9_at_random_moments_changes_no_number(case: str, tiny: Path, tmp_p
 
 def test_a_signal_saves_exits_75_and_resume_goes_on(tiny: Path, tmp_path: Path, starter: Starter) -> None:
     """One signal after another cuts one run; in the end it is the uninterrupted one."""
-    whole = recipe(tiny, tmp_path, checkpoint={"every": None}, train={"duration": "120 steps"})
+    whole = recipe(tiny, tmp_path, checkpoint={"every": None}, train={"duration": "70 steps"})
     cut = whole | {"output_dir": str(tmp_path / "cut")}
     starter.start(whole)
     assert starter.wait() == 0
@@ -194,12 +194,12 @@ def test_a_signal_saves_exits_75_and_resume_goes_on(tiny: Path, tmp_path: Path, 
 def test_any_signal_at_any_moment_changes_no_number(tiny: Path, tmp_path: Path, starter: Starter) -> None:
     """While the run loads, steps, saves or ends; under nohup, in the background, without a reader."""
     whole = recipe(tiny, tmp_path, adapter={"dropout": 0.1}, train={"micro_batch": "128 tokens"})
-    whole["train"]["duration"], whole["validate"] = "110 steps", {"every": "20 steps"}
+    whole["train"]["duration"], whole["validate"] = "90 steps", {"every": "20 steps"}
     cut = whole | {"output_dir": str(tmp_path / "cut")}
     starter.start(whole)
     assert starter.wait() == 0
     chance, codes = random.Random(1), []
-    for _ in range(8):
+    for _ in range(6):
         names = chance.choice([["SIGKILL"], ["SIGINT", "SIGINT"], ["SIGTERM", "SIGTERM"], *([name] for name in NAMES)])
         ignored, before = chance.choice([None, "SIGHUP", "SIGINT"]), lines(tmp_path / "cut")
         pid = starter.start(cut, ignored=ignored, unread=chance.random() < 0.5)
