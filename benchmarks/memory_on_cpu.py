@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from generated import table, write_or_check
+from host_memory import status
 
 GIB = 2**30
 RECORD = Path("docs/measurements/memory-on-cpu.json")
@@ -34,12 +35,6 @@ CASES = {
     "full, packed": [*FULL, *PACKED],
     "full, padded": [*FULL, *PADDED],
 }
-
-
-def status(key: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
 def measure(case: str, model: str, data: str, rows: int, folder: Path, *, profiled: bool) -> dict[str, Any]:
@@ -90,7 +85,7 @@ def measure(case: str, model: str, data: str, rows: int, folder: Path, *, profil
         trainer = Trainer(session, start, Sinks([]), StopRequest())
         with session.loader(0) as loader:
             for batch in loader:
-                micro += [micro.input_ids.numel() for micro in batch.micro]
+                micro += [part.input_ids.numel() for part in batch.micro]
                 trainer.train_step(batch)
     resident = status("VmHWM") - status("RssFile") - (began - of_files)
     if profiled:

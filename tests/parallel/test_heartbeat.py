@@ -109,15 +109,16 @@ def test_the_last_beat_is_written_at_once():
     from torch.distributed import HashStore
 
     store = HashStore()
-    store.set_timeout(timedelta(seconds=60))  # a beat a second
+    store.set_timeout(timedelta(seconds=600))
     for key, value in {"verdict": "-", "beat/0": "{}"}.items():
         store.set(key, value)
     heartbeat = Heartbeat(0, [HOST], [0], store)
+    heartbeat.interval = 20.0
     with heartbeat:
         while not heartbeat.own.count:
             time.sleep(0.01)
         ended = time.monotonic()
-    assert time.monotonic() - ended < 0.6
+    assert time.monotonic() - ended < 4
     assert b'"done": true' in store.get("beat/0")
 
 

@@ -92,10 +92,8 @@ def quantize_shards(root: TrainModel, mesh: Mesh, kind: str) -> int:
         group.unshard()
         layers, parts = [group.get_submodule(name) for name in lora.eight_bit_names(group)], []
         for layer in layers:
-            weight, each = (
-                EightBitWeight.from_dense(kind, local_part(layer.weight)),
-                -(-layer.out_features // mesh.shape.shard),
-            )
+            each = -(-layer.out_features // mesh.shape.shard)
+            weight = EightBitWeight.from_dense(kind, local_part(layer.weight))
             parts.append(weight.packed(layer.weight.dtype)[rank * each : (rank + 1) * each].clone())
             layer.__class__ = lora.LoraEightBitLinear if isinstance(layer, lora.LoraLinear) else EightBitLinear
             layer.register_parameter("transposed_weight", None)

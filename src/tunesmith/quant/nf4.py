@@ -140,8 +140,8 @@ class Nf4Linear(FrozenLinear):
             absmax = cut.of(absmax, dense.shape[0]).flatten().clone()
         elif cut:
             absmax, shared = (t.chunk(cut.parts)[cut.part].clone() for t in (absmax, shared))
-        held = (absmax, code, shared, nested.code, offset) if nested_block else (absmax, code)
-        self._store_scales(f"nf4 {BLOCK} {nested_block} {self.compute_dtype}", *held)
+        doubly = (shared, nested.code, offset) if nested_block else ()
+        self._store_scales(f"nf4 {BLOCK} {nested_block} {self.compute_dtype}", absmax, code, *doubly)
 
     @torch.no_grad()
     def load_quantized(self, parts: dict[str, Tensor], *, where: str) -> None:
