@@ -12,7 +12,7 @@ from tunesmith.cli.main import VERBS
 
 SOURCE = Path(__file__).parents[1] / "src" / "tunesmith"
 FILES = sorted(SOURCE.rglob("*.py"))
-LINES, FILE_LINES, FUNCTION_LINES = 22_550, 400, 60
+LINES, FILE_LINES, FUNCTION_LINES = 25_300, 400, 60
 # The interface of a verb: the command line finds these by name in each file of cli/.
 VERB = {"add_arguments", "run"}
 
@@ -70,7 +70,7 @@ def test_a_command_that_a_text_offers_exists():
     texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     offered = [verb for text in texts for verb in re.findall(r"(?:^|[:;,`(\n] ?| or | then )tunesmith ([a-z]+)", text)]
     assert len(offered) > 30
-    assert {*offered} - {*VERBS} == set()
+    assert {*offered} - {verb.split()[0] for verb in VERBS} == set()
 
 
 def test_the_files_that_the_docs_name_exist():

@@ -68,7 +68,7 @@ def test_help_starts_at_once() -> None:
 @pytest.mark.parametrize("name", VERBS)
 def test_help_of_each_verb(name: str) -> None:
     """Every verb's help has an example, and comes before anything heavy is imported."""
-    shown = _python("-c", MODULES, name, "--help")
+    shown = _python("-c", MODULES, *name.split(), "--help")
     assert re.search(rf"^ .*tunesmith {name}\b", shown.stdout, re.MULTILINE), shown.stdout + shown.stderr
     imported = set(shown.stderr.split())
     assert VERBS[name][0] in imported

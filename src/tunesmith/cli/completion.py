@@ -45,9 +45,12 @@ def run(args: argparse.Namespace) -> None:
     import shtab
 
     top = argparse.ArgumentParser(prog="tunesmith")
-    verbs = top.add_subparsers()
+    verbs: dict[str, Any] = {"": top.add_subparsers()}
     for verb, (module, purpose) in VERBS.items():
-        parser = verbs.add_parser(verb, help=purpose, description=purpose)
+        first, _, name = verb.rpartition(" ")
+        if first not in verbs:  # `launch`, before its kinds
+            verbs[first] = verbs[""].add_parser(first, help=purpose).add_subparsers()
+        parser = verbs[first].add_parser(name, help=purpose, description=purpose)
         import_module(module).add_arguments(parser)
         for action in parser._actions:
             shown = str(action.metavar or action.dest)

@@ -42,6 +42,10 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 # command -> (module, what it does); written here, so that `tunesmith --help` imports none of them
 VERBS = {
     "train": ("tunesmith.cli.train", "fine-tune a model from a recipe"),
+    "launch local": ("tunesmith.cli.launch_local", "train on the GPUs of this machine, also in the background"),
+    "status": ("tunesmith.cli.status", "say where launched runs stand"),
+    "logs": ("tunesmith.cli.logs", "show or follow the log of a launched run"),
+    "stop": ("tunesmith.cli.stop", "ask a launched run to save and end"),
     "recipes": ("tunesmith.cli.recipes", "list, show and copy the recipes that ship"),
     "fetch": ("tunesmith.cli.fetch", "check licence and disk, then download model and data"),
     "data": ("tunesmith.cli.data", "see the tokens that a recipe trains on"),
@@ -130,6 +134,12 @@ def _dispatch(words: list[str]) -> int:
         print(f"tunesmith {__version__}")
         return EXIT_OK
     verb, *rest = words
+    if kinds := [name for name in VERBS if name.startswith(f"{verb} ")]:  # `launch local`
+        verb = " ".join(words[:2])
+        if rest[:1] in ([], ["-h"], ["--help"]):
+            print(_overview(kinds))
+            return EXIT_OK
+        rest = rest[1:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         fix = f"did you mean tunesmith {near[0]}?" if near else "tunesmith --help"
@@ -151,9 +161,9 @@ def _dispatch(words: list[str]) -> int:
     return module.run(args) or EXIT_OK
 
 
-def _overview() -> str:
-    width = max(len(verb) for verb in VERBS) + 2
-    listed = "\n".join(f"  {verb:<{width}}{purpose}" for verb, (_, purpose) in VERBS.items())
+def _overview(verbs: Sequence[str] = tuple(VERBS)) -> str:
+    width = max(map(len, verbs)) + 2
+    listed = "\n".join(f"  {verb:<{width}}{VERBS[verb][1]}" for verb in verbs)
     return f"""usage: tunesmith COMMAND [...]
 
 Fine-tune open-weight language models from one recipe file.

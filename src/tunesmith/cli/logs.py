@@ -1,0 +1,22 @@
+"""Show the log of a launched run.
+
+examples:
+  tunesmith logs slurm-1234
+  tunesmith logs -f runs/my-run       # follow it until the run has ended; ctrl-C leaves the run alone
+"""
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB|RUN", help="a name of `tunesmith status`, or a run directory")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until the run has ended")
+
+
+def run(args: argparse.Namespace) -> None:
+    from tunesmith.launch.jobs import find_job
+
+    for text in find_job(args.job).read_log(follow=args.follow):
+        sys.stdout.write(text)
+        sys.stdout.flush()

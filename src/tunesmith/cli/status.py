@@ -1,0 +1,33 @@
+"""Say where launched runs stand: waiting, running, ended or gone, with the newest step.
+
+examples:
+  tunesmith status                    # all jobs of this user
+  tunesmith status slurm-1234         # one, by its name
+  tunesmith status runs/my-run        # or by its run directory, whoever started it
+"""
+
+import argparse
+import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("jobs", nargs="*", metavar="JOB|RUN", help="names or run directories (default: all jobs)")
+    parser.add_argument("--json", action="store_true", help="as JSON: a list of objects")
+
+
+def run(args: argparse.Namespace) -> None:
+    from tunesmith.launch.jobs import all_jobs, find_job
+
+    jobs = [find_job(word) for word in args.jobs] or all_jobs()
+    states = [job.state() for job in jobs]
+    if args.json:
+        rows = [
+            {"job": j.name, "run_dir": j.run_dir, "log": j.log, **s._asdict()}
+            for j, s in zip(jobs, states, strict=True)
+        ]
+        print(json.dumps(rows, indent=1))
+        return
+    for job, state in zip(jobs, states, strict=True):
+        print(f"{job.name or '-':<24} {state.phase:<8} {state.text}\n{'':<24} {job.run_dir}")
+    if not jobs:
+        print("no job was launched yet: tunesmith launch local RECIPE --detach")

@@ -1,0 +1,25 @@
+"""Ask a launched run to save and end; the same launch goes on from there.
+
+examples:
+  tunesmith stop slurm-1234
+  tunesmith stop runs/my-run --wait       # until it has ended
+"""
+
+import argparse
+import time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB|RUN", help="a name of `tunesmith status`, or a run directory")
+    parser.add_argument("--wait", action="store_true", help="return when it has ended")
+
+
+def run(args: argparse.Namespace) -> None:
+    from tunesmith.launch.jobs import POLL, find_job
+
+    job = find_job(args.job)
+    print(f"{job.name or job.run_dir}: {job.stop()}", flush=True)
+    if args.wait:
+        while (state := job.state()).phase in ("waiting", "running"):
+            time.sleep(POLL)
+        print(f"{state.phase}: {state.text}")

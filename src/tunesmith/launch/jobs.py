@@ -1,0 +1,192 @@
+"""Launched runs, as `status`, `logs` and `stop` find them again: by name, or by run directory.
+
+A launch leaves one small file in the user's state folder: which kind it is, where the run directory and its log are, and
+what that kind needs to find it. It holds no token. A run that nobody launched is found by its directory all the same.
+"""
+
+import fcntl
+import getpass
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from tunesmith.checkpoint.run_dir import LOCK, STOP_FILE, STOPPED, is_run
+from tunesmith.config.dump import dump
+from tunesmith.config.schema import Run
+from tunesmith.errors import MachineError, UsageError
+from tunesmith.host_files import write_atomically
+
+KINDS = {
+    "local": "LocalJob",
+    "docker": "DockerJob",
+    "slurm": "SlurmJob",
+    "swarm": "SwarmJob",
+}  # class in launch/<kind>.py
+FOLDER = "launch"  # in the run directory: what launches write there; runs do not touch it
+POLL = 0.5  # seconds between two looks at a log that is followed
+
+
+class State(NamedTuple):
+    """Where a job stands, and that in words."""
+
+    phase: Literal["waiting", "running", "ended", "gone"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, known by its directory alone; each kind of launch is a subclass that knows more.
+
+    Attributes:
+        name: `local-4711`, `slurm-123`; the first word is the kind. Empty: nobody launched it.
+        run_dir: absolute.
+        host: where it was launched.
+        log: the file of its output.
+        details: what this kind needs to find it.
+    """
+
+    name: str
+    run_dir: str
+    host: str = field(default_factory=socket.gethostname)
+    log: str = ""
+    details: dict[str, str] = field(default_factory=dict)
+
+    def state(self) -> State:
+        """What the run directory says."""
+        out, step = Path(self.run_dir), last_step(self.run_dir)
+        if is_locked(out):
+            return State("running", step or "before the first step")
+        if (out / "final" / "manifest.json").is_file():
+            return State("ended", f"done, {step}")
+        for name, word in (("failure.json", "failed"), (STOPPED, "stopped, saved")):
+            if (out / name).is_file():
+                told = json.loads((out / name).read_text(encoding="utf-8"))
+                return State("ended", ", ".join(filter(None, (word, str(told.get("what") or ""), step))))
+        again = "the same command goes on" if step else "nothing was begun"
+        return State("gone", f"{step or 'no step'}: no process is at work here; {again}")
+
+    def read_log(self, *, follow: bool) -> Iterator[str]:
+        """The log's text, in pieces; `follow`: until the job has ended."""
+        log = Path(self.log or Path(self.run_dir, "log.txt"))
+        while follow and not log.exists() and self.state().phase in ("waiting", "running"):
+            time.sleep(POLL)
+        try:
+            file = log.open(encoding="utf-8", errors="replace")
+        except OSError as error:
+            fix = f"tunesmith status {self.name or self.run_dir}"
+            raise MachineError("there is no log yet", where=str(log), why=error.strerror or "", fix=fix) from None
+        with file:
+            over = not follow
+            while True:
+                if text := file.read():
+                    yield text
+                elif over:
+                    return
+                else:
+                    time.sleep(POLL)
+                    over = self.state().phase in ("ended", "gone")  # what came since is read once more
+
+    def stop(self) -> str:
+        """Ask it to save and end, by the file `stop` in its directory; what was done, in a line."""
+        if not is_locked(Path(self.run_dir)):
+            return f"nothing to stop: {self.state().text}"
+        Path(self.run_dir, STOP_FILE).touch()
+        return "asked to save and end, by the file stop in its run directory"
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process of this machine holds the run directory."""
+    try:
+        with (run_dir / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def last_step(run_dir: str | Path) -> str:
+    """`step 120, loss 1.234` of the newest record; empty before the first. Reads the end of the file alone."""
+    with suppress(OSError, ValueError, KeyError), Path(run_dir, "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 65536))
+        lines = file.read().splitlines(keepends=True)
+        record = json.loads([line for line in lines if line.endswith(b"\n")][-1:][0])
+        return f"step {record['step']}, loss {float(record['loss']):.4g}"
+    return ""
+
+
+def safe_value(value: str, where: str) -> str:
+    """The value, if it may stand in a script or a stack file: UsageError where it holds a control character.
+
+    A newline would end the line that quotes it; the others change what a terminal shows of the script.
+    """
+    if not value.isprintable():
+        what = f"a line break or control character in {value!r}"
+        raise UsageError(what, where=where, fix="write the value without it")
+    return value
+
+
+def write_recipe(run: Run) -> Path:
+    """Write the resolved recipe to `<output_dir>/launch/recipe.yaml`, for the nodes; MachineError if that is not possible."""
+    file = Path(safe_value(run.output_dir, "output_dir"), FOLDER, "recipe.yaml")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, dump(run))
+    except OSError as error:
+        fix = "choose another one: output_dir=runs/my-run"
+        what = f"the run directory cannot be written: {error.strerror}"
+        raise MachineError(what, where=str(file.parent), fix=fix) from error
+    return file
+
+
+def state_folder() -> Path:
+    """The user's folder of jobs: below `$XDG_STATE_HOME`, else `~/.local/state`; created for the user alone."""
+    folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "tunesmith" / "jobs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        fix = "export XDG_STATE_HOME=/a/folder/of/yours"
+        raise MachineError("jobs cannot be noted", where=str(folder), why=error.strerror or "", fix=fix) from error
+    return folder
+
+
+def save_job(job: Job) -> None:
+    """Note a job, in place of an earlier one of its name."""
+    write_atomically(state_folder() / f"{job.name}.json", json.dumps(asdict(job), indent=1))
+
+
+def forget_job(name: str) -> None:
+    """Remove a job's note."""
+    (state_folder() / f"{name}.json").unlink(missing_ok=True)
+
+
+def all_jobs() -> list[Job]:
+    """The noted jobs, the newest last; a note that cannot be read is left out."""
+    found = []
+    for file in sorted(state_folder().glob("*.json"), key=lambda path: path.stat().st_mtime):
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            kind = file.stem.partition("-")[0]
+            found.append(vars(import_module(f"tunesmith.launch.{kind}"))[KINDS[kind]](**json.loads(file.read_bytes())))
+    return found
+
+
+def find_job(word: str) -> Job:
+    """The job of that name, or the newest of that run directory; UsageError if there is neither."""
+    jobs = all_jobs()
+    place = os.path.realpath(word)
+    for job in reversed(jobs):
+        if job.name == word or os.path.realpath(job.run_dir) == place:
+            return job
+    if is_run(Path(word)) or is_locked(Path(word)):
+        return Job("", place)
+    known = ", ".join(job.name for job in jobs[-5:]) or "none"
+    what = f"{word} is neither a job of {getpass.getuser()} nor a run directory"
+    raise UsageError(what, where="command line", why=f"known jobs: {known}", fix="tunesmith status lists all jobs")

@@ -1,0 +1,71 @@
+"""`launch local`: the ranks of this machine, in the foreground, or in the background beyond the terminal's end."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tunesmith.config.schema import Run
+from tunesmith.errors import RunError
+from tunesmith.launch.jobs import FOLDER, Job, State, save_job, write_recipe
+
+BEGINS = 1.0  # seconds in which a start that cannot work has ended
+
+
+class LocalJob(Job):
+    """Processes of one machine. `details`: the agent's `pid` and when it was `created`, as a PID is used again."""
+
+    def state(self) -> State:
+        if self.is_alive():
+            found = super().state()
+            return found if found.phase == "running" else State("running", "starts")
+        return super().state()
+
+    def stop(self) -> str:
+        if not self.is_alive():
+            return super().stop()
+        os.kill(int(self.details["pid"]), signal.SIGTERM)
+        return "asked to save and end"
+
+    def is_alive(self) -> bool:
+        """Whether its agent runs on this machine."""
+        import psutil
+
+        with suppress(psutil.Error):
+            process = psutil.Process(int(self.details["pid"]))
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            return alive and str(process.create_time()) == self.details["created"]
+        return False
+
+
+def agent_words(run: Run, ranks: str, restarts: int) -> list[str]:
+    """The words of the node agent for a run on this machine; writes its recipe."""
+    return ["--ranks", ranks, "--restarts", str(restarts), "--", "train", str(write_recipe(run))]
+
+
+def detach(run: Run, words: Sequence[str]) -> LocalJob:
+    """Start the node agent with these words in a session of its own: it outlives this terminal, and SIGHUP.
+
+    RunError if it has ended with a fault at once; what it said is in its log.
+    """
+    import psutil
+
+    log = Path(run.output_dir, FOLDER, "output.log")
+    command = [sys.executable, "-m", "tunesmith.launch.node", *words]
+    with log.open("wb") as file:
+        agent = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    created = str(psutil.Process(agent.pid).create_time())
+    job = LocalJob(
+        f"local-{agent.pid}", run.output_dir, log=str(log), details={"pid": str(agent.pid), "created": created}
+    )
+    save_job(job)
+    with suppress(subprocess.TimeoutExpired):
+        if code := agent.wait(BEGINS):
+            said = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+            raise RunError(f"it ended at once, with {code}", where=str(log), why=said, fix=f"cat {log}")
+    return job

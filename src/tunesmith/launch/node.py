@@ -1,0 +1,203 @@
+"""The node agent: starts the ranks of one node, whoever starts it: a terminal, docker, srun, a Swarm task.
+
+    python -m tunesmith.launch.node --nodes 2 --ranks 8 --endpoint HOST:29500 -- train my-recipe.yaml
+
+torch's elastic launcher runs in this process. Exit codes are those of `train`: 0 done, 1 failed, 2 refused before the first
+step, 75 stopped with all saved. A stop signal goes on to the ranks of this node, and all ranks of all nodes agree to save and
+end. One rank alone takes this process over.
+"""
+
+import argparse
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Never
+
+from tunesmith.checkpoint.run_dir import STOPPED
+from tunesmith.config.load import load_recipe
+from tunesmith.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    MachineError,
+    StoppedError,
+    TunesmithError,
+    UsageError,
+    first_line,
+)
+from tunesmith.host_files import available_cores
+from tunesmith.launch.rendezvous import BACKEND, JOIN, find_endpoint, hold_store, reach_store, register_backend
+from tunesmith.signals import NAMES, ignore_stop_signals
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+GPUS = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+LOG = "TORCH_CPP_LOG_LEVEL"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The agent's flags; the words after `--` are those of `tunesmith`."""
+    p = argparse.ArgumentParser(prog="python -m tunesmith.launch.node", description=__doc__)
+    p.add_argument("--nodes", default="1", metavar="N|MIN:MAX", help="nodes of the run (default: 1)")
+    p.add_argument("--ranks", default="auto", metavar="N|auto", help="of this node; auto: one a GPU, else one")
+    p.add_argument("--endpoint", default="127.0.0.1:0", metavar="HOST:PORT", help="of the node that holds the store")
+    p.add_argument("--id", default="tunesmith", help="of the run, where several share an endpoint")
+    p.add_argument("--address", help="of this node (default: that which routes to HOST)")
+    p.add_argument("--restarts", type=int, default=0, metavar="K", help="start failed ranks again, at most K times")
+    p.add_argument("words", nargs="+", metavar="-- train RECIPE", help="the command of each rank")
+    return p
+
+
+def run_agent(argv: Sequence[str] | None = None) -> int:
+    """Run the agent with these words (None: those of the process) -> exit code; one rank alone does not return."""
+    args = parser().parse_args(argv)
+    try:
+        code = run_node(args)
+    except TunesmithError as error:
+        print(error.text(), file=sys.stderr)
+        code = error.exit_code
+    ignore_stop_signals()
+    return code
+
+
+def run_node(args: argparse.Namespace) -> int:
+    """Start the ranks that the parsed flags describe and wait for their end -> exit code."""
+    train = args.words[0] == "train"
+    out = Path(load_recipe(args.words[1], args.words[2:]).output_dir) if train else None
+    ranks = count_gpus() or 1 if args.ranks == "auto" else positive(args.ranks, "--ranks")
+    nodes = [positive(word, "--nodes") for word in args.nodes.split(":")]
+    if ranks == nodes[-1] == 1 and not args.restarts:
+        os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *args.words])
+    host, _, port = args.endpoint.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UsageError(f"{args.endpoint} is not HOST:PORT", where="--endpoint", fix="--endpoint 10.0.0.1:29500")
+    before = stopped_at(out)
+    stop = ForwardStop()
+    endpoint = find_endpoint(host.strip("[]"), int(port), args.address)
+    prepare_environment(ranks, endpoint.interface)
+    store, endpoint = hold_store(endpoint) if endpoint.is_here else (reach_store(endpoint), endpoint)
+    register_backend(store, endpoint)
+    place = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+    launcher = ["--nnodes", args.nodes, "--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND, "--rdzv-id", args.id]
+    launcher += ["--rdzv-endpoint", f"{place}:{endpoint.port}", "--local-addr", endpoint.address]
+    launcher += ["--rdzv-conf", f"join_timeout={JOIN:.0f}", "--max-restarts", str(args.restarts)]
+    # Its own handlers would kill ranks that save for longer than half a minute.
+    launcher += ["--signals-to-handle", "SIGQUIT", "-m", "tunesmith", *args.words]
+    code = run_ranks(launcher)
+    if code in (EXIT_FAILED, EXIT_OK) and stopped_at(out) > before:
+        return EXIT_STOPPED
+    if stop.asked and code == EXIT_OK and not (out and (out / "final").is_dir()):
+        return EXIT_STOPPED  # stopped.json is on another node
+    return code
+
+
+def run_ranks(launcher: list[str]) -> int:
+    """torch's elastic launcher with these words -> exit code: that of the rank that failed first."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import parse_args
+    from torch.distributed.run import run as run_elastic
+
+    if os.environ.get("TUNESMITH_DEBUG") != "1":  # the rank that failed has told why
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        os.environ.setdefault(LOG, "ERROR")
+    try:
+        run_elastic(parse_args(launcher))
+    except ChildFailedError as error:
+        return told_exit_code(error)
+    except (RendezvousError, RuntimeError) as error:
+        fix = "start the same command on every node, and check the network between them"
+        what = "this node and the others do not find each other any more"
+        raise MachineError(what, where="rendezvous", why=first_line(error)[:300], fix=fix) from error
+    return EXIT_OK
+
+
+def told_exit_code(error: "ChildFailedError") -> int:
+    """1 or 2, as the rank that failed first ended; its own words are on the terminal, unless a signal killed it."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        print(f"error: rank {rank} was killed by {name}", file=sys.stderr)
+    return failure.exitcode if failure.exitcode in (EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED) else EXIT_FAILED
+
+
+class ForwardStop:
+    """Hands stop signals on to the ranks of this node, from when it is made. Before there are any it ends the agent."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for name in NAMES:
+            if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(signal.Signals[name], self._forward)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        import psutil
+
+        self.asked = True
+        if not (ranks := psutil.Process().children()):
+            self._nothing_begun(signal.Signals(number).name)
+        for rank in ranks:
+            rank.send_signal(number)
+
+    def _nothing_begun(self, name: str) -> Never:
+        what, why = f"stopped by {name} before the first step", "the other nodes had not joined yet"
+        raise StoppedError(what, why=why, fix="start the same command again")
+
+
+def stopped_at(out: Path | None) -> float:
+    """When ranks last wrote stopped.json; 0 where there is none."""
+    try:
+        return (out / STOPPED).stat().st_mtime if out else 0.0
+    except OSError:
+        return 0.0
+
+
+def prepare_environment(ranks: int, interface: str) -> None:
+    """Variables that each rank needs, unless they are set: threads, the interface to listen on, private compile caches."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))  # torch's launcher would set 1
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, interface)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(private_folder() / "triton"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder() / "inductor"))
+
+
+def private_folder() -> Path:
+    """A folder of this user alone on a disk of this node; MachineError if another user made one of its name."""
+    folder = Path(tempfile.gettempdir()) / f"tunesmith-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        what, fix = "this folder is not yours alone", f"rm -r {folder}, or export TMPDIR=/a/folder/of/yours"
+        raise MachineError(what, where=str(folder), why="compiled code is kept there and run", fix=fix)
+    return folder
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([name for name in named.partition("-1")[0].split(",") if name.strip()])
+    try:
+        return len(subprocess.check_output(GPUS, stderr=subprocess.DEVNULL, text=True, timeout=20).split())
+    except (OSError, subprocess.SubprocessError):
+        return 0
+
+
+def positive(text: str, where: str) -> int:
+    """A count of at least 1; UsageError for any other text."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{text} is not a whole number of at least 1", where=where, fix=f"{where} 2")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(run_agent())
