@@ -16,21 +16,23 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.checkpoint.run_dir import LOCK, claim_run_dir, is_run, missing_folders, put_aside, remove_unused
+from accelerate_env import LauncherSettings, read_launcher
+from tunesmith.checkpoint.run_dir import LOCK, claim_run_dir, is_run, missing_folders, remove_unused
 from tunesmith.cli.main import Parser, framed
 from tunesmith.cli.options import whole_number
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
-from tunesmith.errors import EXIT_OK, MachineError, TunesmithError, UsageError
+from tunesmith.errors import EXIT_OK, EXIT_USAGE, MachineError, OtherRankError, TunesmithError, UsageError
 from tunesmith.host_files import refuse_many_ranks, write_atomically
 from tunesmith.metrics.record import StepRecord, read_records
+from tunesmith.ranks import is_launched, started_as, told_once_a_node
 from tunesmith.units import Length, Size
 
 # The playbook's text as a chat template: a row without an input keeps the empty field. The space before the response
@@ -50,6 +52,8 @@ TEMPLATE = """\
 ROWS, JINJA = Path("data", "rows.jsonl"), Path("data", "template.jinja")  # in the run directory
 SHUFFLE_SEED = 42
 RULE = "=" * 60
+ALONE = LauncherSettings()  # no launcher asks for anything
+SHARED = "playbook"  # id of the ranks that a script starts itself: they share its batch
 DTYPES: dict[str, Literal["fp32", "fp16", "bf16"]] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 DIFFERENCES = (
@@ -59,8 +63,9 @@ DIFFERENCES = (
     "each epoch's order is drawn from seed 42 by our own sampler, theirs by torch's RandomSampler",
     "LoRA parameters, and a bf16 model's master weights in full fine-tuning, are fp32",
     "the warm-up of --use_torch_compile runs on a copy that is thrown away; theirs trained the model twice",
-    "code that a model's repository ships is not run (some of theirs set trust_remote_code)",
+    "code that a model's repository ships is not run without --trust_remote_code (some of theirs always ran it)",
     "any --batch_size and --seq_length is taken; every script has every common flag",
+    "started without a launcher, a script starts one process a GPU; they share --batch_size, which theirs took on all at once",
 )
 
 
@@ -104,16 +109,62 @@ def positive_number(text: str) -> float:
 def main(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the script `name` (a key of SCRIPTS) -> exit code, as `tunesmith train` gives it."""
 
+    words = list(sys.argv[1:] if argv is None else argv)
+
     def run() -> int:
-        args = parser(name).parse_args(argv)
+        args = parser(name).parse_args(words)
         try:
-            return _run(name, args)
+            if (ranks := ranks_to_start(args)) > 1:
+                return start_ranks(name, args, words, ranks)
+            return _run(name, args, read_settings(name, args, words))
         except TunesmithError as error:
             for part in ("what", "where", "why", "fix"):
-                setattr(error, part, in_flags(vars(error)[part], args.gradient_accumulation_steps))
+                setattr(error, part, in_flags(vars(error)[part], batches_a_step(args)))
             raise
 
     return framed(run, process=argv is None)
+
+
+def ranks_to_start(args: argparse.Namespace) -> int:
+    """How many processes this one has to start in its place; 1: it trains itself, alone or as one of a launcher's."""
+    if is_launched() or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        if args.ranks and os.environ.get("TORCHELASTIC_RUN_ID") != SHARED:
+            what, fix = "another launcher has started this script", "leave --ranks out: the launcher says how many"
+            raise UsageError(what, where=f"--ranks {args.ranks}", fix=fix)
+        return 1
+    refuse_many_ranks("train")
+    from tunesmith.launch.node import count_gpus
+
+    return args.ranks or count_gpus() or 1
+
+
+def start_ranks(name: str, args: argparse.Namespace, words: Sequence[str], ranks: int) -> int:
+    """Run the script as `ranks` processes on this machine, as `tunesmith launch local` does -> exit code."""
+    from tunesmith.launch import node
+
+    flags = node.parser().parse_args(["--id", SHARED, "--", name])
+    return node.run_program(flags, ranks, [str(Path(__file__).with_name(f"{name}.py")), *words], run_folder(name, args))
+
+
+def read_settings(name: str, args: argparse.Namespace, words: Sequence[str]) -> LauncherSettings:
+    """What `accelerate launch` asks for, of which `args` take the flags that `words` do not give."""
+    unset = object()
+    typed = argparse.Namespace(**dict.fromkeys(vars(args), unset))
+    given = {flag for flag, value in vars(parser(name).parse_args(words, typed)).items() if value is not unset}
+    env = started_as() or {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    settings = read_launcher(os.environ, given, world=env["WORLD_SIZE"], local_world=env["LOCAL_WORLD_SIZE"])
+    for flag, value in settings.flags.items():
+        setattr(args, flag, value)
+    if settings.on_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return settings
+
+
+def batches_a_step(args: argparse.Namespace) -> int:
+    """Batches of --batch_size that one optimizer step learns from: each process of a launcher takes its own."""
+    env = started_as()
+    own = env is not None and os.environ.get("TORCHELASTIC_RUN_ID") != SHARED
+    return int(args.gradient_accumulation_steps) * (env["WORLD_SIZE"] if env and own else 1)
 
 
 def parser(name: str) -> argparse.ArgumentParser:
@@ -131,7 +182,12 @@ def parser(name: str) -> argparse.ArgumentParser:
 
     add("--model_name", "Hub id, local folder or .gguf file", script.model)
     add("--dtype", "of weights and products; float16 scales the loss", "bfloat16", choices=list(DTYPES))
-    add("--batch_size", "examples that one rank takes at once", script.batch_size, type=whole_number)
+    add(
+        "--batch_size",
+        "examples at once; under accelerate launch or torchrun for each process",
+        script.batch_size,
+        type=whole_number,
+    )
     add("--seq_length", "longest example in tokens; longer ones are cut and counted", 2048, type=whole_number)
     add("--num_epochs", "passes over the rows", 1, type=positive_number)
     add("--gradient_accumulation_steps", "batches that one optimizer step learns from", 1, type=whole_number)
@@ -165,15 +221,32 @@ def parser(name: str) -> argparse.ArgumentParser:
         "--data", metavar="FILE", help="local alpaca rows (json, jsonl, csv, parquet) in place of tatsu-lab/alpaca"
     )
     ours.add_argument("--fresh", action="store_true", help="start over where an earlier run lies in the folder")
+    ours.add_argument("--trust_remote_code", action="store_true", help="run Python code from the model's repository")
+    ours.add_argument(
+        "--ranks",
+        type=whole_number,
+        metavar="N",
+        help="processes on this machine that share the batch (default: one a GPU; without GPUs one)",
+    )
     return p
 
 
-def make_recipe(name: str, args: argparse.Namespace, *, folder: Path, ranks: int) -> Run:
+def make_recipe(
+    name: str,
+    args: argparse.Namespace,
+    *,
+    folder: Path,
+    batches: int,
+    sharing: int = 1,
+    asked: LauncherSettings = ALONE,
+) -> Run:
     """The recipe for a script's flags; `write_inputs` makes the two files that it names.
 
     Args:
         folder: the run directory.
-        ranks: how many ranks share the work; the batch is per rank, as theirs.
+        batches: of --batch_size that a step learns from (`batches_a_step`).
+        sharing: ranks that share one such batch.
+        asked: the mesh and the offload that a launcher asks for.
     """
     mode = SCRIPTS[name].mode
     adapter = (
@@ -182,7 +255,12 @@ def make_recipe(name: str, args: argparse.Namespace, *, folder: Path, ranks: int
         else Adapter(kind="lora", rank=args.lora_rank, alpha=16.0, dropout=0.0, target="all-linear")
     )
     return Run(
-        model=Model(name=args.model_name, dtype=DTYPES[args.dtype], quantize="nf4" if mode == "QLoRA" else "none"),
+        model=Model(
+            name=args.model_name,
+            dtype=DTYPES[args.dtype],
+            quantize="nf4" if mode == "QLoRA" else "none",
+            trust_remote_code=args.trust_remote_code,
+        ),
         adapter=adapter,
         data=Data(
             train=(Source(source=str(folder / ROWS), format="alpaca"),),
@@ -193,8 +271,8 @@ def make_recipe(name: str, args: argparse.Namespace, *, folder: Path, ranks: int
         ),
         train=Train(
             duration=Length(args.num_epochs, "epochs"),
-            global_batch=Size(args.batch_size * args.gradient_accumulation_steps * ranks, "examples"),
-            micro_batch=Size(args.batch_size, "examples"),
+            global_batch=Size(args.batch_size * batches, "examples"),
+            micro_batch=Size(-(-args.batch_size // sharing), "examples"),
             learning_rate=args.learning_rate,
             schedule="linear",
             warmup=Length(0, "steps"),
@@ -202,8 +280,10 @@ def make_recipe(name: str, args: argparse.Namespace, *, folder: Path, ranks: int
             clip_norm=1.0,
             seed=SHUFFLE_SEED,
             recompute="full" if args.gradient_checkpointing else "none",
+            cpu_offload=asked.offload,
             compile="on" if args.use_torch_compile else "off",
         ),
+        parallel=asked.parallel,
         # A full checkpoint holds every weight and the optimizer's two moments: fewer of them, further apart.
         checkpoint=Checkpoint(
             every=Length(200 if mode == "full" else 25, "steps"),
@@ -214,7 +294,7 @@ def make_recipe(name: str, args: argparse.Namespace, *, folder: Path, ranks: int
     )
 
 
-def selection(args: argparse.Namespace) -> list[dict[str, str]]:
+def selection(args: argparse.Namespace, say: Callable[[str], None] = print) -> list[dict[str, str]]:
     """Their rows in their order: the first `dataset_size`, then `datasets.Dataset.shuffle(seed=42)`.
 
     That shuffle is the permutation that NumPy's PCG64 generator draws from the seed.
@@ -230,7 +310,7 @@ def selection(args: argparse.Namespace) -> list[dict[str, str]]:
         source = Source(source="tatsu-lab/alpaca", split="train", format="alpaca", max_examples=args.dataset_size)
     rows = sources.read_rows(source)
     if len(rows) < args.dataset_size:
-        print(f"{source.source} has {len(rows)} rows: all of them are taken")
+        say(f"{source.source} has {len(rows)} rows: all of them are taken")
     chosen = []
     for index in np.random.default_rng(SHUFFLE_SEED).permutation(len(rows)).tolist():
         sample = convert_row(rows[index], source, where=rows.where(index))
@@ -248,7 +328,9 @@ def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> Iterat
     try:
         write_inputs(rows, folder, bos=bos)
         yield
-    except UsageError:
+    except (UsageError, OtherRankError) as error:
+        if error.exit_code != EXIT_USAGE:
+            raise
         with suppress(OSError):
             for path, content in before.items():
                 if content is None:
@@ -261,7 +343,7 @@ def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> Iterat
 
 
 def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> None:
-    """Write the rows and the template into the run directory; every rank writes the same bytes.
+    """Write the rows and the template into the run directory; every rank writes the same bytes, for it reads them at once.
 
     Args:
         bos: the model's tokenizer starts a text with its BOS token.
@@ -277,12 +359,14 @@ def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> 
 
 
 def look_at_model(recipe: Run) -> tuple[bool, int]:
-    """Fetch the model; whether its tokenizer puts a BOS token before a text, and how many parameters are trained."""
+    """Whether the model's tokenizer puts a BOS token before a text, and how many parameters are trained.
+
+    Weights that are not here are fetched later, when ranks have joined and one of a node fetches for all."""
     from tunesmith.build_model import count_trained, define_model
-    from tunesmith.hub.fetch import fetch
+    from tunesmith.hub.fetch import fetch_for_tokens
     from tunesmith.hub.model_files import read_model_files
 
-    files = read_model_files(fetch(recipe.model), recipe.model)
+    files = read_model_files(fetch_for_tokens(recipe.model), recipe.model)
     bos = files.tokenizer.bos_token_id
     opens = bos is not None and files.tokenizer("a")["input_ids"][0] == bos
     return opens, count_trained(recipe, define_model(recipe, files))
@@ -317,42 +401,51 @@ def in_flags(text: str, accumulation: int) -> str:
 
 def default_folder(name: str, args: argparse.Namespace) -> Path:
     """Where a run without --output_dir goes: one name for each set of flags that changes what is trained."""
-    free = ("output_dir", "log_dir", "logging_steps", "use_torch_compile", "gradient_checkpointing", "fresh")
+    free = {"output_dir", "log_dir", "logging_steps", "fresh", "ranks", "trust_remote_code", "use_torch_compile"}
+    free |= {"gradient_checkpointing"}
     kept = {key: value for key, value in vars(args).items() if key not in free}
+    kept["gradient_accumulation_steps"] = batches_a_step(args)
     return Path("runs") / f"{name}-{hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-def _run(name: str, args: argparse.Namespace) -> int:
-    refuse_many_ranks("train")
-    script, first = SCRIPTS[name], os.environ.get("RANK", "0") == "0"
-    folder = Path(args.output_dir) if args.output_dir else default_folder(name, args)
-    if first:
-        print(configuration_text(script, args))
-        if args.fresh:
+def run_folder(name: str, args: argparse.Namespace) -> Path:
+    """The run directory."""
+    return Path(args.output_dir) if args.output_dir else default_folder(name, args)
+
+
+def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
+    env = started_as() or {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    script, first, folder, batches = SCRIPTS[name], env["RANK"] == 0, run_folder(name, args), batches_a_step(args)
+    say: Callable[[str], None] = print if first else lambda line: None
+    say(configuration_text(script, args, batches))
+    for line in asked.lines:
+        say(f"accelerate: {line}")
+    sharing = 1 if batches > args.gradient_accumulation_steps else env["WORLD_SIZE"]
+    recipe = make_recipe(name, args, folder=folder, batches=batches, sharing=sharing, asked=asked)
+    with told_once_a_node():
+        if args.fresh and first:
             with claim_run_dir(folder):
                 unlink_final(folder)
-                put_aside(folder)
-        refuse_foreign_folder(folder)
-    recipe = make_recipe(name, args, folder=folder, ranks=int(os.environ.get("WORLD_SIZE", "1")))
-    print(f"Loading model: {args.model_name}")
-    bos, trained = look_at_model(recipe)
-    print(f"Trainable parameters = {trained:,}")
-    print(f"Loading dataset with {args.dataset_size} samples...")
-    rows = selection(args)
+        if env["LOCAL_RANK"] == 0:
+            refuse_foreign_folder(folder)
+        say(f"Loading model: {args.model_name}")
+        bos, trained = look_at_model(recipe)
+        say(f"Trainable parameters = {trained:,}")
+        say(f"Loading dataset with {args.dataset_size} samples...")
+        rows = selection(args, say)
     with inputs(rows, folder, bos=bos):
-        # The rules that span several keys, and the paths, are those of every recipe.
-        run = from_mapping(to_mapping(recipe), where=f"{name}.py", base=Path.cwd())
+        with told_once_a_node():
+            # The rules that span several keys, and the paths, are those of every recipe.
+            run = from_mapping(to_mapping(recipe), where=f"{name}.py", base=Path.cwd())
 
         from tunesmith.training.run import print_line, train
 
-        if args.use_torch_compile and not any(folder.glob("checkpoint-*/manifest.json")):
-            print("Running warmup for torch.compile()...")
+        if args.use_torch_compile and (args.fresh or not any(folder.glob("checkpoint-*/manifest.json"))):
+            say("Running warmup for torch.compile()...")
             with tempfile.TemporaryDirectory() as scratch:
                 train(warm_up(run, len(rows), Path(scratch)), say=lambda line: None)
-        print(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
-        result = train(
-            run, argv=sys.argv, say=lambda line: print_line(in_flags(line, args.gradient_accumulation_steps))
-        )
+        say(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
+        result = train(run, fresh=args.fresh, argv=sys.argv, say=lambda line: print_line(in_flags(line, batches)))
     if first:
         print(closing(read_records(folder / "metrics.jsonl"), result.seconds))
         if result.finished_before:
@@ -363,8 +456,8 @@ def _run(name: str, args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def configuration_text(script: Script, args: argparse.Namespace) -> str:
-    """The block of lines that the scripts open with."""
+def configuration_text(script: Script, args: argparse.Namespace, batches: int) -> str:
+    """The block of lines that the scripts open with; a step learns from so many batches."""
     rows = [
         f"\n{RULE}",
         f"{script.title} CONFIGURATION",
@@ -373,7 +466,7 @@ def configuration_text(script: Script, args: argparse.Namespace) -> str:
         f"Training mode: {script.mode}",
         f"Batch size: {args.batch_size}",
         f"Gradient accumulation: {args.gradient_accumulation_steps}",
-        f"Effective batch size: {args.batch_size * args.gradient_accumulation_steps}",
+        f"Effective batch size: {args.batch_size * batches}",
         f"Sequence length: {args.seq_length}",
         f"Number of epochs: {args.num_epochs:g}",
         f"Learning rate: {args.learning_rate}",
@@ -424,7 +517,8 @@ def warm_up(run: Run, rows: int, scratch: Path) -> Run:
 
 def refuse_foreign_folder(folder: Path) -> None:
     """UsageError where --output_dir holds somebody's files: rows are written there, and model files into its root."""
-    inputs = sorted(folder.joinpath(ROWS.parent).glob("*"))
+    # Those in the making are another rank's.
+    inputs = [path for path in sorted(folder.joinpath(ROWS.parent).glob("*")) if path.suffix != ".partial"]
     found = [path.name for path in folder.glob("*") if path.name not in (LOCK, ROWS.parent.name)]
     found += [path.name for path in inputs if path.name not in (ROWS.name, JINJA.name)]
     if found and not is_run(folder):

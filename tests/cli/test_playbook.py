@@ -14,7 +14,7 @@ import pytest
 
 import playbook
 from conftest import byte_tokenizer
-from playbook import SCRIPTS, default_folder, make_recipe, parser, selection, write_inputs
+from playbook import SCRIPTS, batches_a_step, default_folder, make_recipe, parser, selection, write_inputs
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Data, Run, Source
@@ -26,7 +26,7 @@ FULL, LORA, BIG, QLORA = SCRIPTS
 COMMON = (
     "model_name", "dtype", "batch_size", "seq_length", "num_epochs", "gradient_accumulation_steps", "learning_rate",
     "gradient_checkpointing", "dataset_size", "logging_steps", "log_dir", "use_torch_compile", "output_dir", "train_on",
-    "data", "fresh",
+    "data", "fresh", "trust_remote_code", "ranks",
 )  # fmt: skip
 
 
@@ -54,9 +54,9 @@ def values(run: Run) -> dict[str, str]:
     return flat
 
 
-def run_of(script: str, *flags: str, folder: Path = Path("out"), ranks: int = 1) -> dict[str, Any]:
-    run = make_recipe(script, parser(script).parse_args(flags), folder=folder, ranks=ranks)
-    return values(run)
+def run_of(script: str, *flags: str, folder: Path = Path("out"), sharing: int = 1) -> dict[str, Any]:
+    args = parser(script).parse_args(flags)
+    return values(make_recipe(script, args, folder=folder, batches=batches_a_step(args), sharing=sharing))
 
 
 SHARED_DEFAULTS = {
@@ -117,6 +117,7 @@ EFFECTS: list[tuple[list[str], dict[str, Any]]] = [
     (["--log_dir", "/somewhere/events"], {"log.tensorboard_dir": "/somewhere/events"}),
     (["--use_torch_compile"], {"train.compile": "on"}),
     (["--train_on", "response"], {"data.train_on": "response"}),
+    (["--trust_remote_code"], {"model.trust_remote_code": True}),
 ]  # fmt: skip
 
 
@@ -136,9 +137,18 @@ def test_the_rank_is_a_flag_of_the_lora_scripts(script: str) -> None:
         parser(FULL).parse_args(["--lora_rank", "32"])
 
 
-def test_the_batch_is_per_rank() -> None:
-    got = run_of(LORA, "--gradient_accumulation_steps", "2", ranks=4)
+def test_each_process_of_a_launcher_takes_a_batch_and_those_of_a_script_share_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": 1, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    got = run_of(LORA, "--gradient_accumulation_steps", "2")
     assert (got["train.global_batch"], got["train.micro_batch"]) == ("64 examples", "8 examples")
+    folder = default_folder(LORA, parser(LORA).parse_args([]))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", playbook.SHARED)
+    got = run_of(LORA, "--gradient_accumulation_steps", "2", sharing=3)
+    assert (got["train.global_batch"], got["train.micro_batch"]) == ("16 examples", "3 examples")
+    assert default_folder(LORA, parser(LORA).parse_args([])) != folder, "another batch is another run"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -161,7 +171,7 @@ def test_a_wrong_value_ends_with_2_and_names_the_flag(flags: list[str], capsys: 
 def test_the_recipe_holds_the_rules_of_every_recipe(script: str, tmp_path: Path) -> None:
     args = parser(script).parse_args(["--model_name", "org/base", "--log_dir", str(tmp_path / "logs")])
     write_inputs(ROWS, tmp_path, bos=False)
-    run = make_recipe(script, args, folder=tmp_path, ranks=1)
+    run = make_recipe(script, args, folder=tmp_path, batches=1)
     assert from_mapping(to_mapping(run), where=script, base=tmp_path) == run
 
 
@@ -270,14 +280,14 @@ def test_opening_lines_name_what_was_asked(script: str) -> None:
     args = parser(script).parse_args(
         ["--batch_size", "3", "--gradient_accumulation_steps", "2", "--model_name", "org/m"]
     )
-    lines = playbook.configuration_text(SCRIPTS[script], args).splitlines()
+    lines = playbook.configuration_text(SCRIPTS[script], args, 2).splitlines()
     assert lines[1] == lines[3] == "=" * 60
     assert {"Model: org/m", "Batch size: 3", "Effective batch size: 6", "Torch compile: False"} <= set(lines)
     assert ("LoRA rank: 8" in lines) == (script != FULL)
 
 
 def test_the_warm_up_is_a_twentieth_of_an_epoch_elsewhere(tmp_path: Path) -> None:
-    run = make_recipe(LORA, parser(LORA).parse_args(["--use_torch_compile"]), folder=tmp_path, ranks=1)
+    run = make_recipe(LORA, parser(LORA).parse_args(["--use_torch_compile"]), folder=tmp_path, batches=1)
     warm = playbook.warm_up(run, 512, tmp_path / "scratch")
     assert str(warm.train.duration) == "4 steps"
     assert warm.train.compile == "on"
@@ -339,7 +349,18 @@ def test_each_file_is_its_own_script_and_shows_its_help_without_torch(script: st
 
 
 def run_script(script: str, tiny: Path, data: Path, out: Path, *flags: str) -> int:
-    common = ["--model_name", str(tiny), "--data", str(data), "--dtype", "float32", "--seq_length", "512"]
+    common = [
+        "--model_name",
+        str(tiny),
+        "--data",
+        str(data),
+        "--dtype",
+        "float32",
+        "--seq_length",
+        "512",
+        "--ranks",
+        "1",
+    ]
     return playbook.main(
         script,
         [*common, "--log_dir", str(out / "logs"), "--output_dir", str(out / "run"), "--dataset_size", "32", *flags],

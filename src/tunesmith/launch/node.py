@@ -76,6 +76,16 @@ def run_node(args: argparse.Namespace) -> int:
     nodes = [positive(word, "--nodes") for word in args.nodes.split(":")]
     if ranks == nodes[-1] == 1 and not args.restarts:
         os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *args.words])
+    return run_program(args, ranks, ["-m", "tunesmith", *args.words], out)
+
+
+def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], out: Path | None) -> int:
+    """Start `program` (a script or `-m` a module, and its words) as the ranks of this node, and wait -> exit code.
+
+    Args:
+        args: the parsed flags, but for `ranks` and `words`.
+        out: the run directory, where the ranks tell that they were stopped; None if they do not train.
+    """
     host, _, port = args.endpoint.rpartition(":")
     if not host or not port.isdecimal():
         raise UsageError(f"{args.endpoint} is not HOST:PORT", where="--endpoint", fix="--endpoint 10.0.0.1:29500")
@@ -90,7 +100,7 @@ def run_node(args: argparse.Namespace) -> int:
     launcher += ["--rdzv-endpoint", f"{place}:{endpoint.port}", "--local-addr", endpoint.address]
     launcher += ["--rdzv-conf", f"join_timeout={JOIN:.0f}", "--max-restarts", str(args.restarts)]
     # Its own handlers would kill ranks that save for longer than half a minute.
-    launcher += ["--signals-to-handle", "SIGQUIT", "-m", "tunesmith", *args.words]
+    launcher += ["--signals-to-handle", "SIGQUIT", *program]
     code = run_ranks(launcher)
     if code in (EXIT_FAILED, EXIT_OK) and stopped_at(out) > before:
         return EXIT_STOPPED
