@@ -30,6 +30,8 @@ def add_launched(parser: argparse.ArgumentParser) -> None:
     recipe = "a recipe file, or the name of one that ships (see `tunesmith recipes`)"
     parser.add_argument("recipe", metavar="RECIPE", help=recipe)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file's")
+    debug = "collect what ranks and NCCL say on every node in launch/debug.tar.gz of the run directory"
+    parser.add_argument("--debug", action="store_true", help=debug)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.launch import local, node
 
     recipe = load_recipe(args.recipe, args.overrides, say=partial(print, file=sys.stderr))
-    words = local.agent_words(recipe, str(args.ranks or "auto"), args.restarts)
+    words = local.agent_words(recipe, str(args.ranks or "auto"), args.restarts, debug=args.debug)
     if not args.detach:
         return node.run_agent(words)
     job = local.detach(recipe, words)

@@ -41,9 +41,10 @@ class LocalJob(Job):
         return False
 
 
-def agent_words(run: Run, ranks: str, restarts: int) -> list[str]:
+def agent_words(run: Run, ranks: str, restarts: int, *, debug: bool = False) -> list[str]:
     """The words of the node agent for a run on this machine; writes its recipe."""
-    return ["--ranks", ranks, "--restarts", str(restarts), "--", "train", str(write_recipe(run))]
+    flags = ["--ranks", ranks, "--restarts", str(restarts), *(["--debug"] if debug else [])]
+    return [*flags, "--", "train", str(write_recipe(run))]
 
 
 def detach(run: Run, words: Sequence[str]) -> LocalJob:

@@ -33,6 +33,8 @@ from tunesmith.errors import (
     first_line,
 )
 from tunesmith.host_files import available_cores
+from tunesmith.launch.debug import collect_logs, say_all
+from tunesmith.launch.jobs import FOLDER
 from tunesmith.launch.rendezvous import BACKEND, JOIN, find_endpoint, hold_store, reach_store, register_backend
 from tunesmith.signals import NAMES, ignore_stop_signals
 
@@ -52,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--id", default="tunesmith", help="of the run, where several share an endpoint")
     p.add_argument("--address", help="of this node (default: that which routes to HOST)")
     p.add_argument("--restarts", type=int, default=0, metavar="K", help="start failed ranks again, at most K times")
+    p.add_argument("--debug", action="store_true", help="collect what ranks and NCCL say on every node")
     p.add_argument("words", nargs="+", metavar="-- train RECIPE", help="the command of each rank")
     return p
 
@@ -74,7 +77,7 @@ def run_node(args: argparse.Namespace) -> int:
     out = Path(load_recipe(args.words[1], args.words[2:]).output_dir) if train else None
     ranks = count_gpus() or 1 if args.ranks == "auto" else positive(args.ranks, "--ranks")
     nodes = [positive(word, "--nodes") for word in args.nodes.split(":")]
-    if ranks == nodes[-1] == 1 and not args.restarts:
+    if ranks == nodes[-1] == 1 and not args.restarts and not args.debug:
         os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *args.words])
     return run_program(args, ranks, ["-m", "tunesmith", *args.words], out)
 
@@ -100,8 +103,16 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
     launcher += ["--rdzv-endpoint", f"{place}:{endpoint.port}", "--local-addr", endpoint.address]
     launcher += ["--rdzv-conf", f"join_timeout={JOIN:.0f}", "--max-restarts", str(args.restarts)]
     # Its own handlers would kill ranks that save for longer than half a minute.
-    launcher += ["--signals-to-handle", "SIGQUIT", *program]
-    code = run_ranks(launcher)
+    launcher += ["--signals-to-handle", "SIGQUIT"]
+    with tempfile.TemporaryDirectory(prefix="tunesmith-debug-") as folder:
+        launcher += say_all(Path(folder)) if args.debug else []
+        try:
+            code = run_ranks([*launcher, *program])
+        finally:
+            if args.debug:
+                target, nodes = (out or Path()) / FOLDER / "debug.tar.gz", int(args.nodes.rpartition(":")[2])
+                end = collect_logs(store, Path(folder), endpoint.address, nodes, target if endpoint.is_here else None)
+                print(end, file=sys.stderr)
     if code in (EXIT_FAILED, EXIT_OK) and stopped_at(out) > before:
         return EXIT_STOPPED
     if stop.asked and code == EXIT_OK and not (out and (out / "final").is_dir()):

@@ -1,0 +1,147 @@
+"""The node agent: what it needs of a node, and two nodes of two ranks in network namespaces of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from recipes import recipe
+from tunesmith.errors import MachineError, UsageError
+from tunesmith.launch import node
+from tunesmith.launch.rendezvous import find_endpoint, hold_store
+
+TIME = 300  # seconds, on a busy machine
+
+
+def test_an_endpoint_is_of_this_node_or_of_another():
+    here = find_endpoint("127.0.0.1", 0)
+    assert (here.is_here, here.interface) == (True, "lo")
+    with pytest.raises(MachineError, match="no known host"):
+        find_endpoint("no-such-host.invalid", 1)
+    with pytest.raises(MachineError, match=r"no interface of this node has the address 203\.0\.113\.9"):
+        find_endpoint("127.0.0.1", 1, "203.0.113.9")
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(MachineError, match="cannot listen") as caught:
+            hold_store(find_endpoint("127.0.0.1", port))
+    assert str(port) in caught.value.where
+
+
+def test_the_folder_of_compiled_code_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(node.tempfile, "tempdir", str(tmp_path))
+    folder = node.private_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    with pytest.raises(MachineError, match="not yours alone"):
+        node.private_folder()
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(MachineError, match="not yours alone"):
+        node.private_folder()
+
+
+@pytest.mark.parametrize(("named", "count"), [("0,1,3", 3), ("", 0), ("0,-1,2", 1), ("MIG-a1,MIG-b2", 2)])
+def test_gpus_are_those_that_the_environment_shows(named: str, count: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert node.count_gpus() == count
+
+
+@pytest.mark.parametrize("words", [["--ranks", "0"], ["--nodes", "1:x"], ["--ranks", "2", "--endpoint", "29500"]])
+def test_a_flag_that_is_wrong_is_refused(
+    words: list[str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe(tiny, tmp_path)))
+    assert node.run_agent([*words, "--", "train", str(file)]) == UsageError.exit_code
+    assert f"where: {words[-2]}" in capsys.readouterr().err
+
+
+@pytest.fixture
+def spaces() -> Iterator[list[str]]:
+    """Two network namespaces on a cable, 10.91.0.1 and 10.91.0.2."""
+    if os.getuid() or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2: make cluster-tools")
+    names = [f"ts-{os.getpid()}-{i}" for i in (1, 2)]
+
+    def ip(line: str) -> None:
+        subprocess.run(["ip", *line.split()], check=True, capture_output=True, timeout=60)
+
+    try:
+        for name in names:
+            ip(f"netns add {name}")
+        ip(f"link add cable0 netns {names[0]} type veth peer name cable0 netns {names[1]}")
+        for i, name in enumerate(names, 1):
+            ip(f"-n {name} addr add 10.91.0.{i}/24 dev cable0")
+            ip(f"-n {name} link set cable0 up")
+            ip(f"-n {name} link set lo up")
+        yield names
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_two_nodes_meet_on_the_cable_alone_stop_together_and_collect_their_logs(
+    spaces: list[str], tiny: Path, tmp_path: Path
+):
+    """Each node has a disk of its own; SIGTERM to the second node's agent saves on both, and the same command goes on."""
+    changes = {"train": {"duration": "100000 steps"}, "checkpoint": {"every": "1000 steps", "keep": 1}}
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+
+    def start(number: int) -> subprocess.Popen[str]:
+        out = tmp_path / f"node{number}"
+        out.mkdir(exist_ok=True)
+        file = out / "recipe.yaml"
+        file.write_text(json.dumps(recipe(tiny, tmp_path, held=False, output_dir=str(out / "run"), **changes)))
+        words = ["--nodes", "2", "--ranks", "1", "--endpoint", "10.91.0.1:29571", "--debug", "--", "train", str(file)]
+        command = ["ip", "netns", "exec", spaces[number - 1], sys.executable, "-m", "tunesmith.launch.node", *words]
+        with (out / "said").open("w") as said:  # no pipe: the agent that is not read would wait
+            return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, env=environ)
+
+    def said() -> list[str]:
+        return [(tmp_path / f"node{number}" / "said").read_text() for number in (2, 1)]
+
+    def steps() -> int:
+        file = tmp_path / "node1" / "run" / "metrics.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    for _ in range(2):
+        before, agents = steps(), [start(2), start(1)]  # the one that holds the store comes last
+        try:
+            deadline = time.monotonic() + TIME
+            while steps() < before + 3:
+                assert all(agent.poll() is None for agent in agents), said()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            for space, address in zip(spaces, ("10.91.0.1", "10.91.0.2"), strict=True):
+                command = ["ip", "netns", "exec", space, "ss", "-Hltn"]
+                listening = subprocess.check_output(command, text=True, timeout=60).split("\n")[:-1]
+                assert {line.split()[3].rpartition(":")[0] for line in listening} == {address}
+            agents[0].send_signal(signal.SIGTERM)
+            codes = [agent.wait(timeout=TIME) for agent in agents]
+        finally:
+            for agent in agents:
+                agent.kill()
+        assert codes == [75, 75], said()
+        assert "is saved" in said()[1]
+    assert "logs of 2 nodes" in said()[1]
+    with tarfile.open(tmp_path / "node1" / "run" / "launch" / "debug.tar.gz") as archive:
+        assert {name.partition("/")[0] for name in archive.getnames()} == {"10.91.0.1", "10.91.0.2"}
