@@ -60,7 +60,7 @@ training/test_train.py::test_a_run_by_the_clock_ends_with_everything_written
 training/test_train.py::test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers
 training/test_train.py::test_metrics_read_one_step_later_are_the_same
 parallel/test_torchrun.py
-launch/test_old_ways.py
+launch/test_old_ways.py launch/test_doctor_pair.py
 """.split()
 
 

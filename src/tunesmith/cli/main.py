@@ -53,6 +53,10 @@ VERBS = {
     "chat": ("tunesmith.cli.chat", "talk to a trained model in the terminal"),
     "generate": ("tunesmith.cli.generate", "answer the rows of a file"),
     "bench": ("tunesmith.cli.bench", "measure how fast a recipe trains here, and the share of the chip"),
+    "doctor": (
+        "tunesmith.cli.doctor",
+        "say what stands in the way on this machine, a pair or a cluster, and what mends it",
+    ),
     "selfcheck": ("tunesmith.cli.selfcheck", "check that the ranks here train as one process does, in a minute or two"),
     "eval": ("tunesmith.cli.evaluate", "measure a trained model on held-out rows, beside its base"),
     "merge": ("tunesmith.cli.merge", "merge an adapter into its base model, and check that it answers alike"),

@@ -1,0 +1,260 @@
+"""Two nodes that look like two DGX Sparks on a cable: network, mount and host-name namespaces of this machine.
+
+Real: the network (veth pairs with the names of the cable's functions), ssh with keys, files below /etc, the disks, users.
+From files in the formats of the real thing: /sys/class/infiniband, /proc/meminfo. Stand-ins on the PATH, which print what the
+real commands print: nvidia-smi, nvidia-ctk, docker, netplan, systemctl; and a package torch with CUDA, for there is no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FUNCTIONS = ("enp1s0f1np1", "enP2p1s0f1np1")
+DEVICES = ("rocep1s0f1", "roceP2p1s0f1")
+NEEDED = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "sshd")
+SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
+UUIDS = {"a": "GPU-45cbf7b3-f919-7228-7a26-b06628ebefa1", "b": "GPU-9d1f02aa-1c55-4e0b-8f0e-2b6d2ac7c001"}
+
+SMI = """#!/bin/sh
+case "$*" in
+  *clocks.sm*) cat {state}/load ;;
+  *) if [ -e {state}/smi-fails ]; then cat {state}/smi-fails; exit 9; fi; cat {state}/gpus ;;
+esac
+"""
+DOCKER = """#!/bin/sh
+if [ -e {state}/docker-refuses ]; then cat {state}/docker-refuses >&2; exit 1; fi
+case "$1" in info) cat {state}/docker-info ;; images) cat {state}/docker-images ;; esac
+[ "$1 $2" != "swarm init" ] || echo "$@" >{state}/swarm-init
+"""
+CTK = "#!/bin/sh\ncat {state}/toolkit\n"
+# netplan's part that the script uses: addresses and MTU of `ethernets`, and the file that it leaves for networkd.
+NETPLAN = """#!/bin/sh
+mkdir -p /run/systemd/network
+sed -nE 's/^ +([A-Za-z0-9]+): .*mtu: ([0-9]+).*addresses: .([0-9.]+.[0-9]+).*/\\1 \\2 \\3/p' /etc/netplan/60-tunesmith-cable.yaml |
+while read -r name mtu address; do
+  ip link set dev "$name" mtu "$mtu" && ip addr replace "$address" dev "$name" && touch /run/systemd/network/10-netplan-"$name".network
+done
+"""
+SYSTEMCTL = '#!/bin/sh\necho "$@" >>{state}/systemctl\n'
+TORCH = '''"""The part of torch that the load of the doctor uses, with a GPU's answers."""
+import json, os, time, types
+STATE = json.load(open(os.environ["SPARK_STATE"] + "/torch.json"))
+version = types.SimpleNamespace(cuda=STATE["cuda"])
+bfloat16 = "bf16"
+BUSY = []  # until when: the products queue, as on a GPU
+class Matrix:
+    def __matmul__(self, other):
+        BUSY[:] = [(BUSY or [time.monotonic()])[0] + 2 * 4096**3 / (STATE["tflops"] * 1e12)]
+        return self
+def randn(*size, device, dtype):
+    if STATE["fails"]:
+        raise RuntimeError(STATE["fails"])
+    return Matrix()
+cuda = types.SimpleNamespace(get_arch_list=lambda: STATE["archs"], is_available=lambda: True, synchronize=lambda: time.sleep(max(0, BUSY[0] - time.monotonic())))
+'''
+MEMINFO = "MemTotal: 125500000 kB\nMemFree: {free} kB\nMemAvailable: {available} kB\nCached: {cached} kB\nShmem: 9000 kB\nMlocked: 0 kB\n"
+
+
+class Spark:
+    """One of the two. `state` holds what its stand-ins answer; `run` runs a command on it."""
+
+    def __init__(self, base: Path, letter: str) -> None:
+        self.letter, self.name, self.base = letter, f"spark-{letter}", base / letter
+        self.state, self.netns = self.base / "state", f"tsd{os.getpid()}{letter}"
+        self.address = f"192.168.177.{' ab'.index(letter)}"
+        self.env = {"SPARK_STATE": str(self.state), "PYTHONPATH": f"{base}/packages-{letter}:{os.environ.get('PYTHONPATH', '')}",
+                    "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+
+    def command(self, *words: str) -> list[str]:
+        return [
+            "nsenter",
+            f"--net=/run/netns/{self.netns}",
+            f"--target={self.holder.pid}",
+            "--mount",
+            "--uts",
+            "--",
+            *words,
+        ]
+
+    def run(self, *words: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        full = {**os.environ, **self.env, "PATH": f"{os.environ['PATH']}:{SBIN}", **env}
+        return subprocess.run(self.command(*words), env=full, capture_output=True, text=True, check=check, timeout=120)
+
+    def sh(self, script: str) -> str:
+        return self.run("bash", "-euc", script).stdout
+
+    def start(self) -> None:
+        """The namespaces, held by a process that sleeps."""
+        for folder in ("etc", "root", "local", "run", "work-etc", "work-root", "work-local", "state", "cache"):
+            (self.base / folder).mkdir(parents=True)
+        subprocess.run(["ip", "netns", "add", self.netns], check=True)
+        b = self.base
+        overlay = "\n".join(
+            f"mount -t overlay overlay -o lowerdir={lower},upperdir={b}/{upper},workdir={b}/work-{upper} {lower}"
+            for lower, upper in (("/etc", "etc"), ("/root", "root"), ("/usr/local", "local"))
+        )
+        script = f"""mount --make-rprivate /
+hostname {self.name}
+{overlay}
+mount -t sysfs sysfs /sys
+mkdir -p {b}/net; mount --bind /sys/class/net {b}/net
+mount -t tmpfs tmpfs /sys/class; mkdir /sys/class/net /sys/class/infiniband; mount --bind {b}/net /sys/class/net
+mount -t tmpfs tmpfs /proc/driver; mkdir /proc/driver/nvidia; echo NVRM version: 580.95.05 >/proc/driver/nvidia/version
+mount --bind {b}/state/meminfo /proc/meminfo
+mount -t tmpfs tmpfs /run; mkdir -p /run/sshd /run/systemd/network
+mount -t tmpfs -o size=64g tmpfs {b}/cache
+ip link set lo up
+touch {b}/ready; exec sleep infinity"""
+        (self.state / "meminfo").write_text(MEMINFO.format(free=90_000_000, available=110_000_000, cached=8_000_000))
+        words = ["nsenter", f"--net=/run/netns/{self.netns}", "unshare", "--mount", "--uts", "bash", "-euc", script]
+        self.holder = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=(b / "log").open("w"))
+        wait_until(lambda: (b / "ready").exists() or self.holder.poll() is not None)
+        assert self.holder.poll() is None, (b / "log").read_text()
+
+    def furnish(self) -> None:
+        """All that a healthy node has."""
+        stands = {"nvidia-smi": SMI, "docker": DOCKER, "nvidia-ctk": CTK, "netplan": NETPLAN, "systemctl": SYSTEMCTL}
+        for name, text in stands.items():
+            self.tell(name, text.replace("{state}", str(self.state)))
+            self.sh(
+                f"install -m 755 {self.state}/{name} /usr/local/bin/{name}"
+            )  # inside: an overlay's upper folder is its own
+        managers = [{"NodeID": "m", "Addr": "192.168.177.1:2377"}]
+        swarm = {"LocalNodeState": "active", "NodeAddr": self.address, "Error": "", "RemoteManagers": managers,
+                 "ControlAvailable": self.letter == "a"}  # fmt: skip
+        self.tell("docker-info", json.dumps({"ServerVersion": "29.2.1", "DefaultRuntime": "nvidia", "Swarm": swarm}))
+        self.tell("docker-images", "nvcr.io/nvidia/pytorch:26.02-py3\nubuntu:24.04\n")
+        self.tell("toolkit", "NVIDIA Container Toolkit CLI version 1.19.0\ncommit: 1.19.0\n")
+        self.tell("gpus", f"NVIDIA GB10, {UUIDS[self.letter]}, 580.95.05, 12.1, [N/A]\n")
+        self.tell("load", "2411, 3003, 61.20, P0\n")
+        torch = {"cuda": "13.0", "archs": ["sm_90", "sm_100", "sm_120", "compute_120"], "tflops": 91, "fails": ""}
+        self.tell("torch.json", json.dumps(torch))
+        packages = self.base.parent / f"packages-{self.letter}"
+        (packages / "torch").mkdir(parents=True)
+        (packages / "torch" / "__init__.py").write_text(TORCH)
+        for name, version in (("torch", "2.13.0"), ("tunesmith", "0.1.0")):
+            (packages / f"{name}-{version}.dist-info").mkdir()
+            (packages / f"{name}-{version}.dist-info" / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            )
+        daemon = {"runtimes": {"nvidia": {"path": "nvidia-container-runtime", "runtimeArgs": []}}, "default-runtime": "nvidia",
+                  "node-generic-resources": [f"NVIDIA_GPU={UUIDS[self.letter]}"]}  # fmt: skip
+        self.sh(f"""
+mkdir -p /etc/docker /etc/nvidia-container-runtime /etc/netplan /root/.ssh; chmod 700 /root/.ssh
+cat >/etc/docker/daemon.json <<'X'
+{json.dumps(daemon)}
+X
+cat >/etc/nvidia-container-runtime/config.toml <<'X'
+swarm-resource = "DOCKER_RESOURCE_NVIDIA_GPU"
+
+[nvidia-container-runtime]
+mode = "auto"
+X
+printf '127.0.0.1 localhost\\n192.168.177.1 spark-a\\n192.168.177.2 spark-b\\n' >/etc/hosts
+ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519 <<<y >/dev/null
+ssh-keygen -q -t ed25519 -N '' -f {self.base}/host_key
+""")
+        for index, (name, device) in enumerate(zip(FUNCTIONS, DEVICES, strict=True)):
+            last = self.address[-1]
+            self.sh(f"""
+ip link set dev {name} mtu 9000 up; ip addr add 192.168.{177 + index}.{last}/24 dev {name}
+touch /run/systemd/network/10-netplan-{name}.network
+d=/sys/class/infiniband/{device}; mkdir -p $d/device/net/{name} $d/ports/1/gids $d/ports/1/gid_attrs/types
+i=0; for gid in fe80:0000:0000:0000:4ebb:47ff:fe00:000{last} fe80:0000:0000:0000:4ebb:47ff:fe00:000{last} \\
+  0000:0000:0000:0000:0000:ffff:c0a8:b10{last} 0000:0000:0000:0000:0000:ffff:c0a8:b10{last} 0000:0000:0000:0000:0000:0000:0000:0000; do
+  echo $gid >$d/ports/1/gids/$i; if [ $((i % 2)) = 1 ]; then echo RoCE v2; else echo IB/RoCE v1; fi >$d/ports/1/gid_attrs/types/$i; i=$((i+1))
+done""")
+
+    def serve(self, other: Spark) -> None:
+        """The ssh server, which takes the other's key."""
+        env = " ".join(f'"{name}={value}"' for name, value in self.env.items())
+        lines = ["Port 22", f"ListenAddress {self.address}", f"HostKey {self.base}/host_key", "PidFile none", "UsePAM no",
+                 "StrictModes no", f"SetEnv {env}"]  # fmt: skip
+        (self.base / "sshd_config").write_text("\n".join(lines) + "\n")
+        key = other.sh("cat /root/.ssh/id_ed25519.pub")
+        self.sh(f"cat >/root/.ssh/authorized_keys <<<{key.strip()!r}; chmod 600 /root/.ssh/authorized_keys")
+        self.start_sshd()
+        host = (self.base / "host_key.pub").read_text().rsplit(" ", 1)[0]
+        other.sh(f"cat >>/root/.ssh/known_hosts <<<'{self.name},{self.address} {host}'")
+        wait_until(lambda: other.run("ssh", "-oBatchMode=yes", self.name, "true", check=False).returncode == 0)
+
+    def start_sshd(self) -> None:
+        sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:{SBIN}") or "sshd"
+        words = self.command(sshd, "-D", "-e", "-f", f"{self.base}/sshd_config")
+        self.sshd = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=(self.base / "sshd.log").open("w"))
+
+    def stop_sshd(self) -> None:
+        self.sshd.kill()
+        self.sshd.wait()
+
+    def tell(self, name: str, text: str) -> None:
+        (self.state / name).write_text(text)
+
+    def stop(self) -> None:
+        for process in (getattr(self, "sshd", None), getattr(self, "holder", None)):
+            if process is not None:
+                process.kill()
+                process.wait()
+        subprocess.run(["ip", "netns", "del", self.netns], check=False)
+
+
+def wait_until(true: object, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+
+
+class SparkPair:
+    """`with SparkPair(folder) as pair: pair.doctor()`: the report of `doctor --pair spark-b` on spark-a."""
+
+    def __init__(self, base: Path) -> None:
+        self.a, self.b = Spark(base, "a"), Spark(base, "b")
+
+    def __enter__(self) -> SparkPair:
+        try:
+            self.a.start()
+            self.b.start()
+            for name in FUNCTIONS:
+                subprocess.run(
+                    [
+                        "ip",
+                        "link",
+                        "add",
+                        name,
+                        "netns",
+                        self.a.netns,
+                        "type",
+                        "veth",
+                        "peer",
+                        "name",
+                        name,
+                        "netns",
+                        self.b.netns,
+                    ],
+                    check=True,
+                )
+            self.a.furnish()
+            self.b.furnish()
+            self.b.serve(self.a)
+            self.a.serve(self.b)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.a.stop()
+        self.b.stop()
+
+    def doctor(self, *words: str, **env: str) -> dict:
+        command = [sys.executable, "-m", "tunesmith", "doctor", *(words or ("--pair", "spark-b")), "--json"]
+        done = self.a.run(*command, check=False, HF_HOME=str(self.a.base / "cache"), **env)
+        assert done.returncode in (0, 1), done.stdout + done.stderr
+        return {**json.loads(done.stdout), "exit": done.returncode}

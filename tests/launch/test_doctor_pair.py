@@ -1,0 +1,271 @@
+"""`tunesmith doctor --pair` on two nodes in namespaces: broken in every way that we can make, each named with its mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from launch.spark_pair import NEEDED, SBIN, UUIDS, Spark, SparkPair
+from tunesmith.launch.doctor import pair as pair_module
+from tunesmith.launch.doctor.pair import PROGRAM, SENT
+
+missing = [tool for tool in NEEDED if shutil.which(tool, path=f"{os.environ['PATH']}:{SBIN}") is None]
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or bool(missing),
+    reason=f"needs root and {', '.join(missing) or 'nothing else'} (make cluster-tools)",
+)
+
+
+class Case(NamedTuple):
+    """One broken thing: a script on node `on` (in $S its stand-ins' answers), its undoing, and the finding it must make."""
+
+    turn: str  # cases of one turn are broken together
+    on: str
+    do: str
+    undo: str
+    finding: str  # host: check: level
+    what: str
+    fix: str
+
+
+OTHER = '{"runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}, "default-runtime": "nvidia", "node-generic-resources": ["NVIDIA_GPU=%s"]}'
+INFO = "sed -i 's/%s/%s/' $S/docker-info"
+KEEP = "[ ! -e {0} ] || cp -a {0} {0}.kept; "
+BACK = "rm -rf {0}; [ ! -e {0}.kept ] || mv {0}.kept {0}"
+TOML, DAEMON = "/etc/nvidia-container-runtime/config.toml", "/etc/docker/daemon.json"
+
+
+def kept(path: str, do: str) -> tuple[str, str]:
+    """The script `do`, which changes `path`, and the one that puts `path` back."""
+    return KEEP.format(path) + do, BACK.format(path)
+
+
+def said(name: str, text: str) -> tuple[str, str]:
+    return kept(f"$S/{name}", f"cat >$S/{name} <<'X'\n{text}\nX")
+
+
+GB10 = "NVIDIA GB10, {}, {}, 12.1, [N/A]"
+MEM = "MemTotal: 125500000 kB\nMemFree: {} kB\nMemAvailable: {} kB\nCached: {} kB"
+TORCH = '{{"cuda": "{}", "archs": ["{}"], "tflops": 91, "fails": "{}"}}'
+SITE = "import time\n_time = time.time\ntime.time = lambda: _time() + 40"
+FIREWALL = "nft add table inet t; nft add chain inet t i '{ type filter hook input priority 0; }'; nft add rule inet t i tcp dport != 22 ct state new drop"
+CASES = {
+    # one turn: Docker, memory, disk, image, versions
+    "nvidia is not the default runtime": Case("docker", "a", *kept(DAEMON, f"echo '{{}}' >{DAEMON}"), "spark-a: daemon.json: fault", "not the default runtime", "doctor --fix"),
+    "the GPU of another machine in daemon.json": Case("docker", "b", *kept(DAEMON, f"echo '{OTHER % UUIDS['a']}' >{DAEMON}"), "spark-b: daemon.json: fault", f"{UUIDS['a']} as NVIDIA_GPU, and this machine's GPU is {UUIDS['b']}", "doctor --fix"),
+    "toolkit without Swarm": Case("docker", "a", *said("toolkit", "NVIDIA Container Toolkit CLI version 1.18.1"), "spark-a: toolkit: fault", "1.18.1 has no support for Docker Swarm", "--only-upgrade nvidia-container-toolkit"),
+    "no toolkit": Case("docker", "b", *said("toolkit", ""), "spark-b: toolkit: fault", "not installed", "apt-get install nvidia-container-toolkit"),
+    "the line of the toolkit is commented out": Case("docker", "a", *kept(TOML, f"sed -i 's/^swarm-res/#swarm-res/' {TOML}"), "spark-a: swarm-resource: fault", "no line swarm-resource", "sed -i"),
+    "the toolkit's line names another resource": Case("docker", "b", *kept(TOML, f"sed -i s/NVIDIA_GPU/GPU/ {TOML}"), "spark-b: swarm-resource: fault", "docker sets DOCKER_RESOURCE_NVIDIA_GPU", "sed -i"),
+    "no swarm": Case("docker", "b", *kept("$S/docker-info", INFO % ('"active"', '"inactive"') + "; " + INFO % (r'"RemoteManagers": \[[^]]*\]', '"RemoteManagers": null')), "spark-b: swarm: fault", "in no swarm: inactive", "doctor --pair HOST --fix"),
+    "an old image": Case("docker", "a", *said("docker-images", "nvcr.io/nvidia/pytorch:25.11-py3"), "spark-a: image: warning", "25.11 is older than 26.02", "docker pull nvcr.io/nvidia/pytorch:26.02-py3"),
+    "files fill the memory": Case("docker", "a", *said("meminfo.new", MEM.format(900_000, 118_000_000, 110_000_000)), "spark-a: memory: warning", "MemFree 0.9, Cached 104.9", "drop_caches"),
+    "no room": Case("docker", "a", "mount -o remount,size=1g $S/../cache", "mount -o remount,size=64g $S/../cache", "spark-a: disk: fault", "1.0 GiB free", "tunesmith fetch --list"),
+    "another torch": Case("docker", "b", *kept("$P/torch-2.13.0.dist-info", "sed -i s/2.13.0/2.11.0/ $P/torch-2.13.0.dist-info/METADATA"), "the pair: versions: fault", "torch is 2.13.0 here and 2.11.0 on spark-b", "-m pip install"),
+    "another tunesmith": Case("docker", "b", *kept("$P/tunesmith-0.1.0.dist-info", "sed -i s/0.1.0/0.0.9/ $P/tunesmith-0.1.0.dist-info/METADATA"), "the pair: versions: fault", "tunesmith is 0.1.0 here and 0.0.9 on spark-b", "the same version"),
+    "another driver, too old": Case("docker", "b", *said("gpus", GB10.format(UUIDS["b"], "570.86.10")), "spark-b: driver: fault", "570.86.10 is too old", "nvidia-driver-580-open"),
+    "a package of one node only": Case("docker", "b", "printf '#!/bin/sh\\necho \"ii  nvidia-fs 2.25\"\\n' >/usr/local/bin/dpkg-query; chmod 755 /usr/local/bin/dpkg-query", "rm /usr/local/bin/dpkg-query", "the pair: packages: fault", "nvidia-fs 2.25", "apt-get install nvidia-fs"),
+    # the network
+    "one function of the cable is down": Case("network", "b", "ip link set enP2p1s0f1np1 down", "ip link set enP2p1s0f1np1 up", "spark-b: cable: fault", "enP2p1s0f1np1 is down", "sudo ip link set dev enP2p1s0f1np1 up"),
+    "MTU 1500 on one side": Case("network", "b", "ip link set enp1s0f1np1 mtu 1500", "ip link set enp1s0f1np1 mtu 9000", "spark-b: mtu: fault", "enp1s0f1np1 has MTU 1500", "sudo ip link set dev enp1s0f1np1 mtu 9000"),
+    "an address that a reboot takes": Case("network", "b", *kept("/run/systemd/network", "rm /run/systemd/network/*"), "spark-b: address: warning", "will have none after a reboot", "doctor --pair HOST --fix"),
+    "no GID": Case("network", "b", "D=/sys/class/infiniband/rocep1s0f1/ports/1; mv $D/gids $D/off", "D=/sys/class/infiniband/rocep1s0f1/ports/1; mv $D/off $D/gids", "spark-b: gid: fault", "rocep1s0f1 has no RoCE v2 address", "doctor --pair HOST --fix"),
+    "a GID index that is not RoCE v2": Case("network", "a", "", "", "spark-a: gid: fault", "NCCL_IB_GID_INDEX is 0, and RoCE v2 is at 3 on rocep1s0f1", "unset NCCL_IB_GID_INDEX"),
+    "the clock is off": Case("network", "b", f"cat >$P/sitecustomize.py <<'X'\n{SITE}\nX", "rm $P/sitecustomize.py", "the pair: time: fault", "s ahead of this one", "timedatectl set-ntp true"),
+    "a firewall": Case("network", "b", FIREWALL, "nft delete table inet t", "the pair: speed: fault", "no connection to a free port of 192.168.177.2", "sudo ufw allow from 192.168.177.0/24"),
+    "two swarms": Case("network", "b", *kept("$S/docker-info", INFO % ("192.168.177.1:2377", "10.0.0.9:2377")), "the pair: swarm: fault", "in two swarms", "swarm leave"),
+    # the GPU, Docker off
+    "nvidia-smi fails": Case("gpu", "a", *said("smi-fails", "Failed to initialize NVML: Driver/library version mismatch"), "spark-a: driver: fault", "version mismatch", "sudo reboot"),
+    "nvidia-smi is not on the PATH of ssh": Case("gpu", "b", "mkdir -p /usr/local/cuda/bin; mv /usr/local/bin/nvidia-smi /usr/local/cuda/bin", "mv /usr/local/cuda/bin/nvidia-smi /usr/local/bin", "spark-b: tools: fault", "nvidia-smi is not on the PATH", "sudo ln -s /usr/local/cuda/bin/nvidia-smi /usr/bin/nvidia-smi"),
+    "no docker daemon": Case("gpu", "b", *said("docker-refuses", "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?"), "spark-b: docker: fault", "does not answer", "systemctl enable --now docker"),
+    "no memory": Case("gpu", "a", *said("meminfo.new", MEM.format(900_000, 1_000_000, 500_000)), "spark-a: memory: fault", "1.0 of 119.7 GiB available", "ps -eo rss"),
+    "no address": Case("gpu", "b", "ip addr flush dev enP2p1s0f1np1; ip addr replace 10.9.0.7/24 dev enp1s0f1np1; ip addr del 192.168.177.2/24 dev enp1s0f1np1; ip addr add 192.168.177.2/32 dev lo; ip route add 192.168.177.1 dev enp1s0f1np1", "ip addr flush dev enp1s0f1np1; ip addr del 192.168.177.2/32 dev lo; ip addr add 192.168.177.2/24 dev enp1s0f1np1; ip addr add 192.168.178.2/24 dev enP2p1s0f1np1", "the pair: address: fault", "no addresses in one subnet", "doctor --pair spark-b --fix"),
+    # ssh, one by one, with one thing of this machine each
+    "no ssh server": Case("refused", "b", "", "", "spark-b: ssh: fault", "runs no ssh server", "openssh-server"),
+    "a low-power state": Case("refused", "a", *said("load", "851, 3003, 14.20, P0"), "spark-a: clock: fault", "851 of 3003 MHz", "pull the power plug"),
+    "no key": Case("key", "b", *kept("/root/.ssh/authorized_keys", "echo >/root/.ssh/authorized_keys"), "spark-b: ssh: fault", "takes no key of this user", "ssh-copy-id spark-b"),
+    "no code for the chip": Case("key", "a", *said("torch.json", TORCH.format("13.0", "sm_90", "")), "spark-a: torch: fault", "no code for this chip, sm_121", "--force-reinstall torch"),
+    "an unknown host key": Case("unknown", "a", *kept("/root/.ssh/known_hosts", "echo >/root/.ssh/known_hosts"), "spark-b: ssh: fault", "is not known yet", "compare the fingerprint"),
+    "torch for CPUs": Case("unknown", "a", *said("torch.json", '{"cuda": null, "archs": [], "tflops": 1, "fails": ""}'), "spark-a: torch: fault", "built for CPUs alone", "a build for CUDA 13"),
+    "no python3 there": Case("python", "b", *kept("/root/.bashrc", "echo PATH=/nothing >/root/.bashrc"), "spark-b: ssh: fault", "python3 of spark-b", "apt-get install python3"),
+    "the GPU is lost": Case("python", "a", *said("torch.json", TORCH.format("13.0", "sm_120", "CUDA error 100: no device")), "spark-a: torch: fault", "does not run on the GPU: RuntimeError: CUDA error 100", "sudo reboot"),
+    "no such host": Case("name", "a", "", "", "spark-c: ssh: fault", "nobody knows the name spark-c", "/etc/hosts"),
+    "daemon.json is not JSON": Case("name", "a", *kept(DAEMON, f"echo '{{' >{DAEMON}"), "spark-a: daemon.json: fault", "no JSON object", "sudoedit"),
+}  # fmt: skip
+# What follows from a case on the side: the other end of a cable, what could not be looked at any more.
+CONSEQUENCES = {
+    "network": {"spark-a: cable: fault"},
+    "docker": {"the pair: versions: fault"},
+    "gpu": {"spark-b: driver: fault", "spark-b: address: warning", "the pair: speed: ok"},
+}
+
+
+@pytest.fixture(scope="module")
+def sparks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkPair]:
+    with SparkPair(tmp_path_factory.mktemp("sparks")) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def reports(sparks: SparkPair) -> Any:
+    """Turn -> the report of the pair with all cases of that turn broken; each is made once."""
+    made: dict[str, dict] = {}
+
+    def report(turn: str) -> dict:
+        if turn not in made:
+            made[turn] = broken(sparks, turn)
+        return made[turn]
+
+    return report
+
+
+def broken(sparks: SparkPair, turn: str) -> dict:
+    cases = [case for case in CASES.values() if case.turn == turn]
+    nodes = {"a": sparks.a, "b": sparks.b}
+
+    def script(node: Spark, text: str) -> None:
+        node.sh(
+            f"S={node.state} P={node.base.parent}/packages-{node.letter}\n{text}\n[ ! -e $S/meminfo.new ] || cat $S/meminfo.new >$S/meminfo"
+        )
+
+    for spark in nodes.values():
+        spark.tell("meminfo.new", (spark.state / "meminfo").read_text())
+    words = ("--pair", "spark-c") if turn == "name" else ()
+    try:
+        for case in cases:
+            script(nodes[case.on], case.do)
+        if turn == "refused":
+            sparks.b.stop_sshd()
+        return sparks.doctor(*words, **({"NCCL_IB_GID_INDEX": "0"} if turn == "network" else {}))
+    finally:
+        for case in reversed(cases):
+            script(nodes[case.on], case.undo)
+        if turn == "refused":
+            sparks.b.start_sshd()
+
+
+def lines(report: dict) -> set[str]:
+    return {f"{f['host']}: {f['check']}: {f['level']}" for f in report["findings"]}
+
+
+def test_a_healthy_pair_is_green(sparks: SparkPair) -> None:
+    report = sparks.doctor()
+    assert {f["level"] for f in report["findings"]} == {"ok"}, report
+    assert len(report["findings"]) >= 35
+    assert report["exit"] == 0
+    assert report["passed"]
+    print(f"{len(report['findings'])} checks in {report['seconds']} s")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_fault_is_named_with_its_mend(name: str, reports: Any) -> None:
+    case = CASES[name]
+    report = reports(case.turn)
+    found = [f for f in report["findings"] if f"{f['host']}: {f['check']}: {f['level']}" == case.finding]
+    assert any(case.what in f["what"] and case.fix in f["fix"] for f in found), json.dumps(report["findings"], indent=1)
+    assert report["exit"] == 1
+
+
+@pytest.mark.parametrize("turn", sorted({case.turn for case in CASES.values()}))
+def test_nothing_else_is_named(turn: str, reports: Any) -> None:
+    """A report names what is broken, and what follows from it, and no more."""
+    named = {line for line in lines(reports(turn)) if not line.endswith(": ok")}
+    assert named - {case.finding for case in CASES.values() if case.turn == turn} <= CONSEQUENCES.get(turn, set())
+
+
+def test_it_is_green_again(sparks: SparkPair, reports: Any) -> None:
+    """So that each finding above came from its case, and not from an earlier one."""
+    for turn in {case.turn for case in CASES.values()}:
+        reports(turn)
+    assert {line for line in lines(sparks.doctor()) if not line.endswith(": ok")} == set()
+
+
+def test_a_user_who_is_not_in_the_group_docker(sparks: SparkPair) -> None:
+    """The real docker command, a socket of root's, and the checks as another node runs them: python3 alone."""
+    docker = next((p for p in ("/usr/bin/docker", "/usr/local/bin/docker") if Path(p).exists()), None)
+    if docker is None:
+        pytest.skip("needs the docker command (make cluster-tools)")
+    files = {name: Path(pair_module.__file__).with_name(name).read_text() for name in SENT}
+    program = PROGRAM.format(files=files, module="checks", call="answer_peer")
+    listen = "import socket; s = socket.socket(socket.AF_UNIX); s.bind('/var/run/docker.sock'); s.listen()"
+    script = f'python3 -c "{listen}"; chmod 660 /var/run/docker.sock; mkdir -p /tmp/empty; setpriv --reuid 65534 --regid 65534 --clear-groups env PATH=/usr/bin:/bin /usr/bin/python3 - python3'
+    command = sparks.a.command("bash", "-euc", f"export HOME=/tmp; {script}; rm /var/run/docker.sock")
+    done = subprocess.run(command, input=program, capture_output=True, text=True, timeout=120, check=False)
+    found = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "docker"]
+    assert [(f["level"], f["what"]) for f in found] == [("fault", "this user is not in the group docker")], done.stderr
+    assert "usermod -aG docker" in found[0]["fix"]
+
+
+JOINED = """
+import http.server, os, socketserver, sys
+class Server(socketserver.UnixStreamServer):
+    pass
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        open(sys.argv[1], "w").write(self.path + " " + body)
+        self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
+    def address_string(self): return "unix"
+Server("/var/run/docker.sock", Handler).handle_request()
+"""
+
+
+def test_the_scripts_of_fix_mend_it(sparks: SparkPair, tmp_path: Path) -> None:
+    """Two Sparks out of the box: no address, MTU 1500, no runtime, no resource, no swarm. The scripts are run, and all is green."""
+    inactive = INFO % ('"active"', '"inactive"')
+    for node in (sparks.a, sparks.b):
+        node.sh(f"""S={node.state}
+ip addr flush dev enP2p1s0f1np1; ip link set enP2p1s0f1np1 mtu 1500; ip link set enp1s0f1np1 mtu 1500
+rm -f /run/systemd/network/* $S/systemctl; {inactive}
+echo '{{"log-driver": "local", "node-generic-resources": ["FPGA=1", "NVIDIA_GPU=GPU-of-another"]}}' >{DAEMON}
+sed -i 's/^swarm-resource.*/#swarm-resource = "DOCKER_RESOURCE_GPU"/' {TOML}""")
+    sparks.a.sh(
+        'sed -i \'s/^case/[ "$1 $2" != "swarm join-token" ] || echo SWMTKN-1-secret\\ncase/\' /usr/local/bin/docker'
+    )
+    report = sparks.doctor("--pair", "spark-b", "--fix")
+    before = {line for line in lines(report) if line.endswith(("fault", "warning"))}
+    assert len(before) >= 10
+    assert [*report["fix"]] == ["spark-a", "spark-b"]
+    joined = tmp_path / "joined"
+    server = subprocess.Popen(sparks.b.command("python3", "-c", JOINED, str(joined)))
+    try:
+        for node in (sparks.a, sparks.b):
+            script = tmp_path / f"{node.name}.sh"
+            script.write_text(report["fix"][node.name])
+            subprocess.run(["bash", "-n", script], check=True)
+            assert "SWMTKN" not in script.read_text()
+            done = node.run("bash", str(script), check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "SWMTKN" not in done.stdout + done.stderr
+            config = json.loads(node.sh(f"cat {DAEMON}"))
+            assert config["log-driver"] == "local"
+            assert config["node-generic-resources"] == ["FPGA=1", f"NVIDIA_GPU={UUIDS[node.letter]}"]
+            assert "GPU-of-another" in node.sh("cat /etc/docker/daemon.json.2*")  # the backup
+            assert "restart docker" in (node.state / "systemctl").read_text()
+        server.wait(30)
+    finally:
+        server.kill()
+        server.wait()
+    path, body = joined.read_text().split(" ", 1)
+    assert path == "/swarm/join"
+    assert json.loads(body) == {"ListenAddr": "192.168.177.2:2377", "AdvertiseAddr": "192.168.177.2",
+                                "RemoteAddrs": ["192.168.177.1:2377"], "JoinToken": "SWMTKN-1-secret"}  # fmt: skip
+    init = (sparks.a.state / "swarm-init").read_text().split()
+    assert init == "swarm init --advertise-addr 192.168.177.1 --listen-addr 192.168.177.1:2377".split()
+    for node in (sparks.a, sparks.b):  # the stand-in does not know that it joined
+        node.sh(f"S={node.state}; {INFO % ('inactive', 'active')}")
+    assert {line for line in lines(sparks.doctor()) if not line.endswith(": ok")} == set()
+
+
+def test_a_host_is_no_option(sparks: SparkPair) -> None:
+    done = sparks.a.run("python", "-m", "tunesmith", "doctor", "--pair=-oProxyCommand=touch /tmp/pwned", check=False)
+    assert done.returncode == 2
+    assert "is not a host" in done.stderr
+    assert not Path("/tmp/pwned").exists()
