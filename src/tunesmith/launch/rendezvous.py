@@ -150,6 +150,8 @@ def register_backend(store: "TCPStore", endpoint: Endpoint) -> None:
             return self.inner.shutdown()
 
     def create(parameters: "RendezvousParameters") -> "RendezvousHandler":
+        # Ranks go by the nodes' names: rank 0, which writes metrics and final/, is with the store, where the run was launched.
+        parameters.local_addr = f"{int(not endpoint.is_here)} {endpoint.address}"
         return Rendezvous(parameters)
 
     with suppress(ValueError):  # registered before
