@@ -59,7 +59,7 @@ class FetchProgress:
         self._bar = say is None and is_terminal(sys.stderr)
 
     @contextmanager
-    def transfer(self, what: str, total: int, done: int) -> Iterator[Advance]:
+    def transfer(self, what: str, total: int, done: int, doing: str = "fetching") -> Iterator[Advance]:
         """While bytes of `what` arrive: `total` of them, of which `done` are there already."""
         if self._bar:
             from rich.console import Console
@@ -79,7 +79,7 @@ class FetchProgress:
                 told = time.monotonic()
                 self.say(f"  {size_text(done)} of {size_text(total)}")
 
-        self.say(f"fetching {what}: {size_text(total)}" + (f", {size_text(done)} there already" if done else ""))
+        self.say(f"{doing} {what}: {size_text(total)}" + (f", {size_text(done)} there already" if done else ""))
         yield advance
 
 

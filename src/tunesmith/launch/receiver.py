@@ -1,0 +1,118 @@
+"""The other node's side of `ship`: a program for its plain python3 (3.8 or newer), which ssh hands over and runs there.
+
+It imports the standard library alone. It reads a JSON command a line, some followed by bytes, answers each with a JSON line,
+and ends when its input does or nothing comes for QUIET seconds: a launcher that was killed leaves nothing here.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any, BinaryIO, Dict, List, Optional  # noqa: UP035
+
+QUIET = 120  # seconds
+BLOCK = 1 << 20  # bytes
+
+
+class Receiver:
+    """Each public method but `serve` is a command; its arguments come as JSON, and so goes what it returns."""
+
+    def __init__(self, data: BinaryIO) -> None:
+        self.data = data
+
+    def look(self) -> Dict[str, Any]:  # noqa: UP006
+        """Who this is, and its RDMA devices whose link is up, with the MTU of each one's network interfaces."""
+        rdma = {}
+        for device in sorted(glob.glob("/sys/class/infiniband/*")):
+            if "ACTIVE" in _text(device + "/ports/1/state"):
+                names = [os.path.basename(path) for path in glob.glob(device + "/device/net/*")]
+                rdma[os.path.basename(device)] = {name: _text("/sys/class/net/" + name + "/mtu") for name in names}
+        gpu = os.path.exists("/dev/nvidiactl")
+        return {"host": socket.gethostname(), "user": [os.getuid(), os.getgid()], "gpu": gpu, "rdma": rdma}
+
+    def run(self, words: List[str], given: str = "") -> List[Any]:  # noqa: UP006
+        """A command's exit code, output and errors."""
+        try:
+            done = subprocess.run(words, input=given.encode(), capture_output=True, check=False)
+        except OSError as error:
+            return [127, "", f"{words[0]}: {error.strerror}"]
+        return [done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")]
+
+    def have(self, files: List[List[Any]]) -> List[Optional[List[int]]]:  # noqa: UP006,UP045
+        """For each [place, bytes, SHA-256, whether its name tells its content] the pieces that are there; null: all."""
+        found: List[Optional[List[int]]] = []  # noqa: UP006,UP045
+        for place, size, digest, named in files:
+            if os.path.isfile(place) and os.path.getsize(place) == size and (named or _digest(place) == digest):
+                found.append(None)
+            else:
+                found.append(sorted({int(line) for line in _text(_partial(place, digest) + ".pieces").split()}))
+        return found
+
+    def put(self, place: str, digest: str, index: int, start: int, count: int) -> bool:
+        """Write piece `index` of a file at `start`: the `count` bytes that follow the command."""
+        partial = _partial(place, digest)
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+            file.seek(start)
+            while count:
+                signal.alarm(QUIET)
+                block = self.data.read(min(count, BLOCK))
+                if not block:
+                    sys.exit(1)
+                file.write(block)
+                count -= len(block)
+        with open(partial + ".pieces", "a") as journal:
+            journal.write(f"{index}\n")
+        return True
+
+    def seal(self, place: str, digest: str) -> bool:
+        """Give a file its name if its content is what was to be sent; else remove it."""
+        partial = _partial(place, digest)
+        whole = _digest(partial) == digest
+        os.unlink(partial + ".pieces")
+        os.replace(partial, place) if whole else os.unlink(partial)
+        return whole
+
+    def serve(self) -> None:
+        """Answer commands until the input ends."""
+        while True:
+            signal.alarm(QUIET)
+            line = self.data.readline()
+            signal.alarm(0)  # a command may hash for minutes
+            if not line:
+                return
+            command = json.loads(line)
+            name = command.pop("do")
+            try:
+                answer = {"ok": type(self).__dict__[name](self, **command)}
+            except OSError as error:
+                answer = {"error": f"{error.filename}: {error.strerror}"}
+            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.flush()
+            if "error" in answer and name == "put":  # its bytes are still in the input
+                return
+
+
+def _partial(place: str, digest: str) -> str:
+    head, name = os.path.split(place)
+    return os.path.join(head, f".{name[:200]}.{digest[:16]}.partial")
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _digest(path: str) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(BLOCK), b""):
+            found.update(block)
+    return found.hexdigest()

@@ -1,0 +1,195 @@
+"""Files on another node: there whole or not at all, sent once, resumed where a launch was cut off, nothing left running."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tunesmith.errors import MachineError, UsageError
+from tunesmith.hub.download import FetchProgress
+from tunesmith.launch import ship as module
+from tunesmith.launch.ship import Connection, by_content, of_cache, place_here, ship
+
+QUIET = FetchProgress(lambda text: None)
+# Takes ssh's words, runs the command here with another home: the other node. `tests/launch/test_swarm_pair.py` has a real one.
+SSH = """#!/bin/sh
+for word; do last=$word; done
+echo "$@" >>"$SSH_LOG"
+case "$*" in *unreachable*) echo "ssh: connect to host: No route to host" >&2; exit 255;; esac
+exec sh -c "$last"
+"""
+
+
+@pytest.fixture(autouse=True)
+def other_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/ssh").write_text(SSH)
+    (tmp_path / "bin/ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SSH_LOG", str(tmp_path / "ssh.log"))
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "PIECE", 1 << 20)
+
+
+def big(path: Path, size: int = 5_300_000) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(hashlib.shake_128(path.name.encode()).digest(size))
+    return path
+
+
+def test_a_folder_arrives_whole_in_several_streams_and_is_sent_once(tmp_path: Path):
+    for name in ("model.safetensors", "deep/config.json", "empty.json"):
+        big(tmp_path / "model" / name, 0 if name == "empty.json" else 5_300_000)
+    place, files = by_content(tmp_path / "model")
+    assert ship(files, "spark-b", QUIET) == 10_600_000
+    assert {str(p.relative_to(place)) for p in Path(place).rglob("*") if p.is_file()} == {
+        "model.safetensors", "deep/config.json", "empty.json",
+    }  # fmt: skip
+    for file in files:
+        assert Path(file.place).read_bytes() == file.source.read_bytes()
+    assert ship(files, "spark-b", QUIET) == 0
+    (tmp_path / "model/deep/config.json").write_text("changed")
+    assert by_content(tmp_path / "model")[0] != place
+
+
+def test_what_is_there_already_is_not_sent_again(tmp_path: Path):
+    """As after a launch that was cut off: two of six pieces are there."""
+    _, (file,) = by_content(big(tmp_path / "rows.jsonl"))
+    with Connection("spark-b") as connection:
+        for index in (0, 3):
+            data = file.source.read_bytes()[index << 20 : (index + 1) << 20]
+            where = {"place": file.place, "digest": file.digest}
+            connection.ask("put", [data], index=index, start=index << 20, count=1 << 20, **where)
+    assert not Path(file.place).exists()
+    assert ship([file], "spark-b", QUIET) == 5_300_000 - (2 << 20)
+    assert Path(file.place).read_bytes() == file.source.read_bytes()
+    assert [*Path(file.place).parent.iterdir()] == [Path(file.place)]
+
+
+def test_a_damaged_piece_is_found_and_the_next_start_sends_all(tmp_path: Path):
+    _, (file,) = by_content(big(tmp_path / "rows.jsonl"))
+    with Connection("spark-b") as connection:
+        where = {"place": file.place, "digest": file.digest}
+        connection.ask("put", [b"x" * (1 << 20)], index=1, start=1 << 20, count=1 << 20, **where)
+    with pytest.raises(MachineError, match="is not what arrived"):
+        ship([file], "spark-b", QUIET)
+    assert not Path(file.place).exists()
+    assert ship([file], "spark-b", QUIET) == 5_300_000
+    assert Path(file.place).read_bytes() == file.source.read_bytes()
+
+
+def test_a_file_of_one_path_is_compared_by_content(tmp_path: Path):
+    source, place = tmp_path / "recipe.yaml", tmp_path / "there" / "recipe.yaml"
+    source.write_text("a: 1\n")
+    file = module.ShippedFile(source, str(place), 5, hashlib.sha256(b"a: 1\n").hexdigest(), False)
+    assert ship([file], "spark-b", QUIET) == 5
+    assert ship([file], "spark-b", QUIET) == 0
+    place.write_text("a: 2\n")  # of the same size
+    assert ship([file], "spark-b", QUIET) == 5
+    assert place.read_text() == "a: 1\n"
+
+
+def test_a_snapshot_of_the_hubs_cache_keeps_its_links(tmp_path: Path):
+    repo = tmp_path / "hub/models--a--b"
+    old, new = repo / "snapshots/111", repo / "snapshots/222"
+    for name, snapshot in (("0" * 64, old), ("1" * 64, new)):
+        blob = big(repo / "blobs" / name, 1000)
+        snapshot.mkdir(parents=True)
+        (snapshot / "model.safetensors").symlink_to(os.path.relpath(blob, snapshot))
+    big(repo / "blobs" / ("2" * 64 + ".incomplete"))
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("222")
+    (repo / "refs/old").write_text("111")
+    files, links = of_cache(repo, new)
+    assert {Path(file.place).name: file.named for file in files} == {"1" * 64: True, "main": False}
+    assert links == [(str(new / "model.safetensors"), f"../../blobs/{'1' * 64}")]
+    assert len(of_cache(repo)[0]) == 4
+
+
+def test_this_nodes_copy_does_not_change_with_its_source(tmp_path: Path):
+    _, (file,) = by_content(big(tmp_path / "rows.jsonl", 1000))
+    before = file.source.read_bytes()
+    place_here([file])
+    with file.source.open("r+b") as opened:
+        opened.write(b"edited in place")
+    assert Path(file.place).read_bytes() == before
+
+
+def test_a_host_that_is_not_reached_is_named_with_what_ssh_says():
+    with pytest.raises(MachineError, match="unreachable cannot be reached") as caught:
+        ship([], "unreachable", QUIET)
+    assert "No route to host" in caught.value.text()
+    assert "ssh-copy-id unreachable" in caught.value.text()
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=touch /tmp/x", "a b", "a;b", "$(a)", "a\nb", "`a`"])
+def test_a_host_is_no_option_and_no_command(host: str, tmp_path: Path):
+    with pytest.raises(UsageError, match="is no host"):
+        Connection(host)
+    assert not (tmp_path / "ssh.log").exists()
+
+
+def test_a_path_is_no_command(tmp_path: Path):
+    source = big(tmp_path / "rows; touch $(echo here) 'x'\n.jsonl", 1000)
+    _, files = by_content(source)
+    ship(files, "spark-b", QUIET)
+    assert Path(files[0].place).read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
+def test_a_launcher_that_ends_leaves_no_process_on_the_other_node(how: signal.Signals, tmp_path: Path):
+    """While it sends: the source is a pipe-slow reader, so that it is surely in the middle of a piece."""
+    program = f"""
+import time
+from tunesmith.launch import ship
+slow = ship._blocks
+def blocks(*words):
+    for block in slow(*words):
+        print("sending", flush=True)
+        time.sleep(0.5)
+        yield block
+ship._blocks = blocks
+ship.ship(ship.by_content(__import__("pathlib").Path({str(big(tmp_path / "rows.jsonl", 40 << 20))!r}))[1], "spark-b",
+          ship.FetchProgress(lambda text: None))
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "sending\n"
+        there = receivers(tmp_path)
+        assert there
+        launcher.send_signal(how)
+        launcher.wait(60)
+    deadline = time.monotonic() + 60
+    while left := receivers(tmp_path):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def receivers(folder: Path) -> list[int]:
+    """The processes of the other node: those that have this test's PATH and run the receiver."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words, environment = (place / "cmdline").read_bytes(), (place / "environ").read_bytes()
+        except OSError:
+            continue
+        if b"sys.stdin.buffer.read(" in words and str(folder).encode() in environment:
+            found.append(int(place.name))
+    return found
+
+
+def test_the_receiver_needs_no_newer_python_and_nothing_but_the_standard_library():
+    import ast
+
+    tree = ast.parse(Path(module.__file__).with_name("receiver.py").read_text(), feature_version=(3, 8))
+    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert imported <= {*sys.stdlib_module_names}
+    assert json.dumps(sorted(imported))
