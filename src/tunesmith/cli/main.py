@@ -43,6 +43,10 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 VERBS = {
     "train": ("tunesmith.cli.train", "fine-tune a model from a recipe"),
     "launch local": ("tunesmith.cli.launch_local", "train on the GPUs of this machine, also in the background"),
+    "launch swarm": (
+        "tunesmith.cli.launch_swarm",
+        "train on the nodes of a Docker swarm, such as two Sparks on a cable",
+    ),
     "status": ("tunesmith.cli.status", "say where launched runs stand"),
     "logs": ("tunesmith.cli.logs", "show or follow the log of a launched run"),
     "stop": ("tunesmith.cli.stop", "ask a launched run to save and end"),

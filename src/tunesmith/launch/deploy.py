@@ -1,0 +1,200 @@
+"""`launch swarm`: bring a run to nodes that share no disk, and hand it to Swarm, which starts it again where it fails.
+
+Files, model and image go over the cable, from this node alone; then the launcher ends.
+"""
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from tunesmith.config.schema import Run
+from tunesmith.errors import MachineError, TunesmithError, UsageError
+from tunesmith.launch.inputs import recipe_inputs
+from tunesmith.launch.jobs import save_job, state_folder, write_recipe
+from tunesmith.launch.rendezvous import route_to
+from tunesmith.launch.ship import Connection, ShippedFile, by_content, by_place, of_cache, place_here, ship, ship_image
+from tunesmith.launch.stack import LABEL, NETRC, TOKEN, Stack
+from tunesmith.launch.swarm import SwarmJob, SwarmNode, find_nodes
+
+PASSED_ON = re.compile(
+    r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS|WANDB_(PROJECT|ENTITY|MODE)"
+)
+SYSTEM = [Path("/", name) for name in "bin boot dev etc lib lib64 proc run sbin sys usr var/run var/lib/docker".split()]
+
+
+def launch_on_swarm(
+    run: Run,
+    *,
+    image: str,
+    nodes: int | None = None,
+    hosts: Sequence[str] = (),
+    restarts: int = 3,
+    extra: Path | None = None,
+    render: bool = False,
+    say: Callable[[str], None],
+) -> SwarmJob | None:
+    """Bring all that a run needs to the nodes, and start it there; raises what `find_nodes`, `fetch` and `ship` do. A launch
+    that fails leaves no service or secret. `render`: print the stack file instead, without secrets."""
+    for path in (out := Path(run.output_dir).absolute(), *recipe_inputs(run)):
+        refuse_exposed(path)
+    chosen, excluded, manager = find_nodes(hosts, nodes)
+    stack = replace(plan_stack(out, chosen, restarts, say), excluded=tuple(excluded))
+    shipped = [(path, *by_content(path)) for path in recipe_inputs(run)]
+    stack = replace(stack, image=image, mounts=tuple((place, str(path)) for path, place, _ in shipped))
+    if render:
+        print(stack.text(extra), end="")
+        return None
+    job = SwarmJob(stack.name, stack.run_dir, details={"hosts": ",".join(node.address for node in chosen)})
+    with Connection(manager) as connection:
+        tasks = job.tasks(connection)
+    if tasks is not None and (state := job.state()).phase in ("waiting", "running"):
+        fix = f"tunesmith stop {job.name}; or output_dir=runs/another-name"
+        raise UsageError(f"{job.name} is at work already", where="docker service ls", why=state.text, fix=fix)
+    files, links = hub_files(run)
+    files += [file for *_, found in shipped for file in found]
+    recipe = write_recipe(run)
+    save_job(job)
+    place_here(files)
+    files += [by_place(recipe), by_place(state_folder() / f"{job.name}.json")]
+    for node in chosen:
+        bring(files, links, [str(recipe.parent), *stack.cache], node, say)
+    stack = replace(
+        stack, image={ship_image(image, node.host) for node in chosen}.pop()
+    )  # Swarm asks no registry for an id
+    try:
+        job.clean()  # of an earlier launch
+        with Connection(manager) as connection:
+            stack = replace(stack, secrets=tuple(make_secrets(stack.name, connection)))
+            words = ("docker", "stack", "deploy", "--resolve-image", "never", "--compose-file", "-", stack.name)
+            connection.run(*words, given=stack.text(extra))
+    except BaseException:
+        with suppress(TunesmithError):
+            job.clean()
+        raise
+    return job
+
+
+def refuse_exposed(path: Path) -> None:
+    """UsageError for what no container may have: the system, and a folder with keys, tokens or the docker socket."""
+    from huggingface_hub import constants
+
+    home = Path.home()
+    private = [
+        *SYSTEM,
+        *(home / name for name in (".ssh", ".docker", ".gnupg", ".netrc")),
+        Path(constants.HF_TOKEN_PATH),
+    ]
+    for place in (path, path.resolve()):
+        for folder in (*private, home):
+            if folder.is_relative_to(place) or (folder != home and place.is_relative_to(folder)):
+                fix = "name a folder of its own, and copy there what is needed"
+                raise UsageError(
+                    f"{path} is not given to a container", where=str(path), why=f"{folder} is private", fix=fix
+                )
+
+
+def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int, say: Callable[[str], None]) -> Stack:
+    """The stack of a run directory on these nodes, which are looked at; without image, mounts and secrets. `say` takes
+    warnings; MachineError where the nodes differ in a way that the run would meet."""
+    from huggingface_hub import constants
+
+    looks = []
+    for node in nodes:
+        with Connection(node.host) as connection:
+            looks.append(connection.ask("look"))
+    for node, found in zip(nodes, looks, strict=True):
+        if found["user"] != looks[0]["user"]:
+            what, why = f"you are user {found['user']} on {found['host']}", f"here you are {looks[0]['user']}"
+            raise MachineError(what, where="uid and gid", why=why, fix="use accounts of the same numbers: usermod -u")
+        if node.gpus != nodes[0].gpus or (found["gpu"] and not node.gpus):
+            what, why = (
+                f"{found['host']} offers the swarm {node.gpus or 'no GPU'}",
+                f"this node {nodes[0].gpus or 'none'}",
+            )
+            raise MachineError(what, where="docker node inspect", why=why, fix="tunesmith doctor --fix, on each node")
+        for name in [name for links in found["rdma"].values() for name, mtu in links.items() if mtu != "9000"]:
+            say(f"warning: {name} on {found['host']} has not MTU 9000, and is slow: ip link set {name} mtu 9000")
+    passed = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
+    if devices := sorted({device for found in looks for device in found["rdma"]}):
+        passed.setdefault("NCCL_IB_HCA", "=" + ",".join(devices))  # exact names; a port of a Spark has two of them
+    address = route_to(nodes[1].address) if nodes[1:] else "127.0.0.1"
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind((address, 0))
+        endpoint = f"[{address}]:{probe.getsockname()[1]}" if ":" in address else f"{address}:{probe.getsockname()[1]}"
+    name = "swarm-" + (re.sub(r"[^a-z0-9]+", "-", out.name.lower()).strip("-")[:40] or "run")
+    cache = constants.HF_HUB_CACHE, os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets"))
+    return Stack(
+        name=name, run_dir=str(out), image="", nodes=len(nodes), endpoint=endpoint, restarts=restarts, cache=cache,
+        user=tuple(looks[0]["user"]), gpus=nodes[0].gpus, environment=tuple(sorted(passed.items())),
+    )  # fmt: skip
+
+
+def hub_files(run: Run) -> tuple[list[ShippedFile], list[tuple[str, str]]]:
+    """Get what a recipe names from the Hub into this node's cache -> its files and links (place, target) there."""
+    names = [
+        name for name in (run.model.name, run.model.tokenizer, run.adapter.from_) if name and not os.path.isabs(name)
+    ]
+    sources = [source for source in (*run.data.train, *run.data.validation) if not os.path.isabs(source.source)]
+    if not names and not sources:
+        return [], []
+    from datasets import config
+
+    from tunesmith.adapter.peft_files import find_adapter
+    from tunesmith.data.source import read_rows
+    from tunesmith.hub.fetch import fetch, fetch_without_weights, repo_cache
+
+    cached: list[tuple[Path, Path | None]] = []
+    for name in names:
+        whole = fetch(run.model) if name == run.model.name else None
+        found = whole or (find_adapter(name) if name == run.adapter.from_ else fetch_without_weights(name))
+        cached.append((repo_cache(name), found))
+    for source in sources:
+        read_rows(source)
+        cached.append((repo_cache(source.source, "dataset"), None))
+        cached.append((Path(config.HF_DATASETS_CACHE, source.source.replace("/", "___")), None))
+    listed = [of_cache(folder, snapshot) for folder, snapshot in cached]
+    return [file for files, _ in listed for file in files], [link for _, links in listed for link in links]
+
+
+def bring(
+    files: Sequence[ShippedFile],
+    links: Sequence[tuple[str, str]],
+    folders: Sequence[str],
+    node: SwarmNode,
+    say: Callable[[str], None],
+) -> None:
+    """Make a node's folders, and bring it the files and links; MachineError where a folder cannot be written to."""
+    from tunesmith.hub.download import FetchProgress
+
+    with Connection(node.host) as connection:
+        for folder in folders:
+            connection.run("mkdir", "-p", folder)
+            connection.run("test", "-w", folder)
+    if not node.host:
+        return
+    sent = ship(files, node.host, FetchProgress())
+    with Connection(node.host) as connection:
+        for place, target in links:
+            connection.run("mkdir", "-p", os.path.dirname(place))
+            connection.run("ln", "-sfn", target, place)
+    say(f"{node.host}: {sent:,} bytes sent")
+
+
+def make_secrets(name: str, manager: Connection) -> list[tuple[str, str]]:
+    """Give the swarm the Hub's token, and that of Weights & Biases, where the user has them -> as `Stack.secrets`. They go by
+    standard input: not to a file, a command line or a log."""
+    from huggingface_hub import get_token
+
+    key, made = os.environ.get("WANDB_API_KEY"), []
+    login = key and f"machine api.wandb.ai\nlogin user\npassword {key}\n"
+    for source, content in ((TOKEN, get_token()), (NETRC, login)):
+        if content:
+            made.append((source, f"{name}-{source}-{time.time_ns()}"))
+            words = ("docker", "secret", "create", "--label", f"{LABEL}={name}", made[-1][1], "-")
+            manager.run(*words, given=content)
+    return made

@@ -1,0 +1,201 @@
+"""A run on a Docker swarm as a job, from any of its nodes, and the nodes that a run can take.
+
+Commands that only a manager takes go to one by ssh. Docker's own command line is used on every node, with its rights.
+"""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from tunesmith.errors import MachineError
+from tunesmith.launch.jobs import POLL, Job, State, last_step
+from tunesmith.launch.ship import SSH, Connection
+from tunesmith.launch.stack import GRACE, LABEL, SERVICE
+
+GPU = ("NVIDIA_GPU", "NVIDIA-GPU")  # generic resources, as guides name them
+ENDED = {"Complete", "Failed", "Shutdown", "Rejected", "Orphaned", "Remove"}  # states of a task
+
+
+@dataclass(frozen=True)
+class SwarmNode:
+    """A node of the swarm as `Connection` takes it, its address, the kind and count of its GPUs as a generic resource."""
+
+    host: str
+    address: str
+    gpus: tuple[str, int] | None
+
+
+class SwarmJob(Job):
+    """A service of a swarm. `details`: `hosts`, the addresses of its nodes, separated by commas."""
+
+    @property
+    def service(self) -> str:
+        """The name of the service in Swarm."""
+        return f"{self.name}_{SERVICE}"
+
+    def hosts(self) -> list[str]:
+        """The nodes as `Connection` takes them, this one first."""
+        return sorted("" if is_own_address(host) else host for host in self.details["hosts"].split(","))
+
+    def manager(self) -> Connection:
+        """A connection to a node that takes commands for the swarm; MachineError where none is reached."""
+        fix = "start docker on the node that manages the swarm, or: docker node promote NODE"
+        fault = MachineError("no node that manages the swarm is reached", where=self.details["hosts"], fix=fix)
+        for host in self.hosts():
+            try:
+                connection = Connection(host)
+                if connection.run("docker", "info", "--format", "{{.Swarm.ControlAvailable}}").strip() == "true":
+                    return connection
+            except MachineError as error:
+                fault = error
+        raise fault
+
+    def tasks(self, manager: Connection) -> list[dict[str, str]] | None:
+        """The newest task of each slot: Node, CurrentState, Error; None where there is no such service."""
+        words = ["docker", "service", "ps", "--no-trunc", "--format", "{{json .}}", self.service]
+        code, out, _ = manager.ask("run", words=words)
+        slots: dict[str, dict[str, str]] = {}
+        for task in map(json.loads, out.splitlines()):
+            slots.setdefault(task["Name"].split()[-1], task)
+        return None if code else list(slots.values())
+
+    def state(self) -> State:
+        with self.manager() as manager:
+            tasks = self.tasks(manager)
+        if tasks is None:
+            return super().state()
+        said = [f"{task['Node'] or 'no node'} {task['CurrentState'].lower()} {task['Error']}".strip() for task in tasks]
+        states = {task["CurrentState"].split()[0] for task in tasks}
+        text = "; ".join(filter(None, [*said, last_step(self.run_dir)]))
+        if "Running" in states:
+            return State("running", text)
+        return State("ended" if states <= ENDED else "waiting", text)
+
+    def read_log(self, *, follow: bool) -> Iterator[str]:
+        with self.manager() as manager:
+            there, known = manager.host, self.tasks(manager) is not None
+        if not known:
+            yield from super().read_log(follow=follow)
+            return
+        words = ["docker", "service", "logs", "--raw", *(["--follow"] if follow else []), self.service]
+        command = [*SSH, "--", there, shlex.join(words)] if there else words
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            assert process.stdout is not None
+            os.set_blocking(process.stdout.fileno(), False)
+            over = False
+            try:
+                while True:
+                    if text := process.stdout.read():
+                        yield text.decode(errors="replace")
+                    elif over or process.poll() is not None:
+                        return
+                    else:  # docker goes on to wait when all tasks have ended
+                        over = follow and self.state().phase in ("ended", "gone")
+                        time.sleep(POLL)
+            finally:
+                process.kill()
+
+    def stop(self) -> str:
+        """Ask the ranks to save, wait for their end, and remove what the launch made on all nodes."""
+        with self.manager() as manager:
+            tasks = self.tasks(manager)
+            if tasks:
+                manager.run("docker", "service", "update", "--detach", "--replicas", "0", self.service)
+            deadline = time.monotonic() + GRACE + 60
+            while tasks and time.monotonic() < deadline:
+                time.sleep(POLL)
+                down = manager.run("docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}").splitlines()
+                lost = {line.split()[1] for line in down if not line.startswith("Ready")}
+                left = self.tasks(manager) or []
+                tasks = [t for t in left if t["CurrentState"].split()[0] not in ENDED and t["Node"] not in lost]
+        lost_hosts = self.clean()
+        return f"ended and removed; {Job.state(self).text}" + "".join(f"; {host} is not reached" for host in lost_hosts)
+
+    def clean(self) -> list[str]:
+        """Remove the service, secrets, configs and networks that carry our label, and such containers on each node; the nodes
+        that are not reached."""
+        mark, lost = f"label={LABEL}={self.name}", []
+        with self.manager() as manager:
+            for kind in ("service", "secret", "config", "network"):
+                if found := manager.run("docker", kind, "ls", "--quiet", "--filter", mark).split():
+                    manager.run("docker", kind, "rm", *found)
+        for host in self.hosts():
+            try:
+                with Connection(host) as node:
+                    deadline = time.monotonic() + 20  # seconds that Swarm has for it
+                    while found := node.run("docker", "ps", "--all", "--quiet", "--filter", mark).split():
+                        time.sleep(POLL)
+                        if time.monotonic() > deadline:
+                            node.ask("run", words=["docker", "rm", "--force", *found])
+            except MachineError:
+                lost.append(host)
+        return lost
+
+
+def is_own_address(host: str) -> bool:
+    """Whether an address is one of this node's."""
+    with (
+        suppress(OSError),
+        socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe,
+    ):
+        probe.bind((host, 0))
+        return True
+    return False
+
+
+def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode], list[str], str]:
+    """The nodes to train on, this one first; the ids of the swarm's other nodes; the manager as `Connection` takes it.
+
+    `hosts` names the others; without, all that are ready are taken. MachineError unless they are `count`."""
+    with Connection("") as here:
+        swarm = json.loads(here.run("docker", "info", "--format", "{{json .Swarm}}"))
+    if swarm["LocalNodeState"] != "active":
+        fix = "docker swarm init --advertise-addr ADDRESS-ON-THE-CABLE, and on the other node the line that it prints"
+        raise MachineError("this node is in no swarm", where="docker info", why=swarm["LocalNodeState"], fix=fix)
+    manager = "" if swarm["ControlAvailable"] else _address(swarm["RemoteManagers"][0]["Addr"])
+    with Connection(manager) as connection:
+        ids = connection.run("docker", "node", "ls", "--quiet").split()
+        listed = {node["ID"]: node for node in json.loads(connection.run("docker", "node", "inspect", *ids))}
+    up = [node for node in ids if listed[node]["Status"]["State"] == "ready"]
+    up = [node for node in up if listed[node]["Spec"]["Availability"] == "active"]
+    chosen = {swarm["NodeID"]: ""}
+    for host in hosts:
+        with Connection(host) as connection:
+            chosen.setdefault(connection.run("docker", "info", "--format", "{{.Swarm.NodeID}}").strip(), host)
+    for node in () if hosts else up[:]:
+        if len(chosen) < (count or len(up)):
+            chosen.setdefault(node, "")
+    away = [
+        listed[node]["Description"]["Hostname"] if node in listed else host
+        for node, host in chosen.items()
+        if node not in up
+    ]
+    if away or len(chosen) != (count or len(chosen)):
+        what = f"{away[0]} is not ready in this swarm" if away else f"--nodes {count}, and there are {len(chosen)}"
+        raise MachineError(
+            what, where="docker node ls", fix="docker swarm join on each, and as many --hosts as --nodes"
+        )
+    nodes = []
+    for node, host in chosen.items():
+        address = _address(listed[node].get("ManagerStatus", {}).get("Addr", "")) or listed[node]["Status"]["Addr"]
+        specs = [s for r in listed[node]["Description"]["Resources"].get("GenericResources", ()) for s in r.values()]
+        kinds = [
+            s["Kind"]
+            for s in specs
+            if s["Kind"] in GPU
+            for _ in range(s["Value"] if isinstance(s["Value"], int) else 1)
+        ]
+        gpus = (kinds[0], len(kinds)) if kinds else None
+        nodes.append(SwarmNode("" if node == swarm["NodeID"] else host or address, address, gpus))
+    return nodes, [node for node in ids if node not in chosen], manager
+
+
+def _address(endpoint: str) -> str:
+    """HOST of HOST:PORT."""
+    return endpoint.rpartition(":")[0].strip("[]")

@@ -1,0 +1,173 @@
+"""`launch swarm` on two real dockerd in two network namespaces that share no disk: started, followed, stopped, one of them lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.swarm_pair import UID, Node, Pair, add_host_image, missing_tools, own_environment, wait_until
+from recipes import recipe, write_rows
+
+pytestmark = [pytest.mark.swarm, pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "-")]
+TUNESMITH = ("python", "-m", "tunesmith")
+# A lost node is said after 10 seconds.
+CANARY = {"HF_TOKEN": "hf_CANARYcanary0123456789", "WANDB_API_KEY": "CANARYcanarywandb0123456789"}
+STEPS = 120
+
+
+@pytest.fixture(scope="module")
+def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """With a model, rows and a recipe in TUNER's home on the first node, and an image there alone."""
+    with Pair(tmp_path_factory.mktemp("pair"), gpus=1) as made:
+        for node in made.nodes:
+            home = node.home
+            shutil.copytree(tiny, home / "model")
+            write_rows(home / "train.jsonl", 48)
+            values = recipe(Path("./model"), Path(), held=False, train={"duration": f"{STEPS} steps", "compile": "off"})
+            values["data"]["train"]["source"] = "train.jsonl"
+            values |= {"checkpoint": {"every": "20 steps", "keep": 2}, "output_dir": "runs/whole"}
+            (home / "recipe.yaml").write_text(json.dumps(values))
+            (home / "extra.yaml").write_text(json.dumps(own_environment()))
+            subprocess.run(["chown", "-R", f"{UID}:{UID}", home], check=True)
+        (made.nodes[1].home / "model/model.safetensors").unlink()  # it has to be brought
+        add_host_image(made.nodes[0])
+        yield made
+
+
+def launch(node: Node, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    flags = ["--image", "bare:1", "--stack-extra", "extra.yaml", f"output_dir=runs/{name}", *words]
+    return node.run(
+        *TUNESMITH, "launch", "swarm", "recipe.yaml", *flags, env={**CANARY, "TUNESMITH_HEARTBEAT_SECONDS": "10"}
+    )
+
+
+def records(node: Node, name: str) -> list[dict[str, Any]]:
+    file = node.home / "runs" / name / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def curve(node: Node, name: str) -> list[tuple[float, float]]:
+    return [(record["loss"], record["grad_norm"]) for record in records(node, name)]
+
+
+def status(node: Node, name: str) -> dict[str, str]:
+    return json.loads(node.run(*TUNESMITH, "status", f"swarm-{name}", "--json").stdout)[0]
+
+
+def what_is_left(pair: Pair) -> str:
+    """Objects of the swarm, containers and processes of ours, on both nodes."""
+    kinds = ("service", "secret", "config")
+    left = [pair.nodes[0].docker(kind, "ls", "--quiet").stdout for kind in kinds]
+    for node in pair.nodes:
+        left.append(node.docker("ps", "--all", "--quiet").stdout)
+        left += [line for line in node.processes() if "tunesmith.launch" in line or "sys.stdin.buffer.read(" in line]
+    return "".join(left)
+
+
+def test_it_trains_on_both_and_either_knows_it(pair: Pair):
+    a, b = pair.nodes
+    launch(a, "whole", "--nodes", "2")
+    seen = [a.docker("service", "inspect", "swarm-whole_ranks").stdout]
+    wait_until("the first step", lambda: records(a, "whole"), 180)
+    for node in pair.nodes:
+        container = node.docker("ps", "--quiet").stdout.split()
+        assert len(container) == 1, "one task a node"
+        seen += [node.docker("inspect", *container).stdout, *node.processes()]
+        inside = node.docker(
+            "exec", container[0], "sh", "-c", "id -u; ls -a /home/tuner /home/tuner/.cache /cache; df /dev/shm"
+        ).stdout
+        assert inside.startswith(f"{UID}\n")
+        assert ".ssh" not in inside
+        assert "8388608" in inside  # KiB of /dev/shm
+        token = node.docker("exec", container[0], "sh", "-c", "cat $HF_TOKEN_PATH; cat $NETRC").stdout
+        assert all(canary in token for canary in CANARY.values())
+    assert status(b, "whole")["phase"] == "running"
+    again = a.run(*TUNESMITH, "launch", "swarm", "recipe.yaml", "--image", "bare:1", "output_dir=runs/whole", ok=True)
+    assert again.returncode == 2
+    assert "swarm-whole is at work already" in again.stderr
+    log = b.run(*TUNESMITH, "logs", "-f", "swarm-whole", seconds=240).stdout  # it ends when the run does
+    assert "2 ranks on spark-a, spark-b" in log
+    assert "written to /home/tuner/runs/whole" in log
+    assert status(a, "whole")["phase"] == "ended"
+    assert "spark-b complete" in status(b, "whole")["text"]
+    assert [record["step"] for record in records(a, "whole")] == [*range(1, STEPS + 1)]
+    assert (a.home / "runs/whole/final/manifest.json").is_file()
+    assert (b.home / f"runs/whole/checkpoint-{STEPS}/manifest.json").is_file()
+    assert {(a.home / "runs/whole/metrics.jsonl").stat().st_uid, (b.home / "runs/whole").stat().st_uid} == {UID}
+    files = [p.read_text(errors="replace") for n in pair.nodes for p in (n.home / "runs").rglob("*") if p.is_file()]
+    files += [p.read_text() for n in pair.nodes for p in (n.home / ".local").rglob("*.json")]
+    assert len(files) > 20
+    for text in (*seen, *files, log):
+        assert not [canary for canary in CANARY.values() if canary in text]
+    b.run(*TUNESMITH, "stop", "swarm-whole")
+    assert what_is_left(pair) == ""
+
+
+def test_a_node_that_is_lost_is_said_and_the_run_goes_on_as_if_nothing_was(pair: Pair):
+    """Needs the run of the test before."""
+    a, b = pair.nodes
+    launch(a, "lost", "--hosts", "spark-b")
+    wait_until("a checkpoint", lambda: len(records(a, "lost")) >= STEPS // 3, 180)
+    b.kill()
+    reached = len(records(a, "lost"))
+    failure = a.home / "runs/lost/failure.json"
+    wait_until("it is said", lambda: failure.exists() and "spark-b gave no sign of life" in failure.read_text(), 120)
+    assert reached < STEPS
+    b.start()
+    log = a.run(*TUNESMITH, "logs", "-f", "swarm-lost", seconds=300).stdout
+    assert "resum" in log
+    assert curve(a, "lost") == curve(a, "whole")
+    a.run(*TUNESMITH, "stop", "swarm-lost")
+    assert what_is_left(pair) == ""
+
+
+def test_stop_saves_and_the_other_node_goes_on(pair: Pair):
+    """Launched from the worker, stopped, and launched again from the manager."""
+    a, b = pair.nodes
+    shutil.copy(a.home / "model/model.safetensors", b.home / "model")
+    (b.home / "model/model.safetensors").chmod(0o644)
+    add_host_image(b, "other:1")
+    launch(b, "stopped", "--image", "other:1", "--hosts", "spark-a")
+    wait_until("steps", lambda: len(records(b, "stopped")) >= 30, 180)
+    said = b.run(*TUNESMITH, "stop", "runs/stopped").stdout
+    assert "ended and removed; stopped, saved" in said
+    assert what_is_left(pair) == ""
+    stopped = json.loads((b.home / "runs/stopped/stopped.json").read_text())
+    assert stopped["step"] == len(records(b, "stopped")) < STEPS
+    launch(b, "stopped", "--image", "other:1", "--hosts", "spark-a")
+    b.run(*TUNESMITH, "logs", "-f", "swarm-stopped", seconds=240)
+    assert curve(b, "stopped") == curve(a, "whole")
+    b.run(*TUNESMITH, "stop", "swarm-stopped")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP])
+def test_a_launcher_that_ends_early_leaves_nothing_on_the_other_node(pair: Pair, how: signal.Signals):
+    a, _ = pair.nodes
+    words = a.command(
+        *TUNESMITH,
+        "launch",
+        "swarm",
+        "recipe.yaml",
+        "--image",
+        "bare:1",
+        "--stack-extra",
+        "extra.yaml",
+        "output_dir=runs/cut",
+    )
+    for wait in (1.0, 2.0, 3.0):
+        with subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as launcher:
+            time.sleep(wait)
+            launcher.send_signal(how)
+            launcher.wait(60)
+        wait_until("nothing is left", lambda: what_is_left(pair) == "", 30)
