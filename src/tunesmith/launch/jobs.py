@@ -115,7 +115,7 @@ def is_locked(run_dir: Path) -> bool:
 
 def last_step(run_dir: str | Path) -> str:
     """`step 120, loss 1.234` of the newest record; empty before the first. Reads the end of the file alone."""
-    with suppress(OSError, ValueError, KeyError), Path(run_dir, "metrics.jsonl").open("rb") as file:
+    with suppress(OSError, ValueError, KeyError, IndexError), Path(run_dir, "metrics.jsonl").open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 65536))
         lines = file.read().splitlines(keepends=True)
         record = json.loads([line for line in lines if line.endswith(b"\n")][-1:][0])
