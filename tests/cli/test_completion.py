@@ -22,7 +22,7 @@ from tunesmith.config.shipped import shipped
 # typed before the tab -> what is offered, in part
 OFFERED = {
     "tunesmith ": [verb for verb in VERBS if " " not in verb],
-    "tunesmith launch ": ["local"],
+    "tunesmith launch ": ["local", "swarm", "slurm"],
     "tunesmith launch local --de": ["--detach"],
     "tunesmith train --f": ["--fresh"],
     "tunesmith train smoll": ["smollm2-135m-full", "smollm2-135m-lora"],

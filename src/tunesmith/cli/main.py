@@ -47,6 +47,7 @@ VERBS = {
         "tunesmith.cli.launch_swarm",
         "train on the nodes of a Docker swarm, such as two Sparks on a cable",
     ),
+    "launch slurm": ("tunesmith.cli.launch_slurm", "train on nodes of a Slurm cluster"),
     "status": ("tunesmith.cli.status", "say where launched runs stand"),
     "logs": ("tunesmith.cli.logs", "show or follow the log of a launched run"),
     "stop": ("tunesmith.cli.stop", "ask a launched run to save and end"),

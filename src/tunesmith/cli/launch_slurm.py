@@ -1,0 +1,85 @@
+"""Train a recipe on nodes of a Slurm cluster: writes a batch script, submits it, and says where the log is.
+
+examples:
+  tunesmith launch slurm my-recipe.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00
+  tunesmith launch slurm my-recipe.yaml --site alps --seeds 1,2,3        # one run a seed: runs/my-run-seed1, ...
+  tunesmith launch slurm my-recipe.yaml --gpus-per-node 8 --render       # print the script; submit nothing
+  tunesmith logs -f runs/my-run
+  tunesmith stop runs/my-run                                             # saves; the same launch goes on from there
+
+Before the time limit the run saves, and the job goes back into the queue and goes on, at most --max-requeues times. Tokens
+are not sent: fetch the model first (`tunesmith fetch`), and log in to trackers on the shared home. See docs/slurm.md.
+"""
+
+import argparse
+import sys
+from functools import partial
+
+from tunesmith.cli.launch_local import add_launched
+from tunesmith.cli.options import whole_number
+
+TEXTS = {
+    "partition": "", "account": "", "qos": "", "constraint": "such as h100",
+    "time": "limit: 90 (minutes), 12:00:00, 2-00:00:00", "mem": "of a node, such as 500G; 0 is all",
+    "cpus_per_task": "of a node", "gpus_per_node": "such as 8 or h100:8; 0 trains on CPUs",
+    "container": "image for Pyxis, which has tunesmith in it",
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_launched(parser)
+    parser.add_argument("--nodes", type=whole_number, default=1, metavar="N", help="default: 1")
+    for key, text in TEXTS.items():
+        metavar = key.rpartition("_")[2].upper() if key != "gpus_per_node" else "[TYPE:]N"
+        parser.add_argument(f"--{key.replace('_', '-')}", metavar=metavar, help=text)
+    parser.add_argument("--exclusive", action="store_true", help="whole nodes")
+    parser.add_argument("--site", metavar="NAME", help="a profile of ~/.config/tunesmith/sites.yaml; flags win over it")
+    arg = "any other option of sbatch, as it is: --sbatch-arg=--reservation=tuesday"
+    parser.add_argument("--sbatch-arg", action="append", default=[], metavar="OPTION", help=arg)
+    parser.add_argument("--seeds", type=_seeds, default=(), metavar="1,2,3", help="a job array: one run a seed")
+    requeues = "times that it may go back into the queue, at a time limit or after a lost node; 0: never (default: 5)"
+    parser.add_argument("--max-requeues", type=_count, default=5, metavar="N", help=requeues)
+    before = "save so long before the time limit (default: 300, or a quarter of a short limit)"
+    parser.add_argument("--warn-before", type=whole_number, metavar="SECONDS", help=before)
+    parser.add_argument("--render", action="store_true", help="print the script and write its recipe; submit nothing")
+
+
+def run(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from tunesmith.config.load import load_recipe
+    from tunesmith.launch import slurm
+    from tunesmith.launch.jobs import write_recipe
+    from tunesmith.launch.sites import read_site
+
+    recipe = load_recipe(args.recipe, args.overrides, say=partial(print, file=sys.stderr))
+    site = read_site(args.site)
+    given = {key: value for key in TEXTS if (value := vars(args)[key]) is not None}
+    site = replace(site, **given, exclusive=site.exclusive or args.exclusive, sbatch=(*site.sbatch, *args.sbatch_arg))
+    request = slurm.Request(site, args.nodes, args.seeds, args.max_requeues, args.warn_before)
+    script = slurm.render_script(recipe, request)
+    if args.render:
+        files = [write_recipe(one) for one in slurm.runs_of(recipe, args.seeds)]
+        print(f"recipe: {', '.join(map(str, files))}", file=sys.stderr)
+        print(script, end="")
+        return
+    slurm.check_reach(recipe, site)
+    for job in slurm.submit(recipe, request):
+        print(f"job {job.details['id']}; log: {job.log}")
+    print(
+        f"follow it: tunesmith logs -f {job.name}; stop it: tunesmith stop {job.name}; queue: squeue --me",
+        file=sys.stderr,
+    )
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """`1,2,3`: each once, in their order."""
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of seeds such as 1,2,3")
+    return tuple(dict.fromkeys(map(int, text.split(","))))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return int(text)

@@ -1,0 +1,296 @@
+"""`launch slurm`: a batch script for one run, or for one run a seed; submitted, and found again.
+
+Each node starts one node agent. The script names the head node by Slurm's own means, asks the ranks to save before the time
+limit, and puts itself back into the queue. Nothing of the submitting shell's environment enters the job but the variables that
+the script shows: Slurm keeps a job's environment on the controller's disk, where a token would stay.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tunesmith import __version__
+from tunesmith.config.schema import Run
+from tunesmith.errors import MachineError, UsageError, mask
+from tunesmith.host_files import write_atomically
+from tunesmith.launch.inputs import recipe_inputs
+from tunesmith.launch.jobs import FOLDER, Job, State, all_jobs, last_step, safe_value, save_job, write_recipe
+from tunesmith.launch.sites import DIRECTIVES, Site
+
+SCRIPT, LOG = "slurm.sh", "slurm"  # names in the folder `launch` of the run directory
+WARNING = 300  # seconds before the time limit at which the run is asked to save, at most
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+)
+# Variables of the submitting shell that the job gets; none of them holds a secret.
+EXPORTED = re.compile(
+    r"PATH|LD_LIBRARY_PATH|PYTHONPATH|XDG_CACHE_HOME|HF_(HOME|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|TOKEN_PATH|ENDPOINT)"
+    r"|WANDB_(PROJECT|ENTITY|MODE|BASE_URL|NAME)|(NCCL|GLOO|UCX|TUNESMITH)_[A-Z0-9_]+"
+)
+
+# The same for every job: the values are above it in the script.
+BODY = r"""
+say() { echo "$(date +%FT%T) job $SLURM_JOB_ID: $*"; }
+newest() { ls -d "$run"/checkpoint-*/manifest.json 2>/dev/null | sort -V | tail -n 1; }
+address_of() { getent ahostsv4 "$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')" | awk 'NR == 1 {print $1}'; }
+
+export SLURM_EXPORT_ENV=ALL PYTHONUNBUFFERED=1  # what is above is for every node
+attempt=${SLURM_RESTART_COUNT:-0}
+if [ "$attempt" -gt "$max_requeues" ]; then  # Slurm itself requeues after a lost node, without a bound
+    say "requeued $attempt times, which is more than $max_requeues: it ends here"
+    exit 1
+fi
+
+host=127.0.0.1 port=$((20000 + SLURM_JOB_ID % 10000))
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
+    host=$(address_of "${nodes[0]}")
+    case $host in 127.*)  # the node's own hosts file: what the other nodes reach is the address of the route to them
+        host=$(ip -4 route get "$(address_of "${nodes[1]}")" | sed -n 's/.* src \([^ ]*\).*/\1/p') ;;
+    esac
+fi
+
+say "start $attempt on $SLURM_JOB_NODELIST, GPUs of a node: ${SLURM_GPUS_ON_NODE:-none}, rendezvous $host:$port"
+before=$(newest) requeue= srun=
+trap 'requeue=1; say "the time limit is near: the run saves and ends"; kill -USR1 $srun' USR1  # srun hands it on
+trap 'say "SIGTERM: the run saves and ends"' TERM  # Slurm sends it to the steps too
+srun --kill-on-bad-exit=1 --wait=120 --mpi=none --ntasks-per-node=1 "${container[@]}" "$python" -m tunesmith.launch.node \
+    --nodes "$SLURM_JOB_NUM_NODES" --ranks "$ranks" --endpoint "$host:$port" --id "$SLURM_JOB_ID" \
+    -- train "$run/launch/recipe.yaml" &
+srun=$!
+while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done
+wait "$srun"
+code=$?
+
+trap '' TERM
+# A lost node fails the run; one that had come further before it failed is worth another start.
+if [ "$code" -eq 1 ] && [ "$(newest)" != "$before" ]; then requeue=1; fi
+if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ -n "$requeue" ] && [ "$attempt" -lt "$max_requeues" ]; then
+    say "exit code $code; back into the queue, $((attempt + 1)) of at most $max_requeues times"
+    scontrol requeue "$SLURM_JOB_ID"
+else
+    say "exit code $code"
+fi
+exit "$code"
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One submission: a run, or one run a seed, on so many nodes.
+
+    `warning`: seconds before the time limit at which all ranks are asked to save; None: 300, or a quarter of a short limit.
+    """
+
+    site: Site
+    nodes: int = 1
+    seeds: tuple[int, ...] = ()
+    max_requeues: int = 5
+    warning: int | None = None
+
+
+class SlurmJob(Job):
+    """A job, or one task of an array. `details`: its `id`, such as 123 or 123_42."""
+
+    def state(self) -> State:
+        id_ = self.details["id"]
+        code, text, why = _slurm("squeue", "--noheader", "--states=all", "--jobs", id_, "--format=%T|%r|%M|%l|%N")
+        if code and "Invalid job id" not in why:
+            raise MachineError(
+                "Slurm does not answer", where="squeue", why=why, fix="sinfo, on a login node of the cluster"
+            )
+        found = (text.splitlines() or [""])[-1].split("|")
+        if found[0] in WAITING:
+            return State("waiting", f"{found[0]}: {found[1]}")
+        if found[0] and found[0] not in ENDED:
+            step = last_step(self.run_dir) or "before the first step"
+            return State("running", f"{step}; {found[0]} for {found[2]} of {found[3]} on {found[4]}")
+        said = super().state()
+        return State(
+            "ended" if found[0] and said.phase == "gone" else said.phase, " ".join([*found[:1], said.text]).strip()
+        )
+
+    def stop(self) -> str:
+        id_, phase = self.details["id"], self.state().phase
+        if phase not in ("waiting", "running"):
+            return "it has ended already"
+        # To a running job's steps alone: the script waits for them, and does not requeue.
+        code, _, why = _slurm("scancel", *(["--signal=TERM"] if phase == "running" else []), id_)
+        if code:
+            raise MachineError("scancel failed", where=id_, why=why, fix=f"scancel {id_}")
+        return "asked to save and end" if phase == "running" else "taken out of the queue"
+
+
+def runs_of(run: Run, seeds: Sequence[int]) -> list[Run]:
+    """The run, or one run a seed, each with an output_dir of its own."""
+    if not seeds:
+        return [run]
+    return [replace(run, train=replace(run.train, seed=s), output_dir=f"{run.output_dir}-seed{s}") for s in seeds]
+
+
+def render_script(run: Run, request: Request) -> str:
+    """The batch script. Every value from a recipe or flag stands in a quoted word of a directive or of an assignment."""
+    site, seeds = request.site, request.seeds
+    if "\\" in run.output_dir:
+        fix = "output_dir=runs/my-run"
+        raise UsageError("a backslash in the path of the log means something to Slurm", where="output_dir", fix=fix)
+    # Slurm fills in %; the seed is the task's number, so that each task's log lies in its own run directory.
+    folder = run.output_dir.replace("%", "%%") + ("-seed%a" if seeds else "")
+    name = f"{folder}/{FOLDER}/{LOG}-{'%A_%a' if seeds else '%j'}.log"
+    directives = {
+        "job-name": Path(run.output_dir).name, "output": name, "open-mode": "append", "nodes": str(request.nodes),
+        "ntasks-per-node": "1", "export": "NONE", **{key.replace("_", "-"): vars(site)[key] for key in DIRECTIVES},
+        "gpus-per-node": site.gpus_per_node if site.gpus_per_node != "0" else None,
+        "array": ",".join(map(str, seeds)) or None,
+        "signal": f"B:USR1@{warning_of(request)}" if request.max_requeues else None,
+    }  # fmt: skip
+    lines = [f"--{key}={_directive_word(value, f'--{key}')}" for key, value in directives.items() if value is not None]
+    lines += ["--requeue" if request.max_requeues else "--no-requeue", *["--exclusive"] * site.exclusive]
+    lines += [safe_value(line, "--sbatch-arg") for line in site.sbatch]
+    place = _shell_word(run.output_dir, "output_dir") + ("-seed$SLURM_ARRAY_TASK_ID" if seeds else "")
+    values = {
+        "python": shlex.quote("python3" if site.container else sys.executable), "run": place,
+        "ranks": str(ranks_of(site)), "max_requeues": str(request.max_requeues),
+        "container": f"({' '.join(_container_words(run, site))})",
+    }  # fmt: skip
+    environment = {key: value for key, value in os.environ.items() if EXPORTED.fullmatch(key) and mask(value) == value}
+    environment = {key: value for key, value in environment.items() if not (site.container and "PATH" in key)}
+    exports = (environment | site.environment).items()
+    return "\n".join([
+        "#!/bin/bash -l", f"# Written by tunesmith {__version__}: tunesmith launch slurm --help",
+        *(f"#SBATCH {line}" for line in lines), "",
+        *(f"export {key}={_shell_word(value, key)}" for key, value in sorted(exports)),
+        *(safe_value(line, "setup of the site") for line in site.setup),
+        *(f"{key}={value}" for key, value in values.items()), BODY,
+    ])  # fmt: skip
+
+
+def ranks_of(site: Site) -> int:
+    """Ranks of a node: one a GPU, without GPUs one. UsageError where the GPUs are not `8` or `h100:8`."""
+    found = re.fullmatch(r"(?:[\w.-]+:)?(\d{1,3})", site.gpus_per_node or "", re.ASCII)
+    if not found:
+        what = f"{site.gpus_per_node} is not a number of GPUs" if site.gpus_per_node else "how many GPUs of each node?"
+        fix = "--gpus-per-node 8, or h100:8, or 0 to train on CPUs"
+        raise UsageError(what, where="--gpus-per-node", fix=fix)
+    return max(int(found[1]), 1)
+
+
+def warning_of(request: Request) -> int:
+    """Seconds before the time limit at which the ranks are asked to save."""
+    limit = limit_seconds(request.site.time) if request.site.time else 0
+    wanted = request.warning or min(WARNING, limit // 4 or WARNING)
+    if limit and wanted > limit // 2:
+        what = f"of {limit} s the run would save for {wanted} s"
+        raise UsageError(what, where="--warn-before", fix=f"a longer --time, or --warn-before {limit // 4}")
+    return wanted
+
+
+def limit_seconds(text: str) -> int:
+    """A time limit in Slurm's forms, in seconds: `90` minutes, `2:30` minutes, `2:30:00`, `1-12`, `1-12:30:00`."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
+    if not found:
+        raise UsageError(f"{text} is no time limit", where="--time", fix="--time 90 (minutes), 12:00:00 or 2-00:00:00")
+    days, *parts = (int(part) if part else None for part in found.groups())
+    first, second, third = (part or 0 for part in parts)
+    if days is not None or parts[2] is not None:  # hours come first
+        return ((days or 0) * 24 + first) * 3600 + second * 60 + third
+    return first * 60 + second
+
+
+def check_reach(run: Run, site: Site) -> None:
+    """Refuse now what the job would fail on after it has waited in the queue: UsageError says what to fetch or log in to."""
+    recipe_inputs(run)
+    from huggingface_hub import constants
+
+    from tunesmith.hub.fetch import cached_model, local_model, repo_cache
+
+    own = {"HF_HOME", "HF_HUB_CACHE"} & {*site.environment}  # another cache, which this machine may not see
+    hub = [s.source for s in (*run.data.train, *run.data.validation) if not os.path.isabs(s.source)]
+    missing = [name for name in hub if not repo_cache(name, "dataset").exists()]
+    if local_model(run.model) is None and cached_model(run.model) is None:
+        missing.insert(0, run.model.name)
+    if missing and not own:
+        why = "nodes often have no way to the Hub, and the job gets no token: Slurm would keep it on its disk"
+        fix = f"tunesmith fetch RECIPE, into {constants.HF_HOME}, which the nodes must see"
+        raise UsageError(f"not fetched yet: {', '.join(missing)}", where="the Hub's cache", why=why, fix=fix)
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    if run.log.wandb and os.environ.get("WANDB_API_KEY") and not netrc.is_file():
+        why = "Slurm would keep it on its controller's disk"
+        fix = "wandb login, which writes ~/.netrc for the nodes; or export WANDB_MODE=offline; or log.wandb=false"
+        raise UsageError("WANDB_API_KEY is not sent to the job", where="log.wandb", why=why, fix=fix)
+
+
+def submit(run: Run, request: Request) -> list[SlurmJob]:
+    """Write recipes and script, submit them, and note the jobs; MachineError in sbatch's words where it refuses."""
+    runs = runs_of(run, request.seeds)
+    for job in all_jobs():
+        same = isinstance(job, SlurmJob) and job.run_dir in [one.output_dir for one in runs]
+        if same and (state := job.state()).phase in ("waiting", "running"):
+            fix = f"tunesmith stop {job.name}, or another output_dir"
+            raise UsageError(f"{job.name} is at it: {state.text}", where=job.run_dir, fix=fix)
+    text, files = render_script(run, request), [write_recipe(one) for one in runs]
+    script = files[0].with_name(SCRIPT)
+    write_atomically(script, text)
+    # The flag too, because SBATCH_EXPORT of the environment wins over the script.
+    code, told, why = _slurm("sbatch", "--parsable", "--export=NONE", str(script))
+    if code:
+        raise MachineError(
+            "sbatch refuses the job", where=str(script), why=why, fix="sinfo shows partitions and limits"
+        )
+    number, jobs = told.strip().partition(";")[0], []
+    for one, suffix in zip(runs, [f"_{s}" for s in request.seeds] or [""], strict=True):
+        id_ = number + suffix
+        log = Path(one.output_dir, FOLDER, f"{LOG}-{id_}.log")
+        jobs.append(SlurmJob(f"slurm-{id_}", one.output_dir, log=str(log), details={"id": id_}))
+        save_job(jobs[-1])
+    return jobs
+
+
+def _slurm(*command: str) -> tuple[int, str, str]:
+    """Run one of Slurm's commands: exit code, what it printed, and the last line of its errors."""
+    if shutil.which(command[0]) is None:
+        fix = "run it on a login node of the cluster"
+        raise MachineError(f"this machine has no {command[0]}", where="PATH", fix=fix)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    return done.returncode, done.stdout, done.stderr.strip().rpartition("\n")[2]
+
+
+def _directive_word(value: str, where: str) -> str:
+    """A value as one word of an #SBATCH line, whose reader knows quotes and the backslash, but neither $ nor `."""
+    safe_value(value, where)
+    return value if re.fullmatch(r"[\w./:=,%@+-]+", value) else '"' + re.sub(r'([\\"])', r"\\\1", value) + '"'
+
+
+def _shell_word(value: str, where: str) -> str:
+    return shlex.quote(safe_value(value, where))
+
+
+def _container_words(run: Run, site: Site) -> list[str]:
+    """Flags of Pyxis for srun, quoted: the image, and what the run reads and writes mounted at the same paths."""
+    if not site.container:
+        return []
+    from huggingface_hub import constants
+
+    paths = [*map(str, recipe_inputs(run)), str(Path(run.output_dir).parent), constants.HF_HOME]
+    for path in paths:
+        if ":" in path or "," in path:
+            fix = "rename it: Pyxis separates mounts by these"
+            raise UsageError(f"a path with : or , cannot be mounted: {path}", where="--container", fix=fix)
+    mounts = ",".join(f"{path}:{path}" for path in dict.fromkeys(paths))
+    flags = [f"--container-image={site.container}", f"--container-mounts={mounts}", "--no-container-mount-home"]
+    return [_shell_word(flag, "--container") for flag in flags]

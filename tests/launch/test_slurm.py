@@ -1,0 +1,262 @@
+"""The batch script of `launch slurm` and the profiles of sites: what is in it, and that no value can add to it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from recipes import recipe
+from tunesmith.cli.main import main
+from tunesmith.config.load import from_mapping
+from tunesmith.config.schema import Run
+from tunesmith.errors import TunesmithError, UsageError
+from tunesmith.launch import slurm
+from tunesmith.launch.sites import DIRECTIVES, Site, read_site
+
+FLAGS = (*DIRECTIVES, "gpus_per_node", "container")
+CANARIES = {"HF_TOKEN": "hf_CANARY0123456789", "WANDB_API_KEY": "canary-of-wandb"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("slurm")
+    values = recipe(folder, folder, held=False, output_dir="/shared/runs/my-run")
+    return from_mapping(values, where="test", base=folder)
+
+
+def parts(script: str) -> tuple[list[str], list[str], str]:
+    """The directives, the lines of values, and the rest, which is the same for every job."""
+    head, body = script.partition(slurm.BODY)[::2]
+    assert body == ""
+    directives, values = head.split("\n\n")
+    shebang, comment, *directives = directives.splitlines()
+    assert shebang.startswith("#!/bin/bash")
+    assert comment.startswith("# Written by")
+    return directives, values.splitlines(), slurm.BODY
+
+
+def words_for_sbatch(line: str) -> list[str]:
+    """The words of a directive by the rules of Slurm's own reader: quotes, a backslash for any character, # for a comment."""
+    words, word, quote, escaped = list[str](), "", "", False
+    for char in line.removeprefix("#SBATCH ") + " ":
+        if escaped:
+            word, escaped = word + char, False
+        elif char == "\\":
+            escaped = True
+        elif quote or char in "\"'":
+            quote, word = ("", word) if char == quote else (quote or char, word + (char if quote else ""))
+        elif char == "#":
+            break
+        elif char.isspace():
+            words, word = [*words, word] if word else words, ""
+        else:
+            word += char
+    assert not quote, "a quote that is left open"
+    return words
+
+
+WILD = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
+    [
+        "x\n#SBATCH --uid=0",
+        'a" --uid=0 "',
+        "a' b",
+        "$(id)",
+        "`id`",
+        "a;id",
+        "a#b",
+        "a\\",
+        "\\",
+        '"',
+        "a b",
+        "$HOME",
+        "%j",
+        "-x",
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=WILD, flags=st.dictionaries(st.sampled_from(FLAGS), WILD), variable=WILD, seeds=st.sampled_from([(), (1, 42)])
+)
+@example(name='q" #%', flags={"partition": 'a" \\" b', "account": "a\\"}, variable="'; id; '", seeds=())
+def test_no_value_adds_a_directive_or_a_command(
+    run: Run, name: str, flags: dict[str, str], variable: str, seeds: tuple[int, ...]
+) -> None:
+    out = f"/shared/{name}".rstrip("/")
+    flags = {key: value for key, value in ({"gpus_per_node": "2"} | flags).items() if value or key != "container"}
+    site = Site(**flags, environment={"MINE": variable})  # type: ignore[arg-type]
+    try:
+        script = slurm.render_script(replace(run, output_dir=out), slurm.Request(site, 2, seeds))
+    except UsageError:
+        return
+    plain = Site(**{key: "1" if key != "container" else "image" for key in flags}, environment={"MINE": "x"})  # type: ignore[arg-type]
+    expected = slurm.render_script(replace(run, output_dir="/shared/plain"), slurm.Request(plain, 2, seeds))
+    given, wanted = parts(script), parts(expected)
+    names = [line.partition("=")[0] for line in wanted[0] if "gpus" not in line]
+    assert [line.partition("=")[0] for line in given[0] if "gpus" not in line] == names
+    found = {}
+    for line in given[0]:
+        assert line.startswith("#SBATCH --")
+        (word,) = words_for_sbatch(line)
+        found.update([word.removeprefix("--").partition("=")[::2]])
+    assert found["job-name"] == Path(out).name
+    assert found["output"].replace("%%", "%").startswith(f"{out}{'-seed%a' if seeds else ''}/launch/slurm-")
+    assert {k: v for k, v in flags.items() if k in DIRECTIVES} == {
+        k: found[k.replace("_", "-")] for k in flags if k in DIRECTIVES
+    }
+    assert [line.partition("=")[0] for line in given[1]] == [line.partition("=")[0] for line in wanted[1]]
+    shown = 'printf "%s\\0" "$run" "$MINE" "${container[@]}" "$ranks"'  # what a real shell makes of the lines
+    shell = ["/bin/bash", "--norc", "-c", "\n".join([*given[1], shown])]
+    done = subprocess.run(shell, capture_output=True, check=True, env={"SLURM_ARRAY_TASK_ID": "7"})
+    assert done.stderr == b""
+    said = done.stdout.decode().split("\0")
+    assert said[:2] == [out + ("-seed7" if seeds else ""), variable]
+    assert f"--container-image={flags.get('container')}" in said or "container" not in flags
+    assert len(said) == (7 if "container" in flags else 4)
+
+
+def test_the_script_is_shell_and_asks_for_what_was_given(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (CANARIES | {"HF_HOME": "/shared/hf", "NCCL_DEBUG": "INFO", "MY_SECRET": "x"}).items():
+        monkeypatch.setenv(name, value)
+    site = Site(
+        "gpu", "me", "high", "12:00:00", "h100", "500G", "16", "h100:8", None, True, ("module load cuda",),
+        {"NCCL_IB_HCA": "mlx5"}, ("--reservation=tuesday",),
+    )  # fmt: skip
+    script = slurm.render_script(run, slurm.Request(site, 2, (1, 42), 3))
+    directives, values, _ = parts(script)
+    assert [line.removeprefix("#SBATCH ") for line in directives] == [
+        "--job-name=my-run", "--output=/shared/runs/my-run-seed%a/launch/slurm-%A_%a.log", "--open-mode=append", "--nodes=2",
+        "--ntasks-per-node=1", "--export=NONE", "--partition=gpu", "--account=me", "--qos=high", "--time=12:00:00",
+        "--constraint=h100", "--mem=500G", "--cpus-per-task=16", "--gpus-per-node=h100:8", "--array=1,42",
+        "--signal=B:USR1@300", "--requeue", "--exclusive", "--reservation=tuesday",
+    ]  # fmt: skip
+    assert {
+        "export HF_HOME=/shared/hf",
+        "export NCCL_DEBUG=INFO",
+        "export NCCL_IB_HCA=mlx5",
+        "module load cuda",
+        "ranks=8",
+    } <= {*values}
+    assert not [canary for canary in (*CANARIES.values(), "MY_SECRET") if canary in script]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"gpus_per_node": None}, "how many GPUs"), ({"gpus_per_node": "eight"}, "eight is not a number of GPUs"),
+        ({"time": "2h"}, "2h is no time limit"), ({"partition": "a\nb"}, "a line break or control character"),
+        ({"sbatch": ("--x\n#SBATCH --uid=0",)}, "a line break"), ({"setup": ("a\nb",)}, "a line break"),
+        ({"container": "image", "environment": {"A": "b\0"}}, "a line break"),
+    ],
+)  # fmt: skip
+def test_refused(run: Run, changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(what)):
+        slurm.render_script(run, slurm.Request(Site(**({"gpus_per_node": "1"} | changes))))
+
+
+def test_a_path_that_would_add_a_mount_or_lose_the_log_is_refused(run: Run) -> None:
+    with pytest.raises(UsageError, match="backslash"):
+        slurm.render_script(replace(run, output_dir="/shared/a\\b"), slurm.Request(Site(gpus_per_node="1")))
+    with pytest.raises(UsageError, match="cannot be mounted"):
+        slurm.render_script(
+            replace(run, output_dir="/shared/a:/etc,b/run"), slurm.Request(Site(gpus_per_node="1", container="i"))
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("2:30", 150), ("2:30:00", 9000), ("1-12", 129_600), ("1-12:30", 131_400), ("1-12:30:15", 131_415)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: int) -> None:
+    """The six forms of sbatch(1), --time."""
+    assert slurm.limit_seconds(text) == seconds
+
+
+def test_the_warning_leaves_a_short_limit_time_to_train() -> None:
+    def warning(time: str | None, wanted: int | None = None) -> int:
+        return slurm.warning_of(slurm.Request(Site(time=time), warning=wanted))
+
+    assert [warning(None), warning("12:00:00"), warning("4"), warning("12:00:00", 900)] == [300, 300, 60, 900]
+    with pytest.raises(UsageError, match="of 600 s the run would save for 400 s"):
+        warning("10", 400)
+
+
+@pytest.fixture
+def sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "tunesmith").mkdir()
+    return tmp_path / "tunesmith" / "sites.yaml"
+
+
+def test_a_site(sites: Path) -> None:
+    sites.write_text(
+        "alps:\n  partition: gpu\n  mem: 0\n  exclusive: true\n  setup: [module load cuda]\n  environment: {A: 1}\n"
+        "  sbatch: [--x=1]\n"
+    )
+    expected = Site(
+        "gpu", mem="0", exclusive=True, setup=("module load cuda",), environment={"A": "1"}, sbatch=("--x=1",)
+    )
+    assert read_site("alps") == expected
+    assert read_site(None) == Site()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "said"),
+    [
+        ("alps: {partition: gpu}", "alpes", "there is no site 'alpes'"), ("alps:\n  partitoin: gpu", "alps", "sites.yaml:2"),
+        ("alps: {setup: module load}", "alps", "setup takes a list of lines"), ("alps: {exclusive: 1}", "alps", "exclusive takes true"),
+        ("alps: {environment: {'A=1;id': x}}", "alps", "environment takes NAME: value"), ("alps: {mem: [1]}", "alps", "one word"),
+    ],
+)  # fmt: skip
+def test_a_site_that_is_wrong(sites: Path, text: str, name: str, said: str) -> None:
+    sites.write_text(text)
+    with pytest.raises(TunesmithError) as error:
+        read_site(name)
+    assert said in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
+    tiny: Path, tmp_path: Path, sites: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sites.write_text("alps: {partition: gpu, gpus_per_node: 4}")
+    monkeypatch.setenv("PATH", "")  # no sbatch
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
+    assert main(["launch", "slurm", "recipe.yaml", "--site", "alps", "--partition", "other", "--render"]) == 0
+    said = capfd.readouterr()
+    assert "#SBATCH --partition=other\n" in said.out
+    assert "#SBATCH --gpus-per-node=4\n" in said.out
+    assert f"\nrun={out}\n" in said.out
+    assert said.err == f"recipe: {out}/launch/recipe.yaml\n"
+    assert [path.name for path in (out / "launch").iterdir()] == ["recipe.yaml"]
+    assert main(["launch", "slurm", "recipe.yaml", "--site", "alps"]) == 2
+    assert "this machine has no sbatch" in capfd.readouterr().err
+
+
+def test_what_the_nodes_would_miss_is_refused_before_the_queue(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(gpus_per_node="1")
+    with pytest.raises(UsageError, match="not fetched yet: owner/model"):
+        slurm.check_reach(replace(run, model=replace(run.model, name="owner/model")), site)
+    slurm.check_reach(
+        replace(run, model=replace(run.model, name="owner/model")), replace(site, environment={"HF_HOME": "/scratch"})
+    )
+    monkeypatch.setenv("WANDB_API_KEY", CANARIES["WANDB_API_KEY"])
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(UsageError, match="WANDB_API_KEY is not sent"):
+        slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site)
+    (tmp_path / "netrc").touch()
+    slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site)
