@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, 
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, MachineError, OtherRankError, TunesmithError, UsageError
 from tunesmith.host_files import refuse_many_ranks, write_atomically
 from tunesmith.metrics.record import StepRecord, read_records
-from tunesmith.ranks import is_launched, started_as, told_once_a_node
+from tunesmith.ranks import JOIN, is_launched, started_as, told_once_a_node
 from tunesmith.units import Length, Size
 
 # The playbook's text as a chat template: a row without an input keeps the empty field. The space before the response
@@ -240,7 +241,7 @@ def make_recipe(
     sharing: int = 1,
     asked: LauncherSettings = ALONE,
 ) -> Run:
-    """The recipe for a script's flags; `write_inputs` makes the two files that it names.
+    """The recipe for a script's flags; `inputs` makes the two files that it names.
 
     Args:
         folder: the run directory.
@@ -321,10 +322,20 @@ def selection(args: argparse.Namespace, say: Callable[[str], None] = print) -> l
 
 
 @contextmanager
-def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> Iterator[None]:
-    """The rows and the template in the run directory; as they were before, if the start is refused before its first step."""
-    made = missing_folders(folder)
-    before = {path: path.read_bytes() if path.is_file() else None for path in (folder / ROWS, folder / JINJA)}
+def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool, writes: bool = True) -> Iterator[None]:
+    """The rows and the template in the run directory; as they were before, if the start is refused before its first step.
+
+    Args:
+        writes: this rank writes them; another waits until they are there.
+    """
+    texts = {folder / name: text for name, text in input_texts(rows, bos=bos).items()}
+    if not writes:
+        until = time.monotonic() + JOIN
+        while time.monotonic() < until and any(content_of(path) != text.encode() for path, text in texts.items()):
+            time.sleep(0.05)
+        yield
+        return
+    made, before = missing_folders(folder), {path: content_of(path) for path in texts}
     try:
         write_inputs(rows, folder, bos=bos)
         yield
@@ -342,14 +353,21 @@ def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> Iterat
         raise
 
 
-def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> None:
-    """Write the rows and the template into the run directory; every rank writes the same bytes, for it reads them at once.
-
-    Args:
-        bos: the model's tokenizer starts a text with its BOS token.
-    """
+def input_texts(rows: Sequence[dict[str, str]], *, bos: bool) -> dict[Path, str]:
+    """What the two files of the run directory hold, by their names there; `bos`: the tokenizer starts a text with one."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    for path, text in ((folder / ROWS, lines), (folder / JINJA, TEMPLATE.replace("BOS", "bos_token" if bos else "''"))):
+    return {ROWS: lines, JINJA: TEMPLATE.replace("BOS", "bos_token" if bos else "''")}
+
+
+def content_of(path: Path) -> bytes | None:
+    """A file's content; None where there is none."""
+    return path.read_bytes() if path.is_file() else None
+
+
+def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> None:
+    """Write the two files; the leaders of several nodes may write the same bytes at once."""
+    for name, text in input_texts(rows, bos=bos).items():
+        path = folder / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text)
@@ -433,7 +451,7 @@ def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
         say(f"Trainable parameters = {trained:,}")
         say(f"Loading dataset with {args.dataset_size} samples...")
         rows = selection(args, say)
-    with inputs(rows, folder, bos=bos):
+    with inputs(rows, folder, bos=bos, writes=env["LOCAL_RANK"] == 0):
         with told_once_a_node():
             # The rules that span several keys, and the paths, are those of every recipe.
             run = from_mapping(to_mapping(recipe), where=f"{name}.py", base=Path.cwd())
@@ -517,7 +535,7 @@ def warm_up(run: Run, rows: int, scratch: Path) -> Run:
 
 def refuse_foreign_folder(folder: Path) -> None:
     """UsageError where --output_dir holds somebody's files: rows are written there, and model files into its root."""
-    # Those in the making are another rank's.
+    # Those in the making are another node's.
     inputs = [path for path in sorted(folder.joinpath(ROWS.parent).glob("*")) if path.suffix != ".partial"]
     found = [path.name for path in folder.glob("*") if path.name not in (LOCK, ROWS.parent.name)]
     found += [path.name for path in inputs if path.name not in (ROWS.name, JINJA.name)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -245,6 +246,34 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(MachineError) as raised:
         write_inputs(ROWS, tmp_path / "file", bos=False)
     assert "--output_dir" in raised.value.fix
+
+
+def test_ranks_wait_for_the_rows_of_their_node_and_leave_them_to_it(tmp_path: Path) -> None:
+    folder, entered = tmp_path / "run", threading.Event()
+
+    def follow() -> None:
+        with playbook.inputs(ROWS, folder, bos=False, writes=False):
+            entered.set()
+            raise UsageError("refused")
+
+    def refused() -> None:
+        with pytest.raises(UsageError):
+            follow()
+
+    other = threading.Thread(target=refused)
+    other.start()
+    assert not entered.wait(0.2)
+
+    def lead() -> None:
+        with playbook.inputs(ROWS, folder, bos=False):
+            other.join(30)
+            assert entered.is_set()
+            assert (folder / playbook.ROWS).exists(), "the one that wrote them takes them back"
+            raise UsageError("refused")
+
+    with pytest.raises(UsageError):
+        lead()
+    assert not folder.exists()
 
 
 # --- where it goes, what is said ------------------------------------------------------------------------------------
