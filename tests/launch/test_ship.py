@@ -193,3 +193,30 @@ def test_the_receiver_needs_no_newer_python_and_nothing_but_the_standard_library
     imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     assert imported <= {*sys.stdlib_module_names}
     assert json.dumps(sorted(imported))
+
+
+def test_models_are_removed_by_pattern_on_other_nodes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from tunesmith.cli.main import main
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in (
+        "models--meta-llama--Llama-3",
+        "models--meta-llama--Other",
+        "models--Qwen--Qwen3",
+        "datasets--meta-llama--d",
+    ):
+        big(tmp_path / "hub" / name / "blobs/a", 10)
+    _, files = by_content(big(tmp_path / "rows.jsonl", 10))
+    ship(files, "spark-b", QUIET)
+    there = lambda: sorted(path.name for path in (tmp_path / "hub").iterdir())  # noqa: E731
+    assert main(["fetch", "--remove", "meta-llama/*", "--hosts", "spark-b", "--dry-run"]) == 0
+    assert "would remove spark-b: models--meta-llama--Llama-3" in capsys.readouterr().out
+    assert len(there()) == 4
+    assert main(["fetch", "--remove", "meta-llama/*", "--hosts", "spark-b"]) == 0
+    assert there() == ["models--Qwen--Qwen3"]
+    assert main(["fetch", "--remove", "*/../*", "--hosts", "spark-b"]) == 2
+    assert main(["fetch", "--remove", "rows.jsonl--*", "--hosts", "spark-b"]) == 0
+    assert not Path(files[0].place).exists()
+    assert there() == ["models--Qwen--Qwen3"]

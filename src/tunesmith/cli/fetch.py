@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ EPILOG = """examples:
   tunesmith fetch Qwen/Qwen3-8B --dry-run        # licence, access, sizes and room; downloads nothing
   tunesmith fetch --list
   tunesmith fetch --remove Qwen/Qwen3-8B
+  tunesmith fetch --remove 'meta-llama/*' --hosts spark-b   # here and there; with --dry-run only shown
 
 An interrupted download resumes where it stopped. HF_HOME names the cache, HF_TOKEN is your access token.
 """
@@ -33,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--update", action="store_true", help="ask the Hub for a newer commit of a cached model")
     parser.add_argument("--dry-run", action="store_true", help="check and show; download or remove nothing")
     parser.add_argument("--list", action="store_true", help="what the caches hold, the largest first")
-    parser.add_argument("--remove", metavar="NAME", help="delete a model or data set from the cache")
+    parser.add_argument(
+        "--remove", metavar="NAME", help="delete a model or data set from the cache, or all of a pattern"
+    )
+    parser.add_argument("--hosts", metavar="A,B", default="", help="with --remove: on these too, as ssh takes them")
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for scripts")
 
 
@@ -41,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         _list(as_json=args.json)
     elif args.remove is not None:
-        _remove(args.remove, dry=args.dry_run, as_json=args.json)
+        elsewhere = _remove_elsewhere(args.remove, args.hosts, dry=args.dry_run)
+        _remove(args.remove, dry=args.dry_run, as_json=args.json, elsewhere=elsewhere)
     elif args.name is None:
         fix = "tunesmith fetch smollm2-135m-lora, or --list"
         raise UsageError("fetch needs a recipe or a model", where="command line", fix=fix)
@@ -145,12 +151,36 @@ def _list(*, as_json: bool) -> None:
     print(f"{len(items)} in the caches, {size_text(sum(i.size for i in items))}", file=sys.stderr)
 
 
-def _remove(name: str, *, dry: bool, as_json: bool) -> None:
+def _remove_elsewhere(pattern: str, hosts: str, *, dry: bool) -> list[dict[str, Any]]:
+    """Delete what the pattern names from the Hub's cache and the shipped files of other nodes, which need python3 alone."""
+    from huggingface_hub import constants
+
+    from tunesmith.host_files import cache_folder
+    from tunesmith.launch.ship import Connection
+
+    repo, found = pattern.replace("/", "--"), []
+    for host in filter(None, hosts.split(",")):
+        for folder, names in (
+            (constants.HF_HUB_CACHE, (f"models--{repo}", f"datasets--{repo}")),
+            (cache_folder("shipped"), (pattern,)),
+        ):
+            named = [word for name in names for word in ("-o", "-name", name)][1:]
+            words = ["find", str(folder), "-maxdepth", "1", "-mindepth", "1", "(", *named, ")", "-prune", "-print"]
+            with Connection(host) as connection:  # a node that has no such folder has nothing to delete
+                shown = connection.ask("run", words=words + ([] if dry else ["-exec", "rm", "-rf", "--", "{}", "+"]))[1]
+            found += [
+                {"name": Path(line).name, "kind": f"{host}:", "bytes": 0, "removed": not dry}
+                for line in shown.splitlines()
+            ]
+    return found
+
+
+def _remove(name: str, *, dry: bool, as_json: bool, elsewhere: list[dict[str, Any]]) -> None:
     from tunesmith.hub.fetch import cached_items, remove_cached
 
     items = cached_items()
-    chosen = [item for item in items if item.name == name]
-    if not chosen:
+    chosen = [item for item in items if fnmatchcase(item.name, name)]
+    if not chosen and not elsewhere:
         near = nearest(name, [item.name for item in items])
         fix = f"did you mean {near}?" if near else "tunesmith fetch --list"
         raise UsageError(f"the caches hold no {name}", where="--remove", fix=fix)
@@ -161,8 +191,10 @@ def _remove(name: str, *, dry: bool, as_json: bool) -> None:
             what = f"cannot delete {name}: {error.strerror}"
             raise MachineError(what, where=str(item.folder), fix=f"ls -ld {item.folder}") from error
     if as_json:
-        done = [{"name": i.name, "kind": i.kind, "bytes": i.size, "removed": not dry} for i in chosen]
+        done = elsewhere + [{"name": i.name, "kind": i.kind, "bytes": i.size, "removed": not dry} for i in chosen]
         print(json.dumps(done, indent=2))
     else:
+        for row in elsewhere:
+            print(f"{'would remove' if dry else 'removed'} {row['kind']} {row['name']}")
         for item in chosen:
             print(f"{'would remove' if dry else 'removed'} {item.kind} {item.name}  {size_text(item.size)}")

@@ -252,6 +252,7 @@ def cached_items() -> list[CachedItem]:
     # Not scan_cache_dir: it leaves out a repository of which no file is complete yet.
     hub, items = Path(constants.HF_HUB_CACHE), []
     places = [("model", hub, "models--"), ("dataset", hub, "datasets--"), ("converted", cache_folder("models"), "")]
+    places += [("shipped", cache_folder("shipped"), "")]
     for kind, cache, prefix in places:
         for folder in filter(Path.is_dir, cache.glob(f"{prefix}*")):
             name = folder.name.removeprefix(prefix).replace("--", "/") if prefix else folder.name

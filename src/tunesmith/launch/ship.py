@@ -125,7 +125,8 @@ def by_content(path: Path) -> tuple[str, list[ShippedFile]]:
     inside = path.rglob("*") if path.is_dir() else [path]
     files = [(file, file_hash(file)) for file in sorted(inside) if file.is_file() and not file.name.startswith(".")]
     listed = [[str(file.relative_to(path)), digest] for file, digest in files]
-    place = str(cache_folder("shipped").absolute() / sha256(json.dumps(listed).encode()).hexdigest()[:32] / path.name)
+    folder = f"{path.name[:100]}--{sha256(json.dumps(listed).encode()).hexdigest()[:32]}"
+    place = str(cache_folder("shipped").absolute() / folder / path.name)
     return place, [
         ShippedFile(file, os.path.normpath(os.path.join(place, inner)), file.stat().st_size, digest, True)
         for (file, _), (inner, digest) in zip(files, listed, strict=True)
