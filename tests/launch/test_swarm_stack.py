@@ -44,7 +44,7 @@ def read(text: str) -> Any:
 
 
 def test_what_swarm_is_asked_for():
-    found = read(replace(PLAIN, gpus=("NVIDIA_GPU", 1), excluded=("abc",), secrets=(("hf_token", "mine-1"),)).text())
+    found = read(replace(PLAIN, gpus=("NVIDIA_GPU", 1), excluded=("abc",), secrets=(("HF_TOKEN", "mine-1"),)).text())
     service = found["services"][SERVICE]
     assert [*found["services"]] == [SERVICE]
     agent = ["--nodes", "2", "--endpoint", "10.0.0.1:29500", "--id", "swarm-mine", "--restarts", "3"]
@@ -52,13 +52,13 @@ def test_what_swarm_is_asked_for():
     assert service["command"] == ["python", "-m", "tunesmith.launch.node", *agent, *recipe]
     assert service["user"] == "1000:1001"
     assert service["environment"]["NVIDIA_MOFED"] == "enabled"  # devices, ipc and privileged would be ignored by Swarm
-    assert service["environment"]["HF_TOKEN_PATH"] == "/run/secrets/hf_token"
+    assert service["environment"]["HF_TOKEN_PATH"] == "/run/secrets/HF_TOKEN"
     assert not {"devices", "ipc", "shm_size", "privileged", "cap_add", "ports", "entrypoint"} & {*service}
     assert service["networks"] == ["host"]
     assert found["networks"] == {"host": {"external": True, "name": "host"}}
     assert service["ulimits"] == {"memlock": -1, "stack": 67108864}
     assert service["secrets"] == [
-        {"source": "hf_token", "target": "hf_token", "uid": "1000", "gid": "1001", "mode": 0o400}
+        {"source": "HF_TOKEN", "target": "HF_TOKEN", "uid": "1000", "gid": "1001", "mode": 0o400}
     ]
     deploy = service["deploy"]
     assert (deploy["replicas"], deploy["placement"]) == (
@@ -92,7 +92,7 @@ def test_no_value_adds_a_mount_a_service_a_variable_or_a_word(data: st.DataObjec
     draw = lambda: data.draw(LINE)  # noqa: E731
     stack = Stack(
         name=draw(), run_dir=draw(), image=draw(), nodes=2, endpoint=draw(), restarts=1, user=(1, 1), cache=(draw(), draw()),
-        gpus=(draw(), 1), excluded=(draw(),), mounts=((draw(), draw()), (draw(), draw())), secrets=(("hf_token", draw()),),
+        gpus=(draw(), 1), excluded=(draw(),), mounts=((draw(), draw()), (draw(), draw())), secrets=(("HF_TOKEN", draw()),),
         environment=(("NCCL_DEBUG", draw()),),
     )  # fmt: skip
     assert read(stack.text()) == stack.values()

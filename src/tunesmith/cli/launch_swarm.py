@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     with StopRequest():
         job = launch_on_swarm(
             recipe, image=args.image, nodes=args.nodes, hosts=hosts, restarts=args.restarts, extra=args.stack_extra,
-            render=args.render, say=say,
+            render=args.render, debug=args.debug, say=say,
         )  # fmt: skip
     if job is not None:
-        say(f"{job.name} is deployed; its log: tunesmith logs -f {job.name}; to stop it: tunesmith stop {job.name}")
+        print(f"{job.name} is deployed; its log: tunesmith logs -f {job.name}; to stop it: tunesmith stop {job.name}")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 from tunesmith.config.schema import Run
@@ -18,12 +19,18 @@ from tunesmith.launch.inputs import recipe_inputs
 from tunesmith.launch.jobs import save_job, state_folder, write_recipe
 from tunesmith.launch.rendezvous import route_to
 from tunesmith.launch.ship import Connection, ShippedFile, by_content, by_place, of_cache, place_here, ship, ship_image
-from tunesmith.launch.stack import LABEL, NETRC, TOKEN, Stack
+from tunesmith.launch.stack import LABEL, Stack
 from tunesmith.launch.swarm import SwarmJob, SwarmNode, find_nodes
 
 PASSED_ON = re.compile(
     r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS|WANDB_(PROJECT|ENTITY|MODE)"
 )
+TRACKER_KEYS = (
+    "WANDB_API_KEY",
+    "COMET_API_KEY",
+    "SWANLAB_API_KEY",
+    "MLFLOW_TRACKING_TOKEN",
+)  # docker/entrypoint.sh exports them
 SYSTEM = [Path("/", name) for name in "bin boot dev etc lib lib64 proc run sbin sys usr var/run var/lib/docker".split()]
 
 
@@ -36,6 +43,7 @@ def launch_on_swarm(
     restarts: int = 3,
     extra: Path | None = None,
     render: bool = False,
+    debug: bool = False,
     say: Callable[[str], None],
 ) -> SwarmJob | None:
     """Bring all that a run needs to the nodes, and start it there; raises what `find_nodes`, `fetch` and `ship` do. A launch
@@ -45,7 +53,7 @@ def launch_on_swarm(
     chosen, excluded, manager = find_nodes(hosts, nodes)
     stack = replace(plan_stack(out, chosen, restarts, say), excluded=tuple(excluded))
     shipped = [(path, *by_content(path)) for path in recipe_inputs(run)]
-    stack = replace(stack, image=image, mounts=tuple((place, str(path)) for path, place, _ in shipped))
+    stack = replace(stack, image=image, debug=debug, mounts=tuple((place, str(path)) for path, place, _ in shipped))
     if render:
         print(stack.text(extra), end="")
         return None
@@ -126,7 +134,8 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int, say: Callab
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.bind((address, 0))
         endpoint = f"[{address}]:{probe.getsockname()[1]}" if ":" in address else f"{address}:{probe.getsockname()[1]}"
-    name = "swarm-" + (re.sub(r"[^a-z0-9]+", "-", out.name.lower()).strip("-")[:40] or "run")
+    slug = re.sub(r"[^a-z0-9]+", "-", out.name.lower())[:30].strip("-")
+    name = "-".join(filter(None, ("swarm", slug, sha256(os.fsencode(out)).hexdigest()[:6])))
     cache = constants.HF_HUB_CACHE, os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets"))
     return Stack(
         name=name, run_dir=str(out), image="", nodes=len(nodes), endpoint=endpoint, restarts=restarts, cache=cache,
@@ -144,15 +153,20 @@ def hub_files(run: Run) -> tuple[list[ShippedFile], list[tuple[str, str]]]:
         return [], []
     from datasets import config
 
-    from tunesmith.adapter.peft_files import find_adapter
     from tunesmith.data.source import read_rows
     from tunesmith.hub.fetch import fetch, fetch_without_weights, repo_cache
 
     cached: list[tuple[Path, Path | None]] = []
     for name in names:
-        whole = fetch(run.model) if name == run.model.name else None
-        found = whole or (find_adapter(name) if name == run.adapter.from_ else fetch_without_weights(name))
-        cached.append((repo_cache(name), found))
+        if name == run.model.name:
+            snapshot = fetch(run.model)
+        elif name == run.model.tokenizer:
+            snapshot = fetch_without_weights(name)
+        else:
+            from tunesmith.adapter.peft_files import find_adapter  # which loads torch
+
+            snapshot = find_adapter(name)
+        cached.append((repo_cache(name), snapshot))
     for source in sources:
         read_rows(source)
         cached.append((repo_cache(source.source, "dataset"), None))
@@ -186,15 +200,14 @@ def bring(
 
 
 def make_secrets(name: str, manager: Connection) -> list[tuple[str, str]]:
-    """Give the swarm the Hub's token, and that of Weights & Biases, where the user has them -> as `Stack.secrets`. They go by
-    standard input: not to a file, a command line or a log."""
+    """Give the swarm the Hub's token and the keys of trackers that the user has -> as `Stack.secrets`. They go by standard
+    input: not to a file, a command line or a log."""
     from huggingface_hub import get_token
 
-    key, made = os.environ.get("WANDB_API_KEY"), []
-    login = key and f"machine api.wandb.ai\nlogin user\npassword {key}\n"
-    for source, content in ((TOKEN, get_token()), (NETRC, login)):
+    made = []
+    for source, content in {"HF_TOKEN": get_token(), **{key: os.environ.get(key) for key in TRACKER_KEYS}}.items():
         if content:
-            made.append((source, f"{name}-{source}-{time.time_ns()}"))
+            made.append((source, f"{name}-{source.lower()}-{time.time_ns()}"))
             words = ("docker", "secret", "create", "--label", f"{LABEL}={name}", made[-1][1], "-")
             manager.run(*words, given=content)
     return made

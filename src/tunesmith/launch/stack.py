@@ -16,11 +16,9 @@ from tunesmith.launch.jobs import safe_value
 
 LABEL = "tunesmith.job"  # on all that a launch makes: clean-up removes nothing else
 SERVICE = "ranks"
-SHM = 8 << 30  # bytes at most; what is not used takes no memory
-GRACE = 600  # seconds that the ranks have to save
-HUB, DATASETS = "/cache/hub", "/cache/datasets"  # in the container
-TOKEN, NETRC = "hf_token", "netrc"  # names of secrets, and the variables that say where they are
-POINTERS = {TOKEN: "HF_TOKEN_PATH", NETRC: "NETRC"}
+SHM = 16 << 30  # bytes at most; what is not used takes no memory
+GRACE = 3600  # seconds that the ranks have to save
+HUB, DATASETS, SECRETS = "/cache/hub", "/cache/datasets", "/run/secrets"  # in the container
 _REPLACED = ("command", "entrypoint")  # lists that an extra file replaces; it adds to others
 
 
@@ -30,7 +28,7 @@ class Stack:
 
     `endpoint`: HOST:PORT that the ranks meet at. `gpus`: (kind, count) of the generic resource that each node has, or None.
     `excluded`: ids of the swarm's nodes that get no task. `mounts`: (place on each node, path in the container) of what the
-    recipe reads. `secrets`: (file below /run/secrets, the secret's name). `environment`: of the user.
+    recipe reads. `secrets`: (file below SECRETS, the secret's name). `debug`: collect logs. `environment`: of the user.
     """
 
     name: str
@@ -46,6 +44,7 @@ class Stack:
     mounts: tuple[tuple[str, str], ...] = ()
     secrets: tuple[tuple[str, str], ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    debug: bool = False
 
     def values(self) -> dict[str, Any]:
         """The stack file's content."""
@@ -59,7 +58,7 @@ class Stack:
             "--restarts",
             str(self.restarts),
         ]
-        recipe = ["--", "train", f"{self.run_dir}/launch/recipe.yaml"]
+        recipe = [*["--debug"] * self.debug, "--", "train", f"{self.run_dir}/launch/recipe.yaml"]
         shared = [(self.run_dir, self.run_dir), *zip(self.cache, (HUB, DATASETS), strict=True)]
         user, group = map(str, self.user)
         service = {
@@ -75,7 +74,7 @@ class Stack:
                 "HF_DATASETS_CACHE": DATASETS,
                 "TUNESMITH_CACHE": f"{self.run_dir}/launch/cache",
                 "NVIDIA_MOFED": "enabled",
-                **{POINTERS[source]: f"/run/secrets/{source}" for source, _ in self.secrets},
+                "HF_TOKEN_PATH": f"{SECRETS}/HF_TOKEN",
                 **dict(self.environment),
             },
             "networks": ["host"],

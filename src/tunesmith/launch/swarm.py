@@ -49,9 +49,9 @@ class SwarmJob(Job):
         fault = MachineError("no node that manages the swarm is reached", where=self.details["hosts"], fix=fix)
         for host in self.hosts():
             try:
-                connection = Connection(host)
-                if connection.run("docker", "info", "--format", "{{.Swarm.ControlAvailable}}").strip() == "true":
-                    return connection
+                with Connection(host) as connection:
+                    if connection.run("docker", "info", "--format", "{{.Swarm.ControlAvailable}}").strip() == "true":
+                        return Connection(host)
             except MachineError as error:
                 fault = error
         raise fault
@@ -66,8 +66,11 @@ class SwarmJob(Job):
         return None if code else list(slots.values())
 
     def state(self) -> State:
-        with self.manager() as manager:
-            tasks = self.tasks(manager)
+        try:
+            with self.manager() as manager:
+                tasks = self.tasks(manager)
+        except MachineError as error:
+            return State("gone", f"{error.what}: {error.why or error.where}")
         if tasks is None:
             return super().state()
         said = [f"{task['Node'] or 'no node'} {task['CurrentState'].lower()} {task['Error']}".strip() for task in tasks]

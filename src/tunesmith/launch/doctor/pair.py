@@ -51,7 +51,7 @@ def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list
     if not host.isprintable() or host[:1] in ("", "-") or " " in host:
         raise UsageError(f"{host!r} is not a host", where="--pair", fix="tunesmith doctor --pair spark-b")
     asked = ask(host, "checks", "answer_peer", sys.executable)
-    here = examine(System(folders=folders), pair=True)
+    here = examine(System(folders=folders, peer=host.rpartition("@")[2]), pair=True)
     try:
         out, said = asked.communicate(timeout=TORCH_SECONDS + LIMIT)
     except subprocess.TimeoutExpired:
@@ -95,7 +95,7 @@ def shared_address(here: dict[str, Any], there: dict[str, Any]) -> str:
 def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Finding]:
     """The clock there beside this one, and what plain TCP reaches and means; RDMA does not show here."""
     cable = shared_address(here, there)
-    address = cable or (there["reached"] or [host])[-1]
+    address = cable or (there["reached_at"] or [host])[0]
     sent, asked, found = time.time(), ask(host, "speed", "serve_speed", address), []
     try:
         assert asked.stdout is not None
