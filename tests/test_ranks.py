@@ -8,8 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch._C._distributed_c10d import ErrorType
 from torch.distributed import distributed_c10d
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed import fake_pg
 
 from ranks import run_ranks
 from tunesmith.cli.main import framed
@@ -17,6 +20,7 @@ from tunesmith.errors import DataError, MachineError, OtherRankError, TunesmithE
 from tunesmith.parallel.mesh import Mesh, MeshShape
 from tunesmith.private import find_nccl_error
 from tunesmith.ranks import PATIENCE, WATCHDOG, Ranks, choose_gpu, join_ranks
+from tunesmith.sharded import sharding_groups
 
 
 def test_one_process_shares_with_itself():
@@ -58,6 +62,20 @@ def test_ranks_share_values_and_errors():
     assert [f[3] for f in found] == [0, 0, 1, 1]
     assert [f[4] for f in found] == [0, 1, 0, 1]
     assert [f[5] for f in found] == [{PATIENCE}] * 4  # of all groups: torch gives a mesh's half an hour
+
+
+def test_a_later_training_of_a_process_takes_its_own_groups():
+    """Both tensor groups of rank 6 are ranks 6 and 7, but the group names of the first training are gone in the second."""
+    for shape in (MeshShape(2, 2, 2), MeshShape(4, 1, 2)):
+        dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=6, world_size=8)
+        try:
+            mesh = Mesh.of(shape, "cpu")
+            param = DTensor.from_local(torch.ones(2, 2), mesh.tensor, [Shard(0)], run_check=False)
+            made = param.detach()  # torch caches the mesh of what an operator makes
+            assert sharding_groups(made) == (mesh.tensor_group,)
+            assert dist.get_process_group_ranks(sharding_groups(made)[0]) == [6, 7]
+        finally:
+            dist.destroy_process_group()
 
 
 def test_a_command_leaves_it_to_the_other_rank_to_tell_its_error(capsys: pytest.CaptureFixture[str]):

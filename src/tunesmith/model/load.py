@@ -109,7 +109,7 @@ def materialise(model: nn.Module, device: torch.device, shards: torch.device | N
     """
 
     def real(tensor: torch.Tensor) -> torch.Tensor:
-        sharded = isinstance(tensor, DTensor) and "shard" in (tensor.device_mesh.mesh_dim_names or ())
+        sharded = isinstance(tensor, DTensor) and tensor.device_mesh.ndim > 1  # not over a tensor group alone
         place = shards if shards and sharded else device
         return torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(place)
 

@@ -4,6 +4,7 @@ Ranks are numbered with `tensor` fastest and `replicate` slowest, so that the ra
 of a tensor group on one node, and those of a shard group as near as they can be.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from tunesmith.ranks import PATIENCE
 from tunesmith.runtime.plan import ONE, MeshShape
 
 DIMENSIONS = ("replicate", "shard", "tensor")
+MADE = itertools.count()  # meshes of this process
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,11 @@ class Mesh:
         ranks = torch.arange(shape.world).view(*shape)
         # init_device_mesh would give the groups torch's own time limit, half an hour: a slow save may take longer.
         groups = [_group_of(ranks.movedim(dim, -1).flatten(0, -2).tolist()) for dim in range(len(DIMENSIONS))]
-        mesh = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=DIMENSIONS)
+        # To torch, meshes of the same ranks and names are equal, whatever their groups are. DTensor's cache would hand out an
+        # earlier one, whose groups are gone with its training or, worse, have given their names to other ranks.
+        number = next(MADE)
+        names = tuple(f"{name}-{number}" for name in DIMENSIONS)
+        mesh = DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
         data = _group_of(ranks.flatten(0, 1).T.tolist()) if shape.data > 1 else None
         tensor = groups[2] if shape.tensor > 1 else None
         return cls(shape, mesh, data, tensor, *divmod(dist.get_rank(), shape.tensor))
@@ -56,8 +62,16 @@ class Mesh:
     @property
     def sharding(self) -> DeviceMesh:
         """[replicate, shard]: what `fully_shard` takes."""
+        return self._dimensions(0, 2)
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        """[tensor]: what `cut_model` cuts parameters over."""
+        return self._dimensions(2, 3)
+
+    def _dimensions(self, start: int, stop: int) -> DeviceMesh:
         assert self.device_mesh is not None
-        return self.device_mesh["replicate", "shard"]
+        return self.device_mesh[(self.device_mesh.mesh_dim_names or ())[start:stop]]
 
 
 def _group_of(every: list[list[int]]) -> dist.ProcessGroup:

@@ -87,7 +87,7 @@ def quantize_shards(root: TrainModel, mesh: Mesh, kind: str) -> int:
     """
     layer: Any
     group: Any
-    count, rank = 0, mesh.sharding.get_local_rank("shard")
+    count, rank = 0, mesh.sharding.get_local_rank(1)
     for group in root.layers:
         group.unshard()
         layers, parts = [group.get_submodule(name) for name in lora.eight_bit_names(group)], []

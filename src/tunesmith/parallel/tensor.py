@@ -120,9 +120,8 @@ class _Cutter:
     """Cuts module after module, each shared parameter once, and keeps whose gradients are parts of a sum."""
 
     def __init__(self, mesh: Mesh) -> None:
-        assert mesh.device_mesh is not None
         assert mesh.tensor_group is not None
-        self.mesh = mesh.device_mesh["tensor"]
+        self.mesh = mesh.tensor
         self.group = TensorGroup(mesh.tensor_group.group_name, mesh.shape.tensor, mesh.tensor_rank)
         self.made: dict[nn.Parameter, nn.Parameter] = {}
         self.partial: set[nn.Parameter] = set()
