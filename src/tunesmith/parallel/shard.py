@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -26,6 +27,7 @@ from tunesmith.config.schema import Run
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.load import widen
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
+from tunesmith.private import collective
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_weight import EightBitWeight
 from tunesmith.sharded import local_part
@@ -80,29 +82,29 @@ def sharded_modules(root: nn.Module) -> list[FSDPModule]:
 
 @torch.no_grad()
 def quantize_shards(root: TrainModel, mesh: Mesh, kind: str) -> int:
-    """As `lora.convert_to_eight_bit`, for sharded layers: one decoder layer is gathered at a time, by all ranks.
+    """As `lora.convert_to_eight_bit`, for sharded layers: one weight is gathered at a time, by all ranks.
 
     FSDP knows the parameters that it was given. The codes take the place of the dense weight in its own bytes, so that
     nothing is allocated, and FSDP goes on as before.
     """
+    block: Any
     layer: Any
-    group: Any
-    count, rank = 0, mesh.sharding.get_local_rank(1)
-    for group in root.layers:
-        group.unshard()
-        layers, parts = [group.get_submodule(name) for name in lora.eight_bit_names(group)], []
-        for layer in layers:
-            each = -(-layer.out_features // mesh.shape.shard)
-            weight = EightBitWeight.from_dense(kind, local_part(layer.weight))
-            parts.append(weight.packed(layer.weight.dtype)[rank * each : (rank + 1) * each].clone())
+    count, size, rank = 0, mesh.shape.shard, mesh.sharding.get_local_rank(1)
+    group = mesh.sharding.get_group(1).group_name
+    for block in root.layers:
+        block.reshard()  # a forward leaves the last one whole
+        for name in lora.eight_bit_names(block):
+            layer = block.get_submodule(name)
+            own, each = local_part(layer.weight), -(-layer.out_features // size)
+            rows = F.pad(own.to(mesh.sharding.device_type), (0, 0, 0, each - len(own)))
+            whole = collective("all_gather_into_tensor", rows, size, group)[: layer.out_features]
+            weight = EightBitWeight.from_dense(kind, whole)
+            own.copy_(weight.packed(own.dtype)[rank * each : (rank + 1) * each])
             layer.__class__ = lora.LoraEightBitLinear if isinstance(layer, lora.LoraLinear) else EightBitLinear
             layer.register_parameter("transposed_weight", None)
             layer.hold_scales(weight)
             layer.parts = layer.weight.numel() // (layer.in_features * layer.out_features)
-        group.reshard()
-        for layer, part in zip(layers, parts, strict=True):
-            local_part(layer.weight).copy_(part)
-        count += len(layers)
+            count += 1
     return count
 
 
