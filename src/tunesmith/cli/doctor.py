@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--slurm", action="store_true", help="the cluster that sinfo and srun reach from here")
     parser.add_argument("--fix", action="store_true", help="print a script for each host that mends it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "recipe", nargs="?", metavar="RECIPE", help="also check its model and the disk of its output_dir"
-    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="also check its model and its disk")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("a cluster is its administrator's to mend", where="--fix", fix="tunesmith doctor --slurm")
     begin = time.monotonic()
     recipe = load_recipe(args.recipe, []) if args.recipe else None
-    folders = (os.environ.get("HF_HOME") or "~/.cache/huggingface", recipe.output_dir if recipe else ".")
+    folders = (recipe.output_dir if recipe else ".",)
     nodes: list[dict[str, Any]] = []
     if args.slurm:
         found = check_slurm(Path.cwd())

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import TunesmithError
@@ -33,12 +32,7 @@ def check_model(model: Model) -> list[Finding]:
         return [*found, say(case, said=error.what, why=error.why, mend=error.fix)]
     size = sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors"))
     folder = existing_folder(Path(constants.HF_HUB_CACHE))
-    values: dict[str, Any] = {
-        "name": model.name,
-        "size": size / GIB,
-        "folder": folder,
-        "free": shutil.disk_usage(folder).free / GIB,
-    }
-    licence = info.card_data.to_dict().get("license", "not stated") if info.card_data else "not stated"
-    room = say("room/ok" if values["free"] > values["size"] else "room/none", **values)
-    return [*found, say("licence/ok", name=model.name, licence=licence), room]
+    free, licence = shutil.disk_usage(folder).free, info.card_data.to_dict().get("license") if info.card_data else None
+    case = "room/ok" if free > size else "room/none"
+    room = say(case, name=model.name, size=size / GIB, folder=folder, free=free / GIB)
+    return [*found, say("licence/ok", name=model.name, licence=licence or "not stated"), room]

@@ -4,6 +4,8 @@ import ipaddress
 import shlex
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from dataclasses import replace
 from json import loads
@@ -36,14 +38,11 @@ with tempfile.TemporaryDirectory(prefix="tunesmith-doctor-") as folder:
 def ask(host: str, module: str, call: str, word: str) -> "subprocess.Popen[str]":
     """Start a function of the files that are sent on the other node, with one word as its argument."""
     files = {name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SENT}
-    command = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=5", host, f"python3 - {shlex.quote(word)}"]
-    pipe = subprocess.PIPE
-    asked = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-    assert asked.stdin is not None
-    with asked.stdin:
-        asked.stdin.write(PROGRAM.format(files=files, module=module, call=call))
-    asked.stdin = None  # `communicate` would flush it
-    return asked
+    command = ["ssh", "-oBatchMode=yes", "-oConnectTimeout=10", host, f"python3 - {shlex.quote(word)}"]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as program:  # a pipe would break where ssh ends at once
+        program.write(PROGRAM.format(files=files, module=module, call=call))
+        program.seek(0)
+        return subprocess.Popen(command, stdin=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list[dict[str, Any]]]:
@@ -97,18 +96,20 @@ def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> 
     cable = shared_address(here, there)
     address = cable or (there["reached_at"] or [host])[0]
     sent, asked, found = time.time(), ask(host, "speed", "serve_speed", address), []
+    deadline = threading.Timer(LIMIT, asked.kill)
+    deadline.start()
     try:
         assert asked.stdout is not None
         port, clock = asked.stdout.readline().split()
         ahead = max(0.0, float(clock) - time.time()) + min(0.0, float(clock) - sent)  # it was asked between the two
-        way = "ahead of" if ahead > 0 else "behind"
-        off = abs(ahead) > SKEW
-        found.append(say("time/off" if off else "time/ok", host, seconds=abs(ahead), way=way))
+        case, way = "off" if abs(ahead) > SKEW else "ok", "ahead of" if ahead > 0 else "behind"
+        found.append(say(f"time/{case}", host, seconds=abs(ahead), way=way))
         gbs, trip, idle = measure_speed(address, int(port))
     except (OSError, ValueError) as error:
         subnet = f"{address.rpartition('.')[0]}.0/24"
         return [*found, say("speed/blocked", host, address=address, said=error, subnet=subnet)]
     finally:
+        deadline.cancel()
         asked.kill()
         asked.wait()
     slow, fast = ("slow", "rail" if 1.5 < gbs < 1.9 else "cable") if cable else ("ethernet", "ok")

@@ -45,7 +45,7 @@ class System:
     def __init__(self, python: str = sys.executable, folders: tuple[str, ...] = (), peer: str = ""):
         self.peer, self.path = peer, os.environ.get("PATH", os.defpath)
         self.python = python if os.access(python, os.X_OK) else "python3"
-        self.folders = folders or (os.environ.get("HF_HOME") or "~/.cache/huggingface",)
+        self.folders = (os.environ.get("HF_HOME") or "~/.cache/huggingface", *folders)
 
     def read(self, path: str) -> str:
         """A file's text; empty where it is not there or may not be read. A GID that is not set is EINVAL."""
