@@ -3,7 +3,8 @@
 # make test    every test, as CI runs them
 # make check   lint, format, types, import floors, house rules, generated pages
 # make picture  the picture of the README: a run in a terminal of 80 columns
-# make clean   remove the environment and what the demo wrote
+# make cluster-tools  install what the tests on real Slurm, Swarm, Docker and Nix need (root, Debian or Ubuntu)
+# make clean   remove the environment and what the demo and the tests wrote
 
 PYTHON ?= python3
 VENV   := .venv
@@ -18,7 +19,7 @@ PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist worksteal --numproces
 # Three for two cores: the slow tests kill, interrupt and cut off, and wait for what comes of it.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 3 / 2 )))
 
-.PHONY: demo picture quick test check clean
+.PHONY: demo picture quick test check cluster-tools clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python demo/run.py
@@ -58,5 +59,8 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
+cluster-tools:
+	@.ci/cluster-tools
+
 clean:
-	rm -rf $(VENV) demo/data runs/demo runs/demo-base.jsonl runs/demo-tuned.jsonl
+	rm -rf $(VENV) .docker demo/data runs/demo runs/demo-base.jsonl runs/demo-tuned.jsonl

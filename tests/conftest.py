@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,9 @@ training/test_train.py::test_full_fine_tuning_in_bf16_learns_and_opens_in_transf
 training/test_train.py::test_metrics_read_one_step_later_are_the_same
 parallel/test_torchrun.py
 launch/test_old_ways.py launch/test_doctor_pair.py
+launch/test_docker_image.py
+launch/test_docker.py::test_a_run_in_a_container_stops_resumes_and_leaves_nothing
+launch/test_docker.py::test_a_detached_run_is_seen_followed_and_stopped
 """.split()
 
 
@@ -69,6 +73,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         file = str(item.path.relative_to(Path(__file__).parent))
         if file in SLOW or f"{file}::{item.name.partition('[')[0]}" in SLOW:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was left out, and why: a test that skips has shown nothing."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if isinstance(report.longrepr, tuple)]
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section(f"left out: {len(skipped)} tests")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count:4}  {reason}")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -48,6 +48,7 @@ VERBS = {
         "train on the nodes of a Docker swarm, such as two Sparks on a cable",
     ),
     "launch slurm": ("tunesmith.cli.launch_slurm", "train on nodes of a Slurm cluster"),
+    "launch docker": ("tunesmith.cli.launch_docker", "train in a container of this machine"),
     "status": ("tunesmith.cli.status", "say where launched runs stand"),
     "logs": ("tunesmith.cli.logs", "show or follow the log of a launched run"),
     "stop": ("tunesmith.cli.stop", "ask a launched run to save and end"),

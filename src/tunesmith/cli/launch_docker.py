@@ -1,0 +1,43 @@
+"""Train a recipe in a container of this machine: on its GPUs, one rank each, else in one process.
+
+examples:
+  docker build -f docker/Dockerfile -t tunesmith .                 # once, in a clone
+  tunesmith launch docker my-recipe.yaml
+  tunesmith launch docker my-recipe.yaml --detach train.duration='2 h'
+  tunesmith launch docker my-recipe.yaml --render                  # prints the command, starts nothing
+
+The container sees the files of the recipe, the run directory and the caches, each at its own path, and works as you.
+Signals and exit codes are those of `train`: ctrl-C saves after the present step and exits with 75.
+"""
+
+import argparse
+import shlex
+import sys
+from functools import partial
+
+from tunesmith.cli.launch_local import add_launched
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_launched(parser)
+    parser.add_argument("--image", default="tunesmith", metavar="NAME", help="image to run (default: tunesmith)")
+    parser.add_argument("--detach", action="store_true", help="in the background, beyond the end of this terminal")
+    parser.add_argument("--render", action="store_true", help="print the docker command, and start nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tunesmith.config.load import load_recipe
+    from tunesmith.launch import docker
+
+    recipe = load_recipe(args.recipe, args.overrides, say=partial(print, file=sys.stderr))
+    if args.render:
+        words = docker.create_words(docker.docker_job(recipe), args.image, docker.find_mounts(recipe))
+        print("docker run --rm", *map(shlex.quote, words), sep=" \\\n  ")
+        return 0
+    job = docker.start_container(recipe, args.image)
+    if not args.detach:
+        return docker.follow_container(job)
+    print(
+        f"{job.name} trains in the background; its log: tunesmith logs -f {job.name}; to stop it: tunesmith stop {job.name}"
+    )
+    return 0

@@ -1,0 +1,131 @@
+"""Fixtures for tests of launching: a Docker daemon with the CPU image."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.dockerd import docker_daemon, missing_tools
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / ".docker"  # between runs: Debian with Python, wheels, the daemon's layers
+PYTHON, CPU = "tunesmith-test/python", "tunesmith-test/cpu"
+CONTEXT = ("docker", "pyproject.toml", "README.md", "LICENSE", "recipes", "scripts", "src", ".dockerignore")
+
+
+def requirements() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    return [*project["project"]["dependencies"], *extras["nf4"], *extras["gguf"], *project["build-system"]["requires"]]
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[dict[str, str]]:
+    """The environment of a daemon that has the image PYTHON; one process of the tests at a time has it."""
+    if fault := missing_tools():
+        pytest.skip(fault)
+    if not (KEPT / "python.tar").is_file():
+        pytest.skip(f"{KEPT / 'python.tar'} is not there: make cluster-tools")
+    with (KEPT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with docker_daemon(KEPT / "data") as env:
+            if call(env, "docker", "image", "inspect", PYTHON, check=False).returncode:
+                call(env, "docker", "import", str(KEPT / "python.tar"), PYTHON)
+            remove_containers(env)  # of a test run that was killed
+            yield env
+
+
+def remove_containers(env: dict[str, str]) -> None:
+    for container in call(env, "docker", "ps", "--all", "--quiet").stdout.split():
+        call(env, "docker", "rm", "--force", container)
+
+
+def call(env: dict[str, str], *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
+    for name in ("stdout", "stderr"):  # docker build colours what a command said
+        setattr(done, name, re.sub(r"\x1b\[[0-9;]*m", "", getattr(done, name)))
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def make_context(wheels: list[Path]) -> Path:
+    """What `docker build` is given: the files of the clone, and wheels, as links where they lie beside it."""
+    folder = KEPT / "context"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in CONTEXT:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "wheels"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "docker/wheels").mkdir()
+    for wheel in wheels:
+        os.link(wheel, folder / "docker/wheels" / wheel.name)
+    return folder
+
+
+def build(env: dict[str, str], context: Path, file: str, image: str, base: str) -> subprocess.CompletedProcess[str]:
+    offline = ["--force-rm", "--network", "none", "--build-arg", "PIP_ARGS=--no-index", "--build-arg", f"BASE={base}"]
+    return call(
+        env, "docker", "build", *offline, "-f", str(context / "docker" / file), "-t", image, str(context), check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def wheels(daemon: dict[str, str]) -> list[Path]:
+    """The wheels of an offline build, for the image's Python; fetched again when the requirements change."""
+    import torch
+
+    if "+cpu" not in torch.__version__:
+        pytest.skip(f"the CPU image is built of the CPU build of torch; {torch.__version__} is installed")
+    version = call(
+        daemon, "docker", "run", "--rm", PYTHON, "python3", "-c", "import sys; print(*sys.version_info[:2])"
+    ).stdout
+    wanted = [*requirements(), "--only-binary", ":all:", "--python-version", ".".join(version.split())]
+    constraints = ROOT / "constraints.txt"
+    key = hashlib.sha256(json.dumps(wanted).encode() + constraints.read_bytes()).hexdigest()[:12]
+    folder = KEPT / f"wheels-{key}"
+    if not folder.is_dir():
+        for old in KEPT.glob("wheels-*"):
+            shutil.rmtree(old)
+        part = KEPT / "wheels-part"
+        call(
+            {**os.environ},
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "-d",
+            str(part),
+            "-c",
+            str(constraints),
+            *wanted,
+        )
+        part.rename(folder)
+    return sorted(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def cpu_image(daemon: dict[str, str], wheels: list[Path]) -> str:
+    """The CPU image of this clone, made again when something that it is made of has changed."""
+    context, total = make_context(wheels), hashlib.sha256(json.dumps([file.name for file in wheels]).encode())
+    for file in sorted(path for path in context.rglob("*") if path.is_file() and path.suffix != ".whl"):
+        total.update(f"{file.relative_to(context)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+    image = f"{CPU}:{total.hexdigest()[:12]}"
+    if call(daemon, "docker", "image", "inspect", image, check=False).returncode:
+        for file, made, base in (("cpu.Dockerfile", f"{CPU}-base", PYTHON), ("Dockerfile", image, f"{CPU}-base")):
+            done = build(daemon, context, file, made, base)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return image

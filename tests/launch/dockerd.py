@@ -1,0 +1,115 @@
+"""A Docker daemon of the tests' own: in private namespaces, without a network, gone with the test that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+NEEDED = ("dockerd", "docker", "tini", "unshare", "setpriv")
+# A runc that asks for no more than this machine grants: without CAP_SYS_RESOURCE a limit cannot be raised, and a container
+# with `--ulimit memlock=-1` would not start.
+RUNC = """#!/usr/bin/python3
+import json, os, resource, sys
+words = sys.argv[1:]
+path = ""
+if "create" in words and "--bundle" in words:
+    path = os.path.join(words[words.index("--bundle") + 1], "config.json")
+elif "exec" in words and "--process" in words:
+    path = words[words.index("--process") + 1]
+if path:
+    with open(path) as file:
+        config = json.load(file)
+    process = config.get("process", config)
+    for limit in process.get("rlimits") or []:
+        most = resource.getrlimit(getattr(resource, limit["type"]))[1]
+        if most != resource.RLIM_INFINITY:
+            for kind in ("hard", "soft"):
+                limit[kind] = most if limit[kind] < 0 else min(limit[kind], most)
+    process["oomScoreAdj"] = max(0, process.get("oomScoreAdj") or 0)
+    with open(path, "w") as file:
+        json.dump(config, file)
+os.execvp("runc", ["runc", *words])
+"""
+
+
+def missing_tools() -> str:
+    """Why no daemon can be started here; empty where one can."""
+    if os.geteuid() != 0:
+        return "a Docker daemon of the tests' own needs root: sudo make cluster-tools test"
+    gone = [name for name in NEEDED if shutil.which(name) is None]
+    return f"{', '.join(gone)} not installed: make cluster-tools" if gone else ""
+
+
+@contextlib.contextmanager
+def docker_daemon(data: Path | None = None) -> Iterator[dict[str, str]]:
+    """The environment in which `docker` talks to a new daemon; on leaving, its containers and mounts are gone.
+
+    `data` keeps its images for the next one.
+    """
+    if fault := missing_tools():
+        pytest.skip(fault)
+    with tempfile.TemporaryDirectory(
+        prefix="td-", dir="/tmp", ignore_cleanup_errors=True
+    ) as made:  # a socket's path is short
+        place, group = Path(made), f"/{Path(made).name}"
+        place.chmod(0o755)
+        runc = place / "runc"
+        runc.write_text(RUNC)
+        runc.chmod(0o755)
+        socket = place / "docker.sock"
+        config = {
+            "hosts": [f"unix://{socket}"], "data-root": str(data or place / "data"), "exec-root": str(place / "exec"),
+            "pidfile": str(place / "pid"), "bridge": "none", "iptables": False, "ip6tables": False,
+            "exec-opts": ["native.cgroupdriver=cgroupfs"], "cgroup-parent": group, "storage-driver": "overlay2",
+            "runtimes": {"bounded": {"path": str(runc)}}, "default-runtime": "bounded", "log-level": "warn",
+        }  # fmt: skip
+        (place / "daemon.json").write_text(json.dumps(config))
+        # The daemon's fixed paths are empty ones of its own; the end of the first process ends the namespace and all in it.
+        inside = (
+            "for f in /etc/docker /run/docker /run/containerd; do mkdir -p $f; mount -t tmpfs tmpfs $f; done;"
+            f" exec tini -s -- dockerd --config-file {place}/daemon.json"
+        )
+        namespaces = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
+        env = {**os.environ, "DOCKER_HOST": f"unix://{socket}", "DOCKER_CONFIG": str(place), "DOCKER_BUILDKIT": "0"}
+        with (place / "log").open("wb") as log:
+            daemon = subprocess.Popen(
+                [*namespaces, "sh", "-c", inside], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        try:
+            deadline = time.monotonic() + 120
+            while subprocess.run(["docker", "version"], env=env, capture_output=True, check=False).returncode:
+                said = (place / "log").read_text(errors="replace")[-2000:]
+                assert daemon.poll() is None, said
+                assert time.monotonic() < deadline, said
+                time.sleep(0.2)
+            socket.chmod(0o666)
+            yield env
+        finally:
+            daemon.kill()
+            daemon.wait()
+            time.sleep(0.2)
+            for folder in Path("/sys/fs/cgroup").glob(f"*{group}"):
+                for inner in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+                    with contextlib.suppress(OSError):
+                        inner.rmdir()
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
