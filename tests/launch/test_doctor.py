@@ -51,7 +51,7 @@ def test_the_page_names_every_check() -> None:
 def test_what_runs_on_the_other_node_needs_nothing_but_python(tmp_path: Path) -> None:
     """The checks' imports are of the standard library and of each other."""
     for name in ("system", "checks", "speed"):
-        tree = ast.parse((ROOM / f"{name}.py").read_text())
+        tree = ast.parse((ROOM / f"{name}.py").read_text(), feature_version=(3, 9))
         found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         found |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         others = {m for m in found if m and m.partition(".")[0] not in sys.stdlib_module_names}
@@ -188,7 +188,7 @@ def test_what_a_figure_means(
     monkeypatch.setattr(pair, "ask", ask)
     monkeypatch.setattr(pair, "measure_speed", lambda address, port: (gbs, 20.0, idle))
     here = {"cable": [{"addresses": ["10.0.0.1/24"]}] if cable else []}
-    there = {"cable": [{"addresses": ["10.0.0.2/24"]}], "reached_at": ["192.168.1.7"]}
+    there = {"cable": [{"addresses": ["10.0.0.2/24"]}], "reached": ["192.168.1.6", "192.168.1.7"]}
     clock, link = pair._clock_and_speed(here, there, "spark-b")
     assert clock.level == OK
     assert link.level == level
@@ -197,7 +197,7 @@ def test_what_a_figure_means(
 
 
 def facts(host: str, *functions: dict, **more: object) -> dict:
-    return {"host": host, "cable": list(functions), "interfaces": {}, "uuids": ["GPU-1"]} | more
+    return {"host": host, "cable": list(functions), "interfaces": {}, "uuids": ["GPU-1"], "reached": []} | more
 
 
 def test_addresses_stay_and_new_ones_are_free() -> None:
@@ -229,6 +229,16 @@ def test_a_script_has_only_what_is_needed(tmp_path: Path) -> None:
     script = fix_scripts([Finding("ssh", FAULT, "", host="b; id")], [facts("a")], "b; id")["a"]
     assert "PEER='b; id'" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_without_a_cable_the_swarm_takes_the_addresses_of_ssh() -> None:
+    found = [Finding("swarm", FAULT, "", host=host) for host in "ab"] + [Finding("cable", "warning", "", host="a")]
+    scripts = fix_scripts(found, [facts("a"), facts("b", reached=["10.0.0.1", "10.0.0.2"])], "b")
+    assert "ADDRESS=10.0.0.1\n" in scripts["a"]
+    assert "netplan" not in scripts["a"]
+    assert "MANAGER=10.0.0.1\nADDRESS=10.0.0.2\n" in scripts["b"]
+    alone = fix_scripts(found, [facts("a", reached=["192.168.9.9", "10.0.0.1"])], "b")["a"]  # of a terminal over ssh
+    assert "swarm init" not in alone
 
 
 def test_every_value_of_the_template_is_set() -> None:

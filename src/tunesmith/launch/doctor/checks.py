@@ -77,11 +77,11 @@ def _torch(s: System) -> Findings:
 def _memory(s: System) -> Findings:
     kb = dict(re.findall(r"^(\w+): +(\d+) kB", s.read("/proc/meminfo"), re.M))
     names = ("MemAvailable", "MemTotal", "MemFree", "Cached", "Shmem", "Mlocked")
-    free, total, *held = (int(kb.get(name, 0)) / 2**20 for name in names)  # GiB
+    gib = {name: int(kb.get(name, 0)) / 2**20 for name in names}
+    free, total, empty, cached, *_ = gib.values()
     unified = any("GB10" in gpu[0] or "N/A" in gpu[4] for gpu in s.gpus)  # the driver states no memory of the GPU's own
-    full = unified and held[0] < 8 < held[1]
-    case = "none" if free < 2 else "low" if free < total / 4 else "cache" if full else "ok"
-    shown = ", ".join(f"{name} {gib:.1f}" for name, gib in zip(names[2:], held, strict=True))
+    case = "none" if free < 2 else "low" if free < total / 4 else "cache" if unified and empty < 8 < cached else "ok"
+    shown = ", ".join(f"{name} {gib[name]:.1f}" for name in names[2:])
     yield say(f"memory/{case}", free=free, total=total, held=shown)
 
 
@@ -144,8 +144,7 @@ def _image(s: System) -> Findings:
 def _cable(s: System) -> Findings:
     """The port of the cable: both functions up, MTU 9000, an address that lasts, a GID of each."""
     if not s.cable:
-        route = re.search(r" dev (\S+)", s.run("ip", "route", "get", s.peer)[1])
-        yield say("cable/absent", peer=s.peer or "the other node", route=route[1] if route else "another network")
+        yield say("cable/absent")
         return
     names, rows = " and ".join(row["name"] for row in s.cable), s.cable
     speeds = ", ".join(f"{row['speed'] // 1000} Gb/s" for row in rows)
@@ -192,7 +191,7 @@ def examine(s: System, *, pair: bool) -> dict[str, Any]:
     managers = [row["Addr"] for row in (s.docker.get("Swarm") or {}).get("RemoteManagers") or []]
     facts = {"host": (host := os.uname().nodename), "versions": s.versions, "packages": s.packages, "cable": s.cable,
              "interfaces": s.interfaces, "managers": managers, "uuids": [gpu[1] for gpu in s.gpus],
-             "reached_at": os.environ.get("SSH_CONNECTION", "").split()[2:3]}  # fmt: skip
+             "reached": os.environ.get("SSH_CONNECTION", "").split()[::2]}  # fmt: skip
     return {"findings": [asdict(replace(f, host=host)) for f in found], "facts": facts}
 
 

@@ -22,16 +22,21 @@ def fix_scripts(found: list[Finding], nodes: list[dict[str, Any]], peer: str) ->
     template = Path(__file__).with_name("fix.sh").read_text(encoding="utf-8")
     ends, pieces = cable_addresses(nodes), re.split(r"^#@ ([\w-]+)\n", template, flags=re.M)
     parts, scripts = dict(zip(pieces[1::2], pieces[2::2], strict=True)), {}
-    manager = next(iter(ends[0].values()), "").partition("/")[0]
+    reached = [
+        *(nodes[1]["reached"] if nodes[1:] else []),
+        "",
+        "",
+    ]  # by ssh, from here to there: where there is no cable
+    places = [next(iter(end.values()), address).partition("/")[0] for end, address in zip(ends, reached, strict=False)]
     for index, (facts, end) in enumerate(zip(nodes, ends, strict=True)):
         hosts = (facts["host"], "the pair", "" if index else peer)
         wrong = {f.check for f in found if f.level != OK and f.host in hosts}
-        chosen = {part for check in wrong for part in PARTS.get(check, "").split()}
-        chosen |= {"end", *({"join" if index else "init"} if "swarm" in chosen else ())}
+        chosen = {part for check in wrong for part in PARTS.get(check, "").split()} - ({"cable"} if not end else set())
+        chosen |= {"end", *({"join" if index else "init"} if "swarm" in chosen and places[0] else ())}
         text = pieces[0] + "".join(parts[name] for name in parts if name in chosen)
         rows = [f"    {name}: {{dhcp4: false, mtu: 9000, addresses: [{place}]}}" for name, place in end.items()]
         values = {
-            "PEER": peer, "MANAGER": manager, "ADDRESS": next(iter(end.values()), "").partition("/")[0],
+            "PEER": peer, "MANAGER": places[0], "ADDRESS": places[index],
             "FUNCTIONS": " ".join(end), "NETPLAN": "\n".join(["network:", "  version: 2", "  ethernets:", *rows]),
             "UUIDS": " ".join(known_word(uuid, r"[\w-]+") for uuid in facts["uuids"]),
         }  # fmt: skip

@@ -52,7 +52,7 @@ if [ -n "$(sudo docker ps -q)" ]; then read -r -p "restart Docker now? [y/N] " y
 sudo systemctl restart docker
 #@ init
 echo "== a swarm, with this one address"
-sudo docker swarm init --advertise-addr "$ADDRESS" --listen-addr "$ADDRESS:2377"
+sudo docker swarm init --advertise-addr "$ADDRESS" --listen-addr "$ADDRESS:2377" >/dev/null  # it would show the token
 #@ join
 echo "== into the swarm of $MANAGER, which is asked for its token now; the token is in no file and no command line"
 token=$(ssh "$MANAGER" docker swarm join-token -q worker)

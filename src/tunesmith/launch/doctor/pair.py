@@ -19,7 +19,7 @@ from tunesmith.launch.doctor.system import TEXTS, Finding, System, say
 
 SENT = ("system.py", "checks.py", "speed.py", "findings.json")
 SKEW = 2.0  # seconds between the clocks
-# The other node needs ssh and python3 alone: the checks are written to a folder that ends with them.
+# The other node needs ssh and python3 alone: the checks are imported from a folder that is gone before they run.
 PROGRAM = """
 import pathlib, sys, tempfile
 with tempfile.TemporaryDirectory(prefix="tunesmith-doctor-") as folder:
@@ -31,7 +31,7 @@ with tempfile.TemporaryDirectory(prefix="tunesmith-doctor-") as folder:
         (place / name).write_text(text, encoding="utf-8")
     sys.path.insert(0, folder)
     from tunesmith.launch.doctor.{module} import {call}
-    {call}()
+{call}()
 """
 
 
@@ -50,7 +50,7 @@ def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list
     if not host.isprintable() or host[:1] in ("", "-") or " " in host:
         raise UsageError(f"{host!r} is not a host", where="--pair", fix="tunesmith doctor --pair spark-b")
     asked = ask(host, "checks", "answer_peer", sys.executable)
-    here = examine(System(folders=folders, peer=host.rpartition("@")[2]), pair=True)
+    here = examine(System(folders=folders), pair=True)
     try:
         out, said = asked.communicate(timeout=TORCH_SECONDS + LIMIT)
     except subprocess.TimeoutExpired:
@@ -94,7 +94,7 @@ def shared_address(here: dict[str, Any], there: dict[str, Any]) -> str:
 def _clock_and_speed(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Finding]:
     """The clock there beside this one, and what plain TCP reaches and means; RDMA does not show here."""
     cable = shared_address(here, there)
-    address = cable or (there["reached_at"] or [host])[0]
+    address = cable or (there["reached"] or [host])[-1]
     sent, asked, found = time.time(), ask(host, "speed", "serve_speed", address), []
     deadline = threading.Timer(LIMIT, asked.kill)
     deadline.start()

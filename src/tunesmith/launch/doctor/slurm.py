@@ -42,11 +42,10 @@ def _on_nodes(s: System, folder: Path, count: int) -> list[Finding]:
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".tunesmith-doctor-") as token:
         srun = ("srun", "-Q", f"-N{count}", "--ntasks-per-node=1", f"--immediate={WAIT}", "-t2", python, "-c", PROBE)
         _, out, said = s.run(*srun, token.name, limit=WAIT + 40)
-    nodes = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    said = " ".join(said.splitlines()[:2])
+    nodes = [json.loads(line) for line in sorted(out.splitlines()) if line.startswith("{")]
     if not nodes:
-        case = "environment/unseen" if "execve" in said else "srun/none"
-        return [say(case, python=python, folder=folder, count=count, said=said)]
+        case, first = "environment/unseen" if "execve" in said else "srun/none", " ".join(said.splitlines()[:2])
+        return [say(case, python=python, folder=folder, count=count, said=first)]
     found = [say("folder/unseen", **row, folder=folder) for row in nodes if not row["sees"]]
     found += [say("names/unknown", **row, names=", ".join(row["unknown"])) for row in nodes if row["unknown"]]
     found += [say("environment/bare", **row, python=python) for row in nodes if not row["has"]]

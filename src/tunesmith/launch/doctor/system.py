@@ -42,8 +42,8 @@ def say(key: str, host: str = "", **values: Any) -> Finding:
 class System:
     """The door to a machine's commands and files. `python` is the interpreter of the runs, if it is there."""
 
-    def __init__(self, python: str = sys.executable, folders: tuple[str, ...] = (), peer: str = ""):
-        self.peer, self.path = peer, os.environ.get("PATH", os.defpath)
+    def __init__(self, python: str = sys.executable, folders: tuple[str, ...] = ()):
+        self.path = os.environ.get("PATH", os.defpath)
         self.python = python if os.access(python, os.X_OK) else "python3"
         self.folders = (os.environ.get("HF_HOME") or "~/.cache/huggingface", *folders)
 
