@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.launch import slurm
+from tunesmith.launch.inputs import recipe_inputs
 from tunesmith.launch.sites import DIRECTIVES, Site, read_site
 
 FLAGS = (*DIRECTIVES, "gpus_per_node", "container")
@@ -148,6 +150,28 @@ def test_the_script_is_shell_and_asks_for_what_was_given(run: Run, monkeypatch: 
     } <= {*values}
     assert not [canary for canary in (*CANARIES.values(), "MY_SECRET") if canary in script]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_a_job_that_may_not_be_requeued_is_still_warned(run: Run) -> None:
+    script = slurm.render_script(run, slurm.Request(Site(gpus_per_node="0"), max_requeues=0))
+    directives, values, _ = parts(script)
+    assert {"#SBATCH --no-requeue", "#SBATCH --signal=B:USR1@300"} <= {*directives}
+    assert not [line for line in directives if "gpu" in line]
+    assert "ranks=1" in values
+
+
+def test_a_container_gets_what_the_run_reads_and_writes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/only/here")
+    script = slurm.render_script(run, slurm.Request(Site(gpus_per_node="1", container="registry#org/image:1")))
+    values = dict(line.removeprefix("export ").partition("=")[::2] for line in parts(script)[1])
+    assert values["python"] == "python3"
+    assert "PYTHONPATH" not in values
+    mounts = [*map(str, recipe_inputs(run)), "/shared/runs", values["HF_HOME"]]
+    flags = shlex.split(values["container"].strip("()"))
+    assert flags == [
+        "--container-image=registry#org/image:1", "--container-mounts=" + ",".join(f"{path}:{path}" for path in mounts),
+        "--no-container-mount-home",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

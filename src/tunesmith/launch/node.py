@@ -131,7 +131,6 @@ def run_ranks(launcher: list[str]) -> int:
 
     if os.environ.get("TUNESMITH_DEBUG") != "1":  # the rank that failed has told why
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-        os.environ.setdefault(LOG, "ERROR")
     try:
         run_elastic(parse_args(launcher))
     except ChildFailedError as error:
@@ -190,6 +189,8 @@ def prepare_environment(ranks: int, interface: str) -> None:
         os.environ.setdefault(name, interface)
     os.environ.setdefault("TRITON_CACHE_DIR", str(private_folder() / "triton"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder() / "inductor"))
+    if os.environ.get("TUNESMITH_DEBUG") != "1":  # torch reads it once, when it is loaded
+        os.environ.setdefault(LOG, "ERROR")
 
 
 def private_folder() -> Path:

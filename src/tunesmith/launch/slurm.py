@@ -157,7 +157,7 @@ def render_script(run: Run, request: Request) -> str:
         "ntasks-per-node": "1", "export": "NONE", **{key.replace("_", "-"): vars(site)[key] for key in DIRECTIVES},
         "gpus-per-node": site.gpus_per_node if site.gpus_per_node != "0" else None,
         "array": ",".join(map(str, seeds)) or None,
-        "signal": f"B:USR1@{warning_of(request)}" if request.max_requeues else None,
+        "signal": f"B:USR1@{warning_of(request)}",
     }  # fmt: skip
     lines = [f"--{key}={_directive_word(value, f'--{key}')}" for key, value in directives.items() if value is not None]
     lines += ["--requeue" if request.max_requeues else "--no-requeue", *["--exclusive"] * site.exclusive]
@@ -168,8 +168,10 @@ def render_script(run: Run, request: Request) -> str:
         "ranks": str(ranks_of(site)), "max_requeues": str(request.max_requeues),
         "container": f"({' '.join(_container_words(run, site))})",
     }  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if EXPORTED.fullmatch(key) and mask(value) == value}
-    environment = {key: value for key, value in environment.items() if not (site.container and "PATH" in key)}
+    shown = [key for key in os.environ if EXPORTED.fullmatch(key) and not (site.container and "PATH" in key)]
+    environment = {key: os.environ[key] for key in shown if mask(os.environ[key]) == os.environ[key]}
+    if site.container:  # its home is another
+        environment["HF_HOME"] = hub_home()
     exports = (environment | site.environment).items()
     return "\n".join([
         "#!/bin/bash -l", f"# Written by tunesmith {__version__}: tunesmith launch slurm --help",
@@ -215,8 +217,6 @@ def limit_seconds(text: str) -> int:
 def check_reach(run: Run, site: Site) -> None:
     """Refuse now what the job would fail on after it has waited in the queue: UsageError says what to fetch or log in to."""
     recipe_inputs(run)
-    from huggingface_hub import constants
-
     from tunesmith.hub.fetch import cached_model, local_model, repo_cache
 
     own = {"HF_HOME", "HF_HUB_CACHE"} & {*site.environment}  # another cache, which this machine may not see
@@ -226,13 +226,20 @@ def check_reach(run: Run, site: Site) -> None:
         missing.insert(0, run.model.name)
     if missing and not own:
         why = "nodes often have no way to the Hub, and the job gets no token: Slurm would keep it on its disk"
-        fix = f"tunesmith fetch RECIPE, into {constants.HF_HOME}, which the nodes must see"
+        fix = f"tunesmith fetch RECIPE, into {hub_home()}, which the nodes must see"
         raise UsageError(f"not fetched yet: {', '.join(missing)}", where="the Hub's cache", why=why, fix=fix)
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if run.log.wandb and os.environ.get("WANDB_API_KEY") and not netrc.is_file():
         why = "Slurm would keep it on its controller's disk"
         fix = "wandb login, which writes ~/.netrc for the nodes; or export WANDB_MODE=offline; or log.wandb=false"
         raise UsageError("WANDB_API_KEY is not sent to the job", where="log.wandb", why=why, fix=fix)
+
+
+def hub_home() -> str:
+    """The folder of the Hub's cache and of the stored token."""
+    from huggingface_hub import constants
+
+    return constants.HF_HOME
 
 
 def submit(run: Run, request: Request) -> list[SlurmJob]:
@@ -284,9 +291,7 @@ def _container_words(run: Run, site: Site) -> list[str]:
     """Flags of Pyxis for srun, quoted: the image, and what the run reads and writes mounted at the same paths."""
     if not site.container:
         return []
-    from huggingface_hub import constants
-
-    paths = [*map(str, recipe_inputs(run)), str(Path(run.output_dir).parent), constants.HF_HOME]
+    paths = [*map(str, recipe_inputs(run)), str(Path(run.output_dir).parent), hub_home()]
     for path in paths:
         if ":" in path or "," in path:
             fix = "rename it: Pyxis separates mounts by these"
