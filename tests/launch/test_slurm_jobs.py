@@ -1,0 +1,227 @@
+"""Jobs of a real Slurm of two nodes: submitted, watched, stopped by a time limit and by scancel, resumed, a node lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from ranks import run_ranks
+from recipes import make_run, recipe
+from tunesmith.errors import MachineError
+from tunesmith.launch import slurm
+from tunesmith.launch.jobs import last_step
+from tunesmith.training.run import train
+
+PAIR = Path(__file__).with_name("slurm_pair.sh")
+TOOLS = ("slurmctld", "slurmd", "munged", "sbatch", "nsenter", "ip")
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+CANARIES = {"HF_TOKEN": "hf_CANARY0123456789", "WANDB_API_KEY": "canary-of-wandb-0123456789"}
+LIMIT = 300  # seconds, for two nodes that load torch on a busy machine
+missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)}: make cluster-tools"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
+]
+# A constant learning rate: a run of any duration takes the same steps.
+CHANGES: dict[str, Any] = {
+    "train": {"duration": "200000 steps", "compile": "off", "schedule": "constant"},
+    "checkpoint": {"every": "200 steps", "keep": 1},
+}
+
+
+class Cluster(NamedTuple):
+    """The pair, and how its users and its machines' keeper act on it."""
+
+    folder: Path
+    home: Path
+    env: dict[str, str]
+
+    def run(self, *command: str | Path) -> str:
+        done = subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, env=self.env, timeout=LIMIT, check=False
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def tunesmith(self, *words: str | Path) -> str:
+        return self.run(sys.executable, "-m", "tunesmith", *words)
+
+    def pair(self, *words: str) -> str:
+        return self.run("bash", PAIR, words[0], self.folder, *words[1:])
+
+    def launch(self, tiny: Path, out: Path, *flags: str, **changes: Any) -> str:
+        """Submit a small run; the job's id."""
+        out.parent.mkdir(exist_ok=True)
+        file = out.parent / "recipe.yaml"
+        file.write_text(json.dumps(recipe(tiny, out.parent, held=False, output_dir=str(out), **changes)))
+        words = ("launch", "slurm", file, "--site", "pair", "--nodes", "2", *flags)
+        return self.tunesmith(*words).split()[1].rstrip(";")
+
+    def queue(self, job: str) -> str:
+        return self.run("squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T").strip()
+
+    def show(self, job: str) -> str:
+        return self.run("scontrol", "--details", "show", "job", job)
+
+    def wait_for(self, condition: Callable[[], object], out: Path) -> None:
+        deadline = time.monotonic() + LIMIT
+        while not condition():
+            assert time.monotonic() < deadline, log_of(out)
+            time.sleep(0.2)
+
+    def start_again(self, job: str, out: Path) -> None:
+        """Let a requeued job run: Slurm 22.05 holds it for two minutes, and its old credential must have expired (4 s)."""
+        self.wait_for(lambda: self.queue(job) == "PENDING", out)
+        time.sleep(6)
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=30")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder, home = tmp_path_factory.mktemp("pair"), tmp_path_factory.mktemp("home")
+    for place in (folder, home):
+        place.chmod(0o755)
+    (home / "config" / "tunesmith").mkdir(parents=True)
+    (home / "config" / "tunesmith" / "sites.yaml").write_text(
+        "pair:\n  partition: main\n  gpus_per_node: 1\n  time: 30\n"
+        "  environment: {OMP_NUM_THREADS: 1, TUNESMITH_HEARTBEAT_SECONDS: 15}\n"
+    )
+    env = os.environ | CANARIES | {
+        "PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf"), "SLURMD_TIMEOUT": "20", "KILL_WAIT": "120",
+        "XDG_CONFIG_HOME": str(home / "config"), "XDG_STATE_HOME": str(home / "state"),
+    }  # fmt: skip
+    cluster = Cluster(folder, home, env)
+    cluster.pair("up", str(os.getpid() % 100))
+    try:
+        yield cluster
+    finally:
+        cluster.pair("down")
+
+
+def log_of(out: Path) -> str:
+    return "\n".join(file.read_text(errors="replace") for file in (out / "launch").glob("slurm-*.log"))
+
+
+def records(out: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step, without a line that is being written."""
+    text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
+    found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [(record["loss"], record["grad_norm"]) for record in found]
+
+
+def uninterrupted(model: Path, folder: Path, steps: int) -> list[tuple[float, float]]:
+    """The same on two ranks of this machine in one go; run by each rank."""
+    changes = CHANGES | {"train": CHANGES["train"] | {"duration": f"{steps} steps"}}
+    result = train(make_run(model, folder, held=False, output_dir=str(folder / "whole"), **changes), say=None)
+    return [(record.loss, record.grad_norm) for record in result.records]
+
+
+def holders_of(canary: str, *folders: Path) -> list[str]:
+    """Where a canary is: command lines of all processes, and files in these folders."""
+    found = []
+    places = [*Path("/proc").glob("[0-9]*/cmdline"), *(path for folder in folders for path in folder.rglob("*"))]
+    for path in places:
+        try:
+            if path.is_file() and canary.encode() in path.read_bytes():
+                found.append(str(path))
+        except OSError:  # a process that has ended, a device
+            continue
+    assert len(places) > 50, "too few places were looked at"
+    return found
+
+
+def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
+    cluster: Cluster, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = cluster.home / "runs" / 'a run\'s `touch made` #1 "x" 100%j'  # a name that would break a script
+    train_keys = {"duration": "12 steps", "compile": "off"}
+    job = cluster.launch(tiny, out, "--gpus-per-node", "2", "--mem", "1G", train=train_keys)
+    cluster.wait_for(lambda: records(out) or "exit code" in log_of(out), out)
+    shown = cluster.show(job)
+    for canary in CANARIES.values():
+        assert canary not in shown
+        assert holders_of(canary, cluster.folder, cluster.home) == []
+    assert "gpu:2" in shown
+    followed = cluster.tunesmith("logs", "-f", out)
+    assert "4 ranks on node1, node2" in followed
+    assert "exit code 0" in followed
+    assert "COMPLETED done, step 12" in cluster.tunesmith("status", f"slurm-{job}")
+    assert (out / "final" / "manifest.json").is_file()
+    forgotten = slurm.SlurmJob("slurm-99", str(out), details={"id": "99"})  # as Slurm forgets a job after some minutes
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    assert forgotten.state() == ("ended", f"done, {last_step(out)}")
+    monkeypatch.setenv("SLURM_CONF", str(cluster.folder / "none"))
+    with pytest.raises(MachineError, match="Slurm does not answer"):
+        forgotten.state()
+    assert [path for path in cluster.home.rglob("made") if path.name == "made"] == []
+    reference = train(
+        make_run(tiny, out.parent, held=False, output_dir=str(out.parent / "one"), train=train_keys), say=None
+    )
+    # fp32 on two copies and on one: another order of sums (docs/ranks.md)
+    assert [loss for loss, _ in records(out)] == pytest.approx([record.loss for record in reference.records], rel=1e-4)
+
+
+def test_a_time_limit_saves_and_requeues_and_scancel_saves(cluster: Cluster, tiny: Path) -> None:
+    out = cluster.home / "limit" / "run"
+    job = cluster.launch(tiny, out, "--warn-before", "100", **CHANGES)
+    cluster.wait_for(lambda: len(records(out)) > 20, out)
+    cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=2")  # Slurm gives the warning up to a minute early
+    cluster.wait_for(lambda: "back into the queue" in log_of(out), out)
+    assert "exit code 75; back into the queue, 1 of at most 5 times" in log_of(out)
+    first = json.loads((out / "stopped.json").read_text())
+    assert first["signal"] == "SIGUSR1"
+    assert first["step"] == len(records(out)) > 20
+    cluster.start_again(job, out)
+    cluster.wait_for(lambda: len(records(out)) > first["step"] + 20, out)
+    assert f"resuming from step {first['step']} of" in log_of(out)
+    cluster.run("scancel", job)
+    cluster.wait_for(lambda: cluster.queue(job) == "CANCELLED" and log_of(out).count("exit code 75") == 2, out)
+    last = json.loads((out / "stopped.json").read_text())
+    assert last["step"] == len(records(out)) > first["step"] + 20
+    assert "ExitCode=75:0" in cluster.show(job)
+    assert "CANCELLED stopped, saved" in cluster.tunesmith("status", out)
+    assert records(out) == run_ranks(2, uninterrupted, tiny, out.parent, last["step"])[0]  # bit for bit
+
+
+def test_seeds_are_an_array_and_stop_saves_one(cluster: Cluster, tiny: Path) -> None:
+    out = cluster.home / "seeds" / "run"
+    ids = cluster.launch(tiny, out, "--seeds", "3,42", "--nodes", "1", **CHANGES).partition("_")[0]
+    runs = {seed: out.with_name(f"run-seed{seed}") for seed in (3, 42)}
+    for seed, folder in runs.items():
+        cluster.wait_for(lambda folder=folder: len(records(folder)) > 2, folder)
+        assert f"seed: {seed}\n" in (folder / "config.yaml").read_text()
+    assert records(runs[3])[0] != records(runs[42])[0]
+    assert f"slurm-{ids}_42: asked to save and end" in cluster.tunesmith("stop", runs[42], "--wait")
+    assert "exit code 75" in log_of(runs[42])
+    assert "exit code" not in log_of(runs[3])
+    assert "back into the queue" not in log_of(runs[42])
+    cluster.tunesmith("stop", f"slurm-{ids}_3", "--wait")
+    assert len(records(runs[3])) == int(next(runs[3].glob("checkpoint-*")).name.partition("-")[2])
+
+
+def test_a_lost_node_is_named_and_the_run_goes_on_when_it_is_back(cluster: Cluster, tiny: Path) -> None:
+    out = cluster.home / "lost" / "run"
+    job = cluster.launch(tiny, out, **CHANGES | {"checkpoint": {"every": "10 steps", "keep": 1}})
+    cluster.wait_for(lambda: len(records(out)) > 30, out)
+    cluster.pair("crash", "2")
+    cluster.wait_for((out / "failure.json").exists, out)
+    assert "rank 1 on node2 gave no sign of life" in json.loads((out / "failure.json").read_text())["what"]
+    saved = len(records(out))
+    cluster.wait_for(lambda: cluster.queue(job) == "PENDING", out)
+    cluster.pair("boot", "2")
+    cluster.start_again(job, out)
+    cluster.wait_for(lambda: len(records(out)) > saved + 20, out)
+    assert "resuming from step" in log_of(out)
+    cluster.tunesmith("stop", out, "--wait")
+    last = len(records(out))
+    assert records(out) == run_ranks(2, uninterrupted, tiny, out.parent, last)[0]  # bit for bit
