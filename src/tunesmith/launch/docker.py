@@ -136,10 +136,13 @@ def find_mounts(run: Run) -> list[Mount]:
 
 
 def create_words(job: Job, image: str, mounts: list[Mount]) -> list[str]:
-    """The words that `docker create` takes, each one argument; UsageError for a value that cannot be one."""
+    """The words that `docker create` takes, each one argument; UsageError for a value that cannot be one.
+
+    The working directory is only a name there: what the run tells of paths starts from it, as here.
+    """
     if not re.fullmatch(r"\w[\w.:/@-]*", image, re.ASCII):
         raise UsageError(f"{image!r} is not the name of an image", where="--image", fix="--image tunesmith")
-    words = [f"--name={job.name}", f"--label=tunesmith.run_dir={job.run_dir}", f"--workdir={job.run_dir}", "--init"]
+    words = [f"--name={job.name}", f"--label=tunesmith.run_dir={job.run_dir}", f"--workdir={os.getcwd()}", "--init"]
     words += [*LIMITS, "--security-opt=no-new-privileges", f"--user={os.getuid()}:{os.getgid()}"]
     words += [f"--group-add={group}" for group in os.getgroups() if group]  # a group alone may read a file
     words += ["--gpus=all"] if GPU.exists() else []
