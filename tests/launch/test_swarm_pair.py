@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +22,7 @@ pytestmark = [pytest.mark.swarm, pytest.mark.skipif(bool(missing_tools()), reaso
 TUNESMITH = ("python", "-m", "tunesmith")
 # A lost node is said after 10 seconds.
 CANARY = {"HF_TOKEN": "hf_CANARYcanary0123456789", "WANDB_API_KEY": "CANARYcanarywandb0123456789"}
-STEPS = 120
+STEPS = 600  # long enough for a stop to reach them on a quick machine
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]
             write_rows(home / "train.jsonl", 48)
             values = recipe(Path("./model"), Path(), held=False, train={"duration": f"{STEPS} steps", "compile": "off"})
             values["data"]["train"]["source"] = "train.jsonl"
-            values |= {"checkpoint": {"every": "20 steps", "keep": 2}, "output_dir": "runs/whole"}
+            values |= {"checkpoint": {"every": "50 steps", "keep": 2}, "output_dir": "runs/whole"}
             (home / "recipe.yaml").write_text(json.dumps(values))
             (home / "extra.yaml").write_text(json.dumps(own_environment()))
             subprocess.run(["chown", "-R", f"{UID}:{UID}", home], check=True)
@@ -45,7 +47,12 @@ def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]
 def launch(node: Node, name: str, *words: str) -> subprocess.CompletedProcess[str]:
     flags = ["--image", "bare:1", "--stack-extra", "extra.yaml", f"output_dir=runs/{name}", *words]
     return node.run(
-        *TUNESMITH, "launch", "swarm", "recipe.yaml", *flags, env={**CANARY, "TUNESMITH_HEARTBEAT_SECONDS": "10"}
+        *TUNESMITH,
+        "launch",
+        "swarm",
+        "recipe.yaml",
+        *flags,
+        env={**CANARY, "TUNESMITH_HEARTBEAT_SECONDS": "10", "HF_HUB_OFFLINE": "1"},
     )
 
 
@@ -131,19 +138,30 @@ def test_a_node_that_is_lost_is_said_and_the_run_goes_on_as_if_nothing_was(pair:
 
 
 def test_stop_saves_and_the_other_node_goes_on(pair: Pair):
-    """Launched from the worker, stopped, and launched again from the manager."""
+    """Launched from the worker, with a model of the Hub that its cache alone has; stopped, and launched again."""
     a, b = pair.nodes
-    shutil.copy(a.home / "model/model.safetensors", b.home / "model")
-    (b.home / "model/model.safetensors").chmod(0o644)
+    cache = b.home / ".cache/huggingface/hub/models--lab--tiny"
+    snapshot = cache / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("c" * 40)
+    for file in (a.home / "model").iterdir():
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, cache / "blobs" / digest)
+        (snapshot / file.name).symlink_to(f"../../blobs/{digest}")
+    subprocess.run(["chown", "-R", f"{UID}:{UID}", b.home / ".cache"], check=True)
     add_host_image(b, "other:1")
-    launch(b, "stopped", "--image", "other:1", "--hosts", "spark-a")
-    wait_until("steps", lambda: len(records(b, "stopped")) >= 30, 180)
+    flags = ("--image", "other:1", "--hosts", "spark-a", "model.name=lab/tiny")
+    launch(b, "stopped", *flags)
+    assert len([*(a.home / ".cache/huggingface/hub/models--lab--tiny/blobs").iterdir()]) == len([*snapshot.iterdir()])
+    wait_until("steps", lambda: len(records(b, "stopped")) >= 5, 180)
     said = b.run(*TUNESMITH, "stop", "runs/stopped").stdout
     assert "ended and removed; stopped, saved" in said
     assert what_is_left(pair) == ""
     stopped = json.loads((b.home / "runs/stopped/stopped.json").read_text())
     assert stopped["step"] == len(records(b, "stopped")) < STEPS
-    launch(b, "stopped", "--image", "other:1", "--hosts", "spark-a")
+    launch(b, "stopped", *flags)
     b.run(*TUNESMITH, "logs", "-f", "runs/stopped", seconds=240)
     assert curve(b, "stopped") == curve(a, "whole")
     b.run(*TUNESMITH, "stop", "runs/stopped")
@@ -154,14 +172,14 @@ def test_a_launcher_that_ends_early_leaves_nothing_on_the_other_node(pair: Pair,
     """Its crash, a closed laptop and a kill, while files and while the image are on their way."""
     a, _ = pair.nodes
     for marker in ("sending files", "bytes sent"):
-        changes = [
-            f"train.learning_rate={time.monotonic()}",
-            "output_dir=runs/cut",
-        ]  # another recipe: there is something to send
+        # Another recipe each time, so that there is something to send.
+        changes = [f"train.learning_rate={time.monotonic()}", "output_dir=runs/cut"]
         command = a.command(*TUNESMITH, "launch", "swarm", "recipe.yaml", "--image", "bare:1", *changes, env=CANARY)
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as launcher:
-            assert launcher.stderr is not None
-            assert any(marker in line for line in launcher.stderr)
-            launcher.send_signal(how)
-            launcher.wait(60)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as outer:
+            assert outer.stderr is not None
+            assert any(marker in line for line in outer.stderr)
+            inner = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()  # nsenter forks
+            os.kill(int(inner[0]), how)
+            outer.wait(60)
         wait_until("nothing is left", lambda: what_is_left(pair) == "", 60)
+        assert what_is_left(pair) == ""
