@@ -68,6 +68,7 @@ VERBS = {
     "merge": ("tunesmith.cli.merge", "merge an adapter into its base model, and check that it answers alike"),
     "export": ("tunesmith.cli.export", "write a checkpoint of several ranks as a model that Transformers loads"),
     "push": ("tunesmith.cli.push", "upload what a run trained to the Hugging Face Hub"),
+    "import": ("tunesmith.cli.import_recipe", "turn the configuration of another tool into a recipe"),
     "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
 }
 
@@ -165,7 +166,9 @@ def _dispatch(words: list[str]) -> int:
     )
     module.add_arguments(parser)
     parser.words = rest
-    args = parser.parse_intermixed_args(rest)
+    cut = rest.index("--") if "--" in rest and "TAKES_COMMAND" in vars(module) else len(rest)
+    args = parser.parse_intermixed_args(rest[:cut])
+    args.command = rest[cut + 1 :]
     if verb in COMPUTING:
         prepare_threads()
     return module.run(args) or EXIT_OK

@@ -1,0 +1,304 @@
+"""`tunesmith import`: each key of a file of another tool is in the recipe or in the list of what is not, and it trains."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recipes import write_rows
+from tunesmith.cli.main import main
+from tunesmith.config.load import load_recipe
+from tunesmith.config.names import keys
+from tunesmith.config.schema import Run
+from tunesmith.convert.foreign import TOOLS, read_foreign, table
+from tunesmith.convert.tools import translate
+from tunesmith.errors import UsageError
+
+FOLDER = Path(__file__).parent / "files"
+FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())
+PLAIN = [path for path in FILES if not path.name.startswith("accelerate")]
+DATA = ("data.train.source", "data.train.format")
+
+
+def import_file(path: Path, folder: Path, *more: str) -> tuple[Run, str]:
+    """The recipe that is written, loaded again, and its text."""
+    recipe = folder / f"{path.stem}.yaml"
+    extends = ("--extends", "llama3.1-8b-lora") if path.name.startswith("accelerate") else ()
+    assert main(["import", str(path), "--world", "2", "--output", str(recipe), *extends, *more]) == 0
+    return load_recipe(recipe), recipe.read_text(encoding="utf-8")
+
+
+def their_keys(path: Path) -> list[str]:
+    """Every leaf of the file, as another reader of YAML finds them; of a command every flag."""
+    if path.suffix == ".sh":
+        return [name.replace("-", "_") for name in re.findall(r"--([\w-]+)", path.read_text())]
+
+    def leaves(value: Any, key: str) -> Iterator[str]:
+        inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        if not inside or (isinstance(value, list) and not any(isinstance(item, dict) for item in value)):
+            yield key
+        else:
+            for name, item in inside:
+                yield from leaves(item, f"{key}.{name}".lstrip("."))
+
+    return list(leaves(yaml.safe_load(path.read_text()), ""))
+
+
+def comments(text: str) -> str:
+    """The comments of a recipe on one line: they are wrapped."""
+    return " ".join(re.findall(r"^ *# (.*)$", text, re.M)).replace("- ", "-")  # also broken at hyphens
+
+
+def named(key: str, told: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(key)}: ", told) is not None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_each_key_is_carried_or_named(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, text = import_file(path, tmp_path)
+    told = capsys.readouterr().out
+    missing = [
+        key
+        for key in their_keys(path)
+        if not (named(key, comments(text)) or named(key, told) or named(f"launch.{key}", told + comments(text)))
+    ]
+    assert not missing
+    assert len(their_keys(path)) > 5
+    told = told.replace("  nothing\n", "")
+    reasons = re.findall(r"^  \S+: .*\((.*)\)\n      (.+)$", told, re.M)
+    assert len(reasons) == len(re.findall(r"^  \S", told, re.M))
+    assert "not known to this import" not in told
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_each_value_says_where_it_came_from(path: Path, tmp_path: Path) -> None:
+    _, text = import_file(path, tmp_path)
+    names = {one.key: one.where for one in read_foreign(path, None).given.values()}
+    tool = read_foreign(path, None).tool
+    for place, key in re.findall(r"(\S+:\d+) ([\w.]+): ", comments(text)):
+        assert names[key.removeprefix("launch.") if key not in names else key] == place
+    values = [line for line in text.splitlines() if re.match(r" *[a-z_]+: \S", line) and not line.startswith("      ")]
+    assert len(values) >= 5
+    assert f"{tool}'s default " in comments(text) or tool == "accelerate"
+
+
+def test_the_full_configuration_of_70b(tmp_path: Path) -> None:
+    run, text = import_file(FOLDER / "torchtune-70b-full.yaml", tmp_path)
+    assert run.model.name == "meta-llama/Llama-3.3-70B-Instruct"
+    assert run.adapter.kind == "none"
+    assert (run.train.schedule, str(run.train.warmup), run.train.clip_norm) == ("constant", "0 steps", None)
+    assert (run.train.weight_decay, run.train.learning_rate, run.train.seed) == (0.01, 2e-5, 42)
+    assert str(run.train.global_batch) == "8192 tokens"  # 4 packed rows of 1024 on each of 2 replicas of 8 ranks
+    assert (run.parallel.tensor, run.parallel.shard, run.parallel.replicate) == (8, 2, 1)
+    assert (run.data.train_on, run.data.seq_len, run.data.pack) == ("all", 1024, True)
+    assert [s.split for s in (*run.data.train, *run.data.validation)] == ["train[:95%]", "train[95%:]"]
+    assert {s.source for s in (*run.data.train, *run.data.validation)} == {"yahma/alpaca-cleaned"}
+    assert (str(run.validate.every), run.train.compile, run.train.master_weights) == ("50 steps", "on", "stochastic")
+    assert "torchtune's default dataset.train_on_input: true" in comments(text)
+
+
+def test_the_lora_configuration_of_70b(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = import_file(FOLDER / "torchtune-70b-lora.yaml", tmp_path)
+    assert run.adapter.target == ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert (run.adapter.rank, run.adapter.alpha, run.adapter.dropout) == (16, 32, 0.0)
+    assert (run.train.schedule, str(run.train.warmup), run.train.learning_rate) == ("cosine", "100 steps", 3e-4)
+    assert (run.data.pack, str(run.train.global_batch), run.log.wandb) == (False, "4 examples", True)
+    told = capsys.readouterr().out
+    for key in ("seed: null", "tokenizer.max_seq_len: null", "dataset._component_:"):
+        assert key in told.partition("needs nothing")[0]
+
+
+def test_defaults_of_axolotl_and_llamafactory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed, _ = import_file(FOLDER / "axolotl-mixed.yml", tmp_path)
+    assert (mixed.data.seq_len, mixed.data.pack, mixed.adapter.target) == (512, True, ("q_proj", "v_proj"))
+    assert [(s.format, s.columns) for s in mixed.data.train] == [("sharegpt", {}), ("text", {"text": "body"})]
+    assert [Path(s.source).is_file() for s in mixed.data.train] == [True, True]
+    assert "hf_0123456789" not in capsys.readouterr().out
+    bare, _ = import_file(FOLDER / "llamafactory-bare.yaml", tmp_path)
+    assert (bare.adapter.rank, bare.adapter.alpha, bare.adapter.target) == (8, 16, "all-linear")
+    assert (bare.train.learning_rate, bare.train.schedule, str(bare.train.warmup)) == (5e-5, "linear", "0 %")
+    assert (str(bare.train.global_batch), str(bare.train.duration), bare.data.seq_len) == (
+        "16 examples",
+        "3 epochs",
+        2048,
+    )
+    assert bare.data.train[0].columns == {"instruction": "question", "output": "answer"}
+    assert (bare.data.template, str(bare.checkpoint.every)) == ("alpaca", "500 steps")
+    full, _ = import_file(FOLDER / "axolotl-fft-8b.yml", tmp_path)
+    assert (full.data.train_on, full.data.template, str(full.data.hold_out)) == ("all", "alpaca", "5 %")
+    assert (full.train.optimizer, str(full.train.global_batch), str(full.validate.every)) == (
+        "adamw-8bit",
+        "131072 tokens",
+        "0.5 epochs",
+    )
+    qlora, _ = import_file(FOLDER / "axolotl-qlora-70b.yml", tmp_path)
+    assert (qlora.model.quantize, qlora.adapter.target, qlora.train.cpu_offload) == (
+        "nf4",
+        "all-linear",
+        ("parameters",),
+    )
+
+
+def test_an_accelerate_config_changes_a_recipe(tmp_path: Path) -> None:
+    run, text = import_file(FOLDER / "accelerate-fsdp.yaml", tmp_path)
+    assert (run.parallel.shard, run.parallel.replicate, run.train.cpu_offload) == (2, 1, ("parameters",))
+    assert "extends: llama3.1-8b-lora" in text
+    assert run.model.name == "meta-llama/Llama-3.1-8B-Instruct"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_recipe_trains(path: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps on a tiny model, with what this machine lacks taken away: other ranks, rows of the Hub, nf4 and int8."""
+    from tunesmith.training.run import train
+
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    imported, _ = import_file(path, tmp_path)
+    overrides: dict[str, Any] = {
+        "model.name": str(tiny), "model.dtype": "fp32", "model.quantize": "none", "model.pad_token": None,
+        "train.master_weights": "fp32", "train.optimizer": "adamw", "train.duration": "2 steps", "train.warmup": "0 steps",
+        "train.compile": "off", "train.cpu_offload": [], "parallel": {"tensor": 1, "shard": 1, "replicate": 1},
+        "data.seq_len": 256, "log.wandb": False, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    if imported.train.global_batch.unit == "tokens":
+        overrides["train.global_batch"] = "512 tokens"
+    for part in ("train", "validation"):
+        rows: tuple[Any, ...] = vars(imported.data)[part]
+        if rows and not all(Path(one.source).is_file() for one in rows):
+            source = {"source": str(write_rows(tmp_path / f"{part}.jsonl", 16)), "format": "prompt-completion"}
+            overrides[f"data.{part}"] = source
+    recipe = tmp_path / f"{path.stem}.yaml"
+    result = train(load_recipe(recipe, overrides))
+    assert result.steps == 2
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < record["loss"] < 10 for record in records if "loss" in record)
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+NAMES = st.text(st.sampled_from("abcdefghijklmnopqrstuvwxyz_.-"), min_size=1, max_size=12)
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 99),
+    st.floats(0, 1),
+    st.text(max_size=20),
+    st.lists(st.integers(0, 9), max_size=3),
+)
+BASES: dict[str, dict[str, Any]] = {
+    "torchtune": {"model": {"_component_": "torchtune.models.llama3.lora_llama3_8b"}, "checkpointer": {"checkpoint_dir": "/m/Llama-3"},
+                  "dataset": {"_component_": "torchtune.datasets.alpaca_dataset"}, "optimizer": {"lr": 1e-4}, "batch_size": 1},
+    "axolotl": {"base_model": "m/m", "datasets": [{"path": "d/d", "type": "alpaca"}], "learning_rate": 1e-4},
+    "llamafactory": {"model_name_or_path": "m/m", "dataset": "d", "template": "qwen"},
+    "trl": {"model_name_or_path": "m/m", "dataset_name": "d/d"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", sorted(BASES))
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_no_key_is_dropped(tool: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Any keys, of the tool's table or none, with any values: refused in our form, or each one named."""
+    own = [
+        name
+        for part in ("nothing", "differs")
+        for names in table(tool)[part].values()
+        for name in names
+        if "*" not in name
+    ]
+    theirs = sorted({*table(tool)["defaults"], *own} - {"dataset", "datasets"})
+    more = data.draw(st.dictionaries(st.sampled_from(theirs), VALUES, max_size=6)) | data.draw(
+        st.dictionaries(NAMES, VALUES, max_size=2)
+    )
+    values = more | BASES[tool]
+    path = tmp_path_factory.mktemp("any") / "file.yaml"
+    path.write_text(json.dumps(values))
+    try:
+        source = read_foreign(path, tool)
+        draft = translate(source, {"data.train.source": "rows.jsonl", "train.global_batch": "1 examples"}, None, None)
+    except UsageError as error:
+        refused = error
+    else:
+        refused = None
+    if refused:
+        assert refused.where
+        assert refused.fix
+        return
+    assert set(source.given) == draft.told & set(source.given)
+    told = " ".join(draft.comments.values()) + "".join(f" {one.key}: {one.value}" for one in draft.remarks)
+    for key in source.given:
+        assert f"{key}: " in told
+    written = draft.text(draft.tree(), "# head", path.parent)
+    assert set(yaml.safe_load(written)) <= {"extends", *(key.partition(".")[0] for key in keys())}
+
+
+BAD = {
+    "variable": ("output_dir: ${base}/out\nbatch_size: 1\nclip_grad_norm: null\n", ["${base} names no value of this file", "file.yaml:1"]),
+    "round": ("output_dir: ${log_dir}\nlog_dir: ${output_dir}\nclip_grad_norm: 1\n", ["names no value", "file.yaml:"]),
+    "twice": ("base_model: a\nbase_model: b\n", ["'base_model' is given twice", "file.yaml:2"]),
+    "tag": ("base_model: !!python/object a\n", ["tag", "file.yaml:1"]),
+    "unknown": ("colour: red\nsize: 3\n", ["does not tell which tool", "--from"]),
+    "list": ("- a\n- b\n", ["mapping"]),
+    "text": ("once upon a time\n", ["mapping"]),
+    "method": ("model_name_or_path: m\nstage: dpo\ntemplate: qwen\ndataset: d\n", ["stage: \"dpo\" cannot be imported", "file.yaml:2"]),
+    "rl": ("base_model: m\nrl: dpo\ndatasets: [{path: d, type: alpaca}]\nlearning_rate: 1e-4\n", ["rl: \"dpo\" cannot be imported", "file.yaml:2"]),
+    "rows": ("base_model: m\ndatasets: [{path: d, type: oasst}]\nlearning_rate: 1e-4\n", ["oasst", "data.train.source=rows.jsonl"]),
+    "listed": ("model_name_or_path: m\nfinetuning_type: lora\ntemplate: qwen\ndataset: nowhere\n", ["dataset_info.json", "is not here"]),
+    "length": ("model: {_component_: lora_llama}\ncheckpointer: {checkpoint_dir: Llama-3}\noptimizer: {lr: 1e-4}\nbatch_size: 1\n"
+               "dataset: {_component_: alpaca_dataset, packed: true}\n", ["max_seq_len", "length"]),
+    "value": ("base_model: m\ndatasets: [{path: d, type: alpaca}]\nlearning_rate: -1\n", ["train.learning_rate", "file.yaml:3"]),
+    "kind": ("base_model: m\ndatasets: [{path: d, type: alpaca}]\nlearning_rate: fast\n", ["learning_rate: \"fast\"", "file.yaml:3"]),
+    "shape": ("base_model: m\ndatasets: [{path: d, type: alpaca}]\nmicro_batch_size: many\nlearning_rate: 1e-4\n", ["micro_batch_size", "file.yaml:3"]),
+    "quote": ("trl sft \\\n  --model_name_or_path 'm\n", ["cannot be read", "file.yaml:2"]),
+    "shell": ("trl sft --model_name_or_path $MODEL\n", ["$MODEL", "file.yaml:1"]),
+    "again": ("trl sft --seed 1 \\\n --seed 2\n", ["--seed is given twice", "file.yaml:2"]),
+    "dpo": ("trl dpo --model_name_or_path m\n", ["dpo is not trl sft"]),
+    "accelerate": ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", ["names no model", "--extends"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_imported_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, said = BAD[name]
+    (tmp_path / "file.yaml").write_text(textwrap.dedent(text))
+    recipe = tmp_path / "recipe.yaml"
+    assert main(["import", str(tmp_path / "file.yaml"), "--world", "1", "--output", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*\n(  where: .*\n)?(  why: .*\n)?  fix: .*\n", error), error
+    for words in said:
+        assert words in error
+    assert not recipe.exists()
+
+
+def test_the_world_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, recipe = str(FOLDER / "axolotl-chat-8b.yml"), str(tmp_path / "r.yaml")
+    assert main(["import", file, "--output", recipe]) == 2
+    assert "--world 8" in capsys.readouterr().err
+    assert main(["import", file, "--output", recipe, "train.global_batch=16 examples"]) == 0
+    assert str(load_recipe(recipe).train.global_batch) == "16 examples"
+    assert main(["import", file, "--output", recipe, "--world", "2"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["import", file, "--output", recipe, "--world", "3", "--force"]) == 0
+    assert str(load_recipe(recipe).train.global_batch) == "24 examples"
+
+
+def test_a_file_name_adds_nothing_to_the_recipe(tmp_path: Path) -> None:
+    odd = tmp_path / "odd\u2028\x85extends: evil.yaml"
+    odd.write_text((FOLDER / "axolotl-fft-8b.yml").read_text())
+    assert main(["import", str(odd), "--world", "1", "--output", str(tmp_path / "recipe.yaml")]) == 0
+    assert load_recipe(tmp_path / "recipe.yaml").model.name == "NousResearch/Meta-Llama-3.1-8B"
+
+
+def test_the_tables_name_keys_of_ours_and_theirs() -> None:
+    for tool in TOOLS:
+        assert {*table(tool)} >= {"marks", "names", "defaults", "carried", "nothing", "differs"}
+        listed = [name for part in ("nothing", "differs") for names in table(tool)[part].values() for name in names]
+        assert len(listed) > 8
+        assert not [key for key in table(tool).get("ours", {}).values() if key not in keys()]

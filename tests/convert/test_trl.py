@@ -1,0 +1,162 @@
+"""What is imported of a TRL command beside what TRL itself, as it is installed, makes of the same command."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.cli.main import main
+from tunesmith.config.load import load_recipe
+from tunesmith.config.names import other_tools
+from tunesmith.convert.foreign import table
+from tunesmith.optim.lr_schedule import scheduled_rate
+
+trl = pytest.importorskip("trl")
+FILE = Path(__file__).parent / "files" / "trl-sft.sh"
+
+
+def parsed(words: list[str]) -> Any:
+    """(script, training, model) arguments as TRL's own parser gives them."""
+    parser = trl.TrlParser((trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig))
+    return parser.parse_args_and_config([*words, "--use_cpu"])
+
+
+def test_the_defaults_are_those_that_are_installed(tmp_path: Path) -> None:
+    script, training, model = parsed(["--output_dir", str(tmp_path)])
+    installed = {f.name: vars(one)[f.name] for one in (script, training, model) for f in dataclasses.fields(one)}
+    checked = 0
+    for key, value in table("trl")["defaults"].items():
+        real = installed[key]
+        assert value == getattr(real, "value", real), key
+        checked += 1
+    assert checked > 25
+
+
+def test_every_flag_of_trl_is_known() -> None:
+    """Each field of TRL's three classes is carried or in the table: `import` names no flag of TRL as unknown."""
+    fields = [f.name for one in (trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig) for f in dataclasses.fields(one)]
+    known = table("trl")
+    listed = [name for part in ("nothing", "differs") for names in known[part].values() for name in names]
+    patterns = re.compile("|".join(name.replace(".", r"\.").replace("*", ".*") for name in listed))
+    named = {name for called in known["names"].values() for name in (called if isinstance(called, list) else [called])}
+    source = _our_source()
+    missing = [
+        f
+        for f in fields
+        if not (
+            patterns.fullmatch(f)
+            or f in named
+            or f in {*known["carried"], *known["defaults"], *other_tools("keys")}
+            or f'"{f}"' in source
+        )
+    ]
+    assert not missing, missing
+    assert len(fields) > 100
+
+
+def _our_source() -> str:
+    from tunesmith import convert
+
+    return "".join(path.read_text() for path in Path(convert.__file__).parent.glob("*.py"))
+
+
+def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
+    import torch
+    from transformers import get_scheduler
+
+    recipe = tmp_path / "recipe.yaml"
+    assert main(["import", str(FILE), "--output", str(recipe)]) == 0
+    run = load_recipe(recipe)
+    words = shlex.split(FILE.read_text().replace("\\\n", " "), comments=True)
+    script, training, model = parsed([*words[words.index("trl/scripts/sft.py") + 1 :]])
+
+    processes = 4
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+    assert training.packing
+    assert str(run.train.global_batch) == f"{rows * training.max_length} tokens"
+    assert (run.data.seq_len, run.data.pack) == (training.max_length, True)
+    assert run.train.learning_rate == training.learning_rate
+    assert (run.train.betas, run.train.eps) == ((training.adam_beta1, training.adam_beta2), training.adam_epsilon)
+    assert (run.train.weight_decay, run.train.clip_norm, run.train.seed) == (
+        training.weight_decay, training.max_grad_norm, training.seed,
+    )  # fmt: skip
+    assert (run.train.duration.amount, run.train.duration.unit) == (training.num_train_epochs, "epochs")
+    assert (str(run.validate.every), str(run.checkpoint.every)) == (
+        f"{training.eval_steps:g} steps",
+        f"{training.save_steps:g} steps",
+    )
+    assert (run.data.train[0].source, run.data.train[0].split) == (script.dataset_name, script.dataset_train_split)
+    assert run.data.validation[0].split == script.dataset_test_split
+    assert run.data.train_on == "all"  # neither of TRL's two losses on the answer alone is asked for
+
+    config = trl.get_peft_config(model)
+    assert (run.adapter.rank, run.adapter.alpha, run.adapter.dropout) == (
+        config.r,
+        config.lora_alpha,
+        config.lora_dropout,
+    )
+    assert {*run.adapter.target} == {*config.target_modules}
+    assert run.adapter.rslora == config.use_rslora
+
+    total = 60
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+    theirs = get_scheduler(
+        training.lr_scheduler_type, optimizer, num_warmup_steps=int(training.warmup_steps), num_training_steps=total
+    )
+    for step in range(total):
+        ours = scheduled_rate(run.train, step, total=total, steps_per_epoch=total, seconds=0.0)
+        # Their warmup begins at 0 and ours at one step's rise, 1/12 of the rate; then both are the same cosine.
+        assert ours - theirs.get_last_lr()[0] == pytest.approx(
+            training.learning_rate / 12 if step < 12 else 0, abs=1e-12
+        )
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_command_behind_two_dashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = (
+        "trl sft --model Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --use_peft --learning-rate=1e-3 --max_steps 7"
+    )
+    assert main(["import", "--world", "1", "--", *command.split()]) == 0
+    assert load_recipe("trl-recipe.yaml").data.train_on == "all"
+    assert (
+        main(["import", "--force", "--world", "1", "data.train.format=prompt-completion", "--", *command.split()]) == 0
+    )
+    run = load_recipe("trl-recipe.yaml")
+    assert (run.model.name, run.train.learning_rate, str(run.train.duration)) == ("Qwen/Qwen3-0.6B", 1e-3, "7 steps")
+    assert (run.data.train_on, run.adapter.target, run.adapter.rank) == ("response", ("q_proj", "v_proj"), 16)
+    assert (run.data.pack, str(run.train.global_batch)) == (True, "8 examples")
+    (tmp_path / "sft.yaml").write_text(
+        "model_name_or_path: m/m\ndataset_name: d/d\nlearning_rate: 1.0e-4\nmax_length: 512\n"
+    )
+    assert (
+        main(
+            [
+                "import",
+                "--output",
+                "two.yaml",
+                "--world",
+                "1",
+                "--",
+                "trl",
+                "sft",
+                "--config",
+                "sft.yaml",
+                "--learning_rate",
+                "3e-4",
+            ]
+        )
+        == 0
+    )
+    run = load_recipe("two.yaml")
+    assert (run.model.name, run.train.learning_rate, run.data.seq_len) == ("m/m", 3e-4, 512)
+    assert main(["import"]) == 2
+    assert "lora_target_modules: null" in capsys.readouterr().out
