@@ -229,12 +229,12 @@ def start(*command: str | Path, **env: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     try:
         said = process.communicate(timeout=TIME)[0]
     finally:
         process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, said
+    assert process.returncode == code, said
     return said
 
 
@@ -248,15 +248,30 @@ def test_a_run_script_starts_the_processes_of_one_machine(words: list[str], tiny
     opens(FULL, tiny, out)
 
 
-def test_a_script_alone_takes_all_that_it_may_and_shares_the_batch(
+def test_ranks_of_a_script_share_its_batch_stop_and_go_on_as_one_process(
     words: list[str], tiny: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
+    words = [*words, "--num_epochs", "15"]
     command = [sys.executable, FOLDER / f"{LORA}.py", *words, "--batch_size", "4", "--output_dir", str(out)]
-    said = finish(start(*command, "--ranks", "2"))
+    ranks = start(*command, "--ranks", "2")
+    try:
+        deadline = time.monotonic() + TIME
+        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().splitlines()) < 3:
+            assert ranks.poll() is None, ranks.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        ranks.send_signal(signal.SIGTERM)
+        said = finish(ranks, code=75)
+    finally:
+        ranks.kill()
     assert "Effective batch size: 4\n" in said
     assert "2 ranks on" in said
-    assert losses(out) == pytest.approx(alone(LORA, words, tmp_path / "alone", 4), rel=1e-4)
+    assert said.count("stopped by SIGTERM: step") == 1
+    done = len(losses(out))
+    both = alone(LORA, words, out, 4)
+    assert 3 <= done < len(both) == 90
+    assert both == pytest.approx(alone(LORA, words, tmp_path / "alone", 4), rel=1e-4)
     opens(LORA, tiny, out)
 
 
