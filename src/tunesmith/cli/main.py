@@ -166,9 +166,12 @@ def _dispatch(words: list[str]) -> int:
     )
     module.add_arguments(parser)
     parser.words = rest
-    cut = rest.index("--") if "--" in rest and "TAKES_COMMAND" in vars(module) else len(rest)
-    args = parser.parse_intermixed_args(rest[:cut])
-    args.command = rest[cut + 1 :]
+    if "TAKES_COMMAND" in vars(module):  # argparse loses a `--` before which no positional stands
+        cut = rest.index("--") if "--" in rest else len(rest)
+        args = parser.parse_intermixed_args(rest[:cut])
+        args.command = rest[cut + 1 :]
+    else:
+        args = parser.parse_intermixed_args(rest)
     if verb in COMPUTING:
         prepare_threads()
     return module.run(args) or EXIT_OK
