@@ -55,6 +55,7 @@ def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """Makes a recipe's file; jobs are noted below tmp_path. Whatever is left running at the end is killed."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
     def make(**changes: Any) -> Path:
         file = tmp_path / "recipe.yaml"
@@ -93,6 +94,7 @@ def test_ctrl_c_saves_listens_on_loopback_alone_and_goes_on(place: Callable[...,
     assert f"step {saved} is saved" in said
     assert "Traceback" not in said
     assert not any(p.is_running() for p in family)
+    assert not [*tmp_path.glob("torchelastic_*"), *tmp_path.glob("tunesmith-ranks-*")]
     agent = start("launch", "local", file, "--ranks", "2")
     wait_for(lambda: steps(out) > saved, agent)
     agent.terminate()

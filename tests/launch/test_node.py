@@ -68,7 +68,9 @@ def test_a_flag_that_is_wrong_is_refused(
 ):
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(recipe(tiny, tmp_path)))
+    before = signal.getsignal(signal.SIGTERM)
     assert node.run_agent([*words, "--", "train", str(file)]) == UsageError.exit_code
+    assert signal.getsignal(signal.SIGTERM) is before, "every process that is started later would ignore it too"
     assert f"where: {words[-2]}" in capsys.readouterr().err
 
 

@@ -23,9 +23,8 @@ PATIENCE = 15.0  # seconds for the archives of the other nodes
 
 def say_all(folder: Path) -> list[str]:
     """Have NCCL and the ranks write files in `folder`; the words for torch's launcher."""
-    folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": f"{folder}/nccl-%h-%p.log", "TUNESMITH_DEBUG": "1"}
-    return ["--log-dir", str(folder), "--tee", "3"]
+    return ["--tee", "3"]
 
 
 def pack_logs(folder: Path, prefix: str) -> bytes:

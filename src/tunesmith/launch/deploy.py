@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, TunesmithError, UsageError
-from tunesmith.launch.inputs import recipe_inputs
-from tunesmith.launch.jobs import save_job, state_folder, write_recipe
+from tunesmith.launch.inputs import TRACKER_KEYS, recipe_inputs
+from tunesmith.launch.jobs import name_of_run, save_job, state_folder, write_recipe
 from tunesmith.launch.rendezvous import route_to
 from tunesmith.launch.ship import Connection, ShippedFile, by_content, by_place, of_cache, place_here, ship, ship_image
 from tunesmith.launch.stack import LABEL, Stack
@@ -25,12 +24,6 @@ from tunesmith.launch.swarm import SwarmJob, SwarmNode, find_nodes
 PASSED_ON = re.compile(
     r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS|WANDB_(PROJECT|ENTITY|MODE)"
 )
-TRACKER_KEYS = (
-    "WANDB_API_KEY",
-    "COMET_API_KEY",
-    "SWANLAB_API_KEY",
-    "MLFLOW_TRACKING_TOKEN",
-)  # docker/entrypoint.sh exports them
 SYSTEM = [Path("/", name) for name in "bin boot dev etc lib lib64 proc run sbin sys usr var/run var/lib/docker".split()]
 
 
@@ -134,8 +127,7 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int, say: Callab
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.bind((address, 0))
         endpoint = f"[{address}]:{probe.getsockname()[1]}" if ":" in address else f"{address}:{probe.getsockname()[1]}"
-    slug = re.sub(r"[^a-z0-9]+", "-", out.name.lower())[:30].strip("-")
-    name = "-".join(filter(None, ("swarm", slug, sha256(os.fsencode(out)).hexdigest()[:6])))
+    name = name_of_run("swarm", str(out))
     cache = constants.HF_HUB_CACHE, os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets"))
     return Stack(
         name=name, run_dir=str(out), image="", nodes=len(nodes), endpoint=endpoint, restarts=restarts, cache=cache,

@@ -5,7 +5,6 @@ the user's files. Tokens reach it in files that are deleted as soon as it runs; 
 """
 
 import csv
-import hashlib
 import io
 import os
 import re
@@ -20,13 +19,11 @@ from typing import NamedTuple
 from tunesmith.config.schema import Run
 from tunesmith.errors import EXIT_FAILED, MachineError, UsageError, mask
 from tunesmith.host_files import cache_folder
-from tunesmith.launch.inputs import recipe_inputs
-from tunesmith.launch.jobs import FOLDER, Job, State, safe_value, save_job, write_recipe
+from tunesmith.launch.inputs import SECRETS, TRACKER_KEYS, recipe_inputs
+from tunesmith.launch.jobs import FOLDER, Job, State, name_of_run, safe_value, save_job, write_recipe
 from tunesmith.signals import NAMES
 
 GPU = Path("/dev/nvidiactl")
-SECRETS = "/run/secrets"  # in the container; docker/entrypoint.sh exports the keys of trackers from there
-TRACKER_KEYS = ("WANDB_API_KEY", "COMET_API_KEY", "SWANLAB_API_KEY", "MLFLOW_TRACKING_TOKEN")
 # Variables that mean the same in the container, and whose values `docker inspect` may show.
 PASSED = re.compile(
     r"HF_HUB_OFFLINE|HF_ENDPOINT|(HTTPS?|NO)_PROXY|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS|(NCCL|WANDB)_\w+", re.I
@@ -158,11 +155,8 @@ def create_words(job: Job, image: str, mounts: list[Mount]) -> list[str]:
 
 
 def docker_job(run: Run) -> DockerJob:
-    """The job of a run directory: Docker knows one container of a name, so it has a hash of the path behind the folder's."""
-    place = os.path.realpath(run.output_dir)
-    slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(place).lower())[:40].strip("-")
-    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:6]
-    return DockerJob("-".join(filter(None, ("docker", slug, digest))), run.output_dir)
+    """The job of a run directory: Docker knows one container of a name."""
+    return DockerJob(name_of_run("docker", os.path.realpath(run.output_dir)), run.output_dir)
 
 
 @contextmanager

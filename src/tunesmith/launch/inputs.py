@@ -6,6 +6,9 @@ from pathlib import Path
 from tunesmith.config.schema import Run
 from tunesmith.errors import UsageError
 
+SECRETS = "/run/secrets"  # in a container: the files with tokens; docker/entrypoint.sh exports the trackers' from there
+TRACKER_KEYS = ("WANDB_API_KEY", "COMET_API_KEY", "SWANLAB_API_KEY", "MLFLOW_TRACKING_TOKEN")
+
 
 def recipe_inputs(run: Run) -> list[Path]:
     """The files and folders that a recipe reads here, absolute, each once, in the order of the schema; no Hub ids.

@@ -6,8 +6,10 @@ what that kind needs to find it. It holds no token. A run that nobody launched i
 
 import fcntl
 import getpass
+import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -132,6 +134,12 @@ def safe_value(value: str, where: str) -> str:
         what = f"a line break or control character in {value!r}"
         raise UsageError(what, where=where, fix="write the value without it")
     return value
+
+
+def name_of_run(kind: str, run_dir: str) -> str:
+    """A job's name for a run directory, which others of that name do not share: `swarm-my-run-1f3a5c`."""
+    slug = re.sub(r"[^a-z0-9]+", "-", os.path.basename(run_dir).lower())[:30].strip("-")
+    return "-".join(filter(None, (kind, slug, hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6])))
 
 
 def write_recipe(run: Run) -> Path:

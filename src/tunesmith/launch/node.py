@@ -67,7 +67,8 @@ def run_agent(argv: Sequence[str] | None = None) -> int:
     except TunesmithError as error:
         print(error.text(), file=sys.stderr)
         code = error.exit_code
-    ignore_stop_signals()
+    if argv is None:  # a caller's signals are its own, and what it starts would inherit that they are ignored
+        ignore_stop_signals()
     return code
 
 
@@ -104,8 +105,8 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
     launcher += ["--rdzv-conf", f"join_timeout={JOIN:.0f}", "--max-restarts", str(args.restarts)]
     # Its own handlers would kill ranks that save for longer than half a minute.
     launcher += ["--signals-to-handle", "SIGQUIT"]
-    with tempfile.TemporaryDirectory(prefix="tunesmith-debug-") as folder:
-        launcher += say_all(Path(folder)) if args.debug else []
+    with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as folder:  # torch leaves its own behind
+        launcher += ["--log-dir", folder, *(say_all(Path(folder)) if args.debug else [])]
         try:
             code = run_ranks([*launcher, *program])
         finally:
@@ -136,7 +137,7 @@ def run_ranks(launcher: list[str]) -> int:
     except ChildFailedError as error:
         return told_exit_code(error)
     except (RendezvousError, RuntimeError) as error:
-        fix = "start the same command on every node, and check the network between them"
+        fix = "start the same command on every node; tunesmith doctor --pair HOST says what stands between them"
         what = "this node and the others do not find each other any more"
         raise MachineError(what, where="rendezvous", why=first_line(error)[:300], fix=fix) from error
     return EXIT_OK

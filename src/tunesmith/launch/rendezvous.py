@@ -94,7 +94,10 @@ def reach_store(endpoint: Endpoint) -> "TCPStore":
             endpoint.host, endpoint.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=JOIN)
         )
     except DistError as error:
-        where, fix = f"{endpoint.host}:{endpoint.port}", "start the run on that node too, and check the network to it"
+        where, fix = (
+            f"{endpoint.host}:{endpoint.port}",
+            f"start the run on that node too; tunesmith doctor --pair {endpoint.host} says what stands between",
+        )
         why = str(error).partition("\n")[0][:200]
         raise MachineError(f"no answer in {JOIN:.0f} s", where=where, why=why, fix=fix) from None
     store.set_timeout(ANSWER)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import UsageError
+from tunesmith.launch.inputs import SECRETS
 from tunesmith.launch.jobs import safe_value
 
 LABEL = "tunesmith.job"  # on all that a launch makes: clean-up removes nothing else
 SERVICE = "ranks"
 SHM = 16 << 30  # bytes at most; what is not used takes no memory
 GRACE = 3600  # seconds that the ranks have to save
-HUB, DATASETS, SECRETS = "/cache/hub", "/cache/datasets", "/run/secrets"  # in the container
+HUB, DATASETS = "/cache/hub", "/cache/datasets"  # in the container
 _REPLACED = ("command", "entrypoint")  # lists that an extra file replaces; it adds to others
 
 
