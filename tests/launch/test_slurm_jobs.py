@@ -185,7 +185,8 @@ def test_a_time_limit_saves_and_requeues_and_scancel_saves(cluster: Cluster, tin
     cluster.wait_for(lambda: len(records(out)) > first["step"] + 20, out)
     assert f"resuming from step {first['step']} of" in log_of(out)
     cluster.run("scancel", job)
-    cluster.wait_for(lambda: cluster.queue(job) == "CANCELLED" and log_of(out).count("exit code 75") == 2, out)
+    ended = f"job {job}: exit code 75"  # srun says its own of each task
+    cluster.wait_for(lambda: cluster.queue(job) == "CANCELLED" and log_of(out).count(ended) == 2, out)
     last = json.loads((out / "stopped.json").read_text())
     assert last["step"] == len(records(out)) > first["step"] + 20
     assert "ExitCode=75:0" in cluster.show(job)
