@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from recipes import make_run, recipe
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.launch import docker
+from waiting import wait_for
 
 USER = 54321  # no line of /etc/passwd has it
 CANARY = "hf_canary0123456789"
@@ -48,6 +48,14 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 
 def words_of(run: Run, image: str = "tunesmith") -> list[str]:
     return docker.create_words(docker.docker_job(run), image, docker.find_mounts(run))
+
+
+@pytest.mark.parametrize("debug", [True, False])
+def test_debug_reaches_the_agent(debug: bool, tiny: Path, tmp_path: Path) -> None:
+    run = make_run(tiny, tmp_path, held=False)
+    words = docker.create_words(docker.docker_job(run), "tunesmith", docker.find_mounts(run), debug=debug)
+    agent = words[words.index("tunesmith.launch.node") :]
+    assert ("--debug" in agent[: agent.index("--")]) is debug
 
 
 def mounts_in(words: list[str]) -> list[dict[str, str]]:
@@ -226,14 +234,6 @@ def place(daemon: dict[str, str], cpu_image: str, tiny: Path) -> Iterator[Place]
             pytest.skip(f"user {USER} may not read {sys.executable}")
         yield found
         remove_containers(daemon)
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + TIME
-    while not condition():
-        assert process is None or process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def metrics(out: Path) -> list[tuple[Any, ...]]:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 
 from recipes import recipe
 from tunesmith.training.run import train
+from waiting import wait_for
 
 LONG = {"train": {"duration": "100000 steps"}, "checkpoint": {"every": "1000 steps", "keep": 1}}
 TIME = 240  # seconds, for two ranks that load torch on a busy machine
@@ -32,14 +32,6 @@ def finish(*words: str | Path) -> str:
     said = process.communicate(timeout=TIME)[0]
     assert process.returncode == 0, said
     return said
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + TIME
-    while not condition():
-        assert process is None or process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def steps(out: Path) -> int:

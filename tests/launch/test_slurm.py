@@ -284,3 +284,13 @@ def test_what_the_nodes_would_miss_is_refused_before_the_queue(
         slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site)
     (tmp_path / "netrc").touch()
     slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site)
+
+
+@pytest.mark.parametrize("debug", [True, False])
+def test_debug_reaches_the_agents_of_all_nodes(run: Run, debug: bool) -> None:
+    script = slurm.render_script(run, slurm.Request(Site(gpus_per_node="8"), 2, debug=debug))
+    line = next(line for line in script.splitlines() if line.startswith("debug="))
+    shell = f'{line}\necho agent "${{debug[@]}}" --'
+    said = subprocess.run(["bash", "-uc", shell], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert said.split() == ["agent", *["--debug"] * debug, "--"]
+    assert '"${debug[@]}"' in script.partition("tunesmith.launch.node")[2]

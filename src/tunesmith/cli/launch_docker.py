@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.overrides, say=partial(print, file=sys.stderr))
     if args.render:
-        words = docker.create_words(docker.docker_job(recipe), args.image, docker.find_mounts(recipe))
+        words = docker.create_words(docker.docker_job(recipe), args.image, docker.find_mounts(recipe), debug=args.debug)
         print("docker run --rm", *map(shlex.quote, words), sep=" \\\n  ")
         return 0
-    job = docker.start_container(recipe, args.image)
+    job = docker.start_container(recipe, args.image, debug=args.debug)
     if not args.detach:
         return docker.follow_container(job)
     print(

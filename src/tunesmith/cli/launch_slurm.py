@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     site = read_site(args.site)
     given = {key: value for key in TEXTS if (value := vars(args)[key]) is not None}
     site = replace(site, **given, exclusive=site.exclusive or args.exclusive, sbatch=(*site.sbatch, *args.sbatch_arg))
-    request = slurm.Request(site, args.nodes, args.seeds, args.max_requeues, args.warn_before)
+    request = slurm.Request(site, args.nodes, args.seeds, args.max_requeues, args.warn_before, args.debug)
     script = slurm.render_script(recipe, request)
     if args.render:
         files = [write_recipe(one) for one in slurm.runs_of(recipe, args.seeds)]

@@ -132,7 +132,7 @@ def find_mounts(run: Run) -> list[Mount]:
     return mounts
 
 
-def create_words(job: Job, image: str, mounts: list[Mount]) -> list[str]:
+def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = False) -> list[str]:
     """The words that `docker create` takes, each one argument; UsageError for a value that cannot be one.
 
     The working directory is only a name there: what the run tells of paths starts from it, as here.
@@ -149,7 +149,7 @@ def create_words(job: Job, image: str, mounts: list[Mount]) -> list[str]:
     ]
     named = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name) and not SECRET.search(name)}
     words += [f"--env={name}" for name, value in sorted(named.items()) if mask(value) == value]
-    agent = ["python", "-m", "tunesmith.launch.node", "--ranks", "auto", "--", "train"]
+    agent = ["python", "-m", "tunesmith.launch.node", "--ranks", "auto", *["--debug"] * debug, "--", "train"]
     words += [image, *agent, os.path.join(job.run_dir, FOLDER, "recipe.yaml")]
     return [safe_value(word, word.partition("=")[0]) for word in words]
 
@@ -175,7 +175,7 @@ def _secret_files() -> Iterator[list[Mount]]:
         yield mounts
 
 
-def start_container(run: Run, image: str) -> DockerJob:
+def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
     """Start the run in a container that outlives this process. UsageError or MachineError before anything runs."""
     job, mounts = docker_job(run), find_mounts(run)
     create_words(job, image, mounts)
@@ -192,7 +192,7 @@ def start_container(run: Run, image: str) -> DockerJob:
     if before is not None:
         _docker("rm", job.name)
     with _secret_files() as secrets:
-        _docker("create", *create_words(job, image, [*mounts, *secrets]))
+        _docker("create", *create_words(job, image, [*mounts, *secrets], debug=debug))
         try:
             _docker("start", job.name)
         except BaseException:

@@ -70,7 +70,7 @@ before=$(newest) requeue= srun=
 trap 'requeue=1; say "the time limit is near: the run saves and ends"; kill -USR1 $srun' USR1  # srun hands it on
 trap 'say "SIGTERM: the run saves and ends"' TERM  # Slurm sends it to the steps too
 srun --kill-on-bad-exit=1 --wait=120 --mpi=none --ntasks-per-node=1 "${container[@]}" "$python" -m tunesmith.launch.node \
-    --nodes "$SLURM_JOB_NUM_NODES" --ranks "$ranks" --endpoint "$host:$port" --id "$SLURM_JOB_ID" \
+    --nodes "$SLURM_JOB_NUM_NODES" --ranks "$ranks" --endpoint "$host:$port" --id "$SLURM_JOB_ID" "${debug[@]}" \
     -- train "$run/launch/recipe.yaml" &
 srun=$!
 while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done
@@ -95,6 +95,7 @@ class Request:
     """One submission: a run, or one run a seed, on so many nodes.
 
     `warning`: seconds before the time limit at which all ranks are asked to save; None: 300, or a quarter of a short limit.
+    `debug`: the agents collect what ranks and NCCL say.
     """
 
     site: Site
@@ -102,6 +103,7 @@ class Request:
     seeds: tuple[int, ...] = ()
     max_requeues: int = 5
     warning: int | None = None
+    debug: bool = False
 
 
 class SlurmJob(Job):
@@ -166,6 +168,7 @@ def render_script(run: Run, request: Request) -> str:
     values = {
         "python": shlex.quote("python3" if site.container else sys.executable), "run": place,
         "ranks": str(ranks_of(site)), "max_requeues": str(request.max_requeues),
+        "debug": "(--debug)" if request.debug else "()",
         "container": f"({' '.join(_container_words(run, site))})",
     }  # fmt: skip
     shown = [key for key in os.environ if EXPORTED.fullmatch(key) and not (site.container and "PATH" in key)]
