@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         found, nodes = check_pair(args.pair, folders)
     else:
         report = examine(System(folders=folders), pair=False)
-        found, nodes = [Finding(**row) for row in report["findings"]], [report["facts"]]
+        found, nodes = [Finding(**row) for row in report["findings"]], [report["properties"]]
     found += check_model(recipe.model) if recipe else []
     found = [replace(f, host=f.host or os.uname().nodename) for f in found]
     faults, seconds = sum(f.level == FAULT for f in found), round(time.monotonic() - begin, 1)

@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
+from tunesmith.checkpoint.state import digest_of_file
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host_files import available_cores, cache_folder
 from tunesmith.hub.download import FetchProgress
@@ -123,7 +124,9 @@ class Connection:
 def by_content(path: Path) -> tuple[str, list[ShippedFile]]:
     """A file's or folder's place on every node, named by its content, and the files below it."""
     inside = path.rglob("*") if path.is_dir() else [path]
-    files = [(file, file_hash(file)) for file in sorted(inside) if file.is_file() and not file.name.startswith(".")]
+    files = [
+        (file, digest_of_file(file)) for file in sorted(inside) if file.is_file() and not file.name.startswith(".")
+    ]
     listed = [[str(file.relative_to(path)), digest] for file, digest in files]
     folder = f"{path.name[:100]}--{sha256(json.dumps(listed).encode()).hexdigest()[:32]}"
     place = str(cache_folder("shipped").absolute() / folder / path.name)
@@ -136,7 +139,7 @@ def by_content(path: Path) -> tuple[str, list[ShippedFile]]:
 def by_place(path: Path) -> ShippedFile:
     """A file that has the same path on every node, and may be another one there."""
     named = bool(_LFS.fullmatch(path.name))
-    return ShippedFile(path, str(path), path.stat().st_size, path.name if named else file_hash(path), named)
+    return ShippedFile(path, str(path), path.stat().st_size, path.name if named else digest_of_file(path), named)
 
 
 def of_cache(folder: Path, snapshot: Path | None = None) -> tuple[list[ShippedFile], list[tuple[str, str]]]:
@@ -152,12 +155,6 @@ def of_cache(folder: Path, snapshot: Path | None = None) -> tuple[list[ShippedFi
     real = {path for path in paths if path.is_file() and not path.is_symlink()}
     real |= {Path(os.path.normpath(os.path.join(os.path.dirname(place), target))) for place, target in links}
     return [by_place(path) for path in sorted(real) if path.suffix not in (".incomplete", ".lock")], links
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 in hex."""
-    with path.open("rb") as opened:
-        return file_digest(opened, "sha256").hexdigest()
 
 
 def place_here(files: Iterable[ShippedFile]) -> None:

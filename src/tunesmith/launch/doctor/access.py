@@ -29,7 +29,7 @@ def check_model(model: Model) -> list[Finding]:
     except TunesmithError as error:
         case = "hub/unreachable" if "cannot be reached" in error.what else "model/refused"
         case = "licence/gated" if "gated" in error.what else case
-        return [*found, say(case, said=error.what, why=error.why, mend=error.fix)]
+        return [*found, say(case, said=error.what, why=error.why, fix=error.fix)]
     size = sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors"))
     folder = existing_folder(Path(constants.HF_HUB_CACHE))
     free, licence = shutil.disk_usage(folder).free, info.card_data.to_dict().get("license") if info.card_data else None

@@ -82,7 +82,7 @@ def _memory(s: System) -> Findings:
     unified = any("GB10" in gpu[0] or "N/A" in gpu[4] for gpu in s.gpus)  # the driver states no memory of the GPU's own
     case = "none" if free < 2 else "low" if free < total / 4 else "cache" if unified and empty < 8 < cached else "ok"
     shown = ", ".join(f"{name} {gib[name]:.1f}" for name in names[2:])
-    yield say(f"memory/{case}", free=free, total=total, held=shown)
+    yield say(f"memory/{case}", free=free, total=total, breakdown=shown)
 
 
 def _disk(s: System) -> Findings:
@@ -180,7 +180,7 @@ def _tools(s: System) -> Findings:
 
 
 def examine(s: System, *, pair: bool) -> dict[str, Any]:
-    """The findings of this machine, and facts that a pair compares. Faults of Docker stop a pair alone."""
+    """The findings of this machine, and properties that a pair compares. Faults of Docker stop a pair alone."""
     nvidia = (_toolkit, _daemon, _swarm_resource) if s.gpus else ()
     answers = () if "refused" in s.docker else (*((_swarm,) if pair else ()), _image)
     checks = (_docker, *nvidia, *answers) if pair or not s.docker.get("absent") else ()
@@ -189,10 +189,10 @@ def examine(s: System, *, pair: bool) -> dict[str, Any]:
     found += [replace(f, level="warning") if f.level == FAULT and not pair else f for f in docker]
     found += [f for check in ((_cable, _tools) if pair else ()) for f in check(s)]
     managers = [row["Addr"] for row in (s.docker.get("Swarm") or {}).get("RemoteManagers") or []]
-    facts = {"host": (host := os.uname().nodename), "versions": s.versions, "packages": s.packages, "cable": s.cable,
+    properties = {"host": (host := os.uname().nodename), "versions": s.versions, "packages": s.packages, "cable": s.cable,
              "interfaces": s.interfaces, "managers": managers, "uuids": [gpu[1] for gpu in s.gpus],
              "reached": os.environ.get("SSH_CONNECTION", "").split()[::2]}  # fmt: skip
-    return {"findings": [asdict(replace(f, host=host)) for f in found], "facts": facts}
+    return {"findings": [asdict(replace(f, host=host)) for f in found], "properties": properties}
 
 
 def answer_peer() -> None:

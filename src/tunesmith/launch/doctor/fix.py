@@ -18,7 +18,7 @@ PARTS = {
 
 
 def fix_scripts(found: list[Finding], nodes: list[dict[str, Any]], peer: str) -> dict[str, str]:
-    """Host -> script. `nodes` are the facts of this machine and of the peer, if it was reached; `peer` is its ssh name."""
+    """Host -> script. `nodes` are the properties of this machine and of the peer, if it was reached; `peer` is its ssh name."""
     template = Path(__file__).with_name("fix.sh").read_text(encoding="utf-8")
     ends, pieces = cable_addresses(nodes), re.split(r"^#@ ([\w-]+)\n", template, flags=re.M)
     parts, scripts = dict(zip(pieces[1::2], pieces[2::2], strict=True)), {}
@@ -28,8 +28,8 @@ def fix_scripts(found: list[Finding], nodes: list[dict[str, Any]], peer: str) ->
         "",
     ]  # by ssh, from here to there: where there is no cable
     places = [next(iter(end.values()), address).partition("/")[0] for end, address in zip(ends, reached, strict=False)]
-    for index, (facts, end) in enumerate(zip(nodes, ends, strict=True)):
-        hosts = (facts["host"], "the pair", "" if index else peer)
+    for index, (properties, end) in enumerate(zip(nodes, ends, strict=True)):
+        hosts = (properties["host"], "the pair", "" if index else peer)
         wrong = {f.check for f in found if f.level != OK and f.host in hosts}
         chosen = {part for check in wrong for part in PARTS.get(check, "").split()} - ({"cable"} if not end else set())
         chosen |= {"end", *({"join" if index else "init"} if "swarm" in chosen and places[0] else ())}
@@ -38,21 +38,21 @@ def fix_scripts(found: list[Finding], nodes: list[dict[str, Any]], peer: str) ->
         values = {
             "PEER": peer, "MANAGER": places[0], "ADDRESS": places[index],
             "FUNCTIONS": " ".join(end), "NETPLAN": "\n".join(["network:", "  version: 2", "  ethernets:", *rows]),
-            "UUIDS": " ".join(known_word(uuid, r"[\w-]+") for uuid in facts["uuids"]),
+            "UUIDS": " ".join(known_word(uuid, r"[\w-]+") for uuid in properties["uuids"]),
         }  # fmt: skip
         needed = [f"{name}={shlex.quote(value)}" for name, value in values.items() if re.search(rf"\${name}\b", text)]
-        scripts[facts["host"]] = text.replace("# VALUES\n", "".join(f"{line}\n" for line in needed))
+        scripts[properties["host"]] = text.replace("# VALUES\n", "".join(f"{line}\n" for line in needed))
     return scripts
 
 
 def cable_addresses(nodes: list[dict[str, Any]]) -> list[dict[str, str]]:
     """For each node {function of the cable: address/prefix}: what it has, else one of the other end's or of a free subnet."""
-    places = [place for facts in nodes for places in facts["interfaces"].values() for place in places]
+    places = [place for properties in nodes for places in properties["interfaces"].values() for place in places]
     taken = [ipaddress.IPv4Interface(place).network for place in places]
     nets = (ipaddress.IPv4Network(f"192.168.{n % 256}.0/24") for n in count(177))
     free = (net for net in nets if not any(net.overlaps(other) for other in taken))
     ends: list[dict[str, str]] = [{} for _ in nodes]
-    for functions in zip(*(facts["cable"] for facts in nodes), strict=False):
+    for functions in zip(*(properties["cable"] for properties in nodes), strict=False):
         had = [[a for a in map(ipaddress.IPv4Interface, f["addresses"]) if not a.is_link_local] for f in functions]
         net = next((a.network for own in had for a in own), None) or next(free)
         kept = [next((a for a in own if a.network == net), None) for own in had]

@@ -46,7 +46,7 @@ def ask(host: str, module: str, call: str, word: str) -> "subprocess.Popen[str]"
 
 
 def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """All findings, and the facts of this node and, if it was reached, of the other one."""
+    """All findings, and the properties of this node and, if it was reached, of the other one."""
     if not host.isprintable() or host[:1] in ("", "-") or " " in host:
         raise UsageError(f"{host!r} is not a host", where="--pair", fix="tunesmith doctor --pair spark-b")
     asked = ask(host, "checks", "answer_peer", sys.executable)
@@ -59,9 +59,11 @@ def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list
     found = [Finding(**row) for row in here["findings"]]
     if not out.startswith("{"):
         case = next(key for key in TEXTS if key.startswith("ssh/") and key[4:] != "ok" and key[4:] in said)
-        return [*found, replace(say(case, host, said=said.strip().rpartition("\n")[2]), host=host)], [here["facts"]]
+        return [*found, replace(say(case, host, said=said.strip().rpartition("\n")[2]), host=host)], [
+            here["properties"]
+        ]
     there = loads(out)
-    ours, theirs = here["facts"], there["facts"]
+    ours, theirs = here["properties"], there["properties"]
     both = [say("ssh/ok", host), *_compare(ours, theirs, host), *_clock_and_speed(ours, theirs, host)]
     found += [Finding(**row) for row in there["findings"]]
     return [*found, *(replace(f, host="the pair") for f in both)], [ours, theirs]

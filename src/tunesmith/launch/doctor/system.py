@@ -40,7 +40,7 @@ def say(key: str, host: str = "", **values: Any) -> Finding:
 
 
 class System:
-    """The door to a machine's commands and files. `python` is the interpreter of the runs, if it is there."""
+    """Access to a machine's commands and files. `python` is the interpreter of the runs, if it is there."""
 
     def __init__(self, python: str = sys.executable, folders: tuple[str, ...] = ()):
         self.path = os.environ.get("PATH", os.defpath)
