@@ -3,7 +3,7 @@
 # make test    every test, as CI runs them
 # make check   lint, format, types, import floors, house rules, generated pages
 # make picture  the picture of the README: a run in a terminal of 80 columns
-# make cluster-tools  install what the tests on real Slurm, Swarm, Docker and Nix need (root, Debian or Ubuntu)
+# make cluster-tools  install what the tests on real Slurm, Swarm, Docker, Nix and Chromium need (root, Debian or Ubuntu)
 # make clean   remove the environment and what the demo and the tests wrote
 
 PYTHON ?= python3
