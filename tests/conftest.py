@@ -72,11 +72,23 @@ launch/test_docker.py::test_a_detached_run_is_seen_followed_and_stopped
 """.split()
 
 
+# Files that take a minute or more: they begin first, so that no worker is left alone with one of them at the end.
+LONG = """
+launch/test_slurm_jobs.py launch/test_swarm_pair.py launch/test_docker.py launch/test_docker_image.py parallel/test_data_parallel.py
+runtime/test_compilation.py cli/test_broken_builds.py cli/test_bench.py launch/test_local.py parallel/test_resume_on_ranks.py
+cli/test_bad_streams.py training/test_resume.py parallel/test_disks.py launch/test_old_ways.py hub/test_push.py
+parallel/test_host_memory.py cli/test_readme.py launch/test_doctor_pair.py
+""".split()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {}
     for item in items:
         file = str(item.path.relative_to(Path(__file__).parent))
-        if file in SLOW or f"{file}::{item.name.partition('[')[0]}" in SLOW:
+        if slow := file in SLOW or f"{file}::{item.name.partition('[')[0]}" in SLOW:
             item.add_marker(pytest.mark.slow)
+        place[item] = LONG.index(file) if file in LONG else len(LONG) + (not slow)
+    items.sort(key=place.__getitem__)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
