@@ -148,10 +148,11 @@ def test_a_detached_start_that_cannot_work_is_told(
     from tunesmith.config.load import load_recipe
     from tunesmith.errors import RunError
     from tunesmith.launch import local
+    from tunesmith.launch.jobs import agent_words, write_recipe
 
     run = load_recipe(place(model={"name": str(tmp_path / "nowhere")}))
     with pytest.raises(RunError, match="it ended at once, with 2"):
-        local.detach(run, local.agent_words(run, "1", 0))
+        local.detach(run, agent_words(write_recipe(run), ranks=1, restarts=0))
 
 
 def test_a_word_that_is_no_job_is_refused(place: Callable[..., Path], tmp_path: Path):

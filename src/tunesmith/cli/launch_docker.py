@@ -12,10 +12,8 @@ Signals and exit codes are those of `train`: ctrl-C saves after the present step
 
 import argparse
 import shlex
-import sys
-from functools import partial
 
-from tunesmith.cli.launch_local import add_launched
+from tunesmith.cli.launch_local import add_launched, announce, launched_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tunesmith.config.load import load_recipe
     from tunesmith.launch import docker
 
-    recipe = load_recipe(args.recipe, args.overrides, say=partial(print, file=sys.stderr))
+    recipe = launched_recipe(args)
     if args.render:
         words = docker.create_words(docker.docker_job(recipe), args.image, docker.find_mounts(recipe), debug=args.debug)
         print("docker run --rm", *map(shlex.quote, words), sep=" \\\n  ")
@@ -37,7 +34,5 @@ def run(args: argparse.Namespace) -> int:
     job = docker.start_container(recipe, args.image, debug=args.debug)
     if not args.detach:
         return docker.follow_container(job)
-    print(
-        f"{job.name} trains in the background; its log: tunesmith logs -f {job.name}; to stop it: tunesmith stop {job.name}"
-    )
+    announce(job, "trains in the background")
     return 0

@@ -12,16 +12,20 @@ Signals and exit codes are those of `train`: ctrl-C saves after the present step
 import argparse
 import sys
 from functools import partial
+from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import whole_number
+
+if TYPE_CHECKING:
+    from tunesmith.config.schema import Run
+    from tunesmith.launch.jobs import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
     parser.add_argument("--ranks", type=whole_number, metavar="N", help="processes (default: one a GPU, else one)")
-    parser.add_argument(
-        "--restarts", type=int, default=0, metavar="K", help="start failed ranks again, at most K times"
-    )
+    again = "start failed ranks again, at most K times"
+    parser.add_argument("--restarts", type=int, default=0, metavar="K", help=again)
     parser.add_argument("--detach", action="store_true", help="in the background, beyond the end of this terminal")
 
 
@@ -34,16 +38,26 @@ def add_launched(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help=debug)
 
 
-def run(args: argparse.Namespace) -> int:
+def launched_recipe(args: argparse.Namespace) -> "Run":
+    """What the words of `add_launched` name."""
     from tunesmith.config.load import load_recipe
-    from tunesmith.launch import local, node
 
-    recipe = load_recipe(args.recipe, args.overrides, say=partial(print, file=sys.stderr))
-    words = local.agent_words(recipe, str(args.ranks or "auto"), args.restarts, debug=args.debug)
+    return load_recipe(args.recipe, args.overrides, say=partial(print, file=sys.stderr))
+
+
+def announce(job: "Job", doing: str) -> None:
+    """Say how to follow and stop what was launched."""
+    print(f"{job.name} {doing}; its log: tunesmith logs -f {job.name}; to stop it: tunesmith stop {job.name}")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tunesmith.launch import local, node
+    from tunesmith.launch.jobs import agent_words, write_recipe
+
+    recipe = launched_recipe(args)
+    flags = {"ranks": args.ranks or "auto", "restarts": args.restarts}
+    words = agent_words(write_recipe(recipe), debug=args.debug, **flags)
     if not args.detach:
-        return node.run_agent(words)
-    job = local.detach(recipe, words)
-    print(
-        f"{job.name} trains in the background; its log: tunesmith logs -f {job.name}; to stop it: tunesmith stop {job.name}"
-    )
+        return node.run_agent(words[2:])
+    announce(local.detach(recipe, words), "trains in the background")
     return 0

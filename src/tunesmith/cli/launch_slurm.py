@@ -13,9 +13,8 @@ are not sent: fetch the model first (`tunesmith fetch`), and log in to trackers 
 
 import argparse
 import sys
-from functools import partial
 
-from tunesmith.cli.launch_local import add_launched
+from tunesmith.cli.launch_local import add_launched, launched_recipe
 from tunesmith.cli.options import whole_number
 
 TEXTS = {
@@ -47,13 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from tunesmith.config.load import load_recipe
     from tunesmith.launch import slurm
     from tunesmith.launch.jobs import write_recipe
     from tunesmith.launch.sites import read_site
 
-    recipe = load_recipe(args.recipe, args.overrides, say=partial(print, file=sys.stderr))
-    site = read_site(args.site)
+    recipe, site = launched_recipe(args), read_site(args.site)
     given = {key: value for key in TEXTS if (value := vars(args)[key]) is not None}
     site = replace(site, **given, exclusive=site.exclusive or args.exclusive, sbatch=(*site.sbatch, *args.sbatch_arg))
     request = slurm.Request(site, args.nodes, args.seeds, args.max_requeues, args.warn_before, args.debug)
@@ -66,10 +63,8 @@ def run(args: argparse.Namespace) -> None:
     slurm.check_reach(recipe, site)
     for job in slurm.submit(recipe, request):
         print(f"job {job.details['id']}; log: {job.log}")
-    print(
-        f"follow it: tunesmith logs -f {job.name}; stop it: tunesmith stop {job.name}; queue: squeue --me",
-        file=sys.stderr,
-    )
+    text = f"follow it: tunesmith logs -f {job.name}; stop it: tunesmith stop {job.name}; queue: squeue --me"
+    print(text, file=sys.stderr)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -16,18 +16,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from tunesmith.cli.launch_local import add_launched
+from tunesmith.cli.launch_local import add_launched, announce, launched_recipe
 from tunesmith.cli.options import whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_launched(parser)
-    parser.add_argument(
-        "--nodes", type=whole_number, metavar="N", help="this one included (default: all that are ready)"
-    )
-    parser.add_argument(
-        "--hosts", metavar="A,B", default="", help="the other nodes, as ssh takes them (default: by looking)"
-    )
+    ready, others = "this one included (default: all that are ready)", "the other nodes, as ssh takes them"
+    parser.add_argument("--nodes", type=whole_number, metavar="N", help=ready)
+    parser.add_argument("--hosts", metavar="A,B", default="", help=f"{others} (default: by looking)")
     parser.add_argument("--image", default="tunesmith", help="docker image on this node (default: tunesmith)")
     parser.add_argument("--restarts", type=int, default=3, metavar="K", help="of a node's ranks, at most (default: 3)")
     extra = "a stack file that is laid over ours: further mounts or variables of the service `ranks`"
@@ -36,17 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tunesmith.config.load import load_recipe
     from tunesmith.launch.deploy import launch_on_swarm
     from tunesmith.signals import StopRequest
 
-    say = partial(print, file=sys.stderr, flush=True)
-    recipe = load_recipe(args.recipe, args.overrides, say=say)
-    hosts = [host for host in args.hosts.split(",") if host]
+    recipe, hosts = launched_recipe(args), [host for host in args.hosts.split(",") if host]
     with StopRequest():
         job = launch_on_swarm(
             recipe, image=args.image, nodes=args.nodes, hosts=hosts, restarts=args.restarts, extra=args.stack_extra,
-            render=args.render, debug=args.debug, say=say,
+            render=args.render, debug=args.debug, say=partial(print, file=sys.stderr, flush=True),
         )  # fmt: skip
     if job is not None:
-        print(f"{job.name} is deployed; its log: tunesmith logs -f {job.name}; to stop it: tunesmith stop {job.name}")
+        announce(job, "is deployed")

@@ -20,6 +20,6 @@ def run(args: argparse.Namespace) -> None:
     job = find_job(args.job)
     print(f"{job.name or job.run_dir}: {job.stop()}", flush=True)
     if args.wait:
-        while (state := job.state()).phase in ("waiting", "running"):
+        while (state := job.state()).at_work:
             time.sleep(POLL)
         print(f"{state.phase}: {state.text}")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, TunesmithError, UsageError
-from tunesmith.launch.inputs import TRACKER_KEYS, recipe_inputs
+from tunesmith.launch.inputs import caches, find_secrets, hub_sources, recipe_inputs
 from tunesmith.launch.jobs import name_of_run, save_job, state_folder, write_recipe
-from tunesmith.launch.rendezvous import route_to
+from tunesmith.launch.rendezvous import Endpoint, family_of, route_to
 from tunesmith.launch.ship import Connection, ShippedFile, by_content, by_place, of_cache, place_here, ship, ship_image
 from tunesmith.launch.stack import LABEL, Stack
 from tunesmith.launch.swarm import SwarmJob, SwarmNode, find_nodes
@@ -51,11 +51,7 @@ def launch_on_swarm(
         print(stack.text(extra), end="")
         return None
     job = SwarmJob(stack.name, stack.run_dir, details={"hosts": ",".join(node.address for node in chosen)})
-    with Connection(manager) as connection:
-        tasks = job.tasks(connection)
-    if tasks is not None and (state := job.state()).phase in ("waiting", "running"):
-        fix = f"tunesmith stop {job.name}; or output_dir=runs/another-name"
-        raise UsageError(f"{job.name} is at work already", where="docker service ls", why=state.text, fix=fix)
+    job.refuse_another()
     files, links = hub_files(run)
     files += [file for *_, found in shipped for file in found]
     recipe = write_recipe(run)
@@ -64,9 +60,8 @@ def launch_on_swarm(
     files += [by_place(recipe), by_place(state_folder() / f"{job.name}.json")]
     for node in chosen:
         bring(files, links, [str(recipe.parent), *stack.cache], node, say)
-    stack = replace(
-        stack, image={ship_image(image, node.host) for node in chosen}.pop()
-    )  # Swarm asks no registry for an id
+    [image_id] = {ship_image(image, node.host) for node in chosen}
+    stack = replace(stack, image=image_id)  # Swarm asks no registry for an id
     try:
         job.clean()  # of an earlier launch
         with Connection(manager) as connection:
@@ -85,25 +80,17 @@ def refuse_exposed(path: Path) -> None:
     from huggingface_hub import constants
 
     home = Path.home()
-    private = [
-        *SYSTEM,
-        *(home / name for name in (".ssh", ".docker", ".gnupg", ".netrc")),
-        Path(constants.HF_TOKEN_PATH),
-    ]
+    own = [home / name for name in (".ssh", ".docker", ".gnupg", ".netrc")]
     for place in (path, path.resolve()):
-        for folder in (*private, home):
+        for folder in (*SYSTEM, *own, Path(constants.HF_TOKEN_PATH), home):
             if folder.is_relative_to(place) or (folder != home and place.is_relative_to(folder)):
-                fix = "name a folder of its own, and copy there what is needed"
-                raise UsageError(
-                    f"{path} is not given to a container", where=str(path), why=f"{folder} is private", fix=fix
-                )
+                why, fix = f"{folder} is private", "name a folder of its own, and copy there what is needed"
+                raise UsageError(f"{path} is not given to a container", where=str(path), why=why, fix=fix)
 
 
 def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int, say: Callable[[str], None]) -> Stack:
     """The stack of a run directory on these nodes, which are looked at; without image, mounts and secrets. `say` takes
     warnings; MachineError where the nodes differ in a way that the run would meet."""
-    from huggingface_hub import constants
-
     looks = []
     for node in nodes:
         with Connection(node.host) as connection:
@@ -113,34 +100,30 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int, say: Callab
             what, why = f"you are user {found['user']} on {found['host']}", f"here you are {looks[0]['user']}"
             raise MachineError(what, where="uid and gid", why=why, fix="use accounts of the same numbers: usermod -u")
         if node.gpus != nodes[0].gpus or (found["gpu"] and not node.gpus):
-            what, why = (
-                f"{found['host']} offers the swarm {node.gpus or 'no GPU'}",
-                f"this node {nodes[0].gpus or 'none'}",
-            )
-            raise MachineError(what, where="docker node inspect", why=why, fix="tunesmith doctor --fix, on each node")
+            what = f"{found['host']} offers the swarm {node.gpus or 'no GPU'}"
+            why, fix = f"this node {nodes[0].gpus or 'none'}", "tunesmith doctor --fix, on each node"
+            raise MachineError(what, where="docker node inspect", why=why, fix=fix)
         for name in [name for links in found["rdma"].values() for name, mtu in links.items() if mtu != "9000"]:
             say(f"warning: {name} on {found['host']} has not MTU 9000, and is slow: ip link set {name} mtu 9000")
     passed = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
     if devices := sorted({device for found in looks for device in found["rdma"]}):
         passed.setdefault("NCCL_IB_HCA", "=" + ",".join(devices))  # exact names; a port of a Spark has two of them
     address = route_to(nodes[1].address) if nodes[1:] else "127.0.0.1"
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+    with socket.socket(family_of(address)) as probe:
         probe.bind((address, 0))
-        endpoint = f"[{address}]:{probe.getsockname()[1]}" if ":" in address else f"{address}:{probe.getsockname()[1]}"
-    name = name_of_run("swarm", str(out))
-    cache = constants.HF_HUB_CACHE, os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets"))
+        endpoint = Endpoint(address, probe.getsockname()[1], address, "").place
+    cache = str(caches()["HF_HUB_CACHE"]), str(caches()["HF_DATASETS_CACHE"])
     return Stack(
-        name=name, run_dir=str(out), image="", nodes=len(nodes), endpoint=endpoint, restarts=restarts, cache=cache,
-        user=tuple(looks[0]["user"]), gpus=nodes[0].gpus, environment=tuple(sorted(passed.items())),
+        name=name_of_run("swarm", str(out)), run_dir=str(out), image="", nodes=len(nodes), endpoint=endpoint,
+        restarts=restarts, cache=cache, user=tuple(looks[0]["user"]), gpus=nodes[0].gpus,
+        environment=tuple(sorted(passed.items())),
     )  # fmt: skip
 
 
 def hub_files(run: Run) -> tuple[list[ShippedFile], list[tuple[str, str]]]:
     """Get what a recipe names from the Hub into this node's cache -> its files and links (place, target) there."""
-    names = [
-        name for name in (run.model.name, run.model.tokenizer, run.adapter.from_) if name and not os.path.isabs(name)
-    ]
-    sources = [source for source in (*run.data.train, *run.data.validation) if not os.path.isabs(source.source)]
+    models = filter(None, (run.model.name, run.model.tokenizer, run.adapter.from_))
+    names, sources = [name for name in models if not os.path.isabs(name)], hub_sources(run)
     if not names and not sources:
         return [], []
     from datasets import config
@@ -194,12 +177,9 @@ def bring(
 def make_secrets(name: str, manager: Connection) -> list[tuple[str, str]]:
     """Give the swarm the Hub's token and the keys of trackers that the user has -> as `Stack.secrets`. They go by standard
     input: not to a file, a command line or a log."""
-    from huggingface_hub import get_token
-
     made = []
-    for source, content in {"HF_TOKEN": get_token(), **{key: os.environ.get(key) for key in TRACKER_KEYS}}.items():
-        if content:
-            made.append((source, f"{name}-{source.lower()}-{time.time_ns()}"))
-            words = ("docker", "secret", "create", "--label", f"{LABEL}={name}", made[-1][1], "-")
-            manager.run(*words, given=content)
+    for source, content in find_secrets().items():
+        made.append((source, f"{name}-{source.lower()}-{time.time_ns()}"))
+        words = ("docker", "secret", "create", "--label", f"{LABEL}={name}", made[-1][1], "-")
+        manager.run(*words, given=content)
     return made

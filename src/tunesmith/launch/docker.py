@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import EXIT_FAILED, MachineError, UsageError, mask
-from tunesmith.host_files import cache_folder
-from tunesmith.launch.inputs import SECRETS, TRACKER_KEYS, recipe_inputs
-from tunesmith.launch.jobs import FOLDER, Job, State, name_of_run, safe_value, save_job, write_recipe
+from tunesmith.launch.inputs import SECRETS, caches, find_secrets, recipe_inputs
+from tunesmith.launch.jobs import Job, State, agent_words, name_of_run, recipe_file, safe_value, save_job, write_recipe
 from tunesmith.signals import NAMES
 
 GPU = Path("/dev/nvidiactl")
@@ -101,15 +100,6 @@ def _docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]
     return done
 
 
-def caches() -> dict[str, Path]:
-    """The variable that names each cache -> its folder here. The Hub's token lies beside its folders, and stays out."""
-    from huggingface_hub import constants
-
-    datasets = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
-    found = {"HF_HUB_CACHE": Path(constants.HF_HUB_CACHE), "HF_DATASETS_CACHE": Path(datasets)}
-    return {name: path.expanduser().absolute() for name, path in (found | {"TUNESMITH_CACHE": cache_folder()}).items()}
-
-
 def find_mounts(run: Run) -> list[Mount]:
     """What the container sees of this machine; UsageError where that would show it keys, the Hub's token or Docker."""
     from huggingface_hub import constants
@@ -118,9 +108,8 @@ def find_mounts(run: Run) -> list[Mount]:
     mounts = [Mount(folder, writable=True) for folder in [*folders, *caches().values()]]
     inputs = recipe_inputs(run)
     for folder in filter(Path.is_dir, list(inputs)):  # links out of it, as a snapshot of the Hub's cache has them
-        inputs += [
-            Path(os.path.abspath(link.parent / link.readlink())) for link in folder.rglob("*") if link.is_symlink()
-        ]
+        links = filter(Path.is_symlink, folder.rglob("*"))
+        inputs += [Path(os.path.abspath(link.parent / link.readlink())) for link in links]
     for path in dict.fromkeys(inputs):
         if not any(path.is_relative_to(mount.path) for mount in mounts):
             mounts.append(Mount(path))
@@ -144,13 +133,11 @@ def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = Fal
     words += [f"--group-add={group}" for group in os.getgroups() if group]  # a group alone may read a file
     words += ["--gpus=all"] if GPU.exists() else []
     words += [f"--mount={mount.text()}" for mount in mounts]
-    words += [f"--env={name}={folder}" for name, folder in caches().items()] + [
-        f"--env=HF_TOKEN_PATH={SECRETS}/HF_TOKEN"
-    ]
+    paths = {**caches(), "HF_TOKEN_PATH": Path(SECRETS, "HF_TOKEN")}
+    words += [f"--env={name}={path}" for name, path in paths.items()]
     named = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name) and not SECRET.search(name)}
     words += [f"--env={name}" for name, value in sorted(named.items()) if mask(value) == value]
-    agent = ["python", "-m", "tunesmith.launch.node", "--ranks", "auto", *["--debug"] * debug, "--", "train"]
-    words += [image, *agent, os.path.join(job.run_dir, FOLDER, "recipe.yaml")]
+    words += [image, "python", *agent_words(recipe_file(job.run_dir), debug=debug, ranks="auto")]
     return [safe_value(word, word.partition("=")[0]) for word in words]
 
 
@@ -161,18 +148,13 @@ def docker_job(run: Run) -> DockerJob:
 
 @contextmanager
 def _secret_files() -> Iterator[list[Mount]]:
-    """The Hub's token and the keys of trackers in files that only this user can read, gone when the block ends."""
-    from huggingface_hub import get_token
-
+    """What `find_secrets` has, in files that only this user can read, gone when the block ends."""
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:  # 0700
-        mounts = []
-        for name, value in {"HF_TOKEN": get_token(), **{key: os.environ.get(key) for key in TRACKER_KEYS}}.items():
-            if value:
-                file = Path(folder, name)
-                file.touch(mode=0o600)
-                file.write_text(value, encoding="utf-8")
-                mounts.append(Mount(file, target=f"{SECRETS}/{name}"))
-        yield mounts
+        files = {Path(folder, name): value for name, value in find_secrets().items()}
+        for file, value in files.items():
+            file.touch(mode=0o600)
+            file.write_text(value, encoding="utf-8")
+        yield [Mount(file, target=f"{SECRETS}/{file.name}") for file in files]
 
 
 def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:

@@ -25,12 +25,8 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host_files import write_atomically
 
-KINDS = {
-    "local": "LocalJob",
-    "docker": "DockerJob",
-    "slurm": "SlurmJob",
-    "swarm": "SwarmJob",
-}  # class in launch/<kind>.py
+# kind -> its class, in launch/<kind>.py
+KINDS = {"local": "LocalJob", "docker": "DockerJob", "slurm": "SlurmJob", "swarm": "SwarmJob"}
 FOLDER = "launch"  # in the run directory: what launches write there; runs do not touch it
 POLL = 0.5  # seconds between two looks at a log that is followed
 
@@ -40,6 +36,10 @@ class State(NamedTuple):
 
     phase: Literal["waiting", "running", "ended", "gone"]
     text: str
+
+    @property
+    def at_work(self) -> bool:
+        return self.phase in ("waiting", "running")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Job:
     def read_log(self, *, follow: bool) -> Iterator[str]:
         """The log's text, in pieces; `follow`: until the job has ended."""
         log = Path(self.log or Path(self.run_dir, "log.txt"))
-        while follow and not log.exists() and self.state().phase in ("waiting", "running"):
+        while follow and not log.exists() and self.state().at_work:
             time.sleep(POLL)
         try:
             file = log.open(encoding="utf-8", errors="replace")
@@ -93,7 +93,7 @@ class Job:
                     return
                 else:
                     time.sleep(POLL)
-                    over = self.state().phase in ("ended", "gone")  # what came since is read once more
+                    over = not self.state().at_work  # what came since is read once more
 
     def stop(self) -> str:
         """Ask it to save and end, by the file `stop` in its directory; what was done, in a line."""
@@ -101,6 +101,15 @@ class Job:
             return f"nothing to stop: {self.state().text}"
         Path(self.run_dir, STOP_FILE).touch()
         return "asked to save and end, by the file stop in its run directory"
+
+    def refuse_another(self) -> None:
+        """UsageError where the job waits or runs, so that no second one is launched beside it."""
+        if (state := self.state()).at_work:
+            what, fix = (
+                f"{self.name} is at work already",
+                f"tunesmith stop {self.name}; or output_dir=runs/another-name",
+            )
+            raise UsageError(what, where=self.run_dir, why=state.text, fix=fix)
 
 
 def is_locked(run_dir: Path) -> bool:
@@ -142,9 +151,20 @@ def name_of_run(kind: str, run_dir: str) -> str:
     return "-".join(filter(None, (kind, slug, hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6])))
 
 
+def agent_words(recipe: Path, *, debug: bool = False, **flags: object) -> list[str]:
+    """The words after `python` that start the node agent on a recipe; `flags` are those of `launch/node.py`."""
+    given = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    return ["-m", "tunesmith.launch.node", *given, *["--debug"] * debug, "--", "train", str(recipe)]
+
+
+def recipe_file(run_dir: str) -> Path:
+    """Where `write_recipe` puts the recipe of a run directory."""
+    return Path(run_dir, FOLDER, "recipe.yaml")
+
+
 def write_recipe(run: Run) -> Path:
-    """Write the resolved recipe to `<output_dir>/launch/recipe.yaml`, for the nodes; MachineError if that is not possible."""
-    file = Path(safe_value(run.output_dir, "output_dir"), FOLDER, "recipe.yaml")
+    """Write the resolved recipe into the run directory, for the nodes; MachineError if that is not possible."""
+    file = recipe_file(safe_value(run.output_dir, "output_dir"))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, dump(run))
@@ -169,11 +189,6 @@ def state_folder() -> Path:
 def save_job(job: Job) -> None:
     """Note a job, in place of an earlier one of its name."""
     write_atomically(state_folder() / f"{job.name}.json", json.dumps(asdict(job), indent=1))
-
-
-def forget_job(name: str) -> None:
-    """Remove a job's note."""
-    (state_folder() / f"{name}.json").unlink(missing_ok=True)
 
 
 def all_jobs() -> list[Job]:

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError
-from tunesmith.launch.jobs import FOLDER, Job, State, save_job, write_recipe
+from tunesmith.launch.jobs import FOLDER, Job, State, save_job
 
 BEGINS = 1.0  # seconds in which a start that cannot work has ended
 
@@ -41,29 +42,19 @@ class LocalJob(Job):
         return False
 
 
-def agent_words(run: Run, ranks: str, restarts: int, *, debug: bool = False) -> list[str]:
-    """The words of the node agent for a run on this machine; writes its recipe."""
-    flags = ["--ranks", ranks, "--restarts", str(restarts), *(["--debug"] if debug else [])]
-    return [*flags, "--", "train", str(write_recipe(run))]
-
-
 def detach(run: Run, words: Sequence[str]) -> LocalJob:
-    """Start the node agent with these words in a session of its own: it outlives this terminal, and SIGHUP.
+    """Start the node agent, by the words of `agent_words`, in a session of its own: it outlives this terminal, and SIGHUP.
 
     RunError if it has ended with a fault at once; what it said is in its log.
     """
     import psutil
 
     log = Path(run.output_dir, FOLDER, "output.log")
-    command = [sys.executable, "-m", "tunesmith.launch.node", *words]
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     with log.open("wb") as file:
-        agent = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    created = str(psutil.Process(agent.pid).create_time())
-    job = LocalJob(
-        f"local-{agent.pid}", run.output_dir, log=str(log), details={"pid": str(agent.pid), "created": created}
-    )
+        agent = subprocess.Popen([sys.executable, *words], stdout=file, **streams, start_new_session=True)
+    details = {"pid": str(agent.pid), "created": str(psutil.Process(agent.pid).create_time())}
+    job = LocalJob(f"local-{agent.pid}", run.output_dir, log=str(log), details=details)
     save_job(job)
     with suppress(subprocess.TimeoutExpired):
         if code := agent.wait(BEGINS):

@@ -35,7 +35,7 @@ from tunesmith.errors import (
 from tunesmith.host_files import available_cores
 from tunesmith.launch.debug import collect_logs, say_all
 from tunesmith.launch.jobs import FOLDER
-from tunesmith.launch.rendezvous import BACKEND, JOIN, find_endpoint, hold_store, reach_store, register_backend
+from tunesmith.launch.rendezvous import BACKEND, find_endpoint, hold_store, reach_store, register_backend
 from tunesmith.signals import NAMES, ignore_stop_signals
 
 if TYPE_CHECKING:
@@ -99,10 +99,9 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
     prepare_environment(ranks, endpoint.interface)
     store, endpoint = hold_store(endpoint) if endpoint.is_here else (reach_store(endpoint), endpoint)
     register_backend(store, endpoint)
-    place = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
     launcher = ["--nnodes", args.nodes, "--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND, "--rdzv-id", args.id]
-    launcher += ["--rdzv-endpoint", f"{place}:{endpoint.port}", "--local-addr", endpoint.address]
-    launcher += ["--rdzv-conf", f"join_timeout={JOIN:.0f}", "--max-restarts", str(args.restarts)]
+    launcher += ["--rdzv-endpoint", endpoint.place, "--local-addr", endpoint.address]
+    launcher += ["--max-restarts", str(args.restarts)]
     # Its own handlers would kill ranks that save for longer than half a minute.
     launcher += ["--signals-to-handle", "SIGQUIT"]
     with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as folder:  # torch leaves its own behind

@@ -59,9 +59,8 @@ class Connection:
 
     def __init__(self, host: str) -> None:
         if host and not _HOST.fullmatch(host):
-            raise UsageError(
-                f"{host!r} is no host", where="--hosts", fix="--hosts spark-b, or an address, as ssh takes it"
-            )
+            fix = "--hosts spark-b, or an address, as ssh takes it"
+            raise UsageError(f"{host!r} is no host", where="--hosts", fix=fix)
         program = Path(__file__).with_name("receiver.py").read_bytes() + b"\nReceiver(sys.stdin.buffer).serve()\n"
         boot = f"import sys;exec(sys.stdin.buffer.read({len(program)}))"
         there, pipe = [*SSH, "--", host, f"exec python3 -c {shlex.quote(boot)}"], subprocess.PIPE
@@ -124,16 +123,13 @@ class Connection:
 def by_content(path: Path) -> tuple[str, list[ShippedFile]]:
     """A file's or folder's place on every node, named by its content, and the files below it."""
     inside = path.rglob("*") if path.is_dir() else [path]
-    files = [
-        (file, digest_of_file(file)) for file in sorted(inside) if file.is_file() and not file.name.startswith(".")
-    ]
-    listed = [[str(file.relative_to(path)), digest] for file, digest in files]
+    files = [file for file in sorted(inside) if file.is_file() and not file.name.startswith(".")]
+    listed = [(str(file.relative_to(path)), digest_of_file(file)) for file in files]
     folder = f"{path.name[:100]}--{sha256(json.dumps(listed).encode()).hexdigest()[:32]}"
     place = str(cache_folder("shipped").absolute() / folder / path.name)
-    return place, [
-        ShippedFile(file, os.path.normpath(os.path.join(place, inner)), file.stat().st_size, digest, True)
-        for (file, _), (inner, digest) in zip(files, listed, strict=True)
-    ]
+    places = [os.path.normpath(os.path.join(place, inner)) for inner, _ in listed]
+    rows = zip(files, places, listed, strict=True)
+    return place, [ShippedFile(file, there, file.stat().st_size, digest, True) for file, there, (_, digest) in rows]
 
 
 def by_place(path: Path) -> ShippedFile:
@@ -248,11 +244,8 @@ def ship_image(image: str, host: str) -> str:
     with Connection("") as here:
         code, own, complaint = here.ask("run", words=[*ask, image])
     if code:
-        why, fix = (
-            complaint.strip()[-300:],
-            f"docker build -f docker/Dockerfile -t {image} . in a clone; or --image NAME",
-        )
-        raise MachineError(f"there is no image {image} here", where="--image", why=why, fix=fix)
+        fix = f"docker build -f docker/Dockerfile -t {image} . in a clone; or --image NAME"
+        raise MachineError(f"there is no image {image} here", where="--image", why=complaint.strip()[-300:], fix=fix)
     if host:
         with Connection(host) as there:
             lacks = there.ask("run", words=[*ask, own.strip()])[0]

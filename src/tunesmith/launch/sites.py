@@ -13,36 +13,44 @@ The flags of `tunesmith launch slurm` win over a profile. `setup` and `sbatch` a
 unchanged; every other value is quoted there.
 """
 
+import json
 import os
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Predicate
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from tunesmith.config.names import nearest
-from tunesmith.config.tree import Node, read_file
+from tunesmith.config.tree import read_file
 from tunesmith.errors import RecipeError, UsageError
 
 DIRECTIVES = ("partition", "account", "qos", "time", "constraint", "mem", "cpus_per_task")  # passed on to sbatch
-_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+WANTED = {"setup": "a list of lines", "sbatch": "a list of options", "environment": "NAME: value", "exclusive": "true"}
+Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+Name = Annotated[str, Predicate(str.isidentifier), Predicate(str.isascii)]
+Text = Annotated[str, BeforeValidator(str)]
 
 
 @dataclass(frozen=True)
 class Site:
     """What a job asks of Slurm, from a profile and from flags; None is not asked for."""
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time: str | None = None
-    constraint: str | None = None
-    mem: str | None = None
-    cpus_per_task: str | None = None
-    gpus_per_node: str | None = None
-    container: str | None = None
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    time: Word | None = None
+    constraint: Word | None = None
+    mem: Word | None = None
+    cpus_per_task: Word | None = None
+    gpus_per_node: Word | None = None
+    container: Word | None = None
     exclusive: bool = False
     setup: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[Name, Text] = field(default_factory=dict)
     sbatch: tuple[str, ...] = ()
 
 
@@ -59,36 +67,18 @@ def read_site(name: str | None) -> Site:
         near = nearest(name, sites)
         fix = f"did you mean {near}?" if near else f"one of {', '.join(sites)}"
         raise UsageError(f"there is no site {name!r}", where=str(file), fix=fix)
-    return Site(**{key: _value(key, node) for key, node in sites[name].children()})
+    given = dict(sites[name].children())
+    try:  # in JSON a list is a tuple
+        return TypeAdapter(Site).validate_json(json.dumps({key: node.plain() for key, node in given.items()}))
+    except ValidationError as error:
+        key, known = str(error.errors()[0]["loc"][0]), [spec.name for spec in fields(Site)]
+        what, fix = f"{key} takes {WANTED.get(key, 'one word or number')}", f"see {key} in docs/slurm.md"
+        if key not in known:
+            what, near = f"there is no key {key!r} in a site", nearest(key, known)
+            fix = f"did you mean {near}?" if near else f"a site has {', '.join(known)}"
+        raise RecipeError(what, where=given[key].where, fix=fix) from None
 
 
 def sites_file() -> Path:
     """`$XDG_CONFIG_HOME/tunesmith/sites.yaml`, else below `~/.config`."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "tunesmith" / "sites.yaml"
-
-
-def _value(key: str, node: Node) -> Any:
-    """The value of a profile's key in the type that Site has for it."""
-    known, value = {spec.name: spec for spec in fields(Site)}, node.plain()
-    if key not in known:
-        near = nearest(key, known)
-        fix = f"did you mean {near}?" if near else f"a site has {', '.join(known)}"
-        raise RecipeError(f"there is no key {key!r} in a site", where=node.where, fix=fix)
-    kind, scalar = known[key].type, isinstance(value, str | int) and not isinstance(value, bool)
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind == str | None and scalar:
-        return str(value)
-    if key in ("setup", "sbatch") and isinstance(value, list) and all(isinstance(line, str) for line in value):
-        return tuple(value)
-    if key == "environment" and isinstance(value, dict) and all(map(_NAME.fullmatch, value)):
-        return {name: str(text) for name, text in value.items()}
-    wanted = {
-        "setup": "a list of lines",
-        "sbatch": "a list of options",
-        "environment": "NAME: value",
-        "exclusive": "true",
-    }
-    raise RecipeError(
-        f"{key} takes {wanted.get(key, 'one word or number')}", where=node.where, fix=f"see {key} in docs/slurm.md"
-    )

@@ -19,24 +19,14 @@ from tunesmith import __version__
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError, mask
 from tunesmith.host_files import write_atomically
-from tunesmith.launch.inputs import recipe_inputs
+from tunesmith.launch.inputs import hub_sources, recipe_inputs
 from tunesmith.launch.jobs import FOLDER, Job, State, all_jobs, last_step, safe_value, save_job, write_recipe
 from tunesmith.launch.sites import DIRECTIVES, Site
 
 SCRIPT, LOG = "slurm.sh", "slurm"  # names in the folder `launch` of the run directory
 WARNING = 300  # seconds before the time limit at which the run is asked to save, at most
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-ENDED = (
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "TIMEOUT",
-)
+ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
 # Variables of the submitting shell that the job gets; none of them holds a secret.
 EXPORTED = re.compile(
     r"PATH|LD_LIBRARY_PATH|PYTHONPATH|XDG_CACHE_HOME|HF_(HOME|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|TOKEN_PATH|ENDPOINT)"
@@ -113,29 +103,26 @@ class SlurmJob(Job):
         id_ = self.details["id"]
         code, text, why = _slurm("squeue", "--noheader", "--states=all", "--jobs", id_, "--format=%T|%r|%M|%l|%N")
         if code and "Invalid job id" not in why:
-            raise MachineError(
-                "Slurm does not answer", where="squeue", why=why, fix="sinfo, on a login node of the cluster"
-            )
+            fix = "sinfo, on a login node of the cluster"
+            raise MachineError("Slurm does not answer", where="squeue", why=why, fix=fix)
         found = (text.splitlines() or [""])[-1].split("|")
         if found[0] in WAITING:
             return State("waiting", f"{found[0]}: {found[1]}")
         if found[0] and found[0] not in ENDED:
             step = last_step(self.run_dir) or "before the first step"
             return State("running", f"{step}; {found[0]} for {found[2]} of {found[3]} on {found[4]}")
-        said = super().state()
-        return State(
-            "ended" if found[0] and said.phase == "gone" else said.phase, " ".join([*found[:1], said.text]).strip()
-        )
+        phase, said = super().state()
+        return State("ended" if found[0] and phase == "gone" else phase, f"{found[0]} {said}".strip())
 
     def stop(self) -> str:
-        id_, phase = self.details["id"], self.state().phase
-        if phase not in ("waiting", "running"):
+        id_, state = self.details["id"], self.state()
+        if not state.at_work:
             return "it has ended already"
         # To a running job's steps alone: the script waits for them, and does not requeue.
-        code, _, why = _slurm("scancel", *(["--signal=TERM"] if phase == "running" else []), id_)
+        code, _, why = _slurm("scancel", *["--signal=TERM"] * (state.phase == "running"), id_)
         if code:
             raise MachineError("scancel failed", where=id_, why=why, fix=f"scancel {id_}")
-        return "asked to save and end" if phase == "running" else "taken out of the queue"
+        return "asked to save and end" if state.phase == "running" else "taken out of the queue"
 
 
 def runs_of(run: Run, seeds: Sequence[int]) -> list[Run]:
@@ -223,8 +210,7 @@ def check_reach(run: Run, site: Site) -> None:
     from tunesmith.hub.fetch import cached_model, local_model, repo_cache
 
     own = {"HF_HOME", "HF_HUB_CACHE"} & {*site.environment}  # another cache, which this machine may not see
-    hub = [s.source for s in (*run.data.train, *run.data.validation) if not os.path.isabs(s.source)]
-    missing = [name for name in hub if not repo_cache(name, "dataset").exists()]
+    missing = [s.source for s in hub_sources(run) if not repo_cache(s.source, "dataset").exists()]
     if local_model(run.model) is None and cached_model(run.model) is None:
         missing.insert(0, run.model.name)
     if missing and not own:
@@ -249,19 +235,16 @@ def submit(run: Run, request: Request) -> list[SlurmJob]:
     """Write recipes and script, submit them, and note the jobs; MachineError in sbatch's words where it refuses."""
     runs = runs_of(run, request.seeds)
     for job in all_jobs():
-        same = isinstance(job, SlurmJob) and job.run_dir in [one.output_dir for one in runs]
-        if same and (state := job.state()).phase in ("waiting", "running"):
-            fix = f"tunesmith stop {job.name}, or another output_dir"
-            raise UsageError(f"{job.name} is at it: {state.text}", where=job.run_dir, fix=fix)
+        if isinstance(job, SlurmJob) and job.run_dir in [one.output_dir for one in runs]:
+            job.refuse_another()
     text, files = render_script(run, request), [write_recipe(one) for one in runs]
     script = files[0].with_name(SCRIPT)
     write_atomically(script, text)
     # The flag too, because SBATCH_EXPORT of the environment wins over the script.
     code, told, why = _slurm("sbatch", "--parsable", "--export=NONE", str(script))
     if code:
-        raise MachineError(
-            "sbatch refuses the job", where=str(script), why=why, fix="sinfo shows partitions and limits"
-        )
+        fix = "sinfo shows partitions and limits"
+        raise MachineError("sbatch refuses the job", where=str(script), why=why, fix=fix)
     number, jobs = told.strip().partition(";")[0], []
     for one, suffix in zip(runs, [f"_{s}" for s in request.seeds] or [""], strict=True):
         id_ = number + suffix

@@ -13,7 +13,7 @@ from typing import Any
 
 from tunesmith.errors import UsageError
 from tunesmith.launch.inputs import SECRETS
-from tunesmith.launch.jobs import safe_value
+from tunesmith.launch.jobs import agent_words, recipe_file, safe_value
 
 LABEL = "tunesmith.job"  # on all that a launch makes: clean-up removes nothing else
 SERVICE = "ranks"
@@ -49,22 +49,12 @@ class Stack:
 
     def values(self) -> dict[str, Any]:
         """The stack file's content."""
-        agent = [
-            "--nodes",
-            str(self.nodes),
-            "--endpoint",
-            self.endpoint,
-            "--id",
-            self.name,
-            "--restarts",
-            str(self.restarts),
-        ]
-        recipe = [*["--debug"] * self.debug, "--", "train", f"{self.run_dir}/launch/recipe.yaml"]
+        flags = {"nodes": self.nodes, "endpoint": self.endpoint, "id": self.name, "restarts": self.restarts}
         shared = [(self.run_dir, self.run_dir), *zip(self.cache, (HUB, DATASETS), strict=True)]
         user, group = map(str, self.user)
         service = {
             "image": self.image,
-            "command": ["python", "-m", "tunesmith.launch.node", *agent, *recipe],
+            "command": ["python", *agent_words(recipe_file(self.run_dir), debug=self.debug, **flags)],
             "user": f"{user}:{group}",
             "init": True,
             "working_dir": "/tmp",

@@ -6,15 +6,14 @@ Commands that only a manager takes go to one by ssh. Docker's own command line i
 import json
 import os
 import shlex
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from tunesmith.errors import MachineError
 from tunesmith.launch.jobs import POLL, Job, State, last_step
+from tunesmith.launch.rendezvous import own_addresses
 from tunesmith.launch.ship import SSH, Connection
 from tunesmith.launch.stack import GRACE, LABEL, SERVICE
 
@@ -41,7 +40,8 @@ class SwarmJob(Job):
 
     def hosts(self) -> list[str]:
         """The nodes as `Connection` takes them, this one first."""
-        return sorted("" if is_own_address(host) else host for host in self.details["hosts"].split(","))
+        own = own_addresses()
+        return sorted("" if host in own else host for host in self.details["hosts"].split(","))
 
     def manager(self) -> Connection:
         """A connection to a node that takes commands for the swarm; MachineError where none is reached."""
@@ -99,7 +99,7 @@ class SwarmJob(Job):
                     elif over or process.poll() is not None:
                         return
                     else:  # docker goes on to wait when all tasks have ended
-                        over = follow and self.state().phase in ("ended", "gone")
+                        over = follow and not self.state().at_work
                         time.sleep(POLL)
             finally:
                 process.kill()
@@ -141,17 +141,6 @@ class SwarmJob(Job):
         return lost
 
 
-def is_own_address(host: str) -> bool:
-    """Whether an address is one of this node's."""
-    with (
-        suppress(OSError),
-        socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe,
-    ):
-        probe.bind((host, 0))
-        return True
-    return False
-
-
 def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode], list[str], str]:
     """The nodes to train on, this one first; the ids of the swarm's other nodes; the manager as `Connection` takes it.
 
@@ -174,27 +163,19 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
     for node in () if hosts else up[:]:
         if len(chosen) < (count or len(up)):
             chosen.setdefault(node, "")
-    away = [
-        listed[node]["Description"]["Hostname"] if node in listed else host
-        for node, host in chosen.items()
-        if node not in up
-    ]
+    names = {node: about["Description"]["Hostname"] for node, about in listed.items()}
+    away = [names.get(node, host) for node, host in chosen.items() if node not in up]
     if away or len(chosen) != (count or len(chosen)):
         what = f"{away[0]} is not ready in this swarm" if away else f"--nodes {count}, and there are {len(chosen)}"
-        raise MachineError(
-            what, where="docker node ls", fix="docker swarm join on each, and as many --hosts as --nodes"
-        )
+        fix = "docker swarm join on each, and as many --hosts as --nodes"
+        raise MachineError(what, where="docker node ls", fix=fix)
     nodes = []
     for node, host in chosen.items():
         address = _address(listed[node].get("ManagerStatus", {}).get("Addr", "")) or listed[node]["Status"]["Addr"]
         specs = [s for r in listed[node]["Description"]["Resources"].get("GenericResources", ()) for s in r.values()]
-        kinds = [
-            s["Kind"]
-            for s in specs
-            if s["Kind"] in GPU
-            for _ in range(s["Value"] if isinstance(s["Value"], int) else 1)
-        ]
-        gpus = (kinds[0], len(kinds)) if kinds else None
+        found = [s for s in specs if s["Kind"] in GPU]  # a count, or one entry a GPU with its UUID
+        count_here = sum(s["Value"] if isinstance(s["Value"], int) else 1 for s in found)
+        gpus = (found[0]["Kind"], count_here) if count_here else None
         nodes.append(SwarmNode("" if node == swarm["NodeID"] else host or address, address, gpus))
     return nodes, [node for node in ids if node not in chosen], manager
 

@@ -59,9 +59,8 @@ def check_pair(host: str, folders: tuple[str, ...]) -> tuple[list[Finding], list
     found = [Finding(**row) for row in here["findings"]]
     if not out.startswith("{"):
         case = next(key for key in TEXTS if key.startswith("ssh/") and key[4:] != "ok" and key[4:] in said)
-        return [*found, replace(say(case, host, said=said.strip().rpartition("\n")[2]), host=host)], [
-            here["properties"]
-        ]
+        found.append(replace(say(case, host, said=said.strip().rpartition("\n")[2]), host=host))
+        return found, [here["properties"]]
     there = loads(out)
     ours, theirs = here["properties"], there["properties"]
     both = [say("ssh/ok", host), *_compare(ours, theirs, host), *_clock_and_speed(ours, theirs, host)]
