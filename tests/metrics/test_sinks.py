@@ -291,12 +291,13 @@ def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
         )
         return [type(s).__name__ for s in sinks.all]
 
-    assert kinds() == ["Terminal", "JsonlSink", "TensorBoardSink"]
-    assert kinds(tensorboard=False) == ["Terminal", "JsonlSink"]
-    assert kinds(wandb=True) == ["Terminal", "JsonlSink", "TensorBoardSink", "TrackerSink"]
+    assert kinds() == ["Terminal", "JsonlSink", "SamplesSink", "TensorBoardSink"]
+    assert kinds(tensorboard=False) == ["Terminal", "JsonlSink", "SamplesSink"]
+    assert kinds(wandb=True) == ["Terminal", "JsonlSink", "SamplesSink", "TensorBoardSink", "TrackerSink"]
     assert kinds(trackers=("mlflow", "trackio")) == [
         "Terminal",
         "JsonlSink",
+        "SamplesSink",
         "TensorBoardSink",
         "TrackerSink",
         "TrackerSink",

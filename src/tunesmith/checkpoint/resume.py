@@ -20,7 +20,7 @@ from tunesmith.units import Size
 
 PROGRESS = "state/progress.json"
 OPTIMIZER = "state/optimizer.safetensors"
-RECORDS = ("metrics.jsonl", "best.json", *TRACKER_IDS)
+RECORDS = ("metrics.jsonl", "samples.jsonl", "best.json", *TRACKER_IDS)
 DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
 JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is told
 MIXED = "resuming would mix two runs in one set of numbers"

@@ -22,7 +22,9 @@ RECIPE, IDENTITY, LOCK = "config.yaml", "env.json", ".lock"
 STOP_FILE, STOPPED = "stop", "stopped.json"  # asks a run to save and end; says that ranks of torchrun did
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
-FILES = (RECIPE, IDENTITY, "metrics.jsonl", "log.txt", "failure.json", STOPPED, "best.json", *TRACKER_IDS)
+FILES = (
+    RECIPE, IDENTITY, "metrics.jsonl", "samples.jsonl", "log.txt", "failure.json", STOPPED, "best.json", *TRACKER_IDS
+)  # fmt: skip
 BEFORE_IDENTITY = ("metrics.jsonl", "log.txt", "tensorboard", *TRACKER_IDS)
 _LEFTOVER = re.compile(
     rf"\.(?:{'|'.join(map(re.escape, FILES))})(?:\.\d+)?\.partial"

@@ -201,7 +201,9 @@ class Log:
     trackers: tuple[TrackerName, ...] = key(
         (), "others, each configured by its own variables: mlflow, trackio, comet_ml, swanlab, wandb"
     )
-    samples: CountOrZero = key(2, "sample generations written to TensorBoard at each validation; 0: none")
+    samples: CountOrZero = key(
+        2, "sample answers to held-out prompts, before the first step and at each validation; 0: none"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

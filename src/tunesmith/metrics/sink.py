@@ -5,6 +5,7 @@ terminal and the trackers have files of their own beside this one.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError
+from tunesmith.host_files import write_atomically
 from tunesmith.metrics.record import StepRecord, cut_back
 
 
@@ -121,6 +123,29 @@ class JsonlSink(Sink):
             self.flush()
             self._file.close()
             self._file = None
+
+
+class SamplesSink(Sink):
+    """samples.jsonl: a line for each answer of the model to a held-out prompt; step 0 is before training."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self, run: Run, resumed_at: int) -> None:
+        lines = self.path.read_bytes().splitlines(keepends=True) if resumed_at and self.path.is_file() else []
+        kept = []
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                kept += [line] if json.loads(line)["step"] <= resumed_at else []
+        if kept:
+            write_atomically(self.path, b"".join(kept))
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
+        lines = (json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n" for prompt, answer in rows)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
 
 
 class TensorBoardSink(Sink):

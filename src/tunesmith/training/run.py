@@ -17,7 +17,7 @@ from tunesmith.errors import NonFiniteError, OtherRankError, RunError, StoppedEr
 from tunesmith.host_files import refuse_many_ranks, refuse_special_files
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
-from tunesmith.metrics.sink import JsonlSink, RecordCallback, Sink, Sinks, TensorBoardSink
+from tunesmith.metrics.sink import JsonlSink, RecordCallback, SamplesSink, Sink, Sinks, TensorBoardSink
 from tunesmith.metrics.summary import FAILURE, write_failure
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
@@ -216,7 +216,7 @@ def sinks_of(
 ) -> Sinks:
     """The sinks that a recipe asks for. The terminal comes first, and metrics.jsonl before those that may be slow."""
     terminal = Terminal(log, total_steps=total_steps, steps_per_epoch=steps_per_epoch, stream=stream)
-    sinks: list[Sink] = [terminal, JsonlSink(folder / "metrics.jsonl")]
+    sinks: list[Sink] = [terminal, JsonlSink(folder / "metrics.jsonl"), SamplesSink(folder / "samples.jsonl")]
     if run.log.tensorboard:
         elsewhere = run.log.tensorboard_dir
         sinks.append(TensorBoardSink(Path(elsewhere or folder / "tensorboard"), shared=elsewhere is not None))

@@ -99,6 +99,8 @@ class Trainer:
         if not self.progress.validated:
             self.sinks.text("validation", "now comes the validation that a stop cut off")
             self.validate()
+        if not self.first_step:
+            self.sample()
         profiler = Profiler(
             self.run.profile, self.out / "profile", rank=self.session.ranks.rank, device=self.session.device
         )
@@ -305,11 +307,16 @@ class Trainer:
             if session.ranks.leads:
                 best = json.dumps({"step": progress.step, "val_loss": loss}, indent=1)
                 write_atomically(self.out / "best.json", best)
+        self.sample()
+
+    def sample(self) -> None:
+        """Let the model answer some held-out prompts, on the ranks that its weights need."""
+        session, data = self.session, self.session.data
         answers_here = session.ranks.leads or sharded_modules(session.model)
-        if self.run.log.samples and answers_here and session.mesh.shape.tensor == 1:
-            examples, template = session.data.validation.first(self.run.log.samples), session.data.template
-            answers = sample_answers(session.model, session.files.tokenizer, examples, template.end_ids)
-            self.sinks.samples(progress.step, answers)
+        if data.validation and self.run.log.samples and answers_here and session.mesh.shape.tensor == 1:
+            examples = data.validation.first(self.run.log.samples)
+            answers = sample_answers(session.model, session.files.tokenizer, examples, data.template.end_ids)
+            self.sinks.samples(self.progress.step, answers)
             session.model.train()
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------

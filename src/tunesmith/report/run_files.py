@@ -1,0 +1,255 @@
+"""A run directory as a reader sees it: the files of a running, finished, failed or copied run as plain values.
+
+It reads what was appended since the last look, needs no torch, and takes a directory as it is: files that are not there
+yet, a last line that is still being written, fields of another version.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+from tunesmith.checkpoint.run_dir import IDENTITY, RECIPE, STOPPED
+from tunesmith.config.tree import read_file
+from tunesmith.errors import RecipeError, UsageError
+from tunesmith.launch.jobs import is_locked
+
+Columns = dict[str, list[float | None]]
+
+METRICS, SAMPLES, LOG, FAILURE = "metrics.jsonl", "samples.jsonl", "log.txt", "failure.json"
+LINES = 512  # of a file that are parsed at a time: what one bad line spoils
+LOG_BYTES, LOG_LINES = 1 << 16, 200
+_RANK = re.compile(r"metrics-rank(\d+)\.jsonl")
+_STOPPED = re.compile(r"  stopped (?:by|after) ")  # the last word of a run that a signal ended, in log.txt
+
+
+class JsonlColumns:
+    """The numbers of a .jsonl file that grows, by name; each list has one entry a line, None where a line has no such
+    number. A file that was replaced or cut back is read anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._forget()
+
+    def _forget(self) -> None:
+        self.columns: Columns = {}
+        self.rows = 0
+        self._offset, self._file = 0, 0
+
+    def read(self) -> bool:
+        """Read what was appended; whether anything changed."""
+        try:
+            with self.path.open("rb") as file:
+                now = os.fstat(file.fileno())
+                anew = self._offset > 0 and (now.st_size < self._offset or now.st_ino != self._file)
+                if anew:
+                    self._forget()
+                self._file = now.st_ino
+                file.seek(self._offset)
+                text = file.read()
+        except OSError:  # not there yet, or no longer
+            gone = self.rows > 0
+            self._forget()
+            return gone
+        text = text[: text.rfind(b"\n") + 1]
+        self._offset += len(text)
+        lines = text.splitlines()
+        for start in range(0, len(lines), LINES):
+            self._add(_parse(lines[start : start + LINES]))
+        return anew or bool(lines)
+
+    def _add(self, rows: list[dict[str, Any]]) -> None:
+        # Lines of the same names are turned into columns at once: five times as fast as value by value.
+        for names, group in groupby(rows, key=tuple):
+            values = list(zip(*(row.values() for row in group), strict=True))
+            count = len(values[0]) if values else 0
+            for name, found in zip(names, values, strict=True):
+                if name not in self.columns:
+                    self.columns[name] = [None] * self.rows
+                self.columns[name].extend(found)
+            self.rows += count
+            for column in self.columns.values():
+                column.extend([None] * (self.rows - len(column)))
+
+
+def _parse(lines: list[bytes]) -> list[dict[str, Any]]:
+    """The objects of the lines, with numbers and None alone; lines that hold none are left out."""
+    joined = b",".join(lines)
+    with suppress(ValueError):
+        rows = from_json(b"[" + joined + b"]")  # twice as fast as json.loads
+        if b': "' not in joined and all(type(row) is dict for row in rows):
+            return rows
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            row = from_json(line)
+            found += [{name: _number(value) for name, value in row.items()}] if isinstance(row, dict) else []
+    return [row for row in found if row]
+
+
+def _number(value: Any) -> float | None:
+    """A number of a record; NaN and the infinities are written as text."""
+    with suppress(ValueError):
+        if isinstance(value, str):
+            return float(value)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+class RunFiles:
+    """A run directory and what it holds now.
+
+    Attributes:
+        recipe, env: config.yaml and env.json as plain values; empty if not there yet.
+        columns: of metrics.jsonl: record name -> one entry a step, None where it was not measured. `ranks` has those of
+            metrics-rank<r>.jsonl.
+        samples: `{"step", "prompt", "answer"}`, in the order of the steps; step 0 is before training.
+        failure, stopped: failure.json and stopped.json, None without one.
+        state: running | finished | stopped | failed | killed.
+        log_tail: the last lines of log.txt; those of warnings have the words `warning: ` after their time.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """UsageError if `folder` holds nothing of a run."""
+        self.folder = Path(folder)
+        self.name = self.folder.absolute().name
+        self.recipe: dict[str, Any] = {}
+        self.env: dict[str, Any] = {}
+        self.samples: list[dict[str, Any]] = []
+        self.failure: dict[str, Any] | None = None
+        self.stopped: dict[str, Any] | None = None
+        self.log_tail: list[str] = []
+        self.state = "killed"
+        self.ranks: dict[int, Columns] = {}
+        self._metrics = JsonlColumns(self.folder / METRICS)
+        self._of_ranks: dict[int, JsonlColumns] = {}
+        self._seen: dict[str, tuple[int, int, int]] = {}
+        if not (any((self.folder / name).is_file() for name in (METRICS, RECIPE, IDENTITY, LOG)) or self._locked()):
+            why = "it has no metrics.jsonl, config.yaml, env.json or log.txt"
+            what, fix = "this is no run directory", "give one, such as runs/my-run: ls -t runs"
+            raise UsageError(what, where=str(folder), why=why, fix=fix)
+        self.refresh()
+
+    @property
+    def columns(self) -> Columns:
+        return self._metrics.columns
+
+    def refresh(self) -> bool:
+        """Read what was written since the last look; whether anything changed."""
+        before = self.state
+        changed = self._metrics.read()
+        for path in self.folder.glob("metrics-rank*.jsonl"):
+            if found := _RANK.fullmatch(path.name):
+                table = self._of_ranks.setdefault(int(found[1]), JsonlColumns(path))
+                changed |= table.read()
+                self.ranks[int(found[1])] = table.columns
+        if self._changed(RECIPE):
+            changed, self.recipe = True, _recipe(self.folder / RECIPE)
+        if self._changed(IDENTITY):
+            changed, self.env = True, _json(self.folder / IDENTITY) or {}
+        if self._changed(FAILURE):
+            changed, self.failure = True, _json(self.folder / FAILURE)
+        if self._changed(STOPPED):
+            changed, self.stopped = True, _json(self.folder / STOPPED)
+        if self._changed(SAMPLES):
+            changed, self.samples = True, _samples(self.folder / SAMPLES)
+        if self._changed(LOG):
+            changed, self.log_tail = True, _tail(self.folder / LOG)
+        self.state = self._state()
+        return changed or self.state != before
+
+    def _changed(self, name: str) -> bool:
+        """Whether a file differs from the one last read, by its inode, size and time."""
+        try:
+            now = (self.folder / name).stat()
+            seen = now.st_ino, now.st_size, now.st_mtime_ns
+        except OSError:
+            seen = 0, 0, 0
+        before, self._seen[name] = self._seen.get(name, (0, 0, 0)), seen
+        return before != seen
+
+    def _locked(self) -> bool:
+        return self.folder.is_dir() and is_locked(self.folder)
+
+    def _state(self) -> str:
+        if self._locked():
+            return "running"
+        if self.failure is not None:  # removed by the next start
+            return "failed"
+        if self.stopped is not None or any(map(_STOPPED.search, self.log_tail[-6:])):
+            return "stopped"
+        manifest = _json(self.folder / "final" / "manifest.json") or {}
+        last = (self.columns.get("step") or [0])[-1] or 0
+        return "finished" if manifest.get("step", -1) >= last else "killed"  # final/ may be of a shorter run
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    try:
+        return dict(read_file(path).plain())
+    except RecipeError:
+        return {}
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """An object of a JSON file; None where there is none, or it is still being written."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    found = []
+    with suppress(OSError):
+        for line in path.read_bytes().splitlines(keepends=True):
+            with suppress(ValueError):
+                row = json.loads(line)
+                found += [row] if isinstance(row, dict) and {"step", "prompt", "answer"} <= row.keys() else []
+    return sorted(found, key=lambda row: row["step"])
+
+
+def _tail(path: Path) -> list[str]:
+    with suppress(OSError), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - LOG_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+        return lines[1 if size > LOG_BYTES else 0 :][-LOG_LINES:]
+    return []
+
+
+def downsample(x: Sequence[float | None], y: Sequence[float | None], points: int) -> tuple[list[float], list[float]]:
+    """At most `points` + 2 points of a curve, with the lowest and the highest of each stretch, the first and the last.
+
+    A spike survives, which a mean would hide. Where either is None, NaN or infinite there is no point.
+    """
+    values = [0.0 if v is None else v for v in y]
+    kept = [i for i, v in enumerate(y) if v is not None and -math.inf < v < math.inf and x[i] is not None]
+    if len(kept) > points:
+        stretches, chosen = max(1, points // 2), {kept[0], kept[-1]}
+        edges = [len(kept) * i // stretches for i in range(stretches + 1)]
+        for start, end in pairwise(edges):
+            chosen |= {min(kept[start:end], key=values.__getitem__), max(kept[start:end], key=values.__getitem__)}
+        kept = sorted(chosen)
+    return [float(x[i] or 0.0) for i in kept], [values[i] for i in kept]
+
+
+def smooth(y: Sequence[float | None], span: int) -> list[float | None]:
+    """The exponential moving average, with the weight of its start taken out, as TensorBoard draws it.
+
+    `span`: steps over which a value counts; its weight falls to 1/e in about half of that. Values that are missing or
+    not finite are left out.
+    """
+    keep, mean, weight, out = 1.0 - 2.0 / (max(1, span) + 1), 0.0, 0.0, list[float | None]()
+    for value in y:
+        if value is not None and math.isfinite(value):
+            mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+            out.append(mean / weight)
+        else:
+            out.append(None)
+    return out
