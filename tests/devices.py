@@ -4,11 +4,16 @@ And what takes a CPU long for a reason of its own, made short.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+
+# Beside an empty cache Inductor compiles a program for each set of vector instructions, and runs it in a process of its own,
+# to learn what the processor's own list says.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")]
 cpu_and_gpu = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)], indirect=True)

@@ -34,19 +34,25 @@ def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in (ranks | address).items()}
 
 
+def forkserver() -> Any:
+    """The context of processes that are forked with torch and Transformers loaded."""
+    import torch
+
+    context = multiprocessing.get_context("forkserver")
+    preload = ["torch", "transformers", "torch.distributed.fsdp", "tunesmith.training.run", "tunesmith.cli.main"]
+    if not torch.cuda.is_available():  # bitsandbytes asks a GPU for its kind, after which no process can be forked
+        preload.append("bitsandbytes")
+    context.set_forkserver_preload(preload)
+    return context
+
+
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `function(*arguments)` returns on each of `world` ranks, in their order.
 
     `function` is a module's own, so that a rank can import it. AssertionError with the traceback of the first rank that
     failed, or where the ranks take longer than LIMIT.
     """
-    import torch
-
-    context = multiprocessing.get_context("forkserver")
-    preload = ["torch", "transformers", "torch.distributed.fsdp", "tunesmith.training.run"]
-    if not torch.cuda.is_available():  # bitsandbytes asks a GPU for its kind, after which no process can be forked
-        preload.append("bitsandbytes")
-    context.set_forkserver_preload(preload)
+    context = forkserver()
     port, results = free_port(), context.SimpleQueue()
     ranks = [
         context.Process(target=_rank, args=(environment_of(r, world, port), r, results, function, arguments))

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import inspect
 import os
+import pkgutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import tunesmith
+from ranks import run_ranks
 
 FUNCTIONS = ["evaluate", "generate", "load_run", "merge", "train"]
 
+
 # Every module is imported first, as a long session may have done: importing `package.name` sets the attribute `name`.
-AFTER_ALL = """
-import pkgutil, tunesmith
-from importlib import import_module
-names = [m.name for m in pkgutil.walk_packages(tunesmith.__path__, "tunesmith.") if not m.name.endswith("__main__")]
-for name in names:
-    import_module(name)
-assert len(names) > 80, len(names)
-for name in tunesmith.__all__:
-    member = getattr(tunesmith, name)
-    print(name, type(member).__name__, member.__name__ if callable(member) else name)
-"""
+def members_after_all() -> list[tuple[str, str, str]]:
+    """Of each member its name in the package, its kind and its own name."""
+    found = pkgutil.walk_packages(tunesmith.__path__, "tunesmith.")
+    names = [module.name for module in found if not module.name.endswith("__main__")]
+    for name in names:
+        import_module(name)
+    assert len(names) > 80, len(names)
+    members = {name: getattr(tunesmith, name) for name in tunesmith.__all__}
+    return [(name, type(m).__name__, m.__name__ if callable(m) else name) for name, m in members.items()]
+
 
 # Each ignored line is an error, or mypy would say that the comment is unused: the names have types, not Any.
 USER_SCRIPT = """
@@ -74,9 +77,10 @@ def test_every_public_member_has_its_name() -> None:
 
 
 def test_members_stay_what_they_are_after_every_module_was_imported() -> None:
-    words = printed(AFTER_ALL)
-    kinds = dict(zip(words[::3], words[1::3], strict=True))
-    assert list(kinds) == words[2::3] == tunesmith.__all__
+    """In a process of its own, since the modules stay."""
+    (found,) = run_ranks(1, members_after_all)
+    kinds = {name: kind for name, kind, _ in found}
+    assert list(kinds) == [own for _, _, own in found] == tunesmith.__all__
     assert [name for name, kind in kinds.items() if kind == "function"] == FUNCTIONS
     assert "module" not in kinds.values()
 

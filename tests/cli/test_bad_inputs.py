@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import playbook
 from cli.bad_table import ALL
 from cli.bad_world import Case, World, snapshot, told
 from tunesmith.cli.main import main
+from warm import run_warm
 
 BY_NAME = {str(case): case for case in ALL}
 AS_PROCESS = ("recipe: unknown key", "model: cut-off weights", "script: no such data")
@@ -56,16 +56,11 @@ def test_bad_input_of_a_process(case: Case, world: World) -> None:
     words = case.make(world)
     before = snapshot(world.folder)
     script = Path(__file__).parents[2] / "scripts" / f"{words[0]}.py"
-    command = [str(script), *words[1:]] if script.exists() else ["-m", "tunesmith", *words]
-    done = subprocess.run(
-        [sys.executable, *command],
-        env=os.environ | world.env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        stdin=subprocess.DEVNULL,
-    )
+    if script.exists():
+        command, nothing = [sys.executable, script, *words[1:]], subprocess.DEVNULL
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, stdin=nothing)
+    else:
+        done = run_warm(words)
     assert_told(case, world, before, done.returncode, done.stdout, done.stderr)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from cli.bad_world import World, snapshot, told
 from cli.campaign import bad_input
 from time_limit import time_limit
 from tunesmith.cli.main import main
+from warm import run_warm
 
 SECONDS = 120  # a hang
 FIRST, _, LAST = os.environ.get("CAMPAIGN", "60").rpartition("-")
@@ -66,16 +66,7 @@ def test_a_bad_input_of_a_process(seed: int, world: World, monkeypatch: pytest.M
     if any("\0" in word for word in words):
         pytest.skip("no shell can pass this word")
     before = snapshot(world.folder)
-    done = subprocess.run(
-        [sys.executable, "-m", "tunesmith", *words],
-        env={**os.environ, **world.env},
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        timeout=SECONDS,
-        stdin=subprocess.DEVNULL,
-    )
+    done = run_warm(words)
     assert_told(words, done.returncode, done.stderr, before, snapshot(world.folder))
 
 

@@ -6,8 +6,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from tunesmith.runtime.plan import Machine, RunPlan, Saving
 from tunesmith.runtime.resolve import probe_machine
 from tunesmith.training import build
 from tunesmith.training.result import failure_of
+from warm import run_warm
 
 SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 
@@ -164,24 +163,16 @@ def test_a_fix_for_a_full_memory_is_one_that_helps(
     assert failed.fix.removesuffix(": it goes on from checkpoint-2") == fix + again
 
 
-def limited(words: list[str], size: int, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """A process whose files may not grow beyond `size` bytes."""
-    return subprocess.run(
-        [sys.executable, "-m", "tunesmith", *words],
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )
+def small_files() -> None:
+    """No file may grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
 
 def test_a_limit_on_the_size_of_files(world: World, capsys: Capture) -> None:
     """Needs no root: what is written grows too large inside a checkpoint, of a run that has an earlier one."""
     run = world.begun()
     kept = snapshot(run / "checkpoint-4")
-    done = limited(world.again(), 30_000, world.env)
+    done = run_warm(world.again(), prepare=small_files)
     assert done.returncode == EXIT_FAILED, done.stderr
     assert "Traceback" not in done.stderr
     assert "ulimit -f" in told(done.stderr)["error"]

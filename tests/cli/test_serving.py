@@ -22,6 +22,7 @@ import pytest
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
+from warm import Warm, take_terminal
 
 SHORT = ["--max-new-tokens", "6", "--device", "cpu"]
 
@@ -182,8 +183,8 @@ def test_base_answers_as_without_the_adapter(run: Path, rows: Path, tmp_path: Pa
 def test_ctrl_c_keeps_what_is_written(run: Path, tmp_path: Path) -> None:
     many = write_rows(tmp_path / "many.jsonl", [{"prompt": "x" * (n % 9 + 1), "n": n} for n in range(4000)])
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "tunesmith", "generate", str(run), "--input", str(many), "--output", str(out)]
-    process = subprocess.Popen([*command, "--batch-size", "1", *SHORT], stderr=subprocess.PIPE, text=True)
+    command = ["generate", str(run), "--input", str(many), "--output", str(out)]
+    process = Warm([*command, "--batch-size", "1", *SHORT])
     try:
         deadline = time.monotonic() + 120
         while not (out.exists() and out.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
@@ -304,24 +305,22 @@ ECHO = "hello\r\n"  # a question is on its way
 
 def on_a_terminal(command: list[str], steps: list[tuple[str, bytes]], *, columns: int) -> tuple[str, int]:
     """Run a command on a pseudo-terminal; for each step wait for a text, then type. All that was shown, and the exit code."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-        # A test run that was started in the background ignores SIGINT, and so would its children; a terminal's do not.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        # Given in full: readline, which pytest imports, puts COLUMNS into the process's environment behind Python's back.
-        kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")} | {"TERM": "xterm"}
-        os.execve(sys.executable, [sys.executable, "-m", "tunesmith", *command], kept)
+    terminal, own = pty.openpty()
+    fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")} | {"TERM": "xterm"}
+    process = Warm(command, env=kept, streams=[own] * 3, prepare=take_terminal)
+    os.close(own)
     shown, seen = "", 0
     for wanted, typed in [*steps, ("", b"")]:
         while not wanted or wanted not in shown[seen:]:
             try:
                 if not select.select([terminal], [], [], 90)[0]:
-                    os.kill(pid, signal.SIGKILL)
+                    process.kill()
                     pytest.fail(f"waited in vain for {wanted!r} after: {shown}")
                 shown += os.read(terminal, 4096).decode(errors="replace")
             except OSError:  # the command has ended
-                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                code = process.wait()
+                os.close(terminal)
                 assert not wanted, f"{wanted!r} was not shown before the end, exit code {code}: {shown}"
                 return shown, code
         seen = len(shown)

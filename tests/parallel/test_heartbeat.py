@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import environment_of, free_port
+from ranks import environment_of, forkserver, free_port
 from tunesmith.errors import CheckpointError, DataError, MachineError, OtherRankError, TunesmithError
 from tunesmith.heartbeat import Heartbeat
 from tunesmith.ranks import SECONDS, heartbeat_limit, join_ranks, meet
@@ -88,9 +87,7 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
 
 def strike(fault: str, folder: Path) -> tuple[list[int | None], str]:
     """Three ranks that are struck by a fault: their exit codes, and all that they printed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "torch.distributed.fsdp", "tunesmith.training.run"])
-    port = free_port()
+    context, port = forkserver(), free_port()
     envs = [environment_of(rank, 3, port) | {SECONDS: str(LIMIT)} for rank in range(3)]
     processes = [context.Process(target=take_steps, args=(fault, env, folder)) for env in envs]
     for process in processes:

@@ -52,8 +52,8 @@ def built(model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, An
 
 
 def write_all(model: Path, folder: Path, cases: list[tuple[dict[str, int], dict[str, Any], Path]]) -> None:
-    """Load a model on a mesh and write it as final/ has it, case by case; a piece holds three rows or so."""
-    save_tensors.PIECE = save_tensors.GATHERED = weights.SLICE = 1000
+    """Load a model on a mesh and write it as final/ has it, case by case; a piece holds 15 rows or so."""
+    save_tensors.PIECE = save_tensors.GATHERED = weights.SLICE = 4000
     with join_ranks() as ranks:
         for mesh, changes, place in cases:
             run, root = built(model, folder, mesh, changes, ranks.world)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
+from ranks import run_ranks
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
 from tunesmith.data.batch import Batch, Example, collate
@@ -377,17 +378,21 @@ def test_where_no_assembler_knows_the_chip_the_run_goes_on_uncompiled_and_says_w
     assert not any(name in os.environ for name in compilation.ASSEMBLERS)
 
 
+def attempt(cache: Path) -> object:
+    """The exit status of ATTEMPT where the compiler runs."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"], sys.argv = str(cache), ["-c", "cpu"]
+    try:
+        exec(compilation.ATTEMPT, {})
+    except SystemExit as end:
+        return end.code
+    return None
+
+
 def test_the_attempt_in_a_new_process_tells_by_its_exit_status_whether_the_compiler_runs(tmp_path):
-    """The real program on the CPU: with a C++ compiler and without."""
+    """The real program on the CPU: with a C++ compiler, in a process that has torch loaded already, and without one."""
+    assert run_ranks(1, attempt, tmp_path / "a") == [0]
     command = [sys.executable, "-c", compilation.ATTEMPT, "cpu"]
-    good = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "a")}
-    assert subprocess.run(command, env=good, check=False).returncode == 0
-    done = subprocess.run(
-        command,
-        env=good | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "b")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    env = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "b")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "the compiler does not run here" in done.stderr

@@ -60,8 +60,11 @@ print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), torch
 COMMAND_LINE = "from tunesmith.cli.main import main; main(['bench', 'no-such-recipe.yaml'])"
 
 
-def started(*, first: str = "", then: str = "tunesmith.train", **variables: str) -> list[str]:
-    """How threads wait, and how many there are, in a process of its own: [policy, spins, threads]."""
+def started(*, first: str = "", then: str = "tunesmith.StepRecord", **variables: str) -> list[str]:
+    """How threads wait, and how many there are, in a process of its own: [policy, spins, threads].
+
+    Each public name prepares them before it is imported; a record's class needs nothing else.
+    """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "MKL_"))}
     code = STARTED.format(first=first, then=then)
     command = [sys.executable, "-c", code]

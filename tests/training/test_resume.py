@@ -114,9 +114,9 @@ class Starter:
         self.log.close()
 
 
-@pytest.fixture
-def starter(tmp_path: Path):
-    starter = Starter(tmp_path)
+@pytest.fixture(scope="module")
+def starter(tmp_path_factory: pytest.TempPathFactory):
+    starter = Starter(tmp_path_factory.mktemp("starter"))
     yield starter
     starter.close()
 

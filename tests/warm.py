@@ -1,0 +1,131 @@
+"""The command line in a process of its own that starts at once: forked from the one that `ranks` forks its ranks from, which
+has torch and Transformers loaded. For tests of signals, streams and limits, to which how Python starts is nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+import termios
+from collections.abc import Callable, Sequence
+from multiprocessing import reduction
+from pathlib import Path
+from typing import Any
+
+from ranks import forkserver
+
+
+class Warm:
+    """`tunesmith WORDS` under way, with what tests use of a Popen.
+
+    Args:
+        words: of the command line, after the program.
+        env, cwd: of the process; the test's own where not said.
+        stdin, stdout, stderr: file descriptors; without one stdin is empty, and what is written is kept for `communicate`.
+        prepare: a function that a process can import, called in it before anything else.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        *,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        streams: Sequence[int | None] = (None, None, None),
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
+        self._kept = [tempfile.TemporaryFile("w+b") if fd is None else None for fd in streams]  # noqa: SIM115
+        fds = [fd if kept is None else kept.fileno() for fd, kept in zip(streams, self._kept, strict=True)]
+        environment = dict(os.environ if env is None else env)
+        arguments = (list(words), environment, str(cwd or Path.cwd()), [_Descriptor(fd) for fd in fds], prepare)
+        self._process = forkserver().Process(target=_run, args=arguments)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """As Popen has it: None while it runs, minus the number of the signal that ended it."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float = 120) -> int:
+        """The exit code; TimeoutExpired, and the process killed, after that many seconds."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self.kill()
+            raise subprocess.TimeoutExpired("tunesmith", timeout)
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+        """What it wrote, after its end; "" of a stream that was given."""
+        self.wait(timeout)
+        return _text(self._kept[1]), _text(self._kept[2])
+
+
+def run_warm(words: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """`tunesmith WORDS` to its end."""
+    started = Warm(words, **options)
+    out, err = started.communicate()
+    return subprocess.CompletedProcess(words, started.wait(), out, err)
+
+
+class _Descriptor:
+    """A file descriptor that goes along to a forked process."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (reduction.DupFd(self.fd),)
+
+
+def _arrived(duplicate: Any) -> int:
+    fd: int = duplicate.detach()
+    return fd
+
+
+def _text(file: Any) -> str:
+    if file is None:
+        return ""
+    file.seek(0)
+    text: str = file.read().decode(errors="replace")
+    return text
+
+
+def take_terminal() -> None:
+    """Before a command: its standard input is the terminal that it runs on, whose ctrl-C and end reach it."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _run(
+    words: list[str], env: dict[str, str], cwd: str, streams: list[int], prepare: Callable[[], object] | None
+) -> None:
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        os.dup2(streams[fd], fd)
+        os.close(streams[fd])
+        mode, errors = ("r", "strict") if fd == 0 else ("w", "backslashreplace" if fd == 2 else "strict")
+        stream = os.fdopen(fd, mode, encoding="utf-8", errors=errors, closefd=False, buffering=1)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    if prepare:
+        prepare()
+    sys.argv = ["tunesmith", *words]
+    from tunesmith.cli.main import main
+
+    sys.exit(main())
