@@ -125,16 +125,21 @@ def physical_memory() -> int:
 def available_cores(root: Path = Path("/")) -> int:
     """Cores that this process is bound to, within its control groups' share of time; /proc and /sys are below `root`."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min([cores, *(quota for group in control_groups("cpu", root) if (quota := _core_quota(group)))])
+
+
+def control_groups(controller: str, root: Path = Path("/")) -> list[Path]:
+    """The folders of this process's control groups of version 1 or 2 that may limit it, the innermost first."""
+    found: list[Path] = []
     with suppress(OSError, ValueError):  # no control groups here
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, own = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
+            if controllers and controller not in controllers.split(","):
                 continue
             base = root / "sys/fs/cgroup" / controllers
             group = base / own.lstrip("/")  # in a container it may not be there, and its limit is that of `base`
-            folders = [folder for folder in (group, *group.parents) if folder.is_relative_to(base)]
-            cores = min([cores, *(quota for folder in folders if (quota := _core_quota(folder)))])
-    return cores
+            found += [folder for folder in (group, *group.parents) if folder.is_relative_to(base)]
+    return found
 
 
 def _core_quota(group: Path) -> int | None:

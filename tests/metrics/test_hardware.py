@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tunesmith.metrics.hardware import Gauges, Peak, describe_machine, find_peak, memory_gib, peak_of, scrub
+from tunesmith.metrics.hardware import Peak, describe_machine, find_peak, memory_gib, peak_of, scrub
 
 
 @pytest.mark.parametrize(
@@ -85,32 +85,6 @@ def test_memory_is_the_peak_of_this_process() -> None:
     assert grown >= before
     assert 0.05 < grown < 1000
     assert memory_gib() >= grown, "a peak does not fall"
-
-
-def test_gauges_are_none_without_a_gpu() -> None:
-    assert Gauges(torch.device("cpu")).read() == (None, None)
-
-
-def test_a_gauge_that_fails_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def utilization(device: torch.device) -> int:
-        asked.append(device)
-        raise RuntimeError("no NVML")
-
-    monkeypatch.setattr(torch.cuda, "utilization", utilization)
-    gauges = Gauges(torch.device("cuda"), every=0.0)
-    assert [gauges.read(), gauges.read()] == [(None, None)] * 2
-    assert len(asked) == 1
-
-
-def test_a_gauge_is_read_once_in_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(torch.cuda, "utilization", lambda device: asked.append(device) or 97)
-    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 612_345)
-    gauges = Gauges(torch.device("cuda"), every=60.0)
-    assert [gauges.read() for _ in range(3)] == [(97.0, 612.345)] * 3
-    assert len(asked) == 1
 
 
 def test_the_description_is_an_allow_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,8 @@ _LEFTOVER = re.compile(
     rf"\.(?:{'|'.join(map(re.escape, FILES))})(?:\.\d+)?\.partial"
     r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)|\.tokenizer-\w+\.partial"
 )
-_FOLDER = r"final|tensorboard|profile|checkpoint-\d+"
-_WRITTEN = re.compile("|".join([*map(re.escape, FILES), _FOLDER, _LEFTOVER.pattern]))
+_MANY = r"final|tensorboard|profile|checkpoint-\d+|metrics-rank\d+\.jsonl"
+_WRITTEN = re.compile("|".join([*map(re.escape, FILES), _MANY, _LEFTOVER.pattern]))
 
 
 def run_files(output_dir: Path) -> list[Path]:
@@ -48,7 +48,8 @@ def is_run(output_dir: Path) -> bool:
         begun = lock.is_file() and lock.read_bytes() == MARK and not (metrics.exists() and metrics.stat().st_size)
     except (OSError, ValueError, TypeError):
         return False
-    return begun and all(p.name in BEFORE_IDENTITY or _LEFTOVER.fullmatch(p.name) for p in run_files(output_dir))
+    early = re.compile(rf"{'|'.join(map(re.escape, BEFORE_IDENTITY))}|metrics-rank\d+\.jsonl")
+    return begun and all(early.fullmatch(p.name) or _LEFTOVER.fullmatch(p.name) for p in run_files(output_dir))
 
 
 @contextlib.contextmanager

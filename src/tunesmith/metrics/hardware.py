@@ -1,4 +1,4 @@
-"""The machine under a run: its description for env.json, its published peak, its memory, utilisation and power."""
+"""The machine under a run: its description for env.json, its published peak and its memory."""
 
 import contextlib
 import importlib.metadata
@@ -9,7 +9,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 import timeit
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -137,32 +136,6 @@ def memory_gib(device: torch.device | None = None) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
-
-
-class Gauges:
-    """A GPU's utilisation and power by NVML, read at most once per `every` seconds, and never again after a failure.
-
-    NVML takes about a millisecond and averages over 1/6 to 1 s, so reading it at each step adds nothing. It is missing in
-    many containers (no nvidia-ml-py) and incomplete on unified-memory chips.
-    """
-
-    def __init__(self, device: torch.device, *, every: float = 1.0) -> None:
-        self.device, self.every = device, every
-        self.usable = device.type == "cuda"
-        self._at = -every
-        self._last: tuple[float | None, float | None] = (None, None)
-
-    def read(self) -> tuple[float | None, float | None]:
-        """(utilisation in percent, power in watts); None where they cannot be read."""
-        now = time.monotonic()
-        if self.usable and now - self._at >= self.every:
-            self._at = now
-            try:
-                percent = float(torch.cuda.utilization(self.device))
-                self._last = (percent, torch.cuda.power_draw(self.device) / 1000.0)
-            except Exception:  # NVML's error type cannot be imported without NVML, and a gauge must not end a run
-                self.usable, self._last = False, (None, None)
-        return self._last
 
 
 def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:

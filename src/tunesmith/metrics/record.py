@@ -37,6 +37,12 @@ class StepRecord:
     mfu_peak_tflops: float | None = None  # the peak that `mfu` was taken against
     gpu_utilization: float | None = None  # percent, GPU only
     gpu_power_watts: float | None = None  # GPU only
+    gpu_clock_mhz: float | None = None  # GPU only
+    gpu_temperature_celsius: float | None = None  # GPU only
+    host_memory_percent: float | None = None  # of this rank's host: 100 less the available share
+    network_bytes_per_second: float | None = None  # several ranks: sent and received by this rank's host
+    nvlink_bytes_per_second: float | None = None  # several ranks: sent and received by this rank's GPU
+    product_tflops: float | None = None  # of a short product on this rank's chip, where it was timed after this step
     idle_share: float | None = None  # several data ranks: share of their time without work, by micro batches' cost
     val_loss: float | None = None  # loss on the held-out rows, where it was measured after this step
     # Further metrics of the method, by names that no field has. On disk they follow the other values.

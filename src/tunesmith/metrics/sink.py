@@ -1,12 +1,13 @@
 """What a run reports, as one small class: the loop calls `Sinks`, which passes every event to each sink in turn.
 
-A sink shows and never computes; metrics.jsonl is the only one that a resume reads back. Only rank 0 has sinks. The
+A sink shows and never computes; metrics.jsonl is the only one that a resume reads back. Rank 0 has all of them. The
 terminal and the trackers have files of their own beside this one.
 """
 
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,17 @@ class SamplesSink(Sink):
         lines = (json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n" for prompt, answer in rows)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
+
+
+class RankSink(JsonlSink):
+    """metrics-rank<r>.jsonl of a rank other than 0: the same records with its own waits, memory and gauges. Its warnings go to
+    its own terminal or log."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        super().__init__(folder / f"metrics-rank{rank}.jsonl")
+
+    def text(self, title: str, body: str) -> None:
+        print(body, file=sys.stderr, flush=True)
 
 
 class TensorBoardSink(Sink):

@@ -17,7 +17,7 @@ from tunesmith.errors import NonFiniteError, OtherRankError, RunError, StoppedEr
 from tunesmith.host_files import refuse_many_ranks, refuse_special_files
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
-from tunesmith.metrics.sink import JsonlSink, RecordCallback, SamplesSink, Sink, Sinks, TensorBoardSink
+from tunesmith.metrics.sink import JsonlSink, RankSink, RecordCallback, SamplesSink, Sink, Sinks, TensorBoardSink
 from tunesmith.metrics.summary import FAILURE, write_failure
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
@@ -146,10 +146,14 @@ def follow(run: Run, stop: StopRequest, ranks: Ranks, stack: ExitStack, *, fresh
     if start.finished is not None:
         return Result(Path(run.output_dir), start.finished, finished_before=True)
     session = build(run, start, say=lambda text: None, ranks=ranks)
+    sinks = Sinks([RankSink(Path(run.output_dir), ranks.rank)])
+    stack.callback(close_after_all, sinks)
     with ranks.together():  # rank 0 opens its files
         if ranks.leads_dir:
-            begin(session, start, Sinks([]), mark, None)
-    trainer = ready_trainer(session, start, Sinks([]), stop, stack, lambda text: None)
+            begin(session, start, sinks, mark, None)
+        else:
+            sinks.open(run, resumed_at(start))
+    trainer = ready_trainer(session, start, sinks, stop, stack, lambda text: None)
     try:
         return trainer.fit()
     except (StoppedError, NonFiniteError) as error:  # on all ranks alike: rank 0 tells it
@@ -201,14 +205,18 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
 
 def begin(session: Session, start: Start, sinks: Sinks, mark: Callable[[], None], argv: list[str] | None) -> None:
     """Write the first files of a start, now that nothing is left to check; `mark` makes the directory a run's."""
-    out, progress = Path(session.run.output_dir), start.progress
+    out = Path(session.run.output_dir)
     mark()
     sweep(out)
-    # A step whose validation was cut off is written again, with its validation.
-    sinks.open(session.run, progress.step - (not progress.validated) if progress else 0)
+    sinks.open(session.run, resumed_at(start))
     write_identity(session, argv)
     for name in (FAILURE, STOPPED, STOP_FILE):
         (out / name).unlink(missing_ok=True)
+
+
+def resumed_at(start: Start) -> int:
+    """The last step whose record stays: a step whose validation was cut off is written again, with its validation."""
+    return start.progress.step - (not start.progress.validated) if start.progress else 0
 
 
 def sinks_of(

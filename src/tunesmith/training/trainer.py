@@ -32,7 +32,7 @@ from tunesmith.heartbeat import STUCK
 from tunesmith.host_files import write_atomically
 from tunesmith.inference.decoding import sample_answers
 from tunesmith.inference.evaluate import validation_loss
-from tunesmith.metrics import hardware
+from tunesmith.metrics.health import Health
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
@@ -89,13 +89,14 @@ class Trainer:
         clock = self.lr_schedule | {"seconds": self.progress.seconds}
         self.validate_cadence = Cadence(self.run.validate.every if session.data.validation else None, **clock)
         self.checkpoint_cadence = Cadence(self.run.checkpoint.every, **clock)
-        self.gauges = hardware.Gauges(session.device)
+        self.health = Health(session.device, session.dtype, session.peak, session.ranks, sinks)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def fit(self) -> Result:
         """Train to the end of the duration; raise StoppedError after saving when a signal came."""
         self.session.model.train()
+        self.health.start()
         if not self.progress.validated:
             self.sinks.text("validation", "now comes the validation that a stop cut off")
             self.validate()
@@ -248,7 +249,6 @@ class Trainer:
     ) -> StepRecord:
         """The step's record in the form of metrics.jsonl."""
         session, batch, peak = self.session, pending.batch, self.session.peak_tflops
-        utilization, watts = self.gauges.read()
         work = session.flops(batch.indices, batch.supervised)
         return StepRecord(
             step=pending.step,
@@ -265,8 +265,7 @@ class Trainer:
             mfu=work / seconds / (peak * 1e12) if peak else None,
             mfu_peak_tflops=peak,
             memory_gib=session.memory_gib(),
-            gpu_utilization=utilization,
-            gpu_power_watts=watts,
+            **self.health.read(),
             idle_share=batch.idle_share if session.mesh.shape.data > 1 else None,
             extra=dict(zip(session.model.method.metrics, metrics, strict=True)),
         )

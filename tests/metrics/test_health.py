@@ -1,0 +1,181 @@
+"""Gauges by the names of their fields; a chip that is slow is named once, with what holds it back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ranks import run_ranks
+from recipes import make_run
+from tunesmith.metrics.hardware import Peak
+from tunesmith.metrics.health import ChipCheck, Gauges, Reading, describe_slow_host, network_bytes, throttled_seconds
+from tunesmith.metrics.record import read_records
+from tunesmith.training.run import train
+
+CPU = torch.device("cpu")
+
+
+def test_without_a_gpu_the_hosts_memory_is_the_only_gauge() -> None:
+    found = Gauges(CPU).read()
+    assert [*found] == ["host_memory_percent"]
+    assert 0 < found["host_memory_percent"] < 100
+
+
+def gpu_gauges(monkeypatch: pytest.MonkeyPatch, **gauges: object) -> None:
+    for name in ("utilization", "power_draw", "clock_rate", "temperature"):
+        monkeypatch.setattr(torch.cuda, name, gauges[name])
+
+
+def test_a_gauge_that_fails_is_not_asked_again_and_the_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def missing(device: torch.device) -> int:
+        asked.append(device)
+        raise RuntimeError("not supported")
+
+    known = {"utilization": lambda d: 97, "clock_rate": lambda d: 1980, "temperature": lambda d: 66}
+    gpu_gauges(monkeypatch, power_draw=missing, **known)
+    gauges = Gauges(torch.device("cuda"), every=0.0)
+    for _ in range(2):
+        found = dict(gauges.read())
+        assert 0 < found.pop("host_memory_percent") < 100
+        assert found == {"gpu_utilization": 97.0, "gpu_clock_mhz": 1980.0, "gpu_temperature_celsius": 66.0}
+    assert len(asked) == 1
+
+
+def test_gauges_are_read_once_in_their_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    known = {"utilization": lambda d: asked.append(d) or 97, "clock_rate": lambda d: 1, "temperature": lambda d: 2}
+    gpu_gauges(monkeypatch, power_draw=lambda d: 612_345, **known)
+    gauges = Gauges(torch.device("cuda"), every=60.0)
+    assert [gauges.read()["gpu_power_watts"] for _ in range(3)] == [612.345] * 3
+    assert len(asked) == 1
+
+
+def test_rdma_ports_count_words_of_four_bytes_and_come_before_an_interface(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=cable0,cable1")
+    statistics = tmp_path / "sys/class/net/cable0/statistics"
+    statistics.mkdir(parents=True)
+    (statistics / "rx_bytes").write_text("1000\n")
+    (statistics / "tx_bytes").write_text("24\n")
+    assert network_bytes(tmp_path) == 1024
+    gauges = Gauges(CPU, links=True, every=0.0, root=tmp_path)
+    gauges.read()
+    (statistics / "tx_bytes").write_text("1000024\n")
+    time.sleep(0.01)
+    assert 0 < gauges.read()["network_bytes_per_second"] < 1e8  # a million bytes in 10 ms or more
+    for port in (1, 2):
+        counters = tmp_path / f"sys/class/infiniband/roce0/ports/{port}/counters"
+        counters.mkdir(parents=True)
+        (counters / "port_xmit_data").write_text("10\n")
+        (counters / "port_rcv_data").write_text("100\n")
+        (counters / "port_xmit_wait").write_text("7\n")
+    assert network_bytes(tmp_path) == 880
+
+
+def test_a_chip_that_slows_down_is_named_once_and_again_after_it_was_well() -> None:
+    check = ChipCheck(CPU, torch.float32, Peak())
+    check.best = 2.0
+    readings = [2.0, 1.3, 1.3, 1.3, 1.3, 1.9, 1.0, 1.0, 1.0]
+    faults = [check.fault(Reading(tflops, 0.0)) for tflops in readings]
+    assert [bool(fault) for fault in faults] == [False, False, False, True, False, False, False, False, True]
+    assert faults[3].startswith("the chip computes at 65% of its speed at the start: ")
+    assert "fix: " in faults[3]
+
+
+def test_a_chip_far_below_its_published_peak_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GB10's low-power state: slow from the start, and NVML shows no reason."""
+    check = ChipCheck(CPU, torch.float32, Peak(92.0, "a sheet"))
+    check.device, check.best = torch.device("cuda"), 14.0
+    fault = check.fault(Reading(14.0, 0.0))
+    assert fault.startswith("the chip computes 14 TFLOP/s where its peak is 92: no reason is shown")
+    assert "pull the plug" in fault
+    check.best = 60.0
+    assert check.fault(Reading(60.0, 0.0)) == ""
+
+
+def test_a_slow_host_is_named_with_both_speeds() -> None:
+    hosts = ("spark-a", "spark-a", "spark-b", "spark-b")
+    readings = [Reading(tflops, 0.0) for tflops in (80.0, 50.0, 40.0, 41.0)]  # a host's best counts
+    text = describe_slow_host(hosts, readings)
+    assert text.startswith("spark-b computes at 51% of the speed of the others (41 and 80 TFLOP/s")
+    assert describe_slow_host(hosts, [Reading(80.0, 0.0)] * 4) == ""
+    assert describe_slow_host(("one", "one"), [Reading(80.0, 0.0), Reading(8.0, 0.0)]) == ""
+
+
+def test_a_check_is_due_once_in_its_interval_and_its_speed_is_the_products() -> None:
+    check = ChipCheck(CPU, torch.bfloat16, Peak(), every=60.0)
+    assert 1e-4 < check.first().tflops < 100
+    assert check.read() is None
+    check.every = 0.0
+    reading = check.read()
+    assert reading is not None
+    assert check.best >= reading.tflops > 1e-4
+
+
+@pytest.fixture
+def a_tenth_of_a_core() -> Iterator[str]:
+    """The file to enter a control group that may use a tenth of a core."""
+    old, new = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
+    version_2 = (new / "cgroup.controllers").exists()
+    group = (new if version_2 else old) / f"tunesmith-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        if version_2:
+            (group / "cpu.max").write_text("10000 100000")
+        else:
+            (group / "cpu.cfs_period_us").write_text("100000")
+            (group / "cpu.cfs_quota_us").write_text("10000")
+    except OSError as error:
+        pytest.skip(f"no control group with a limit on cores can be made here: {error.strerror}")
+    yield str(group / "cgroup.procs")
+    group.rmdir()
+
+
+def test_a_limit_on_cores_is_named_with_the_time_it_took(a_tenth_of_a_core: str) -> None:
+    code = """
+        import os, pathlib, sys, time, torch
+        from tunesmith.metrics.hardware import Peak
+        from tunesmith.metrics.health import ChipCheck
+        torch.set_num_threads(1)
+        pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+        check = ChipCheck(torch.device("cpu"), torch.float32, Peak(), every=0.0)
+        check.first()
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            check.right @ check.left
+        print(check.fault(check.read()))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), a_tenth_of_a_core], capture_output=True, text=True, check=True
+    )
+    assert "held back" in done.stdout
+    assert "may use 1 of" in done.stdout
+
+
+def test_what_cannot_be_read_holds_nobody_back(tmp_path: Path) -> None:
+    assert throttled_seconds(tmp_path) == 0.0
+
+
+def train_for(steps: int, model: Path, folder: Path) -> None:
+    train(make_run(model, folder, held=False, output_dir=str(folder / "run"), train={"duration": f"{steps} steps"}))
+
+
+def test_other_ranks_write_records_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    for steps in (2, 3):
+        run_ranks(2, train_for, steps, tiny, tmp_path)
+    first, other = (read_records(tmp_path / "run" / f"metrics{rank}.jsonl") for rank in ("", "-rank1"))
+    assert [(r.step, r.loss) for r in first] == [(r.step, r.loss) for r in other]
+    assert len(first) == 3
+    assert {r.data_seconds for r in first} != {r.data_seconds for r in other}
+    assert all(r.network_bytes_per_second is not None and r.host_memory_percent for r in first[1:])
