@@ -1,4 +1,4 @@
-"""Fixtures for tests of launching: a Docker daemon with the CPU image."""
+"""Fixtures for tests of launching: a Docker daemon, the CPU image, and a user who starts containers."""
 
 from __future__ import annotations
 
@@ -10,18 +10,43 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.dockerd import docker_daemon, missing_tools
+from ranks import run_ranks
+from recipes import make_run, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / ".docker"  # between runs: Debian with Python, wheels, the daemon's layers
 PYTHON, CPU = "tunesmith-test/python", "tunesmith-test/cpu"
+USER = 54321  # no line of /etc/passwd has it
+CANARY = "hf_canary0123456789"
+TIME = 300  # seconds: two starts of torch on a busy machine
 CONTEXT = ("docker", "pyproject.toml", "README.md", "LICENSE", "recipes", "scripts", "src", ".dockerignore")
+# A constant learning rate: a run of any duration takes the same steps.
+UNENDING: dict[str, Any] = {
+    "train": {"duration": "200000 steps", "compile": "off", "schedule": "constant"},
+    "checkpoint": {"every": "30 steps", "keep": 1},
+}
+
+
+def uninterrupted(model: Path, folder: Path, steps: int, ranks: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step that UNENDING makes of a recipe in one go, on ranks of this machine."""
+    return run_ranks(ranks, _in_one_go, model, folder, steps)[0]
+
+
+def _in_one_go(model: Path, folder: Path, steps: int) -> list[tuple[float, float]]:
+    from tunesmith.training.run import train
+
+    keys = UNENDING["train"] | {"duration": f"{steps} steps"}
+    run = make_run(model, folder, held=False, output_dir=str(folder / "whole"), **UNENDING | {"train": keys})
+    return [(record.loss, record.grad_norm) for record in train(run, say=None).records]
 
 
 def requirements() -> list[str]:
@@ -129,3 +154,40 @@ def cpu_image(daemon: dict[str, str], wheels: list[Path]) -> str:
             done = build(daemon, context, file, made, base)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return image
+
+
+class Place:
+    """A folder of USER's, and `tunesmith` as that user, with a token in its environment."""
+
+    def __init__(self, folder: Path, env: dict[str, str]) -> None:
+        self.folder = folder
+        self.env = env | {"HOME": str(folder), "HF_TOKEN": CANARY, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        for name in ("HF_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME"):
+            self.env.pop(name, None)
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+        command = [*user, sys.executable, "-m", "tunesmith", *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=self.env, cwd=self.folder, **pipes)  # type: ignore[call-overload]
+
+    def finish(self, *words: str, code: int = 0) -> str:
+        process = self.start(*words)
+        said = process.communicate(timeout=TIME)[0]
+        assert process.returncode == code, said
+        return said
+
+
+@pytest.fixture
+def place(daemon: dict[str, str], tiny: Path) -> Iterator[Place]:
+    with tempfile.TemporaryDirectory(prefix="tunesmith-docker-", dir="/tmp") as made:
+        folder = Path(made)
+        shutil.copytree(tiny, folder / "model")
+        (folder / "recipe.yaml").write_text(json.dumps(recipe(folder / "model", folder, held=False, **UNENDING)))
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, USER, USER)
+        found = Place(folder, daemon)
+        if found.start("--version").wait(TIME):
+            pytest.skip(f"user {USER} may not read {sys.executable}")
+        yield found
+        remove_containers(daemon)

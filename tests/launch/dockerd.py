@@ -9,16 +9,17 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 NEEDED = ("dockerd", "docker", "tini", "unshare", "setpriv")
 # A runc that asks for no more than this machine grants: without CAP_SYS_RESOURCE a limit cannot be raised, and a container
-# with `--ulimit memlock=-1` would not start.
+# with `--ulimit memlock=-1` would not start. It adds the folders of this machine that every container is to have.
 RUNC = """#!/usr/bin/python3
 import json, os, resource, sys
+PLACES = {places}
 words = sys.argv[1:]
 path = ""
 if "create" in words and "--bundle" in words:
@@ -35,6 +36,9 @@ if path:
             for kind in ("hard", "soft"):
                 limit[kind] = most if limit[kind] < 0 else min(limit[kind], most)
     process["oomScoreAdj"] = max(0, process.get("oomScoreAdj") or 0)
+    if "mounts" in config:
+        bind = dict(type="bind", options=["rbind", "ro"])
+        config["mounts"] += [dict(bind, source=place, destination=place) for place in PLACES]
     with open(path, "w") as file:
         json.dump(config, file)
 os.execvp("runc", ["runc", *words])
@@ -50,10 +54,10 @@ def missing_tools() -> str:
 
 
 @contextlib.contextmanager
-def docker_daemon(data: Path | None = None) -> Iterator[dict[str, str]]:
+def docker_daemon(data: Path | None = None, places: Sequence[str] = ()) -> Iterator[dict[str, str]]:
     """The environment in which `docker` talks to a new daemon; on leaving, its containers and mounts are gone.
 
-    `data` keeps its images for the next one.
+    `data` keeps its images for the next one. All containers see the folders `places` of this machine, and cannot write there.
     """
     if fault := missing_tools():
         pytest.skip(fault)
@@ -63,7 +67,7 @@ def docker_daemon(data: Path | None = None) -> Iterator[dict[str, str]]:
         place, group = Path(made), f"/{Path(made).name}"
         place.chmod(0o755)
         runc = place / "runc"
-        runc.write_text(RUNC)
+        runc.write_text(RUNC.replace("{places}", repr([*dict.fromkeys(places)])))
         runc.chmod(0o755)
         socket = place / "docker.sock"
         config = {

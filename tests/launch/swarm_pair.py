@@ -253,10 +253,10 @@ class Pair:
         a.docker("swarm", "init", "--advertise-addr", a.address, "--listen-addr", f"{a.address}:2377")
         token = a.docker("swarm", "join-token", "-q", "worker").stdout.strip()
         b.docker("swarm", "join", "--token", token, "--advertise-addr", b.address, f"{a.address}:2377")
-        wait_until(
-            "two nodes are ready",
-            lambda: a.docker("node", "ls", "--format", "{{.Status}}").stdout.split() == ["Ready"] * 2,
-        )
+        wait_until("two nodes are ready", self.is_ready)
+
+    def is_ready(self) -> bool:
+        return self.nodes[0].docker("node", "ls", "--format", "{{.Status}}").stdout.split() == ["Ready"] * 2
 
     def __exit__(self, *_: object) -> None:
         for node in self.nodes:
@@ -278,9 +278,8 @@ class Pair:
         return not [*Path("/sys/fs/cgroup").glob(f"*/{name}")]
 
 
-def add_host_image(node: Node, name: str = "bare:1") -> None:
+def write_bare_image(tar: Path) -> None:
     """An image with no files, for containers that get this machine's /usr by a mount: nothing is downloaded."""
-    tar = node.folder / "bare.tar"
     with tarfile.open(tar, "w") as archive:
         for folder in ("usr", "etc", "proc", "sys", "dev", "tmp", "run", "sbin"):  # /sbin/docker-init is docker's own
             entry = tarfile.TarInfo(folder)
@@ -290,6 +289,11 @@ def add_host_image(node: Node, name: str = "bare:1") -> None:
             entry = tarfile.TarInfo(folder)
             entry.type, entry.linkname = tarfile.SYMTYPE, f"usr/{folder}"
             archive.addfile(entry)
+
+
+def add_host_image(node: Node, name: str = "bare:1") -> None:
+    tar = node.folder / "bare.tar"
+    write_bare_image(tar)
     node.docker("import", str(tar), name)
 
 
@@ -299,6 +303,7 @@ def own_environment() -> dict[str, object]:
     mounts = [{"type": "bind", "source": place, "target": place, "read_only": True} for place in dict.fromkeys(places)]
     source = str(Path(__file__).parents[2] / "src")
     environment = {"PATH": f"{sys.prefix}/bin:/usr/bin", "PYTHONPATH": source, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment["OMP_NUM_THREADS"] = "1"
     return {"services": {"ranks": {"environment": environment, "volumes": mounts}}}
 
 

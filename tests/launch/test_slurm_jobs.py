@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from ranks import run_ranks
+from launch.conftest import UNENDING, uninterrupted
 from recipes import make_run, recipe
 from tunesmith.errors import MachineError
 from tunesmith.launch import slurm
@@ -32,11 +33,6 @@ pytestmark = [
     pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)}: make cluster-tools"),
     pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
 ]
-# A constant learning rate: a run of any duration takes the same steps.
-CHANGES: dict[str, Any] = {
-    "train": {"duration": "200000 steps", "compile": "off", "schedule": "constant"},
-    "checkpoint": {"every": "200 steps", "keep": 1},
-}
 
 
 class Cluster(NamedTuple):
@@ -119,13 +115,6 @@ def records(out: Path) -> list[tuple[float, float]]:
     return [(record["loss"], record["grad_norm"]) for record in found]
 
 
-def uninterrupted(model: Path, folder: Path, steps: int) -> list[tuple[float, float]]:
-    """The same on two ranks of this machine in one go; run by each rank."""
-    changes = CHANGES | {"train": CHANGES["train"] | {"duration": f"{steps} steps"}}
-    result = train(make_run(model, folder, held=False, output_dir=str(folder / "whole"), **changes), say=None)
-    return [(record.loss, record.grad_norm) for record in result.records]
-
-
 def holders_of(canary: str, *folders: Path) -> list[str]:
     """Where a canary is: command lines of all processes, and files in these folders."""
     found = []
@@ -160,7 +149,11 @@ def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
     forgotten = slurm.SlurmJob("slurm-99", str(out), details={"id": "99"})  # as Slurm forgets a job after some minutes
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
     assert forgotten.state() == ("ended", f"done, {last_step(out)}")
-    monkeypatch.setenv("SLURM_CONF", str(cluster.folder / "none"))
+    closed = cluster.folder / "closed.conf"
+    closed.write_text(
+        re.sub("SlurmctldPort=.*", "SlurmctldPort=1\nMessageTimeout=2", Path(cluster.env["SLURM_CONF"]).read_text())
+    )
+    monkeypatch.setenv("SLURM_CONF", str(closed))
     with pytest.raises(MachineError, match="Slurm does not answer"):
         forgotten.state()
     assert [path for path in cluster.home.rglob("made") if path.name == "made"] == []
@@ -171,9 +164,10 @@ def test_a_job_of_two_nodes_trains_and_no_token_is_anywhere(
     assert [loss for loss, _ in records(out)] == pytest.approx([record.loss for record in reference.records], rel=1e-4)
 
 
-def test_a_time_limit_saves_and_requeues_and_scancel_saves(cluster: Cluster, tiny: Path) -> None:
-    out = cluster.home / "limit" / "run"
-    job = cluster.launch(tiny, out, "--warn-before", "100", **CHANGES)
+def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tiny: Path) -> None:
+    """One job: asked to save and requeued, its node lost and requeued, cancelled; in the end as if nothing had been."""
+    out = cluster.home / "long" / "run"
+    job = cluster.launch(tiny, out, "--warn-before", "100", **UNENDING)
     cluster.wait_for(lambda: len(records(out)) > 20, out)
     cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=2")  # Slurm gives the warning up to a minute early
     cluster.wait_for(lambda: "back into the queue" in log_of(out), out)
@@ -182,21 +176,32 @@ def test_a_time_limit_saves_and_requeues_and_scancel_saves(cluster: Cluster, tin
     assert first["signal"] == "SIGUSR1"
     assert first["step"] == len(records(out)) > 20
     cluster.start_again(job, out)
-    cluster.wait_for(lambda: len(records(out)) > first["step"] + 20, out)
+
+    cluster.wait_for(lambda: len(records(out)) > first["step"] + 30, out)  # there is a newer checkpoint
     assert f"resuming from step {first['step']} of" in log_of(out)
+    cluster.pair("crash", "2")
+    cluster.wait_for((out / "failure.json").exists, out)
+    assert "rank 1 on node2 gave no sign of life" in json.loads((out / "failure.json").read_text())["what"]
+    saved = len(records(out))
+    cluster.wait_for(lambda: cluster.queue(job) == "PENDING", out)
+    cluster.pair("boot", "2")
+    cluster.start_again(job, out)
+
+    cluster.wait_for(lambda: len(records(out)) > saved + 20, out)
+    assert log_of(out).count("resuming from step") == 2
     cluster.run("scancel", job)
     ended = f"job {job}: exit code 75"  # srun says its own of each task
     cluster.wait_for(lambda: cluster.queue(job) == "CANCELLED" and log_of(out).count(ended) == 2, out)
     last = json.loads((out / "stopped.json").read_text())
-    assert last["step"] == len(records(out)) > first["step"] + 20
+    assert last["step"] == len(records(out)) > saved + 20
     assert "ExitCode=75:0" in cluster.show(job)
     assert "CANCELLED stopped, saved" in cluster.tunesmith("status", out)
-    assert records(out) == run_ranks(2, uninterrupted, tiny, out.parent, last["step"])[0]  # bit for bit
+    assert records(out) == uninterrupted(tiny, out.parent, last["step"], ranks=2)  # bit for bit
 
 
 def test_seeds_are_an_array_and_stop_saves_one(cluster: Cluster, tiny: Path) -> None:
     out = cluster.home / "seeds" / "run"
-    ids = cluster.launch(tiny, out, "--seeds", "3,42", "--nodes", "1", **CHANGES).partition("_")[0]
+    ids = cluster.launch(tiny, out, "--seeds", "3,42", "--nodes", "1", **UNENDING).partition("_")[0]
     runs = {seed: out.with_name(f"run-seed{seed}") for seed in (3, 42)}
     for seed, folder in runs.items():
         cluster.wait_for(lambda folder=folder: len(records(folder)) > 2, folder)
@@ -208,21 +213,3 @@ def test_seeds_are_an_array_and_stop_saves_one(cluster: Cluster, tiny: Path) -> 
     assert "back into the queue" not in log_of(runs[42])
     cluster.tunesmith("stop", f"slurm-{ids}_3", "--wait")
     assert len(records(runs[3])) == int(next(runs[3].glob("checkpoint-*")).name.partition("-")[2])
-
-
-def test_a_lost_node_is_named_and_the_run_goes_on_when_it_is_back(cluster: Cluster, tiny: Path) -> None:
-    out = cluster.home / "lost" / "run"
-    job = cluster.launch(tiny, out, **CHANGES | {"checkpoint": {"every": "10 steps", "keep": 1}})
-    cluster.wait_for(lambda: len(records(out)) > 30, out)
-    cluster.pair("crash", "2")
-    cluster.wait_for((out / "failure.json").exists, out)
-    assert "rank 1 on node2 gave no sign of life" in json.loads((out / "failure.json").read_text())["what"]
-    saved = len(records(out))
-    cluster.wait_for(lambda: cluster.queue(job) == "PENDING", out)
-    cluster.pair("boot", "2")
-    cluster.start_again(job, out)
-    cluster.wait_for(lambda: len(records(out)) > saved + 20, out)
-    assert "resuming from step" in log_of(out)
-    cluster.tunesmith("stop", out, "--wait")
-    last = len(records(out))
-    assert records(out) == run_ranks(2, uninterrupted, tiny, out.parent, last)[0]  # bit for bit

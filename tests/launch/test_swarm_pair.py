@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from launch.conftest import UNENDING, uninterrupted
 from launch.swarm_pair import UID, Node, Pair, add_host_image, missing_tools, own_environment, wait_until
 from recipes import recipe
 
@@ -32,9 +33,9 @@ def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]
         for node in made.nodes:
             home = node.home
             shutil.copytree(tiny, home / "model")
-            values = recipe(Path("./model"), home, held=False, train={"duration": f"{STEPS} steps", "compile": "off"})
+            values = recipe(Path("./model"), home, held=False, output_dir="runs/whole", **UNENDING)
             values["data"]["train"]["source"] = "train.jsonl"
-            values |= {"checkpoint": {"every": "50 steps", "keep": 2}, "output_dir": "runs/whole"}
+            values["train"]["duration"] = f"{STEPS} steps"
             (home / "recipe.yaml").write_text(json.dumps(values))
             (home / "extra.yaml").write_text(json.dumps(own_environment()))
             subprocess.run(["chown", "-R", f"{UID}:{UID}", home], check=True)
@@ -65,17 +66,10 @@ def curve(node: Node, name: str) -> list[tuple[float, float]]:
     return [(record["loss"], record["grad_norm"]) for record in records(node, name)]
 
 
-def uninterrupted(pair: Pair) -> list[tuple[float, float]]:
-    """The curve of a run that nothing stopped: the first test's, or one of its own where another worker has that one."""
-    a = pair.nodes[0]
-    for name in ("whole", "reference"):
-        if (a.home / "runs" / name / "final/manifest.json").is_file():
-            return curve(a, name)
-    launch(a, "reference", "--nodes", "2")
-    a.run(*TUNESMITH, "logs", "-f", "runs/reference", seconds=240)
-    a.run(*TUNESMITH, "stop", "runs/reference")
-    assert len(records(a, "reference")) == STEPS
-    return curve(a, "reference")
+@pytest.fixture(scope="module")
+def in_one_go(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, float]]:
+    """The curve of two ranks of this machine that nothing stops."""
+    return uninterrupted(tiny, tmp_path_factory.mktemp("one"), STEPS, ranks=2)
 
 
 def status(node: Node, name: str) -> dict[str, str]:
@@ -92,7 +86,9 @@ def what_is_left(pair: Pair) -> str:
     return "".join(left)
 
 
-def test_it_trains_on_both_and_either_knows_it(pair: Pair):
+def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
+    pair: Pair, in_one_go: list[tuple[float, float]]
+):
     a, b = pair.nodes
     launch(a, "whole", "--nodes", "2")
     seen = [a.docker("service", "inspect", a.docker("service", "ls", "--quiet").stdout.strip()).stdout]
@@ -110,12 +106,22 @@ def test_it_trains_on_both_and_either_knows_it(pair: Pair):
         token = node.docker("exec", container[0], "sh", "-c", "cat $HF_TOKEN_PATH /run/secrets/WANDB_API_KEY").stdout
         assert all(canary in token for canary in CANARY.values())
     assert status(b, "whole")["phase"] == "running"
+
+    wait_until("a checkpoint", lambda: len(records(a, "whole")) >= 50, 180)
+    b.kill()
+    assert len(records(a, "whole")) < STEPS
+    failure = a.home / "runs/whole/failure.json"
+    wait_until("it is said", lambda: failure.exists() and "spark-b gave no sign of life" in failure.read_text(), 120)
+    b.start()
+    wait_until("it is back", pair.is_ready)
     again = a.run(*TUNESMITH, "launch", "swarm", "recipe.yaml", "--image", "bare:1", "output_dir=runs/whole", ok=True)
     assert again.returncode == 2
     assert "is at work already" in again.stderr
-    log = b.run(*TUNESMITH, "logs", "-f", "runs/whole", seconds=240).stdout  # it ends when the run does
+    log = b.run(*TUNESMITH, "logs", "-f", "runs/whole", seconds=300).stdout  # it ends when the run does
     assert "2 ranks on spark-a, spark-b" in log
+    assert "resum" in log
     assert "written to /home/tuner/runs/whole" in log
+    assert curve(a, "whole") == in_one_go
     assert status(a, "whole")["phase"] == "ended"
     assert "spark-b complete" in status(b, "whole")["text"]
     assert [record["step"] for record in records(a, "whole")] == [*range(1, STEPS + 1)]
@@ -131,24 +137,7 @@ def test_it_trains_on_both_and_either_knows_it(pair: Pair):
     assert what_is_left(pair) == ""
 
 
-def test_a_node_that_is_lost_is_said_and_the_run_goes_on_as_if_nothing_was(pair: Pair):
-    a, b = pair.nodes
-    launch(a, "lost", "--hosts", "spark-b")
-    wait_until("a checkpoint", lambda: len(records(a, "lost")) >= STEPS // 3, 180)
-    b.kill()
-    reached = len(records(a, "lost"))
-    failure = a.home / "runs/lost/failure.json"
-    wait_until("it is said", lambda: failure.exists() and "spark-b gave no sign of life" in failure.read_text(), 120)
-    assert reached < STEPS
-    b.start()
-    log = a.run(*TUNESMITH, "logs", "-f", "runs/lost", seconds=300).stdout
-    assert "resum" in log
-    assert curve(a, "lost") == uninterrupted(pair)
-    a.run(*TUNESMITH, "stop", "runs/lost")
-    assert what_is_left(pair) == ""
-
-
-def test_stop_saves_and_the_other_node_goes_on(pair: Pair):
+def test_stop_saves_and_the_other_node_goes_on(pair: Pair, in_one_go: list[tuple[float, float]]):
     """Launched from the worker, with a model of the Hub that its cache alone has; stopped, and launched again."""
     a, b = pair.nodes
     cache = b.home / ".cache/huggingface/hub/models--lab--tiny"
@@ -175,22 +164,29 @@ def test_stop_saves_and_the_other_node_goes_on(pair: Pair):
     launch(b, "stopped", *flags)
     b.run(*TUNESMITH, "logs", "-f", "runs/stopped", seconds=240)
     b.run(*TUNESMITH, "stop", "runs/stopped")
-    assert curve(b, "stopped") == uninterrupted(pair)
+    assert curve(b, "stopped") == in_one_go
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
-def test_a_launcher_that_ends_early_leaves_nothing_on_the_other_node(pair: Pair, how: signal.Signals):
-    """Its crash, a closed laptop and a kill, while files and while the image are on their way."""
+@pytest.mark.parametrize(
+    ("how", "marker"),
+    [
+        (signal.SIGKILL, "sending files"),
+        (signal.SIGKILL, "bytes sent"),
+        (signal.SIGHUP, "sending files"),
+        (signal.SIGTERM, "bytes sent"),
+    ],
+)
+def test_a_launcher_that_ends_early_leaves_nothing_on_the_other_node(pair: Pair, how: signal.Signals, marker: str):
+    """Its crash, a closed laptop and a kill, while files or while the image is on its way."""
     a, _ = pair.nodes
-    for marker in ("sending files", "bytes sent"):
-        # Another recipe each time, so that there is something to send.
-        changes = [f"train.learning_rate={time.monotonic()}", "output_dir=runs/cut"]
-        command = a.command(*TUNESMITH, "launch", "swarm", "recipe.yaml", "--image", "bare:1", *changes, env=CANARY)
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as outer:
-            assert outer.stderr is not None
-            assert any(marker in line for line in outer.stderr)
-            inner = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()  # nsenter forks
-            os.kill(int(inner[0]), how)
-            outer.wait(60)
-        wait_until("nothing is left", lambda: what_is_left(pair) == "", 60)
-        assert what_is_left(pair) == ""
+    # Another recipe each time, so that there is something to send.
+    changes = [f"train.learning_rate={time.monotonic()}", "output_dir=runs/cut"]
+    command = a.command(*TUNESMITH, "launch", "swarm", "recipe.yaml", "--image", "bare:1", *changes, env=CANARY)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as outer:
+        assert outer.stderr is not None
+        assert any(marker in line for line in outer.stderr)
+        inner = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()  # nsenter forks
+        os.kill(int(inner[0]), how)
+        outer.wait(60)
+    wait_until("nothing is left", lambda: what_is_left(pair) == "", 60)
+    assert what_is_left(pair) == ""
