@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -106,14 +106,8 @@ def build_model(
         bound_product_caches()
     prepare_allocator(device)  # inference names a device without `choose_device`
     model = model or define_model(run, files)
-    root = TrainModel(
-        model,
-        METHODS[run.method],
-        layers=LAYERS,
-        attention_backend=plan.attention,
-        softcap=files.spec.final_softcap,
-        logit_scale=files.spec.logit_scale,
-    )
+    logits: dict[str, Any] = {"softcap": files.spec.final_softcap, "logit_scale": files.spec.logit_scale}
+    root = TrainModel(model, METHODS[run.method], layers=LAYERS, attention_backend=plan.attention, **logits)
     root.partial_gradients = cut_model(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)
     if plan.compiled:
@@ -126,9 +120,8 @@ def build_model(
         plan = quantize_base_eight_bit(root, plan, probes, mesh, ranks)
         if not plan.base.startswith(tuple(KINDS)):
             free_weights(model)  # the caller still refers to the model, and its dense weights are gone
-            return build_model(
-                run, files, plan, weights=weights, adapter=adapter, probes=probes, mesh=mesh, ranks=ranks
-            )
+            again: dict[str, Any] = {"weights": weights, "adapter": adapter, "probes": probes}
+            return build_model(run, files, plan, **again, mesh=mesh, ranks=ranks)
     if adapter is not None:
         peft_files.load_adapter(model, adapter)
     if probes and run.train.recompute == "auto" and device.type == "cuda" and mesh.shape.world == 1:

@@ -15,7 +15,6 @@ from tunesmith.errors import MachineError, ModelError
 # a batch script without srun has it too, and is one process.
 RANKS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 ABANDONED = 3 * 24 * 3600  # seconds; nothing is tokenised or converted for so long
-MEMORY_UNKNOWN = 8 << 30  # bytes: a small laptop's, which only makes callers careful
 
 
 def cache_folder(*parts: str) -> Path:
@@ -109,17 +108,17 @@ def refuse_many_ranks(command: str) -> None:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that can be used without swapping (Linux's MemAvailable); 8 GiB where that is not known."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return MEMORY_UNKNOWN
+    """Bytes of host memory that can be used without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def physical_memory() -> int:
     """Bytes of host memory, in use or not."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil
+
+    return int(psutil.virtual_memory().total)
 
 
 def available_cores(root: Path = Path("/")) -> int:

@@ -62,7 +62,7 @@ def chunked_cross_entropy(
     Returns:
         0-d, fp32 (fp64 where hidden is fp64).
     """
-    args = _arguments(hidden, head, targets, softcap, scale, chunk, score)
+    args = _arguments(head, targets, softcap, scale, chunk, score)
     if _is_plain(head):
         return _HeadLoss.apply(hidden, local_part(head.weight), local_part(head.bias), weights, args)
     losses = _module_losses(hidden, head, args)
@@ -84,7 +84,7 @@ def token_logprobs(
     The backward computes each chunk's logits again, because the gradient by each position is known only then: one more
     head matmul than `chunked_cross_entropy`, and the same memory. Args as there.
     """
-    args = _arguments(hidden, head, targets, softcap, scale, chunk, score)
+    args = _arguments(head, targets, softcap, scale, chunk, score)
     if _is_plain(head):
         return _HeadLogprobs.apply(hidden, local_part(head.weight), local_part(head.bias), args)
     return -_module_losses(hidden, head, args)
@@ -153,17 +153,11 @@ class _LossArguments(NamedTuple):
 
 
 def _arguments(
-    hidden: Tensor,
-    head: nn.Linear,
-    targets: Tensor,
-    softcap: float | None,
-    scale: float,
-    chunk: int | None,
-    score: Score | None,
+    head: nn.Linear, targets: Tensor, softcap: float | None, scale: float, chunk: int | None, score: Score | None
 ) -> _LossArguments:
-    trained = any(p.requires_grad for p in head.parameters())
-    size = chunk or chunk_size(head.out_features, len(targets), hidden.device, trained=trained)
-    size = even_chunk_size(len(targets), size, tile=1 if chunk or hidden.device.type == "cpu" else TILE)
+    trained, device = any(p.requires_grad for p in head.parameters()), targets.device
+    size = chunk or chunk_size(head.out_features, len(targets), device, trained=trained)
+    size = even_chunk_size(len(targets), size, tile=1 if chunk or device.type == "cpu" else TILE)
     return _LossArguments(targets, softcap, scale, size, score or loss_and_grad, shard_of(head))
 
 

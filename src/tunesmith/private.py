@@ -11,9 +11,8 @@ scaled_mm = torch._scaled_mm
 int_mm = torch._int_mm
 
 # Sets the options of PYTORCH_ALLOC_CONF in a process that has begun; torch 2.11 deprecates the older name.
-set_allocator = (
-    getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
-)
+_newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+set_allocator = _newer or torch.cuda.memory._set_allocator_settings
 
 
 def collective(name: str, x: Tensor, *arguments: Any) -> Tensor:

@@ -40,12 +40,9 @@ def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]
     data, rows: the rows (a file or a Hub id), and their format. Raises as `load_recipe`, and UsageError if an override names
     another model or tokenizer.
     """
-    values = {
-        "model": {"name": str(folder)},
-        "data": {"train": {"source": str(Path(data).resolve()) if Path(data).exists() else data, "format": rows}},
-        "train": {"global_batch": BATCH},
-        "output_dir": str(folder.parent / "run"),
-    }
+    source = {"source": str(Path(data).resolve()) if Path(data).exists() else data, "format": rows}
+    values = {"model": {"name": str(folder)}, "data": {"train": source}, "train": {"global_batch": BATCH}}
+    values["output_dir"] = str(folder.parent / "run")
     file = folder.parent / "shape.yaml"
     file.write_text(to_yaml(values), encoding="utf-8")
     run = load_recipe(file, overrides)

@@ -228,10 +228,8 @@ def export_sharded(folder: Path, output: Path, run: Run) -> None:
     CheckpointError if it cannot be read, or `output` not be written."""
     stored = {n.removeprefix("model."): e for n, e in _entries(folder).items() if n.startswith("model.")}
     dtype = DTYPES[run.model.dtype]
-    shapes = {
-        name: torch.empty(entry.size, dtype=dtype if entry.properties.dtype.is_floating_point else None, device="meta")
-        for name, entry in stored.items()
-    }
+    types = {name: dtype if entry.properties.dtype.is_floating_point else None for name, entry in stored.items()}
+    shapes = {name: torch.empty(stored[name].size, dtype=types[name], device="meta") for name in stored}
 
     def read(name: str) -> Tensor:
         tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)

@@ -157,12 +157,8 @@ def bench(args: argparse.Namespace, recipe: "Run", folder: Path) -> "tuple[Bench
         config = json.loads((Path(recipe.model.name) / "config.json").read_text(encoding="utf-8"))
         values["model"] |= {"name": name, "tokenizer": args.tokenizer, "vocab_size": config["vocab_size"]}
         del values["output_dir"]
-    report: dict[str, Any] = {
-        "figures": vars(measured.figures),
-        "recipe": values,
-        "machine": hardware.describe_machine(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    report: dict[str, Any] = {"figures": vars(measured.figures), "recipe": values}
+    report |= {"machine": hardware.describe_machine(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     lines: list[str] = []
     if args.profile:
         report["profile"] = {"traces": [*map(str, measured.traces)], "tables": [*map(str, measured.tables)]}
@@ -172,10 +168,9 @@ def bench(args: argparse.Namespace, recipe: "Run", folder: Path) -> "tuple[Bench
         free_device_memory()
         report["cold"] = cold = first_steps(report["figures"], args, folder / "warm.json")
         # The build counts too: on a GPU its trial of memory is what compiles first.
-        lines.append(
-            f"build and first step: {cold['build_seconds']:.1f} + {cold['first_step_seconds']:.1f} s with an empty compile "
-            f"cache, {cold['warm_build_seconds']:.1f} + {cold['warm_first_step_seconds']:.1f} s with a warm one"
-        )
+        empty = f"{cold['build_seconds']:.1f} + {cold['first_step_seconds']:.1f} s with an empty compile cache"
+        warm = f"{cold['warm_build_seconds']:.1f} + {cold['warm_first_step_seconds']:.1f} s with a warm one"
+        lines.append(f"build and first step: {empty}, {warm}")
     return measured.figures, report, lines
 
 

@@ -35,9 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--update", action="store_true", help="ask the Hub for a newer commit of a cached model")
     parser.add_argument("--dry-run", action="store_true", help="check and show; download or remove nothing")
     parser.add_argument("--list", action="store_true", help="what the caches hold, the largest first")
-    parser.add_argument(
-        "--remove", metavar="NAME", help="delete a model or data set from the cache, or all of a pattern"
-    )
+    what = "delete a model or data set from the cache, or all of a pattern"
+    parser.add_argument("--remove", metavar="NAME", help=what)
     parser.add_argument("--hosts", metavar="A,B", default="", help="with --remove: on these too, as ssh takes them")
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for scripts")
 
@@ -160,18 +159,14 @@ def _remove_elsewhere(pattern: str, hosts: str, *, dry: bool) -> list[dict[str, 
 
     repo, found = pattern.replace("/", "--"), []
     for host in filter(None, hosts.split(",")):
-        for folder, names in (
-            (constants.HF_HUB_CACHE, (f"models--{repo}", f"datasets--{repo}")),
-            (cache_folder("shipped"), (pattern,)),
-        ):
+        in_hub, shipped = [f"models--{repo}", f"datasets--{repo}"], [pattern]
+        for folder, names in {constants.HF_HUB_CACHE: in_hub, cache_folder("shipped"): shipped}.items():
             named = [word for name in names for word in ("-o", "-name", name)][1:]
             words = ["find", str(folder), "-maxdepth", "1", "-mindepth", "1", "(", *named, ")", "-prune", "-print"]
             with Connection(host) as connection:  # a node that has no such folder has nothing to delete
                 shown = connection.ask("run", words=words + ([] if dry else ["-exec", "rm", "-rf", "--", "{}", "+"]))[1]
-            found += [
-                {"name": Path(line).name, "kind": f"{host}:", "bytes": 0, "removed": not dry}
-                for line in shown.splitlines()
-            ]
+            about = {"kind": f"{host}:", "bytes": 0, "removed": not dry}
+            found += [{"name": Path(line).name, **about} for line in shown.splitlines()]
     return found
 
 

@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> None:
                 file.flush()
                 done += 1
                 progress("answers", done, len(rows))
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         what = disk_fault(error) or f"{name} cannot be written: {first_line(error)}"
         fix = "make room (df -h)" if disk_fault(error) else "name another file"
         fix += f", then start the same command again{_with_resume(output, args)}"

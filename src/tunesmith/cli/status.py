@@ -19,15 +19,12 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.launch.jobs import all_jobs, find_job
 
     jobs = [find_job(word) for word in args.jobs] or all_jobs()
-    states = [job.state() for job in jobs]
+    found = [(job, job.state()) for job in jobs]
     if args.json:
-        rows = [
-            {"job": j.name, "run_dir": j.run_dir, "log": j.log, **s._asdict()}
-            for j, s in zip(jobs, states, strict=True)
-        ]
+        rows = [{"job": j.name, "run_dir": j.run_dir, "log": j.log, **state._asdict()} for j, state in found]
         print(json.dumps(rows, indent=1))
         return
-    for job, state in zip(jobs, states, strict=True):
+    for job, state in found:
         print(f"{job.name or '-':<24} {state.phase:<8} {state.text}\n{'':<24} {job.run_dir}")
     if not jobs:
         print("no job was launched yet: tunesmith launch local RECIPE --detach")

@@ -25,16 +25,8 @@ if TYPE_CHECKING:
 
 _BOUNDS = {"greater_than": "above {}", "greater_than_equal": "{} or more", "less_than": "below {}"}
 
-_FORMS = {
-    str: "text",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    Length: "a length",
-    Size: "a size",
-    Share: "a share",
-    type(None): "null",
-}
+_FORMS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
+_FORMS |= {Length: "a length", Size: "a size", Share: "a share"}
 
 
 @cache

@@ -76,10 +76,8 @@ def put_rows(draft: Draft, part: str, prefix: str) -> None:
             raise draft.refusal(f"{one}.{known['sources'][-1]}", "it names the rows", NAME_ROWS)
         for source in sources if isinstance(sources, list) else [sources]:
             rows.append({"source": source} | {key: value for key, value in row.items() if value})
-        told += [
-            f"{one}.{key}" for key in (*known["sources"], known["type"], *known["role_keys"], *known["keys"].values())
-        ]
-        told += [f"{one}.{key}" for key in renamed]
+        looked_at = [*known["sources"], known["type"], *known["role_keys"], *known["keys"].values(), *renamed]
+        told += [f"{one}.{key}" for key in looked_at]
     if rows:
         draft.put(f"data.{part}", rows[0] if len(rows) == 1 else rows, *told, *known["told"])
 

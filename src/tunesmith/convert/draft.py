@@ -47,11 +47,10 @@ class Draft:
         """Their key of our common name (that of Transformers, as the tables list), given or by default; else None."""
         called = self.table["names"].get(name, name)
         called = called if isinstance(called, list) else [called]
-        found = [self.source.given[key] for key in called if key in self.source.given]
-        default = f"{self.source.tool}'s default"
-        return next(
-            iter([*found, *(Given(key, self.defaults[key], default) for key in called if key in self.defaults)]), None
-        )
+        given, default = self.source.given, f"{self.source.tool}'s default"
+        found = [given[key] for key in called if key in given]
+        found += [Given(key, self.defaults[key], default) for key in called if key in self.defaults]
+        return found[0] if found else None
 
     def get(self, name: str) -> Any:
         """Its value; where it is null or not given, the tool's default."""

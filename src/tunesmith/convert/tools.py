@@ -49,9 +49,8 @@ def _torchtune(draft: Draft) -> None:
     put_rows(draft, "validation", "dataset_val")
     if draft.get("torch_dtype") == "bf16" and not lora:
         draft.put("train.master_weights", "stochastic", "torch_dtype", why="bf16 weights and no fp32 copy of them")
-        draft.remark(
-            "torch_dtype", "updates are rounded to the nearest there, here at random, so that small ones count"
-        )
+        how = "updates are rounded to the nearest there, here at random, so that small ones count"
+        draft.remark("torch_dtype", how)
     if draft.get("seed") is None:
         draft.remark("seed", "each run draws its own there; here it is train.seed, 42")
 

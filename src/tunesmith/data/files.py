@@ -203,14 +203,12 @@ def _broken_json(path: Path, text: str, error: Exception) -> DataError:
                 at += 1
             row += 1
             _, at = json.JSONDecoder().raw_decode(text, at)
-    cut = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
     place = f"line {error.lineno} column {error.colno}"
-    return DataError(
-        "the file ends in the middle of its JSON" if cut else "the file is not JSON",
-        where=f"{path} row {row}" if text.lstrip().startswith("[") else f"{path}:{error.lineno}",
-        why=f"{error.msg}, {place}",
-        fix="download or write the file again" if cut else f"fix it at {place}",
-    )
+    what, fix = "the file is not JSON", f"fix it at {place}"
+    if error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string"):
+        what, fix = "the file ends in the middle of its JSON", "download or write the file again"
+    where = f"{path} row {row}" if text.lstrip().startswith("[") else f"{path}:{error.lineno}"
+    return DataError(what, where=where, why=f"{error.msg}, {place}", fix=fix)
 
 
 def _read_csv(path: Path) -> Table:

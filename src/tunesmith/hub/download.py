@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import constants, get_session
@@ -130,9 +131,8 @@ def _receive(file: RemoteFile, part: Path, advance: Advance, stop: threading.Eve
         if have >= file.size:
             return
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        with get_session().stream(
-            "GET", file.url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-        ) as response:
+        how: dict[str, Any] = {"follow_redirects": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        with get_session().stream("GET", file.url, headers=headers, **how) as response:
             hf_raise_for_status(response)
             if have and response.status_code != 206:  # the server sends the whole file: start over
                 out.truncate(0)

@@ -77,11 +77,8 @@ def row_source(
     row: dict[str, Any], where: str, known: Sequence[Source], format_name: str, columns: Mapping[str, str] | None
 ) -> Source:
     """How to read a row: as told, else as the known source whose columns it has, else by its own columns."""
-    fits = [
-        s
-        for s in known
-        if format_name in ("auto", s.format) and s.columns.get(_KEY_COLUMN[s.format], _KEY_COLUMN[s.format]) in row
-    ]
+    named = [s for s in known if format_name in ("auto", s.format)]
+    fits = [s for s in named if s.columns.get(_KEY_COLUMN[s.format], _KEY_COLUMN[s.format]) in row]
     if columns is None and fits:
         return max(fits, key=lambda source: len(source.columns.values() & row.keys()))
     columns, name = columns or {}, format_name

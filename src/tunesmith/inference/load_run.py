@@ -55,9 +55,7 @@ class RunLocation:
 class LoadedModel:
     """A model ready to answer: in eval mode, with sdpa attention, which takes padding masks."""
 
-    train_model: "TrainModel" = field(
-        repr=False
-    )  # the root of training, which computes losses; see `training_attention`
+    train_model: "TrainModel" = field(repr=False)  # the root of training, for losses; see `training_attention`
     tokenizer: "PreTrainedTokenizerBase" = field(repr=False)  # the saved one, with a padding token
     template: "Template" = field(repr=False)  # the saved one
     location: RunLocation

@@ -194,13 +194,11 @@ def _move_into_place(temporary: Path, goal: Path, check: MergeCheck) -> None:
         rejected = Path(f"{goal}.rejected")
         shutil.rmtree(rejected, ignore_errors=True)
         temporary.rename(rejected)
-        raise CheckpointError(
-            f"the merged model answers differently: logits up to {check.merged.max_logit:.3g} apart, "
-            f"mean KL {check.merged.mean_kl:.3g} nats (base against adapter: {check.base.mean_kl:.3g})",
-            where=str(rejected),
-            why="; ".join(text for text, holds in check.rules if not holds),
-            fix="merge with --dtype fp32, or serve the adapter beside its base",
-        )
+        kl = f"mean KL {check.merged.mean_kl:.3g} nats (base against adapter: {check.base.mean_kl:.3g})"
+        what = f"the merged model answers differently: logits up to {check.merged.max_logit:.3g} apart, {kl}"
+        why = "; ".join(text for text, holds in check.rules if not holds)
+        fix = "merge with --dtype fp32, or serve the adapter beside its base"
+        raise CheckpointError(what, where=str(rejected), why=why, fix=fix)
     old = _old(goal)
     if goal.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING
 
 from tunesmith.checkpoint.run_dir import STOPPED
 from tunesmith.config.load import load_recipe
@@ -165,21 +165,15 @@ class ForwardStop:
 
         self.asked = True
         if not (ranks := psutil.Process().children()):
-            self._nothing_begun(signal.Signals(number).name)
+            what = f"stopped by {signal.Signals(number).name} before the first step"
+            raise StoppedError(what, why="the other nodes had not joined yet", fix="start the same command again")
         for rank in ranks:
             rank.send_signal(number)
-
-    def _nothing_begun(self, name: str) -> Never:
-        what, why = f"stopped by {name} before the first step", "the other nodes had not joined yet"
-        raise StoppedError(what, why=why, fix="start the same command again")
 
 
 def stopped_at(out: Path | None) -> float:
     """When ranks last wrote stopped.json; 0 where there is none."""
-    try:
-        return (out / STOPPED).stat().st_mtime if out else 0.0
-    except OSError:
-        return 0.0
+    return (out / STOPPED).stat().st_mtime if out and (out / STOPPED).exists() else 0.0
 
 
 def prepare_environment(ranks: int, interface: str) -> None:

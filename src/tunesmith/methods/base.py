@@ -147,11 +147,9 @@ class TrainModel(nn.Module):
 
     def describe(self) -> str:
         """One line: the model, and how much of it is trained."""
-        count = parameter_count(self.model)
+        name, count = type(self.model).__name__, parameter_count(self.model)
         trained = sum(p.numel() for _, p in self.trained_parameters())
-        return (
-            f"model: {type(self.model).__name__}, {trained:,} of {count:,} parameters trained ({trained / count:.2%})"
-        )
+        return f"model: {name}, {trained:,} of {count:,} parameters trained ({trained / count:.2%})"
 
 
 def supervised_positions(batch: Batch) -> tuple[Tensor, Tensor]:

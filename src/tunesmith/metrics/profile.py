@@ -39,13 +39,9 @@ class Profiler:
         folder.mkdir(parents=True, exist_ok=True)
         steps = schedule(wait=settings.wait, warmup=settings.warmup, active=settings.active, repeat=settings.cycles)
         self._trace = tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}", use_gzip=True)
-        self._profile = profile(
-            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])],
-            schedule=steps,
-            on_trace_ready=self._write,
-            profile_memory=True,
-            record_shapes=True,
-        )
+        kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
+        what: dict[str, Any] = {"profile_memory": True, "record_shapes": True}
+        self._profile = profile(activities=kinds, schedule=steps, on_trace_ready=self._write, **what)
 
     def __enter__(self) -> Self:
         if self._profile is not None:

@@ -32,13 +32,9 @@ def closing_summary(run: Run, *, steps: int, seconds: float = 0.0, finished_befo
     records = read_records(folder / "metrics.jsonl")
     rows = [*run_figures(records, seconds), "", *_written(folder), "", *_next(run, folder)]
     if finished_before:
-        rows = [
-            f"this run is finished: it took its {steps} steps before",
-            "  to go on: the same command with a longer train.duration",
-            "  to start over: the same command with --fresh (the old run is put aside)",
-            "",
-            *rows,
-        ]
+        on = "  to go on: the same command with a longer train.duration"
+        over = "  to start over: the same command with --fresh (the old run is put aside)"
+        rows = [f"this run is finished: it took its {steps} steps before", on, over, "", *rows]
     return "\n".join(rows)
 
 

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -66,10 +66,9 @@ class Terminal(Sink):
                 # rich would refresh a notebook from a thread of its own, and take what the cell prints meanwhile with it.
                 auto_refresh=not notebook,
             )
-            whole = float(self.total) if self.total else self._seconds
-            self._task = self._progress.add_task(
-                "", total=whole, completed=resumed_at if self.total else 0, step=str(resumed_at), status="", left="?"
-            )
+            whole, done = float(self.total) if self.total else self._seconds, resumed_at if self.total else 0
+            fields: dict[str, Any] = {"step": str(resumed_at), "status": "", "left": "?"}
+            self._task = self._progress.add_task("", total=whole, completed=done, **fields)
             self._progress.start()
 
     def step(self, record: StepRecord) -> None:
@@ -93,10 +92,8 @@ class Terminal(Sink):
         if not (self._every.due(record.step, elapsed) or self._steps == 1 or record.step == self.total):
             return
         mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
-        line = (
-            f"step {count}  {loss}  lr {record.learning_rate:.2e}  grad {record.grad_norm:.3g}  {speed}{mfu}  "
-            f"{record.memory_gib:.1f} GiB  left {left}"
-        )
+        figures = f"lr {record.learning_rate:.2e}  grad {record.grad_norm:.3g}  {speed}{mfu}"
+        line = f"step {count}  {loss}  {figures}  {record.memory_gib:.1f} GiB  left {left}"
         self._write(line)
         # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have every line.
         if self._progress is None and (self._due_to_show() or record.step == self.total):
@@ -105,8 +102,7 @@ class Terminal(Sink):
     def _due_to_show(self) -> bool:
         """Whether the last time was long enough ago, and from now on this one is the last."""
         now = time.monotonic()
-        due = now - self._shown_at >= 1 / LINES_A_SECOND
-        if due:
+        if due := now - self._shown_at >= 1 / LINES_A_SECOND:
             self._shown_at = now
         return due
 

@@ -69,13 +69,10 @@ def build_on_meta(config: PretrainedConfig, model: Model, *, rows: int | None = 
     if "quantization_config" in config.to_dict():
         del config.quantization_config  # our nf4 layers hold such weights, not Transformers' quantiser
     try:
+        kind = "eager" if model.attention == "eager" else None
+        how = {"attn_implementation": kind, "trust_remote_code": model.trust_remote_code}
         with _MatricesOnMeta():
-            built = AutoModelForCausalLM.from_config(
-                config,
-                dtype=DTYPES[model.dtype],
-                attn_implementation="eager" if model.attention == "eager" else None,
-                trust_remote_code=model.trust_remote_code,
-            )
+            built = AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype], **how)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         what, where = f"Transformers cannot build this {config.model_type}", f"{config.name_or_path}/config.json"
         fix = "correct the value there, or fetch the model again: tunesmith fetch MODEL"

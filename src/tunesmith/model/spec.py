@@ -67,10 +67,8 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
     _check_supported(config, where, trust_remote_code)
     kind = str(config["model_type"])
     family = ARCHITECTURES.get(kind, Architecture("code of the repository"))
-    layers, hidden, intermediate, heads, vocab = (
-        _size(config, name, where)
-        for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    )
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    layers, hidden, intermediate, heads, vocab = (_size(config, name, where) for name in names)
     kv_heads = _size(config, "num_key_value_heads", where, family.kv_heads or heads)
     head_dim = _size(config, "head_dim", where, family.head_dim or hidden // heads)
     if heads % kv_heads:

@@ -99,11 +99,8 @@ def _check_family(model: PreTrainedModel) -> None:
 
 def _check_sizes(model: Any, size: int) -> None:
     config = model.config
-    counts = {
-        "attention heads": config.num_attention_heads,
-        "key-value heads": config.num_key_value_heads,
-        "MLP columns": config.intermediate_size,
-    }
+    counts = {"attention heads": config.num_attention_heads, "key-value heads": config.num_key_value_heads}
+    counts["MLP columns"] = config.intermediate_size
     for name, layer in model.named_modules():
         if isinstance(layer, Nf4Linear) and name.endswith(("0.self_attn.o_proj", "0.mlp.down_proj")):
             # No block of weights with one scale reaches into another row, of this layer and of those it follows.
@@ -179,11 +176,9 @@ class _Cutter:
             part = old.detach()
             if dim is not None:
                 part = part.chunk(self.group.size, dim)[self.group.rank].clone(memory_format=torch.contiguous_format)
-            placement = Replicate() if dim is None else Shard(dim)
-            whole = DTensor.from_local(
-                part, self.mesh, [placement], run_check=False, shape=old.shape, stride=old.stride()
-            )
-            self.made[old] = nn.Parameter(whole, requires_grad=old.requires_grad)
+            whole: dict[str, Any] = {"shape": old.shape, "stride": old.stride(), "run_check": False}
+            tensor = DTensor.from_local(part, self.mesh, [Replicate() if dim is None else Shard(dim)], **whole)
+            self.made[old] = nn.Parameter(tensor, requires_grad=old.requires_grad)
             if dim is None:
                 self.partial.add(self.made[old])
         setattr(module, name, self.made[old])

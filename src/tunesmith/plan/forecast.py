@@ -82,9 +82,8 @@ def measure_work(
             steps = int(run.train.duration.amount)
     kind: Literal["full", "lora"] = "lora" if run.adapter.kind == "lora" else "full"
     count, shapes = adapter_parameters(spec, run.adapter), (spec, replace(spec, heads=0))
-    whole, products = (
-        flops(s, lengths, supervised, trained=kind, adapter_parameters=count * (kind == "lora")) for s in shapes
-    )
+    count *= kind == "lora"
+    whole, products = (flops(s, lengths, supervised, trained=kind, adapter_parameters=count) for s in shapes)
     total = float(lengths.sum())
     kept = float(kept_probabilities(lengths).sum()) / total
     return Workload(step, int(lengths.max()), steps, whole / total, 1 - products / whole, kept, source)
@@ -271,9 +270,9 @@ class Planner:
             "update": UPDATE_BYTES * estimator.trained_here / (1e9 * chip.bandwidth if chip.bandwidth else math.inf),
         }
         rings = self._rings(plan, tokens, count)
-        group, gather, ends, reduce, last = (
-            ring.sent / self.cluster.bandwidth(ring.ranks, ring.stride) if ring.sent else 0.0 for ring in rings.values()
-        )
+        speed = self.cluster.bandwidth
+        each = [ring.sent / speed(ring.ranks, ring.stride) if ring.sent else 0.0 for ring in rings.values()]
+        group, gather, ends, reduce, last = each
         forward = tokens * token / count / (2 if self.lora else 3)
         backward = (1 + again) * tokens * token / count - forward
         shown = {

@@ -95,9 +95,8 @@ def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
     for figure, count in (("link", cluster.per_node), ("network", cluster.nodes)):
         if count > 1 and vars(chip)[figure] is None:
             what = f"the {figure} of {chip.name} is not known"
-            raise UsageError(
-                what, where="--on", fix=f"--assume {figure}=GB/s, one direction of one GPU, as it is reached"
-            )
+            fix = f"--assume {figure}=GB/s, one direction of one GPU, as it is reached"
+            raise UsageError(what, where="--on", fix=fix)
     return replace(cluster, chip=chip)
 
 

@@ -78,10 +78,8 @@ def matmul_fault(
     (n_out, n_in), of_x, of_out, of_in = shape, powers(n, 7), powers(shape[0], 5), powers(shape[1], 3)
     of_y, of_dx = of_out * of_in.sum(), of_in * of_out.sum()
     # xa and B, d_xa and A^T: a column each, which is as much again as the frozen product.
-    x, dy, xa, b, a = (
-        left.outer(torch.ones(width, device=device)).to(dtype)
-        for left, width in ((of_x, n_in), (of_x, n_out), (of_x, 1), (of_y, 1), (of_dx, 1))
-    )
+    sides = ((of_x, n_in), (of_x, n_out), (of_x, 1), (of_y, 1), (of_dx, 1))
+    x, dy, xa, b, a = (left.outer(torch.ones(width, device=device)).to(dtype) for left, width in sides)
     try:
         weight = EightBitWeight.from_dense(kind, of_out.outer(of_in).to(dtype), product)
         y = weight.forward_matmul(x, weight.quantize_input(x), (xa, b))

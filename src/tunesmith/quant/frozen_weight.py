@@ -21,6 +21,7 @@ from tunesmith import packages
 from tunesmith.quant.scaled_matmul import E4M3, FUSED, hadamard, hadamard_rotate, quantize, scaled_matmul
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+Update = tuple[Tensor, Tensor] | None  # of low rank: its two factors
 
 
 def nf4_functions() -> Any:
@@ -48,7 +49,7 @@ class FrozenWeight(ABC):
         """What the matmuls need of x (or dy) beside itself. Plain tensor code: the compiler fuses it into x's producer."""
         return []
 
-    def forward_matmul(self, x: Tensor, quantized: Sequence[Tensor], update: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward_matmul(self, x: Tensor, quantized: Sequence[Tensor], update: Update) -> Tensor:
         """x W^T + (x A^T) B^T: a new [n, out].
 
         Args:
@@ -64,11 +65,7 @@ class FrozenWeight(ABC):
         return (xa @ b.T).addmm_(x, weight.T)
 
     def backward_matmul(
-        self,
-        dy: Tensor,
-        quantized: Sequence[Tensor],
-        dx: Tensor | None,
-        update: tuple[Tensor, Tensor] | None = None,
+        self, dy: Tensor, quantized: Sequence[Tensor], dx: Tensor | None, update: Update = None
     ) -> Tensor:
         """dy W for dy [n, out], added to `dx` [n, in] if there is one, which is then overwritten.
 
@@ -115,22 +112,16 @@ class EightBitWeight(FrozenWeight):
     Scales are fp32 [rows, 1], or [1, 1] of a tensor. `product` multiplies two 8-bit matrices; None for torch's own.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        tensors: Sequence[Tensor],
-        shape: tuple[int, int],
-        product: Callable[..., Tensor] | None = None,
-    ) -> None:
-        super().__init__(kind, tensors, shape)
-        self.product = product
+    product: Callable[..., Tensor] | None = None
 
     @classmethod
     def from_dense(cls, kind: str, dense: Tensor, product: Callable[..., Tensor] | None = None) -> "EightBitWeight":
         """Quantize W [out, in] in the dtype of x; `kind` is one of `scaled_matmul.KINDS`."""
         signs = [hadamard(dense.device, dense.dtype)] if kind.startswith("int8") else []
         both = (quantize(kind, w, *signs) for w in (dense, dense.T.contiguous()))
-        return cls(kind, [*(t for pair in both for t in pair), *signs], (dense.shape[0], dense.shape[1]), product)
+        made = cls(kind, [*(t for pair in both for t in pair), *signs], (dense.shape[0], dense.shape[1]))
+        made.product = product
+        return made
 
     def split(self, rows: Sequence[int]) -> "Iterator[EightBitWeight]":
         """Views of rows of a weight scaled by row: `rows[i]` outputs each, for int8 in whole blocks of the rotation."""
@@ -152,25 +143,16 @@ class EightBitWeight(FrozenWeight):
     def quantize_input(self, x: Tensor) -> list[Tensor]:
         return list(quantize(self.kind, x, *self.tensors[4:]))
 
-    def forward_matmul(self, x: Tensor, quantized: Sequence[Tensor], update: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward_matmul(self, x: Tensor, quantized: Sequence[Tensor], update: Update) -> Tensor:
         return self._matmul(quantized, self.tensors[:2], x.dtype, update, None)
 
     def backward_matmul(
-        self,
-        dy: Tensor,
-        quantized: Sequence[Tensor],
-        dx: Tensor | None,
-        update: tuple[Tensor, Tensor] | None = None,
+        self, dy: Tensor, quantized: Sequence[Tensor], dx: Tensor | None, update: Update = None
     ) -> Tensor:
         return self._matmul(quantized, self.tensors[2:4], dy.dtype, update, dx)
 
     def _matmul(
-        self,
-        left: Sequence[Tensor],
-        right: Sequence[Tensor],
-        dtype: torch.dtype,
-        update: tuple[Tensor, Tensor] | None,
-        onto: Tensor | None,
+        self, left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype, update: Update, onto: Tensor | None
     ) -> Tensor:
         if self.kind in FUSED.values():
             from tunesmith.quant.triton_matmul import fused_matmul  # Triton comes with torch's CUDA builds only

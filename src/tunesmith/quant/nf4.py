@@ -37,12 +37,9 @@ def check_nf4(device: torch.device) -> None:
         layer.quantize(torch.ones(BLOCK, BLOCK, device=device))
         layer.dense()
     except (RuntimeError, NotImplementedError) as error:
-        raise MachineError(
-            f"the installed bitsandbytes has no nf4 for {device.type}",
-            where="model.quantize",
-            why=first_line(error),
-            fix="pip install --upgrade bitsandbytes, or model.quantize=none; `python -m bitsandbytes` tells more",
-        ) from error
+        what, why = f"the installed bitsandbytes has no nf4 for {device.type}", first_line(error)
+        fix = "pip install --upgrade bitsandbytes, or model.quantize=none; `python -m bitsandbytes` tells more"
+        raise MachineError(what, where="model.quantize", why=why, fix=fix) from error
 
 
 class Cut(NamedTuple):

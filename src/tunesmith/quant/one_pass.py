@@ -46,9 +46,8 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
 
 def kernel_fault(device: torch.device, dtype: torch.dtype) -> str:
     """What is wrong with the kernel on this device, or "": found by trying."""
-    dy, b, xa = (
-        torch.linspace(-1, 1, n * m, device=device).view(n, m).to(dtype) for n, m in ((70, 48), (48, 8), (70, 8))
-    )
+    shapes = ((70, 48), (48, 8), (70, 8))
+    dy, b, xa = (torch.linspace(-1, 1, n * m, device=device).view(n, m).to(dtype) for n, m in shapes)
     try:
         got = lora_gradients(dy, b, xa)
     except Exception as error:  # Triton raises what its compiler, its assembler and the driver raise

@@ -271,11 +271,8 @@ def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) ->
     if run.model.quantize == "nf4":
         nf4.check_nf4(device)
     if run.model.dtype == "fp16" and device.type == "cpu":
-        why, fix = (
-            "its matmuls are emulated, hundreds of times slower than bf16",
-            "model.dtype=bf16, or model.dtype=fp32",
-        )
-        raise MachineError("fp16 cannot be trained on a CPU", where="model.dtype", why=why, fix=fix)
+        what, why = "fp16 cannot be trained on a CPU", "its matmuls are emulated, hundreds of times slower than bf16"
+        raise MachineError(what, where="model.dtype", why=why, fix="model.dtype=bf16, or model.dtype=fp32")
     if run.model.dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         why = f"{torch.cuda.get_device_name(device)} is older than Ampere"
         fix = "model.dtype=fp16 (the loss is scaled), or model.dtype=fp32"
@@ -309,27 +306,17 @@ def check_disk(run: Run, trained: int, ranks: Ranks) -> None:
 
 
 def make_loader(
-    data: TrainingData,
-    files: ModelFiles,
-    plan: RunPlan,
-    start_step: int = 0,
-    stop_step: int | None = None,
-    mesh: Mesh = ALONE,
+    data: TrainingData, files: ModelFiles, plan: RunPlan, start: int = 0, stop: int | None = None, mesh: Mesh = ALONE
 ) -> Loader:
-    """Global batches in the plan's layout, from `start_step` up to `stop_step`; iterating puts this rank's share of them
-    on the device."""
+    """Global batches in the plan's layout, from step `start` up to `stop`; iterating puts this rank's share of them on the
+    device."""
     device, layout = torch.device(plan.device), plan.layout.multiple_of(plan.mesh.tensor)
+    cost = attention_weight(files.spec, trained="full" if data.run.adapter.kind == "none" else "lora")
     return Loader(
-        data.train,
-        data.schedule,
-        **vars(layout),
-        pad_id=files.pad_id,
-        start_step=start_step,
-        stop_step=stop_step,
-        share=(mesh.data_rank, mesh.shape.data),
-        attention_weight=attention_weight(files.spec, trained="full" if data.run.adapter.kind == "none" else "lora"),
+        data.train, data.schedule, **vars(layout), pad_id=files.pad_id, start_step=start, stop_step=stop,
+        share=(mesh.data_rank, mesh.shape.data), attention_weight=cost,
         prefetcher=DevicePrefetcher(device) if device.type == "cuda" else None,
-    )
+    )  # fmt: skip
 
 
 def first_batches(loader: Loader, device: torch.device, tokens: int) -> list[Batch]:

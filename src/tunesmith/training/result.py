@@ -78,14 +78,14 @@ def non_finite_error(
     applied = "the update was not applied"
     if run.train.optimizer_in_backward:
         applied = "of this step only the parameters with a finite gradient were updated, and nothing of it is saved"
-    saved = f"checkpoint-{saved_step}" if saved_step else "none was written yet"
-    return NonFiniteError(
-        f"the {'gradient norm' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient norm {norm})",
-        where=f"step {step}, rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
-        why=f"{applied}; the last good checkpoint: {saved}",
-        fix="lower train.learning_rate or lengthen train.warmup; look at those rows with `tunesmith data`; "
-        "model.dtype=fp32 tells rounding from bad data",
+    why = f"{applied}; the last good checkpoint: " + (
+        f"checkpoint-{saved_step}" if saved_step else "none was written yet"
     )
+    kind, where = "gradient norm" if math.isfinite(loss) else "loss", f"step {step}, rows {', '.join(rows[:8])}"
+    what = f"the {kind} is not finite (loss {loss}, gradient norm {norm})"
+    fix = "lower train.learning_rate or lengthen train.warmup; look at those rows with `tunesmith data`; "
+    fix += "model.dtype=fp32 tells rounding from bad data"
+    return NonFiniteError(what, where=where + " ..." * (len(rows) > 8), why=why, fix=fix)
 
 
 def stopped_by(signal: str | None, out: Path, step: int, *, leads: bool) -> StoppedError:

@@ -102,9 +102,8 @@ class Trainer:
             self.validate()
         if not self.first_step:
             self.sample()
-        profiler = Profiler(
-            self.run.profile, self.out / "profile", rank=self.session.ranks.rank, device=self.session.device
-        )
+        ranks, device = self.session.ranks, self.session.device
+        profiler = Profiler(self.run.profile, self.out / "profile", rank=ranks.rank, device=device)
         with profiler, self.session.loader(self.first_step) as loader:
             for _ in self.steps(loader):
                 profiler.step()
