@@ -9,7 +9,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from tunesmith.config.dump import flatten
 from tunesmith.config.names import keys, without_indices
+from tunesmith.config.schema import Run
 from tunesmith.config.tree import Node
 from tunesmith.errors import RecipeError
 
@@ -27,6 +29,13 @@ _INPUTS = {
     "data.template": (),
 }
 _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
+
+
+def inputs_of(run: Run) -> dict[str, str]:
+    """What a resolved recipe reads, by key: absolute paths, Hub ids and the template's name."""
+    return {
+        key: str(text) for key, text in flatten(run).items() if without_indices(key) in _INPUTS and text is not None
+    }
 
 
 def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> Node:

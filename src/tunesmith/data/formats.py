@@ -349,14 +349,13 @@ def _check_order(row: _RowReader, messages: list[dict[str, Any]]) -> None:
     """What no template can render: a late system message, a result without a call, an answer to nothing, no answer."""
     roles, called = [message["role"] for message in messages], False
     for n, role in enumerate(roles):
-        what = ""
-        if role == "system" and n > 0:
-            what = "a system message comes after others; it must come first, once"
-        elif role == "tool" and not called:
-            what = "a tool's result comes where no tool was called"
-        elif role == "assistant" and set(roles[:n]) <= {"system"}:
-            what = "the first turn is the assistant's; it answers nothing"
-        if what:
+        wrong = {
+            "a system message comes after others; it must come first, once": role == "system" and n > 0,
+            "a tool's result comes where no tool was called": role == "tool" and not called,
+            "the first turn is the assistant's; it answers nothing": role == "assistant"
+            and set(roles[:n]) <= {"system"},
+        }
+        if what := next((what for what, found in wrong.items() if found), ""):
             raise row.error(what, "roles are out of order", "fix the row's order", f"message {n + 1}")
         called = (role == "assistant" and "tool_calls" in messages[n]) or (role == "tool" and called)
     if "assistant" not in roles:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import UsageError
 from tunesmith.host_files import cache_folder
@@ -17,23 +18,11 @@ def recipe_inputs(run: Run) -> list[Path]:
     They are the data files, the template, the model, its tokenizer and the adapter to go on from. UsageError where one
     is not there: a container or another machine would say so only after it was started.
     """
-    data = run.data
-    named = [
-        ("model.name", run.model.name),
-        ("model.tokenizer", run.model.tokenizer),
-        ("adapter.from", run.adapter.from_),
-        *(("data.train.source", source.source) for source in data.train),
-        *(("data.validation.source", source.source) for source in data.validation),
-        ("data.template", data.template),
-    ]
-    found: dict[Path, None] = {}
-    for key, text in named:
-        if text is None or not os.path.isabs(text):  # config/paths.py has made each path absolute
-            continue
+    files = {key: text for key, text in inputs_of(run).items() if os.path.isabs(text)}
+    for key, text in files.items():
         if not os.path.exists(text):
             raise UsageError(f"{text} is not there", where=key, fix=f"correct it: {key}=PATH")
-        found[Path(text)] = None
-    return list(found)
+    return [Path(text) for text in dict.fromkeys(files.values())]
 
 
 def hub_sources(run: Run) -> list[Source]:

@@ -12,6 +12,7 @@ from tunesmith.checkpoint.nodes import find_dir_leaders
 from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED, claim_run_dir, put_aside, sweep
 from tunesmith.config.load import load_recipe
+from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
 from tunesmith.errors import NonFiniteError, OtherRankError, RunError, StoppedError, UsageError, first_line
 from tunesmith.host_files import refuse_many_ranks, refuse_special_files
@@ -119,9 +120,7 @@ def open_run_dir(
         say(f"no shared disk: the nodes of {names} keep checkpoints of their own; records and final/ are with {first}")
     with ranks.together():
         aside = (fresh or run.checkpoint.resume == "never") and ranks.leads_dir
-        read = [run.model.name, run.model.tokenizer, run.adapter.from_, run.data.template]
-        read += [source.source for source in (*run.data.train, *run.data.validation)]
-        place = put_aside(out, [name for name in read if name is not None]) if aside else None
+        place = put_aside(out, inputs_of(run).values()) if aside else None
     for rank, moved in enumerate(ranks.gather(place)):
         if moved:
             say(f"the earlier run is now in {moved}" + (f", of {ranks.name(rank)}" if rank else ""))
