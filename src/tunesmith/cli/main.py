@@ -52,6 +52,7 @@ VERBS = {
     "status": ("tunesmith.cli.status", "say where launched runs stand"),
     "logs": ("tunesmith.cli.logs", "show or follow the log of a launched run"),
     "stop": ("tunesmith.cli.stop", "ask a launched run to save and end"),
+    "watch": ("tunesmith.cli.watch", "follow runs on a live page or in the terminal, and compare them"),
     "recipes": ("tunesmith.cli.recipes", "list, show and copy the recipes that ship"),
     "fetch": ("tunesmith.cli.fetch", "check licence and disk, then download model and data"),
     "data": ("tunesmith.cli.data", "see the tokens that a recipe trains on"),

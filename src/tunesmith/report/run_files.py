@@ -228,15 +228,19 @@ def downsample(x: Sequence[float | None], y: Sequence[float | None], points: int
 
     A spike survives, which a mean would hide. Where either is None, NaN or infinite there is no point.
     """
-    values = [0.0 if v is None else v for v in y]
-    kept = [i for i, v in enumerate(y) if v is not None and -math.inf < v < math.inf and x[i] is not None]
-    if len(kept) > points:
-        stretches, chosen = max(1, points // 2), {kept[0], kept[-1]}
-        edges = [len(kept) * i // stretches for i in range(stretches + 1)]
-        for start, end in pairwise(edges):
-            chosen |= {min(kept[start:end], key=values.__getitem__), max(kept[start:end], key=values.__getitem__)}
-        kept = sorted(chosen)
-    return [float(x[i] or 0.0) for i in kept], [values[i] for i in kept]
+    if None in x or None in y or not math.isfinite(sum(y)):  # type: ignore[arg-type]
+        kept = [
+            (a, b) for a, b in zip(x, y, strict=False) if a is not None and b is not None and -math.inf < b < math.inf
+        ]
+        x, y = [a for a, _ in kept], [b for _, b in kept]
+    if len(y) > points:
+        stretches, chosen = max(1, points // 2), {0, len(y) - 1}
+        for start, end in pairwise(len(y) * i // stretches for i in range(stretches + 1)):
+            stretch: list[float] = list(y[start:end])  # type: ignore[arg-type]
+            chosen |= {start + stretch.index(min(stretch)), start + stretch.index(max(stretch))}
+        order = sorted(chosen)
+        x, y = [x[i] for i in order], [y[i] for i in order]
+    return [float(v or 0.0) for v in x], [float(v or 0.0) for v in y]
 
 
 def smooth(y: Sequence[float | None], span: int) -> list[float | None]:

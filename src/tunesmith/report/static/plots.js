@@ -3,12 +3,15 @@
 //   const chart = Plots.draw(place, {title, unit, zero, series: [{label, run, x, y, faint, dots}]});
 //   chart.update(series)        // new points; a zoom stays
 //
-// `run` picks colour and dashes; `faint` is for the raw values under a smoothed curve; `dots` marks each point.
+// `run` picks colour and dashes; `faint` is for the raw values under a smoothed curve; `thin` lines have no dashes; `dots`
+// marks each point.
 // All charts of a page share the read-out's step and the zoom. Drag (mouse or finger) or + zooms in, - out, Esc or a
 // double click shows all; the arrow keys move the read-out, with Shift by ten points.
 "use strict";
 const Plots = (() => {
   const charts = new Set();
+  // A page may show another x axis than steps, and may bring finer points for the window that is zoomed to (null: all).
+  const page = { x: "step", zoomed: (window) => window };
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const colour = (run) => css(`--series-${run % 8}`);
   const DASHES = [[], [8, 3], [2, 3], [10, 3, 2, 3]];
@@ -23,6 +26,16 @@ const Plots = (() => {
     if (size !== 0 && size < 1e-4) return value.toExponential(2);
     return String(Number(value.toPrecision(4)));
   }
+
+  // A place on the x axis: a step, tokens such as 1.2M, seconds as 3:07 min.
+  function formatX(value) {
+    if (value == null) return "–";
+    if (page.x === "tokens") return value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 4 });
+    if (page.x === "step") return value.toLocaleString("en");
+    const minutes = Math.floor(value / 60), two = (part) => String(Math.floor(part)).padStart(2, "0");
+    return minutes < 60 ? `${minutes}:${two(value % 60)} min` : `${Math.floor(minutes / 60)}:${two(minutes % 60)} h`;
+  }
+  const nameX = () => (page.x === "seconds" ? "time" : page.x);
 
   // Series of runs have steps of their own: they are joined on one axis, and the nearest point of each is read.
   function align(series) {
@@ -63,7 +76,7 @@ const Plots = (() => {
   }
 
   function draw(place, { title, unit = "", zero = false, series, height = HEIGHT }) {
-    let current = series, log = false, u = null, at = null, zoomed = null;
+    let current = series, log = false, u = null, at = null, zoomed = null, whole = null;
     const figure = document.createElement("figure");
     figure.className = "chart";
     const caption = document.createElement("figcaption"), name = document.createElement("b");
@@ -89,11 +102,11 @@ const Plots = (() => {
       const one = (s) => ({
         label: s.label,
         stroke: () => colour(s.run) + (s.faint ? FAINT : ""),
-        width: s.faint ? 1 : 2,
-        dash: s.faint ? [] : dash(s.run),
+        width: s.faint ? 1 : s.thin ? 1.5 : 2,
+        dash: s.faint || s.thin ? [] : dash(s.run),
         spanGaps: true,
-        points: { show: Boolean(s.dots) || s.x.length < 3, size: 7 },
-        value: (_, value) => format(value),
+        points: { show: Boolean(s.dots) || s.x.length < 3, size: 7, fill: () => css("--page") },
+        value: (u, value, i) => format(value ?? u.data[i].findLast((v) => v != null)),  // the last one where nothing is pointed at
       });
       const axis = { stroke: () => css("--soft"), grid: { stroke: () => css("--line"), width: 1 }, ticks: { stroke: () => css("--line"), width: 1 }, font: "12px system-ui, sans-serif" };
       const y = { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : format(tick))) };
@@ -101,9 +114,9 @@ const Plots = (() => {
       return {
         width: Math.max(200, plot.clientWidth), height,
         scales: { x: { time: false }, y: log ? { distr: 3 } : { range } },
-        axes: [{ ...axis, size: 32, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? tick.toLocaleString("en") : "")) }, y],
-        series: [{ label: "step", value: (_, value) => (value == null ? "–" : value.toLocaleString("en")) }, ...current.map(one)],
-        legend: { markers: { dash: (_, i) => (i && !current[i - 1].faint && dash(current[i - 1].run).length ? "dashed" : "solid"), width: 3 } },
+        axes: [{ ...axis, size: 32, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? formatX(tick) : "")) }, y],
+        series: [{ label: nameX(), value: (u, value) => formatX(value ?? u.data[0].at(-1)) }, ...current.map(one)],
+        legend: { markers: { dash: (_, i) => (i && !current[i - 1].faint && !current[i - 1].thin && dash(current[i - 1].run).length ? "dashed" : "solid"), width: 3 } },
         cursor: {
           dataIdx: nearest, drag: { x: true, y: false }, points: { size: 8 },
           sync: { key: SYNC, setSeries: false, scales: ["x", null], filters: { pub: (kind) => kind === "mousemove" || kind === "mouseleave" } },
@@ -121,6 +134,7 @@ const Plots = (() => {
 
     function ends() {
       const steps = u.data[0];
+      if (whole) return whole;  // the points of a window do not reach further
       return [steps[0] ?? 0, steps[steps.length - 1] ?? 1];
     }
 
@@ -132,6 +146,7 @@ const Plots = (() => {
       if (String(now) === String(zoomed)) return;
       zoomed = now;
       for (const other of charts) if (other !== chart) other.show(now, true);
+      page.zoomed(now);
     }
 
     function show(window, quietly = false) {
@@ -158,7 +173,7 @@ const Plots = (() => {
         const i = current.indexOf(s) + 1;
         return `${s.label} ${format(u.data[i][nearest(u, i, at)])}`;
       });
-      said.textContent = `step ${steps[at]}: ${values.join(", ")}`;
+      said.textContent = `${nameX()} ${formatX(steps[at])}: ${values.join(", ")}`;
     }
 
     plot.addEventListener("keydown", (event) => {
@@ -174,10 +189,13 @@ const Plots = (() => {
 
     // More series than before need a new plot; more points of the same ones do not.
     function update(fresh) {
+      whole = zoomed === null ? null : ends();
+      const x = at == null ? null : u.data[0][at];
       const same = fresh.length === current.length && fresh.every((s, i) => s.label === current[i].label);
       current = fresh;
-      if (!same) return build();
-      u.setData(align(current), zoomed === null);
+      if (!same) build();
+      else u.setData(align(current), zoomed === null);
+      if (x !== null) at = u.valToIdx(x);
       if (zoomed) u.setScale("x", { min: zoomed[0], max: zoomed[1] });
     }
 
@@ -189,5 +207,6 @@ const Plots = (() => {
   }
 
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach((chart) => chart.rebuild()));
-  return { draw, format };
+  const showAll = () => charts.forEach((chart) => chart.show(null));
+  return { draw, format, page, showAll };
 })();

@@ -1,0 +1,214 @@
+"""What a watcher shows of runs, for the page and the terminal alike: where each stands, its curves, its texts."""
+
+import json
+import math
+import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tunesmith.launch.jobs import find_job
+from tunesmith.report.run_files import RunFiles, downsample, smooth
+from tunesmith.units import Length
+from tunesmith.watch.remote import RemoteRun, split_remote
+
+RECENT = 20  # steps that a pace is the mean of
+LINES = 40  # of the log
+SMOOTH_FROM = 60  # steps; with fewer, the raw loss reads well
+
+
+class Panel(NamedTuple):
+    """One chart: which record fields it shows, and what they are multiplied by to be in its unit."""
+
+    title: str
+    unit: str
+    columns: tuple[str, ...]
+    scale: float = 1.0
+
+
+PANELS = (
+    Panel("Loss", "", ("loss", "val_loss")),
+    Panel("Speed", "tokens/s", ("tokens_per_second",)),
+    Panel("MFU", "%", ("mfu",), 100),
+    Panel("Memory", "GiB", ("memory_gib",)),
+    Panel("Host memory", "%", ("host_memory_percent",)),
+    Panel("GPU utilization", "%", ("gpu_utilization",)),
+    Panel("GPU power", "W", ("gpu_power_watts",)),
+    Panel("GPU temperature", "°C", ("gpu_temperature_celsius",)),
+    Panel("GPU clock", "MHz", ("gpu_clock_mhz",)),
+    Panel("Link", "GB/s", ("link_bytes_per_second",), 1e-9),
+    Panel("Wait for data", "ms", ("data_seconds",), 1e3),
+    Panel("Imbalance of ranks", "%", ("idle_share",), 100),
+    Panel("Step time", "s", ("step_seconds",)),
+    Panel("Learning rate", "", ("learning_rate",)),
+    Panel("Gradient norm", "", ("grad_norm",)),
+)
+# Counts and positions; `tokens` over the run are an axis.
+_NO_PANEL = {"step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops"}
+_KNOWN = {column for panel in PANELS for column in panel.columns} | _NO_PANEL
+
+
+class WatchedRun:
+    """A run directory, of this machine or of another host."""
+
+    def __init__(self, folder: Path, remote: RemoteRun | None = None) -> None:
+        self.remote = remote
+        self.place = f"{remote.host}:{remote.place}" if remote else str(folder)
+        self.files = RunFiles(folder)
+        self._axes: dict[str, list[float]] = {}
+        self._smooth: list[float | None] = []
+        self._revision, self._texts = 0, (self.files.recipe, self.files.samples)
+
+    def refresh(self, lock: threading.Lock) -> bool:
+        """Read what was added; whether something changed. The lock is held while what others read is changed."""
+        before = self.remote.lost if self.remote else ""
+        if self.remote:
+            self.remote.refresh()
+        with lock:
+            changed = self.files.refresh()
+            if changed:
+                self._axes, self._smooth = {}, []
+            texts = self.files.recipe, self.files.samples
+            if any(new is not old for new, old in zip(texts, self._texts, strict=True)):
+                self._revision, self._texts = self._revision + 1, texts
+        return changed or (self.remote is not None and self.remote.lost != before)
+
+    def axis(self, name: str) -> list[float]:
+        """For each record its step, the tokens up to it, or the seconds of training up to it."""
+        if name not in self._axes:
+            column = {"tokens": "tokens", "seconds": "step_seconds"}.get(name, "step")
+            values = [value or 0.0 for value in self.files.columns.get(column, [])]
+            self._axes[name] = values if column == "step" else list(accumulate(values))
+        return self._axes[name]
+
+    def status(self) -> dict[str, Any]:
+        """Where it stands: its state, progress, the newest figures in the records' units, warnings and how it ended."""
+        columns, files = self.files.columns, self.files
+        steps, pace = len(columns.get("step", [])), _recent_mean(columns.get("step_seconds", []))
+        step = columns["step"][-1] if steps else 0
+        done = self._share_done(step or 0)
+        left = None
+        if files.state == "running" and done and pace:
+            left = (step or 0) * (1 / done - 1) * pace
+        figures = {name: value for name in columns if (value := _newest(columns[name])) is not None}
+        if recent := _recent_mean(columns.get("tokens_per_second", [])):
+            figures["tokens_per_second"] = recent
+        if pace and (wait := _recent_mean(columns.get("data_seconds", []))) is not None:
+            figures["data_share"] = wait / pace
+        return {
+            "name": files.name, "place": self.place, "state": files.state, "lost": self.remote.lost if self.remote else "",
+            "step": step, "steps": round(step / done) if step and done else None, "done": done, "seconds_left": left,
+            "figures": figures, "warnings": [line for line in files.log_tail if "warning: " in line],
+            "failure": files.failure, "stopped": files.stopped, "log": files.log_tail[-LINES:], "texts": self._revision,
+        }  # fmt: skip
+
+    def _share_done(self, step: float) -> float | None:
+        """The part of its duration that it has trained, from 0 to 1; None where the recipe is not there yet."""
+        columns = self.files.columns
+        with suppress(KeyError, ValueError, TypeError, AttributeError):  # a file that somebody edited
+            duration = Length.parse(self.files.recipe["train"]["duration"])
+            epoch = _newest(columns.get("epoch", [])) or 0.0
+            spent = sum(value or 0.0 for value in columns.get("step_seconds", [])) if duration.seconds else 0.0
+            done = spent / duration.seconds if duration.seconds else (epoch if duration.unit == "epochs" else step)
+            return min(1.0, done if duration.seconds else done / duration.amount)
+        return None
+
+    def texts(self) -> dict[str, Any]:
+        """What is read rather than plotted, and seldom changes: the recipe, as dotted keys, and the samples."""
+        return {"recipe": dict(_flat(self.files.recipe)), "samples": self.files.samples}
+
+    def table(self, low: float, high: float, count: int) -> dict[str, Any]:
+        """About `count` records of a window of steps, evenly spaced, the last one among them."""
+        columns, steps = self.files.columns, self.axis("step")
+        i, j = bisect_left(steps, low), bisect_right(steps, high)
+        chosen = sorted({j - 1 - k * (j - i) // count for k in range(count)}) if j > i else []
+        names = list(columns)
+        return {"columns": names, "rows": [[columns[name][k] for name in names] for k in chosen]}
+
+    def series(self, panel: Panel, axis: str) -> Iterator[tuple[str, int | None, list[float], Sequence[float | None]]]:
+        """What a panel shows of this run: field, rank (None: rank 0's own record), x and y."""
+        x = self.axis(axis)
+        for column in panel.columns:
+            if y := self.files.columns.get(column):
+                yield column, None, x, y
+                if column == "loss" and len(y) >= SMOOTH_FROM:
+                    self._smooth = self._smooth or smooth(y, max(10, len(y) // 50))
+                    yield "loss, smoothed", None, x, self._smooth
+            at = dict(zip(self.axis("step"), x, strict=True)) if self.files.ranks and axis != "step" else None
+            for rank, columns in sorted(self.files.ranks.items()):
+                if column in columns:
+                    steps = [value or 0.0 for value in columns["step"]]
+                    yield column, rank, [at.get(s, 0.0) for s in steps] if at else steps, columns[column]
+
+
+@contextmanager
+def open_run(word: str) -> Iterator[WatchedRun]:
+    """A run by its directory, by the name of its job, or as HOST:RUN over ssh; UsageError or MachineError if it is none."""
+    if there := split_remote(word):
+        remote = RemoteRun(*there)
+        try:
+            remote.check()
+            yield WatchedRun(remote.copy, remote)
+        finally:
+            remote.close()
+    else:
+        yield WatchedRun(Path(word if Path(word).is_dir() else find_job(word).run_dir))
+
+
+def curves(
+    runs: Sequence[WatchedRun], axis: str, low: float, high: float, points: int, most: int | None = None
+) -> list[dict[str, Any]]:
+    """The charts for a window of the x axis, the first `most`; each series as about `points` points, spikes among them."""
+    named = {column for run in runs for columns in (run.files.columns, *run.files.ranks.values()) for column in columns}
+    extra = tuple(Panel(column, "", (column,)) for column in sorted(named - _KNOWN))
+    found: list[dict[str, Any]] = []
+    for panel in (*PANELS, *extra):
+        if len(found) == most:
+            break
+        series = []
+        for index, run in enumerate(runs):
+            for field, rank, x, y in run.series(panel, axis):
+                i, j = max(0, bisect_left(x, low) - 1), bisect_right(x, high) + 1
+                xs, ys = downsample(x[i:j], y[i:j], points)
+                if xs:
+                    ys = [float(f"{value * panel.scale:.6g}") for value in ys]
+                    series.append({"run": index, "field": field, "rank": rank, "x": xs, "y": ys})
+        if series:
+            found.append({"title": panel.title, "unit": panel.unit, "series": series})
+    return found
+
+
+def _newest(values: Sequence[float | None]) -> float | None:
+    return next((value for value in reversed(values) if value is not None and math.isfinite(value)), None)
+
+
+def _recent_mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the last steps; the first step of a run compiles and warms up, and is left out."""
+    recent = [value for value in values[1:][-RECENT:] or values[-1:] if value is not None and math.isfinite(value)]
+    return sum(recent) / len(recent) if recent else None
+
+
+def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A tree of plain values as dotted keys: {"train": {"seed": 1}} -> ("train.seed", 1)."""
+    for key, value in values.items():
+        name = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict) and value:
+            yield from _flat(value, name)
+        else:
+            yield name, value
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON: what is not finite is null there."""
+    return json.dumps(_finite_only(value), allow_nan=False, separators=(",", ":"))
+
+
+def _finite_only(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {key: _finite_only(item) for key, item in value.items()}
+    return [_finite_only(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,77 @@
+"""The other host's side of `watch HOST:RUN`: a program for its plain python3 (3.8 or newer), which ssh hands over and runs there.
+
+It imports the standard library alone and only reads. A line asks: JSON, from each file's name to what is known of it, as
+[inode, bytes]. The answer is a JSON line for each piece that was added, followed by its bytes, and a line on the whole. The
+program ends when its input does or when nobody asks for QUIET seconds, so a watcher that was killed leaves nothing here.
+"""
+
+import fcntl
+import glob
+import json
+import os
+import signal
+import sys
+from typing import Any, Dict, List  # noqa: UP035
+
+QUIET = 120  # seconds
+BLOCK = 8 << 20  # bytes
+NAMES = (
+    "config.yaml",
+    "env.json",
+    "metrics.jsonl",
+    "metrics-rank*.jsonl",
+    "samples.jsonl",
+    "log.txt",
+    "failure.json",
+    "stopped.json",
+    "final/manifest.json",
+)
+
+
+def answer_changes(folder: str, known: Dict[str, List[int]]) -> None:  # noqa: UP006
+    """Write what the asker lacks of the run in `folder`, as bytes of the files in NAMES."""
+    out, found = sys.stdout.buffer, []
+    for path in sorted(path for name in NAMES for path in glob.glob(os.path.join(glob.escape(folder), name))):
+        name = os.path.relpath(path, folder)
+        try:
+            with open(path, "rb") as file:
+                seen, size = os.fstat(file.fileno()), known.get(name, [0, 0])
+                start = size[1] if size[0] == seen.st_ino and size[1] <= seen.st_size else 0
+                file.seek(start)
+                found.append(name)
+                while known.get(name) != [seen.st_ino, start]:  # an empty file is sent once, as no bytes
+                    block = file.read(min(BLOCK, seen.st_size - start))
+                    piece = {"name": name, "inode": seen.st_ino, "start": start, "bytes": len(block)}
+                    out.write(json.dumps(piece).encode() + b"\n" + block)
+                    start += len(block)
+                    known[name] = [seen.st_ino, start]
+                    if start >= seen.st_size or not block:
+                        break
+        except OSError:  # it was removed in between
+            continue
+    whole: Dict[str, Any] = {"there": os.path.isdir(folder), "locked": is_held(folder), "names": found}  # noqa: UP006
+    out.write(json.dumps(whole).encode() + b"\n")
+    out.flush()
+
+
+def is_held(folder: str) -> bool:
+    """Whether a process of this host holds the run directory."""
+    try:
+        with open(os.path.join(folder, ".lock"), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def serve_run(folder: str) -> None:
+    """Answer until the input ends."""
+    folder = os.path.expanduser(folder)
+    while True:
+        signal.alarm(QUIET)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
+        answer_changes(folder, json.loads(line))

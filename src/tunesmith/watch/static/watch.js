@@ -1,0 +1,350 @@
+// The live page. `events` tells where the runs stand; `curves`, `table` and `texts` are asked for when that has changed.
+// All that comes from a run (names, prompts, answers, logs) is put in as text, never as markup.
+"use strict";
+(() => {
+  const $ = (query) => document.querySelector(query);
+  const charts = new Map();  // title -> chart
+  let runs = [], texts = [], zoomed = null, axis = "step", drawn = "step", waiting = false, stale = false, read = "", sampleSteps = [];
+
+  function make(tag, attributes = {}, ...children) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (value === true) made.setAttribute(name, "");
+      else if (value !== false && value != null) made.setAttribute(name, value);
+    }
+    made.append(...children);
+    return made;
+  }
+
+  function put(element, text) {
+    if (element.textContent !== text) element.textContent = text;
+  }
+
+  const count = (value) => Math.round(value).toLocaleString("en");
+  const percent = (value) => `${(value * 100).toFixed(value < 0.0995 ? 1 : 0)}`;
+
+  // Seconds as tunesmith's log writes them: 42 s, 3:07 min, 2:05 h.
+  function duration(seconds) {
+    const whole = Math.round(seconds), two = (value) => String(value).padStart(2, "0");
+    if (whole < 60) return `${whole} s`;
+    if (whole < 3600) return `${Math.floor(whole / 60)}:${two(whole % 60)} min`;
+    return `${Math.floor(whole / 3600)}:${two(Math.floor((whole % 3600) / 60))} h`;
+  }
+
+  // ---- where each run stands
+
+  const FIGURES = [
+    ["loss", "Loss", (v) => v.toFixed(4)],
+    ["val_loss", "Validation loss", (v) => v.toFixed(4)],
+    ["tokens_per_second", "Tokens/s", count],
+    ["mfu", "MFU", percent, "%"],
+    ["memory_gib", "Memory", (v) => v.toFixed(1), "GiB"],
+    ["host_memory_percent", "Host memory", (v) => v.toFixed(0), "%"],
+    ["gpu_utilization", "GPU", (v) => v.toFixed(0), "%"],
+    ["gpu_power_watts", "Power", count, "W"],
+    ["gpu_temperature_celsius", "Temperature", (v) => v.toFixed(0), "°C"],
+    ["link_bytes_per_second", "Link", (v) => (v / 1e9).toFixed(1), "GB/s"],
+    ["data_share", "Wait for data", percent, "%"],
+    ["idle_share", "Imbalance", percent, "%"],
+  ];
+
+  function runCard(index) {
+    const card = make("article", { class: "run", "aria-labelledby": `run-${index}` });
+    card.style.setProperty("--series", `var(--series-${index % 8})`);
+    const parts = {
+      card, name: make("h2", { id: `run-${index}` }), state: make("span", { class: "state" }), where: make("span", { class: "where" }),
+      place: make("p", { class: "place" }), bar: make("i"), figures: make("dl", { class: "figures" }), notes: make("div"), told: "",
+    };
+    parts.track = make("div", { class: "track", role: "progressbar", "aria-label": "progress", "aria-valuemin": 0, "aria-valuemax": 100 }, parts.bar);
+    const head = make("div", { class: "head" });
+    if (runs.length > 1) head.append(make("span", { class: "swatch" }));
+    head.append(parts.name, parts.state, parts.where);
+    card.append(head, parts.place, parts.track, parts.figures, parts.notes);
+    $("#runs").append(card);
+    parts.values = new Map();
+    return parts;
+  }
+
+  const cards = [];
+
+  function showRun(run, index) {
+    const parts = (cards[index] ??= runCard(index));
+    put(parts.name, run.name);
+    put(parts.place, run.place);
+    put(parts.state, run.state);
+    parts.state.className = `state ${run.state}`;
+    const steps = run.steps ? `step ${count(run.step)} of ${count(run.steps)}` : run.step ? `step ${count(run.step)}` : "before the first step";
+    put(parts.where, run.seconds_left == null ? steps : `${steps}, ${duration(run.seconds_left)} left`);
+    const done = Math.round((run.done ?? 0) * 100);
+    parts.bar.style.width = `${(run.done ?? 0) * 100}%`;
+    parts.track.setAttribute("aria-valuenow", done);
+    parts.track.setAttribute("aria-label", `progress of ${run.name}`);
+    for (const [field, label, format, unit] of FIGURES) {
+      const value = run.figures[field];
+      if (value == null) continue;
+      if (!parts.values.has(field)) {
+        const number = make("span");
+        parts.values.set(field, number);
+        parts.figures.append(make("div", {}, make("dt", {}, label), make("dd", {}, number, unit ? make("small", {}, ` ${unit}`) : "")));
+      }
+      put(parts.values.get(field), format(value));
+    }
+    showNotes(run, parts);
+  }
+
+  function showNotes(run, parts) {
+    const told = JSON.stringify([run.lost, run.failure, run.stopped, run.warnings]);
+    if (parts.told === told) return;
+    parts.told = told;
+    parts.notes.replaceChildren();
+    if (run.lost) parts.notes.append(make("p", { class: "note bad", role: "alert" }, `No connection to ${run.place}: ${run.lost}. It is tried again.`));
+    for (const [block, kind] of [[run.failure, "bad"], [run.stopped, ""]]) {
+      const rows = Object.entries(block ?? {}).filter(([, value]) => value != null && value !== "");
+      if (!rows.length) continue;
+      const list = make("dl");
+      for (const [key, value] of rows) list.append(make("dt", {}, key.replaceAll("_", " ")), make("dd", {}, asText(value)));
+      parts.notes.append(make("div", { class: `note ${kind}` }, list));
+    }
+    const lines = [...new Set(run.warnings.map((line) => line.replace(/^.*?warning: /, "")))];
+    if (lines.length) {
+      const list = make("ul", { "aria-label": "warnings" });
+      for (const line of lines.slice(-5)) list.append(make("li", {}, line));
+      parts.notes.append(make("div", { class: "note" }, list));
+    }
+  }
+
+  function asText(value) {
+    return value === null ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value);
+  }
+
+  // ---- curves
+
+  function name(series, panel) {
+    const of = runs.length > 1 ? [runs[series.run].name] : [];
+    if (panel.series.some((other) => other.rank !== null)) of.push(`rank ${series.rank ?? 0}`);
+    else if (of.length === 0 || series.field === "val_loss") of.push(series.field);
+    return of.join(" ");
+  }
+
+  // Several runs: a colour each. One run: a colour for each rank, and one for the validation.
+  function lines(panel) {
+    const smoothed = new Set(panel.series.filter((s) => s.field === "loss, smoothed").map((s) => s.run));
+    const shown = panel.series.filter((s) => !(runs.length > 1 && s.field === "loss" && smoothed.has(s.run)));
+    return shown.map((s) => ({
+      label: name(s, panel), x: s.x, y: s.y, dots: s.field === "val_loss", faint: s.field === "loss" && smoothed.has(s.run),
+      thin: runs.length === 1 || panel.title !== "Loss",
+      run: runs.length > 1 ? s.run : s.field === "val_loss" ? 1 : s.rank ?? 0,
+    }));
+  }
+
+  async function getJson(path) {
+    const answer = await fetch(path);
+    if (!answer.ok) throw new Error(`${path}: ${answer.status}`);
+    return answer.json();
+  }
+
+  function windowed() {
+    return zoomed ? `&from=${zoomed[0]}&to=${zoomed[1]}` : "";
+  }
+
+  // One request at a time: what changes meanwhile is asked for after it.
+  async function drawCurves() {
+    if (document.hidden || waiting) {
+      stale = true;
+      return;
+    }
+    let pause = 20;
+    waiting = true;
+    stale = false;
+    try {
+      const points = Math.min(2000, Math.round(0.7 * innerWidth * devicePixelRatio));
+      const first = charts.size ? "" : "&panels=4";  // what is seen at once comes first
+      const asked = axis, window = zoomed, panels = await getJson(`curves?x=${axis}&points=${points}${windowed()}${first}`);
+      if (first && panels.length) stale = true;
+      if (asked !== axis || window !== zoomed) stale = true;
+      else showPanels(panels, drawn !== axis);
+      drawn = asked;
+      if ($("#values").open) await showTable();
+    } catch {
+      pause = 2000;  // the link says so
+      stale = true;
+    }
+    waiting = false;
+    if (stale) setTimeout(drawCurves, pause);
+  }
+
+  function showPanels(panels, anew) {
+    $("#empty").hidden = panels.length > 0;
+    panels.forEach((panel, index) => {
+      const series = lines(panel);
+      if (charts.has(panel.title)) {
+        charts.get(panel.title).update(series);
+        if (anew) charts.get(panel.title).rebuild();
+        return;
+      }
+      const zero = panel.unit === "%" || ["tokens/s", "GiB", "W", "ms"].includes(panel.unit);
+      charts.set(panel.title, Plots.draw($("#charts"), { title: panel.title, unit: panel.unit, zero, series, height: index ? 200 : 260 }));
+      if (index === 0) $("#charts").lastElementChild.classList.add("wide");
+    });
+  }
+
+  async function showTable() {
+    const tables = await getJson(`table?rows=25${axis === "step" ? windowed() : ""}`);
+    const place = $("#values > div");
+    place.replaceChildren();
+    tables.forEach(({ columns, rows }, index) => {
+      const head = make("tr", {}, ...columns.map((column) => make("th", { scope: "col" }, column)));
+      const body = rows.map((row) => make("tr", {}, ...row.map((value, at) => make(at ? "td" : "th", at ? {} : { scope: "row" }, Plots.format(value)))));
+      const table = make("table", {}, make("caption", {}, runs[index].name), make("thead", {}, head), make("tbody", {}, ...body));
+      place.append(make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `values of ${runs[index].name}` }, table));
+    });
+  }
+
+  // ---- texts: samples, recipe, log
+
+  function showSamples() {
+    const all = texts.flatMap((text) => text.samples);
+    const range = $("#when input"), newest = Number(range.value) >= sampleSteps.length - 1;
+    sampleSteps = [...new Set(all.map((row) => row.step))].sort((a, b) => a - b);
+    range.max = Math.max(0, sampleSteps.length - 1);
+    if (newest) range.value = range.max;  // whoever looks at an older one stays there
+    $("#when").hidden = sampleSteps.length < 2;
+    showAnswers();
+  }
+
+  function showAnswers() {
+    const step = sampleSteps[Number($("#when input").value)], place = $("#answers");
+    place.replaceChildren();
+    if (step == null) {
+      place.append(make("p", { class: "soft" }, "No samples yet: log.samples=4 lets the model answer four prompts at each validation."));
+      return;
+    }
+    put($("#when output"), count(step));
+    $("#when input").setAttribute("aria-valuetext", `step ${step}`);
+    for (const prompt of new Set(texts.flatMap((text) => text.samples.map((row) => row.prompt)))) {
+      const answers = make("div");
+      texts.forEach((text, index) => {
+        const rows = text.samples.filter((row) => row.prompt === prompt && row.step <= step);
+        if (!rows.length) return;
+        const [before, now] = [rows.at(-2), rows.at(-1)];
+        const by = `${runs.length > 1 ? `${runs[index].name}, ` : ""}${now.step ? `step ${count(now.step)}` : "before training"}`;
+        answers.append(make("div", { class: "answer" }, make("p", { class: "by" }, by), make("p", {}, ...changes(before?.answer, now.answer))));
+      });
+      place.append(make("article", { class: "sample" }, make("h3", {}, prompt), answers));
+    }
+  }
+
+  // The words of an answer; those that the answer before did not have, in this order, are marked.
+  function changes(before, now) {
+    const words = now.match(/\s+|\S+/g) ?? [];
+    if (before == null || words.length > 600) return [now];
+    const old = before.match(/\S+/g) ?? [], fresh = words.filter((word) => word.trim());
+    const common = Array.from({ length: old.length + 1 }, () => new Uint16Array(fresh.length + 1));
+    for (let i = old.length - 1; i >= 0; i--) {
+      for (let j = fresh.length - 1; j >= 0; j--) {
+        common[i][j] = old[i] === fresh[j] ? common[i + 1][j + 1] + 1 : Math.max(common[i + 1][j], common[i][j + 1]);
+      }
+    }
+    const kept = new Set();
+    for (let i = 0, j = 0; i < old.length && j < fresh.length;) {
+      if (old[i] === fresh[j]) kept.add(j), i++, j++;
+      else if (common[i + 1][j] >= common[i][j + 1]) i++;
+      else j++;
+    }
+    let at = 0;
+    return words.map((word) => (!word.trim() || kept.has(at++) ? word : make("mark", {}, word)));
+  }
+
+  function showRecipe() {
+    const only = $("#differences input").checked && texts.length > 1;
+    const keys = [...new Set(texts.flatMap((text) => Object.keys(text.recipe)))];
+    const rows = keys.map((key) => {
+      const values = texts.map((text) => (key in text.recipe ? asText(text.recipe[key]) : "–"));
+      return { key, values, differs: new Set(values).size > 1 };
+    });
+    const shown = rows.filter((row) => !only || row.differs);
+    if (texts.length === 1) {
+      const pairs = shown.map((row) => make("div", {}, make("dt", {}, row.key), make("dd", {}, row.values[0])));
+      $("#keys").replaceChildren(pairs.length ? make("dl", {}, ...pairs) : make("p", { class: "soft" }, "config.yaml is not written yet."));
+      return;
+    }
+    const head = make("tr", {}, make("th", { scope: "col" }, "key"), ...runs.map((run) => make("th", { scope: "col" }, run.name)));
+    const body = shown.map((row) => make("tr", { class: row.differs ? "differs" : null }, make("th", { scope: "row" }, row.key), ...row.values.map((value) => make("td", {}, value))));
+    const table = make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
+    const none = make("p", { class: "soft" }, "The recipes are the same.");
+    $("#keys").replaceChildren(shown.length ? make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "recipe" }, table) : none);
+  }
+
+  const logs = [];
+
+  function showLog(run, index) {
+    if (!logs[index]) {
+      const block = make("pre", { tabindex: 0, role: "region", "aria-label": `end of the log of ${run.name}` });
+      logs[index] = { block, told: null };
+      $("#lines").append(...(runs.length > 1 ? [make("h3", {}, run.name)] : []), block);
+    }
+    const { block, told } = logs[index];
+    if (told === run.log.join("\n")) return;
+    logs[index].told = run.log.join("\n");
+    const end = block.scrollTop + block.clientHeight >= block.scrollHeight - 8;  // whoever reads further up stays there
+    block.replaceChildren(...run.log.map((line) => make("span", { class: line.includes("warning: ") ? "warning" : null }, `${line}\n`)));
+    if (end || told === null) block.scrollTop = block.scrollHeight;
+  }
+
+  async function getTexts() {
+    const now = runs.map((run) => run.texts).join();
+    if (document.hidden || now === read) return;
+    try {
+      texts = await getJson("texts");
+    } catch {
+      return;
+    }
+    read = now;
+    $("#differences").hidden = runs.length < 2;
+    showSamples();
+    showRecipe();
+  }
+
+  // ---- the link to the command
+
+  function hear(event) {
+    runs = JSON.parse(event.data).runs;
+    runs.forEach(showRun);
+    runs.forEach(showLog);
+    const first = runs[0], done = first.done == null ? "" : `${Math.round(first.done * 100)} % `;
+    document.title = runs.length > 1 ? `${runs.length} runs: tunesmith watch` : `${done}${first.name}: tunesmith watch`;
+    drawCurves();
+    getTexts();
+  }
+
+  function connect() {
+    const source = new EventSource("events"), link = $("#link");
+    source.onopen = () => {
+      link.className = "";
+      put(link, "live");
+    };
+    source.onmessage = hear;
+    source.onerror = () => {
+      link.className = "lost";
+      put(link, "not live: tunesmith watch has ended");
+    };
+  }
+
+  $("#axis").addEventListener("change", (event) => {
+    Plots.showAll();
+    axis = Plots.page.x = event.target.value;
+    drawCurves();
+  });
+  Plots.page.zoomed = (window) => {
+    zoomed = window;
+    $("#whole").hidden = !window;
+    drawCurves();
+  };
+  $("#whole").addEventListener("click", () => Plots.showAll());
+  $("#values").addEventListener("toggle", () => $("#values").open && showTable());
+  $("#when input").addEventListener("input", showAnswers);
+  $("#differences input").addEventListener("change", showRecipe);
+  $("#differences input").checked = true;
+  document.addEventListener("visibilitychange", () => !document.hidden && (drawCurves(), getTexts()));
+  connect();
+})();

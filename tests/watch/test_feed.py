@@ -1,0 +1,113 @@
+"""What a watcher shows of runs: where they stand and their curves."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import threading
+from pathlib import Path
+
+import pytest
+
+from records import record
+from tunesmith.errors import UsageError
+from tunesmith.watch.feed import WatchedRun, curves, open_run, to_json
+from watching import add_steps, write_run
+
+ALL = (-math.inf, math.inf)
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    status = WatchedRun(write_run(tmp_path / "run", 100)).status()
+    assert (status["state"], status["step"], status["steps"], status["done"]) == ("finished", 100, 100, 1.0)
+    assert status["seconds_left"] is None
+    assert status["figures"]["tokens_per_second"] == pytest.approx(400)
+    assert status["figures"]["data_share"] == pytest.approx(0.04)
+    assert status["figures"]["val_loss"] == pytest.approx(1.1 + math.exp(-1))
+    assert status["warnings"] == ["2026-01-01 10:00:00  warning: 3 rows were cut"]
+
+
+def test_time_left_is_what_the_last_steps_took(tmp_path: Path) -> None:
+    run = WatchedRun(write_run(tmp_path / "run", 40, of=100))
+    with (tmp_path / "run/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run.refresh(threading.Lock())
+        status = run.status()
+    assert (status["state"], status["done"]) == ("running", 0.4)
+    assert status["seconds_left"] == pytest.approx(60 * 0.25)
+    assert run.refresh(threading.Lock())  # the lock is gone
+    assert run.status()["state"] == "killed"
+    assert run.status()["seconds_left"] is None
+
+
+@pytest.mark.parametrize(
+    ("duration", "done"), [("2 epochs", 0.2), ("20 s", 0.5), ("80 steps", 0.5), ("nonsense", None)]
+)
+def test_the_share_that_is_done(tmp_path: Path, duration: str, done: float | None) -> None:
+    folder = write_run(tmp_path / "run", 40)
+    (folder / "config.yaml").write_text(json.dumps({"train": {"duration": duration}}))
+    assert WatchedRun(folder).status()["done"] == (done if done is None else pytest.approx(done))
+
+
+def test_a_spike_of_one_step_in_100_000_is_seen(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 10)
+    line = (folder / "metrics.jsonl").read_text().splitlines()[0]
+    high = line.replace('"loss": ', '"loss": 9')
+    steps = [(high if step == 54_321 else line).replace('"step": 1,', f'"step": {step},') for step in range(1, 100_001)]
+    (folder / "metrics.jsonl").write_text("\n".join(steps) + "\n")
+    run = WatchedRun(folder)
+    raw = curves([run], "step", *ALL, 800)[0]["series"][0]
+    assert len(raw["x"]) <= 802
+    assert raw["x"][raw["y"].index(max(raw["y"]))] == 54_321
+    near = curves([run], "step", 54_300, 54_340, 800)[0]["series"][0]
+    assert near["x"] == list(range(54_299, 54_342))  # each step, and one more on both sides
+    assert [panel["title"] for panel in curves([run], "step", *ALL, 800, 2)] == ["Loss", "Speed"]
+
+
+def test_every_panel_of_what_is_there(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 30, ranks=3)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(record(31, loss=math.nan, extra={"reward_margin": 0.5}).to_json() + "\n")
+    run = WatchedRun(folder)
+    panels = {panel["title"]: panel["series"] for panel in curves([run], "step", *ALL, 100)}
+    assert [(row["rank"], row["y"][-1]) for row in panels["Memory"]] == [(None, 1.5), (1, 2.0), (2, 3.0)]
+    assert panels["MFU"][0]["y"] == [40.0] * 30
+    assert panels["Wait for data"][0]["y"][0] == 10.0  # ms
+    assert panels["reward_margin"][0]["x"] == [31.0]  # a method's own metric
+    assert panels["Loss"][0]["x"][-1] == 30.0
+    assert "GPU temperature" not in panels
+    assert json.loads(to_json(run.status()))["figures"]["step"] == 31
+
+
+def test_other_axes(tmp_path: Path) -> None:
+    run = WatchedRun(write_run(tmp_path / "run", 30, ranks=2))
+    tokens = curves([run], "tokens", *ALL, 100)
+    assert tokens[0]["series"][0]["x"] == [100.0 * step for step in range(1, 31)]
+    memory = next(panel for panel in tokens if panel["title"] == "Memory")
+    assert memory["series"][1]["x"] == memory["series"][0]["x"]
+    assert curves([run], "seconds", *ALL, 100)[0]["series"][0]["x"][-1] == pytest.approx(7.5)
+
+
+def test_what_is_added_and_cut_back_is_followed(tmp_path: Path) -> None:
+    folder, lock = write_run(tmp_path / "run", 30, of=100), threading.Lock()
+    run = WatchedRun(folder)
+    assert not run.refresh(lock)
+    add_steps(folder, 31, 35)
+    assert run.refresh(lock)
+    assert run.axis("step")[-1] == 35
+    (folder / "metrics.jsonl").write_text("".join((folder / "metrics.jsonl").read_text().splitlines(True)[:20]))
+    assert run.refresh(lock)
+    assert run.axis("tokens") == [100.0 * step for step in range(1, 21)]
+    assert run.table(-math.inf, math.inf, 4)["rows"][-1][0] == 20
+    before = run.status()["texts"]
+    (folder / "samples.jsonl").write_text("")
+    assert run.refresh(lock)
+    assert run.status()["texts"] == before + 1
+    assert run.texts()["samples"] == []
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    for word in (str(tmp_path), str(tmp_path / "missing")):
+        with pytest.raises(UsageError), open_run(word):
+            pass

@@ -1,0 +1,152 @@
+"""The page's server as a process: who gets an answer, what it says, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from tunesmith.cli.main import main
+from waiting import wait_for
+from watching import TIME, add_steps, ask, get, port_of, watching, write_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("watch") / "run", 40, of=100)
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    with watching(folder) as made:
+        yield made
+
+
+def test_a_wrong_or_missing_token_gets_nothing(served: tuple[str, subprocess.Popen[str]]) -> None:
+    address, _ = served
+    token = urlsplit(address).path.strip("/")
+    base = address.removesuffix(f"{token}/")
+    assert len(token) >= 32
+    wrong = ["", "events", "curves", f"{token[:-1]}/", f"{token}x/", f"x{token}/", f"{token.swapcase()}/", f"x/{token}/",
+             f"?token={token}", f"..%2f{token}/", "watch.js", "%00", "%ff", "%c3%a9"]  # fmt: skip
+    for path in wrong:
+        status, body, headers = ask(base, path)
+        assert (status, body) == (404, b""), path
+        assert headers.keys() <= {"transfer-encoding", "content-length", "connection"}, path
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "[::1]", "0.0.0.0", ""])
+def test_another_host_name_gets_nothing(served: tuple[str, subprocess.Popen[str]], host: str) -> None:
+    assert ask(served[0], host=host)[:2] == (404, b"")
+
+
+def test_this_machine_gets_the_page_through_any_port(served: tuple[str, subprocess.Popen[str]]) -> None:
+    for host in ("localhost:9000", "127.0.0.1:1234", "127.0.0.1"):  # as through ssh -L
+        assert b"tunesmith" in ask(served[0], host=host)[1]
+    for method in ("POST", "PUT", "OPTIONS", "HEAD"):
+        assert ask(served[0], method=method)[:2] == (404, b"")
+
+
+def test_the_page_may_load_from_here_alone(served: tuple[str, subprocess.Popen[str]]) -> None:
+    for path in ("", "watch.js", "plots.js", "uPlot.iife.min.js", "uPlot.min.css", "icon.svg", "curves", "missing"):
+        status, _, headers = ask(served[0], path)
+        assert status == (404 if path == "missing" else 200), path
+        rules = dict(rule.strip().split(" ", 1) for rule in headers["content-security-policy"].split(";"))
+        assert {*rules.values()} == {"'none'", "'self'"}
+        assert rules["default-src"] == "'none'"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert headers["cache-control"] == "no-store"
+        assert "server" not in headers
+
+
+def test_no_file_beside_the_static_ones_is_served(served: tuple[str, subprocess.Popen[str]]) -> None:
+    for path in ("../server.py", "%2e%2e/server.py", "..%2fserver.py", "%2fetc/passwd", "static/index.html"):
+        assert ask(served[0], path)[0] == 404, path
+
+
+def test_it_listens_on_loopback_alone(served: tuple[str, subprocess.Popen[str]]) -> None:
+    address, process = served
+    listening = [c.laddr for c in psutil.Process(process.pid).net_connections("all") if c.status == psutil.CONN_LISTEN]
+    assert [(place.ip, place.port) for place in listening] == [("127.0.0.1", port_of(address))]
+
+
+def test_events_tell_what_was_added(folder: Path, served: tuple[str, subprocess.Popen[str]]) -> None:
+    connection = HTTPConnection("127.0.0.1", port_of(served[0]), timeout=TIME)
+    connection.request("GET", f"{urlsplit(served[0]).path}events")
+    answer = connection.getresponse()
+    assert answer.getheader("content-type", "").startswith("text/event-stream")
+
+    def told() -> int:
+        while not (line := answer.readline()).startswith(b"data: "):
+            assert line
+        return int(json.loads(line[6:])["runs"][0]["step"])
+
+    assert told() == 40
+    add_steps(folder, 41, 45)
+    while (step := told()) == 40:  # pytest writes nothing into it meanwhile
+        pass
+    assert step == 45
+    connection.close()
+    assert get(served[0], "curves?points=10&panels=1")[0]["series"][0]["x"][-1] == 45
+    assert get(served[0], "table?rows=3&from=10&to=20")[0]["rows"][-1][0] == 20
+    assert get(served[0], "texts")[0]["recipe"]["train.duration"] == "100 steps"
+    for path in ("curves?from=x", "curves?points=", "table?rows=1e9"):
+        assert ask(served[0], path)[0] == 400
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_it_ends_at_once_and_leaves_nothing(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with watching(folder, TMPDIR=str(tmp_path)) as (address, process):
+        page = HTTPConnection("127.0.0.1", port_of(address), timeout=TIME)
+        page.request("GET", f"{urlsplit(address).path}events")
+        page.getresponse().readline()
+        children = psutil.Process(process.pid).children(recursive=True)
+        began = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(TIME) == 0
+        assert time.monotonic() - began < 30  # an open page does not hold it
+        assert process.stdout is not None
+        assert process.stdout.read().count("\n") == 1  # the second of the two lines that it began with
+    assert not children
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_status_for_a_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(folder), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(run["name"], run["state"], run["steps"]) for run in told["runs"]] == [("run", "killed", 100)]
+    assert main(["watch", str(folder / "missing"), "--json"]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_over_ssh_it_says_how_to_reach_it(folder: Path) -> None:
+    with watching(folder, SSH_CONNECTION="10.0.0.9 50000 10.0.0.2 22", USER="ada") as (address, process):
+        port = port_of(address)
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(2)]
+        assert any(f"ssh -N -L {port}:127.0.0.1:{port} ada@10.0.0.2" in line for line in said)
+
+
+def test_nothing_heavy_is_loaded(folder: Path) -> None:
+    code = f"import sys; from tunesmith.cli.main import main; main(['watch', {str(folder)!r}, '--json']); " \
+           "sys.exit(bool({'torch', 'transformers', 'numpy', 'textual'} & sys.modules.keys()))"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=TIME, stdout=subprocess.DEVNULL)
+
+
+def test_nobody_looks_while_no_page_is_open(folder: Path) -> None:
+    """The runs are read for pages that are open: a forgotten watch costs nothing."""
+    with watching(folder) as (_, process):
+        proc = psutil.Process(process.pid)
+        wait_for(lambda: proc.status() == psutil.STATUS_SLEEPING)
+        before = proc.io_counters().read_chars
+        time.sleep(2.5)
+        assert proc.io_counters().read_chars - before < 2000

@@ -1,0 +1,125 @@
+"""Run directories to watch, made in a moment, and `tunesmith watch` as a process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from records import record
+
+TIME = 120  # seconds, for what starts on a busy machine
+
+
+def write_run(
+    folder: Path, steps: int, *, of: int | None = None, rate: float = 1e-4, spike: int = 0, ranks: int = 1
+) -> Path:
+    """A run that took `steps` of `of` steps, on a GPU; step `spike` has a loss of 9."""
+    folder.mkdir(parents=True)
+    recipe = {"train": {"duration": f"{of or steps} steps", "learning_rate": rate}, "model": {"name": "org/base"}}
+    (folder / "config.yaml").write_text(json.dumps(recipe))
+    (folder / "env.json").write_text(json.dumps({"recipe_hash": "0", "python": "3.11"}))
+    add_steps(folder, 1, steps, spike=spike)
+    for rank in range(1, ranks):
+        rows = [{"step": step, "memory_gib": 1.0 + rank, "gpu_power_watts": 300.0} for step in range(1, steps + 1)]
+        (folder / f"metrics-rank{rank}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = [(0, "no idea"), (steps // 2, "the order names a lamp"), (steps, "the order names two lamps")]
+    rows = [{"step": step, "prompt": "What is ordered?", "answer": answer} for step, answer in answers]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "log.txt").write_text("2026-01-01 10:00:00  warning: 3 rows were cut\n2026-01-01 10:00:01  step 1\n")
+    if steps == (of or steps):
+        (folder / "final").mkdir()
+        (folder / "final/manifest.json").write_text(json.dumps({"step": steps, "files": {}}))
+    return folder
+
+
+def add_steps(folder: Path, first: int, last: int, *, spike: int = 0) -> None:
+    gpu = {"gpu_utilization": 97.0, "gpu_power_watts": 310.0, "mfu": 0.4, "mfu_peak_tflops": 989.0, "idle_share": 0.01}
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in range(first, last + 1):
+            loss = 9.0 if step == spike else 1.0 + math.exp(-step / 100)
+            held = {"val_loss": loss + 0.1} if step % 20 == 0 else {}
+            file.write(record(step, loss=loss, epoch=step / 100, **gpu, **held).to_json() + "\n")
+
+
+@contextmanager
+def watching(*words: str | Path, **env: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`tunesmith watch WORDS` and its address; ctrl-C ends it."""
+    command = [sys.executable, "-m", "tunesmith", "watch", *map(str, words)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **env}
+    )
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        found = re.search(r"http://\S+", said)
+        assert found, said + process.communicate(timeout=TIME)[0]
+        yield found[0], process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=TIME)
+
+
+def port_of(address: str) -> int:
+    return int(urlsplit(address).port or 0)
+
+
+def ssh_here(folder: Path) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
+    """A real ssh server of this user on 127.0.0.1, and the environment in which `ssh box` reaches it."""
+    from socket import socket
+
+    folder.mkdir()
+    with socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", folder / name], check=True)
+    if os.getuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\n"
+        "StrictModes no\nPidFile none\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\n"
+    )
+    (folder / "config").write_text(
+        f"Host box\nHostName 127.0.0.1\nPort {port}\nIdentityFile {folder}/user\nIdentitiesOnly yes\n"
+        f"UserKnownHostsFile {folder}/known\nStrictHostKeyChecking accept-new\nLogLevel ERROR\n"
+    )
+    (folder / "bin").mkdir()
+    (folder / "bin/ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {folder}/config "$@"\n')
+    (folder / "bin/ssh").chmod(0o755)
+    log = (folder / "log").open("w")
+    server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
+    return server, {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
+
+
+def ask(address: str, path: str = "", *, method: str = "GET", **headers: str) -> tuple[int, bytes, dict[str, str]]:
+    """Status, body and headers of a request; `host` overrides the header of that name."""
+    from http.client import HTTPConnection
+
+    parts = urlsplit(address)
+    connection = HTTPConnection("127.0.0.1", port_of(address), timeout=TIME)
+    connection.putrequest(method, parts.path + path, skip_host="host" in headers)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    answer = connection.getresponse()
+    try:
+        return answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+    finally:
+        connection.close()
+
+
+def get(address: str, path: str) -> Any:
+    status, body, _ = ask(address, path)
+    assert status == 200, (status, body)
+    return json.loads(body)
