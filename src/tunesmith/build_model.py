@@ -179,9 +179,14 @@ def fill_parameters(
         known = int(files.config.vocab_size) if run.model.added_tokens else None
         load_weights(model, weights, skip=lora.is_adapter_weight, convert=nf4.load_hooks(model), grow_from=known)
     if run.adapter.kind == "lora":
-        lora.init_lora(model, run.adapter, seed=run.train.seed)
-        if run.adapter.from_ is not None:
-            peft_files.load_adapter(model, peft_files.find_adapter(run.adapter.from_))
+        init_adapter(run, model)
+
+
+def init_adapter(run: Run, model: nn.Module) -> None:
+    """Give the adapter of a model its first values: drawn ones, or those of `adapter.from`."""
+    lora.init_lora(model, run.adapter, seed=run.train.seed)
+    if run.adapter.from_ is not None:
+        peft_files.load_adapter(model, peft_files.find_adapter(run.adapter.from_))
 
 
 def quantize_base_eight_bit(

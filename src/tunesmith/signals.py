@@ -72,9 +72,9 @@ class StopRequest:
 
     def hold(self, say: Callable[[str], None] | None = None) -> None:
         """From here on there is something to save: the loop ends the run, not the handler. When a signal comes, `say` takes
-        a line at once, in another thread."""
-        self._say, self._held = say, True
-        if self.signal:  # a library swallowed the KeyboardInterrupt
+        a line at once, in another thread. Held already, the loop that comes sees a signal of before."""
+        held, self._say, self._held = self._held, say, True
+        if self.signal and not held:  # a library swallowed the KeyboardInterrupt
             raise self.not_begun()
 
     def requested(self) -> bool:

@@ -265,10 +265,18 @@ def init_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
             module.lora_B.zero_()
     for name in _names_to_save(model, adapter):
         to_save = model.get_submodule(name)
-        for key, base in list(to_save.named_parameters(recurse=False)):
+        known = dict(to_save.named_buffers(recurse=False))  # of an adapter that this one replaces
+        for key, parameter in list(to_save.named_parameters(recurse=False)):
+            base = known.get(ORIGINAL + key, parameter.detach())
             # A copy: a head tied to a trained embedding stays what it was, as in PEFT.
-            to_save.register_parameter(key, nn.Parameter(base.detach().clone()))
-            to_save.register_buffer(ORIGINAL + key, base.detach(), persistent=False)
+            to_save.register_parameter(key, nn.Parameter(base.clone()))
+            to_save.register_buffer(ORIGINAL + key, base, persistent=False)
+
+
+def replace_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Give every adapted layer another A and B, with their scaling and dropout; `init_lora` draws their values."""
+    for _, layer in loras(model):
+        layer.add_lora(adapter, layer.lora_A.device)
 
 
 def is_adapter_weight(name: str) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from glob import glob
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -146,6 +147,15 @@ class CompiledLayer(nn.Module):
 
 def _forward(layer: CompiledLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return super(CompiledLayer, layer).forward(*args, **kwargs)
+
+
+def compile_apart(name: str, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
+    """The compiled forward of layers with graphs of its own, for `CompiledLayer.compiled`: one for each shape of an adapter.
+
+    The compiler keeps graphs by the code of a function and its name. In a shared place the second shape would make it
+    dynamic, and so give other kernels, and other bits, than a run of that shape alone.
+    """
+    return torch.compile(FunctionType(_forward.__code__.replace(co_name=name), _forward.__globals__), backend=backend)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

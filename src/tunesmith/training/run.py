@@ -72,12 +72,36 @@ def train(
         raise UsageError("a checked recipe takes no overrides", fix="give the recipe's file, or dataclasses.replace it")
     if started_as() is None:
         refuse_many_ranks("train")
+    with joined(run) as (stop, ranks):
+        return start_run(run, stop, ranks, on_record=on_record, fresh=fresh, why=why, argv=argv, say=say)
+
+
+@contextlib.contextmanager
+def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
+    """What one start, or several in a row, need of the process: signals noted, and the other ranks joined."""
     with ExitStack() as stack, deterministic_algorithms(run.train.deterministic):
         stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
         stop = stack.enter_context(StopRequest())
-        ranks = stack.enter_context(join_ranks())
+        yield stop, stack.enter_context(join_ranks())
+
+
+def start_run(
+    run: Run,
+    stop: StopRequest,
+    ranks: Ranks,
+    *,
+    on_record: Callable[[StepRecord], object] = lambda record: None,
+    fresh: bool = False,
+    why: bool = False,
+    argv: list[str] | None = None,
+    say: Callable[[str], None] | None = print_line,
+    build: Callable[..., Session] = build,
+    trainer: Callable[..., Trainer] = Trainer,
+) -> Result:
+    """`train` within `joined`; `build` and `trainer` stand in for those of the same name."""
+    with ExitStack() as stack:
         if not ranks.leads:
-            return follow(run, stop, ranks, stack, fresh=fresh)
+            return follow(run, stop, ranks, stack, fresh=fresh, build=build, trainer=trainer)
         out = Path(run.output_dir)
         stream = None if say else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         log = stack.enter_context(LogFile(out / "log.txt"))
@@ -94,7 +118,7 @@ def train(
             sinks.all.append(callback)
             stack.callback(close_after_all, sinks)
             begin(session, start, sinks, mark, argv)
-        return fit_or_say_why(ready_trainer(session, start, sinks, stop, stack, say), say, callback)
+        return fit_or_say_why(ready_trainer(trainer(session, start, sinks, stop), stack, say), say, callback)
 
 
 def open_run_dir(
@@ -138,7 +162,16 @@ def as_usage_error() -> Iterator[None]:
         raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
 
 
-def follow(run: Run, stop: StopRequest, ranks: Ranks, stack: ExitStack, *, fresh: bool) -> Result:
+def follow(
+    run: Run,
+    stop: StopRequest,
+    ranks: Ranks,
+    stack: ExitStack,
+    *,
+    fresh: bool,
+    build: Callable[..., Session],
+    trainer: Callable[..., Trainer],
+) -> Result:
     """What a rank other than 0 does of `train`: it says nothing, writes nothing but checkpoints, and takes part in all
     else."""
     ranks, mark, start = open_run_dir(run, ranks, stack, fresh=fresh, say=lambda text: None)
@@ -152,25 +185,23 @@ def follow(run: Run, stop: StopRequest, ranks: Ranks, stack: ExitStack, *, fresh
             begin(session, start, sinks, mark, None)
         else:
             sinks.open(run, resumed_at(start))
-    trainer = ready_trainer(session, start, sinks, stop, stack, lambda text: None)
+    ready = ready_trainer(trainer(session, start, sinks, stop), stack, lambda text: None)
     try:
-        return trainer.fit()
+        return ready.fit()
     except (StoppedError, NonFiniteError) as error:  # on all ranks alike: rank 0 tells it
         raise OtherRankError(error.what, exit_code=error.exit_code) from error
 
 
-def ready_trainer(
-    session: Session, start: Start, sinks: Sinks, stop: StopRequest, stack: ExitStack, say: Callable[[str], None]
-) -> Trainer:
+def ready_trainer(trainer: Trainer, stack: ExitStack, say: Callable[[str], None]) -> Trainer:
     """The trainer of a run that begins: from here on the loop answers signals, and the rank of each node that tells what
     ends them all leaves failure.json there. Its writer is closed with `stack`."""
-    trainer = Trainer(session, start, sinks, stop)
-    heartbeat, out = session.ranks.heartbeat, trainer.out
+    session, out = trainer.session, trainer.out
+    heartbeat = session.ranks.heartbeat
     heartbeat.on_fault = lambda fault, step: write_failure(out, fault, last_step=step, next_command="")
     for text in session.describe_ranks(trainer.first_step) if session.ranks.leads else ():
         say(text)
     stack.callback(trainer.writer.close)
-    stop.hold(say)
+    trainer.stop.hold(say)
     return trainer
 
 
