@@ -42,6 +42,7 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 # command -> (module, what it does); written here, so that `tunesmith --help` imports none of them
 VERBS = {
     "train": ("tunesmith.cli.train", "fine-tune a model from a recipe"),
+    "sweep": ("tunesmith.cli.sweep", "train many adapters over one base, and name the best"),
     "launch local": ("tunesmith.cli.launch_local", "train on the GPUs of this machine, also in the background"),
     "launch swarm": (
         "tunesmith.cli.launch_swarm",
@@ -73,7 +74,18 @@ VERBS = {
     "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
 }
 
-COMPUTING = {"train", "chat", "generate", "bench", "selfcheck", "eval", "merge", "export", "plan"}  # with torch
+COMPUTING = {
+    "train",
+    "sweep",
+    "chat",
+    "generate",
+    "bench",
+    "selfcheck",
+    "eval",
+    "merge",
+    "export",
+    "plan",
+}  # with torch
 
 _NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a place that you may write to")
 _UNUSABLE = ("this path cannot be used", "correct the path, or move away what lies there")

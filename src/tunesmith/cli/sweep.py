@@ -1,0 +1,74 @@
+"""Train many adapters over one loaded base, stop the worse ones early, and name the best.
+
+examples:
+  tunesmith sweep my-recipe.yaml train.learning_rate=1e-4,3e-4,1e-3 adapter.rank=8,32      # every combination
+  tunesmith sweep my-recipe.yaml train.learning_rate=1e-5..1e-3 --candidates 12            # drawn by Optuna
+  tunesmith sweep my-recipe.yaml adapter.rank=4,16,64 output_dir=runs/ranks --to-the-end   # none stops early
+
+A key with one value sets the recipe of all candidates. The worse half by val_loss stops at each rung. Each candidate is a
+run directory below output_dir, as `tunesmith train` alone writes it: `chat`, `eval` and `train` go on with any of them. After
+ctrl-C, or a kill, the same command goes on.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+
+from tunesmith.cli.options import whole_number
+from tunesmith.errors import UsageError
+from tunesmith.ranks import started_as, told_once_a_node
+from tunesmith.signals import StopRequest
+from tunesmith.streams import lasting
+from tunesmith.sweep.search import PRUNERS, SAMPLERS, Search
+from tunesmith.sweep.space import read_space
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe = "a recipe file, or the name of one that ships (see `tunesmith recipes`)"
+    parser.add_argument("recipe", metavar="RECIPE", help=recipe)
+    words = "key=a,b,c lists values, key=LOW..HIGH is a range, key=value sets the recipe"
+    parser.add_argument("words", nargs="+", metavar="key=values", help=words)
+    parser.add_argument("--to-the-end", action="store_true", help="train every candidate to its end")
+    count = "with a range: how many to draw (default: 16)"
+    parser.add_argument("--candidates", type=whole_number, metavar="N", help=count)
+    for name, known, what in (("sampler", SAMPLERS, "draws them"), ("pruner", PRUNERS, "stops them")):
+        text = f"with a range: what {what}, of Optuna (default: {next(iter(known))})"
+        parser.add_argument(f"--{name}", choices=tuple(known), help=text)
+    parser.add_argument(
+        "--ranks", type=whole_number, metavar="N", help="start so many ranks here (default: one process)"
+    )
+    parser.add_argument("--json", action="store_true", help="print what sweep.json holds on stdout")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    given = {name: vars(args)[name] for name in ("candidates", "sampler", "pruner") if vars(args)[name] is not None}
+    leads = (started_as() or {"RANK": 0})["RANK"] == 0  # of several ranks one speaks
+    with told_once_a_node():
+        space, search = read_space(args.words), Search(args.to_the_end, **given)
+        if given and not space.ranges:
+            what, fix = (
+                f"--{next(iter(given))} is for ranges, and only lists are given",
+                "key=LOW..HIGH, or leave it out",
+            )
+            raise UsageError(what, where="command line", fix=fix)
+    if args.ranks is not None and started_as() is None:
+        from tunesmith.launch.node import run_agent
+
+        options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        options += ["--to-the-end"] * args.to_the_end + ["--json"] * args.json
+        return run_agent(["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words, *options])
+    say = partial(print, file=sys.stderr, flush=True) if leads else lambda text: None
+    with StopRequest() as early:
+        early.doing = "the libraries are loaded"
+        early.hold(say)
+        from tunesmith.sweep.run import run_sweep
+        from tunesmith.sweep.table import sweep_lines
+
+        if early.requested():
+            raise early.not_begun()
+    outcome = run_sweep(args.recipe, space, search, say=say, argv=sys.argv)
+    if leads:
+        sys.stdout = lasting(sys.stdout)
+        print(json.dumps(outcome) if args.json else "\n".join(sweep_lines(outcome)))
+    return None

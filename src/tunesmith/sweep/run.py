@@ -1,0 +1,276 @@
+"""A sweep: candidates over one base, each a run directory of its own below the recipe's output_dir.
+
+sweep.json there holds what was fixed at the start (steps of the rungs, micro batch, interval of validation) and what came
+out. Where a candidate stands is read from its own directory: the command that is started again finds what is done.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from tunesmith.checkpoint.run_dir import claim_run_dir, is_run
+from tunesmith.checkpoint.state import find_damage, list_checkpoints, step_of
+from tunesmith.config.dump import to_mapping
+from tunesmith.config.load import load_recipe
+from tunesmith.config.schema import Run
+from tunesmith.errors import NonFiniteError, OtherRankError, RecipeError, UsageError
+from tunesmith.host_files import write_atomically
+from tunesmith.metrics.record import read_records
+from tunesmith.metrics.terminal import format_seconds
+from tunesmith.ranks import Ranks
+from tunesmith.signals import StopRequest
+from tunesmith.sweep.search import Search, halve, rung_steps, sample
+from tunesmith.sweep.shared_base import RungTrainer, SharedBase
+from tunesmith.sweep.space import Space
+from tunesmith.training.run import joined, start_run
+from tunesmith.units import Cadence, Length, Size
+
+FILE = "sweep.json"
+
+
+@dataclass
+class Candidate:
+    """One recipe of a sweep, and what is known of it: `losses` by step, infinite where it diverged."""
+
+    name: str
+    values: dict[str, str]
+    run: Run
+    losses: dict[int, float] = field(default_factory=dict)
+    state: str = "waiting"  # then stopped, finished or diverged
+    step: int = 0
+
+    @property
+    def loss(self) -> float:
+        return self.losses[max(self.losses)] if self.losses else math.inf
+
+    def plain(self) -> dict[str, Any]:
+        losses = {str(step): loss if math.isfinite(loss) else None for step, loss in self.losses.items()}
+        about = {"name": self.name, "run_dir": self.run.output_dir, "values": self.values}
+        return {**about, "state": self.state, "step": self.step, "losses": losses}
+
+
+def run_sweep(
+    recipe: str | Path, space: Space, search: Search, *, say: Callable[[str], None], argv: list[str] | None = None
+) -> dict[str, Any]:
+    """Train the candidates of `space` over one base; what sweep.json holds. Errors are those of `train`.
+
+    A candidate whose loss is not finite is out; any other error ends the sweep, which the same command goes on with.
+    """
+    base = load_recipe(recipe, space.fixed, say=say)
+    check_sweep(base, search)
+    for key, span in space.ranges.items():  # a wrong end is found before anything is loaded
+        for end in (span.low, span.high):
+            load_recipe(recipe, [*space.fixed, f"{key}={end}"])
+    with joined(base) as (stop, ranks), ExitStack() as stack:
+        with ranks.together():
+            if ranks.leads:
+                stack.enter_context(claim_sweep(Path(base.output_dir)))
+        sweep = Sweep(recipe, base, space, search, stop, ranks, say, argv)
+        sweep.search_best()
+        return sweep.outcome()
+
+
+def check_sweep(run: Run, search: Search) -> None:
+    """RecipeError where the recipe cannot be swept over one base."""
+    if run.adapter.kind != "lora":
+        why = "a model trained in full has no base that stays"
+        raise RecipeError("a sweep trains adapters", where="adapter.kind", why=why, fix="adapter.kind=lora")
+    if run.parallel.tensor != 1:
+        what, fix = "a sweep does not cut its adapters over a tensor group", "parallel.tensor=1"
+        raise RecipeError(what, where="parallel.tensor", fix=fix)
+    if run.train.fast_paths:
+        why = "some depend on rank and dropout, and are decided when the base is loaded"
+        raise RecipeError(
+            "a sweep takes no train.fast_paths", where="train.fast_paths", why=why, fix="train.fast_paths=[]"
+        )
+    if run.train.duration.seconds is not None:
+        why = "a schedule by the clock differs from run to run"
+        raise RecipeError("a sweep counts steps", where="train.duration", why=why, fix="train.duration='500 steps'")
+    if not (run.data.validation or run.data.hold_out or search.to_the_end):
+        fix = "data.hold_out='5 %', or --to-the-end, which compares training losses"
+        raise RecipeError(
+            "candidates are stopped by val_loss, and no rows are held out", where="data.validation", fix=fix
+        )
+
+
+@contextmanager
+def claim_sweep(folder: Path) -> Iterator[None]:
+    """Hold the sweep's folder; UsageError where it is a run's, MachineError where another process holds it."""
+    if is_run(folder):
+        fix = f"output_dir={folder}-sweep"
+        raise UsageError("output_dir holds a run, and a sweep has its runs below it", where=str(folder), fix=fix)
+    with claim_run_dir(folder):
+        yield
+
+
+class Sweep:
+    """The state of one sweep, alike on every rank."""
+
+    def __init__(
+        self,
+        recipe: str | Path,
+        base: Run,
+        space: Space,
+        search: Search,
+        stop: StopRequest,
+        ranks: Ranks,
+        say: Callable[[str], None],
+        argv: list[str] | None,
+    ) -> None:
+        self.recipe, self.base, self.space, self.search = recipe, base, space, search
+        self.stop, self.ranks, self.say, self.argv = stop, ranks, say, argv
+        self.folder, self.candidates = Path(base.output_dir), list[Candidate]()
+        self.asked = {"recipe": to_mapping(base), "keys": space.plain(), "search": vars(search)}
+        with ranks.together():
+            before = self._read() if ranks.leads else None
+        before = ranks.share(before)
+        self.diverged = (
+            {c["name"]: int(c["step"]) for c in before["candidates"] if c["state"] == "diverged"} if before else {}
+        )
+        self.fixed = before["fixed"] if before else self._fix()
+
+    def _read(self) -> dict[str, Any] | None:
+        """What an earlier start of the same sweep wrote; UsageError where it was another one."""
+        file = self.folder / FILE
+        if not file.exists():
+            return None
+        known: dict[str, Any] = json.loads(file.read_bytes())
+        if known["asked"] != json.loads(json.dumps(self.asked)):
+            differ = [
+                name for name, value in json.loads(json.dumps(self.asked)).items() if known["asked"].get(name) != value
+            ]
+            what, fix = "this folder holds another sweep", f"output_dir={self.folder}-2, or delete that folder"
+            raise UsageError(what, where=str(file), why=f"its {', '.join(differ)} differ", fix=fix)
+        return known
+
+    @cached_property
+    def shared(self) -> SharedBase:
+        """The base, loaded when the first candidate has steps to train."""
+        wide = [word for key in ("adapter.rank", "adapter.dropout") for word in self.space.widest(key)]
+        widest = load_recipe(self.recipe, [*self.space.fixed, *wide])
+        if vars(self).get("fixed"):
+            widest = self._pinned(widest)
+        return SharedBase(widest, self.ranks, self.say)
+
+    def _fix(self) -> dict[str, Any]:
+        """What all candidates share, and a sweep that goes on must find as it was."""
+        first, run = self.shared.first, self.base
+        total, every = first.total_steps or 0, run.validate.every
+        count = self.search.candidates if self.space.ranges else len(self.space.grid())
+        per_epoch = first.data.schedule.steps_per_epoch(0)
+        interval = Cadence(every, total=total, steps_per_epoch=per_epoch, seconds=0.0).interval
+        rungs = [] if self.search.to_the_end else rung_steps(total, count, interval)
+        if rungs and (not interval or rungs[0] % interval):
+            every = Length(rungs[0], "steps")
+            self.say(f"validate.every is {every} in the recipe of each candidate: they are compared there")
+        micro_batch = str(first.plan.layout.micro_batch)
+        return {"steps": total, "rungs": rungs, "micro_batch": micro_batch, "validate_every": every and str(every)}
+
+    def _pinned(self, run: Run) -> Run:
+        """The recipe with what the sweep has fixed, so that `train` alone gives the same bits anywhere."""
+        every = self.fixed["validate_every"]
+        validate = replace(run.validate, every=every and Length.parse(every))
+        return replace(
+            run, validate=validate, train=replace(run.train, micro_batch=Size.parse(self.fixed["micro_batch"]))
+        )
+
+    def add(self, values: dict[str, str]) -> Candidate:
+        """Make a candidate; its folder's name tells its number and values."""
+        values = self.ranks.share(values)
+        run = load_recipe(self.recipe, [*self.space.fixed, *(f"{key}={value}" for key, value in values.items())])
+        words = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
+        name = f"{len(self.candidates) + 1:02d}-" + re.sub(r"[^\w.+-]+", "_", words)[:80]
+        self.candidates.append(Candidate(name, values, replace(self._pinned(run), output_dir=str(self.folder / name))))
+        return self.candidates[-1]
+
+    def search_best(self) -> None:
+        """Train the candidates, as far as the search asks for."""
+        rungs = self.fixed["rungs"]
+        if self.space.ranges:
+            seed = self.base.train.seed
+            sample(self.space, self.search, rungs, seed=seed, make=self.add, measure=self.measure)
+            return
+        candidates = [self.add(values) for values in self.space.grid()]
+        self.write()
+        halve(candidates, rungs, self.measure)
+
+    def measure(self, candidate: Candidate, until: int | None) -> float:
+        """The loss of a candidate after step `until`, or at its end, trained as far as it has to be; infinite where it
+        diverged."""
+        step, began = self.diverged.get(candidate.name), time.perf_counter()
+        found = self._reached(candidate, until) if step is None else (step, math.inf, "diverged")
+        if found is None:
+            trainer = partial(RungTrainer, until=until)
+            try:
+                start_run(
+                    candidate.run,
+                    self.stop,
+                    self.ranks,
+                    say=None,
+                    argv=self.argv,
+                    build=self.shared.build,
+                    trainer=trainer,
+                )
+            except (NonFiniteError, OtherRankError) as error:
+                if not isinstance(error, NonFiniteError) and not isinstance(error.__cause__, NonFiniteError):
+                    raise
+                found = (until or self.fixed["steps"], math.inf, "diverged")
+            else:
+                found = self._reached(candidate, until)
+            assert found is not None
+        candidate.step, loss, candidate.state = found
+        candidate.losses[candidate.step] = loss
+        self.write()
+        seconds = format_seconds(time.perf_counter() - began)
+        self.say(f"{candidate.name}: step {candidate.step}  {self.compared} {loss:.4f}  {candidate.state}  {seconds}")
+        return loss
+
+    @property
+    def compared(self) -> str:
+        return "val_loss" if self.base.data.validation or self.base.data.hold_out else "loss"
+
+    def _reached(self, candidate: Candidate, until: int | None) -> tuple[int, float, str] | None:
+        """Step, loss and state of a candidate that has come so far, by rank 0's directory; a collective call."""
+        found: tuple[int, float, str] | None = None
+        with self.ranks.together():
+            if self.ranks.leads:
+                found = self._read_loss(Path(candidate.run.output_dir), until)
+        return self.ranks.share(found)
+
+    def _read_loss(self, folder: Path, until: int | None) -> tuple[int, float, str] | None:
+        final = step_of(folder / "final")
+        saved = [c.step for c in list_checkpoints(folder) if find_damage(c.path, contents=False) is None]
+        if final is None and (until is None or max(saved, default=0) < until):
+            return None
+        records = {record.step: record for record in read_records(folder / "metrics.jsonl")}
+        step = final if final is not None and (until is None or final < until) else until
+        assert step is not None
+        if self.compared == "loss":
+            last = list(records.values())[-max(1, len(records) // 10) :]
+            return step, sum(record.loss for record in last) / len(last), "finished"
+        loss = records[step].val_loss
+        assert loss is not None
+        if not math.isfinite(loss):
+            return step, math.inf, "diverged"
+        return step, loss, "finished" if step == final else "stopped"
+
+    def write(self) -> None:
+        """Write sweep.json."""
+        if self.ranks.leads:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / FILE, json.dumps(self.outcome(), indent=1))
+
+    def outcome(self) -> dict[str, Any]:
+        """What came out so far: plain values, the best candidate's name among them."""
+        ended = [candidate for candidate in self.candidates if candidate.state == "finished"]
+        best = min(ended, key=lambda candidate: candidate.loss, default=None)
+        candidates = [candidate.plain() for candidate in self.candidates]
+        about = {"asked": self.asked, "fixed": self.fixed, "compared_by": self.compared}
+        return {**about, "best": best and best.name, "candidates": candidates}

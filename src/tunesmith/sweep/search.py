@@ -1,0 +1,99 @@
+"""How a sweep spends its steps: successive halving over listed candidates, Optuna over ranges.
+
+Both see candidates through two functions alone, and decide by what these return. So a sweep that was killed is run again:
+what is done already returns at once, and all decisions are as before.
+
+Jamieson and Talwalkar 2016, arXiv:1502.07943 (successive halving); Li et al. 2020, arXiv:1810.05934 (its form for
+candidates that come one after the other); Akiba et al. 2019, arXiv:1907.10902 (Optuna).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tunesmith import packages
+from tunesmith.sweep.space import Space
+
+C = TypeVar("C")
+SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler"}
+PRUNERS = {"halving": "SuccessiveHalvingPruner", "hyperband": "HyperbandPruner", "median": "MedianPruner"}
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search. `candidates`: how many to draw from ranges. `to_the_end`: none stops early."""
+
+    to_the_end: bool = False
+    candidates: int = 16
+    sampler: str = "tpe"
+    pruner: str = "halving"
+
+
+def rung_steps(total: int, count: int, interval: int) -> list[int]:
+    """The steps after which the worse half of `count` candidates stops: r, 2r, 4r, ... below `total`.
+
+    After the last of them one candidate is left. r is a multiple of `interval`, the steps from one validation to the next,
+    where it is not shorter than that; 0 for no interval.
+    """
+    halvings = min(math.ceil(math.log2(max(count, 1))), int(math.log2(total))) if total else 0
+    first = total >> halvings
+    first -= first % interval if 0 < interval <= first else 0
+    return [first << k for k in range(halvings)]
+
+
+def halve(candidates: Sequence[C], rungs: Sequence[int], measure: Callable[[C, int | None], float]) -> None:
+    """Train all for the first rung, the better half for the next one, and so on; those that are left to the end.
+
+    `measure(candidate, step)` trains up to that step (None: to the end) and returns the loss there, infinite where it
+    diverged. Of equal ones the earlier is kept.
+    """
+    left = list(candidates)
+    for step in rungs:
+        losses = [measure(candidate, step) for candidate in left]
+        best = sorted(range(len(left)), key=lambda i: (losses[i], i))[: math.ceil(len(left) / 2)]
+        left = [left[i] for i in sorted(best) if losses[i] < math.inf]
+    for candidate in left:
+        measure(candidate, None)
+
+
+def sample(
+    space: Space,
+    search: Search,
+    rungs: Sequence[int],
+    *,
+    seed: int,
+    make: Callable[[dict[str, str]], C],
+    measure: Callable[[C, int | None], float],
+) -> None:
+    """Draw candidates one after the other by Optuna's sampler; its pruner stops one after a rung.
+
+    `make` turns values by key into a candidate; `measure` is as for `halve`.
+    """
+    packages.require("optuna", where="key=LOW..HIGH", fix="list values: key=a,b,c")
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = vars(optuna.samplers)[SAMPLERS[search.sampler]](seed=seed)
+    # Rungs are counted 1, 2, 4, ..., as its halving expects them.
+    limits = {"min_resource": 1, "reduction_factor": 2} if search.pruner in ("halving", "hyperband") else {}
+    pruner = vars(optuna.pruners)[PRUNERS[search.pruner]](**limits)
+    study = optuna.create_study(sampler=sampler, pruner=pruner, study_name="sweep")  # the name seeds Hyperband
+    for _ in range(search.candidates):
+        trial = study.ask()
+        values = {key: str(trial.suggest_categorical(key, listed)) for key, listed in space.choices.items()}
+        for key, span in space.ranges.items():
+            if span.whole:
+                values[key] = str(trial.suggest_int(key, int(span.low), int(span.high), log=span.log))
+            else:
+                values[key] = f"{trial.suggest_float(key, span.low, span.high, log=span.log):.4g}"
+        candidate = make(values)
+        for number, step in enumerate([*rungs, None]):
+            loss = measure(candidate, step)
+            trial.report(loss, 2**number)
+            pruned = loss == math.inf or (step is not None and trial.should_prune())
+            if pruned:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                break
+        else:
+            study.tell(trial, loss)

@@ -1,0 +1,96 @@
+"""One loaded base for many runs: each start replaces the adapter, the optimizer and the order of the data.
+
+What a run draws depends on its seed, names, steps and micro batches alone, so an adapter that is put on a base in use
+learns, to the last bit, what it would learn in a process of its own.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tunesmith.adapter import lora, peft_files
+from tunesmith.build_model import init_adapter
+from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
+from tunesmith.config.schema import Adapter, Run
+from tunesmith.data.schedule import BatchSchedule
+from tunesmith.ranks import Ranks
+from tunesmith.runtime import compilation
+from tunesmith.runtime.device import free_device_memory
+from tunesmith.runtime.host import keep_threads
+from tunesmith.training.build import Session, build, make_optimizer
+from tunesmith.training.result import Result
+from tunesmith.training.trainer import Trainer
+
+
+class SharedBase:
+    """A base that is loaded, quantized and prepared for training once, for the `widest` run: no other needs more memory.
+
+    The other runs differ in `space.VARIED` alone.
+    """
+
+    def __init__(self, widest: Run, ranks: Ranks, say: Callable[[str], None]) -> None:
+        self.first = build(widest, Start(), say=say, ranks=ranks)
+        self.compiled: dict[tuple[int, float, float], Callable[..., Any]] = {}
+
+    def build(self, run: Run, start: Start, *, say: Callable[[str], None], why: bool = False, ranks: Ranks) -> Session:
+        """The Session of one of the runs, in place of the one before; the arguments are those of `build`."""
+        first, root = self.first, self.first.model
+        with ranks.together():
+            check_unchanged(start, run, first.hashes)
+            tokens = first.data.train
+            schedule = BatchSchedule(tokens.lengths, run.data, run.train, repeats=tokens.repeats)
+            for text in describe_resume(start, run, schedule):
+                say(text)
+            torch.manual_seed(run.train.seed)
+            lora.replace_adapter(root.model, run.adapter)
+            init_adapter(run, root.model)
+            if start.found:
+                peft_files.load_adapter(root.model, start.found.path)
+        self._use_graphs_of(run.adapter)
+        if first.device.type == "cuda":
+            free_device_memory()  # of the run before
+        optimizer = make_optimizer(run, root, start, ranks)
+        for text in (root.describe(), *first.plan.describe(why=why)):
+            say(text)
+        if first.device.type == "cpu":
+            keep_threads(start.progress.threads if start.progress else None)
+        data, steps = replace(first.data, run=run, schedule=schedule), schedule.steps(run.train.duration)
+        return replace(first, run=run, data=data, optimizer=optimizer, total_steps=steps, ranks=ranks)
+
+    def _use_graphs_of(self, adapter: Adapter) -> None:
+        """Let compiled layers train by the graphs of this shape of adapter, which its first step makes."""
+        if not self.first.plan.compiled:
+            return
+        shape = (
+            adapter.rank,
+            adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank),
+            adapter.dropout,
+        )
+        if shape not in self.compiled:
+            self.compiled[shape] = compilation.compile_apart(f"forward_{len(self.compiled)}")
+        layer: Any
+        for layer in self.first.model.layers:
+            layer.compiled = self.compiled[shape]
+
+
+class RungTrainer(Trainer):
+    """A Trainer that leaves its run after step `until`, saved, as a signal would; None: it trains to the end."""
+
+    def __init__(self, *parts: Any, until: int | None) -> None:
+        super().__init__(*parts)
+        self.until = until
+
+    def over(self) -> bool:
+        return super().over() or (self.until is not None and self.progress.step >= self.until)
+
+    def end(self) -> Result:
+        lost_patience = self.progress.worse and self.progress.worse == self.run.validate.patience
+        if super().over() or lost_patience or not self.over():
+            return super().end()
+        if not self.progress.validated:
+            self.save_and_stop()
+        self.save()
+        return self.result()

@@ -1,0 +1,142 @@
+"""Which keys of a recipe a sweep varies, over which values; importable without torch.
+
+`key=a,b,c` lists values, `key=1e-5..1e-3` is a range that a sampler draws from, `key=a` sets the recipe for all candidates.
+One base is loaded, and the rows are prepared once: only what training makes anew may vary.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tunesmith.config.names import keys, suggest_key
+from tunesmith.config.typed import members
+from tunesmith.errors import RecipeError
+
+ADAPTER = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora")
+VARIED = ADAPTER + tuple(
+    f"train.{name}"
+    for name in (
+        "learning_rate", "min_learning_rate", "schedule", "warmup", "optimizer", "betas", "eps", "weight_decay", "clip_norm",
+        "seed",
+    )
+)  # fmt: skip
+# Why the others may not: by the longest beginning of the key.
+REASONS = {
+    "": "it does not change what is learned",
+    "method": "the loss would be another one, and val_loss could not be compared",
+    "model": "it would be another base, and one base is loaded for all candidates",
+    "data": "rows are prepared once, and val_loss can be compared on the same rows only",
+    "adapter": "it changes which layers of the one loaded model are adapted",
+    "train.duration": "candidates are compared after equal numbers of steps",
+    "train.global_batch": "candidates are compared after equal numbers of steps of one size",
+    "train.master_weights": "an adapter is fp32",
+    "validate": "candidates are compared by the same validation",
+}
+LOG_FROM = 10.0  # a range whose ends are so many times apart is drawn from on a logarithmic scale
+_NUMBER = r"([-+]?\d[\d_]*(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+_RANGE = re.compile(rf"{_NUMBER}\s*\.\.\s*{_NUMBER}")
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`, both included."""
+
+    low: float
+    high: float
+    whole: bool
+
+    @property
+    def log(self) -> bool:
+        return self.low > 0 and self.high / self.low >= LOG_FROM
+
+    def __str__(self) -> str:
+        return f"{self.low:g}..{self.high:g}"
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a sweep tries: `fixed` words hold for all candidates; `choices` and `ranges` are by key."""
+
+    fixed: tuple[str, ...]
+    choices: Mapping[str, tuple[str, ...]]
+    ranges: Mapping[str, Range]
+
+    def grid(self) -> list[dict[str, str]]:
+        """Every combination of the listed values, the last key changing fastest."""
+        return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
+
+    def plain(self) -> dict[str, list[str] | str]:
+        """By key the listed values, or the range, as text."""
+        listed: dict[str, list[str] | str] = {key: list(values) for key, values in self.choices.items()}
+        return listed | {key: str(span) for key, span in self.ranges.items()}
+
+    def widest(self, key: str) -> list[str]:
+        """The word that gives `key` the largest of its values; none where it does not vary."""
+        if key in self.ranges:
+            return [f"{key}={self.ranges[key].high}"]
+        return [f"{key}={max(self.choices[key], key=_size)}"] if key in self.choices else []
+
+
+def _size(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:  # which the recipe refuses
+        return 0.0
+
+
+def read_space(words: Sequence[str]) -> Space:
+    """The words after the recipe. RecipeError for a key that may not vary, with the reason, or a range that is none."""
+    fixed, choices, ranges = [], dict[str, tuple[str, ...]](), dict[str, Range]()
+    for word in words:
+        key, _, text = map(str.strip, word.partition("="))
+        values = split_values(text)
+        found = _RANGE.fullmatch(text)
+        if len(values) < 2 and not found:
+            fixed.append(word)
+            continue
+        check_varied(key)
+        if key in choices or key in ranges:
+            raise RecipeError(f"{key} is given twice", where="command line", fix=f"{key}={text}")
+        if found:
+            ranges[key] = _read_range(key, *found.groups())
+        else:
+            choices[key] = tuple(dict.fromkeys(values))
+    if not choices and not ranges:
+        what, fix = "no key varies", "such as train.learning_rate=1e-4,3e-4,1e-3 adapter.rank=8,32"
+        raise RecipeError(what, where="command line", fix=fix)
+    return Space(tuple(fixed), choices, ranges)
+
+
+def split_values(text: str) -> list[str]:
+    """The values between commas, but for commas within brackets or quotes: `[0.9, 0.99], [0.9, 0.95]` are two."""
+    parts = re.findall(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,\[{"'])+""", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def check_varied(key: str) -> None:
+    """RecipeError where a recipe has no such key, or a sweep cannot vary it."""
+    if key in VARIED:
+        return
+    if key not in keys():
+        section, _, name = key.rpartition(".")
+        known = not section or section in keys()
+        fix = suggest_key(section, name) if known else f"one of {', '.join(VARIED)}"
+        raise RecipeError(f"unknown key {key}", where="command line", fix=fix)
+    why = REASONS[max((start for start in REASONS if f"{key}.".startswith(f"{start}." if start else "")), key=len)]
+    fix = f"a sweep may vary {', '.join(VARIED)}; for {key} run `tunesmith train` once a value"
+    raise RecipeError(f"a sweep cannot vary {key}", where="command line", why=why, fix=fix)
+
+
+def _read_range(key: str, low: str, high: str) -> Range:
+    """The lower and the higher number, of a key that takes one."""
+    kinds = {*members(keys()[key][1])}
+    whole = int in kinds and float not in kinds
+    try:
+        ends = (int(low), int(high)) if whole else (float(low), float(high))
+    except ValueError:
+        ends = (0, 0)
+    if not ends[0] < ends[1] or not kinds & {int, float}:
+        form = f"{key}=LOW..HIGH, {'whole numbers' if whole else 'numbers'}" if kinds & {int, float} else f"{key}=a,b"
+        raise RecipeError(f"{low}..{high} is no range of {key}", where=f"command line: {key}", fix=form)
+    return Range(ends[0], ends[1], whole)

@@ -1,0 +1,48 @@
+"""What a sweep found, for a person: a table, the best candidate, what it was chosen from, and the recipe to copy."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tunesmith.host_files import from_here
+
+ORDER = ("finished", "stopped", "diverged", "waiting")
+
+
+def last_loss(candidate: Mapping[str, Any]) -> float:
+    """Of its last rung; infinite where it diverged."""
+    found = [loss for _, loss in sorted(candidate["losses"].items(), key=lambda pair: int(pair[0]))][-1:]
+    return math.inf if not found or found[0] is None else float(found[0])
+
+
+def sweep_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of an outcome, as sweep.json holds it: those that came furthest first, then by loss."""
+    candidates, compared = outcome["candidates"], outcome["compared_by"]
+    keys = list(candidates[0]["values"]) if candidates else []
+    ordered = sorted(candidates, key=lambda c: (ORDER.index(c["state"]), -c["step"], last_loss(c)))
+    head = ["", *(key.rpartition(".")[2] for key in keys), "step", compared, ""]
+    rows = [
+        [
+            c["name"].partition("-")[0],
+            *(c["values"][key] for key in keys),
+            str(c["step"]),
+            f"{last_loss(c):.4f}",
+            c["state"],
+        ]
+        for c in ordered
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    states = Counter(c["state"] for c in candidates)
+    chosen = ", ".join(f"{states[state]} {state}" for state in ORDER if states[state])
+    best = next((c for c in candidates if c["name"] == outcome["best"]), None)
+    if best is None:
+        yield f"no candidate trained to the end: {chosen}"
+        return
+    folder = Path(from_here(best["run_dir"]))
+    yield f"best: {best['name']}, {compared} {last_loss(best):.4f} after step {best['step']}; of {len(candidates)}: {chosen}"
+    yield f"adapter: {folder / 'final'}; try it: tunesmith chat {folder}"
+    yield f"recipe to copy: {folder / 'config.yaml'}"

@@ -1,0 +1,147 @@
+"""What may vary, and how the steps are spent: without a model."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from tunesmith.config.names import keys
+from tunesmith.config.schema import is_section
+from tunesmith.errors import RecipeError
+from tunesmith.sweep.search import Search, halve, rung_steps, sample
+from tunesmith.sweep.space import REASONS, VARIED, Range, check_varied, read_space, split_values
+
+
+def test_lists_ranges_and_fixed_words():
+    words = [
+        "train.learning_rate=1e-4, 3e-4",
+        "adapter.rank=4..64",
+        "train.betas=[0.9, 0.99],[0.9, 0.95]",
+        "train.seed=7",
+    ]
+    space = read_space([*words, "adapter.target=[q_proj, v_proj]", "output_dir=a/../b", "train.dropout=0.1"])
+    assert space.choices == {
+        "train.learning_rate": ("1e-4", "3e-4"), "train.betas": ("[0.9, 0.99]", "[0.9, 0.95]"),
+    }  # fmt: skip
+    assert space.ranges == {"adapter.rank": Range(4, 64, True)}
+    assert space.ranges["adapter.rank"].log
+    assert space.fixed == ("train.seed=7", "adapter.target=[q_proj, v_proj]", "output_dir=a/../b", "train.dropout=0.1")
+    assert [list(values.values()) for values in space.grid()] == [
+        ["1e-4", "[0.9, 0.99]"], ["1e-4", "[0.9, 0.95]"], ["3e-4", "[0.9, 0.99]"], ["3e-4", "[0.9, 0.95]"],
+    ]  # fmt: skip
+    assert space.widest("adapter.rank") == ["adapter.rank=64"]
+    assert space.widest("adapter.dropout") == []
+    assert not read_space(["adapter.dropout=0..0.3"]).ranges["adapter.dropout"].log
+    assert split_values('"a,b", c') == ['"a,b"', "c"]
+
+
+def test_every_other_key_is_refused_with_a_reason():
+    leaves = [key for key, (_, hint) in keys().items() if not is_section(hint)]
+    refused = 0
+    for key in leaves:
+        if key in VARIED:
+            check_varied(key)
+            continue
+        with pytest.raises(RecipeError, match=f"a sweep cannot vary {key}") as caught:
+            check_varied(key)
+        assert caught.value.why in REASONS.values()
+        assert key in caught.value.fix
+        refused += 1
+    assert refused > 50
+    assert {*VARIED} < {*leaves}
+    with pytest.raises(RecipeError) as caught:
+        read_space(["model.quantize=none,nf4"])
+    assert "one base is loaded" in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train.learning_rat=1,2"], "unknown key train.learning_rat"),
+        (["lr=1,2"], "unknown key lr"),
+        (["nothing.here=1,2"], "unknown key nothing.here"),
+        (["train.learning_rate=1e-3..1e-5"], "is no range of train.learning_rate"),
+        (["adapter.rank=4..6.5"], "is no range of adapter.rank"),
+        (["train.schedule=1..2"], "is no range of train.schedule"),
+        (["train.seed=1,2", "train.seed=3,4"], "train.seed is given twice"),
+        (["train.seed=1"], "no key varies"),
+    ],
+)
+def test_words_that_are_refused(words: list[str], said: str):
+    with pytest.raises(RecipeError, match=said) as caught:
+        read_space(words)
+    assert caught.value.fix
+
+
+def test_rungs_double_and_leave_one():
+    assert rung_steps(100, 8, 0) == [12, 24, 48]
+    assert rung_steps(100, 8, 5) == [10, 20, 40]
+    assert rung_steps(100, 8, 40) == [12, 24, 48]  # a longer interval is not kept to
+    assert rung_steps(100, 5, 0) == rung_steps(100, 8, 0)
+    assert rung_steps(3, 8, 0) == [1]
+    assert rung_steps(100, 1, 0) == []
+    for total in range(1, 60):
+        for count in range(1, 20):
+            assert all(0 < step < total for step in rung_steps(total, count, total % 7))
+
+
+def test_the_worse_half_stops_at_each_rung_and_nan_first():
+    losses = {name: random.Random(name).random() for name in "abcdefgh"} | {"c": math.inf}
+    trained: list[tuple[str, int | None]] = []
+
+    def measure(name: str, until: int | None) -> float:
+        trained.append((name, until))
+        return losses[name]
+
+    halve(list("abcdefgh"), [2, 4, 8], measure)
+    order = sorted(losses, key=losses.__getitem__)
+    for step, count in ((2, 8), (4, 4), (8, 2), (None, 1)):
+        assert {name for name, until in trained if until == step} == {*order[:count]}
+    trained.clear()
+    halve(["c", "c"], [1], measure)
+    assert trained == [("c", 1), ("c", 1)]
+
+
+@pytest.mark.parametrize("pruner", ["halving", "hyperband", "median"])
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_search_of_ranges_stops_some_and_is_the_same_again(sampler: str, pruner: str):
+    space = read_space(["train.learning_rate=1e-5..1e-2", "adapter.rank=4,8", "train.seed=0..9"])
+    seen: list[list[tuple[str, int | None]]] = []
+
+    def once() -> None:
+        found = list[tuple[str, int | None]]()
+        seen.append(found)
+
+        def measure(values: dict[str, str], until: int | None) -> float:
+            found.append((str(values), until))
+            rate = float(values["train.learning_rate"])
+            assert 1e-5 <= rate <= 1e-2
+            assert values["adapter.rank"] in ("4", "8")
+            assert 0 <= int(values["train.seed"]) <= 9
+            return math.inf if rate > 5e-3 else abs(math.log10(rate) + 3.5) + 1 / (until or 40)
+
+        search = Search(candidates=14, sampler=sampler, pruner=pruner)
+        sample(space, search, [5, 10, 20], seed=1, make=dict, measure=measure)
+
+    once()
+    once()
+    assert seen[0] == seen[1]
+    assert len({values for values, _ in seen[0]}) == 14
+    ends = sum(until is None for _, until in seen[0])
+    assert 1 <= ends < 14
+
+
+def test_without_optuna_lists_are_offered(monkeypatch: pytest.MonkeyPatch):
+    import importlib.util
+
+    from tunesmith.errors import MachineError
+
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "optuna" else known(name, *a))
+    with pytest.raises(MachineError, match="optuna") as caught:
+        sample(
+            read_space(["train.learning_rate=1e-5..1e-2"]), Search(), [], seed=0, make=dict, measure=lambda c, s: 0.0
+        )
+    assert "key=a,b,c" in caught.value.fix

@@ -1,0 +1,222 @@
+"""Candidates over one base learn, bit for bit, what `train` of their recipes learns; kills and ranks included."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ranks import run_ranks
+from recipes import merge, recipe
+from tunesmith.checkpoint.state import list_checkpoints
+from tunesmith.config.load import load_recipe
+from tunesmith.errors import RecipeError, UsageError
+from tunesmith.metrics.record import read_records
+from tunesmith.sweep import shared_base
+from tunesmith.sweep.run import FILE, run_sweep
+from tunesmith.sweep.search import Search
+from tunesmith.sweep.space import read_space
+from tunesmith.sweep.table import sweep_lines
+from tunesmith.training.run import train
+
+SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")
+HALVING = Search()
+WORDS = ["train.learning_rate=1e-3,1e-2", "adapter.rank=2,8"]
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def write_recipe(base: Path, folder: Path, /, **changes: Any) -> Path:
+    values = merge(recipe(base, folder), {"validate": {"every": "1 steps"}, "output_dir": str(folder / "sweep")})
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps(merge(values, changes)))
+    return file
+
+
+def sweep(file: Path, words: list[str] = WORDS, search: Search = HALVING) -> dict[str, Any]:
+    return run_sweep(file, read_space(words), search, say=silent)
+
+
+def numbers(folder: str | Path) -> list[tuple[Any, ...]]:
+    return [tuple(getattr(record, name) for name in SAME) for record in read_records(Path(folder, "metrics.jsonl"))]
+
+
+def tensors(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def train_alone(candidate: dict[str, Any], folder: Path) -> Path:
+    """The recipe of a candidate, trained by itself to its end."""
+    out = folder / f"alone-{candidate['name']}"
+    train(replace(load_recipe(Path(candidate["run_dir"], "config.yaml")), output_dir=str(out)), say=None)
+    return out
+
+
+def assert_equals_train(outcome: dict[str, Any], folder: Path) -> None:
+    for candidate in outcome["candidates"]:
+        alone, run_dir = train_alone(candidate, folder), Path(candidate["run_dir"])
+        whole, found = numbers(alone), numbers(run_dir)
+        assert found == whole[: len(found)]
+        assert len(found) == candidate["step"]
+        assert (candidate["state"] == "finished") == (run_dir / "final").is_dir() == (len(found) == len(whole))
+        if candidate["state"] == "finished":
+            assert tensors(run_dir / "final") == tensors(alone / "final")
+            best = [path / "best.json" for path in (run_dir, alone)]
+            assert best[0].exists() == best[1].exists() == (outcome["compared_by"] == "val_loss")
+            assert not best[0].exists() or best[0].read_text() == best[1].read_text()
+        assert {"config.yaml", "env.json", "metrics.jsonl", "log.txt"} <= {path.name for path in run_dir.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, WORDS),
+        ({"model": {"dtype": "bf16", "quantize": "nf4"}}, WORDS),
+        ({"model": {"dtype": "bf16"}, "adapter": {"dropout": 0.1, "modules_to_save": ["norm"]}},
+         ["adapter.rank=4,2", "train.seed=1,2", "train.micro_batch=4 examples", "adapter.rslora=true"]),
+    ],
+    ids=["fp32", "nf4", "dropout"],
+)  # fmt: skip
+def test_each_candidate_is_its_run_alone(tiny: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]):
+    outcome = sweep(write_recipe(tiny, tmp_path, **changes), words)
+    assert [c["state"] for c in outcome["candidates"]].count("finished") == 1
+    assert sorted(c["step"] for c in outcome["candidates"]) == [2, 2, 4, 8]
+    assert_equals_train(outcome, tmp_path)
+
+
+def test_the_best_is_named_and_a_stopped_one_goes_on_by_train(tiny: Path, tmp_path: Path):
+    file = write_recipe(tiny, tmp_path, validate={"every": "3 steps"})
+    outcome = sweep(file)
+    assert json.loads((tmp_path / "sweep" / FILE).read_text()) == outcome
+    assert outcome["fixed"]["validate_every"] == "2 steps"
+    assert outcome["fixed"]["rungs"] == [2, 4]
+    assert_equals_train(outcome, tmp_path)
+    by_rung = [{c["name"]: c["losses"].get(step) for c in outcome["candidates"]} for step in ("2", "4", "8")]
+    first, second, last = ({name: loss for name, loss in rung.items() if loss is not None} for rung in by_rung)
+    assert {*second} == {*sorted(first, key=first.__getitem__)[:2]}
+    assert {*last} == {min(second, key=second.__getitem__)} == {outcome["best"]}
+    stopped = next(c for c in outcome["candidates"] if c["step"] == 2)
+    result = train(load_recipe(Path(stopped["run_dir"], "config.yaml")), say=None)
+    assert (result.first_step, result.steps) == (2, 8)
+    assert numbers(stopped["run_dir"]) == numbers(tmp_path / f"alone-{stopped['name']}")
+    lines = "\n".join(sweep_lines(outcome))
+    assert f"best: {outcome['best']}, val_loss" in lines
+    assert "of 4: 1 finished, 3 stopped" in lines
+    assert "recipe to copy: " in lines
+    assert "config.yaml" in lines
+
+
+def test_the_same_command_again_trains_nothing_and_another_one_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = write_recipe(tiny, tmp_path)
+    outcome = sweep(file)
+    monkeypatch.delattr(shared_base, "build")  # nothing is loaded
+    assert sweep(file) == outcome
+    for words, search in ((["adapter.rank=2,4"], Search()), (WORDS, Search(to_the_end=True))):
+        with pytest.raises(UsageError, match="another sweep"):
+            sweep(file, words, search)
+    with pytest.raises(UsageError, match="holds a run"):
+        sweep(file, [*WORDS, f"output_dir={outcome['candidates'][0]['run_dir']}"])
+
+
+def test_a_range_is_drawn_from_and_one_that_diverges_is_out(tiny: Path, tmp_path: Path):
+    file = write_recipe(tiny, tmp_path, train={"clip_norm": None, "warmup": "0 steps"}, model={"dtype": "fp32"})
+    words = ["train.learning_rate=1e-3..1e38", "adapter.rank=2,4"]
+    outcome = sweep(file, words, Search(candidates=5))
+    states = {c["name"]: c["state"] for c in outcome["candidates"]}
+    assert len(states) == 5
+    assert {"finished", "diverged"} <= {*states.values()}
+    assert states[outcome["best"]] == "finished"
+    assert sweep(file, words, Search(candidates=5)) == outcome
+    assert "diverged" in "\n".join(sweep_lines(outcome))
+
+
+def test_to_the_end_without_held_out_rows(tiny: Path, tmp_path: Path):
+    file = write_recipe(tiny, tmp_path, data={"validation": None}, train={"duration": "3 steps"})
+    with pytest.raises(RecipeError, match="no rows are held out") as caught:
+        sweep(file)
+    assert "--to-the-end" in caught.value.fix
+    outcome = sweep(file, ["adapter.rank=2,4"], Search(to_the_end=True))
+    assert [c["state"] for c in outcome["candidates"]] == ["finished"] * 2
+    assert outcome["compared_by"] == "loss"
+    assert_equals_train(outcome, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"adapter": {"kind": "none"}}, "trains adapters"),
+        ({"train": {"duration": "10 min"}}, "counts steps"),
+        ({"train": {"fast_paths": ["joined-weights"]}}, "fast_paths"),
+        ({"parallel": {"tensor": 2}}, "tensor group"),
+    ],
+)
+def test_recipes_that_are_refused(tiny: Path, tmp_path: Path, changes: dict[str, Any], said: str):
+    values = json.loads(write_recipe(tiny, tmp_path).read_text())
+    if "adapter" in changes:
+        del values["adapter"]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(merge(values, changes)))
+    with pytest.raises(RecipeError, match=said) as caught:
+        sweep(tmp_path / "recipe.yaml", ["train.learning_rate=1e-3,1e-2"])
+    assert caught.value.fix
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_kill_9_anywhere_and_the_same_command_goes_on(tiny: Path, tmp_path: Path):
+    whole = sweep(write_recipe(tiny, tmp_path))
+    (tmp_path / "killed").mkdir()
+    file = write_recipe(tiny, tmp_path, output_dir=str(tmp_path / "killed"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "tunesmith.sweep.run"])
+    for steps in (1, 4, 9, 15):  # of all candidates together
+        process = context.Process(target=sweep, args=(file,))
+        process.start()
+        deadline = time.monotonic() + 120
+        while sum(path.read_bytes().count(b"\n") for path in (tmp_path / "killed").glob("*/metrics.jsonl")) < steps:
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+    outcome = sweep(file)
+    for ours, theirs in zip(outcome["candidates"], whole["candidates"], strict=True):
+        assert {**ours, "run_dir": ""} == {**theirs, "run_dir": ""}
+        assert numbers(ours["run_dir"]) == numbers(theirs["run_dir"])
+        for name in (c.path.name for c in list_checkpoints(Path(theirs["run_dir"]))[:1]):
+            assert tensors(Path(ours["run_dir"], name)) == tensors(Path(theirs["run_dir"], name))
+    assert outcome["best"] == whole["best"]
+
+
+def sweep_and_train(file: Path, words: list[str]) -> dict[str, Any]:
+    """A sweep on this rank, then the recipes of those that did not diverge, each by itself."""
+    outcome = sweep(file, words)
+    for candidate in outcome["candidates"]:
+        if candidate["state"] != "diverged":
+            train_alone(candidate, file.parent)
+    return outcome
+
+
+def test_two_ranks_agree_on_what_stops(tiny: Path, tmp_path: Path):
+    words = ["train.learning_rate=1e-3,1e30", "adapter.rank=2,8"]
+    micro = {"micro_batch": "128 tokens", "clip_norm": None, "warmup": "0 steps"}
+    file = write_recipe(tiny, tmp_path, train=micro, parallel={"shard": 2})
+    outcome, other = run_ranks(2, sweep_and_train, file, words)
+    assert outcome == other
+    assert [c["state"] for c in outcome["candidates"]].count("diverged") == 2
+    assert [c["state"] for c in outcome["candidates"]].count("finished") == 1
+    for candidate in outcome["candidates"]:
+        if candidate["state"] == "diverged":
+            assert "not finite" in json.loads(Path(candidate["run_dir"], "failure.json").read_text())["what"]
+        else:
+            found = numbers(candidate["run_dir"])
+            assert found == numbers(tmp_path / f"alone-{candidate['name']}")[: len(found)]
+            assert all(math.isfinite(row[2]) for row in found)
