@@ -66,7 +66,8 @@ def daemon() -> Iterator[dict[str, str]]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with docker_daemon(KEPT / "data") as env:
             if call(env, "docker", "image", "inspect", PYTHON, check=False).returncode:
-                call(env, "docker", "import", str(KEPT / "python.tar"), PYTHON)
+                # Bytecode of all packages would take longer than all else of a build; a run compiles what it imports.
+                call(env, "docker", "import", "--change", "ENV PIP_COMPILE=0", str(KEPT / "python.tar"), PYTHON)
             remove_containers(env)  # of a test run that was killed
             yield env
 
@@ -145,13 +146,17 @@ def wheels(daemon: dict[str, str]) -> list[Path]:
 @pytest.fixture(scope="module")
 def cpu_image(daemon: dict[str, str], wheels: list[Path]) -> str:
     """The CPU image of this clone, made again when something that it is made of has changed."""
-    context, total = make_context(wheels), hashlib.sha256(json.dumps([file.name for file in wheels]).encode())
-    for file in sorted(path for path in context.rglob("*") if path.is_file() and path.suffix != ".whl"):
+    context, total = make_context([]), hashlib.sha256(json.dumps([file.name for file in wheels]).encode())
+    for file in sorted(path for path in context.rglob("*") if path.is_file()):
         total.update(f"{file.relative_to(context)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     image = f"{CPU}:{total.hexdigest()[:12]}"
     if call(daemon, "docker", "image", "inspect", image, check=False).returncode:
+        # Each build is sent what it may need: the large wheels once, the small ones that torch needs among them twice.
+        torch = [file for file in wheels if file.name.startswith("torch-")]
+        small = [file for file in wheels if file.stat().st_size < 10 << 20]
+        given = {"cpu.Dockerfile": {*torch, *small}, "Dockerfile": {*wheels} - {*torch}}
         for file, made, base in (("cpu.Dockerfile", f"{CPU}-base", PYTHON), ("Dockerfile", image, f"{CPU}-base")):
-            done = build(daemon, context, file, made, base)
+            done = build(daemon, make_context(sorted(given[file])), file, made, base)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return image
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from launch.conftest import KEPT, PYTHON, ROOT, build, call, make_context, requirements
+from launch.conftest import KEPT, PYTHON, ROOT, USER, Place, build, call, make_context, requirements
 
 
 def test_the_cpu_image_runs_as_any_user(daemon: dict[str, str], cpu_image: str) -> None:
@@ -26,6 +26,15 @@ def test_the_cpu_image_runs_as_any_user(daemon: dict[str, str], cpu_image: str) 
     assert "index-url" not in history + config
     look = ("docker", "run", "--rm", cpu_image, "ls", "/build", "/tmp/wheels", "/etc/pip.conf", "/root/.cache")
     assert call(daemon, *look, check=False).stderr.count("No such file") == 4
+
+
+def test_a_run_trains_in_the_cpu_image(place: Place, cpu_image: str) -> None:
+    changes = ("train.duration=3 steps", "train.compile=off")
+    place.finish("launch", "docker", "recipe.yaml", f"--image={cpu_image}", *changes)
+    out = place.folder / "run"
+    assert (out / "metrics.jsonl").read_text().count("\n") == 3
+    assert (out / "final/manifest.json").is_file()
+    assert {path.lstat().st_uid for path in (out, *out.rglob("*"))} == {USER}
 
 
 def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> Path:
