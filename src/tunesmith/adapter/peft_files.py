@@ -133,14 +133,9 @@ def read_adapter(folder: Path) -> Adapter:
             raise ModelError(what, where=str(file), why=why, fix=fix)
     try:
         target = raw["target_modules"]
-        values = {
-            "rank": raw["r"],
-            "alpha": raw["lora_alpha"],
-            "dropout": raw.get("lora_dropout") or 0.0,
-            "rslora": bool(raw.get("use_rslora")),
-            "target": target if isinstance(target, str) else sorted(target),
-            "modules_to_save": raw.get("modules_to_save") or [],
-        }
+        values = {"rank": raw["r"], "alpha": raw["lora_alpha"], "dropout": raw.get("lora_dropout") or 0.0}
+        values |= {"rslora": bool(raw.get("use_rslora")), "modules_to_save": raw.get("modules_to_save") or []}
+        values["target"] = target if isinstance(target, str) else sorted(target)
         return TypeAdapter(Adapter).validate_json(json.dumps(values))  # held to the recipe's types and bounds
     except (KeyError, TypeError, ValueError) as error:
         why = f"a value is missing or wrong: {error}"

@@ -66,16 +66,10 @@ def json_schema() -> dict[str, Any]:
     children = {f"Child{name}": _without_duties(section) for name, section in json.loads(child).items()}
     extends = {"type": "string", "description": "a recipe that ships, or a file: its values stand below these"}
     children["ChildRun"]["properties"]["extends"] = extends
-    return {
-        "$schema": "http://json-schema.org/draft-07/schema#",
-        "title": "a recipe of tunesmith",
-        "type": "object",
-        "properties": {"extends": extends},
-        "if": {"required": ["extends"]},
-        "then": {"$ref": "#/$defs/ChildRun"},
-        "else": {"$ref": "#/$defs/Run"},
-        "$defs": {**sections, **children},
-    }
+    head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "a recipe of tunesmith", "type": "object"}
+    cases = {"then": {"$ref": "#/$defs/ChildRun"}, "else": {"$ref": "#/$defs/Run"}}
+    given = {"properties": {"extends": extends}, "if": {"required": ["extends"]}}
+    return head | given | cases | {"$defs": {**sections, **children}}
 
 
 def _of_key(spec: Field[Any], hint: Any, found: dict[str, Any]) -> dict[str, Any]:

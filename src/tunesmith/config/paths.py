@@ -33,9 +33,8 @@ _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?
 
 def inputs_of(run: Run) -> dict[str, str]:
     """What a resolved recipe reads, by key: absolute paths, Hub ids and the template's name."""
-    return {
-        key: str(text) for key, text in flatten(run).items() if without_indices(key) in _INPUTS and text is not None
-    }
+    given = {key: value for key, value in flatten(run).items() if value is not None}
+    return {key: str(value) for key, value in given.items() if without_indices(key) in _INPUTS}
 
 
 def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> Node:

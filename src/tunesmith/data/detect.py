@@ -26,15 +26,12 @@ _SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools",)
 _CHAT: tuple[str, ...] = ()  # a column of any name that holds lists of objects, or JSON text of them
 # Format, the columns that it needs, those that it may have: the format's name of a column, its names in files.
 _Names = Mapping[str, tuple[str, ...]]
+_ALPACA_MORE: _Names = {"input": ("input", "context"), "system": _SYSTEM, "history": ("history",)}
 _LAYOUTS: tuple[tuple[str, _Names, _Names], ...] = (
     ("messages", {"messages": _CHAT}, {"tools": _TOOLS}),
     ("sharegpt", {"conversations": _CHAT}, {"system": _SYSTEM, "tools": _TOOLS}),
     ("prompt-completion", {"prompt": _QUESTION, "completion": _ANSWER}, {}),
-    (
-        "alpaca",
-        {"instruction": ("instruction", *_QUESTION), "output": _ANSWER},
-        {"input": ("input", "context"), "system": _SYSTEM, "history": ("history",)},
-    ),
+    ("alpaca", {"instruction": ("instruction", *_QUESTION), "output": _ANSWER}, _ALPACA_MORE),
     ("text", {"text": ("text", "content")}, {}),
 )
 # Columns with which a row is no example of an answer to learn: what such rows are.

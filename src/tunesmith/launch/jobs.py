@@ -105,11 +105,8 @@ class Job:
     def refuse_another(self) -> None:
         """UsageError where the job waits or runs, so that no second one is launched beside it."""
         if (state := self.state()).at_work:
-            what, fix = (
-                f"{self.name} is at work already",
-                f"tunesmith stop {self.name}; or output_dir=runs/another-name",
-            )
-            raise UsageError(what, where=self.run_dir, why=state.text, fix=fix)
+            fix = f"tunesmith stop {self.name}; or output_dir=runs/another-name"
+            raise UsageError(f"{self.name} is at work already", where=self.run_dir, why=state.text, fix=fix)
 
 
 def is_locked(run_dir: Path) -> bool:

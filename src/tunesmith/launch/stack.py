@@ -88,17 +88,16 @@ class Stack:
 
     def _deploy(self) -> dict[str, Any]:
         again = {"condition": "on-failure", "delay": "5s", "max_attempts": self.restarts}
-        resources: dict[str, Any] = {}
-        if self.gpus is not None:
-            wanted = dict(zip(("kind", "value"), self.gpus, strict=True))
-            resources["resources"] = {"reservations": {"generic_resources": [{"discrete_resource_spec": wanted}]}}
+        specs = [
+            {"discrete_resource_spec": {"kind": kind, "value": count}} for kind, count in filter(None, [self.gpus])
+        ]
         return {
             "mode": "replicated",
             "replicas": self.nodes,
             "placement": {"max_replicas_per_node": 1, "constraints": [f"node.id!={node}" for node in self.excluded]},
             "restart_policy": again if self.restarts else {"condition": "none"},  # 0 attempts would be any number
             "labels": {LABEL: self.name},
-            **resources,
+            **({"resources": {"reservations": {"generic_resources": specs}}} if specs else {}),
         }
 
     def text(self, extra: Path | None = None) -> str:

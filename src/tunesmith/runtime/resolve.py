@@ -78,16 +78,9 @@ def probe_machine(run: Run, files: ModelFiles, device: torch.device, shapes: Seq
     quantize, rows = run.model.quantize, (PROBE_ROWS, 16, 1)
     fused = "fused-epilogue" in run.train.fast_paths
     found = eight_bit.select_scaling(quantize, device, shapes, rows, fused=fused) if quantize in KINDS else (None, "")
-    return Machine(
-        str(device),
-        free,
-        card_bytes=card_bytes(device) or physical_memory(),
-        integrated=is_integrated(device),
-        attention=attention_backend(run, files, device),
-        compiles=compilation.select_compile(run.train.compile, device),
-        scaling=found,
-        name=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
-    )
+    backend, compiles = attention_backend(run, files, device), compilation.select_compile(run.train.compile, device)
+    name, size = torch.cuda.get_device_name(device) if device.type == "cuda" else "", card_bytes(device)
+    return Machine(str(device), free, backend, compiles, found, size or physical_memory(), is_integrated(device), name)
 
 
 def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan:

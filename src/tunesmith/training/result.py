@@ -78,9 +78,8 @@ def non_finite_error(
     applied = "the update was not applied"
     if run.train.optimizer_in_backward:
         applied = "of this step only the parameters with a finite gradient were updated, and nothing of it is saved"
-    why = f"{applied}; the last good checkpoint: " + (
-        f"checkpoint-{saved_step}" if saved_step else "none was written yet"
-    )
+    saved = f"checkpoint-{saved_step}" if saved_step else "none was written yet"
+    why = f"{applied}; the last good checkpoint: {saved}"
     kind, where = "gradient norm" if math.isfinite(loss) else "loss", f"step {step}, rows {', '.join(rows[:8])}"
     what = f"the {kind} is not finite (loss {loss}, gradient norm {norm})"
     fix = "lower train.learning_rate or lengthen train.warmup; look at those rows with `tunesmith data`; "
