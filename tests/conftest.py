@@ -66,7 +66,7 @@ training/test_train.py::test_metrics_read_one_step_later_are_the_same
 parallel/test_torchrun.py
 launch/test_old_ways.py launch/test_doctor_pair.py
 launch/test_docker_image.py launch/test_node.py launch/test_local.py
-metrics/test_health.py::test_other_ranks_write_records_of_their_own metrics/test_health.py::test_a_limit_on_cores_is_named_with_the_time_it_took
+cli/test_post_mortem.py metrics/test_health.py::test_other_ranks_write_records_of_their_own metrics/test_health.py::test_a_limit_on_cores_is_named_with_the_time_it_took
 convert/test_import.py::test_the_recipe_trains convert/test_import.py::test_no_key_is_dropped convert/test_trl.py::test_batch_schedule_rate_and_adapter_are_trls
 launch/test_docker.py::test_a_run_in_a_container_stops_resumes_and_leaves_nothing
 launch/test_docker.py::test_a_detached_run_is_seen_followed_and_stopped

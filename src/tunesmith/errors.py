@@ -17,11 +17,28 @@ Every error says what is wrong, where (file:line, key or step), why, and the com
 
 import errno
 import re
+from collections.abc import Mapping
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
+
+# Likely causes of an end, by the names that failure.json has, as an engineer would say them.
+CAUSES = {
+    "out-of-memory": "the device or the host had no room for a tensor",
+    "oom-kill": "the kernel ended a process, for no memory was left",
+    "killed": "a process was ended by SIGKILL, or crashed",
+    "restarted": "the machine was started again: a freeze, a power cut or a reboot",
+    "link": "the network to another rank is cut, or its machine is down",
+    "hang": "a rank does not move, and the others wait for it",
+    "disk": "a disk takes no more data",
+    "not-finite": "a learning rate that is too high, or a bad row",
+    "licence": "the model's owner has not granted access to this account",
+    "version": "packages that do not fit each other",
+    "damaged": "files of a checkpoint are torn or missing",
+    "preempted": "Slurm took the nodes back: a time limit, a more urgent job, or scancel",
+}
 
 
 class TunesmithError(Exception):
@@ -32,13 +49,26 @@ class TunesmithError(Exception):
         where: `file:line`, a key of the recipe, a step; empty if it has no place.
         why: the reason; empty if `what` says it.
         fix: the command or edit that fixes it.
+        cause: the likely one, a name of CAUSES; empty where none is known.
+        facts: of a failed rank, for failure.json: its `rank`, `host`, `phase` and `collective`.
     """
 
     exit_code = EXIT_FAILED
+    cause = ""
 
-    def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        why: str = "",
+        fix: str = "",
+        cause: str = "",
+        facts: Mapping[str, object] = {},
+    ) -> None:
         super().__init__(what)
-        self.what, self.where, self.why, self.fix = what, where, why, fix
+        self.what, self.where, self.why, self.fix, self.facts = what, where, why, fix, dict(facts)
+        self.cause = cause or self.cause
 
     def __str__(self) -> str:
         return self.text()
@@ -48,8 +78,9 @@ class TunesmithError(Exception):
         return self.text().splitlines()
 
     def text(self) -> str:
-        """The block for the terminal: one line each for what, where, why and fix, not all of a word that is endless."""
-        rows = {"error": self.what, "  where": self.where, "  why": self.why, "  fix": self.fix}
+        """The block for the terminal: a line each for what, where, why, the likely cause and the fix, cut where one is endless."""
+        cause = f"{self.cause}: {CAUSES[self.cause]}" if self.cause else ""
+        rows = {"error": self.what, "  where": self.where, "  why": self.why, "  cause": cause, "  fix": self.fix}
         return "\n".join(f"{name}: {row:.2000}" for name, row in rows.items() if row or name == "error")
 
 
@@ -81,6 +112,8 @@ class RunError(TunesmithError):
 
 class NonFiniteError(RunError):
     """The loss or the gradient norm became NaN or infinite."""
+
+    cause = "not-finite"
 
 
 class CheckpointError(RunError):

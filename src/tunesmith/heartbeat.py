@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from types import FrameType
 from typing import Any
 
 from tunesmith.errors import NonFiniteError, OtherRankError, RunError, StoppedError, TunesmithError, first_line
+from tunesmith.host_files import oom_kills
 
 STUCK = 30 * 60.0  # seconds for a phase of micro batches: each takes seconds on a machine that holds the model
 MISSED = 4  # beats in a row, after which a rank is blamed for a connection that broke
@@ -41,6 +43,7 @@ class Beat:
 
     count: int = 0
     process: str = ""  # PID namespace and number
+    phase: str = ""
     place: str = ""  # of the main thread
     collective: str = ""  # what it waits in there, if it does
     idle: float = 0.0  # seconds without progress, which must not exceed `limit`
@@ -78,7 +81,7 @@ class Heartbeat:
         # Seconds that this process ran: after it was stopped it must not take the others for gone.
         self.clock = self.answered = self.moved = self.decided = 0.0
         self.heard = [0.0] * len(hosts)
-        self.step, self._phase = 0, "start"
+        self.step, self._phase, self.kills = 0, "start", oom_kills()
         self.part, self.longest = "", inf  # what phases are part of, and the limit of each
         self._outbox: dict[str, Any] = {}
         self._broken, self._broken_at, self._ended_at, self._ending = "", 0.0, 0.0, False
@@ -126,8 +129,8 @@ class Heartbeat:
             other = RunError(f"{type(error).__name__}: {first_line(error)}")
             own = error if isinstance(error, TunesmithError) else other
             what = "was stopped by a signal" if isinstance(error, KeyboardInterrupt) else f"failed: {own.what}"
-            words = {"where": own.where, "why": own.why, "fix": own.fix, "teller": self.rank}
-            self._outbox = {"what": f"{self._name([self.rank])} {what}", **words}
+            words = {"where": own.where, "why": own.why, "fix": own.fix, "cause": own.cause, "teller": self.rank}
+            self._outbox = {"what": f"{self._name([self.rank])} {what}", **words, "facts": self._facts([self.rank])}
         self._wake.set()
         self._known.wait(2 * self.limit)
         return OtherRankError(self.fault.what, exit_code=self.fault.exit_code) if broken and self.fault else error
@@ -158,7 +161,7 @@ class Heartbeat:
                 self._lose_store(f"no answer for {self.limit:.0f} s")
             elif os.getppid() != parent and not self._outbox:
                 what = f"the launcher of {self._name([self.rank])} is gone"
-                self._outbox = self._words(what, "its process has left its ranks behind")
+                self._outbox = self._words(what, "its process has left its ranks behind", "killed")
 
     def _talk(self) -> None:
         while True:
@@ -214,19 +217,23 @@ class Heartbeat:
             elif module == "__main__" or module.startswith("tunesmith."):
                 at = f"{module}:{line}"
                 break
+        self.own.phase = self._phase
         if not collective and self.own.idle > self.own.limit / 2 and self.gpu_is_busy():
             collective = "a wait for the GPU"
         self.own.collective = collective
         self.own.place = ", ".join(text for text in (self._phase, f"step {self.step}", collective, at) if text)
 
-    def _look(self, ended: list[int]) -> dict[str, str]:
+    def _look(self, ended: list[int]) -> dict[str, Any]:
         """The fault that the beats show, in the words of an error; empty: none. `ended`: ranks without a process."""
         if ended:
             self._ended_at = self._ended_at or self.clock
             if self.clock - self._ended_at < self.interval:  # the others have yet to tell what they wait in
                 return {}
-            why = "its process ended without a word: a signal, or no memory was left (dmesg -T | grep -i oom)"
-            return self._words(f"{self._name(ended)} was killed", why, ended)
+            if (kills := oom_kills() - self.kills) > 0:
+                why, cause = f"the kernel ended {kills} of this machine's processes since the run began", "oom-kill"
+            else:
+                why, cause = "its process ended without a word: a signal, or a crash", "killed"
+            return self._words(f"{self._name(ended)} was killed", why, cause, ended)
         limit = MISSED * self.interval if self._broken else self.limit
         # A rank that is done beats no more. It is missed where another waits for it.
         waits = bool(self._broken or self.own.collective)
@@ -234,24 +241,26 @@ class Heartbeat:
         if any(self._silent(r, limit) for r in missed):
             gone = [r for r in missed if self._silent(r, limit / 2)]  # the ranks of a node do not beat at once
             why = "it was killed or stopped, its machine is down, or the network to it is cut"
-            return self._words(f"{self._name(gone)} gave no sign of life for {limit:.0f} s", why, gone)
+            return self._words(f"{self._name(gone)} gave no sign of life for {limit:.0f} s", why, "link", gone)
         if longest := max((beat.idle for beat in self.beats if beat.idle > beat.limit), default=0.0):
             # The others came to their collective a little after the stuck rank last moved.
             idle = [r for r, beat in enumerate(self.beats) if beat.idle > longest / 2]
             stuck = [r for r in idle if not self.beats[r].collective]
             why = "its main thread is stuck" if stuck else "they wait in collectives, for each other or for the network"
-            return self._words(f"{self._name(stuck or idle)} made no progress for {longest:.0f} s", why)
+            return self._words(
+                f"{self._name(stuck or idle)} made no progress for {longest:.0f} s", why, "hang", stuck=stuck
+            )
         if self._broken and self.clock - self._broken_at > 2 * limit:
-            return self._words("a connection between the ranks broke, and all of them live", self._broken)
+            return self._words("a connection between the ranks broke, and all of them live", self._broken, "link")
         return {}
 
     def _lose_store(self, why: str) -> None:
         """Decide without the others, who cannot be asked."""
         what = f"rank 0 on {self.hosts[0]} or its launcher is gone, or the network to it"
-        words = self._words(what, f"the store there: {why}")
+        words = self._words(what, f"the store there: {why}", "link")
         self._decide(words, tells=self.rank == min({*self.local} - {*self._ended()}))
 
-    def _decide(self, words: dict[str, str], *, tells: bool) -> None:
+    def _decide(self, words: dict[str, Any], *, tells: bool) -> None:
         with self._deciding:  # both threads may come here
             if self.fault is not None:
                 return
@@ -263,14 +272,33 @@ class Heartbeat:
                 self.on_fault(self.fault, self.step)
         self._known.set()
 
-    def _words(self, what: str, why: str, gone: Collection[int] = ()) -> dict[str, str]:
+    def _words(
+        self, what: str, why: str, cause: str, gone: Collection[int] = (), stuck: Collection[int] = ()
+    ) -> dict[str, Any]:
         """Those of an error that says what the ranks do and wait in that are not gone."""
         places: dict[str, list[str]] = {}
         for rank, beat in enumerate(self.beats):
             if rank not in gone and beat.place:
                 places.setdefault(beat.place, []).append(str(rank))
         where = "; ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}: {at}" for at, ranks in places.items())
-        return {"what": what, "where": where, "why": why, "fix": AGAIN}
+        facts = self._facts(gone or stuck)
+        return {"what": what, "where": where, "why": why, "fix": AGAIN, "cause": cause, "facts": facts}
+
+    def own_facts(self) -> dict[str, object]:
+        """Where this rank stands, for failure.json."""
+        own = {"rank": self.rank, "host": self.hosts[self.rank] or socket.gethostname(), "phase": self._phase}
+        return own | {"collective": self.own.collective or None}
+
+    def _facts(self, ranks: Collection[int]) -> dict[str, object]:
+        """Where the first of the ranks that are to blame was last."""
+        return next(
+            (
+                {"rank": r, "host": self.hosts[r], "phase": b.phase or None, "collective": b.collective or None}
+                for r, b in enumerate(self.beats)
+                if r in ranks
+            ),
+            {},
+        )
 
     def _ended(self) -> list[int]:
         """The ranks of this node whose process is no more."""

@@ -92,7 +92,9 @@ def refuse_full_disk(path: Path, needed: int, *, what: str, fix: str, why: str =
     free = shutil.disk_usage(existing_folder(path)).free
     if needed > free:
         figures = f"{size_text(needed)} needed, {size_text(free)} free, {size_text(needed - free)} short"
-        raise MachineError(f"no room on the disk for {what}: {figures}", where=str(path), why=why, fix=fix)
+        raise MachineError(
+            f"no room on the disk for {what}: {figures}", where=str(path), why=why, fix=fix, cause="disk"
+        )
 
 
 def refuse_many_ranks(command: str) -> None:
@@ -112,6 +114,14 @@ def available_memory() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def oom_kills(root: Path = Path("/")) -> int:
+    """Processes of this machine that the kernel has ended since it booted because no memory was left; /proc is below `root`."""
+    with suppress(OSError, ValueError):
+        lines = (root / "proc/vmstat").read_text(encoding="ascii").splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return 0
 
 
 def physical_memory() -> int:

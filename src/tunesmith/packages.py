@@ -1,5 +1,6 @@
 """Optional packages: where each is imported, and how each is installed."""
 
+from contextlib import suppress
 from typing import Any
 
 from tunesmith.errors import MachineError
@@ -20,6 +21,35 @@ def pip_install(package: str) -> str:
         stated = []
     versions = [str(needed.specifier) for needed in map(Requirement, stated) if needed.name == package]
     return f"pip install '{package}{versions[0]}'" if versions and versions[0] else f"pip install {package}"
+
+
+COMPUTE = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers")
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of what computes, by name; one that is not installed is left out."""
+    import importlib.metadata
+
+    found = {}
+    for name in COMPUTE:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def refuse_unfit_versions() -> None:
+    """Raise MachineError where an installed package is not of a version that tunesmith's own metadata allows."""
+    import importlib.metadata
+
+    from packaging.requirements import Requirement
+
+    installed = installed_versions()
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for needed in map(Requirement, importlib.metadata.requires("tunesmith") or []):
+            version = installed.get(needed.name)
+            if version and not needed.marker and not needed.specifier.contains(version, prereleases=True):
+                what, fix = f"{needed.name} {version} is installed, and {needed} is needed", f"pip install '{needed}'"
+                raise MachineError(what, where="the Python environment", fix=fix, cause="version")
 
 
 def require(package: str, *, where: str, fix: str) -> None:

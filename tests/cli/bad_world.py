@@ -140,7 +140,7 @@ def told(err: str) -> dict[str, str]:
     """The block that a user reads, by its parts."""
     parts: dict[str, str] = {}
     for line in err.splitlines():
-        for name in ("error", "where", "why", "fix"):
+        for name in ("error", "where", "why", "cause", "fix"):
             if line.lstrip().startswith(f"{name}: "):
                 parts[name] = line.split(": ", 1)[1]
     return parts

@@ -30,7 +30,9 @@ SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 def failure(run: Path) -> dict[str, Any]:
     """failure.json, which has all that it should."""
     found = json.loads((run / "failure.json").read_text())
-    assert set(found) == {"what", "where", "why", "last_step", "next"}
+    assert set(found) == {"what", "where", "why", "last_step", "next", "cause", "rank", "host", "phase", "collective"}
+    assert found["rank"] == 0
+    assert found["phase"] in ("training", "validation and checkpoints")
     assert found["what"]
     assert found["next"]
     return found
@@ -51,6 +53,8 @@ def test_weights_that_are_not_finite(world: World, capsys: Capture) -> None:
     assert "train.jsonl:" in parts["where"]
     found = failure(world.out)
     assert (found["what"], found["where"], found["last_step"]) == (parts["error"], parts["where"], 1)
+    assert found["cause"] == "not-finite"
+    assert parts["cause"].startswith("not-finite: ")
     assert not list(world.out.glob("checkpoint-*"))
 
 

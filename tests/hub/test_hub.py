@@ -185,7 +185,7 @@ def test_a_busy_hub_is_asked_again(ask, files) -> None:
 def test_a_gated_model_names_the_page_to_ask_on(ask, files, token, words) -> None:
     with StandIn({NAME: Repo(files, gated=True, card={"license": "other", "license_name": "tiny-licence"})}) as hub:
         answer, said = ask(hub, token=token)
-        assert_refused(answer, "gated", f"{hub.url}/{NAME}", *words)
+        assert_refused(answer, "gated", f"{hub.url}/{NAME}", "cause: licence: ", *words)
         assert "licence tiny-licence, gated" in said, "the licence is told before access is asked for"
         assert not hub.downloads("model.safetensors")
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,12 +15,14 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ranks import environment_of, forkserver, free_port
 from tunesmith.errors import CheckpointError, DataError, MachineError, OtherRankError, TunesmithError
 from tunesmith.heartbeat import Heartbeat
+from tunesmith.metrics.summary import write_failure
 from tunesmith.ranks import SECONDS, heartbeat_limit, join_ranks, meet
 from tunesmith.signals import Interrupted
 
@@ -32,6 +35,15 @@ ERRORS = {
     "disk": CheckpointError("the disk is full", where="checkpoint-20"),
     "signal": Interrupted(),
 }
+
+
+def make_folder(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def failures(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in folder.glob("failure-*/failure.json")]
 
 
 def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
@@ -48,7 +60,9 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
     try:
         with join_ranks() as ranks:
             heartbeat, value = ranks.heartbeat, torch.ones(10)
-            heartbeat.on_fault = lambda error, step: (folder / f"failure-{ranks.rank}").write_text(error.what)
+            heartbeat.on_fault = lambda error, step: write_failure(
+                make_folder(folder / f"failure-{ranks.rank}"), error, last_step=step, next_command=""
+            )
             if fault == "slow" and ranks.rank == 1:
                 time.sleep(2.5 * LIMIT)  # a load, a compile or a save, which the others wait for
             heartbeat.phase("training", 2.0 if fault in ("hang", "gpu") else None)
@@ -128,17 +142,17 @@ def test_ranks_that_are_slow_or_end_one_after_the_other_are_not_missed(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "what", "waits_in"),
+    ("fault", "code", "what", "waits_in", "cause"),
     [
-        ("kill", -signal.SIGKILL, f"rank 1 on {HOST} was killed", "all_reduce"),
-        ("stop", -signal.SIGKILL, f"rank 1 on {HOST} gave no sign of life for 3 s", "all_reduce"),
-        ("hang", 1, f"rank 1 on {HOST} made no progress for 2 s", "all_reduce"),
-        ("gpu", 1, f"rank 1 on {HOST} made no progress for 2 s", "a wait for the GPU"),
-        ("nccl", 1, "a connection between the ranks broke, and all of them live", "all_reduce"),
+        ("kill", -signal.SIGKILL, f"rank 1 on {HOST} was killed", "all_reduce", "killed"),
+        ("stop", -signal.SIGKILL, f"rank 1 on {HOST} gave no sign of life for 3 s", "all_reduce", "link"),
+        ("hang", 1, f"rank 1 on {HOST} made no progress for 2 s", "all_reduce", "hang"),
+        ("gpu", 1, f"rank 1 on {HOST} made no progress for 2 s", "a wait for the GPU", "hang"),
+        ("nccl", 1, "a connection between the ranks broke, and all of them live", "all_reduce", "link"),
     ],
 )
 def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(
-    tmp_path: Path, fault: str, code: int, what: str, waits_in: str
+    tmp_path: Path, fault: str, code: int, what: str, waits_in: str, cause: str
 ):
     codes, printed = strike(fault, tmp_path)
     assert codes == [1, code, 1]
@@ -147,7 +161,11 @@ def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(
     where = printed.partition("  where: ")[2].partition("\n")[0]
     waiting = [place for place in where.split("; ") if f"training, step 20, {waits_in}" in place]
     assert sorted(", ".join(re.findall(r"ranks? ([\d, ]+):", "; ".join(waiting))).split(", ")) == ["0", "2"], where
-    assert [p.read_text() for p in tmp_path.glob("failure-*")] == [what]
+    [failure] = failures(tmp_path)
+    assert (failure["what"], failure["cause"]) == (what, cause)
+    assert f"  cause: {cause}: " in printed
+    blamed = (1, HOST, "training") if fault != "nccl" else (None, None, None)
+    assert (failure["rank"], failure["host"], failure["phase"]) == blamed
     assert ("why: NCCL: REMOTE_ERROR" in printed) == (fault == "nccl")
 
 
@@ -165,7 +183,7 @@ def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(tmp_path: Pa
     assert "error" not in printed  # the command line prints what rank 1 has raised
     assert (tmp_path / "raised-1").read_text() == f"{type(ERRORS[fault]).__name__}: {ERRORS[fault]}"
     said = f"rank 1 on {HOST} {said}"
-    assert [p.read_text() for p in tmp_path.glob("failure-1")] == [said]
+    assert [(failure["what"], failure["rank"]) for failure in failures(tmp_path)] == [(said, 1)]
     for rank in (0, 2):  # unless it waited in the collective until the end of its grace
         raised = tmp_path / f"raised-{rank}"
         assert not raised.exists() or raised.read_text() == f"{OtherRankError.__name__}: error: {said}"

@@ -19,13 +19,14 @@ from tunesmith.config.schema import TrackerName
 from tunesmith.errors import MachineError, UsageError
 
 RECIPE, IDENTITY, LOCK = "config.yaml", "env.json", ".lock"
+RUNNING = "running.json"  # is there while a start is at work, and after it was killed
 STOP_FILE, STOPPED = "stop", "stopped.json"  # asks a run to save and end; says that ranks of torchrun did
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
 FILES = (
-    RECIPE, IDENTITY, "metrics.jsonl", "samples.jsonl", "log.txt", "failure.json", STOPPED, "best.json", *TRACKER_IDS
+    RECIPE, IDENTITY, "metrics.jsonl", "samples.jsonl", "log.txt", "failure.json", STOPPED, RUNNING, "best.json", *TRACKER_IDS
 )  # fmt: skip
-BEFORE_IDENTITY = ("metrics.jsonl", "log.txt", "tensorboard", *TRACKER_IDS)
+BEFORE_IDENTITY = (RUNNING, "metrics.jsonl", "log.txt", "tensorboard", *TRACKER_IDS)
 _LEFTOVER = re.compile(
     rf"\.(?:{'|'.join(map(re.escape, FILES))})(?:\.\d+)?\.partial"
     r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)|\.tokenizer-\w+\.partial"

@@ -66,13 +66,13 @@ def hub_calls(repo: str, revision: str | None = None, kind: str = "model") -> It
 
 def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "model") -> TunesmithError:
     """The error for a user: what the Hub, the network or the disk refused, and what to do."""
-    page, cache, why = repo_page(repo, kind), str(Path(constants.HF_HUB_CACHE)), ""
+    page, store, why, cause = repo_page(repo, kind), str(Path(constants.HF_HUB_CACHE)), "", ""
     token, login = _token() is not None, "log in: hf auth login (or set HF_TOKEN)"
     where, status = page, error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
     if isinstance(error, errors.GatedRepoError):  # before RepositoryNotFoundError, which it is too
         whom = "the account of your token" if token else "you: there is no token"
         what = f"{repo} is gated, and access has not been granted to {whom}"
-        fix = f"ask for access on {page}" + ("" if token else f", then {login}")
+        fix, cause = f"ask for access on {page}" + ("" if token else f", then {login}"), "licence"
     elif isinstance(error, errors.RevisionNotFoundError):
         what, fix = f"{repo} has no revision {revision!r}", f"take one from {page}/tree/main"
     elif isinstance(error, errors.DisabledRepoError):
@@ -83,24 +83,26 @@ def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "mo
     elif status in (401, 403):
         what = f"the Hub refuses access to {repo} ({status})"
         why = "the token is not valid, or has no right to read this repository" if token else "there is no token"
-        fix = f"{login}; a fine-grained token needs read access to gated repositories"
+        fix, cause = f"{login}; a fine-grained token needs read access to gated repositories", "licence"
     elif status:
         what, why, fix = f"the Hub answers {status}", clean(error), "start again later; what has arrived is kept"
     elif isinstance(error, errors.HFValidationError):
         what, where = f"{repo!r} is neither a folder, a .gguf file, nor a Hub id", "model.name"
         fix = "give an existing path, or owner/name as on the Hub"
     elif isinstance(error, errors.OfflineModeIsEnabled):
-        what, where = f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads", cache
+        what, where = f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads", store
         fix = f"HF_HUB_OFFLINE=0 tunesmith fetch {repo}"
     elif fault := disk_fault(error):
-        return MachineError(f"{repo} cannot be stored: {fault}", where=cache, why=clean(error), fix=DISK_FIX)
+        return MachineError(
+            f"{repo} cannot be stored: {fault}", where=store, why=clean(error), fix=DISK_FIX, cause="disk"
+        )
     elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
         fix = "point HF_HOME at a folder of yours: export HF_HOME=/path"
-        return MachineError("the Hub's cache cannot be written", where=cache, why=clean(error), fix=fix)
+        return MachineError("the Hub's cache cannot be written", where=store, why=clean(error), fix=fix)
     else:
         what, why = f"the Hub cannot be reached for {repo}", f"{type(error).__name__}: {clean(error)}"
         fix = "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; what has arrived is kept"
-    return ModelError(what, where=where, why=why, fix=fix)
+    return ModelError(what, where=where, why=why, fix=fix, cause=cause)
 
 
 def _token() -> str | None:

@@ -151,7 +151,7 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
         run = load_recipe(recipe)
         if not note and (damage := state.find_damage(folder, contents=False)):
             fix = f"give the run directory {folder.parent}, which takes the newest whole one"
-            raise CheckpointError(f"{folder} is not whole", where=where, why=damage, fix=fix)
+            raise CheckpointError(f"{folder} is not whole", where=where, why=damage, fix=fix, cause="damaged")
     if (folder / "adapter_config.json").is_file():
         base = run.model if run else _base_of_adapter(folder / "adapter_config.json")
         return RunLocation("adapter", folder, base, run, note)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from tunesmith.checkpoint.run_dir import STOPPED
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import (
+    CAUSES,
     EXIT_FAILED,
     EXIT_OK,
     EXIT_STOPPED,
@@ -32,7 +33,7 @@ from tunesmith.errors import (
     UsageError,
     first_line,
 )
-from tunesmith.host_files import available_cores
+from tunesmith.host_files import available_cores, oom_kills
 from tunesmith.launch.debug import collect_logs, say_all
 from tunesmith.launch.jobs import FOLDER
 from tunesmith.launch.rendezvous import BACKEND, find_endpoint, hold_store, reach_store, register_backend
@@ -131,10 +132,11 @@ def run_ranks(launcher: list[str]) -> int:
 
     if os.environ.get("TUNESMITH_DEBUG") != "1":  # the rank that failed has told why
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    kills = oom_kills()
     try:
         run_elastic(parse_args(launcher))
     except ChildFailedError as error:
-        return told_exit_code(error)
+        return told_exit_code(error, kills)
     except (RendezvousError, RuntimeError) as error:
         fix = "start the same command on every node; tunesmith doctor --pair HOST says what stands between them"
         what = "this node and the others do not find each other any more"
@@ -142,12 +144,14 @@ def run_ranks(launcher: list[str]) -> int:
     return EXIT_OK
 
 
-def told_exit_code(error: "ChildFailedError") -> int:
-    """1 or 2, as the rank that failed first ended; its own words are on the terminal, unless a signal killed it."""
+def told_exit_code(error: "ChildFailedError", kills: int) -> int:
+    """1 or 2, as the rank that failed first ended; its own words are on the terminal, unless a signal killed it. `kills`: of
+    the kernel for want of memory, before the ranks began."""
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        print(f"error: rank {rank} was killed by {name}", file=sys.stderr)
+        kernel = f"; cause: oom-kill: {CAUSES['oom-kill']}" if oom_kills() > kills else ""
+        print(f"error: rank {rank} was killed by {name}{kernel}", file=sys.stderr)
     return failure.exitcode if failure.exitcode in (EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED) else EXIT_FAILED
 
 

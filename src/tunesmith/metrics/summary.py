@@ -17,9 +17,12 @@ VLLM_DEFAULT_RANK = 16
 
 
 def write_failure(folder: Path, error: TunesmithError, *, last_step: int, next_command: str) -> None:
-    """Write failure.json: what stopped the run, where, why, its last step, and `error.fix` or else `next_command`."""
+    """Write failure.json: what stopped the run, where, why, its last step, and `error.fix` or else `next_command`; the likely
+    cause, and the rank that failed, null where they are not known."""
     next_ = error.fix or next_command
     failure = {"what": error.what, "where": error.where, "why": error.why, "last_step": last_step, "next": next_}
+    facts = {name: error.facts.get(name) for name in ("rank", "host", "phase", "collective")}
+    failure |= {"cause": error.cause or None, **facts}
     write_atomically(folder / FAILURE, json.dumps(failure, indent=2) + "\n")
 
 

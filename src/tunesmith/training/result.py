@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,18 @@ def failure_of(error: BaseException, run: Run, plan: RunPlan, *, step: int, save
     again, where = how_to_resume(saved_step), f"step {step + 1}"
     if isinstance(error, TunesmithError):
         # What is a wrong input before the first step is a failed run after it.
-        words = {"where": error.where, "why": error.why, "fix": error.fix}
-        return RunError(error.what, **words) if isinstance(error, UsageError) else error
+        if not isinstance(error, UsageError):
+            return error
+        return RunError(error.what, where=error.where, why=error.why, fix=error.fix, cause=error.cause)
     if full := disk_fault(error):
         kept = f"checkpoint-{saved_step} is whole" if saved_step else "no checkpoint was written before"
-        return RunError(full, where=f"{where}, in {run.output_dir}", why=kept, fix=f"make room (df -h), then {again}")
+        fix = f"make room (df -h), then {again}"
+        return RunError(full, where=f"{where}, in {run.output_dir}", why=kept, fix=fix, cause="disk")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         why = f"a micro batch of {plan.layout.micro_batch} did not fit"
         advice = plan.less_memory(resumed=saved_step is not None)
         fix = advice if advice.endswith("--fresh") else f"{advice}; {again}"
-        return RunError("out of memory", where=where, why=why, fix=fix)
+        return RunError("out of memory", where=where, why=why, fix=fix, cause="out-of-memory")
     if "does not have a deterministic implementation" in str(error):
         what, why = str(error).partition(", but you set")[0], "train.deterministic: true allows no such operator"
         return RunError(what, where=where, why=why, fix=f"train.deterministic=false; {again}")
@@ -94,7 +97,8 @@ def stopped_by(signal: str | None, out: Path, step: int, *, leads: bool) -> Stop
     """
     fix = "start the same command again: it goes on from there"
     what, where = f"stopped by {signal or 'the file stop'}: step {step} is saved", str(out / f"checkpoint-{step}")
-    error = StoppedError(what, where=where, fix=fix)
+    preempted = "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1")
+    error = StoppedError(what, where=where, fix=fix, cause="preempted" if preempted else "")
     if leads:
         (out / STOP_FILE).unlink(missing_ok=True)
     if is_launched():

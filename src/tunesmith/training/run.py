@@ -8,13 +8,23 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
+from tunesmith import packages
+from tunesmith.checkpoint.killed import killed_before, note_running
 from tunesmith.checkpoint.nodes import find_dir_leaders
 from tunesmith.checkpoint.resume import Start, decide_start
 from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED, claim_run_dir, put_aside, sweep
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
-from tunesmith.errors import NonFiniteError, OtherRankError, RunError, StoppedError, UsageError, first_line
+from tunesmith.errors import (
+    MachineError,
+    NonFiniteError,
+    OtherRankError,
+    RunError,
+    StoppedError,
+    UsageError,
+    first_line,
+)
 from tunesmith.host_files import refuse_many_ranks, refuse_special_files
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
@@ -70,6 +80,7 @@ def train(
         run = load_recipe(run, overrides, say=say)
     elif overrides:
         raise UsageError("a checked recipe takes no overrides", fix="give the recipe's file, or dataclasses.replace it")
+    packages.refuse_unfit_versions()
     if started_as() is None:
         refuse_many_ranks("train")
     with joined(run) as (stop, ranks):
@@ -106,7 +117,7 @@ def start_run(
         stream = None if say else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         log = stack.enter_context(LogFile(out / "log.txt"))
         say = log.with_log(say or (lambda text: None))
-        ranks, mark, start = open_run_dir(run, ranks, stack, fresh=fresh, say=say)
+        ranks, start = open_run_dir(run, ranks, stack, fresh=fresh, say=say)
         if start.finished is not None:
             return Result(out, start.finished, finished_before=True)
         with as_usage_error():
@@ -117,21 +128,22 @@ def start_run(
             sinks = sinks_of(run, out, total_steps=total, steps_per_epoch=per_epoch, log=log, stream=stream)
             sinks.all.append(callback)
             stack.callback(close_after_all, sinks)
-            begin(session, start, sinks, mark, argv)
+            begin(session, start, sinks, argv)
         return fit_or_say_why(ready_trainer(trainer(session, start, sinks, stop), stack, say), say, callback)
 
 
 def open_run_dir(
     run: Run, ranks: Ranks, stack: ExitStack, *, fresh: bool, say: Callable[[str], None]
-) -> tuple[Ranks, Callable[[], None], Start]:
+) -> tuple[Ranks, Start]:
     """Claim the run directory until `stack` closes, on each node that does not see rank 0's too, put an earlier run aside
     if asked to, and decide where to start; a collective call.
 
-    Returns the ranks, which now know who leads which directory; what marks this one as a run's; and the start.
+    Returns the ranks, which now know who leads which directory, and the start.
     """
     out, marks = Path(run.output_dir), []
     with ranks.together():
         possible_shapes(run.parallel, ranks.world)
+    refuse_unlike_versions(ranks)
 
     def claim() -> None:
         # Only here, where it is created if it is not there: a network file system remembers for a while what was not there.
@@ -148,9 +160,27 @@ def open_run_dir(
     for rank, moved in enumerate(ranks.gather(place)):
         if moved:
             say(f"the earlier run is now in {moved}" + (f", of {ranks.name(rank)}" if rank else ""))
+    if killed := killed_before(out):
+        say(killed.text().replace("error:", "warning:", 1))
     with as_usage_error():
         start = decide_start(run, ranks, warn=say)
-    return ranks, marks[0] if marks else lambda: None, start
+    if ranks.leads_dir and start.finished is None:
+        marks[0]()
+        stack.enter_context(note_running(out))
+    return ranks, start
+
+
+def refuse_unlike_versions(ranks: Ranks) -> None:
+    """MachineError where ranks run other versions of what computes: their numbers would differ, or a collective fail."""
+    found = ranks.gather(packages.installed_versions())
+    with ranks.together():
+        for name in found[0]:
+            if len({versions.get(name) for versions in found}) > 1:
+                there = {versions.get(name): ranks.name(rank) for rank, versions in enumerate(found)}
+                what = f"the ranks have {name} in {len(there)} versions"
+                where = ", ".join(f"{version} on {rank}" for version, rank in there.items())
+                fix = "install the same versions on every node; tunesmith doctor --pair HOST compares them"
+                raise MachineError(what, where=where, fix=fix, cause="version")
 
 
 @contextlib.contextmanager
@@ -174,7 +204,7 @@ def follow(
 ) -> Result:
     """What a rank other than 0 does of `train`: it says nothing, writes nothing but checkpoints, and takes part in all
     else."""
-    ranks, mark, start = open_run_dir(run, ranks, stack, fresh=fresh, say=lambda text: None)
+    ranks, start = open_run_dir(run, ranks, stack, fresh=fresh, say=lambda text: None)
     if start.finished is not None:
         return Result(Path(run.output_dir), start.finished, finished_before=True)
     session = build(run, start, say=lambda text: None, ranks=ranks)
@@ -182,7 +212,7 @@ def follow(
     stack.callback(close_after_all, sinks)
     with ranks.together():  # rank 0 opens its files
         if ranks.leads_dir:
-            begin(session, start, sinks, mark, None)
+            begin(session, start, sinks, None)
         else:
             sinks.open(run, resumed_at(start))
     ready = ready_trainer(trainer(session, start, sinks, stop), stack, lambda text: None)
@@ -220,6 +250,7 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
         if trainer.stop.now:
             raise stopped_twice(trainer.out, trainer.progress.step, trainer.writer.saved_step) from error
         failure, resume = trainer.as_failure(error), how_to_resume(trainer.writer.saved_step)
+        failure.facts = failure.facts or trainer.session.ranks.heartbeat.own_facts()
         if error is callback.error:
             what = f"on_record raised {type(error).__name__}: {first_line(error)}"
             failure = RunError(what, where=f"step {trainer.progress.step}", fix=f"correct on_record; {resume}")
@@ -233,10 +264,9 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
     return result
 
 
-def begin(session: Session, start: Start, sinks: Sinks, mark: Callable[[], None], argv: list[str] | None) -> None:
-    """Write the first files of a start, now that nothing is left to check; `mark` makes the directory a run's."""
+def begin(session: Session, start: Start, sinks: Sinks, argv: list[str] | None) -> None:
+    """Write the first files of a start, now that nothing is left to check."""
     out = Path(session.run.output_dir)
-    mark()
     sweep(out)
     sinks.open(session.run, resumed_at(start))
     write_identity(session, argv)

@@ -1,0 +1,62 @@
+"""What a start that is killed leaves behind, and the next one tells: `running.json`, which every other end removes."""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tunesmith.checkpoint.run_dir import RUNNING, STOPPED
+from tunesmith.errors import RunError
+from tunesmith.host_files import oom_kills, write_atomically
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def _boot() -> str:
+    try:
+        return BOOT.read_text().strip()
+    except OSError:  # not Linux
+        return ""
+
+
+@contextlib.contextmanager
+def note_running(run_dir: Path) -> Iterator[None]:
+    """Leave a note in the run directory for the time of the block; a process that is killed cannot remove it."""
+    note = {"process": os.getpid(), "host": socket.gethostname(), "boot": _boot(), "oom_kills": oom_kills()}
+    write_atomically(run_dir / RUNNING, json.dumps(note | {"began": time.strftime("%Y-%m-%d %H:%M:%S")}, indent=1))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (run_dir / RUNNING).unlink(missing_ok=True)
+
+
+def killed_before(run_dir: Path) -> RunError | None:
+    """The end of the last start of this directory, which nothing holds now, if it was killed and no other rank has said so:
+    after which step, and the likely cause as seen from here."""
+    try:
+        note = dict(json.loads((run_dir / RUNNING).read_bytes()))
+        where = f"process {note['process']} on {note['host']}, begun {note['began']}"
+        booted, kills = note["boot"], int(note["oom_kills"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if (run_dir / "failure.json").exists() or (run_dir / STOPPED).exists():
+        return None
+    steps = 0
+    with contextlib.suppress(OSError, ValueError):
+        # The last line may be torn.
+        lines = (run_dir / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()
+        steps = json.loads(lines[-1])["step"] if lines else 0
+    what = f"the last start was killed {f'after step {steps}' if steps else 'before its first step'}"
+    fix = "start the same command again: it goes on from the newest checkpoint"
+    if note["host"] != socket.gethostname():
+        return RunError(what, where=where, why="its host knows more: dmesg -T | grep -i oom", fix=fix, cause="killed")
+    if booted != _boot():
+        return RunError(what, where=where, why="this machine was started again since", fix=fix, cause="restarted")
+    if (new := oom_kills() - kills) > 0:
+        why = f"the kernel ended {new} of this machine's processes since then (dmesg -T | grep -i oom)"
+        return RunError(what, where=where, why=why, fix=fix, cause="oom-kill")
+    return RunError(what, where=where, why="the kernel has ended no process since then", fix=fix, cause="killed")

@@ -1,0 +1,161 @@
+"""How a run ended is named with its likely cause: by the run, by the next start where the run could not, by a command that finds
+it before. Hangs and cut links: `parallel/test_heartbeat.py`; gated models: `hub/test_hub.py`; full disks and numbers that are not finite: `test_failed_runs.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import make_run
+from tunesmith import packages
+from tunesmith.checkpoint.killed import killed_before
+from tunesmith.checkpoint.run_dir import RUNNING
+from tunesmith.config.dump import dump
+from tunesmith.errors import CheckpointError, MachineError
+from tunesmith.host_files import oom_kills
+from tunesmith.inference.load_run import load_run
+from tunesmith.training.result import stopped_by
+from tunesmith.training.run import refuse_unlike_versions
+from waiting import wait_for
+from warm import Warm
+
+LONG = {"train": {"duration": "100000 steps"}, "checkpoint": {"every": "5 steps", "keep": 1}}
+
+
+@pytest.fixture
+def recipe(tiny: Path, tmp_path: Path) -> Path:
+    run = make_run(tiny, tmp_path, held=False, output_dir=str(tmp_path / "run"), **LONG)
+    (tmp_path / "recipe.yaml").write_text(dump(run))
+    return tmp_path / "recipe.yaml"
+
+
+def steps_of(run: Path) -> int:
+    return (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
+
+
+def start(recipe: Path, *words: str, **options: Any) -> Warm:
+    return Warm(["train", str(recipe), *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def test_kill_9_is_told_by_the_next_start(recipe: Path) -> None:
+    out = recipe.parent / "run"
+    process = start(recipe)
+    wait_for(lambda: steps_of(out) > 6, process)
+    assert killed_before(out) is not None  # were it not for the lock, which says that it runs
+    process.kill()
+    process.wait()
+    steps = steps_of(out)
+    err = go_on(recipe, out)
+    assert f"warning: the last start was killed after step {steps}\n  where: process {process.pid} on " in err
+    assert "  cause: killed: " in err
+    assert not (out / RUNNING).exists()
+
+
+def go_on(recipe: Path, out: Path) -> str:
+    """What a next start says, which is stopped after some steps."""
+    before = steps_of(out)
+    process = start(recipe)
+    wait_for(lambda: steps_of(out) > before, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    return process.communicate()[1]
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Path]:
+    """A control group of 1.2 GB; what grows beyond is ended by the kernel."""
+    old, new = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    version_2 = (new / "cgroup.controllers").exists()
+    group = (new if version_2 else old) / f"tunesmith-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.max" if version_2 else "memory.limit_in_bytes")).write_text("1200000000")
+    except OSError as error:
+        pytest.skip(f"no control group with a limit on memory can be made here: {error.strerror}")
+    yield group
+    group.rmdir()
+
+
+def test_the_kernels_end_for_want_of_memory_is_told_by_the_next_start(recipe: Path, little_memory: Path) -> None:
+    out, before = recipe.parent / "run", oom_kills()
+    process = start(recipe)
+    wait_for(lambda: steps_of(out) > 6, process)
+    (little_memory / "cgroup.procs").write_text(str(process.pid))
+    Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")  # the first that the kernel takes of this group
+    hog = f"open('{little_memory}/cgroup.procs', 'w').write('0')\nheld = [bytearray(50_000_000) for _ in range(100)]"
+    subprocess.run([sys.executable, "-c", hog], check=False)
+    assert process.wait() == -signal.SIGKILL
+    assert oom_kills() > before
+    err = go_on(recipe, out)
+    assert "  cause: oom-kill: the kernel ended a process" in err
+
+
+def test_a_machine_that_was_started_again_and_another_host_are_told(recipe: Path) -> None:
+    out = recipe.parent / "run"
+    out.mkdir()
+    note = {"process": 7, "host": os.uname().nodename, "boot": "another", "oom_kills": 0, "began": "2026-01-01"}
+    (out / RUNNING).write_text(json.dumps(note))
+    told = killed_before(out)
+    assert told is not None
+    assert (told.what, told.cause) == ("the last start was killed before its first step", "restarted")
+    (out / RUNNING).write_text(json.dumps(note | {"host": "elsewhere"}))
+    told = killed_before(out)
+    assert told is not None
+    assert (told.cause, "elsewhere" in told.where) == ("killed", True)
+    (out / "failure.json").write_text("{}")  # another rank has said why
+    assert killed_before(out) is None
+    for torn in ("", "{", "[]", "null", '{"process": 1}'):
+        (out / "failure.json").unlink(missing_ok=True)
+        (out / RUNNING).write_text(torn)
+        assert killed_before(out) is None
+
+
+def test_a_stop_by_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "cause" not in stopped_by("SIGTERM", tmp_path, 7, leads=True).text()
+    monkeypatch.setenv("SLURM_JOB_ID", "11")
+    assert "  cause: preempted: Slurm took the nodes back" in stopped_by("SIGTERM", tmp_path, 7, leads=True).text()
+    assert "cause" not in stopped_by("SIGINT", tmp_path, 7, leads=True).text()
+
+
+def test_a_torn_checkpoint_is_named(recipe: Path) -> None:
+    process = start(recipe, "train.duration=5 steps")
+    assert process.wait() == 0, process.communicate()
+    (recipe.parent / "run/final/adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError) as caught:
+        load_run(recipe.parent / "run/final")
+    assert caught.value.cause == "damaged"
+
+
+def test_a_package_of_a_wrong_version_is_refused_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages.refuse_unfit_versions()
+    place = tmp_path / "transformers-4.57.0.dist-info"
+    place.mkdir()
+    (place / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(MachineError) as caught:
+        packages.refuse_unfit_versions()
+    assert caught.value.what.startswith("transformers 4.57.0 is installed, and transformers<6,>=5.17")
+    assert (caught.value.cause, caught.value.fix) == ("version", "pip install 'transformers<6,>=5.17'")
+
+
+def test_ranks_of_unlike_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.ranks import Ranks
+
+    ranks = Ranks(0, 2, hosts=("spark-a", "spark-b"))
+    answers = iter([[{"torch": "2.13.0"}, {"torch": "2.12.1"}]])
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: next(answers, [(2, str(value)), (0, "")]))
+    with pytest.raises(MachineError) as caught:
+        refuse_unlike_versions(ranks)
+    assert caught.value.where == "2.13.0 on rank 0 on spark-a, 2.12.1 on rank 1 on spark-b"
+    assert caught.value.cause == "version"
