@@ -19,6 +19,7 @@ import pytest
 from recipes import recipe
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.launch import node
+from tunesmith.launch.debug import collect_logs
 from tunesmith.launch.rendezvous import find_endpoint, hold_store
 
 TIME = 300  # seconds, on a busy machine
@@ -98,6 +99,21 @@ def spaces() -> Iterator[list[str]]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=60)
+
+
+def test_logs_of_one_node_and_of_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import TCPStore
+
+    monkeypatch.setattr("tunesmith.launch.debug.PATIENCE", 0.2)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank.log").write_text("said")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    target = tmp_path / "debug.tar.gz"
+    for nodes, told in ((1, ""), (2, "; 1 of 2 nodes sent nothing")):
+        said = collect_logs(store, tmp_path / "logs", "127.0.0.1", nodes, target)
+        assert said == f"logs of 1 node: {target}{told}"
+        with tarfile.open(target) as archive:
+            assert archive.getnames() == ["127.0.0.1/rank.log"]
 
 
 @pytest.mark.slow

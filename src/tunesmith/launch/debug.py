@@ -63,4 +63,4 @@ def collect_logs(store: "TCPStore", folder: Path, name: str, nodes: int, target:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, packed.getvalue())
     missing = f"; {len(others) - len(here)} of {nodes} nodes sent nothing" if len(here) < len(others) else ""
-    return f"logs of {len(here) + 1} nodes: {target}{missing}"
+    return f"logs of {len(here) + 1} node{'s' if here else ''}: {target}{missing}"
