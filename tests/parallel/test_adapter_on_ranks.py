@@ -45,7 +45,7 @@ def drawn(name: str, like: Tensor) -> Tensor:
 def write_all(model: Path, folder: Path, meshes: list[dict[str, int]], places: list[Path]) -> list[int]:
     """A checkpoint and final/ of each mesh, with values drawn by name; the bytes of adapter and moments that this rank then
     has for itself beside its own parts."""
-    save_tensors.GATHERED = 1000  # some rows at a time
+    save_tensors.GATHERED = 4000  # some rows at a time
     sizes = []
     with join_ranks() as ranks:
         DTensor.full_tensor = None  # nothing is gathered on every rank

@@ -156,9 +156,9 @@ def test_the_number_of_graphs_does_not_grow_with_layers_and_lengths(recomputed):
     [*((family, False) for family in sorted(FAMILIES)), ("qwen2, two windows", True), ("smollm3", True)],
 )
 def test_every_family_has_one_graph_for_each_kind_of_layer(family, recomputed):
-    plain, backend = build(6, family), Counting()
+    plain, backend = build(3, family), Counting()
     fast = copy.deepcopy(plain)
-    recompute_layers(fast.model.layers, 6 * recomputed)
+    recompute_layers(fast.model.layers, 3 * recomputed)
     compile_layers(fast.model.layers, varied=True, backend=backend)
     for n in (40, 48, 61):
         assert_alike(run(fast, batch(n, length=n)), run(plain, batch(n, length=n)))
@@ -174,9 +174,9 @@ TOLERANCE = {"nf4": 1e-4, "fp8": 0.05, "int8": 0.05}
 def test_quantised_bases_have_one_graph_too(base, family, recomputed):
     if base == "nf4":
         pytest.importorskip("bitsandbytes")
-    plain, backend = build(4, family, base=base), Counting()
+    plain, backend = build(2, family, base=base), Counting()
     fast = copy.deepcopy(plain)
-    recompute_layers(fast.model.layers, 4 * recomputed)
+    recompute_layers(fast.model.layers, 2 * recomputed)
     compile_layers(fast.model.layers, varied=True, backend=backend)
     for n in (40, 48, 61):
         assert_alike(run(fast, batch(n, length=n)), run(plain, batch(n, length=n)), tolerance=TOLERANCE[base])
