@@ -95,6 +95,7 @@ _EXTENDS = [
 _TYPES = [
     _file("quoted truth", '+log: {wandb: "true"}\n', "log.wandb: expected true or false, found the text 'true'", "r.yaml:4", "write wandb: true, without quotes"),
     _file("YAML 1.1 truth", "+log: {wandb: yes}\n", "log.wandb: expected true or false", "r.yaml:4", "wandb: true"),
+    _line("rank without a list", "profile.ranks=0", "profile.ranks: expected a list of whole numbers or `all`", "profile.ranks", "profile.ranks=all"),
     _line("tracker without a list", "log.trackers=mlflow", "log.trackers: expected a list of texts", "log.trackers", "write it as a list: 'log.trackers=[mlflow]'"),
     _line("unknown tracker", "log.trackers=[mlfow]", "log.trackers.0: expected `mlflow`, `trackio`", "log.trackers", "did you mean 'log.trackers.0=mlflow'?"),
     _file("truth as number", "+adapter: {rank: true}\n", "adapter.rank: expected a whole number, found true", "r.yaml:4", "rank: 8"),

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipes import make_run
 from tunesmith.config.schema import Profile
+from tunesmith.errors import UsageError
 from tunesmith.metrics.profile import Profiler, idle_share
 
 CPU = torch.device("cpu")
@@ -43,7 +45,15 @@ def test_each_cycle_leaves_its_files_and_holds_its_active_steps(tmp_path: Path) 
         assert tracks
         assert {e["ph"] for e in tracks} == {"C"}
         assert max(e["args"]["bytes"] for e in tracks) >= 3 * 64 * 64 * 4
-        assert "aten::mm" in (folder / f"top-rank1-{cycle}.txt").read_text()
+        table = (folder / f"top-rank1-{cycle}.txt").read_text()
+        assert "aten::mm" in table
+        summary = json.loads((folder / f"summary-rank1-{cycle}.json").read_text())
+        calls = {row["name"]: row["calls"] for row in summary["operations"]}
+        assert calls["aten::mm"] == 3
+        assert all(name in table for name in calls)
+        assert sum(row["share"] for row in summary["operations"]) == pytest.approx(1, abs=1e-6), "few enough to be all"
+        assert summary["peak_bytes"] == {"CPU": max(e["args"]["bytes"] for e in tracks)}
+        assert summary["gpu_busy_share"] is None
 
 
 def test_a_run_that_ends_early_still_leaves_what_was_seen(tmp_path: Path) -> None:
@@ -55,6 +65,32 @@ def test_two_ranks_share_the_folder(tmp_path: Path) -> None:
     for rank in (0, 1):
         work(Profiler(Profile(enabled=True, wait=0, warmup=1, active=2), tmp_path, rank=rank, device=CPU), 4)
     assert {p.name.split(".")[0] for p in tmp_path.glob("*.pt.trace.json.gz")} == {"rank0", "rank1"}
+
+
+def test_only_the_ranks_that_are_named_record(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        work(
+            Profiler(Profile(enabled=True, wait=0, warmup=1, active=2, ranks=(1,)), tmp_path, rank=rank, device=CPU), 4
+        )
+    assert [p.name.split(".")[0] for p in tmp_path.glob("*.pt.trace.json.gz")] == ["rank1"]
+
+
+def test_stacks_name_the_python_lines_of_an_operation(tmp_path: Path) -> None:
+    for stacks in (False, True):
+        settings = Profile(enabled=True, wait=0, warmup=1, active=2, stacks=stacks)
+        profiler = Profiler(settings, tmp_path / str(stacks), rank=0, device=CPU)
+        work(profiler, 4)
+        assert (
+            any(e.get("cat") == "python_function" and "work" in e["name"] for e in load(profiler.traces[0])) == stacks
+        )
+
+
+def test_a_rank_that_is_not_there_is_refused(tiny: Path, tmp_path: Path) -> None:
+    from tunesmith.training.run import train
+
+    with pytest.raises(UsageError, match="rank 3, and the ranks here are 0 to 0"):
+        train(make_run(tiny, tmp_path, profile={"enabled": True, "ranks": [3]}), say=None)
+    assert not (tmp_path / "run").exists()
 
 
 def test_not_enabled_writes_nothing(tmp_path: Path) -> None:

@@ -215,6 +215,8 @@ class Profile:
     warmup: CountOrZero = key(3, "steps to trace and discard")
     active: Count = key(20, "steps to record")
     cycles: Count = key(1, "how many cycles")
+    stacks: bool = key(False, "also the Python call stack of each operation: larger traces, slower steps")
+    ranks: tuple[CountOrZero, ...] | Literal["all"] = key("all", "the ranks that record, such as [0]")
 
 
 @dataclass(frozen=True, kw_only=True)

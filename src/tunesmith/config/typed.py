@@ -181,7 +181,8 @@ def type_in_words(hint: Any) -> str:
     if origin is tuple and is_dataclass(inside[0]):
         return "a mapping of keys, or a list of them"
     if origin is tuple:
-        return "a list of texts" if inside[-1] is Ellipsis else f"a list of {len(inside)} numbers"
+        many = "texts" if str in members(inside[0]) or literal_words(inside[0]) else "whole numbers"
+        return f"a list of {many}" if inside[-1] is Ellipsis else f"a list of {len(inside)} numbers"
     if origin is dict:
         return "a mapping of texts to texts"
     plain = _FORMS.get(hint) or ("a mapping of keys" if is_dataclass(hint) else "")

@@ -6,6 +6,7 @@ In its folder, `output_dir/profile/` for a training run, each rank r writes for 
     memory-rank<r>-<cycle>.json.gz    allocated bytes over time as counter tracks, for Perfetto
     memory-rank<r>-<cycle>.pickle     GPU only: the allocator's segments, for pytorch.org/memory_viz
     top-rank<r>-<cycle>.txt           the ten operations with the most time of their own; on a GPU its idle time
+    summary-rank<r>-<cycle>.json      the same for programs, with the peak of each memory track: `tunesmith report` shows it
 """
 
 import gzip
@@ -21,6 +22,8 @@ from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trac
 
 from tunesmith.config.schema import Profile
 
+TOP = 10  # operations of a table
+
 
 class Profiler:
     """Context around the training loop; call `step()` after each optimizer step. Costs nothing when not enabled.
@@ -34,13 +37,13 @@ class Profiler:
         self.tables: list[Path] = []
         self._steps_left = (settings.wait + settings.warmup + settings.active) * settings.cycles
         self._profile: profile | None = None
-        if not settings.enabled:
+        if not settings.enabled or (settings.ranks != "all" and rank not in settings.ranks):
             return
         folder.mkdir(parents=True, exist_ok=True)
         steps = schedule(wait=settings.wait, warmup=settings.warmup, active=settings.active, repeat=settings.cycles)
         self._trace = tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}", use_gzip=True)
         kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
-        what: dict[str, Any] = {"profile_memory": True, "record_shapes": True}
+        what: dict[str, Any] = {"profile_memory": True, "record_shapes": True, "with_stack": settings.stacks}
         self._profile = profile(activities=kinds, schedule=steps, on_trace_ready=self._write, **what)
 
     def __enter__(self) -> Self:
@@ -72,17 +75,25 @@ class Profiler:
         (trace,) = set(self.folder.glob(f"rank{self.rank}.*.pt.trace.json.gz")) - before
         self.traces.append(trace)
         name = f"rank{self.rank}-{len(self.traces)}"
-        _write_memory(trace, self.folder / f"memory-{name}.json.gz")
+        peaks = _write_memory(trace, self.folder / f"memory-{name}.json.gz")
         if self.device.type == "cuda":
             with (self.folder / f"memory-{name}.pickle").open("wb") as out:
                 pickle.dump({"segments": torch.cuda.memory_snapshot(), "device_traces": []}, out)
         order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        table = done.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=60)
+        averages = done.key_averages()
+        table = averages.table(sort_by=order, row_limit=TOP, max_name_column_width=60)
         work = [e for e in done.events() or () if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-        if (share := idle_share((e.time_range.start, e.time_range.end) for e in work)) is not None:
-            table += f"\nGPU idle: {share:.2%} of the time from the first kernel to the last"
+        if (idle := idle_share((e.time_range.start, e.time_range.end) for e in work)) is not None:
+            table += f"\nGPU idle: {idle:.2%} of the time from the first kernel to the last"
         self.tables.append(self.folder / f"top-{name}.txt")
         self.tables[-1].write_text(table + "\n", encoding="utf-8")
+        times = sorted(((getattr(e, order), e.key, e.count) for e in averages), reverse=True)
+        whole = sum(time for time, _, _ in times) or 1.0
+        top = [
+            {"name": key, "calls": count, "ms": time / 1e3, "share": time / whole} for time, key, count in times[:TOP]
+        ]
+        summary = {"operations": top, "gpu_busy_share": None if idle is None else 1 - idle, "peak_bytes": peaks}
+        (self.folder / f"summary-{name}.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 
 def idle_share(spans: Iterable[tuple[float, float]]) -> float | None:
@@ -97,11 +108,14 @@ def idle_share(spans: Iterable[tuple[float, float]]) -> float | None:
     return idle / (latest - first) if latest > first else 0.0
 
 
-def _write_memory(trace: Path, out: Path) -> None:
-    """Write counter tracks of allocated bytes, one per device, made from the allocation events of a trace."""
+def _write_memory(trace: Path, out: Path) -> dict[str, int]:
+    """Write counter tracks of allocated bytes, one per device, made from the allocation events of a trace.
+
+    Returns the most bytes of each device. On a CPU they count from the start of the trace.
+    """
     with gzip.open(trace, "rt", encoding="utf-8") as file:
         events: list[dict[str, Any]] = json.load(file)["traceEvents"]
-    counters = []
+    counters, peaks = [], dict[str, int]()
     for event in events:
         if event.get("name") != "[memory]":
             continue
@@ -111,5 +125,7 @@ def _write_memory(trace: Path, out: Path) -> None:
         number = f" {values['Device Id']}" if values["Device Id"] >= 0 else ""
         track = {"name": f"{device}{number} allocated", "ph": "C", "ts": event["ts"], "pid": event["pid"]}
         counters.append(track | {"args": {"bytes": values["Total Allocated"]}})
+        peaks[f"{device}{number}"] = max(values["Total Allocated"], peaks.get(f"{device}{number}", 0))
     with gzip.open(out, "wt", encoding="utf-8") as file:
         json.dump({"displayTimeUnit": "ms", "traceEvents": counters}, file)
+    return peaks
