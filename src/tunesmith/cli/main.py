@@ -70,6 +70,7 @@ VERBS = {
     "merge": ("tunesmith.cli.merge", "merge an adapter into its base model, and check that it answers alike"),
     "export": ("tunesmith.cli.export", "write a checkpoint of several ranks as a model that Transformers loads"),
     "push": ("tunesmith.cli.push", "upload what a run trained to the Hugging Face Hub"),
+    "report": ("tunesmith.cli.report", "compare runs on one page that opens offline"),
     "import": ("tunesmith.cli.import_recipe", "turn the configuration of another tool into a recipe"),
     "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
 }

@@ -59,8 +59,8 @@ def _plain(run: Run) -> dict[str, Any]:
 
 def flatten(run: Run) -> dict[str, str | int | float | bool | None]:
     """Dotted key -> value, for what takes no nested ones; lists as JSON text."""
-    leaves = _leaves(to_mapping(run)).items()
-    return {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in leaves}
+    values = leaves(to_mapping(run)).items()
+    return {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in values}
 
 
 def dump(run: Run) -> str:
@@ -119,7 +119,7 @@ class Change(NamedTuple):
 
 def digest(run: Run) -> str:
     """SHA-256, in hex, of all that may not change when a run resumes. The duration may grow and is left out."""
-    kept = {key: value for key, value in _leaves(_plain(run)).items() if not _is_free(key) and key != DURATION}
+    kept = {key: value for key, value in leaves(_plain(run)).items() if not is_free(key) and key != DURATION}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -128,26 +128,27 @@ def differences(old: Run, new: Run) -> list[Change]:
 
     A duration in another unit (epochs for steps) is allowed: its steps are known once the data is read.
     """
-    before, after = _leaves(_plain(old)), _leaves(_plain(new))
+    before, after = leaves(_plain(old)), leaves(_plain(new))
     first, then = old.train.duration, new.train.duration
     grows = first.unit != then.unit or then.amount >= first.amount
     if first.seconds is not None and then.seconds is not None:
         grows = then.seconds >= first.seconds
     return [
-        Change(key, before.get(key), after.get(key), grows if key == DURATION else _is_free(key))
+        Change(key, before.get(key), after.get(key), grows if key == DURATION else is_free(key))
         for key in {**before, **after}
         if before.get(key) != after.get(key)
     ]
 
 
-def _is_free(key: str) -> bool:
+def is_free(key: str) -> bool:
+    """Whether a dotted key may change when a run resumes: it changes nothing that is learned."""
     return any(f"{key}.".startswith(f"{name}.") for name in FREE)
 
 
-def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+def leaves(value: Any, key: str = "") -> dict[str, Any]:
     """Dotted key -> value; a list of scalars is one leaf, so a changed list of names is one change."""
     if _nested(value):
         value = dict(enumerate(value))
     if not isinstance(value, dict) or not value:
         return {key: value}
-    return {k: v for name, item in value.items() for k, v in _leaves(item, f"{key}.{name}".lstrip(".")).items()}
+    return {k: v for name, item in value.items() for k, v in leaves(item, f"{key}.{name}".lstrip(".")).items()}

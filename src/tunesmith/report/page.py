@@ -1,0 +1,273 @@
+"""The report: runs -> one HTML page that needs nothing from outside, or Markdown; both are written from one context."""
+
+import base64
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tunesmith.config.dump import leaves
+from tunesmith.errors import MachineError, UsageError
+from tunesmith.metrics.terminal import format_seconds
+from tunesmith.report.compare import RunFacts, Spread, differing_keys, facts_of, judge, known
+from tunesmith.report.run_files import Columns, RunFiles, downsample, smooth
+
+MARK = "tunesmith report"  # in the first line of each page that it writes
+POINTS = 600  # of a curve: two for each pixel of a wide chart
+SPAN = 40  # a smoothed curve averages over one in so many of the steps, and at least 5
+PROMPTS, LOG_LINES, KEYS_IN_BOARD = 6, 20, 3
+VERSIONS = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "bitsandbytes")
+HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
+STATIC = ("uPlot.min.css", "plots.css", "report.css", "uPlot.iife.min.js", "plots.js", "report.js")
+MAIN = {  # curves that are shown at once: name -> title, unit, from zero, smoothed
+    "loss": ("Training loss", "", False, True),
+    "val_loss": ("Validation loss", "", False, False),
+    "tokens_per_second": ("Speed", "tokens/s", True, True),
+    "memory_gib": ("Peak memory", "GiB", True, False),
+}
+LEFT_OUT = ("step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops")
+FAILURE_FIELDS = ("what", "where", "why", "cause", "rank", "host", "phase", "collective", "last_step", "next")
+
+
+def write_report(runs: Sequence[RunFiles], output: Path, *, markdown: bool = False, note: str = "") -> None:
+    """Write the report of runs to a file. UsageError if that is there and no report; MachineError if it cannot be written.
+
+    `note`: a paragraph below the verdict, such as what the runs were chosen from.
+    """
+    try:
+        if output.exists() and MARK not in output.read_text(encoding="utf-8", errors="replace")[:200]:
+            fix = "--output another-name.html"
+            raise UsageError("this file is there and no report of tunesmith", where=str(output), fix=fix)
+        output.write_text(render_report(runs, markdown=markdown, note=note), encoding="utf-8")
+    except OSError as error:
+        what, fix = "the report cannot be written", "--output FILE in a folder that you may write to"
+        raise MachineError(what, where=str(output), why=error.strerror or str(error), fix=fix) from error
+
+
+def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str = "") -> str:
+    """The page as text."""
+    env = Environment(
+        loader=PackageLoader("tunesmith.report", "templates"),
+        autoescape=not markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {"value": _value, "figure": _figure, "cell": _cell, "fenced": _fenced}
+    context = _context(facts_of(runs)) | {"note": note, "mark": MARK}
+    if markdown:
+        return env.get_template("report.md.j2").render(context)
+    static = {name: (files("tunesmith.report") / "static" / name).read_text(encoding="utf-8") for name in STATIC}
+    # Only these scripts run: text of a run that looks like one does not.
+    script = f"{static['uPlot.iife.min.js']}\n{static['plots.js']}\n{static['report.js']}"
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    styles = Markup("\n".join(text for name, text in static.items() if name.endswith(".css")))
+    data = Markup(json.dumps(context["charts"], allow_nan=False).replace("<", "\\u003c"))
+    context |= {"script": Markup(script), "allowed": allowed, "styles": styles, "data": data}
+    return env.get_template("report.html.j2").render(context)
+
+
+def _context(runs: list[RunFacts]) -> dict[str, Any]:
+    verdict, keys = judge(runs), differing_keys(runs)
+    env = [leaves({k: v for k, v in run.files.env.items() if k not in ("command", "choices", *HASHES)}) for run in runs]
+    taken = [{k: v.get("taken") for k, v in run.files.env.get("choices", {}).items()} for run in runs]
+    every = [
+        one | {f"chosen here: {name}": value for name, value in more.items()}
+        for one, more in zip(env, taken, strict=True)
+    ]
+    environment = [(key, [one.get(key) for one in every]) for key in dict.fromkeys(key for one in every for key in one)]
+    return {
+        "runs": runs,
+        "verdict": verdict,
+        "keys": keys,
+        "board_keys": [one for one in keys if one.learns][:KEYS_IN_BOARD],
+        "figures": [(name, [give(run) for run in runs]) for name, give in FIGURES.items()],
+        "environment": [(key, values, len({str(value) for value in values}) > 1) for key, values in environment],
+        "charts": _charts(runs),
+        "samples": _samples_of(runs),
+        "ranks": [(run, _rank_rows(run.files)) for run in runs if run.files.ranks],
+        "profiles": [(run, shown) for run in runs if (shown := _profiles(run.files.folder))],
+        "ends": [_end(run) for run in runs],
+        "reproduce": [_reproduce(run) for run in runs],
+        "time_text": format_seconds,
+    }
+
+
+def _best_text(run: RunFacts) -> str | None:
+    return f"{run.best[0]:.4f} at step {run.best[1]}" if run.best else None
+
+
+def _mean(run: RunFacts, name: str) -> Spread | None:
+    return Spread.of(known(run.files.columns.get(name, [])))
+
+
+FIGURES = {  # rows of the table of figures
+    "state": lambda run: f"{run.files.state} at step {run.steps}",
+    "val_loss, lowest": _best_text,
+    "val_loss, last": lambda run: run.validations[-1][1] if run.validations else None,
+    "training loss, mean of the last steps": lambda run: run.loss,
+    "tokens/s, without the first step": lambda run: run.speed,
+    "MFU": lambda run: f"{run.mfu:.1%}" if run.mfu is not None else None,
+    "waiting for data": lambda run: f"{run.waiting:.1%}" if run.waiting is not None else None,
+    "peak memory, GiB": lambda run: run.memory_gib,
+    "tokens learned from": lambda run: f"{run.tokens:,.0f}",
+    "time of the steps": lambda run: format_seconds(run.seconds),
+    "seconds a step": lambda run: _mean(run, "step_seconds"),
+    "gradient norm": lambda run: _mean(run, "grad_norm"),
+    "GPU utilisation, %": lambda run: _mean(run, "gpu_utilization"),
+    "GPU power, W": lambda run: _mean(run, "gpu_power_watts"),
+}
+
+
+def _charts(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
+    """What plots.js draws: the main curves, then every other number of the records."""
+    names = dict.fromkeys([*MAIN, *(name for run in runs for name in run.files.columns if name not in LEFT_OUT)])
+    charts = []
+    for name in names:
+        title, unit, zero, smoothed = MAIN.get(name, (name, "", False, False))
+        series = [line for i, run in enumerate(runs) for line in _series(run, i, name, smoothed)]
+        if series:
+            shown = {"title": title, "unit": unit, "zero": zero, "series": series}
+            charts.append(shown | {"place": "main" if name in MAIN else "more"})
+    return charts
+
+
+def _series(run: RunFacts, index: int, name: str, smoothed: bool) -> list[dict[str, Any]]:
+    steps, values = run.files.columns.get("step", []), run.files.columns.get(name, [])
+    span = max(5, len(values) // SPAN)
+    smoothed = smoothed and len(values) >= 3 * span
+    lines = [(f"{run.label}, raw" if smoothed else run.label, values, smoothed)]
+    lines += [(run.label, smooth(values, span), False)] if smoothed else []
+    shown = [(label, faint, *downsample(steps, found, POINTS)) for label, found, faint in lines]
+    return [
+        {
+            "label": label,
+            "run": index,
+            "faint": faint,
+            "dots": 2 * len(x) < len(steps),
+            "x": x,
+            "y": [_short(v) for v in y],
+        }
+        for label, faint, x, y in shown
+        if x
+    ]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _samples_of(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
+    """For each prompt: (run, step, answer) before training, once where all runs agree, and after; the steps between."""
+    found = []
+    for prompt in list(dict.fromkeys(row["prompt"] for run in runs for row in run.files.samples))[:PROMPTS]:
+        rows = [(run.label, [r for r in run.files.samples if r["prompt"] == prompt]) for run in runs]
+        rows = [(label, answers) for label, answers in rows if answers]
+        first = [(label, a[0]["step"], a[0]["answer"]) for label, a in rows if a[0]["step"] == 0]
+        if len(first) > 1 and len({answer for *_, answer in first}) == 1:
+            first = [("", *first[0][1:])]
+        last = [(label, a[-1]["step"], a[-1]["answer"]) for label, a in rows if a[-1]["step"] > 0]
+        between = [
+            (label, row["step"], row["answer"]) for label, a in rows for row in a if 0 < row["step"] < a[-1]["step"]
+        ]
+        found.append({"prompt": prompt, "before": first, "after": last, "between": between})
+    return found
+
+
+def _rank_rows(run: RunFiles) -> dict[str, Any]:
+    """Mean and maximum of what each rank measured of itself."""
+    ranks: dict[int, Columns] = {0: run.columns} | run.ranks
+    names = list(dict.fromkeys(name for columns in run.ranks.values() for name in columns if name not in LEFT_OUT))
+    rows = {rank: [known(columns.get(name, [])) for name in names] for rank, columns in sorted(ranks.items())}
+    cells = {rank: [(Spread.of(one), max(one, default=None)) for one in row] for rank, row in rows.items()}
+    return {"names": names, "rows": cells}
+
+
+def _profiles(folder: Path) -> list[dict[str, Any]]:
+    """The summaries of `profile/`, each with its name."""
+    found = []
+    for path in sorted(folder.glob("profile/summary-rank*.json")):
+        try:
+            found.append({"name": path.stem.removeprefix("summary-"), **json.loads(path.read_bytes())})
+        except ValueError:  # a copy that was cut off
+            continue
+    return found
+
+
+def _end(run: RunFacts) -> dict[str, Any]:
+    """How a run ended, where it did not finish: what it left behind to tell why, and the command that goes on."""
+    failure, stopped, state, folder = run.files.failure, run.files.stopped, run.files.state, run.files.folder
+    told: dict[str, Any] = {}
+    if failure and state == "failed":
+        told = {name: failure[name] for name in FAILURE_FIELDS if failure.get(name) not in (None, "")}
+    elif state == "stopped":
+        told = {name: value for name, value in leaves(stopped or {}).items() if value is not None}
+    elif state == "killed":
+        saved = max(
+            (int(path.name[11:]) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()), default=None
+        )
+        told = {
+            "what": "no process is at work here, and it left no word: it was killed, or this is a copy of a running one",
+            "last_step": run.steps,
+            "next": f"tunesmith train {shlex.quote(f'{folder}/config.yaml')}"
+            + (f"   # goes on from checkpoint-{saved}" if saved else "   # starts over: no checkpoint was written"),
+        }
+    warnings = [line for line in run.files.log_tail if "  warning: " in line]
+    return {"run": run, "told": told, "warnings": warnings, "log": run.files.log_tail[-LOG_LINES:]}
+
+
+def _reproduce(run: RunFacts) -> dict[str, Any]:
+    """What it takes to make a run again; each part is None where env.json does not have it."""
+    env, recipe = run.files.env, run.files.folder / "config.yaml"
+    words = [Path(word).name if i == 0 else str(word) for i, word in enumerate(env.get("command") or ())]
+    if words[:1] in (["__main__.py"], ["tunesmith"]):
+        words = ["tunesmith", *words[1:]]
+    versions = [f"{name}=={env[name].partition('+')[0]}" for name in VERSIONS if isinstance(env.get(name), str)]
+    return {
+        "run": run,
+        "command": shlex.join(words) if words else None,
+        "again": f"tunesmith train {shlex.quote(str(recipe))} output_dir={shlex.quote(f'{run.files.folder}-again')}",
+        "commit": env.get("commit"),
+        "versions": f"pip install {' '.join(versions)}" if versions else None,
+        "hashes": {name.replace("_", " "): env[name] for name in HASHES if env.get(name)},
+        "seed": run.files.recipe.get("train", {}).get("seed"),
+        "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
+    }
+
+
+def _value(value: Any) -> str:
+    """A value of a recipe or of env.json as text; a long list in JSON."""
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _figure(value: Any) -> str:
+    """A figure: text as it is, a mean with its standard deviation, a dash for what was not measured."""
+    if isinstance(value, Spread):
+        spread = f" ± {_digits(value.deviation)} (n = {value.count:,})" if value.count > 1 else ""
+        return _digits(value.mean) + spread
+    return "–" if value is None else value if isinstance(value, str) else _digits(value)
+
+
+def _digits(value: float) -> str:
+    """Four significant digits: 0.03125, 1.234, 12,480."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _cell(text: str) -> str:
+    """Text in a cell of a Markdown table, where nothing of it is markup."""
+    return re.sub(r"([\\`*_{}\[\]<>|#&~])", r"\\\1", " ".join(text.split()))
+
+
+def _fenced(text: str) -> str:
+    """Text as a block of Markdown, behind a fence that it does not hold."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"

@@ -1,0 +1,164 @@
+"""Which run is better: said where it can be, and where it cannot, why."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from report.written import falling, write_run
+from tunesmith.report.compare import Spread, Verdict, differing_keys, facts_of, judge, wobble
+
+
+def verdict(*runs) -> Verdict:
+    return judge(facts_of(runs))
+
+
+def said(found: Verdict) -> str:
+    return "\n".join([found.headline, *found.reasons])
+
+
+def rate(value: float, seed: int = 42) -> dict:
+    return {"train": {"learning_rate": value, "seed": seed}}
+
+
+def test_the_lower_val_loss_on_the_same_rows_is_better(tmp_path: Path) -> None:
+    good = write_run(tmp_path / "good", falling(2.0), recipe=rate(1e-3))
+    bad = write_run(tmp_path / "bad", falling(2.5), recipe=rate(1e-4))
+    for runs, best in (((good, bad), (0,)), ((bad, good), (1,))):
+        found = verdict(*runs)
+        assert (found.kind, found.best) == ("better", best)
+        assert found.headline == "good is better: lowest val_loss 1.0100 against 1.5100 of bad"
+        assert "They differ in train.learning_rate alone." in found.reasons
+        assert "Each has one seed" in said(found)
+        assert "train.seed=43" in said(found)
+
+
+def test_a_gap_within_the_noise_is_none(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", falling(2.0, jitter=0.1), recipe=rate(1e-3))
+    other = write_run(tmp_path / "other", falling(2.05, jitter=0.1), recipe=rate(1e-4))
+    found = verdict(one, other)
+    assert (found.kind, found.best) == ("equal", ())
+    assert found.headline.startswith("No difference that can be told from noise")
+
+
+def test_other_held_out_rows_are_not_compared(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", falling(2.0))
+    for name, env, recipe in (
+        ("hash", {"validation_hash": "w" * 64}, {}),
+        ("fewer", {}, {"validate": {"max_examples": 8}}),
+        ("unknown", {"validation_hash": None}, {}),
+    ):
+        found = verdict(one, write_run(tmp_path / name, falling(9.0), env=env, recipe=recipe))
+        assert (found.kind, found.best) == ("none", ())
+        assert found.headline == "Not comparable: val_loss was measured on different rows"
+        assert "tunesmith eval" in said(found)
+
+
+def test_a_training_loss_alone_decides_nothing(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path / "one", loss=0.1), write_run(tmp_path / "other", falling(3.0), loss=3.0)
+    found = verdict(one, other)
+    assert (found.kind, found.best) == ("none", ())
+    assert "one has no val_loss (finished)." in found.reasons
+    assert "data.hold_out" in said(found)
+
+
+def test_a_lower_training_loss_does_not_win_against_val_loss(tmp_path: Path) -> None:
+    good = write_run(tmp_path / "good", falling(2.0), loss=1.5)
+    fits = write_run(tmp_path / "fits", falling(2.5), recipe=rate(1e-2), loss=0.1)
+    found = verdict(good, fits)
+    assert (found.kind, found.best) == ("better", (0,))
+    assert "fits has the lower training loss" in said(found)
+
+
+def test_seeds_give_the_noise(tmp_path: Path) -> None:
+    """Pooled over both recipes: variances 0.0002 and 0.0002, so 0.0141; the error of the difference is 0.0141 too."""
+    a = [write_run(tmp_path / f"a{s}", falling(2.0 + s * 0.02, jitter=0), recipe=rate(1e-3, s)) for s in (0, 1)]
+    b = [write_run(tmp_path / f"b{s}", falling(2.02 + s * 0.02, jitter=0), recipe=rate(1e-4, s)) for s in (0, 1)]
+    found = verdict(*a, *b)
+    assert found.kind == "equal"
+    assert "differs by 0.0141 from seed to seed (standard deviation, 4 runs)" in said(found)
+    far = [write_run(tmp_path / f"c{s}", falling(2.5 + s * 0.02, jitter=0), recipe=rate(1e-5, s)) for s in (0, 1)]
+    found = verdict(*a, *far)
+    assert (found.kind, found.best) == ("better", (0, 1))
+    assert "a0 and a1 is better: lowest val_loss 1.0100 ± 0.0141 against 1.5100 ± 0.0141" in found.headline
+
+
+def test_one_recipe_twice(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(s), falling(2.0 + s), recipe=rate(1e-3, s)) for s in (1, 2)]
+    found = verdict(*runs)
+    assert (found.kind, found.best) == ("equal", ())
+    assert "2 runs of one recipe with 2 seeds" in said(found)
+
+
+def test_cautions(tmp_path: Path) -> None:
+    up = {**falling(2.0, jitter=0), 40: 1.9}
+    rises = write_run(tmp_path / "rises", up, recipe=rate(1e-3))
+    short = write_run(tmp_path / "short", falling(3.0, steps=20), steps=20, finished=False, env={"cpu": "another"})
+    text = said(verdict(rises, short))
+    assert "rises ends at val_loss 1.9000: it was lower at step 36" in text
+    assert "short killed at step 20" in text
+    assert "unequal numbers of tokens: rises 4,000, short 2,000" in text
+    assert "speed and memory are not comparable" in text
+    assert "After step 20, the last that both were measured at: 1.5000 against 2.4900" in text
+
+
+def test_too_few_validations_to_know_the_noise(tmp_path: Path) -> None:
+    found = verdict(write_run(tmp_path / "a", {40: 1.0}), write_run(tmp_path / "b", {40: 2.0}, recipe=rate(1e-9)))
+    assert (found.kind, found.best) == ("none", ())
+    assert "the noise is not known" in found.headline
+
+
+def test_one_run(tmp_path: Path) -> None:
+    found = verdict(write_run(tmp_path / "a", falling(2.0)))
+    assert found.headline == "a: finished at step 40, lowest val_loss 1.0100 at step 40"
+    assert "without a val_loss" in verdict(write_run(tmp_path / "b")).headline
+    assert verdict(write_run(tmp_path / "c", steps=0, finished=False)).kind == "alone"
+
+
+def test_differing_keys_tell_what_changes_nothing(tmp_path: Path) -> None:
+    recipe = {
+        "train": {"learning_rate": 3e-4, "micro_batch": "1 examples"},
+        "adapter": {"target": ["q_proj", "v_proj"]},
+    }
+    found = differing_keys(facts_of([write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe=recipe)]))
+    assert [(one.key, one.values, one.learns) for one in found] == [
+        ("adapter.target", ["all-linear", ["q_proj", "v_proj"]], True),
+        ("train.learning_rate", [1e-4, 3e-4], True),
+        ("train.micro_batch", ["auto", "1 examples"], False),
+    ]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / place / "run") for place in ("a", "b")]
+    assert [run.label for run in facts_of(runs)] == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+
+
+def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
+    """2 slow tokens a second in the first step, then alternately 100 and 300; the mean is weighted by time."""
+
+    def pace(step: int) -> float:
+        return 2.0 if step == 1 else 100.0 if step % 2 else 300.0
+
+    def seconds(step: int) -> float:
+        return 100.0 / pace(step)
+
+    run = write_run(
+        tmp_path / "a", steps=5, tokens_per_second=pace, step_seconds=seconds, data_seconds=lambda s: seconds(s) / 4,
+        mfu=lambda s: pace(s) / 1000, memory_gib=float,
+    )  # fmt: skip
+    (facts,) = facts_of([run])
+    assert facts.speed == Spread(pytest.approx(400 / (2 / 3 + 2)), pytest.approx(math.sqrt(4 * 100**2 / 3)), 4)
+    assert facts.waiting == pytest.approx(0.25)
+    assert facts.mfu == pytest.approx(0.15)
+    assert (facts.memory_gib, facts.tokens, facts.seconds) == (5.0, 500, pytest.approx(50 + 2 + 2 / 3))
+
+
+def test_wobble_is_the_noise_and_not_the_trend() -> None:
+    """Of a line with normal noise of 0.05, seed 0: 400 points, of which the second half estimates it to some 5 %."""
+    draw = random.Random(0)
+    assert wobble([3 - 0.01 * i + draw.gauss(0, 0.05) for i in range(400)]) == pytest.approx(0.05, rel=0.15)
+    assert wobble([3 - 0.5 * i for i in range(20)]) == pytest.approx(0, abs=1e-12)
+    assert wobble([1.0, 2.0, 3.0]) is None
