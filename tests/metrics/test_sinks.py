@@ -21,7 +21,7 @@ from tunesmith.errors import MachineError
 from tunesmith.host_files import is_terminal
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import read_records
-from tunesmith.metrics.sink import JsonlSink, Sink, Sinks, TensorBoardSink
+from tunesmith.metrics.sink import JsonlSink, SampleAnswer, Sink, Sinks, TensorBoardSink
 from tunesmith.metrics.terminal import Terminal, format_seconds
 from tunesmith.training.run import sinks_of
 from tunesmith.units import Length
@@ -71,7 +71,7 @@ def test_tensorboard_has_each_measured_value_under_its_name(tmp_path: Path, run:
     sink.step(record(1, mfu=0.25, mfu_peak_tflops=92.0, val_loss=7.0))
     sink.step(record(2))
     sink.validation(2, 1.5)
-    sink.samples(2, [("ask", "line one\nline *two*")])
+    sink.samples(2, [SampleAnswer("ask", "line one\nline *two*", "expected")])
     sink.text("contract", "12 checks")
     sink.close()
     accumulator = events(tmp_path)
@@ -127,6 +127,7 @@ import sys
 from pathlib import Path
 from tunesmith.config.schema import Data, Model, Run, Source
 from tunesmith.metrics.record import StepRecord
+from tunesmith.metrics.sink import SampleAnswer
 from tunesmith.metrics.trackers import TrackerSink
 folder, resumed = Path(sys.argv[1]), int(sys.argv[2])
 run = Run(model=Model(name="org/base"), data=Data(train=(Source(source="rows.jsonl"),)), output_dir=str(folder))
@@ -136,7 +137,7 @@ step = resumed + 1
 sink.step(StepRecord(step=step, epoch=0.1, loss=2.5, learning_rate=1e-4, grad_norm=1.0, tokens=1,
     supervised_tokens=1, examples=1, step_seconds=1.0, data_seconds=0.0, tokens_per_second=1.0, mfu=None, memory_gib=1.0))
 sink.validation(step, 1.5)
-sink.samples(step, [("ask", "answer")])
+sink.samples(step, [SampleAnswer("ask", "answer", "expected")])
 sink.close()
 """
     ids = []
@@ -164,7 +165,7 @@ def shown(run: Run, folder: Path, records, *, total: int | None, stream: io.Stri
         sink.step(each)
     sink.validation(len(records), 1.25)
     sink.text("contract", "12 checks\nall hold")
-    sink.samples(1, [("ask", "answer")])
+    sink.samples(1, [SampleAnswer("ask", "answer", "expected")])
     sink.close()
     return stream.getvalue(), (folder / "log.txt").read_text()
 

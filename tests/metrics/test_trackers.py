@@ -20,7 +20,7 @@ from tunesmith.config.dump import to_yaml
 from tunesmith.config.schema import Log, TrackerName
 from tunesmith.errors import MachineError
 from tunesmith.metrics.record import read_records
-from tunesmith.metrics.sink import JsonlSink
+from tunesmith.metrics.sink import JsonlSink, SampleAnswer
 from tunesmith.metrics.trackers import TRACKERS, Tracker, TrackerSink, trackers_of
 from tunesmith.training.run import train
 
@@ -112,7 +112,7 @@ def test_samples_that_wandb_cannot_take_do_not_stop_the_run(tmp_path: Path, monk
     warnings: list[str] = []
     sink = TrackerSink("wandb", tmp_path, warnings.append)
     sink._tracker = "begun"
-    sink.samples(1, [("ask", "answer")])
+    sink.samples(1, [SampleAnswer("ask", "answer", "expected")])
     sink.close()
     assert [line.partition(":")[2].partition(",")[0] for line in warnings] == [" wandb failed"]
 

@@ -33,12 +33,10 @@ def visible(page: str) -> str:
 
 def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> None:
     text = visible(render_report(two))
-    places = [
-        text.index(word)
-        for word in ("good is better", "Side by side", "train.learning_rate", "0.001", "Training loss")[:4]
-    ]
-    assert places[0] < places[1] < places[3]
-    assert "They differ in train.learning_rate alone." in text[: places[1]]
+    text = text[text.index("good is better") :]
+    places = [text.index(word) for word in ("good is better", "train.learning_rate", "Side by side", "Drag over")]
+    assert places == sorted(places)
+    assert "They differ in train.learning_rate (0.001 against 0.0001) alone." in text[: places[2]]
     for words in (
         "Answers before and after",
         "Before training I am a model.",

@@ -18,7 +18,7 @@ from tunesmith.checkpoint.run_dir import claim_run_dir
 from tunesmith.config.dump import to_mapping
 from tunesmith.errors import UsageError
 from tunesmith.metrics.record import cut_back
-from tunesmith.metrics.sink import SamplesSink
+from tunesmith.metrics.sink import SampleAnswer, SamplesSink
 from tunesmith.report.run_files import JsonlColumns, RunFiles, downsample, smooth
 
 
@@ -54,6 +54,8 @@ def test_samples_begin_before_training(trained: Path) -> None:
     assert [row["step"] for row in samples] == [0, 4, 8]
     assert {row["prompt"] for row in samples} == {samples[0]["prompt"]}
     assert "Say" in samples[0]["prompt"]
+    held = json.loads((trained.parent / "held.jsonl").read_text().splitlines()[0])
+    assert {row["expected"] for row in samples} == {held["completion"]}
 
 
 def test_each_state(copied: Path) -> None:
@@ -158,11 +160,11 @@ def test_samples_are_cut_back_with_the_records(tmp_path: Path) -> None:
     sink = SamplesSink(path)
     sink.open(RUN, 0)
     for step in (0, 4, 8):
-        sink.samples(step, [("ask\nthis", f"answer {step}")])
+        sink.samples(step, [SampleAnswer("ask\nthis", f"answer {step}", "expected")])
     with path.open("a") as file:
         file.write('{"step": 9, "pro')
     sink.open(RUN, 4)
-    sink.samples(8, [("ask\nthis", "again")])
+    sink.samples(8, [SampleAnswer("ask\nthis", "again", "expected")])
     rows = [json.loads(line) for line in path.open()]
     assert [(row["step"], row["prompt"], row["answer"]) for row in rows] == [
         (0, "ask\nthis", "answer 0"), (4, "ask\nthis", "answer 4"), (8, "ask\nthis", "again")

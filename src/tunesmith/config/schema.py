@@ -208,7 +208,7 @@ class Log:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Traces for Perfetto and TensorBoard, and a memory snapshot."""
+    """Traces for Perfetto, and a memory snapshot."""
 
     enabled: bool = key(False, "record a trace and a memory snapshot")
     wait: CountOrZero = key(5, "steps to skip before each cycle")

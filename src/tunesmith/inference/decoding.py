@@ -18,6 +18,7 @@ from tunesmith.adapter.lora import LoraLinear, loras, merged_weight
 from tunesmith.data.batch import Example
 from tunesmith.errors import UsageError
 from tunesmith.methods.base import TrainModel
+from tunesmith.metrics.sink import SampleAnswer
 
 SAMPLE_TOKENS = 64  # of a sample answer while training
 WINDOW_BATCHES = 4  # a larger window sorts better; a resumed job computes one window again
@@ -206,15 +207,19 @@ def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
 
 def sample_answers(
     train_model: TrainModel, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], stops: Collection[int]
-) -> list[tuple[str, str]]:
-    """(prompt, greedy answer) of examples of a run in progress; the training attention is set again afterwards."""
+) -> list[SampleAnswer]:
+    """Greedy answers to examples of a run in progress; the training attention is set again afterwards."""
     # What stands before the first supervised token is the prompt; an example that is supervised whole has none.
-    prompts = [ids for ids in (e.ids[: int(e.trained.argmax())].tolist() for e in examples) if len(ids) > 1]
+    turns = [(e.ids[:start].tolist(), e, start) for e in examples if (start := int(e.trained.argmax())) > 1]
     model, decoding = train_model.model, Decoding(max_new_tokens=SAMPLE_TOKENS)
     model.set_attn_implementation("sdpa")
     try:
         how: dict[str, Any] = {"stops": stops, "generate": train_model.generate}
-        answers = [answer_batch(model, tokenizer, [ids], decoding, **how)[0].text for ids in prompts]
+        answers = [answer_batch(model, tokenizer, [ids], decoding, **how)[0].text for ids, _, _ in turns]
     finally:
         train_model.use_training_attention()
-    return [(decode(tokenizer, ids), text) for ids, text in zip(prompts, answers, strict=True)]
+    # The same number of tokens of the row's own answer, up to the end of its first turn.
+    rows = [example.ids[start : start + SAMPLE_TOKENS].tolist() for _, example, start in turns]
+    expected = [cut_answer(tokenizer, row, stops).text for row in rows]
+    found = zip(turns, answers, expected, strict=True)
+    return [SampleAnswer(decode(tokenizer, ids), answer, wanted) for (ids, _, _), answer, wanted in found]

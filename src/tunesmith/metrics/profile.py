@@ -2,7 +2,7 @@
 
 In its folder, `output_dir/profile/` for a training run, each rank r writes for each cycle:
 
-    rank<r>.<time>.pt.trace.json.gz   the trace: ui.perfetto.dev, or TensorBoard's profiler plugin on the folder
+    rank<r>.<time>.pt.trace.json.gz   the trace, for ui.perfetto.dev
     memory-rank<r>-<cycle>.json.gz    allocated bytes over time as counter tracks, for Perfetto
     memory-rank<r>-<cycle>.pickle     GPU only: the allocator's segments, for pytorch.org/memory_viz
     top-rank<r>-<cycle>.txt           the ten operations with the most time of their own; on a GPU its idle time

@@ -10,12 +10,20 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError
 from tunesmith.host_files import write_atomically
 from tunesmith.metrics.record import StepRecord, cut_back
+
+
+class SampleAnswer(NamedTuple):
+    """What the model answered to a held-out prompt, and the answer that the row has."""
+
+    prompt: str
+    answer: str
+    expected: str
 
 
 class Sink:
@@ -30,8 +38,8 @@ class Sink:
     def validation(self, step: int, loss: float) -> None:
         """The held-out rows were measured."""
 
-    def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
-        """The model answered these prompts: (prompt, answer)."""
+    def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
+        """The model answered these prompts."""
 
     def text(self, title: str, body: str) -> None:
         """Something to read: the recipe, the token contract, a warning."""
@@ -80,7 +88,7 @@ class Sinks(Sink):
         for sink in self.all:
             sink.validation(step, loss)
 
-    def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
+    def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for sink in self.all:
             sink.samples(step, rows)
 
@@ -143,8 +151,8 @@ class SamplesSink(Sink):
         else:
             self.path.unlink(missing_ok=True)
 
-    def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
-        lines = (json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n" for prompt, answer in rows)
+    def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
+        lines = (json.dumps({"step": step, **row._asdict()}) + "\n" for row in rows)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
@@ -192,9 +200,9 @@ class TensorBoardSink(Sink):
     def validation(self, step: int, loss: float) -> None:
         self._writer.add_scalar("validation/loss", loss, step)
 
-    def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
-        for number, (prompt, answer) in enumerate(rows, start=1):
-            shown = f"**prompt**\n\n{_verbatim(prompt)}\n\n**answer**\n\n{_verbatim(answer)}"
+    def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
+        for number, row in enumerate(rows, start=1):
+            shown = "\n\n".join(f"**{name}**\n\n{_verbatim(text)}" for name, text in row._asdict().items())
             self._writer.add_text(f"sample/{number}", shown, global_step=step)
 
     def text(self, title: str, body: str) -> None:

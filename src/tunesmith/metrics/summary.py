@@ -75,7 +75,7 @@ _FILES = (
     ("log.txt", "what was shown here"),
     ("config.yaml", "the resolved recipe"),
     ("env.json", "versions and hardware"),
-    ("profile", "traces for Perfetto and TensorBoard"),
+    ("profile", "traces for ui.perfetto.dev; tunesmith report shows the rest"),
 )
 
 

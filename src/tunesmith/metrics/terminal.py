@@ -14,7 +14,7 @@ from tunesmith.config.schema import Run
 from tunesmith.host_files import is_terminal
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
-from tunesmith.metrics.sink import Sink
+from tunesmith.metrics.sink import SampleAnswer, Sink
 from tunesmith.units import Cadence
 
 LINES_A_SECOND = 10.0
@@ -109,9 +109,9 @@ class Terminal(Sink):
     def validation(self, step: int, loss: float) -> None:
         self._tell(f"step {step}  val_loss {loss:.4f}")
 
-    def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
-        for prompt, answer in rows:
-            self._write(f"step {step}  sample  {prompt!r} -> {answer!r}")
+    def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
+        for row in rows:
+            self._write(f"step {step}  sample  {row.prompt!r} -> {row.answer!r}")
 
     def text(self, title: str, body: str) -> None:
         if title != "recipe":  # config.yaml lies beside the log

@@ -17,7 +17,7 @@ from tunesmith.config.dump import flatten, to_mapping
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RunError, first_line
 from tunesmith.metrics.record import StepRecord, read_records
-from tunesmith.metrics.sink import Sink
+from tunesmith.metrics.sink import SampleAnswer, Sink
 
 PROJECT = "tunesmith"
 
@@ -143,11 +143,11 @@ class TrackerSink(Sink):
     def validation(self, step: int, loss: float) -> None:
         self._report("validation", step, loss, {"validation/loss": loss})
 
-    def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
+    def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         def report(tracker: Any) -> None:
             import wandb
 
-            table = wandb.Table(columns=["step", "prompt", "answer"], data=[[step, *row] for row in rows])
+            table = wandb.Table(columns=["step", *SampleAnswer._fields], data=[[step, *row] for row in rows])
             tracker.log({"samples": table, "train/step": step})
 
         if self.name == "wandb":

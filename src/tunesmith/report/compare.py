@@ -16,7 +16,6 @@ from tunesmith.config.dump import is_free, leaves
 from tunesmith.report.run_files import RunFiles
 
 NOISES = 2.0  # standard errors from which a difference counts: about 95 % of a normal distribution
-SEED = "train.seed"
 APART = 0.02  # relative difference of the tokens learned from that is worth a sentence
 
 
@@ -63,8 +62,7 @@ class RunFacts:
     @property
     def learned(self) -> dict[str, Any]:
         """The keys of the recipe that change what is learned, without the seed."""
-        keys = leaves(self.files.recipe).items()
-        return {k: v for k, v in keys if k != SEED and not is_free(k)}
+        return {k: v for k, v in leaves(self.files.recipe).items() if k != "train.seed" and not is_free(k)}
 
     @property
     def machine(self) -> str:
@@ -92,12 +90,8 @@ def _facts(run: RunFiles, label: str) -> RunFacts:
         return sum(known(column(name)[start:]))
 
     steps, losses, val = column("step"), known(column("loss")), column("val_loss")
-    facts = RunFacts(
-        run, label, steps=int((steps or [0])[-1] or 0), tokens=total("tokens"), seconds=total("step_seconds")
-    )
-    facts.validations = [
-        (int(s or 0), v) for s, v in zip(steps, val, strict=True) if v is not None and math.isfinite(v)
-    ]
+    facts = RunFacts(run, label, int((steps or [0])[-1] or 0), total("tokens"), total("step_seconds"))
+    facts.validations = [(int(s or 0), v) for s, v in zip(steps, val, strict=True) if known([v]) and v is not None]
     facts.best = min(((v, s) for s, v in facts.validations), default=None)
     facts.loss = Spread.of(losses[-max(min(10, len(losses)), len(losses) // 10) :] if losses else [])
     start = 1 if len(steps) > 1 else 0
@@ -111,18 +105,20 @@ def _facts(run: RunFiles, label: str) -> RunFacts:
 
 
 def wobble(values: Sequence[float]) -> float | None:
-    """The standard deviation of a curve's second half around its trend; None from fewer than 4 points.
+    """The standard deviation of a curve's second half around its trend; None from fewer than 5 points.
 
-    Of independent noise a second difference has 6 times the variance, and a straight line has none.
+    Of independent noise a third difference has 20 times the variance; a parabola has none, so that the bend of a curve that
+    still falls does not count as noise.
     """
-    tail = values[len(values) // 2 :] if len(values) >= 8 else values
-    if len(tail) < 4:
+    rest = list(values[-max(5, len(values) // 2) :])
+    if len(rest) < 5:
         return None
-    bends = [b - a for a, b in pairwise([b - a for a, b in pairwise(tail)])]
-    return math.sqrt(fmean(bend * bend for bend in bends) / 6)
+    for _ in range(3):
+        rest = [b - a for a, b in pairwise(rest)]
+    return math.sqrt(fmean(value * value for value in rest) / 20)
 
 
-class Difference(NamedTuple):
+class KeyDifference(NamedTuple):
     """A key that is not the same in all runs; `learns`: whether it changes what is learned."""
 
     key: str
@@ -130,11 +126,11 @@ class Difference(NamedTuple):
     learns: bool
 
 
-def differing_keys(runs: Sequence[RunFacts]) -> list[Difference]:
+def differing_keys(runs: Sequence[RunFacts]) -> list[KeyDifference]:
     """The keys of the recipes that differ, those that change what is learned first; the output folder is left out."""
     every = [leaves(run.files.recipe) for run in runs]
     names = dict.fromkeys(key for one in every for key in one if key != "output_dir")
-    found = [Difference(key, [one.get(key) for one in every], not is_free(key)) for key in names]
+    found = [KeyDifference(key, [one.get(key) for one in every], not is_free(key)) for key in names]
     found = [one for one in found if any(value != one.values[0] for value in one.values)]
     return sorted(found, key=lambda one: not one.learns)
 
@@ -148,7 +144,7 @@ class Verdict(NamedTuple):
     best: tuple[int, ...] = ()
 
 
-class Candidate(NamedTuple):
+class Contender(NamedTuple):
     """Runs of one recipe, which differ in the seed at most, and their lowest val_loss."""
 
     runs: list[RunFacts]
@@ -156,7 +152,7 @@ class Candidate(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.runs[0].label if len(self.runs) == 1 else " and ".join(run.label for run in self.runs)
+        return " and ".join(run.label for run in self.runs)
 
     def __str__(self) -> str:
         return f"{self.score.mean:.4f}" + f" ± {self.score.deviation:.4f}" * (len(self.runs) > 1)
@@ -169,9 +165,7 @@ def judge(runs: Sequence[RunFacts]) -> Verdict:
     measured = [run for run in runs if run.best]
     absent = [f"{run.label} has no val_loss ({run.files.state})" for run in runs if not run.best]
     if len(measured) < 2:
-        why = (
-            "A training loss is measured on the rows that are being learned, so it does not tell which model is better."
-        )
+        why = "A training loss is measured on the rows that are being learned: it does not tell which model is better."
         fix = "Give the recipes the same held-out rows: data.validation, or data.hold_out: 5 %."
         return Verdict("none", "Which is better cannot be said", [*(f"{text}." for text in absent), why, fix])
     if len({run.validated_on for run in measured}) > 1 or not measured[0].files.env.get("validation_hash"):
@@ -184,7 +178,7 @@ def judge(runs: Sequence[RunFacts]) -> Verdict:
     for run in measured:
         groups.setdefault(json.dumps(run.learned, sort_keys=True), []).append(run)
     scored = ((group, Spread.of([run.best[0] for run in group if run.best])) for group in groups.values())
-    ranking = sorted((Candidate(group, score) for group, score in scored if score), key=lambda c: c.score.mean)
+    ranking = sorted((Contender(group, score) for group, score in scored if score), key=lambda c: c.score.mean)
     first = ranking[0]
     best = tuple(i for i, run in enumerate(runs) if run in first.runs)
     more = [*(f"{text}." for text in absent), *_cautions(measured, first)]
@@ -216,21 +210,21 @@ def _alone(run: RunFacts) -> Verdict:
     return Verdict("alone", headline, [f"The first one was {at:.4f} at step {start}.", *_cautions([run], None)])
 
 
-def _noise(ranking: Sequence[Candidate]) -> tuple[float | None, str]:
+def _noise(ranking: Sequence[Contender]) -> tuple[float | None, str]:
     """The standard error of the difference between the first two, and where it is from; None where it is not known."""
     first, second = ranking[:2]
     if repeated := [one.score for one in ranking if one.score.count > 1]:
         deviation = math.sqrt(fmean(score.deviation**2 for score in repeated))
         runs = sum(score.count for score in repeated)
         error = deviation * math.sqrt(1 / first.score.count + 1 / second.score.count)
-        return (
-            error,
-            f"Noise: one recipe's val_loss differs by {deviation:.4f} from seed to seed (standard deviation, {runs} runs).",
+        text = (
+            f"from seed to seed val_loss differs by {deviation:.4f} (standard deviation, {runs} runs of equal recipes)"
         )
+        return error, f"Noise: {text}."
     run = first.runs[0]
     seed, folder = run.files.recipe.get("train", {}).get("seed", 42), run.files.folder
     again = f"tunesmith train {folder}/config.yaml train.seed={seed + 1} output_dir={folder}-seed-{seed + 1}"
-    once = f"Each has one seed, and another one moves val_loss too; to see how far: {again}"
+    once = f"Each has one seed, and another one moves val_loss too; to see how far: `{again}`"
     found = [w for one in (first, second) if (w := wobble([v for _, v in one.runs[0].validations])) is not None]
     if not found:
         return None, f"There are too few validations to see how val_loss moves from one to the next. {once}"
@@ -240,12 +234,15 @@ def _noise(ranking: Sequence[Candidate]) -> tuple[float | None, str]:
 
 def _difference(one: RunFacts, other: RunFacts) -> str:
     """What two runs differ in, and what follows; and their val_loss after the same steps, if they took unequal ones."""
-    keys = [found.key for found in differing_keys([one, other]) if found.learns]
+    learned = [found for found in differing_keys([one, other]) if found.learns]
+    keys = {f"`{key}`": " ({} against {})".format(*map(json.dumps, values)) for key, values, _ in learned}
     others = {"data_hash": "the training rows", "model_hash": "the base's weights"}
-    keys += [name for key, name in others.items() if one.files.env.get(key) != other.files.env.get(key)]
-    text = f"They differ in {keys[0]} alone." if len(keys) == 1 else "Their recipes differ in nothing that is learned."
-    if len(keys) > 1:
-        listed = ", ".join(keys[:4]) + ", ..." * (len(keys) > 4)
+    keys |= {name: "" for key, name in others.items() if one.files.env.get(key) != other.files.env.get(key)}
+    text = "Their recipes differ in nothing that changes what is learned."
+    if len(keys) == 1:
+        text = "They differ in {}{} alone.".format(*next(iter(keys.items())))
+    elif keys:
+        listed = ", ".join([*keys][:4]) + ", ..." * (len(keys) > 4)
         text = f"They differ in {len(keys)} things ({listed}): which of them did it, this comparison cannot say."
     mine, its = dict(one.validations), dict(other.validations)
     if one.steps != other.steps and (both := mine.keys() & its.keys()):
@@ -254,7 +251,7 @@ def _difference(one: RunFacts, other: RunFacts) -> str:
     return text
 
 
-def _cautions(runs: Sequence[RunFacts], first: Candidate | None) -> list[str]:
+def _cautions(runs: Sequence[RunFacts], first: Contender | None) -> list[str]:
     """What a reader should know before believing the verdict."""
     said = []
     for run in runs:
@@ -262,7 +259,7 @@ def _cautions(runs: Sequence[RunFacts], first: Candidate | None) -> list[str]:
         last = run.validations[-1][1] if run.validations else value
         if last > value + NOISES * (wobble([v for _, v in run.validations]) or 0.0) and last > value:
             said.append(
-                f"{run.label} ends at val_loss {last:.4f}: it was lower at step {step}, whose checkpoint is kept."
+                f"{run.label} ends at val_loss {last:.4f}, above that of step {step}, whose checkpoint is kept."
             )
         if run.files.state not in ("finished", "running"):
             said.append(f"{run.label} {run.files.state} at step {run.steps}: its val_loss might have gone on falling.")
@@ -277,7 +274,5 @@ def _cautions(runs: Sequence[RunFacts], first: Candidate | None) -> list[str]:
         amounts = ", ".join(f"{run.label} {run.tokens:,.0f}" for run in runs)
         said.append(f"They learned from unequal numbers of tokens: {amounts}.")
     if len({run.machine for run in runs}) > 1:
-        said.append(
-            "They ran on different machines, threads or versions of torch: speed and memory are not comparable."
-        )
+        said.append("Machines, threads or versions of torch differ: speed and memory are not comparable.")
     return said

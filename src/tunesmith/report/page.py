@@ -53,13 +53,9 @@ def write_report(runs: Sequence[RunFiles], output: Path, *, markdown: bool = Fal
 
 def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str = "") -> str:
     """The page as text."""
-    env = Environment(
-        loader=PackageLoader("tunesmith.report", "templates"),
-        autoescape=not markdown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = PackageLoader("tunesmith.report", "templates")
+    env = Environment(loader=loader, autoescape=not markdown, undefined=StrictUndefined)
+    env.trim_blocks = env.lstrip_blocks = True
     env.filters |= {"value": _value, "figure": _figure, "cell": _cell, "fenced": _fenced}
     context = _context(facts_of(runs)) | {"note": note, "mark": MARK}
     if markdown:
@@ -76,13 +72,9 @@ def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str
 
 def _context(runs: list[RunFacts]) -> dict[str, Any]:
     verdict, keys = judge(runs), differing_keys(runs)
-    env = [leaves({k: v for k, v in run.files.env.items() if k not in ("command", "choices", *HASHES)}) for run in runs]
-    taken = [{k: v.get("taken") for k, v in run.files.env.get("choices", {}).items()} for run in runs]
-    every = [
-        one | {f"chosen here: {name}": value for name, value in more.items()}
-        for one, more in zip(env, taken, strict=True)
-    ]
-    environment = [(key, [one.get(key) for one in every]) for key in dict.fromkeys(key for one in every for key in one)]
+    env = [leaves({k: v for k, v in run.files.env.items() if k not in ("command", *HASHES)}) for run in runs]
+    names = dict.fromkeys(key for one in env for key in one if not key.endswith(".why"))
+    environment = [(key, [one.get(key) for one in env]) for key in names]
     return {
         "runs": runs,
         "verdict": verdict,
@@ -100,17 +92,13 @@ def _context(runs: list[RunFacts]) -> dict[str, Any]:
     }
 
 
-def _best_text(run: RunFacts) -> str | None:
-    return f"{run.best[0]:.4f} at step {run.best[1]}" if run.best else None
-
-
 def _mean(run: RunFacts, name: str) -> Spread | None:
     return Spread.of(known(run.files.columns.get(name, [])))
 
 
 FIGURES = {  # rows of the table of figures
     "state": lambda run: f"{run.files.state} at step {run.steps}",
-    "val_loss, lowest": _best_text,
+    "val_loss, lowest": lambda run: f"{run.best[0]:.4f} at step {run.best[1]}" if run.best else None,
     "val_loss, last": lambda run: run.validations[-1][1] if run.validations else None,
     "training loss, mean of the last steps": lambda run: run.loss,
     "tokens/s, without the first step": lambda run: run.speed,
@@ -147,21 +135,11 @@ def _series(run: RunFacts, index: int, name: str, smoothed: bool) -> list[dict[s
     lines += [(run.label, smooth(values, span), False)] if smoothed else []
     shown = [(label, faint, *downsample(steps, found, POINTS)) for label, found, faint in lines]
     return [
-        {
-            "label": label,
-            "run": index,
-            "faint": faint,
-            "dots": 2 * len(x) < len(steps),
-            "x": x,
-            "y": [_short(v) for v in y],
-        }
+        {"label": label, "run": index, "faint": faint, "dots": 2 * len(x) < len(steps), "x": x}
+        | {"y": [float(f"{value:.6g}") for value in y]}
         for label, faint, x, y in shown
         if x
     ]
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def _samples_of(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
@@ -170,6 +148,7 @@ def _samples_of(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
     for prompt in list(dict.fromkeys(row["prompt"] for run in runs for row in run.files.samples))[:PROMPTS]:
         rows = [(run.label, [r for r in run.files.samples if r["prompt"] == prompt]) for run in runs]
         rows = [(label, answers) for label, answers in rows if answers]
+        expected = rows[0][1][0].get("expected")
         first = [(label, a[0]["step"], a[0]["answer"]) for label, a in rows if a[0]["step"] == 0]
         if len(first) > 1 and len({answer for *_, answer in first}) == 1:
             first = [("", *first[0][1:])]
@@ -177,7 +156,7 @@ def _samples_of(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
         between = [
             (label, row["step"], row["answer"]) for label, a in rows for row in a if 0 < row["step"] < a[-1]["step"]
         ]
-        found.append({"prompt": prompt, "before": first, "after": last, "between": between})
+        found.append({"prompt": prompt, "expected": expected, "before": first, "after": last, "between": between})
     return found
 
 
@@ -210,15 +189,11 @@ def _end(run: RunFacts) -> dict[str, Any]:
     elif state == "stopped":
         told = {name: value for name, value in leaves(stopped or {}).items() if value is not None}
     elif state == "killed":
-        saved = max(
-            (int(path.name[11:]) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()), default=None
-        )
-        told = {
-            "what": "no process is at work here, and it left no word: it was killed, or this is a copy of a running one",
-            "last_step": run.steps,
-            "next": f"tunesmith train {shlex.quote(f'{folder}/config.yaml')}"
-            + (f"   # goes on from checkpoint-{saved}" if saved else "   # starts over: no checkpoint was written"),
-        }
+        saved = max(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
+        what = "no process is at work here, and it left no word: it was killed, or this is a copy of a running one"
+        then = f"goes on from {saved.name}" if saved else "starts over: no checkpoint was written"
+        again = f"tunesmith train {shlex.quote(f'{folder}/config.yaml')}   # {then}"
+        told = {"what": what, "last_step": run.steps, "next": again}
     warnings = [line for line in run.files.log_tail if "  warning: " in line]
     return {"run": run, "told": told, "warnings": warnings, "log": run.files.log_tail[-LOG_LINES:]}
 

@@ -109,7 +109,7 @@ class RunFiles:
         recipe, env: config.yaml and env.json as plain values; empty if not there yet.
         columns: of metrics.jsonl: record name -> one entry a step, None where it was not measured. `ranks` has those of
             metrics-rank<r>.jsonl.
-        samples: `{"step", "prompt", "answer"}`, in the order of the steps; step 0 is before training.
+        samples: `{"step", "prompt", "answer", "expected"}`, in the order of the steps; step 0 is before training.
         failure, stopped: failure.json and stopped.json, None without one.
         state: running | finished | stopped | failed | killed.
         log_tail: the last lines of log.txt; those of warnings have the words `warning: ` after their time.
