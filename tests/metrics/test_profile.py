@@ -93,6 +93,16 @@ def test_a_rank_that_is_not_there_is_refused(tiny: Path, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_is_profiled_on_all_ranks_unless_told_otherwise(tiny: Path, tmp_path: Path) -> None:
+    from tunesmith.training.run import train
+
+    settings = {"enabled": True, "wait": 0, "warmup": 1, "active": 2}
+    train(make_run(tiny, tmp_path, held=False, train={"duration": "4 steps"}, profile=settings), say=None)
+    summary = json.loads((tmp_path / "run" / "profile" / "summary-rank0-1.json").read_text())
+    assert len(summary["operations"]) == 10
+    assert summary["peak_bytes"]["CPU"] > 0
+
+
 def test_not_enabled_writes_nothing(tmp_path: Path) -> None:
     work(Profiler(Profile(), tmp_path, rank=0, device=CPU), 40)
     assert list(tmp_path.iterdir()) == []

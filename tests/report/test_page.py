@@ -96,10 +96,12 @@ def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
 
 def test_how_a_run_failed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", finished=False, steps=7)
-    assert "goes on from" not in visible(render_report([run]))
-    assert "it was killed" in visible(render_report([run]))
-    (run.folder / "checkpoint-5").mkdir()
-    assert "goes on from checkpoint-5" in visible(render_report([run]))
+    assert "no process is at work here" in visible(render_report([run]))
+    note = {"process": 7, "host": "spark-b", "boot": "", "oom_kills": 0, "began": "2026-01-31 10:00:00"}
+    (run.folder / "running.json").write_text(json.dumps(note))
+    text = visible(render_report([run]))
+    assert "a: killed what the last start was killed after step 7 where process 7 on spark-b" in text
+    assert "cause killed next start the same command again" in text
     failure = {
         "what": "a link broke",
         "where": "step 8",

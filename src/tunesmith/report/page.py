@@ -13,8 +13,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tunesmith.checkpoint.killed import killed_before
 from tunesmith.config.dump import leaves
-from tunesmith.errors import MachineError, UsageError
+from tunesmith.errors import MachineError, RunError, UsageError
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.report.compare import RunFacts, Spread, differing_keys, facts_of, judge, known
 from tunesmith.report.run_files import Columns, RunFiles, downsample, smooth
@@ -185,16 +186,18 @@ def _end(run: RunFacts) -> dict[str, Any]:
     failure, stopped, state, folder = run.files.failure, run.files.stopped, run.files.state, run.files.folder
     told: dict[str, Any] = {}
     if failure and state == "failed":
-        told = {name: failure[name] for name in FAILURE_FIELDS if failure.get(name) not in (None, "")}
+        told = {name: failure.get(name) for name in FAILURE_FIELDS}
     elif state == "stopped":
-        told = {name: value for name, value in leaves(stopped or {}).items() if value is not None}
+        told = leaves(stopped or {})
     elif state == "killed":
-        saved = max(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
-        what = "no process is at work here, and it left no word: it was killed, or this is a copy of a running one"
-        then = f"goes on from {saved.name}" if saved else "starts over: no checkpoint was written"
-        again = f"tunesmith train {shlex.quote(f'{folder}/config.yaml')}   # {then}"
-        told = {"what": what, "last_step": run.steps, "next": again}
+        unknown = RunError(
+            "no process is at work here, and it left no word", why="it was killed, or this is a copy of a running one",
+            fix=f"tunesmith train {shlex.quote(f'{folder}/config.yaml')}   # goes on from the newest checkpoint",
+        )  # fmt: skip
+        end = killed_before(folder) or unknown
+        told = {"what": end.what, "where": end.where, "why": end.why, "cause": end.cause, "next": end.fix}
     warnings = [line for line in run.files.log_tail if "  warning: " in line]
+    told = {name: value for name, value in told.items() if value not in (None, "")}
     return {"run": run, "told": told, "warnings": warnings, "log": run.files.log_tail[-LOG_LINES:]}
 
 

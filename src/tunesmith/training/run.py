@@ -143,8 +143,9 @@ def open_run_dir(
     out, marks = Path(run.output_dir), []
     with ranks.together():
         possible_shapes(run.parallel, ranks.world)
-        if run.profile.enabled and (absent := [r for r in run.profile.ranks if r != "all" and int(r) >= ranks.world]):
-            what = f"profile.ranks names rank {absent[0]}, and the ranks here are 0 to {ranks.world - 1}"
+        named = run.profile.ranks if run.profile.enabled and run.profile.ranks != "all" else ()
+        if max(named, default=0) >= ranks.world:
+            what = f"profile.ranks names rank {max(named)}, and the ranks here are 0 to {ranks.world - 1}"
             raise UsageError(what, where="profile.ranks", fix="profile.ranks=[0], or profile.ranks=all")
     refuse_unlike_versions(ranks)
 

@@ -110,7 +110,8 @@ const Plots = (() => {
       });
       const axis = { stroke: () => css("--soft"), grid: { stroke: () => css("--line"), width: 1 }, ticks: { stroke: () => css("--line"), width: 1 }, font: "12px system-ui, sans-serif" };
       const y = { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : format(tick))) };
-      const range = (_, low, high) => (low == null ? [0, 1] : uPlot.rangeNum(zero ? 0 : low, high, 0.08, !zero));
+      const padded = (low, high) => uPlot.rangeNum(low, high, 0.08, true).map((end) => (low >= 0 ? Math.max(0, end) : end));
+      const range = (_, low, high) => (low == null ? [0, 1] : zero ? [0, high * 1.08 || 1] : padded(low, high));
       return {
         width: Math.max(200, plot.clientWidth), height,
         scales: { x: { time: false }, y: log ? { distr: 3 } : { range } },
