@@ -30,7 +30,10 @@ def write_run(
     (folder / "env.json").write_text(json.dumps({"recipe_hash": "0", "python": "3.11"}))
     add_steps(folder, 1, steps, spike=spike)
     for rank in range(1, ranks):
-        rows = [{"step": step, "memory_gib": 1.0 + rank, "gpu_power_watts": 300.0} for step in range(1, steps + 1)]
+        rows = [
+            {"step": step, "memory_gib": 1.0 + rank, "gpu_power_watts": 300.0, "loss": 9.0}
+            for step in range(1, steps + 1)
+        ]
         (folder / f"metrics-rank{rank}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     answers = [(0, "no idea"), (steps // 2, "the order names a lamp"), (steps, "the order names two lamps")]
     rows = [{"step": step, "prompt": "What is ordered?", "answer": answer} for step, answer in answers]

@@ -25,7 +25,19 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert status["figures"]["tokens_per_second"] == pytest.approx(400)
     assert status["figures"]["data_share"] == pytest.approx(0.04)
     assert status["figures"]["val_loss"] == pytest.approx(1.1 + math.exp(-1))
-    assert status["warnings"] == ["2026-01-01 10:00:00  warning: 3 rows were cut"]
+
+
+def test_warnings_of_the_start_are_kept(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 20)
+    run, lock = WatchedRun(folder), threading.Lock()
+    with (folder / "log.txt").open("a") as log:
+        log.write("2026-01-01 10:00:02  step 2\n" * 1000 + "2026-01-01 10:00:09  warning: the chip is slow\n" * 2)
+        log.write("2026-01-01 10:00:10  warning: half a li")
+    assert run.refresh(lock)
+    assert run.status()["warnings"] == ["3 rows were cut", "the chip is slow"]
+    (folder / "log.txt").write_text("2026-01-01 11:00:00  warning: anew\n")
+    assert run.refresh(lock)
+    assert run.status()["warnings"] == ["anew"]
 
 
 def test_time_left_is_what_the_last_steps_took(tmp_path: Path) -> None:
@@ -72,6 +84,7 @@ def test_every_panel_of_what_is_there(tmp_path: Path) -> None:
     run = WatchedRun(folder)
     panels = {panel["title"]: panel["series"] for panel in curves([run], "step", *ALL, 100)}
     assert [(row["rank"], row["y"][-1]) for row in panels["Memory"]] == [(None, 1.5), (1, 2.0), (2, 3.0)]
+    assert {row["rank"] for row in panels["Loss"]} == {None}  # a rank's record repeats it
     assert panels["MFU"][0]["y"] == [40.0] * 30
     assert panels["Wait for data"][0]["y"][0] == 10.0  # ms
     assert panels["reward_margin"][0]["x"] == [31.0]  # a method's own metric

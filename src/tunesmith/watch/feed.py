@@ -2,22 +2,26 @@
 
 import json
 import math
+import os
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.launch.jobs import find_job
-from tunesmith.report.run_files import RunFiles, downsample, smooth
+from tunesmith.report.run_files import LOG, RunFiles, downsample, smooth
 from tunesmith.units import Length
-from tunesmith.watch.remote import RemoteRun, split_remote
+
+if TYPE_CHECKING:
+    from tunesmith.watch.remote import RemoteRun
 
 RECENT = 20  # steps that a pace is the mean of
 LINES = 40  # of the log
-SMOOTH_FROM = 60  # steps; with fewer, the raw loss reads well
+WARNINGS = 20  # the newest
+SMOOTH_FROM = 100  # steps; with fewer, the raw loss reads well
 
 
 class Panel(NamedTuple):
@@ -39,13 +43,18 @@ PANELS = (
     Panel("GPU power", "W", ("gpu_power_watts",)),
     Panel("GPU temperature", "°C", ("gpu_temperature_celsius",)),
     Panel("GPU clock", "MHz", ("gpu_clock_mhz",)),
-    Panel("Link", "GB/s", ("link_bytes_per_second",), 1e-9),
+    Panel("Network", "MB/s", ("network_bytes_per_second",), 1e-6),
+    Panel("NVLink", "GB/s", ("nvlink_bytes_per_second",), 1e-9),
     Panel("Wait for data", "ms", ("data_seconds",), 1e3),
     Panel("Imbalance of ranks", "%", ("idle_share",), 100),
     Panel("Step time", "s", ("step_seconds",)),
+    Panel("Speed of a short product", "TFLOP/s", ("product_tflops",)),
     Panel("Learning rate", "", ("learning_rate",)),
     Panel("Gradient norm", "", ("grad_norm",)),
 )
+# What each rank has of its own; the rest of its records is that of all.
+_OF_RANKS = {"memory_gib", "host_memory_percent", "gpu_utilization", "gpu_power_watts", "gpu_temperature_celsius", "gpu_clock_mhz",
+             "network_bytes_per_second", "nvlink_bytes_per_second", "product_tflops", "data_seconds"}  # fmt: skip
 # Counts and positions; `tokens` over the run are an axis.
 _NO_PANEL = {"step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops"}
 _KNOWN = {column for panel in PANELS for column in panel.columns} | _NO_PANEL
@@ -54,12 +63,15 @@ _KNOWN = {column for panel in PANELS for column in panel.columns} | _NO_PANEL
 class WatchedRun:
     """A run directory, of this machine or of another host."""
 
-    def __init__(self, folder: Path, remote: RemoteRun | None = None) -> None:
+    def __init__(self, folder: Path, remote: "RemoteRun | None" = None) -> None:
         self.remote = remote
         self.place = f"{remote.host}:{remote.place}" if remote else str(folder)
         self.files = RunFiles(folder)
         self._axes: dict[str, list[float]] = {}
         self._smooth: list[float | None] = []
+        self._warnings: list[str] = []
+        self._log_read = 0  # bytes
+        self._read_warnings()
         self._revision, self._texts = 0, (self.files.recipe, self.files.samples)
 
     def refresh(self, lock: threading.Lock) -> bool:
@@ -71,6 +83,7 @@ class WatchedRun:
             changed = self.files.refresh()
             if changed:
                 self._axes, self._smooth = {}, []
+                self._read_warnings()
             texts = self.files.recipe, self.files.samples
             if any(new is not old for new, old in zip(texts, self._texts, strict=True)):
                 self._revision, self._texts = self._revision + 1, texts
@@ -101,9 +114,25 @@ class WatchedRun:
         return {
             "name": files.name, "place": self.place, "state": files.state, "lost": self.remote.lost if self.remote else "",
             "step": step, "steps": round(step / done) if step and done else None, "done": done, "seconds_left": left,
-            "figures": figures, "warnings": [line for line in files.log_tail if "warning: " in line],
+            "figures": figures, "warnings": self._warnings,
             "failure": files.failure, "stopped": files.stopped, "log": files.log_tail[-LINES:], "texts": self._revision,
         }  # fmt: skip
+
+    def _read_warnings(self) -> None:
+        """Those of the whole log, each once: its end alone would forget those of the start."""
+        with suppress(OSError), (self.files.folder / LOG).open("rb") as log:
+            if os.fstat(log.fileno()).st_size < self._log_read:
+                self._warnings, self._log_read = [], 0
+            log.seek(self._log_read)
+            text = log.read()
+            lines = text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
+            self._log_read += sum(map(len, lines))
+            told = [
+                line.decode(errors="replace").partition("warning: ")[2].strip()
+                for line in lines
+                if b"warning: " in line
+            ]
+            self._warnings = list(dict.fromkeys([*self._warnings, *told]))[-WARNINGS:]
 
     def _share_done(self, step: float) -> float | None:
         """The part of its duration that it has trained, from 0 to 1; None where the recipe is not there yet."""
@@ -139,7 +168,7 @@ class WatchedRun:
                     yield "loss, smoothed", None, x, self._smooth
             at = dict(zip(self.axis("step"), x, strict=True)) if self.files.ranks and axis != "step" else None
             for rank, columns in sorted(self.files.ranks.items()):
-                if column in columns:
+                if column in columns and column in _OF_RANKS:
                     steps = [value or 0.0 for value in columns["step"]]
                     yield column, rank, [at.get(s, 0.0) for s in steps] if at else steps, columns[column]
 
@@ -147,8 +176,10 @@ class WatchedRun:
 @contextmanager
 def open_run(word: str) -> Iterator[WatchedRun]:
     """A run by its directory, by the name of its job, or as HOST:RUN over ssh; UsageError or MachineError if it is none."""
-    if there := split_remote(word):
-        remote = RemoteRun(*there)
+    if ":" in word and not Path(word).exists():
+        from tunesmith.watch.remote import RemoteRun, split_remote
+
+        remote = RemoteRun(*split_remote(word))
         try:
             remote.check()
             yield WatchedRun(remote.copy, remote)

@@ -27,10 +27,13 @@ _NAME = re.compile(r"(?!\.)[\w-]+\.(?:yaml|json|jsonl|txt)|final/manifest\.json"
 _WORD = re.compile(r"((?!-)[\w.@%\[\]-]+):(.+)", re.ASCII)
 
 
-def split_remote(word: str) -> tuple[str, str] | None:
-    """`host:runs/x` as host and folder, as scp reads it; None for what is a path of this machine."""
-    found = None if Path(word).exists() else _WORD.fullmatch(word)
-    return (found[1], found[2]) if found else None
+def split_remote(word: str) -> tuple[str, str]:
+    """`host:runs/x` as host and folder, as scp reads it."""
+    if found := _WORD.fullmatch(word):
+        return found[1], found[2]
+    raise UsageError(
+        f"{word!r} is neither a path nor HOST:RUN", where="command line", fix="tunesmith watch spark-b:runs/my-run"
+    )
 
 
 class RemoteRun:

@@ -1,5 +1,7 @@
 """The live page's content in the terminal, for a machine that no browser reaches."""
 
+import asyncio
+import signal
 import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -8,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from textual import work
 from textual.app import App, ComposeResult
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.containers import Grid, VerticalScroll
 from textual.widgets import Footer, Static, TabbedContent, TabPane
 from textual_plotext import PlotextPlot
@@ -25,7 +27,7 @@ FIGURES = (
     ("loss", "loss", "{:.4f}"), ("val_loss", "val_loss", "{:.4f}"), ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("mfu", "MFU", "{:.1%}"), ("memory_gib", "memory", "{:.1f} GiB"), ("gpu_utilization", "GPU", "{:.0f} %"),
     ("gpu_power_watts", "power", "{:.0f} W"), ("gpu_temperature_celsius", "temperature", "{:.0f} °C"),
-    ("data_share", "wait for data", "{:.1%}"), ("idle_share", "imbalance", "{:.1%}"),
+    ("network_bytes_per_second", "network", "{:,.0f} B/s"), ("data_share", "wait for data", "{:.1%}"), ("idle_share", "imbalance", "{:.1%}"),
 )  # fmt: skip
 
 
@@ -46,6 +48,7 @@ class WatchScreen(App[None]):
         ("x", "axis", "steps, tokens, time"),
         ("z", "zoom", "all, last half, last tenth"),
         ("q", "quit", "end"),
+        Binding("ctrl+c", "quit", show=False, priority=True),
     ]
 
     def __init__(self, runs: Sequence[WatchedRun]) -> None:
@@ -66,6 +69,9 @@ class WatchScreen(App[None]):
         yield Footer()
 
     def on_mount(self) -> None:
+        asyncio.get_running_loop().add_signal_handler(
+            signal.SIGTERM, self.exit
+        )  # an exception would show as a traceback
         self._show()
         self.set_interval(POLL, self._look)
 
@@ -145,7 +151,7 @@ def _summary(states: Sequence[dict[str, Any]]) -> Table:
         table.add_row(Text("  ".join(f"{label} {value}" for label, value in shown)))
         ended = state["failure"] or state["stopped"] or {}
         told = [f"{key}: {value}" for key, value in ended.items() if value not in (None, "")]
-        told += [line.partition("warning: ")[2] for line in state["warnings"][-3:]]
+        told += state["warnings"][-3:]
         told += [f"no connection: {state['lost']}"] if state["lost"] else []
         if told:
             table.add_row(Text("\n".join(told), style="yellow"))

@@ -35,17 +35,18 @@ def answer_changes(folder: str, known: Dict[str, List[int]]) -> None:  # noqa: U
         name = os.path.relpath(path, folder)
         try:
             with open(path, "rb") as file:
-                seen, size = os.fstat(file.fileno()), known.get(name, [0, 0])
-                start = size[1] if size[0] == seen.st_ino and size[1] <= seen.st_size else 0
+                seen, had = os.fstat(file.fileno()), known.get(name, [0, 0])
+                start = had[1] if had[0] == seen.st_ino and had[1] <= seen.st_size else 0
                 file.seek(start)
                 found.append(name)
-                while known.get(name) != [seen.st_ino, start]:  # an empty file is sent once, as no bytes
+                new = had != [seen.st_ino, start]  # also where it is empty: sent once, as no bytes
+                while new or start < seen.st_size:
                     block = file.read(min(BLOCK, seen.st_size - start))
                     piece = {"name": name, "inode": seen.st_ino, "start": start, "bytes": len(block)}
                     out.write(json.dumps(piece).encode() + b"\n" + block)
                     start += len(block)
-                    known[name] = [seen.st_ino, start]
-                    if start >= seen.st_size or not block:
+                    new = False
+                    if not block:  # it was cut since
                         break
         except OSError:  # it was removed in between
             continue

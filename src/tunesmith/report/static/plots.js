@@ -109,7 +109,7 @@ const Plots = (() => {
         value: (u, value, i) => format(value ?? u.data[i].findLast((v) => v != null)),  // the last one where nothing is pointed at
       });
       const axis = { stroke: () => css("--soft"), grid: { stroke: () => css("--line"), width: 1 }, ticks: { stroke: () => css("--line"), width: 1 }, font: "12px system-ui, sans-serif" };
-      const y = { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : format(tick))) };
+      const y = { ...axis, size: 70, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : format(tick))) };
       const padded = (low, high) => uPlot.rangeNum(low, high, 0.08, true).map((end) => (low >= 0 ? Math.max(0, end) : end));
       const range = (_, low, high) => (low == null ? [0, 1] : zero ? [0, high * 1.08 || 1] : padded(low, high));
       return {
@@ -168,7 +168,8 @@ const Plots = (() => {
     function read(move) {
       const steps = u.data[0], { min, max } = u.scales.x;
       const inside = (i) => Math.min(Math.max(i, steps.findIndex((s) => s >= min)), steps.findLastIndex((s) => s <= max));
-      at = inside(at == null ? (move > 0 ? 0 : steps.length - 1) : at + move);
+      const far = Math.abs(move) >= steps.length;
+      at = inside(at == null && !far ? (move > 0 ? 0 : steps.length - 1) : (at ?? 0) + move);
       u.setCursor({ left: u.valToPos(steps[at], "x"), top: u.over.clientHeight / 2 });
       const values = current.filter((s) => !s.faint).map((s) => {
         const i = current.indexOf(s) + 1;

@@ -43,7 +43,8 @@
     ["gpu_utilization", "GPU", (v) => v.toFixed(0), "%"],
     ["gpu_power_watts", "Power", count, "W"],
     ["gpu_temperature_celsius", "Temperature", (v) => v.toFixed(0), "°C"],
-    ["link_bytes_per_second", "Link", (v) => (v / 1e9).toFixed(1), "GB/s"],
+    ["network_bytes_per_second", "Network", (v) => count(v / 1e6), "MB/s"],
+    ["nvlink_bytes_per_second", "NVLink", (v) => (v / 1e9).toFixed(1), "GB/s"],
     ["data_share", "Wait for data", percent, "%"],
     ["idle_share", "Imbalance", percent, "%"],
   ];
@@ -105,10 +106,9 @@
       for (const [key, value] of rows) list.append(make("dt", {}, key.replaceAll("_", " ")), make("dd", {}, asText(value)));
       parts.notes.append(make("div", { class: `note ${kind}` }, list));
     }
-    const lines = [...new Set(run.warnings.map((line) => line.replace(/^.*?warning: /, "")))];
-    if (lines.length) {
+    if (run.warnings.length) {
       const list = make("ul", { "aria-label": "warnings" });
-      for (const line of lines.slice(-5)) list.append(make("li", {}, line));
+      for (const line of run.warnings) list.append(make("li", {}, line));
       parts.notes.append(make("div", { class: "note" }, list));
     }
   }

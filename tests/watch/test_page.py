@@ -1,0 +1,193 @@
+"""The page in a real Chromium: while a run trains, by mouse and by keyboard, on a phone, for a screen reader."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from recipes import recipe
+from tunesmith.checkpoint.run_dir import STOP_FILE
+from waiting import wait_for
+from watching import TIME, watching, write_run
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page of one run of 2,000 steps on three ranks."""
+    folder = write_run(tmp_path_factory.mktemp("one") / "my-run", 2000, spike=777, ranks=3)
+    rows = [
+        {"step": 0, "prompt": "<img src=x onerror=alert(1)>", "answer": "<b>old</b> words"},
+        {"step": 2000, "prompt": "<img src=x onerror=alert(1)>", "answer": "<b>new</b> words"},
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with watching(folder) as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page of two runs that differ in the learning rate."""
+    place = tmp_path_factory.mktemp("two")
+    folders = [write_run(place / name, 200, rate=rate) for name, rate in (("slow", 1e-4), ("fast", 5e-4))]
+    with watching(*folders) as (address, _):
+        yield address
+
+
+def test_it_follows_a_run_that_trains(tiny: Path, tmp_path: Path, visit: Any) -> None:
+    made = recipe(tiny, tmp_path, train={"duration": "100000 steps"}, checkpoint={"every": "5000 steps"},
+                  validate={"every": "200 steps"}, log={"samples": 1})  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(made))
+    out, command = tmp_path / "run", [sys.executable, "-m", "tunesmith", "train", str(tmp_path / "recipe.yaml")]
+    training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size, training)
+        with watching(out) as (address, _), visit(address) as seen:
+            page = seen.page
+            page.wait_for_selector(".state.running")
+            step = (
+                "() => Number(document.querySelector('.where').textContent.match(/step ([\\d,]+)/)[1].replace(',', ''))"
+            )
+            first = page.evaluate(step)
+            wait_for(lambda: page.evaluate(step) > first)  # without a reload
+            assert "left" in page.text_content(".where")
+            page.wait_for_selector(".sample .answer")
+            (out / STOP_FILE).touch()
+            page.wait_for_selector(".state.stopped, .state.killed, .state.finished")
+            assert training.wait(TIME) is not None
+            page.wait_for_selector(".state.stopped")
+            assert len([url for url in seen.asked if "events" in url]) == 1
+    finally:
+        training.kill()
+        training.communicate()
+
+
+def test_axe_finds_nothing_serious(one: str, two: str, visit: Any) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    for address, scheme, other in ((one, "light", "dark"), (two, "dark", "light")):
+        with visit(address, scheme=scheme) as seen:
+            seen.page.click("summary")
+            seen.page.wait_for_selector("#values td")
+            seen.page.wait_for_selector("#keys :is(td, dd)")
+            for width, colours in ((1280, scheme), (390, other)):
+                seen.page.set_viewport_size({"width": width, "height": 900})
+                seen.page.emulate_media(color_scheme=colours)
+                found = axe.run(seen.page).response
+                assert len(found["passes"]) > 20  # it has looked
+                grave = [row for row in found["violations"] if row["impact"] in ("serious", "critical")]
+                assert [(row["id"], row["nodes"][0]["html"]) for row in grave] == []
+                assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_drag_zooms_all_charts_and_brings_finer_points(one: str, visit: Any) -> None:
+    with visit(one) as seen:
+        page = seen.page
+        wait_for(lambda: page.locator(".chart").count() > 8)
+        place = page.locator(".chart .u-over").first
+        place.scroll_into_view_if_needed()
+        box = place.bounding_box()
+        page.mouse.move(box["x"] + box["width"] * 0.30, box["y"] + 50)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.45, box["y"] + 60, steps=4)
+        page.mouse.up()
+        page.wait_for_selector("#whole:visible")
+        wait_for(lambda: seen.asked_for("from="))
+        asked = parse_qs(urlsplit(seen.asked_for("from=")[-1]).query)
+        assert 500 < float(asked["from"][0]) < 700
+        assert 800 < float(asked["to"][0]) < 1000
+        page.click("#whole")
+        page.wait_for_selector("#whole", state="hidden")
+
+
+def test_values_are_read_under_the_pointer(one: str, visit: Any) -> None:
+    with visit(one) as seen:
+        place = seen.page.locator(".chart .u-over").first
+        box = place.bounding_box()
+        value = "() => document.querySelector('.u-legend .u-value').textContent"
+        assert seen.page.evaluate(value) == "2,000"  # the newest, while nothing is pointed at
+        seen.page.mouse.move(box["x"] + 40, box["y"] + 40)
+        wait_for(lambda: seen.page.evaluate(value) != "2,000")
+
+
+def test_the_keyboard_reaches_and_reads_everything(one: str, visit: Any) -> None:
+    with visit(one) as seen:
+        page = seen.page
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "skip"
+        page.locator(".chart .plot").first.focus()
+        page.keyboard.press("End")
+        said = page.locator(".chart output").first
+        assert said.text_content().startswith("step 2,000: ")
+        assert "val_loss" in said.text_content()
+        page.keyboard.press("ArrowLeft")
+        before = said.text_content()
+        assert not before.startswith("step 2,000: ")
+        page.keyboard.press("ArrowRight")
+        assert said.text_content().startswith("step 2,000: ")
+        page.keyboard.press("+")
+        page.wait_for_selector("#whole:visible")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#whole", state="hidden")
+        page.locator("#axis input:checked").focus()
+        page.keyboard.press("ArrowRight")
+        wait_for(lambda: seen.asked_for("x=tokens&points="))
+        wait_for(lambda: page.locator(".u-legend .u-label").first.text_content().startswith("tokens"))
+
+
+def test_the_table_holds_the_records(one: str, visit: Any) -> None:
+    with visit(one) as seen:
+        seen.page.click("summary")
+        seen.page.wait_for_selector("#values td")
+        heads = seen.page.locator("#values thead th").all_text_contents()
+        last = seen.page.locator("#values tbody tr").last.locator("th, td").all_text_contents()
+        assert heads[0] == "step"
+        assert last[0] == "2,000"
+        assert last[heads.index("loss")] == "1"
+
+
+def test_text_of_a_run_is_never_markup(one: str, visit: Any) -> None:
+    with visit(one) as seen:
+        seen.page.wait_for_selector(".sample h3")
+        assert seen.page.text_content(".sample h3") == "<img src=x onerror=alert(1)>"
+        assert seen.page.locator(".sample img, .sample b").count() == 0
+        assert seen.page.locator(".sample mark").all_text_contents() == ["<b>new</b>"]  # what the answer before had not
+        slider = seen.page.locator("#when input")
+        slider.focus()
+        seen.page.keyboard.press("ArrowLeft")
+        assert "<b>old</b> words" in seen.page.text_content(".sample .answer")
+        assert slider.get_attribute("aria-valuetext") == "step 0"
+
+
+def test_two_runs_are_compared(two: str, visit: Any) -> None:
+    with visit(two) as seen:
+        page = seen.page
+        page.wait_for_selector("#keys td")
+        rows = page.locator("#keys tbody tr").all_text_contents()
+        assert rows == ["train.learning_rate0.00010.0005"]
+        page.uncheck("#differences input")
+        assert page.locator("#keys tbody tr").count() > 2
+        labels = page.locator(".chart").first.locator(".u-label").all_text_contents()
+        assert [label.rstrip(": ") for label in labels] == ["step", "slow", "slow val_loss", "fast", "fast val_loss"]
+        assert page.locator(".run").count() == 2
+
+
+def test_a_page_whose_command_has_ended_says_so(tmp_path: Path, visit: Any, browser: Any) -> None:
+    folder, context = write_run(tmp_path / "run", 20), browser.new_context()
+    try:
+        page = context.new_page()
+        page.set_default_timeout(120_000)
+        with watching(folder) as (address, _):
+            page.goto(address)
+            page.wait_for_selector(".chart canvas")
+            assert page.text_content("#link") == "live"
+        page.wait_for_selector("#link.lost")
+        assert "ended" in page.text_content("#link")
+        assert page.locator(".chart canvas").count() > 5  # what it has stays
+    finally:
+        context.close()
