@@ -49,8 +49,7 @@ def test_a_disk_with_too_little_room_is_refused_with_the_figures(tmp_path: Path)
     assert (caught.value.where, caught.value.fix) == (str(place), "take a larger disk")
 
 
-def test_memory_and_terminal() -> None:
-    assert host_files.available_memory() > 1 << 20
+def test_a_text_buffer_is_no_terminal() -> None:
     assert not host_files.is_terminal(io.StringIO())
 
 

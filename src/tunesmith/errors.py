@@ -10,6 +10,7 @@
     │   ├── NonFiniteError
     │   └── CheckpointError
     ├── StoppedError          exit 75: a signal came, everything is saved, start again to resume
+    │   └── ShortOfMemoryError  the same, because the host's memory is short
     └── OtherRankError        the exit code of the rank that failed, which tells why
 
 Every error says what is wrong, where (file:line, key or step), why, and the command or edit that fixes it.
@@ -128,6 +129,11 @@ class StoppedError(TunesmithError):
     def text(self) -> str:
         """The block without `error:`, for nothing is lost."""
         return super().text().removeprefix("error: ")
+
+
+class ShortOfMemoryError(StoppedError):
+    """The host's memory is nearly used up; everything is saved. The process ends at once: Python's own end takes a second,
+    on a busy machine five."""
 
 
 class OtherRankError(TunesmithError):

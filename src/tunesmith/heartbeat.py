@@ -111,6 +111,11 @@ class Heartbeat:
         """Note that the main thread moves on; `step`: the last one done."""
         self.moved, self.step = self.clock, self.step if step is None else step
 
+    @property
+    def doing(self) -> str:
+        """The phase and the last step, in words."""
+        return f"{self._phase}, step {self.step}" if self.step else self._phase
+
     def verdict(self, error: BaseException) -> BaseException:
         """What ends this rank: `error`, made known to the others, or OtherRankError if another rank's end caused it."""
         chain = [error]

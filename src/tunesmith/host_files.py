@@ -109,13 +109,6 @@ def refuse_many_ranks(command: str) -> None:
             raise MachineError(what, where=where, why=why, fix=fix)
 
 
-def available_memory() -> int:
-    """Bytes of host memory that can be used without swapping."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
 def oom_kills(root: Path = Path("/")) -> int:
     """Processes of this machine that the kernel has ended since it booted because no memory was left; /proc is below `root`."""
     with suppress(OSError, ValueError):

@@ -1,9 +1,11 @@
 """Signals that ask a command to save and end: SIGTERM, SIGINT (ctrl-C), SIGHUP (a closed laptop) and SIGUSR1 (Slurm).
+A thread may ask for the same where the host's memory is short.
 
 A signal that is ignored when a command starts stays ignored: `nohup` does that with SIGHUP, a shell with the SIGINT of
 its background jobs. A forked child has its parent's handlers of before.
 """
 
+import _thread
 import math
 import os
 import signal
@@ -11,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from tunesmith.errors import StoppedError
+from tunesmith.errors import ShortOfMemoryError, StoppedError
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+SHORT, END = "stopped because memory is short", "end what holds the memory"
 ONE_PRESS = 0.3  # seconds; a wrapper such as `timeout` passes on the SIGINT that the terminal has sent to all
 
 
@@ -23,19 +26,32 @@ class Interrupted(KeyboardInterrupt):
     """Raised by a stop signal: `python -m` ends by SIGINT once a plain KeyboardInterrupt has passed PyRun_String."""
 
 
+class Shortage(NamedTuple):
+    """Memory is short: the phase, the figures and who holds it, in words and as stopped.json has them."""
+
+    text: str
+    record: dict[str, Any]
+
+
+class StepDropped(Exception):
+    """Leaves a step in its middle: the one before it is saved."""
+
+
 class StopRequest:
-    """A context that notes the first stop signal in `signal`.
+    """A context that notes the first stop signal in `signal`, and a `shortage` of memory.
 
     Before `hold` a signal raises a KeyboardInterrupt, which libraries let pass, and the context ends with StoppedError
     whatever a library made of it. From `hold` on the caller looks at `signal` and ends by itself; a second ctrl-C sets
     `now` and raises the same. `interactive` is for commands that answer: it holds SIGTERM and SIGINT from the start.
-    `doing` is what is completed before the stop, as told to the user.
+    `doing` is what is completed before the stop, as told to the user, and `takes` the seconds of that; a save takes
+    `saving` bytes of the host.
     """
 
     def __init__(self, *, interactive: bool = False) -> None:
         self.signal: str | None = None
+        self.shortage: Shortage | None = None
         self.now = False
-        self.doing = "this step"
+        self.doing, self.takes, self.saving = "this step", 0.0, 0
         self._interactive = self._held = interactive
         self._say: Callable[[str], None] | None = None
         self._strike = False  # the next signal raises
@@ -65,7 +81,7 @@ class StopRequest:
         held, self._held = self._held, True
         if self in _entered:
             self._leave()
-        if self.signal and not held:
+        if self.requested() and not held:
             raise self.not_begun() from error
         if self.now and isinstance(error, KeyboardInterrupt) and not self._interactive:
             raise StoppedError(f"stopped by {self.signal}", fix="start the same command again") from error
@@ -74,18 +90,32 @@ class StopRequest:
         """From here on there is something to save: the loop ends the run, not the handler. When a signal comes, `say` takes
         a line at once, in another thread. Held already, the loop that comes sees a signal of before."""
         held, self._say, self._held = self._held, say, True
-        if self.signal and not held:  # a library swallowed the KeyboardInterrupt
+        if self.requested() and not held:  # a library swallowed the KeyboardInterrupt
             raise self.not_begun()
 
     def requested(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None or self.shortage is not None
+
+    def ask(self, shortage: Shortage) -> None:
+        """Ask for a stop from another thread, as a signal would."""
+        self.shortage = shortage
+        if self._say is not None:
+            self._say(f"memory is short: stopping after {self.doing}. {shortage.text}")
+        if not self._held and self._before:
+            _thread.interrupt_main(next(iter(self._before)))
 
     def not_begun(self) -> StoppedError:
         """The error of a stop before the first step."""
-        what, why = f"stopped by {self.signal} before the first step", "there was nothing to save yet"
-        return StoppedError(what, why=why, fix="start the same command again")
+        why, fix = "there was nothing to save yet", "start the same command again"
+        if self.shortage is not None:
+            return ShortOfMemoryError(
+                f"{SHORT} before the first step", why=f"{self.shortage.text}; {why}", fix=f"{END}, then {fix}"
+            )
+        return StoppedError(f"stopped by {self.signal} before the first step", why=why, fix=fix)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.shortage is not None and not self._held and self.signal is None:
+            raise Interrupted
         first, self.signal = self.signal is None, self.signal or signal.Signals(number).name
         if self._strike or (first and not self._held):
             self._strike = False

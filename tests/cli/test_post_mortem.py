@@ -18,11 +18,13 @@ import pytest
 from recipes import make_run
 from tunesmith import packages
 from tunesmith.checkpoint.killed import killed_before
+from tunesmith.checkpoint.resume import Progress
 from tunesmith.checkpoint.run_dir import RUNNING
 from tunesmith.config.dump import dump
 from tunesmith.errors import CheckpointError, MachineError
 from tunesmith.host_files import oom_kills
 from tunesmith.inference.load_run import load_run
+from tunesmith.ranks import ONE_PROCESS
 from tunesmith.training.result import stopped_by
 from tunesmith.training.run import refuse_unlike_versions
 from waiting import wait_for
@@ -120,10 +122,15 @@ def test_a_machine_that_was_started_again_and_another_host_are_told(recipe: Path
 
 
 def test_a_stop_by_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "cause" not in stopped_by("SIGTERM", tmp_path, 7, leads=True).text()
+    run, progress = make_run(tmp_path / "model", tmp_path), Progress(step=7)
+
+    def text(signal: str) -> str:
+        return stopped_by([(None, signal)], run, progress, ONE_PROCESS).text()
+
+    assert "cause" not in text("SIGTERM")
     monkeypatch.setenv("SLURM_JOB_ID", "11")
-    assert "  cause: preempted: Slurm took the nodes back" in stopped_by("SIGTERM", tmp_path, 7, leads=True).text()
-    assert "cause" not in stopped_by("SIGINT", tmp_path, 7, leads=True).text()
+    assert "  cause: preempted: Slurm took the nodes back" in text("SIGTERM")
+    assert "cause" not in text("SIGINT")
 
 
 def test_a_torn_checkpoint_is_named(recipe: Path) -> None:

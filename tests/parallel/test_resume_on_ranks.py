@@ -17,6 +17,7 @@ from ranks import run_ranks
 from recipes import make_run
 from tunesmith.checkpoint import nodes
 from tunesmith.errors import OtherRankError, StoppedError
+from tunesmith.signals import Shortage
 from tunesmith.training.run import train
 from tunesmith.training.trainer import PendingMetrics, Trainer
 
@@ -24,6 +25,7 @@ FULL, LORA = {"adapter": {"kind": "none"}}, {}
 # Sums over ranks are taken in another order on another mesh: 6 steps in fp32 move a loss by about 1e-6 of itself.
 ROUNDING = 1e-5
 BY_FILE = -1  # in place of a rank: the file `stop` asks for it
+SHORT = 100  # added to a rank: its host's memory is short
 
 
 def start(
@@ -43,6 +45,8 @@ def start(
             os.kill(os.getpid(), signal.SIGTERM)
         elif stop == (BY_FILE, batch.step + 1):
             (self.out / "stop").touch()
+        elif stop == (SHORT + self.session.ranks.rank, batch.step + 1):
+            self.stop.ask(Shortage("training, on spark-b: 0.10 GiB can be had", {"host": "spark-b"}))
         return step(self, batch)
 
     Trainer.train_step = signalled  # type: ignore[method-assign]
@@ -101,6 +105,15 @@ def test_a_stop_of_one_rank_saves_all_and_two_ranks_go_on_bit_for_bit(what, by, 
     assert not (out / "stop").exists()
     assert not (out / "stopped.json").exists()
     assert all(rank["finished"] for rank in many(tiny, tmp_path, mesh, what))
+
+
+def test_memory_that_is_short_on_one_host_stops_all_ranks(tiny, tmp_path):
+    stopped = many(tiny, tmp_path, {"replicate": 2}, LORA, stop=(SHORT + 1, 3))
+    assert [rank["stopped"] for rank in stopped] == ["stopped because memory is short: step 3 is saved"] * 2
+    said = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert (said["reason"], said["signal"], said["step"]) == ("memory", None, 3)
+    assert said["figures"] == {"host": "spark-b"}
+    assert said["smaller"] == ""  # 128 tokens, a row of data.seq_len
 
 
 COPIES, SHARDS, HYBRID, ONE = {"replicate": 2}, {"shard": 2}, {"replicate": 2, "shard": 2}, {}

@@ -37,7 +37,7 @@ from tunesmith.checkpoint.resume import DELETE, Progress
 from tunesmith.checkpoint.state import CARD, MANIFEST, Fill, Writer, prune, writing
 from tunesmith.config.schema import Run
 from tunesmith.errors import EXIT_FAILED, CheckpointError, OtherRankError, TunesmithError, first_line
-from tunesmith.host_files import available_memory
+from tunesmith.host_memory import available_memory
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.save_tensors import save_sharded

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from itertools import pairwise
 from typing import NoReturn
@@ -26,6 +27,7 @@ from tunesmith.errors import (
     EXIT_OK,
     MachineError,
     OtherRankError,
+    ShortOfMemoryError,
     TunesmithError,
     UsageError,
     disk_fault,
@@ -148,6 +150,10 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
         ignore_stop_signals()
     if failure is not None:
         _report(failure)
+        if process and any(isinstance(e, ShortOfMemoryError) for e in (failure, failure.__cause__)):
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
+            os._exit(code)
     return code
 
 

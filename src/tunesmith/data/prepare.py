@@ -14,7 +14,8 @@ from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import Repeats, SourceTokens, TokenSet, find_repeats, tokenise
 from tunesmith.errors import DataError
-from tunesmith.host_files import available_memory, cache_folder, from_here
+from tunesmith.host_files import cache_folder, from_here
+from tunesmith.host_memory import available_memory
 
 BYTES_PER_EXAMPLE = 32  # of an epoch's order: indices, random keys and their sort, 8 bytes each
 FEW_STEPS = 50  # with fewer, the learning rate is mostly in its warm-up and the model changes little

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tunesmith.host_files import available_cores, available_memory, control_groups, physical_memory
+from tunesmith.host_files import available_cores, control_groups, physical_memory
+from tunesmith.host_memory import available_memory
 from tunesmith.metrics.hardware import Peak
 from tunesmith.metrics.sink import Sink
 from tunesmith.ranks import Ranks

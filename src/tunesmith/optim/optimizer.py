@@ -108,6 +108,12 @@ class Optimizer:
                 self._take_grad(part, part.param)
         return {name: part.grad for name, part in self.parts.items() if part.has_grad}
 
+    def drop_gradients(self) -> None:
+        """Free the gradients of a step that is not done."""
+        for part in self.parts.values():
+            part.drop_grad()
+            part.param.grad = None
+
     def start_step(self, lr: float, index: int) -> None:
         """Set the learning rate and the index (from 0) of the coming step; before its backward."""
         self.lr, self.index = lr, index

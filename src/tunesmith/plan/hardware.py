@@ -14,7 +14,7 @@ from typing import Any
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import UsageError
-from tunesmith.host_files import available_memory
+from tunesmith.host_memory import available_memory
 
 
 @dataclass(frozen=True)

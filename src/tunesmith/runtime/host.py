@@ -33,6 +33,16 @@ def keep_freed_pages() -> bool:
     return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD) and libc.mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
+def return_freed_memory() -> None:
+    """Give what was freed back to the system: malloc's pages, and a GPU's cached blocks."""
+    import torch
+
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def bound_product_caches() -> None:
     """Keep oneDNN's and its wrapper's caches of matmul shapes small; call it before the first matmul.
 

@@ -32,7 +32,8 @@ from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source import is_local
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host_files import available_memory, existing_folder, refuse_full_disk, write_atomically
+from tunesmith.host_files import existing_folder, refuse_full_disk, write_atomically
+from tunesmith.host_memory import available_memory
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files
 from tunesmith.methods.base import TrainModel
@@ -156,6 +157,7 @@ def build(
     if not measured:
         with ranks.together():
             check_disk(run, count_trained(run, model), ranks)
+    ranks.heartbeat.phase("loading the model")
     saved, eight_bit = start.found.path if start.found else None, run.model.quantize in KINDS
     probes = first_batches(make_loader(data, files, plan), device, EIGHT_BIT_PROBE_TOKENS if eight_bit else 1)
     root, plan = build_model(

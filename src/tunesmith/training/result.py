@@ -3,19 +3,32 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tunesmith.checkpoint.resume import Progress
 from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED
 from tunesmith.config.schema import Run
-from tunesmith.errors import EXIT_OK, NonFiniteError, RunError, StoppedError, TunesmithError, UsageError, disk_fault
+from tunesmith.errors import (
+    EXIT_OK,
+    NonFiniteError,
+    RunError,
+    ShortOfMemoryError,
+    StoppedError,
+    TunesmithError,
+    UsageError,
+    disk_fault,
+)
 from tunesmith.host_files import write_atomically
 from tunesmith.metrics.record import StepRecord
-from tunesmith.ranks import is_launched
+from tunesmith.ranks import Ranks, is_launched
 from tunesmith.runtime.plan import RunPlan
+from tunesmith.signals import END, SHORT, Shortage
+from tunesmith.units import Size
 
 
 @dataclass(frozen=True)
@@ -90,22 +103,43 @@ def non_finite_error(
     return NonFiniteError(what, where=where + " ..." * (len(rows) > 8), why=why, fix=fix)
 
 
-def stopped_by(signal: str | None, out: Path, step: int, *, leads: bool) -> StoppedError:
-    """The end of a run by a signal, or by the file `stop`, which is removed, after `step` was saved. The exit code is 75.
+def stopped_by(
+    asked: Sequence[tuple[Shortage | None, str | None]], run: Run, progress: Progress, ranks: Ranks
+) -> StoppedError:
+    """The end of a run for want of memory, by a signal, or by the file `stop`, which is removed, after a step was saved.
 
-    Under torchrun, which starts a rank of any code but 0 again, it is 0, and rank 0 (`leads`) writes stopped.json.
+    `asked`: what each rank was asked for. The exit code is 75. Under torchrun, which starts a rank of any code but 0 again,
+    it is 0, and a rank of each run directory writes stopped.json; for want of memory always.
     """
-    fix = "start the same command again: it goes on from there"
-    what, where = f"stopped by {signal or 'the file stop'}: step {step} is saved", str(out / f"checkpoint-{step}")
+    out, step, again = Path(run.output_dir), progress.step, "start the same command again: it goes on from there"
+    shortage = next((shortage for shortage, _ in asked if shortage), None)
+    signal = next((name for _, name in asked if name), None)
+    record: dict[str, Any] = {"signal": signal, "reason": "signal" if signal else "file", "step": step, "next": again}
+    what, why = f"stopped by {signal or 'the file stop'}", ""
+    if shortage is not None:
+        smaller = halved(run, progress.micro_batch)
+        what, why, again = SHORT, shortage.text, f"{END}, then {again}{smaller and f'; or with {smaller}'}"
+        record |= {"reason": "memory", "next": again, "smaller": smaller, "figures": shortage.record}
     preempted = "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1")
-    error = StoppedError(what, where=where, fix=fix, cause="preempted" if preempted else "")
-    if leads:
+    kind, cause = (ShortOfMemoryError, "") if shortage else (StoppedError, "preempted" if preempted else "")
+    what, where = f"{what}: step {step} is saved", str(out / f"checkpoint-{step}")
+    error = kind(what, where=where, why=why, fix=again, cause=cause)
+    if ranks.leads:
         (out / STOP_FILE).unlink(missing_ok=True)
     if is_launched():
         error.exit_code = EXIT_OK
-        if leads:
-            write_atomically(out / STOPPED, json.dumps({"signal": signal, "step": step, "next": fix}, indent=1))
+    if ranks.leads_dir and (is_launched() or shortage):
+        write_atomically(out / STOPPED, json.dumps(record, indent=1))
     return error
+
+
+def halved(run: Run, micro_batch: str | None) -> str:
+    """The word of the command line that halves the micro batch of a run; empty where it cannot be smaller."""
+    size = Size.parse(micro_batch or "1 examples")
+    half = max(size.amount // 2, run.data.seq_len if size.unit == "tokens" else 1)
+    return (
+        f"train.micro_batch='{half} {size.unit}'" if half < size.amount and not run.train.optimizer_in_backward else ""
+    )
 
 
 def stopped_twice(out: Path, step: int, saved_step: int | None) -> StoppedError:

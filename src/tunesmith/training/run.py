@@ -35,6 +35,7 @@ from tunesmith.metrics.trackers import TrackerSink, trackers_of
 from tunesmith.parallel.mesh import possible_shapes
 from tunesmith.ranks import Ranks, join_ranks, started_as
 from tunesmith.runtime.determinism import deterministic_algorithms
+from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
 from tunesmith.training.build import Session, build, write_identity
@@ -93,7 +94,9 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
     with ExitStack() as stack, deterministic_algorithms(run.train.deterministic):
         stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
         stop = stack.enter_context(StopRequest())
-        yield stop, stack.enter_context(join_ranks())
+        ranks = stack.enter_context(join_ranks())
+        stack.enter_context(MemoryGuard(stop, ranks))
+        yield stop, ranks
 
 
 def start_run(

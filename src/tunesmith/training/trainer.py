@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,8 +40,9 @@ from tunesmith.metrics.sink import Sinks
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.parallel.shard import reduce_in, sharded_modules, sum_gradients
 from tunesmith.parallel.tensor import reduce_gradients
+from tunesmith.runtime.host import return_freed_memory
 from tunesmith.runtime.transfer import AsyncScalars
-from tunesmith.signals import StopRequest
+from tunesmith.signals import StepDropped, StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
 from tunesmith.training.result import Result, failure_of, non_finite_error, stopped_by
 from tunesmith.units import Cadence
@@ -68,7 +70,7 @@ class Trainer:
 
     def __init__(self, session: Session, start: Start, sinks: Sinks, stop: StopRequest) -> None:
         self.session, self.run, self.sinks, self.stop = session, session.run, sinks, stop
-        self.out = Path(session.run.output_dir)
+        self.out, stop.saving = Path(session.run.output_dir), session.plan.memory.copies
         layout = {"micro_batch": str(session.plan.layout.micro_batch), "threads": torch.get_num_threads()}
         now = {"ended": None, **layout, **session.hashes}
         self.progress = dataclasses.replace(start.progress or Progress(), **now)
@@ -124,8 +126,9 @@ class Trainer:
                 return
             if self.agreed_write_failed if self.session.ranks.world > 1 else self.writer.failed:
                 self.writer.wait()
-            self.iteration(batch)
-            yield self.progress.step
+            with suppress(StepDropped):
+                self.iteration(batch)
+                yield self.progress.step
 
     def iteration(self, batch: GlobalBatch) -> None:
         """One optimizer step; then log, validate and save what is due."""
@@ -170,6 +173,8 @@ class Trainer:
         metrics = dict.fromkeys(model.method.metrics, total)
         mesh = self.session.mesh
         for index, micro in enumerate(batch.micro, batch.first_micro):
+            if self.stop.shortage and self.session.ranks.world == 1:  # several ranks agree at the end of a step
+                raise StepDropped
             # Dropout is a function of (seed, step, micro batch): a resumed run draws what the first one drew.
             torch.manual_seed((self.run.train.seed * 1_000_003 + batch.step) * 4_099 + index)
             reduce_in(model, mesh, last=micro is batch.micro[-1])
@@ -233,6 +238,7 @@ class Trainer:
             now = time.perf_counter()
             seconds, self.clock = now - self.clock, now
         self.progress.seconds += seconds
+        self.stop.takes = 2 * seconds if self.session.ranks.world > 1 else seconds / len(pending.batch.micro)
         scale = self.session.optimizer.scale
         searching = scale is not None and scale >= 1.0  # fp16 skips steps while it searches for its loss scale
         if not (math.isfinite(loss) and (math.isfinite(norm) or searching)):
@@ -357,9 +363,11 @@ class Trainer:
         """Save the last step and leave."""
         if self.progress.record is None:
             raise self.stop.not_begun()
+        self.session.optimizer.drop_gradients()  # where memory is short, others take what is left while this run saves
+        return_freed_memory()
         self.save()
-        by = next((name for name in self.session.ranks.gather(self.stop.signal) if name), None)
-        raise stopped_by(by, self.out, self.progress.step, leads=self.session.ranks.leads)
+        asked = self.session.ranks.gather((self.stop.shortage, self.stop.signal))
+        raise stopped_by(asked, self.run, self.progress, self.session.ranks)
 
     def end(self) -> Result:
         """The last checkpoint and final/; a signal that cut off the last validation leaves both to the next start."""

@@ -1,0 +1,155 @@
+"""Stops a run before the host's memory is used up: below a floor all ranks save and end, and the user reads who holds it.
+
+A kernel without memory kills the largest process, which is the one that trains; on unified memory (GB10) the driver fails
+first and the machine freezes, without a kill. A thread looks at the figures, once a second while there is room and up to 20
+times as often near the floor. A look takes about 0.1 ms.
+"""
+
+import ctypes
+import mmap
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.host_memory import ROOT, MemoryFigures, gib, largest_processes, own_memory, read_memory
+from tunesmith.ranks import Ranks
+from tunesmith.runtime.device import is_integrated, memory_floor
+from tunesmith.signals import Shortage, StopRequest
+
+# MemFree on unified memory, below which page cache is dropped, and where that did not help: 2.6 GiB was the least that a load passed
+# with, and allocations failed at 2.5 although 22 were available.
+UNIFIED_FREE, UNIFIED_FREE_LEAST = 8 << 30, 3 << 30
+AHEAD = 3.0  # seconds that a save and the end take, on a busy machine; before it `stop.takes`
+RARELY, OFTEN = 1.0, 0.05  # seconds between two looks
+FASTEST = 4 << 30  # bytes a second that memory is filled with: page faults of one process
+AGAIN = 2.0  # seconds between two times that page cache is dropped
+WORTH = 2 << 30  # bytes of page cache that are worth it
+PIECE = 64 << 20
+MADV_POPULATE_WRITE = 23  # of madvise(2), Linux 5.14
+
+
+def drop_page_cache(wanted: int, root: Path = ROOT) -> None:
+    """Turn `wanted` bytes of page cache into free memory, in large blocks where the kernel finds them.
+
+    As root by the kernel's own switches, which took GB10s through every load. Otherwise by taking the memory and giving it
+    back: page cache is what the kernel takes first. That needs no right, and the caller sees that so much is there.
+    """
+    with suppress(OSError):
+        for name in ("drop_caches", "compact_memory"):
+            (root / "proc/sys/vm" / name).write_text("1", encoding="ascii")
+        return
+    madvise, taken = ctypes.CDLL(None).madvise, []
+    for _ in range(0, wanted, PIECE):
+        taken.append(mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        taken[-1].madvise(mmap.MADV_HUGEPAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(taken[-1]))
+        if madvise(ctypes.c_void_p(start), ctypes.c_size_t(PIECE), MADV_POPULATE_WRITE):  # an older kernel
+            break
+    for piece in taken:
+        piece.close()
+
+
+class MemoryGuard:
+    """Watches the host's memory in a thread, from the load to the save, and asks `stop` for a stop.
+
+    Attributes:
+        unified: whether the GPU shares the host's memory; None until one is in use.
+    """
+
+    def __init__(
+        self,
+        stop: StopRequest,
+        ranks: Ranks,
+        *,
+        read: Callable[[], MemoryFigures | None] = read_memory,
+        make_room: Callable[[int], object] = drop_page_cache,
+        clock: Callable[[], float] = time.monotonic,
+        unified: bool | None = None,
+    ) -> None:
+        self.stop, self.ranks, self.read, self.clock, self.unified = stop, ranks, read, clock, unified
+        self.make_room = make_room
+        self.others: deque[tuple[float, int]] = deque()  # time, and what this process did not take
+        self.dropped = -AGAIN
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+
+    def __enter__(self) -> "MemoryGuard":
+        if self.read() is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(1.0)
+
+    def _watch(self) -> None:
+        wait = 0.0
+        while not self._closing.wait(wait) and self.stop.shortage is None:
+            wait = self.look()
+
+    def look(self) -> float:
+        """Read the figures once, and ask for a stop where it is time; seconds until the next look is due."""
+        figures = self.read()
+        if figures is None:
+            return RARELY
+        if self.unified is None and torch.cuda.is_initialized():
+            self.unified = is_integrated(torch.device("cuda", torch.cuda.current_device()))
+        allocator = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
+        own = own_memory() + (allocator if self.unified else 0)
+        floor = memory_floor(figures.limit or figures.total, unified=bool(self.unified)) + self.stop.saving
+        left, growth = figures.room - floor, self._growth(-figures.room - own)
+        why = ""
+        if left < growth:
+            why = f"{gib(figures.room)} GiB can be had, and the floor is {gib(floor)} GiB"
+            why += f"; others took {gib(growth)} GiB in {AHEAD + self.stop.takes:.0f} s" if left >= 0 else ""
+        elif self.unified and figures.free < UNIFIED_FREE and figures.cached > WORTH:
+            why = self._drop(figures)
+            left = min(left, max(0, figures.free - UNIFIED_FREE_LEAST))
+        if why:
+            self._ask(why, figures, floor, allocator)
+        return min(RARELY, max(OFTEN, (left - growth) / FASTEST))
+
+    def _growth(self, others: int) -> int:
+        """What others took in as long as a stop takes, by a figure that grows as they take memory: they may do so again."""
+        now = self.clock()
+        self.others.append((now, others))
+        ahead = AHEAD + self.stop.takes
+        while len(self.others) > 2 and self.others[1][0] <= now - ahead:
+            self.others.popleft()
+        least = min(value for _, value in self.others)
+        return int((others - least) / max(1.0, (now - self.others[0][0]) / ahead))
+
+    def _drop(self, figures: MemoryFigures) -> str:
+        """Let the kernel give up page cache; why the run must end, where it did before and that did not help."""
+        now = self.clock()
+        if now - self.dropped < AGAIN:
+            return ""
+        again, self.dropped = now - self.dropped < 3 * AGAIN, now
+        self.make_room(min(UNIFIED_FREE - figures.free, figures.cached))
+        after = self.read() or figures
+        if not again or after.free >= UNIFIED_FREE_LEAST:
+            return ""
+        return (
+            f"MemFree is {gib(after.free)} GiB, and dropping page cache leaves it below {gib(UNIFIED_FREE_LEAST)} GiB"
+        )
+
+    def _ask(self, why: str, figures: MemoryFigures, floor: int, allocator: int) -> None:
+        phase, host = self.ranks.heartbeat.doing, socket.gethostname()
+        reserved = f"; the GPU's allocator {gib(allocator)} GiB" if allocator else ""
+        text = f"{phase}, on {host}: {why}. {figures.describe()}{reserved}"
+        record: dict[str, Any] = {"phase": phase, "host": host, "floor_bytes": floor, "allocator_bytes": allocator}
+        record |= figures.as_record()
+        self.stop.shortage = Shortage(text, record)  # at once: to see who holds it takes a tenth of a second
+        held = largest_processes()
+        named = ", ".join(f"{h.name} {h.pid} {gib(h.bytes)}" for h in held)
+        record["processes"] = [holder._asdict() for holder in held]
+        self.stop.ask(Shortage(f"{text}; most is held by {named} GiB; this run is {os.getpid()}", record))

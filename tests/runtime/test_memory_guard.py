@@ -1,0 +1,199 @@
+"""When the guard asks for a stop: fed with the figures of a machine, and by a clock of the test."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tunesmith.host_memory import MemoryFigures, read_memory
+from tunesmith.ranks import Ranks
+from tunesmith.runtime import memory_guard
+from tunesmith.runtime.device import memory_floor
+from tunesmith.runtime.memory_guard import OFTEN, RARELY, MemoryGuard, drop_page_cache
+from tunesmith.signals import StopRequest
+
+GIB, MIB = 2**30, 2**20
+LAPTOP = MemoryFigures(16 * GIB, 9 * GIB, free=GIB, cached=6 * GIB, shared=0, locked=0, large_blocks=0)
+SPARK = MemoryFigures(int(121.7 * GIB), 60 * GIB, free=50 * GIB, cached=9 * GIB, shared=0, locked=0, large_blocks=0)
+Course = Callable[[float], MemoryFigures]  # the figures after so many seconds
+
+
+def falling(base: MemoryFigures, first: float, last: float, seconds: float) -> Course:
+    """MemAvailable falls from `first` to `last` GiB, steadily, and stays; so does MemFree, 1 GiB below."""
+
+    def at(now: float) -> MemoryFigures:
+        available = int((first + (last - first) * min(1.0, now / seconds)) * GIB)
+        return replace(base, available=available, free=max(0, available - GIB), cached=GIB)
+
+    return at
+
+
+class Pretended:
+    """A guard on a machine of the test, looking when it would."""
+
+    def __init__(
+        self, course: Course, monkeypatch: pytest.MonkeyPatch, *, unified: bool, own: Course | None = None
+    ) -> None:
+        self.now, self.looks, self.made_room = 0.0, 0, list[int]()
+        self.stop = StopRequest()
+        self.stop.hold()
+        held = (lambda: own(self.now).total) if own else (lambda: GIB)
+        monkeypatch.setattr(memory_guard, "own_memory", held)
+        self.guard = MemoryGuard(
+            self.stop, Ranks(), read=lambda: course(self.now), make_room=self.made_room.append, clock=lambda: self.now,
+            unified=unified,
+        )  # fmt: skip
+
+    def until(self, seconds: float) -> float | None:
+        """The second at which it asks for a stop; None if it does not."""
+        while self.now < seconds:
+            wait = self.guard.look()
+            self.looks += 1
+            if self.stop.shortage is not None:
+                return self.now
+            self.now += wait
+        return None
+
+
+# What GB10s recorded before they froze or their driver failed. Each with the second at which that was.
+SPARKS = {
+    # vllm#54200: 29 to 2.5 GiB in 9 seconds while an engine started.
+    "collapse in 9 s": (falling(SPARK, 29, 2.5, 9), 9.0),
+    # dgx-spark-playbooks#116: 34.0 to 12.7 GiB in 1.5 seconds, when the driver failed for the first time.
+    "collapse in 1.5 s": (falling(SPARK, 34.0, 12.7, 1.5), 1.5),
+    # vllm-ultimate-dgx-spark#9: the last samples before three freezes, of 124,546 MiB.
+    "7,894 MiB left": (falling(SPARK, 20, 7894 / 1024, 600), 600.0),
+    "6,266 MiB left": (falling(SPARK, 20, 6266 / 1024, 600), 600.0),
+    "288 MiB left": (falling(SPARK, 20, 288 / 1024, 600), 600.0),
+    # vllm#46307: about 7 GiB available when the host hung.
+    "7 GiB left": (falling(SPARK, 71, 7, 120), 120.0),
+    # vllm#54200: 22.5 GiB available, 19.8 of them page cache, and allocations failed, 75 times within one start.
+    "free memory gone, page cache stays": (
+        lambda now: replace(SPARK, available=int(22.5 * GIB), free=int(2.5 * GIB), cached=int(19.8 * GIB)),
+        60.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPARKS)
+def test_it_stops_before_a_gb10_freezes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    course, frozen = SPARKS[name]
+    asked = Pretended(course, monkeypatch, unified=True).until(frozen + 60)
+    assert asked is not None
+    assert asked < frozen
+
+
+def test_on_unified_memory_page_cache_is_dropped_before_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the guard that took GB10s through every load; MemFree was never below 2.6 GiB there."""
+    flood = replace(SPARK, available=70 * GIB, free=5 * GIB, cached=60 * GIB)
+    there = Pretended(lambda now: flood if not there.made_room else SPARK, monkeypatch, unified=True)
+    assert there.until(30) is None
+    assert there.made_room == [3 * GIB]
+    elsewhere = Pretended(lambda now: flood, monkeypatch, unified=False)  # there the kernel may use it as it likes
+    assert elsewhere.until(30) is None
+    assert elsewhere.made_room == []
+    full = replace(SPARK, available=9 * GIB, free=7 * GIB, cached=GIB)  # a run that fills the machine, as planned
+    busy = Pretended(lambda now: full, monkeypatch, unified=True)
+    assert busy.until(30) is None
+    assert busy.made_room == []
+
+
+@pytest.mark.parametrize("rate", [0.002, 0.05, 0.4])
+def test_a_laptop_stops_while_there_is_room_to_save(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rate` GiB a second are taken by others, so that a stop which takes a second or two leaves some."""
+    there = Pretended(falling(LAPTOP, 9, 0, 9 / rate), monkeypatch, unified=False)
+    asked = there.until(20 / rate)
+    assert asked is not None
+    left = 9 - rate * asked
+    assert left * GIB > memory_floor(LAPTOP.total, unified=False) * 0.9 + 2 * rate * GIB
+    assert left < 0.4 + 4 * rate
+
+
+def test_a_control_group_has_a_floor_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = replace(LAPTOP, limit=2 * GIB, used=2 * GIB - 120 * MIB)
+    assert Pretended(lambda now: group, monkeypatch, unified=False).until(1) == 0.0
+    roomy = replace(group, used=2 * GIB - 140 * MIB)
+    assert Pretended(lambda now: roomy, monkeypatch, unified=False).until(5) is None
+
+
+def test_what_a_run_takes_itself_is_no_growth_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes gigabytes in a moment and gives them back; so may a build of something else, if enough stays."""
+
+    def swinging(now: float) -> MemoryFigures:
+        return replace(LAPTOP, available=9 * GIB if int(now) % 2 else 2 * GIB)
+
+    def own(now: float) -> MemoryFigures:
+        return replace(LAPTOP, total=GIB if int(now) % 2 else 8 * GIB)
+
+    assert Pretended(swinging, monkeypatch, unified=False, own=own).until(20) is None
+    assert Pretended(swinging, monkeypatch, unified=False).until(20) is not None
+    burst = falling(LAPTOP, 9, 6, 2)
+    assert Pretended(burst, monkeypatch, unified=False).until(20) is None
+
+
+def test_it_looks_rarely_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Pretended(lambda now: LAPTOP, monkeypatch, unified=False)
+    there.until(60)
+    assert there.looks == 60 / RARELY
+    near = replace(LAPTOP, available=memory_floor(LAPTOP.total, unified=False) + 30 * MIB)
+    assert Pretended(lambda now: near, monkeypatch, unified=False).guard.look() == OFTEN
+
+
+def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Pretended(lambda now: replace(LAPTOP, available=100 * MIB, shared=3 * GIB), monkeypatch, unified=False)
+    there.guard.ranks.heartbeat.phase("loading the model")
+    there.stop.saving = GIB
+    there.until(1)
+    text, record = there.stop.shortage or ("", {})
+    assert text.startswith("loading the model, on ")
+    for word in (
+        "0.10 GiB can be had",
+        "the floor is 1.32 GiB",
+        "shared memory 3.00",
+        "page cache 6.00",
+        f"this run is {os.getpid()}",
+    ):
+        assert word in text
+    assert (record["phase"], record["available_bytes"], record["shared_bytes"]) == (
+        "loading the model",
+        100 * MIB,
+        3 * GIB,
+    )
+    assert record["floor_bytes"] == 16 * GIB // 50 + GIB
+    assert record["processes"][0]["bytes"] > 0
+    error = there.stop.not_begun()
+    assert (error.exit_code, error.what) == (75, "stopped because memory is short before the first step")
+
+
+def test_floors() -> None:
+    assert [memory_floor(gib * GIB, unified=False) for gib in (1, 16, 512)] == [128 * MIB, 16 * GIB // 50, GIB]
+    assert [memory_floor(gib * GIB, unified=True) for gib in (12, 119)] == [GIB, 8 * GIB]
+
+
+def test_page_cache_becomes_free_memory_with_and_without_rights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switches = tmp_path / "proc/sys/vm"
+    switches.mkdir(parents=True)
+    drop_page_cache(1, tmp_path)
+    assert [(switches / name).read_text() for name in ("drop_caches", "compact_memory")] == ["1", "1"]
+    taken: list[int] = []
+    real = mmap.mmap
+
+    def noted(handle: int, size: int, **options: int) -> mmap.mmap:
+        taken.append(size)
+        return real(handle, size, **options)
+
+    monkeypatch.setattr(mmap, "mmap", noted)
+    before = read_memory()
+    drop_page_cache(130 * MIB, tmp_path / "none")
+    after = read_memory()
+    assert sum(taken) >= 130 * MIB
+    if before is None or after is None:
+        pytest.skip("this system has no /proc")
+    assert after.available > before.available - 2 * GIB, "what was taken was not given back"

@@ -1,0 +1,145 @@
+"""A run whose host runs out of memory: stopped with all saved, and resumed to the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import make_run
+from tunesmith.errors import ShortOfMemoryError
+from tunesmith.host_memory import MemoryFigures
+from tunesmith.methods.base import TrainModel
+from tunesmith.runtime.memory_guard import MemoryGuard
+from tunesmith.training import run as start
+from tunesmith.training.result import halved
+from tunesmith.training.run import train
+
+GIB = 2**30
+ROOM = MemoryFigures(16 * GIB, 9 * GIB, free=GIB, cached=6 * GIB, shared=0, locked=0, large_blocks=0)
+NONE = replace(ROOM, available=GIB // 10)
+SAME = ("step", "loss", "grad_norm", "val_loss", "epoch", "tokens")
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (out / "metrics.jsonl").open())
+    return [{key: value for key, value in record.items() if key in SAME} for record in lines]
+
+
+class Feed:
+    """What the guard of a run reads; the run waits until it has read that memory is short."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.figures, self.said = ROOM, list[str]()
+        self.guards: list[MemoryGuard] = []
+
+        def made(*args: Any) -> MemoryGuard:
+            self.guards.append(MemoryGuard(*args, read=lambda: self.figures))
+            return self.guards[-1]
+
+        monkeypatch.setattr(start, "MemoryGuard", made)
+
+    def run_short(self) -> None:
+        self.figures = NONE
+        self.guards[-1]._thread.join(60)
+        assert self.guards[-1].stop.shortage is not None
+
+
+def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed, forward, passes = Feed(monkeypatch), TrainModel.forward, list[int]()
+
+    def counted(self: TrainModel, batch: Any) -> Any:
+        if self.training:
+            passes.append(1)
+            if len(passes) == 8:  # of the third step's micro batches the second
+                feed.run_short()
+        return forward(self, batch)
+
+    changes = {"train": {"micro_batch": "128 tokens"}, "adapter": {"dropout": 0.1}}
+    run = make_run(tiny, tmp_path, **changes)
+    train(make_run(tiny, tmp_path, output_dir=str(tmp_path / "whole"), **changes), say=None)
+    monkeypatch.setattr(TrainModel, "forward", counted)
+    with pytest.raises(ShortOfMemoryError, match=r"because memory is short: step \d is saved") as caught:
+        train(run, say=feed.said.append)
+    out, error = tmp_path / "run", caught.value
+    stopped = json.loads((out / "stopped.json").read_text())
+    step = stopped["step"]
+    assert len(passes) == 8, "the rest of the step was computed"
+    assert (error.exit_code, stopped["reason"], stopped["signal"]) == (75, "memory", None)
+    assert error.where == str(out / f"checkpoint-{step}")
+    assert (stopped["figures"]["phase"], stopped["figures"]["available_bytes"]) == (f"training, step {step}", GIB // 10)
+    assert "most is held by" in error.why
+    assert any(text.startswith("memory is short: stopping after this step. training") for text in feed.said)
+    assert len(records(out)) == step
+    assert not (out / "failure.json").exists()
+    feed.figures = ROOM
+    monkeypatch.setattr(TrainModel, "forward", forward)
+    train(run, say=None)
+    assert records(out) == records(tmp_path / "whole")
+    assert not (out / "stopped.json").exists()
+
+
+def test_memory_that_is_short_while_the_model_loads_ends_the_start(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed, build_model = Feed(monkeypatch), start.build.__globals__["build_model"]
+
+    def built(*args: Any, **options: Any) -> Any:
+        feed.run_short()
+        return build_model(*args, **options)
+
+    monkeypatch.setitem(start.build.__globals__, "build_model", built)
+    with pytest.raises(ShortOfMemoryError, match="memory is short before the first step") as caught:
+        train(make_run(tiny, tmp_path), say=None)
+    assert caught.value.exit_code == 75
+    assert caught.value.why.startswith("loading the model, on ")
+    assert not (tmp_path / "run").exists(), "a start that saved nothing leaves nothing"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept", "word"),
+    [
+        ({}, "1024 tokens", "train.micro_batch='512 tokens'"),
+        ({}, "200 tokens", "train.micro_batch='128 tokens'"),  # a row of data.seq_len has to fit
+        ({}, "128 tokens", ""),
+        ({}, "5 examples", "train.micro_batch='2 examples'"),
+        ({}, "1 examples", ""),
+        ({}, None, ""),
+    ],
+)
+def test_the_micro_batch_of_the_next_start(
+    changes: dict[str, Any], kept: str | None, word: str, tiny: Path, tmp_path: Path
+) -> None:
+    assert halved(make_run(tiny, tmp_path, **changes), kept) == word
+
+
+@pytest.mark.slow
+def test_a_real_process_that_takes_all_memory_of_a_control_group(tmp_path: Path) -> None:
+    """benchmarks/memory_guard.py does it 20 times, and goes on with each run."""
+    script = Path(__file__).parents[2] / "benchmarks" / "memory_guard.py"
+    options = [
+        "--times",
+        "1",
+        "--limit",
+        "1024",
+        "--rates",
+        "20",
+        "--stop-only",
+        "--json",
+        str(tmp_path / "found.json"),
+    ]
+    command = [sys.executable, str(script), *options]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "TUNESMITH_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=600)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    found = json.loads((tmp_path / "found.json").read_text())["runs"][0]
+    assert (found["exit_code"], found["killed_by_kernel"], found["clean"]) == (75, 0, True), done.stderr
