@@ -157,7 +157,6 @@ def build(
     if not measured:
         with ranks.together():
             check_disk(run, count_trained(run, model), ranks)
-    ranks.heartbeat.phase("loading the model")
     saved, eight_bit = start.found.path if start.found else None, run.model.quantize in KINDS
     probes = first_batches(make_loader(data, files, plan), device, EIGHT_BIT_PROBE_TOKENS if eight_bit else 1)
     root, plan = build_model(
@@ -201,6 +200,7 @@ def plan_model(
             what = f"the host needs {size_text(needed)} for what is offloaded, and {size_text(there)} can be had"
             fix = "train.cpu_offload=[], or more nodes"
             raise MachineError(what, where="train.cpu_offload", why=f"{ranks.local_world} ranks are on it", fix=fix)
+    ranks.heartbeat.phase("loading the model")
     return model, plan
 
 
