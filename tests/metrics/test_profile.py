@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recipes import make_run
 from tunesmith.config.schema import Profile
 from tunesmith.errors import UsageError
-from tunesmith.metrics.profile import Profiler, idle_share
+from tunesmith.metrics.profile import Profiler, idle_share, summarise
 
 CPU = torch.device("cpu")
 
@@ -91,6 +91,55 @@ def test_a_rank_that_is_not_there_is_refused(tiny: Path, tmp_path: Path) -> None
     with pytest.raises(UsageError, match="rank 3, and the ranks here are 0 to 0"):
         train(make_run(tiny, tmp_path, profile={"enabled": True, "ranks": [3]}), say=None)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
+def test_the_time_of_an_operation_is_torchs(tmp_path: Path) -> None:
+    """Reference: `self_cpu_time_total` of torch's own averages over the same trace."""
+    settings = Profile(enabled=True, wait=0, warmup=1, active=3)
+    profiler, seen = Profiler(settings, tmp_path, rank=0, device=CPU), {}
+    trace = profiler._trace
+
+    def also_average(done: torch.profiler.profile) -> None:
+        seen.update({e.key: (e.self_cpu_time_total / 1e3, e.count) for e in done.key_averages()})
+        trace(done)
+
+    profiler._trace = also_average
+    with profiler:
+        for _ in range(4):
+            layer = torch.nn.Linear(64, 64)
+            torch.nn.functional.layer_norm(layer(torch.ones(64, 64)), (64,)).sum().backward()
+            profiler.step()
+    found = json.loads((tmp_path / "summary-rank0-1.json").read_text())["operations"]
+    assert len(found) == 10
+    for row in found:
+        assert (row["ms"], row["calls"]) == (
+            pytest.approx(seen[row["name"]][0], rel=0.01, abs=2e-3),
+            seen[row["name"]][1],
+        )
+
+
+def test_the_time_of_kernels_goes_to_the_operation_that_launched_them() -> None:
+    """As Kineto writes them: a kernel has its operation's External id; two overlap here, one has no operation."""
+
+    def event(kind: str, name: str, start: float, length: float, number: int | None) -> dict:
+        return {"cat": kind, "name": name, "ts": start, "dur": length, "tid": 1, "args": {"External id": number}}
+
+    found = summarise(
+        [
+            event("cpu_op", "aten::mm", 0, 5, 1),
+            event("cpu_op", "aten::add", 5, 5, 2),
+            event("kernel", "gemm_a", 100, 40, 1),
+            event("kernel", "gemm_b", 120, 40, 1),
+            event("gpu_memcpy", "Memcpy HtoD", 180, 20, None),
+        ]
+    )
+    assert [(row["name"], row["ms"], row["calls"]) for row in found["operations"]] == [
+        ("aten::mm", 0.08, 2),
+        ("Memcpy HtoD", 0.02, 1),
+    ]
+    assert [row["share"] for row in found["operations"]] == [0.8, 0.2]
+    assert found["gpu_busy_share"] == pytest.approx(0.8)
 
 
 def test_a_run_is_profiled_on_all_ranks_unless_told_otherwise(tiny: Path, tmp_path: Path) -> None:

@@ -173,7 +173,13 @@ def judge(runs: Sequence[RunFacts]) -> Verdict:
         few = [f"{run.label}: {run.validated_on[1] or 'all'}" for run in measured]
         why = f"Hash of the held-out rows: {', '.join(on)}; taken of them: {', '.join(few)}."
         fix = "Measure each on the same rows: tunesmith eval RUN --data held-out.jsonl."
-        return Verdict("none", "Not comparable: val_loss was measured on different rows", [why, fix])
+        known_hashes = all(run.validated_on[0] for run in measured)
+        rows = (
+            "val_loss was measured on different rows"
+            if known_hashes
+            else "it is not known what val_loss was measured on"
+        )
+        return Verdict("none", f"Not comparable: {rows}", [why, fix])
     groups: dict[str, list[RunFacts]] = {}
     for run in measured:
         groups.setdefault(json.dumps(run.learned, sort_keys=True), []).append(run)
