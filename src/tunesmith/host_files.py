@@ -102,8 +102,8 @@ def refuse_many_ranks(command: str) -> None:
     for name in RANKS:
         if (count := os.environ.get(name, "")).isdecimal() and int(count) > 1:
             what = f"this process is one of {count}, and cannot find the others"
-            alone, several = f"tunesmith {command} ...", "torchrun --nproc-per-node N -m tunesmith train ..."
-            by = several if command == "train" else alone
+            alone, several = f"tunesmith {command} ...", f"torchrun --nproc-per-node N -m tunesmith {command} ..."
+            by = several if command in ("train", "sweep") else alone
             fix = f"{by}, without another launcher; unset {name} if it is left over"
             where, why = f"environment: {name}={count}", "each of them would work alone, on all rows"
             raise MachineError(what, where=where, why=why, fix=fix)

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ranks import run_ranks
 from recipes import merge, recipe
 from tunesmith.checkpoint.state import list_checkpoints
+from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
-from tunesmith.errors import RecipeError, UsageError
+from tunesmith.errors import EXIT_STOPPED, EXIT_USAGE, RecipeError, UsageError
 from tunesmith.metrics.record import read_records
+from tunesmith.report.run_files import RunFiles
 from tunesmith.sweep import shared_base
 from tunesmith.sweep.run import FILE, run_sweep
 from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import read_space
 from tunesmith.sweep.table import sweep_lines
 from tunesmith.training.run import train
+from warm import Warm, run_warm
 
 SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")
 HALVING = Search()
@@ -104,7 +108,10 @@ def test_the_best_is_named_and_a_stopped_one_goes_on_by_train(tiny: Path, tmp_pa
     assert {*second} == {*sorted(first, key=first.__getitem__)[:2]}
     assert {*last} == {min(second, key=second.__getitem__)} == {outcome["best"]}
     stopped = next(c for c in outcome["candidates"] if c["step"] == 2)
+    assert RunFiles(stopped["run_dir"]).state == "stopped"
+    assert json.loads(Path(stopped["run_dir"], "stopped.json").read_text())["reason"] == "sweep"
     result = train(load_recipe(Path(stopped["run_dir"], "config.yaml")), say=None)
+    assert RunFiles(stopped["run_dir"]).state == "finished"
     assert (result.first_step, result.steps) == (2, 8)
     assert numbers(stopped["run_dir"]) == numbers(tmp_path / f"alone-{stopped['name']}")
     lines = "\n".join(sweep_lines(outcome))
@@ -154,10 +161,11 @@ def test_to_the_end_without_held_out_rows(tiny: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"adapter": {"kind": "none"}}, "trains adapters"),
+        ({"adapter": {"kind": "none"}}, "no base that stays"),
         ({"train": {"duration": "10 min"}}, "counts steps"),
-        ({"train": {"fast_paths": ["joined-weights"]}}, "fast_paths"),
-        ({"parallel": {"tensor": 2}}, "tensor group"),
+        ({"train": {"fast_paths": ["joined-weights"]}}, "chosen by rank"),
+        ({"parallel": {"tensor": 2}}, "no adapter over a group"),
+        ({"data": {"validation": None, "hold_out": "4 examples"}}, "draws the held-out rows"),
     ],
 )
 def test_recipes_that_are_refused(tiny: Path, tmp_path: Path, changes: dict[str, Any], said: str):
@@ -166,34 +174,72 @@ def test_recipes_that_are_refused(tiny: Path, tmp_path: Path, changes: dict[str,
         del values["adapter"]
     (tmp_path / "recipe.yaml").write_text(json.dumps(merge(values, changes)))
     with pytest.raises(RecipeError, match=said) as caught:
-        sweep(tmp_path / "recipe.yaml", ["train.learning_rate=1e-3,1e-2"])
+        sweep(tmp_path / "recipe.yaml", ["train.seed=1,2"])
     assert caught.value.fix
     assert not (tmp_path / "sweep").exists()
 
 
 def test_kill_9_anywhere_and_the_same_command_goes_on(tiny: Path, tmp_path: Path):
     whole = sweep(write_recipe(tiny, tmp_path))
-    (tmp_path / "killed").mkdir()
-    file = write_recipe(tiny, tmp_path, output_dir=str(tmp_path / "killed"))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "tunesmith.sweep.run"])
-    for steps in (1, 4, 9, 15):  # of all candidates together
-        process = context.Process(target=sweep, args=(file,))
-        process.start()
-        deadline = time.monotonic() + 120
-        while sum(path.read_bytes().count(b"\n") for path in (tmp_path / "killed").glob("*/metrics.jsonl")) < steps:
-            assert process.is_alive()
+    out = tmp_path / "killed"
+    command = ["sweep", str(write_recipe(tiny, tmp_path, output_dir=str(out))), *WORDS]
+    for steps, number in ((1, signal.SIGKILL), (4, signal.SIGKILL), (9, signal.SIGTERM), (13, signal.SIGKILL)):
+        process, deadline = Warm(command), time.monotonic() + 120
+        while sum(path.read_bytes().count(b"\n") for path in out.glob("*/metrics.jsonl")) < steps:
+            assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        process.kill()
-        process.join()
-    outcome = sweep(file)
+        process.send_signal(number)
+        _, said = process.communicate()
+        assert process.wait() == (EXIT_STOPPED if number == signal.SIGTERM else -signal.SIGKILL)
+        assert ("SIGTERM: stopping after" in said) == (number == signal.SIGTERM)
+    ended = run_warm(command)
+    assert ended.returncode == 0, ended.stderr
+    outcome = json.loads((out / FILE).read_text())
     for ours, theirs in zip(outcome["candidates"], whole["candidates"], strict=True):
         assert {**ours, "run_dir": ""} == {**theirs, "run_dir": ""}
         assert numbers(ours["run_dir"]) == numbers(theirs["run_dir"])
         for name in (c.path.name for c in list_checkpoints(Path(theirs["run_dir"]))[:1]):
             assert tensors(Path(ours["run_dir"], name)) == tensors(Path(theirs["run_dir"], name))
     assert outcome["best"] == whole["best"]
+    assert ended.stdout.splitlines() == [*sweep_lines(outcome), f"report: {out / 'report.html'}"]
+    page = (out / "report.html").read_text()
+    assert f"best: {outcome['best']}" in page
+    assert all(c["name"] in page for c in outcome["candidates"])
+
+
+def test_layers_are_compiled_once_a_rank_as_in_a_run_alone(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    graphs: list[list[tuple[Any, ...]]] = []
+
+    def note(graph: Any, inputs: list[Any]) -> Any:
+        graphs.append([tuple(tensor.shape) for tensor in inputs if isinstance(tensor, torch.Tensor)])
+        return graph.forward
+
+    def of_rank(rank: int) -> int:
+        return sum((rank, 64) in shapes for shapes in graphs)
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **given: compiled(function, **{**given, "backend": note}))
+    file = write_recipe(tiny, tmp_path, train={"compile": "on", "duration": "2 steps"})
+    outcome = sweep(file, search=Search(to_the_end=True))
+    count = of_rank(8)
+    torch._dynamo.reset()
+    graphs.clear()
+    candidate = outcome["candidates"][1]
+    assert numbers(train_alone(candidate, tmp_path)) == numbers(candidate["run_dir"])
+    assert of_rank(8) == count > 0
+
+
+def test_the_words_of_several_ranks(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from tunesmith.launch import node
+
+    told: list[Any] = []
+    monkeypatch.setattr(node, "run_agent", lambda words: told.append(words) or 0)
+    file = str(write_recipe(tiny, tmp_path))
+    assert main(["sweep", file, "train.learning_rate=1e-4..1e-3", "--ranks", "2", "--candidates", "3", "--json"]) == 0
+    words = ["sweep", file, "train.learning_rate=1e-4..1e-3", "--candidates", "3", "--json"]
+    assert told == [["--ranks", "2", "--", *words]]
+    assert main(["sweep", file, *WORDS, "--sampler", "random"]) == EXIT_USAGE
 
 
 def sweep_and_train(file: Path, words: list[str]) -> dict[str, Any]:

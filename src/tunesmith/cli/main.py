@@ -77,18 +77,8 @@ VERBS = {
     "completion": ("tunesmith.cli.completion", "print the tab completion of a shell"),
 }
 
-COMPUTING = {
-    "train",
-    "sweep",
-    "chat",
-    "generate",
-    "bench",
-    "selfcheck",
-    "eval",
-    "merge",
-    "export",
-    "plan",
-}  # with torch
+# with torch
+COMPUTING = {"train", "sweep", "chat", "generate", "bench", "selfcheck", "eval", "merge", "export", "plan"}
 
 _NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a place that you may write to")
 _UNUSABLE = ("this path cannot be used", "correct the path, or move away what lies there")

@@ -17,6 +17,7 @@ from functools import partial
 
 from tunesmith.cli.options import whole_number
 from tunesmith.errors import UsageError
+from tunesmith.host_files import from_here
 from tunesmith.ranks import started_as, told_once_a_node
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
@@ -63,12 +64,13 @@ def run(args: argparse.Namespace) -> int | None:
         early.doing = "the libraries are loaded"
         early.hold(say)
         from tunesmith.sweep.run import run_sweep
-        from tunesmith.sweep.table import sweep_lines
+        from tunesmith.sweep.table import sweep_lines, sweep_page
 
         if early.requested():
             raise early.not_begun()
     outcome = run_sweep(args.recipe, space, search, say=say, argv=sys.argv)
     if leads:
         sys.stdout = lasting(sys.stdout)
-        print(json.dumps(outcome) if args.json else "\n".join(sweep_lines(outcome)))
+        page = f"report: {from_here(sweep_page(outcome))}"
+        print(json.dumps(outcome) if args.json else "\n".join([*sweep_lines(outcome), page]))
     return None

@@ -8,8 +8,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,10 +21,10 @@ from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.errors import NonFiniteError, OtherRankError, RecipeError, UsageError
-from tunesmith.host_files import write_atomically
+from tunesmith.host_files import refuse_many_ranks, write_atomically
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.terminal import format_seconds
-from tunesmith.ranks import Ranks
+from tunesmith.ranks import Ranks, started_as
 from tunesmith.signals import StopRequest
 from tunesmith.sweep.search import Search, halve, rung_steps, sample
 from tunesmith.sweep.shared_base import RungTrainer, SharedBase
@@ -36,8 +36,8 @@ FILE = "sweep.json"
 
 
 @dataclass
-class Candidate:
-    """One recipe of a sweep, and what is known of it: `losses` by step, infinite where it diverged."""
+class SweepRun:
+    """One candidate of a sweep, and what is known of it: `losses` by step, infinite where it diverged."""
 
     name: str
     values: dict[str, str]
@@ -64,50 +64,40 @@ def run_sweep(
     A candidate whose loss is not finite is out; any other error ends the sweep, which the same command goes on with.
     """
     base = load_recipe(recipe, space.fixed, say=say)
-    check_sweep(base, search)
+    check_sweep(base, space, search)
+    if started_as() is None:
+        refuse_many_ranks("sweep")
     for key, span in space.ranges.items():  # a wrong end is found before anything is loaded
         for end in (span.low, span.high):
             load_recipe(recipe, [*space.fixed, f"{key}={end}"])
     with joined(base) as (stop, ranks), ExitStack() as stack:
         with ranks.together():
             if ranks.leads:
-                stack.enter_context(claim_sweep(Path(base.output_dir)))
+                if is_run(folder := Path(base.output_dir)):
+                    what = "output_dir holds a run, and a sweep has its runs below it"
+                    raise UsageError(what, where=str(folder), fix=f"output_dir={folder}-sweep")
+                stack.enter_context(claim_run_dir(folder))
         sweep = Sweep(recipe, base, space, search, stop, ranks, say, argv)
         sweep.search_best()
         return sweep.outcome()
 
 
-def check_sweep(run: Run, search: Search) -> None:
+def check_sweep(run: Run, space: Space, search: Search) -> None:
     """RecipeError where the recipe cannot be swept over one base."""
-    if run.adapter.kind != "lora":
-        why = "a model trained in full has no base that stays"
-        raise RecipeError("a sweep trains adapters", where="adapter.kind", why=why, fix="adapter.kind=lora")
-    if run.parallel.tensor != 1:
-        what, fix = "a sweep does not cut its adapters over a tensor group", "parallel.tensor=1"
-        raise RecipeError(what, where="parallel.tensor", fix=fix)
-    if run.train.fast_paths:
-        why = "some depend on rank and dropout, and are decided when the base is loaded"
-        raise RecipeError(
-            "a sweep takes no train.fast_paths", where="train.fast_paths", why=why, fix="train.fast_paths=[]"
-        )
-    if run.train.duration.seconds is not None:
-        why = "a schedule by the clock differs from run to run"
-        raise RecipeError("a sweep counts steps", where="train.duration", why=why, fix="train.duration='500 steps'")
-    if not (run.data.validation or run.data.hold_out or search.to_the_end):
-        fix = "data.hold_out='5 %', or --to-the-end, which compares training losses"
-        raise RecipeError(
-            "candidates are stopped by val_loss, and no rows are held out", where="data.validation", fix=fix
-        )
-
-
-@contextmanager
-def claim_sweep(folder: Path) -> Iterator[None]:
-    """Hold the sweep's folder; UsageError where it is a run's, MachineError where another process holds it."""
-    if is_run(folder):
-        fix = f"output_dir={folder}-sweep"
-        raise UsageError("output_dir holds a run, and a sweep has its runs below it", where=str(folder), fix=fix)
-    with claim_run_dir(folder):
-        yield
+    train, data, seeds = run.train, run.data, "train.seed" in {*space.choices, *space.ranges}
+    for wrong, where, what, fix in (
+        (run.adapter.kind != "lora", "adapter.kind", "full fine-tuning has no base that stays", "adapter.kind=lora"),
+        (run.parallel.tensor != 1, "parallel.tensor", "a sweep cuts no adapter over a group", "parallel.tensor=1"),
+        (train.fast_paths, "train.fast_paths", "they are chosen by rank when a base is loaded", "train.fast_paths=[]"),
+        (train.duration.seconds, "train.duration", "a sweep counts steps, not time", "train.duration='500 steps'"),
+        (seeds and data.hold_out, "train.seed", "the seed draws the held-out rows too", "data.validation in place of hold_out"),
+        (seeds and run.model.added_tokens, "train.seed", "the seed draws the added tokens too", "one train.seed"),
+        (not (data.validation or data.hold_out or search.to_the_end), "data.validation",
+         "no rows are held out, and val_loss stops candidates",
+         "data.hold_out='5 %', or --to-the-end, which compares training losses"),
+    ):  # fmt: skip
+        if wrong:
+            raise RecipeError(what, where=where, fix=fix)
 
 
 class Sweep:
@@ -126,7 +116,7 @@ class Sweep:
     ) -> None:
         self.recipe, self.base, self.space, self.search = recipe, base, space, search
         self.stop, self.ranks, self.say, self.argv = stop, ranks, say, argv
-        self.folder, self.candidates = Path(base.output_dir), list[Candidate]()
+        self.folder, self.candidates = Path(base.output_dir), list[SweepRun]()
         self.asked = {"recipe": to_mapping(base), "keys": space.plain(), "search": vars(search)}
         with ranks.together():
             before = self._read() if ranks.leads else None
@@ -181,13 +171,13 @@ class Sweep:
             run, validate=validate, train=replace(run.train, micro_batch=Size.parse(self.fixed["micro_batch"]))
         )
 
-    def add(self, values: dict[str, str]) -> Candidate:
+    def add(self, values: dict[str, str]) -> SweepRun:
         """Make a candidate; its folder's name tells its number and values."""
         values = self.ranks.share(values)
         run = load_recipe(self.recipe, [*self.space.fixed, *(f"{key}={value}" for key, value in values.items())])
         words = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
         name = f"{len(self.candidates) + 1:02d}-" + re.sub(r"[^\w.+-]+", "_", words)[:80]
-        self.candidates.append(Candidate(name, values, replace(self._pinned(run), output_dir=str(self.folder / name))))
+        self.candidates.append(SweepRun(name, values, replace(self._pinned(run), output_dir=str(self.folder / name))))
         return self.candidates[-1]
 
     def search_best(self) -> None:
@@ -201,13 +191,13 @@ class Sweep:
         self.write()
         halve(candidates, rungs, self.measure)
 
-    def measure(self, candidate: Candidate, until: int | None) -> float:
+    def measure(self, candidate: SweepRun, until: int | None) -> float:
         """The loss of a candidate after step `until`, or at its end, trained as far as it has to be; infinite where it
         diverged."""
         step, began = self.diverged.get(candidate.name), time.perf_counter()
         found = self._reached(candidate, until) if step is None else (step, math.inf, "diverged")
         if found is None:
-            trainer = partial(RungTrainer, until=until)
+            trainer = partial(RungTrainer, until=until, say=self.say)
             try:
                 start_run(
                     candidate.run,
@@ -236,7 +226,7 @@ class Sweep:
     def compared(self) -> str:
         return "val_loss" if self.base.data.validation or self.base.data.hold_out else "loss"
 
-    def _reached(self, candidate: Candidate, until: int | None) -> tuple[int, float, str] | None:
+    def _reached(self, candidate: SweepRun, until: int | None) -> tuple[int, float, str] | None:
         """Step, loss and state of a candidate that has come so far, by rank 0's directory; a collective call."""
         found: tuple[int, float, str] | None = None
         with self.ranks.together():

@@ -4,6 +4,7 @@ What a run draws depends on its seed, names, steps and micro batches alone, so a
 learns, to the last bit, what it would learn in a process of its own.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +15,10 @@ import torch
 from tunesmith.adapter import lora, peft_files
 from tunesmith.build_model import init_adapter
 from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
+from tunesmith.checkpoint.run_dir import RECIPE, STOPPED
 from tunesmith.config.schema import Adapter, Run
 from tunesmith.data.schedule import BatchSchedule
+from tunesmith.host_files import write_atomically
 from tunesmith.ranks import Ranks
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_device_memory
@@ -77,11 +80,18 @@ class SharedBase:
 
 
 class RungTrainer(Trainer):
-    """A Trainer that leaves its run after step `until`, saved, as a signal would; None: it trains to the end."""
+    """A Trainer that leaves its run after step `until`, saved, as a signal would; None: it trains to the end.
 
-    def __init__(self, *parts: Any, until: int | None) -> None:
+    `say` takes a line where a signal comes: the run itself says nothing to the user.
+    """
+
+    def __init__(self, *parts: Any, until: int | None, say: Callable[[str], None]) -> None:
         super().__init__(*parts)
-        self.until = until
+        self.until, self.say = until, say
+
+    def fit(self) -> Result:
+        self.stop.hold(self.say)
+        return super().fit()
 
     def over(self) -> bool:
         return super().over() or (self.until is not None and self.progress.step >= self.until)
@@ -93,4 +103,8 @@ class RungTrainer(Trainer):
         if not self.progress.validated:
             self.save_and_stop()
         self.save()
+        if self.session.ranks.leads:
+            told = {"signal": None, "reason": "sweep", "step": self.progress.step}
+            told["next"] = f"tunesmith train {self.out / RECIPE} goes on with it"
+            write_atomically(self.out / STOPPED, json.dumps(told, indent=1))
         return self.result()

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.host_files import from_here
+from tunesmith.report.page import write_report
+from tunesmith.report.run_files import RunFiles
 
 ORDER = ("finished", "stopped", "diverged", "waiting")
 
@@ -17,8 +19,16 @@ def last_loss(candidate: Mapping[str, Any]) -> float:
     return math.inf if not found or found[0] is None else float(found[0])
 
 
+def sweep_page(outcome: Mapping[str, Any]) -> Path:
+    """Write the report of all candidates beside sweep.json, and return its place."""
+    folders = [Path(c["run_dir"]) for c in outcome["candidates"] if Path(c["run_dir"]).is_dir()]
+    page = folders[0].parent / "report.html"
+    write_report([RunFiles(folder) for folder in folders], page, note="; ".join(best_lines(outcome)))
+    return page
+
+
 def sweep_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of an outcome, as sweep.json holds it: those that came furthest first, then by loss."""
+    """The lines of an outcome, as sweep.json holds it: those that came furthest first, then by loss; then the best one."""
     candidates, compared = outcome["candidates"], outcome["compared_by"]
     keys = list(candidates[0]["values"]) if candidates else []
     ordered = sorted(candidates, key=lambda c: (ORDER.index(c["state"]), -c["step"], last_loss(c)))
@@ -36,6 +46,12 @@ def sweep_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield from best_lines(outcome)
+
+
+def best_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
+    """The best candidate, what it was chosen from, and where its adapter and its recipe lie."""
+    candidates, compared = outcome["candidates"], outcome["compared_by"]
     states = Counter(c["state"] for c in candidates)
     chosen = ", ".join(f"{states[state]} {state}" for state in ORDER if states[state])
     best = next((c for c in candidates if c["name"] == outcome["best"]), None)
