@@ -79,16 +79,18 @@ def test_a_lower_training_loss_does_not_win_against_val_loss(tmp_path: Path) -> 
 
 
 def test_seeds_give_the_noise(tmp_path: Path) -> None:
-    """Pooled over both recipes: variances 0.0002 and 0.0002, so 0.0141; the error of the difference is 0.0141 too."""
+    """Pooled over both recipes: variances of 0.0002, so 0.0141, and so is the error of the difference of two means of two; with
+    2 degrees of freedom Student's t is beyond 4.30 once in 20 times: 0.0608."""
     a = [write_run(tmp_path / f"a{s}", falling(2.0 + s * 0.02, jitter=0), recipe=rate(1e-3, s)) for s in (0, 1)]
     b = [write_run(tmp_path / f"b{s}", falling(2.02 + s * 0.02, jitter=0), recipe=rate(1e-4, s)) for s in (0, 1)]
     found = verdict(*a, *b)
     assert found.kind == "equal"
-    assert "from seed to seed val_loss differs by 0.0141 (standard deviation, 4 runs of equal recipes)" in said(found)
+    assert "from seed to seed val_loss differs by 0.0141 (standard deviation over a recipe's seeds)" in said(found)
+    assert "above 0.0608" in said(found)
     far = [write_run(tmp_path / f"c{s}", falling(2.5 + s * 0.02, jitter=0), recipe=rate(1e-5, s)) for s in (0, 1)]
     found = verdict(*a, *far)
     assert (found.kind, found.best) == ("better", (0, 1))
-    assert "a0 and a1 is better: lowest val_loss 1.0100 ± 0.0141 against 1.5100 ± 0.0141" in found.headline
+    assert "a0 and a1 are better: lowest val_loss 1.0100 ± 0.0141 against 1.5100 ± 0.0141" in found.headline
 
 
 def test_one_recipe_twice(tmp_path: Path) -> None:
@@ -104,7 +106,7 @@ def test_cautions(tmp_path: Path) -> None:
     short = write_run(tmp_path / "short", falling(3.0, steps=20), steps=20, finished=False, env={"cpu": "another"})
     text = said(verdict(rises, short))
     assert "rises ends at val_loss 1.9000, above that of step 36" in text
-    assert "short killed at step 20" in text
+    assert "Not at their end: short (killed at step 20)." in text
     assert "unequal numbers of tokens: rises 4,000, short 2,000" in text
     assert "speed and memory are not comparable" in text
     assert "After step 20, the last that both were measured at: 1.5000 against 2.4900" in text

@@ -159,13 +159,16 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 def test_many_runs_of_many_steps_stay_small(tmp_path: Path) -> None:
     runs = [
         write_run(
-            tmp_path / f"run-{i}", falling(2.0 + i / 10), steps=3000, recipe={"train": {"learning_rate": 10.0**-i}}
+            tmp_path / f"run-{i}", falling(2.0 - i / 10), steps=3000, recipe={"train": {"learning_rate": 10.0**-i}}
         )
-        for i in range(4)
+        for i in range(1, 6)
     ]
     page = render_report(runs)
     assert len(page) < 1_500_000
-    assert "4 runs compared" in visible(page)
+    text = visible(page)
+    assert "5 runs compared" in text
+    board = text[text.index("Side by side") :]
+    assert board.index("run-5") < board.index("run-1"), "the lowest val_loss first"
 
 
 def test_the_command(

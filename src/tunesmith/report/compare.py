@@ -1,7 +1,7 @@
 """What runs show side by side: figures with their spread, differing keys, and which is better where that can be said.
 
-val_loss decides, and only on the same held-out rows; a training loss never does. A difference counts from twice the noise
-on: the spread over seeds where several runs share a recipe, else how val_loss moves around its own trend.
+val_loss decides, and only on the same held-out rows; a training loss never does. A difference counts above the noise: what
+seeds alone would exceed once in 20, where several runs share a recipe; else how far val_loss moves around its own trend.
 """
 
 import json
@@ -15,7 +15,19 @@ from typing import Any, NamedTuple
 from tunesmith.config.dump import is_free, leaves
 from tunesmith.report.run_files import RunFiles
 
-NOISES = 2.0  # standard errors from which a difference counts: about 95 % of a normal distribution
+NOISES = 2.0  # standard errors above which a difference counts: about 95 % of a normal distribution
+STUDENT = (
+    12.71,
+    4.30,
+    3.18,
+    2.78,
+    2.57,
+    2.45,
+    2.36,
+    2.31,
+    2.26,
+    2.23,
+)  # the same of Student's t, from 1 degree of freedom
 APART = 0.02  # relative difference of the tokens learned from that is worth a sentence
 
 
@@ -193,16 +205,16 @@ def judge(runs: Sequence[RunFacts]) -> Verdict:
         why = f"These are {len(measured)} runs of one recipe with {seeds} seed{'s' * (seeds > 1)}: val_loss {first}."
         return Verdict("equal", "One recipe: the difference is the seed's or the machine's", [why, *more])
     second = ranking[1]
-    gap, (error, noise) = second.score.mean - first.score.mean, _noise(ranking)
+    gap, (least, noise) = second.score.mean - first.score.mean, _noise(ranking)
     against = f"lowest val_loss {first} against {second} of {second.name}"
     if any(run.files.state == "running" for run in (*first.runs, *second.runs)):
         kind, headline = "none", f"So far {first.name} is ahead: {against}"
-    elif error is None:
+    elif least is None:
         kind, headline = "none", f"{first.name} has the lower val_loss, and the noise is not known: {against}"
-    elif gap <= NOISES * error:
+    elif gap <= least:
         kind, headline = "equal", f"No difference that can be told from noise: {against}"
     else:
-        kind, headline = "better", f"{first.name} is better: {against}"
+        kind, headline = "better", f"{first.name} {'is' if len(first.runs) == 1 else 'are'} better: {against}"
     reasons = [_difference(first.runs[0], second.runs[0]), f"{gap:.4f} apart. {noise}", *more]
     return Verdict(kind, headline, reasons, best if kind == "better" else ())
 
@@ -217,16 +229,17 @@ def _alone(run: RunFacts) -> Verdict:
 
 
 def _noise(ranking: Sequence[Contender]) -> tuple[float | None, str]:
-    """The standard error of the difference between the first two, and where it is from; None where it is not known."""
+    """The difference between the first two above which it counts, and where it is from; None where that is not known."""
     first, second = ranking[:2]
     if repeated := [one.score for one in ranking if one.score.count > 1]:
-        deviation = math.sqrt(fmean(score.deviation**2 for score in repeated))
-        runs = sum(score.count for score in repeated)
-        error = deviation * math.sqrt(1 / first.score.count + 1 / second.score.count)
+        freedom = sum(score.count - 1 for score in repeated)
+        deviation = math.sqrt(sum(score.deviation**2 * (score.count - 1) for score in repeated) / freedom)
+        times = STUDENT[freedom - 1] if freedom <= len(STUDENT) else NOISES
+        least = times * deviation * math.sqrt(1 / first.score.count + 1 / second.score.count)
         text = (
-            f"from seed to seed val_loss differs by {deviation:.4f} (standard deviation, {runs} runs of equal recipes)"
+            f"Noise: from seed to seed val_loss differs by {deviation:.4f} (standard deviation over a recipe's seeds)"
         )
-        return error, f"Noise: {text}."
+        return least, f"{text}; once in 20 times seeds alone make a difference above {least:.4f}."
     run = first.runs[0]
     seed, folder = run.files.recipe.get("train", {}).get("seed", 42), run.files.folder
     again = f"tunesmith train {folder}/config.yaml train.seed={seed + 1} output_dir={folder}-seed-{seed + 1}"
@@ -234,8 +247,9 @@ def _noise(ranking: Sequence[Contender]) -> tuple[float | None, str]:
     found = [w for one in (first, second) if (w := wobble([v for _, v in one.runs[0].validations])) is not None]
     if not found:
         return None, f"There are too few validations to see how val_loss moves from one to the next. {once}"
-    text = f"Noise: from one validation to the next val_loss moves by {max(found):.4f} around its trend."
-    return max(found) * math.sqrt(2), f"{text} {once}"
+    least = NOISES * math.sqrt(2) * max(found)
+    text = f"Noise: from one validation to the next val_loss moves by {max(found):.4f} around its trend"
+    return least, f"{text}; a difference counts above {least:.4f}. {once}"
 
 
 def _difference(one: RunFacts, other: RunFacts) -> str:
@@ -267,10 +281,10 @@ def _cautions(runs: Sequence[RunFacts], first: Contender | None) -> list[str]:
             said.append(
                 f"{run.label} ends at val_loss {last:.4f}, above that of step {step}, whose checkpoint is kept."
             )
-        if run.files.state not in ("finished", "running"):
-            said.append(f"{run.label} {run.files.state} at step {run.steps}: its val_loss might have gone on falling.")
-        elif run.files.state == "running":
-            said.append(f"{run.label} still runs, now at step {run.steps}.")
+    if early := [
+        f"{run.label} ({run.files.state} at step {run.steps})" for run in runs if run.files.state != "finished"
+    ]:
+        said.append(f"Not at their end: {', '.join(early)}. Their val_loss might go on falling.")
     if first is None:
         return said
     winner = first.runs[0]

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from tunesmith.report.run_files import Columns, RunFiles, downsample, smooth
 MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart
 SPAN = 40  # a smoothed curve averages over one in so many of the steps, and at least 5
-PROMPTS, LOG_LINES, KEYS_IN_BOARD = 6, 20, 3
+PROMPTS, LOG_LINES, KEYS_IN_BOARD, RAW_RUNS = 6, 20, 3, 4
 VERSIONS = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "bitsandbytes")
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
 STATIC = ("uPlot.min.css", "plots.css", "report.css", "uPlot.iife.min.js", "plots.js", "report.js")
@@ -78,6 +79,10 @@ def _context(runs: list[RunFacts]) -> dict[str, Any]:
     environment = [(key, [one.get(key) for one in env]) for key in names]
     return {
         "runs": runs,
+        # The lowest val_loss first, where they can be compared.
+        "board": sorted(
+            range(len(runs)), key=lambda i: (runs[i].best or (math.inf,))[0] if verdict.kind != "none" else 0
+        ),
         "verdict": verdict,
         "keys": keys,
         "board_keys": [one for one in keys if one.learns][:KEYS_IN_BOARD],
@@ -122,6 +127,8 @@ def _charts(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
     for name in names:
         title, unit, zero, smoothed = MAIN.get(name, (name, "", False, False))
         series = [line for i, run in enumerate(runs) for line in _series(run, i, name, smoothed)]
+        if len(runs) > RAW_RUNS and smoothed:  # many raw lines hide each other
+            series = [one for one in series if not one["faint"]]
         if series:
             shown = {"title": title, "unit": unit, "zero": zero, "series": series}
             charts.append(shown | {"place": "main" if name in MAIN else "more"})
@@ -149,7 +156,7 @@ def _samples_of(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
     for prompt in list(dict.fromkeys(row["prompt"] for run in runs for row in run.files.samples))[:PROMPTS]:
         rows = [(run.label, [r for r in run.files.samples if r["prompt"] == prompt]) for run in runs]
         rows = [(label, answers) for label, answers in rows if answers]
-        expected = rows[0][1][0].get("expected")
+        expected = next((row["expected"] for _, answers in rows for row in answers if row.get("expected")), None)
         first = [(label, a[0]["step"], a[0]["answer"]) for label, a in rows if a[0]["step"] == 0]
         if len(first) > 1 and len({answer for *_, answer in first}) == 1:
             first = [("", *first[0][1:])]
