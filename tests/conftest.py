@@ -63,7 +63,7 @@ training/test_make_recipe.py::test_the_same_command_resumes
 training/test_train.py::test_a_run_by_the_clock_ends_with_everything_written
 training/test_train.py::test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers
 training/test_train.py::test_metrics_read_one_step_later_are_the_same
-parallel/test_torchrun.py
+parallel/test_torchrun.py watch/test_page.py watch/test_remote.py watch/test_screen.py watch/test_server.py
 launch/test_old_ways.py launch/test_doctor_pair.py
 launch/test_docker_image.py launch/test_node.py launch/test_local.py
 cli/test_post_mortem.py metrics/test_health.py::test_other_ranks_write_records_of_their_own metrics/test_health.py::test_a_limit_on_cores_is_named_with_the_time_it_took

@@ -42,7 +42,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def test_it_follows_a_run_that_trains(tiny: Path, tmp_path: Path, visit: Any) -> None:
     made = recipe(tiny, tmp_path, train={"duration": "100000 steps"}, checkpoint={"every": "5000 steps"},
-                  validate={"every": "200 steps"}, log={"samples": 1})  # fmt: skip
+                  validate={"every": "500 steps"}, log={"samples": 1})  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(made))
     out, command = tmp_path / "run", [sys.executable, "-m", "tunesmith", "train", str(tmp_path / "recipe.yaml")]
     training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -83,6 +83,18 @@ def test_axe_finds_nothing_serious(one: str, two: str, visit: Any) -> None:
                 grave = [row for row in found["violations"] if row["impact"] in ("serious", "critical")]
                 assert [(row["id"], row["nodes"][0]["html"]) for row in grave] == []
                 assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_dear_curves_are_never_late_at_first(one: str, browser: Any) -> None:
+    """Curves of a long run are brought seldom of the page's own accord, but at once when it opens."""
+    page = browser.new_page()
+    run = {"name": "run", "place": "runs/run", "state": "running", "lost": "", "step": 1, "steps": 2, "done": 0.5, "figures": {},
+           "seconds_left": 1.0, "warnings": [], "failure": None, "stopped": None, "log": [], "texts": 1}  # fmt: skip
+    event = f"data: {json.dumps({'runs': [run], 'pause': 1e6})}\n\n"
+    page.route("**/events", lambda route: route.fulfill(content_type="text/event-stream", body=event))
+    page.goto(one)
+    page.wait_for_selector(".chart canvas", timeout=120_000)
+    page.close()
 
 
 def test_a_drag_zooms_all_charts_and_brings_finer_points(one: str, visit: Any) -> None:

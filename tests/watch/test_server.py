@@ -54,6 +54,14 @@ def test_this_machine_gets_the_page_through_any_port(served: tuple[str, subproce
         assert b"tunesmith" in ask(served[0], host=host)[1]
     for method in ("POST", "PUT", "OPTIONS", "HEAD"):
         assert ask(served[0], method=method)[:2] == (404, b"")
+    base = served[0].rpartition("/")[0].rpartition("/")[0]
+    upgrade = {
+        "upgrade": "websocket",
+        "connection": "Upgrade",
+        "sec-websocket-key": "x" * 22 + "==",
+        "sec-websocket-version": "13",
+    }
+    assert ask(f"{base}/wrong/events", **upgrade)[:2] == (404, b"")
 
 
 def test_the_page_may_load_from_here_alone(served: tuple[str, subprocess.Popen[str]]) -> None:

@@ -27,7 +27,7 @@ from tunesmith.watch.feed import WatchedRun, curves, to_json
 
 HOSTS = (b"127.0.0.1", b"localhost")  # any port: `ssh -L` may come by another one
 POLL = 1.0  # seconds between two looks at the runs
-SHARE = 0.02  # of one core, at most, goes into curves: a long run is looked at less often
+SHARE = 0.02  # of one core, at most, goes into curves that nobody asked for: those of a long run come less often
 QUIET = 15.0  # seconds after which a line is sent to find out whether the page is still there
 POINTS = 4000  # of one series, at most
 HEADERS = {
@@ -50,9 +50,6 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-            return
-        if scope["type"] != "http":  # a web socket: none is served
-            await send({"type": "websocket.close"})
             return
         hosts = [value.rpartition(b":")[0] or value for name, value in scope["headers"] if name == b"host"]
         given = scope["path"][1:].partition("/")[0].encode()
@@ -82,8 +79,9 @@ class Page:
         self._open, self._cost = 0, 0.0
 
     def state(self) -> str:
+        """Where the runs stand, and the seconds that the page lets pass before it asks for curves of its own accord."""
         with self.lock:
-            return to_json({"runs": [run.status() for run in self.runs]})
+            return to_json({"runs": [run.status() for run in self.runs], "pause": self._cost / SHARE})
 
     def curves(self, request: Request) -> Response:
         """The charts, or the first `panels`: `x` is step, tokens or seconds, `from` and `to` bound it, with so many `points`."""
@@ -129,7 +127,7 @@ class Page:
                 seen = [await asyncio.to_thread(run.refresh, self.lock) for run in self.runs]
                 if any(seen):
                     self.tell()
-            await asyncio.sleep(max(POLL, self._cost / SHARE))
+            await asyncio.sleep(POLL)
 
     def tell(self) -> None:
         told, self.changed = self.changed, asyncio.Event()
@@ -182,13 +180,11 @@ def serve_page(runs: Sequence[WatchedRun], told: Any) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         told(f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/")
+        # No web sockets, no forwarded addresses, and no log of requests, which would name the token.
         config = Config(
-            make_app(page, token),
-            log_level="critical",
-            server_header=False,
-            date_header=False,
+            make_app(page, token), ws="none", proxy_headers=False, log_level="critical", server_header=False, date_header=False,
             timeout_graceful_shutdown=2,
-        )
+        )  # fmt: skip
         server = WatchServer(config)
         server.page = page
         server.run(sockets=[listener])

@@ -4,7 +4,7 @@
 (() => {
   const $ = (query) => document.querySelector(query);
   const charts = new Map();  // title -> chart
-  let runs = [], texts = [], zoomed = null, axis = "step", drawn = "step", waiting = false, stale = false, read = "", sampleSteps = [];
+  let runs = [], texts = [], zoomed = null, axis = "step", drawn = "step", later = null, drawnAt = -Infinity, waiting = false, stale = false, read = "", sampleSteps = [];
 
   function make(tag, attributes = {}, ...children) {
     const made = document.createElement(tag);
@@ -114,7 +114,9 @@
   }
 
   function asText(value) {
-    return value === null ? "–" : typeof value === "object" ? JSON.stringify(value) : String(value);
+    if (value === null) return "–";
+    if (typeof value !== "object" || Array.isArray(value)) return typeof value === "string" ? value : JSON.stringify(value);
+    return Object.entries(value).map(([key, part]) => `${key.replaceAll("_", " ")} ${asText(part)}`).join(", ") || "–";
   }
 
   // ---- curves
@@ -151,11 +153,14 @@
   async function drawCurves() {
     if (document.hidden || waiting) {
       stale = true;
+      later = null;
       return;
     }
     let pause = 20;
     waiting = true;
     stale = false;
+    clearTimeout(later);
+    later = null;
     try {
       const points = Math.min(2000, Math.round(0.7 * innerWidth * devicePixelRatio));
       const first = charts.size ? "" : "&panels=4";  // what is seen at once comes first
@@ -170,6 +175,7 @@
       stale = true;
     }
     waiting = false;
+    drawnAt = performance.now();
     if (stale) setTimeout(drawCurves, pause);
   }
 
@@ -308,12 +314,13 @@
   // ---- the link to the command
 
   function hear(event) {
-    runs = JSON.parse(event.data).runs;
+    const told = JSON.parse(event.data);
+    runs = told.runs;
     runs.forEach(showRun);
     runs.forEach(showLog);
     const first = runs[0], done = first.done == null ? "" : `${Math.round(first.done * 100)} % `;
     document.title = runs.length > 1 ? `${runs.length} runs: tunesmith watch` : `${done}${first.name}: tunesmith watch`;
-    drawCurves();
+    if (!later) later = setTimeout(drawCurves, Math.max(0, drawnAt + 1000 * told.pause - performance.now()));
     getTexts();
   }
 
