@@ -133,7 +133,9 @@ class StoppedError(TunesmithError):
 
 class ShortOfMemoryError(StoppedError):
     """The host's memory is nearly used up; everything is saved. The process ends at once: Python's own end takes a second,
-    on a busy machine five."""
+    on a busy machine five. `smaller`: the micro batch to go on with; empty where it cannot be smaller."""
+
+    smaller = ""
 
 
 class OtherRankError(TunesmithError):

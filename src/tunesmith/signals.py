@@ -19,6 +19,7 @@ from tunesmith.errors import ShortOfMemoryError, StoppedError
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 SHORT, END = "stopped because memory is short", "end what holds the memory"
+RESTART = "TUNESMITH_RESTART"  # of the environment: a launcher whose process is the run has it start again, once
 ONE_PRESS = 0.3  # seconds; a wrapper such as `timeout` passes on the SIGINT that the terminal has sent to all
 
 

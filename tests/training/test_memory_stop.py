@@ -107,10 +107,10 @@ def test_memory_that_is_short_while_the_model_loads_ends_the_start(
 @pytest.mark.parametrize(
     ("changes", "kept", "word"),
     [
-        ({}, "1024 tokens", "train.micro_batch='512 tokens'"),
-        ({}, "200 tokens", "train.micro_batch='128 tokens'"),  # a row of data.seq_len has to fit
+        ({}, "1024 tokens", "512 tokens"),
+        ({}, "200 tokens", "128 tokens"),  # a row of data.seq_len has to fit
         ({}, "128 tokens", ""),
-        ({}, "5 examples", "train.micro_batch='2 examples'"),
+        ({}, "5 examples", "2 examples"),
         ({}, "1 examples", ""),
         ({}, None, ""),
     ],

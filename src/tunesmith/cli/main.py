@@ -35,7 +35,7 @@ from tunesmith.errors import (
 )
 from tunesmith.packages import pip_install
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
-from tunesmith.signals import ignore_stop_signals
+from tunesmith.signals import RESTART, ignore_stop_signals
 from tunesmith.streams import fault_of, lasting
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -136,15 +136,26 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
         code, failure = known.exit_code if known else EXIT_FAILED, error
     if isinstance(fault_of(sys.stdout), BrokenPipeError):  # as in `tunesmith recipes | head -1`
         code, failure = EXIT_BROKEN_PIPE, None
+    short = [e for e in (failure, failure and failure.__cause__) if isinstance(e, ShortOfMemoryError)]
+    if process and failure is not None and short:
+        _report(failure)
+        end_at_once(short[0], code)
     if process:
         ignore_stop_signals()
     if failure is not None:
         _report(failure)
-        if process and any(isinstance(e, ShortOfMemoryError) for e in (failure, failure.__cause__)):
-            with suppress(OSError, ValueError):
-                sys.stdout.flush()
-            os._exit(code)
     return code
+
+
+def end_at_once(error: ShortOfMemoryError, code: int) -> NoReturn:
+    """End this process, or become the next start of the run, once where a launcher has asked for it."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    if os.environ.pop(RESTART, "") and error.smaller:
+        again = f"train.micro_batch={error.smaller}"
+        print(f"starting again with {again!r}", file=sys.stderr, flush=True)
+        os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *sys.argv[1:], again])
+    os._exit(code)
 
 
 def _dispatch(words: list[str]) -> int:

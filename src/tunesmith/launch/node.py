@@ -4,10 +4,12 @@
 
 torch's elastic launcher runs in this process. Exit codes are those of `train`: 0 done, 1 failed, 2 refused before the first
 step, 75 stopped with all saved. A stop signal goes on to the ranks of this node, and all ranks of all nodes agree to save and
-end. One rank alone takes this process over.
+end. One rank alone takes this process over. A run that stops because memory is short starts once more, with half the micro
+batch.
 """
 
 import argparse
+import json
 import os
 import signal
 import stat
@@ -37,7 +39,7 @@ from tunesmith.host_files import available_cores, oom_kills
 from tunesmith.launch.debug import collect_logs, say_all
 from tunesmith.launch.jobs import FOLDER
 from tunesmith.launch.rendezvous import BACKEND, find_endpoint, hold_store, reach_store, register_backend
-from tunesmith.signals import NAMES, ignore_stop_signals
+from tunesmith.signals import NAMES, RESTART, ignore_stop_signals
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -80,6 +82,7 @@ def run_node(args: argparse.Namespace) -> int:
     ranks = count_gpus() or 1 if args.ranks == "auto" else positive(args.ranks, "--ranks")
     nodes = [positive(word, "--nodes") for word in args.nodes.split(":")]
     if ranks == nodes[-1] == 1 and not args.restarts and not args.debug:
+        os.environ[RESTART] = "once"
         os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *args.words])
     return run_program(args, ranks, ["-m", "tunesmith", *args.words], out)
 
@@ -100,7 +103,7 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
     prepare_environment(ranks, endpoint.interface)
     store, endpoint = hold_store(endpoint) if endpoint.is_here else (reach_store(endpoint), endpoint)
     register_backend(store, endpoint)
-    launcher = ["--nnodes", args.nodes, "--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND, "--rdzv-id", args.id]
+    launcher = ["--nnodes", args.nodes, "--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND]
     launcher += ["--rdzv-endpoint", endpoint.place, "--local-addr", endpoint.address]
     launcher += ["--max-restarts", str(args.restarts)]
     # Its own handlers would kill ranks that save for longer than half a minute.
@@ -108,7 +111,13 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
     with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as folder:  # torch leaves its own behind
         launcher += ["--log-dir", folder, *(say_all(Path(folder)) if args.debug else [])]
         try:
-            code = run_ranks([*launcher, *program])
+            code = run_ranks([*launcher, "--rdzv-id", args.id, *program])
+            if (
+                out and not stop.asked and (smaller := smaller_after(out, before))
+            ):  # once: then memory is short without it
+                before, again = stopped_at(out), f"train.micro_batch={smaller}"
+                print(f"starting again with {again!r}", file=sys.stderr)
+                code = run_ranks([*launcher, "--rdzv-id", f"{args.id}-again", *program, again])
         finally:
             if args.debug:
                 target, nodes = (out or Path()) / FOLDER / "debug.tar.gz", int(args.nodes.rpartition(":")[2])
@@ -178,6 +187,13 @@ class ForwardStop:
 def stopped_at(out: Path | None) -> float:
     """When ranks last wrote stopped.json; 0 where there is none."""
     return (out / STOPPED).stat().st_mtime if out and (out / STOPPED).exists() else 0.0
+
+
+def smaller_after(out: Path, before: float) -> str:
+    """The micro batch to go on with where ranks have stopped since `before` because memory was short; else empty."""
+    if stopped_at(out) <= before:
+        return ""
+    return str(json.loads((out / STOPPED).read_text(encoding="utf-8")).get("smaller", ""))
 
 
 def prepare_environment(ranks: int, interface: str) -> None:

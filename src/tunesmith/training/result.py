@@ -118,12 +118,15 @@ def stopped_by(
     what, why = f"stopped by {signal or 'the file stop'}", ""
     if shortage is not None:
         smaller = halved(run, progress.micro_batch)
-        what, why, again = SHORT, shortage.text, f"{END}, then {again}{smaller and f'; or with {smaller}'}"
+        advice = smaller and f"; or with train.micro_batch='{smaller}'"
+        what, why, again = SHORT, shortage.text, f"{END}, then {again}{advice}"
         record |= {"reason": "memory", "next": again, "smaller": smaller, "figures": shortage.record}
-    preempted = "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1")
-    kind, cause = (ShortOfMemoryError, "") if shortage else (StoppedError, "preempted" if preempted else "")
     what, where = f"{what}: step {step} is saved", str(out / f"checkpoint-{step}")
-    error = kind(what, where=where, why=why, fix=again, cause=cause)
+    preempted = "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1")
+    error = StoppedError(what, where=where, why=why, fix=again, cause="preempted" if preempted else "")
+    if shortage is not None:
+        error = ShortOfMemoryError(what, where=where, why=why, fix=again)
+        error.smaller = record["smaller"]
     if ranks.leads:
         (out / STOP_FILE).unlink(missing_ok=True)
     if is_launched():
@@ -134,12 +137,10 @@ def stopped_by(
 
 
 def halved(run: Run, micro_batch: str | None) -> str:
-    """The word of the command line that halves the micro batch of a run; empty where it cannot be smaller."""
+    """Half the micro batch of a run, `2048 tokens`; empty where it cannot be smaller."""
     size = Size.parse(micro_batch or "1 examples")
     half = max(size.amount // 2, run.data.seq_len if size.unit == "tokens" else 1)
-    return (
-        f"train.micro_batch='{half} {size.unit}'" if half < size.amount and not run.train.optimizer_in_backward else ""
-    )
+    return f"{half} {size.unit}" if half < size.amount and not run.train.optimizer_in_backward else ""
 
 
 def stopped_twice(out: Path, step: int, saved_step: int | None) -> StoppedError:

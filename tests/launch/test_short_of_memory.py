@@ -1,0 +1,103 @@
+"""A launcher starts a run that stopped because memory is short once more, with half the micro batch, and then no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes import recipe
+from tunesmith.launch import node
+from waiting import wait_for
+
+MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable: {kib} kB\nCached: 4194304 kB\n"
+# Let a process and what it becomes read the memory of another place than this machine.
+FED = """
+import os, pathlib
+import tunesmith.host_memory as memory
+read = memory.read_memory
+memory.read_memory = lambda *_: read(pathlib.Path(os.environ["FED"]))
+"""
+
+
+def available(root: Path, mib: int) -> None:
+    (root / "proc").mkdir(parents=True, exist_ok=True)
+    (root / "proc/meminfo.new").write_text(MEMINFO.format(kib=mib << 10))
+    (root / "proc/meminfo.new").rename(root / "proc/meminfo")
+
+
+def steps(out: Path) -> int:
+    return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+
+
+@pytest.mark.slow
+def test_one_rank_takes_its_own_place_once(tiny: Path, tmp_path: Path) -> None:
+    out, file, root = tmp_path / "run", tmp_path / "recipe.yaml", tmp_path / "root"
+    train = {"duration": "100000 steps", "micro_batch": "512 tokens"}
+    file.write_text(json.dumps(recipe(tiny, tmp_path, held=False, train=train)))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(FED)
+    available(root, 8192)
+    paths = os.pathsep.join([str(tmp_path / "site"), *sys.path])
+    environ = os.environ | {"PYTHONPATH": paths, "FED": str(root), "TUNESMITH_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "tunesmith.launch.node", "--ranks", "1", "--", "train", str(file)]
+    agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+    try:
+        wait_for(lambda: steps(out) > 1, agent)
+        available(root, 100)
+        wait_for((out / "stopped.json").exists, agent)
+        first = json.loads((out / "stopped.json").read_text())
+        available(root, 8192)
+        wait_for(lambda: steps(out) > first["step"], agent)
+        assert (first["reason"], first["smaller"]) == ("memory", "256 tokens")
+        assert not (out / "stopped.json").exists()
+        choices = json.loads((out / "env.json").read_text())["choices"]
+        assert choices["micro batch"]["taken"] == "256 tokens"
+        available(root, 100)
+        said = agent.communicate(timeout=120)[0]
+    finally:
+        agent.kill()
+        agent.wait()
+    assert agent.returncode == 75, said
+    last = json.loads((out / "stopped.json").read_text())
+    assert (last["reason"], last["smaller"]) == ("memory", "128 tokens")
+    assert said.count("starting again with 'train.micro_batch=256 tokens'") == 1
+    assert said.count("stopped because memory is short") == 2
+    progress = json.loads((out / f"checkpoint-{last['step']}/state/progress.json").read_text())
+    assert progress["micro_batch"] == "256 tokens"
+
+
+@pytest.mark.parametrize("smaller", ["256 tokens", ""])
+def test_several_ranks_start_again_once(
+    smaller: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+
+    def ranks(launcher: list[str]) -> int:
+        started.append(launcher)
+        record = tmp_path / "stopped.json"
+        record.write_text(json.dumps({"reason": "memory", "smaller": smaller}))
+        os.utime(record, (1e9 + len(started),) * 2)
+        return 0
+
+    for name in ("run_ranks", "prepare_environment"):
+        monkeypatch.setattr(node, name, ranks if name == "run_ranks" else lambda *_: None)
+    handlers = [signal.getsignal(signal.Signals[name]) for name in node.NAMES]
+    try:
+        words = ["-m", "tunesmith", "train", "my-recipe.yaml"]
+        code = node.run_program(node.parser().parse_args(["--", "train", "my-recipe.yaml"]), 2, words, tmp_path)
+    finally:
+        for name, handler in zip(node.NAMES, handlers, strict=True):
+            signal.signal(signal.Signals[name], handler)
+    assert code == 75
+    assert len(started) == (2 if smaller else 1)
+    if smaller:
+        assert started[1][-2:] == ["my-recipe.yaml", "train.micro_batch=256 tokens"]
+        names = [launcher[launcher.index("--rdzv-id") + 1] for launcher in started]
+        assert len({*names}) == 2, "a rendezvous that has ended takes nobody"
+        assert "starting again" in capsys.readouterr().err
