@@ -1,9 +1,11 @@
 """The host's memory at one moment, and who holds it: the one place that reads /proc and /sys for it."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,6 +122,25 @@ def _read(path: str) -> str:
         return os.read(handle, 1 << 16).decode("utf-8", "replace")
     finally:
         os.close(handle)
+
+
+def drop_pages(handle: int, start: int = 0, size: int = 0) -> None:
+    """Tell the kernel that a file's pages (`size` 0: all from `start` on) are not needed again, where it can be told.
+
+    Pages that are not on the disk yet, or that a process maps, stay.
+    """
+    if hasattr(os, "posix_fadvise"):  # Linux; macOS has no such call
+        os.posix_fadvise(handle, start, size, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def open_uncached(path: Path) -> Iterator[BufferedReader]:
+    """The open file, closed at the end; no page of it stays in the page cache."""
+    with path.open("rb") as file:
+        try:
+            yield file
+        finally:
+            drop_pages(file.fileno())
 
 
 def own_memory(root: Path = ROOT) -> int:

@@ -45,6 +45,9 @@ def test_nothing_of_it_stays_in_the_page_cache(tmp_path: Path) -> None:
     with state.writing(tmp_path / "checkpoint-1", 1) as folder:
         (folder / "weights").write_bytes(bytes(1 << 20))
     assert resident(tmp_path / "checkpoint-1" / "weights") == 0
+    (tmp_path / "checkpoint-1" / "weights").read_bytes()
+    assert state.find_damage(tmp_path / "checkpoint-1") is None
+    assert resident(tmp_path / "checkpoint-1" / "weights") == 0
 
 
 @pytest.mark.parametrize(

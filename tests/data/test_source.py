@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from page_cache import resident
 from tunesmith.config.schema import Source
-from tunesmith.data.files import Table
+from tunesmith.data.files import Table, open_table
 from tunesmith.data.source import from_list, is_local, read_rows, select_rows
 
 ROWS = [{"text": f"row {i}"} for i in range(10)]
@@ -203,3 +205,26 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", code, *names], check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [f"the file was changed while it was read: {name}" for name in names]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_no_file_that_was_read_stays_in_the_page_cache(name: str, tmp_path: Path) -> None:
+    file, rows = tmp_path / name, [{"text": f"{i} " * 200} for i in range(2000)]
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file, compression="none", use_dictionary=False)
+    elif name == "a.csv":
+        file.write_text("text,more\n" + "".join(f"{row['text']},1\n" for row in rows))
+    else:
+        whole = "".join(json.dumps(row) + "\n" for row in rows)
+        file.write_text(json.dumps(rows) if name == "a.json" else whole)
+    with file.open("rb+") as written:
+        os.fsync(written.fileno())
+    file.read_bytes()
+    if resident(file) < 200:
+        pytest.skip("this file system does not cache")
+    table = open_table(file)
+    assert [table.row(i)["text"] for i in range(2000)] == [row["text"] for row in rows]
+    assert len(table.fingerprint()) == 64
+    del table
+    assert resident(file) == 0

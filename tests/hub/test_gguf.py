@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from page_cache import resident
 from tunesmith.config.schema import Model
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.hub import fetch
@@ -72,6 +73,8 @@ def test_the_folder_is_what_transformers_reads_from_the_file(file: Path, cache: 
 
     spec, notes = Model(name=str(file), dtype="fp32"), []
     folder = fetch.fetch(spec, progress=notes.append)
+    if resident(folder / "config.json"):  # where this file system caches
+        assert resident(folder / "model.safetensors") == 0
     assert capfd.readouterr() == ("", ""), "no bars of the libraries"
     assert folder.parent == cache
     assert [n for n in notes if "once" in n]

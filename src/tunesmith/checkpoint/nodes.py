@@ -38,7 +38,7 @@ from tunesmith.checkpoint.state import (
 )
 from tunesmith.errors import CheckpointError, MachineError
 from tunesmith.host_files import refuse_full_disk, write_atomically
-from tunesmith.model.safetensors_files import open_uncached
+from tunesmith.host_memory import open_uncached
 from tunesmith.ranks import ONE_PROCESS, Ranks
 
 CHUNK = 16 << 20  # bytes of a file in memory while it is copied
@@ -244,7 +244,8 @@ def _receive(path: Path, size: int, digest: str, giver: int, ranks: Ranks, fault
             if found.hexdigest() != digest:
                 raise OSError(f"what {ranks.name(giver)} sent of {path} does not match its checksum")
             flush_to_disk(partial)
-            partial.replace(path)
+            with open_uncached(partial):
+                partial.replace(path)
 
 
 def _chunks(size: int) -> Iterator[tuple[memoryview, torch.Tensor]]:

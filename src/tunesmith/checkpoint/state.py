@@ -20,7 +20,7 @@ from typing import Any
 
 from tunesmith.errors import CheckpointError, disk_fault
 from tunesmith.host_files import follow_umask
-from tunesmith.model.safetensors_files import open_uncached
+from tunesmith.host_memory import open_uncached
 
 MANIFEST, CARD = "manifest.json", "README.md"
 PART = ".distcp"  # the end of a file's name that holds what one rank has of a checkpoint
@@ -41,7 +41,7 @@ class SavedCheckpoint:
 
 def digest_of_file(path: Path) -> str:
     """SHA-256, hex."""
-    with path.open("rb") as file:
+    with open_uncached(path) as file:  # on unified memory a checkpoint in the page cache would be in the GPU's way
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -60,8 +60,7 @@ def flush_files(folder: Path) -> Entries:
     entries: Entries = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         flush_to_disk(path)
-        with open_uncached(path) as file:  # on unified memory a checkpoint in the page cache would be in the GPU's way
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = digest_of_file(path)
         entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     return entries
 

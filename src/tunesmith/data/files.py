@@ -25,6 +25,7 @@ from typing import Any
 
 from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
 from tunesmith.errors import DataError, first_line
+from tunesmith.host_memory import drop_pages, open_uncached
 
 MAX_ROW_BYTES = 32 << 20  # a longer row is a file with its line breaks lost; tokenising it would take minutes
 _BLOCK = 256  # rows of an Arrow table converted to Python at once
@@ -103,7 +104,7 @@ def _changed(path: Path) -> DataError:
 
 def _file_digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_uncached(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise _changed(path) from error
@@ -122,7 +123,8 @@ def _decode(path: Path, data: bytes, where: Callable[[int], str], encoding: str)
 
 
 def _read_text(path: Path) -> str:
-    data, end = path.read_bytes(), b"\n"
+    with open_uncached(path) as file:
+        data, end = file.read(), b"\n"
     return _decode(path, data, lambda at: f"{path}:{data.count(end, 0, at) + 1}", "utf-8-sig")
 
 
@@ -165,7 +167,11 @@ def _read_json_lines(path: Path) -> Table:
             fix = f"mv {quote(str(path))} {quote(str(path.with_suffix('.json')))}   # and name that"
         raise DataError("the line is not JSON", where=where(i), why=why, fix=fix)
 
-    weakref.finalize(row, os.close, descriptor)
+    def close() -> None:
+        drop_pages(descriptor)
+        os.close(descriptor)
+
+    weakref.finalize(row, close)
     return Table(len(starts), row, where, lambda: _file_digest(path))
 
 

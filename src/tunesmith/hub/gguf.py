@@ -8,12 +8,14 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.host_files import cache_folder, follow_umask, remove_abandoned
+from tunesmith.host_memory import open_uncached
 from tunesmith.model.safetensors_files import unreadable_file
 from tunesmith.packages import require
 
@@ -50,6 +52,9 @@ def convert_gguf(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
             made = Path(scratch) / "model"
             _convert(file, dtype, made)
             follow_umask(made)
+            for read in (file, made / "model.safetensors"):
+                with open_uncached(read) as pages:
+                    os.fsync(pages.fileno())  # what is not on the disk yet would stay
             try:
                 made.rename(target)
             except OSError:

@@ -7,9 +7,7 @@ drop its pages has no effect. Format: 8 bytes of length (little-endian), a JSON 
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -173,23 +171,6 @@ def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = Fals
     else:
         what, why, fix = "no weights are there", "neither model.safetensors nor its index", "take another model"
     return ModelError(what, where=where, why=why, fix=fix)
-
-
-@contextmanager
-def open_uncached(path: Path) -> Iterator[BufferedReader]:
-    """The open file, closed at the end; no page of it stays in the page cache."""
-    with path.open("rb") as file:
-        try:
-            yield file
-        finally:
-            drop_pages(file)  # those that two tensors share
-
-
-def drop_pages(file: BufferedReader, entry: Entry | None = None) -> None:
-    """Tell the kernel that the entry's pages (None: all of the file's) are not needed again, where it can be told."""
-    if hasattr(os, "posix_fadvise"):  # Linux; macOS has no such call
-        start, size = (entry.start, entry.size) if entry else (0, 0)  # a size of 0: to the end of the file
-        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
 
 
 def read_into(file: BufferedReader, entry: Entry, memory: memoryview, offset: int = 0) -> None:

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.model.safetensors_files import Entry, drop_pages, open_uncached, read_header, read_headers, read_into
+from tunesmith.host_memory import drop_pages, open_uncached
+from tunesmith.model.safetensors_files import Entry, read_header, read_headers, read_into
 from tunesmith.private import local_slices
 from tunesmith.sharded import local_part
 
@@ -50,7 +51,7 @@ class StoredTensor:
                 piece = buffer[: len(flat) - start]
                 self._read(piece, (begin + start) * item)
                 flat[start : start + len(piece)].copy_(piece)
-        drop_pages(self._file, self._entry)
+        drop_pages(self._file.fileno(), self._entry.start, self._entry.size)
 
     def into_part(self, target: torch.Tensor) -> None:
         """Read what this rank holds of `target`, which may be a DTensor and have more rows than are stored."""
