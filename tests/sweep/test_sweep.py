@@ -18,15 +18,17 @@ from recipes import merge, recipe
 from tunesmith.checkpoint.state import list_checkpoints
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
-from tunesmith.errors import EXIT_STOPPED, EXIT_USAGE, RecipeError, UsageError
+from tunesmith.config.schema import Run
+from tunesmith.errors import EXIT_STOPPED, EXIT_USAGE, NonFiniteError, RecipeError, UsageError
 from tunesmith.metrics.record import read_records
 from tunesmith.report.run_files import RunFiles
+from tunesmith.sweep import run as sweep_module
 from tunesmith.sweep import shared_base
 from tunesmith.sweep.run import FILE, run_sweep
 from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import read_space
 from tunesmith.sweep.table import sweep_lines
-from tunesmith.training.run import train
+from tunesmith.training.run import start_run, train
 from warm import Warm, run_warm
 
 SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")
@@ -124,10 +126,24 @@ def test_the_best_is_named_and_a_stopped_one_goes_on_by_train(tiny: Path, tmp_pa
 def test_the_same_command_again_trains_nothing_and_another_one_is_refused(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    started: list[tuple[str, int | None]] = []
+
+    def start(run: Run, *arguments: Any, trainer: Any, **options: Any) -> Any:
+        started.append((Path(run.output_dir).name[:2], trainer.keywords["until"]))
+        if started[-1][1] == 4 and len(started) == 5:  # the first one of the second rung
+            raise NonFiniteError("the loss is not finite")
+        return start_run(run, *arguments, trainer=trainer, **options)
+
+    monkeypatch.setattr(sweep_module, "start_run", start)
     file = write_recipe(tiny, tmp_path)
     outcome = sweep(file)
+    assert len(started) == 7
+    out = next(c for c in outcome["candidates"] if c["state"] == "diverged")
+    assert out["losses"]["2"] > 0
+    assert out["losses"]["4"] is out["loss"] is None
     monkeypatch.delattr(shared_base, "build")  # nothing is loaded
     assert sweep(file) == outcome
+    assert len(started) == 7
     for words, search in ((["adapter.rank=2,4"], Search()), (WORDS, Search(to_the_end=True))):
         with pytest.raises(UsageError, match="another sweep"):
             sweep(file, words, search)

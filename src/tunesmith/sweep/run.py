@@ -52,8 +52,8 @@ class SweepRun:
 
     def plain(self) -> dict[str, Any]:
         losses = {str(step): loss if math.isfinite(loss) else None for step, loss in self.losses.items()}
-        about = {"name": self.name, "run_dir": self.run.output_dir, "values": self.values}
-        return {**about, "state": self.state, "step": self.step, "losses": losses}
+        about = {"name": self.name, "run_dir": self.run.output_dir, "values": self.values, "state": self.state}
+        return {**about, "step": self.step, "loss": losses.get(str(self.step)), "losses": losses}
 
 
 def run_sweep(
@@ -100,42 +100,35 @@ def check_sweep(run: Run, space: Space, search: Search) -> None:
             raise RecipeError(what, where=where, fix=fix)
 
 
+@dataclass(eq=False)
 class Sweep:
     """The state of one sweep, alike on every rank."""
 
-    def __init__(
-        self,
-        recipe: str | Path,
-        base: Run,
-        space: Space,
-        search: Search,
-        stop: StopRequest,
-        ranks: Ranks,
-        say: Callable[[str], None],
-        argv: list[str] | None,
-    ) -> None:
-        self.recipe, self.base, self.space, self.search = recipe, base, space, search
-        self.stop, self.ranks, self.say, self.argv = stop, ranks, say, argv
-        self.folder, self.candidates = Path(base.output_dir), list[SweepRun]()
-        self.asked = {"recipe": to_mapping(base), "keys": space.plain(), "search": vars(search)}
-        with ranks.together():
-            before = self._read() if ranks.leads else None
-        before = ranks.share(before)
-        self.diverged = (
-            {c["name"]: int(c["step"]) for c in before["candidates"] if c["state"] == "diverged"} if before else {}
-        )
-        self.fixed = before["fixed"] if before else self._fix()
+    recipe: str | Path
+    base: Run
+    space: Space
+    search: Search
+    stop: StopRequest
+    ranks: Ranks
+    say: Callable[[str], None]
+    argv: list[str] | None
 
-    def _read(self) -> dict[str, Any] | None:
+    def __post_init__(self) -> None:
+        self.folder, self.candidates = Path(self.base.output_dir), list[SweepRun]()
+        asked = {"recipe": to_mapping(self.base), "keys": self.space.plain(), "search": vars(self.search)}
+        self.asked: dict[str, Any] = json.loads(json.dumps(asked))  # as it is read back
+        with self.ranks.together():
+            before = self._read() if self.ranks.leads else {}
+        before = self.ranks.share(before)
+        self.diverged = {c["name"]: c["step"] for c in before.get("candidates", ()) if c["state"] == "diverged"}
+        self.fixed: dict[str, Any] = before.get("fixed") or {}
+        self.fixed = self.fixed or self._fix()
+
+    def _read(self) -> dict[str, Any]:
         """What an earlier start of the same sweep wrote; UsageError where it was another one."""
         file = self.folder / FILE
-        if not file.exists():
-            return None
-        known: dict[str, Any] = json.loads(file.read_bytes())
-        if known["asked"] != json.loads(json.dumps(self.asked)):
-            differ = [
-                name for name, value in json.loads(json.dumps(self.asked)).items() if known["asked"].get(name) != value
-            ]
+        known: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+        if differ := [name for name, value in self.asked.items() if known and known["asked"].get(name) != value]:
             what, fix = "this folder holds another sweep", f"output_dir={self.folder}-2, or delete that folder"
             raise UsageError(what, where=str(file), why=f"its {', '.join(differ)} differ", fix=fix)
         return known
@@ -145,9 +138,7 @@ class Sweep:
         """The base, loaded when the first candidate has steps to train."""
         wide = [word for key in ("adapter.rank", "adapter.dropout") for word in self.space.widest(key)]
         widest = load_recipe(self.recipe, [*self.space.fixed, *wide])
-        if vars(self).get("fixed"):
-            widest = self._pinned(widest)
-        return SharedBase(widest, self.ranks, self.say)
+        return SharedBase(self._pinned(widest) if self.fixed else widest, self.ranks, self.say)
 
     def _fix(self) -> dict[str, Any]:
         """What all candidates share, and a sweep that goes on must find as it was."""
@@ -165,11 +156,9 @@ class Sweep:
 
     def _pinned(self, run: Run) -> Run:
         """The recipe with what the sweep has fixed, so that `train` alone gives the same bits anywhere."""
-        every = self.fixed["validate_every"]
+        every, size = self.fixed["validate_every"], Size.parse(self.fixed["micro_batch"])
         validate = replace(run.validate, every=every and Length.parse(every))
-        return replace(
-            run, validate=validate, train=replace(run.train, micro_batch=Size.parse(self.fixed["micro_batch"]))
-        )
+        return replace(run, validate=validate, train=replace(run.train, micro_batch=size))
 
     def add(self, values: dict[str, str]) -> SweepRun:
         """Make a candidate; its folder's name tells its number and values."""
@@ -194,26 +183,21 @@ class Sweep:
     def measure(self, candidate: SweepRun, until: int | None) -> float:
         """The loss of a candidate after step `until`, or at its end, trained as far as it has to be; infinite where it
         diverged."""
-        step, began = self.diverged.get(candidate.name), time.perf_counter()
-        found = self._reached(candidate, until) if step is None else (step, math.inf, "diverged")
+        began, out_at = time.perf_counter(), self.diverged.get(candidate.name, math.inf)
+        out = (until or self.fixed["steps"], math.inf, "diverged")
+        found = out if out[0] >= out_at else self._reached(candidate, until)
         if found is None:
-            trainer = partial(RungTrainer, until=until, say=self.say)
+            hooks: dict[str, Any] = {
+                "build": self.shared.build,
+                "trainer": partial(RungTrainer, until=until, say=self.say),
+            }
             try:
-                start_run(
-                    candidate.run,
-                    self.stop,
-                    self.ranks,
-                    say=None,
-                    argv=self.argv,
-                    build=self.shared.build,
-                    trainer=trainer,
-                )
+                start_run(candidate.run, self.stop, self.ranks, say=None, argv=self.argv, **hooks)
+                found = self._reached(candidate, until)
             except (NonFiniteError, OtherRankError) as error:
                 if not isinstance(error, NonFiniteError) and not isinstance(error.__cause__, NonFiniteError):
                     raise
-                found = (until or self.fixed["steps"], math.inf, "diverged")
-            else:
-                found = self._reached(candidate, until)
+                found = out
             assert found is not None
         candidate.step, loss, candidate.state = found
         candidate.losses[candidate.step] = loss

@@ -1,6 +1,5 @@
 """What a sweep found, for a person: a table, the best candidate, what it was chosen from, and the recipe to copy."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,12 +10,6 @@ from tunesmith.report.page import write_report
 from tunesmith.report.run_files import RunFiles
 
 ORDER = ("finished", "stopped", "diverged", "waiting")
-
-
-def last_loss(candidate: Mapping[str, Any]) -> float:
-    """Of its last rung; infinite where it diverged."""
-    found = [loss for _, loss in sorted(candidate["losses"].items(), key=lambda pair: int(pair[0]))][-1:]
-    return math.inf if not found or found[0] is None else float(found[0])
 
 
 def sweep_page(outcome: Mapping[str, Any]) -> Path:
@@ -31,20 +24,12 @@ def sweep_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
     """The lines of an outcome, as sweep.json holds it: those that came furthest first, then by loss; then the best one."""
     candidates, compared = outcome["candidates"], outcome["compared_by"]
     keys = list(candidates[0]["values"]) if candidates else []
-    ordered = sorted(candidates, key=lambda c: (ORDER.index(c["state"]), -c["step"], last_loss(c)))
-    head = ["", *(key.rpartition(".")[2] for key in keys), "step", compared, ""]
-    rows = [
-        [
-            c["name"].partition("-")[0],
-            *(c["values"][key] for key in keys),
-            str(c["step"]),
-            f"{last_loss(c):.4f}",
-            c["state"],
-        ]
-        for c in ordered
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
+    rows = [["", *(key.rpartition(".")[2] for key in keys), "step", compared, ""]]
+    for c in sorted(candidates, key=lambda c: (ORDER.index(c["state"]), -c["step"], c["loss"] or 0.0)):
+        loss = "-" if c["loss"] is None else f"{c['loss']:.4f}"
+        rows.append([c["name"].partition("-")[0], *c["values"].values(), str(c["step"]), loss, c["state"]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     yield from best_lines(outcome)
 
@@ -59,6 +44,6 @@ def best_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
         yield f"no candidate trained to the end: {chosen}"
         return
     folder = Path(from_here(best["run_dir"]))
-    yield f"best: {best['name']}, {compared} {last_loss(best):.4f} after step {best['step']}; of {len(candidates)}: {chosen}"
+    yield f"best: {best['name']}, {compared} {best['loss']:.4f} after step {best['step']}; of {len(candidates)}: {chosen}"
     yield f"adapter: {folder / 'final'}; try it: tunesmith chat {folder}"
     yield f"recipe to copy: {folder / 'config.yaml'}"
