@@ -76,6 +76,8 @@ def test_a_lower_training_loss_does_not_win_against_val_loss(tmp_path: Path) -> 
     found = verdict(good, fits)
     assert (found.kind, found.best) == ("better", (0,))
     assert "fits has the lower training loss" in said(found)
+    alike = write_run(tmp_path / "alike", falling(2.5), recipe=rate(1e-2), loss=lambda step: 1.49 + 0.2 * (-1) ** step)
+    assert "the lower training loss" not in said(verdict(good, alike))
 
 
 def test_seeds_give_the_noise(tmp_path: Path) -> None:

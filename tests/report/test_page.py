@@ -100,7 +100,7 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
     note = {"process": 7, "host": "spark-b", "boot": "", "oom_kills": 0, "began": "2026-01-31 10:00:00"}
     (run.folder / "running.json").write_text(json.dumps(note))
     text = visible(render_report([run]))
-    assert "a: killed what the last start was killed after step 7 where process 7 on spark-b" in text
+    assert "a: killed at step 7 what the last start was killed after step 7 where process 7 on spark-b" in text
     assert "cause killed next start the same command again" in text
     failure = {
         "what": "a link broke",
@@ -118,7 +118,7 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
     run.refresh()
     text = visible(render_report([run]))
     assert (
-        "a: failed what a link broke where step 8 cause link rank 1 host spark-b phase training last step 7 next tunesmith doctor"
+        "a: failed at step 7 what a link broke where step 8 cause link rank 1 host spark-b phase training last step 7 next tunesmith doctor"
         in text
     )
     assert "| cause | link |" in render_report([run], markdown=True)

@@ -271,6 +271,11 @@ def _difference(one: RunFacts, other: RunFacts) -> str:
     return text
 
 
+def _clearly_lower(one: Spread, other: Spread) -> bool:
+    error = math.sqrt(one.deviation**2 / one.count + other.deviation**2 / other.count)
+    return one.mean + NOISES * error < other.mean
+
+
 def _cautions(runs: Sequence[RunFacts], first: Contender | None) -> list[str]:
     """What a reader should know before believing the verdict."""
     said = []
@@ -287,8 +292,10 @@ def _cautions(runs: Sequence[RunFacts], first: Contender | None) -> list[str]:
         said.append(f"Not at their end: {', '.join(early)}. Their val_loss might go on falling.")
     if first is None:
         return said
-    winner = first.runs[0]
-    if lower := [r for r in runs if r.loss and winner.loss and r not in first.runs and r.loss.mean < winner.loss.mean]:
+    winner = first.runs[0].loss
+    if lower := [
+        run for run in runs if run.loss and winner and run not in first.runs and _clearly_lower(run.loss, winner)
+    ]:
         said.append(f"{lower[0].label} has the lower training loss: it fits its own rows better, not those held out.")
     if max(run.tokens for run in runs) > (1 + APART) * min(run.tokens for run in runs):
         amounts = ", ".join(f"{run.label} {run.tokens:,.0f}" for run in runs)
