@@ -51,6 +51,12 @@ def test_time_left_is_what_the_last_steps_took(tmp_path: Path) -> None:
     assert run.refresh(threading.Lock())  # the lock is gone
     assert run.status()["state"] == "killed"
     assert run.status()["seconds_left"] is None
+    assert "tunesmith train" in run.status()["end"]["next"]
+    (tmp_path / "run/stopped.json").write_text(
+        json.dumps({"signal": None, "reason": "memory", "figures": {"free_bytes": 5}})
+    )
+    assert run.refresh(threading.Lock())
+    assert run.status()["end"] == {"reason": "memory", "figures.free_bytes": 5}
 
 
 @pytest.mark.parametrize(

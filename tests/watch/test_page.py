@@ -89,7 +89,7 @@ def test_dear_curves_are_never_late_at_first(one: str, browser: Any) -> None:
     """Curves of a long run are brought seldom of the page's own accord, but at once when it opens."""
     page = browser.new_page()
     run = {"name": "run", "place": "runs/run", "state": "running", "lost": "", "step": 1, "steps": 2, "done": 0.5, "figures": {},
-           "seconds_left": 1.0, "warnings": [], "failure": None, "stopped": None, "log": [], "texts": 1}  # fmt: skip
+           "seconds_left": 1.0, "warnings": [], "end": {}, "log": [], "texts": 1}  # fmt: skip
     event = f"data: {json.dumps({'runs': [run], 'pause': 1e6})}\n\n"
     page.route("**/events", lambda route: route.fulfill(content_type="text/event-stream", body=event))
     page.goto(one)

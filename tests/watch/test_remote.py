@@ -19,7 +19,7 @@ from tunesmith.watch import remote
 from tunesmith.watch.feed import open_run
 from tunesmith.watch.remote import RemoteRun, split_remote
 from waiting import wait_for
-from watching import add_steps, ask, get, ssh_here, watching, write_run
+from watching import add_steps, ask, get, iter_events, ssh_here, watching, write_run
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,10 @@ def test_the_page_of_a_run_of_another_host(run: tuple[Path, RemoteRun]) -> None:
     folder, _ = run
     with watching(f"box:{folder}") as (address, process):
         assert ask(address)[0] == 200
+        told = next(line for line in iter_events(address) if line.startswith(b"data: "))
+        assert (
+            f"tunesmith train {folder}/config.yaml" in json.loads(told[6:])["runs"][0]["end"]["next"]
+        )  # its path there
         assert get(address, "curves?panels=1")[0]["series"][0]["x"][-1] == 30
         assert [child.name() for child in psutil.Process(process.pid).children()] == ["ssh"]
 

@@ -14,12 +14,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tunesmith.checkpoint.killed import killed_before
 from tunesmith.config.dump import leaves
-from tunesmith.errors import MachineError, RunError, UsageError
+from tunesmith.errors import MachineError, UsageError
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.report.compare import RunFacts, Spread, differing_keys, facts_of, judge, known
-from tunesmith.report.run_files import Columns, RunFiles, downsample, smooth
+from tunesmith.report.run_files import Columns, RunFiles, downsample, how_it_ended, smooth
 
 MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart
@@ -35,7 +34,6 @@ MAIN = {  # curves that are shown at once: name -> title, unit, from zero, smoot
     "memory_gib": ("Peak memory", "GiB", True, False),
 }
 LEFT_OUT = ("step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops")
-FAILURE_FIELDS = ("what", "where", "why", "cause", "rank", "host", "phase", "collective", "last_step", "next")
 
 
 def write_report(runs: Sequence[RunFiles], output: Path, *, markdown: bool = False, note: str = "") -> None:
@@ -189,23 +187,9 @@ def _profiles(folder: Path) -> list[dict[str, Any]]:
 
 
 def _end(run: RunFacts) -> dict[str, Any]:
-    """How a run ended, where it did not finish: what it left behind to tell why, and the command that goes on."""
-    failure, stopped, state, folder = run.files.failure, run.files.stopped, run.files.state, run.files.folder
-    told: dict[str, Any] = {}
-    if failure and state == "failed":
-        told = {name: failure.get(name) for name in FAILURE_FIELDS}
-    elif state == "stopped":
-        told = leaves(stopped or {})
-    elif state == "killed":
-        unknown = RunError(
-            "no process is at work here, and it left no word", why="it was killed, or this is a copy of a running one",
-            fix=f"tunesmith train {shlex.quote(f'{folder}/config.yaml')}   # goes on from the newest checkpoint",
-        )  # fmt: skip
-        end = killed_before(folder) or unknown
-        told = {"what": end.what, "where": end.where, "why": end.why, "cause": end.cause, "next": end.fix}
+    """How a run ended, where it did not finish, its warnings and the end of its log."""
     warnings = [line for line in run.files.log_tail if "  warning: " in line]
-    told = {name: value for name, value in told.items() if value not in (None, "")}
-    return {"run": run, "told": told, "warnings": warnings, "log": run.files.log_tail[-LOG_LINES:]}
+    return {"run": run, "told": how_it_ended(run.files), "warnings": warnings, "log": run.files.log_tail[-LOG_LINES:]}
 
 
 def _reproduce(run: RunFacts) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import groupby, pairwise
@@ -16,14 +17,17 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from tunesmith.checkpoint.killed import killed_before
 from tunesmith.checkpoint.run_dir import IDENTITY, RECIPE, STOPPED
+from tunesmith.config.dump import leaves
 from tunesmith.config.tree import read_file
-from tunesmith.errors import RecipeError, UsageError
+from tunesmith.errors import RecipeError, RunError, UsageError
 from tunesmith.launch.jobs import is_locked
 
 Columns = dict[str, list[float | None]]
 
 METRICS, SAMPLES, LOG, FAILURE = "metrics.jsonl", "samples.jsonl", "log.txt", "failure.json"
+FAILURE_FIELDS = ("what", "where", "why", "cause", "rank", "host", "phase", "collective", "last_step", "next")
 LINES = 512  # of a file that are parsed at a time: what one bad line spoils
 LOG_BYTES, LOG_LINES = 1 << 16, 200
 _RANK = re.compile(r"metrics-rank(\d+)\.jsonl")
@@ -187,6 +191,23 @@ class RunFiles:
         manifest = _json(self.folder / "final" / "manifest.json") or {}
         last = (self.columns.get("step") or [0])[-1] or 0
         return "finished" if manifest.get("step", -1) >= last else "killed"  # final/ may be of a shorter run
+
+
+def how_it_ended(run: RunFiles) -> dict[str, Any]:
+    """What a run that neither goes on nor finished left behind to tell why, and the command that goes on; else nothing."""
+    told: dict[str, Any] = {}
+    if run.failure and run.state == "failed":
+        told = {name: run.failure.get(name) for name in FAILURE_FIELDS}
+    elif run.state == "stopped":
+        told = leaves(run.stopped or {})
+    elif run.state == "killed":
+        unknown = RunError(
+            "no process is at work here, and it left no word", why="it was killed, or this is a copy of a running one",
+            fix=f"tunesmith train {shlex.quote(f'{run.folder}/config.yaml')}   # goes on from the newest checkpoint",
+        )  # fmt: skip
+        end = killed_before(run.folder) or unknown
+        told = {"what": end.what, "where": end.where, "why": end.why, "cause": end.cause, "next": end.fix}
+    return {name: value for name, value in told.items() if value not in (None, "")}
 
 
 def _recipe(path: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tunesmith.config.dump import leaves
 from tunesmith.launch.jobs import find_job
-from tunesmith.report.run_files import LOG, RunFiles, downsample, smooth
+from tunesmith.report.run_files import LOG, RunFiles, downsample, how_it_ended, smooth
 from tunesmith.units import Length
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class WatchedRun:
         self._warnings: list[str] = []
         self._log_read = 0  # bytes
         self._read_warnings()
+        self._ended = how_it_ended(self.files)
         self._revision, self._texts = 0, (self.files.recipe, self.files.samples)
 
     def refresh(self, lock: threading.Lock) -> bool:
@@ -84,6 +86,7 @@ class WatchedRun:
             if changed:
                 self._axes, self._smooth = {}, []
                 self._read_warnings()
+                self._ended = how_it_ended(self.files)
             texts = self.files.recipe, self.files.samples
             if any(new is not old for new, old in zip(texts, self._texts, strict=True)):
                 self._revision, self._texts = self._revision + 1, texts
@@ -114,9 +117,15 @@ class WatchedRun:
         return {
             "name": files.name, "place": self.place, "state": files.state, "lost": self.remote.lost if self.remote else "",
             "step": step, "steps": round(step / done) if step and done else None, "done": done, "seconds_left": left,
-            "figures": figures, "warnings": self._warnings,
-            "failure": files.failure, "stopped": files.stopped, "log": files.log_tail[-LINES:], "texts": self._revision,
+            "figures": figures, "warnings": self._warnings, "end": self._end(), "log": files.log_tail[-LINES:], "texts": self._revision,
         }  # fmt: skip
+
+    def _end(self) -> dict[str, Any]:
+        """How it ended, where it did not finish; paths are those of its host."""
+        here, there = str(self.files.folder), self.remote.place if self.remote else str(self.files.folder)
+        return {
+            key: value.replace(here, there) if isinstance(value, str) else value for key, value in self._ended.items()
+        }
 
     def _read_warnings(self) -> None:
         """Those of the whole log, each once: its end alone would forget those of the start."""
@@ -147,7 +156,7 @@ class WatchedRun:
 
     def texts(self) -> dict[str, Any]:
         """What is read rather than plotted, and seldom changes: the recipe, as dotted keys, and the samples."""
-        return {"recipe": dict(_flat(self.files.recipe)), "samples": self.files.samples}
+        return {"recipe": leaves(self.files.recipe), "samples": self.files.samples}
 
     def table(self, low: float, high: float, count: int) -> dict[str, Any]:
         """About `count` records of a window of steps, evenly spaced, the last one among them."""
@@ -220,16 +229,6 @@ def _recent_mean(values: Sequence[float | None]) -> float | None:
     """The mean of the last steps; the first step of a run compiles and warms up, and is left out."""
     recent = [value for value in values[1:][-RECENT:] or values[-1:] if value is not None and math.isfinite(value)]
     return sum(recent) / len(recent) if recent else None
-
-
-def _flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """A tree of plain values as dotted keys: {"train": {"seed": 1}} -> ("train.seed", 1)."""
-    for key, value in values.items():
-        name = f"{path}.{key}" if path else str(key)
-        if isinstance(value, dict) and value:
-            yield from _flat(value, name)
-        else:
-            yield name, value
 
 
 def to_json(value: Any) -> str:

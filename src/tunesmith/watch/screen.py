@@ -149,8 +149,7 @@ def _summary(states: Sequence[dict[str, Any]]) -> Table:
             (label, form.format(state["figures"][name])) for name, label, form in FIGURES if name in state["figures"]
         ]
         table.add_row(Text("  ".join(f"{label} {value}" for label, value in shown)))
-        ended = state["failure"] or state["stopped"] or {}
-        told = [f"{key}: {value}" for key, value in ended.items() if value not in (None, "")]
+        told = [f"{key}: {value}" for key, value in state["end"].items()]
         told += state["warnings"][-3:]
         told += [f"no connection: {state['lost']}"] if state["lost"] else []
         if told:

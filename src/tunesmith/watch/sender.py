@@ -24,6 +24,7 @@ NAMES = (
     "log.txt",
     "failure.json",
     "stopped.json",
+    "running.json",
     "final/manifest.json",
 )
 

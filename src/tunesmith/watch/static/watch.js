@@ -94,17 +94,20 @@
   }
 
   function showNotes(run, parts) {
-    const told = JSON.stringify([run.lost, run.failure, run.stopped, run.warnings]);
+    const told = JSON.stringify([run.lost, run.end, run.warnings]);
     if (parts.told === told) return;
     parts.told = told;
     parts.notes.replaceChildren();
     if (run.lost) parts.notes.append(make("p", { class: "note bad", role: "alert" }, `No connection to ${run.place}: ${run.lost}. It is tried again.`));
-    for (const [block, kind] of [[run.failure, "bad"], [run.stopped, ""]]) {
-      const rows = Object.entries(block ?? {}).filter(([, value]) => value != null && value !== "");
-      if (!rows.length) continue;
+    const rows = Object.entries(run.end);
+    if (rows.length) {
       const list = make("dl");
-      for (const [key, value] of rows) list.append(make("dt", {}, key.replaceAll("_", " ")), make("dd", {}, asText(value)));
-      parts.notes.append(make("div", { class: `note ${kind}` }, list));
+      for (const [key, value] of rows) {
+        const gib = /[._]bytes$/.test(key) && typeof value === "number";
+        const text = gib ? `${(value / 2 ** 30).toFixed(1)} GiB` : asText(value);
+        list.append(make("dt", {}, key.replace(/^figures\.|_bytes$/g, "").replaceAll(/[._]/g, " ")), make("dd", {}, text));
+      }
+      parts.notes.append(make("div", { class: `note ${run.state === "stopped" ? "" : "bad"}` }, list));
     }
     if (run.warnings.length) {
       const list = make("ul", { "aria-label": "warnings" });
@@ -115,8 +118,7 @@
 
   function asText(value) {
     if (value === null) return "–";
-    if (typeof value !== "object" || Array.isArray(value)) return typeof value === "string" ? value : JSON.stringify(value);
-    return Object.entries(value).map(([key, part]) => `${key.replaceAll("_", " ")} ${asText(part)}`).join(", ") || "–";
+    return typeof value === "object" ? JSON.stringify(value) : String(value);
   }
 
   // ---- curves
