@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tunesmith.sweep.search import halve, rung_steps
+
 WORDS = ["train.learning_rate=1e-4,5e-4,2e-3,8e-3", "adapter.rank=4,16"]
 SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")
 ENV = os.environ | {
@@ -52,7 +54,7 @@ def recipe_for(data: str, steps: int) -> dict[str, Any]:
             "train_on": "all",
         },
         "train": {"duration": f"{steps} steps", "global_batch": "2 examples", "warmup": "1 steps"},
-        "validate": {"every": f"{max(1, steps // 8)} steps"},
+        "validate": {"every": "1 steps"},
         "checkpoint": {"every": None},
         "log": {"tensorboard": False, "samples": 0},
     }
@@ -109,6 +111,24 @@ def last_losses(folder: Path) -> dict[str, float]:
     return {c["name"]: list(c["losses"].values())[-1] for c in ended}
 
 
+def by_rungs(folder: Path, steps: int) -> dict[str, list[float]]:
+    """From the records of a sweep to the end: what fewer rungs would find, as its place, and the share of the steps."""
+    losses = {path.name: [row[-1] for row in numbers(path)] for path in sorted(folder.glob("*-*"))}
+    order, found = sorted(losses, key=lambda name: losses[name][-1]), {}
+    for count in (3, 2, 1):
+        trained: dict[str, int] = {}
+
+        def measure(name: str, until: int | None, trained: dict[str, int] = trained) -> float:
+            trained[name] = until or steps
+            return float(losses[name][trained[name] - 1])
+
+        halve(list(losses), rung_steps(steps, len(losses), 1, count), measure)
+        best = min((name for name in losses if trained[name] == steps), key=lambda name: losses[name][-1])
+        share = sum(trained.values()) / (steps * len(losses))
+        found[f"{count} rungs"] = [order.index(best) + 1, share, losses[best][-1]]
+    return found
+
+
 def compare(found: Path, whole: Path, what: str) -> bool:
     """Whether the records of one run begin those of another, and its final adapter, if it has one, is the other's."""
     ours, theirs = numbers(found), numbers(whole)
@@ -140,6 +160,7 @@ def measure(data: str, folder: Path, args: argparse.Namespace, *, singles: bool,
         )
     losses, chosen = last_losses(full), outcome_of(halved)["best"]
     order = sorted(losses, key=losses.__getitem__)
+    found |= {"rungs": by_rungs(full, args.steps)}
     found |= {"true best": order[0], "found": chosen, "place": order.index(chosen) + 1}
     found |= {"losses": [losses[order[0]], losses[chosen], losses[order[-1]]], "of": len(order)}
     return found
@@ -154,7 +175,9 @@ def report(found: dict[str, Any]) -> None:
             wall, cpu = found[name]
             print(f"  {name:<12} {wall:8.0f} s  {cpu:8.0f} s of CPU")
     print(f"  true best {found['true best']} {best:.4f}; halving found {found['found']} {chosen:.4f}, ", end="")
-    print(f"place {found['place']} of {found['of']}; the worst {worst:.4f}", flush=True)
+    print(f"place {found['place']} of {found['of']}; the worst {worst:.4f}")
+    for rungs, (place, share, loss) in found["rungs"].items():
+        print(f"  {rungs}: place {place}, {loss:.4f}, {share:.0%} of the steps", flush=True)
 
 
 def main() -> int:

@@ -81,6 +81,7 @@ def test_rungs_double_and_leave_one():
     assert rung_steps(100, 8, 40) == [12, 24, 48]  # a longer interval is not kept to
     assert rung_steps(100, 5, 0) == rung_steps(100, 8, 0)
     assert rung_steps(3, 8, 0) == [1]
+    assert [rung_steps(100, 8, 0, rungs) for rungs in (0, 1, 2, 9)] == [[], [50], [25, 50], [12, 24, 48]]
     assert rung_steps(100, 1, 0) == []
     for total in range(1, 60):
         for count in range(1, 20):

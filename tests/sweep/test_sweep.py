@@ -144,7 +144,7 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(
     monkeypatch.delattr(shared_base, "build")  # nothing is loaded
     assert sweep(file) == outcome
     assert len(started) == 7
-    for words, search in ((["adapter.rank=2,4"], Search()), (WORDS, Search(to_the_end=True))):
+    for words, search in ((["adapter.rank=2,4"], Search()), (WORDS, Search(rungs=0))):
         with pytest.raises(UsageError, match="another sweep"):
             sweep(file, words, search)
     with pytest.raises(UsageError, match="holds a run"):
@@ -168,7 +168,7 @@ def test_to_the_end_without_held_out_rows(tiny: Path, tmp_path: Path):
     with pytest.raises(RecipeError, match="no rows are held out") as caught:
         sweep(file)
     assert "--to-the-end" in caught.value.fix
-    outcome = sweep(file, ["adapter.rank=2,4"], Search(to_the_end=True))
+    outcome = sweep(file, ["adapter.rank=2,4"], Search(rungs=0))
     assert [c["state"] for c in outcome["candidates"]] == ["finished"] * 2
     assert outcome["compared_by"] == "loss"
     assert_equals_train(outcome, tmp_path)
@@ -237,7 +237,7 @@ def test_layers_are_compiled_once_a_rank_as_in_a_run_alone(tiny: Path, tmp_path:
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **given: compiled(function, **{**given, "backend": note}))
     file = write_recipe(tiny, tmp_path, train={"compile": "on", "duration": "2 steps"})
-    outcome = sweep(file, search=Search(to_the_end=True))
+    outcome = sweep(file, search=Search(rungs=0))
     count = of_rank(8)
     torch._dynamo.reset()
     graphs.clear()
@@ -252,8 +252,24 @@ def test_the_words_of_several_ranks(tiny: Path, tmp_path: Path, monkeypatch: pyt
     told: list[Any] = []
     monkeypatch.setattr(node, "run_agent", lambda words: told.append(words) or 0)
     file = str(write_recipe(tiny, tmp_path))
-    assert main(["sweep", file, "train.learning_rate=1e-4..1e-3", "--ranks", "2", "--candidates", "3", "--json"]) == 0
-    words = ["sweep", file, "train.learning_rate=1e-4..1e-3", "--candidates", "3", "--json"]
+    assert (
+        main(
+            [
+                "sweep",
+                file,
+                "train.learning_rate=1e-4..1e-3",
+                "--ranks",
+                "2",
+                "--candidates",
+                "3",
+                "--rungs",
+                "2",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    words = ["sweep", file, "train.learning_rate=1e-4..1e-3", "--candidates", "3", "--rungs", "2", "--json"]
     assert told == [["--ranks", "2", "--", *words]]
     assert main(["sweep", file, *WORDS, "--sampler", "random"]) == EXIT_USAGE
 

@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help=recipe)
     words = "key=a,b,c lists values, key=LOW..HIGH is a range, key=value sets the recipe"
     parser.add_argument("words", nargs="+", metavar="key=values", help=words)
+    few = "at how many rungs the worse half stops (default: until one is left); fewer are later, and surer"
+    parser.add_argument("--rungs", type=whole_number, metavar="N", help=few)
     parser.add_argument("--to-the-end", action="store_true", help="train every candidate to its end")
     count = "with a range: how many to draw (default: 16)"
     parser.add_argument("--candidates", type=whole_number, metavar="N", help=count)
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int | None:
     given = {name: vars(args)[name] for name in ("candidates", "sampler", "pruner") if vars(args)[name] is not None}
     leads = (started_as() or {"RANK": 0})["RANK"] == 0  # of several ranks one speaks
     with told_once_a_node():
-        space, search = read_space(args.words), Search(args.to_the_end, **given)
+        space, search = read_space(args.words), Search(0 if args.to_the_end else args.rungs, **given)
         if given and not space.ranges:
             what, fix = (
                 f"--{next(iter(given))} is for ranges, and only lists are given",
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> int | None:
         from tunesmith.launch.node import run_agent
 
         options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        options += ["--rungs", str(args.rungs)] if args.rungs else []
         options += ["--to-the-end"] * args.to_the_end + ["--json"] * args.json
         return run_agent(["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words, *options])
     say = partial(print, file=sys.stderr, flush=True) if leads else lambda text: None

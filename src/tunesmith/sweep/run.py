@@ -92,7 +92,7 @@ def check_sweep(run: Run, space: Space, search: Search) -> None:
         (train.duration.seconds, "train.duration", "a sweep counts steps, not time", "train.duration='500 steps'"),
         (seeds and data.hold_out, "train.seed", "the seed draws the held-out rows too", "data.validation in place of hold_out"),
         (seeds and run.model.added_tokens, "train.seed", "the seed draws the added tokens too", "one train.seed"),
-        (not (data.validation or data.hold_out or search.to_the_end), "data.validation",
+        (not (data.validation or data.hold_out or search.rungs == 0), "data.validation",
          "no rows are held out, and val_loss stops candidates",
          "data.hold_out='5 %', or --to-the-end, which compares training losses"),
     ):  # fmt: skip
@@ -147,7 +147,7 @@ class Sweep:
         count = self.search.candidates if self.space.ranges else len(self.space.grid())
         per_epoch = first.data.schedule.steps_per_epoch(0)
         interval = Cadence(every, total=total, steps_per_epoch=per_epoch, seconds=0.0).interval
-        rungs = [] if self.search.to_the_end else rung_steps(total, count, interval)
+        rungs = rung_steps(total, count, interval, self.search.rungs)
         if rungs and (not interval or rungs[0] % interval):
             every = Length(rungs[0], "steps")
             self.say(f"validate.every is {every} in the recipe of each candidate: they are compared there")

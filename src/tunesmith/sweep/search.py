@@ -22,21 +22,23 @@ PRUNERS = {"halving": "SuccessiveHalvingPruner", "hyperband": "HyperbandPruner",
 
 @dataclass(frozen=True)
 class Search:
-    """How to search. `candidates`: how many to draw from ranges. `to_the_end`: none stops early."""
+    """How to search. `rungs`: at how many the worse half stops (None: until one is left, 0: none does); `candidates`: how
+    many to draw from ranges."""
 
-    to_the_end: bool = False
+    rungs: int | None = None
     candidates: int = 16
     sampler: str = "tpe"
     pruner: str = "halving"
 
 
-def rung_steps(total: int, count: int, interval: int) -> list[int]:
-    """The steps after which the worse half of `count` candidates stops: r, 2r, 4r, ... below `total`.
+def rung_steps(total: int, count: int, interval: int, rungs: int | None = None) -> list[int]:
+    """The steps after which the worse half of `count` candidates stops: r, 2r, 4r, ..., about half of `total`.
 
-    After the last of them one candidate is left. r is a multiple of `interval`, the steps from one validation to the next,
+    There are as many as leave one candidate, or `rungs` if that is less. r is a multiple of `interval`, the steps from one validation to the next,
     where it is not shorter than that; 0 for no interval.
     """
     halvings = min(math.ceil(math.log2(max(count, 1))), int(math.log2(total))) if total else 0
+    halvings = halvings if rungs is None else min(rungs, halvings)
     first = total >> halvings
     first -= first % interval if 0 < interval <= first else 0
     return [first << k for k in range(halvings)]
