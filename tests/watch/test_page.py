@@ -189,6 +189,19 @@ def test_two_runs_are_compared(two: str, visit: Any) -> None:
         assert page.locator(".run").count() == 2
 
 
+def legend(page: Any, title: str) -> list[str]:
+    chart = page.locator(".chart", has=page.locator(f"figcaption b:text-is('{title}')"))
+    chart.wait_for()
+    return [label.rstrip(": ") for label in chart.locator(".u-label").all_text_contents()[1:]]
+
+
+def test_ranks_are_told_apart_and_of_many_the_outermost(one: str, tmp_path: Path, visit: Any) -> None:
+    with visit(one) as seen:
+        assert legend(seen.page, "Memory (GiB)") == ["rank 0", "rank 1", "rank 2"]
+    with watching(write_run(tmp_path / "big", 5, ranks=16)) as (address, _), visit(address) as seen:
+        assert legend(seen.page, "Memory (GiB)") == [f"rank {rank}" for rank in (0, 1, 2, 3, 13, 14, 15)]
+
+
 def test_a_page_whose_command_has_ended_says_so(tmp_path: Path, visit: Any, browser: Any) -> None:
     folder, context = write_run(tmp_path / "run", 20), browser.new_context()
     try:

@@ -3,6 +3,7 @@
 "use strict";
 (() => {
   const $ = (query) => document.querySelector(query);
+  const RANKS = 8;  // at most, in one chart
   const charts = new Map();  // title -> chart
   let runs = [], texts = [], zoomed = null, axis = "step", drawn = "step", later = null, drawnAt = -Infinity, waiting = false, stale = false, read = "", sampleSteps = [];
 
@@ -125,20 +126,29 @@
 
   function name(series, panel) {
     const of = runs.length > 1 ? [runs[series.run].name] : [];
-    if (panel.series.some((other) => other.rank !== null)) of.push(`rank ${series.rank ?? 0}`);
+    if (runs.length === 1 && panel.series.some((other) => other.rank)) of.push(`rank ${series.rank ?? 0}`);
     else if (of.length === 0 || series.field === "val_loss") of.push(series.field);
     return of.join(" ");
   }
 
-  // Several runs: a colour each. One run: a colour for each rank, and one for the validation.
+  // Several runs: a colour each, and rank 0 alone. One run: a colour for each rank, and one for the validation.
   function lines(panel) {
     const smoothed = new Set(panel.series.filter((s) => s.field === "loss, smoothed").map((s) => s.run));
-    const shown = panel.series.filter((s) => !(runs.length > 1 && s.field === "loss" && smoothed.has(s.run)));
+    const several = panel.series.filter((s) => !s.rank && !(s.field === "loss" && smoothed.has(s.run)));
+    const shown = runs.length > 1 ? several : outermost(panel.series);
     return shown.map((s) => ({
       label: name(s, panel), x: s.x, y: s.y, dots: s.field === "val_loss", faint: s.field === "loss" && smoothed.has(s.run),
       thin: runs.length === 1 || panel.title !== "Loss",
       run: runs.length > 1 ? s.run : s.field === "val_loss" ? 1 : s.rank ?? 0,
     }));
+  }
+
+  // Of more than RANKS ranks: rank 0, and those with the lowest and the highest mean.
+  function outermost(series) {
+    const others = series.filter((s) => s.rank), mean = (s) => s.y.reduce((sum, value) => sum + value, 0) / s.y.length;
+    if (others.length < RANKS) return series;
+    const sorted = [...others].sort((a, b) => mean(a) - mean(b)), kept = [...sorted.slice(0, 3), ...sorted.slice(-3)];
+    return series.filter((s) => !s.rank || kept.includes(s));
   }
 
   async function getJson(path) {
