@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith import host_memory
-from tunesmith.host_memory import available_memory, largest_processes, read_memory
+from tunesmith.host_memory import available_memory, largest_processes, read_memory, unavailable_percent
 
 MIB = 2**20
 MEMINFO = """MemTotal:       8388608 kB
@@ -42,7 +42,7 @@ def test_the_figures_of_a_machine(tmp_path: Path) -> None:
         assert found.large_blocks == (2 * 2 + 60 * 4) * MIB
     assert (found.limit, found.used, found.room) == (None, None, 4096 * MIB)
     assert "MemAvailable 4.00 of 8.00, MemFree 1.00" in found.describe()
-    assert available_memory(tmp_path) == 4096 * MIB
+    assert (available_memory(tmp_path), unavailable_percent(tmp_path)) == (4096 * MIB, 50.0)
 
 
 def stat(prefix: str, active: int, inactive: int) -> str:

@@ -172,3 +172,12 @@ def available_memory(root: Path = ROOT) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def unavailable_percent(root: Path = ROOT) -> float:
+    """100 less the available share of the host's memory."""
+    if figures := read_memory(root):
+        return 100 * (1 - figures.available / figures.total)
+    import psutil
+
+    return float(psutil.virtual_memory().percent)

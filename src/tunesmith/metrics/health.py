@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tunesmith.host_files import available_cores, control_groups, physical_memory
-from tunesmith.host_memory import available_memory
+from tunesmith.host_files import available_cores, control_groups
+from tunesmith.host_memory import unavailable_percent
 from tunesmith.metrics.hardware import Peak
 from tunesmith.metrics.sink import Sink
 from tunesmith.ranks import Ranks
@@ -56,7 +56,7 @@ class Gauges:
         if now - self._at < self.every:
             return self._last
         counted, seconds, self._at = self._count(), now - self._at, now
-        self._last = {"host_memory_percent": 100 * (1 - available_memory() / physical_memory())}
+        self._last = {"host_memory_percent": unavailable_percent()}
         for name, gauge in [*self.gpu.items()]:
             try:
                 self._last[name] = gauge(self.device)
