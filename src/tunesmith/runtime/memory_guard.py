@@ -1,7 +1,7 @@
 """Stops a run before the host's memory is used up: below a floor all ranks save and end, and the user reads who holds it.
 
 A kernel without memory kills the largest process, which is the one that trains; on unified memory (GB10) the driver fails
-first and the machine freezes, without a kill. A thread looks at the figures, once a second while there is room and up to 20
+first and the machine freezes, without a kill. A thread looks at the figures, once a second while there is room and up to 8
 times as often near the floor. A look takes about 0.1 ms.
 """
 
@@ -28,7 +28,7 @@ from tunesmith.signals import Shortage, StopRequest
 # with, and allocations failed at 2.5 although 22 were available.
 UNIFIED_FREE, UNIFIED_FREE_LEAST = 8 << 30, 3 << 30
 AHEAD = 3.0  # seconds that a save and the end take, on a busy machine; before it `stop.takes`
-RARELY, OFTEN = 1.0, 0.05  # seconds between two looks
+RARELY, OFTEN = 1.0, 0.12  # seconds between two looks: at most a thousandth of a core
 FASTEST = 4 << 30  # bytes a second that memory is filled with: page faults of one process
 AGAIN = 2.0  # seconds between two times that page cache is dropped
 WORTH = 2 << 30  # bytes of page cache that are worth it
