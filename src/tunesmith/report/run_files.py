@@ -249,7 +249,11 @@ def downsample(x: Sequence[float | None], y: Sequence[float | None], points: int
 
     A spike survives, which a mean would hide. Where either is None, NaN or infinite there is no point.
     """
-    if None in x or None in y or not math.isfinite(sum(y)):  # type: ignore[arg-type]
+    try:  # their sums find a None, NaN or infinity soonest
+        whole = math.isfinite(sum(x)) and math.isfinite(sum(y))  # type: ignore[arg-type]
+    except TypeError:
+        whole = False
+    if not whole:
         kept = [
             (a, b) for a, b in zip(x, y, strict=False) if a is not None and b is not None and -math.inf < b < math.inf
         ]
