@@ -136,6 +136,19 @@ def test_what_a_run_takes_itself_is_no_growth_of_others(monkeypatch: pytest.Monk
     assert Pretended(burst, monkeypatch, unified=False).until(20) is None
 
 
+def test_a_run_of_long_micro_batches_stops_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot stop before the end of one. 600 seconds, of a first step that compiles, are not taken for one."""
+    found = []
+    for takes in (0.0, 10.0, 600.0):
+        there = Pretended(falling(LAPTOP, 9, 0, 90), monkeypatch, unified=False)
+        there.stop.takes = takes
+        asked = there.until(90)
+        assert asked is not None
+        found.append((90 - asked) / 10)  # GiB that are left
+    assert found[0] < 0.4 + 0.4 < found[1] < found[2] < 0.4 + 3.5
+    assert found[1] > 0.3 + 1.2
+
+
 def test_it_looks_rarely_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     there = Pretended(lambda now: LAPTOP, monkeypatch, unified=False)
     there.until(60)

@@ -28,6 +28,7 @@ from tunesmith.signals import Shortage, StopRequest
 # with, and allocations failed at 2.5 although 22 were available.
 UNIFIED_FREE, UNIFIED_FREE_LEAST = 8 << 30, 3 << 30
 AHEAD = 3.0  # seconds that a save and the end take, on a busy machine; before it `stop.takes`
+LONGEST = 30.0  # seconds of `stop.takes` that count
 RARELY, OFTEN = 1.0, 0.12  # seconds between two looks: at most a thousandth of a core
 FASTEST = 4 << 30  # bytes a second that memory is filled with: page faults of one process
 AGAIN = 2.0  # seconds between two times that page cache is dropped
@@ -103,14 +104,14 @@ class MemoryGuard:
             return RARELY
         if self.unified is None and torch.cuda.is_initialized():
             self.unified = is_integrated(torch.device("cuda", torch.cuda.current_device()))
-        allocator = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
-        own = own_memory() + (allocator if self.unified else 0)
+        allocator = torch.cuda.memory_reserved() if self.unified and torch.cuda.is_initialized() else 0
+        own = own_memory() + allocator
         floor = memory_floor(figures.limit or figures.total, unified=bool(self.unified)) + self.stop.saving
         left, growth = figures.room - floor, self._growth(-figures.room - own)
         why = ""
         if left < growth:
             why = f"{gib(figures.room)} GiB can be had, and the floor is {gib(floor)} GiB"
-            why += f"; others took {gib(growth)} GiB in {AHEAD + self.stop.takes:.0f} s" if left >= 0 else ""
+            why += f"; others took {gib(growth)} GiB in {self.ahead:.0f} s" if left >= 0 else ""
         elif self.unified and figures.free < UNIFIED_FREE and figures.cached > WORTH:
             why = self._drop(figures)
             left = min(left, max(0, figures.free - UNIFIED_FREE_LEAST))
@@ -118,11 +119,15 @@ class MemoryGuard:
             self._ask(why, figures, floor, allocator)
         return min(RARELY, max(OFTEN, (left - growth) / FASTEST))
 
+    @property
+    def ahead(self) -> float:
+        """Seconds that a stop takes; the first step compiles, and says nothing of those that follow."""
+        return AHEAD + min(self.stop.takes, LONGEST)
+
     def _growth(self, others: int) -> int:
         """What others took in as long as a stop takes, by a figure that grows as they take memory: they may do so again."""
-        now = self.clock()
+        now, ahead = self.clock(), self.ahead
         self.others.append((now, others))
-        ahead = AHEAD + self.stop.takes
         while len(self.others) > 2 and self.others[1][0] <= now - ahead:
             self.others.popleft()
         least = min(value for _, value in self.others)
