@@ -195,6 +195,13 @@ def test_recipes_that_are_refused(tiny: Path, tmp_path: Path, changes: dict[str,
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_value_is_refused_before_anything_is_loaded(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(shared_base, "build")
+    for word in ("train.learning_rate=1e-4,fast", "adapter.rank=0..8"):
+        with pytest.raises(RecipeError, match=r"learning_rate: expected|adapter\.rank is 0"):
+            sweep(write_recipe(tiny, tmp_path), [word])
+
+
 def test_kill_9_anywhere_and_the_same_command_goes_on(tiny: Path, tmp_path: Path):
     whole = sweep(write_recipe(tiny, tmp_path))
     out = tmp_path / "killed"

@@ -67,9 +67,9 @@ def run_sweep(
     check_sweep(base, space, search)
     if started_as() is None:
         refuse_many_ranks("sweep")
-    for key, span in space.ranges.items():  # a wrong end is found before anything is loaded
-        for end in (span.low, span.high):
-            load_recipe(recipe, [*space.fixed, f"{key}={end}"])
+    ends = [{key: str(end)} for key, span in space.ranges.items() for end in (span.low, span.high)]
+    for values in [*space.grid(), *ends]:  # a wrong value is found before anything is loaded
+        load_recipe(recipe, [*space.fixed, *(f"{key}={value}" for key, value in values.items())])
     with joined(base) as (stop, ranks), ExitStack() as stack:
         with ranks.together():
             if ranks.leads:

@@ -16,7 +16,7 @@ from tunesmith import packages
 from tunesmith.sweep.space import Space
 
 C = TypeVar("C")
-SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler"}
+SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}
 PRUNERS = {"halving": "SuccessiveHalvingPruner", "hyperband": "HyperbandPruner", "median": "MedianPruner"}
 
 
