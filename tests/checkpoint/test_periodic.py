@@ -23,7 +23,7 @@ from tunesmith.runtime.transfer import Snapshot
 from tunesmith.training.run import train
 from tunesmith.training.trainer import PendingMetrics, Trainer
 
-CLOCKS = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib")
+CLOCKS = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "host_memory_percent", "product_tflops")
 
 
 @dataclass

@@ -95,7 +95,8 @@ def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(layout, wh
         assert not split[0] & split[1]
     assert files_of(a / "checkpoint-4") - split[0] == files_of(b / "checkpoint-4") - split[1]
     assert state.find_damage(a / "final") is None
-    assert {path.name for path in b.iterdir()} - {p.name for p in a.iterdir()} == set()
+    own = {path.name for path in b.iterdir()} - {p.name for p in a.iterdir()}
+    assert own == {f"metrics-rank{rank}.jsonl" for rank, node in enumerate(layout) if node == "b"}
     assert not {"final", "metrics.jsonl", "log.txt"} & {path.name for path in b.iterdir()}
 
     swapped = layout.translate(str.maketrans("ab", "ba"))

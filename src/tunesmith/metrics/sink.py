@@ -157,12 +157,20 @@ class SamplesSink(Sink):
             file.write("".join(lines))
 
 
-class RankSink(JsonlSink):
-    """metrics-rank<r>.jsonl of a rank other than 0: the same records with its own waits, memory and gauges. Its warnings go to
-    its own terminal or log."""
+class RankSink(Sink):
+    """metrics-rank<r>.jsonl of a rank other than 0: the same records with its own waits, memory and gauges. Nothing is read back
+    from it, so a disk that takes no more ends no run here. Warnings go to the rank's own terminal or log."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        super().__init__(folder / f"metrics-rank{rank}.jsonl")
+        self.path = folder / f"metrics-rank{rank}.jsonl"
+
+    def open(self, run: Run, resumed_at: int) -> None:
+        with contextlib.suppress(OSError):
+            cut_back(self.path, resumed_at)
+
+    def step(self, record: StepRecord) -> None:
+        with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
+            file.write(record.to_json() + "\n")
 
     def text(self, title: str, body: str) -> None:
         print(body, file=sys.stderr, flush=True)
