@@ -17,8 +17,8 @@ INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CO
 # One thread a process: two processes of two threads each starve each other on two cores.
 # Bytecode is kept: hundreds of processes start. A file stays with one worker, so that what it starts, such as a cluster, is started once; tests/conftest.py orders the files.
 PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
-# Three for two cores: the slow tests kill, interrupt and cut off, and wait for what comes of it.
-WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 3 / 2 )))
+# Two for a core: the slow tests kill, interrupt and cut off, and wait for what comes of it.
+WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
 
 .PHONY: demo picture quick test check cluster-tools clean
 

@@ -94,6 +94,7 @@ def test_the_kernels_end_for_want_of_memory_is_told_by_the_next_start(recipe: Pa
     (little_memory / "cgroup.procs").write_text(str(process.pid))
     Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")  # the first that the kernel takes of this group
     hog = f"open('{little_memory}/cgroup.procs', 'w').write('0')\nheld = [bytearray(50_000_000) for _ in range(100)]"
+    process.send_signal(signal.SIGSTOP)  # or its guard would stop it in time
     subprocess.run([sys.executable, "-c", hog], check=False)
     assert process.wait() == -signal.SIGKILL
     assert oom_kills() > before

@@ -110,7 +110,9 @@ def test_new_rows_are_the_mean_of_the_old(folder: Path) -> None:
     for module in (model.model.embed_tokens, model.lm_head):
         assert module.weight.shape == (320, 64)
         expected = module.weight[:272].mean(0)
-        assert all(torch.equal(row, expected) for row in module.weight[272:])
+        assert all(torch.equal(row, module.weight[272]) for row in module.weight[273:])
+        # A sum of 272 numbers in another order, which goes by where in memory they lie.
+        torch.testing.assert_close(module.weight[272], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_hook_gets_the_tensor_and_its_companions(folder: Path) -> None:

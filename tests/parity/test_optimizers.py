@@ -16,7 +16,7 @@ from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
 from tunesmith.data.loader import Loader
 from tunesmith.errors import MachineError, NonFiniteError, UsageError
-from tunesmith.training.build import Session, build
+from tunesmith.training.build import Session, build, write_identity
 from tunesmith.training.run import train
 
 SAME = ("step", "loss", "learning_rate", "tokens", "supervised_tokens", "examples")
@@ -117,11 +117,11 @@ def test_in_the_backward_a_loss_that_is_not_finite_stops_with_finite_weights(
 ) -> None:
     sessions: list[Session] = []
 
-    def kept(*args: Any, **options: Any) -> Session:
-        sessions.append(build(*args, **options))
-        return sessions[0]
+    def kept(session: Session, argv: list[str] | None) -> None:
+        sessions.append(session)
+        write_identity(session, argv)
 
-    monkeypatch.setattr("tunesmith.training.run.build", kept)
+    monkeypatch.setattr("tunesmith.training.run.write_identity", kept)
     run = full(tiny, tmp_path, "run", optimizer_in_backward=True, learning_rate=1e37)
     with pytest.raises(NonFiniteError, match="only the parameters with a finite gradient were updated"):
         go(run)

@@ -14,6 +14,7 @@ import torch
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError
+from tunesmith.heartbeat import Heartbeat
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import read_spec
 from tunesmith.plan.forecast import Planner, measure_work, plan_on_paper
@@ -61,7 +62,7 @@ def planned_in_training(
     monkeypatch.setattr(build.lora, "eight_bit_shapes", lambda *_: [])
     ranks = SimpleNamespace(
         together=nullcontext, gather=lambda value: [value] * cluster.world, rank=min(1, cluster.world - 1), world=cluster.world,
-        local_world=cluster.per_node, name=str,
+        local_world=cluster.per_node, name=str, heartbeat=Heartbeat(),
     )  # fmt: skip
     start = SimpleNamespace(micro_batch=Size(int(before.split()[0]), "tokens") if before else None)
     data = SimpleNamespace(train=tokens, schedule=None)

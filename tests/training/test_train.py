@@ -22,7 +22,7 @@ FIELDS = [
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "examples", "step_seconds",
     "data_seconds", "tokens_per_second", "mfu", "memory_gib",
 ]  # fmt: skip
-TIMES = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib")
+TIMES = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "host_memory_percent", "product_tflops")
 
 
 def go(tiny: Path, folder: Path, **changes: Any) -> Result:
