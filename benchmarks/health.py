@@ -1,6 +1,6 @@
 """What the short product of the health check costs, and how its readings spread:
 
-    python benchmarks/health.py --json docs/measurements/health.json
+python benchmarks/health.py --json docs/measurements/health.json
 """
 
 import argparse
