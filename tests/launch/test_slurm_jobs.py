@@ -178,7 +178,7 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     cluster.start_again(job, out)
 
     cluster.wait_for(lambda: len(records(out)) > first["step"] + 30, out)  # there is a newer checkpoint
-    assert f"resuming from step {first['step']} of" in log_of(out)
+    assert f"resuming from step {first['step']:,} of" in log_of(out)
     cluster.pair("crash", "2")
     cluster.wait_for((out / "failure.json").exists, out)
     assert "rank 1 on node2 gave no sign of life" in json.loads((out / "failure.json").read_text())["what"]
@@ -192,6 +192,7 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     cluster.run("scancel", job)
     ended = f"job {job}: exit code 75"  # srun says its own of each task
     cluster.wait_for(lambda: cluster.queue(job) == "CANCELLED" and log_of(out).count(ended) == 2, out)
+    assert "  cause: preempted: Slurm took the nodes back" in log_of(out)
     last = json.loads((out / "stopped.json").read_text())
     assert last["step"] == len(records(out)) > saved + 20
     assert "ExitCode=75:0" in cluster.show(job)
