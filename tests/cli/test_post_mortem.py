@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from control_groups import control_group
 from recipes import make_run
 from tunesmith import packages
 from tunesmith.checkpoint.killed import killed_before
@@ -75,16 +76,8 @@ def go_on(recipe: Path, out: Path) -> str:
 @pytest.fixture
 def little_memory() -> Iterator[Path]:
     """A control group of 1.2 GB; what grows beyond is ended by the kernel."""
-    old, new = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    version_2 = (new / "cgroup.controllers").exists()
-    group = (new if version_2 else old) / f"tunesmith-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / ("memory.max" if version_2 else "memory.limit_in_bytes")).write_text("1200000000")
-    except OSError as error:
-        pytest.skip(f"no control group with a limit on memory can be made here: {error.strerror}")
-    yield group
-    group.rmdir()
+    with control_group("memory", {"memory.limit_in_bytes": "1200000000"}, {"memory.max": "1200000000"}) as group:
+        yield group
 
 
 def test_the_kernels_end_for_want_of_memory_is_told_by_the_next_start(recipe: Path, little_memory: Path) -> None:

@@ -94,6 +94,7 @@ def test_dear_curves_are_never_late_at_first(one: str, browser: Any) -> None:
     page.route("**/events", lambda route: route.fulfill(content_type="text/event-stream", body=event))
     page.goto(one)
     page.wait_for_selector(".chart canvas", timeout=120_000)
+    assert page.locator(".chart canvas").count() > 0
     page.close()
 
 
