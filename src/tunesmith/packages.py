@@ -23,7 +23,7 @@ def pip_install(package: str) -> str:
     return f"pip install '{package}{versions[0]}'" if versions and versions[0] else f"pip install {package}"
 
 
-COMPUTE = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers")
+COMPUTE = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "bitsandbytes")
 
 
 def installed_versions() -> dict[str, str]:

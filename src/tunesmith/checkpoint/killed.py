@@ -10,7 +10,9 @@ from pathlib import Path
 
 from tunesmith.checkpoint.run_dir import RUNNING, STOPPED
 from tunesmith.errors import RunError
+from tunesmith.heartbeat import AGAIN
 from tunesmith.host_files import oom_kills, write_atomically
+from tunesmith.metrics.summary import FAILURE
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -43,7 +45,7 @@ def killed_before(run_dir: Path) -> RunError | None:
         booted, kills = note["boot"], int(note["oom_kills"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    if (run_dir / "failure.json").exists() or (run_dir / STOPPED).exists():
+    if (run_dir / FAILURE).exists() or (run_dir / STOPPED).exists():
         return None
     steps = 0
     with contextlib.suppress(OSError, ValueError):
@@ -51,12 +53,11 @@ def killed_before(run_dir: Path) -> RunError | None:
         lines = (run_dir / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()
         steps = json.loads(lines[-1])["step"] if lines else 0
     what = f"the last start was killed {f'after step {steps}' if steps else 'before its first step'}"
-    fix = "start the same command again: it goes on from the newest checkpoint"
     if note["host"] != socket.gethostname():
-        return RunError(what, where=where, why="its host knows more: dmesg -T | grep -i oom", fix=fix, cause="killed")
+        return RunError(what, where=where, why="its host knows more: dmesg -T | grep -i oom", fix=AGAIN, cause="killed")
     if booted != _boot():
-        return RunError(what, where=where, why="this machine was started again since", fix=fix, cause="restarted")
+        return RunError(what, where=where, why="this machine was started again since", fix=AGAIN, cause="restarted")
     if (new := oom_kills() - kills) > 0:
         why = f"the kernel ended {new} of this machine's processes since then (dmesg -T | grep -i oom)"
-        return RunError(what, where=where, why=why, fix=fix, cause="oom-kill")
-    return RunError(what, where=where, why="the kernel has ended no process since then", fix=fix, cause="killed")
+        return RunError(what, where=where, why=why, fix=AGAIN, cause="oom-kill")
+    return RunError(what, where=where, why="the kernel has ended no process since then", fix=AGAIN, cause="killed")

@@ -1,7 +1,6 @@
 """The machine under a run: its description for env.json, its published peak and its memory."""
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from tunesmith.errors import mask
 from tunesmith.host_files import physical_memory
+from tunesmith.packages import installed_versions
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}  # of the measured peak
 ROUND_SECONDS, ROUNDS = 0.2, 5
 MEASURED = "measured"  # how the source of a peak begins that no data sheet states
-PACKAGES = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "bitsandbytes")
 
 # Dense bf16 / fp16 tensor-core peaks with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets (where a sheet states
 # the figure "with sparsity", half of it). The first pattern that fits the device's name wins; laptop parts share the
@@ -140,10 +139,6 @@ def memory_gib(device: torch.device | None = None) -> float:
 
 def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Software, hardware and command for env.json: an allow-list, which never dumps the environment, with argv masked."""
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
     gpus = []
     for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count())):
         size, capability = round(gpu.total_memory / 2**30, 1), f"{gpu.major}.{gpu.minor}"
@@ -151,7 +146,7 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
         gpus.append(about | {"peak_tflops_bf16": peak_of(gpu.name).tflops})
     return {
         "python": platform.python_version(),
-        **versions,
+        **installed_versions(),
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "cpu": _cpu_name(),

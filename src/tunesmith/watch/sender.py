@@ -57,7 +57,7 @@ def answer_changes(folder: str, known: Dict[str, List[int]]) -> None:  # noqa: U
 
 
 def is_held(folder: str) -> bool:
-    """Whether a process of this host holds the run directory."""
+    """Whether a process of this host holds the run directory; `launch/jobs.py` has it too, which is not there to import."""
     try:
         with open(os.path.join(folder, ".lock"), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
