@@ -51,7 +51,7 @@ class TunesmithError(Exception):
         why: the reason; empty if `what` says it.
         fix: the command or edit that fixes it.
         cause: the likely one, a name of CAUSES; empty where none is known.
-        facts: of a failed rank, for failure.json: its `rank`, `host`, `phase` and `collective`.
+        failed_rank: of a failed rank, for failure.json: its `rank`, `host`, `phase` and `collective`.
     """
 
     exit_code = EXIT_FAILED
@@ -65,10 +65,10 @@ class TunesmithError(Exception):
         why: str = "",
         fix: str = "",
         cause: str = "",
-        facts: Mapping[str, object] = {},
+        failed_rank: Mapping[str, object] = {},
     ) -> None:
         super().__init__(what)
-        self.what, self.where, self.why, self.fix, self.facts = what, where, why, fix, dict(facts)
+        self.what, self.where, self.why, self.fix, self.failed_rank = what, where, why, fix, dict(failed_rank)
         self.cause = cause or self.cause
 
     def __str__(self) -> str:

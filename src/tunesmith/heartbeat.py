@@ -135,7 +135,11 @@ class Heartbeat:
             own = error if isinstance(error, TunesmithError) else other
             what = "was stopped by a signal" if isinstance(error, KeyboardInterrupt) else f"failed: {own.what}"
             words = {"where": own.where, "why": own.why, "fix": own.fix, "cause": own.cause, "teller": self.rank}
-            self._outbox = {"what": f"{self._name([self.rank])} {what}", **words, "facts": self._facts([self.rank])}
+            self._outbox = {
+                "what": f"{self._name([self.rank])} {what}",
+                **words,
+                "failed_rank": self._failed([self.rank]),
+            }
         self._wake.set()
         self._known.wait(2 * self.limit)
         return OtherRankError(self.fault.what, exit_code=self.fault.exit_code) if broken and self.fault else error
@@ -286,15 +290,15 @@ class Heartbeat:
             if rank not in gone and beat.place:
                 places.setdefault(beat.place, []).append(str(rank))
         where = "; ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}: {at}" for at, ranks in places.items())
-        facts = self._facts(gone or stuck)
-        return {"what": what, "where": where, "why": why, "fix": AGAIN, "cause": cause, "facts": facts}
+        failed_rank = self._failed(gone or stuck)
+        return {"what": what, "where": where, "why": why, "fix": AGAIN, "cause": cause, "failed_rank": failed_rank}
 
-    def own_facts(self) -> dict[str, object]:
+    def own_place(self) -> dict[str, object]:
         """Where this rank stands, for failure.json."""
         own = {"rank": self.rank, "host": self.hosts[self.rank] or socket.gethostname(), "phase": self._phase}
         return own | {"collective": self.own.collective or None}
 
-    def _facts(self, ranks: Collection[int]) -> dict[str, object]:
+    def _failed(self, ranks: Collection[int]) -> dict[str, object]:
         """Where the first of the ranks that are to blame was last."""
         return next(
             (

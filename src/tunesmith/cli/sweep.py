@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> int | None:
 
         if early.requested():
             raise early.not_begun()
-    outcome = run_sweep(args.recipe, space, search, say=say, argv=sys.argv)
+    found = run_sweep(args.recipe, space, search, say=say, argv=sys.argv)
     if leads:
         sys.stdout = lasting(sys.stdout)
-        page = f"report: {from_here(sweep_page(outcome))}"
-        print(json.dumps(outcome) if args.json else "\n".join([*sweep_lines(outcome), page]))
+        page = f"report: {from_here(sweep_page(found))}"
+        print(json.dumps(found) if args.json else "\n".join([*sweep_lines(found), page]))
     return None

@@ -22,7 +22,7 @@ from tunesmith.ranks import Ranks
 SIZE = {"cuda": 2048, "cpu": 384}  # of the short product: some 0.05 ms on an H100, 1 to 4 ms on a CPU core
 TIMES = {"cuda": 16, "cpu": 5}  # products a check; the quickest counts on a CPU, where others take turns
 EVERY = 60.0  # seconds between checks: below 0.05 % of a run
-SLOW, PEAK_SHARE, HELD_BACK = 0.7, 1 / 3, 0.2  # of the best check, of the chip's peak; of the time by a limit on cores
+SLOW, PEAK_SHARE, THROTTLED = 0.7, 1 / 3, 0.2  # of the best check, of the chip's peak; of the time by a limit on cores
 IN_A_ROW = 3  # slow checks that are named
 
 _GPU: dict[str, Callable[[torch.device], float]] = {
@@ -120,10 +120,10 @@ def nvlink_bytes(handle: Any) -> int:
 
 
 class Reading(NamedTuple):
-    """One check: the product's TFLOP/s, and the share of the time before it in which a limit on cores held us back."""
+    """One check: the product's TFLOP/s, and the share of the time before it in which a limit on cores throttled it."""
 
     tflops: float
-    held_back: float
+    throttled: float
 
 
 class ChipCheck:
@@ -147,7 +147,7 @@ class ChipCheck:
         self.best, self.slow, self.warned = 0.0, 0, False
         self._at = self._stat_at = time.monotonic()
         self._queued: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        self._held = throttled_seconds(root)
+        self._throttled = throttled_seconds(root)
 
     def first(self) -> Reading:
         """The check at the start, waited for; the chip is warm after some of them."""
@@ -191,9 +191,9 @@ class ChipCheck:
         return min(taken)
 
     def _read(self, seconds: float) -> Reading:
-        now, held = time.monotonic(), throttled_seconds(self.root)
-        share = (held - self._held) / max(now - self._stat_at, 1e-9) / torch.get_num_threads()
-        self._at, self._stat_at, self._held = now, now, held
+        now, throttled = time.monotonic(), throttled_seconds(self.root)
+        share = (throttled - self._throttled) / max(now - self._stat_at, 1e-9) / torch.get_num_threads()
+        self._at, self._stat_at, self._throttled = now, now, throttled
         reading = Reading(self.work / seconds / 1e12, share)
         self.best = max(self.best, reading.tflops)
         return reading
@@ -203,9 +203,9 @@ class ChipCheck:
         share = reading.tflops / self.best
         self.slow = self.slow + 1 if share < SLOW else 0
         what = ""
-        if reading.held_back > HELD_BACK:
+        if reading.throttled > THROTTLED:
             cores = f"its control group may use {available_cores(self.root)} of {os.cpu_count()} cores"
-            what = f"this process was held back {reading.held_back:.0%} of the time: {cores}; fix: a higher limit"
+            what = f"this process was throttled {reading.throttled:.0%} of the time: {cores}; fix: a higher limit"
         elif self.peak.tflops and reading.tflops < PEAK_SHARE * self.peak.tflops:
             what = f"the chip computes {reading.tflops:.0f} TFLOP/s where its peak is {self.peak.tflops:.0f}"
         elif self.slow >= IN_A_ROW:
@@ -214,10 +214,10 @@ class ChipCheck:
             self.warned = self.warned and self.slow > 0
             return ""
         told, self.warned = self.warned, True
-        return "" if told else what if reading.held_back > HELD_BACK else f"{what}: {self._cause()}"
+        return "" if told else what if reading.throttled > THROTTLED else f"{what}: {self._cause()}"
 
     def _cause(self) -> str:
-        """Why a chip may be slow, from what can be seen, with the mend."""
+        """Why a chip may be slow, from what can be seen, with what to do."""
         if self.device.type == "cpu":
             load, cores = os.getloadavg()[0], available_cores(self.root)
             if load > 1.5 * cores:
@@ -248,7 +248,7 @@ def clock_reason(device: torch.device) -> str:
 
 
 def throttled_seconds(root: Path = Path("/")) -> float:
-    """Seconds, over all its threads, in which a limit on cores held this process's control groups of version 1 or 2 back."""
+    """Seconds, over all its threads, in which a limit on cores throttled this process's control groups of version 1 or 2."""
     total = 0.0
     for group in control_groups("cpu", root):
         with contextlib.suppress(OSError, ValueError):

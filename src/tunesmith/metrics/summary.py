@@ -21,8 +21,8 @@ def write_failure(folder: Path, error: TunesmithError, *, last_step: int, next_c
     cause, and the rank that failed, null where they are not known."""
     next_ = error.fix or next_command
     failure = {"what": error.what, "where": error.where, "why": error.why, "last_step": last_step, "next": next_}
-    facts = {name: error.facts.get(name) for name in ("rank", "host", "phase", "collective")}
-    failure |= {"cause": error.cause or None, **facts}
+    failed_rank = {name: error.failed_rank.get(name) for name in ("rank", "host", "phase", "collective")}
+    failure |= {"cause": error.cause or None, **failed_rank}
     write_atomically(folder / FAILURE, json.dumps(failure, indent=2) + "\n")
 
 

@@ -257,7 +257,7 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
         if trainer.stop.now:
             raise stopped_twice(trainer.out, trainer.progress.step, trainer.writer.saved_step) from error
         failure, resume = trainer.as_failure(error), how_to_resume(trainer.writer.saved_step)
-        failure.facts = failure.facts or trainer.session.ranks.heartbeat.own_facts()
+        failure.failed_rank = failure.failed_rank or trainer.session.ranks.heartbeat.own_place()
         if error is callback.error:
             what = f"on_record raised {type(error).__name__}: {first_line(error)}"
             failure = RunError(what, where=f"step {trainer.progress.step}", fix=f"correct on_record; {resume}")
