@@ -179,7 +179,7 @@ def fits(model: Any, batch: Any, recomputed: int) -> int:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU: a CPU's allocator has no limit")
-def test_recompute_is_calibrated_by_running_out_of_memory(tmp_path):
+def test_recompute_is_calibrated_without_running_out_of_memory(tmp_path):
     """A limit halfway between what no and what every layer recomputed needs: the estimate says that all of it fits."""
     layers, tokens, device = 8, 8192, torch.device("cuda", 0)
     config = LlamaConfig(
@@ -203,17 +203,11 @@ def test_recompute_is_calibrated_by_running_out_of_memory(tmp_path):
         assert not fits(model, batch, 0), "the limit must be reached"
         estimate = MemoryEstimate(tokens=tokens, recomputed_layer=tokens * 1024 * 2)
         plan, meter = RunPlan(str(device), "varlen", "bf16", layers, memory=estimate), MemoryMeter(device)
+        failed = torch.cuda.memory_stats()["num_ooms"]
         count = calibrate_recompute(model, plan, batch, meter, budget=int(0.9 * limit)).recomputed_layers
+        assert torch.cuda.memory_stats()["num_ooms"] == failed
         assert 0 < count <= layers
         assert fits(model, batch, count)
-        # As on a GPU that shares the host's memory: the same count, without reaching the limit on the way.
-        failed = torch.cuda.memory_stats()["num_ooms"]
-        careful = calibrate_recompute(
-            model, plan, batch, MemoryMeter(device), budget=int(0.9 * limit), careful=True
-        ).recomputed_layers
-        assert torch.cuda.memory_stats()["num_ooms"] == failed
-        assert fits(model, batch, careful)
-        assert abs(careful - count) <= 2  # each is an estimate from what other layers keep
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         prepare_allocator(device)

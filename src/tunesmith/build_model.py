@@ -30,7 +30,7 @@ from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import FUSED, KINDS, TENSOR_WISE
 from tunesmith.ranks import ONE_PROCESS, Ranks
 from tunesmith.runtime import compilation
-from tunesmith.runtime.device import is_integrated, prepare_allocator
+from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
 from tunesmith.runtime.plan import RunPlan
 from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, offload_inputs, recompute_layers
@@ -93,8 +93,8 @@ def build_model(
         model: from `define_model`, on meta; it is changed in place. None makes it.
         weights: folder of the safetensors files, None for `files.folder`; `random` draws them, to measure speed.
         adapter: folder of the checkpoint whose adapter training resumes from.
-        probes: the first micro batches of the run, on the plan's device, the same at every start. On them the loss of a
-            base in 8 bits is compared and recompute is calibrated; without them such a base stays dense.
+        probes: micro batches of the run, the largest first, on the plan's device, the same at every start. On them the
+            loss of a base in 8 bits is compared and recompute is calibrated; without them such a base stays dense.
         mesh, ranks: those that share the model; building it is then a collective call.
 
     Returns the root module, and the plan, corrected by what was measured on the probes. ModelError or RecipeError where
@@ -126,7 +126,7 @@ def build_model(
         peft_files.load_adapter(model, adapter)
     if probes and run.train.recompute == "auto" and device.type == "cuda" and mesh.shape.world == 1:
         budget, meter = int(plan.memory.free * USABLE), MemoryMeter(device)
-        plan = calibrate_recompute(root, plan, probes[0], meter, budget=budget, careful=is_integrated(device))
+        plan = calibrate_recompute(root, plan, probes[0], meter, budget=budget)
     return root, plan
 
 

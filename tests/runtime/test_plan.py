@@ -15,14 +15,14 @@ import torch
 from recipes import built_model, make_run
 from tunesmith.build_model import count_trained, define_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
-from tunesmith.data.batch import Example, collate
+from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.data.schedule import StepSize
 from tunesmith.errors import MachineError
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
 from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
-from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, revise_recomputed
+from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, recompute_layers, revise_recomputed
 from tunesmith.runtime.resolve import MemoryEstimator, fewest_recomputed, resolve_plan
 from tunesmith.runtime.savings import refuse_overrun
 from tunesmith.units import Size
@@ -238,7 +238,7 @@ class Small:
     """A device of `size` bytes: what autograd has saved counts, and more than `size` of it is an error."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.now, self.most, self.tries, self.before = size, 0, 0, 0, 0
+        self.size, self.now, self.most, self.tries, self.before, self.refused = size, 0, 0, 0, 0, 0
 
     def allocated(self) -> int:
         return self.now
@@ -253,53 +253,81 @@ class Small:
         self.now += tensor.numel() * tensor.element_size()
         self.most = max(self.most, self.now)
         if self.now > self.size:
+            self.refused += 1
             raise torch.OutOfMemoryError("no room")
         return tensor
 
 
-def test_a_trial_recomputes_more_layers_until_the_micro_batch_fits(tiny):
-    """On the real path: the saved tensors of a tiny model, against a device that is too small for all of them."""
-    model = built_model(replace(recipe(), model=Model(name=str(tiny), dtype="fp32")), tiny)
-    rows = [[Example(np.arange(2, 130, dtype=np.int32), np.arange(128) > 0)]]
-    batch = collate(rows, length=128, pad_id=0)
+class Alike(torch.nn.Module):
+    """Eight layers that each keep one vector of 400 bytes, on an input without a gradient."""
 
-    def trial(size: int, count: int) -> tuple[int, Small]:
-        meter = Small(size)
-        estimate = MemoryEstimate(tokens=128, recomputed_layers=count, recomputed_layer=128 * 64 * 4)
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(100, 100) for _ in range(8))
+
+    def forward(self, batch: object) -> MethodOutput:
+        hidden = torch.ones(1, 100, requires_grad=True)
+        for layer in self.layers:
+            hidden = layer(hidden).sin().cos()
+        return MethodOutput(hidden.sum(), 1)
+
+
+@pytest.mark.parametrize("estimated", [0, 3, 8])
+def test_a_trial_grows_from_few_kept_layers_and_never_runs_out(estimated):
+    """On a pretended GPU of any size that holds the micro batch at all: what the estimate says of it is not trusted."""
+    batch = SimpleNamespace(input_ids=torch.zeros(1, 128))
+
+    def trial(size: float, budget: float) -> tuple[int, Small]:
+        model, meter = Alike(), Small(int(size))
+        estimate = MemoryEstimate(tokens=128, recomputed_layers=estimated, recomputed_layer=400)
         with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
-            return calibrate_recompute(model, trial_plan(estimate), batch, meter, budget=size).recomputed_layers, meter
+            plan = calibrate_recompute(model, trial_plan(estimate), batch, meter, budget=int(budget))
+        assert all(p.grad is None for p in model.parameters())
+        assert [layer.recomputed for layer in model.layers] == [i < plan.recomputed_layers for i in range(8)]
+        return plan.recomputed_layers, meter
 
-    whole, meter = trial(10**9, 0)
-    assert whole == 0
-    count, small = trial(meter.most * 3 // 4, 0)
-    assert small.tries > 1
-    assert count > 0
-    assert [layer.recomputed for layer in model.layers] == [i < count for i in range(2)]
-    assert all(p.grad is None for p in model.parameters())
+    least = trial(1e9, 0)[1].most
+    counts = []
+    for size in range(least, 8 * least, least // 4):
+        count, meter = trial(size, 0.9 * size)
+        assert meter.refused == 0
+        assert meter.most <= max(least, 0.9 * size)
+        counts.append(count)
+    assert counts == sorted(counts, reverse=True)
+    assert (counts[0], counts[-1]) == ((8, 8) if estimated == 8 else (8, 0))
+    assert {*range(1, 8)} < {*counts} or estimated == 8
     with pytest.raises(MachineError, match="128 tokens does not fit") as refused:
-        trial(1000, 0)
+        trial(1000, 900)
     assert refused.value.fix == "data.seq_len=64 (1.0 GiB)"
 
 
-def test_a_careful_trial_keeps_few_activations_and_learns_what_the_others_would_keep(tiny):
-    """On a GPU that shares the host's memory: the estimate says that nothing has to recompute, and is not trusted."""
+def kept_without_recompute(model, batch) -> int:
+    """Bytes that the forward of a model keeps for its backward where no layer recomputes."""
+    meter = Small(10**9)
+    model.train()
+    recompute_layers(model.layers, 0)
+    with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
+        model(batch)
+    return meter.most
+
+
+def test_a_trial_learns_from_few_layers_what_the_others_would_keep(tiny):
+    """On the real path: the saved tensors of a tiny model. The estimate says that nothing has to recompute."""
     model = built_model(replace(recipe(), model=Model(name=str(tiny), dtype="fp32")), tiny)
     batch = collate([[Example(np.arange(2, 130, dtype=np.int32), np.arange(128) > 0)]], length=128, pad_id=0)
     estimate = MemoryEstimate(tokens=128, recomputed_layers=0, recomputed_layer=128 * 64 * 4)
 
-    def trial(*, careful: bool, budget: int = 10**9) -> tuple[int, Small]:
+    def trial(budget: int = 10**9) -> tuple[int, Small]:
         meter = Small(10**9)
         with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
-            found = calibrate_recompute(
-                model, trial_plan(estimate), batch, meter, budget=budget, careful=careful
-            ).recomputed_layers
-        return found, meter
+            return calibrate_recompute(
+                model, trial_plan(estimate), batch, meter, budget=budget
+            ).recomputed_layers, meter
 
-    count, bold = trial(careful=False)
-    again, cautious = trial(careful=True)
-    assert (count, again, cautious.tries) == (0, 0, 1)
-    assert cautious.most < 0.7 * bold.most
-    assert trial(careful=True, budget=cautious.most - 1)[0] == 2
+    count, meter = trial()
+    assert (count, meter.tries) == (0, 1)
+    assert meter.most < 0.7 * kept_without_recompute(model, batch)
+    assert trial(meter.most - 1)[0] == 2
 
 
 def test_a_trial_on_a_short_micro_batch_leaves_room_for_the_largest(tiny):
@@ -307,18 +335,20 @@ def test_a_trial_on_a_short_micro_batch_leaves_room_for_the_largest(tiny):
     model = built_model(replace(recipe(), model=Model(name=str(tiny), dtype="fp32")), tiny)
     estimate = MemoryEstimate(tokens=128, recomputed_layer=128 * 64 * 4)
 
-    def trial(tokens: int, budget: int) -> tuple[int, int]:
-        batch = collate(
-            [[Example(np.arange(2, 2 + tokens, dtype=np.int32), np.arange(tokens) > 0)]], length=tokens, pad_id=0
-        )
+    def rows(tokens: int) -> Batch:
+        example = Example(np.arange(2, 2 + tokens, dtype=np.int32), np.arange(tokens) > 0)
+        return collate([[example]], length=tokens, pad_id=0)
+
+    def trial(tokens: int, budget: int) -> int:
         meter = Small(10**9)
         with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
-            count = calibrate_recompute(model, trial_plan(estimate), batch, meter, budget=budget).recomputed_layers
-        return count, meter.most
+            return calibrate_recompute(
+                model, trial_plan(estimate), rows(tokens), meter, budget=budget
+            ).recomputed_layers
 
-    _, needed = trial(128, 10**9)
+    needed = kept_without_recompute(model, rows(128))
     # A tenth less than all is needed: one layer of the two has to recompute, whichever batch the trial sees.
-    assert [trial(tokens, needed * 9 // 10)[0] for tokens in (128, 32)] == [1, 1]
+    assert [trial(tokens, needed * 9 // 10) for tokens in (128, 32)] == [1, 1]
 
 
 def test_the_peak_before_a_restart_is_kept():
@@ -341,7 +371,7 @@ def test_a_trial_whose_backward_fails_leaves_nothing_in_the_way_of_the_next():
     losses: list[weakref.ref[torch.Tensor]] = []
 
     class Full(torch.nn.Module):
-        """Its first two backwards find no room."""
+        """Its first backward finds no room."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -354,7 +384,7 @@ def test_a_trial_whose_backward_fails_leaves_nothing_in_the_way_of_the_next():
             return MethodOutput(loss, 1)
 
         def refuse(self, grad: torch.Tensor) -> None:
-            if len(losses) < 3:
+            if len(losses) < 2:
                 raise torch.OutOfMemoryError("no room")
 
     class Watching(Small):
@@ -366,7 +396,7 @@ def test_a_trial_whose_backward_fails_leaves_nothing_in_the_way_of_the_next():
     estimate = MemoryEstimate(tokens=128, recomputed_layer=128)
     batch = SimpleNamespace(input_ids=torch.zeros(1, 128))
     calibrate_recompute(model, trial_plan(estimate), batch, meter, budget=10**9)
-    assert (meter.tries, len(losses)) == (3, 3)
+    assert (meter.tries, len(losses)) == (2, 2)
 
 
 def test_what_a_trial_has_not_allocated_is_counted_once():

@@ -89,43 +89,41 @@ class MemoryMeter:
         self.cuda.reset_peak_memory_stats(self.device)
 
 
-def calibrate_recompute(
-    model: Any, plan: RunPlan, batch: Batch, meter: MemoryMeter, *, budget: int, careful: bool = False
-) -> RunPlan:
-    """Set how many of the model's `layers` are recomputed by a forward and backward of `batch`; the plan with this number.
+def calibrate_recompute(model: Any, plan: RunPlan, batch: Batch, meter: MemoryMeter, *, budget: int) -> RunPlan:
+    """Set how many of the model's `layers` are recomputed by forwards and backwards of `batch`; the plan with this number.
 
     The model has its weights and no optimizer yet; its gradients are dropped. `budget` bytes may be allocated in all.
+    The first trial keeps the activations of an eighth of the layers at most, and of fewer where the estimate says so. Fewer
+    layers recompute only as far as the measured peak, with what they are measured to keep more, is within the budget: on
+    an integrated GPU a trial that ran out of memory would freeze the machine, on another it leaves the allocator in pieces.
     MachineError, with the plan's advice, where the micro batch does not fit although every layer is recomputed.
-    `careful`: on an integrated GPU, where the trial must not come near the end of memory, it keeps the activations of an
-    eighth of the layers at most, and learns from these what the others would keep.
     """
     layers, estimate, training = model.layers, plan.memory, model.training
-    count, tokens = estimate.recomputed_layers, batch.input_ids.numel()
-    few = max(1, len(layers) // 8)
-    count = max(count, len(layers) - few) if careful else count
+    total, tokens = len(layers), batch.input_ids.numel()
+    trial, count = max(estimate.recomputed_layers, total - max(1, total // 8)), total + 1
     model.train()
-    while True:
+    while 0 < trial < count:
+        count = trial
         recompute_layers(layers, count)
         meter.restart()
         try:
             activations = _trial(model, batch, meter)
-            break
         except torch.OutOfMemoryError as error:
-            if count == len(layers):
+            if count == total:
                 what = f"a micro batch of {tokens:,} tokens does not fit into this GPU's memory"
                 why = f"with every layer recomputed; {str(error).partition('.')[0]}"
                 fix = plan.less_memory(recompute=False)
                 raise MachineError(what, where="train.micro_batch", why=why, fix=fix) from error
+            trial, count = total, total + 1  # others have taken memory since the plan was made
+            continue
         finally:
             model.zero_grad(set_to_none=True)
-        count = min(len(layers), count + few)
-    more = activations * (estimate.tokens / tokens - 1)  # in the largest micro batch
-    room = budget - estimate.optimizer - estimate.copies - meter.peak() - more
-    activations += more
-    count = revise_recomputed(count, len(layers), activations, estimate.recomputed_layer, room=room)
-    recompute_layers(layers, count)
+        more = activations * (estimate.tokens / tokens - 1)  # in the largest micro batch
+        room = budget - estimate.optimizer - estimate.copies - meter.peak() - more
+        trial = revise_recomputed(count, total, activations + more, estimate.recomputed_layer, room=room)
+    recompute_layers(layers, trial)
     model.train(training)
-    return replace(plan, recomputed_layers=count, trial_peak=meter.before)
+    return replace(plan, recomputed_layers=trial, trial_peak=meter.before)
 
 
 def _trial(model: nn.Module, batch: Batch, meter: MemoryMeter) -> float:

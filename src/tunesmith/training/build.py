@@ -322,9 +322,11 @@ def make_loader(
 
 
 def first_batches(loader: Loader, device: torch.device, tokens: int) -> list[Batch]:
-    """Micro batches from the first step on, on the device, until they hold so many tokens; epochs repeat."""
+    """Micro batches from the first step on, the largest of a step first, on the device, until they hold so many tokens;
+    epochs repeat."""
     found: list[Batch] = []
-    for batch in (micro for step in itertools.count() for micro in loader.batch(step).micro):
+    steps = (sorted(loader.batch(step).micro, key=lambda micro: -micro.input_ids.numel()) for step in itertools.count())
+    for batch in itertools.chain.from_iterable(steps):
         found.append(batch.to(device))
         if sum(batch.tokens for batch in found) >= tokens:
             break
