@@ -133,7 +133,7 @@ class SelfCheck:
         self.folder, self.say = folder, say
         self.batch = max(8, 2 * world)  # examples of a step
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # fp32 is held closely; on GPUs bf16 takes the kernels of a real run.
+        # fp32 has the tighter tolerance; on GPUs bf16 takes the kernels of a real run.
         dtypes = [dtype for dtype in ("fp32", "bf16") if (dtype, self.device.type) in TOLERANCE]
         self.kinds = [(name, dtype) for dtype in dtypes for name in KINDS]
         self.make_mesh = cache(Mesh.of)  # once for all runs on it: its process groups take sockets and NCCL's memory

@@ -92,8 +92,8 @@ def _lengths(draft: Draft) -> None:
     draft.carry("max_length")
     why = "" if draft.given("packing") or asked else "rows are padded there; packed ones learn the same in less time"
     draft.put("data.pack", bool(asked or why), "packing", "neat_packing", why=why)
-    if (held := draft.number("val_size")) and "data.validation" not in draft.values:
-        draft.put("data.hold_out", f"{held * 100:g} %" if held < 1 else f"{held:g} examples", "val_size")
+    if (hold_out := draft.number("val_size")) and "data.validation" not in draft.values:
+        draft.put("data.hold_out", f"{hold_out * 100:g} %" if hold_out < 1 else f"{hold_out:g} examples", "val_size")
     epochs, per_epoch = draft.number("num_train_epochs"), draft.number("max_steps_per_epoch")
     steps = max(draft.number("max_steps"), per_epoch * epochs)
     duration = f"{steps:g} steps" if steps > 0 else f"{epochs:g} epochs"
@@ -137,11 +137,11 @@ def _batch(draft: Draft, world: int | None) -> None:
 
 def _intervals(draft: Draft) -> None:
     """When is saved and validated: by count in an epoch, by steps, by a share of the run, each epoch or never."""
-    held = any(key in draft.values for key in ("data.validation", "data.hold_out"))
+    held_out = any(key in draft.values for key in ("data.validation", "data.hold_out"))
     for which, ours, silent in (("save", "checkpoint.every", "epoch"), ("eval", "validate.every", "no")):
         names = (f"{which}s_per_epoch", f"{which}_strategy", f"{which}_steps")
         often, steps = draft.number(names[0]), draft.number(names[2])
         strategy, steps = str(draft.get(names[1]) or ("steps" if steps else silent)), steps or 500
         every = {"epoch": "1 epochs", "steps": f"{steps:g} steps" if steps >= 1 else f"{steps * 100:g} %"}.get(strategy)
-        if which == "save" or held:  # without held-out rows the table tells the keys
+        if which == "save" or held_out:  # without held-out rows the table tells the keys
             draft.put(ours, f"{1 / often:g} epochs" if often else every, *names)

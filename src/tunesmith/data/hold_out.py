@@ -31,10 +31,10 @@ def read_splits(data: Data, seed: int) -> tuple[SourceRows, SourceRows]:
     if data.hold_out is None:
         return train, [(source, read_rows(source)) for source in data.validation]
     total = sum(len(rows) for _, rows in train)
-    held = np.sort(shuffled(total, seed, 0, _PURPOSE)[: count_held_out(data.hold_out, total)])
+    held_out = np.sort(shuffled(total, seed, 0, _PURPOSE)[: count_held_out(data.hold_out, total)])
     kept, aside, first = SourceRows(), SourceRows(), 0
     for source, rows in train:
-        here = (held[(held >= first) & (held < first + len(rows))] - first).tolist()
+        here = (held_out[(held_out >= first) & (held_out < first + len(rows))] - first).tolist()
         between = [range(a + 1, b) for a, b in zip([-1, *here], [*here, len(rows)], strict=True)]
         kept.append((source, rows.take(between)))
         aside.append((source, rows.take([range(i, i + 1) for i in here])))

@@ -149,12 +149,12 @@ def prepare_data(
     """
     cache = cache or cache_folder("tokens")
     template = select_template(run.data, tokenizer, eos_ids)
-    rows, held = read_splits(run.data, run.train.seed)
+    rows, held_out = read_splits(run.data, run.train.seed)
     train = tokenise(rows, run.data, template, tokenizer, cache=cache, what="train")
     contracts = [check_tokens(train, template, tokenizer, vocab_size=vocab_size, split="train")]
     validation = held_digest = None
-    if held:
-        validation = tokenise(held, run.data, template, tokenizer, cache=cache, what="validation")
+    if held_out:
+        validation = tokenise(held_out, run.data, template, tokenizer, cache=cache, what="validation")
         held_digest = validation.counts.digest
         if run.validate.max_examples is not None:
             validation = validation.first(run.validate.max_examples)

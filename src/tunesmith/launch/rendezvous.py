@@ -91,8 +91,8 @@ def hold_store(endpoint: Endpoint) -> "tuple[TCPStore, Endpoint]":
         why, fix = error.strerror or "", "another job may use this port: give --endpoint another one"
         raise MachineError("the ranks' store cannot listen", where=endpoint.place, why=why, fix=fix) from None
     host, port = listener.getsockname()[:2]
-    held = listener.detach()
-    store = TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=ANSWER, master_listen_fd=held)
+    descriptor = listener.detach()
+    store = TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=ANSWER, master_listen_fd=descriptor)
     return store, endpoint._replace(port=port)
 
 

@@ -180,7 +180,7 @@ class AdamWUpdate:
         part.state = part.initial_state()
         try:
             self._update_8bit(part, 1.0, 0)
-        except (NotImplementedError, RuntimeError) as error:
+        except RuntimeError as error:
             what = f"the installed bitsandbytes has no 8-bit optimizer for {self.device.type}"
             fix = "pip install --upgrade bitsandbytes, or train.optimizer=adamw"
             raise MachineError(what, where="train.optimizer", why=first_line(error), fix=fix) from error

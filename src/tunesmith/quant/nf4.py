@@ -36,7 +36,7 @@ def check_nf4(device: torch.device) -> None:
         layer = Nf4Linear(BLOCK, BLOCK, False, torch.bfloat16, device=device)
         layer.quantize(torch.ones(BLOCK, BLOCK, device=device))
         layer.dense()
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         what, why = f"the installed bitsandbytes has no nf4 for {device.type}", first_line(error)
         fix = "pip install --upgrade bitsandbytes, or model.quantize=none; `python -m bitsandbytes` tells more"
         raise MachineError(what, where="model.quantize", why=why, fix=fix) from error

@@ -104,17 +104,17 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
     renamed = {name: column for name, column in layout.columns.items() if name != column}
     source = replace(source, format=layout.format, columns=renamed)  # type: ignore[arg-type]
     found = f"{Path(data).name if is_local(data) else data}: {len(rows):,} rows, {layout.describe()}"
-    held = asked.data.hold_out
+    hold_out = asked.data.hold_out
     if "data.hold_out" not in given and not asked.data.validation and len(rows) >= FEW_ROWS:
-        held = Share(5.0, "%") if len(rows) * 0.05 <= MOST_HELD else Share(MOST_HELD, "examples")
-    count = count_held_out(held, len(rows)) if held else 0
+        hold_out = Share(5.0, "%") if len(rows) * 0.05 <= MOST_HELD else Share(MOST_HELD, "examples")
+    count = count_held_out(hold_out, len(rows)) if hold_out else 0
     spec, lengths = _look_at_tokens(asked, source, rows)
 
     why = {"data.train": found}
     chosen |= {"data.train.split": source.split} if source.split else {}
     chosen |= {"data.train.format": layout.format} | ({"data.train.columns": renamed} if renamed else {})
-    if held:
-        chosen["data.hold_out"] = str(held)
+    if hold_out:
+        chosen["data.hold_out"] = str(hold_out)
         why["data.hold_out"] = f"{count:,} of {len(rows):,} rows, drawn by the seed, to measure val_loss on"
     elif not asked.data.validation:
         why["data.train"] += "; too few to hold some out"
