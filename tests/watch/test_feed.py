@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import shutil
 import threading
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 
 from records import record
 from tunesmith.errors import UsageError
+from tunesmith.launch.jobs import save_job
+from tunesmith.launch.slurm import SlurmJob
+from tunesmith.watch import feed
 from tunesmith.watch.feed import WatchedRun, curves, open_run, to_json
 from watching import add_steps, write_run
 
@@ -124,6 +128,31 @@ def test_what_is_added_and_cut_back_is_followed(tmp_path: Path) -> None:
     assert run.refresh(lock)
     assert run.status()["texts"] == before + 1
     assert run.texts()["samples"] == []
+
+
+def test_a_job_in_a_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    squeue, folder, made = tmp_path / "bin" / "squeue", tmp_path / "run", write_run(tmp_path / "made", 3, of=10)
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\necho 'PENDING|Resources|0:00|1:00|'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(squeue.parent), prepend=":")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(feed, "QUEUE", 0.01)
+    (folder / "launch").mkdir(parents=True)  # what a launch leaves there before the job begins
+    save_job(SlurmJob("slurm-7", str(folder), details={"id": "7"}))
+    for word in ("slurm-7", str(folder)):
+        with pytest.raises(UsageError, match="slurm-7 has not begun") as caught, open_run(word):
+            pass
+        assert caught.value.why == "PENDING: Resources"
+    said: list[str] = []
+
+    def begin(text: str) -> None:
+        said.append(text)
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+
+    with open_run("slurm-7", begin) as run:
+        assert run.files.columns["step"] == [1, 2, 3]
+    assert said == ["slurm-7 has not begun: PENDING: Resources; waiting for it, ctrl-C ends that"]
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

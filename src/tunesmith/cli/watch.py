@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,8 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.watch.feed import open_run, to_json
 
     with suppress(KeyboardInterrupt), _ended_by_signals(), ExitStack() as opened:
-        runs = [opened.enter_context(open_run(word)) for word in args.runs]
+        say = None if args.json else partial(print, file=sys.stderr, flush=True)
+        runs = [opened.enter_context(open_run(word, say)) for word in args.runs]
         if args.json:
             print(to_json({"runs": [run.status() for run in runs]}))
         elif args.terminal:

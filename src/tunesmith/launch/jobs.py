@@ -110,7 +110,7 @@ class Job:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether a process of this machine holds the run directory."""
+    """Whether a process of this machine holds the run directory. `watch` sends this to the python3 of other hosts."""
     try:
         with (run_dir / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -106,6 +106,11 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether there is a run to read: some file of it, or a process that has begun one."""
+    return any((folder / name).is_file() for name in (METRICS, RECIPE, IDENTITY, LOG)) or is_locked(folder)
+
+
 class RunFiles:
     """A run directory and what it holds now.
 
@@ -134,7 +139,7 @@ class RunFiles:
         self._metrics = JsonlColumns(self.folder / METRICS)
         self._of_ranks: dict[int, JsonlColumns] = {}
         self._seen: dict[str, tuple[int, int, int]] = {}
-        if not (any((self.folder / name).is_file() for name in (METRICS, RECIPE, IDENTITY, LOG)) or self._locked()):
+        if not holds_run(self.folder):
             why = "it has no metrics.jsonl, config.yaml, env.json or log.txt"
             what, fix = "this is no run directory", "give one, such as runs/my-run: ls -t runs"
             raise UsageError(what, where=str(folder), why=why, fix=fix)
@@ -178,11 +183,8 @@ class RunFiles:
         before, self._seen[name] = self._seen.get(name, (0, 0, 0)), seen
         return before != seen
 
-    def _locked(self) -> bool:
-        return self.folder.is_dir() and is_locked(self.folder)
-
     def _state(self) -> str:
-        if self._locked():
+        if is_locked(self.folder):
             return "running"
         if self.failure is not None:  # removed by the next start
             return "failed"

@@ -4,21 +4,24 @@ import json
 import math
 import os
 import threading
+import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.config.dump import leaves
-from tunesmith.launch.jobs import find_job
-from tunesmith.report.run_files import LOG, RunFiles, downsample, how_it_ended, smooth
+from tunesmith.errors import UsageError
+from tunesmith.launch.jobs import Job, find_job
+from tunesmith.report.run_files import LOG, RunFiles, downsample, holds_run, how_it_ended, smooth
 from tunesmith.units import Length
 
 if TYPE_CHECKING:
     from tunesmith.watch.remote import RemoteRun
 
+QUEUE = 5.0  # seconds between two looks at a job that waits
 RECENT = 20  # steps that a pace is the mean of
 LINES = 40  # of the log
 WARNINGS = 20  # the newest
@@ -183,8 +186,11 @@ class WatchedRun:
 
 
 @contextmanager
-def open_run(word: str) -> Iterator[WatchedRun]:
-    """A run by its directory, by the name of its job, or as HOST:RUN over ssh; UsageError or MachineError if it is none."""
+def open_run(word: str, say: Callable[[str], None] | None = None) -> Iterator[WatchedRun]:
+    """A run by its directory, by the name of its job, or as HOST:RUN over ssh; UsageError or MachineError if it is none.
+
+    A job that waits in a queue is waited for, and `say` takes the reason; without `say` that is an error.
+    """
     if ":" in word and not Path(word).exists():
         from tunesmith.watch.remote import RemoteRun, split_remote
 
@@ -195,7 +201,22 @@ def open_run(word: str) -> Iterator[WatchedRun]:
         finally:
             remote.close()
     else:
-        yield WatchedRun(Path(word if Path(word).is_dir() else find_job(word).run_dir))
+        yield WatchedRun(Path(word) if holds_run(Path(word)) else _begun(find_job(word), say))
+
+
+def _begun(job: Job, say: Callable[[str], None] | None) -> Path:
+    """The run directory of a job, once there is a run in it."""
+    folder, told = Path(job.run_dir), ""
+    while not holds_run(folder):
+        state = job.state()
+        if say is None or not state.at_work:
+            what, fix = f"{job.name} has not begun", f"tunesmith status {job.name}"
+            raise UsageError(what, where=str(folder), why=state.text, fix=fix)
+        if state.text != told:
+            say(f"{job.name} has not begun: {state.text}; waiting for it, ctrl-C ends that")
+        told = state.text
+        time.sleep(QUEUE)
+    return folder
 
 
 def curves(

@@ -5,6 +5,7 @@ that breaks (a laptop that slept) is made anew, and goes on where the copy ends.
 """
 
 import fcntl
+import inspect
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any
 
 from tunesmith.checkpoint.run_dir import LOCK
 from tunesmith.errors import MachineError, UsageError
+from tunesmith.launch.jobs import is_locked
 from tunesmith.launch.ship import SSH
 
 AGAIN = 10.0  # seconds between two attempts to connect
@@ -74,12 +76,14 @@ class RemoteRun:
     def close(self) -> None:
         """End the connection and remove the copy."""
         self._disconnect("closed")
-        self._hold(False)
+        self._set_lock(False)
         shutil.rmtree(self._base, ignore_errors=True)
 
     def _connect(self) -> None:
         self._tried = time.monotonic()
-        program = Path(__file__).with_name("sender.py").read_bytes() + f"\nserve_run({self.place!r})\n".encode()
+        program = Path(__file__).with_name("sender.py").read_bytes() + (
+            f"\nimport fcntl\nLOCK = {LOCK!r}\n{inspect.getsource(is_locked)}\nserve_run({self.place!r})\n".encode()
+        )
         boot = f"import sys;exec(sys.stdin.buffer.read({len(program)}))"
         words = [SSH[0], "-C", *SSH[1:], "--", self.host, f"exec python3 -c {shlex.quote(boot)}"]
         pipe = subprocess.PIPE
@@ -107,7 +111,7 @@ class RemoteRun:
                 for name in [name for name in self._known if name not in told["names"]]:
                     (self.copy / name).unlink(missing_ok=True)
                     del self._known[name]
-                self._hold(bool(told["locked"]))
+                self._set_lock(bool(told["locked"]))
                 return
             data = self._process.stdout.read(int(told["bytes"]))
             if len(data) < told["bytes"] or not _NAME.fullmatch(told["name"]):
@@ -128,12 +132,12 @@ class RemoteRun:
             with path.open("ab") as file:
                 file.write(data)
 
-    def _hold(self, held: bool) -> None:
+    def _set_lock(self, locked: bool) -> None:
         """Lock the copy while the run is locked there: whoever looks at the copy sees a running one."""
-        if held and self._lock is None:
+        if locked and self._lock is None:
             self._lock = os.open(self.copy / LOCK, os.O_RDWR | os.O_CREAT)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        elif not held and self._lock is not None:
+        elif not locked and self._lock is not None:
             os.close(self._lock)
             self._lock = None
 

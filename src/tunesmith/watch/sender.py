@@ -5,13 +5,16 @@ It imports the standard library alone and only reads. A line asks: JSON, from ea
 program ends when its input does or when nobody asks for QUIET seconds, so a watcher that was killed leaves nothing here.
 """
 
-import fcntl
 import glob
 import json
 import os
 import signal
 import sys
-from typing import Any, Dict, List  # noqa: UP035
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List  # noqa: UP035
+
+if TYPE_CHECKING:
+    from tunesmith.launch.jobs import is_locked  # sent along by `remote.py`
 
 QUIET = 120  # seconds
 BLOCK = 8 << 20  # bytes
@@ -51,21 +54,9 @@ def answer_changes(folder: str, known: Dict[str, List[int]]) -> None:  # noqa: U
                         break
         except OSError:  # it was removed in between
             continue
-    whole: Dict[str, Any] = {"there": os.path.isdir(folder), "locked": is_held(folder), "names": found}  # noqa: UP006
+    whole: Dict[str, Any] = {"there": os.path.isdir(folder), "locked": is_locked(Path(folder)), "names": found}  # noqa: UP006
     out.write(json.dumps(whole).encode() + b"\n")
     out.flush()
-
-
-def is_held(folder: str) -> bool:
-    """Whether a process of this host holds the run directory; `launch/jobs.py` has it too, which is not there to import."""
-    try:
-        with open(os.path.join(folder, ".lock"), "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def serve_run(folder: str) -> None:
