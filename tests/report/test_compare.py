@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from report.written import falling, write_run
-from tunesmith.report.compare import Spread, Verdict, differing_keys, facts_of, judge, wobble
+from tunesmith.report.compare import Spread, Verdict, differing_keys, judge, summaries_of, wobble
 
 
 def verdict(*runs) -> Verdict:
-    return judge(facts_of(runs))
+    return judge(summaries_of(runs))
 
 
 def said(found: Verdict) -> str:
@@ -132,7 +132,7 @@ def test_differing_keys_tell_what_changes_nothing(tmp_path: Path) -> None:
         "train": {"learning_rate": 3e-4, "micro_batch": "1 examples"},
         "adapter": {"target": ["q_proj", "v_proj"]},
     }
-    found = differing_keys(facts_of([write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe=recipe)]))
+    found = differing_keys(summaries_of([write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe=recipe)]))
     assert [(one.key, one.values, one.learns) for one in found] == [
         ("adapter.target", ["all-linear", ["q_proj", "v_proj"]], True),
         ("train.learning_rate", [1e-4, 3e-4], True),
@@ -142,7 +142,7 @@ def test_differing_keys_tell_what_changes_nothing(tmp_path: Path) -> None:
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / place / "run") for place in ("a", "b")]
-    assert [run.label for run in facts_of(runs)] == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+    assert [run.label for run in summaries_of(runs)] == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
 
 
 def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
@@ -158,11 +158,11 @@ def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
         tmp_path / "a", steps=5, tokens_per_second=pace, step_seconds=seconds, data_seconds=lambda s: seconds(s) / 4,
         mfu=lambda s: pace(s) / 1000, memory_gib=float,
     )  # fmt: skip
-    (facts,) = facts_of([run])
-    assert facts.speed == Spread(pytest.approx(400 / (2 / 3 + 2)), pytest.approx(math.sqrt(4 * 100**2 / 3)), 4)
-    assert facts.waiting == pytest.approx(0.25)
-    assert facts.mfu == pytest.approx(0.15)
-    assert (facts.memory_gib, facts.tokens, facts.seconds) == (5.0, 500, pytest.approx(50 + 2 + 2 / 3))
+    (found,) = summaries_of([run])
+    assert found.speed == Spread(pytest.approx(400 / (2 / 3 + 2)), pytest.approx(math.sqrt(4 * 100**2 / 3)), 4)
+    assert found.waiting == pytest.approx(0.25)
+    assert found.mfu == pytest.approx(0.15)
+    assert (found.memory_gib, found.tokens, found.seconds) == (5.0, 500, pytest.approx(50 + 2 + 2 / 3))
 
 
 def test_wobble_is_the_noise_and_not_the_trend() -> None:

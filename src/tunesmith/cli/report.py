@@ -19,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tunesmith.report.compare import facts_of, judge
+    from tunesmith.report.compare import judge, summaries_of
     from tunesmith.report.page import write_report
     from tunesmith.report.run_files import RunFiles
 
     output = Path(args.output or ("report.md" if args.markdown else "report.html"))
     runs = [RunFiles(folder) for folder in dict.fromkeys(args.runs)]
     write_report(runs, output, markdown=args.markdown)
-    verdict = judge(facts_of(runs))
+    verdict = judge(summaries_of(runs))
     print("\n".join([verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]))
     print(f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser" if not args.markdown else output)

@@ -16,18 +16,8 @@ from tunesmith.config.dump import is_free, leaves
 from tunesmith.report.run_files import RunFiles
 
 NOISES = 2.0  # standard errors above which a difference counts: about 95 % of a normal distribution
-STUDENT = (
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-    2.23,
-)  # the same of Student's t, from 1 degree of freedom
+# The same of Student's t, from 1 degree of freedom.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 APART = 0.02  # relative difference of the tokens learned from that is worth a sentence
 
 
@@ -49,7 +39,7 @@ class Spread:
 
 
 @dataclass
-class RunFacts:
+class RunSummary:
     """The figures of one run; what was not measured is None."""
 
     files: RunFiles
@@ -88,13 +78,13 @@ def known(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
-def facts_of(runs: Sequence[RunFiles]) -> list[RunFacts]:
+def summaries_of(runs: Sequence[RunFiles]) -> list[RunSummary]:
     """The figures of each run; runs of one name are labelled by their folder."""
     names = [run.name for run in runs]
-    return [_facts(run, run.name if names.count(run.name) == 1 else str(run.folder)) for run in runs]
+    return [_summarize(run, run.name if names.count(run.name) == 1 else str(run.folder)) for run in runs]
 
 
-def _facts(run: RunFiles, label: str) -> RunFacts:
+def _summarize(run: RunFiles, label: str) -> RunSummary:
     def column(name: str) -> list[float | None]:
         return run.columns.get(name) or [None] * len(run.columns.get("step", ()))
 
@@ -102,18 +92,18 @@ def _facts(run: RunFiles, label: str) -> RunFacts:
         return sum(known(column(name)[start:]))
 
     steps, losses, val = column("step"), known(column("loss")), column("val_loss")
-    facts = RunFacts(run, label, int((steps or [0])[-1] or 0), total("tokens"), total("step_seconds"))
-    facts.validations = [(int(s or 0), v) for s, v in zip(steps, val, strict=True) if known([v]) and v is not None]
-    facts.best = min(((v, s) for s, v in facts.validations), default=None)
-    facts.loss = Spread.of(losses[-max(min(10, len(losses)), len(losses) // 10) :] if losses else [])
+    found = RunSummary(run, label, int((steps or [0])[-1] or 0), total("tokens"), total("step_seconds"))
+    found.validations = [(int(s or 0), v) for s, v in zip(steps, val, strict=True) if known([v]) and v is not None]
+    found.best = min(((v, s) for s, v in found.validations), default=None)
+    found.loss = Spread.of(losses[-max(min(10, len(losses)), len(losses) // 10) :] if losses else [])
     start = 1 if len(steps) > 1 else 0
     if seconds := total("step_seconds", start):
-        facts.speed = Spread.of(known(column("tokens_per_second")[start:]), total("tokens", start) / seconds)
-        facts.waiting = total("data_seconds", start) / seconds
+        found.speed = Spread.of(known(column("tokens_per_second")[start:]), total("tokens", start) / seconds)
+        found.waiting = total("data_seconds", start) / seconds
         shares = [(m, s) for m, s in zip(column("mfu")[start:], column("step_seconds")[start:], strict=True) if m and s]
-        facts.mfu = sum(m * s for m, s in shares) / sum(s for _, s in shares) if shares else None
-    facts.memory_gib = max(known(column("memory_gib")), default=None)
-    return facts
+        found.mfu = sum(m * s for m, s in shares) / sum(s for _, s in shares) if shares else None
+    found.memory_gib = max(known(column("memory_gib")), default=None)
+    return found
 
 
 def wobble(values: Sequence[float]) -> float | None:
@@ -138,7 +128,7 @@ class KeyDifference(NamedTuple):
     learns: bool
 
 
-def differing_keys(runs: Sequence[RunFacts]) -> list[KeyDifference]:
+def differing_keys(runs: Sequence[RunSummary]) -> list[KeyDifference]:
     """The keys of the recipes that differ, those that change what is learned first; the output folder is left out."""
     every = [leaves(run.files.recipe) for run in runs]
     names = dict.fromkeys(key for one in every for key in one if key != "output_dir")
@@ -159,7 +149,7 @@ class Verdict(NamedTuple):
 class Contender(NamedTuple):
     """Runs of one recipe, which differ in the seed at most, and their lowest val_loss."""
 
-    runs: list[RunFacts]
+    runs: list[RunSummary]
     score: Spread
 
     @property
@@ -170,7 +160,7 @@ class Contender(NamedTuple):
         return f"{self.score.mean:.4f}" + f" ± {self.score.deviation:.4f}" * (len(self.runs) > 1)
 
 
-def judge(runs: Sequence[RunFacts]) -> Verdict:
+def judge(runs: Sequence[RunSummary]) -> Verdict:
     """Which run is better, and why, or why that cannot be said."""
     if len(runs) == 1:
         return _alone(runs[0])
@@ -185,14 +175,10 @@ def judge(runs: Sequence[RunFacts]) -> Verdict:
         few = [f"{run.label}: {run.validated_on[1] or 'all'}" for run in measured]
         why = f"Hash of the held-out rows: {', '.join(on)}; taken of them: {', '.join(few)}."
         fix = "Measure each on the same rows: tunesmith eval RUN --data held-out.jsonl."
-        known_hashes = all(run.validated_on[0] for run in measured)
-        rows = (
-            "val_loss was measured on different rows"
-            if known_hashes
-            else "it is not known what val_loss was measured on"
-        )
+        told = all(run.validated_on[0] for run in measured)
+        rows = "val_loss was measured on different rows" if told else "it is not known what val_loss was measured on"
         return Verdict("none", f"Not comparable: {rows}", [why, fix])
-    groups: dict[str, list[RunFacts]] = {}
+    groups: dict[str, list[RunSummary]] = {}
     for run in measured:
         groups.setdefault(json.dumps(run.learned, sort_keys=True), []).append(run)
     scored = ((group, Spread.of([run.best[0] for run in group if run.best])) for group in groups.values())
@@ -219,7 +205,7 @@ def judge(runs: Sequence[RunFacts]) -> Verdict:
     return Verdict(kind, headline, reasons, best if kind == "better" else ())
 
 
-def _alone(run: RunFacts) -> Verdict:
+def _alone(run: RunSummary) -> Verdict:
     if not run.best:
         fix = "Without held-out rows nothing tells how good the model is: data.hold_out: 5 %."
         return Verdict("alone", f"{run.label}: {run.files.state} at step {run.steps}, without a val_loss", [fix])
@@ -237,9 +223,9 @@ def _noise(ranking: Sequence[Contender]) -> tuple[float | None, str]:
         times = STUDENT[freedom - 1] if freedom <= len(STUDENT) else NOISES
         least = times * deviation * math.sqrt(1 / first.score.count + 1 / second.score.count)
         text = (
-            f"Noise: from seed to seed val_loss differs by {deviation:.4f} (standard deviation over a recipe's seeds)"
+            f"Noise: from seed to seed val_loss differs by {deviation:.4f} (standard deviation over a recipe's seeds); "
         )
-        return least, f"{text}; once in 20 times seeds alone make a difference above {least:.4f}."
+        return least, f"{text}once in 20 times seeds alone make a difference above {least:.4f}."
     run = first.runs[0]
     seed, folder = run.files.recipe.get("train", {}).get("seed", 42), run.files.folder
     again = f"tunesmith train {folder}/config.yaml train.seed={seed + 1} output_dir={folder}-seed-{seed + 1}"
@@ -252,7 +238,7 @@ def _noise(ranking: Sequence[Contender]) -> tuple[float | None, str]:
     return least, f"{text}; a difference counts above {least:.4f}. {once}"
 
 
-def _difference(one: RunFacts, other: RunFacts) -> str:
+def _difference(one: RunSummary, other: RunSummary) -> str:
     """What two runs differ in, and what follows; and their val_loss after the same steps, if they took unequal ones."""
     learned = [found for found in differing_keys([one, other]) if found.learns]
     keys = {f"`{key}`": " ({} against {})".format(*map(json.dumps, values)) for key, values, _ in learned}
@@ -276,26 +262,22 @@ def _clearly_lower(one: Spread, other: Spread) -> bool:
     return one.mean + NOISES * error < other.mean
 
 
-def _cautions(runs: Sequence[RunFacts], first: Contender | None) -> list[str]:
+def _cautions(runs: Sequence[RunSummary], first: Contender | None) -> list[str]:
     """What a reader should know before believing the verdict."""
     said = []
     for run in runs:
         value, step = run.best or (0.0, 0)
         last = run.validations[-1][1] if run.validations else value
         if last > value + NOISES * (wobble([v for _, v in run.validations]) or 0.0) and last > value:
-            said.append(
-                f"{run.label} ends at val_loss {last:.4f}, above that of step {step}, whose checkpoint is kept."
-            )
-    if early := [
-        f"{run.label} ({run.files.state} at step {run.steps})" for run in runs if run.files.state != "finished"
-    ]:
-        said.append(f"Not at their end: {', '.join(early)}. Their val_loss might go on falling.")
+            kept = f"above that of step {step}, whose checkpoint is kept."
+            said.append(f"{run.label} ends at val_loss {last:.4f}, {kept}")
+    early = [run for run in runs if run.files.state != "finished"]
+    if told := ", ".join(f"{run.label} ({run.files.state} at step {run.steps})" for run in early):
+        said.append(f"Not at their end: {told}. Their val_loss might go on falling.")
     if first is None:
         return said
-    winner = first.runs[0].loss
-    if lower := [
-        run for run in runs if run.loss and winner and run not in first.runs and _clearly_lower(run.loss, winner)
-    ]:
+    winner, others = first.runs[0].loss, [run for run in runs if run not in first.runs]
+    if lower := [run for run in others if run.loss and winner and _clearly_lower(run.loss, winner)]:
         said.append(f"{lower[0].label} has the lower training loss: it fits its own rows better, not those held out.")
     if max(run.tokens for run in runs) > (1 + APART) * min(run.tokens for run in runs):
         amounts = ", ".join(f"{run.label} {run.tokens:,.0f}" for run in runs)

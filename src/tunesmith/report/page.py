@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from markupsafe import Markup
 from tunesmith.config.dump import leaves
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.metrics.terminal import format_seconds
-from tunesmith.report.compare import RunFacts, Spread, differing_keys, facts_of, judge, known
+from tunesmith.report.compare import RunSummary, Spread, differing_keys, judge, known, summaries_of
 from tunesmith.report.run_files import Columns, RunFiles, downsample, how_it_ended, smooth
 
 MARK = "tunesmith report"  # in the first line of each page that it writes
@@ -57,10 +57,12 @@ def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str
     env = Environment(loader=loader, autoescape=not markdown, undefined=StrictUndefined)
     env.trim_blocks = env.lstrip_blocks = True
     env.filters |= {"value": _value, "figure": _figure, "cell": _cell, "fenced": _fenced}
-    context = _context(facts_of(runs)) | {"note": note, "mark": MARK}
+    context = _context(summaries_of(runs)) | {"note": note, "mark": MARK}
     if markdown:
         return env.get_template("report.md.j2").render(context)
-    static = {name: (files("tunesmith.report") / "static" / name).read_text(encoding="utf-8") for name in STATIC}
+    static = {
+        name: (resources.files("tunesmith.report") / "static" / name).read_text(encoding="utf-8") for name in STATIC
+    }
     # Only these scripts run: text of a run that looks like one does not.
     script = f"{static['uPlot.iife.min.js']}\n{static['plots.js']}\n{static['report.js']}"
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -70,7 +72,7 @@ def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str
     return env.get_template("report.html.j2").render(context)
 
 
-def _context(runs: list[RunFacts]) -> dict[str, Any]:
+def _context(runs: list[RunSummary]) -> dict[str, Any]:
     verdict, keys = judge(runs), differing_keys(runs)
     env = [leaves({k: v for k, v in run.files.env.items() if k not in ("command", *HASHES)}) for run in runs]
     names = dict.fromkeys(key for one in env for key in one if not key.endswith(".why"))
@@ -96,7 +98,7 @@ def _context(runs: list[RunFacts]) -> dict[str, Any]:
     }
 
 
-def _mean(run: RunFacts, name: str) -> Spread | None:
+def _mean(run: RunSummary, name: str) -> Spread | None:
     return Spread.of(known(run.files.columns.get(name, [])))
 
 
@@ -118,7 +120,7 @@ FIGURES = {  # rows of the table of figures
 }
 
 
-def _charts(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
+def _charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
     """What plots.js draws: the main curves, then every other number of the records."""
     names = dict.fromkeys([*MAIN, *(name for run in runs for name in run.files.columns if name not in LEFT_OUT)])
     charts = []
@@ -133,7 +135,7 @@ def _charts(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
     return charts
 
 
-def _series(run: RunFacts, index: int, name: str, smoothed: bool) -> list[dict[str, Any]]:
+def _series(run: RunSummary, index: int, name: str, smoothed: bool) -> list[dict[str, Any]]:
     steps, values = run.files.columns.get("step", []), run.files.columns.get(name, [])
     span = max(5, len(values) // SPAN)
     smoothed = smoothed and len(values) >= 3 * span
@@ -148,7 +150,7 @@ def _series(run: RunFacts, index: int, name: str, smoothed: bool) -> list[dict[s
     ]
 
 
-def _samples_of(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
+def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
     """For each prompt: (run, step, answer) before training, once where all runs agree, and after; the steps between."""
     found = []
     for prompt in list(dict.fromkeys(row["prompt"] for run in runs for row in run.files.samples))[:PROMPTS]:
@@ -186,13 +188,13 @@ def _profiles(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _end(run: RunFacts) -> dict[str, Any]:
+def _end(run: RunSummary) -> dict[str, Any]:
     """How a run ended, where it did not finish, its warnings and the end of its log."""
-    warnings = [line for line in run.files.log_tail if "  warning: " in line]
-    return {"run": run, "told": how_it_ended(run.files), "warnings": warnings, "log": run.files.log_tail[-LOG_LINES:]}
+    files = run.files
+    return {"run": run, "told": how_it_ended(files), "warnings": files.warnings, "log": files.log_tail[-LOG_LINES:]}
 
 
-def _reproduce(run: RunFacts) -> dict[str, Any]:
+def _reproduce(run: RunSummary) -> dict[str, Any]:
     """What it takes to make a run again; each part is None where env.json does not have it."""
     env, recipe = run.files.env, run.files.folder / "config.yaml"
     words = [Path(word).name if i == 0 else str(word) for i, word in enumerate(env.get("command") or ())]

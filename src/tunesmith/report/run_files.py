@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -29,42 +29,44 @@ Columns = dict[str, list[float | None]]
 METRICS, SAMPLES, LOG, FAILURE = "metrics.jsonl", "samples.jsonl", "log.txt", "failure.json"
 FAILURE_FIELDS = ("what", "where", "why", "cause", "rank", "host", "phase", "collective", "last_step", "next")
 LINES = 512  # of a file that are parsed at a time: what one bad line spoils
-LOG_BYTES, LOG_LINES = 1 << 16, 200
+LOG_LINES, WARNINGS = 200, 20  # the newest
 _RANK = re.compile(r"metrics-rank(\d+)\.jsonl")
 _STOPPED = re.compile(r"  stopped (?:by|after) ")  # the last word of a run that a signal ended, in log.txt
 
 
-class JsonlColumns:
-    """The numbers of a .jsonl file that grows, by name; each list has one entry a line, None where a line has no such
-    number. A file that was replaced or cut back is read anew."""
+class AppendedLines:
+    """What is added to a file that grows. One that was replaced or cut back is read anew."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._forget()
+        self.path, self._offset, self._file = path, 0, 0
 
-    def _forget(self) -> None:
+    def read(self) -> tuple[bool, list[bytes]]:
+        """Whether the lines of before no longer count, and those since, whole ones alone."""
+        anew, text = self._offset > 0, b""
+        with suppress(OSError), self.path.open("rb") as file:  # it may not be there yet, or no longer
+            now = os.fstat(file.fileno())
+            anew = anew and (now.st_size < self._offset or now.st_ino != self._file)
+            self._file = now.st_ino
+            file.seek(0 if anew else self._offset)
+            text = file.read()
+        text = text[: text.rfind(b"\n") + 1]
+        self._offset = len(text) + (0 if anew else self._offset)
+        return anew, text.splitlines()
+
+
+class JsonlColumns:
+    """The numbers of a .jsonl file, by name; each list has one entry a line, None where a line has no such number."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = AppendedLines(path)
         self.columns: Columns = {}
         self.rows = 0
-        self._offset, self._file = 0, 0
 
     def read(self) -> bool:
         """Read what was appended; whether anything changed."""
-        try:
-            with self.path.open("rb") as file:
-                now = os.fstat(file.fileno())
-                anew = self._offset > 0 and (now.st_size < self._offset or now.st_ino != self._file)
-                if anew:
-                    self._forget()
-                self._file = now.st_ino
-                file.seek(self._offset)
-                text = file.read()
-        except OSError:  # not there yet, or no longer
-            gone = self.rows > 0
-            self._forget()
-            return gone
-        text = text[: text.rfind(b"\n") + 1]
-        self._offset += len(text)
-        lines = text.splitlines()
+        anew, lines = self._lines.read()
+        if anew:
+            self.columns, self.rows = {}, 0
         for start in range(0, len(lines), LINES):
             self._add(_parse(lines[start : start + LINES]))
         return anew or bool(lines)
@@ -121,7 +123,7 @@ class RunFiles:
         samples: `{"step", "prompt", "answer", "expected"}`, in the order of the steps; step 0 is before training.
         failure, stopped: failure.json and stopped.json, None without one.
         state: running | finished | stopped | failed | killed.
-        log_tail: the last lines of log.txt; those of warnings have the words `warning: ` after their time.
+        log_tail, warnings: the last lines of log.txt; the newest warnings of all of it, each once.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -134,9 +136,10 @@ class RunFiles:
         self.failure: dict[str, Any] | None = None
         self.stopped: dict[str, Any] | None = None
         self.log_tail: list[str] = []
+        self.warnings: list[str] = []
         self.state = "killed"
         self.ranks: dict[int, Columns] = {}
-        self._metrics = JsonlColumns(self.folder / METRICS)
+        self._metrics, self._log = JsonlColumns(self.folder / METRICS), AppendedLines(self.folder / LOG)
         self._of_ranks: dict[int, JsonlColumns] = {}
         self._seen: dict[str, tuple[int, int, int]] = {}
         if not holds_run(self.folder):
@@ -152,26 +155,26 @@ class RunFiles:
     def refresh(self) -> bool:
         """Read what was written since the last look; whether anything changed."""
         before = self.state
-        changed = self._metrics.read()
+        changed = self._metrics.read() | self._read_log()
         for path in self.folder.glob("metrics-rank*.jsonl"):
             if found := _RANK.fullmatch(path.name):
                 table = self._of_ranks.setdefault(int(found[1]), JsonlColumns(path))
                 changed |= table.read()
                 self.ranks[int(found[1])] = table.columns
-        if self._changed(RECIPE):
-            changed, self.recipe = True, _recipe(self.folder / RECIPE)
-        if self._changed(IDENTITY):
-            changed, self.env = True, _json(self.folder / IDENTITY) or {}
-        if self._changed(FAILURE):
-            changed, self.failure = True, _json(self.folder / FAILURE)
-        if self._changed(STOPPED):
-            changed, self.stopped = True, _json(self.folder / STOPPED)
-        if self._changed(SAMPLES):
-            changed, self.samples = True, _samples(self.folder / SAMPLES)
-        if self._changed(LOG):
-            changed, self.log_tail = True, _tail(self.folder / LOG)
+        for name, (attribute, read) in PARTS.items():
+            if self._changed(name):
+                changed, vars(self)[attribute] = True, read(self.folder / name)
         self.state = self._state()
         return changed or self.state != before
+
+    def _read_log(self) -> bool:
+        anew, lines = self._log.read()
+        if anew:
+            self.log_tail, self.warnings = [], []
+        self.log_tail = [*self.log_tail, *(line.decode(errors="replace") for line in lines[-LOG_LINES:])][-LOG_LINES:]
+        told = [line.decode(errors="replace").partition("warning: ")[2] for line in lines if b"warning: " in line]
+        self.warnings = list(dict.fromkeys([*self.warnings, *map(str.strip, told)]))[-WARNINGS:]
+        return anew or bool(lines)
 
     def _changed(self, name: str) -> bool:
         """Whether a file differs from the one last read, by its inode, size and time."""
@@ -237,13 +240,11 @@ def _samples(path: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: row["step"])
 
 
-def _tail(path: Path) -> list[str]:
-    with suppress(OSError), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - LOG_BYTES))
-        lines = file.read().decode(errors="replace").splitlines()
-        return lines[1 if size > LOG_BYTES else 0 :][-LOG_LINES:]
-    return []
+# The other files of a run: the attribute that each is read into, and by what.
+PARTS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    RECIPE: ("recipe", _recipe), IDENTITY: ("env", lambda path: _json(path) or {}), FAILURE: ("failure", _json),
+    STOPPED: ("stopped", _json), SAMPLES: ("samples", _samples),
+}  # fmt: skip
 
 
 def downsample(x: Sequence[float | None], y: Sequence[float | None], points: int) -> tuple[list[float], list[float]]:
@@ -256,9 +257,8 @@ def downsample(x: Sequence[float | None], y: Sequence[float | None], points: int
     except TypeError:
         whole = False
     if not whole:
-        kept = [
-            (a, b) for a, b in zip(x, y, strict=False) if a is not None and b is not None and -math.inf < b < math.inf
-        ]
+        pairs = zip(x, y, strict=False)
+        kept = [(a, b) for a, b in pairs if a is not None and b is not None and math.isfinite(b)]
         x, y = [a for a, _ in kept], [b for _, b in kept]
     if len(y) > points:
         stretches, chosen = max(1, points // 2), {0, len(y) - 1}

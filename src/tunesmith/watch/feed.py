@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import threading
 import time
 from bisect import bisect_left, bisect_right
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tunesmith.config.dump import leaves
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import Job, find_job
-from tunesmith.report.run_files import LOG, RunFiles, downsample, holds_run, how_it_ended, smooth
+from tunesmith.report.run_files import RunFiles, downsample, holds_run, how_it_ended, smooth
 from tunesmith.units import Length
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 QUEUE = 5.0  # seconds between two looks at a job that waits
 RECENT = 20  # steps that a pace is the mean of
 LINES = 40  # of the log
-WARNINGS = 20  # the newest
 SMOOTH_FROM = 100  # steps; with fewer, the raw loss reads well
 
 
@@ -73,9 +71,6 @@ class WatchedRun:
         self.files = RunFiles(folder)
         self._axes: dict[str, list[float]] = {}
         self._smooth: list[float | None] = []
-        self._warnings: list[str] = []
-        self._log_read = 0  # bytes
-        self._read_warnings()
         self._ended = how_it_ended(self.files)
         self._revision, self._texts = 0, (self.files.recipe, self.files.samples)
 
@@ -88,7 +83,6 @@ class WatchedRun:
             changed = self.files.refresh()
             if changed:
                 self._axes, self._smooth = {}, []
-                self._read_warnings()
                 self._ended = how_it_ended(self.files)
             texts = self.files.recipe, self.files.samples
             if any(new is not old for new, old in zip(texts, self._texts, strict=True)):
@@ -120,31 +114,13 @@ class WatchedRun:
         return {
             "name": files.name, "place": self.place, "state": files.state, "lost": self.remote.lost if self.remote else "",
             "step": step, "steps": round(step / done) if step and done else None, "done": done, "seconds_left": left,
-            "figures": figures, "warnings": self._warnings, "end": self._end(), "log": files.log_tail[-LINES:], "texts": self._revision,
+            "figures": figures, "warnings": files.warnings, "end": self._end(), "log": files.log_tail[-LINES:], "texts": self._revision,
         }  # fmt: skip
 
     def _end(self) -> dict[str, Any]:
         """How it ended, where it did not finish; paths are those of its host."""
         here, there = str(self.files.folder), self.remote.place if self.remote else str(self.files.folder)
-        return {
-            key: value.replace(here, there) if isinstance(value, str) else value for key, value in self._ended.items()
-        }
-
-    def _read_warnings(self) -> None:
-        """Those of the whole log, each once: its end alone would forget those of the start."""
-        with suppress(OSError), (self.files.folder / LOG).open("rb") as log:
-            if os.fstat(log.fileno()).st_size < self._log_read:
-                self._warnings, self._log_read = [], 0
-            log.seek(self._log_read)
-            text = log.read()
-            lines = text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
-            self._log_read += sum(map(len, lines))
-            told = [
-                line.decode(errors="replace").partition("warning: ")[2].strip()
-                for line in lines
-                if b"warning: " in line
-            ]
-            self._warnings = list(dict.fromkeys([*self._warnings, *told]))[-WARNINGS:]
+        return {k: v.replace(here, there) if isinstance(v, str) else v for k, v in self._ended.items()}
 
     def _share_done(self, step: float) -> float | None:
         """The part of its duration that it has trained, from 0 to 1; None where the recipe is not there yet."""
