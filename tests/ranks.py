@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from tunesmith.model.architectures import ARCHITECTURES
+
 LIMIT = 300  # seconds that all ranks together may take
 
 
@@ -40,6 +42,8 @@ def forkserver() -> Any:
 
     context = multiprocessing.get_context("forkserver")
     preload = ["torch", "transformers", "torch.distributed.fsdp", "tunesmith.training.run", "tunesmith.cli.main"]
+    preload += [f"transformers.models.{name}.modeling_{name}" for name, family in ARCHITECTURES.items() if family.fused]
+    preload += ["packaging.requirements", "pydantic.dataclasses", "numpy.ma"]
     if not torch.cuda.is_available():  # bitsandbytes asks a GPU for its kind, after which no process can be forked
         preload.append("bitsandbytes")
     context.set_forkserver_preload(preload)

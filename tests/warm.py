@@ -6,16 +6,26 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pkgutil
+import signal
 import subprocess
 import sys
 import tempfile
 import termios
+import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import reduction
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ranks import forkserver
+
+ENTRIES = {
+    "tunesmith": "tunesmith.cli.main:main",
+    "tunesmith.launch.node": "tunesmith.launch.node:run_agent",
+    "torch.distributed.run": "torch.distributed.run:main",
+}
 
 
 class Warm:
@@ -26,6 +36,7 @@ class Warm:
         env, cwd: of the process; the test's own where not said.
         stdin, stdout, stderr: file descriptors; without one stdin is empty, and what is written is kept for `communicate`.
         prepare: a function that a process can import, called in it before anything else.
+        module: that `python -m` would run, one of ENTRIES.
     """
 
     def __init__(
@@ -36,11 +47,12 @@ class Warm:
         cwd: Path | None = None,
         streams: Sequence[int | None] = (None, None, None),
         prepare: Callable[[], object] | None = None,
+        module: str = "tunesmith",
     ) -> None:
         self._kept = [tempfile.TemporaryFile("w+b") if fd is None else None for fd in streams]  # noqa: SIM115
         fds = [fd if kept is None else kept.fileno() for fd, kept in zip(streams, self._kept, strict=True)]
         environment = dict(os.environ if env is None else env)
-        arguments = (list(words), environment, str(cwd or Path.cwd()), [_Descriptor(fd) for fd in fds], prepare)
+        arguments = (module, list(words), environment, str(cwd or Path.cwd()), [_Descriptor(fd) for fd in fds], prepare)
         self._process = forkserver().Process(target=_run, args=arguments)
         self._process.start()
         assert self._process.pid is not None
@@ -110,8 +122,58 @@ def take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
+class Forked(subprocess.Popen[Any]):
+    """A Popen that forks `python -m MODULE` from its own process where it is one of ENTRIES; any other command as usual."""
+
+    def _execute_child(self, args: Any, executable: Any, *others: Any) -> None:
+        words = [args] if isinstance(args, str | bytes | os.PathLike) else list(args)
+        module = words[words.index("-m") + 1] if words[0] == sys.executable and "-m" in words else None
+        if module not in ENTRIES:
+            super()._execute_child(args, executable, *others)  # type: ignore[misc]
+            return
+        env, pipes = others[4], others[8:14]
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(module, words[words.index(module) + 1 :], env, [pipes[0], pipes[3], pipes[5]])
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+def fork_ranks() -> None:
+    """`prepare` of a launcher: the agent and the ranks that it starts are forked from it, in sessions of their own."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    subprocess.Popen = subprocess_handler.Popen = Forked  # type: ignore[misc]
+
+
+def _become(module: str, words: list[str], env: dict[str, str] | None, streams: list[int]) -> NoReturn:
+    """What exec leaves to a process that was forked: its streams, its environment, and no handler of a signal."""
+    code: Any = 1
+    try:
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        os.setsid()
+        own = [os.dup(fd if given < 0 else given) for fd, given in enumerate(streams)]
+        others = partial(os.closerange, 3, 2**20)
+        _run(module, words, dict(os.environ if env is None else env), str(Path.cwd()), own, others)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
 def _run(
-    words: list[str], env: dict[str, str], cwd: str, streams: list[int], prepare: Callable[[], object] | None
+    module: str,
+    words: list[str],
+    env: dict[str, str],
+    cwd: str,
+    streams: list[int],
+    prepare: Callable[[], object] | None,
 ) -> None:
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         os.dup2(streams[fd], fd)
@@ -125,7 +187,5 @@ def _run(
     os.chdir(cwd)
     if prepare:
         prepare()
-    sys.argv = ["tunesmith", *words]
-    from tunesmith.cli.main import main
-
-    sys.exit(main())
+    sys.argv = [module, *words]
+    sys.exit(pkgutil.resolve_name(ENTRIES[module])())

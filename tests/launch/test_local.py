@@ -5,31 +5,38 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from ranks import forkserver
 from recipes import recipe
 from tunesmith.training.run import train
 from waiting import wait_for
+from warm import Warm, fork_ranks, run_warm
 
-LONG = {"train": {"duration": "100000 steps"}, "checkpoint": {"every": "1000 steps", "keep": 1}}
-TIME = 240  # seconds, for two ranks that load torch on a busy machine
+LONG = {
+    "train": {"duration": "100000 steps", "schedule": "constant"}, "checkpoint": {"every": "1000 steps", "keep": 1},
+}  # fmt: skip
+TIME = 240  # seconds, for two ranks on a busy machine
 
 
-def start(*words: str | Path, **changes: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tunesmith", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **changes)
+def start(*words: str | Path) -> Warm:
+    """The command line, whose ranks are forked from it; `test_old_ways.py` starts all of them anew."""
+    return Warm([*map(str, words)], prepare=fork_ranks)
+
+
+def said_by(process: Warm) -> str:
+    return "".join(process.communicate(timeout=TIME))
 
 
 def finish(*words: str | Path) -> str:
     process = start(*words)
-    said = process.communicate(timeout=TIME)[0]
+    said = said_by(process)
     assert process.returncode == 0, said
     return said
 
@@ -45,6 +52,8 @@ def losses(out: Path) -> list[float]:
 @pytest.fixture
 def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
     """Makes a recipe's file; jobs are noted below tmp_path. Whatever is left running at the end is killed."""
+    forkserver()
+    ensure_running()  # in another folder: what runs in this one is the test's
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -54,26 +63,16 @@ def place(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         file.write_text(json.dumps(recipe(tiny, tmp_path, held=False, **changes)))
         return file
 
+    monkeypatch.chdir(tmp_path)
     yield make
-    for process in psutil.process_iter(["environ"]):
-        if (process.info["environ"] or {}).get("XDG_STATE_HOME") == str(
-            tmp_path / "state"
-        ) and process.pid != os.getpid():
+    for process in psutil.process_iter(["cwd"]):
+        if process.info["cwd"] == str(tmp_path) and process.pid != os.getpid():
             process.kill()
 
 
-def test_two_ranks_train_as_one_process(place: Callable[..., Path], tmp_path: Path):
-    file = place()
-    train(file, {"output_dir": str(tmp_path / "alone")}, say=None)
-    said = finish("launch", "local", file, "--ranks", "2")
-    assert "2 ranks" in said
-    assert (tmp_path / "run" / "final" / "manifest.json").exists()
-    # fp32: sums in another order
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
-
-
-def test_ctrl_c_saves_goes_on_and_kill_9_of_the_agent_ends_its_ranks(place: Callable[..., Path], tmp_path: Path):
-    """It listens on loopback alone, and leaves no process and no file behind."""
+def test_two_ranks_that_are_stopped_and_killed_train_as_one_process(place: Callable[..., Path], tmp_path: Path):
+    """Ctrl-C saves, kill -9 of the agent ends its ranks, and the next start goes on. The agent listens on loopback alone, and
+    leaves no process and no file behind."""
     file, out = place(**LONG), tmp_path / "run"
     agent = start("launch", "local", file, "--ranks", "2")
     wait_for(lambda: steps(out) >= 3, agent)
@@ -81,8 +80,9 @@ def test_ctrl_c_saves_goes_on_and_kill_9_of_the_agent_ends_its_ranks(place: Call
     listening = {c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}
     agent.send_signal(signal.SIGINT)
-    said = agent.communicate(timeout=TIME)[0]
+    said = said_by(agent)
     assert agent.returncode == 75, said
+    assert "2 ranks" in said
     saved = steps(out)
     assert f"step {saved} is saved" in said
     assert "Traceback" not in said
@@ -100,12 +100,20 @@ def test_ctrl_c_saves_goes_on_and_kill_9_of_the_agent_ends_its_ranks(place: Call
         json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines(True) if line[-1] == "\n"
     ]
     assert whole == [*range(1, len(whole) + 1)]
+    short = {"train.duration": f"{saved + 3} steps"}
+    changes = {**short, "checkpoint.resume": "force"}  # the run gets shorter
+    finish("launch", "local", file, "--ranks", "2", *map("=".join, changes.items()))
+    assert (out / "final" / "manifest.json").exists()
+    train(file, {**short, "output_dir": str(tmp_path / "alone")}, say=None)
+    assert len(losses(out)) == saved + 3
+    # fp32: sums in another order
+    assert losses(out) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
 
 
 def test_a_fault_before_the_first_step_is_2_and_said_once(place: Callable[..., Path], tmp_path: Path):
     file = place(model={"name": str(tmp_path / "nowhere")})
     agent = start("launch", "local", file, "--ranks", "2")
-    said = agent.communicate(timeout=TIME)[0]
+    said = said_by(agent)
     assert agent.returncode == 2, said
     assert said.count("error:") == 1
     assert "Traceback" not in said
@@ -122,7 +130,7 @@ def test_a_detached_run_is_found_followed_and_stopped(place: Callable[..., Path]
     assert (row["phase"], row["text"].partition(" ")[0]) == ("running", "step")
     follower = start("logs", "-f", out)
     assert "asked to save" in finish("stop", "--wait", out)
-    assert "is saved" in follower.communicate(timeout=TIME)[0]
+    assert "is saved" in said_by(follower)
     assert "stopped, saved" in finish("status", name)
     assert "nothing to stop" in finish("stop", name)
 
@@ -136,21 +144,21 @@ def test_status_and_stop_of_a_run_that_nobody_launched(place: Callable[..., Path
     assert process.wait(timeout=TIME) == 75
 
 
-def test_a_detached_start_that_cannot_work_is_told(
-    place: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("tunesmith.launch.local.BEGINS", float(TIME))
-    from tunesmith.config.load import load_recipe
-    from tunesmith.errors import RunError
+def patient() -> None:
     from tunesmith.launch import local
-    from tunesmith.launch.jobs import agent_words, write_recipe
 
-    run = load_recipe(place(model={"name": str(tmp_path / "nowhere")}))
-    with pytest.raises(RunError, match="it ended at once, with 2"):
-        local.detach(run, agent_words(write_recipe(run), ranks=1, restarts=0))
+    local.BEGINS = float(TIME)
+    fork_ranks()
+
+
+def test_a_detached_start_that_cannot_work_is_told(place: Callable[..., Path], tmp_path: Path):
+    file = place(model={"name": str(tmp_path / "nowhere")})
+    done = run_warm(["launch", "local", str(file), "--ranks", "2", "--detach"], prepare=patient)
+    assert done.returncode == 1
+    assert "it ended at once, with 2" in done.stderr
 
 
 def test_a_word_that_is_no_job_is_refused(place: Callable[..., Path], tmp_path: Path):
-    process = start("status", "slurm-4")
-    assert "neither a job" in process.communicate(timeout=TIME)[0]
-    assert process.returncode == 2
+    done = run_warm(["status", "slurm-4"])
+    assert "neither a job" in done.stderr
+    assert done.returncode == 2
