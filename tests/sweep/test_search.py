@@ -76,16 +76,24 @@ def test_words_that_are_refused(words: list[str], said: str):
 
 
 def test_rungs_double_and_leave_one():
-    assert rung_steps(100, 8, 0) == [12, 24, 48]
-    assert rung_steps(100, 8, 5) == [10, 20, 40]
-    assert rung_steps(100, 8, 40) == [12, 24, 48]  # a longer interval is not kept to
-    assert rung_steps(100, 5, 0) == rung_steps(100, 8, 0)
-    assert rung_steps(3, 8, 0) == [1]
-    assert [rung_steps(100, 8, 0, rungs) for rungs in (0, 1, 2, 9)] == [[], [50], [25, 50], [12, 24, 48]]
-    assert rung_steps(100, 1, 0) == []
+    assert rung_steps(100, 8, 0, 9) == [12, 24, 48]
+    assert rung_steps(100, 8, 5, 9) == [10, 20, 40]
+    assert rung_steps(100, 8, 40, 9) == [12, 24, 48]  # a longer interval is not kept to
+    assert rung_steps(100, 5, 0, 9) == rung_steps(100, 8, 0, 9)
+    assert rung_steps(3, 8, 0, 9) == [1]
+    assert [rung_steps(100, 8, 0, rungs) for rungs in (0, 1, 2)] == [[], [50], [25, 50]]
+    assert rung_steps(100, 1, 0, 9) == []
     for total in range(1, 60):
         for count in range(1, 20):
-            assert all(0 < step < total for step in rung_steps(total, count, total % 7))
+            for rungs in (None, 9):
+                assert all(0 < step < total for step in rung_steps(total, count, total % 7, rungs, total % 5))
+
+
+def test_the_default_stops_none_early_and_leaves_two():
+    assert [rung_steps(100, count, 0) for count in (1, 2, 3, 4, 5, 8, 40)] == [[], [], [50], [50], *[[25, 50]] * 3]
+    assert [rung_steps(total, 8, 0) for total in (8, 15, 16, 31, 32)] == [[], [], [8], [14], [8, 16]]
+    assert [rung_steps(100, 8, 0, None, warmup) for warmup in (3, 12, 13, 25, 26)] == [[25, 50]] * 2 + [[50]] * 2 + [[]]
+    assert rung_steps(100, 8, 0, 2, 90) == [25, 50]  # as told
 
 
 def test_the_worse_half_stops_at_each_rung_and_nan_first():

@@ -32,7 +32,7 @@ from tunesmith.training.run import start_run, train
 from warm import Warm, run_warm
 
 SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")
-HALVING = Search()
+HALVING = Search(rungs=2)  # of the few steps here, which the default does not stop
 WORDS = ["train.learning_rate=1e-3,1e-2", "adapter.rank=2,8"]
 
 
@@ -144,7 +144,7 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(
     monkeypatch.delattr(shared_base, "build")  # nothing is loaded
     assert sweep(file) == outcome
     assert len(started) == 7
-    for words, search in ((["adapter.rank=2,4"], Search()), (WORDS, Search(rungs=0))):
+    for words, search in ((["adapter.rank=2,4"], HALVING), (WORDS, Search(rungs=0))):
         with pytest.raises(UsageError, match="another sweep"):
             sweep(file, words, search)
     with pytest.raises(UsageError, match="holds a run"):
@@ -154,12 +154,13 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(
 def test_a_range_is_drawn_from_and_one_that_diverges_is_out(tiny: Path, tmp_path: Path):
     file = write_recipe(tiny, tmp_path, train={"clip_norm": None, "warmup": "0 steps"}, model={"dtype": "fp32"})
     words = ["train.learning_rate=1e-3..1e38", "adapter.rank=2,4"]
-    outcome = sweep(file, words, Search(candidates=5))
+    search = Search(rungs=2, candidates=5)
+    outcome = sweep(file, words, search)
     states = {c["name"]: c["state"] for c in outcome["candidates"]}
     assert len(states) == 5
     assert {"finished", "diverged"} <= {*states.values()}
     assert states[outcome["best"]] == "finished"
-    assert sweep(file, words, Search(candidates=5)) == outcome
+    assert sweep(file, words, search) == outcome
     assert "diverged" in "\n".join(sweep_lines(outcome))
 
 
@@ -172,6 +173,17 @@ def test_to_the_end_without_held_out_rows(tiny: Path, tmp_path: Path):
     assert [c["state"] for c in outcome["candidates"]] == ["finished"] * 2
     assert outcome["compared_by"] == "loss"
     assert_equals_train(outcome, tmp_path)
+
+
+def test_the_default_waits_for_the_longest_warmup(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sweep_module, "halve", lambda *given: None)  # nothing is trained
+    for longest, rungs in ((4, [8]), (5, [])):
+        changes = {"train": {"duration": "16 steps"}, "output_dir": str(tmp_path / str(longest))}
+        said: list[str] = []
+        space = read_space([f"train.warmup=0 steps,{longest} steps", "adapter.rank=2,4"])
+        outcome = run_sweep(write_recipe(tiny, tmp_path, **changes), space, Search(), say=said.append)
+        assert outcome["fixed"]["rungs"] == rungs
+        assert any("every candidate trains to its end" in text for text in said) == (not rungs)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +217,7 @@ def test_a_value_is_refused_before_anything_is_loaded(tiny: Path, tmp_path: Path
 def test_kill_9_anywhere_and_the_same_command_goes_on(tiny: Path, tmp_path: Path):
     whole = sweep(write_recipe(tiny, tmp_path))
     out = tmp_path / "killed"
-    command = ["sweep", str(write_recipe(tiny, tmp_path, output_dir=str(out))), *WORDS]
+    command = ["sweep", str(write_recipe(tiny, tmp_path, output_dir=str(out))), *WORDS, "--rungs", "2"]
     for steps, number in ((1, signal.SIGKILL), (4, signal.SIGKILL), (9, signal.SIGTERM), (13, signal.SIGKILL)):
         process, deadline = Warm(command), time.monotonic() + 120
         while sum(path.read_bytes().count(b"\n") for path in out.glob("*/metrics.jsonl")) < steps:

@@ -5,8 +5,8 @@ examples:
   tunesmith sweep my-recipe.yaml train.learning_rate=1e-5..1e-3 --candidates 12            # drawn by Optuna
   tunesmith sweep my-recipe.yaml adapter.rank=4,16,64 output_dir=runs/ranks --to-the-end   # none stops early
 
-A key with one value sets the recipe of all candidates. The worse half by val_loss stops at each rung. Each candidate is a
-run directory below output_dir, as `tunesmith train` alone writes it: `chat`, `eval` and `train` go on with any of them. After
+A key with one value sets the recipe of all candidates. The worse half by val_loss stops at a quarter and at half of the
+steps, and two train to the end. Each candidate is a run directory below output_dir, as `tunesmith train` alone writes it: `chat`, `eval` and `train` go on with any of them. After
 ctrl-C, or a kill, the same command goes on.
 """
 
@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help=recipe)
     words = "key=a,b,c lists values, key=LOW..HIGH is a range, key=value sets the recipe"
     parser.add_argument("words", nargs="+", metavar="key=values", help=words)
-    few = "at how many rungs the worse half stops (default: until one is left); fewer are later, and surer"
+    few = (
+        "stop the worse half at N rungs, the last one at half of the steps (default: 2, after 8 updates and the warmup)"
+    )
     parser.add_argument("--rungs", type=whole_number, metavar="N", help=few)
     parser.add_argument("--to-the-end", action="store_true", help="train every candidate to its end")
     count = "with a range: how many to draw (default: 16)"
@@ -38,9 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, known, what in (("sampler", SAMPLERS, "draws them"), ("pruner", PRUNERS, "stops them")):
         text = f"with a range: what {what}, of Optuna (default: {next(iter(known))})"
         parser.add_argument(f"--{name}", choices=tuple(known), help=text)
-    parser.add_argument(
-        "--ranks", type=whole_number, metavar="N", help="start so many ranks here (default: one process)"
-    )
+    ranks = "start so many ranks here (default: one process)"
+    parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     parser.add_argument("--json", action="store_true", help="print what sweep.json holds on stdout")
 
 
@@ -50,11 +51,8 @@ def run(args: argparse.Namespace) -> int | None:
     with told_once_a_node():
         space, search = read_space(args.words), Search(0 if args.to_the_end else args.rungs, **given)
         if given and not space.ranges:
-            what, fix = (
-                f"--{next(iter(given))} is for ranges, and only lists are given",
-                "key=LOW..HIGH, or leave it out",
-            )
-            raise UsageError(what, where="command line", fix=fix)
+            what = f"--{next(iter(given))} is for ranges, and only lists are given"
+            raise UsageError(what, where="command line", fix="key=LOW..HIGH, or leave it out")
     if args.ranks is not None and started_as() is None:
         from tunesmith.launch.node import run_agent
 

@@ -24,6 +24,7 @@ from tunesmith.errors import NonFiniteError, OtherRankError, RecipeError, UsageE
 from tunesmith.host_files import refuse_many_ranks, write_atomically
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.terminal import format_seconds
+from tunesmith.optim.lr_schedule import warmup_steps
 from tunesmith.ranks import Ranks, started_as
 from tunesmith.signals import StopRequest
 from tunesmith.sweep.search import Search, halve, rung_steps, sample
@@ -147,7 +148,13 @@ class Sweep:
         count = self.search.candidates if self.space.ranges else len(self.space.grid())
         per_epoch = first.data.schedule.steps_per_epoch(0)
         interval = Cadence(every, total=total, steps_per_epoch=per_epoch, seconds=0.0).interval
-        rungs = rung_steps(total, count, interval, self.search.rungs)
+        warmups = [Length.parse(text) for text in self.space.choices.get("train.warmup", ())] or [run.train.warmup]
+        warmup = max(warmup_steps(replace(run.train, warmup=one), total, per_epoch) for one in warmups)
+        rungs = rung_steps(total, count, interval, self.search.rungs, warmup)
+        if not rungs and self.search.rungs is None:
+            self.say(
+                "every candidate trains to its end: too few of them, or too few steps, for a default rung (see --rungs)"
+            )
         if rungs and (not interval or rungs[0] % interval):
             every = Length(rungs[0], "steps")
             self.say(f"validate.every is {every} in the recipe of each candidate: they are compared there")

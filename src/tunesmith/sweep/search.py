@@ -18,12 +18,16 @@ from tunesmith.sweep.space import Space
 C = TypeVar("C")
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}
 PRUNERS = {"halving": "SuccessiveHalvingPruner", "hyperband": "HyperbandPruner", "median": "MedianPruner"}
+RUNGS = 2  # unless told: at a quarter and at half of the steps
+EARLIEST = (
+    8  # updates before a rung, unless told: until then losses fall by the learning rate, and the highest one leads
+)
 
 
 @dataclass(frozen=True)
 class Search:
-    """How to search. `rungs`: at how many the worse half stops (None: until one is left, 0: none does); `candidates`: how
-    many to draw from ranges."""
+    """How to search. `rungs`: at how many the worse half stops (None: see `rung_steps`, 0: none does); `candidates`: how many
+    to draw from ranges."""
 
     rungs: int | None = None
     candidates: int = 16
@@ -31,17 +35,19 @@ class Search:
     pruner: str = "halving"
 
 
-def rung_steps(total: int, count: int, interval: int, rungs: int | None = None) -> list[int]:
+def rung_steps(total: int, count: int, interval: int, rungs: int | None = None, warmup: int = 0) -> list[int]:
     """The steps after which the worse half of `count` candidates stops: r, 2r, 4r, ..., about half of `total`.
 
-    There are as many as leave one candidate, or `rungs` if that is less. r is a multiple of `interval`, the steps from one validation to the next,
-    where it is not shorter than that; 0 for no interval.
+    There are `rungs`, or as many as leave one candidate if that is less. None: RUNGS at most, so that two candidates are left
+    at the end, none of them before step EARLIEST or before twice the `warmup`. r is a multiple of `interval`, the steps
+    from one validation to the next, where it is not shorter than that; 0 for no interval.
     """
-    halvings = min(math.ceil(math.log2(max(count, 1))), int(math.log2(total))) if total else 0
-    halvings = halvings if rungs is None else min(rungs, halvings)
-    first = total >> halvings
+    most = math.ceil(math.log2(max(count, 1)))
+    halvings = min(RUNGS, most - 1) if rungs is None else min(rungs, most)
+    halvings = max(0, min(halvings, int(math.log2(total)))) if total else 0
+    first, least = total >> halvings, max(EARLIEST, 2 * warmup) if rungs is None else 1
     first -= first % interval if 0 < interval <= first else 0
-    return [first << k for k in range(halvings)]
+    return [step for step in (first << k for k in range(halvings)) if step >= least]
 
 
 def halve(candidates: Sequence[C], rungs: Sequence[int], measure: Callable[[C, int | None], float]) -> None:
