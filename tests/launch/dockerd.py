@@ -75,6 +75,7 @@ def docker_daemon(data: Path | None = None, places: Sequence[str] = ()) -> Itera
             "pidfile": str(place / "pid"), "bridge": "none", "iptables": False, "ip6tables": False,
             "exec-opts": ["native.cgroupdriver=cgroupfs"], "cgroup-parent": group, "storage-driver": "overlay2",
             "runtimes": {"bounded": {"path": str(runc)}}, "default-runtime": "bounded", "log-level": "warn",
+            "builder": {"gc": {"enabled": True, "defaultKeepStorage": "6GB"}},
         }  # fmt: skip
         (place / "daemon.json").write_text(json.dumps(config))
         # The daemon's fixed paths are empty ones of its own; the end of the first process ends the namespace and all in it.

@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from launch.conftest import KEPT, PYTHON, ROOT, USER, Place, build, call, make_context, requirements
+from launch.conftest import KEPT, PYTHON, ROOT, USER, Place, build, builder, call, make_context, requirements
 
 
 def test_the_cpu_image_runs_as_any_user(daemon: dict[str, str], cpu_image: str) -> None:
     """The command is the first process, so that signals reach it, in a home that can be written; nothing of pip is left."""
-    code = "import os, torch, getpass; open(os.path.expanduser('~/x'), 'w'); print(os.getpid(), os.getuid(), getpass.getuser())"
+    code = "import os, getpass, subprocess; open(os.path.expanduser('~/x'), 'w'); print(os.getpid(), os.getuid(), getpass.getuser());"
+    code += "[subprocess.run(['tunesmith', word], check=True) for word in ('--version', 'recipes')]"
     run = ("docker", "run", "--rm", "--user", "54321:54321", cpu_image)
-    assert call(daemon, *run, "python", "-c", code).stdout.split() == ["1", "54321", "user54321"]
-    assert call(daemon, *run, "tunesmith", "--version").stdout.startswith("tunesmith ")
-    assert call(daemon, *run, "tunesmith", "recipes").stdout.count("smollm2") > 0
+    first, version, *recipes = call(daemon, *run, "python", "-u", "-c", code).stdout.splitlines()
+    assert first.split() == ["1", "54321", "user54321"]
+    assert version.startswith("tunesmith ")
+    assert any("smollm2" in line for line in recipes)
     history = call(daemon, "docker", "history", "--no-trunc", cpu_image).stdout
     config = call(daemon, "docker", "image", "inspect", cpu_image).stdout
     assert "index-url" not in history + config
@@ -65,6 +67,12 @@ ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh"]
 """
 
 
+@pytest.fixture(scope="module")
+def standin(daemon: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A base whose torch is as NVIDIA's alphas are: older than the torch of the index, and new enough."""
+    return make_standin(daemon, tmp_path_factory.mktemp("standin"), "2.11.0a0+standin.nv26.2")
+
+
 def make_standin(env: dict[str, str], folder: Path, torch: str) -> str:
     """What docker/Dockerfile meets in NVIDIA's image: its own torch, its entry point, constraints of all its packages."""
     wheel(folder, "torch", torch, {"torch/__init__.py": f"__version__ = {torch!r}\n"})
@@ -72,8 +80,8 @@ def make_standin(env: dict[str, str], folder: Path, torch: str) -> str:
     (folder / "nvidia_entrypoint.sh").write_text('#!/bin/sh\necho "a banner" >&2\nexec "$@"\n')
     (folder / "nvidia_entrypoint.sh").chmod(0o755)
     (folder / "constraint.txt").write_text("peft==0.0.1\n")
-    image = f"tunesmith-test/standin:{torch.replace('+', '-')}"
-    call(env, "docker", "build", "-q", "--network", "none", "-t", image, str(folder))
+    image, (client, kit) = f"tunesmith-test/standin:{torch.replace('+', '-')}", builder()
+    call({**env, "DOCKER_BUILDKIT": kit}, client, "build", "-q", "--network", "none", "-t", image, str(folder))
     return image
 
 
@@ -93,10 +101,8 @@ def standin_wheels(wheels: list[Path], **carried: str) -> list[Path]:
     return [*made, *(file for file in small if file.name.partition("-")[0].lower() not in taken)]
 
 
-def test_the_torch_of_the_base_is_kept(daemon: dict[str, str], wheels: list[Path], tmp_path: Path) -> None:
-    """As NVIDIA's alphas are: older than the torch of the index, and new enough."""
-    base = make_standin(daemon, tmp_path, "2.11.0a0+standin.nv26.2")
-    done = build(daemon, make_context(standin_wheels(wheels)), "Dockerfile", f"{PYTHON}-kept", base)
+def test_the_torch_of_the_base_is_kept(daemon: dict[str, str], wheels: list[Path], standin: str) -> None:
+    done = build(daemon, make_context(standin_wheels(wheels)), "Dockerfile", f"{PYTHON}-kept", standin)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("dist-packages/torch/__init__.py: kept") == 2
     code = "import os, torch, standin_peft; print(os.getpid(), torch.__version__)"
@@ -105,10 +111,9 @@ def test_the_torch_of_the_base_is_kept(daemon: dict[str, str], wheels: list[Path
     assert "a banner" in said.stderr  # NVIDIA's entry point was not lost
 
 
-def test_a_torch_that_pip_replaced_fails_the_build(daemon: dict[str, str], wheels: list[Path], tmp_path: Path) -> None:
-    base = make_standin(daemon, tmp_path, "2.11.0a0+standin.nv26.2")
+def test_a_torch_that_pip_replaced_fails_the_build(daemon: dict[str, str], wheels: list[Path], standin: str) -> None:
     context = make_context(standin_wheels(wheels, accelerate="__version__ = 'another'"))
-    done = build(daemon, context, "Dockerfile", f"{PYTHON}-replaced", base)
+    done = build(daemon, context, "Dockerfile", f"{PYTHON}-replaced", standin)
     faults = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
     assert len(faults) == 1, done.stdout[-3000:] + done.stderr[-3000:]
     assert "pip replaced the base's torch, 2.11.0a0+standin.nv26.2 in /usr/local/lib" in faults[0]
