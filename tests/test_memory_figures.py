@@ -108,8 +108,10 @@ def test_the_largest_processes_are_named_by_their_share(tmp_path: Path) -> None:
     for pid, name, pages in ((10, "small", 5), (20, "large", 900), (30, "shares", 1000), (40, "tiny", 1)):
         write(tmp_path, {f"proc/{pid}/statm": f"9 {pages} 0 0 0 0 0", f"proc/{pid}/comm": f"{name}\n"})
     write(tmp_path, {"proc/30/smaps_rollup": "00 ---p\nRss: 4000 kB\nPss: 100 kB\n"})
-    found = largest_processes(2, tmp_path)
-    assert [(h.pid, h.name, h.bytes) for h in found] == [(20, "large", 900 * page), (30, "shares", 100 * 1024)]
+    ours, others = largest_processes((40, 50), 2, tmp_path)
+    assert [(h.pid, h.name, h.bytes) for h in others] == [(20, "large", 900 * page), (30, "shares", 100 * 1024)]
+    assert [(h.pid, h.name, h.bytes) for h in ours] == [(40, "tiny", page)]  # 50 has ended
+    assert host_memory.own_memory((20, 30, 50), tmp_path) == 1900 * page
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="this system has no /proc")
@@ -117,8 +119,10 @@ def test_this_machine_and_this_process() -> None:
     found = read_memory()
     assert found is not None
     assert 0 < found.free <= found.total
-    before = host_memory.own_memory()
+    before = host_memory.own_memory([os.getpid()])
     with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:  # malloc might reuse what it has
         held.write(b"x" * len(held))
-        assert host_memory.own_memory() - before > 60 * MIB
-    assert os.getpid() in [holder.pid for holder in largest_processes(10_000)]
+        assert host_memory.own_memory([os.getpid()]) - before > 60 * MIB
+    ours, others = largest_processes([os.getpid()], 10_000)
+    assert [holder.pid for holder in ours] == [os.getpid()]
+    assert os.getppid() in [holder.pid for holder in others]

@@ -28,6 +28,7 @@ EXIT_STOPPED = 75
 # Likely causes of an end, by the names that failure.json has, as an engineer would say them.
 CAUSES = {
     "out-of-memory": "the device or the host had no room for a tensor",
+    "memory": "the host's memory was nearly used up, by this run or others",
     "oom-kill": "the kernel ended a process, for no memory was left",
     "killed": "a process was ended by SIGKILL, or crashed",
     "restarted": "the machine was started again: a freeze, a power cut or a reboot",
@@ -135,7 +136,7 @@ class ShortOfMemoryError(StoppedError):
     """The host's memory is nearly used up; everything is saved. The process ends at once: Python's own end takes a second,
     on a busy machine five. `smaller`: the micro batch to go on with; empty where it cannot be smaller."""
 
-    smaller = ""
+    cause, smaller = "memory", ""
 
 
 class OtherRankError(TunesmithError):

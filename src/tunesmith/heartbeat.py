@@ -212,7 +212,7 @@ class Heartbeat:
             self._decide(words, tells=teller == self.rank if teller in self.local else first)
             for mute in (r for r in self.local if self._silent(r, self.limit) and self._state(r) not in ("", *GONE)):
                 # It would hold up the launcher for 30 s.
-                os.kill(int(self.beats[mute].process.split()[1]), signal.SIGKILL)
+                os.kill(self._pid(mute), signal.SIGKILL)
 
     def _stand_at(self, frames: Iterable[tuple[FrameType, int]]) -> None:
         """Note what the main thread does, by its frames and lines from the innermost on: its collective, and our line."""
@@ -313,10 +313,18 @@ class Heartbeat:
         """The ranks of this node whose process is no more."""
         return [r for r in self.local if not self.beats[r].done and self._state(r) in GONE]
 
+    def _pid(self, rank: int) -> int:
+        """That of a rank's process; 0 where it cannot be seen from here."""
+        namespace, _, pid = self.beats[rank].process.rpartition(" ")
+        return int(pid) if namespace and self.own.process.startswith(namespace) else 0
+
+    def local_processes(self) -> dict[int, int]:
+        """The ranks of this node by their process ids, as far as these can be seen from here."""
+        return {pid: rank for rank in self.local if (pid := self._pid(rank))} | {os.getpid(): self.rank}
+
     def _state(self, rank: int) -> str:
         """That of a rank's process, as /proc names it; empty where it cannot be seen from here."""
-        namespace, _, pid = self.beats[rank].process.rpartition(" ")
-        if not namespace or not self.own.process.startswith(namespace):
+        if not (pid := self._pid(rank)):
             return ""
         try:
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -1,7 +1,7 @@
 """The host's memory at one moment, and who holds it: the one place that reads /proc and /sys for it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,26 +143,32 @@ def open_uncached(path: Path) -> Iterator[BufferedReader]:
             drop_pages(file.fileno())
 
 
-def own_memory(root: Path = ROOT) -> int:
-    """Bytes of this process that are resident, without files that it maps."""
-    resident, shared = _read(f"{root}/proc/self/statm").split()[1:3]
-    return (int(resident) - int(shared)) * PAGE
+def own_memory(pids: Collection[int], root: Path = ROOT) -> int:
+    """Bytes of these processes that are resident, without files that they map."""
+    pages = 0
+    for pid in pids:
+        with suppress(OSError, ValueError):  # it has ended
+            resident, shared = _read(f"{root}/proc/{pid}/statm").split()[1:3]
+            pages += int(resident) - int(shared)
+    return pages * PAGE
 
 
-def largest_processes(count: int = 4, root: Path = ROOT) -> list[Holder]:
-    """The processes that hold the most memory, the largest first."""
+def largest_processes(ours: Collection[int], count: int = 4, root: Path = ROOT) -> tuple[list[Holder], list[Holder]]:
+    """The processes `ours`, and the `count` of others that hold the most memory, each the largest first."""
     found = []
     for folder in (root / "proc").glob("[0-9]*"):
         with suppress(OSError, ValueError, IndexError):  # it has ended
             resident = int(_read(f"{folder}/statm").split()[1]) * PAGE
             found.append(Holder(int(folder.name), _read(f"{folder}/comm").strip(), resident))
-    largest = sorted(found, key=lambda holder: -holder.bytes)[: 2 * count]
+    others = sorted((h for h in found if h.pid not in ours), key=lambda holder: -holder.bytes)[: 2 * count]
+    largest = [h for h in found if h.pid in ours] + others
     for index, holder in enumerate(largest):
         with suppress(OSError, ValueError, StopIteration):  # another user's
             lines = _read(f"{root}/proc/{holder.pid}/smaps_rollup").splitlines()
             share = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
             largest[index] = holder._replace(bytes=share)
-    return sorted(largest, key=lambda holder: -holder.bytes)[:count]
+    largest.sort(key=lambda holder: -holder.bytes)
+    return [h for h in largest if h.pid in ours], [h for h in largest if h.pid not in ours][:count]
 
 
 def available_memory(root: Path = ROOT) -> int:

@@ -104,8 +104,10 @@ def test_a_machine_that_was_started_again_and_another_host_are_told(recipe: Path
     assert told is not None
     assert (told.what, told.cause) == ("the last start was killed before its first step", "restarted")
     (out / RUNNING).write_text(json.dumps(note | {"host": "elsewhere"}))
+    (out / "metrics.jsonl").write_text('{"step": 5}\n' * 9000 + '{"step": 8}\n{"step": 9')  # the last line is torn
     told = killed_before(out)
     assert told is not None
+    assert told.what == "the last start was killed after step 8"
     assert (told.cause, "elsewhere" in told.where) == ("killed", True)
     (out / "failure.json").write_text("{}")  # another rank has said why
     assert killed_before(out) is None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.heartbeat import Heartbeat
 from tunesmith.host_memory import MemoryFigures, read_memory
 from tunesmith.ranks import Ranks
 from tunesmith.runtime import memory_guard
@@ -42,7 +43,7 @@ class Pretended:
         self.now, self.looks, self.made_room = 0.0, 0, list[int]()
         self.stop = StopRequest()
         self.stop.hold()
-        held = (lambda: own(self.now).total) if own else (lambda: GIB)
+        held = (lambda pids: own(self.now).total) if own else (lambda pids: GIB)
         monkeypatch.setattr(memory_guard, "own_memory", held)
         self.guard = MemoryGuard(
             self.stop, Ranks(), read=lambda: course(self.now), make_room=self.made_room.append, clock=lambda: self.now,
@@ -169,7 +170,7 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
         "the floor is 1.32 GiB",
         "shared memory 3.00",
         "page cache 6.00",
-        f"this run is {os.getpid()}",
+        "; others hold most: ",
     ):
         assert word in text
     assert (record["phase"], record["available_bytes"], record["shared_bytes"]) == (
@@ -178,9 +179,33 @@ def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPat
         3 * GIB,
     )
     assert record["floor_bytes"] == 16 * GIB // 50 + GIB
-    assert record["processes"][0]["bytes"] > 0
+    (ours,), others = record["processes"], record["other_processes"]
+    assert (ours["pid"], ours["bytes"] > 0) == (os.getpid(), True)
+    assert os.getpid() not in [other["pid"] for other in others]
+    assert f"; this run holds: {ours['name']} ({os.getpid()}) " in text
     error = there.stop.not_begun()
     assert (error.exit_code, error.what) == (75, "stopped because memory is short before the first step")
+
+
+def test_the_ranks_of_a_host_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four ranks one is on another host, and one in a container, where the same number is another process."""
+    heartbeat = Heartbeat(1, ("a", "a", "a", "b"), range(3))
+    space, parent = os.readlink("/proc/self/ns/pid"), os.getppid()
+    for rank, process in enumerate(
+        (f"{space} {parent}", f"{space} {os.getpid()}", f"pid:[1] {os.getpid()}", f"{space} 1")
+    ):
+        heartbeat.beats[rank].process = process
+    assert heartbeat.local_processes() == {parent: 0, os.getpid(): 1}
+    there = Pretended(lambda now: replace(LAPTOP, available=100 * MIB), monkeypatch, unified=False)
+    asked: list[list[int]] = []
+    monkeypatch.setattr(memory_guard, "own_memory", lambda pids: asked.append(sorted(pids)) or GIB)
+    there.guard.ranks = Ranks(1, 4, 1, 3, ("a", "a", "a", "b"), (0,) * 4, heartbeat)
+    there.until(1)
+    text, record = there.stop.shortage or ("", {})
+    assert asked == [sorted((parent, os.getpid()))]
+    assert {process["name"] for process in record["processes"]} == {"rank 0", "rank 1"}
+    assert f"rank 0 ({parent}) " in text
+    assert not {parent, os.getpid()} & {process["pid"] for process in record["other_processes"]}
 
 
 def test_floors() -> None:

@@ -19,9 +19,10 @@ from tunesmith.checkpoint.state import list_checkpoints
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.errors import EXIT_STOPPED, EXIT_USAGE, NonFiniteError, RecipeError, UsageError
+from tunesmith.errors import EXIT_STOPPED, EXIT_USAGE, NonFiniteError, RecipeError, ShortOfMemoryError, UsageError
 from tunesmith.metrics.record import read_records
 from tunesmith.report.run_files import RunFiles
+from tunesmith.signals import Shortage
 from tunesmith.sweep import run as sweep_module
 from tunesmith.sweep import shared_base
 from tunesmith.sweep.run import FILE, run_sweep
@@ -269,7 +270,7 @@ def test_the_words_of_several_ranks(tiny: Path, tmp_path: Path, monkeypatch: pyt
     from tunesmith.launch import node
 
     told: list[Any] = []
-    monkeypatch.setattr(node, "run_agent", lambda words: told.append(words) or 0)
+    monkeypatch.setattr(node, "run_agent", lambda words: told.append(words) or EXIT_STOPPED)
     file = str(write_recipe(tiny, tmp_path))
     assert (
         main(
@@ -286,11 +287,38 @@ def test_the_words_of_several_ranks(tiny: Path, tmp_path: Path, monkeypatch: pyt
                 "--json",
             ]
         )
-        == 0
+        == EXIT_STOPPED
     )
     words = ["sweep", file, "train.learning_rate=1e-4..1e-3", "--candidates", "3", "--rungs", "2", "--json"]
     assert told == [["--ranks", "2", "--", *words]]
     assert main(["sweep", file, *WORDS, "--sampler", "random"]) == EXIT_USAGE
+
+
+def test_a_sweep_that_memory_stops_goes_on_with_its_micro_batch(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A launcher is given no smaller one: all candidates share it. Of several ranks sweep.json tells the stop."""
+    from tunesmith.launch import node
+
+    file, words, train_step = write_recipe(tiny, tmp_path), WORDS[:1], shared_base.RungTrainer.train_step
+
+    def short(trainer: shared_base.RungTrainer, batch: Any) -> Any:
+        if batch.step == 1:
+            trainer.stop.shortage = Shortage("no room", {})
+        return train_step(trainer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_base.RungTrainer, "train_step", short)
+        patch.setattr("tunesmith.training.result.is_launched", lambda: True)
+        with pytest.raises(ShortOfMemoryError, match="memory is short: step 1 is saved") as caught:
+            sweep(file, words)
+    size = json.loads((tmp_path / "sweep" / FILE).read_text())["fixed"]["micro_batch"]
+    assert caught.value.fix.endswith(f"it goes on from there; the micro batch stays at {size}, as for all candidates")
+    assert (caught.value.smaller, caught.value.exit_code) == ("", 0)
+    monkeypatch.setattr(node, "run_agent", lambda words: 0)
+    assert main(["sweep", str(file), *words, "--ranks", "2"]) == EXIT_STOPPED
+    assert_equals_train(sweep(file, words), tmp_path)
+    assert main(["sweep", str(file), *words, "--ranks", "2"]) == 0
 
 
 def sweep_and_train(file: Path, words: list[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from recipes import make_run
 from tunesmith.errors import ShortOfMemoryError
 from tunesmith.host_memory import MemoryFigures
 from tunesmith.methods.base import TrainModel
+from tunesmith.report.run_files import RunFiles, how_it_ended
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training import run as start
 from tunesmith.training.result import halved
@@ -76,7 +77,10 @@ def test_a_step_is_left_in_its_middle_and_the_one_before_is_saved(
     assert (error.exit_code, stopped["reason"], stopped["signal"]) == (75, "memory", None)
     assert error.where == str(out / f"checkpoint-{step}")
     assert (stopped["figures"]["phase"], stopped["figures"]["available_bytes"]) == (f"training, step {step}", GIB // 10)
-    assert "most is held by" in error.why
+    assert "this run holds: " in error.why
+    assert "\n  cause: memory: the host's memory was nearly used up" in error.text()
+    told = how_it_ended(RunFiles(out))
+    assert (stopped["cause"], told["reason"], told["cause"]) == ("memory", "memory", "memory")
     assert any(text.startswith("memory is short: stopping after this step. training") for text in feed.said)
     assert len(records(out)) == step
     assert not (out / "failure.json").exists()

@@ -14,6 +14,7 @@ from tunesmith.heartbeat import AGAIN
 from tunesmith.host_files import oom_kills, write_atomically
 from tunesmith.metrics.summary import FAILURE
 
+LAST = 1 << 16  # bytes of metrics.jsonl that hold its last line
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -48,10 +49,11 @@ def killed_before(run_dir: Path) -> RunError | None:
     if (run_dir / FAILURE).exists() or (run_dir / STOPPED).exists():
         return None
     steps = 0
-    with contextlib.suppress(OSError, ValueError):
-        # The last line may be torn.
-        lines = (run_dir / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()
-        steps = json.loads(lines[-1])["step"] if lines else 0
+    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - LAST))
+        for line in file.read().splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # the first is cut, the last may be torn
+                steps = json.loads(line)["step"]
     what = f"the last start was killed {f'after step {steps}' if steps else 'before its first step'}"
     if note["host"] != socket.gethostname():
         return RunError(what, where=where, why="its host knows more: dmesg -T | grep -i oom", fix=AGAIN, cause="killed")

@@ -14,15 +14,17 @@ import argparse
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
 from tunesmith.cli.options import whole_number
-from tunesmith.errors import UsageError
+from tunesmith.config.load import load_recipe
+from tunesmith.errors import EXIT_OK, EXIT_STOPPED, UsageError
 from tunesmith.host_files import from_here
 from tunesmith.ranks import started_as, told_once_a_node
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
 from tunesmith.sweep.search import PRUNERS, SAMPLERS, Search
-from tunesmith.sweep.space import read_space
+from tunesmith.sweep.space import FILE, read_space
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +61,9 @@ def run(args: argparse.Namespace) -> int | None:
         options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         options += ["--rungs", str(args.rungs)] if args.rungs else []
         options += ["--to-the-end"] * args.to_the_end + ["--json"] * args.json
-        return run_agent(["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words, *options])
+        code = run_agent(["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words, *options])
+        file = Path(load_recipe(args.recipe, space.fixed).output_dir, FILE)
+        return EXIT_STOPPED if code == EXIT_OK and json.loads(file.read_bytes())["stopped"] else code
     say = partial(print, file=sys.stderr, flush=True) if leads else lambda text: None
     with StopRequest() as early:
         early.doing = "the libraries are loaded"

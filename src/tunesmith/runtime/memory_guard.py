@@ -7,7 +7,6 @@ times as often near the floor. A look takes about 0.1 ms.
 
 import ctypes
 import mmap
-import os
 import socket
 import threading
 import time
@@ -105,7 +104,7 @@ class MemoryGuard:
         if self.unified is None and torch.cuda.is_initialized():
             self.unified = is_integrated(torch.device("cuda", torch.cuda.current_device()))
         allocator = torch.cuda.memory_reserved() if self.unified and torch.cuda.is_initialized() else 0
-        own = own_memory() + allocator
+        own = own_memory(self.ranks.heartbeat.local_processes()) + allocator
         floor = memory_floor(figures.limit or figures.total, unified=bool(self.unified)) + self.stop.saving
         left, growth = figures.room - floor, self._growth(-figures.room - own)
         why = ""
@@ -154,7 +153,9 @@ class MemoryGuard:
         record: dict[str, Any] = {"phase": phase, "host": host, "floor_bytes": floor, "allocator_bytes": allocator}
         record |= figures.as_record()
         self.stop.shortage = Shortage(text, record)  # at once: to see who holds it takes a tenth of a second
-        held = largest_processes()
-        named = ", ".join(f"{h.name} {h.pid} {gib(h.bytes)}" for h in held)
-        record["processes"] = [holder._asdict() for holder in held]
-        self.stop.ask(Shortage(f"{text}; most is held by {named} GiB; this run is {os.getpid()}", record))
+        ranks, several = self.ranks.heartbeat.local_processes(), self.ranks.world > 1
+        ours, others = largest_processes(ranks)
+        ours = [holder._replace(name=f"rank {ranks[holder.pid]}" if several else holder.name) for holder in ours]
+        record |= {"processes": [h._asdict() for h in ours], "other_processes": [h._asdict() for h in others]}
+        run, rest = (", ".join(f"{h.name} ({h.pid}) {gib(h.bytes)}" for h in held) for held in (ours, others))
+        self.stop.ask(Shortage(f"{text}; this run holds: {run} GiB; others hold most: {rest} GiB", record))

@@ -20,7 +20,7 @@ from tunesmith.checkpoint.state import find_damage, list_checkpoints, step_of
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.errors import NonFiniteError, OtherRankError, RecipeError, UsageError
+from tunesmith.errors import NonFiniteError, OtherRankError, RecipeError, ShortOfMemoryError, StoppedError, UsageError
 from tunesmith.host_files import refuse_many_ranks, write_atomically
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.terminal import format_seconds
@@ -29,11 +29,9 @@ from tunesmith.ranks import Ranks, started_as
 from tunesmith.signals import StopRequest
 from tunesmith.sweep.search import Search, halve, rung_steps, sample
 from tunesmith.sweep.shared_base import RungTrainer, SharedBase
-from tunesmith.sweep.space import Space
+from tunesmith.sweep.space import FILE, Space
 from tunesmith.training.run import joined, start_run
 from tunesmith.units import Cadence, Length, Size
-
-FILE = "sweep.json"
 
 
 @dataclass
@@ -115,7 +113,7 @@ class Sweep:
     argv: list[str] | None
 
     def __post_init__(self) -> None:
-        self.folder, self.candidates = Path(self.base.output_dir), list[SweepRun]()
+        self.folder, self.candidates, self.stopped = Path(self.base.output_dir), list[SweepRun](), ""
         asked = {"recipe": to_mapping(self.base), "keys": self.space.plain(), "search": vars(self.search)}
         self.asked: dict[str, Any] = json.loads(json.dumps(asked))  # as it is read back
         with self.ranks.together():
@@ -201,6 +199,12 @@ class Sweep:
             try:
                 start_run(candidate.run, self.stop, self.ranks, say=None, argv=self.argv, **hooks)
                 found = self._reached(candidate, until)
+            except StoppedError as error:
+                if isinstance(error, ShortOfMemoryError):
+                    error.fix += f"; the micro batch stays at {self.fixed['micro_batch']}, as for all candidates"
+                self.stopped = error.what
+                self.write()
+                raise
             except (NonFiniteError, OtherRankError) as error:
                 if not isinstance(error, NonFiniteError) and not isinstance(error.__cause__, NonFiniteError):
                     raise
@@ -253,5 +257,5 @@ class Sweep:
         ended = [candidate for candidate in self.candidates if candidate.state == "finished"]
         best = min(ended, key=lambda candidate: candidate.loss, default=None)
         candidates = [candidate.plain() for candidate in self.candidates]
-        about = {"asked": self.asked, "fixed": self.fixed, "compared_by": self.compared}
+        about = {"asked": self.asked, "fixed": self.fixed, "compared_by": self.compared, "stopped": self.stopped}
         return {**about, "best": best and best.name, "candidates": candidates}

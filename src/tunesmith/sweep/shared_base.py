@@ -93,6 +93,10 @@ class RungTrainer(Trainer):
         self.stop.hold(self.say)
         return super().fit()
 
+    def smaller(self) -> str:
+        """None: it is one for all candidates."""
+        return ""
+
     def over(self) -> bool:
         return super().over() or (self.until is not None and self.progress.step >= self.until)
 

@@ -14,6 +14,7 @@ from tunesmith.config.names import keys, suggest_key
 from tunesmith.config.typed import members
 from tunesmith.errors import RecipeError
 
+FILE = "sweep.json"
 ADAPTER = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora")
 VARIED = ADAPTER + tuple(
     f"train.{name}"

@@ -104,11 +104,11 @@ def non_finite_error(
 
 
 def stopped_by(
-    asked: Sequence[tuple[Shortage | None, str | None]], run: Run, progress: Progress, ranks: Ranks
+    asked: Sequence[tuple[Shortage | None, str | None]], run: Run, progress: Progress, ranks: Ranks, smaller: str = ""
 ) -> StoppedError:
     """The end of a run for want of memory, by a signal, or by the file `stop`, which is removed, after a step was saved.
 
-    `asked`: what each rank was asked for. The exit code is 75. Under torchrun, which starts a rank of any code but 0 again,
+    `asked`: what each rank was asked for; `smaller`: the micro batch that another start may take where memory was short. The exit code is 75. Under torchrun, which starts a rank of any code but 0 again,
     it is 0, and a rank of each run directory writes stopped.json; for want of memory always.
     """
     out, step, again = Path(run.output_dir), progress.step, "start the same command again: it goes on from there"
@@ -117,15 +117,15 @@ def stopped_by(
     record: dict[str, Any] = {"signal": signal, "reason": "signal" if signal else "file", "step": step, "next": again}
     what, why = f"stopped by {signal or 'the file stop'}", ""
     if shortage is not None:
-        smaller = halved(run, progress.micro_batch)
         advice = smaller and f"; or with train.micro_batch='{smaller}'"
         what, why, again = SHORT, shortage.text, f"{END}, then {again}{advice}"
         record |= {"reason": "memory", "next": again, "smaller": smaller, "figures": shortage.record}
-    what, where = f"{what}: step {step} is saved", str(out / f"checkpoint-{step}")
-    preempted = "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1")
-    error = StoppedError(what, where=where, why=why, fix=again, cause="preempted" if preempted else "")
-    if shortage is not None:
-        error = ShortOfMemoryError(what, where=where, why=why, fix=again)
+    words: dict[str, Any] = {"where": str(out / f"checkpoint-{step}"), "why": why, "fix": again}
+    if shortage is None and "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
+        words["cause"] = "preempted"
+    error = (ShortOfMemoryError if shortage else StoppedError)(f"{what}: step {step} is saved", **words)
+    record["cause"] = error.cause or None
+    if isinstance(error, ShortOfMemoryError):
         error.smaller = record["smaller"]
     if ranks.leads:
         (out / STOP_FILE).unlink(missing_ok=True)

@@ -44,7 +44,7 @@ from tunesmith.runtime.host import return_freed_memory
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StepDropped, StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
-from tunesmith.training.result import Result, failure_of, non_finite_error, stopped_by
+from tunesmith.training.result import Result, failure_of, halved, non_finite_error, stopped_by
 from tunesmith.units import Cadence
 
 
@@ -367,7 +367,11 @@ class Trainer:
         return_freed_memory()
         self.save()
         asked = self.session.ranks.gather((self.stop.shortage, self.stop.signal))
-        raise stopped_by(asked, self.run, self.progress, self.session.ranks)
+        raise stopped_by(asked, self.run, self.progress, self.session.ranks, self.smaller())
+
+    def smaller(self) -> str:
+        """The micro batch that another start may take where memory was short; empty: none but this one."""
+        return halved(self.run, self.progress.micro_batch)
 
     def end(self) -> Result:
         """The last checkpoint and final/; a signal that cut off the last validation leaves both to the next start."""
