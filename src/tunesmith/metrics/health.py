@@ -7,7 +7,9 @@ import contextlib
 import os
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ EVERY = 60.0  # seconds between checks: below 0.05 % of a run
 SLOW, PEAK_SHARE, THROTTLED = 0.7, 1 / 3, 0.2  # of the best check, of the chip's peak; of the time by a limit on cores
 IN_A_ROW = 3  # slow checks that are named
 
+Sources = dict[str, Callable[[], float]]
 _GPU: dict[str, Callable[[torch.device], float]] = {
     "gpu_utilization": lambda device: float(torch.cuda.utilization(device)),
     "gpu_power_watts": lambda device: torch.cuda.power_draw(device) / 1000.0,
@@ -44,43 +47,34 @@ class Gauges:
     def __init__(
         self, device: torch.device, *, links: bool = False, every: float = 1.0, root: Path = Path("/")
     ) -> None:
-        self.device, self.links, self.every, self.root = device, links, every, root
-        self.gpu = dict(_GPU) if device.type == "cuda" else {}
-        self.nvlink = _nvml_device(device) if links else None
-        self._at, self._last = -every, dict[str, float]()
-        self._counted = self._count()
+        self.every, gpu = every, _GPU if device.type == "cuda" else {}
+        self.gauges: Sources = {name: partial(gauge, device) for name, gauge in gpu.items()}
+        self.counters: Sources = {"network": partial(network_bytes, root)} if links else {}
+        if links and (handle := _nvml_device(device)):
+            self.counters["nvlink"] = partial(nvlink_bytes, handle)
+        self._at, self._last, self._counted = -every, dict[str, float](), _ask(self.counters)
 
     def read(self) -> Mapping[str, float]:
         """Percent, watts, MHz, degrees Celsius, bytes per second, as the names say."""
         now = time.monotonic()
-        if now - self._at < self.every:
-            return self._last
-        counted, seconds, self._at = self._count(), now - self._at, now
-        self._last = {"host_memory_percent": unavailable_percent()}
-        for name, gauge in [*self.gpu.items()]:
-            try:
-                self._last[name] = gauge(self.device)
-            except Exception:  # NVML's error type cannot be imported without NVML
-                del self.gpu[name]
-        if seconds > 0 and self._counted:
-            grown = {name: max(0, total - self._counted.get(name, total)) for name, total in counted.items()}
-            self._last |= {f"{name}_bytes_per_second": value / seconds for name, value in grown.items()}
-        self._counted = counted
+        if now - self._at >= self.every:
+            counted, seconds, self._at = _ask(self.counters), max(now - self._at, 1e-9), now
+            grown = {name: max(0.0, total - self._counted[name]) for name, total in counted.items()}
+            rates = {f"{name}_bytes_per_second": value / seconds for name, value in grown.items()}
+            self._last = {"host_memory_percent": unavailable_percent(), **_ask(self.gauges), **rates}
+            self._counted = counted
         return self._last
 
-    def _count(self) -> dict[str, int]:
-        """Bytes sent and received so far, by kind of link."""
-        if not self.links:
-            return {}
-        found = {}
-        with contextlib.suppress(OSError, ValueError):
-            found["network"] = network_bytes(self.root)
-        if self.nvlink:
-            try:
-                found["nvlink"] = nvlink_bytes(self.nvlink)
-            except Exception:
-                self.nvlink = None
-        return found
+
+def _ask(sources: Sources) -> dict[str, float]:
+    """What the sources say; one that fails is removed."""
+    found = {}
+    for name, source in [*sources.items()]:
+        try:
+            found[name] = source()
+        except Exception:  # NVML's error type cannot be imported without NVML
+            del sources[name]
+    return found
 
 
 def network_bytes(root: Path = Path("/")) -> int:
@@ -97,15 +91,13 @@ def network_bytes(root: Path = Path("/")) -> int:
 
 def _nvml_device(device: torch.device) -> Any:
     """NVML's handle of a CUDA device; None where there is none."""
-    if device.type != "cuda":
-        return None
-    try:
+    with contextlib.suppress(Exception):
+        uuid = torch.cuda.get_device_properties(device).uuid
         import pynvml
 
         pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
-    except Exception:
-        return None
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+    return None
 
 
 def nvlink_bytes(handle: Any) -> int:
@@ -183,12 +175,8 @@ class ChipCheck:
             began, ended = self._queue()
             ended.synchronize()
             return began.elapsed_time(ended) / 1000
-        taken = []
-        for _ in range(TIMES["cpu"]):
-            began_at = time.perf_counter()
-            torch.mm(self.left, self.right, out=self.out)
-            taken.append(time.perf_counter() - began_at)
-        return min(taken)
+        product = partial(torch.mm, self.left, self.right, out=self.out)
+        return min(timeit.repeat(product, number=1, repeat=TIMES["cpu"]))
 
     def _read(self, seconds: float) -> Reading:
         now, throttled = time.monotonic(), throttled_seconds(self.root)
@@ -236,15 +224,13 @@ _REASONS = {
 
 def clock_reason(device: torch.device) -> str:
     """What NVML says holds a GPU's clock back; GB10's stuck low-power state is seen by speed alone."""
-    try:
+    with contextlib.suppress(Exception):
         import pynvml
 
         mask = pynvml.nvmlDeviceGetCurrentClocksEventReasons(_nvml_device(device))
-        names = [text for name, text in _REASONS.items() if mask & pynvml.__dict__[f"nvmlClocksEventReason{name}"]]
-    except Exception:
-        names = []
+        return next(text for name, text in _REASONS.items() if mask & pynvml.__dict__[f"nvmlClocksEventReason{name}"])
     stuck = "a low-power state that nvidia-smi does not show; fix: shut down, pull the plug for 30 s, start again"
-    return names[0] if names else f"no reason is shown, as in {stuck}"
+    return f"no reason is shown, as in {stuck}"
 
 
 def throttled_seconds(root: Path = Path("/")) -> float:

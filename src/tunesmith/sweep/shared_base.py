@@ -82,8 +82,10 @@ class SharedBase:
 class RungTrainer(Trainer):
     """A Trainer that leaves its run after step `until`, saved, as a signal would; None: it trains to the end.
 
-    `say` takes a line where a signal comes: the run itself says nothing to the user.
+    `say` takes a line where a signal comes: the run itself says nothing to the user. The micro batch is one for all.
     """
+
+    halve = False
 
     def __init__(self, *parts: Any, until: int | None, say: Callable[[str], None]) -> None:
         super().__init__(*parts)
@@ -92,10 +94,6 @@ class RungTrainer(Trainer):
     def fit(self) -> Result:
         self.stop.hold(self.say)
         return super().fit()
-
-    def smaller(self) -> str:
-        """None: it is one for all candidates."""
-        return ""
 
     def over(self) -> bool:
         return super().over() or (self.until is not None and self.progress.step >= self.until)

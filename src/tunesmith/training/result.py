@@ -104,11 +104,16 @@ def non_finite_error(
 
 
 def stopped_by(
-    asked: Sequence[tuple[Shortage | None, str | None]], run: Run, progress: Progress, ranks: Ranks, smaller: str = ""
+    asked: Sequence[tuple[Shortage | None, str | None]],
+    run: Run,
+    progress: Progress,
+    ranks: Ranks,
+    *,
+    halve: bool = True,
 ) -> StoppedError:
     """The end of a run for want of memory, by a signal, or by the file `stop`, which is removed, after a step was saved.
 
-    `asked`: what each rank was asked for; `smaller`: the micro batch that another start may take where memory was short. The exit code is 75. Under torchrun, which starts a rank of any code but 0 again,
+    `asked`: what each rank was asked for; `halve`: where memory was short, another start may take half the micro batch. The exit code is 75. Under torchrun, which starts a rank of any code but 0 again,
     it is 0, and a rank of each run directory writes stopped.json; for want of memory always.
     """
     out, step, again = Path(run.output_dir), progress.step, "start the same command again: it goes on from there"
@@ -117,6 +122,7 @@ def stopped_by(
     record: dict[str, Any] = {"signal": signal, "reason": "signal" if signal else "file", "step": step, "next": again}
     what, why = f"stopped by {signal or 'the file stop'}", ""
     if shortage is not None:
+        smaller = halved(run, progress.micro_batch) if halve else ""
         advice = smaller and f"; or with train.micro_batch='{smaller}'"
         what, why, again = SHORT, shortage.text, f"{END}, then {again}{advice}"
         record |= {"reason": "memory", "next": again, "smaller": smaller, "figures": shortage.record}

@@ -44,7 +44,7 @@ from tunesmith.runtime.host import return_freed_memory
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StepDropped, StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
-from tunesmith.training.result import Result, failure_of, halved, non_finite_error, stopped_by
+from tunesmith.training.result import Result, failure_of, non_finite_error, stopped_by
 from tunesmith.units import Cadence
 
 
@@ -67,6 +67,8 @@ class Trainer:
         async_metrics: read a step's metrics while the next step runs.
         checkpoint_stalls: seconds that each periodic checkpoint held up the loop.
     """
+
+    halve = True  # the micro batch of the next start, where memory was short
 
     def __init__(self, session: Session, start: Start, sinks: Sinks, stop: StopRequest) -> None:
         self.session, self.run, self.sinks, self.stop = session, session.run, sinks, stop
@@ -254,7 +256,6 @@ class Trainer:
     ) -> StepRecord:
         """The step's record in the form of metrics.jsonl."""
         session, batch, peak = self.session, pending.batch, self.session.peak_tflops
-        work = session.flops(batch.indices, batch.supervised)
         return StepRecord(
             step=pending.step,
             epoch=batch.epoch,
@@ -267,7 +268,7 @@ class Trainer:
             step_seconds=seconds,
             data_seconds=batch.data_seconds,
             tokens_per_second=batch.tokens / seconds,
-            mfu=work / seconds / (peak * 1e12) if peak else None,
+            mfu=session.flops(batch.indices, batch.supervised) / seconds / (peak * 1e12) if peak else None,
             mfu_peak_tflops=peak,
             memory_gib=session.memory_gib(),
             **self.health.read(),
@@ -284,10 +285,9 @@ class Trainer:
 
     def validate(self) -> None:
         """Add the validation loss to the step's record and log it; after a signal the next start does so."""
-        session, progress = self.session, self.progress
+        session, progress, size = self.session, self.progress, self.session.plan.layout.micro_batch
         assert progress.record is not None
         assert session.data.validation is not None
-        size = session.plan.layout.micro_batch
         found = validation_loss(
             session.model,
             session.data.validation,
@@ -367,11 +367,7 @@ class Trainer:
         return_freed_memory()
         self.save()
         asked = self.session.ranks.gather((self.stop.shortage, self.stop.signal))
-        raise stopped_by(asked, self.run, self.progress, self.session.ranks, self.smaller())
-
-    def smaller(self) -> str:
-        """The micro batch that another start may take where memory was short; empty: none but this one."""
-        return halved(self.run, self.progress.micro_batch)
+        raise stopped_by(asked, self.run, self.progress, self.session.ranks, halve=self.halve)
 
     def end(self) -> Result:
         """The last checkpoint and final/; a signal that cut off the last validation leaves both to the next start."""
