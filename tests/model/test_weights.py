@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from page_cache import resident
+from ranks import run_ranks
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.hub import fetch
@@ -354,39 +354,38 @@ def test_a_bad_folder_is_named_with_what_mends_it(folder: Path, case: str) -> No
     assert caught.value.fix, text
 
 
-MEASURE = """
-import sys, torch
-from pathlib import Path
-from tunesmith.config.schema import Model
-from tunesmith.model import load
-from tunesmith.model.weights import load_weights
-def status(key):
-    return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(key))
-folder, spec = Path(sys.argv[1]), Model(name="x", dtype=sys.argv[2])
-model = load.build_on_meta(load.load_config(folder, spec), spec)
-load.materialise(model, torch.device("cpu"))
-open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
-load_weights(model, folder)
-size = sum(p.numel() * p.element_size() for p in model.parameters())
-print(status("VmHWM") - before - size, size)
-"""
+def status(key: str) -> int:
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
+
+
+def measure(folder: Path) -> list[tuple[str, int, int]]:
+    """Bytes beside each model at the peak of loading it, and its own."""
+    found = []
+    for dtype in ("bf16", "fp32"):
+        spec = Model(name="x", dtype=dtype)
+        model = load.build_on_meta(load.load_config(folder, spec), spec)
+        load.materialise(model, torch.device("cpu"))
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        load_weights(model, folder)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        found.append((dtype, status("VmHWM") - before - size, size))
+    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_peak_memory_is_the_model_and_one_slice(tmp_path: Path, dtype: str) -> None:
+def test_peak_memory_is_the_model_and_one_slice(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 32000}
-    LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8)).save_pretrained(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), dtype], check=True, capture_output=True, text=True
-    )
-    extra, size = map(int, done.stdout.split())
-    assert size > 90 << 20
-    # the stage of 16 MiB where dtypes differ, and what the allocator and lazily loaded code take
-    assert extra < (24 << 20), f"{extra / 2**20:.1f} MiB beside a model of {size / 2**20:.0f} MiB"
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8))
+    model.to_empty(device="cpu").save_pretrained(tmp_path)
+    (found,) = run_ranks(1, measure, tmp_path)
+    for dtype, extra, size in found:
+        assert size > 90 << 20
+        # the stage of 16 MiB where dtypes differ, and what the allocator and lazily loaded code take
+        assert extra < (24 << 20), f"{dtype}: {extra / 2**20:.1f} MiB beside a model of {size / 2**20:.0f} MiB"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages")
