@@ -1,12 +1,14 @@
-"""The command line in a process of its own that starts at once: forked from the one that `ranks` forks its ranks from, which
-has torch and Transformers loaded. For tests of signals, streams and limits, to which how Python starts is nothing.
+"""The command line, or another program, in a process of its own that starts at once: forked from the one that `ranks` forks
+its ranks from, which has torch and Transformers loaded. For tests to which how Python starts is nothing.
 """
 
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import pkgutil
+import runpy
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ ENTRIES = {
     "tunesmith.launch.node": "tunesmith.launch.node:run_agent",
     "torch.distributed.run": "torch.distributed.run:main",
 }
+CLOSED = -1
 
 
 class Warm:
@@ -34,25 +37,27 @@ class Warm:
     Args:
         words: of the command line, after the program.
         env, cwd: of the process; the test's own where not said.
-        stdin, stdout, stderr: file descriptors; without one stdin is empty, and what is written is kept for `communicate`.
+        streams: file descriptors of stdin, stdout and stderr, or CLOSED; without one stdin is empty, and what is written is
+            kept for `communicate`.
         prepare: a function that a process can import, called in it before anything else.
-        module: that `python -m` would run, one of ENTRIES.
+        program: that runs in place of the command line: a module of ENTRIES, the file of a script, or code.
     """
 
     def __init__(
         self,
-        words: Sequence[str],
+        words: Sequence[object],
         *,
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
         streams: Sequence[int | None] = (None, None, None),
         prepare: Callable[[], object] | None = None,
-        module: str = "tunesmith",
+        program: str | Path = "tunesmith",
     ) -> None:
         self._kept = [tempfile.TemporaryFile("w+b") if fd is None else None for fd in streams]  # noqa: SIM115
         fds = [fd if kept is None else kept.fileno() for fd, kept in zip(streams, self._kept, strict=True)]
         environment = dict(os.environ if env is None else env)
-        arguments = (module, list(words), environment, str(cwd or Path.cwd()), [_Descriptor(fd) for fd in fds], prepare)
+        descriptors = [fd if fd == CLOSED else _Descriptor(fd) for fd in fds]
+        arguments = (str(program), [*map(str, words)], environment, str(cwd or Path.cwd()), descriptors, prepare)
         self._process = forkserver().Process(target=_run, args=arguments)
         self._process.start()
         assert self._process.pid is not None
@@ -86,11 +91,26 @@ class Warm:
         return _text(self._kept[1]), _text(self._kept[2])
 
 
-def run_warm(words: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """`tunesmith WORDS` to its end."""
+def run_warm(words: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
+    """`tunesmith WORDS` to its end, or that of `program`."""
     started = Warm(words, **options)
     out, err = started.communicate()
     return subprocess.CompletedProcess(words, started.wait(), out, err)
+
+
+def read_hub_settings() -> None:
+    """Before a command: huggingface_hub takes HF_HOME, HF_ENDPOINT and others of its environment as it is imported."""
+    from huggingface_hub import constants
+
+    importlib.reload(constants)
+
+
+def run_python(command: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
+    """In the place of `subprocess.run`: a program of Python to its end, forked; of its options `env`, `cwd` and `prepare` count."""
+    assert command[0] == sys.executable, command
+    count = 3 if command[1] == "-m" else 2
+    given = {name: options[name] for name in ("env", "cwd", "prepare") if name in options}
+    return run_warm(command[count:], program=command[count - 1], **given)
 
 
 class _Descriptor:
@@ -168,7 +188,7 @@ def _become(module: str, words: list[str], env: dict[str, str] | None, streams: 
 
 
 def _run(
-    module: str,
+    program: str,
     words: list[str],
     env: dict[str, str],
     cwd: str,
@@ -176,10 +196,14 @@ def _run(
     prepare: Callable[[], object] | None,
 ) -> None:
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        os.dup2(streams[fd], fd)
-        os.close(streams[fd])
-        mode, errors = ("r", "strict") if fd == 0 else ("w", "backslashreplace" if fd == 2 else "strict")
-        stream = os.fdopen(fd, mode, encoding="utf-8", errors=errors, closefd=False, buffering=1)
+        stream = None  # as Python starts with a closed one
+        if streams[fd] == CLOSED:
+            os.close(fd)
+        else:
+            os.dup2(streams[fd], fd)
+            os.close(streams[fd])
+            mode, errors = ("r", "strict") if fd == 0 else ("w", "backslashreplace" if fd == 2 else "strict")
+            stream = os.fdopen(fd, mode, encoding="utf-8", errors=errors, closefd=False, buffering=1)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     os.environ.clear()
@@ -187,5 +211,11 @@ def _run(
     os.chdir(cwd)
     if prepare:
         prepare()
-    sys.argv = [module, *words]
-    sys.exit(pkgutil.resolve_name(ENTRIES[module])())
+    sys.argv = [program, *words]
+    if program in ENTRIES:
+        sys.exit(pkgutil.resolve_name(ENTRIES[program])())
+    if program.endswith(".py"):
+        sys.path.insert(0, str(Path(program).parent))
+        runpy.run_path(program, run_name="__main__")
+    else:
+        exec(program, {"__name__": "__main__"})

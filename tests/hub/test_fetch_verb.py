@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from warm import read_hub_settings, run_warm
 
 from .standin import COMMIT, Repo, StandIn
 
@@ -28,10 +28,7 @@ def fetch(tmp_path: Path):
         base = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
         base |= {"HF_HOME": str(tmp_path / "home"), "TUNESMITH_CACHE": str(tmp_path / "own"), "HF_HUB_DISABLE_XET": "1"}
         base |= {"HF_ENDPOINT": hub.url} if hub else {"HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", "tunesmith", "fetch", *words],
-            check=False, env=base | env, capture_output=True, text=True, timeout=120, cwd=tmp_path,
-        )  # fmt: skip
+        done = run_warm(["fetch", *words], env=base | env, cwd=tmp_path, prepare=read_hub_settings)
         assert "Traceback" not in done.stderr, done.stderr
         return done.returncode, done.stdout, done.stderr
 

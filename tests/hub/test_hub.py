@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from warm import read_hub_settings, run_warm
 
 from .standin import COMMIT, Repo, StandIn, sha256
 
@@ -70,14 +71,7 @@ def ask(tmp_path: Path):
         )
         if token:
             env["HF_TOKEN"] = token
-        done = subprocess.run(
-            [sys.executable, "-c", CLIENT, json.dumps(spec)],
-            check=False,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = run_warm([json.dumps(spec)], program=CLIENT, env=env, prepare=read_hub_settings)
         assert "Traceback" not in done.stderr, done.stderr
         for secret in (TOKEN, "s3cr3t"):
             assert secret not in done.stdout + done.stderr

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from warm import read_hub_settings, run_warm
 
 from .standin import Repo, StandIn
 
@@ -18,9 +19,7 @@ def test_a_model_from_the_hub_learns_a_file_of_ones_own(tiny: Path, tmp_path: Pa
     words = ["--model", "someone/Tiny-1B", "--data", "faq.csv", "model.dtype=fp32", "train.duration=2 steps"]
 
     def tunesmith(verb: str, hub: StandIn) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tunesmith", verb, *words]
-        keys = env | {"HF_ENDPOINT": hub.url}
-        return subprocess.run(command, check=False, env=keys, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        return run_warm([verb, *words], env=env | {"HF_ENDPOINT": hub.url}, cwd=tmp_path, prepare=read_hub_settings)
 
     with StandIn({"someone/Tiny-1B": Repo(files)}) as hub:
         looked = tunesmith("data", hub)

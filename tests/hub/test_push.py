@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,10 @@ from huggingface_hub import ModelCard
 from recipes import make_run
 from tunesmith.checkpoint.state import prune
 from tunesmith.config.load import load_recipe
+from tunesmith.hub import hub_calls
 from tunesmith.inference.merge import merge
 from tunesmith.training.run import train
+from warm import read_hub_settings, run_warm
 
 from .upload_standin import TOKEN, UploadHub
 
@@ -55,11 +55,9 @@ def on_the_hub(run: Path, place: Path) -> Path:
 
 
 # A call that fails is tried five times; the pauses between them are short here.
-PROGRAM = """import sys
-from tunesmith.hub import hub_calls
-hub_calls.PAUSE = 0.01
-from tunesmith.cli.main import main
-sys.exit(main())"""
+def prepare() -> None:
+    read_hub_settings()
+    hub_calls.PAUSE = 0.01
 
 
 def push(*words: object, hub: UploadHub | None = None, token: str | None = TOKEN, **env: str):
@@ -67,10 +65,7 @@ def push(*words: object, hub: UploadHub | None = None, token: str | None = TOKEN
     base |= {"HF_HOME": "/nonexistent", "HF_HUB_DISABLE_XET": "1", "NO_COLOR": "1"}
     base |= {"HF_ENDPOINT": hub.url} if hub else {}
     base |= {"HF_TOKEN": token} if token else {}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "push", *map(str, words)],
-        check=False, env=base | env, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = run_warm(["push", *words], env=base | env, prepare=prepare)
     assert "Traceback" not in done.stderr, done.stderr
     assert token is None or token not in done.stderr + done.stdout
     return done.returncode, done.stdout, done.stderr

@@ -53,7 +53,7 @@ def test_torchrun_starts_a_killed_rank_again_and_a_sigterm_to_it_saves(tiny: Pat
     words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "tunesmith", "train"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [*words, str(tmp_path / "recipe.yaml")]
-    torchrun = Warm(command, env=env, prepare=fork_ranks, module="torch.distributed.run")
+    torchrun = Warm(command, env=env, prepare=fork_ranks, program="torch.distributed.run")
     try:
         wait_for(torchrun, out, lambda found: len(found) > 5 and any(out.glob("checkpoint-*")))
         psutil.Process(torchrun.pid).children()[1].kill()  # they are started in their order
