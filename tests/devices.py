@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,6 +37,26 @@ def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(hardware.MATMUL_SIZE, "cpu", 256)
     monkeypatch.setattr(hardware, "ROUND_SECONDS", 0.02)
+
+
+def take_small_peak() -> None:
+    """The same in a process that ends with its command."""
+    from tunesmith.metrics import hardware
+
+    hardware.MATMUL_SIZE["cpu"], hardware.ROUND_SECONDS = 256, 0.02
+
+
+@pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of 8 tokens at most: a random model ends none of them by itself."""
+    from tunesmith.inference.decoding import Decoding
+
+    config = Decoding.config
+
+    def short(self: Decoding, **tokens: Any) -> Any:
+        return config(replace(self, max_new_tokens=min(8, self.max_new_tokens)), **tokens)
+
+    monkeypatch.setattr(Decoding, "config", short)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 from tunesmith.model.shapes import find_shape
 from tunesmith.model.spec import read_spec
+from warm import run_warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,8 +18,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="Inductor's internals differ between releases")
 def test_the_operations_are_those_of_the_formula_and_recompute_leaves_out_the_last_product(tmp_path):
-    command = [sys.executable, "benchmarks/count_kernels.py", "--bases", "bf16", "--tokens", "256"]
-    subprocess.run([*command, "--json", str(tmp_path / "counts.json")], cwd=ROOT, check=True, capture_output=True)
+    words = ["--bases", "bf16", "--tokens", "256", "--json", tmp_path / "counts.json"]
+    done = run_warm(words, program=ROOT / "benchmarks/count_kernels.py")
+    assert done.returncode == 0, done.stderr
     counts = json.loads((tmp_path / "counts.json").read_text())["counts"]
     spec = read_spec(find_shape("llama3-8b").config, where="test")
     base = 2 * 256 * spec.layer_matmul / 1e12

@@ -14,6 +14,7 @@ import pytest
 from recipes import recipe
 from tunesmith.cli.bench import add_arguments, check_arguments, recipe_of
 from tunesmith.config.dump import to_yaml
+from warm import run_warm
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 # Notes its arguments, one JSON list a line, and ends as FAILS says: a script of the interpreter in the place of Python
@@ -82,9 +83,8 @@ def test_the_preparation_is_a_script_that_bash_reads() -> None:
 def test_the_micro_timings_run_and_tell_what_failed(tmp_path: Path) -> None:
     """A CPU lacks the fp32 output of a bf16 product, and our kernels in Triton."""
     out = tmp_path / "micro.json"
-    words = [SCRIPTS / "micro.py", out, "--tokens", "64", "--divide", "16", "--repeat", "1"]
-    env = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *map(str, words)], env=env, capture_output=True, text=True, check=False)
+    words = [out, "--tokens", "64", "--divide", "16", "--repeat", "1"]
+    done = run_warm(words, program=SCRIPTS / "micro.py")
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())["milliseconds"]
     failed = {name for name, value in found.items() if isinstance(value, str)}

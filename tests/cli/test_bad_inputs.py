@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 from pathlib import Path
 
@@ -57,8 +56,7 @@ def test_bad_input_of_a_process(case: Case, world: World) -> None:
     before = snapshot(world.folder)
     script = Path(__file__).parents[2] / "scripts" / f"{words[0]}.py"
     if script.exists():
-        command, nothing = [sys.executable, script, *words[1:]], subprocess.DEVNULL
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, stdin=nothing)
+        done = run_warm(words[1:], program=script)
     else:
         done = run_warm(words)
     assert_told(case, world, before, done.returncode, done.stdout, done.stderr)

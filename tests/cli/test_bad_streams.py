@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import pty
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from cli.bad_world import World, records, snapshot, told
 from recipes import write_rows
 from tunesmith.cli.main import main
 from tunesmith.signals import NAMES
-from warm import Warm, take_terminal
+from warm import CLOSED, Warm, take_terminal
 
 SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 
@@ -31,29 +30,48 @@ def shell(text: str, world: World) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def assert_quiet(err: str) -> None:
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+    assert "internal error" not in err
+
+
 # command, redirections, exit code, a part of stderr
 STREAMS: dict[str, tuple[str, str, int, str]] = {
-    "train of a finished run, stdin closed": ("train {run}/config.yaml 'train.duration=4 steps'", "<&- >&-", 0, ""),
-    "recipes, stdout closed": ("recipes", ">&-", 0, ""),
-    "recipes, stdout full": ("recipes", "> /dev/full", 2, "the disk is full\n  where: standard output\n"),
-    "recipes, no reader": ("recipes list --json", "| true", 141, ""),
-    "data, no reader": ("data {run}/config.yaml", "| true", 141, ""),
+    "stdin and stdout closed": ("recipes", "<&- >&-", 0, ""),
+    "stdout full": ("recipes", "> /dev/full", 2, "the disk is full\n  where: standard output\n"),
+    "no reader": ("recipes list --json", "| true", 141, ""),
     "an error, stderr closed": ("train nothing.yaml", "2>&-", 2, ""),
 }
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_streams(name: str, world: World) -> None:
+    """Of a shell, as Python itself starts with them."""
     text, redirected, code, said = STREAMS[name]
-    run = world.begun()
     before = snapshot(world.folder)
-    done = shell(f"{text.format(run=run)} {redirected}", world)
+    done = shell(f"{text} {redirected}", world)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Exception ignored" not in done.stderr
-    assert "internal error" not in done.stderr
+    assert_quiet(done.stderr)
     assert done.stdout == ""
+    assert snapshot(world.folder) == before
+
+
+@pytest.mark.parametrize("name", ["train of a finished run, stdin closed", "data, no reader"])
+def test_streams_of_what_computes(name: str, world: World) -> None:
+    config = str(world.begun() / "config.yaml")
+    before = snapshot(world.folder)
+    if name == "data, no reader":
+        reader, writer = os.pipe()
+        os.close(reader)
+        process = Warm(["data", config], streams=[None, writer, None])
+        os.close(writer)
+    else:
+        process = Warm(["train", config, "train.duration=4 steps"], streams=[CLOSED, CLOSED, None])
+    _, err = process.communicate()
+    assert process.wait() == (141 if name == "data, no reader" else 0), err
+    assert_quiet(err)
     assert snapshot(world.folder) == before
 
 
@@ -61,9 +79,8 @@ def test_streams(name: str, world: World) -> None:
 def test_a_run_does_not_need_its_readers(name: str, world: World) -> None:
     """It trains to its end, and its files hold what was shown."""
     words = world.train("train.duration=30 steps", checkpoint={"every": "10 steps"})
-    if name == "both closed":  # as Python itself starts then
-        done = shell(f"{shlex.join(words)} >&- 2>&-", world)
-        assert (done.returncode, done.stderr) == (0, "")
+    if name == "both closed":
+        assert Warm(words, streams=[None, CLOSED, CLOSED]).wait() == 0
     else:
         reader, full = os.pipe() if name == "both to head" else (None, os.open("/dev/full", os.O_WRONLY))
         process = Warm(words, streams=[None, full, full])

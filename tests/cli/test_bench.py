@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import shutil
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-import tunesmith
+from devices import take_small_peak
 from recipes import make_run, recipe
 from tunesmith.bench import ablation
 from tunesmith.bench.measure import BenchReport
@@ -21,7 +21,9 @@ from tunesmith.config.dump import to_yaml
 from tunesmith.config.schema import FastPath
 from tunesmith.errors import RunError
 from tunesmith.model.shapes import SHAPES, Shape
+from warm import run_python, run_warm
 
+pytestmark = pytest.mark.usefixtures("small_peak")
 Capture = pytest.CaptureFixture[str]
 SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 8,
@@ -135,13 +137,6 @@ def test_what_is_refused_once_the_tokenizer_is_known(small: str, tiny: Path, row
         assert what in capsys.readouterr().err
 
 
-def bench(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, as a compile cache of its own needs."""
-    env = {**os.environ, "PYTHONPATH": str(Path(tunesmith.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tunesmith", *typed(*words)]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
 def test_cold_and_warm_first_steps(tiny: Path, tmp_path: Path) -> None:
@@ -149,7 +144,8 @@ def test_cold_and_warm_first_steps(tiny: Path, tmp_path: Path) -> None:
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
     changes = {"train": {"compile": "on"}, "model": {"attention": "eager"}}  # few graphs: compiling is what takes time
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False, **changes)))
-    done = bench(tmp_path, file, "--cold", "--steps", 1, "--warmup", 0, "--json", out)
+    # In a process of its own, as a compile cache of its own needs.
+    done = run_warm(typed(file, "--cold", "--steps", 1, "--warmup", 0, "--json", out), prepare=take_small_peak)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())["cold"]
     assert 0 < found["warm_first_step_seconds"] < found["first_step_seconds"]
@@ -160,8 +156,7 @@ def test_an_ablation_end_to_end(tiny: Path, tmp_path: Path, capsys: Capture, mon
     """Of the recipe and what it changes each figure is there, the change was made, and one that fails costs only itself."""
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
-    monkeypatch.setenv("PYTHONPATH", str(Path(tunesmith.__file__).parents[1]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(ablation.subprocess, "run", partial(run_python, prepare=take_small_peak))
     words = ["--only", "recomputed", "--rounds", 1, "--steps", 2, "--warmup", 1, "--json", out]
     assert main(typed(file, "--ablation", *words)) == 0
     shown = capsys.readouterr().out
@@ -226,16 +221,18 @@ def test_a_variant_that_a_recipe_has_not_is_refused(tiny: Path, tmp_path: Path, 
     assert "choose from: not packed, recomputed" in capsys.readouterr().err
 
 
-def test_plain_code_in_place_of_a_technique_shares_its_turns(tiny: Path, tmp_path: Path) -> None:
+def test_plain_code_in_place_of_a_technique_shares_its_turns(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """benchmarks/ablation.py: both variants ran, on other code, which gives the same loss in fp32."""
     file, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
     names = ["grouped adapters", "fused modules"]
-    script = [sys.executable, Path(__file__).parents[2] / "benchmarks" / "ablation.py", "--only", *names]
-    command = [*script, "--rounds", 1, "--json", out, file, "--steps", 2, "--warmup", 0]
-    env = {**os.environ, "PYTHONPATH": str(Path(tunesmith.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    script = str(Path(__file__).parents[2] / "benchmarks" / "ablation.py")
+    words = ["--only", *names, "--rounds", 1, "--json", out, file, "--steps", 2, "--warmup", 0]
+    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+    monkeypatch.setattr(ablation.subprocess, "run", partial(run_python, prepare=take_small_peak))
+    runpy.run_path(script, run_name="__main__")
     table = json.loads(out.read_text())["table"]
     assert list(table) == ["as given", *names]
     for row in table.values():

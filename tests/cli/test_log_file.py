@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, RunError
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.training.trainer import Trainer
+from warm import run_warm
 
 TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
 
@@ -68,9 +67,7 @@ def test_a_failure_and_a_stop(world: World, capsys: Capture, monkeypatch: pytest
 def test_a_warning_of_the_package_in_a_process_of_its_own(world: World) -> None:
     """A cache that cannot be written is told by logging, which shows it where no program has set it up."""
     cache = world.write("cache", "a file")
-    env = os.environ | {"TUNESMITH_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [sys.executable, "-m", "tunesmith", *world.train("train.duration=2 steps")]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    done = run_warm(world.train("train.duration=2 steps"), env=os.environ | {"TUNESMITH_CACHE": str(cache)})
     assert done.returncode == EXIT_OK, done.stderr
     warned = [line for line in done.stderr.splitlines() if "kept in memory" in line]
     assert len(warned) == 1

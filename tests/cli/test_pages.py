@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from tunesmith.cli.data import segments
 from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.names import keys, other_tools
 from tunesmith.data.prepare import prepare_data
+from warm import run_warm
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
@@ -78,13 +77,11 @@ def test_the_recipe_of_the_page_is_one(tmp_path: Path) -> None:
 def test_the_tables_of_ranks_are_those_that_were_measured() -> None:
     files = sorted((ROOT / "docs" / "measurements").glob("ranks-*.json"))
     assert files
-    command = [sys.executable, "benchmarks/ranks.py", "--check", "docs/ranks.md", *map(str, files)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_warm(["--check", "docs/ranks.md", *files], program=ROOT / "benchmarks/ranks.py", cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["memory", "plan"])
 def test_the_table_is_what_the_estimate_says(name: str) -> None:
-    command = [sys.executable, f"benchmarks/{name}.py", "--check", f"docs/{name}.md"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_warm(["--check", f"docs/{name}.md"], program=ROOT / "benchmarks" / f"{name}.py", cwd=ROOT)
     assert done.returncode == 0, done.stderr

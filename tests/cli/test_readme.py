@@ -69,7 +69,14 @@ def typed(line: str) -> str:
 
 
 @pytest.fixture
-def place(tiny: Path, tmp_path: Path, small_peak: None, eager_compiler: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(
+    tiny: Path,
+    tmp_path: Path,
+    small_peak: None,
+    short_answers: None,
+    eager_compiler: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
     """A reader's folder: rows, held-out rows, questions, and a recipe of the README on the tiny model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from tunesmith.cli.selfcheck import print_row, verdict
 from tunesmith.config.dump import to_yaml
 from tunesmith.parallel.mesh import MeshShape
 from tunesmith.selfcheck import KINDS, CheckRow, meshes_of
+from warm import fork_ranks, run_warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,7 @@ def commands_of_the_page() -> list[list[str]]:
 
 def test_two_ranks_that_it_starts_pass():
     words = next(words for words in commands_of_the_page() if words[:2] == ["tunesmith", "selfcheck"])
-    done = subprocess.run([sys.executable, "-m", *words, "--json"], capture_output=True, text=True, check=False)
+    done = run_warm([*words[1:], "--json"], prepare=fork_ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert (report["passed"], report["ranks"]) == (True, 2)
@@ -92,8 +92,7 @@ def test_a_failed_check_says_where_what_and_what_to_do(capsys):
 def test_the_page_trains_on_two_ranks(tiny, tmp_path):
     (words,) = [words for words in commands_of_the_page() if words[0] == "torchrun"]
     (tmp_path / "my-recipe.yaml").write_text(to_yaml(recipe(tiny, tmp_path, train={"duration": "2 steps"})))
-    command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run_warm(words[1:], program="torch.distributed.run", prepare=fork_ranks, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     env = json.loads((tmp_path / "run" / "env.json").read_text())
     assert (env["mesh"]["replicate"], (tmp_path / "run" / "final").is_dir()) == (2, True)

@@ -155,6 +155,7 @@ def test_an_accelerate_config_changes_a_recipe(tmp_path: Path) -> None:
     assert run.model.name == "meta-llama/Llama-3.1-8B-Instruct"
 
 
+@pytest.mark.usefixtures("short_answers")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_the_recipe_trains(path: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps on a tiny model, with what this machine lacks taken away: other ranks, rows of the Hub, nf4 and int8."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ import pytest
 
 from recipes import recipe
 from tunesmith.checkpoint.run_dir import STOP_FILE
+from tunesmith.training.trainer import Trainer
 from waiting import wait_for
+from warm import Warm
 from watching import TIME, watching, write_run
 
 
@@ -40,12 +41,22 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
+def take_time() -> None:
+    """Steps that leave the processor to the browser, as on a GPU."""
+    step = Trainer.train_step
+
+    def train_step(self: Trainer, batch: Any) -> Any:
+        time.sleep(0.05)
+        return step(self, batch)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
 def test_it_follows_a_run_that_trains(tiny: Path, tmp_path: Path, visit: Any) -> None:
-    made = recipe(tiny, tmp_path, train={"duration": "100000 steps"}, checkpoint={"every": "5000 steps"},
-                  validate={"every": "500 steps"}, log={"samples": 1})  # fmt: skip
+    made = recipe(tiny, tmp_path, train={"duration": "100000 steps"}, checkpoint={"every": "1000 steps"},
+                  validate={"every": "20 steps"}, log={"samples": 1})  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(made))
-    out, command = tmp_path / "run", [sys.executable, "-m", "tunesmith", "train", str(tmp_path / "recipe.yaml")]
-    training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out, training = tmp_path / "run", Warm(["train", tmp_path / "recipe.yaml"], prepare=take_time)
     try:
         wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size, training)
         with watching(out) as (address, _), visit(address) as seen:
@@ -65,7 +76,6 @@ def test_it_follows_a_run_that_trains(tiny: Path, tmp_path: Path, visit: Any) ->
             assert len([url for url in seen.asked if "events" in url]) == 1
     finally:
         training.kill()
-        training.communicate()
 
 
 def test_axe_finds_nothing_serious(one: str, two: str, visit: Any) -> None:
