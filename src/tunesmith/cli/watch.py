@@ -17,9 +17,8 @@ from functools import partial
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directories, jobs of `tunesmith status`, or HOST:RUN"
-    )
+    what = "run directories, jobs of `tunesmith status`, or HOST:RUN"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--terminal", action="store_true", help="draw in the terminal; q ends it")
     shown.add_argument("--json", action="store_true", help="print where the runs stand, as one JSON object, and end")

@@ -18,7 +18,7 @@ from tunesmith.config.dump import leaves
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.report.compare import RunSummary, Spread, differing_keys, judge, known, summaries_of
-from tunesmith.report.run_files import Columns, RunFiles, downsample, how_it_ended, smooth
+from tunesmith.report.run_files import NO_CHART, Columns, RunFiles, downsample, how_it_ended, smooth
 
 MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart
@@ -33,7 +33,6 @@ MAIN = {  # curves that are shown at once: name -> title, unit, from zero, smoot
     "tokens_per_second": ("Speed", "tokens/s", True, True),
     "memory_gib": ("Peak memory", "GiB", True, False),
 }
-LEFT_OUT = ("step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops")
 
 
 def write_report(runs: Sequence[RunFiles], output: Path, *, markdown: bool = False, note: str = "") -> None:
@@ -77,25 +76,18 @@ def _context(runs: list[RunSummary]) -> dict[str, Any]:
     env = [leaves({k: v for k, v in run.files.env.items() if k not in ("command", *HASHES)}) for run in runs]
     names = dict.fromkeys(key for one in env for key in one if not key.endswith(".why"))
     environment = [(key, [one.get(key) for one in env]) for key in names]
+    # The lowest val_loss first, where they can be compared.
+    order = sorted(range(len(runs)), key=lambda i: (runs[i].best or (math.inf,))[0] if verdict.kind != "none" else 0)
     return {
-        "runs": runs,
-        # The lowest val_loss first, where they can be compared.
-        "board": sorted(
-            range(len(runs)), key=lambda i: (runs[i].best or (math.inf,))[0] if verdict.kind != "none" else 0
-        ),
-        "verdict": verdict,
-        "keys": keys,
+        "runs": runs, "verdict": verdict, "keys": keys, "board": order,
         "board_keys": [one for one in keys if one.learns][:KEYS_IN_BOARD],
         "figures": [(name, [give(run) for run in runs]) for name, give in FIGURES.items()],
         "environment": [(key, values, len({str(value) for value in values}) > 1) for key, values in environment],
-        "charts": _charts(runs),
-        "samples": _samples_of(runs),
+        "charts": _charts(runs), "samples": _samples_of(runs), "time_text": format_seconds,
         "ranks": [(run, _rank_rows(run.files)) for run in runs if run.files.ranks],
         "profiles": [(run, shown) for run in runs if (shown := _profiles(run.files.folder))],
-        "ends": [_end(run) for run in runs],
-        "reproduce": [_reproduce(run) for run in runs],
-        "time_text": format_seconds,
-    }
+        "ends": [_end(run) for run in runs], "reproduce": [_reproduce(run) for run in runs],
+    }  # fmt: skip
 
 
 def _mean(run: RunSummary, name: str) -> Spread | None:
@@ -122,7 +114,7 @@ FIGURES = {  # rows of the table of figures
 
 def _charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
     """What plots.js draws: the main curves, then every other number of the records."""
-    names = dict.fromkeys([*MAIN, *(name for run in runs for name in run.files.columns if name not in LEFT_OUT)])
+    names = dict.fromkeys([*MAIN, *(name for run in runs for name in run.files.columns if name not in NO_CHART)])
     charts = []
     for name in names:
         title, unit, zero, smoothed = MAIN.get(name, (name, "", False, False))
@@ -141,13 +133,12 @@ def _series(run: RunSummary, index: int, name: str, smoothed: bool) -> list[dict
     smoothed = smoothed and len(values) >= 3 * span
     lines = [(f"{run.label}, raw" if smoothed else run.label, values, smoothed)]
     lines += [(run.label, smooth(values, span), False)] if smoothed else []
-    shown = [(label, faint, *downsample(steps, found, POINTS)) for label, found, faint in lines]
-    return [
-        {"label": label, "run": index, "faint": faint, "dots": 2 * len(x) < len(steps), "x": x}
-        | {"y": [float(f"{value:.6g}") for value in y]}
-        for label, faint, x, y in shown
-        if x
-    ]
+    shown = []
+    for label, found, faint in lines:
+        x, y = downsample(steps, found, POINTS)
+        about = {"label": label, "run": index, "faint": faint, "dots": 2 * len(x) < len(steps)}
+        shown += [about | {"x": x, "y": [float(f"{value:.6g}") for value in y]}] if x else []
+    return shown
 
 
 def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
@@ -161,9 +152,8 @@ def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
         if len(first) > 1 and len({answer for *_, answer in first}) == 1:
             first = [("", *first[0][1:])]
         last = [(label, a[-1]["step"], a[-1]["answer"]) for label, a in rows if a[-1]["step"] > 0]
-        between = [
-            (label, row["step"], row["answer"]) for label, a in rows for row in a if 0 < row["step"] < a[-1]["step"]
-        ]
+        middle = [(label, row) for label, a in rows for row in a if 0 < row["step"] < a[-1]["step"]]
+        between = [(label, row["step"], row["answer"]) for label, row in middle]
         found.append({"prompt": prompt, "expected": expected, "before": first, "after": last, "between": between})
     return found
 
@@ -171,7 +161,7 @@ def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
 def _rank_rows(run: RunFiles) -> dict[str, Any]:
     """Mean and maximum of what each rank measured of itself."""
     ranks: dict[int, Columns] = {0: run.columns} | run.ranks
-    names = list(dict.fromkeys(name for columns in run.ranks.values() for name in columns if name not in LEFT_OUT))
+    names = list(dict.fromkeys(name for columns in run.ranks.values() for name in columns if name not in NO_CHART))
     rows = {rank: [known(columns.get(name, [])) for name in names] for rank, columns in sorted(ranks.items())}
     cells = {rank: [(Spread.of(one), max(one, default=None)) for one in row] for rank, row in rows.items()}
     return {"names": names, "rows": cells}

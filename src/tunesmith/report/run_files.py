@@ -26,6 +26,8 @@ from tunesmith.launch.jobs import is_locked
 
 Columns = dict[str, list[float | None]]
 
+# Of the records: counts and positions, no curves.
+NO_CHART = ("step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops")
 METRICS, SAMPLES, LOG, FAILURE = "metrics.jsonl", "samples.jsonl", "log.txt", "failure.json"
 FAILURE_FIELDS = ("what", "where", "why", "cause", "rank", "host", "phase", "collective", "last_step", "next")
 LINES = 512  # of a file that are parsed at a time: what one bad line spoils

@@ -192,12 +192,9 @@ class Sweep:
         out = (until or self.fixed["steps"], math.inf, "diverged")
         found = out if out[0] >= out_at else self._reached(candidate, until)
         if found is None:
-            hooks: dict[str, Any] = {
-                "build": self.shared.build,
-                "trainer": partial(RungTrainer, until=until, say=self.say),
-            }
+            trainer, base = partial(RungTrainer, until=until, say=self.say), self.shared.build
             try:
-                start_run(candidate.run, self.stop, self.ranks, say=None, argv=self.argv, **hooks)
+                start_run(candidate.run, self.stop, self.ranks, say=None, argv=self.argv, build=base, trainer=trainer)
                 found = self._reached(candidate, until)
             except StoppedError as error:
                 if isinstance(error, ShortOfMemoryError):

@@ -67,11 +67,8 @@ class SharedBase:
         """Let compiled layers train by the graphs of this shape of adapter, which its first step makes."""
         if not self.first.plan.compiled:
             return
-        shape = (
-            adapter.rank,
-            adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank),
-            adapter.dropout,
-        )
+        rank = adapter.rank
+        shape = (rank, adapter.alpha / (math.sqrt(rank) if adapter.rslora else rank), adapter.dropout)
         if shape not in self.compiled:
             self.compiled[shape] = compilation.compile_apart(f"forward_{len(self.compiled)}")
         layer: Any

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tunesmith.config.dump import leaves
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import Job, find_job
-from tunesmith.report.run_files import RunFiles, downsample, holds_run, how_it_ended, smooth
+from tunesmith.report.run_files import NO_CHART, RunFiles, downsample, holds_run, how_it_ended, smooth
 from tunesmith.units import Length
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ PANELS = (
 # What each rank has of its own; the rest of its records is that of all.
 _OF_RANKS = {"memory_gib", "host_memory_percent", "gpu_utilization", "gpu_power_watts", "gpu_temperature_celsius", "gpu_clock_mhz",
              "network_bytes_per_second", "nvlink_bytes_per_second", "product_tflops", "data_seconds"}  # fmt: skip
-# Counts and positions; `tokens` over the run are an axis.
-_NO_PANEL = {"step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops"}
-_KNOWN = {column for panel in PANELS for column in panel.columns} | _NO_PANEL
+_KNOWN = {column for panel in PANELS for column in panel.columns} | {*NO_CHART}
 
 
 class WatchedRun:

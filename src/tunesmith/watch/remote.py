@@ -33,9 +33,8 @@ def split_remote(word: str) -> tuple[str, str]:
     """`host:runs/x` as host and folder, as scp reads it."""
     if found := _WORD.fullmatch(word):
         return found[1], found[2]
-    raise UsageError(
-        f"{word!r} is neither a path nor HOST:RUN", where="command line", fix="tunesmith watch spark-b:runs/my-run"
-    )
+    what, fix = f"{word!r} is neither a path nor HOST:RUN", "tunesmith watch spark-b:runs/my-run"
+    raise UsageError(what, where="command line", fix=fix)
 
 
 class RemoteRun:
@@ -81,9 +80,8 @@ class RemoteRun:
 
     def _connect(self) -> None:
         self._tried = time.monotonic()
-        program = Path(__file__).with_name("sender.py").read_bytes() + (
-            f"\nimport fcntl\nLOCK = {LOCK!r}\n{inspect.getsource(is_locked)}\nserve_run({self.place!r})\n".encode()
-        )
+        start = f"\nimport fcntl\nLOCK = {LOCK!r}\n{inspect.getsource(is_locked)}\nserve_run({self.place!r})\n"
+        program = Path(__file__).with_name("sender.py").read_bytes() + start.encode()
         boot = f"import sys;exec(sys.stdin.buffer.read({len(program)}))"
         words = [SSH[0], "-C", *SSH[1:], "--", self.host, f"exec python3 -c {shlex.quote(boot)}"]
         pipe = subprocess.PIPE

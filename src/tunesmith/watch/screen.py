@@ -43,19 +43,16 @@ class WatchScreen(App[None]):
     VerticalScroll > Static { padding: 0 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        ("n", "turn(1)", "next charts"),
-        ("p", "turn(-1)", "charts before"),
-        ("x", "axis", "steps, tokens, time"),
-        ("z", "zoom", "all, last half, last tenth"),
-        ("q", "quit", "end"),
-        Binding("ctrl+c", "quit", show=False, priority=True),
-    ]
+        ("n", "turn('page', 1)", "next charts"), ("p", "turn('page', -1)", "charts before"),
+        ("x", "turn('axis', 1)", "steps, tokens, time"), ("z", "turn('part', 1)", "all, last half, last tenth"),
+        ("q", "quit", "end"), Binding("ctrl+c", "quit", show=False, priority=True),
+    ]  # fmt: skip
 
     def __init__(self, runs: Sequence[WatchedRun]) -> None:
         super().__init__()
         self.runs = runs
         self._lock = threading.Lock()
-        self._first, self._axis, self._part = 0, 0, 0
+        self._shown = {"page": 0, "axis": 0, "part": 0}
 
     def compose(self) -> ComposeResult:
         yield Static(id="runs")
@@ -69,9 +66,8 @@ class WatchScreen(App[None]):
         yield Footer()
 
     def on_mount(self) -> None:
-        asyncio.get_running_loop().add_signal_handler(
-            signal.SIGTERM, self.exit
-        )  # an exception would show as a traceback
+        # An exception would show as a traceback.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.exit)
         self._show()
         self.set_interval(POLL, self._look)
 
@@ -81,29 +77,21 @@ class WatchScreen(App[None]):
         if any(changed):
             self.call_from_thread(self._show)
 
-    def action_turn(self, pages: int) -> None:
-        self._first += pages * SHOWN
-        self._show()
-
-    def action_axis(self) -> None:
-        self._axis = (self._axis + 1) % len(AXES)
-        self._show()
-
-    def action_zoom(self) -> None:
-        self._part = (self._part + 1) % len(PARTS)
+    def action_turn(self, what: str, by: int) -> None:
+        self._shown[what] += by
         self._show()
 
     def _show(self) -> None:
-        axis = AXES[self._axis]
+        axis, part = AXES[self._shown["axis"] % len(AXES)], PARTS[self._shown["part"] % len(PARTS)]
         with self._lock:
             ends = [run.axis(axis)[-1] for run in self.runs if run.axis(axis)]
-            low = max(ends, default=0.0) * (1 - PARTS[self._part])
+            low = max(ends, default=0.0) * (1 - part)
             panels = curves(self.runs, axis, low, float("inf"), self.size.width)
             states = [run.status() for run in self.runs]
             texts = [run.texts() for run in self.runs]
         self.query_one("#runs", Static).update(_summary(states))
-        self._first = min(max(0, self._first), max(0, len(panels) - 1) // SHOWN * SHOWN)
-        for plot, panel in zip(self.query(PlotextPlot), panels[self._first :] + [None] * SHOWN, strict=False):
+        self._shown["page"] = page = min(max(0, self._shown["page"]), max(0, len(panels) - 1) // SHOWN)
+        for plot, panel in zip(self.query(PlotextPlot), panels[page * SHOWN :] + [None] * SHOWN, strict=False):
             self._draw(plot, panel, axis)
         self.query_one("#samples-text", Static).update(_samples(states, texts))
         self.query_one("#recipe-text", Static).update(_recipe(states, texts))
@@ -125,13 +113,8 @@ class WatchScreen(App[None]):
                 ends = [min([*ends, x[0]]), max([*ends, x[-1]])]
                 colour = COLOURS[(row["run"] if many else row["rank"] or held_out) % len(COLOURS)]
                 draw = plot.plt.scatter if held_out and many else plot.plt.plot
-                draw(
-                    x,
-                    row["y"],
-                    label=" ".join(names) if len(rows) > 1 else None,
-                    color=colour,
-                    marker="dot" if held_out else "braille",
-                )
+                label, marker = " ".join(names) if len(rows) > 1 else None, "dot" if held_out else "braille"
+                draw(x, row["y"], label=label, color=colour, marker=marker)
             ticks = [ends[0] + (ends[1] - ends[0]) * part / 4 for part in range(5)]
             plot.plt.xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
         plot.refresh()
@@ -145,10 +128,9 @@ def _summary(states: Sequence[dict[str, Any]]) -> Table:
         left = f", {format_seconds(state['seconds_left'])} left" if state["seconds_left"] is not None else ""
         style = {"running": "bold green", "failed": "bold red", "killed": "bold red"}.get(state["state"], "bold")
         table.add_row(Text.assemble((state["name"], "bold"), "  ", (state["state"], style), f"  {steps}{left}"))
-        shown = [
-            (label, form.format(state["figures"][name])) for name, label, form in FIGURES if name in state["figures"]
-        ]
-        table.add_row(Text("  ".join(f"{label} {value}" for label, value in shown)))
+        figures = state["figures"]
+        shown = [f"{label} {form.format(figures[name])}" for name, label, form in FIGURES if name in figures]
+        table.add_row(Text("  ".join(shown)))
         told = [f"{key}: {value}" for key, value in state["end"].items()]
         told += state["warnings"][-3:]
         told += [f"no connection: {state['lost']}"] if state["lost"] else []
@@ -167,9 +149,7 @@ def _samples(states: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]]) 
                 run = f"{state['name']}, " if len(states) > 1 else ""
                 shown.append(f"  {run}step {row['step']}: ", style="dim").append(f"{row['answer']}\n")
         shown.append("\n")
-    return (
-        shown if shown else Text("no samples yet: log.samples=4 lets the model answer four prompts at each validation")
-    )
+    return shown or Text("no samples yet: log.samples=4 lets the model answer four prompts at each validation")
 
 
 def _recipe(states: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]]) -> Table:

@@ -19,17 +19,9 @@ if TYPE_CHECKING:
 QUIET = 120  # seconds
 BLOCK = 8 << 20  # bytes
 NAMES = (
-    "config.yaml",
-    "env.json",
-    "metrics.jsonl",
-    "metrics-rank*.jsonl",
-    "samples.jsonl",
-    "log.txt",
-    "failure.json",
-    "stopped.json",
-    "running.json",
-    "final/manifest.json",
-)
+    "config.yaml", "env.json", "metrics.jsonl", "metrics-rank*.jsonl", "samples.jsonl", "log.txt", "failure.json", "stopped.json",
+    "running.json", "final/manifest.json",
+)  # fmt: skip
 
 
 def answer_changes(folder: str, known: Dict[str, List[int]]) -> None:  # noqa: UP006

@@ -30,6 +30,7 @@ POLL = 1.0  # seconds between two looks at the runs
 SHARE = 0.02  # of one core, at most, goes into curves that nobody asked for: those of a long run come less often
 QUIET = 15.0  # seconds after which a line is sent to find out whether the page is still there
 POINTS = 4000  # of one series, at most
+JSON = "application/json"
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -91,17 +92,17 @@ class Page:
         with self.lock:
             body = to_json(curves(self.runs, request.query_params.get("x", "step"), low, high, points, most))
         self._cost = time.thread_time() - began
-        return Response(body, media_type="application/json")
+        return Response(body, media_type=JSON)
 
     def table(self, request: Request) -> Response:
         """The records of a window of steps, `rows` of them."""
-        low, high, rows = _window(request, "rows", 25, POINTS)
+        window = _window(request, "rows", 25, POINTS)
         with self.lock:
-            return Response(to_json([run.table(low, high, rows) for run in self.runs]), media_type="application/json")
+            return Response(to_json([run.table(*window) for run in self.runs]), media_type=JSON)
 
     def texts(self, request: Request) -> Response:
         with self.lock:
-            return Response(to_json([run.texts() for run in self.runs]), media_type="application/json")
+            return Response(to_json([run.texts() for run in self.runs]), media_type=JSON)
 
     async def events(self, request: Request) -> Response:
         return StreamingResponse(self._events(), media_type="text/event-stream")
