@@ -223,9 +223,9 @@ def _noise(ranking: Sequence[Contender]) -> tuple[float | None, str]:
         times = STUDENT[freedom - 1] if freedom <= len(STUDENT) else NOISES
         least = times * deviation * math.sqrt(1 / first.score.count + 1 / second.score.count)
         text = (
-            f"Noise: from seed to seed val_loss differs by {deviation:.4f} (standard deviation over a recipe's seeds); "
+            f"Noise: from seed to seed val_loss differs by {deviation:.4f} (standard deviation over a recipe's seeds)"
         )
-        return least, f"{text}once in 20 times seeds alone make a difference above {least:.4f}."
+        return least, text + f"; once in 20 times seeds alone make a difference above {least:.4f}."
     run = first.runs[0]
     seed, folder = run.files.recipe.get("train", {}).get("seed", 42), run.files.folder
     again = f"tunesmith train {folder}/config.yaml train.seed={seed + 1} output_dir={folder}-seed-{seed + 1}"
@@ -269,8 +269,8 @@ def _cautions(runs: Sequence[RunSummary], first: Contender | None) -> list[str]:
         value, step = run.best or (0.0, 0)
         last = run.validations[-1][1] if run.validations else value
         if last > value + NOISES * (wobble([v for _, v in run.validations]) or 0.0) and last > value:
-            kept = f"above that of step {step}, whose checkpoint is kept."
-            said.append(f"{run.label} ends at val_loss {last:.4f}, {kept}")
+            text = f"{run.label} ends at val_loss {last:.4f}"
+            said.append(f"{text}, above that of step {step}, whose checkpoint is kept.")
     early = [run for run in runs if run.files.state != "finished"]
     if told := ", ".join(f"{run.label} ({run.files.state} at step {run.steps})" for run in early):
         said.append(f"Not at their end: {told}. Their val_loss might go on falling.")

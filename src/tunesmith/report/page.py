@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -171,10 +172,8 @@ def _profiles(folder: Path) -> list[dict[str, Any]]:
     """The summaries of `profile/`, each with its name."""
     found = []
     for path in sorted(folder.glob("profile/summary-rank*.json")):
-        try:
+        with suppress(ValueError):  # of a copy that was cut off
             found.append({"name": path.stem.removeprefix("summary-"), **json.loads(path.read_bytes())})
-        except ValueError:  # a copy that was cut off
-            continue
     return found
 
 

@@ -125,6 +125,7 @@ class RunFiles:
         samples: `{"step", "prompt", "answer", "expected"}`, in the order of the steps; step 0 is before training.
         failure, stopped: failure.json and stopped.json, None without one.
         state: running | finished | stopped | failed | killed.
+        revision: goes up when the recipe or the samples change.
         log_tail, warnings: the last lines of log.txt; the newest warnings of all of it, each once.
     """
 
@@ -140,6 +141,7 @@ class RunFiles:
         self.log_tail: list[str] = []
         self.warnings: list[str] = []
         self.state = "killed"
+        self.revision = 0
         self.ranks: dict[int, Columns] = {}
         self._metrics, self._log = JsonlColumns(self.folder / METRICS), AppendedLines(self.folder / LOG)
         self._of_ranks: dict[int, JsonlColumns] = {}
@@ -166,6 +168,7 @@ class RunFiles:
         for name, (attribute, read) in PARTS.items():
             if self._changed(name):
                 changed, vars(self)[attribute] = True, read(self.folder / name)
+                self.revision += name in (RECIPE, SAMPLES)
         self.state = self._state()
         return changed or self.state != before
 

@@ -90,11 +90,9 @@ def sample(
     for _ in range(search.candidates):
         trial = study.ask()
         values = {key: str(trial.suggest_categorical(key, listed)) for key, listed in space.choices.items()}
-        for key, span in space.ranges.items():
-            if span.whole:
-                values[key] = str(trial.suggest_int(key, int(span.low), int(span.high), log=span.log))
-            else:
-                values[key] = f"{trial.suggest_float(key, span.low, span.high, log=span.log):.4g}"
+        for key, (low, high, whole) in space.ranges.items():
+            draw, log = trial.suggest_int if whole else trial.suggest_float, space.ranges[key].log
+            values[key] = f"{draw(key, low, high, log=log):{'d' if whole else '.4g'}}"
         candidate = make(values)
         for number, step in enumerate([*rungs, None]):
             loss = measure(candidate, step)

@@ -15,13 +15,10 @@ from tunesmith.config.typed import members
 from tunesmith.errors import RecipeError
 
 FILE = "sweep.json"
-ADAPTER = ("adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora")
-VARIED = ADAPTER + tuple(
-    f"train.{name}"
-    for name in (
-        "learning_rate", "min_learning_rate", "schedule", "warmup", "optimizer", "betas", "eps", "weight_decay", "clip_norm",
-        "seed",
-    )
+VARIED = (
+    "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora", "train.learning_rate", "train.min_learning_rate",
+    "train.schedule", "train.warmup", "train.optimizer", "train.betas", "train.eps", "train.weight_decay", "train.clip_norm",
+    "train.seed",
 )  # fmt: skip
 # Why the others may not: by the longest beginning of the key.
 REASONS = {
@@ -69,8 +66,10 @@ class Space:
 
     def plain(self) -> dict[str, list[str] | str]:
         """By key the listed values, or the range, as text."""
-        listed: dict[str, list[str] | str] = {key: list(values) for key, values in self.choices.items()}
-        return listed | {key: str(span) for key, span in self.ranges.items()}
+        return {
+            **{k: list(values) for k, values in self.choices.items()},
+            **{k: str(r) for k, r in self.ranges.items()},
+        }
 
     def widest(self, key: str) -> list[str]:
         """The word that gives `key` the largest of its values; none where it does not vary."""

@@ -6,7 +6,7 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,7 +70,6 @@ class WatchedRun:
         self._axes: dict[str, list[float]] = {}
         self._smooth: list[float | None] = []
         self._ended = how_it_ended(self.files)
-        self._revision, self._texts = 0, (self.files.recipe, self.files.samples)
 
     def refresh(self, lock: threading.Lock) -> bool:
         """Read what was added; whether something changed. The lock is held while what others read is changed."""
@@ -82,9 +81,6 @@ class WatchedRun:
             if changed:
                 self._axes, self._smooth = {}, []
                 self._ended = how_it_ended(self.files)
-            texts = self.files.recipe, self.files.samples
-            if any(new is not old for new, old in zip(texts, self._texts, strict=True)):
-                self._revision, self._texts = self._revision + 1, texts
         return changed or (self.remote is not None and self.remote.lost != before)
 
     def axis(self, name: str) -> list[float]:
@@ -101,9 +97,7 @@ class WatchedRun:
         steps, pace = len(columns.get("step", [])), _recent_mean(columns.get("step_seconds", []))
         step = columns["step"][-1] if steps else 0
         done = self._share_done(step or 0)
-        left = None
-        if files.state == "running" and done and pace:
-            left = (step or 0) * (1 / done - 1) * pace
+        left = (step or 0) * (1 / done - 1) * pace if files.state == "running" and done and pace else None
         figures = {name: value for name in columns if (value := _newest(columns[name])) is not None}
         if recent := _recent_mean(columns.get("tokens_per_second", [])):
             figures["tokens_per_second"] = recent
@@ -112,7 +106,7 @@ class WatchedRun:
         return {
             "name": files.name, "place": self.place, "state": files.state, "lost": self.remote.lost if self.remote else "",
             "step": step, "steps": round(step / done) if step and done else None, "done": done, "seconds_left": left,
-            "figures": figures, "warnings": files.warnings, "end": self._end(), "log": files.log_tail[-LINES:], "texts": self._revision,
+            "figures": figures, "warnings": files.warnings, "end": self._end(), "log": files.log_tail[-LINES:], "texts": files.revision,
         }  # fmt: skip
 
     def _end(self) -> dict[str, Any]:
@@ -125,10 +119,10 @@ class WatchedRun:
         columns = self.files.columns
         with suppress(KeyError, ValueError, TypeError, AttributeError):  # a file that somebody edited
             duration = Length.parse(self.files.recipe["train"]["duration"])
-            epoch = _newest(columns.get("epoch", [])) or 0.0
-            spent = sum(value or 0.0 for value in columns.get("step_seconds", [])) if duration.seconds else 0.0
-            done = spent / duration.seconds if duration.seconds else (epoch if duration.unit == "epochs" else step)
-            return min(1.0, done if duration.seconds else done / duration.amount)
+            if duration.seconds:
+                return min(1.0, sum(value or 0.0 for value in columns.get("step_seconds", [])) / duration.seconds)
+            at = _newest(columns.get("epoch", [])) or 0.0 if duration.unit == "epochs" else step
+            return min(1.0, at / duration.amount)
         return None
 
     def texts(self) -> dict[str, Any]:
@@ -168,12 +162,9 @@ def open_run(word: str, say: Callable[[str], None] | None = None) -> Iterator[Wa
     if ":" in word and not Path(word).exists():
         from tunesmith.watch.remote import RemoteRun, split_remote
 
-        remote = RemoteRun(*split_remote(word))
-        try:
+        with closing(RemoteRun(*split_remote(word))) as remote:
             remote.check()
             yield WatchedRun(remote.copy, remote)
-        finally:
-            remote.close()
     else:
         yield WatchedRun(Path(word) if holds_run(Path(word)) else _begun(find_job(word), say))
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from tunesmith.checkpoint.run_dir import LOCK
 from tunesmith.errors import MachineError, UsageError
+from tunesmith.host_files import write_atomically
 from tunesmith.launch.jobs import is_locked
 from tunesmith.launch.ship import SSH
 
@@ -123,9 +124,7 @@ class RemoteRun:
         path = self.copy / name
         path.parent.mkdir(exist_ok=True)
         if start == 0:
-            fresh = path.with_name(f".{path.name}.new")
-            fresh.write_bytes(data)
-            os.replace(fresh, path)
+            write_atomically(path, data)
         else:
             with path.open("ab") as file:
                 file.write(data)
