@@ -300,14 +300,11 @@ class Heartbeat:
 
     def _failed(self, ranks: Collection[int]) -> dict[str, object]:
         """Where the first of the ranks that are to blame was last."""
-        return next(
-            (
-                {"rank": r, "host": self.hosts[r], "phase": b.phase or None, "collective": b.collective or None}
-                for r, b in enumerate(self.beats)
-                if r in ranks
-            ),
-            {},
-        )
+        for rank in sorted(ranks):
+            beat = self.beats[rank]
+            place = {"phase": beat.phase or None, "collective": beat.collective or None}
+            return {"rank": rank, "host": self.hosts[rank], **place}
+        return {}
 
     def _ended(self) -> list[int]:
         """The ranks of this node whose process is no more."""

@@ -52,11 +52,11 @@ class MemoryFigures:
 
     def describe(self) -> str:
         """The figures in a clause, in GiB."""
-        group = f"; control group {gib(self.used)} of {gib(self.limit)}" if self.limit and self.used else ""
+        group = f"; control group {gib(self.used)} of {gib(self.limit)} GiB" if self.limit and self.used else ""
         return (
             f"MemAvailable {gib(self.available)} of {gib(self.total)}, MemFree {gib(self.free)} "
             f"({gib(self.large_blocks)} in blocks of 2 MiB), page cache {gib(self.cached)}, shared memory "
-            f"{gib(self.shared)}, locked {gib(self.locked)} GiB{group}{' GiB' if group else ''}"
+            f"{gib(self.shared)}, locked {gib(self.locked)} GiB{group}"
         )
 
 
@@ -182,8 +182,7 @@ def available_memory(root: Path = ROOT) -> int:
 
 def unavailable_percent(root: Path = ROOT) -> float:
     """100 less the available share of the host's memory."""
-    if figures := read_memory(root):
-        return 100 * (1 - figures.available / figures.total)
     import psutil
 
-    return float(psutil.virtual_memory().percent)
+    figures = read_memory(root) or psutil.virtual_memory()
+    return 100.0 * (1 - figures.available / figures.total)

@@ -24,6 +24,7 @@ from tunesmith.config.schema import Checkpoint, Log, Run, Validate
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import TunesmithError
 from tunesmith.metrics.hardware import MATMUL_SIZE, matmul_tflops, seconds_of
+from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
@@ -170,7 +171,7 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
         session = build(run, Start(), say=say, weights=plan.weights, measured=True)
         seen = Observed(time.perf_counter() - began, graphs)
         per_epoch = session.data.schedule.steps_per_epoch(0)
-        sinks = Sinks([Terminal(None, total_steps=session.total_steps, steps_per_epoch=per_epoch)])
+        sinks = Sinks([Terminal(LogFile(), total_steps=session.total_steps, steps_per_epoch=per_epoch)])
         trainer = Trainer(session, Start(), sinks, StopRequest())
         profiler = Profiler(run.profile, plan.traces or folder, rank=0, device=session.device)
         sinks.open(run, 0)

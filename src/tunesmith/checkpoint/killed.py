@@ -19,10 +19,7 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def _boot() -> str:
-    try:
-        return BOOT.read_text().strip()
-    except OSError:  # not Linux
-        return ""
+    return BOOT.read_text().strip() if BOOT.exists() else ""  # not Linux
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ partial last line.
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -119,16 +119,20 @@ def read_records(path: str | Path) -> list[StepRecord]:
     return records
 
 
-def cut_back(path: str | Path, step: int) -> int:
+def _step_of(line: bytes) -> int:
+    return StepRecord.from_json(line).step
+
+
+def cut_back(path: str | Path, step: int, step_of: Callable[[bytes], int] = _step_of) -> int:
     """Remove from a metrics.jsonl, in one move, the records after `step` and every unreadable line; return how many.
 
-    Lines that stay are not changed by a byte. A missing file stays missing.
+    Lines that stay are not changed by a byte. A missing file stays missing. `step_of` reads the step of a line.
     """
     path, kept = Path(path), []
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError):
-            if line.endswith(b"\n") and 0 < StepRecord.from_json(line).step <= step:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if line.endswith(b"\n") and 0 <= step_of(line) <= step:
                 kept.append(line)
     if len(kept) < len(lines):
         write_atomically(path, b"".join(kept))

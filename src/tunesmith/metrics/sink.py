@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError
-from tunesmith.host_files import write_atomically
 from tunesmith.metrics.record import StepRecord, cut_back
 
 
@@ -141,15 +140,7 @@ class SamplesSink(Sink):
         self.path = path
 
     def open(self, run: Run, resumed_at: int) -> None:
-        lines = self.path.read_bytes().splitlines(keepends=True) if resumed_at and self.path.is_file() else []
-        kept = []
-        for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                kept += [line] if json.loads(line)["step"] <= resumed_at else []
-        if kept:
-            write_atomically(self.path, b"".join(kept))
-        else:
-            self.path.unlink(missing_ok=True)
+        cut_back(self.path, resumed_at or -1, lambda line: int(json.loads(line)["step"]))
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         lines = (json.dumps({"step": step, **row._asdict()}) + "\n" for row in rows)

@@ -37,7 +37,7 @@ class Terminal(Sink):
     """
 
     def __init__(
-        self, log: LogFile | None, *, total_steps: int | None, steps_per_epoch: int, stream: TextIO | None = None
+        self, log: LogFile, *, total_steps: int | None, steps_per_epoch: int, stream: TextIO | None = None
     ) -> None:
         self.log, self.total, self.steps_per_epoch = log, total_steps, steps_per_epoch
         self.stream = stream or sys.stderr
@@ -48,8 +48,7 @@ class Terminal(Sink):
         self._shown_at = 0.0
 
     def open(self, run: Run, resumed_at: int) -> None:
-        if self.log is not None:
-            self.log.open()
+        self.log.open()
         self._every = Cadence(run.log.every, total=self.total, steps_per_epoch=self.steps_per_epoch, seconds=0.0)
         self._seconds = run.train.duration.seconds
         self._started = time.monotonic()
@@ -94,7 +93,7 @@ class Terminal(Sink):
         mfu = f"  mfu {record.mfu:.1%}" if record.mfu is not None else ""
         figures = f"lr {record.learning_rate:.2e}  grad {record.grad_norm:.3g}  {speed}{mfu}"
         line = f"step {count}  {loss}  {figures}  {record.memory_gib:.1f} GiB  left {left}"
-        self._write(line)
+        self.log.write(line)
         # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have every line.
         if self._progress is None and (self._due_to_show() or record.step == self.total):
             self._show(line)
@@ -111,7 +110,7 @@ class Terminal(Sink):
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for row in rows:
-            self._write(f"step {step}  sample  {row.prompt!r} -> {row.answer!r}")
+            self.log.write(f"step {step}  sample  {row.prompt!r} -> {row.answer!r}")
 
     def text(self, title: str, body: str) -> None:
         if title != "recipe":  # config.yaml lies beside the log
@@ -125,14 +124,10 @@ class Terminal(Sink):
 
     def _tell(self, text: str) -> None:
         self._show(text)
-        self._write(text)
+        self.log.write(text)
 
     def _show(self, text: str) -> None:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self.stream, flush=True)
-
-    def _write(self, text: str) -> None:
-        if self.log is not None:
-            self.log.write(text)

@@ -33,26 +33,20 @@ def memory_floor(total: int, *, unified: bool) -> int:
     return min(UNIFIED, total // UNIFIED_SHARE) if unified else min(max(LEAST, total // SHARE), MOST)
 
 
-def spare_memory(*, unified: bool) -> int:
-    """Bytes of the host's memory above the floor; all that is available where the figures are not known (macOS).
+def free_memory(device: torch.device, cuda: Any = torch.cuda) -> int:
+    """Bytes that can be allocated on `device` beside those that are; of the host's memory those above the floor.
 
     On unified memory a quarter of the floor more is left: the driver's context and this process grow beside the allocator.
     """
-    figures = read_memory()
-    if figures is None:
-        return available_memory()
+    idle, unified, figures = 0, is_integrated(device, cuda), read_memory()
+    if device.type != "cpu":  # in the allocator's hands since an earlier run
+        idle = int(cuda.memory_reserved(device) - cuda.memory_allocated(device))
+    if device.type != "cpu" and not unified:  # a driver of unified memory reports what is unused, not what can be had
+        return int(cuda.mem_get_info(device)[0]) + idle
+    if figures is None:  # macOS
+        return available_memory() + idle
     floor = memory_floor(figures.limit or figures.total, unified=unified)
-    return max(0, figures.room - floor * 5 // 4 if unified else figures.room - floor)
-
-
-def free_memory(device: torch.device, cuda: Any = torch.cuda) -> int:
-    """Bytes that can be allocated on `device` beside those that are."""
-    if device.type == "cpu":
-        return spare_memory(unified=False)
-    idle = cuda.memory_reserved(device) - cuda.memory_allocated(device)  # in the allocator's hands since an earlier run
-    if is_integrated(device, cuda):  # its driver reports what is unused, not what can be had
-        return spare_memory(unified=True) + int(idle)
-    return int(cuda.mem_get_info(device)[0] + idle)
+    return max(0, figures.room - (floor * 5 // 4 if unified else floor)) + idle
 
 
 def prepare_allocator(device: torch.device, cuda: Any = torch.cuda, configure: Any = private.set_allocator) -> None:

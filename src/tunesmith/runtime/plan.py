@@ -146,8 +146,8 @@ class RunPlan:
     def choices(self) -> dict[str, str]:
         """What was decided, by part, as env.json holds it."""
         size, count = self.layout.micro_batch, self.recomputed_layers
-        kernels = {"kernels": "deterministic"} if self.deterministic else {}
-        taken = {"fast paths": ", ".join(self.fast_paths)} if self.fast_paths else {}
+        more = {"kernels": "deterministic" * self.deterministic, "fast paths": ", ".join(self.fast_paths)}
+        more["cpu offload"] = ", ".join(self.cpu_offload)
         return {
             "attention": self.attention,
             "loss": "chunked, compiled" if self.compiled else "chunked",
@@ -155,9 +155,7 @@ class RunPlan:
             "compile": "per layer" if self.compiled else "off",
             "recompute": {0: "none", self.layers: "full"}.get(count, f"{count} of {self.layers} layers"),
             "micro batch": f"{size.amount:,} {size.unit}",
-            **kernels,
-            **taken,
-            **({"cpu offload": ", ".join(self.cpu_offload)} if self.cpu_offload else {}),
+            **{part: taken for part, taken in more.items() if taken},
         }
 
     def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:

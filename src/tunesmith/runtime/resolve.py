@@ -221,18 +221,8 @@ class MemoryEstimator:
             layout = MicroBatchLayout(size, pad_to=size.amount if fixed else None, multiple=multiple, bound=bound)
         base = "nf4" if run.model.quantize == "nf4" else machine.scaling[0] or run.model.dtype
         return RunPlan(
-            device=machine.device,
-            attention=machine.attention[0],
-            base=base,
-            layers=self.spec.layers,
-            compiled=compiled,
-            deterministic=train.deterministic,
-            recomputed_layers=memory.recomputed_layers,
-            fast_paths=train.fast_paths,
-            cpu_offload=self.moved,
-            layout=layout,
-            memory=memory,
-            mesh=self.mesh,
+            machine.device, machine.attention[0], base, self.spec.layers, compiled, train.deterministic,
+            memory.recomputed_layers, train.fast_paths, self.moved, layout=layout, memory=memory, mesh=self.mesh,
             why={
                 "attention": machine.attention[1],
                 "loss": "head and loss on supervised positions alone",
@@ -244,7 +234,7 @@ class MemoryEstimator:
                 "cpu offload": f"as train.cpu_offload says: {memory.host / 2**30:.1f} GiB of the host's memory a rank",
                 "micro batch": f"{why}: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB",
             },
-        )
+        )  # fmt: skip
 
     def estimate(self, tokens: int) -> MemoryEstimate:
         """Memory of a micro batch of `tokens`, padding counted, with the fewest recomputed layers that fit."""
@@ -282,19 +272,12 @@ class MemoryEstimator:
             again = self._backward_bytes(tokens, itemsize) + layer - recomputed_layer
             workspace = max(workspace, again)
         return MemoryEstimate(
-            tokens=tokens,
-            recomputed_layers=recomputed,
-            weights=base + adapter,
-            gradients=gradients,
-            optimizer=state - gradients,
-            copies=copies,
-            gathered=gathered,
+            tokens=tokens, recomputed_layers=recomputed, weights=base + adapter, gradients=gradients,
+            optimizer=state - gradients, copies=copies, gathered=gathered,
             activations=(spec.layers - recomputed) * layer + recomputed * recomputed_layer + ends,
-            recomputed_layer=recomputed_layer,
-            workspace=workspace,
-            host=host + (layer_input - recomputed_layer) * recomputed,
-            free=self.machine.free_bytes,
-        )
+            recomputed_layer=recomputed_layer, workspace=workspace,
+            host=host + (layer_input - recomputed_layer) * recomputed, free=self.machine.free_bytes,
+        )  # fmt: skip
 
     def _layer_bytes(self, tokens: int, itemsize: int) -> int:
         """What a layer that does not recompute keeps for the backward: see the docstring of this file."""

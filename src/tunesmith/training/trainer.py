@@ -257,24 +257,14 @@ class Trainer:
         """The step's record in the form of metrics.jsonl."""
         session, batch, peak = self.session, pending.batch, self.session.peak_tflops
         return StepRecord(
-            step=pending.step,
-            epoch=batch.epoch,
-            loss=loss,
-            learning_rate=pending.lr,
-            grad_norm=norm,
-            tokens=batch.tokens,
-            supervised_tokens=batch.supervised,
-            examples=batch.examples,
-            step_seconds=seconds,
-            data_seconds=batch.data_seconds,
-            tokens_per_second=batch.tokens / seconds,
+            step=pending.step, epoch=batch.epoch, loss=loss, learning_rate=pending.lr, grad_norm=norm,
+            tokens=batch.tokens, supervised_tokens=batch.supervised, examples=batch.examples,
+            step_seconds=seconds, data_seconds=batch.data_seconds, tokens_per_second=batch.tokens / seconds,
             mfu=session.flops(batch.indices, batch.supervised) / seconds / (peak * 1e12) if peak else None,
-            mfu_peak_tflops=peak,
-            memory_gib=session.memory_gib(),
-            **self.health.read(),
+            mfu_peak_tflops=peak, memory_gib=session.memory_gib(), **self.health.read(),
             idle_share=batch.idle_share if session.mesh.shape.data > 1 else None,
             extra=dict(zip(session.model.method.metrics, metrics, strict=True)),
-        )
+        )  # fmt: skip
 
     def log_record(self) -> None:
         """Hand the step's record to every sink."""
