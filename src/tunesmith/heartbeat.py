@@ -300,11 +300,10 @@ class Heartbeat:
 
     def _failed(self, ranks: Collection[int]) -> dict[str, object]:
         """Where the first of the ranks that are to blame was last."""
-        for rank in sorted(ranks):
-            beat = self.beats[rank]
-            place = {"phase": beat.phase or None, "collective": beat.collective or None}
-            return {"rank": rank, "host": self.hosts[rank], **place}
-        return {}
+        if not ranks:
+            return {}
+        beat, place = self.beats[min(ranks)], {"rank": min(ranks), "host": self.hosts[min(ranks)]}
+        return place | {"phase": beat.phase or None, "collective": beat.collective or None}
 
     def _ended(self) -> list[int]:
         """The ranks of this node whose process is no more."""

@@ -123,6 +123,31 @@ def test_a_check_is_due_once_in_its_interval_and_its_speed_is_the_products() -> 
     assert check.best >= reading.tflops > 1e-4
 
 
+def test_on_a_gpu_a_check_is_read_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[bool] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None: ...
+
+        def record(self) -> None: ...
+
+        def query(self) -> bool:
+            return bool(done)
+
+        def elapsed_time(self, other: object) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(True))
+    check = ChipCheck(CPU, torch.float32, Peak(), every=0.0)
+    check.device = torch.device("cuda")
+    assert check.first().tflops == pytest.approx(check.work / 0.002 / 1e12)
+    done.clear()
+    assert [check.read(), check.read()] == [None, None]
+    done.append(True)
+    assert check.read() is not None
+
+
 @pytest.fixture
 def a_tenth_of_a_core() -> Iterator[str]:
     """The file to enter a control group that may use a tenth of a core."""

@@ -112,9 +112,8 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
         launcher += ["--log-dir", folder, *(say_all(Path(folder)) if args.debug else [])]
         try:
             code = run_ranks([*launcher, "--rdzv-id", args.id, *program])
-            if (
-                out and not stop.asked and (smaller := smaller_after(out, before))
-            ):  # once: then memory is short without it
+            smaller = smaller_after(out, before) if out and not stop.asked else ""
+            if smaller:  # once: then memory is short without it
                 before, again = stopped_at(out), f"train.micro_batch={smaller}"
                 print(f"starting again with {again!r}", file=sys.stderr)
                 code = run_ranks([*launcher, "--rdzv-id", f"{args.id}-again", *program, again])

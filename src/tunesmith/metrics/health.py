@@ -138,45 +138,41 @@ class ChipCheck:
         self.out = torch.empty_like(self.left)
         self.best, self.slow, self.warned = 0.0, 0, False
         self._at = self._stat_at = time.monotonic()
-        self._queued: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._taken: Callable[[], float | None] | None = None  # seconds of the check that is under way
         self._throttled = throttled_seconds(root)
 
     def first(self) -> Reading:
         """The check at the start, waited for; the chip is warm after some of them."""
         for _ in range(3):
-            reading = self._read(self._run())
+            self._taken = self._run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            reading = self.read()
+        assert reading is not None
         return reading
 
     def read(self) -> Reading | None:
-        """What the check that was queued found, or this one on a CPU; queues the next one when it is time."""
-        if self._queued is not None:
-            if not self._queued[1].query():
-                return None
-            seconds, self._queued = self._queued[0].elapsed_time(self._queued[1]) / 1000, None
-            return self._read(seconds)
-        if time.monotonic() - self._at < self.every:
+        """What the check that is under way found, if it is done; begins the next one when it is time."""
+        if self._taken is None and time.monotonic() - self._at < self.every:
             return None
-        if self.device.type == "cuda":
-            self._queued, self._at = self._queue(), time.monotonic()
+        self._taken = self._taken or self._run()
+        if (seconds := self._taken()) is None:
             return None
-        return self._read(self._run())
+        self._taken = None
+        return self._read(seconds)
 
-    def _queue(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def _run(self) -> Callable[[], float | None]:
+        """Run the product, on CUDA behind what is queued; the function tells its seconds, or None while it is not done."""
+        product = partial(torch.mm, self.left, self.right, out=self.out)
+        if self.device.type != "cuda":
+            quickest = min(timeit.repeat(product, number=1, repeat=TIMES["cpu"]))
+            return lambda: quickest
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
         for _ in range(TIMES["cuda"]):
-            torch.mm(self.left, self.right, out=self.out)
+            product()
         ended.record()
-        return began, ended
-
-    def _run(self) -> float:
-        """Seconds of the product, waited for."""
-        if self.device.type == "cuda":
-            began, ended = self._queue()
-            ended.synchronize()
-            return began.elapsed_time(ended) / 1000
-        product = partial(torch.mm, self.left, self.right, out=self.out)
-        return min(timeit.repeat(product, number=1, repeat=TIMES["cpu"]))
+        return lambda: began.elapsed_time(ended) / 1000 if ended.query() else None
 
     def _read(self, seconds: float) -> Reading:
         now, throttled = time.monotonic(), throttled_seconds(self.root)
@@ -195,14 +191,12 @@ class ChipCheck:
             cores = f"its control group may use {available_cores(self.root)} of {os.cpu_count()} cores"
             what = f"this process was throttled {reading.throttled:.0%} of the time: {cores}; fix: a higher limit"
         elif self.peak.tflops and reading.tflops < PEAK_SHARE * self.peak.tflops:
-            what = f"the chip computes {reading.tflops:.0f} TFLOP/s where its peak is {self.peak.tflops:.0f}"
+            figures = f"{reading.tflops:.0f} TFLOP/s where its peak is {self.peak.tflops:.0f}"
+            what = f"the chip computes {figures}: {self._cause()}"
         elif self.slow >= IN_A_ROW:
-            what = f"the chip computes at {share:.0%} of its speed at the start"
-        if not what:
-            self.warned = self.warned and self.slow > 0
-            return ""
-        told, self.warned = self.warned, True
-        return "" if told else what if reading.throttled > THROTTLED else f"{what}: {self._cause()}"
+            what = f"the chip computes at {share:.0%} of its speed at the start: {self._cause()}"
+        told, self.warned = self.warned, bool(what) or (self.warned and self.slow > 0)
+        return "" if told else what
 
     def _cause(self) -> str:
         """Why a chip may be slow, from what can be seen, with what to do."""

@@ -58,12 +58,9 @@ class Profiler:
         self._profile.step()
         self._steps_left -= 1
         if self._steps_left == 0:
-            self._stop()
+            self.__exit__()
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
         if self._profile is not None:
             running, self._profile = self._profile, None
             running.stop()

@@ -140,7 +140,9 @@ class SamplesSink(Sink):
         self.path = path
 
     def open(self, run: Run, resumed_at: int) -> None:
-        cut_back(self.path, resumed_at or -1, lambda line: int(json.loads(line)["step"]))
+        if not resumed_at:
+            self.path.unlink(missing_ok=True)
+        cut_back(self.path, resumed_at, lambda line: int(json.loads(line)["step"]))
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         lines = (json.dumps({"step": step, **row._asdict()}) + "\n" for row in rows)

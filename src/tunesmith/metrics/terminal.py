@@ -56,15 +56,11 @@ class Terminal(Sink):
         notebook = self.stream is sys.stderr and console.is_jupyter and find_spec("ipywidgets") is not None
         if notebook or is_terminal(self.stream):
             self._progress = Progress(
-                TextColumn("step {task.fields[step]}"),
-                BarColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
-                TextColumn("left {task.fields[left]}"),
-                console=console,
+                TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(), TextColumn("left {task.fields[left]}"), console=console,
                 # rich would refresh a notebook from a thread of its own, and take what the cell prints meanwhile with it.
                 auto_refresh=not notebook,
-            )
+            )  # fmt: skip
             whole, done = float(self.total) if self.total else self._seconds, resumed_at if self.total else 0
             fields: dict[str, Any] = {"step": str(resumed_at), "status": "", "left": "?"}
             self._task = self._progress.add_task("", total=whole, completed=done, **fields)

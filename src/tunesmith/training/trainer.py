@@ -279,15 +279,11 @@ class Trainer:
         assert progress.record is not None
         assert session.data.validation is not None
         found = validation_loss(
-            session.model,
-            session.data.validation,
+            session.model, session.data.validation, pad_id=session.files.pad_id, device=session.device, mesh=session.mesh,
             micro_tokens=size.amount if size.unit == "tokens" else self.run.data.seq_len * 4,
-            pad_id=session.files.pad_id,
-            device=session.device,
             # The ranks agree on a stop in the next step.
             cancelled=lambda: session.ranks.world == 1 and self.stop.requested(),
-            mesh=session.mesh,
-        )
+        )  # fmt: skip
         session.model.train()
         if found is None:
             return
