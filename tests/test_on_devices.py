@@ -201,7 +201,7 @@ def test_recompute_is_calibrated_without_running_out_of_memory(tmp_path):
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
     try:
         assert not fits(model, batch, 0), "the limit must be reached"
-        estimate = MemoryEstimate(tokens=tokens, recomputed_layer=tokens * 1024 * 2)
+        estimate = MemoryEstimate(tokens, weights=limit, recomputed_layer=tokens * 1024 * 2)
         plan, meter = RunPlan(str(device), "varlen", "bf16", layers, memory=estimate), MemoryMeter(device)
         failed = torch.cuda.memory_stats()["num_ooms"]
         count = calibrate_recompute(model, plan, batch, meter, budget=int(0.9 * limit)).recomputed_layers

@@ -279,14 +279,14 @@ def test_a_trial_grows_from_few_kept_layers_and_never_runs_out(estimated):
 
     def trial(size: float, budget: float) -> tuple[int, Small]:
         model, meter = Alike(), Small(int(size))
-        estimate = MemoryEstimate(tokens=128, recomputed_layers=estimated, recomputed_layer=400)
+        estimate = MemoryEstimate(128, estimated, weights=int(budget), recomputed_layer=400)
         with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
             plan = calibrate_recompute(model, trial_plan(estimate), batch, meter, budget=int(budget))
         assert all(p.grad is None for p in model.parameters())
         assert [layer.recomputed for layer in model.layers] == [i < plan.recomputed_layers for i in range(8)]
         return plan.recomputed_layers, meter
 
-    least = trial(1e9, 0)[1].most
+    least = trial(1e9, 1)[1].most
     counts = []
     for size in range(least, 8 * least, least // 4):
         count, meter = trial(size, 0.9 * size)
@@ -315,10 +315,10 @@ def test_a_trial_learns_from_few_layers_what_the_others_would_keep(tiny):
     """On the real path: the saved tensors of a tiny model. The estimate says that nothing has to recompute."""
     model = built_model(replace(recipe(), model=Model(name=str(tiny), dtype="fp32")), tiny)
     batch = collate([[Example(np.arange(2, 130, dtype=np.int32), np.arange(128) > 0)]], length=128, pad_id=0)
-    estimate = MemoryEstimate(tokens=128, recomputed_layers=0, recomputed_layer=128 * 64 * 4)
 
-    def trial(budget: int = 10**9) -> tuple[int, Small]:
+    def trial(budget: int = 10**9, share: float = 1.0) -> tuple[int, Small]:
         meter = Small(10**9)
+        estimate = MemoryEstimate(128, weights=int(share * budget), recomputed_layer=128 * 64 * 4)
         with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda t: t):
             return calibrate_recompute(
                 model, trial_plan(estimate), batch, meter, budget=budget
@@ -328,6 +328,9 @@ def test_a_trial_learns_from_few_layers_what_the_others_would_keep(tiny):
     assert (count, meter.tries) == (0, 1)
     assert meter.most < 0.7 * kept_without_recompute(model, batch)
     assert trial(meter.most - 1)[0] == 2
+    # Where the estimate leaves much room, its own number is tried at once: a trial of another would compile for nothing.
+    count, meter = trial(share=0.7)
+    assert (count, meter.tries, meter.most) == (0, 1, kept_without_recompute(model, batch))
 
 
 def test_a_trial_on_a_short_micro_batch_leaves_room_for_the_largest(tiny):

@@ -93,16 +93,19 @@ def calibrate_recompute(model: Any, plan: RunPlan, batch: Batch, meter: MemoryMe
     """Set how many of the model's `layers` are recomputed by forwards and backwards of `batch`; the plan with this number.
 
     The model has its weights and no optimizer yet; its gradients are dropped. `budget` bytes may be allocated in all.
-    The first trial keeps the activations of an eighth of the layers at most, and of fewer where the estimate says so. Fewer
-    layers recompute only as far as the measured peak, with what they are measured to keep more, is within the budget: on
-    an integrated GPU a trial that ran out of memory would freeze the machine, on another it leaves the allocator in pieces.
+    The first trial is the estimate's where that leaves a quarter of the budget, more than it was ever off. Elsewhere it
+    keeps the activations of an eighth of the layers at most, and of fewer where the estimate says so; fewer layers recompute
+    only as far as the measured peak, with what they are measured to keep more, is within the budget: on an integrated GPU
+    a trial that ran out of memory would freeze the machine, on another it leaves the allocator in pieces.
     MachineError, with the plan's advice, where the micro batch does not fit although every layer is recomputed.
     """
     layers, estimate, training = model.layers, plan.memory, model.training
     total, tokens = len(layers), batch.input_ids.numel()
-    trial, count = max(estimate.recomputed_layers, total - max(1, total // 8)), total + 1
+    trial, count = estimate.recomputed_layers, total + 1
+    if estimate.total > budget * 3 // 4:
+        trial = max(trial, total - max(1, total // 8))
     model.train()
-    while 0 < trial < count:
+    while trial < count and (trial or count > total):  # what the last trial leads to is measured, unless it is 0
         count = trial
         recompute_layers(layers, count)
         meter.restart()
