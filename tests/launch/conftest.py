@@ -21,7 +21,7 @@ import pytest
 
 from launch.dockerd import docker_daemon, missing_tools
 from ranks import run_ranks
-from recipes import make_run, recipe
+from recipes import make_run, merge, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / ".docker"  # between runs: Debian with Python, wheels, the daemon's layers
@@ -36,17 +36,34 @@ UNENDING: dict[str, Any] = {
     "checkpoint": {"every": "30 steps", "keep": 1},
 }
 
+MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable: {kib} kB\nCached: 4194304 kB\n"
+# Let a process and what it becomes read the memory of another place than this machine.
+FED = """
+import os, pathlib
+import tunesmith.host_memory as memory
+read = memory.read_memory
+memory.read_memory = lambda *_: read(pathlib.Path(os.environ["FED"]))
+"""
 
-def uninterrupted(model: Path, folder: Path, steps: int, ranks: int) -> list[tuple[float, float]]:
+
+def available(root: Path, mib: int) -> None:
+    (root / "proc").mkdir(parents=True, exist_ok=True)
+    (root / "proc/meminfo.new").write_text(MEMINFO.format(kib=mib << 10))
+    (root / "proc/meminfo.new").rename(root / "proc/meminfo")
+
+
+def uninterrupted(
+    model: Path, folder: Path, steps: int, ranks: int, changes: dict[str, Any] | None = None
+) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step that UNENDING makes of a recipe in one go, on ranks of this machine."""
-    return run_ranks(ranks, _in_one_go, model, folder, steps)[0]
+    whole = merge(UNENDING, merge(changes or {}, {"train": {"duration": f"{steps} steps"}}))
+    return run_ranks(ranks, _in_one_go, model, folder, whole)[0]
 
 
-def _in_one_go(model: Path, folder: Path, steps: int) -> list[tuple[float, float]]:
+def _in_one_go(model: Path, folder: Path, changes: dict[str, Any]) -> list[tuple[float, float]]:
     from tunesmith.training.run import train
 
-    keys = UNENDING["train"] | {"duration": f"{steps} steps"}
-    run = make_run(model, folder, held=False, output_dir=str(folder / "whole"), **UNENDING | {"train": keys})
+    run = make_run(model, folder, held=False, output_dir=str(folder / "whole"), **changes)
     return [(record.loss, record.grad_norm) for record in train(run, say=None).records]
 
 

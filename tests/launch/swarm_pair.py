@@ -297,13 +297,18 @@ def add_host_image(node: Node, name: str = "bare:1") -> None:
     node.docker("import", str(tar), name)
 
 
-def own_environment() -> dict[str, object]:
-    """What a user's own file adds to the stack, so that the image above runs this very checkout in this environment."""
-    places = ["/usr", sys.prefix, sys.base_prefix, str(Path(__file__).parents[2])]
+def own_environment(variables: dict[str, str], site: str) -> dict[str, object]:
+    """What a user's own file adds to the stack, so that the image above runs this very checkout in this environment, with
+    these variables, and the modules of the folder `site` of each node."""
+    places = ["/usr", sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), site]
     mounts = [{"type": "bind", "source": place, "target": place, "read_only": True} for place in dict.fromkeys(places)]
     source = str(Path(__file__).parents[2] / "src")
-    environment = {"PATH": f"{sys.prefix}/bin:/usr/bin", "PYTHONPATH": source, "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment = {
+        "PATH": f"{sys.prefix}/bin:/usr/bin",
+        "PYTHONPATH": f"{site}:{source}",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    environment |= {"OMP_NUM_THREADS": "1", **variables}
     return {"services": {"ranks": {"environment": environment, "volumes": mounts}}}
 
 

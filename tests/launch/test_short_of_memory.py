@@ -11,24 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.conftest import FED, available
 from recipes import recipe
 from tunesmith.launch import node
 from waiting import wait_for
-
-MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1048576 kB\nMemAvailable: {kib} kB\nCached: 4194304 kB\n"
-# Let a process and what it becomes read the memory of another place than this machine.
-FED = """
-import os, pathlib
-import tunesmith.host_memory as memory
-read = memory.read_memory
-memory.read_memory = lambda *_: read(pathlib.Path(os.environ["FED"]))
-"""
-
-
-def available(root: Path, mib: int) -> None:
-    (root / "proc").mkdir(parents=True, exist_ok=True)
-    (root / "proc/meminfo.new").write_text(MEMINFO.format(kib=mib << 10))
-    (root / "proc/meminfo.new").rename(root / "proc/meminfo")
 
 
 def steps(out: Path) -> int:

@@ -9,21 +9,23 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.conftest import UNENDING, uninterrupted
-from launch.swarm_pair import UID, Node, Pair, add_host_image, missing_tools, own_environment, wait_until
-from recipes import recipe
+from launch.conftest import FED, UNENDING, available, uninterrupted
+from launch.swarm_pair import TUNER, UID, Node, Pair, add_host_image, missing_tools, own_environment, wait_until
+from recipes import merge, recipe
 
 pytestmark = [pytest.mark.swarm, pytest.mark.skipif(bool(missing_tools()), reason=missing_tools() or "-")]
 TUNESMITH = ("python", "-m", "tunesmith")
 # A lost node is said after 10 seconds.
 CANARY = {"HF_TOKEN": "hf_CANARYcanary0123456789", "WANDB_API_KEY": "CANARYcanarywandb0123456789"}
-STEPS = 300  # long enough for a stop to reach them on a quick machine
+STEPS = 150
+# A micro batch that cannot be halved: no launcher starts it again where memory is short.
+WHOLE = {"train": {"micro_batch": "512 tokens"}, "data": {"seq_len": 512}}
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +35,17 @@ def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]
         for node in made.nodes:
             home = node.home
             shutil.copytree(tiny, home / "model")
-            values = recipe(Path("./model"), home, held=False, output_dir="runs/whole", **UNENDING)
+            values = recipe(Path("./model"), home, held=False, output_dir="runs/whole", **merge(UNENDING, WHOLE))
             values["data"]["train"]["source"] = "train.jsonl"
             values["train"]["duration"] = f"{STEPS} steps"
             (home / "recipe.yaml").write_text(json.dumps(values))
-            (home / "extra.yaml").write_text(json.dumps(own_environment()))
+            for folder in ("site", "site/root"):  # which the containers see as `memory` says
+                (home / folder).mkdir()
+            (home / "site/sitecustomize.py").write_text(FED)
+            available(home / "site/root", 8192)
+            site = f"/home/{TUNER}/site"
+            more = own_environment({"FED": f"{site}/root"}, site)
+            (home / "extra.yaml").write_text(json.dumps(more))
             subprocess.run(["chown", "-R", f"{UID}:{UID}", home], check=True)
         (made.nodes[1].home / "model/model.safetensors").unlink()  # it has to be brought
         add_host_image(made.nodes[0])
@@ -67,9 +75,16 @@ def curve(node: Node, name: str) -> list[tuple[float, float]]:
 
 
 @pytest.fixture(scope="module")
-def in_one_go(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, float]]:
-    """The curve of two ranks of this machine that nothing stops."""
-    return uninterrupted(tiny, tmp_path_factory.mktemp("one"), STEPS, ranks=2)
+def in_one_go(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[tuple[float, float]]]:
+    """The curve of so many steps on two ranks of this machine that nothing stops."""
+    made: list[tuple[float, float]] = []
+
+    def curve_of(steps: int) -> list[tuple[float, float]]:
+        if len(made) < steps:
+            made[:] = uninterrupted(tiny, tmp_path_factory.mktemp("one"), max(steps, STEPS), ranks=2, changes=WHOLE)
+        return made[:steps]
+
+    return curve_of
 
 
 def status(node: Node, name: str) -> dict[str, str]:
@@ -87,7 +102,7 @@ def what_is_left(pair: Pair) -> str:
 
 
 def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
-    pair: Pair, in_one_go: list[tuple[float, float]]
+    pair: Pair, in_one_go: Callable[[int], list[tuple[float, float]]]
 ):
     a, b = pair.nodes
     launch(a, "whole", "--nodes", "2")
@@ -121,7 +136,7 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     assert "2 ranks on spark-a, spark-b" in log
     assert "resum" in log
     assert "written to /home/tuner/runs/whole" in log
-    assert curve(a, "whole") == in_one_go
+    assert curve(a, "whole") == in_one_go(STEPS)
     assert status(a, "whole")["phase"] == "ended"
     assert "spark-b complete" in status(b, "whole")["text"]
     assert [record["step"] for record in records(a, "whole")] == [*range(1, STEPS + 1)]
@@ -137,8 +152,8 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     assert what_is_left(pair) == ""
 
 
-def test_stop_saves_and_the_other_node_goes_on(pair: Pair, in_one_go: list[tuple[float, float]]):
-    """Launched from the worker, with a model of the Hub that its cache alone has; stopped, and launched again."""
+def test_stop_saves_and_the_other_node_goes_on(pair: Pair, in_one_go: Callable[[int], list[tuple[float, float]]]):
+    """Launched from the worker, with a model of the Hub that its cache alone has; stopped, launched again, short of memory."""
     a, b = pair.nodes
     cache = b.home / ".cache/huggingface/hub/models--lab--tiny"
     snapshot = cache / "snapshots" / ("c" * 40)
@@ -152,7 +167,7 @@ def test_stop_saves_and_the_other_node_goes_on(pair: Pair, in_one_go: list[tuple
         (snapshot / file.name).symlink_to(f"../../blobs/{digest}")
     subprocess.run(["chown", "-R", f"{UID}:{UID}", b.home / ".cache"], check=True)
     add_host_image(b, "other:1")
-    flags = ("--image", "other:1", "--hosts", "spark-a", "model.name=lab/tiny")
+    flags = ("--image", "other:1", "--hosts", "spark-a", "model.name=lab/tiny", "train.duration=200000 steps")
     launch(b, "stopped", *flags)
     assert len([*(a.home / ".cache/huggingface/hub/models--lab--tiny/blobs").iterdir()]) == len([*snapshot.iterdir()])
     wait_until("steps", lambda: len(records(b, "stopped")) >= 5, 180)
@@ -160,11 +175,23 @@ def test_stop_saves_and_the_other_node_goes_on(pair: Pair, in_one_go: list[tuple
     assert "ended and removed; stopped, saved" in said
     assert what_is_left(pair) == ""
     stopped = json.loads((b.home / "runs/stopped/stopped.json").read_text())
-    assert stopped["step"] == len(records(b, "stopped")) < STEPS
+    assert (stopped["step"], stopped["signal"]) == (len(records(b, "stopped")), "SIGTERM")
     launch(b, "stopped", *flags)
+    wait_until("more steps", lambda: len(records(b, "stopped")) >= stopped["step"] + 5, 180)
+    available(a.home / "site/root", 100)
     b.run(*TUNESMITH, "logs", "-f", "runs/stopped", seconds=240)
+    wait_until("its end", lambda: status(b, "stopped")["phase"] == "ended")
+    stopped = json.loads((b.home / "runs/stopped/stopped.json").read_text())
+    assert (stopped["step"], stopped["reason"], stopped["smaller"]) == (len(records(b, "stopped")), "memory", "")
+    tasks = a.docker(
+        "service", "ps", "--format", "{{.CurrentState}}", a.docker("service", "ls", "--quiet").stdout.strip()
+    )
+    assert [line.split()[0] for line in tasks.stdout.splitlines()] == ["Complete"] * 2, "Swarm starts no task again"
+    assert "spark-a complete" in (text := status(b, "stopped")["text"])
+    assert "stopped, saved" in text
     b.run(*TUNESMITH, "stop", "runs/stopped")
-    assert curve(b, "stopped") == in_one_go
+    available(a.home / "site/root", 8192)
+    assert curve(b, "stopped") == in_one_go(stopped["step"])
 
 
 @pytest.mark.parametrize(

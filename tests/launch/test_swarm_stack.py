@@ -47,7 +47,7 @@ def test_what_swarm_is_asked_for():
     found = read(replace(PLAIN, gpus=("NVIDIA_GPU", 1), excluded=("abc",), secrets=(("HF_TOKEN", "mine-1"),)).text())
     service = found["services"][SERVICE]
     assert [*found["services"]] == [SERVICE]
-    agent = ["--nodes", "2", "--endpoint", "10.0.0.1:29500", "--id", "swarm-mine", "--restarts", "3"]
+    agent = ["--stopped", "0", "--nodes", "2", "--endpoint", "10.0.0.1:29500", "--id", "swarm-mine", "--restarts", "3"]
     recipe = ["--", "train", "/home/u/runs/mine/launch/recipe.yaml"]
     assert service["command"] == ["python", "-m", "tunesmith.launch.node", *agent, *recipe]
     assert service["user"] == "1000:1001"

@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--id", default="tunesmith", help="of the run, where several share an endpoint")
     p.add_argument("--address", help="of this node (default: that which routes to HOST)")
     p.add_argument("--restarts", type=int, default=0, metavar="K", help="start failed ranks again, at most K times")
+    code = "exit code of a run that stopped with all saved (75); 0 for Swarm, which starts any other again"
+    p.add_argument("--stopped", type=int, default=EXIT_STOPPED, metavar="CODE", help=code)
     p.add_argument("--debug", action="store_true", help="collect what ranks and NCCL say on every node")
     p.add_argument("words", nargs="+", metavar="-- train RECIPE", help="the command of each rank")
     return p
@@ -72,7 +74,7 @@ def run_agent(argv: Sequence[str] | None = None) -> int:
         code = error.exit_code
     if argv is None:  # a caller's signals are its own, and what it starts would inherit that they are ignored
         ignore_stop_signals()
-    return code
+    return args.stopped if code == EXIT_STOPPED else code
 
 
 def run_node(args: argparse.Namespace) -> int:

@@ -54,7 +54,7 @@ class Stack:
         user, group = map(str, self.user)
         service = {
             "image": self.image,
-            "command": ["python", *agent_words(recipe_file(self.run_dir), debug=self.debug, **flags)],
+            "command": ["python", *agent_words(recipe_file(self.run_dir), debug=self.debug, stopped=0, **flags)],
             "user": f"{user}:{group}",
             "init": True,
             "working_dir": "/tmp",

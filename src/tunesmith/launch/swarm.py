@@ -9,8 +9,11 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
+from tunesmith.checkpoint.run_dir import STOPPED
 from tunesmith.errors import MachineError
 from tunesmith.launch.jobs import POLL, Job, State, last_step
 from tunesmith.launch.rendezvous import own_addresses
@@ -49,9 +52,11 @@ class SwarmJob(Job):
         fault = MachineError("no node that manages the swarm is reached", where=self.details["hosts"], fix=fix)
         for host in self.hosts():
             try:
-                with Connection(host) as connection:
+                with ExitStack() as stack:
+                    connection = stack.enter_context(Connection(host))
                     if connection.run("docker", "info", "--format", "{{.Swarm.ControlAvailable}}").strip() == "true":
-                        return Connection(host)
+                        stack.pop_all()
+                        return connection
             except MachineError as error:
                 fault = error
         raise fault
@@ -75,7 +80,8 @@ class SwarmJob(Job):
             return super().state()
         said = [f"{task['Node'] or 'no node'} {task['CurrentState'].lower()} {task['Error']}".strip() for task in tasks]
         states = {task["CurrentState"].split()[0] for task in tasks}
-        text = "; ".join(filter(None, [*said, last_step(self.run_dir)]))
+        stopped = "stopped, saved" * Path(self.run_dir, STOPPED).is_file()
+        text = "; ".join(filter(None, [*said, stopped, last_step(self.run_dir)]))
         if "Running" in states:
             return State("running", text)
         return State("ended" if states <= ENDED else "waiting", text)
@@ -91,7 +97,7 @@ class SwarmJob(Job):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             assert process.stdout is not None
             os.set_blocking(process.stdout.fileno(), False)
-            over = False
+            over, quiet = False, 0
             try:
                 while True:
                     if text := process.stdout.read():
@@ -99,7 +105,8 @@ class SwarmJob(Job):
                     elif over or process.poll() is not None:
                         return
                     else:  # docker goes on to wait when all tasks have ended
-                        over = follow and not self.state().at_work
+                        quiet += 1
+                        over = follow and quiet % 4 == 0 and not self.state().at_work
                         time.sleep(POLL)
             finally:
                 process.kill()
