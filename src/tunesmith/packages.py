@@ -1,6 +1,7 @@
 """Optional packages: where each is imported, and how each is installed."""
 
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from tunesmith.errors import MachineError
@@ -26,6 +27,7 @@ def pip_install(package: str) -> str:
 COMPUTE = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "bitsandbytes")
 
 
+@cache
 def installed_versions() -> dict[str, str]:
     """The versions of what computes, by name; one that is not installed is left out."""
     import importlib.metadata

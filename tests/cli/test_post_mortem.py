@@ -146,8 +146,12 @@ def test_a_package_of_a_wrong_version_is_refused_with_the_command(
     place.mkdir()
     (place / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(MachineError) as caught:
-        packages.refuse_unfit_versions()
+    packages.installed_versions.cache_clear()
+    try:
+        with pytest.raises(MachineError) as caught:
+            packages.refuse_unfit_versions()
+    finally:
+        packages.installed_versions.cache_clear()
     assert caught.value.what.startswith("transformers 4.57.0 is installed, and transformers<6,>=5.17")
     assert (caught.value.cause, caught.value.fix) == ("version", "pip install 'transformers<6,>=5.17'")
 

@@ -55,9 +55,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "lora, padded rows": ({"data": {"pack": False}, "train": {"micro_batch": "2 examples"}}, COPY),
     "lora, a trained embedding": ({"adapter": {"modules_to_save": ["embed_tokens"]}}, SHARD),
     "full, copies": (merge(FULL, BITES), COPY),
-    "full, shards": (merge(FULL, BITES), SHARD),
+    "full, shards, samples": (merge(merge(FULL, BITES), {"log": {"samples": 1}}), SHARD),
     "full, bf16 with masters": (merge(FULL, {"model": {"dtype": "bf16"}}), SHARD),
-    "full, samples": (merge(FULL, {"log": {"samples": 1}}), SHARD),
     "lora, tensor": (LORA, TENSOR),
     "full, tensor": (merge(FULL, BITES), TENSOR),
     "full, tensor, bf16 with masters": (merge(FULL, {"model": {"dtype": "bf16"}}), TENSOR),
@@ -129,13 +128,12 @@ IN_BLOCKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "nf4, tensor": (NF4, TENSOR),
     "nf4, shards of a tensor group": (NF4, {"shard": 2, "tensor": 2}),
 }
+# Of two ranks, shards have the bits of copies: `test_eight_bit_ranks.py`.
 IN_8_BITS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "fp8, copies": (FP8, COPY),
-    "fp8, shards": (FP8, SHARD),
     "fp8, tensor": (FP8, TENSOR),
     "fp8, copies of shards": (FP8, {"replicate": 2, "shard": 2}),
     "fp8, shards of a tensor group": (FP8, {"shard": 2, "tensor": 2}),
-    "int8, shards": (INT8, SHARD),
     "int8, shards, recomputed": (merge(INT8, {"train": {"recompute": "full"}}), SHARD),
     "int8, tensor": (INT8, TENSOR),
     "int8, uneven shards": (INT8, {"shard": 3}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections import Counter
 from pathlib import Path
@@ -41,6 +42,13 @@ MESHES = [
 def status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+
+def resident() -> int:
+    """Resident memory, from which its peak is then counted; what malloc holds free would hide as much that is taken next."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
 
 
 def built(model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, Any], world: int) -> Any:
@@ -115,8 +123,7 @@ def peaks(model: Path, folder: Path, mesh: dict[str, int], changes: dict[str, An
 
     def begin() -> int:
         ranks.gather(None)
-        Path("/proc/self/clear_refs").write_text("5")
-        return status("VmRSS")
+        return resident()
 
     with join_ranks() as ranks:
         built(model.with_name("small"), folder, mesh, changes, ranks.world)  # code that is loaded once
@@ -137,7 +144,11 @@ def write_models(tiny: Path, folder: Path, rows: int, columns: int = 1024) -> No
     """`small`, and `large` with so many rows of embedding and head, in bf16; both have MLPs of so many columns."""
     shape = {"hidden_size": WIDTH, "intermediate_size": columns, "num_hidden_layers": 2, "num_attention_heads": 8}
     for name, vocabulary in (("small", 512), ("large", rows)):
-        model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=vocabulary, num_key_value_heads=4)).bfloat16()
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=vocabulary, num_key_value_heads=4)).bfloat16()
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            parameter.data.uniform_(-0.1, 0.1)  # Transformers draws normal ones in fp32, for seconds
         model.save_pretrained(folder / name)
         for file in tiny.glob("*token*"):
             (folder / name / file.name).write_bytes(file.read_bytes())
@@ -187,8 +198,7 @@ def resumed(model: Path, folder: Path, mesh: dict[str, int]) -> tuple[int, int, 
             changes = merge(FULL, {"model": {"dtype": "bf16"}})
             run, root = built(model.with_name(name), folder, mesh, changes, ranks.world)
             ranks.gather(None)
-            Path("/proc/self/clear_refs").write_text("5")
-            before = status("VmRSS")
+            before = resident()
             start = Start(found=SavedCheckpoint(folder / f"of {name}", 1), progress=Progress())
             optimizer = make_optimizer(run, root, start, ranks)
             peak, held = status("VmHWM") - before, status("VmRSS") - before

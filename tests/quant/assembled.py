@@ -1,11 +1,13 @@
-"""Run by test_triton_matmul.py: compiles the kernel for each chip, without one, and prints what came of it, a line each.
-
-A line: compute capability, dtype, instructions of the matmul in the PTX, bytes of shared memory.
+"""Run by test_triton_matmul.py: compiles the kernel for each chip, without one. What came of it for each, as
+a list: compute capability, dtype, instructions of the matmul in the PTX, bytes of shared memory.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -19,7 +21,8 @@ ALIGNED = [["tt.divisibility", 16]]
 CHIPS = {90: ("i8", "fp8e4nv"), 100: ("fp8e4nv",), 121: ("i8",)}
 
 
-def main() -> None:
+def compiled(cache: Path) -> list[list[Any]]:
+    os.environ["TRITON_CACHE_DIR"], lines = str(cache), []
     rows, columns, depth, stages, warps = TILES[0]
     for chip, dtypes in CHIPS.items():
         for dtype in dtypes:
@@ -39,8 +42,5 @@ def main() -> None:
             )
             found = re.search(MATMUL, made.asm["ptx"])
             assert made.asm["cubin"]
-            print(chip, dtype, found[1] if found else "none", made.metadata.shared)
-
-
-if __name__ == "__main__":
-    main()
+            lines.append([chip, dtype, found[1] if found else "none", made.metadata.shared])
+    return lines

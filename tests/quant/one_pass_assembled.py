@@ -1,6 +1,10 @@
-"""Run by test_one_pass.py: compiles the kernel for each chip, without one; a line each: chip, rank, bytes of shared memory."""
+"""Run by test_one_pass.py: compiles the kernel for each chip, without one; of each: chip, rank, bytes of shared memory."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -11,7 +15,8 @@ from tunesmith.quant.one_pass import COLUMNS, ROWS, SPAN, gradient_kernel
 ALIGNED = [["tt.divisibility", 16]]
 
 
-def main() -> None:
+def compiled(cache: Path) -> list[list[Any]]:
+    os.environ["TRITON_CACHE_DIR"], lines = str(cache), []
     # Hopper and GB10, where the largest rank has the least room; each compile takes seconds.
     for chip, rank, padded in ((90, 8, 16), (121, 64, 64)):
         types = dict.fromkeys(("dy", "b", "xa"), "*bf16") | dict.fromkeys(("d_xa", "d_b"), "*fp32")
@@ -25,8 +30,5 @@ def main() -> None:
         made = triton.compile(source, target=GPUTarget("cuda", chip, 32), options={"num_warps": 4, "num_stages": 2})
         assert made.asm["cubin"]
         assert "ld.local" not in made.asm["ptx"]
-        print(chip, rank, made.metadata.shared)
-
-
-if __name__ == "__main__":
-    main()
+        lines.append([chip, rank, made.metadata.shared])
+    return lines
