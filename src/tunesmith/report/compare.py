@@ -222,10 +222,8 @@ def _noise(ranking: Sequence[Contender]) -> tuple[float | None, str]:
         deviation = math.sqrt(sum(score.deviation**2 * (score.count - 1) for score in repeated) / freedom)
         times = STUDENT[freedom - 1] if freedom <= len(STUDENT) else NOISES
         least = times * deviation * math.sqrt(1 / first.score.count + 1 / second.score.count)
-        text = (
-            f"Noise: from seed to seed val_loss differs by {deviation:.4f} (standard deviation over a recipe's seeds)"
-        )
-        return least, text + f"; once in 20 times seeds alone make a difference above {least:.4f}."
+        seeds = f"from seed to seed val_loss differs by {deviation:.4f} (standard deviation over a recipe's seeds)"
+        return least, f"Noise: {seeds}; once in 20 times seeds alone make a difference above {least:.4f}."
     run = first.runs[0]
     seed, folder = run.files.recipe.get("train", {}).get("seed", 42), run.files.folder
     again = f"tunesmith train {folder}/config.yaml train.seed={seed + 1} output_dir={folder}-seed-{seed + 1}"

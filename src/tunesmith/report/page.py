@@ -29,11 +29,9 @@ VERSIONS = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetenso
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
 STATIC = ("uPlot.min.css", "plots.css", "report.css", "uPlot.iife.min.js", "plots.js", "report.js")
 MAIN = {  # curves that are shown at once: name -> title, unit, from zero, smoothed
-    "loss": ("Training loss", "", False, True),
-    "val_loss": ("Validation loss", "", False, False),
-    "tokens_per_second": ("Speed", "tokens/s", True, True),
-    "memory_gib": ("Peak memory", "GiB", True, False),
-}
+    "loss": ("Training loss", "", False, True), "val_loss": ("Validation loss", "", False, False),
+    "tokens_per_second": ("Speed", "tokens/s", True, True), "memory_gib": ("Peak memory", "GiB", True, False),
+}  # fmt: skip
 
 
 def write_report(runs: Sequence[RunFiles], output: Path, *, markdown: bool = False, note: str = "") -> None:

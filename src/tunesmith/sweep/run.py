@@ -150,9 +150,7 @@ class Sweep:
         warmup = max(warmup_steps(replace(run.train, warmup=one), total, per_epoch) for one in warmups)
         rungs = rung_steps(total, count, interval, self.search.rungs, warmup)
         if not rungs and self.search.rungs is None:
-            self.say(
-                "every candidate trains to its end: too few of them, or too few steps, for a default rung (see --rungs)"
-            )
+            self.say("every candidate trains to its end: too few of them, or of steps, to stop some (see --rungs)")
         if rungs and (not interval or rungs[0] % interval):
             every = Length(rungs[0], "steps")
             self.say(f"validate.every is {every} in the recipe of each candidate: they are compared there")
