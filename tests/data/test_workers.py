@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from conftest import byte_tokenizer
@@ -24,6 +24,7 @@ from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import TokenSet, tokenise
 from tunesmith.data.workers import RowBatch, RowEncoder, encode_batches
 from tunesmith.errors import DataError, MachineError
+from warm import Warm
 
 Made = list[subprocess.Popen[bytes]]
 
@@ -186,17 +187,15 @@ def test_a_signal_ends_the_workers_without_a_word(tiny: Path, tmp_path: Path, na
         "print('once', flush=True)\nworkers.available_cores = lambda: 2\n"
         f"sys.argv[1:] = ['train', {str(tmp_path / 'recipe.yaml')!r}]\nsys.exit(main())\n"
     )
-    env = os.environ | {"TUNESMITH_CACHE": str(tmp_path / "cache")}
-    process = subprocess.Popen(
-        [sys.executable, script], env=env, stdout=-1, stderr=-1, text=True, start_new_session=True
-    )
+    process = Warm([], program=script, env=os.environ | {"TUNESMITH_CACHE": str(tmp_path / "cache")}, prepare=os.setsid)
     try:
         deadline = time.monotonic() + 90
         while process.poll() is None and time.monotonic() < deadline:
             if any(file.stat().st_size for file in (tmp_path / "cache").rglob("ids.bin")):
                 break
             time.sleep(0.02)
-        assert len(running_with(tmp_path)) == 3
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert len(started) == 2
         os.killpg(process.pid, signal.Signals[name])
         out, err = process.communicate(timeout=60)
     finally:
@@ -204,19 +203,4 @@ def test_a_signal_ends_the_workers_without_a_word(tiny: Path, tmp_path: Path, na
     assert (out, process.returncode) == ("once\n", code), err
     assert "Traceback" not in err
     assert "internal error" not in err
-    deadline = time.monotonic() + 10
-    while running_with(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert running_with(tmp_path) == []
-
-
-def running_with(folder: Path) -> list[int]:
-    """Ids of the processes whose cache lies in `folder`."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"TUNESMITH_CACHE={folder}" in file.read_text():
-                found.append(int(file.parent.name))
-        except (OSError, UnicodeDecodeError):
-            continue
-    return found
+    assert psutil.wait_procs(started, timeout=10)[1] == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ from tunesmith.errors import UsageError
 from tunesmith.model.shapes import SHAPES
 from tunesmith.plan import hardware
 from tunesmith.plan.hardware import CHIPS, Chip, Cluster, read_cluster
+from warm import run_warm
 
 NAMES = {
     "2x8xh100": (2, 8, "h100"), "8xh100": (1, 8, "h100"), "1x-h200": (1, 1, "h200"), "H200": (1, 1, "h200"),
@@ -127,8 +127,7 @@ def test_a_plan_starts_no_gpu(llama: Path) -> None:
 from tunesmith.cli.main import main
 assert main(["plan", {str(llama)!r}, "--on", "2x8xh100"]) == 0
 print(torch.cuda.is_initialized())"""
-    shown = subprocess.check_output([sys.executable, "-c", code], text=True)
-    assert shown.splitlines()[-1] == "False"
+    assert run_warm([], program=code).stdout.splitlines()[-1] == "False"
 
 
 def test_without_tokens_the_hours_of_an_epoch_are_not_known(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
