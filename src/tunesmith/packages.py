@@ -16,10 +16,9 @@ def pip_install(package: str) -> str:
 
     from packaging.requirements import Requirement
 
-    try:
+    stated: list[str] = []
+    with suppress(importlib.metadata.PackageNotFoundError):  # run from a source tree that is not installed
         stated = importlib.metadata.requires("tunesmith") or []
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        stated = []
     versions = [str(needed.specifier) for needed in map(Requirement, stated) if needed.name == package]
     return f"pip install '{package}{versions[0]}'" if versions and versions[0] else f"pip install {package}"
 
@@ -70,6 +69,5 @@ def bitsandbytes(what: str, where: str) -> Any:
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        fix = pip_install("bitsandbytes")
-        raise MachineError(f"{what} need the package bitsandbytes", where=where, fix=fix) from error
+        raise MachineError(f"{what} need bitsandbytes", where=where, fix=pip_install("bitsandbytes")) from error
     return bitsandbytes.functional
