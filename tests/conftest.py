@@ -42,7 +42,7 @@ sweep/test_sweep.py test_gpu_marks.py test_house.py test_notebook.py test_on_dev
 launch/test_slurm_jobs.py training/test_from_python.py training/test_going_on.py training/test_no_waiting.py training/test_resume.py
 bench/test_first_gpu.py::test_the_micro_timings_run_and_tell_what_failed
 checkpoint/test_state.py::test_kill_9_at_any_moment_leaves_a_whole_newest_one
-checkpoint/test_umask.py::test_a_run_and_a_merge cli/test_pages.py::test_the_memory_table_is_what_the_estimate_says
+checkpoint/test_umask.py::test_a_run_and_a_merge
 config/test_dump.py::test_round_trip data/test_bad_data.py::test_a_hub_that_refuses
 data/test_hold_out.py::test_a_run_validates_on_them_and_resumes_with_the_same
 data/test_loader.py::test_the_wait_for_a_copy_is_a_wait_for_data
@@ -66,6 +66,9 @@ training/test_train.py::test_metrics_read_one_step_later_are_the_same
 parallel/test_torchrun.py watch/test_page.py watch/test_remote.py watch/test_screen.py watch/test_server.py
 launch/test_old_ways.py launch/test_doctor_pair.py
 launch/test_docker_image.py launch/test_node.py launch/test_local.py
+launch/test_short_of_memory.py::test_one_rank_takes_its_own_place_once
+launch/test_doctor_clusters.py::test_scripts_make_a_real_swarm
+training/test_memory_stop.py::test_a_real_process_that_takes_all_memory_of_a_control_group
 cli/test_post_mortem.py metrics/test_health.py::test_other_ranks_write_records_of_their_own metrics/test_health.py::test_a_limit_on_cores_is_named_with_the_time_it_took
 convert/test_import.py::test_the_recipe_trains convert/test_import.py::test_no_key_is_dropped convert/test_trl.py::test_batch_schedule_rate_and_adapter_are_trls
 launch/test_docker.py::test_a_run_in_a_container_stops_resumes_and_leaves_nothing
