@@ -129,17 +129,7 @@ def test_the_micro_batch_of_the_next_start(
 def test_a_real_process_that_takes_all_memory_of_a_control_group(tmp_path: Path) -> None:
     """benchmarks/memory_guard.py does it 20 times, and goes on with each run."""
     script = Path(__file__).parents[2] / "benchmarks" / "memory_guard.py"
-    options = [
-        "--times",
-        "1",
-        "--limit",
-        "1024",
-        "--rates",
-        "20",
-        "--stop-only",
-        "--json",
-        str(tmp_path / "found.json"),
-    ]
+    options = ["--times", "1", "--limit", "800", "--rates", "20", "--stop-only", "--json", str(tmp_path / "found.json")]
     command = [sys.executable, str(script), *options]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "TUNESMITH_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=600)
