@@ -27,6 +27,16 @@ TOOLS = ("slurmctld", "slurmd", "munged", "sbatch", "nsenter", "ip")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 CANARIES = {"HF_TOKEN": "hf_CANARY0123456789", "WANDB_API_KEY": "canary-of-wandb-0123456789"}
 LIMIT = 300  # seconds, for two nodes that load torch on a busy machine
+# Steps of a tenth of a second: while Slurm takes its time, a run makes hundreds of them in place of thousands.
+SLOW = """
+import time
+from tunesmith.heartbeat import Heartbeat
+progress = Heartbeat.progress
+def slowly(self, step=None):
+    time.sleep(0 if step is None else 0.1)
+    progress(self, step)
+Heartbeat.progress = slowly
+"""
 missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
 pytestmark = [
     pytest.mark.slurm,
@@ -88,10 +98,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     for place in (folder, home):
         place.chmod(0o755)
     (home / "config" / "tunesmith").mkdir(parents=True)
-    (home / "config" / "tunesmith" / "sites.yaml").write_text(
-        "pair:\n  partition: main\n  gpus_per_node: 1\n  time: 30\n"
-        "  environment: {OMP_NUM_THREADS: 1, TUNESMITH_HEARTBEAT_SECONDS: 15}\n"
-    )
+    (home / "site").mkdir()
+    (home / "site" / "sitecustomize.py").write_text(SLOW)
+    environment = {"OMP_NUM_THREADS": "1", "TUNESMITH_HEARTBEAT_SECONDS": "15"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(home / "site"), *sys.path])
+    site = {"partition": "main", "gpus_per_node": 1, "time": 30, "environment": environment}
+    (home / "config" / "tunesmith" / "sites.yaml").write_text(json.dumps({"pair": site}))
     env = os.environ | CANARIES | {
         "PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf"), "SLURMD_TIMEOUT": "20", "KILL_WAIT": "120",
         "XDG_CONFIG_HOME": str(home / "config"), "XDG_STATE_HOME": str(home / "state"),
