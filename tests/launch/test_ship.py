@@ -17,6 +17,7 @@ from tunesmith.errors import MachineError, UsageError
 from tunesmith.hub.download import FetchProgress
 from tunesmith.launch import ship as module
 from tunesmith.launch.ship import Connection, by_content, of_cache, place_here, ship
+from waiting import wait_for
 
 QUIET = FetchProgress(lambda text: None)
 # Takes ssh's words, runs the command here with another home: the other node. `tests/launch/test_swarm_pair.py` has a real one.
@@ -163,6 +164,7 @@ ship.ship(ship.by_content(__import__("pathlib").Path({str(big(tmp_path / "rows.j
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == "sending\n"
+        wait_for(lambda: receivers(tmp_path), launcher)
         there = receivers(tmp_path)
         assert there
         launcher.send_signal(how)
