@@ -17,7 +17,7 @@ from cli.bad_world import World, records, snapshot, told
 from recipes import write_rows
 from tunesmith.cli.main import main
 from tunesmith.signals import NAMES
-from warm import CLOSED, Warm, take_terminal
+from warm import CLOSED, Warm, run_warm, take_terminal
 
 SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
 
@@ -116,20 +116,45 @@ def test_a_terminal_that_goes_away(ignored: bool, world: World) -> None:
     assert not (world.out / "failure.json").exists()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])  # Python has a handler of its own for the first
-def test_a_stop_while_torch_is_imported(name: str, world: World) -> None:
+def assert_stopped(code: int | None, err: str, name: str, world: World) -> None:
+    assert code == 75, err
+    assert err.startswith(f"{name}: stopping after the libraries are loaded")
+    assert f"stopped by {name} before the first step" in err
+    assert not world.out.exists()
+
+
+def test_an_interrupt_while_torch_is_imported(world: World) -> None:
+    """Python has a handler of its own for it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tunesmith", *world.train()],
         env=os.environ | world.env, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.002)
-    process.send_signal(signal.Signals[name])
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-    assert err.startswith(f"{name}: stopping after the libraries are loaded")
-    assert f"stopped by {name} before the first step" in err
-    assert not world.out.exists()
+    assert_stopped(process.returncode, err, "SIGINT", world)
+
+
+class SignalAtImport:
+    """A finder that sends this process SIGTERM when the last of the libraries is looked for."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == LAST_IMPORT:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+LAST_IMPORT = "tunesmith.metrics.summary"
+
+
+def signal_at_import() -> None:
+    sys.modules.pop(LAST_IMPORT, None)
+    sys.meta_path.insert(0, SignalAtImport())  # type: ignore[arg-type]
+
+
+def test_a_stop_while_libraries_are_loaded(world: World) -> None:
+    done = run_warm(world.train(), prepare=signal_at_import)
+    assert_stopped(done.returncode, done.stderr, "SIGTERM", world)
 
 
 def test_a_signal_while_the_interpreter_ends_changes_no_exit_code() -> None:
