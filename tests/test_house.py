@@ -12,7 +12,7 @@ from tunesmith.cli.main import VERBS
 
 SOURCE = Path(__file__).parents[1] / "src" / "tunesmith"
 FILES = sorted(SOURCE.rglob("*.py"))
-LINES, FILE_LINES, FUNCTION_LINES = 30_100, 400, 60
+LINES, FILE_LINES, FUNCTION_LINES = 30_000, 400, 60
 # The interface of a verb: the command line finds these by name in each file of cli/.
 VERB = {"add_arguments", "run"}
 
