@@ -69,6 +69,7 @@ def test_what_is_there_already_is_not_sent_again(tmp_path: Path):
             data = file.source.read_bytes()[index << 20 : (index + 1) << 20]
             where = {"place": file.place, "digest": file.digest}
             connection.ask("put", [data], index=index, start=index << 20, count=1 << 20, **where)
+    assert connection.process.returncode == 0, "the other side has ended, and was not left to find out"
     assert not Path(file.place).exists()
     assert ship([file], "spark-b", QUIET) == 5_300_000 - (2 << 20)
     assert Path(file.place).read_bytes() == file.source.read_bytes()

@@ -115,9 +115,11 @@ class Connection:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        with suppress(OSError, ValueError):
-            self.process.communicate()
+        # Where the input ends so does the other side, and ssh with it; one that is killed leaves it behind for a moment.
+        for seconds in (2, None):
+            with suppress(OSError, ValueError, subprocess.TimeoutExpired):
+                self.process.communicate(timeout=seconds)
+            self.process.kill()
 
 
 def by_content(path: Path) -> tuple[str, list[ShippedFile]]:

@@ -18,10 +18,9 @@ from tunesmith.sweep.space import Space
 C = TypeVar("C")
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}
 PRUNERS = {"halving": "SuccessiveHalvingPruner", "hyperband": "HyperbandPruner", "median": "MedianPruner"}
-RUNGS = 2  # unless told: at a quarter and at half of the steps
-EARLIEST = (
-    8  # updates before a rung, unless told: until then losses fall by the learning rate, and the highest one leads
-)
+# Unless told otherwise: rungs are at a quarter and at half of the steps, and none before so many updates. Until then losses
+# fall by the learning rate, and the highest one leads.
+RUNGS, EARLIEST = 2, 8
 
 
 @dataclass(frozen=True)
