@@ -80,7 +80,7 @@ class SwarmJob(Job):
             return super().state()
         said = [f"{task['Node'] or 'no node'} {task['CurrentState'].lower()} {task['Error']}".strip() for task in tasks]
         states = {task["CurrentState"].split()[0] for task in tasks}
-        stopped = "stopped, saved" * Path(self.run_dir, STOPPED).is_file()
+        stopped = "stopped, saved" if Path(self.run_dir, STOPPED).is_file() else ""
         text = "; ".join(filter(None, [*said, stopped, last_step(self.run_dir)]))
         if "Running" in states:
             return State("running", text)

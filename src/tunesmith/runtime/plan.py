@@ -146,7 +146,7 @@ class RunPlan:
     def choices(self) -> dict[str, str]:
         """What was decided, by part, as env.json holds it."""
         size, count = self.layout.micro_batch, self.recomputed_layers
-        more = {"kernels": "deterministic" * self.deterministic, "fast paths": ", ".join(self.fast_paths)}
+        more = {"kernels": "deterministic" if self.deterministic else "", "fast paths": ", ".join(self.fast_paths)}
         more["cpu offload"] = ", ".join(self.cpu_offload)
         return {
             "attention": self.attention,
