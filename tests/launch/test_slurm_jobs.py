@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from launch.conftest import UNENDING, uninterrupted
+from launch.conftest import SLOW, UNENDING, uninterrupted
 from recipes import make_run, recipe
 from tunesmith.errors import MachineError
 from tunesmith.launch import slurm
@@ -27,16 +27,6 @@ TOOLS = ("slurmctld", "slurmd", "munged", "sbatch", "nsenter", "ip")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 CANARIES = {"HF_TOKEN": "hf_CANARY0123456789", "WANDB_API_KEY": "canary-of-wandb-0123456789"}
 LIMIT = 300  # seconds, for two nodes that load torch on a busy machine
-# Steps of a tenth of a second: while Slurm takes its time, a run makes hundreds of them in place of thousands.
-SLOW = """
-import time
-from tunesmith.heartbeat import Heartbeat
-progress = Heartbeat.progress
-def slowly(self, step=None):
-    time.sleep(0 if step is None else 0.1)
-    progress(self, step)
-Heartbeat.progress = slowly
-"""
 missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
 pytestmark = [
     pytest.mark.slurm,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch.conftest import FED, UNENDING, available, uninterrupted
+from launch.conftest import FED, SLOW, UNENDING, available, uninterrupted
 from launch.swarm_pair import TUNER, UID, Node, Pair, add_host_image, missing_tools, own_environment, wait_until
 from recipes import merge, recipe
 
@@ -41,7 +41,7 @@ def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]
             (home / "recipe.yaml").write_text(json.dumps(values))
             for folder in ("site", "site/root"):  # which the containers see as `memory` says
                 (home / folder).mkdir()
-            (home / "site/sitecustomize.py").write_text(FED)
+            (home / "site/sitecustomize.py").write_text(FED + SLOW)
             available(home / "site/root", 8192)
             site = f"/home/{TUNER}/site"
             more = own_environment({"FED": f"{site}/root"}, site)
