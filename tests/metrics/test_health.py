@@ -74,6 +74,12 @@ def test_rdma_ports_count_words_of_four_bytes_and_come_before_an_interface(
     (statistics / "tx_bytes").write_text("1000024\n")
     time.sleep(0.01)
     assert 0 < gauges.read()["network_bytes_per_second"] < 1e8  # a million bytes in 10 ms or more
+    statistics.rename(tmp_path / "away")  # an interface that is made anew is asked again
+    assert "network_bytes_per_second" not in gauges.read()
+    (tmp_path / "away").rename(statistics)
+    gauges.read()
+    (statistics / "tx_bytes").write_text("2000024\n")
+    assert gauges.read()["network_bytes_per_second"] > 0
     for port in (1, 2):
         counters = tmp_path / f"sys/class/infiniband/roce0/ports/{port}/counters"
         counters.mkdir(parents=True)

@@ -39,7 +39,7 @@ _GPU: dict[str, Callable[[torch.device], float]] = {
 class Gauges:
     """The machine's gauges by the names of their record fields, read at most once per `every` seconds.
 
-    NVML takes about a millisecond and averages over 1/6 to 1 s, so reading it at each step adds nothing. What fails once is
+    NVML takes about a millisecond and averages over 1/6 to 1 s, so reading it at each step adds nothing. What NVML fails at is
     not asked again: NVML is missing in many containers and incomplete on unified-memory chips. Links are read where
     several ranks use them.
     """
@@ -59,7 +59,7 @@ class Gauges:
         now = time.monotonic()
         if now - self._at >= self.every:
             counted, seconds, self._at = _ask(self.counters), max(now - self._at, 1e-9), now
-            grown = {name: max(0.0, total - self._counted[name]) for name, total in counted.items()}
+            grown = {name: max(0.0, n - self._counted[name]) for name, n in counted.items() if name in self._counted}
             rates = {f"{name}_bytes_per_second": value / seconds for name, value in grown.items()}
             self._last = {"host_memory_percent": unavailable_percent(), **_ask(self.gauges), **rates}
             self._counted = counted
@@ -67,11 +67,13 @@ class Gauges:
 
 
 def _ask(sources: Sources) -> dict[str, float]:
-    """What the sources say; one that fails is removed."""
+    """What the sources say; one whose file is away for a moment is left out, one that fails in another way is removed."""
     found = {}
     for name, source in [*sources.items()]:
         try:
             found[name] = source()
+        except OSError:  # a port that is reset, an interface that is made anew
+            continue
         except Exception:  # NVML's error type cannot be imported without NVML
             del sources[name]
     return found
