@@ -51,6 +51,7 @@ from tunesmith.model.documents import Documents
 from tunesmith.model.load import materialise
 from tunesmith.model.shapes import find_shape
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
+from tunesmith.quant import frozen_matmul
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
 
@@ -219,7 +220,9 @@ def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[
     model = define_model(run, SimpleNamespace(config=config, vocab_rows=config.vocab_size))  # type: ignore[arg-type]
     if "fp32-weight-gradients" in run.train.fast_paths:
         accumulate_in_fp32(model.model.layers)
-    with fake, patch.object(attention, "varlen_attn", attention_of_cuda), INDUCTOR:
+    # A CPU multiplies dB in another order, and copies it.
+    b_of_cuda = patch.object(frozen_matmul, "gradient_of_b", lambda dy, xa: dy.T @ xa, create=True)
+    with fake, patch.object(attention, "varlen_attn", attention_of_cuda), b_of_cuda, INDUCTOR:
         materialise(model, torch.device("cpu"))
         for name, p in model.named_parameters():  # made outside the mode
             module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]

@@ -30,4 +30,5 @@ def test_the_operations_are_those_of_the_formula_and_recompute_leaves_out_the_la
     assert base < kept["tera_operations"] < 1.02 * base
     down = 2 * 256 * spec.hidden * spec.intermediate / 1e12
     assert again["tera_operations"] - kept["tera_operations"] == pytest.approx(base - down, rel=0.01)
-    assert kept["kernels"] < again["kernels"]
+    # The table of docs/performance.md: those of a GPU, without the copies that a CPU makes.
+    assert (counts["bf16, forward"]["kernels"], kept["kernels"], again["kernels"]) == (36, 52, 85)

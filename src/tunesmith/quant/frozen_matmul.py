@@ -135,9 +135,14 @@ def _gradients(dy: Tensor, b: Tensor, xa: Tensor, one_pass: bool) -> tuple[Tenso
         from tunesmith.quant.one_pass import lora_gradients  # Triton comes with torch's CUDA builds only
 
         return lora_gradients(dy, b, xa)
+    return dy @ b, gradient_of_b(dy, xa)
+
+
+def gradient_of_b(dy: Tensor, xa: Tensor) -> Tensor:
+    """dy^T xa, [out, rank]."""
     if dy.device.type == "cpu":  # oneDNN takes two to three times as long for a transposed left factor of this shape
-        return dy @ b, (xa.T @ dy).T.contiguous()
-    return dy @ b, dy.T @ xa
+        return (xa.T @ dy).T.contiguous()
+    return dy.T @ xa
 
 
 # ---- what both paths keep for the backward ----
