@@ -18,7 +18,7 @@ from hub.standin import Repo, StandIn
 from tunesmith.errors import MachineError
 from tunesmith.launch.doctor import speed
 from tunesmith.launch.doctor.fix import cable_addresses, fix_scripts
-from tunesmith.launch.doctor.system import FAULT, OK, TEXTS, Finding
+from tunesmith.launch.doctor.system import FAULT, OK, TEXTS, VERSIONS, Finding
 
 ROOM = Path(speed.__file__).parent
 DOCS = Path(__file__).parents[2] / "docs"
@@ -56,6 +56,14 @@ def test_what_runs_on_the_other_node_needs_nothing_but_python(tmp_path: Path) ->
         found |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         others = {m for m in found if m and m.partition(".")[0] not in sys.stdlib_module_names}
         assert others <= {"tunesmith.launch.doctor.system"}
+
+
+def test_torch_is_found_beside_a_source_tree_that_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "torch-2.11.0.dist-info").mkdir()
+    (tmp_path / "torch-2.11.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.11.0\n")
+    command, env = [sys.executable, "-S", "-c", VERSIONS], os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(done.stdout) == {"tunesmith": "", "torch": "2.11.0"}
 
 
 def doctor(*words: str, **env: str) -> dict:

@@ -15,7 +15,8 @@ from typing import Any
 
 OK, FAULT, GIB = "ok", "fault", 1 << 30
 TEXTS: dict[str, list[str]] = json.loads(Path(__file__).with_name("findings.json").read_text(encoding="utf-8"))
-VERSIONS = "import importlib.metadata as m, json; print(json.dumps({d: m.version(d) for d in ('tunesmith', 'torch')}))"
+VERSIONS = """import importlib.metadata as m, json
+print(json.dumps({name: next((d.version for d in m.distributions(name=name)), "") for name in ("tunesmith", "torch")}))"""
 SMI = ("nvidia-smi", "--query-gpu=name,uuid,driver_version,compute_cap,memory.total", "--format=csv,noheader")
 _FUNCTION = re.compile(r"en[pP].*s\d+(f\d+)np\d+$")  # enp1s0f1np1 and enP2p1s0f1np1: two functions of one port
 
