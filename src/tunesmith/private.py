@@ -1,9 +1,10 @@
 """The private names of torch that the engine needs, here and nowhere else: a new release may move them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # The only fp8 matmul that torch 2.11 to 2.13 share on GPU and CPU (on a CPU, 2.11 scales tensor-wise only).
 scaled_mm = torch._scaled_mm
@@ -58,6 +59,17 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
         return tuple(slice(0, size) for size in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def let_codes_be_sharded() -> None:
+    """Let FSDP of torch 2.11 shard frozen integers: it first makes each shard a parameter with gradients (pytorch#177844)."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    def parameter(x: Tensor, requires_grad: bool = True) -> nn.Parameter:
+        return nn.Parameter(x, requires_grad and x.is_floating_point())
+
+    if torch.__version__ < "2.12":
+        vars(_fsdp_param)["nn"] = SimpleNamespace(Module=nn.Module, Parameter=parameter)
 
 
 def restart_compiler() -> None:

@@ -27,7 +27,7 @@ from tunesmith.config.schema import Run
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.load import widen
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
-from tunesmith.private import collective
+from tunesmith.private import collective, let_codes_be_sharded
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_weight import EightBitWeight
 from tunesmith.sharded import local_part
@@ -62,6 +62,7 @@ def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype, *,
         "mesh": mesh.sharding, "mp_policy": policy, "ignored_params": kept if adapter else None,
         "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
     }  # fmt: skip
+    let_codes_be_sharded()
     *layers, last = root.layers
     for layer in layers:
         fully_shard(layer, **options)
