@@ -337,6 +337,8 @@ def refused() -> list[str]:
         lora.attach_lora(headed, Adapter(target=("lm_head",)), seed=1)
         attempt(headed)
         fine = rooted(causal_lm("llama"))
+        plan = fine.model.config.base_model_tp_plan  # Transformers 5.17 names a tied embedding
+        fine.model.config.base_model_tp_plan = {**plan, "embed_tokens": "embedding_rowwise"}
         cut_model(fine, mesh)
         weight = fine.layers[0].mlp.up_proj.weight
         assert isinstance(weight, DTensor)

@@ -32,11 +32,10 @@ from tunesmith.sharded import ShardedHead, VocabularyShard, local_part
 
 KEY = "parallel.tensor"
 ROWS, COLUMNS = 0, 1  # dimensions of a weight [out_features, in_features]
-# What Transformers' own plan must say of a family; it may also sum the gradients of heads' norms, as we do.
+# What Transformers' own plan must say; like us it may sum the gradients of heads' norms, and cut a tied embedding (5.17).
 PLAN = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
 PLAN |= {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
 PLAN |= {f"layers.*.{name}_proj": "rowwise" for name in ("self_attn.o", "mlp.down")}
-SUMMED_NORM = "replicated_with_grad_allreduce"
 
 
 class TensorGroup(NamedTuple):
@@ -87,7 +86,8 @@ def reduce_gradients(grads: Mapping[str, Tensor], partial: Collection[str], mesh
 
 def _check_family(model: PreTrainedModel) -> None:
     kind, plan = model.config.model_type, model.config.base_model_tp_plan or {}
-    same = PLAN.items() <= plan.items() and {plan[name] for name in plan.keys() - PLAN.keys()} <= {SUMMED_NORM}
+    others = {plan[key] for key in plan.keys() - {*PLAN, "embed_tokens"}}
+    same = PLAN.items() <= plan.items() and others <= {"replicated_with_grad_allreduce"}
     fused = [sum(isinstance(m, mixin) for m in model.modules()) for mixin in (FusedAttention, FusedMLP)]
     summed = [m for name, m in model.named_modules() if name.endswith(("o_proj", "down_proj"))]
     if not same or fused != [model.config.num_hidden_layers] * 2 or any(m.bias is not None for m in summed):
