@@ -31,11 +31,7 @@ def installed_versions() -> dict[str, str]:
     """The versions of what computes, by name; one that is not installed is left out."""
     import importlib.metadata
 
-    found = {}
-    for name in COMPUTE:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return {name: found.version for name in COMPUTE for found in [*importlib.metadata.distributions(name=name)][:1]}
 
 
 def refuse_unfit_versions() -> None:

@@ -10,10 +10,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from tunesmith.errors import EXIT_FAILED, MachineError, OtherRankError, RunError
 from tunesmith.heartbeat import AGREED
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
+from tunesmith.packages import installed_versions
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
 from tunesmith.private import local_slices
 from tunesmith.quant.nf4 import check_nf4
@@ -299,12 +299,9 @@ def parts_of(trainer: Trainer) -> dict[Any, str]:
 
 def versions() -> dict[str, str]:
     """What must be alike on all ranks: versions, and the files of this package."""
-    found = {}
-    for package in ("torch", "transformers", "bitsandbytes"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
+    found = installed_versions()
     if torch.cuda.is_available():
-        found |= {"CUDA": str(torch.version.cuda), "NCCL": str(torch.cuda.nccl.version())}
+        found = found | {"CUDA": str(torch.version.cuda), "NCCL": str(torch.cuda.nccl.version())}
     files = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py")))
     return found | {"tunesmith": hashlib.sha256(files).hexdigest()[:8]}
 

@@ -238,8 +238,7 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     On the meta device call `init_lora` once the weights are there. RecipeError for a target or module to save that the
     model does not have.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
     names = target_names(model, adapter)
     for name in names:
         base = model.get_submodule(name)
