@@ -9,9 +9,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from ranks import free_port, run_ranks
 from recipes import make_run, merge
+from tunesmith.quant.eight_bit import select_scaling
+from tunesmith.quant.scaled_matmul import TENSOR_WISE
 from tunesmith.training import build
 from tunesmith.training.run import train
 
@@ -150,5 +153,8 @@ def test_blocks_of_moments_and_of_nf4_are_those_of_one_process(world, wide, tmp_
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_a_base_in_8_bits_gives_the_numbers_of_one_process(world, tiny, tmp_path):
-    """In bf16, and fp8 scales a whole micro batch here, which has other rows: 9e-4 was seen."""
-    assert_those_of_one_process(world, IN_8_BITS, tiny, tmp_path, (2e-4, 3e-3))
+    """In bf16: 9e-4 was seen. With one scale a tensor, torch 2.11's on a CPU, fp8 rounds by the rows of a micro batch."""
+    coarse = select_scaling("fp8", torch.device("cpu")).kind == TENSOR_WISE
+    wide = {name: (5e-3, 1e-2) for name in ("fp8, copies", "fp8, copies of shards") if coarse}
+    with mock.patch.dict(TOLERANCES, wide):
+        assert_those_of_one_process(world, IN_8_BITS, tiny, tmp_path, (2e-4, 3e-3))
