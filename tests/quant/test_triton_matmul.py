@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 from quant.scripts import output_of
 from ranks import run_ranks
@@ -12,6 +14,9 @@ from tunesmith.quant.scaled_matmul import FUSED, INT8, ROW_WISE
 
 
 def test_scales_update_and_sum_are_applied_in_the_interpreter():
+    triton = pytest.importorskip("triton", reason="Triton is for Linux")
+    if Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.5"):
+        pytest.skip("Triton 3.6 interprets no loop with NumPy 2.5: it makes a number of an array of one")
     assert output_of("interpreted.py", TRITON_INTERPRET="1") == "65 checks\n"
 
 

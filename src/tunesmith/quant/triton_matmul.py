@@ -88,8 +88,8 @@ def fused_matmul(
     padded = max(LEAST_RANK, triton.next_power_of_2(rank))
     xa = xa if xa.stride(1) == 1 else xa.contiguous()
     scaled_kernel[lambda tile: (triton.cdiv(len(a), tile["ROWS"]) * triton.cdiv(len(b), tile["COLUMNS"]),)](
-        a, b, a_scale, b_scale, xa, other, y, len(a), len(b), a.shape[1], b.stride(0), len(a_scale) > 1, len(b_scale) > 1,
-        xa.stride(0), other.stride(0), other.stride(1), INT8=a.dtype == torch.int8, RANK=rank, PADDED_RANK=padded,
-        ADD=onto is not None, GROUP=GROUP,
+        a, b, a_scale, b_scale, xa, other, y, len(a), len(b), a.shape[1], b.stride(0),
+        *(int(len(scale) > 1) for scale in (a_scale, b_scale)), xa.stride(0), other.stride(0), other.stride(1),
+        INT8=a.dtype == torch.int8, RANK=rank, PADDED_RANK=padded, ADD=onto is not None, GROUP=GROUP,
     )  # fmt: skip
     return y
