@@ -6,7 +6,8 @@
 #   1  tests, products one by one, Llama 3.1 8B LoRA in bf16, with an fp8 base, at its least memory
 #   2  70B on nf4, 3B in full, a profile of 8B
 #   3  a profile of 8B on fp8, first step cold and warm, 8B on int8
-#   4  8B with one key changed at a time: each fast path, then compile, packing and recomputation
+#   4  8B with one key changed at a time: each fast path; then, in steps of 80 examples, so that micro batches vary in length,
+#      compile, packing and recomputation
 #   5  the fast paths on fp8; Qwen3 8B and Mistral 7B beside Llama
 #   6  the fast paths of 3B in full; 8B with plain code in place of a technique
 # RECIPE=FILE measures that recipe in place of the true shapes, two steps each: whether every stage runs, on any machine.
@@ -62,14 +63,17 @@ profile=(--steps 3 --warmup 3 --profile "$cache/traces" profile.wait=0 profile.w
 micro=(benchmarks/micro.py "$out/micro.json")
 [ -z "${RECIPE:-}" ] || micro+=(--tokens 512 --divide 16 --repeat 1)
 keys=train.compile,data.pack,train.recompute
+batch=(train.global_batch='80 examples')
 cut=() # of the shapes beside Llama
 if [ -n "${RECIPE:-}" ]; then
+  batch=()
   keys=data.pack,train.recompute # on a CPU nothing is compiled
   cut=(--shapes mistral-7b --layers 1 train.global_batch='256 tokens' data.seq_len=256 --steps 1 --warmup 0)
 fi
 case $stage in
 1)
-  step 130 tests "$python" -m pytest -m gpu -rs -p no:cacheprovider --junitxml "$out/tests.xml"
+  # Most of their time is compiling, on the host; each worker has two processes for that, not one for each core.
+  TORCHINDUCTOR_COMPILE_THREADS=2 step 130 tests "$python" -m pytest -m gpu -n 6 -vv -rs -p no:cacheprovider --junitxml "$out/tests.xml"
   step 70 micro "$python" "${micro[@]}"
   bench 160 8b-bf16 llama3-8b || bench 110 8b-bf16-eager llama3-8b train.compile=off
   bench 140 8b-fp8 llama3-8b model.quantize=fp8
@@ -87,7 +91,7 @@ case $stage in
   ;;
 4)
   ablation 340 fast-paths train.fast_paths llama3-8b
-  ablation 240 ablation "$keys" llama3-8b
+  ablation 240 ablation "$keys" llama3-8b "${batch[@]}"
   ;;
 5)
   ablation 280 fast-paths-fp8 train.fast_paths llama3-8b model.quantize=fp8

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from recipes import recipe
+from tunesmith.bench.ablation import variants
+from tunesmith.bench.shape import shape_recipe
 from tunesmith.cli.bench import add_arguments, check_arguments, recipe_of
 from tunesmith.config.dump import to_yaml
+from tunesmith.config.schema import Run
 from warm import run_warm
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
@@ -41,12 +44,18 @@ def run_stage(folder: Path, stage: int, *, fails: str = "", **env: object) -> tu
     return [json.loads(line) for line in noted.read_text().splitlines()], done.stdout
 
 
+def recipe_of_shape(args: argparse.Namespace, folder: Path) -> Run:
+    """The checked recipe of a shape, as `recipe_of` makes it; its model is not written."""
+    return shape_recipe(folder, data=args.data, rows="alpaca", overrides=[word for word in args.words if "=" in word])
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("shapes", [True, False], ids=["true shapes", "a recipe"])
 def test_every_command_of_a_stage_is_one_that_bench_takes(stage: int, shapes: bool, tiny: Path, tmp_path: Path) -> None:
     file, checked = tmp_path / "recipe.yaml", 0
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False, model={"dtype": "bf16"})))
     commands, shown = run_stage(tmp_path, stage, **({} if shapes else {"RECIPE": file}))
+    read = recipe_of_shape if shapes else recipe_of
     assert "skipped" not in shown
     assert len({word for command in commands for word in command if word.endswith(".json")}) >= len(commands) - 1
     for command in commands:
@@ -56,8 +65,12 @@ def test_every_command_of_a_stage_is_one_that_bench_takes(stage: int, shapes: bo
             args = parser.parse_intermixed_args(command[3:])
             args.json = None  # its folder is there: the script has made it
             check_arguments(args)
-            if not shapes:
-                recipe_of(args, tmp_path / "model")
+            run = read(args, tmp_path / "model")
+            for key in args.only.split(",") if args.ablation else ():
+                changes = [change for _, change in variants(run, gpu=shapes) if change.partition("=")[0] == key]
+                assert changes, f"{key} has no variant"
+                for change in changes:  # RecipeError where a variant cannot run
+                    read(argparse.Namespace(**{**vars(args), "words": [*args.words, change]}), tmp_path / "model")
             checked += 1
     assert checked
 

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
 from devices import take_small_peak
 from recipes import make_run, recipe
 from tunesmith.bench import ablation
 from tunesmith.bench.measure import BenchReport
+from tunesmith.cli.bench import refuse_eager
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.schema import FastPath
-from tunesmith.errors import RunError
+from tunesmith.errors import RunError, UsageError
 from tunesmith.model.shapes import SHAPES, Shape
 from warm import run_python, run_warm
 
@@ -137,6 +139,17 @@ def test_what_is_refused_once_the_tokenizer_is_known(small: str, tiny: Path, row
         assert what in capsys.readouterr().err
 
 
+def test_on_a_gpu_the_trial_of_the_compiler_is_within_what_cold_times(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("tunesmith.runtime.compilation.select_compile", lambda *_: pytest.fail("it was tried"))
+    monkeypatch.setattr("tunesmith.runtime.device.choose_device", lambda: torch.device("cuda"))
+    refuse_eager(make_run(tiny, tmp_path))
+    with pytest.raises(UsageError, match="--cold measures compilation"):
+        refuse_eager(make_run(tiny, tmp_path, train={"compile": "off"}))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
 def test_cold_and_warm_first_steps(tiny: Path, tmp_path: Path) -> None:
@@ -192,6 +205,9 @@ def test_the_variants_are_the_other_values_of_a_recipes_keys(tiny: Path, tmp_pat
     assert lora["not compiled"] == "train.compile=off"
     assert {"dense base", "base in nf4", "base in int8"} <= set(lora)
     assert not {"base in fp8", "fp32"} & set(lora)
+    assert lora["not packed"] == "data.pack=false"
+    tokens = make_run(tiny, tmp_path, train={"global_batch": "256 tokens", "micro_batch": "auto"})
+    assert "not packed" not in dict(ablation.variants(tokens, gpu=True)), "tokens need packed rows"
     changes = {"adapter": {"kind": "none"}, "train": {"recompute": "full"}, "data": {"pack": False}}
     full = dict(ablation.variants(make_run(tiny, tmp_path, **changes), gpu=False))
     assert all(change.startswith("train.fast_paths=") for change in full.values())

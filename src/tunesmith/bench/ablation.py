@@ -23,7 +23,7 @@ def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
     train, model, lora = run.train, run.model, run.adapter.kind == "lora"
     if train.compile == "on" or (gpu and train.compile == "auto"):
         yield "not compiled", "train.compile=off"
-    if run.data.pack:
+    if run.data.pack and train.global_batch.unit == "examples":  # tokens need packed rows
         yield "not packed", "data.pack=false"
     if train.recompute != "full":
         yield "recomputed", "train.recompute=full"
