@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,6 +167,7 @@ def test_on_a_cpu_memory_alone_is_told(tiny: Path, tmp_path: Path, capsys: pytes
     shown = capsys.readouterr().out
     assert "cpu: " in shown
     assert "for times --assume tflops=NUMBER" in shown
+    assert re.search(r"^1 x 1 x 1 .* - +- +0%$", shown, re.MULTILINE)
     assert main([*words, "--assume", "tflops=0.1"]) == 0
     assert "the run: " in capsys.readouterr().out
 

@@ -12,7 +12,6 @@ examples:
 
 import argparse
 import json
-import math
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,9 +109,10 @@ def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> 
     ]
     for f in found:
         memory = f"{f.plan.recomputed_layers:4} of {f.plan.layers:<3} {f.phases['step'] / GIB:8.1f}"
-        speed = f"{f.step_seconds or math.nan:8.2f} {f.tokens_per_second or math.nan:9,.0f} {f.idle_share:6.0%}"
+        known = f.step_seconds and f.tokens_per_second
+        speed = f"{f.step_seconds:8.2f} {f.tokens_per_second:9,.0f}" if known else f"{'-':>8} {'-':>9}"
         shape = f"{' x '.join(map(str, f.plan.mesh)):<26} {f.plan.choices['micro batch']:>15}"
-        lines.append(f"{shape} {memory} {speed if f.fits else ' does not fit'}")
+        lines.append(f"{shape} {memory} {f'{speed} {f.idle_share:6.0%}' if f.fits else ' does not fit'}")
     if not best.fits:
         return lines
     seconds = ", ".join(f"{part} {value:.2f}" for part, value in best.seconds.items() if value >= 0.005)
