@@ -64,10 +64,12 @@ micro=(benchmarks/micro.py "$out/micro.json")
 [ -z "${RECIPE:-}" ] || micro+=(--tokens 512 --divide 16 --repeat 1)
 keys=train.compile,data.pack,train.recompute
 batch=(train.global_batch='80 examples')
+full=(adapter.kind=none train.global_batch='65536 tokens') least=(train.recompute=full train.micro_batch='2048 tokens')
 cut=() # of the shapes beside Llama
 if [ -n "${RECIPE:-}" ]; then
   batch=()
   keys=data.pack,train.recompute # on a CPU nothing is compiled
+  full=(adapter.kind=none) least=(train.recompute=full)
   cut=(--shapes mistral-7b --layers 1 train.global_batch='256 tokens' data.seq_len=256 --steps 1 --warmup 0)
 fi
 case $stage in
@@ -77,11 +79,11 @@ case $stage in
   step 70 micro "$python" "${micro[@]}"
   bench 160 8b-bf16 llama3-8b || bench 110 8b-bf16-eager llama3-8b train.compile=off
   bench 140 8b-fp8 llama3-8b model.quantize=fp8
-  bench 90 8b-least-memory llama3-8b train.recompute=full train.micro_batch='2048 tokens' "${brief[@]}"
+  bench 90 8b-least-memory llama3-8b "${least[@]}" "${brief[@]}"
   ;;
 2)
   bench 260 70b-nf4 llama3-70b model.quantize=nf4 --steps 8 --warmup 3
-  bench 180 3b-full llama3-3b adapter.kind=none train.global_batch='65536 tokens' --steps 10 --warmup 3
+  bench 180 3b-full llama3-3b "${full[@]}" --steps 10 --warmup 3
   bench 140 8b-profile llama3-8b "${profile[@]}"
   ;;
 3)
@@ -99,7 +101,7 @@ case $stage in
     --data "$folder/rows.json" "${brief[@]}" "${cut[@]}"
   ;;
 6)
-  ablation 200 fast-paths-full train.fast_paths llama3-3b adapter.kind=none train.global_batch='65536 tokens'
+  ablation 200 fast-paths-full train.fast_paths llama3-3b "${full[@]}"
   words llama3-8b "${brief[@]}"
   step 380 plain-code "$python" benchmarks/ablation.py --rounds 1 --json "$out/plain-code.json" "${given[@]}"
   ;;

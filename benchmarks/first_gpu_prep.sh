@@ -6,8 +6,8 @@
 set -euo pipefail
 rows=${1:?rows: a JSON array of alpaca rows} tokenizer=${2:?tokenizer: a folder, a Hub id or a .gguf file} folder=${3:-.gpu}
 arch=${ARCH:-x86_64} python=${PYTHON:-python3}
-wheels=${WHEELS:-ruamel.yaml datasets dill==0.4.0 multiprocess==0.70.18 xxhash shtab gguf bitsandbytes pydantic pydantic-core
-  annotated-types typing-inspection typing-extensions pytest-xdist execnet}
+wheels=${WHEELS:-ruamel.yaml bitsandbytes pydantic pydantic-core annotated-types typing-inspection typing-extensions
+  pytest-xdist execnet}
 mkdir -p "$folder/wheels"
 for wheel in $wheels; do
   "$python" -m pip download -q --no-deps --only-binary=:all: --python-version "${PYTHON_VERSION:-3.12}" --implementation cp \
