@@ -104,7 +104,8 @@ def test_a_compiled_step_has_the_loss_and_the_gradients_of_an_eager_one(
         train = {"compile": choice, "fast_paths": paths if choice == "on" else ()}
         session = session_of(tiny, tmp_path, model={"quantize": base}, train=train)
         assert session.plan.compiled == (choice == "on")
-        assert bool(session.plan.fast_paths) == (choice == "on" and bool(paths))
+        fit = "tensor-wise" not in session.plan.base  # as fp8 is on torch 2.11's CPU, where no path fits
+        assert bool(session.plan.fast_paths) == (choice == "on" and bool(paths) and fit)
         assert base == "none" or session.plan.base.startswith(base), session.plan.why["base"]
         batch = session.loader(0).batch(0)
         total = torch.zeros((), device=device)
