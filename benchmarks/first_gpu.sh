@@ -22,6 +22,7 @@ else
   export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
 fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 XDG_CACHE_HOME=$cache
+for words in date nvidia-smi 'free -m' 'df -h'; do $words; done >>"$log" 2>&1 # some virtual machines get memory as they use it
 
 step() { # seconds, name, command: what is left of the stage bounds it too
   local seconds=$1 name=$2 code

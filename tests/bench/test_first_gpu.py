@@ -81,6 +81,7 @@ def test_a_failure_ends_nothing_and_8b_is_measured_uncompiled_where_compiled_it_
     assert "8b-bf16 ended with 1" in shown
     assert "8b-bf16-eager ended with 0" in shown
     assert any("train.compile=off" in command for command in commands)
+    assert "Filesystem" in (tmp_path / "out" / "stage1.log").read_text(), "the log begins with what the machine has"
     assert "8b-least-memory ended with 0" in shown
 
 
