@@ -8,7 +8,7 @@ from tunesmith.errors import MachineError
 
 
 def pip_install(package: str) -> str:
-    """The command that installs `package` in a version that works: `pip install 'bitsandbytes>=0.48'`.
+    """The command that installs `package` in a version that works: `pip install 'bitsandbytes>=0.50'`.
 
     The version is read from the metadata of tunesmith's own extras; a package that they do not name has none.
     """
@@ -31,7 +31,11 @@ def installed_versions() -> dict[str, str]:
     """The versions of what computes, by name; one that is not installed is left out."""
     import importlib.metadata
 
-    return {name: found.version for name in COMPUTE for found in [*importlib.metadata.distributions(name=name)][:1]}
+    found = {}
+    for name in COMPUTE:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def refuse_unfit_versions() -> None:

@@ -132,4 +132,4 @@ def test_a_missing_package_and_a_cache_that_cannot_be_written(file: Path, tmp_pa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MachineError, match="gguf is not installed") as caught:
         fetch.fetch(Model(name=str(file)), progress=print)
-    assert caught.value.fix == "pip install 'gguf>=0.10', or take the Hub's safetensors of this model"
+    assert caught.value.fix == "pip install 'gguf>=0.17.1', or take the Hub's safetensors of this model"

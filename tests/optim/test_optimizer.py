@@ -164,7 +164,7 @@ def test_8bit_without_its_package_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(
-        MachineError, match=r"8-bit moments need .*\n.*train\.optimizer\n.*pip install 'bitsandbytes>=0.48'"
+        MachineError, match=r"8-bit moments need .*\n.*train\.optimizer\n.*pip install 'bitsandbytes>=0.50'"
     ):
         Optimizer(params(), Train(optimizer="adamw-8bit"))
 

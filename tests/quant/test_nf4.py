@@ -141,7 +141,7 @@ def test_parts_of_a_packed_weight_that_do_not_fit_are_refused():
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(MachineError, match=r"pip install 'bitsandbytes>=0.48'"):
+    with pytest.raises(MachineError, match=r"pip install 'bitsandbytes>=0.50'"):
         nf4.nf4_functions()
 
 
