@@ -70,6 +70,13 @@ def test_every_figure_has_a_source() -> None:
         assert hardware.ASSUMED == ("gib", "bandwidth", "tflops", "link", "network")
 
 
+def test_the_h100_follows_from_the_h200() -> None:
+    """Products (75 % of a step) and attention (11 %) are as fast; the rest waits for memory."""
+    h100, h200 = CHIPS["h100"], CHIPS["h200"]
+    slower = 0.75 + 0.11 + 0.14 * h200.bandwidth / h100.bandwidth
+    assert h100.tflops == round(h200.tflops / slower)
+
+
 def test_given_figures_win() -> None:
     found = read_cluster("2x4xl40s", ["network=5", "tflops=150"]).chip
     assert (found.network, found.tflops, found.source) == (5.0, 150.0, "as --assume says")
@@ -99,7 +106,8 @@ def test_here_is_what_nvidia_smi_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table_and_what_the_first_takes(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(llama), "--on", "2x8xh100", "--price", "2.5"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("2 x 8 x NVIDIA H100 80GB HBM3: 79 GiB, 402 TFLOP/s in whole steps (measured with NeMo")
+    assert lines[0].startswith("2 x 8 x NVIDIA H100 80GB HBM3: 79 GiB, 520 TFLOP/s in whole steps")
+    assert "(assumed: the H200's 551" in lines[0]
     assert lines[1] == (
         "examples: not known, taken as 2,048 tokens each, all with a label; 131,072 tokens a step, 100 steps"
     )
