@@ -1,0 +1,51 @@
+"""The goals on one GPU: non-padding tokens/s of four runs, on an H200 and on an H100. Importable without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One run with its goal on each device: sequence length 2048, packed; LoRA of rank 8 or full fine-tuning.
+
+    step: the step of first_gpu.sh that measures it.
+    shape: the model, as `tunesmith bench --shape` names it.
+    base: bf16, or the value of `model.quantize`.
+    tokens_per_second: the goal by device key, in non-padding tokens.
+    """
+
+    step: str
+    title: str
+    shape: str
+    base: str
+    full: bool
+    tokens_per_second: Mapping[str, int]
+
+
+def by_device(h200: int, h100: int) -> Mapping[str, int]:
+    return MappingProxyType({"h200": h200, "h100": h100})
+
+
+GOALS = (
+    Goal("8b-bf16", "8B LoRA, bf16", "llama3-8b", "bf16", False, by_device(19_000, 16_500)),
+    Goal("8b-fp8", "8B LoRA, fp8 base", "llama3-8b", "fp8", False, by_device(27_000, 22_500)),
+    Goal("3b-full", "3B full", "llama3-3b", "bf16", True, by_device(31_000, 25_500)),
+    Goal("70b-nf4", "70B LoRA, nf4 base", "llama3-70b", "nf4", False, by_device(2_000, 1_650)),
+)
+
+
+def device_key(gpu_name: str) -> str | None:
+    """`h200` or `h100` for a GPU's name as torch says it; None for a GPU without goals.
+
+    The goals are for the SXM modules. PCIe and NVL cards are slower, and a MIG slice is a part.
+    """
+    words = gpu_name.lower().split()
+    if {"pcie", "nvl", "mig"} & {*words}:
+        return None
+    for device in ("h200", "h100"):
+        if device in words:
+            return device
+    return None
