@@ -1,28 +1,39 @@
 """Kernels and bytes of one decoder layer, counted without a GPU on the graphs that torch.compile makes of it.
 
     python benchmarks/count_kernels.py [--shape llama3-8b] [--tokens 16384] [--json FILE]
+    python benchmarks/count_kernels.py --device h100
     PYTHONPATH=OTHER_CHECKOUT/src python benchmarks/count_kernels.py ...        # another version of the package
 
 One layer of the true shape is traced with fake tensors, as training compiles it: Dynamo, the joint graph, its partition
 into forward and backward, Inductor's passes and its fusion by the rules of Triton. What an operator of ours launches
 inside is found by running its arithmetic on fake tensors. A kernel is counted with the bytes of its inputs and outputs,
 each once: what a perfect cache would move. Of matrix products the operations are counted too, attention's are not.
-The time is a forecast for an H200: each kernel takes as long as its operations at RATE or its bytes at BANDWIDTH, and
-LAUNCH at least.
+The time is a forecast for a device of gpu_rates.py: each kernel takes as long as its operations or
+its bytes, and LAUNCH at least.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from gpu_rates import RATES, Rates
+from kernel_terms import (
+    ATTENTION,
+    OTHER,
+    PRODUCT_OPERATORS,
+    PRODUCTS,
+    SKINNY,
+    TERMS,
+    is_skinny,
+    product_dimensions,
+)
 from torch import Tensor
 from torch._dynamo.utils import detect_fake_mode
 from torch._functorch.aot_autograd import make_boxed_func
@@ -55,16 +66,13 @@ from tunesmith.quant import frozen_matmul
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
 
-RATE = {"bf16": 790e12, "8 bit": 1.9 * 790e12}  # operations/s; bf16 was measured on 8192^3
-BANDWIDTH = 4.3e12  # bytes/s
 LAUNCH = 2.5e-6  # seconds that the shortest kernel occupies the GPU
-PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "_scaled_mm", "_int_mm")
 EIGHT_BIT = {"fp8": "fp8 row-wise", "int8": "int8 rotated"}
 # Operators that launch nothing: memory without values, and other names for a tensor.
 NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view", "lift_fresh")
 # FlashAttention has no CPU kernel. These stand for it: a kernel forward, and backward the row sums of dO * O, the
 # gradients, and dq's conversion.
-ATTENTION = {"count::attention": 1, "count::attention_backward": 3}
+ATTENTION_KERNELS = {"count::attention": 1, "count::attention_backward": 3}
 
 # Fused as for a GPU: by Triton's rules, and `cat` computed where it is used.
 INDUCTOR = inductor.patch(cpu_backend="triton", force_pointwise_cat=True)
@@ -94,23 +102,94 @@ def attention_of_cuda(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, *_: Any, *
     return out
 
 
+class Launch(NamedTuple):
+    """A kernel, or a few of attention: bytes read and written, operations of a matrix product."""
+
+    term: str
+    size: int
+    operations: int = 0
+    eight_bit: bool = False
+    kernels: int = 1
+
+    def seconds(self, rates: Rates) -> float:
+        """The longer of its operations and its bytes; attention is not forecast by its bytes: 0."""
+        if self.term == ATTENTION:
+            return 0.0
+        product = rates.eight_bit_product if self.eight_bit else rates.product
+        bandwidth = rates.skinny_bandwidth if self.term == SKINNY else rates.memory_bandwidth
+        return max(self.operations / product, self.size / bandwidth, LAUNCH)
+
+
+@dataclass
+class Term:
+    """A part of a layer or step: its time, the operations of its products, the bytes it moves."""
+
+    ms: float = 0.0
+    tera_operations: float = 0.0
+    gib: float = 0.0
+
+    def add(self, other: Term, times: float = 1.0) -> None:
+        self.ms += times * other.ms
+        self.tera_operations += times * other.tera_operations
+        self.gib += times * other.gib
+
+
 @dataclass
 class Count:
-    """What one layer launches in one direction; tera_operations are those of matrix products, `ms` leaves out attention."""
+    """What one layer launches in one direction; tera_operations are those of matrix products."""
 
-    kernels: int = 0
-    products: int = 0
-    gib: float = 0.0
-    tera_operations: float = 0.0
-    ms: float = 0.0
+    launches: list[Launch] = field(default_factory=list)
 
-    def add(self, size: int, *, operations: int = 0, rate: float = 1.0) -> None:
-        """One kernel that reads and writes `size` bytes."""
-        self.kernels += 1
-        self.products += operations > 0
-        self.gib += size / 2**30
-        self.tera_operations += operations / 1e12
-        self.ms += 1e3 * max(operations / rate, size / BANDWIDTH, LAUNCH)
+    @property
+    def kernels(self) -> int:
+        return sum(launch.kernels for launch in self.launches)
+
+    @property
+    def products(self) -> int:
+        return sum(launch.operations > 0 for launch in self.launches)
+
+    @property
+    def gib(self) -> float:
+        return sum(launch.size for launch in self.launches) / 2**30
+
+    @property
+    def tera_operations(self) -> float:
+        return sum(launch.operations for launch in self.launches) / 1e12
+
+    def ms(self, rates: Rates) -> float:
+        """Without attention."""
+        return 1e3 * sum(launch.seconds(rates) for launch in self.launches)
+
+    def terms(self, rates: Rates) -> dict[str, Term]:
+        """The same by term; that of attention has no time."""
+        terms = {name: Term() for name in TERMS}
+        for launch in self.launches:
+            ms = 1e3 * launch.seconds(rates)
+            term = Term(ms, launch.operations / 1e12, launch.size / 2**30)
+            terms[launch.term].add(term)
+        return terms
+
+    def add(self, size: int) -> None:
+        """One kernel that multiplies no matrices, and reads and writes `size` bytes."""
+        self.launches.append(Launch(OTHER, size))
+
+    def add_product(
+        self,
+        size: int,
+        operations: int,
+        dimensions: Sequence[int],
+        *,
+        eight_bit: bool = False,
+    ) -> None:
+        """One matrix product of these dimensions (m, k, n)."""
+        term = SKINNY if is_skinny(dimensions) else PRODUCTS
+        self.launches.append(Launch(term, size, operations, eight_bit))
+
+    def as_json(self, rates: Rates) -> dict[str, Any]:
+        names = ("kernels", "products", "gib", "tera_operations")
+        totals = {name: getattr(self, name) for name in names}
+        terms = {name: vars(term) for name, term in self.terms(rates).items()}
+        return {**totals, "ms": self.ms(rates), "terms": terms}
 
 
 def bytes_of(*values: Any) -> int:
@@ -123,7 +202,7 @@ def tensors_of(*values: Any) -> list[Tensor]:
 
 def product_operations(name: str, tensors: list[Tensor]) -> int:
     """2 m n k of a matrix product by the name of its operator, else 0; `tensors` are its matrices, the summand first."""
-    if name not in PRODUCTS:
+    if name not in PRODUCT_OPERATORS:
         return 0
     a, b = tensors[1:3] if name.startswith("addmm") else tensors[:2]
     return 2 * int(a.numel()) * (int(b.numel()) // int(a.shape[-1]))
@@ -141,9 +220,14 @@ class Launches(TorchDispatchMode):
         space, name = func._schema.name.split("::")
         view = any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.arguments)
         if not view and space != "prim" and name not in NO_KERNEL:
-            given = tensors_of(args, kwargs)
-            rate = RATE["8 bit" if given[0].itemsize == 1 else "bf16"]
-            self.count.add(bytes_of(given, out), operations=product_operations(name, given), rate=rate)
+            tensors = tensors_of(args, kwargs)
+            size, operations = bytes_of(tensors, out), product_operations(name, tensors)
+            if operations:
+                dimensions = product_dimensions(name, [tensor.shape for tensor in tensors])
+                eight_bit = tensors[0].itemsize == 1
+                self.count.add_product(size, operations, dimensions, eight_bit=eight_bit)
+            else:
+                self.count.add(size)
         return out
 
 
@@ -182,19 +266,21 @@ def count_operator(node: torch.fx.Node, count: Count, mode: FakeTensorMode) -> N
     if schema is None:
         return
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    if schema.name in ATTENTION:
-        count.kernels += ATTENTION[schema.name]
-        count.gib += bytes_of(args, node.meta["val"]) / 2**30
+    if schema.name in ATTENTION_KERNELS:
+        size = bytes_of(args, node.meta["val"])
+        count.launches.append(Launch(ATTENTION, size, kernels=ATTENTION_KERNELS[schema.name]))
         return
     if schema.name == "tunesmith::add_weight_gradient":  # one product on a GPU, which reads what it adds to
         gradient, _, dy, x = args
-        count.add(bytes_of(gradient, gradient, dy, x), operations=2 * gradient.numel() * len(dy), rate=RATE["bf16"])
+        operations = 2 * gradient.numel() * len(dy)
+        size = bytes_of(gradient, gradient, dy, x)
+        count.add_product(size, operations, (*gradient.shape, len(dy)))
         return
     space, name = schema.name.split("::")
     run: Callable[..., Any] = node.target  # type: ignore[assignment]
     if space == "tunesmith":
         run = OPDEFS[schema.name]._init_fn
-    elif name not in PRODUCTS:
+    elif name not in PRODUCT_OPERATORS:
         return
     with mode, Launches(count), torch.no_grad():
         run(*args, **kwargs)
@@ -252,9 +338,11 @@ def main() -> None:
     p.add_argument("--bases", nargs="+", default=["bf16", "fp8", "nf4"])
     p.add_argument("--full", action="store_true", help="full fine-tuning: no adapter, all weights trained")
     p.add_argument("--fast-paths", nargs="+", default=[])
+    p.add_argument("--device", choices=RATES, default="h200", help="whose rates give the times")
     p.add_argument("--json")
     a = p.parse_args()
-    found: dict[str, Any] = {}
+    counts_by_row: dict[str, Any] = {}
+    rates = RATES[a.device]
     print(f"{'a layer of ' + a.shape:32} {'kernels':>8} {'products':>8} {'GiB':>8} {'TFLOP':>8} {'ms':>8}")
     for base in a.bases:
         for recomputed in (False, True):
@@ -262,14 +350,14 @@ def main() -> None:
             counts = count_layer(a.shape, run, tokens=a.tokens, recomputed=recomputed)
             for direction, c in counts.items():
                 row = f"{base}{', recomputed' * recomputed}, {direction}"
-                found[row] = dataclasses.asdict(c)
-                print(
-                    f"{row:32} {c.kernels:8} {c.products:8} {c.gib:8.2f} {c.tera_operations:8.2f} {c.ms:8.2f}",
-                    flush=True,
-                )
+                counts_by_row[row] = c.as_json(rates)
+                shown = f"{row:32} {c.kernels:8} {c.products:8} {c.gib:8.2f}"
+                print(f"{shown} {c.tera_operations:8.2f} {c.ms(rates):8.2f}", flush=True)
     if a.json:
         with open(a.json, "w") as file:
-            json.dump({"shape": a.shape, "tokens": a.tokens, "counts": found}, file, indent=1)
+            setting = {"shape": a.shape, "tokens": a.tokens, "device": a.device}
+            report = {**setting, "counts": counts_by_row}
+            json.dump(report, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The goals on one GPU: non-padding tokens/s of four runs, on an H200 and on an H100. Importable without torch."""
+"""The goals on one GPU: non-padding tokens/s of four runs, by device. Importable without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Goal:
-    """One run with its goal on each device: sequence length 2048, packed; LoRA of rank 8 or full fine-tuning.
+    """One run with its goal on each device: sequence length 2048, packed; LoRA of rank 8, or full.
 
     step: the step of first_gpu.sh that measures it.
     shape: the model, as `tunesmith bench --shape` names it.

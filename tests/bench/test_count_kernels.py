@@ -32,3 +32,16 @@ def test_the_operations_are_those_of_the_formula_and_recompute_leaves_out_the_la
     assert again["tera_operations"] - kept["tera_operations"] == pytest.approx(base - down, rel=0.01)
     # The table of docs/performance.md: those of a GPU, without the copies that a CPU makes.
     assert (counts["bf16, forward"]["kernels"], kept["kernels"], again["kernels"]) == (36, 52, 85)
+    assert_terms_are_parts(kept)
+
+
+def assert_terms_are_parts(row: dict) -> None:
+    """The terms of a direction add up to it; an adapter's products are skinny."""
+    terms = row["terms"]
+    for figure in ("gib", "tera_operations", "ms"):
+        assert sum(term[figure] for term in terms.values()) == pytest.approx(row[figure])
+    assert terms["other kernels"]["tera_operations"] == 0
+    skinny = terms["skinny products"]["tera_operations"]
+    assert 0 < skinny < 0.02 * terms["products"]["tera_operations"]
+    assert terms["attention"]["ms"] == 0, "it is not forecast by its bytes"
+    assert terms["attention"]["gib"] > 0
