@@ -1,14 +1,16 @@
-"""What a technique brings that no key switches off: the same steps again, its fast code replaced by plain code.
+"""What a technique brings that no key switches off: the same steps again, with other code in its place.
 
     python benchmarks/ablation.py [--rounds 2] [--only NAME ...] [--json out.json] BENCH...
 
 BENCH is what follows `tunesmith bench`: a recipe or --shape, --tokenizer and --data, key=value, --steps. What keys switch
-is measured by `tunesmith bench --ablation`, whose runner this shares.
+is measured by `tunesmith bench --ablation`, whose runner this shares. FlashAttention 3 and 4 take the place of torch's own
+where their packages are installed and this torch knows them.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -80,47 +82,89 @@ def default_malloc() -> None:
     build_model.keep_freed_pages = lambda: False
 
 
-class Plain(NamedTuple):
-    """Plain code in place of a technique. replace: changes this process. does: what it does instead. only: its device."""
+def flash_attention(version: str) -> Callable[[], None]:
+    """Activates FlashAttention "FA3" or "FA4" in place of torch's own, below torch's varlen attention."""
+
+    def activate() -> None:
+        torch.nn.attention.activate_flash_attention_impl(version)
+
+    return activate
+
+
+class Replacement(NamedTuple):
+    """Other code in place of a technique.
+
+    replace: changes this process. does: what it does instead. only: its device. package: the module that it needs.
+    """
 
     replace: Callable[[], None]
     does: str
     only: str = ""
+    package: str = ""
+
+    def missing(self, device: str) -> str:
+        """Why it cannot be measured here, or ""."""
+        if self.only not in ("", device):
+            return f"it is for {self.only}"
+        if self.package and not is_installed(self.package):
+            return f"{self.package} is not installed"
+        return ""
 
 
-PLAIN = {
-    "attention": Plain(document_by_document, "one document at a time"),
-    "grouped adapters": Plain(adapters_alone, "each layer reads its input for itself"),
-    "fused modules": Plain(transformers_parts, "Transformers' norms, rotary embedding and MLP"),
-    "head on labels only": Plain(head_everywhere, "the head on every position"),
-    "chunked loss": Plain(whole_logits, "all logits at once, in fp32"),
-    "freed pages": Plain(default_malloc, "glibc's defaults", only="cpu"),
+def is_installed(module: str) -> bool:
+    """Whether a module, or one in a package, can be imported; nothing but its packages is."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+REPLACEMENTS = {
+    "attention": Replacement(document_by_document, "one document at a time"),
+    "grouped adapters": Replacement(adapters_alone, "each layer reads its input for itself"),
+    "fused modules": Replacement(transformers_parts, "Transformers' norms, rotary embedding and MLP"),
+    "head on labels only": Replacement(head_everywhere, "the head on every position"),
+    "chunked loss": Replacement(whole_logits, "all logits at once, in fp32"),
+    "freed pages": Replacement(default_malloc, "glibc's defaults", only="cpu"),
+    "FlashAttention 3": Replacement(flash_attention("FA3"), "in place of torch's", "cuda", "flash_attn_interface"),
+    "FlashAttention 4": Replacement(flash_attention("FA4"), "in place of torch's", "cuda", "flash_attn.cute.interface"),
 }
 
 
 def main() -> None:
     """All of them in turns; with --one one of them, in this process."""
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    p.add_argument("--rounds", type=int, default=2)
-    p.add_argument("--only", nargs="+", choices=list(PLAIN), help="these alone")
-    p.add_argument("--one", choices=list(PLAIN), help=argparse.SUPPRESS)
-    p.add_argument("--json")
-    a, bench = p.parse_known_args()
-    if a.one:
-        PLAIN[a.one].replace()
-        sys.exit(tunesmith(["bench", *bench, "--json", a.json]))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=list(REPLACEMENTS), help="these alone")
+    parser.add_argument("--one", choices=list(REPLACEMENTS), help=argparse.SUPPRESS)
+    parser.add_argument("--json")
+    options, bench = parser.parse_known_args()
+    if options.one:
+        REPLACEMENTS[options.one].replace()
+        sys.exit(tunesmith(["bench", *bench, "--json", options.json]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = [name for name, plain in PLAIN.items() if plain.only in ("", device) and name in (a.only or PLAIN)]
-    commands = {name: [sys.executable, __file__, "--one", name, *bench] for name in chosen}
-    commands = {BASELINE: [sys.executable, "-m", "tunesmith", "bench", *bench], **commands}
-    found = run_in_turns(commands, rounds=a.rounds, say=lambda text: print(text, flush=True))
-    table, changes = table_of(found), {BASELINE: "", **{name: PLAIN[name].does for name in chosen}}
-    print(*lines_of(table, changes), sep="\n")
-    if a.json:
-        report = {"command": sys.argv, "changes": changes, "table": table, "runs": found}
-        Path(a.json).write_text(json.dumps(report, indent=1) + "\n")
+    commands = {BASELINE: [sys.executable, "-m", "tunesmith", "bench", *bench]}
+    changes = {BASELINE: ""}
+    left_out = {}
+    for name in options.only or REPLACEMENTS:
+        replacement = REPLACEMENTS[name]
+        if reason := replacement.missing(device):
+            left_out[name] = reason
+            continue
+        commands[name] = [sys.executable, __file__, "--one", name, *bench]
+        changes[name] = replacement.does
+    for name, reason in left_out.items():
+        print(f"{name} is left out: {reason}")
+    report: dict[str, Any] = {"command": sys.argv, "left_out": left_out}
+    if len(commands) > 1:
+        runs = run_in_turns(commands, rounds=options.rounds, say=lambda text: print(text, flush=True))
+        table = table_of(runs)
+        print(*lines_of(table, changes), sep="\n")
+        report |= {"changes": changes, "table": table, "runs": runs}
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,112 +1,171 @@
 #!/usr/bin/env bash
-# The first half hour on a GPU, in stages of under ten minutes each, without a network:
-#   OUT=results bash benchmarks/first_gpu.sh STAGE      # 1 to 6, in the root of a checkout
-# FOLDER (default .gpu) is from first_gpu_prep.sh. Each step has a limit of its own, and one that fails ends nothing. $OUT gets
-# a JSON file of each measurement and stageN.log; how each step ended is printed.
-#   1  tests, products one by one, Llama 3.1 8B LoRA in bf16, with an fp8 base, at its least memory
-#   2  70B on nf4, 3B in full, a profile of 8B
-#   3  a profile of 8B on fp8, first step cold and warm, 8B on int8
-#   4  8B with one key changed at a time: each fast path; then, in steps of 80 examples, so that micro batches vary in length,
-#      compile, packing and recomputation
-#   5  the fast paths on fp8; Qwen3 8B and Mistral 7B beside Llama
-#   6  the fast paths of 3B in full; 8B with plain code in place of a technique
+# The first half hour on a GPU: three stages of under ten minutes each, on an H100 with 80 GB or an H200, without a network.
+#   OUT=results bash benchmarks/first_gpu.sh A      # then B and C, in the root of a checkout
+#   A  what the device reaches; the four goals: 8B LoRA in bf16 and on an fp8 base, 3B in full, 70B LoRA on nf4
+#   B  the GPU tests, products one by one, profiles of 8B in bf16 and fp8, the first step cold and warm
+#   C  what is to be decided: each fast path and int8 beside plain, attention backends, batches of the recipe's own size,
+#      least memory, a kill and the start after it
+# FOLDER (default .gpu) is made by first_gpu_prep.sh. $OUT gets three files:
+#   results-STAGE.json      every figure; rewritten after each step, so that a stage that is killed keeps what ran before
+#   stage-STAGE.log         what the steps printed
+#   caches-STAGE.tar.gz     compiled code and tokens; copied into FOLDER, it spares the next stage the time
+# LIMIT bounds the stage, and LIMIT_<STEP> one step (LIMIT_8B_BF16=200), in seconds. A step that fails ends nothing.
 # RECIPE=FILE measures that recipe in place of the true shapes, two steps each: whether every stage runs, on any machine.
 set -u
-stage=${1:?stage: 1 to 6} out=${OUT:?OUT: the folder for the results} folder=${FOLDER:-.gpu} limit=${LIMIT:-585} began=$SECONDS
-python=${PYTHON:-python3} cache=${TMPDIR:-/tmp}/tunesmith-first-gpu log=$out/stage$stage.log
-mkdir -p "$out" "$cache"
-if [ -d "$folder/wheels" ]; then
-  [ -d "$cache/site" ] || "$python" -m pip install -q --no-index --no-deps --no-compile --target "$cache/site" "$folder"/wheels/*.whl || exit 3
-  export PYTHONPATH=$cache/site:$PWD/src
-else
-  export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
-fi
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 XDG_CACHE_HOME=$cache
-for words in date nvidia-smi 'free -m' 'df -h'; do $words; done >>"$log" 2>&1 # some virtual machines get memory as they use it
 
-step() { # seconds, name, command: what is left of the stage bounds it too
-  local seconds=$1 name=$2 code
-  shift 2
-  [ $((SECONDS - began + seconds)) -gt "$limit" ] && seconds=$((limit - SECONDS + began))
-  [ "$seconds" -lt 20 ] && { echo "skipped $name: no time is left in this stage" | tee -a "$log"; return 9; }
-  echo "== $name: $*" >>"$log"
-  timeout -k 10 "$seconds" "$@" >>"$log" 2>&1
-  code=$?
-  echo "$name ended with $code, $((SECONDS - began)) s into the stage" | tee -a "$log"
-  return $code
+stage=${1:?stage: A, B or C}
+case $stage in A | B | C) ;; *) echo "there is no stage $stage: A, B or C" >&2; exit 2 ;; esac
+mkdir -p "${OUT:?OUT: the folder for the results}"
+out=$(cd "$OUT" && pwd)
+folder=${FOLDER:-.gpu}
+python=${PYTHON:-python3}
+limit=${LIMIT:-580}
+reserve=${RESERVE:-25}        # seconds at the end of a stage, to pack the caches
+shortest=${SHORTEST:-15}      # a step with fewer seconds left is not started
+cache_mib=${CACHE_MIB:-15}    # the largest archive that a machine sends back
+began=$SECONDS
+
+cache=${TMPDIR:-/tmp}/tunesmith-first-gpu
+work=$cache/stage-$stage
+log=$out/stage-$stage.log
+rm -rf "$work"
+mkdir -p "$work" "$cache/tunesmith"
+: >"$work/steps.tsv"
+: >"$log"
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+export PYTHONPATH=$folder/site-$version:$PWD/src${PYTHONPATH:+:$PYTHONPATH}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 XDG_CACHE_HOME=$cache
+
+# Some virtual machines get memory as they use it: what a run took is read beside these figures.
+for command in date nvidia-smi 'free -m' 'df -h'; do $command; done >>"$log" 2>&1
+echo "Python $version; packages for it in $folder: $(ls -d "$folder"/site-* 2>/dev/null || echo none)" >>"$log"
+for archive in "$folder"/caches-*.tar.gz; do
+  [ -f "$archive" ] && tar -xzf "$archive" -C "$cache" 2>>"$log"
+done
+
+collect_results() {
+  local commit=
+  [ -f "$folder/commit" ] && commit=$(cat "$folder/commit")
+  "$python" benchmarks/first_gpu_results.py --stage "$stage" --work "$work" --output "$out/results-$stage.json" \
+    --commit "$commit" >>"$log" 2>&1
 }
 
-words() { # of bench: SHAPE and what follows, or RECIPE
-  local shape=$1
-  shift
-  if [ -n "${RECIPE:-}" ]; then
-    given=("$RECIPE" "$@" --steps 2 --warmup 0)
-  else
-    given=(--shape "$shape" --tokenizer "$folder/tokenizer" --data "$folder/rows.json" "$@")
+# Compiled code and the tokens of the rows; not the models that a .gguf was converted to.
+pack_caches() {
+  local archive=$out/caches-$stage.tar.gz
+  (cd "$cache" && timeout "$reserve" tar -czf "$archive" --exclude='tunesmith/models' tunesmith) 2>>"$log"
+  if [ "$(size_of "$archive")" -gt $((cache_mib << 20)) ]; then
+    # The cache of graphs holds the kernels of each graph too: it fills Triton's own folder again.
+    (cd "$cache" && timeout "$reserve" tar -czf "$archive" --exclude='tunesmith/models' --exclude='triton' tunesmith) 2>>"$log"
+  fi
+  if [ "$(size_of "$archive")" -gt $((cache_mib << 20)) ]; then
+    rm "$archive"
+    echo "the caches are larger than $cache_mib MiB and stay here" | tee -a "$log"
   fi
 }
 
-bench() { # seconds, name, shape, more words
-  local seconds=$1 name=$2
+size_of() { # bytes of a file, 0 where there is none
+  stat -c %s "$1" 2>/dev/null || echo 0
+}
+
+# Run a command under a limit of its own; what is left of the stage bounds it too.
+#   step NAME SECONDS COMMAND...
+step() {
+  local name=$1 seconds=$2
   shift 2
-  words "$@"
-  step "$seconds" "$name" "$python" -m tunesmith bench --plain --json "$out/$name.json" "${given[@]}"
+  local variable=LIMIT_${name^^}
+  variable=${variable//-/_}
+  seconds=${!variable:-$seconds}
+  local left=$((limit - reserve - (SECONDS - began)))
+  [ "$seconds" -gt "$left" ] && seconds=$left
+  if [ "$seconds" -lt "$shortest" ]; then
+    echo "skipped $name: no time is left in this stage" | tee -a "$log"
+    printf '%s\tskipped\t0\t0\n' "$name" >>"$work/steps.tsv"
+    collect_results
+    return 9
+  fi
+  echo "== $name: $*" >>"$log"
+  local start=$SECONDS
+  timeout -k 5 "$seconds" "$@" >>"$log" 2>&1
+  local status=$?
+  printf '%s\t%s\t%s\t%s\n' "$name" "$status" $((SECONDS - start)) "$seconds" >>"$work/steps.tsv"
+  echo "$name ended with $status after $((SECONDS - start)) s, $((SECONDS - began)) s into the stage" | tee -a "$log"
+  collect_results
+  return $status
 }
 
-ablation() { # seconds, name, keys, shape, more words
-  local seconds=$1 name=$2 keys=$3
+# Sets `bench_words`: what `tunesmith bench` takes for a shape and further words, or for RECIPE.
+set_bench_words() {
+  local shape=$1
+  shift
+  if [ -n "${RECIPE:-}" ]; then
+    bench_words=("$RECIPE" "$@" --steps 2 --warmup 0)
+  else
+    bench_words=(--shape "$shape" --tokenizer "$folder/tokenizer" --data "$folder/rows.json" "$@")
+  fi
+}
+
+#   bench NAME SECONDS SHAPE [words of tunesmith bench]
+bench() {
+  local name=$1 seconds=$2
+  shift 2
+  set_bench_words "$@"
+  step "$name" "$seconds" "$python" -m tunesmith bench --plain --json "$work/$name.json" "${bench_words[@]}"
+}
+
+#   ablation NAME SECONDS VARIANTS SHAPE [words of tunesmith bench]
+ablation() {
+  local name=$1 seconds=$2 variants=$3
   shift 3
-  bench "$seconds" "$name" "$@" --ablation --only "$keys" --rounds 1 "${brief[@]}"
+  bench "$name" "$seconds" "$@" --ablation --only "$variants" --rounds 1 --steps 6 --warmup 3
 }
 
-brief=(--steps 6 --warmup 3)
-profile=(--steps 3 --warmup 3 --profile "$cache/traces" profile.wait=0 profile.warmup=1 profile.active=2)
-micro=(benchmarks/micro.py "$out/micro.json")
-[ -z "${RECIPE:-}" ] || micro+=(--tokens 512 --divide 16 --repeat 1)
-keys=train.compile,data.pack,train.recompute
-batch=(train.global_batch='80 examples')
-full=(adapter.kind=none train.global_batch='65536 tokens') least=(train.recompute=full train.micro_batch='2048 tokens')
-cut=() # of the shapes beside Llama
+full=(adapter.kind=none train.global_batch='65536 tokens')
+least_memory=(train.recompute=full train.micro_batch='2048 tokens')
+own_batch=(train.global_batch='64 examples')
+profile=(--steps 3 --warmup 3 --profile "$work/traces" profile.wait=0 profile.warmup=1 profile.active=2)
+micro=(--repeat 20)
+resume=(--shape llama3-3b --layers 4 --tokenizer "$folder/tokenizer" --data "$folder/rows.json")
+lora_variants='one-pass-gradients,joined-weights,base in int8'
 if [ -n "${RECIPE:-}" ]; then
-  batch=()
-  keys=data.pack,train.recompute # on a CPU nothing is compiled
-  full=(adapter.kind=none) least=(train.recompute=full)
-  cut=(--shapes mistral-7b --layers 1 train.global_batch='256 tokens' data.seq_len=256 --steps 1 --warmup 0)
+  full=(adapter.kind=none)
+  least_memory=(train.recompute=full)
+  own_batch=()
+  micro=(--repeat 1 --tokens 512 --divide 16)
+  resume=("$RECIPE")
 fi
+
+step device 25 "$python" benchmarks/device_facts.py --output "$work/device.json"
 case $stage in
-1)
-  # Most of their time is compiling, on the host; each worker has two processes for that, not one for each core.
-  TORCHINDUCTOR_COMPILE_THREADS=2 step 130 tests "$python" -m pytest -m gpu -n 6 -vv -rs -p no:cacheprovider --junitxml "$out/tests.xml"
-  step 70 micro "$python" "${micro[@]}"
-  bench 160 8b-bf16 llama3-8b || bench 110 8b-bf16-eager llama3-8b train.compile=off
-  bench 140 8b-fp8 llama3-8b model.quantize=fp8
-  bench 90 8b-least-memory llama3-8b "${least[@]}" "${brief[@]}"
+A)
+  bench 8b-bf16 120 llama3-8b
+  compiled=$?
+  bench 8b-fp8 115 llama3-8b model.quantize=fp8
+  bench 3b-full 115 llama3-3b "${full[@]}" --steps 10 --warmup 3
+  bench 70b-nf4 170 llama3-70b model.quantize=nf4 --steps 4 --warmup 2
+  [ "$compiled" -eq 0 ] || bench 8b-bf16-eager 100 llama3-8b train.compile=off
   ;;
-2)
-  bench 260 70b-nf4 llama3-70b model.quantize=nf4 --steps 8 --warmup 3
-  bench 180 3b-full llama3-3b "${full[@]}" --steps 10 --warmup 3
-  bench 140 8b-profile llama3-8b "${profile[@]}"
+B)
+  # Most of the tests' time is compiling, on the host; each worker has two processes for that, not one for each core.
+  TORCHINDUCTOR_COMPILE_THREADS=2 step tests 140 "$python" -m pytest -m gpu -n 6 -vv -rs -p no:cacheprovider \
+    --junitxml "$work/tests.xml"
+  step micro 75 "$python" benchmarks/micro.py "$work/micro.json" "${micro[@]}"
+  bench 8b-bf16-profile 90 llama3-8b "${profile[@]}"
+  bench 8b-fp8-profile 95 llama3-8b model.quantize=fp8 "${profile[@]}"
+  bench 8b-cold 130 llama3-8b --cold --steps 5
   ;;
-3)
-  bench 150 8b-fp8-profile llama3-8b model.quantize=fp8 "${profile[@]}"
-  bench 200 8b-cold llama3-8b --cold --steps 5
-  bench 140 8b-int8 llama3-8b model.quantize=int8
+C)
+  ablation fast-paths 165 "$lora_variants" llama3-8b
+  ablation fast-paths-fp8 95 fused-epilogue llama3-8b model.quantize=fp8
+  ablation fast-paths-full 100 fp32-weight-gradients llama3-3b "${full[@]}"
+  bench own-batch 55 llama3-8b "${own_batch[@]}"
+  bench least-memory 50 llama3-8b "${least_memory[@]}" --steps 6 --warmup 3
+  step kill-and-resume 65 "$python" benchmarks/kill_and_resume.py "${resume[@]}" --json "$work/kill-and-resume.json"
+  # FlashAttention 3 and 4 run where first_gpu_prep.sh was given their wheels; else this compares nothing, and says so.
+  set_bench_words llama3-8b --steps 6 --warmup 3
+  step attention 80 "$python" benchmarks/ablation.py --only 'FlashAttention 3' 'FlashAttention 4' --rounds 1 \
+    --json "$work/attention.json" "${bench_words[@]}"
   ;;
-4)
-  ablation 340 fast-paths train.fast_paths llama3-8b
-  ablation 240 ablation "$keys" llama3-8b "${batch[@]}"
-  ;;
-5)
-  ablation 280 fast-paths-fp8 train.fast_paths llama3-8b model.quantize=fp8
-  step 300 shapes "$python" benchmarks/shapes.py --rounds 1 --json "$out/shapes.json" --tokenizer "$folder/tokenizer" \
-    --data "$folder/rows.json" "${brief[@]}" "${cut[@]}"
-  ;;
-6)
-  ablation 200 fast-paths-full train.fast_paths llama3-3b "${full[@]}"
-  words llama3-8b "${brief[@]}"
-  step 380 plain-code "$python" benchmarks/ablation.py --rounds 1 --json "$out/plain-code.json" "${given[@]}"
-  ;;
-*) echo "there is no stage $stage: 1 to 6" >&2; exit 2 ;;
 esac
-cp "$cache"/traces/top-*.txt "$out/" 2>/dev/null
-exit 0
+pack_caches
+echo "stage $stage took $((SECONDS - began)) s"
