@@ -66,7 +66,7 @@ def goals_table(stages: Stages) -> str:
             (
                 goal["goal"],
                 number(goal["tokens_per_second"]),
-                number(goal["target"]),
+                number(goal["target"]) if goal["target"] else "none",
                 reached,
                 number(figures.get("mfu_of_measured_peak"), ".1%"),
                 number(figures.get("peak_memory_gib"), ".1f"),
