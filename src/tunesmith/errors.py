@@ -10,6 +10,7 @@
     │   ├── NonFiniteError
     │   └── CheckpointError
     ├── StoppedError          exit 75: a signal came, everything is saved, start again to resume
+    │   ├── StoppedEarlyError   before the first step: there was nothing to save
     │   └── ShortOfMemoryError  the same, because the host's memory is short
     └── OtherRankError        the exit code of the rank that failed, which tells why
 
@@ -130,6 +131,10 @@ class StoppedError(TunesmithError):
     def text(self) -> str:
         """The block without `error:`, for nothing is lost."""
         return super().text().removeprefix("error: ")
+
+
+class StoppedEarlyError(StoppedError):
+    """A signal stopped this process without a save, as before its first step; other ranks may not know of it."""
 
 
 class ShortOfMemoryError(StoppedError):

@@ -25,7 +25,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tunesmith.errors import NonFiniteError, OtherRankError, RunError, StoppedError, TunesmithError, first_line
+from tunesmith.errors import (
+    EXIT_STOPPED,
+    NonFiniteError,
+    OtherRankError,
+    RunError,
+    StoppedEarlyError,
+    StoppedError,
+    TunesmithError,
+    first_line,
+)
 from tunesmith.host_files import oom_kills
 
 STUCK = 30 * 60.0  # seconds for a phase of micro batches: each takes seconds on a machine that holds the model
@@ -59,6 +68,8 @@ class Heartbeat:
         agreed: an error that all ranks know of already, by other means.
         on_fault: called with it and the last step, by a thread, on the one rank of a node that tells it.
         find_error: asked at each beat what went wrong with a collective that has raised nothing; empty: nothing.
+        stop_signal: asked which signal has told this process to stop; empty: none.
+        stopped_code: the exit code of a rank that ends because another one was stopped before there was a step to save.
         gpu_is_busy: asked where the main thread seems stuck. Collectives return at once on a GPU: it is there that they wait.
     """
 
@@ -75,6 +86,8 @@ class Heartbeat:
         self.on_fault: Callable[[TunesmithError, int], object] = lambda fault, step: None
         self.find_error: Callable[[], str] = lambda: ""
         self.gpu_is_busy: Callable[[], bool] = lambda: False
+        self.stop_signal: Callable[[], str] = lambda: ""
+        self.stopped_code = EXIT_STOPPED
         self.own, self.beats = Beat(), [Beat() for _ in hosts]
         with contextlib.suppress(OSError):  # a system without namespaces
             self.own.process = f"{os.readlink('/proc/self/ns/pid')} {os.getpid()}"
@@ -122,7 +135,7 @@ class Heartbeat:
         # A RunError may say it in other words; `raise error from error` makes a ring.
         while (cause := chain[-1].__cause__) is not None and cause not in chain:
             chain.append(cause)
-        if self.store is None or any(isinstance(cause, AGREED) or cause is self.agreed for cause in chain):
+        if self.store is None or any(self._is_agreed(cause) for cause in chain):
             self.agreed = error
             return error
         self._ending, first = True, chain[-1]
@@ -133,8 +146,11 @@ class Heartbeat:
         elif not self._outbox:
             other = RunError(f"{type(error).__name__}: {first_line(error)}")
             own = error if isinstance(error, TunesmithError) else other
-            what = "was stopped by a signal" if isinstance(error, KeyboardInterrupt) else f"failed: {own.what}"
+            stopped = isinstance(error, KeyboardInterrupt | StoppedEarlyError)
+            what = f"was stopped by {self.stop_signal() or 'a signal'}" if stopped else f"failed: {own.what}"
             words = {"where": own.where, "why": own.why, "fix": own.fix, "cause": own.cause, "teller": self.rank}
+            if stopped:
+                words |= {"where": self.doing, "why": "", "fix": AGAIN, "stopped": True}
             self._outbox = {
                 "what": f"{self._name([self.rank])} {what}",
                 **words,
@@ -143,6 +159,11 @@ class Heartbeat:
         self._wake.set()
         self._known.wait(2 * self.limit)
         return OtherRankError(self.fault.what, exit_code=self.fault.exit_code) if broken and self.fault else error
+
+    def _is_agreed(self, error: BaseException) -> bool:
+        """Whether all ranks know of this error already."""
+        agreed = isinstance(error, AGREED) and not isinstance(error, StoppedEarlyError)
+        return agreed or error is self.agreed
 
     def _close(self) -> None:
         self.own.done = True
@@ -165,7 +186,7 @@ class Heartbeat:
             self.clock, last = self.clock + min(now - last, self.interval), now
             if self.fault is not None:
                 if now - self.decided > (ENDING if self._ending else GRACE):
-                    _leave()
+                    _leave(self.fault.exit_code)
             elif self.clock - self.answered > self.limit:
                 self._lose_store(f"no answer for {self.limit:.0f} s")
             elif os.getppid() != parent and not self._outbox:
@@ -249,8 +270,10 @@ class Heartbeat:
         missed = [r for r, beat in enumerate(self.beats) if waits or not beat.done]
         if any(self._silent(r, limit) for r in missed):
             gone = [r for r in missed if self._silent(r, limit / 2)]  # the ranks of a node do not beat at once
-            why = "it was killed or stopped, its machine is down, or the network to it is cut"
-            return self._words(f"{self._name(gone)} gave no sign of life for {limit:.0f} s", why, "link", gone)
+            why, cause = self._likely_cause(
+                "it was killed or stopped, its machine is down, or the network to it is cut"
+            )
+            return self._words(f"{self._name(gone)} gave no sign of life for {limit:.0f} s", why, cause, gone)
         if longest := max((beat.idle for beat in self.beats if beat.idle > beat.limit), default=0.0):
             # The others came to their collective a little after the stuck rank last moved.
             idle = [r for r, beat in enumerate(self.beats) if beat.idle > longest / 2]
@@ -266,14 +289,27 @@ class Heartbeat:
     def _lose_store(self, why: str) -> None:
         """Decide without the others, who cannot be asked."""
         what = f"rank 0 on {self.hosts[0]} or its launcher is gone, or the network to it"
-        words = self._words(what, f"the store there: {why}", "link")
+        words = self._words(what, *self._likely_cause(f"the store there: {why}"))
         self._decide(words, tells=self.rank == min({*self.local} - {*self._ended()}))
+
+    def _likely_cause(self, why: str) -> tuple[str, str]:
+        """Why a rank is silent, and the name of the cause: where a stop signal came, no network is to blame."""
+        if name := self.stop_signal():
+            return (
+                f"{name} came to this rank: a launcher ends what is left of a run when a part of it is gone",
+                "killed",
+            )
+        return why, "link"
 
     def _decide(self, words: dict[str, Any], *, tells: bool) -> None:
         with self._deciding:  # both threads may come here
             if self.fault is not None:
                 return
-            self.decided, self.fault = time.monotonic(), RunError(**words)
+            stopped = words.pop("stopped", False)
+            self.fault = StoppedEarlyError(**words) if stopped else RunError(**words)
+            if stopped:
+                self.fault.exit_code = self.stopped_code
+            self.decided = time.monotonic()
         if tells:
             if self._broken or not self._ending:  # an error of its own is told where it arrives
                 print(self.fault.text(), file=sys.stderr, flush=True)
@@ -335,8 +371,8 @@ class Heartbeat:
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _leave() -> None:
+def _leave(code: int = RunError.exit_code) -> None:
     """End this process though its main thread may be stuck."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    os._exit(RunError.exit_code)
+    os._exit(code)

@@ -79,3 +79,10 @@ def restart_compiler() -> None:
     torch.compiler.reset()
     shutdown_compile_workers()
     CompiledTritonKernels.cache_clear()
+
+
+def set_elastic_agent(agent: type) -> None:
+    """Let torch's elastic launcher start the ranks of this node by a subclass of its LocalElasticAgent."""
+    from torch.distributed.launcher import api
+
+    vars(api)["LocalElasticAgent"] = agent

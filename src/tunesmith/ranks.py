@@ -17,7 +17,16 @@ from datetime import timedelta
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tunesmith.errors import MachineError, OtherRankError, TunesmithError, UsageError, first_line
+from tunesmith.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_STOPPED,
+    MachineError,
+    OtherRankError,
+    TunesmithError,
+    UsageError,
+    first_line,
+)
 from tunesmith.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
 
 # A collective may wait for a rank that compiles, loads or saves; one that is gone is found by its heartbeat.
 PATIENCE = timedelta(hours=24)
+HEARTBEAT_NAME = "heartbeat"  # a key of the launcher's store: the prefix of the keys of these ranks' heartbeats
 SECONDS = "TUNESMITH_HEARTBEAT_SECONDS"  # of the environment: for a slow network, or a test
 JOIN = 600.0  # seconds that the ranks have to find each other, as long as torchrun gives its nodes
 # NCCL's watchdog would end a process by SIGABRT, before a rank has told what happened, where a collective or kernel failed or
@@ -89,7 +99,7 @@ class Ranks:
             yield
         except BaseException as caught:  # a signal's KeyboardInterrupt too
             error = caught
-        code = error.exit_code if isinstance(error, TunesmithError) else int(error is not None)
+        code = _exit_code_of(error)
         found = [(rank, *said) for rank, said in enumerate(self.gather((code, str(error)))) if said[0]]
         if not found:
             return
@@ -109,6 +119,14 @@ class Ranks:
         finally:
             if not self.local_rank:
                 self.gather(None)
+
+
+def _exit_code_of(error: BaseException | None) -> int:
+    if error is None:
+        return EXIT_OK
+    if isinstance(error, KeyboardInterrupt):  # a stop signal
+        return EXIT_STOPPED
+    return error.exit_code if isinstance(error, TunesmithError) else EXIT_FAILED
 
 
 ONE_PROCESS = Ranks()
@@ -160,10 +178,13 @@ def join_ranks() -> Iterator[Ranks]:
         store, _, _ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=JOIN)))
         group, hosts = meet(store, rank, world)
         own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
+        own.set(HEARTBEAT_NAME, group)
     except (RuntimeError, ValueError) as error:  # torch's, of a network and of an environment
         raise _apart("the store of the ranks cannot be used", rank, world, why=first_line(error)) from error
     local = range(rank - local_rank, rank - local_rank + local_world)
     heartbeat = Heartbeat(rank, hosts, local, dist.PrefixStore(group, own))
+    if is_launched():  # the launcher would start a rank of any other exit code again
+        heartbeat.stopped_code = EXIT_OK
     try:
         with heartbeat:
             heartbeat.phase("joining the ranks", JOIN)  # gloo waits for ever behind a wrong interface

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
-from tunesmith.errors import ShortOfMemoryError, StoppedError
+from tunesmith.errors import ShortOfMemoryError, StoppedEarlyError, StoppedError
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 SHORT, END = "stopped because memory is short", "end what holds the memory"
@@ -112,7 +112,7 @@ class StopRequest:
             return ShortOfMemoryError(
                 f"{SHORT} before the first step", why=f"{self.shortage.text}; {why}", fix=f"{END}, then {fix}"
             )
-        return StoppedError(f"stopped by {self.signal} before the first step", why=why, fix=fix)
+        return StoppedEarlyError(f"stopped by {self.signal} before the first step", why=why, fix=fix)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.shortage is not None and not self._held and self.signal is None:

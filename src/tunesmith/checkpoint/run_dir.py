@@ -26,7 +26,7 @@ TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
 FILES = (
     RECIPE, IDENTITY, "metrics.jsonl", "samples.jsonl", "log.txt", "failure.json", STOPPED, RUNNING, "best.json", *TRACKER_IDS
 )  # fmt: skip
-BEFORE_IDENTITY = (RUNNING, "metrics.jsonl", "log.txt", "tensorboard", *TRACKER_IDS)
+BEFORE_IDENTITY = (RUNNING, STOPPED, "failure.json", "metrics.jsonl", "log.txt", "tensorboard", *TRACKER_IDS)
 _LEFTOVER = re.compile(
     rf"\.(?:{'|'.join(map(re.escape, FILES))})(?:\.\d+)?\.partial"
     r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)|\.tokenizer-\w+\.partial"
@@ -51,6 +51,14 @@ def is_run(output_dir: Path) -> bool:
         return False
     early = re.compile(rf"{'|'.join(map(re.escape, BEFORE_IDENTITY))}|metrics-rank\d+\.jsonl")
     return begun and all(early.fullmatch(p.name) or _LEFTOVER.fullmatch(p.name) for p in run_files(output_dir))
+
+
+def stop_requested_at(output_dir: Path) -> int:
+    """When the file that asks a run to stop was last touched, in nanoseconds of its disk's clock; 0: it is not there."""
+    try:
+        return (output_dir / STOP_FILE).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ examples:
 """
 
 import argparse
+import sys
 import time
 
 
@@ -18,7 +19,12 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.launch.jobs import POLL, find_job
 
     job = find_job(args.job)
-    print(f"{job.name or job.run_dir}: {job.stop()}", flush=True)
+    name = job.name or job.run_dir
+
+    def say(text: str) -> None:
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+    print(f"{name}: {job.stop(say)}", flush=True)
     if args.wait:
         while (state := job.state()).at_work:
             time.sleep(POLL)

@@ -17,7 +17,17 @@ from tunesmith.errors import MachineError, TunesmithError, UsageError
 from tunesmith.launch.inputs import caches, find_secrets, hub_sources, recipe_inputs
 from tunesmith.launch.jobs import name_of_run, save_job, state_folder, write_recipe
 from tunesmith.launch.rendezvous import Endpoint, family_of, route_to
-from tunesmith.launch.ship import Connection, ShippedFile, by_content, by_place, of_cache, place_here, ship, ship_image
+from tunesmith.launch.ship import (
+    Connection,
+    ShippedFile,
+    by_content,
+    by_place,
+    of_cache,
+    place_here,
+    require_image,
+    ship,
+    ship_image,
+)
 from tunesmith.launch.stack import LABEL, Stack
 from tunesmith.launch.swarm import SwarmJob, SwarmNode, find_nodes
 
@@ -44,6 +54,8 @@ def launch_on_swarm(
     for path in (out := Path(run.output_dir).absolute(), *recipe_inputs(run)):
         refuse_exposed(path)
     chosen, excluded, manager = find_nodes(hosts, nodes)
+    if not render:
+        require_image(image)  # before large files are read, fetched and sent
     stack = replace(plan_stack(out, chosen, restarts, say), excluded=tuple(excluded))
     shipped = [(path, *by_content(path)) for path in recipe_inputs(run)]
     stack = replace(stack, image=image, debug=debug, mounts=tuple((place, str(path)) for path, place, _ in shipped))

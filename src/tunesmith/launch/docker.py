@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -79,9 +79,9 @@ class DockerJob(Job):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace") as logs:
             yield from logs.stdout or ()
 
-    def stop(self) -> str:
+    def stop(self, say: Callable[[str], None] = lambda text: None) -> str:
         if (container := self.container()) is None or container.phase != "running":
-            return super().stop()
+            return super().stop(say)
         _docker("kill", "--signal=SIGTERM", self.name)
         return "asked to save and end"
 

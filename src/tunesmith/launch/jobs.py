@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -61,16 +61,18 @@ class Job:
     details: dict[str, str] = field(default_factory=dict)
 
     def state(self) -> State:
-        """What the run directory says."""
+        """What the run directory says; of a job after which another one was launched there, that alone."""
+        if later := self.later_job():
+            return State("ended", f"{later.name} was launched in its run directory since")
         out, step = Path(self.run_dir), last_step(self.run_dir)
         if is_locked(out):
             return State("running", step or "before the first step")
         if (out / "final" / "manifest.json").is_file():
             return State("ended", f"done, {step}")
         for name, word in (("failure.json", "failed"), (STOPPED, "stopped, saved")):
-            if (out / name).is_file():
-                told = json.loads((out / name).read_text(encoding="utf-8"))
-                return State("ended", ", ".join(filter(None, (word, str(told.get("what") or ""), step))))
+            if self.has_written(name):
+                content = json.loads((out / name).read_text(encoding="utf-8"))
+                return State("ended", ", ".join(filter(None, (word, str(content.get("what") or ""), step))))
         again = "the same command goes on" if step else "nothing was begun"
         return State("gone", f"{step or 'no step'}: no process is at work here; {again}")
 
@@ -95,9 +97,24 @@ class Job:
                     time.sleep(POLL)
                     over = not self.state().at_work  # what came since is read once more
 
-    def stop(self) -> str:
-        """Ask it to save and end, by the file `stop` in its directory; what was done, in a line."""
-        if not is_locked(Path(self.run_dir)):
+    def has_written(self, name: str) -> bool:
+        """Whether the run directory has this file, and not from before this job was launched."""
+        try:
+            written_at = Path(self.run_dir, name).stat().st_mtime
+            return written_at >= (state_folder() / f"{self.name}.json").stat().st_mtime
+        except OSError:  # of the job's note: nobody launched it, or it is not of this machine
+            return Path(self.run_dir, name).is_file()
+
+    def later_job(self) -> "Job | None":
+        """The newest job of this run directory, where this one is an earlier job of it."""
+        jobs = [job for job in all_jobs() if os.path.realpath(job.run_dir) == os.path.realpath(self.run_dir)]
+        is_earlier = self.name in [job.name for job in jobs[:-1]]
+        return jobs[-1] if is_earlier else None
+
+    def stop(self, say: Callable[[str], None] = lambda text: None) -> str:
+        """Ask it to save and end, by the file `stop` in its directory; what was done, in a line. `say` takes lines while that
+        takes its time."""
+        if self.later_job() or not is_locked(Path(self.run_dir)):
             return f"nothing to stop: {self.state().text}"
         Path(self.run_dir, STOP_FILE).touch()
         return "asked to save and end, by the file stop in its run directory"

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ class LocalJob(Job):
             return found if found.phase == "running" else State("running", "starts")
         return super().state()
 
-    def stop(self) -> str:
+    def stop(self, say: Callable[[str], None] = lambda text: None) -> str:
         if not self.is_alive():
-            return super().stop()
+            return super().stop(say)
         os.kill(int(self.details["pid"]), signal.SIGTERM)
         return "asked to save and end"
 

@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from tunesmith.checkpoint.run_dir import STOPPED
@@ -30,7 +29,6 @@ from tunesmith.errors import (
     EXIT_STOPPED,
     EXIT_USAGE,
     MachineError,
-    StoppedError,
     TunesmithError,
     UsageError,
     first_line,
@@ -39,10 +37,12 @@ from tunesmith.host_files import available_cores, oom_kills
 from tunesmith.launch.debug import collect_logs, say_all
 from tunesmith.launch.jobs import FOLDER
 from tunesmith.launch.rendezvous import BACKEND, find_endpoint, hold_store, reach_store, register_backend
-from tunesmith.signals import NAMES, RESTART, ignore_stop_signals
+from tunesmith.signals import RESTART, ignore_stop_signals
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from tunesmith.launch.elastic import ForwardStop
 
 GPUS = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
 LOG = "TORCH_CPP_LOG_LEVEL"
@@ -99,12 +99,15 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
     host, _, port = args.endpoint.rpartition(":")
     if not host or not port.isdecimal():
         raise UsageError(f"{args.endpoint} is not HOST:PORT", where="--endpoint", fix="--endpoint 10.0.0.1:29500")
+    from tunesmith.launch.elastic import ForwardStop, install_agent  # with torch
+
     before = stopped_at(out)
     stop = ForwardStop()
     endpoint = find_endpoint(host.strip("[]"), int(port), args.address)
     prepare_environment(ranks, endpoint.interface)
     store, endpoint = hold_store(endpoint) if endpoint.is_here else (reach_store(endpoint), endpoint)
     register_backend(store, endpoint)
+    install_agent(store, stop)
     launcher = ["--nnodes", args.nodes, "--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND]
     launcher += ["--rdzv-endpoint", endpoint.place, "--local-addr", endpoint.address]
     launcher += ["--max-restarts", str(args.restarts)]
@@ -113,12 +116,12 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
     with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as folder:  # torch leaves its own behind
         launcher += ["--log-dir", folder, *(say_all(Path(folder)) if args.debug else [])]
         try:
-            code = run_ranks([*launcher, "--rdzv-id", args.id, *program])
+            code = run_ranks([*launcher, "--rdzv-id", args.id, *program], stop)
             smaller = smaller_after(out, before) if out and not stop.asked else ""
             if smaller:  # once: then memory is short without it
                 before, again = stopped_at(out), f"train.micro_batch={smaller}"
                 print(f"starting again with {again!r}", file=sys.stderr)
-                code = run_ranks([*launcher, "--rdzv-id", f"{args.id}-again", *program, again])
+                code = run_ranks([*launcher, "--rdzv-id", f"{args.id}-again", *program, again], stop)
         finally:
             if args.debug:
                 target, nodes = (out or Path()) / FOLDER / "debug.tar.gz", int(args.nodes.rpartition(":")[2])
@@ -131,7 +134,7 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
     return code
 
 
-def run_ranks(launcher: list[str]) -> int:
+def run_ranks(launcher: list[str], stop: "ForwardStop") -> int:
     """torch's elastic launcher with these words -> exit code: that of the rank that failed first."""
     import logging
 
@@ -146,7 +149,7 @@ def run_ranks(launcher: list[str]) -> int:
     try:
         run_elastic(parse_args(launcher))
     except ChildFailedError as error:
-        return told_exit_code(error, kills)
+        return told_exit_code(error, kills, stop)
     except (RendezvousError, RuntimeError) as error:
         fix = "start the same command on every node; tunesmith doctor --pair HOST says what stands between them"
         what = "this node and the others do not find each other any more"
@@ -154,35 +157,22 @@ def run_ranks(launcher: list[str]) -> int:
     return EXIT_OK
 
 
-def told_exit_code(error: "ChildFailedError", kills: int) -> int:
-    """1 or 2, as the rank that failed first ended; its own words are on the terminal, unless a signal killed it. `kills`: of
-    the kernel for want of memory, before the ranks began."""
+def told_exit_code(error: "ChildFailedError", kills: int, stop: "ForwardStop") -> int:
+    """1, 2 or 75, as the rank that failed first ended; its own words are on the terminal, unless a signal killed it.
+
+    Args:
+        error: of torch's launcher.
+        kills: of the kernel for want of memory, before the ranks began.
+        stop: the stop signals of this process.
+    """
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
+        if stop.number == -failure.exitcode:  # Python had not loaded the handlers of the rank yet
+            raise stop.not_begun("the ranks had just been started")
         name = signal.Signals(-failure.exitcode).name
         kernel = f"; cause: oom-kill: {CAUSES['oom-kill']}" if oom_kills() > kills else ""
         print(f"error: rank {rank} was killed by {name}{kernel}", file=sys.stderr)
     return failure.exitcode if failure.exitcode in (EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED) else EXIT_FAILED
-
-
-class ForwardStop:
-    """Hands stop signals on to the ranks of this node, from when it is made. Before there are any it ends the agent."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for name in NAMES:
-            if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-                signal.signal(signal.Signals[name], self._forward)
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        import psutil
-
-        self.asked = True
-        if not (ranks := psutil.Process().children()):
-            what = f"stopped by {signal.Signals(number).name} before the first step"
-            raise StoppedError(what, why="the other nodes had not joined yet", fix="start the same command again")
-        for rank in ranks:
-            rank.send_signal(number)
 
 
 def stopped_at(out: Path | None) -> float:

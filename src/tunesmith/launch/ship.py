@@ -240,22 +240,31 @@ def _blocks(
             advance(len(block))
 
 
+IMAGE_ID = ("docker", "image", "inspect", "--format", "{{.Id}}")
+
+
+def require_image(image: str) -> str:
+    """The id of a docker image of this node; MachineError, with the command that builds it, if it is not here."""
+    with Connection("") as here:
+        code, image_id, complaint = here.ask("run", words=[*IMAGE_ID, image])
+    if code:
+        build = shlex.join(["docker", "build", "-f", "docker/Dockerfile", "-t", image, "."])
+        what, why = f"there is no image {image} here", complaint.strip()[-300:]
+        raise MachineError(what, where="--image", why=why, fix=f"{build}, in a clone; or --image NAME")
+    return str(image_id).strip()
+
+
 def ship_image(image: str, host: str) -> str:
     """Bring a docker image to a host unless it has it -> its id, the same on both; MachineError if it is not here."""
-    ask = ["docker", "image", "inspect", "--format", "{{.Id}}"]
-    with Connection("") as here:
-        code, own, complaint = here.ask("run", words=[*ask, image])
-    if code:
-        fix = f"docker build -f docker/Dockerfile -t {image} . in a clone; or --image NAME"
-        raise MachineError(f"there is no image {image} here", where="--image", why=complaint.strip()[-300:], fix=fix)
+    image_id = require_image(image)
     if host:
         with Connection(host) as there:
-            lacks = there.ask("run", words=[*ask, own.strip()])[0]
+            lacks = there.ask("run", words=[*IMAGE_ID, image_id])[0]
         if lacks:
             _pump(["docker", "save", image], [*SSH, "--", host, "docker load"], host)
         with Connection(host) as there:
-            there.run("docker", "tag", own.strip(), image)  # fails where what was loaded has another id
-    return str(own).strip()
+            there.run("docker", "tag", image_id, image)  # fails where what was loaded has another id
+    return image_id
 
 
 def _pump(giver: Sequence[str], taker: Sequence[str], host: str) -> None:

@@ -11,11 +11,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith import __version__
+from tunesmith.checkpoint.run_dir import STOP_FILE
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError, mask
 from tunesmith.host_files import write_atomically
@@ -41,9 +43,17 @@ address_of() { getent ahostsv4 "$(scontrol show node "$1" | sed -n 's/.*NodeAddr
 
 export SLURM_EXPORT_ENV=ALL PYTHONUNBUFFERED=1  # what is above is for every node
 attempt=${SLURM_RESTART_COUNT:-0}
+id=$SLURM_JOB_ID
+[ -z "$SLURM_ARRAY_JOB_ID" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+stop_file=$run/launch/stop-$id  # of `tunesmith stop`
 if [ "$attempt" -gt "$max_requeues" ]; then  # Slurm itself requeues after a lost node, without a bound
     say "requeued $attempt times, which is more than $max_requeues: it ends here"
     exit 1
+fi
+if [ -e "$stop_file" ]; then
+    rm -f "$stop_file"
+    say "tunesmith stop came before the start: it ends here"
+    exit 75
 fi
 
 host=127.0.0.1 port=$((20000 + SLURM_JOB_ID % 10000))
@@ -56,9 +66,10 @@ if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
 fi
 
 say "start $attempt on $SLURM_JOB_NODELIST, GPUs of a node: ${SLURM_GPUS_ON_NODE:-none}, rendezvous $host:$port"
-before=$(newest) requeue= srun=
+before=$(newest) requeue= asked= srun=
 trap 'requeue=1; say "the time limit is near: the run saves and ends"; kill -USR1 $srun' USR1  # srun hands it on
-trap 'say "SIGTERM: the run saves and ends"' TERM  # Slurm sends it to the steps too
+# Slurm sends SIGTERM to the steps too. After the warning it is the time limit; else scancel, after which no job starts again.
+trap '[ -n "$requeue" ] || asked=scancel; say "SIGTERM: the run saves and ends"' TERM
 srun --kill-on-bad-exit=1 --wait=120 --mpi=none --ntasks-per-node=1 "${container[@]}" "$python" -m tunesmith.launch.node \
     --nodes "$SLURM_JOB_NUM_NODES" --ranks "$ranks" --endpoint "$host:$port" --id "$SLURM_JOB_ID" "${debug[@]}" \
     -- train "$run/launch/recipe.yaml" &
@@ -68,13 +79,26 @@ wait "$srun"
 code=$?
 
 trap '' TERM
-# A lost node fails the run; one that had come further before it failed is worth another start.
-if [ "$code" -eq 1 ] && [ "$(newest)" != "$before" ]; then requeue=1; fi
-if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ -n "$requeue" ] && [ "$attempt" -lt "$max_requeues" ]; then
-    say "exit code $code; back into the queue, $((attempt + 1)) of at most $max_requeues times"
+if [ -e "$stop_file" ]; then
+    rm -f "$stop_file"
+    asked=stop
+fi
+# A lost node or a killed process fails the run (1; 137 and 143 where a launcher itself was killed by SIGKILL or SIGTERM). One
+# that had come further before it failed is worth another start: at the same place it would fail again.
+now=$(newest)
+case $code in 1 | 137 | 143)
+    if [ -n "$now" ] && [ "$now" != "$before" ]; then requeue=1; fi ;;
+esac
+how=
+case $code in
+137) how=" (a process was killed by SIGKILL: by somebody, or for want of memory)" ;;
+143) how=" (a process was killed by SIGTERM)" ;;
+esac
+if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ -n "$requeue" ] && [ -z "$asked" ] && [ "$attempt" -lt "$max_requeues" ]; then
+    say "exit code $code$how; back into the queue, $((attempt + 1)) of at most $max_requeues times"
     scontrol requeue "$SLURM_JOB_ID"
 else
-    say "exit code $code"
+    say "exit code $code$how"
 fi
 exit "$code"
 """
@@ -112,13 +136,19 @@ class SlurmJob(Job):
             step = last_step(self.run_dir) or "before the first step"
             return State("running", f"{step}; {found[0]} for {found[2]} of {found[3]} on {found[4]}")
         phase, said = super().state()
-        return State("ended" if found[0] and phase == "gone" else phase, f"{found[0]} {said}".strip())
+        return State("ended" if found[0] else phase, f"{found[0]} {said}".strip())
 
-    def stop(self) -> str:
+    def stop(self, say: Callable[[str], None] = lambda text: None) -> str:
         id_, state = self.details["id"], self.state()
         if not state.at_work:
             return "it has ended already"
-        # To a running job's steps alone: the script waits for them, and does not requeue.
+        if state.phase == "running":
+            # The first is for the script, which does not requeue; the second tells a stop from Slurm's own SIGTERM.
+            out = Path(self.run_dir)
+            for file in (out / FOLDER / f"{STOP_FILE}-{id_}", out / STOP_FILE):
+                with suppress(OSError):
+                    file.touch()
+        # To a running job's steps alone: the script waits for them.
         code, _, why = _slurm("scancel", *["--signal=TERM"] * (state.phase == "running"), id_)
         if code:
             raise MachineError("scancel failed", where=id_, why=why, fix=f"scancel {id_}")

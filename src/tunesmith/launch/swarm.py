@@ -8,10 +8,9 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from tunesmith.checkpoint.run_dir import STOPPED
 from tunesmith.errors import MachineError
@@ -21,6 +20,7 @@ from tunesmith.launch.ship import SSH, Connection
 from tunesmith.launch.stack import GRACE, LABEL, SERVICE
 
 GPU = ("NVIDIA_GPU", "NVIDIA-GPU")  # generic resources, as guides name them
+PROGRESS = 10.0  # seconds between two lines of a stop that waits
 ENDED = {"Complete", "Failed", "Shutdown", "Rejected", "Orphaned", "Remove"}  # states of a task
 
 
@@ -80,11 +80,13 @@ class SwarmJob(Job):
             return super().state()
         said = [f"{task['Node'] or 'no node'} {task['CurrentState'].lower()} {task['Error']}".strip() for task in tasks]
         states = {task["CurrentState"].split()[0] for task in tasks}
-        stopped = "stopped, saved" if Path(self.run_dir, STOPPED).is_file() else ""
-        text = "; ".join(filter(None, [*said, stopped, last_step(self.run_dir)]))
+        text = "; ".join(filter(None, [*said, last_step(self.run_dir)]))
         if "Running" in states:
             return State("running", text)
-        return State("ended" if states <= ENDED else "waiting", text)
+        if not states <= ENDED:
+            return State("waiting", text)
+        stopped = ["stopped, saved"] if self.has_written(STOPPED) else []
+        return State("ended", "; ".join(filter(None, [*said, *stopped, last_step(self.run_dir)])))
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
         with self.manager() as manager:
@@ -111,19 +113,26 @@ class SwarmJob(Job):
             finally:
                 process.kill()
 
-    def stop(self) -> str:
+    def stop(self, say: Callable[[str], None] = lambda text: None) -> str:
         """Ask the ranks to save, wait for their end, and remove what the launch made on all nodes."""
         with self.manager() as manager:
             tasks = self.tasks(manager)
             if tasks:
+                say(f"the ranks are asked to save and end; they have {GRACE // 60} minutes for it")
                 manager.run("docker", "service", "update", "--detach", "--replicas", "0", self.service)
-            deadline = time.monotonic() + GRACE + 60
-            while tasks and time.monotonic() < deadline:
+            began = time.monotonic()
+            said_at = began
+            while tasks and time.monotonic() - began < GRACE + 60:
                 time.sleep(POLL)
                 down = manager.run("docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}").splitlines()
                 lost = {line.split()[1] for line in down if not line.startswith("Ready")}
                 left = self.tasks(manager) or []
                 tasks = [t for t in left if t["CurrentState"].split()[0] not in ENDED and t["Node"] not in lost]
+                if tasks and time.monotonic() - said_at >= PROGRESS:
+                    said_at = time.monotonic()
+                    nodes = ", ".join(sorted(task["Node"] or "no node" for task in tasks))
+                    step = last_step(self.run_dir) or "before the first step"
+                    say(f"after {said_at - began:.0f} s ranks are at work on {nodes}; {step}")
         lost_hosts = self.clean()
         return f"ended and removed; {Job.state(self).text}" + "".join(f"; {host} is not reached" for host in lost_hosts)
 

@@ -23,6 +23,7 @@ from tunesmith.errors import (
     UsageError,
     disk_fault,
 )
+from tunesmith.heartbeat import AGAIN
 from tunesmith.host_files import write_atomically
 from tunesmith.metrics.record import StepRecord
 from tunesmith.ranks import Ranks, is_launched
@@ -111,25 +112,32 @@ def stopped_by(
     *,
     halve: bool = True,
 ) -> StoppedError:
-    """The end of a run for want of memory, by a signal, or by the file `stop`, which is removed, after a step was saved.
+    """The end of a run for want of memory, by a signal, or by the file `stop`, which is removed: after a step was saved, or
+    before the first one.
 
-    `asked`: what each rank was asked for; `halve`: where memory was short, another start may take half the micro batch. The exit code is 75. Under torchrun, which starts a rank of any code but 0 again,
-    it is 0, and a rank of each run directory writes stopped.json; for want of memory always.
+    `asked`: what each rank was asked for; `halve`: where memory was short, another start may take half the micro batch. The
+    exit code is 75. Under torchrun, which starts a rank of any code but 0 again, it is 0, and a rank of each run directory
+    writes stopped.json; for want of memory always.
     """
-    out, step, again = Path(run.output_dir), progress.step, "start the same command again: it goes on from there"
+    out, step = Path(run.output_dir), progress.step
+    again = "start the same command again: it goes on from there" if step else "start the same command again"
     shortage = next((shortage for shortage, _ in asked if shortage), None)
     signal = next((name for _, name in asked if name), None)
-    record: dict[str, Any] = {"signal": signal, "reason": "signal" if signal else "file", "step": step, "next": again}
-    what, why = f"stopped by {signal or 'the file stop'}", ""
+    by_file = (out / STOP_FILE).exists()  # `tunesmith stop` sends a signal too where it can
+    record: dict[str, Any] = {"signal": signal, "reason": "file" if by_file or not signal else "signal"}
+    record |= {"step": step, "next": again}
+    what = "stopped by the file stop" if record["reason"] == "file" else f"stopped by {signal}"
+    why = "" if step else "there was nothing to save yet"
     if shortage is not None:
-        smaller = halved(run, progress.micro_batch) if halve else ""
+        smaller = halved(run, progress.micro_batch) if halve and step else ""
         advice = smaller and f"; or with train.micro_batch='{smaller}'"
         what, why, again = SHORT, shortage.text, f"{END}, then {again}{advice}"
         record |= {"reason": "memory", "next": again, "smaller": smaller, "figures": shortage.record}
-    words: dict[str, Any] = {"where": str(out / f"checkpoint-{step}"), "why": why, "fix": again}
-    if shortage is None and "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
+    words: dict[str, Any] = {"where": str(out / f"checkpoint-{step}") if step else "", "why": why, "fix": again}
+    if record["reason"] == "signal" and "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
         words["cause"] = "preempted"
-    error = (ShortOfMemoryError if shortage else StoppedError)(f"{what}: step {step} is saved", **words)
+    saved = f": step {step} is saved" if step else " before the first step"
+    error = (ShortOfMemoryError if shortage else StoppedError)(what + saved, **words)
     record["cause"] = error.cause or None
     if isinstance(error, ShortOfMemoryError):
         error.smaller = record["smaller"]
@@ -140,6 +148,12 @@ def stopped_by(
     if ranks.leads_dir and (is_launched() or shortage):
         write_atomically(out / STOPPED, json.dumps(record, indent=1))
     return error
+
+
+def write_stopped(out: Path, what: str, step: int) -> None:
+    """Write stopped.json where a signal to one rank ended all of them without a save; `step`: the last one done."""
+    record = {"signal": None, "reason": "signal", "step": step, "next": AGAIN, "what": what, "cause": None}
+    write_atomically(out / STOPPED, json.dumps(record, indent=1))
 
 
 def halved(run: Run, micro_batch: str | None) -> str:

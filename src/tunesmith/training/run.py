@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,16 +13,20 @@ from tunesmith import packages
 from tunesmith.checkpoint.killed import killed_before, note_running
 from tunesmith.checkpoint.nodes import find_dir_leaders
 from tunesmith.checkpoint.resume import Start, decide_start
-from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED, claim_run_dir, put_aside, sweep
+from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED, claim_run_dir, put_aside, stop_requested_at, sweep
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
 from tunesmith.errors import (
+    EXIT_OK,
+    EXIT_STOPPED,
     MachineError,
     NonFiniteError,
     OtherRankError,
     RunError,
+    StoppedEarlyError,
     StoppedError,
+    TunesmithError,
     UsageError,
     first_line,
 )
@@ -33,13 +38,13 @@ from tunesmith.metrics.summary import FAILURE, write_failure
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
 from tunesmith.parallel.mesh import possible_shapes
-from tunesmith.ranks import Ranks, join_ranks, started_as
+from tunesmith.ranks import Ranks, is_launched, join_ranks, started_as
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
 from tunesmith.training.build import Session, build, write_identity
-from tunesmith.training.result import Result, how_to_resume, stopped_twice
+from tunesmith.training.result import Result, how_to_resume, stopped_twice, write_stopped
 from tunesmith.training.trainer import Trainer
 
 
@@ -91,12 +96,19 @@ def train(
 @contextlib.contextmanager
 def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
     """What one start, or several in a row, need of the process: signals noted, and the other ranks joined."""
-    with ExitStack() as stack, deterministic_algorithms(run.train.deterministic):
-        stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
-        stop = stack.enter_context(StopRequest())
-        ranks = stack.enter_context(join_ranks())
-        stack.enter_context(MemoryGuard(stop, ranks))
-        yield stop, ranks
+    try:
+        with ExitStack() as stack, deterministic_algorithms(run.train.deterministic):
+            stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
+            stop = stack.enter_context(StopRequest())
+            ranks = stack.enter_context(join_ranks())
+            ranks.heartbeat.stop_signal = lambda: stop.signal or ""
+            stack.enter_context(MemoryGuard(stop, ranks))
+            yield stop, ranks
+    except (StoppedEarlyError, OtherRankError) as error:
+        # A launcher that starts failed ranks again would lose the stop.
+        if error.exit_code == EXIT_STOPPED and is_launched():
+            error.exit_code = EXIT_OK
+        raise
 
 
 def start_run(
@@ -144,6 +156,7 @@ def open_run_dir(
     Returns the ranks, which now know who leads which directory, and the start.
     """
     out, marks = Path(run.output_dir), []
+    old_stop_requests: list[int] = []
     with ranks.together():
         possible_shapes(run.parallel, ranks.world)
         named = run.profile.ranks if run.profile.enabled and run.profile.ranks != "all" else ()
@@ -156,6 +169,7 @@ def open_run_dir(
         # Only here, where it is created if it is not there: a network file system remembers for a while what was not there.
         refuse_special_files(out)
         marks.append(stack.enter_context(claim_run_dir(out)))
+        old_stop_requests.append(stop_requested_at(out))
 
     ranks = find_dir_leaders(ranks, out, claim)
     if others := sorted({*ranks.dir_leaders} - {0}):
@@ -173,7 +187,10 @@ def open_run_dir(
         start = decide_start(run, ranks, warn=say)
     if ranks.leads_dir and start.finished is None:
         marks[0]()
+        if stop_requested_at(out) == old_stop_requests[0]:  # one that came since is for this start
+            (out / STOP_FILE).unlink(missing_ok=True)
         stack.enter_context(note_running(out))
+        ranks.heartbeat.on_fault = partial(write_fault, out)
     return ranks, start
 
 
@@ -233,13 +250,20 @@ def ready_trainer(trainer: Trainer, stack: ExitStack, say: Callable[[str], None]
     """The trainer of a run that begins: from here on the loop answers signals, and the rank of each node that tells what
     ends them all leaves failure.json there. Its writer is closed with `stack`."""
     session, out = trainer.session, trainer.out
-    heartbeat = session.ranks.heartbeat
-    heartbeat.on_fault = lambda fault, step: write_failure(out, fault, last_step=step, next_command="")
+    session.ranks.heartbeat.on_fault = partial(write_fault, out)  # of ranks that do not write the directory too
     for text in session.describe_ranks(trainer.first_step) if session.ranks.leads else ():
         say(text)
     stack.callback(trainer.writer.close)
     trainer.stop.hold(say)
     return trainer
+
+
+def write_fault(out: Path, fault: TunesmithError, step: int) -> None:
+    """Leave in the run directory what ends all ranks: failure.json, or stopped.json where a signal did."""
+    if isinstance(fault, StoppedError):
+        write_stopped(out, fault.what, step)
+    else:
+        write_failure(out, fault, last_step=step, next_command="")
 
 
 def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: RecordCallback) -> Result:
@@ -277,7 +301,7 @@ def begin(session: Session, start: Start, sinks: Sinks, argv: list[str] | None) 
     sweep(out)
     sinks.open(session.run, resumed_at(start))
     write_identity(session, argv)
-    for name in (FAILURE, STOPPED, STOP_FILE):
+    for name in (FAILURE, STOPPED):
         (out / name).unlink(missing_ok=True)
 
 

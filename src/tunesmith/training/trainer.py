@@ -101,6 +101,10 @@ class Trainer:
         """Train to the end of the duration; raise StoppedError after saving when a signal came."""
         self.session.model.train()
         self.health.start()
+        if self.session.ranks.world > 1:  # later they agree in each step
+            self.agreed_to_stop = any(self.session.ranks.gather(self.asked_to_stop()))
+        if self.stopping:  # it came while the model was loaded
+            self.save_and_stop()
         if not self.progress.validated:
             self.sinks.text("validation", "now comes the validation that a stop cut off")
             self.validate()
@@ -346,12 +350,12 @@ class Trainer:
         self.checkpoint_stalls.append(time.perf_counter() - began)
 
     def save_and_stop(self) -> None:
-        """Save the last step and leave."""
-        if self.progress.record is None:
-            raise self.stop.not_begun()
-        self.session.optimizer.drop_gradients()  # where memory is short, others take what is left while this run saves
-        return_freed_memory()
-        self.save()
+        """Save the last step, if there is one, and leave."""
+        if self.progress.step:
+            # Where memory is short, others take what is left while this run saves.
+            self.session.optimizer.drop_gradients()
+            return_freed_memory()
+            self.save()
         asked = self.session.ranks.gather((self.stop.shortage, self.stop.signal))
         raise stopped_by(asked, self.run, self.progress, self.session.ranks, halve=self.halve)
 

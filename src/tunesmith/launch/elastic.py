@@ -1,0 +1,140 @@
+"""torch's elastic agent of a node, which names ranks that a signal killed, and starts none after a stop was asked for.
+
+The heartbeats of other nodes cannot see why a rank of this node is silent: its agent can.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from time import sleep
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed import PrefixStore
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+from tunesmith.errors import CAUSES, StoppedError
+from tunesmith.heartbeat import AGAIN
+from tunesmith.host_files import oom_kills
+from tunesmith.private import set_elastic_agent
+from tunesmith.ranks import HEARTBEAT_NAME
+from tunesmith.signals import NAMES
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+READ = 2.5  # seconds in which the ranks of other nodes read the verdict: they look once a second
+AGENT_IS_GONE = (RuntimeError, ValueError)  # torch's errors of a store
+
+
+class ForwardStop:
+    """Hands stop signals on to the ranks of this node, from when it is made. Before there are any it ends the agent.
+
+    Attributes:
+        number: of the last stop signal; 0: none came.
+        ranks_began: whether ranks were started: from then on they say how the run ends.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.ranks_began = False
+        self._signalled: set[int] = set()
+        for name in NAMES:
+            if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(signal.Signals[name], self._forward)
+
+    @property
+    def asked(self) -> bool:
+        """Whether a stop signal came."""
+        return self.number > 0
+
+    def not_begun(self, why: str) -> StoppedError:
+        """The error of a stop before the first step."""
+        what = f"stopped by {signal.Signals(self.number).name} before the first step"
+        return StoppedError(what, why=why, fix="start the same command again")
+
+    def reach_new_ranks(self) -> None:
+        """Hand the signal on to ranks that were being started when it came."""
+        if self.asked:
+            self._send(again=False)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        name = signal.Signals(number).name
+        line = f"{name} came to the node agent on {socket.gethostname()}, which hands it on to its ranks\n"
+        os.write(sys.stderr.fileno(), line.encode())  # print could be in the middle of another line
+        self._send(again=True)
+        if not self.ranks_began:
+            raise self.not_begun("the other nodes had not joined yet")
+
+    def _send(self, *, again: bool) -> None:
+        import psutil
+
+        for rank in psutil.Process().children():
+            if again or rank.pid not in self._signalled:
+                self._signalled.add(rank.pid)
+                rank.send_signal(self.number)
+
+
+def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
+    """Let torch's launcher use the agent of this module, with the store of the ranks and the signals of this process."""
+
+    class Agent(LocalElasticAgent):
+        """torch's own, with eyes for signals."""
+
+        def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+            if stop.asked:
+                raise stop.not_begun("the ranks were to be started again")
+            stop.ranks_began = True
+            self._oom_kills = oom_kills()
+            return super()._start_workers(worker_group)
+
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            stop.reach_new_ranks()
+            result: RunResult = super()._monitor_workers(worker_group)
+            if result.state == WorkerState.FAILED:
+                if stop.asked:
+                    self._remaining_restarts = 0
+                codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+                killed = {rank: -code for rank, code in codes.items() if code < 0}
+                if killed and (worker_group.group_world_size or 1) > 1:
+                    publish_killed(store, killed, new_oom_kills=oom_kills() - self._oom_kills)
+            return result
+
+    set_elastic_agent(Agent)
+
+
+def publish_killed(store: "TCPStore", killed: dict[int, int], *, new_oom_kills: int) -> None:
+    """Tell the ranks of other nodes which ranks of this one were killed, by which signals, and wait until they know.
+
+    The store may be gone with its node, and ranks may not have met yet: then nobody waits for the verdict.
+    """
+    try:
+        if not store.check([HEARTBEAT_NAME]):
+            return
+        verdicts = PrefixStore(store.get(HEARTBEAT_NAME).decode(), store)
+        rank = min(killed)
+        beat = json.loads(verdicts.get(f"beat/{rank}"))
+        verdict = json.dumps(killed_verdict(rank, killed[rank], beat, new_oom_kills=new_oom_kills))
+        verdicts.compare_set("verdict", "-", verdict)
+        sleep(READ)
+    except AGENT_IS_GONE:
+        return
+
+
+def killed_verdict(rank: int, number: int, beat: dict[str, Any], *, new_oom_kills: int) -> dict[str, Any]:
+    """The words of the error that ends all ranks, as the heartbeat takes them; `beat`: the last of the killed rank."""
+    host = socket.gethostname()
+    name = signal.Signals(number).name
+    cause = "oom-kill" if number == signal.SIGKILL and new_oom_kills > 0 else "killed"
+    why = f"its node agent saw {name}"
+    if cause == "oom-kill":
+        why += f"; {CAUSES['oom-kill']}"
+    failed_rank = {"rank": rank, "host": host}
+    failed_rank |= {"phase": beat.get("phase") or None, "collective": beat.get("collective") or None}
+    what = f"rank {rank} on {host} was killed by {name}"
+    where = f"rank {rank}: {beat['place']}" if beat.get("place") else ""
+    return {"what": what, "where": where, "why": why, "fix": AGAIN, "cause": cause, "failed_rank": failed_rank}
