@@ -39,7 +39,7 @@ parallel/test_adapter_on_ranks.py parallel/test_disks.py parallel/test_eight_bit
 parity/test_curves.py parity/test_optimizers.py quant/test_eight_bit_base.py quant/test_one_pass.py
 quant/test_triton_matmul.py runtime/test_compilation.py runtime/test_determinism.py runtime/test_host.py
 sweep/test_sweep.py test_gpu_marks.py test_house.py test_notebook.py test_on_devices.py test_public_api.py training/test_added_tokens.py
-launch/test_slurm_jobs.py training/test_from_python.py training/test_going_on.py training/test_no_waiting.py training/test_resume.py
+launch/test_slurm_jobs.py training/test_from_python.py training/test_going_on.py training/test_stop_while_loading.py training/test_no_waiting.py training/test_resume.py
 bench/test_first_gpu.py::test_the_micro_timings_run_and_tell_what_failed
 checkpoint/test_state.py::test_kill_9_at_any_moment_leaves_a_whole_newest_one
 checkpoint/test_umask.py::test_a_run_and_a_merge

@@ -170,16 +170,18 @@ def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "said"),
+    ("fault", "code", "others", "said"),
     [
-        ("data", DataError.exit_code, "failed: row 7 is broken"),
-        ("disk", CheckpointError.exit_code, "failed: the disk is full"),
-        ("signal", 75, "was stopped by a signal"),
+        ("data", DataError.exit_code, 1, "failed: row 7 is broken"),
+        ("disk", CheckpointError.exit_code, 1, "failed: the disk is full"),
+        ("signal", 75, 0, "was stopped by a signal"),  # a launcher would start the others again at any other code
     ],
 )
-def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(tmp_path: Path, fault: str, code: int, said: str):
+def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(
+    tmp_path: Path, fault: str, code: int, others: int, said: str
+):
     codes, printed = strike(fault, tmp_path)
-    assert codes == [1, code, 1]
+    assert codes == [others, code, others]
     assert "error" not in printed  # the command line prints what rank 1 has raised
     assert (tmp_path / "raised-1").read_text() == f"{type(ERRORS[fault]).__name__}: {ERRORS[fault]}"
     said = f"rank 1 on {HOST} {said}"

@@ -77,6 +77,8 @@ srun=$!
 while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done
 wait "$srun"
 code=$?
+# After a lost node srun itself may end with 0.
+if [ "$code" -eq 0 ] && [ ! -e "$run/final/manifest.json" ]; then code=1; fi
 
 trap '' TERM
 if [ -e "$stop_file" ]; then

@@ -13,7 +13,7 @@ from tunesmith import packages
 from tunesmith.checkpoint.killed import killed_before, note_running
 from tunesmith.checkpoint.nodes import find_dir_leaders
 from tunesmith.checkpoint.resume import Start, decide_start
-from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED, claim_run_dir, put_aside, stop_requested_at, sweep
+from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED, claim_run_dir, is_run, put_aside, stop_requested_at, sweep
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
@@ -108,6 +108,8 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
         # A launcher that starts failed ranks again would lose the stop.
         if error.exit_code == EXIT_STOPPED and is_launched():
             error.exit_code = EXIT_OK
+            if is_run(out := Path(run.output_dir)):
+                write_stopped(out, "stopped by a signal before the first step", step=0)
         raise
 
 

@@ -1,0 +1,66 @@
+"""What a job says of itself where its run directory has seen other launches, before it or since."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED
+from tunesmith.launch.jobs import Job, save_job
+from tunesmith.launch.local import LocalJob
+
+GONE = {"pid": "0", "created": "never"}
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run directory whose last start failed a minute ago."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "failure.json").write_text(json.dumps({"what": "rank 1 was killed"}))
+    a_minute_ago = time.time() - 60
+    os.utime(folder / "failure.json", (a_minute_ago, a_minute_ago))
+    return folder
+
+
+def launched(name: str, out: Path) -> LocalJob:
+    job = LocalJob(name, str(out), details=GONE)
+    save_job(job)
+    return job
+
+
+def test_an_earlier_job_of_a_directory_does_not_tell_of_the_later_one(out: Path):
+    earlier = launched("local-1", out)
+    (out / STOPPED).write_text("{}")
+    assert earlier.state().text == "stopped, saved"
+    later = launched("local-2", out)
+    (out / STOPPED).write_text("{}")
+    assert later.state().text == "stopped, saved"
+    assert earlier.state().phase == "ended"
+    assert "local-2 was launched in its run directory since" in earlier.state().text
+
+
+def test_stopping_an_earlier_job_leaves_the_later_one_at_work(out: Path):
+    import fcntl
+
+    earlier = launched("local-1", out)
+    later = launched("local-2", out)
+    with (out / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "nothing to stop" in earlier.stop()
+        assert not (out / STOP_FILE).exists()
+        assert "asked to save and end" in later.stop()
+    assert (out / STOP_FILE).exists()
+
+
+def test_what_lay_there_before_a_launch_is_not_its_end(out: Path):
+    assert "rank 1 was killed" in Job("", str(out)).state().text
+    job = launched("local-1", out)
+    assert job.state().phase == "gone"
+    (out / "failure.json").write_text(json.dumps({"what": "rank 0 was killed"}))
+    assert "rank 0 was killed" in job.state().text

@@ -1,0 +1,94 @@
+"""A stop that comes while a run loads is kept: nothing is trained, by one process or by ranks that a launcher would restart."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from recipes import recipe
+from tunesmith.checkpoint.run_dir import RUNNING, STOP_FILE
+from tunesmith.config.schema import Run
+from waiting import TIME, wait_for
+from warm import Warm, fork_ranks, run_warm
+
+LOADED = "loaded"  # a file of the run directory that lets the load end
+
+
+def load_slowly() -> None:
+    """Let each load wait until the test allows its end."""
+    from tunesmith.training import run
+
+    build = run.build
+
+    def slow_build(recipe: Run, *words: Any, **options: Any) -> Any:
+        while not Path(recipe.output_dir, LOADED).exists():
+            time.sleep(0.05)
+        return build(recipe, *words, **options)
+
+    run.start_run.__kwdefaults__["build"] = slow_build
+
+
+def slow_ranks() -> None:
+    load_slowly()
+    fork_ranks()
+
+
+@pytest.fixture
+def file(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    values = recipe(tiny, tmp_path, held=False, train={"duration": "4 steps"})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    return tmp_path / "recipe.yaml"
+
+
+def test_the_file_stop_is_kept_by_one_process_and_an_old_one_is_not(file: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / STOP_FILE).touch()  # of nobody's start
+    process = Warm(["train", file], prepare=load_slowly)
+    wait_for((out / RUNNING).exists, process)
+    assert not (out / STOP_FILE).exists()
+    (out / STOP_FILE).touch()
+    (out / LOADED).touch()
+    printed = "".join(process.communicate(timeout=TIME))
+    assert process.returncode == 75, printed
+    assert "stopped by the file stop before the first step" in printed
+    assert not (out / STOP_FILE).exists()
+    assert not (out / "final").exists()
+    done = run_warm(["train", file])
+    assert done.returncode == 0, done.stderr
+    assert (out / "final" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("how", ["SIGTERM to the launcher", "SIGTERM to a rank", "the file stop"])
+def test_ranks_that_a_launcher_would_start_again_stay_stopped(file: Path, tmp_path: Path, how: str):
+    out = tmp_path / "run"
+    words = ["launch", "local", file, "--ranks", "2", "--restarts", "3"]
+    launcher = Warm(words, prepare=slow_ranks)
+    try:
+        wait_for((out / RUNNING).exists, launcher)
+        ranks = psutil.Process(launcher.pid).children()
+        if how == "the file stop":
+            (out / STOP_FILE).touch()
+            (out / LOADED).touch()
+        else:
+            receiver = launcher.pid if "launcher" in how else ranks[1].pid
+            os.kill(receiver, signal.SIGTERM)
+        printed = "".join(launcher.communicate(timeout=TIME))
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 75, printed
+    assert not (out / "final").exists()
+    assert not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text()
+    assert "Traceback" not in printed
+    assert "cause: link" not in printed
+    assert ("came to the node agent" in printed) == ("launcher" in how)
