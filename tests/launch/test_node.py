@@ -13,7 +13,9 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from recipes import recipe
@@ -21,6 +23,7 @@ from tunesmith.errors import MachineError, UsageError
 from tunesmith.launch import node
 from tunesmith.launch.debug import collect_logs
 from tunesmith.launch.rendezvous import find_endpoint, hold_store
+from waiting import wait_for
 
 TIME = 300  # seconds, on a busy machine
 
@@ -116,23 +119,54 @@ def test_logs_of_one_node_and_of_one_that_is_missing(tmp_path: Path, monkeypatch
             assert archive.getnames() == ["127.0.0.1/rank.log"]
 
 
+def start_agent(space: str, out: Path, words: list[str], tiny: Path, **changes: Any) -> subprocess.Popen[str]:
+    """The agent of one of two nodes with a rank each, in a network namespace; what it says goes to `said` in the folder."""
+    out.mkdir(exist_ok=True)
+    file = out / "recipe.yaml"
+    values = recipe(tiny, out.parent, held=False, output_dir=str(out / "run"), **changes)
+    file.write_text(json.dumps(values))
+    flags = ["--nodes", "2", "--ranks", "1", "--endpoint", "10.91.0.1:29571", *words, "--", "train", str(file)]
+    command = ["ip", "netns", "exec", space, sys.executable, "-m", "tunesmith.launch.node", *flags]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(out.parent)}
+    with (out / "said").open("w") as said:  # no pipe: the agent that is not read would wait
+        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, env=environ)
+
+
+@pytest.mark.slow
+def test_the_agent_names_a_killed_rank_to_the_other_node_which_blames_no_network(
+    spaces: list[str], tiny: Path, tmp_path: Path
+):
+    changes = {"train": {"duration": "100000 steps"}}
+    folders = [tmp_path / "node1", tmp_path / "node2"]
+    agents = [start_agent(*pair, [], tiny, **changes) for pair in zip(spaces, folders, strict=True)]
+    try:
+        wait_for((folders[0] / "run/metrics.jsonl").exists)
+        killed = psutil.Process(agents[1].pid).children()[0]
+        killed.kill()
+        codes = [agent.wait(timeout=TIME) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    said = [(folder / "said").read_text() for folder in folders]
+    assert codes == [1, 1], said
+    failure = json.loads((folders[0] / "run/failure.json").read_text())
+    assert failure["cause"] == "killed", said
+    assert "was killed by SIGKILL" in failure["what"]
+    assert failure["rank"] == 1
+    assert failure["phase"] == "training"
+    assert "cause: link" not in said[0]
+    assert "error: rank 1 was killed by SIGKILL" in said[1]
+
+
 @pytest.mark.slow
 def test_two_nodes_meet_on_the_cable_alone_stop_together_and_collect_their_logs(
     spaces: list[str], tiny: Path, tmp_path: Path
 ):
     """Each node has a disk of its own; SIGTERM to the second node's agent saves on both, and the same command goes on."""
     changes = {"train": {"duration": "100000 steps"}, "checkpoint": {"every": "1000 steps", "keep": 1}}
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
 
     def start(number: int) -> subprocess.Popen[str]:
-        out = tmp_path / f"node{number}"
-        out.mkdir(exist_ok=True)
-        file = out / "recipe.yaml"
-        file.write_text(json.dumps(recipe(tiny, tmp_path, held=False, output_dir=str(out / "run"), **changes)))
-        words = ["--nodes", "2", "--ranks", "1", "--endpoint", "10.91.0.1:29571", "--debug", "--", "train", str(file)]
-        command = ["ip", "netns", "exec", spaces[number - 1], sys.executable, "-m", "tunesmith.launch.node", *words]
-        with (out / "said").open("w") as said:  # no pipe: the agent that is not read would wait
-            return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, env=environ)
+        return start_agent(spaces[number - 1], tmp_path / f"node{number}", ["--debug"], tiny, **changes)
 
     def said() -> list[str]:
         return [(tmp_path / f"node{number}" / "said").read_text() for number in (2, 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -294,3 +295,43 @@ def test_debug_reaches_the_agents_of_all_nodes(run: Run, debug: bool) -> None:
     said = subprocess.run(["bash", "-uc", shell], capture_output=True, text=True, check=True, timeout=60).stdout
     assert said.split() == ["agent", *["--debug"] * debug, "--"]
     assert '"${debug[@]}"' in script.partition("tunesmith.launch.node")[2]
+
+
+@pytest.mark.parametrize("code", [137, 143])
+@pytest.mark.parametrize("case", ["nothing was saved", "a step was saved", "it was stopped"])
+def test_a_killed_job_goes_back_if_it_came_further_and_nobody_asked_to_stop(
+    tmp_path: Path, code: int, case: str
+) -> None:
+    """The script under bash, with a srun that is killed at once; `test_slurm_jobs.py` has Slurm's own."""
+    run = from_mapping(recipe(tmp_path, tmp_path, held=False), where="test", base=tmp_path)
+    (tmp_path / "run/launch").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    checkpoint, stop_file = tmp_path / "run/checkpoint-9", tmp_path / "run/launch/stop-7"
+    lines = {
+        "nothing was saved": [],
+        "a step was saved": [f"mkdir {checkpoint}", f"touch {checkpoint}/manifest.json"],
+        "it was stopped": [f"mkdir {checkpoint}", f"touch {checkpoint}/manifest.json {stop_file}"],
+    }
+    srun = ["#!/bin/sh", *lines[case], f"kill -{code - 128} $$"]
+    for name, text in {"srun": "\n".join(srun), "scontrol": "#!/bin/sh\necho requeued"}.items():
+        (tmp_path / "bin" / name).write_text(text + "\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    site = Site(gpus_per_node="0", setup=(f"export PATH={tmp_path}/bin:$PATH",))
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
+    words = ["bash", "--norc", "-c", slurm.render_script(run, slurm.Request(site))]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | job, timeout=60, check=False)
+    assert done.returncode == code, done.stderr
+    assert ("requeued" in done.stdout) == (case == "a step was saved"), done.stdout
+    assert not stop_file.exists()
+
+
+def test_a_stop_that_came_before_the_start_is_kept(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/stop-7_3").touch()
+    script = slurm.render_script(replace(run, output_dir=str(tmp_path)), slurm.Request(Site(gpus_per_node="0")))
+    task = {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    words = ["bash", "--norc", "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | task, timeout=60, check=False)
+    assert done.returncode == 75, done.stderr
+    assert "tunesmith stop came before the start" in done.stdout
+    assert not (tmp_path / "launch/stop-7_3").exists()

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,7 +204,21 @@ def test_a_time_limit_a_lost_node_and_scancel_lose_no_step(cluster: Cluster, tin
     assert records(out) == uninterrupted(tiny, out.parent, last["step"], ranks=2)  # bit for bit
 
 
-def test_seeds_are_an_array_and_stop_saves_one(cluster: Cluster, tiny: Path) -> None:
+def trainer_of(out: Path) -> int:
+    """The process of the one rank of a run, which has taken over its agent's."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = file.read_bytes().split(b"\0")
+            if b"python" in words[0] and words[2:5] == [
+                b"tunesmith",
+                b"train",
+                os.fsencode(out / "launch/recipe.yaml"),
+            ]:
+                return int(file.parent.name)
+    return 0
+
+
+def test_seeds_are_an_array_one_is_stopped_and_one_is_killed(cluster: Cluster, tiny: Path) -> None:
     out = cluster.home / "seeds" / "run"
     ids = cluster.launch(tiny, out, "--seeds", "3,42", "--nodes", "1", **UNENDING).partition("_")[0]
     runs = {seed: out.with_name(f"run-seed{seed}") for seed in (3, 42)}
@@ -214,5 +230,13 @@ def test_seeds_are_an_array_and_stop_saves_one(cluster: Cluster, tiny: Path) -> 
     assert "exit code 75" in log_of(runs[42])
     assert "exit code" not in log_of(runs[3])
     assert "back into the queue" not in log_of(runs[42])
-    cluster.tunesmith("stop", f"slurm-{ids}_3", "--wait")
-    assert len(records(runs[3])) == int(next(runs[3].glob("checkpoint-*")).name.partition("-")[2])
+    assert "stopped by the file stop" in log_of(runs[42])
+    assert "preempted" not in log_of(runs[42])
+
+    cluster.wait_for(lambda: [*runs[3].glob("checkpoint-*/manifest.json")], runs[3])
+    os.kill(trainer_of(runs[3]), signal.SIGKILL)
+    cluster.wait_for(lambda: "back into the queue" in log_of(runs[3]), runs[3])
+    assert "exit code 137 (a process was killed by SIGKILL" in log_of(runs[3])
+    cluster.wait_for(lambda: cluster.queue(f"{ids}_3") == "PENDING", runs[3])
+    assert "taken out of the queue" in cluster.tunesmith("stop", f"slurm-{ids}_3", "--wait")
+    assert [*runs[3].glob("checkpoint-*/manifest.json")]

@@ -105,6 +105,13 @@ def test_it_trains_on_both_goes_on_after_a_node_was_lost_and_either_knows_it(
     pair: Pair, in_one_go: Callable[[int], list[tuple[float, float]]]
 ):
     a, b = pair.nodes
+    command = [*TUNESMITH, "launch", "swarm", "recipe.yaml", "--image", "none:1", "output_dir=runs/whole"]
+    refused = a.run(*command, ok=True)
+    assert refused.returncode == 2
+    assert "there is no image none:1" in refused.stderr
+    assert "docker build -f docker/Dockerfile -t none:1 ." in refused.stderr
+    assert "sent" not in refused.stderr
+    assert not (b.home / ".cache/tunesmith").exists(), "nothing was brought"
     launch(a, "whole", "--nodes", "2")
     seen = [a.docker("service", "inspect", a.docker("service", "ls", "--quiet").stdout.strip()).stdout]
     wait_until("the first step", lambda: records(a, "whole"), 180)
@@ -171,12 +178,14 @@ def test_stop_saves_and_the_other_node_goes_on(pair: Pair, in_one_go: Callable[[
     launch(b, "stopped", *flags)
     assert len([*(a.home / ".cache/huggingface/hub/models--lab--tiny/blobs").iterdir()]) == len([*snapshot.iterdir()])
     wait_until("steps", lambda: len(records(b, "stopped")) >= 5, 180)
-    said = b.run(*TUNESMITH, "stop", "runs/stopped").stdout
-    assert "ended and removed; stopped, saved" in said
+    stop = b.run(*TUNESMITH, "stop", "runs/stopped")
+    assert "the ranks are asked to save and end; they have 60 minutes for it" in stop.stderr
+    assert "ended and removed; stopped, saved" in stop.stdout
     assert what_is_left(pair) == ""
     stopped = json.loads((b.home / "runs/stopped/stopped.json").read_text())
     assert (stopped["step"], stopped["signal"]) == (len(records(b, "stopped")), "SIGTERM")
     launch(b, "stopped", *flags)
+    assert "stopped, saved" not in status(b, "stopped")["text"]
     wait_until("more steps", lambda: len(records(b, "stopped")) >= stopped["step"] + 5, 180)
     available(a.home / "site/root", 100)
     b.run(*TUNESMITH, "logs", "-f", "runs/stopped", seconds=240)
