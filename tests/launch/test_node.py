@@ -159,6 +159,26 @@ def test_the_agent_names_a_killed_rank_to_the_other_node_which_blames_no_network
 
 
 @pytest.mark.slow
+def test_a_launcher_that_loses_the_store_after_its_ranks_began_has_failed(
+    spaces: list[str], tiny: Path, tmp_path: Path
+):
+    """1, not 2: a job that was refused before the first step is not put back into the queue."""
+    changes = {"train": {"duration": "100000 steps"}}
+    folders = [tmp_path / "node1", tmp_path / "node2"]
+    agents = [start_agent(*pair, [], tiny, **changes) for pair in zip(spaces, folders, strict=True)]
+    try:
+        wait_for((folders[0] / "run/metrics.jsonl").exists)
+        agents[0].kill()
+        code = agents[1].wait(timeout=TIME)
+    finally:
+        for agent in agents:
+            agent.kill()
+    said = (folders[1] / "said").read_text()
+    assert code == 1, said
+    assert "is gone" in said
+
+
+@pytest.mark.slow
 def test_two_nodes_meet_on_the_cable_alone_stop_together_and_collect_their_logs(
     spaces: list[str], tiny: Path, tmp_path: Path
 ):

@@ -29,10 +29,12 @@ from tunesmith.errors import (
     EXIT_STOPPED,
     EXIT_USAGE,
     MachineError,
+    RunError,
     TunesmithError,
     UsageError,
     first_line,
 )
+from tunesmith.heartbeat import AGAIN
 from tunesmith.host_files import available_cores, oom_kills
 from tunesmith.launch.debug import collect_logs, say_all
 from tunesmith.launch.jobs import FOLDER
@@ -151,9 +153,16 @@ def run_ranks(launcher: list[str], stop: "ForwardStop") -> int:
     except ChildFailedError as error:
         return told_exit_code(error, kills, stop)
     except (RendezvousError, RuntimeError) as error:
+        why = first_line(error)[:300]
+        if stop.asked:
+            what = "the launcher of another node is gone, after a stop signal"
+            raise RunError(what, where="rendezvous", why=why, fix=AGAIN, cause="killed") from error
         fix = "start the same command on every node; tunesmith doctor --pair HOST says what stands between them"
-        what = "this node and the others do not find each other any more"
-        raise MachineError(what, where="rendezvous", why=first_line(error)[:300], fix=fix) from error
+        if stop.ranks_began:
+            what = "the launcher of another node is gone, or the network to it"
+            raise RunError(what, where="rendezvous", why=why, fix=fix, cause="link") from error
+        what = "this node and the others do not find each other"
+        raise MachineError(what, where="rendezvous", why=why, fix=fix) from error
     return EXIT_OK
 
 
