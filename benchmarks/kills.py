@@ -378,15 +378,16 @@ def strike(cluster: Cluster, target: str, phase: str, node: int, share: float, *
 
     with contextlib.suppress(Missed):
         wait_for("failure.json", is_reported, 30)
-    state, status = cluster.state(), cluster.status()
     if target == "node":
         time.sleep(12)  # as long as Swarm and the heartbeat take to see it
         cluster.boot(node)
+    state, status = cluster.state(), cluster.status()
     how = cluster.go_on()
     state_after = cluster.state()
     log = cluster.log()[log_before:]
+    reached = max(at_step, cluster.steps())  # the others may have come further before they ended
     if await_step:
-        wait_for("a new step", lambda: cluster.steps() > at_step, START)
+        wait_for("a new step", lambda: cluster.steps() > reached, START)
     seconds = round(time.monotonic() - began, 1) if await_step else None
     causes = sorted(
         {line.removeprefix("  cause: ").partition(":")[0] for line in log.splitlines() if "  cause: " in line}

@@ -41,6 +41,7 @@ STUCK = 30 * 60.0  # seconds for a phase of micro batches: each takes seconds on
 MISSED = 4  # beats in a row, after which a rank is blamed for a connection that broke
 AGREED = (OtherRankError, StoppedError, NonFiniteError)  # which all ranks raise at the same step
 GRACE, ENDING = 3.0, 60.0  # seconds that the main thread has to end: in a collective it cannot; once it knows the fault
+REFUSAL = 2.0  # seconds in which a machine that is up refuses a connection
 GONE = ("Z", "X")  # states of a process
 AGAIN = "start the same command again: it goes on from the newest checkpoint"
 _BROKEN = re.compile(r"gloo|nccl|^Dist\w+Error", re.IGNORECASE)  # torch's errors of a collective and of a store
@@ -68,6 +69,7 @@ class Heartbeat:
         agreed: an error that all ranks know of already, by other means.
         on_fault: called with it and the last step, by a thread, on the one rank of a node that tells it.
         find_error: asked at each beat what went wrong with a collective that has raised nothing; empty: nothing.
+        store_is_closed: asked whether the machine of the store answers, and the process that held the store is gone.
         stop_signal: asked which signal has told this process to stop; empty: none.
         stopped_code: the exit code of a rank that ends because another one was stopped before there was a step to save.
         gpu_is_busy: asked where the main thread seems stuck. Collectives return at once on a GPU: it is there that they wait.
@@ -86,6 +88,7 @@ class Heartbeat:
         self.on_fault: Callable[[TunesmithError, int], object] = lambda fault, step: None
         self.find_error: Callable[[], str] = lambda: ""
         self.gpu_is_busy: Callable[[], bool] = lambda: False
+        self.store_is_closed: Callable[[], bool] = lambda: False
         self.stop_signal: Callable[[], str] = lambda: ""
         self.stopped_code = EXIT_STOPPED
         self.own, self.beats = Beat(), [Beat() for _ in hosts]
@@ -129,8 +132,11 @@ class Heartbeat:
         """The phase and the last step, in words."""
         return f"{self._phase}, step {self.step}" if self.step else self._phase
 
-    def verdict(self, error: BaseException) -> BaseException:
-        """What ends this rank: `error`, made known to the others, or OtherRankError if another rank's end caused it."""
+    def verdict(self, error: BaseException, failure: TunesmithError | None = None) -> BaseException:
+        """What ends this rank: `error`, made known to the others, or OtherRankError if another rank's end caused it.
+
+        `failure`: the error as this rank tells it, where that has other words.
+        """
         chain = [error]
         # A RunError may say it in other words; `raise error from error` makes a ring.
         while (cause := chain[-1].__cause__) is not None and cause not in chain:
@@ -144,8 +150,8 @@ class Heartbeat:
             self._stand_at([*traceback.walk_tb(first.__traceback__)][::-1])
             self._broken_at, self._broken = self.clock, first_line(first)
         elif not self._outbox:
-            other = RunError(f"{type(error).__name__}: {first_line(error)}")
-            own = error if isinstance(error, TunesmithError) else other
+            unknown = RunError(f"{type(error).__name__}: {first_line(error)}")
+            own = failure or (error if isinstance(error, TunesmithError) else unknown)
             stopped = isinstance(error, KeyboardInterrupt | StoppedEarlyError)
             what = f"was stopped by {self.stop_signal() or 'a signal'}" if stopped else f"failed: {own.what}"
             words = {"where": own.where, "why": own.why, "fix": own.fix, "cause": own.cause, "teller": self.rank}
@@ -154,7 +160,7 @@ class Heartbeat:
             self._outbox = {
                 "what": f"{self._name([self.rank])} {what}",
                 **words,
-                "failed_rank": self._failed([self.rank]),
+                "failed_rank": self.own_place(),  # which is newer than the beat that the others have read
             }
         self._wake.set()
         self._known.wait(2 * self.limit)
@@ -288,8 +294,13 @@ class Heartbeat:
 
     def _lose_store(self, why: str) -> None:
         """Decide without the others, who cannot be asked."""
-        what = f"rank 0 on {self.hosts[0]} or its launcher is gone, or the network to it"
-        words = self._words(what, *self._likely_cause(f"the store there: {why}"))
+        what = f"rank 0 on {self.hosts[0]} or its launcher is gone"
+        if self.store_is_closed():
+            words = self._words(
+                what, "its machine answers, and nobody listens where it held the ranks' store", "killed"
+            )
+        else:
+            words = self._words(f"{what}, or the network to it", *self._likely_cause(f"the store there: {why}"))
         self._decide(words, tells=self.rank == min({*self.local} - {*self._ended()}))
 
     def _likely_cause(self, why: str) -> tuple[str, str]:
@@ -369,6 +380,17 @@ class Heartbeat:
     def _name(self, ranks: Collection[int]) -> str:
         names = [f"rank {rank} on {self.hosts[rank]}" for rank in sorted(ranks)]
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def refuses_connections(host: str, port: int) -> bool:
+    """Whether a machine answers that no process listens at this port: so its network is not cut."""
+    try:
+        with socket.create_connection((host, port), timeout=REFUSAL):
+            return False
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
 
 
 def _leave(code: int = RunError.exit_code) -> None:

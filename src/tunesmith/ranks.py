@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +28,7 @@ from tunesmith.errors import (
     UsageError,
     first_line,
 )
-from tunesmith.heartbeat import Heartbeat
+from tunesmith.heartbeat import Heartbeat, refuses_connections
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -183,6 +184,7 @@ def join_ranks() -> Iterator[Ranks]:
         raise _apart("the store of the ranks cannot be used", rank, world, why=first_line(error)) from error
     local = range(rank - local_rank, rank - local_rank + local_world)
     heartbeat = Heartbeat(rank, hosts, local, dist.PrefixStore(group, own))
+    heartbeat.store_is_closed = partial(refuses_connections, own.host, own.port)
     if is_launched():  # the launcher would start a rank of any other exit code again
         heartbeat.stopped_code = EXIT_OK
     try:

@@ -34,7 +34,7 @@ from tunesmith.errors import (
     UsageError,
     first_line,
 )
-from tunesmith.heartbeat import AGAIN
+from tunesmith.heartbeat import AGAIN, refuses_connections
 from tunesmith.host_files import available_cores, oom_kills
 from tunesmith.launch.debug import collect_logs, say_all
 from tunesmith.launch.jobs import FOLDER
@@ -42,6 +42,7 @@ from tunesmith.launch.rendezvous import BACKEND, find_endpoint, hold_store, reac
 from tunesmith.signals import RESTART, ignore_stop_signals
 
 if TYPE_CHECKING:
+    from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from tunesmith.launch.elastic import ForwardStop
@@ -118,12 +119,12 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
     with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as folder:  # torch leaves its own behind
         launcher += ["--log-dir", folder, *(say_all(Path(folder)) if args.debug else [])]
         try:
-            code = run_ranks([*launcher, "--rdzv-id", args.id, *program], stop)
+            code = run_ranks([*launcher, "--rdzv-id", args.id, *program], store, stop)
             smaller = smaller_after(out, before) if out and not stop.asked else ""
             if smaller:  # once: then memory is short without it
                 before, again = stopped_at(out), f"train.micro_batch={smaller}"
                 print(f"starting again with {again!r}", file=sys.stderr)
-                code = run_ranks([*launcher, "--rdzv-id", f"{args.id}-again", *program, again], stop)
+                code = run_ranks([*launcher, "--rdzv-id", f"{args.id}-again", *program, again], store, stop)
         finally:
             if args.debug:
                 target, nodes = (out or Path()) / FOLDER / "debug.tar.gz", int(args.nodes.rpartition(":")[2])
@@ -136,8 +137,11 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
     return code
 
 
-def run_ranks(launcher: list[str], stop: "ForwardStop") -> int:
-    """torch's elastic launcher with these words -> exit code: that of the rank that failed first."""
+def run_ranks(launcher: list[str], store: "TCPStore", stop: "ForwardStop") -> int:
+    """torch's elastic launcher with these words -> exit code: that of the rank that failed first.
+
+    `store`: of the ranks of all nodes; `stop`: the stop signals of this process.
+    """
     import logging
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -154,13 +158,14 @@ def run_ranks(launcher: list[str], stop: "ForwardStop") -> int:
         return told_exit_code(error, kills, stop)
     except (RendezvousError, RuntimeError) as error:
         why = first_line(error)[:300]
-        if stop.asked:
-            what = "the launcher of another node is gone, after a stop signal"
+        what = "the launcher of the node that holds the ranks' store is gone"
+        if stop.ranks_began and (stop.asked or refuses_connections(store.host, store.port)):
             raise RunError(what, where="rendezvous", why=why, fix=AGAIN, cause="killed") from error
         fix = "start the same command on every node; tunesmith doctor --pair HOST says what stands between them"
         if stop.ranks_began:
-            what = "the launcher of another node is gone, or the network to it"
-            raise RunError(what, where="rendezvous", why=why, fix=fix, cause="link") from error
+            raise RunError(
+                f"{what}, or the network to it", where="rendezvous", why=why, fix=fix, cause="link"
+            ) from error
         what = "this node and the others do not find each other"
         raise MachineError(what, where="rendezvous", why=why, fix=fix) from error
     return EXIT_OK

@@ -276,7 +276,7 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
     except StoppedError:
         raise
     except BaseException as caught:
-        error = trainer.session.ranks.heartbeat.verdict(caught)
+        error = trainer.session.ranks.heartbeat.verdict(caught, trainer.as_failure(caught))
         if isinstance(error, OtherRankError):  # which the heartbeat has told
             raise error from caught
         trainer.writer.close()  # what it is writing still counts
