@@ -20,12 +20,12 @@ from recipes import make_run
 from tunesmith import packages
 from tunesmith.checkpoint.killed import killed_before
 from tunesmith.checkpoint.resume import Progress
-from tunesmith.checkpoint.run_dir import RUNNING
 from tunesmith.config.dump import dump
 from tunesmith.errors import CheckpointError, MachineError
 from tunesmith.host_files import oom_kills
 from tunesmith.inference.load_run import load_run
 from tunesmith.ranks import ONE_PROCESS
+from tunesmith.run_directory import RUNNING
 from tunesmith.training.result import stopped_by
 from tunesmith.training.run import refuse_unlike_versions
 from waiting import wait_for

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from recipes import recipe
-from tunesmith.checkpoint.run_dir import STOP_FILE
+from tunesmith.run_directory import STOP_FILE
 from tunesmith.training.trainer import Trainer
 from waiting import wait_for
 from warm import Warm

@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunesmith.checkpoint.run_dir import RUNNING, STOPPED
 from tunesmith.errors import RunError
 from tunesmith.heartbeat import AGAIN
 from tunesmith.host_files import oom_kills, write_atomically
-from tunesmith.metrics.summary import FAILURE
+from tunesmith.metrics.record import newest_record
+from tunesmith.run_directory import FAILURE, RUNNING, STOPPED, read_running
 
-LAST = 1 << 16  # bytes of metrics.jsonl that hold its last line
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -37,26 +36,19 @@ def note_running(run_dir: Path) -> Iterator[None]:
 def killed_before(run_dir: Path) -> RunError | None:
     """The end of the last start of this directory, which nothing holds now, if it was killed and no other rank has said so:
     after which step, and the likely cause as seen from here."""
-    try:
-        note = dict(json.loads((run_dir / RUNNING).read_bytes()))
-        where = f"process {note['process']} on {note['host']}, begun {note['began']}"
-        booted, kills = note["boot"], int(note["oom_kills"])
-    except (OSError, ValueError, TypeError, KeyError):
+    note = read_running(run_dir)
+    if note is None:
         return None
+    where = f"process {note['process']} on {note['host']}, begun {note['began']}"
     if (run_dir / FAILURE).exists() or (run_dir / STOPPED).exists():
         return None
-    steps = 0
-    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - LAST))
-        for line in file.read().splitlines():
-            with contextlib.suppress(ValueError, TypeError):  # the first is cut, the last may be torn
-                steps = json.loads(line)["step"]
+    steps = newest_record(run_dir).get("step")
     what = f"the last start was killed {f'after step {steps}' if steps else 'before its first step'}"
     if note["host"] != socket.gethostname():
         return RunError(what, where=where, why="its host knows more: dmesg -T | grep -i oom", fix=AGAIN, cause="killed")
-    if booted != _boot():
+    if note["boot"] != _boot():
         return RunError(what, where=where, why="this machine was started again since", fix=AGAIN, cause="restarted")
-    if (new := oom_kills() - kills) > 0:
+    if (new := oom_kills() - note["oom_kills"]) > 0:
         why = f"the kernel ended {new} of this machine's processes since then (dmesg -T | grep -i oom)"
         return RunError(what, where=where, why=why, fix=AGAIN, cause="oom-kill")
     return RunError(what, where=where, why="the kernel has ended no process since then", fix=AGAIN, cause="killed")

@@ -3,7 +3,6 @@
 It is made from a run directory's own files (recipe, metrics.jsonl, env.json) and holds no path of this machine.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from tunesmith.config.schema import Model, Run
 from tunesmith.errors import RunError
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.summary import run_figures
+from tunesmith.run_directory import METRICS, read_env
 
 WIDTH, HEIGHT = 60, 8  # of the loss curve, in characters
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -63,9 +63,9 @@ def model_card(base: Model, run: Run | None = None, run_dir: Path = Path(), *, m
 
 def _training(run_dir: Path) -> list[str]:
     """Figures, machine and loss curve, from what the run wrote; nothing where that cannot be read."""
-    with suppress(OSError, LookupError, TypeError, ValueError, RunError):
-        records = read_records(run_dir / "metrics.jsonl")
-        env = json.loads((run_dir / "env.json").read_text(encoding="utf-8"))
+    with suppress(OSError, LookupError, TypeError, ValueError, ArithmeticError, RunError):
+        records = read_records(run_dir / METRICS)
+        env = read_env(run_dir).value
         machine = ", ".join(gpu["name"] for gpu in env["gpus"]) or env["cpu"]
         versions = ", ".join(f"{name} {env[name]}" for name in _PACKAGES if name in env)
         figures = [*run_figures(records, 0.0), f"{'hardware':<12}{machine}", f"{'versions':<12}{versions}"]

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tunesmith.checkpoint.run_dir import IDENTITY, RECIPE
 from tunesmith.checkpoint.state import (
     CARD,
     ELSEWHERE,
@@ -40,6 +39,7 @@ from tunesmith.errors import CheckpointError, MachineError
 from tunesmith.host_files import refuse_full_disk, write_atomically
 from tunesmith.host_memory import open_uncached
 from tunesmith.ranks import ONE_PROCESS, Ranks
+from tunesmith.run_directory import IDENTITY, RECIPE
 
 CHUNK = 16 << 20  # bytes of a file in memory while it is copied
 _COPY = re.compile(r"\.?checkpoint-(\d+)(?:\.partial|\.old)?")

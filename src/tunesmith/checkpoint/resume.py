@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.checkpoint.nodes import bring_folder, copies_in, copy_files, newest_checkpoint
-from tunesmith.checkpoint.run_dir import RECIPE, TRACKER_IDS, restore
+from tunesmith.checkpoint.run_dir import TRACKER_IDS, restore
 from tunesmith.checkpoint.state import SavedCheckpoint, step_of
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
@@ -16,11 +16,12 @@ from tunesmith.errors import CheckpointError, DataError, ModelError, RecipeError
 from tunesmith.metrics.record import StepRecord
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.ranks import ONE_PROCESS, Ranks
+from tunesmith.run_directory import BEST, FINAL, METRICS, RECIPE, SAMPLES
 from tunesmith.units import Size
 
 PROGRESS = "state/progress.json"
 OPTIMIZER = "state/optimizer.safetensors"
-RECORDS = ("metrics.jsonl", "samples.jsonl", "best.json", *TRACKER_IDS)
+RECORDS = (METRICS, SAMPLES, BEST, *TRACKER_IDS)
 DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
 JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is told
 MIXED = "resuming would mix two runs in one set of numbers"
@@ -107,7 +108,7 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], 
             progress = Progress.read(found.path)
     ended = progress is not None and progress.step == final and progress.ended == str(run.train.duration)
     if final is not None and (ended or found is None):
-        bring_folder(ranks, output_dir / "final", finals.index(final), wants=ranks.leads, say=warn)
+        bring_folder(ranks, output_dir / FINAL, finals.index(final), wants=ranks.leads, say=warn)
         return Start(finished=final)
     if found is None:
         warn("no checkpoint is complete: the run starts over")
@@ -119,7 +120,7 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS, *, warn: Callable[[str], 
 def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
     """The step of final/, and the recipe of checkpoints, of one directory."""
     restore(output_dir)
-    final = step_of(output_dir / "final")
+    final = step_of(output_dir / FINAL)
     if not copies_in(output_dir) and final is None:
         return None, None
     before = _recipe_of(output_dir)

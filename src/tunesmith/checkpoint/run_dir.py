@@ -7,7 +7,6 @@ touched. Files of other names are never touched.
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -17,16 +16,27 @@ from typing import get_args
 from tunesmith.checkpoint.state import find_damage, free_name, remove
 from tunesmith.config.schema import TrackerName
 from tunesmith.errors import MachineError, UsageError
+from tunesmith.run_directory import (
+    BEST,
+    FAILURE,
+    IDENTITY,
+    LOCK,
+    LOG,
+    METRICS,
+    RECIPE,
+    RUNNING,
+    SAMPLES,
+    STOP_FILE,
+    STOPPED,
+    read_object,
+)
 
-RECIPE, IDENTITY, LOCK = "config.yaml", "env.json", ".lock"
-RUNNING = "running.json"  # is there while a start is at work, and after it was killed
-STOP_FILE, STOPPED = "stop", "stopped.json"  # asks a run to save and end; says that ranks of torchrun did
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
 FILES = (
-    RECIPE, IDENTITY, "metrics.jsonl", "samples.jsonl", "log.txt", "failure.json", STOPPED, RUNNING, "best.json", *TRACKER_IDS
+    RECIPE, IDENTITY, METRICS, SAMPLES, LOG, FAILURE, STOPPED, RUNNING, BEST, *TRACKER_IDS
 )  # fmt: skip
-BEFORE_IDENTITY = (RUNNING, STOPPED, "failure.json", "metrics.jsonl", "log.txt", "tensorboard", *TRACKER_IDS)
+BEFORE_IDENTITY = (RUNNING, STOPPED, FAILURE, METRICS, LOG, "tensorboard", *TRACKER_IDS)
 _LEFTOVER = re.compile(
     rf"\.(?:{'|'.join(map(re.escape, FILES))})(?:\.\d+)?\.partial"
     r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)|\.tokenizer-\w+\.partial"
@@ -42,10 +52,10 @@ def run_files(output_dir: Path) -> list[Path]:
 
 def is_run(output_dir: Path) -> bool:
     """Whether a run wrote into this directory."""
-    lock, identity, metrics = output_dir / LOCK, output_dir / IDENTITY, output_dir / "metrics.jsonl"
+    lock, identity, metrics = output_dir / LOCK, output_dir / IDENTITY, output_dir / METRICS
     try:
         if identity.is_file():
-            return "recipe_hash" in dict(json.loads(identity.read_bytes()))
+            return "recipe_hash" in read_object(identity)
         begun = lock.is_file() and lock.read_bytes() == MARK and not (metrics.exists() and metrics.stat().st_size)
     except (OSError, ValueError, TypeError):
         return False

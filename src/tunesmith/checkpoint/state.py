@@ -21,8 +21,9 @@ from typing import Any
 from tunesmith.errors import CheckpointError, disk_fault
 from tunesmith.host_files import follow_umask
 from tunesmith.host_memory import open_uncached
+from tunesmith.run_directory import MANIFEST, read_manifest
 
-MANIFEST, CARD = "manifest.json", "README.md"
+CARD = "README.md"
 PART = ".distcp"  # the end of a file's name that holds what one rank has of a checkpoint
 ELSEWHERE = ": a rank wrote it, maybe on another node's disk"
 Fill = Callable[[Path], None]  # writes files into an empty folder
@@ -87,13 +88,14 @@ def damaged_files(folder: Path, *, contents: bool = True) -> Iterator[tuple[str,
         yield MANIFEST, "it has no manifest.json: it was not finished"
         return
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-        int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = read_manifest(folder)
+    except ValueError:
+        manifest = None
+    if manifest is None:
         yield MANIFEST, "its manifest.json cannot be read"
         return
-    for name, (size, digest) in entries.items():
+    for name, entry in manifest["files"].items():
+        size, digest = entry["bytes"], entry["sha256"]
         path = folder / name
         if name == CARD:  # people edit it
             continue
@@ -109,7 +111,8 @@ def step_of(folder: Path) -> int | None:
     """The step in a complete folder's manifest (sizes compared, contents not), or None."""
     if find_damage(folder, contents=False) is not None:
         return None
-    return int(json.loads((folder / MANIFEST).read_text())["step"])
+    manifest = read_manifest(folder)
+    return int(manifest["step"]) if manifest else None
 
 
 def list_checkpoints(run_dir: Path) -> list[SavedCheckpoint]:

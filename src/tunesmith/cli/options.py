@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +35,14 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """RUN and the device to load it to."""
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, final/, adapter or model folder")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+
+
+def tell_left_out(errors: Sequence[UsageError], *, shown: int) -> None:
+    """Say which of several runs could not be opened; where none of them could, the first error is raised."""
+    if errors and not shown:
+        raise errors[0]
+    for error in errors:
+        print(f"left out: {error.where}: {error.what}", file=sys.stderr, flush=True)
 
 
 def column_names(text: str) -> list[tuple[str, str]]:

@@ -9,7 +9,12 @@ The page is one file that opens offline. It takes running, finished, failed and 
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+from tunesmith.cli.options import tell_left_out
+from tunesmith.errors import UsageError
+from tunesmith.run_directory import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +29,20 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.report.run_files import RunFiles
 
     output = Path(args.output or ("report.md" if args.markdown else "report.html"))
-    runs = [RunFiles(folder) for folder in dict.fromkeys(args.runs)]
-    write_report(runs, output, markdown=args.markdown)
-    verdict = judge(summaries_of(runs))
+    runs = []
+    left_out: list[UsageError] = []
+    for folder in dict.fromkeys(args.runs):
+        try:
+            runs.append(RunFiles(folder))
+        except UsageError as error:
+            left_out.append(error)
+    tell_left_out(left_out, shown=len(runs))
+    note = f"Left out: {'; '.join(f'{error.where}: {error.what}' for error in left_out)}" if left_out else ""
+    write_report(runs, output, markdown=args.markdown, note=shown(note))
+    summaries = summaries_of(runs)
+    for summary in summaries:
+        for file in summary.files.damaged:
+            print(f"damaged: {summary.label}: {file}", file=sys.stderr)
+    verdict = judge(summaries)
     print("\n".join([verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]))
     print(f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser" if not args.markdown else output)

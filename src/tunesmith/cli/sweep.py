@@ -21,10 +21,11 @@ from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED, UsageError
 from tunesmith.host_files import from_here
 from tunesmith.ranks import started_as, told_once_a_node
+from tunesmith.run_directory import SWEEP, read_sweep
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
 from tunesmith.sweep.search import PRUNERS, SAMPLERS, Search
-from tunesmith.sweep.space import FILE, read_space
+from tunesmith.sweep.space import read_space
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +63,8 @@ def run(args: argparse.Namespace) -> int | None:
         options += ["--rungs", str(args.rungs)] if args.rungs else []
         options += ["--to-the-end"] * args.to_the_end + ["--json"] * args.json
         code = run_agent(["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words, *options])
-        file = Path(load_recipe(args.recipe, space.fixed).output_dir, FILE)
-        return EXIT_STOPPED if code == EXIT_OK and json.loads(file.read_bytes())["stopped"] else code
+        file = Path(load_recipe(args.recipe, space.fixed).output_dir, SWEEP)
+        return EXIT_STOPPED if code == EXIT_OK and read_sweep(file).get("stopped") else code
     say = partial(print, file=sys.stderr, flush=True) if leads else lambda text: None
     with StopRequest() as early:
         early.doing = "the libraries are loaded"
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int | None:
     found = run_sweep(args.recipe, space, search, say=say, argv=sys.argv)
     if leads:
         sys.stdout = lasting(sys.stdout)
-        page = f"report: {from_here(sweep_page(found))}"
-        print(json.dumps(found) if args.json else "\n".join([*sweep_lines(found), page]))
+        page = sweep_page(found)
+        lines = [*sweep_lines(found), *([f"report: {from_here(page)}"] if page else [])]
+        print(json.dumps(found) if args.json else "\n".join(lines))
     return None

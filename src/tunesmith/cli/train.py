@@ -20,6 +20,7 @@ from pathlib import Path
 from tunesmith.cli.options import add_recipe, chosen_recipe
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.ranks import started_as, told_once_a_node
+from tunesmith.run_directory import LOG
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         if early.requested():
             raise early.not_begun()
 
-    log.path = Path(recipe.output_dir, "log.txt")
+    log.path = Path(recipe.output_dir, LOG)
 
     def keep(record: object) -> None:
         """Write the recipe's file, and what was told before: the run has begun. A start that is refused leaves none."""

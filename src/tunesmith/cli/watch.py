@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
+from tunesmith.cli.options import tell_left_out
+from tunesmith.errors import UsageError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "run directories, jobs of `tunesmith status`, or HOST:RUN"
@@ -30,7 +33,14 @@ def run(args: argparse.Namespace) -> None:
 
     with suppress(KeyboardInterrupt), _ended_by_signals(), ExitStack() as opened:
         say = None if args.json else partial(print, file=sys.stderr, flush=True)
-        runs = [opened.enter_context(open_run(word, say)) for word in args.runs]
+        runs = []
+        left_out: list[UsageError] = []
+        for word in args.runs:
+            try:
+                runs.append(opened.enter_context(open_run(word, say)))
+            except UsageError as error:
+                left_out.append(error)
+        tell_left_out(left_out, shown=len(runs))
         if args.json:
             print(to_json({"runs": [run.status() for run in runs]}))
         elif args.terminal:

@@ -29,6 +29,7 @@ from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run, loc
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.parallel.mesh import ALONE, Mesh
+from tunesmith.run_directory import IDENTITY
 
 ROW_TOKENS = 4096  # of a packed row that is scored
 Progress = Callable[[str, int, int], None]  # called with what is counted, how many are done, and the total
@@ -197,7 +198,7 @@ def _held_out(location: RunLocation, path: str | Path) -> tuple[SourceRows, str]
 def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) -> TokenSet:
     """The first `count` of the examples that the run validated on; UsageError where they are not the same any more."""
     run, folder = location.run, location.folder
-    about = folder.parent / "env.json" if folder else None
+    about = folder.parent / IDENTITY if folder else None
     known = read_json(about).get("validation_hash") if about and about.is_file() else None
     if known not in (None, tokens.counts.digest):
         why = "the file, the template or the tokenizer has changed: with data.hold_out, others would be held out now"

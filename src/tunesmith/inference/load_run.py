@@ -22,6 +22,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.model.safetensors_files import read_json
+from tunesmith.run_directory import FINAL, IDENTITY, RECIPE
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +104,7 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
     """
     place = Path(path)
     if place.is_dir():
-        location = _in_run(place) if (place / "config.yaml").is_file() else _in_folder(place)
+        location = _in_run(place) if (place / RECIPE).is_file() else _in_folder(place)
     elif place.is_file() and place.suffix in (".yaml", ".yml"):
         run = load_recipe(place)
         location = RunLocation("base", None, run.model, run, f"the base of the recipe {path}: {run.model.name}")
@@ -131,7 +132,7 @@ def _no_model(path: Path, what: str) -> UsageError:
 def _in_run(folder: Path) -> RunLocation:
     """final/, else the newest whole checkpoint that holds model files."""
     skipped: list[str] = []
-    for candidate in (folder / "final", *(found.path for found in state.list_checkpoints(folder))):
+    for candidate in (folder / FINAL, *(found.path for found in state.list_checkpoints(folder))):
         if not candidate.is_dir():
             continue
         damage = state.find_damage(candidate, contents=False)
@@ -140,13 +141,13 @@ def _in_run(folder: Path) -> RunLocation:
             return _in_folder(candidate, note=note)
         skipped.append(f"{candidate.name}: {damage or 'holds training state only'}")
     why = "; ".join(skipped) or "neither final/ nor a checkpoint-N/ is there"
-    fix = f"go on with it: tunesmith train {folder / 'config.yaml'}"
+    fix = f"go on with it: tunesmith train {folder / RECIPE}"
     raise CheckpointError("this run has no finished checkpoint", where=str(folder), why=why, fix=fix)
 
 
 def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
     """A checkpoint, an adapter or a model; `note` is given by `_in_run`, which has checked for damage."""
-    recipe, run, where = folder.parent / "config.yaml", None, str(folder)
+    recipe, run, where = folder.parent / RECIPE, None, str(folder)
     if _PART_OF_RUN.match(folder.name) and recipe.is_file():
         run = load_recipe(recipe)
         if not note and (damage := state.find_damage(folder, contents=False)):
@@ -277,7 +278,7 @@ def _template(location: RunLocation, tokenizer: Any, ends: set[int], saved: Path
         chosen = Template(tokenizer, ends, jinja=chosen.jinja, name="alpaca" if alpaca else "pattern")
     # A base model without a template is given prompts as they stand; its chats take the alpaca text.
     chosen.raw |= run is None and jinja is None
-    env = saved.parent / "env.json" if saved else None
+    env = saved.parent / IDENTITY if saved else None
     if run and env and env.is_file() and any(source.format == "prompt-completion" for source in run.data.train):
         chosen.raw |= "template" not in read_json(env)  # of the time when those were never written through a template
     return chosen

@@ -19,11 +19,23 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tunesmith.checkpoint.run_dir import LOCK, STOP_FILE, STOPPED, is_run
+from tunesmith.checkpoint.run_dir import is_run
 from tunesmith.config.dump import dump
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host_files import write_atomically
+from tunesmith.metrics.record import newest_record
+from tunesmith.run_directory import (
+    FAILURE,
+    FINAL,
+    LOCK,
+    LOG,
+    MANIFEST,
+    STOP_FILE,
+    STOPPED,
+    read_failure,
+    read_stopped,
+)
 
 # kind -> its class, in launch/<kind>.py
 KINDS = {"local": "LocalJob", "docker": "DockerJob", "slurm": "SlurmJob", "swarm": "SwarmJob"}
@@ -67,18 +79,19 @@ class Job:
         out, step = Path(self.run_dir), last_step(self.run_dir)
         if is_locked(out):
             return State("running", step or "before the first step")
-        if (out / "final" / "manifest.json").is_file():
+        if (out / FINAL / MANIFEST).is_file():
             return State("ended", f"done, {step}")
-        for name, word in (("failure.json", "failed"), (STOPPED, "stopped, saved")):
+        endings = ((FAILURE, "failed", read_failure), (STOPPED, "stopped, saved", read_stopped))
+        for name, word, read in endings:
             if self.has_written(name):
-                content = json.loads((out / name).read_text(encoding="utf-8"))
-                return State("ended", ", ".join(filter(None, (word, str(content.get("what") or ""), step))))
+                what = (read(out).value or {}).get("what") or ""
+                return State("ended", ", ".join(filter(None, (word, what, step))))
         again = "the same command goes on" if step else "nothing was begun"
         return State("gone", f"{step or 'no step'}: no process is at work here; {again}")
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
         """The log's text, in pieces; `follow`: until the job has ended."""
-        log = Path(self.log or Path(self.run_dir, "log.txt"))
+        log = Path(self.log or Path(self.run_dir, LOG))
         while follow and not log.exists() and self.state().at_work:
             time.sleep(POLL)
         try:
@@ -129,23 +142,25 @@ class Job:
 def is_locked(run_dir: Path) -> bool:
     """Whether a process of this machine holds the run directory. `watch` sends this to the python3 of other hosts."""
     try:
-        with (run_dir / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        handle = os.open(run_dir / LOCK, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of that name would be waited for
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
+    finally:
+        os.close(handle)
     return False
 
 
 def last_step(run_dir: str | Path) -> str:
     """`step 120, loss 1.234` of the newest record; empty before the first. Reads the end of the file alone."""
-    with suppress(OSError, ValueError, KeyError, IndexError), Path(run_dir, "metrics.jsonl").open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 65536))
-        lines = file.read().splitlines(keepends=True)
-        record = json.loads([line for line in lines if line.endswith(b"\n")][-1:][0])
-        return f"step {record['step']}, loss {float(record['loss']):.4g}"
-    return ""
+    record = newest_record(Path(run_dir))
+    loss = record.get("loss")
+    return f"step {record['step']}, loss {loss:.4g}" if loss is not None else ""
 
 
 def safe_value(value: str, where: str) -> str:

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.checkpoint.run_dir import STOPPED
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import (
     CAUSES,
@@ -39,6 +38,7 @@ from tunesmith.host_files import available_cores, oom_kills
 from tunesmith.launch.debug import collect_logs, say_all
 from tunesmith.launch.jobs import FOLDER
 from tunesmith.launch.rendezvous import BACKEND, find_endpoint, hold_store, reach_store, register_backend
+from tunesmith.run_directory import FINAL, STOPPED
 from tunesmith.signals import RESTART, ignore_stop_signals
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
                 print(end, file=sys.stderr)
     if code in (EXIT_FAILED, EXIT_OK) and stopped_at(out) > before:
         return EXIT_STOPPED
-    if stop.asked and code == EXIT_OK and not (out and (out / "final").is_dir()):
+    if stop.asked and code == EXIT_OK and not (out and (out / FINAL).is_dir()):
         return EXIT_STOPPED  # stopped.json is on another node
     return code
 

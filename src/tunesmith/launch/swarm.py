@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from tunesmith.checkpoint.run_dir import STOPPED
 from tunesmith.errors import MachineError
 from tunesmith.launch.jobs import POLL, Job, State, last_step
 from tunesmith.launch.rendezvous import own_addresses
 from tunesmith.launch.ship import SSH, Connection
 from tunesmith.launch.stack import GRACE, LABEL, SERVICE
+from tunesmith.run_directory import STOPPED
 
 GPU = ("NVIDIA_GPU", "NVIDIA-GPU")  # generic resources, as guides name them
 PROGRESS = 10.0  # seconds between two lines of a stop that waits

@@ -8,13 +8,27 @@ partial last line.
 import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, Self
 
 from tunesmith.errors import RunError
 from tunesmith.host_files import write_atomically
+from tunesmith.run_directory import (
+    LARGEST,
+    LARGEST_COUNT,
+    METRICS,
+    is_count,
+    is_number,
+    open_regular,
+    parse_json,
+    read_bytes,
+)
+
+TAIL = 1 << 16  # bytes of metrics.jsonl that hold its last line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +96,11 @@ class StepRecord:
             whole = name in _WHOLE
             value = float(given) if given in _NON_FINITE and not whole else given
             right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if right and not whole and isinstance(value, int) and not is_number(value):
+                raise TypeError(f"{name} is a number that no float holds")
             if name not in cls.__dataclass_fields__:
                 extra |= {name: value} if right else {}
-            elif right or (value is None and (name in _OPTIONAL or name == "mfu")):
+            elif right or (value is None and name in _MAY_BE_NULL):
                 known[name] = value if whole or value is None else float(value)
             else:
                 raise TypeError(f"{name} is {value!r}, which is no {'whole number' if whole else 'number'}")
@@ -93,11 +109,16 @@ class StepRecord:
     @classmethod
     def from_json(cls, line: str | bytes) -> Self:
         """Read what `to_json` wrote; raises as `from_plain`, and ValueError for what is not JSON."""
-        return cls.from_plain(json.loads(line))
+        try:
+            values = json.loads(line)
+        except RecursionError:
+            raise ValueError("it is too deeply nested") from None
+        return cls.from_plain(values)
 
 
 _NAMES = tuple(field.name for field in fields(StepRecord) if field.name != "extra")
 _OPTIONAL = frozenset(_NAMES[_NAMES.index("memory_gib") + 1 :])
+_MAY_BE_NULL = _OPTIONAL | {"mfu"}
 _WHOLE = frozenset({"step", "tokens", "supervised_tokens", "examples"})
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")  # as both json.dumps and float() spell them
 
@@ -108,7 +129,7 @@ def read_records(path: str | Path) -> list[StepRecord]:
     RunError names an unreadable line before the last by file:line.
     """
     path, records = Path(path), []
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = read_bytes(path).splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
             records.append(StepRecord.from_json(line))
@@ -117,6 +138,66 @@ def read_records(path: str | Path) -> list[StepRecord]:
                 what, where = "a line of the metrics cannot be read", f"{path}:{number}"
                 raise RunError(what, where=where, why=str(error), fix="remove that line") from None
     return records
+
+
+def checked_values(row: Any) -> dict[str, int | float | None]:
+    """The numbers of one parsed line, for readers of a run of any version; ValueError for what is no record.
+
+    A name that no field has may hold anything: what is no number becomes None. Fields other than `step` may be absent.
+    """
+    if not isinstance(row, dict) or "step" not in row:
+        raise ValueError("it is no JSON object with a step")
+    values: dict[str, int | float | None] = {}
+    for name, value in row.items():
+        number = float(value) if isinstance(value, str) and value in _NON_FINITE else value
+        if name in _WHOLE:
+            fits = is_count(value)
+        elif name in _NAMES:
+            fits = _is_measured(number) or (value is None and name in _MAY_BE_NULL)
+        else:
+            fits = True
+            number = number if _is_measured(number) else None
+        if not fits:
+            raise ValueError(f"{name} is {_brief(value)}, which is no {'count' if name in _WHOLE else 'number'}")
+        values[name] = number
+    return values
+
+
+def _is_measured(value: Any) -> bool:
+    """A number of a record: NaN and the infinities too, which a diverged run has."""
+    return is_number(value) or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def is_column(name: str, values: Sequence[Any]) -> bool:
+    """Whether all values of one name are plain numbers in range, seen without looking at each in Python."""
+    kinds = set(map(type, values))
+    if name in _WHOLE:
+        return kinds == {int} and min(values) >= 0 and max(values) <= LARGEST_COUNT
+    if NoneType in kinds and (name in _MAY_BE_NULL or name not in _NAMES):
+        kinds.remove(NoneType)
+        values = [value for value in values if value is not None] or [0]
+    return kinds <= {int, float} and min(values) >= -LARGEST and max(values) <= LARGEST
+
+
+def newest_record(folder: Path) -> dict[str, int | float | None]:
+    """The last whole record of a run directory's metrics.jsonl, read from the file's end alone; empty without one."""
+    try:
+        with open_regular(folder / METRICS) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL))
+            lines = file.read().splitlines(keepends=True)
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        if line.endswith(b"\n"):
+            with contextlib.suppress(ValueError):
+                return checked_values(parse_json(line))
+    return {}
 
 
 def _step_of(line: bytes) -> int:
@@ -131,7 +212,7 @@ def cut_back(path: str | Path, step: int, step_of: Callable[[bytes], int] = _ste
     path, kept = Path(path), []
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             if line.endswith(b"\n") and 0 <= step_of(line) <= step:
                 kept.append(line)
     if len(kept) < len(lines):

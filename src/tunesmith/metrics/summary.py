@@ -10,8 +10,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.host_files import from_here, write_atomically
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.terminal import format_seconds
+from tunesmith.run_directory import FAILURE, FINAL, IDENTITY, LOG, METRICS, RECIPE
 
-FAILURE = "failure.json"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts
 VLLM_DEFAULT_RANK = 16
 
@@ -32,7 +32,7 @@ def closing_summary(run: Run, *, steps: int, seconds: float = 0.0, finished_befo
     `seconds` of training: 0 takes the sum of the recorded steps. `finished_before`: this start did nothing.
     """
     folder = Path(from_here(run.output_dir))
-    records = read_records(folder / "metrics.jsonl")
+    records = read_records(folder / METRICS)
     rows = [*run_figures(records, seconds), "", *_written(folder), "", *_next(run, folder)]
     if finished_before:
         on = "  to go on: the same command with a longer train.duration"
@@ -69,12 +69,12 @@ def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
 
 
 _FILES = (
-    ("final", "the trained weights, ready to use"),
-    ("metrics.jsonl", "one record a step"),
+    (FINAL, "the trained weights, ready to use"),
+    (METRICS, "one record a step"),
     ("tensorboard", "tensorboard --logdir {path}"),
-    ("log.txt", "what was shown here"),
-    ("config.yaml", "the resolved recipe"),
-    ("env.json", "versions and hardware"),
+    (LOG, "what was shown here"),
+    (RECIPE, "the resolved recipe"),
+    (IDENTITY, "versions and hardware"),
     ("profile", "traces for ui.perfetto.dev; tunesmith report shows the rest"),
 )
 
@@ -97,12 +97,12 @@ def _next(run: Run, folder: Path) -> list[str]:
     if run.data.validation or run.data.hold_out:
         rows.append(f"  tunesmith eval {here}   # on the held-out rows, beside the base")
     if run.adapter.kind == "none":
-        return [*rows, f"  vllm serve {shlex.quote(str(folder / 'final'))}"]
+        return [*rows, f"  vllm serve {shlex.quote(str(folder / FINAL))}"]
     rows.append(f"  tunesmith merge {here} --output {merged}")
     # vLLM takes no adapter on a GGUF base, and none with modules trained in full.
     if run.model.name.endswith(".gguf") or run.adapter.modules_to_save or run.model.added_tokens:
         return [*rows, f"  vllm serve {merged}   # after the merge"]
     least = next((rank for rank in VLLM_RANKS if rank >= run.adapter.rank), run.adapter.rank)
     rank = f" --max-lora-rank {least}" if least > VLLM_DEFAULT_RANK else ""
-    adapter = shlex.quote(f"{whole.name}={folder / 'final'}")
+    adapter = shlex.quote(f"{whole.name}={folder / FINAL}")
     return [*rows, f"  vllm serve {shlex.quote(run.model.name)} --enable-lora{rank} --lora-modules {adapter}"]

@@ -18,6 +18,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RunError, first_line
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.sink import SampleAnswer, Sink
+from tunesmith.run_directory import METRICS
 
 PROJECT = "tunesmith"
 
@@ -100,7 +101,7 @@ class TrackerSink(Sink):
         known = kept.read_text().strip() if resumed_at and kept.exists() else None
         # What a killed run reported after its checkpoint is not reported twice, if it comes out the same.
         with suppress(OSError, RunError):
-            for record in read_records(self.folder / "metrics.jsonl") if known else ():
+            for record in read_records(self.folder / METRICS) if known else ():
                 self._sent |= {("train", record.step, record.loss), ("validation", record.step, record.val_loss)}
         try:
             with redirect_stdout(sys.stderr):  # stdout is for answers

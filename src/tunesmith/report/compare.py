@@ -6,6 +6,7 @@ seeds alone would exceed once in 20, where several runs share a recipe; else how
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,7 +14,8 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from tunesmith.config.dump import is_free, leaves
-from tunesmith.report.run_files import RunFiles
+from tunesmith.report.run_files import RunFiles, known
+from tunesmith.run_directory import RECIPE, shown
 
 NOISES = 2.0  # standard errors above which a difference counts: about 95 % of a normal distribution
 # The same of Student's t, from 1 degree of freedom.
@@ -58,8 +60,13 @@ class RunSummary:
     @property
     def validated_on(self) -> tuple[Any, Any]:
         """What a val_loss was measured on: the hash of the held-out rows as tokens, and how many of them."""
-        few = self.files.recipe.get("validate", {}).get("max_examples")
+        few = (self.files.recipe.get("validate") or {}).get("max_examples")
         return self.files.env.get("validation_hash"), few
+
+    @property
+    def seed(self) -> int | None:
+        seed: int | None = (self.files.recipe.get("train") or {}).get("seed")
+        return seed
 
     @property
     def learned(self) -> dict[str, Any]:
@@ -73,15 +80,10 @@ class RunSummary:
         return json.dumps([env.get(name) for name in ("cpu", "cpu_threads", "gpus", "torch", "hosts")])
 
 
-def known(values: Sequence[float | None]) -> list[float]:
-    """The finite ones."""
-    return [value for value in values if value is not None and math.isfinite(value)]
-
-
 def summaries_of(runs: Sequence[RunFiles]) -> list[RunSummary]:
     """The figures of each run; runs of one name are labelled by their folder."""
     names = [run.name for run in runs]
-    return [_summarize(run, run.name if names.count(run.name) == 1 else str(run.folder)) for run in runs]
+    return [_summarize(run, run.name if names.count(run.name) == 1 else shown(run.folder)) for run in runs]
 
 
 def _summarize(run: RunFiles, label: str) -> RunSummary:
@@ -187,7 +189,7 @@ def judge(runs: Sequence[RunSummary]) -> Verdict:
     best = tuple(i for i, run in enumerate(runs) if run in first.runs)
     more = [*(f"{text}." for text in absent), *_cautions(measured, first)]
     if len(ranking) == 1:
-        seeds = len({run.files.recipe.get("train", {}).get("seed") for run in measured})
+        seeds = len({run.seed for run in measured})
         why = f"These are {len(measured)} runs of one recipe with {seeds} seed{'s' * (seeds > 1)}: val_loss {first}."
         return Verdict("equal", "One recipe: the difference is the seed's or the machine's", [why, *more])
     second = ranking[1]
@@ -225,8 +227,10 @@ def _noise(ranking: Sequence[Contender]) -> tuple[float | None, str]:
         seeds = f"from seed to seed val_loss differs by {deviation:.4f} (standard deviation over a recipe's seeds)"
         return least, f"Noise: {seeds}; once in 20 times seeds alone make a difference above {least:.4f}."
     run = first.runs[0]
-    seed, folder = run.files.recipe.get("train", {}).get("seed", 42), run.files.folder
-    again = f"tunesmith train {folder}/config.yaml train.seed={seed + 1} output_dir={folder}-seed-{seed + 1}"
+    folder = run.files.folder
+    seed = (run.seed if run.seed is not None else 42) + 1
+    recipe, output = shlex.quote(shown(folder / RECIPE)), shlex.quote(shown(f"{folder}-seed-{seed}"))
+    again = f"tunesmith train {recipe} train.seed={seed} output_dir={output}"
     once = f"Each has one seed, and another one moves val_loss too; to see how far: `{again}`"
     found = [w for one in (first, second) if (w := wobble([v for _, v in one.runs[0].validations])) is not None]
     if not found:

@@ -18,8 +18,18 @@ from markupsafe import Markup
 from tunesmith.config.dump import leaves
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.metrics.terminal import format_seconds
-from tunesmith.report.compare import RunSummary, Spread, differing_keys, judge, known, summaries_of
-from tunesmith.report.run_files import NO_CHART, Columns, RunFiles, downsample, how_it_ended, smooth
+from tunesmith.report.compare import RunSummary, Spread, differing_keys, judge, summaries_of
+from tunesmith.report.run_files import (
+    NO_CHART,
+    Columns,
+    RunFiles,
+    downsample,
+    how_it_ended,
+    known,
+    read_profiles,
+    smooth,
+)
+from tunesmith.run_directory import RECIPE, read_bytes, shown
 
 MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart
@@ -72,6 +82,9 @@ def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str
 
 def _context(runs: list[RunSummary]) -> dict[str, Any]:
     verdict, keys = judge(runs), differing_keys(runs)
+    profiles = [(run, read_profiles(run.files.folder)) for run in runs]
+    damaged = [(run.label, [*run.files.damaged, *faults]) for run, (_, faults) in profiles]
+    damaged = [(label, files) for label, files in damaged if files]
     env = [leaves({k: v for k, v in run.files.env.items() if k not in ("command", *HASHES)}) for run in runs]
     names = dict.fromkeys(key for one in env for key in one if not key.endswith(".why"))
     environment = [(key, [one.get(key) for one in env]) for key in names]
@@ -84,7 +97,8 @@ def _context(runs: list[RunSummary]) -> dict[str, Any]:
         "environment": [(key, values, len({str(value) for value in values}) > 1) for key, values in environment],
         "charts": _charts(runs), "samples": _samples_of(runs), "time_text": format_seconds,
         "ranks": [(run, _rank_rows(run.files)) for run in runs if run.files.ranks],
-        "profiles": [(run, shown) for run in runs if (shown := _profiles(run.files.folder))],
+        "profiles": [(run, summaries) for run, (summaries, _) in profiles if summaries],
+        "damaged": damaged,
         "ends": [_end(run) for run in runs], "reproduce": [_reproduce(run) for run in runs],
     }  # fmt: skip
 
@@ -121,8 +135,8 @@ def _charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
         if len(runs) > RAW_RUNS and smoothed:  # many raw lines hide each other
             series = [one for one in series if not one["faint"]]
         if series:
-            shown = {"title": title, "unit": unit, "zero": zero, "series": series}
-            charts.append(shown | {"place": "main" if name in MAIN else "more"})
+            chart = {"title": title, "unit": unit, "zero": zero, "series": series}
+            charts.append(chart | {"place": "main" if name in MAIN else "more"})
     return charts
 
 
@@ -132,12 +146,12 @@ def _series(run: RunSummary, index: int, name: str, smoothed: bool) -> list[dict
     smoothed = smoothed and len(values) >= 3 * span
     lines = [(f"{run.label}, raw" if smoothed else run.label, values, smoothed)]
     lines += [(run.label, smooth(values, span), False)] if smoothed else []
-    shown = []
+    series: list[dict[str, Any]] = []
     for label, found, faint in lines:
         x, y = downsample(steps, found, POINTS)
         about = {"label": label, "run": index, "faint": faint, "dots": 2 * len(x) < len(steps)}
-        shown += [about | {"x": x, "y": [float(f"{value:.6g}") for value in y]}] if x else []
-    return shown
+        series += [about | {"x": x, "y": [float(f"{value:.6g}") for value in y]}] if x else []
+    return series
 
 
 def _samples_of(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
@@ -166,15 +180,6 @@ def _rank_rows(run: RunFiles) -> dict[str, Any]:
     return {"names": names, "rows": cells}
 
 
-def _profiles(folder: Path) -> list[dict[str, Any]]:
-    """The summaries of `profile/`, each with its name."""
-    found = []
-    for path in sorted(folder.glob("profile/summary-rank*.json")):
-        with suppress(ValueError):  # of a copy that was cut off
-            found.append({"name": path.stem.removeprefix("summary-"), **json.loads(path.read_bytes())})
-    return found
-
-
 def _end(run: RunSummary) -> dict[str, Any]:
     """How a run ended, where it did not finish, its warnings and the end of its log."""
     files = run.files
@@ -183,7 +188,10 @@ def _end(run: RunSummary) -> dict[str, Any]:
 
 def _reproduce(run: RunSummary) -> dict[str, Any]:
     """What it takes to make a run again; each part is None where env.json does not have it."""
-    env, recipe = run.files.env, run.files.folder / "config.yaml"
+    env, recipe = run.files.env, run.files.folder / RECIPE
+    text = None
+    with suppress(OSError):
+        text = read_bytes(recipe).decode(errors="replace")
     words = [Path(word).name if i == 0 else str(word) for i, word in enumerate(env.get("command") or ())]
     if words[:1] in (["__main__.py"], ["tunesmith"]):
         words = ["tunesmith", *words[1:]]
@@ -191,12 +199,12 @@ def _reproduce(run: RunSummary) -> dict[str, Any]:
     return {
         "run": run,
         "command": shlex.join(words) if words else None,
-        "again": f"tunesmith train {shlex.quote(str(recipe))} output_dir={shlex.quote(f'{run.files.folder}-again')}",
+        "again": f"tunesmith train {shlex.quote(shown(recipe))} output_dir={shlex.quote(shown(f'{run.files.folder}-again'))}",
         "commit": env.get("commit"),
         "versions": f"pip install {' '.join(versions)}" if versions else None,
         "hashes": {name.replace("_", " "): env[name] for name in HASHES if env.get(name)},
-        "seed": run.files.recipe.get("train", {}).get("seed"),
-        "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
+        "seed": run.seed,
+        "recipe": text,
     }
 
 

@@ -4,31 +4,51 @@ It reads what was appended since the last look, needs no torch, and takes a dire
 yet, a last line that is still being written, fields of another version.
 """
 
-import json
 import math
 import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
 from tunesmith.checkpoint.killed import killed_before
-from tunesmith.checkpoint.run_dir import IDENTITY, RECIPE, STOPPED
 from tunesmith.config.dump import leaves
-from tunesmith.config.tree import read_file
-from tunesmith.errors import RecipeError, RunError, UsageError
+from tunesmith.errors import RunError, UsageError
 from tunesmith.launch.jobs import is_locked
+from tunesmith.metrics.record import checked_values, is_column
+from tunesmith.run_directory import (
+    FAILURE,
+    FINAL,
+    IDENTITY,
+    LOG,
+    MANIFEST,
+    METRICS,
+    PROFILES,
+    RECIPE,
+    SAMPLES,
+    STOPPED,
+    Part,
+    open_regular,
+    parse_json,
+    read_env,
+    read_failure,
+    read_manifest,
+    read_profile,
+    read_recipe,
+    read_samples,
+    read_stopped,
+    reason_of,
+    shown,
+)
 
 Columns = dict[str, list[float | None]]
 
 # Of the records: counts and positions, no curves.
 NO_CHART = ("step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops")
-METRICS, SAMPLES, LOG, FAILURE = "metrics.jsonl", "samples.jsonl", "log.txt", "failure.json"
 FAILURE_FIELDS = ("what", "where", "why", "cause", "rank", "host", "phase", "collective", "last_step", "next")
 LINES = 512  # of a file that are parsed at a time: what one bad line spoils
 LOG_LINES, WARNINGS = 200, 20  # the newest
@@ -36,78 +56,129 @@ _RANK = re.compile(r"metrics-rank(\d+)\.jsonl")
 _STOPPED = re.compile(r"  stopped (?:by|after) ")  # the last word of a run that a signal ended, in log.txt
 
 
+class DamagedFile(NamedTuple):
+    """A file of a run that is not read as a whole: how many of its lines were skipped (None: all of it is), and why."""
+
+    file: str
+    lines: int | None
+    why: str
+
+    def __str__(self) -> str:
+        if self.lines is None:
+            return f"{self.file}: {self.why}"
+        skipped = "1 line was skipped" if self.lines == 1 else f"{self.lines:,} lines were skipped"
+        return f"{self.file}: {skipped}; {self.why}"
+
+
 class AppendedLines:
     """What is added to a file that grows. One that was replaced or cut back is read anew."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._offset, self._file = path, 0, 0
+        self.fault = ""  # why a file that is there cannot be read
 
     def read(self) -> tuple[bool, list[bytes]]:
         """Whether the lines of before no longer count, and those since, whole ones alone."""
         anew, text = self._offset > 0, b""
-        with suppress(OSError), self.path.open("rb") as file:  # it may not be there yet, or no longer
-            now = os.fstat(file.fileno())
-            anew = anew and (now.st_size < self._offset or now.st_ino != self._file)
-            self._file = now.st_ino
-            file.seek(0 if anew else self._offset)
-            text = file.read()
+        self.fault = ""
+        try:
+            with open_regular(self.path) as file:
+                now = os.fstat(file.fileno())
+                anew = anew and (now.st_size < self._offset or now.st_ino != self._file)
+                self._file = now.st_ino
+                file.seek(0 if anew else self._offset)
+                text = file.read()
+        except FileNotFoundError:  # it may not be there yet, or no longer
+            pass
+        except OSError as error:
+            self.fault = reason_of(error)
         text = text[: text.rfind(b"\n") + 1]
         self._offset = len(text) + (0 if anew else self._offset)
         return anew, text.splitlines()
 
 
 class JsonlColumns:
-    """The numbers of a .jsonl file, by name; each list has one entry a line, None where a line has no such number."""
+    """The numbers of a .jsonl file of records, by name; each list has one entry a record, None where it has no such number.
+
+    A line that is no record is skipped: `skipped` counts them, `reason` says what is wrong with the first.
+    """
 
     def __init__(self, path: Path) -> None:
         self._lines = AppendedLines(path)
+        self._forget()
+
+    def _forget(self) -> None:
         self.columns: Columns = {}
         self.rows = 0
+        self.skipped = 0
+        self.reason = ""
+        self._line_count = 0
+
+    @property
+    def fault(self) -> str:
+        """Why the file, or its first line that was skipped, was not read; empty for nothing."""
+        return self._lines.fault or self.reason
 
     def read(self) -> bool:
         """Read what was appended; whether anything changed."""
+        fault = self._lines.fault
         anew, lines = self._lines.read()
         if anew:
-            self.columns, self.rows = {}, 0
+            self._forget()
         for start in range(0, len(lines), LINES):
-            self._add(_parse(lines[start : start + LINES]))
-        return anew or bool(lines)
+            self._add(lines[start : start + LINES])
+        return anew or bool(lines) or self._lines.fault != fault
 
-    def _add(self, rows: list[dict[str, Any]]) -> None:
-        # Lines of the same names are turned into columns at once: five times as fast as value by value.
-        for names, group in groupby(rows, key=tuple):
-            values = list(zip(*(row.values() for row in group), strict=True))
-            count = len(values[0]) if values else 0
-            for name, found in zip(names, values, strict=True):
+    def _add(self, lines: list[bytes]) -> None:
+        blocks = _parse_together(lines)
+        if blocks is None:
+            blocks = _blocks_of(self._parse_singly(lines))
+        for names, columns in blocks:
+            for name, values in zip(names, columns, strict=True):
                 if name not in self.columns:
                     self.columns[name] = [None] * self.rows
-                self.columns[name].extend(found)
-            self.rows += count
+                self.columns[name].extend(values)
+            self.rows += len(columns[0])
             for column in self.columns.values():
                 column.extend([None] * (self.rows - len(column)))
+        self._line_count += len(lines)
+
+    def _parse_singly(self, lines: list[bytes]) -> list[dict[str, float | None]]:
+        """The records of the lines; what is none is counted."""
+        rows: list[dict[str, float | None]] = []
+        for number, line in enumerate(lines, start=self._line_count + 1):
+            try:
+                rows.append(checked_values(parse_json(line)))
+            except ValueError as error:
+                self.skipped += 1
+                self.reason = self.reason or f"line {number}: {error}"
+        return rows
 
 
-def _parse(lines: list[bytes]) -> list[dict[str, Any]]:
-    """The objects of the lines, with numbers and None alone; lines that hold none are left out."""
-    joined = b",".join(lines)
-    with suppress(ValueError):
-        rows = from_json(b"[" + joined + b"]")  # twice as fast as json.loads
-        if b': "' not in joined and all(type(row) is dict for row in rows):
-            return rows
-    found = []
-    for line in lines:
-        with suppress(ValueError):
-            row = from_json(line)
-            found += [{name: _number(value) for name, value in row.items()}] if isinstance(row, dict) else []
-    return [row for row in found if row]
+Block = tuple[tuple[str, ...], list[tuple[Any, ...]]]  # names, and a column of values for each
 
 
-def _number(value: Any) -> float | None:
-    """A number of a record; NaN and the infinities are written as text."""
-    with suppress(ValueError):
-        if isinstance(value, str):
-            return float(value)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+def _parse_together(lines: list[bytes]) -> list[Block] | None:
+    """The records of lines that are all in order: twice as fast as one by one. None where some line is not."""
+    try:
+        rows = from_json(b"[" + b",".join(lines) + b"]", allow_inf_nan=False)
+    except ValueError:
+        return None
+    if len(rows) != len(lines) or not all(type(row) is dict and "step" in row for row in rows):
+        return None
+    blocks = _blocks_of(rows)
+    whole = all(
+        is_column(name, values) for names, columns in blocks for name, values in zip(names, columns, strict=True)
+    )
+    return blocks if whole else None
+
+
+def _blocks_of(rows: list[dict[str, Any]]) -> list[Block]:
+    """Neighbors of the same names as columns: five times as fast as value by value."""
+    blocks: list[Block] = []
+    for names, group in groupby(rows, key=tuple):
+        blocks.append((names, list(zip(*(row.values() for row in group), strict=True))))
+    return blocks
 
 
 def holds_run(folder: Path) -> bool:
@@ -127,12 +198,13 @@ class RunFiles:
         state: running | finished | stopped | failed | killed.
         revision: goes up when the recipe or the samples change.
         log_tail, warnings: the last lines of log.txt; the newest warnings of all of it, each once.
+        damaged: what could not be read, by file; empty for a run whose files are whole.
     """
 
     def __init__(self, folder: str | Path) -> None:
         """UsageError if `folder` holds nothing of a run."""
         self.folder = Path(folder)
-        self.name = self.folder.absolute().name
+        self.name = shown(self.folder.absolute().name)
         self.recipe: dict[str, Any] = {}
         self.env: dict[str, Any] = {}
         self.samples: list[dict[str, Any]] = []
@@ -146,6 +218,7 @@ class RunFiles:
         self._metrics, self._log = JsonlColumns(self.folder / METRICS), AppendedLines(self.folder / LOG)
         self._of_ranks: dict[int, JsonlColumns] = {}
         self._seen: dict[str, tuple[int, int, int]] = {}
+        self._faults: dict[str, Part[Any]] = {}
         if not holds_run(self.folder):
             why = "it has no metrics.jsonl, config.yaml, env.json or log.txt"
             what, fix = "this is no run directory", "give one, such as runs/my-run: ls -t runs"
@@ -155,6 +228,15 @@ class RunFiles:
     @property
     def columns(self) -> Columns:
         return self._metrics.columns
+
+    @property
+    def damaged(self) -> list[DamagedFile]:
+        tables = {METRICS: self._metrics} | {
+            f"metrics-rank{rank}.jsonl": table for rank, table in self._of_ranks.items()
+        }
+        parts = {name: Part(None, table.fault, table.skipped or None) for name, table in tables.items()}
+        parts |= {LOG: Part(None, self._log.fault)} | self._faults
+        return [DamagedFile(name, lines, fault) for name, (_, fault, lines) in parts.items() if fault]
 
     def refresh(self) -> bool:
         """Read what was written since the last look; whether anything changed."""
@@ -167,7 +249,9 @@ class RunFiles:
                 self.ranks[int(found[1])] = table.columns
         for name, (attribute, read) in PARTS.items():
             if self._changed(name):
-                changed, vars(self)[attribute] = True, read(self.folder / name)
+                changed = True
+                self._faults[name] = read(self.folder)
+                vars(self)[attribute] = self._faults[name].value
                 self.revision += name in (RECIPE, SAMPLES)
         self.state = self._state()
         return changed or self.state != before
@@ -198,9 +282,15 @@ class RunFiles:
             return "failed"
         if self.stopped is not None or any(map(_STOPPED.search, self.log_tail[-6:])):
             return "stopped"
-        manifest = _json(self.folder / "final" / "manifest.json") or {}
+        manifest = None
+        name = f"{FINAL}/{MANIFEST}"
+        self._faults.pop(name, None)
+        try:
+            manifest = read_manifest(self.folder / FINAL)
+        except ValueError as error:
+            self._faults[name] = Part(None, str(error))
         last = (self.columns.get("step") or [0])[-1] or 0
-        return "finished" if manifest.get("step", -1) >= last else "killed"  # final/ may be of a shorter run
+        return "finished" if manifest and manifest["step"] >= last else "killed"  # final/ may be of a shorter run
 
 
 def how_it_ended(run: RunFiles) -> dict[str, Any]:
@@ -209,47 +299,35 @@ def how_it_ended(run: RunFiles) -> dict[str, Any]:
     if run.failure and run.state == "failed":
         told = {name: run.failure.get(name) for name in FAILURE_FIELDS}
     elif run.state == "stopped":
-        told = leaves(run.stopped or {})
+        told = leaves(run.stopped) if run.stopped else {}
     elif run.state == "killed":
         unknown = RunError(
             "no process is at work here, and it left no word", why="it was killed, or this is a copy of a running one",
-            fix=f"tunesmith train {shlex.quote(f'{run.folder}/config.yaml')}   # goes on from the newest checkpoint",
+            fix=f"tunesmith train {shlex.quote(shown(run.folder / RECIPE))}   # goes on from the newest checkpoint",
         )  # fmt: skip
         end = killed_before(run.folder) or unknown
         told = {"what": end.what, "where": end.where, "why": end.why, "cause": end.cause, "next": end.fix}
     return {name: value for name, value in told.items() if value not in (None, "")}
 
 
-def _recipe(path: Path) -> dict[str, Any]:
-    try:
-        return dict(read_file(path).plain())
-    except RecipeError:
-        return {}
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """An object of a JSON file; None where there is none, or it is still being written."""
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_bytes())
-        return found if isinstance(found, dict) else None
-    return None
-
-
-def _samples(path: Path) -> list[dict[str, Any]]:
-    found = []
-    with suppress(OSError):
-        for line in path.read_bytes().splitlines(keepends=True):
-            with suppress(ValueError):
-                row = json.loads(line)
-                found += [row] if isinstance(row, dict) and {"step", "prompt", "answer"} <= row.keys() else []
-    return sorted(found, key=lambda row: row["step"])
-
-
 # The other files of a run: the attribute that each is read into, and by what.
-PARTS: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    RECIPE: ("recipe", _recipe), IDENTITY: ("env", lambda path: _json(path) or {}), FAILURE: ("failure", _json),
-    STOPPED: ("stopped", _json), SAMPLES: ("samples", _samples),
+PARTS: dict[str, tuple[str, Callable[[Path], Part[Any]]]] = {
+    RECIPE: ("recipe", read_recipe), IDENTITY: ("env", read_env), FAILURE: ("failure", read_failure),
+    STOPPED: ("stopped", read_stopped), SAMPLES: ("samples", read_samples),
 }  # fmt: skip
+
+
+def read_profiles(folder: Path) -> tuple[list[dict[str, Any]], list[DamagedFile]]:
+    """The summaries of `profile/`, each with its name, and those that are damaged, such as of a copy that was cut off."""
+    profiles: list[dict[str, Any]] = []
+    damaged: list[DamagedFile] = []
+    for path in sorted(folder.glob(PROFILES)):
+        name = shown(path.name)
+        try:
+            profiles.append({"name": name.removeprefix("summary-").removesuffix(".json"), **read_profile(path)})
+        except (OSError, ValueError) as error:
+            damaged.append(DamagedFile(f"profile/{name}", None, reason_of(error)))
+    return profiles, damaged
 
 
 def downsample(x: Sequence[float | None], y: Sequence[float | None], points: int) -> tuple[list[float], list[float]]:
@@ -273,6 +351,11 @@ def downsample(x: Sequence[float | None], y: Sequence[float | None], points: int
         order = sorted(chosen)
         x, y = [x[i] for i in order], [y[i] for i in order]
     return [float(v or 0.0) for v in x], [float(v or 0.0) for v in y]
+
+
+def known(values: Sequence[float | None]) -> list[float]:
+    """The finite ones."""
+    return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def smooth(y: Sequence[float | None], span: int) -> list[float | None]:

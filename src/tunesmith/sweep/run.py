@@ -6,7 +6,9 @@ out. Where a candidate stands is read from its own directory: the command that i
 
 import json
 import math
+import os
 import re
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,16 +22,25 @@ from tunesmith.checkpoint.state import find_damage, list_checkpoints, step_of
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.errors import NonFiniteError, OtherRankError, RecipeError, ShortOfMemoryError, StoppedError, UsageError
+from tunesmith.errors import (
+    NonFiniteError,
+    OtherRankError,
+    RecipeError,
+    RunError,
+    ShortOfMemoryError,
+    StoppedError,
+    UsageError,
+)
 from tunesmith.host_files import refuse_many_ranks, write_atomically
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.optim.lr_schedule import warmup_steps
 from tunesmith.ranks import Ranks, started_as
+from tunesmith.run_directory import FINAL, METRICS, SWEEP, read_sweep, reason_of
 from tunesmith.signals import StopRequest
 from tunesmith.sweep.search import Search, halve, rung_steps, sample
 from tunesmith.sweep.shared_base import RungTrainer, SharedBase
-from tunesmith.sweep.space import FILE, Space
+from tunesmith.sweep.space import Space
 from tunesmith.training.run import joined, start_run
 from tunesmith.units import Cadence, Length, Size
 
@@ -125,8 +136,14 @@ class Sweep:
 
     def _read(self) -> dict[str, Any]:
         """What an earlier start of the same sweep wrote; UsageError where it was another one."""
-        file = self.folder / FILE
-        known: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+        file = self.folder / SWEEP
+        known: dict[str, Any] = {}
+        try:
+            known = read_sweep(file) if os.path.lexists(file) else {}
+        except (OSError, ValueError) as error:
+            what = "sweep.json is damaged, or no sweep wrote it"
+            fix = f"output_dir={shlex.quote(f'{self.folder}-2')}, or delete that folder"
+            raise UsageError(what, where=str(file), why=reason_of(error), fix=fix) from error
         if differ := [name for name, value in self.asked.items() if known and known["asked"].get(name) != value]:
             what, fix = "this folder holds another sweep", f"output_dir={self.folder}-2, or delete that folder"
             raise UsageError(what, where=str(file), why=f"its {', '.join(differ)} differ", fix=fix)
@@ -225,13 +242,17 @@ class Sweep:
         return self.ranks.share(found)
 
     def _read_loss(self, folder: Path, until: int | None) -> tuple[int, float, str] | None:
-        final = step_of(folder / "final")
+        final = step_of(folder / FINAL)
         saved = [c.step for c in list_checkpoints(folder) if find_damage(c.path, contents=False) is None]
         if final is None and (until is None or max(saved, default=0) < until):
             return None
-        records = {record.step: record for record in read_records(folder / "metrics.jsonl")}
+        records = {record.step: record for record in read_records(folder / METRICS)}
         step = final if final is not None and (until is None or final < until) else until
         assert step is not None
+        if step not in records or (self.compared == "val_loss" and records[step].val_loss is None):
+            what = f"a candidate's records hold no {self.compared} of step {step}"
+            fix = f"rm -r {shlex.quote(str(folder))}   # the same command trains this candidate again"
+            raise RunError(what, where=str(folder / METRICS), why="somebody changed them", fix=fix)
         if self.compared == "loss":
             last = list(records.values())[-max(1, len(records) // 10) :]
             return step, sum(record.loss for record in last) / len(last), "finished"
@@ -245,7 +266,7 @@ class Sweep:
         """Write sweep.json."""
         if self.ranks.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / FILE, json.dumps(self.outcome(), indent=1))
+            write_atomically(self.folder / SWEEP, json.dumps(self.outcome(), indent=1))
 
     def outcome(self) -> dict[str, Any]:
         """What came out so far: plain values, the best candidate's name among them."""

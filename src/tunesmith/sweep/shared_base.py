@@ -15,11 +15,11 @@ import torch
 from tunesmith.adapter import lora, peft_files
 from tunesmith.build_model import init_adapter
 from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
-from tunesmith.checkpoint.run_dir import RECIPE, STOPPED
 from tunesmith.config.schema import Adapter, Run
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.host_files import write_atomically
 from tunesmith.ranks import Ranks
+from tunesmith.run_directory import RECIPE, STOPPED
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_device_memory
 from tunesmith.runtime.host import keep_threads

@@ -14,7 +14,6 @@ from tunesmith.config.names import keys, suggest_key
 from tunesmith.config.typed import members
 from tunesmith.errors import RecipeError
 
-FILE = "sweep.json"
 VARIED = (
     "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora", "train.learning_rate", "train.min_learning_rate",
     "train.schedule", "train.warmup", "train.optimizer", "train.betas", "train.eps", "train.weight_decay", "train.clip_norm",

@@ -7,16 +7,19 @@ from typing import Any
 
 from tunesmith.host_files import from_here
 from tunesmith.report.page import write_report
-from tunesmith.report.run_files import RunFiles
+from tunesmith.report.run_files import RunFiles, holds_run
+from tunesmith.run_directory import FINAL, RECIPE
 
 ORDER = ("finished", "stopped", "diverged", "waiting")
 
 
-def sweep_page(outcome: Mapping[str, Any]) -> Path:
-    """Write the report of all candidates beside sweep.json, and return its place."""
-    folders = [Path(c["run_dir"]) for c in outcome["candidates"] if Path(c["run_dir"]).is_dir()]
-    page = folders[0].parent / "report.html"
-    write_report([RunFiles(folder) for folder in folders], page, note="; ".join(best_lines(outcome)))
+def sweep_page(outcome: Mapping[str, Any]) -> Path | None:
+    """Write the report of all candidates beside sweep.json, and return its place; None where no candidate has begun."""
+    runs = [RunFiles(folder) for c in outcome["candidates"] if holds_run(folder := Path(c["run_dir"]))]
+    if not runs:
+        return None
+    page = runs[0].folder.parent / "report.html"
+    write_report(runs, page, note="; ".join(best_lines(outcome)))
     return page
 
 
@@ -45,5 +48,5 @@ def best_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
         return
     folder = Path(from_here(best["run_dir"]))
     yield f"best: {best['name']}, {compared} {best['loss']:.4f} after step {best['step']}; of {len(candidates)}: {chosen}"
-    yield f"adapter: {folder / 'final'}; try it: tunesmith chat {folder}"
-    yield f"recipe to copy: {folder / 'config.yaml'}"
+    yield f"adapter: {folder / FINAL}; try it: tunesmith chat {folder}"
+    yield f"recipe to copy: {folder / RECIPE}"

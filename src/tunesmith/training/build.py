@@ -22,7 +22,6 @@ from tunesmith.adapter.peft_files import find_adapter, read_adapter
 from tunesmith.build_model import EIGHT_BIT_PROBE_TOKENS, Weights, build_model, count_trained, define_model
 from tunesmith.checkpoint.export import read_optimizer
 from tunesmith.checkpoint.resume import Progress, Start, check_unchanged, describe_resume
-from tunesmith.checkpoint.run_dir import IDENTITY, RECIPE
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
@@ -51,6 +50,7 @@ from tunesmith.plan.hardware import cluster_of
 from tunesmith.quant import nf4
 from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.ranks import ONE_PROCESS, Ranks
+from tunesmith.run_directory import IDENTITY, RECIPE
 from tunesmith.runtime.device import choose_device, free_device_memory
 from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.plan import Machine, MeshShape, RunPlan

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from tunesmith.checkpoint.resume import Progress
-from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED
 from tunesmith.config.schema import Run
 from tunesmith.errors import (
     EXIT_OK,
@@ -27,6 +26,7 @@ from tunesmith.heartbeat import AGAIN
 from tunesmith.host_files import write_atomically
 from tunesmith.metrics.record import StepRecord
 from tunesmith.ranks import Ranks, is_launched
+from tunesmith.run_directory import STOP_FILE, STOPPED
 from tunesmith.runtime.plan import RunPlan
 from tunesmith.signals import END, SHORT, Shortage
 from tunesmith.units import Size

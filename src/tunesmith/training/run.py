@@ -13,7 +13,7 @@ from tunesmith import packages
 from tunesmith.checkpoint.killed import killed_before, note_running
 from tunesmith.checkpoint.nodes import find_dir_leaders
 from tunesmith.checkpoint.resume import Start, decide_start
-from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED, claim_run_dir, is_run, put_aside, stop_requested_at, sweep
+from tunesmith.checkpoint.run_dir import claim_run_dir, is_run, put_aside, stop_requested_at, sweep
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
@@ -34,11 +34,12 @@ from tunesmith.host_files import refuse_many_ranks, refuse_special_files
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import JsonlSink, RankSink, RecordCallback, SamplesSink, Sink, Sinks, TensorBoardSink
-from tunesmith.metrics.summary import FAILURE, write_failure
+from tunesmith.metrics.summary import write_failure
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
 from tunesmith.parallel.mesh import possible_shapes
 from tunesmith.ranks import Ranks, is_launched, join_ranks, started_as
+from tunesmith.run_directory import FAILURE, LOG, METRICS, SAMPLES, STOP_FILE, STOPPED
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.signals import StopRequest
@@ -132,7 +133,7 @@ def start_run(
             return follow(run, stop, ranks, stack, fresh=fresh, build=build, trainer=trainer)
         out = Path(run.output_dir)
         stream = None if say else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        log = stack.enter_context(LogFile(out / "log.txt"))
+        log = stack.enter_context(LogFile(out / LOG))
         say = log.with_log(say or (lambda text: None))
         ranks, start = open_run_dir(run, ranks, stack, fresh=fresh, say=say)
         if start.finished is not None:
@@ -317,7 +318,7 @@ def sinks_of(
 ) -> Sinks:
     """The sinks that a recipe asks for. The terminal comes first, and metrics.jsonl before those that may be slow."""
     terminal = Terminal(log, total_steps=total_steps, steps_per_epoch=steps_per_epoch, stream=stream)
-    sinks: list[Sink] = [terminal, JsonlSink(folder / "metrics.jsonl"), SamplesSink(folder / "samples.jsonl")]
+    sinks: list[Sink] = [terminal, JsonlSink(folder / METRICS), SamplesSink(folder / SAMPLES)]
     if run.log.tensorboard:
         elsewhere = run.log.tensorboard_dir
         sinks.append(TensorBoardSink(Path(elsewhere or folder / "tensorboard"), shared=elsewhere is not None))

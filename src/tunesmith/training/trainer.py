@@ -24,7 +24,6 @@ from torch import Tensor
 from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.resume import Progress, Start
-from tunesmith.checkpoint.run_dir import STOP_FILE
 from tunesmith.checkpoint.sharded import RanksWriter, fill_together, fits_twice
 from tunesmith.checkpoint.state import Writer
 from tunesmith.data.loader import GlobalBatch
@@ -40,6 +39,7 @@ from tunesmith.metrics.sink import Sinks
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.parallel.shard import reduce_in, sharded_modules, sum_gradients
 from tunesmith.parallel.tensor import reduce_gradients
+from tunesmith.run_directory import FINAL, STOP_FILE
 from tunesmith.runtime.host import return_freed_memory
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StepDropped, StopRequest
@@ -370,7 +370,7 @@ class Trainer:
         if not self.session.ranks.leads:
             export.write_model_files(None, self.run, self.session.model, {})
             return self.result()
-        with state.writing(self.out / "final", progress.step) as folder:
+        with state.writing(self.out / FINAL, progress.step) as folder:
             export.write_model_files(folder, self.run, self.session.model, self.tokenizer)
             (folder / state.CARD).write_text(model_card(self.run.model, self.run, self.out), encoding="utf-8")
         return self.result()

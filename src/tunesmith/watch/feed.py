@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tunesmith.config.dump import leaves
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import Job, find_job
-from tunesmith.report.run_files import NO_CHART, RunFiles, downsample, holds_run, how_it_ended, smooth
+from tunesmith.report.run_files import (
+    NO_CHART,
+    DamagedFile,
+    RunFiles,
+    downsample,
+    holds_run,
+    how_it_ended,
+    known,
+    smooth,
+)
+from tunesmith.run_directory import shown
 from tunesmith.units import Length
 
 if TYPE_CHECKING:
@@ -23,6 +33,7 @@ if TYPE_CHECKING:
 QUEUE = 5.0  # seconds between two looks at a job that waits
 RECENT = 20  # steps that a pace is the mean of
 LINES = 40  # of the log
+SMALLEST_SHARE = 1e-12  # of a run that is done, below which its end cannot be told
 SMOOTH_FROM = 100  # steps; with fewer, the raw loss reads well
 
 
@@ -65,29 +76,35 @@ class WatchedRun:
 
     def __init__(self, folder: Path, remote: "RemoteRun | None" = None) -> None:
         self.remote = remote
-        self.place = f"{remote.host}:{remote.place}" if remote else str(folder)
+        self.place = f"{remote.host}:{remote.place}" if remote else shown(folder)
         self.files = RunFiles(folder)
+        self._fault = ""  # an error of ours, in place of a page that stands still
         self._axes: dict[str, list[float]] = {}
         self._smooth: list[float | None] = []
         self._ended = how_it_ended(self.files)
 
     def refresh(self, lock: threading.Lock) -> bool:
         """Read what was added; whether something changed. The lock is held while what others read is changed."""
-        before = self.remote.lost if self.remote else ""
+        before = self._fault, self.remote.lost if self.remote else ""
         if self.remote:
             self.remote.refresh()
+        changed = False
         with lock:
-            changed = self.files.refresh()
-            if changed:
-                self._axes, self._smooth = {}, []
-                self._ended = how_it_ended(self.files)
-        return changed or (self.remote is not None and self.remote.lost != before)
+            try:
+                changed = self.files.refresh()
+                if changed:
+                    self._axes, self._smooth = {}, []
+                    self._ended = how_it_ended(self.files)
+                self._fault = ""
+            except Exception as error:  # one run must not stop the page of others
+                self._fault = f"{type(error).__name__}: {error}"
+        return changed or (self._fault, self.remote.lost if self.remote else "") != before
 
     def axis(self, name: str) -> list[float]:
         """For each record its step, the tokens up to it, or the seconds of training up to it."""
         if name not in self._axes:
             column = {"tokens": "tokens", "seconds": "step_seconds"}.get(name, "step")
-            values = [value or 0.0 for value in self.files.columns.get(column, [])]
+            values = [value if value and math.isfinite(value) else 0.0 for value in self.files.columns.get(column, [])]
             self._axes[name] = values if column == "step" else list(accumulate(values))
         return self._axes[name]
 
@@ -97,7 +114,8 @@ class WatchedRun:
         steps, pace = len(columns.get("step", [])), _recent_mean(columns.get("step_seconds", []))
         step = columns["step"][-1] if steps else 0
         done = self._share_done(step or 0)
-        left = (step or 0) * (1 / done - 1) * pace if files.state == "running" and done and pace else None
+        whole = (step or 0) / done if done else None  # steps of the whole run
+        left = (whole - (step or 0)) * pace if files.state == "running" and whole and pace else None
         figures = {name: value for name in columns if (value := _newest(columns[name])) is not None}
         if recent := _recent_mean(columns.get("tokens_per_second", [])):
             figures["tokens_per_second"] = recent
@@ -105,9 +123,17 @@ class WatchedRun:
             figures["data_share"] = wait / pace
         return {
             "name": files.name, "place": self.place, "state": files.state, "lost": self.remote.lost if self.remote else "",
-            "step": step, "steps": round(step / done) if step and done else None, "done": done, "seconds_left": left,
+            "step": step, "steps": round(whole) if step and whole else None, "done": done, "seconds_left": left,
             "figures": figures, "warnings": files.warnings, "end": self._end(), "log": files.log_tail[-LINES:], "texts": files.revision,
+            "damaged": self.damaged(),
         }  # fmt: skip
+
+    def damaged(self) -> list[dict[str, Any]]:
+        """What could not be read of the run: each file, how many of its lines were skipped (None: all of it is), and why."""
+        rows = [file._asdict() for file in self.files.damaged]
+        if self._fault:
+            rows.append(DamagedFile(".", None, self._fault)._asdict())
+        return rows
 
     def _end(self) -> dict[str, Any]:
         """How it ended, where it did not finish; paths are those of its host."""
@@ -120,14 +146,15 @@ class WatchedRun:
         with suppress(KeyError, ValueError, TypeError, AttributeError):  # a file that somebody edited
             duration = Length.parse(self.files.recipe["train"]["duration"])
             if duration.seconds:
-                return min(1.0, sum(value or 0.0 for value in columns.get("step_seconds", [])) / duration.seconds)
+                return _share(sum(known(columns.get("step_seconds", []))), duration.seconds)
             at = _newest(columns.get("epoch", [])) or 0.0 if duration.unit == "epochs" else step
-            return min(1.0, at / duration.amount)
+            return _share(at, duration.amount)
         return None
 
     def texts(self) -> dict[str, Any]:
         """What is read rather than plotted, and seldom changes: the recipe, as dotted keys, and the samples."""
-        return {"recipe": leaves(self.files.recipe), "samples": self.files.samples}
+        recipe = self.files.recipe
+        return {"recipe": leaves(recipe) if recipe else {}, "samples": self.files.samples}
 
     def table(self, low: float, high: float, count: int) -> dict[str, Any]:
         """About `count` records of a window of steps, evenly spaced, the last one among them."""
@@ -205,6 +232,12 @@ def curves(
         if series:
             found.append({"title": panel.title, "unit": panel.unit, "series": series})
     return found
+
+
+def _share(done: float, whole: float) -> float | None:
+    """A part from 0 to 1; None where it is too small to go by."""
+    share = min(1.0, done / whole) if whole > 0 else 0.0
+    return share if share > SMALLEST_SHARE else None
 
 
 def _newest(values: Sequence[float | None]) -> float | None:

@@ -18,13 +18,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tunesmith.checkpoint.run_dir import LOCK
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host_files import write_atomically
 from tunesmith.launch.jobs import is_locked
 from tunesmith.launch.ship import SSH
+from tunesmith.run_directory import (
+    FAILURE,
+    FINAL,
+    IDENTITY,
+    LOCK,
+    LOG,
+    MANIFEST,
+    METRICS,
+    RECIPE,
+    RUNNING,
+    SAMPLES,
+    STOPPED,
+)
 
 AGAIN = 10.0  # seconds between two attempts to connect
+FILES = (  # what a watcher reads of a run, as patterns
+    RECIPE, IDENTITY, METRICS, "metrics-rank*.jsonl", SAMPLES, LOG, FAILURE, STOPPED, RUNNING, f"{FINAL}/{MANIFEST}",
+)  # fmt: skip
 # What the other host may name: a file of a run, never a path out of the copy.
 _NAME = re.compile(r"(?!\.)[\w-]+\.(?:yaml|json|jsonl|txt)|final/manifest\.json")
 _WORD = re.compile(r"((?!-)[\w.@%\[\]-]+):(.+)", re.ASCII)
@@ -81,7 +96,9 @@ class RemoteRun:
 
     def _connect(self) -> None:
         self._tried = time.monotonic()
-        start = f"\nimport fcntl\nLOCK = {LOCK!r}\n{inspect.getsource(is_locked)}\nserve_run({self.place!r})\n"
+        start = (
+            f"\nimport fcntl\nLOCK = {LOCK!r}\n{inspect.getsource(is_locked)}\nserve_run({self.place!r}, {FILES!r})\n"
+        )
         program = Path(__file__).with_name("sender.py").read_bytes() + start.encode()
         boot = f"import sys;exec(sys.stdin.buffer.read({len(program)}))"
         words = [SSH[0], "-C", *SSH[1:], "--", self.host, f"exec python3 -c {shlex.quote(boot)}"]

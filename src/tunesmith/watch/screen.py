@@ -16,6 +16,7 @@ from textual.widgets import Footer, Static, TabbedContent, TabPane
 from textual_plotext import PlotextPlot
 
 from tunesmith.metrics.terminal import format_seconds
+from tunesmith.report.run_files import DamagedFile
 from tunesmith.watch.feed import WatchedRun, curves
 
 POLL = 1.0  # seconds between two looks at the runs
@@ -133,6 +134,7 @@ def _summary(states: Sequence[dict[str, Any]]) -> Table:
         table.add_row(Text("  ".join(shown)))
         told = [f"{key}: {value}" for key, value in state["end"].items()]
         told += state["warnings"][-3:]
+        told += [str(DamagedFile(**file)) for file in state["damaged"]]
         told += [f"no connection: {state['lost']}"] if state["lost"] else []
         if told:
             table.add_row(Text("\n".join(told), style="yellow"))

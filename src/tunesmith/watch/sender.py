@@ -9,27 +9,26 @@ import glob
 import json
 import os
 import signal
+import stat
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List  # noqa: UP035
+from typing import TYPE_CHECKING, Any, Dict, List, Tuple  # noqa: UP035
 
 if TYPE_CHECKING:
     from tunesmith.launch.jobs import is_locked  # sent along by `remote.py`
 
 QUIET = 120  # seconds
 BLOCK = 8 << 20  # bytes
-NAMES = (
-    "config.yaml", "env.json", "metrics.jsonl", "metrics-rank*.jsonl", "samples.jsonl", "log.txt", "failure.json", "stopped.json",
-    "running.json", "final/manifest.json",
-)  # fmt: skip
 
 
-def answer_changes(folder: str, known: Dict[str, List[int]]) -> None:  # noqa: UP006
-    """Write what the asker lacks of the run in `folder`, as bytes of the files in NAMES."""
+def answer_changes(folder: str, names: Tuple[str, ...], known: Dict[str, List[int]]) -> None:  # noqa: UP006
+    """Write what the asker lacks of the run in `folder`, as bytes of the regular files of these names."""
     out, found = sys.stdout.buffer, []
-    for path in sorted(path for name in NAMES for path in glob.glob(os.path.join(glob.escape(folder), name))):
+    for path in sorted(path for name in names for path in glob.glob(os.path.join(glob.escape(folder), name))):
         name = os.path.relpath(path, folder)
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
+                continue
             with open(path, "rb") as file:
                 seen, had = os.fstat(file.fileno()), known.get(name, [0, 0])
                 start = had[1] if had[0] == seen.st_ino and had[1] <= seen.st_size else 0
@@ -51,7 +50,7 @@ def answer_changes(folder: str, known: Dict[str, List[int]]) -> None:  # noqa: U
     out.flush()
 
 
-def serve_run(folder: str) -> None:
+def serve_run(folder: str, names: Tuple[str, ...]) -> None:  # noqa: UP006
     """Answer until the input ends."""
     folder = os.path.expanduser(folder)
     while True:
@@ -59,4 +58,4 @@ def serve_run(folder: str) -> None:
         line = sys.stdin.buffer.readline()
         if not line:
             return
-        answer_changes(folder, json.loads(line))
+        answer_changes(folder, names, json.loads(line))

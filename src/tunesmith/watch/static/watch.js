@@ -83,7 +83,7 @@
     parts.track.setAttribute("aria-label", `progress of ${run.name}`);
     for (const [field, label, format, unit] of FIGURES) {
       const value = run.figures[field];
-      if (value == null) continue;
+      if (!Number.isFinite(value)) continue;
       if (!parts.values.has(field)) {
         const number = make("span");
         parts.values.set(field, number);
@@ -95,7 +95,7 @@
   }
 
   function showNotes(run, parts) {
-    const told = JSON.stringify([run.lost, run.end, run.warnings]);
+    const told = JSON.stringify([run.lost, run.end, run.warnings, run.damaged]);
     if (parts.told === told) return;
     parts.told = told;
     parts.notes.replaceChildren();
@@ -109,6 +109,14 @@
         list.append(make("dt", {}, key.replace(/^figures\.|_bytes$/g, "").replaceAll(/[._]/g, " ")), make("dd", {}, text));
       }
       parts.notes.append(make("div", { class: `note ${run.state === "stopped" ? "" : "bad"}` }, list));
+    }
+    if (run.damaged.length) {
+      const list = make("ul", { "aria-label": "damaged files" });
+      for (const file of run.damaged) {
+        const count = file.lines === 1 ? "1 line was skipped" : `${file.lines} lines were skipped`;
+        list.append(make("li", {}, file.lines == null ? `${file.file}: ${file.why}` : `${file.file}: ${count}; ${file.why}`));
+      }
+      parts.notes.append(make("div", { class: "note" }, make("p", {}, "Not read, because it is damaged:"), list));
     }
     if (run.warnings.length) {
       const list = make("ul", { "aria-label": "warnings" });
@@ -325,11 +333,22 @@
 
   // ---- the link to the command
 
+  // What cannot be shown of one run must not keep the others, and what comes later, from the page.
+  function apart(show) {
+    return (run, index) => {
+      try {
+        show(run, index);
+      } catch (error) {
+        console.error(error);
+      }
+    };
+  }
+
   function hear(event) {
     const told = JSON.parse(event.data);
     runs = told.runs;
-    runs.forEach(showRun);
-    runs.forEach(showLog);
+    runs.forEach(apart(showRun));
+    runs.forEach(apart(showLog));
     const first = runs[0], done = first.done == null ? "" : `${Math.round(first.done * 100)} % `;
     document.title = runs.length > 1 ? `${runs.length} runs: tunesmith watch` : `${done}${first.name}: tunesmith watch`;
     if (!later) later = setTimeout(drawCurves, Math.max(0, drawnAt + 1000 * told.pause - performance.now()));

@@ -1,0 +1,328 @@
+"""The files of a run directory: their names, and what a reader may take from each.
+
+Whoever shows, compares or continues a run reads its small files here. A run may have been killed while it wrote, copied in
+part, edited by hand, or written by another version, so nothing in it is believed unchecked:
+
+    open_regular   a pipe or a device is never opened: reading one may never end
+    parse_json     no NaN, no lone surrogates, no endless nesting, no number that a float cannot hold
+    read_*         the values whose type is right, and a sentence on what is wrong with the rest
+
+A file that is not there is no fault: most of them come late or never. The records' own types are in `metrics/record.py`.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+
+from tunesmith.config import schema
+from tunesmith.config.names import keys
+from tunesmith.config.tree import read_file
+from tunesmith.errors import RecipeError
+
+T = TypeVar("T")
+
+RECIPE = "config.yaml"
+IDENTITY = "env.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+LOG = "log.txt"
+FAILURE = "failure.json"
+STOPPED = "stopped.json"  # says that ranks of torchrun stopped, and why
+RUNNING = "running.json"  # is there while a start is at work, and after it was killed
+BEST = "best.json"
+LOCK = ".lock"
+STOP_FILE = "stop"  # asks a run to save and end
+FINAL = "final"
+MANIFEST = "manifest.json"  # of final/ and of each checkpoint
+PROFILES = "profile/summary-rank*.json"
+SWEEP = "sweep.json"
+
+LARGEST = 1e100  # of a number: its square, and sums of them, are still finite
+LARGEST_COUNT = 2**53  # of a step or a count: a browser's numbers are exact up to here
+LARGEST_FILE = 64 << 20  # bytes of a JSON file: the largest manifests have a few MiB
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Part(NamedTuple, Generic[T]):
+    """What a reader may take from a file, and what is wrong with the file, empty for nothing."""
+
+    value: T
+    fault: str = ""
+    lines: int | None = None  # that were skipped, of a file of lines
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, links followed; OSError for anything else, without waiting.
+
+    Opening a pipe waits for a writer, and a device may do anything, so the kind is looked at before. O_NONBLOCK is for what
+    takes the file's place in between.
+    """
+    _check_regular(path.stat().st_mode, path)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(os.fstat(handle).st_mode, path)
+        return os.fdopen(handle, "rb")
+    except OSError:
+        os.close(handle)
+        raise
+
+
+def _check_regular(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        raise OSError(0, "it is no regular file", str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file; OSError as `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def shown(path: str | Path) -> str:
+    """A path as text that any file and page can hold: bytes of a name that are not UTF-8 are replaced."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def parse_json(text: bytes) -> Any:
+    """A JSON value; ValueError for what is not strict JSON, or holds a number that no run writes."""
+    from pydantic_core import from_json
+
+    value = from_json(text, allow_inf_nan=False)
+    _check_numbers(value)
+    return value
+
+
+def _check_numbers(value: Any) -> None:
+    """ValueError for a number beyond LARGEST; the depth is bounded by the parser."""
+    if isinstance(value, dict):
+        for item in value.values():
+            _check_numbers(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_numbers(item)
+    elif isinstance(value, int | float) and not is_number(value):
+        raise ValueError("a number in it is too large")
+
+
+def is_number(value: Any) -> bool:
+    """A finite number up to LARGEST; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+
+
+def is_count(value: Any) -> bool:
+    """A whole number from 0 that a browser holds exactly."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_texts(value: Any) -> bool:
+    """A list of texts."""
+    return isinstance(value, list) and all(map(is_text, value))
+
+
+def is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; OSError where it cannot be read, ValueError where it holds something else."""
+    with open_regular(path) as file:
+        text = file.read(LARGEST_FILE + 1)
+    if len(text) > LARGEST_FILE:
+        raise ValueError("it is larger than 64 MiB")
+    value = parse_json(text)
+    if isinstance(value, dict):
+        return value
+    raise ValueError("it holds no JSON object")
+
+
+Shape = Mapping[str, Callable[[Any], bool]]  # key -> whether a value is of its type; null is, for every key
+
+
+def _read_shaped(path: Path, shape: Shape) -> Part[dict[str, Any] | None]:
+    """The object of a JSON file without the values of a wrong type; None where there is none."""
+    try:
+        values = read_object(path)
+    except FileNotFoundError:
+        return Part(None)
+    except (OSError, ValueError) as error:
+        return Part(None, reason_of(error))
+    wrong = [name for name, fits in shape.items() if values.get(name) is not None and not fits(values[name])]
+    for name in wrong:
+        del values[name]
+    return Part(values, f"of another type: {', '.join(wrong)}" if wrong else "")
+
+
+def reason_of(error: OSError | ValueError) -> str:
+    """Why a file was not read, as a clause."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error)
+
+
+_ENV_TEXTS = ("tunesmith", "torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "bitsandbytes", "python",
+              "cpu", "commit", "data_hash", "validation_hash", "model_hash", "recipe_hash")  # fmt: skip
+_ENV: Shape = {**dict.fromkeys(_ENV_TEXTS, is_text), "command": is_texts}
+_FAILURE_TEXTS = ("what", "where", "why", "cause", "host", "phase", "collective", "next")
+_FAILURE: Shape = {**dict.fromkeys(_FAILURE_TEXTS, is_text), "rank": is_count, "last_step": is_count}
+_STOPPED: Shape = {"signal": is_text, "reason": is_text, "step": is_count, "what": is_text, "figures": is_mapping}
+_NOTE: Shape = {"host": is_text, "boot": is_text, "began": is_text, "process": is_count, "oom_kills": is_count}
+
+
+def read_env(folder: Path) -> Part[dict[str, Any]]:
+    """env.json; empty where it is not there."""
+    values, fault, _ = _read_shaped(folder / IDENTITY, _ENV)
+    return Part(values or {}, fault)
+
+
+def read_failure(folder: Path) -> Part[dict[str, Any] | None]:
+    return _read_shaped(folder / FAILURE, _FAILURE)
+
+
+def read_stopped(folder: Path) -> Part[dict[str, Any] | None]:
+    return _read_shaped(folder / STOPPED, _STOPPED)
+
+
+def read_running(folder: Path) -> dict[str, Any] | None:
+    """The note of a start that is at work or was killed; None where it is not there or lacks something."""
+    values = _read_shaped(folder / RUNNING, _NOTE).value
+    return values if values and all(values.get(name) is not None for name in _NOTE) else None
+
+
+def read_recipe(folder: Path) -> Part[dict[str, Any]]:
+    """config.yaml as plain values, without sections that are no mapping; empty where it is not there.
+
+    It is not checked against the schema: the run may be of another version.
+    """
+    path = folder / RECIPE
+    try:
+        open_regular(path).close()
+        values: dict[str, Any] = read_file(path).plain()
+    except FileNotFoundError:
+        return Part({})
+    except OSError as error:
+        return Part({}, reason_of(error))
+    except RecipeError as error:
+        return Part({}, error.why or error.what)
+    if _SURROGATE.search(json.dumps(values, ensure_ascii=False)):
+        return Part({}, "a text in it is no Unicode")
+    wrong = [name for name in _SECTIONS if values.get(name) is not None and not isinstance(values[name], dict)]
+    for name in wrong:
+        del values[name]
+    for section, name in _COUNTS:
+        if name in values.get(section, {}) and not is_count(values[section][name] or 0):
+            wrong.append(f"{section}.{name}")
+            del values[section][name]
+    return Part(values, f"of another type: {', '.join(wrong)}" if wrong else "")
+
+
+_SECTIONS = tuple(name for name, (_, hint) in keys().items() if "." not in name and schema.is_section(hint))
+_COUNTS = (("train", "seed"), ("validate", "max_examples"))  # that a comparison of runs goes by
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """manifest.json of final/ or of a checkpoint: `step`, and `files` as {"path": {"bytes": n, "sha256": "..."}}.
+
+    None where it is not there; ValueError where it is damaged.
+    """
+    try:
+        values = read_object(folder / MANIFEST)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(reason_of(error)) from error
+    files = values.get("files")
+    if not is_count(values.get("step")) or not isinstance(files, dict):
+        raise ValueError("it lacks `step` or `files`")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or not is_count(entry.get("bytes")) or not is_text(entry.get("sha256")):
+            raise ValueError(f"it lacks the size or the checksum of {name:.80}")
+        if "\0" in name:
+            raise ValueError("a file's name in it holds a zero byte")
+    return values
+
+
+def is_sample(row: Any) -> bool:
+    """Whether a line of samples.jsonl holds a step, a prompt and an answer; `expected` may be absent."""
+    if not isinstance(row, dict) or not is_count(row.get("step")):
+        return False
+    expected = row.get("expected")
+    return is_text(row.get("prompt")) and is_text(row.get("answer")) and (expected is None or is_text(expected))
+
+
+def read_samples(folder: Path) -> Part[list[dict[str, Any]]]:
+    """The answers of samples.jsonl in the order of their steps. A last line without its end may still be written."""
+    try:
+        lines = read_bytes(folder / SAMPLES).splitlines(keepends=True)
+    except FileNotFoundError:
+        return Part([])
+    except OSError as error:
+        return Part([], reason_of(error))
+    rows: list[dict[str, Any]] = []
+    skipped: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = parse_json(line)
+        except ValueError:
+            row = None
+        if is_sample(row):
+            rows.append(row)
+        elif line.endswith(b"\n"):
+            skipped.append(number)
+    rows.sort(key=lambda row: int(row["step"]))
+    if not skipped:
+        return Part(rows)
+    return Part(rows, f"line {skipped[0]} has no step, prompt and answer", len(skipped))
+
+
+def read_profile(path: Path) -> dict[str, Any]:
+    """A summary of `profile/`: `gpu_busy_share`, `peak_bytes` and `operations`; OSError or ValueError where it is damaged."""
+    values = read_object(path)
+    busy, peaks, operations = values.get("gpu_busy_share"), values.get("peak_bytes"), values.get("operations")
+    if busy is not None and not is_number(busy):
+        raise ValueError("gpu_busy_share is no number")
+    if not isinstance(peaks, dict) or not all(map(is_number, peaks.values())):
+        raise ValueError("peak_bytes is no mapping of numbers")
+    if not isinstance(operations, list) or not all(map(_is_operation, operations)):
+        raise ValueError("operations is no list of operations")
+    return {"gpu_busy_share": busy, "peak_bytes": peaks, "operations": operations}
+
+
+def _is_operation(row: Any) -> bool:
+    if not isinstance(row, dict) or not is_text(row.get("name")) or not is_count(row.get("calls")):
+        return False
+    return is_number(row.get("ms")) and is_number(row.get("share"))
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """sweep.json; OSError where it cannot be read, ValueError where it is torn or no sweep's."""
+    values = read_object(path)
+    asked, fixed = values.get("asked"), values.get("fixed")
+    if not isinstance(asked, dict) or not isinstance(fixed, dict):
+        raise ValueError("it lacks `asked` or `fixed`")
+    if fixed and not _is_fixed(fixed):  # empty until the first candidate has begun
+        raise ValueError("it lacks a part of `fixed`")
+    candidates = values.get("candidates")
+    if not isinstance(candidates, list) or not all(map(_is_candidate, candidates)):
+        raise ValueError("`candidates` is no list of candidates")
+    return values
+
+
+def _is_fixed(fixed: Mapping[str, Any]) -> bool:
+    rungs, every = fixed.get("rungs"), fixed.get("validate_every", 0)
+    if not isinstance(rungs, list) or not all(map(is_count, rungs)):
+        return False
+    return is_count(fixed.get("steps")) and is_text(fixed.get("micro_batch")) and (every is None or is_text(every))
+
+
+def _is_candidate(row: Any) -> bool:
+    return (
+        isinstance(row, dict) and is_text(row.get("name")) and is_text(row.get("state")) and is_count(row.get("step"))
+    )
