@@ -104,7 +104,7 @@ def _check_numbers(value: Any) -> None:
     elif isinstance(value, list):
         for item in value:
             _check_numbers(item)
-    elif isinstance(value, int | float) and not is_number(value):
+    elif isinstance(value, int | float) and not -LARGEST <= value <= LARGEST:
         raise ValueError("a number in it is too large")
 
 
@@ -304,22 +304,25 @@ def _is_operation(row: Any) -> bool:
 def read_sweep(path: Path) -> dict[str, Any]:
     """sweep.json; OSError where it cannot be read, ValueError where it is torn or no sweep's."""
     values = read_object(path)
-    asked, fixed = values.get("asked"), values.get("fixed")
-    if not isinstance(asked, dict) or not isinstance(fixed, dict):
-        raise ValueError("it lacks `asked` or `fixed`")
-    if fixed and not _is_fixed(fixed):  # empty until the first candidate has begun
-        raise ValueError("it lacks a part of `fixed`")
-    candidates = values.get("candidates")
-    if not isinstance(candidates, list) or not all(map(_is_candidate, candidates)):
-        raise ValueError("`candidates` is no list of candidates")
+    for name, fits in {"asked": is_mapping, "fixed": _is_fixed, "candidates": _are_candidates}.items():
+        if not fits(values.get(name)):
+            raise ValueError(f"`{name}` is missing or of another form")
     return values
 
 
-def _is_fixed(fixed: Mapping[str, Any]) -> bool:
+def _is_fixed(fixed: Any) -> bool:
+    if not isinstance(fixed, dict):
+        return False
+    if not fixed:  # until the first candidate begins
+        return True
     rungs, every = fixed.get("rungs"), fixed.get("validate_every", 0)
     if not isinstance(rungs, list) or not all(map(is_count, rungs)):
         return False
     return is_count(fixed.get("steps")) and is_text(fixed.get("micro_batch")) and (every is None or is_text(every))
+
+
+def _are_candidates(rows: Any) -> bool:
+    return isinstance(rows, list) and all(map(_is_candidate, rows))
 
 
 def _is_candidate(row: Any) -> bool:
