@@ -57,6 +57,7 @@ ODD = [
     [[]], [1, 2], ["x"], {"a": {"b": [None]}}, "x" * 70_000,
 ]  # fmt: skip
 DEEP = 100_000
+READERS = ("report", "report --markdown", "watch --json", "live page", "status")  # the commands that load no model
 
 
 @dataclass
@@ -225,8 +226,8 @@ def look_at_page(watched: Any) -> None:
         json.loads(to_json(curves([watched], axis, -math.inf, math.inf, 500)).encode())
 
 
-def try_seed(seed: int, template: Path, folder: Path) -> Iterator[Outcome]:
-    """Every command on one damaged copy of the run `template`, made in the new folder `folder`."""
+def try_seed(seed: int, template: Path, folder: Path, names: Sequence[str] | None = None) -> Iterator[Outcome]:
+    """Every command, or those of `names`, on one damaged copy of the run `template`, made in the new folder `folder`."""
     from tunesmith.watch.feed import WatchedRun
 
     draw = random.Random(seed)
@@ -246,7 +247,8 @@ def try_seed(seed: int, template: Path, folder: Path) -> Iterator[Outcome]:
         "eval": lambda: main(["eval", str(run), "--no-base", "--max-examples", "2", "--json"]),
         "merge": lambda: main(["merge", str(run), "--output", str(folder / "merged")]),
     }
-    for command, start in commands.items():
+    for command in names or commands:
+        start = commands[command]
         stderr = io.StringIO()
         began = time.perf_counter()
         code: int | str

@@ -19,13 +19,22 @@ from tunesmith.checkpoint.state import list_checkpoints
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.errors import EXIT_STOPPED, EXIT_USAGE, NonFiniteError, RecipeError, ShortOfMemoryError, UsageError
+from tunesmith.errors import (
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    NonFiniteError,
+    RecipeError,
+    RunError,
+    ShortOfMemoryError,
+    UsageError,
+)
 from tunesmith.metrics.record import read_records
 from tunesmith.report.run_files import RunFiles
+from tunesmith.run_directory import SWEEP
 from tunesmith.signals import Shortage
 from tunesmith.sweep import run as sweep_module
 from tunesmith.sweep import shared_base
-from tunesmith.sweep.run import FILE, run_sweep
+from tunesmith.sweep.run import run_sweep
 from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import read_space
 from tunesmith.sweep.table import sweep_lines
@@ -102,7 +111,7 @@ def test_each_candidate_is_its_run_alone(tiny: Path, tmp_path: Path, changes: di
 def test_the_best_is_named_and_a_stopped_one_goes_on_by_train(tiny: Path, tmp_path: Path):
     file = write_recipe(tiny, tmp_path, validate={"every": "3 steps"})
     outcome = sweep(file)
-    assert json.loads((tmp_path / "sweep" / FILE).read_text()) == outcome
+    assert json.loads((tmp_path / "sweep" / SWEEP).read_text()) == outcome
     assert outcome["fixed"]["validate_every"] == "2 steps"
     assert outcome["fixed"]["rungs"] == [2, 4]
     by_rung = [{c["name"]: c["losses"].get(step) for c in outcome["candidates"]} for step in ("2", "4", "8")]
@@ -149,6 +158,30 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(
             sweep(file, words, search)
     with pytest.raises(UsageError, match="holds a run"):
         sweep(file, [*WORDS, f"output_dir={outcome['candidates'][0]['run_dir']}"])
+
+
+@pytest.mark.parametrize("text", ['{"asked": {"rec', "[]", '{"candidates": 3}', '{"asked": {}, "fixed": {"rungs": 3}}'])
+def test_a_torn_or_foreign_sweep_json_is_refused(
+    tiny: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+):
+    file = write_recipe(tiny, tmp_path)
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / SWEEP).write_text(text)
+    assert main(["sweep", str(file), *WORDS]) == EXIT_USAGE
+    err = capsys.readouterr().err
+    assert "sweep.json is damaged" in err
+    assert f"where: {tmp_path / 'sweep' / SWEEP}" in err
+    assert (tmp_path / "sweep" / SWEEP).read_text() == text
+
+
+def test_a_candidate_whose_records_were_cut_is_named(tiny: Path, tmp_path: Path):
+    file = write_recipe(tiny, tmp_path)
+    candidate = sweep(file)["candidates"][0]
+    metrics = Path(candidate["run_dir"], "metrics.jsonl")
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:1]))
+    with pytest.raises(RunError, match="hold no val_loss of step 2") as caught:
+        sweep(file)
+    assert caught.value.where == str(metrics)
 
 
 def test_a_range_is_drawn_from_and_one_that_diverges_is_out(tiny: Path, tmp_path: Path):
@@ -230,7 +263,7 @@ def test_kill_9_anywhere_and_the_same_command_goes_on(tiny: Path, tmp_path: Path
         assert ("SIGTERM: stopping after" in said) == (number == signal.SIGTERM)
     ended = run_warm(command)
     assert ended.returncode == 0, ended.stderr
-    outcome = json.loads((out / FILE).read_text())
+    outcome = json.loads((out / SWEEP).read_text())
     for ours, theirs in zip(outcome["candidates"], whole["candidates"], strict=True):
         assert {**ours, "run_dir": ""} == {**theirs, "run_dir": ""}
         assert numbers(ours["run_dir"]) == numbers(theirs["run_dir"])
@@ -311,7 +344,7 @@ def test_a_sweep_that_memory_stops_goes_on_with_its_micro_batch(
         patch.setattr("tunesmith.training.result.is_launched", lambda: True)
         with pytest.raises(ShortOfMemoryError, match="memory is short: step 1 is saved") as caught:
             sweep(file, words)
-    size = json.loads((tmp_path / "sweep" / FILE).read_text())["fixed"]["micro_batch"]
+    size = json.loads((tmp_path / "sweep" / SWEEP).read_text())["fixed"]["micro_batch"]
     assert caught.value.fix.endswith(f"it goes on from there; the micro batch stays at {size}, as for all candidates")
     assert (caught.value.smaller, caught.value.exit_code) == ("", 0)
     monkeypatch.setattr(node, "run_agent", lambda words: 0)

@@ -16,7 +16,7 @@ from tunesmith.run_directory import STOP_FILE
 from tunesmith.training.trainer import Trainer
 from waiting import wait_for
 from warm import Warm
-from watching import TIME, watching, write_run
+from watching import TIME, add_steps, watching, write_run
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,17 @@ def test_the_table_holds_the_records(one: str, visit: Any) -> None:
         assert heads[0] == "step"
         assert last[0] == "2,000"
         assert last[heads.index("loss")] == "1"
+
+
+def test_a_damaged_line_is_told_and_the_page_goes_on(tmp_path: Path, visit: Any) -> None:
+    folder = write_run(tmp_path / "run", 10, of=100)
+    with watching(folder) as (address, _), visit(address) as seen:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": "x"}\n{"step": 11, "loss": {"a": []}}\n')
+        add_steps(folder, 12, 15)
+        seen.page.wait_for_selector("text=metrics.jsonl: 2 lines were skipped")
+        add_steps(folder, 16, 20)
+        seen.page.wait_for_selector("text=step 20 of 100")
 
 
 def test_text_of_a_run_is_never_markup(one: str, visit: Any) -> None:

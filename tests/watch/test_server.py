@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,7 +19,7 @@ import pytest
 
 from tunesmith.cli.main import main
 from waiting import wait_for
-from watching import TIME, add_steps, ask, get, port_of, watching, write_run
+from watching import TIME, add_steps, ask, get, iter_events, port_of, watching, write_run
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,33 @@ def test_events_tell_what_was_added(folder: Path, served: tuple[str, subprocess.
     assert get(served[0], "texts")[0]["recipe"]["train.duration"] == "100 steps"
     for path in ("curves?from=x", "curves?points=", "table?rows=1e9"):
         assert ask(served[0], path)[0] == 400
+
+
+def test_a_damaged_line_does_not_freeze_the_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 10, of=100)
+    other = write_run(tmp_path / "other", 10, of=100)
+    with watching(folder, other) as (address, _), closing(iter_events(address)) as lines:
+        states = (json.loads(line[6:])["runs"] for line in lines if line.startswith(b"data: "))
+        assert next(states)[0]["step"] == 10
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": "x", "loss": 1.0}\n{"step": 11, "loss": {"a": []}}\n')
+        add_steps(folder, 12, 15)
+        first = next(runs[0] for runs in states if runs[0]["step"] == 15)
+        assert [(file["file"], file["lines"]) for file in first["damaged"]] == [("metrics.jsonl", 2)]
+        (other / "metrics.jsonl").unlink()
+        os.mkfifo(other / "metrics.jsonl")
+        add_steps(folder, 16, 20)
+        second = next(runs for runs in states if runs[0]["step"] == 20 and runs[1]["damaged"])
+        assert second[1]["damaged"][0] == {"file": "metrics.jsonl", "lines": None, "why": "it is no regular file"}
+        assert get(address, "curves?points=10&panels=1")[0]["series"][0]["x"][-1] == 20
+
+
+def test_one_bad_run_does_not_end_the_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(folder / "missing"), str(folder), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [run["name"] for run in json.loads(out)["runs"]] == ["run"]
+    assert "left out" in err
+    assert "missing" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
