@@ -7,6 +7,7 @@ what that kind needs to find it. It holds no token. A run that nobody launched i
 import fcntl
 import getpass
 import hashlib
+import io
 import json
 import os
 import re
@@ -33,6 +34,7 @@ from tunesmith.run_directory import (
     MANIFEST,
     STOP_FILE,
     STOPPED,
+    open_regular,
     read_failure,
     read_stopped,
 )
@@ -95,7 +97,7 @@ class Job:
         while follow and not log.exists() and self.state().at_work:
             time.sleep(POLL)
         try:
-            file = log.open(encoding="utf-8", errors="replace")
+            file = io.TextIOWrapper(open_regular(log), encoding="utf-8", errors="replace")
         except OSError as error:
             fix = f"tunesmith status {self.name or self.run_dir}"
             raise MachineError("there is no log yet", where=str(log), why=error.strerror or "", fix=fix) from None

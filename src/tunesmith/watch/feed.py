@@ -86,18 +86,18 @@ class WatchedRun:
     def refresh(self, lock: threading.Lock) -> bool:
         """Read what was added; whether something changed. The lock is held while what others read is changed."""
         before = self._fault, self.remote.lost if self.remote else ""
-        if self.remote:
-            self.remote.refresh()
         changed = False
-        with lock:
-            try:
+        try:
+            if self.remote:
+                self.remote.refresh()
+            with lock:
                 changed = self.files.refresh()
                 if changed:
                     self._axes, self._smooth = {}, []
                     self._ended = how_it_ended(self.files)
-                self._fault = ""
-            except Exception as error:  # one run must not stop the page of others
-                self._fault = f"{type(error).__name__}: {error}"
+            self._fault = ""
+        except Exception as error:  # one run must not stop the page of others
+            self._fault = f"{type(error).__name__}: {error}"
         return changed or (self._fault, self.remote.lost if self.remote else "") != before
 
     def axis(self, name: str) -> list[float]:
