@@ -312,6 +312,7 @@ def run() -> int:
     parser.add_argument("--mutations", type=int, default=500, metavar="N")
     parser.add_argument("--first", type=int, default=0, metavar="SEED")
     parser.add_argument("--last", type=int, metavar="SEED", help="(default: as many as --mutations)")
+    parser.add_argument("--readers", action="store_true", help="leave out eval and merge, which load a model")
     args = parser.parse_args()
     last = args.first + args.mutations - 1 if args.last is None else args.last
     outcomes: list[Outcome] = []
@@ -323,7 +324,7 @@ def run() -> int:
         for seed in range(args.first, last + 1):
             folder = Path(base, f"seed-{seed}")
             folder.mkdir()
-            for outcome in try_seed(seed, template, folder):
+            for outcome in try_seed(seed, template, folder, READERS if args.readers else None):
                 outcomes.append(outcome)
                 if outcome.is_bad:
                     print(describe(outcome), file=sys.stderr, flush=True)
