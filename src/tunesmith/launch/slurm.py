@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith import __version__
-from tunesmith.checkpoint.run_dir import STOP_FILE
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError, mask
 from tunesmith.host_files import write_atomically
 from tunesmith.launch.inputs import hub_sources, recipe_inputs
 from tunesmith.launch.jobs import FOLDER, Job, State, all_jobs, last_step, safe_value, save_job, write_recipe
 from tunesmith.launch.sites import DIRECTIVES, Site
+from tunesmith.run_directory import STOP_FILE
 
 SCRIPT, LOG = "slurm.sh", "slurm"  # names in the folder `launch` of the run directory
 WARNING = 300  # seconds before the time limit at which the run is asked to save, at most
