@@ -18,6 +18,7 @@ from tunesmith.data.template import Template
 from tunesmith.errors import CheckpointError, ModelError
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.save_tensors import gathered, save_sharded, save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
 from tunesmith.runtime.transfer import Snapshot
@@ -38,6 +39,7 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase, template: Template, scra
         tokenizer.chat_template = template.jinja
         with tempfile.TemporaryDirectory(dir=scratch, prefix=".tokenizer-", suffix=".partial") as folder:
             tokenizer.save_pretrained(folder)
+            write_for_older_readers(Path(folder))
             files = [path for path in Path(folder).rglob("*") if path.is_file()]
             return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
     finally:
@@ -73,6 +75,7 @@ def write_config(folder: Path, model: TrainModel, tokenizer: TokenizerFiles) -> 
     if model.model.generation_config is not None:
         model.model.generation_config.save_pretrained(folder)
     _write_tokenizer(folder, tokenizer)
+    write_for_older_readers(folder)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ from tunesmith.errors import EXIT_FAILED, CheckpointError, OtherRankError, Tunes
 from tunesmith.host_memory import available_memory
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.save_tensors import save_sharded
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.ranks import ONE_PROCESS, PATIENCE, Ranks
@@ -241,4 +242,5 @@ def export_sharded(folder: Path, output: Path, run: Run) -> None:
         for path in folder.iterdir():
             if path.is_file() and path.name != MANIFEST:
                 shutil.copyfile(path, inside / path.name)
+        write_for_older_readers(inside)  # a checkpoint of an earlier version has the new keys alone
         (inside / CARD).write_text(model_card(run.model, run, folder.parent), encoding="utf-8")

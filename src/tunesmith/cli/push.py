@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.checkpoint.model_card import is_hub_id, model_card
     from tunesmith.checkpoint.state import CARD, MANIFEST
     from tunesmith.hub.push import push_files
+    from tunesmith.model.older_readers import CONFIG, TOKENIZER_CONFIG, for_older_readers
 
     if location.kind == "adapter" and not is_hub_id(location.base.name):
         what, why = "the adapter's base is a folder of this machine", f"its files name {location.base.name}"
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
         files: dict[str, Path | bytes] = {}
         kept = (n for n in paths if not n.startswith(("state/", ".")) and "/." not in n and n != MANIFEST)
         files |= {n: paths[n] for n in kept}
+        for config in {CONFIG, TOKENIZER_CONFIG} & files.keys():  # of an earlier version, which wrote the new keys alone
+            files[config] = for_older_readers(config, paths[config].read_bytes())
         if CARD not in files and location.kind != "base":
             files[CARD] = model_card(location.base, location.run, folder.parent).encode()
         page = push_files(files, args.to or name, public=args.public, revision=args.revision, message=message)

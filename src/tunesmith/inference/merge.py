@@ -31,6 +31,7 @@ from tunesmith.inference.load_run import Dtype, LoadedModel, RunLocation, load_r
 from tunesmith.inference.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit, logits_of
 from tunesmith.model import spec
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.save_tensors import SHARD
 from tunesmith.quant.nf4 import Nf4Linear
@@ -251,6 +252,7 @@ def write_merged(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     loaded.model.generation_config = GenerationConfig()
     loaded.model.save_pretrained(folder, max_shard_size=SHARD)
     loaded.tokenizer.save_pretrained(folder)
+    write_for_older_readers(folder)
     known |= {"eos_token_id": sorted(loaded.template.end_ids), "pad_token_id": loaded.tokenizer.pad_token_id}
     (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     for notice in sorted(loaded.weights.iterdir()):

@@ -1,0 +1,91 @@
+"""Model files that Transformers 4, and what is built on it, reads as Transformers 5 does.
+
+Transformers 5 writes the rotary embedding as `rope_parameters` alone. A reader of the older keys, `rope_theta` and
+`rope_scaling`, finds none of them and takes its defaults, without an error: it computes another model. Transformers 4
+does not read a tokenizer of class `TokenizersBackend`, or a list of `extra_special_tokens`, at all. Here the older keys
+are written beside the new ones, and a tokenizer's in place of them, where both versions read the older form.
+
+No torch is imported here.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunesmith.model.architectures import ARCHITECTURES
+
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+
+
+def write_for_older_readers(folder: Path) -> None:
+    """Add the older keys to config.json and tokenizer_config.json of a folder, those of them that are there."""
+    for name in (CONFIG, TOKENIZER_CONFIG):
+        file = folder / name
+        if file.is_file():
+            file.write_bytes(for_older_readers(name, file.read_bytes()))
+
+
+def for_older_readers(name: str, content: bytes) -> bytes:
+    """The content of a model's file `name` with the older keys; as it is where they are there, or it is another file."""
+    if name not in (CONFIG, TOKENIZER_CONFIG):
+        return content
+    try:
+        values = json.loads(content)
+    except ValueError:
+        return content  # whoever reads the file reports it
+    if not isinstance(values, dict):
+        return content
+    changed = with_older_config(values) if name == CONFIG else with_older_tokenizer(values)
+    if changed == values:
+        return content
+    return (json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def with_older_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of Transformers 5 with the older keys. Keys that it has already are not changed."""
+    older: dict[str, Any] = {}
+    if config.get("dtype") is not None:
+        older["torch_dtype"] = config["dtype"]  # the only name before Transformers 4.56
+    rope = config.get("rope_parameters")
+    if isinstance(rope, Mapping) and config.get("model_type") in ARCHITECTURES:
+        older |= _older_rope(str(config["model_type"]), rope)
+    return {**older, **config}
+
+
+def _older_rope(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The older keys of a config's `rope_parameters`."""
+    older: dict[str, Any] = {}
+    if isinstance(rope.get("full_attention"), Mapping):  # one mapping for each kind of layer, as in Gemma 3
+        local = rope.get("sliding_attention") or {}
+        if "rope_theta" in local:
+            older["rope_local_base_freq"] = local["rope_theta"]
+        rope = rope["full_attention"]
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if rope.get(key) is not None:
+            older[key] = rope[key]
+    older["rope_scaling"] = _older_scaling(model_type, rope)
+    return older
+
+
+def _older_scaling(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The older `rope_scaling`, None where frequencies are not scaled."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if model_type == "phi3":  # it refuses any other number of keys, and has the rest at the top of its config
+        return {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    return scaling | {"rope_type": kind, "type": kind}  # `type` is the name before Transformers 4.43
+
+
+def with_older_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json of Transformers 5 in the form that 4 reads; 5 reads both."""
+    older = dict(config)
+    if older.get("tokenizer_class") == "TokenizersBackend":
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = older.get("extra_special_tokens")
+    if isinstance(extra, list):
+        del older["extra_special_tokens"]
+        older.setdefault("additional_special_tokens", extra)
+    return older
