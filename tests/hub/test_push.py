@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from recipes import make_run
-from tunesmith.checkpoint.state import prune
+from tunesmith.checkpoint.state import flush_files, prune, write_manifest
 from tunesmith.config.load import load_recipe
 from tunesmith.hub import hub_calls
 from tunesmith.inference.merge import merge
@@ -46,10 +46,8 @@ def on_the_hub(run: Path, place: Path) -> Path:
     for file in (copy / "config.yaml", copy / "final" / "adapter_config.json"):
         base = load_recipe(run / "config.yaml").model.name
         file.write_text(file.read_text().replace(base, "someone/tiny"))
-    entry = copy / "final" / "manifest.json"
-    size = (copy / "final" / "adapter_config.json").stat().st_size
-    old = (run / "final" / "adapter_config.json").stat().st_size
-    entry.write_text(entry.read_text().replace(f'"bytes": {old}', f'"bytes": {size}'))
+    final = copy / "final"
+    write_manifest(final, 4, flush_files(final))
     (copy / "final" / "README.md").unlink()
     return copy
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.checkpoint.run_dir import STOP_FILE, STOPPED
+from tunesmith.run_directory import STOP_FILE, STOPPED
 from tunesmith.launch.jobs import Job, save_job
 from tunesmith.launch.local import LocalJob
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from recipes import recipe
-from tunesmith.checkpoint.run_dir import RUNNING, STOP_FILE
+from tunesmith.run_directory import RUNNING, STOP_FILE
 from tunesmith.config.schema import Run
 from waiting import TIME, wait_for
 from warm import Warm, fork_ranks, run_warm

@@ -10,7 +10,9 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,13 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import CheckpointError, disk_fault
-from tunesmith.host_files import follow_umask
+from tunesmith.errors import CheckpointError, ModelError, disk_fault
+from tunesmith.host_files import available_cores, follow_umask
 from tunesmith.host_memory import open_uncached
 from tunesmith.run_directory import MANIFEST, read_manifest
 
 CARD = "README.md"
 PART = ".distcp"  # the end of a file's name that holds what one rank has of a checkpoint
+ANNOUNCED_BYTES = 1 << 30  # comparing the checksums of as much takes a second or two, so more is announced
+HASHING_THREADS = 4  # one hashes 0.7 to 2 GB/s, a local disk reads no more than a few of them hash
 ELSEWHERE = ": a rank wrote it, maybe on another node's disk"
 Fill = Callable[[Path], None]  # writes files into an empty folder
 Entries = dict[str, dict[str, Any]]  # of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
@@ -87,24 +91,83 @@ def damaged_files(folder: Path, *, contents: bool = True) -> Iterator[tuple[str,
     if not (folder / MANIFEST).is_file():
         yield MANIFEST, "it has no manifest.json: it was not finished"
         return
+    entries = _manifest_entries(folder)
+    if entries is None:
+        yield MANIFEST, "its manifest.json cannot be read"
+        return
+    for name, (size, digest) in entries.items():
+        if clause := _damage_of_file(folder, name, size, digest if contents else None):
+            yield name, clause
+
+
+def _manifest_entries(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """Bytes and SHA-256 of each file by the manifest of `folder`, without the card, which people edit; None where it cannot
+    be read."""
     try:
         manifest = read_manifest(folder)
     except ValueError:
-        manifest = None
+        return None
     if manifest is None:
-        yield MANIFEST, "its manifest.json cannot be read"
-        return
-    for name, entry in manifest["files"].items():
-        size, digest = entry["bytes"], entry["sha256"]
-        path = folder / name
-        if name == CARD:  # people edit it
-            continue
-        if not path.is_file():
-            yield name, f"{name} is missing{ELSEWHERE if name.endswith(PART) else ''}"
-        elif path.stat().st_size != size:
-            yield name, f"{name} has {path.stat().st_size} bytes of {size}"
-        elif contents and digest_of_file(path) != digest:
-            yield name, f"the contents of {name} do not match their checksum"
+        return None
+    entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    entries.pop(CARD, None)
+    return entries
+
+
+def _damage_of_file(folder: Path, name: str, size: int, digest: str | None) -> str | None:
+    """What is wrong with a file of `size` bytes and the SHA-256 `digest` (None: not compared), as a clause, or None."""
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing{ELSEWHERE if name.endswith(PART) else ''}"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes of {size}"
+    if digest is not None and digest_of_file(path) != digest:
+        return f"the contents of {name} do not match their checksum"
+    return None
+
+
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def check_sums(
+    folder: Path,
+    *,
+    reads: Callable[[str], bool] = lambda name: not name.startswith("state/"),
+    say: Callable[[str], None] = _print_to_stderr,
+) -> None:
+    """Compare the files that are about to be read with the checksums in the folder's manifest.
+
+    A folder without a manifest of ours, such as an adapter from elsewhere, passes.
+
+    Args:
+        reads: whether a file of the manifest is read; by default all but the training state are.
+        say: takes a line where there is more than ANNOUNCED_BYTES to compare.
+
+    ModelError names the first file that differs.
+    """
+    entries = {name: entry for name, entry in (_manifest_entries(folder) or {}).items() if reads(name)}
+    total = sum(size for size, _ in entries.values())
+    if total > ANNOUNCED_BYTES:
+        say(f"comparing the checksums of {folder}: {total / 2**30:.1f} GiB")
+    with ThreadPoolExecutor(max_workers=min(HASHING_THREADS, available_cores())) as pool:
+        futures = {name: pool.submit(_damage_of_file, folder, name, *entry) for name, entry in entries.items()}
+    for name, future in futures.items():
+        if clause := future.result():
+            why = f"it was damaged or edited after it was written: {MANIFEST} has the checksum of what was"
+            raise ModelError(clause, where=str(folder / name), why=why, fix=_way_on(folder), cause="damaged")
+
+
+def _way_on(folder: Path) -> str:
+    """What to do about a folder with a file that is not as it was written."""
+    edited = f"if you edited it yourself, copy the folder and delete {MANIFEST} in the copy"
+    recipe = folder.parent / "config.yaml"
+    if not recipe.is_file():
+        return f"copy it again from where it was written; {edited}"
+    for checkpoint in list_checkpoints(folder.parent):
+        if checkpoint.path != folder and find_damage(checkpoint.path, contents=False) is None:
+            return f"restore it from a copy, or take {shlex.quote(str(checkpoint.path))}; {edited}"
+    return f"restore it from a copy, or tunesmith train {shlex.quote(str(recipe))} --fresh; {edited}"
 
 
 def step_of(folder: Path) -> int | None:

@@ -27,12 +27,14 @@ def run(args: argparse.Namespace) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError("--output is not an empty folder", where=str(output), fix="name a new one")
     from tunesmith.checkpoint.sharded import export_sharded, is_sharded
+    from tunesmith.checkpoint.state import check_sums
 
     folder = found.folder
     if folder is None or found.run is None or not is_sharded(folder):
         why = "only a checkpoint of a model trained in full on several ranks is in parts"
         fix = "merge puts an adapter into its base" if found.kind == "adapter" else "use the folder as it is"
         raise UsageError(f"{args.checkpoint} needs no export", where=str(folder or args.checkpoint), why=why, fix=fix)
+    check_sums(folder, reads=lambda name: True)
     export_sharded(folder, output, found.run)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     if args.json:

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
         fix = "name a run directory, or a folder of model files"
         raise UsageError(f"{args.run} holds no files to push", where=args.run, fix=fix)
     from tunesmith.checkpoint.model_card import is_hub_id, model_card
-    from tunesmith.checkpoint.state import CARD, MANIFEST
+    from tunesmith.checkpoint.state import CARD, MANIFEST, check_sums
     from tunesmith.hub.push import push_files
     from tunesmith.model.older_readers import CONFIG, TOKENIZER_CONFIG, for_older_readers
 
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     name = (folder.parent if location.run else folder).resolve().name
     message = f"Push {name}" + (f"/{folder.name}" if location.run else "")
     with undeleted(location):
+        check_sums(folder)
         paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         files: dict[str, Path | bytes] = {}
         kept = (n for n in paths if not n.startswith(("state/", ".")) and "/." not in n and n != MANIFEST)

@@ -212,7 +212,7 @@ def sample_answers(
     # What stands before the first supervised token is the prompt; an example that is supervised whole has none.
     turns = [(e.ids[:start].tolist(), e, start) for e in examples if (start := int(e.trained.argmax())) > 1]
     model, decoding = train_model.model, Decoding(max_new_tokens=SAMPLE_TOKENS)
-    model.set_attn_implementation("sdpa")
+    train_model.use_inference_attention()
     try:
         how: dict[str, Any] = {"stops": stops, "generate": train_model.generate}
         answers = [answer_batch(model, tokenizer, [ids], decoding, **how)[0].text for ids, _, _ in turns]

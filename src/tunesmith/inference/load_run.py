@@ -54,7 +54,7 @@ class RunLocation:
 
 @dataclass
 class LoadedModel:
-    """A model ready to answer: in eval mode, with sdpa attention, which takes padding masks."""
+    """A model ready to answer: in eval mode, with an attention that takes padding masks."""
 
     train_model: "TrainModel" = field(repr=False)  # the root of training, for losses; see `training_attention`
     tokenizer: "PreTrainedTokenizerBase" = field(repr=False)  # the saved one, with a padding token
@@ -87,12 +87,12 @@ class LoadedModel:
 
     @contextmanager
     def training_attention(self) -> "Iterator[TrainModel]":
-        """The root with the attention backend of training, for losses; sdpa again afterwards."""
+        """The root with the attention backend of training, for losses; that of inference again afterwards."""
         self.train_model.use_training_attention()
         try:
             yield self.train_model
         finally:
-            self.model.set_attn_implementation("sdpa")
+            self.train_model.use_inference_attention()
 
 
 def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
@@ -201,7 +201,7 @@ def load_run(
 
     Raises:
         UsageError, CheckpointError: as `locate_run`; the run deleted this checkpoint meanwhile.
-        ModelError: the base is missing, gated, damaged, or does not fit the adapter.
+        ModelError: the base is missing, gated, damaged, or does not fit the adapter; a file differs from its checksum.
         MachineError: there is no such device.
     """
     import torch
@@ -221,6 +221,10 @@ def load_run(
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     with undeleted(location):
         folder, adapter = location.folder, Adapter(kind="none")
+        if folder and location.kind == "base" and folder != Path(location.base.name):
+            state.check_sums(folder, reads=_is_read_beside_base)
+        elif folder:
+            state.check_sums(folder)
         if location.kind == "adapter" and folder:
             adapter = replace(read_adapter(folder), from_=str(folder))
         # Without a run's own recipe one is made up; it needs a source and an output_dir, and neither is read or written.
@@ -228,6 +232,8 @@ def load_run(
         model = replace(run.model, dtype=dtype or run.model.dtype)
         run = replace(run, model=model, adapter=adapter, train=replace(run.train, recompute="none", compile="off"))
         weights = folder if location.kind == "full" and folder else fetch(location.base)
+        if weights != folder:
+            state.check_sums(weights)  # a base may be a model that an earlier run wrote
         files = read_model_files(weights, run.model)
         saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
         if saved:
@@ -238,10 +244,16 @@ def load_run(
                 run = replace(run, model=replace(run.model, added_tokens=tuple(added)))
             files = replace(files, model=run.model, tokenizer=tokenizer)
         train_model, _ = build_model(run, files, inference_plan(run, files, torch.device(device or names[0])))
-        train_model.eval().model.set_attn_implementation("sdpa")
+        train_model.eval()
+        train_model.use_inference_attention()
         ends = eos_ids(saved or weights, files.tokenizer) | eos_ids(weights, files.tokenizer)
         template = _template(location, files.tokenizer, ends, saved)
         return LoadedModel(train_model, files.tokenizer, template, location, weights)
+
+
+def _is_read_beside_base(name: str) -> bool:
+    """Whether a file of a run's folder is read although the weights are those of the run's base."""
+    return not name.startswith("state/") and not name.endswith(".safetensors")
 
 
 @contextmanager

@@ -181,8 +181,7 @@ def _merge_and_check(location: RunLocation, folder: Path, dtype: Dtype, device: 
 
 def _reload(folder: Path) -> PreTrainedModel:
     """The written folder as any Transformers user loads it; every weight must come from the files, and all of them."""
-    options = {"dtype": "auto", "attn_implementation": "sdpa", "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     if wrong := {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}:
         what = "plain Transformers does not read the merged folder as it was written"

@@ -82,8 +82,13 @@ class TrainModel(nn.Module):
         self.use_training_attention()
 
     def use_training_attention(self) -> None:
-        """Set the attention of training; generation sets "sdpa" and calls this when it is done."""
+        """Set the attention of training; generation sets its own and calls this when it is done."""
         self.model.set_attn_implementation("eager" if self.attention_backend == "eager" else attention.register())
+
+    def use_inference_attention(self) -> None:
+        """Set the attention of generation, which takes padding masks: sdpa, and eager where scores are capped (Gemma 2), which
+        sdpa does not compute and Transformers refuses."""
+        self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -23,6 +23,7 @@ from tunesmith.build_model import EIGHT_BIT_PROBE_TOKENS, Weights, build_model, 
 from tunesmith.checkpoint.export import read_optimizer
 from tunesmith.checkpoint.resume import Progress, Start, check_unchanged, describe_resume
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
+from tunesmith.checkpoint.state import check_sums
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
@@ -146,6 +147,8 @@ def build(
         check_machine(run, device, say)
         check_inputs(run, start)
         folder = fetch.fetch(run.model, progress=say) if weights == "stored" else Path(run.model.name)
+        if weights == "stored" and ranks.local_rank == 0:
+            check_sums(folder, say=say)  # the base may be a model that an earlier run wrote
         files = read_model_files(folder, run.model)
         hashes = {"model_hash": weights_digest(folder) if weights == "stored" else None}
         data = read_data(run, start, files, hashes, say)
@@ -291,7 +294,9 @@ def check_inputs(run: Run, start: Start) -> None:
     if run.model.tokenizer is not None and Path(run.model.tokenizer).is_absolute():
         fetch.fetch_without_weights(run.model.tokenizer)
     if run.adapter.from_ is not None and start.found is None:
-        read_adapter(find_adapter(run.adapter.from_))
+        adapter = find_adapter(run.adapter.from_)
+        check_sums(adapter)
+        read_adapter(adapter)
 
 
 def check_disk(run: Run, trained: int, ranks: Ranks) -> None:

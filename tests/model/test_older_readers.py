@@ -1,0 +1,108 @@
+"""Written files have the keys that Transformers 4 reads, with the values that models on the Hub have there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from conftest import byte_tokenizer
+from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.older_readers import write_for_older_readers
+
+from .families import SMALL
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}  # fmt: skip
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+# A family and, where it is not null, its `rope_scaling` on the Hub.
+SCALED: dict[str, dict[str, Any]] = {"llama": LLAMA3, "qwen2": YARN, "gemma3_text": LINEAR, "phi3": LONGROPE}
+
+
+def as_5_saves(folder: Path, values: dict[str, Any]) -> Path:
+    """config.json as Transformers 5 saves a model whose file on the Hub has these values."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    AutoConfig.from_pretrained(folder).save_pretrained(folder)
+    return folder
+
+
+def read(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return values
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_the_older_keys_have_the_values_of_the_hub(family: str, scaled: bool, tmp_path: Path) -> None:
+    scaling = SCALED.get(family) if scaled else None
+    hub = {"model_type": family, **SMALL, "rope_theta": 123456.0, "torch_dtype": "bfloat16", "rope_scaling": scaling}
+    if family == "gemma3_text":
+        hub |= {"rope_local_base_freq": 20000.0, "sliding_window_pattern": 3}
+    if family == "phi3":
+        hub |= {"original_max_position_embeddings": 128, "partial_rotary_factor": 1.0}
+    folder = as_5_saves(tmp_path / "model", hub)
+    config = AutoConfig.from_pretrained(folder).to_dict()
+    assert hub.keys() - read(folder).keys() >= {"rope_theta", "rope_scaling", "torch_dtype"}, "what 5 leaves out"
+
+    write_for_older_readers(folder)
+    written = read(folder)
+    for key in hub.keys() - {"rope_scaling"}:
+        assert written[key] == hub[key], key
+    if family == "phi3" or scaling is None:
+        assert written["rope_scaling"] == scaling, "Phi-3 takes exactly three keys"
+    else:
+        kind = scaling.get("rope_type", scaling.get("type"))
+        assert written["rope_scaling"] == scaling | {"rope_type": kind, "type": kind}
+
+    again = AutoConfig.from_pretrained(folder).to_dict()
+    for mapping in (config, again):
+        rope = mapping["rope_parameters"]
+        for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+            part.pop("type", None)
+    assert again == config, "Transformers 5 reads the same model as before"
+    before = (folder / "config.json").read_bytes()
+    write_for_older_readers(folder)
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_model_that_is_in_no_table_keeps_its_keys(tmp_path: Path) -> None:
+    values = {"model_type": "other", "rope_parameters": {"rope_theta": 5.0}, "rope_theta": 7.0}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    write_for_older_readers(tmp_path)
+    assert read(tmp_path) == values
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "5"])
+def test_a_broken_config_is_left_to_its_reader(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    write_for_older_readers(tmp_path)
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_tokenizer_names_a_class_that_transformers_4_has(tmp_path: Path) -> None:
+    """4.57 knows neither TokenizersBackend nor a list of extra_special_tokens (it calls .keys() of it)."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    original = AutoTokenizer.from_pretrained(tmp_path)
+    values = json.loads(file.read_text())
+    assert (values["tokenizer_class"], type(values["extra_special_tokens"])) == ("TokenizersBackend", list)
+
+    write_for_older_readers(tmp_path)
+    written = json.loads(file.read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in written
+    assert written["additional_special_tokens"] == values["extra_special_tokens"]
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "<|im_start|>user\nfjord<|im_end|>"
+    assert loaded(text).input_ids == original(text).input_ids
+    assert set(loaded.all_special_tokens) == set(original.all_special_tokens)
