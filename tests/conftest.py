@@ -33,7 +33,7 @@ adapter/test_joined.py bench/test_count_kernels.py bench/test_measure.py bench/t
 checkpoint/test_periodic.py checkpoint/test_sharded.py cli/test_selfcheck.py cli/test_bad_hub.py cli/test_bad_inputs.py cli/test_bad_runs.py cli/test_bad_streams.py
 cli/test_bench.py cli/test_broken_builds.py cli/test_campaign.py cli/test_damaged_runs.py cli/test_failed_runs.py cli/test_foreign_folders.py cli/test_log_file.py
 cli/test_playbook.py cli/test_readme.py cli/test_serving.py data/test_workers.py hub/test_fetch_verb.py launch/test_swarm_pair.py
-hub/test_hub.py hub/test_own_data.py hub/test_push.py inference/test_evaluate.py inference/test_load_run.py
+hub/test_hub.py hub/test_own_data.py hub/test_push.py inference/test_checksums.py inference/test_evaluate.py inference/test_load_run.py
 inference/test_merge.py launch/test_nix.py model/test_weights.py optim/test_weight_gradients.py parallel/test_data_parallel.py
 parallel/test_adapter_on_ranks.py parallel/test_disks.py parallel/test_eight_bit_ranks.py parallel/test_offload.py parallel/test_few_examples.py parallel/test_host_memory.py parallel/test_heartbeat.py parallel/test_resume_on_ranks.py parallel/test_tensor.py parity/test_batches.py
 parity/test_curves.py parity/test_optimizers.py quant/test_eight_bit_base.py quant/test_one_pass.py

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from ranks import run_ranks
 from recipes import built_model, make_run
-from tunesmith.checkpoint.export import write_checkpoint, write_model_files
+from tunesmith.checkpoint.export import tokenizer_files, write_checkpoint, write_model_files
 from tunesmith.checkpoint.resume import Progress
+from tunesmith.data.template import select_template
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.save_tensors import PIECE, save_tensors
@@ -61,6 +62,30 @@ def test_a_tied_model_is_written_under_the_name_of_its_embedding(stored, tiny: P
         assert torch.allclose(loaded(ids).logits, expected, atol=1e-5)
         tuned = get_peft_model(loaded, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
         assert torch.allclose(tuned.eval()(ids).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["Hub", "Transformers 5"])
+def test_a_full_run_writes_the_keys_that_older_readers_need(form: str, tiny: Path, tmp_path: Path) -> None:
+    """Without `rope_theta` at the top Transformers 4.57 takes 10000."""
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    rope = config.pop("rope_parameters") | {"rope_theta": 100000.0}
+    config |= {"rope_theta": 100000.0, "rope_scaling": None} if form == "Hub" else {"rope_parameters": rope}
+    (base / "config.json").write_text(json.dumps(config))
+    run, written = make_run(base, tmp_path, adapter={"kind": "none"}), tmp_path / "written"
+    written.mkdir()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    model = built_model(run, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    files = tokenizer_files(tokenizer, select_template(run.data, tokenizer, {tokenizer.eos_token_id}), scratch)
+    write_model_files(written, run, model, files)
+    values = json.loads((written / "config.json").read_text())
+    assert (values["rope_theta"], values["rope_scaling"], values["torch_dtype"]) == (100000.0, None, "float32")
+    assert values["rope_parameters"]["rope_theta"] == 100000.0
+    assert AutoConfig.from_pretrained(written).rope_parameters == model.model.config.rope_parameters
+    settings = json.loads((written / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_a_file_is_the_one_that_the_library_writes(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
+from transformers import AutoConfig
 
 from ranks import run_ranks
 from recipes import make_run
@@ -51,6 +52,12 @@ def start(model: Path, folder: Path, fault: str = "", copy: bool = True) -> dict
     finally:
         FileSystemWriter.write_data = write  # type: ignore[method-assign]
     return {"first": result.first_step, "losses": [record.loss for record in result.records]}
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
 
 
 def whole(run_dir: Path) -> list[int]:
@@ -96,3 +103,14 @@ def test_one_process_opens_and_exports_what_two_ranks_wrote(tiny, tmp_path, caps
     assert all(torch.equal(value, state_of[name]) for name, value in opened.model.state_dict().items())
     assert main(["export", str(tmp_path / "run" / "final"), "--output", str(tmp_path / "no")]) == 2
     assert "needs no export" in capsys.readouterr().err
+
+    AutoConfig.from_pretrained(saved).save_pretrained(saved)  # as an earlier version wrote it: the new keys alone
+    assert "rope_theta" not in json.loads((saved / "config.json").read_text())
+    state.write_manifest(saved, 6, state.flush_files(saved))
+    assert main(["export", str(saved), "--output", str(tmp_path / "older")]) == 0
+    assert json.loads((tmp_path / "older" / "config.json").read_text())["rope_theta"] == 10000.0
+    part = next((saved / "state").glob("*.distcp"))
+    flip(part)
+    assert main(["export", str(saved), "--output", str(tmp_path / "no")]) == 2
+    assert f"contents of state/{part.name} do not match" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from runs import make_run, peft_model
 from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, TunesmithError, UsageError
@@ -61,6 +61,35 @@ def test_the_folder_stands_alone(run: Path, tiny: Path, tmp_path: Path) -> None:
     ids = tokenizer("hello", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
     assert load_run(tmp_path / "out", device="cpu").location.kind == "base"
+
+
+def test_the_keys_that_older_readers_need(tiny: Path, tmp_path: Path) -> None:
+    """Without `rope_theta` at the top Transformers 4.57 takes 10000; it has no class TokenizersBackend."""
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    del config["rope_parameters"]
+    (base / "config.json").write_text(json.dumps(config | {"rope_theta": 100000.0}))
+    make_run(tmp_path / "run", base, peft_model(base))
+    merge(tmp_path / "run", tmp_path / "out", device="cpu")
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (values["rope_theta"], values["rope_scaling"], values["torch_dtype"]) == (100000.0, None, "float32")
+    assert values["rope_parameters"]["rope_theta"] == 100000.0
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gemma_2_whose_attention_scores_are_capped(dtype: Any, tiny: Path, tmp_path: Path) -> None:
+    """sdpa computes no softcap: Transformers refuses it for this family, which answers and merges with eager attention."""
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    sizes = json.loads((base / "config.json").read_text())
+    values = {name: sizes[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "query_pre_attn_scalar": 16}
+    ids = {name: sizes[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Gemma2Config(**values, **heads, **ids)).save_pretrained(base)
+    make_run(tmp_path / "run", base, peft_model(base))
+    assert merge(tmp_path / "run", tmp_path / "out", dtype=dtype, device="cpu").merge_check.passed
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -45,7 +45,10 @@ def run(args: argparse.Namespace) -> None:
         files: dict[str, Path | bytes] = {}
         kept = (n for n in paths if not n.startswith(("state/", ".")) and "/." not in n and n != MANIFEST)
         files |= {n: paths[n] for n in kept}
-        for config in {CONFIG, TOKENIZER_CONFIG} & files.keys():  # of an earlier version, which wrote the new keys alone
+        for config in {
+            CONFIG,
+            TOKENIZER_CONFIG,
+        } & files.keys():  # of an earlier version, which wrote the new keys alone
             files[config] = for_older_readers(config, paths[config].read_bytes())
         if CARD not in files and location.kind != "base":
             files[CARD] = model_card(location.base, location.run, folder.parent).encode()
