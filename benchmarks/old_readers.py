@@ -99,7 +99,7 @@ def write_base(folder: Path, name: str, *, saved_by_5: bool) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    values = {"model_type": name.split()[0], **SIZES, **ids, **FAMILIES[name]}
+    values = {"model_type": name.split(maxsplit=1)[0], **SIZES, **ids, **FAMILIES[name]}
     (folder / "config.json").write_text(json.dumps(values, indent=2))
     config = AutoConfig.from_pretrained(folder)
     torch.manual_seed(7)

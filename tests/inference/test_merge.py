@@ -327,21 +327,21 @@ def _lost_base(run: Path) -> tuple[Path, Path]:
 
 
 def _other_rank(run: Path) -> tuple[Path, Path]:
-    shutil.copytree(run / "final", run.parent / "ad")
+    shutil.copytree(run / "final", run.parent / "ad", ignore=shutil.ignore_patterns("manifest.json"))
     file = run.parent / "ad" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 5}))
     return run.parent / "ad", run.parent / "out"
 
 
 def _dora(run: Path) -> tuple[Path, Path]:
-    shutil.copytree(run / "final", run.parent / "ad")
+    shutil.copytree(run / "final", run.parent / "ad", ignore=shutil.ignore_patterns("manifest.json"))
     file = run.parent / "ad" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
     return run.parent / "ad", run.parent / "out"
 
 
 def _cut_weights(run: Path) -> tuple[Path, Path]:
-    shutil.copytree(run / "final", run.parent / "ad")
+    shutil.copytree(run / "final", run.parent / "ad", ignore=shutil.ignore_patterns("manifest.json"))
     file = run.parent / "ad" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     return run.parent / "ad", run.parent / "out"
