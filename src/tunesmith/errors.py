@@ -19,7 +19,7 @@ Every error says what is wrong, where (file:line, key or step), why, and the com
 
 import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -171,6 +171,55 @@ def first_line(error: BaseException) -> str:
     """The first line of another library's error without secrets, or the error's type if it has no message."""
     lines = str(error).strip().splitlines()
     return mask(lines[0]) if lines else type(error).__name__
+
+
+_WORD_OF_A_NAME = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_SECRET_WORDS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey", "auth"}
+_SECRET_KEYS = {
+    "api",
+    "access",
+    "secret",
+    "private",
+    "auth",
+    "account",
+    "signing",
+    "encryption",
+    "license",
+}  # before `key`
+# `pad_token` and the like are words of a tokenizer.
+_PLAIN_TOKENS = {
+    "pad", "eos", "bos", "unk", "sep", "cls", "mask", "image", "video", "audio", "start", "begin", "end", "stop", "special",
+    "eot", "eom", "user", "assistant", "system", "think", "next", "first", "last", "per", "each", "non", "new",
+}  # fmt: skip
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether the name of a key or of a variable says that its value is a secret: HF_TOKEN, wandb_api_key, hubToken."""
+    words = [word.lower() for word in _WORD_OF_A_NAME.findall(name)]
+    for before, word in zip(["", *words], words, strict=False):
+        if word in _SECRET_WORDS:
+            return True
+        if word == "key" and (before in _SECRET_KEYS or name.isupper()):
+            return True
+        if word.endswith("token") and before not in _PLAIN_TOKENS:
+            return True
+    return False
+
+
+def mask_words(words: Iterable[str]) -> list[str]:
+    """The words of a command; the values of flags and variables with the name of a secret are replaced by ***."""
+    masked, after_secret_flag = list[str](), False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_flag = name.startswith("-")
+        if equals and is_secret_name(name.rpartition(".")[2]):
+            masked.append(f"{name}=***")
+        elif after_secret_flag and not is_flag:
+            masked.append("***")
+        else:
+            masked.append(mask(word))
+        after_secret_flag = is_flag and not equals and is_secret_name(name)
+    return masked
 
 
 _TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[\w-]{8,}|gh[opsu]_[A-Za-z0-9]{8,}|github_pat_\w{8,})\b")

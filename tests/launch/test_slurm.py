@@ -335,3 +335,26 @@ def test_a_stop_that_came_before_the_start_is_kept(run: Run, tmp_path: Path) -> 
     assert done.returncode == 75, done.stderr
     assert "tunesmith stop came before the start" in done.stdout
     assert not (tmp_path / "launch/stop-7_3").exists()
+
+
+SENT = {
+    "NCCL_IB_PKEY": "1", "NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0", "UCX_TLS": "rc", "TUNESMITH_DEBUG": "1",
+    "TUNESMITH_HEARTBEAT_SECONDS": "300", "TUNESMITH_CACHE": "/shared/cache",
+}  # fmt: skip
+NOT_SENT = {
+    "TUNESMITH_HUB_PASSWORD": "canary", "TUNESMITH_ANYTHING": "canary", "TUNESMITH_RESTART": "canary", "NCCL_AUTH_TOKEN": "canary",
+    "UCX_SECRET": "canary", "GLOO_API_KEY": "canary", "NCCL_NOTE": "hf_CANARY0123456789",
+}  # fmt: skip
+
+
+def test_a_script_has_named_variables_and_no_secret(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (SENT | NOT_SENT).items():
+        monkeypatch.setenv(name, value)
+    script = slurm.render_script(run, slurm.Request(Site(gpus_per_node="1")))
+    exported = dict(
+        line.removeprefix("export ").split("=")
+        for line in script.splitlines()
+        if line.startswith("export NCCL") or re.match(r"export (GLOO|UCX|TUNESMITH)", line)
+    )
+    assert exported == SENT
+    assert "canary" not in script.lower()

@@ -15,13 +15,15 @@ import shlex
 import sys
 from pathlib import Path
 
+from tunesmith.cli.options import whole_number
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import checked, load_recipe
 from tunesmith.config.shipped import schema_line, shipped
 from tunesmith.convert.foreign import TOOLS, read_command, read_foreign
 from tunesmith.convert.tools import translate
-from tunesmith.errors import UsageError, mask
+from tunesmith.errors import UsageError, mask_words
 from tunesmith.host_files import from_here, write_atomically
+from tunesmith.shell import shell_path
 
 TAKES_COMMAND = True  # words after `--` are not ours to parse
 
@@ -29,7 +31,9 @@ TAKES_COMMAND = True  # words after `--` are not ours to parse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="FILE [key=value ...] | -- COMMAND", help="what to import")
     parser.add_argument("--from", dest="tool", choices=TOOLS, help="the tool it is for; told by its keys if left out")
-    parser.add_argument("--world", type=int, metavar="N", help="how many processes (GPUs) trained, on all nodes")
+    parser.add_argument(
+        "--world", type=whole_number, metavar="N", help="how many processes (GPUs) trained, on all nodes"
+    )
     parser.add_argument("--extends", metavar="RECIPE", help="a recipe, shipped or a file, that the new one changes")
     parser.add_argument("--output", type=Path, metavar="RECIPE", help="the file to write; NAME-recipe.yaml if left out")
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
@@ -56,11 +60,11 @@ def run(args: argparse.Namespace) -> None:
         load_recipe(extends, {key: value for key, value in tree.plain().items() if key != "extends"})
     else:
         checked(tree)
-    head = f"{schema_line()}\n# from {source.tool}: {mask(json.dumps(shlex.join([*args.words, *args.command])))}"
+    head = f"{schema_line()}\n# from {source.tool}: {json.dumps(shlex.join(mask_words([*args.words, *args.command])))}"
     write_atomically(path, draft.text(tree, head, path.resolve().parent))
     print(f"{path}: {len(draft.values)} values from {source.tool}")
     for differs, title in ((True, "differs:"), (False, "needs nothing in the recipe:")):
         rows = [f"  {r.key}: {r.value}  ({r.origin})\n      {r.why}" for r in draft.remarks if r.differs is differs]
         print("\n".join(["", title, *(rows or ["  nothing"])]))
-    here = from_here(path)
+    here = shell_path(from_here(path))
     print(f"\nsee what it learns from: tunesmith data {here}; then: tunesmith train {here}", file=sys.stderr)

@@ -1,12 +1,15 @@
 """What the tools have in common, under Transformers' names: rows, batch, schedule, precision, adapter, intervals."""
 
+import json
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from tunesmith.convert.draft import Draft
-from tunesmith.convert.foreign import table
-from tunesmith.errors import UsageError
+from tunesmith.convert.foreign import Given, table
+from tunesmith.errors import UsageError, first_line
+from tunesmith.shell import shell_word
 
 PEFT_TARGETS = ["q_proj", "v_proj"]  # what PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named
 NAME_ROWS = "give rows beside the file: data.train.source=rows.jsonl data.train.format=messages"
@@ -22,7 +25,11 @@ def translate_training(draft: Draft, world: int | None) -> None:
         draft.put("data.train_on", on, "train_on_inputs", "mask_history")
     betas = ("adam_beta1", "adam_beta2")
     if any(map(draft.given, betas)):
-        draft.put("train.betas", [draft.number(betas[0]) or 0.9, draft.number(betas[1]) or 0.999], *betas)
+        values = [0.9, 0.999]
+        for place, name in enumerate(betas):
+            if draft.given(name):
+                values[place] = draft.number(name)
+        draft.put("train.betas", values, *betas)
     for part in (apply_rules, _lengths, _schedule, _intervals):
         part(draft)
     _batch(draft, world)
@@ -33,7 +40,7 @@ def apply_rules(draft: Draft) -> None:
     for name, part, ours, value, why in [*table("common")["rules"], *draft.table.get("rules", [])]:
         if draft.get(name) is not None and str(part).lower() in str(draft.get(name)).lower():
             if ours:
-                both = [*draft.values.get(ours, []), *value] if isinstance(value, list) else value
+                both = list(dict.fromkeys([*draft.values.get(ours, []), *value])) if isinstance(value, list) else value
                 draft.put(ours, both, name, why=why)
             else:
                 draft.remark(name, why)
@@ -54,6 +61,8 @@ def put_rows(draft: Draft, part: str, prefix: str) -> None:
     """`data.train` or `data.validation` from the data set, or the list of them, at their key `prefix`."""
     known, rows, told = draft.table["rows"], list[dict[str, Any]](), [prefix]
     entries = {m[0] for key in draft.source.given if (m := re.match(rf"{prefix}(\.[0-9]+)?(?=\.)", key))}
+    if not entries and draft.given(prefix):
+        _refuse_bare_paths(draft, part, prefix)
     for one in sorted(entries, key=lambda name: (len(name), name)):
         if part == "train" and "data.train.source" in draft.overrides:
             for key in draft.source.given:
@@ -80,6 +89,48 @@ def put_rows(draft: Draft, part: str, prefix: str) -> None:
         told += [f"{one}.{key}" for key in looked_at]
     if rows:
         draft.put(f"data.{part}", rows[0] if len(rows) == 1 else rows, *told, *known["told"])
+
+
+def _refuse_bare_paths(draft: Draft, part: str, prefix: str) -> None:
+    """UsageError where a path stands in place of a data set, unless the command line names the rows."""
+    source = f"data.{part}.source"
+    if source in draft.overrides:
+        draft.remark(prefix, f"{source} is given in its place", differs=False)
+        return
+    path = draft.listed(prefix)[0]
+    fix = f"say how they are written: {shell_word(f'{source}={path}')} data.{part}.format=messages (or alpaca, ...)"
+    raise draft.refusal(prefix, "a path alone does not say how the rows are written", fix)
+
+
+def read_deepspeed(draft: Draft) -> None:
+    """Take the keys of DeepSpeed's own JSON file beside those of the configuration that names it."""
+    file = draft.find("deepspeed_file")
+    if file is None or not isinstance(file.value, str) or not file.value:
+        return
+    path = draft.source.nearby(file.value)
+    if path is None:
+        why = "this file is not here: if it offloads to the CPU, give train.cpu_offload=[parameters]"
+        if draft.source.tool == "accelerate":
+            why += "; if it accumulates gradients, give train.global_batch"
+        draft.remark("deepspeed_file", why)
+        return
+    try:
+        values = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        what = f"{file.key}: {path.name} is not a JSON file of DeepSpeed"
+        fix = "correct it, or take the key out"
+        raise UsageError(what, where=str(path), why=first_line(error), fix=fix) from None
+    for key, value in _json_leaves(values, file.key):
+        draft.source.given[key] = Given(key, value, path.name)
+
+
+def _json_leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Every value of a JSON object but objects, by its dotted key below `key`."""
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, inside in value.items():
+        yield from _json_leaves(inside, f"{key}.{name}")
 
 
 def _lengths(draft: Draft) -> None:
@@ -120,11 +171,11 @@ def _batch(draft: Draft, world: int | None) -> None:
     if "train.global_batch" in draft.overrides:
         return
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    rows = math.prod(draft.number(name) or 1 for name in names)
-    tensor = draft.number("tensor") or 1
-    counted = world or draft.number("num_processes") or draft.number("nproc_per_node") * (draft.number("nnodes") or 1)
+    rows = math.prod(draft.count(name) for name in names)
+    tensor = draft.count("tensor")
+    counted = world or draft.number("num_processes") or draft.number("nproc_per_node") * draft.count("nnodes")
     if draft.given("shard") and draft.number("shard") > 0:
-        counted = draft.number("shard") * (draft.number("replicate") or 1) * tensor
+        counted = draft.number("shard") * draft.count("replicate") * tensor
     if counted < 1 or counted % tensor:
         why = f"a process takes {rows} rows a step" + f", {tensor} processes the same ones" * (tensor > 1)
         fix = f"say how many processes (GPUs) trained in all: --world {8 * tensor}"
@@ -141,7 +192,18 @@ def _intervals(draft: Draft) -> None:
     for which, ours, silent in (("save", "checkpoint.every", "epoch"), ("eval", "validate.every", "no")):
         names = (f"{which}s_per_epoch", f"{which}_strategy", f"{which}_steps")
         often, steps = draft.number(names[0]), draft.number(names[2])
-        strategy, steps = str(draft.get(names[1]) or ("steps" if steps else silent)), steps or 500
-        every = {"epoch": "1 epochs", "steps": f"{steps:g} steps" if steps >= 1 else f"{steps * 100:g} %"}.get(strategy)
+        strategy = str(draft.get(names[1]) or ("steps" if steps else silent))
+        if not steps and which == "eval":  # as Transformers does; with save_steps: 0 it never saves
+            steps = draft.number("logging_steps")
+        if not steps and not draft.given(names[2]):
+            steps = 500
+        every = {"epoch": "1 epochs", "steps": _interval(steps)}.get(strategy)
         if which == "save" or held_out:  # without held-out rows the table tells the keys
             draft.put(ours, f"{1 / often:g} epochs" if often else every, *names)
+
+
+def _interval(steps: float) -> str | None:
+    """So many steps, or below 1 that share of the run; None for 0: never."""
+    if not steps:
+        return None
+    return f"{steps:g} steps" if steps >= 1 else f"{steps * 100:g} %"

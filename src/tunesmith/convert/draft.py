@@ -1,7 +1,6 @@
 """A recipe on its way: values under our keys, where each came from, and what is not carried and why."""
 
 import json
-import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,12 +12,11 @@ from tunesmith.config.paths import resolve_paths
 from tunesmith.config.tree import Node, scalar, wrap
 from tunesmith.config.typed import literal_words, members
 from tunesmith.convert.foreign import Foreign, Given, table
-from tunesmith.errors import UsageError, mask
+from tunesmith.errors import UsageError, is_secret_name, mask, mask_words
 from tunesmith.units import Length
 
 _UNSET: tuple[Any, ...] = (None, "", [], {})
 _OFF = (*_UNSET, False, "no", "none", "false")
-_SECRET = re.compile(r"(hub|auth|access)_token$|api_key|secret|password", re.IGNORECASE)
 
 
 class Remark(NamedTuple):
@@ -64,6 +62,15 @@ class Draft:
         if isinstance(value, bool | str | list) or not abs(value or 0) < 1e15:
             raise self.refusal(name, "a number is expected", "write a number there")
         return value or 0
+
+    def count(self, name: str) -> int:
+        """A value that must be a whole number of at least 1; 1 where there is none."""
+        if self.get(name) is None:
+            return 1
+        number = self.number(name)
+        if number < 1 or number != int(number):
+            raise self.refusal(name, "a whole number of at least 1 is expected", "write such a number there")
+        return int(number)
 
     def listed(self, name: str) -> list[str]:
         """A value that is a list of names, or text with commas between them."""
@@ -148,5 +155,11 @@ def _our_key(name: str) -> str:
 
 
 def _shown(one: Given) -> str:
-    """A value on one line, in ASCII; nothing of a token."""
-    return '"***"' if _SECRET.search(one.key) and one.value else mask(json.dumps(one.value))
+    """A value on one line, in ASCII; nothing of a secret."""
+    if one.value and not isinstance(one.value, bool) and any(map(is_secret_name, one.key.split("."))):
+        return '"***"'
+    if isinstance(one.value, str):
+        return json.dumps(mask_words([one.value])[0])
+    if isinstance(one.value, list) and all(isinstance(item, str) for item in one.value):
+        return json.dumps(mask_words(one.value))
+    return mask(json.dumps(one.value))

@@ -34,6 +34,14 @@ class Foreign:
     given: dict[str, Given]
     base: Path
 
+    def nearby(self, file: str | Path) -> Path | None:
+        """A file that the configuration names: from its folder, three folders above it, or the working directory."""
+        base = self.base.resolve()
+        for folder in (base, *base.parents[:3], Path.cwd()):
+            if (folder / file).is_file():
+                return folder / file
+        return None
+
 
 @cache
 def table(tool: str) -> dict[str, Any]:

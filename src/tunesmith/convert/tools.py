@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.names import other_tools
-from tunesmith.convert.common import NAME_ROWS, PEFT_TARGETS, apply_rules, put_adapter, put_rows, translate_training
+from tunesmith.convert.common import (
+    NAME_ROWS,
+    PEFT_TARGETS,
+    apply_rules,
+    put_adapter,
+    put_rows,
+    read_deepspeed,
+    translate_training,
+)
 from tunesmith.convert.draft import Draft
 from tunesmith.convert.foreign import Foreign, Given
 from tunesmith.errors import UsageError
+from tunesmith.shell import shell_path
 
 
 def translate(source: Foreign, overrides: Mapping[str, Any], world: int | None, extends: str | None) -> Draft:
@@ -21,6 +30,7 @@ def translate(source: Foreign, overrides: Mapping[str, Any], world: int | None, 
     draft = Draft(source, overrides)
     if extends:
         draft.put("extends", extends)
+    read_deepspeed(draft)
     _TOOLS[source.tool](draft)
     if source.tool != "accelerate":
         translate_training(draft, world)
@@ -94,7 +104,7 @@ def _read_dataset_info(draft: Draft, key: str) -> None:
     The file is looked for from the configuration's folder, those above it, and the working directory.
     """
     inside, base = Path(str(draft.get("dataset_dir")), "dataset_info.json"), draft.source.base.resolve()
-    path = next((f / inside for f in (base, *base.parents[:3], Path.cwd()) if (f / inside).is_file()), None)
+    path = draft.source.nearby(inside)
     if path is None and "data.train.source" in draft.overrides:
         draft.remark(key, "data.train.source is given in its place", differs=False)
         return
@@ -136,17 +146,23 @@ def _trl(draft: Draft) -> None:
 
 def _accelerate(draft: Draft) -> None:
     if "extends" not in draft.values:
-        fix = f"name the recipe that it changes: tunesmith import {draft.source.name} --extends my-recipe.yaml"
+        fix = f"name the recipe that it changes: tunesmith import {shell_path(draft.source.name)} --extends my-recipe.yaml"
         raise UsageError("an accelerate config names no model and no data", where=draft.source.name, fix=fix)
-    draft.carry("max_grad_norm")
+    if draft.get("max_grad_norm") != "auto":
+        draft.carry("max_grad_norm")
     apply_rules(draft)
     kind, ranks, strategy = draft.get("kind"), draft.number("num_processes"), str(draft.get("fsdp_strategy"))
-    shards = kind == "FSDP" or (kind == "DEEPSPEED" and draft.get("deepspeed_config.zero_stage"))
+    shards = kind == "FSDP" or (kind == "DEEPSPEED" and draft.get("zero_stage"))
     nodes = draft.number("num_machines") if strategy.startswith("HYBRID") else 1
     copies = ranks if strategy == "NO_SHARD" or not shards else nodes
-    names = ("num_processes", "num_machines", "kind", "fsdp_strategy", "deepspeed_config.zero_stage")
+    names = ("num_processes", "num_machines", "kind", "fsdp_strategy", "zero_stage")
     for key, count in {"replicate": copies, "shard": ranks // copies}.items() if ranks > 1 else ():
         draft.put(f"parallel.{key}", count, *names)
+    if draft.get("gradient_accumulation_steps") not in (None, "auto") and "train.global_batch" not in draft.overrides:
+        steps = draft.count("gradient_accumulation_steps")
+        if steps > 1:
+            why = f"a step learns from {steps} forward passes of each process there; give all their rows: "
+            draft.remark("gradient_accumulation_steps", f"{why}train.global_batch='64 examples'")
 
 
 _TOOLS: dict[str, Callable[[Draft], None]] = {

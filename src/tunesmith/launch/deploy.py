@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.config.schema import Run
-from tunesmith.errors import MachineError, TunesmithError, UsageError
+from tunesmith.errors import MachineError, TunesmithError, UsageError, is_secret_name
 from tunesmith.launch.inputs import caches, find_secrets, hub_sources, recipe_inputs
 from tunesmith.launch.jobs import name_of_run, save_job, state_folder, write_recipe
 from tunesmith.launch.rendezvous import Endpoint, family_of, route_to
@@ -117,7 +117,9 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int, say: Callab
             raise MachineError(what, where="docker node inspect", why=why, fix=fix)
         for name in [name for links in found["rdma"].values() for name, mtu in links.items() if mtu != "9000"]:
             say(f"warning: {name} on {found['host']} has not MTU 9000, and is slow: ip link set {name} mtu 9000")
-    passed = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
+    passed = {
+        name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name) and not is_secret_name(name)
+    }
     if devices := sorted({device for found in looks for device in found["rdma"]}):
         passed.setdefault("NCCL_IB_HCA", "=" + ",".join(devices))  # exact names; a port of a Spark has two of them
     address = route_to(nodes[1].address) if nodes[1:] else "127.0.0.1"

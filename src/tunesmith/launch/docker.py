@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.config.schema import Run
-from tunesmith.errors import EXIT_FAILED, MachineError, UsageError, mask
+from tunesmith.errors import EXIT_FAILED, MachineError, UsageError, is_secret_name, mask
 from tunesmith.launch.inputs import SECRETS, caches, find_secrets, recipe_inputs
 from tunesmith.launch.jobs import Job, State, agent_words, name_of_run, recipe_file, safe_value, save_job, write_recipe
+from tunesmith.shell import shell_word
 from tunesmith.signals import NAMES
 
 GPU = Path("/dev/nvidiactl")
@@ -27,7 +28,6 @@ GPU = Path("/dev/nvidiactl")
 PASSED = re.compile(
     r"HF_HUB_OFFLINE|HF_ENDPOINT|(HTTPS?|NO)_PROXY|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS|(NCCL|WANDB)_\w+", re.I
 )
-SECRET = re.compile(r"KEY|TOKEN|PASSW|SECRET|CREDENTIAL", re.I)
 # /dev/shm is a bound, not an allocation: NCCL's buffers between ranks. `docker stop` waits until a large model is saved.
 LIMITS = ("--shm-size=16g", "--ulimit=memlock=-1", "--ulimit=stack=67108864", "--stop-timeout=3600")
 TOOLKIT = "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
@@ -135,7 +135,7 @@ def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = Fal
     words += [f"--mount={mount.text()}" for mount in mounts]
     paths = {**caches(), "HF_TOKEN_PATH": Path(SECRETS, "HF_TOKEN")}
     words += [f"--env={name}={path}" for name, path in paths.items()]
-    named = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name) and not SECRET.search(name)}
+    named = {name: value for name, value in os.environ.items() if PASSED.fullmatch(name) and not is_secret_name(name)}
     words += [f"--env={name}" for name, value in sorted(named.items()) if mask(value) == value]
     words += [image, "python", *agent_words(recipe_file(job.run_dir), debug=debug, ranks="auto")]
     return [safe_value(word, word.partition("=")[0]) for word in words]
@@ -162,10 +162,10 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
     job, mounts = docker_job(run), find_mounts(run)
     create_words(job, image, mounts)
     if (before := job.container()) is not None and before.phase == "running":
-        fix = f"tunesmith stop {job.name}, or another one: output_dir=runs/my-run"
+        fix = f"tunesmith stop {shell_word(job.name)}, or another one: output_dir=runs/my-run"
         raise UsageError("a container trains in this run directory already", where=job.name, fix=fix)
     if _docker("image", "inspect", image, check=False).returncode:
-        fix = f"in a clone: docker build -f docker/Dockerfile -t {image} . (see docs/docker.md)"
+        fix = f"in a clone: docker build -f docker/Dockerfile -t {shell_word(image)} . (see docs/docker.md)"
         raise MachineError(f"there is no image {image} on this machine", where="docker image inspect", fix=fix)
     write_recipe(run)
     for mount in mounts:

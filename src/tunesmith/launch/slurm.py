@@ -18,21 +18,22 @@ from pathlib import Path
 
 from tunesmith import __version__
 from tunesmith.config.schema import Run
-from tunesmith.errors import MachineError, UsageError, mask
+from tunesmith.errors import MachineError, UsageError, is_secret_name, mask
 from tunesmith.host_files import write_atomically
 from tunesmith.launch.inputs import hub_sources, recipe_inputs
 from tunesmith.launch.jobs import FOLDER, Job, State, all_jobs, last_step, safe_value, save_job, write_recipe
 from tunesmith.launch.sites import DIRECTIVES, Site
 from tunesmith.run_directory import STOP_FILE
+from tunesmith.shell import shell_word
 
 SCRIPT, LOG = "slurm.sh", "slurm"  # names in the folder `launch` of the run directory
 WARNING = 300  # seconds before the time limit at which the run is asked to save, at most
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
-# Variables of the submitting shell that the job gets; none of them holds a secret.
+# Variables of the submitting shell that the job gets, but for those with the name or the form of a secret.
 EXPORTED = re.compile(
     r"PATH|LD_LIBRARY_PATH|PYTHONPATH|XDG_CACHE_HOME|HF_(HOME|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|TOKEN_PATH|ENDPOINT)"
-    r"|WANDB_(PROJECT|ENTITY|MODE|BASE_URL|NAME)|(NCCL|GLOO|UCX|TUNESMITH)_[A-Z0-9_]+"
+    r"|WANDB_(PROJECT|ENTITY|MODE|BASE_URL|NAME)|TUNESMITH_(CACHE|DEBUG|HEARTBEAT_SECONDS)|(NCCL|GLOO|UCX)_[A-Z0-9_]+"
 )
 
 # The same for every job: the values are above it in the script.
@@ -153,7 +154,7 @@ class SlurmJob(Job):
         # To a running job's steps alone: the script waits for them.
         code, _, why = _slurm("scancel", *["--signal=TERM"] * (state.phase == "running"), id_)
         if code:
-            raise MachineError("scancel failed", where=id_, why=why, fix=f"scancel {id_}")
+            raise MachineError("scancel failed", where=id_, why=why, fix=f"scancel {shell_word(id_)}")
         return "asked to save and end" if state.phase == "running" else "taken out of the queue"
 
 
@@ -190,8 +191,12 @@ def render_script(run: Run, request: Request) -> str:
         "debug": "(--debug)" if request.debug else "()",
         "container": f"({' '.join(_container_words(run, site))})",
     }  # fmt: skip
-    shown = [key for key in os.environ if EXPORTED.fullmatch(key) and not (site.container and "PATH" in key)]
-    environment = {key: os.environ[key] for key in shown if mask(os.environ[key]) == os.environ[key]}
+    environment = {}
+    for key, value in os.environ.items():
+        is_of_this_system = site.container and "PATH" in key
+        is_secret = is_secret_name(key) or mask(value) != value
+        if EXPORTED.fullmatch(key) and not is_of_this_system and not is_secret:
+            environment[key] = value
     if site.container:  # its home is another
         environment["HF_HOME"] = hub_home()
     exports = (environment | site.environment).items()

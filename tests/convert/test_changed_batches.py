@@ -1,0 +1,211 @@
+"""Keys of other tools that change what a step learns from: carried, or named under `differs`, never under "needs nothing"."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tunesmith.cli.main import main
+from tunesmith.config.load import load_recipe
+from tunesmith.config.schema import Run
+
+ACCELERATE = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "DEEPSPEED",
+    "num_processes": 2,
+    "mixed_precision": "bf16",
+}
+LLAMAFACTORY = {"model_name_or_path": "m/m", "stage": "sft", "template": "qwen", "cutoff_len": 512, "dataset": "d"}
+AXOLOTL = {
+    "base_model": "m/m",
+    "datasets": [{"path": "d/d", "type": "alpaca"}],
+    "learning_rate": 1e-4,
+    "sequence_len": 512,
+}
+ROWS = ("data.train.source=rows.jsonl", "data.train.format=alpaca")
+EXTENDS = ("--extends", "llama3.1-8b-lora")
+
+
+def import_values(folder: Path, values: dict[str, object], *words: str, code: int = 0) -> Run | None:
+    """The recipe that a configuration of these values becomes, where it is not refused."""
+    file, recipe = folder / "file.yaml", folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert main(["import", str(file), "--world", "2", "--output", str(recipe), *words]) == code
+    return load_recipe(recipe) if code == 0 else None
+
+
+def parts(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """What the report says that differs, and what it says needs nothing."""
+    differs, _, nothing = capsys.readouterr().out.partition("needs nothing in the recipe")
+    return differs, nothing
+
+
+def test_deepspeeds_accumulation_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = ACCELERATE | {"deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": 8}}
+    import_values(tmp_path, values, *EXTENDS)
+    differs, nothing = parts(capsys)
+    assert "deepspeed_config.gradient_accumulation_steps: 8" in differs
+    assert "train.global_batch" in differs
+    assert "gradient_accumulation_steps" not in nothing
+
+
+@pytest.mark.parametrize("steps", [1, "auto"])
+def test_deepspeeds_accumulation_that_changes_nothing(
+    steps: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = ACCELERATE | {"deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": steps}}
+    import_values(tmp_path, values, *EXTENDS)
+    differs, nothing = parts(capsys)
+    assert "gradient_accumulation_steps" not in differs
+    assert "gradient_accumulation_steps" in nothing
+
+
+@pytest.mark.parametrize(
+    "offload",
+    [
+        {"offload_param_device": "cpu"},
+        {"offload_param_device": "none", "offload_optimizer_device": "cpu"},
+        {"offload_param_device": "cpu", "offload_optimizer_device": "cpu"},
+        {"offload_optimizer_device": "nvme"},
+    ],
+    ids=str,
+)
+def test_deepspeeds_offload_is_carried(offload: dict[str, str], tmp_path: Path) -> None:
+    run = import_values(tmp_path, ACCELERATE | {"deepspeed_config": {"zero_stage": 3, **offload}}, *EXTENDS)
+    assert run is not None
+    assert run.train.cpu_offload == ("parameters",)
+
+
+JSON = {
+    "gradient_accumulation_steps": 4, "gradient_clipping": 0.5,
+    "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
+}  # fmt: skip
+
+
+def test_deepspeeds_own_file_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(JSON, indent="\t"))
+    run = import_values(tmp_path, ACCELERATE | {"deepspeed_config": {"deepspeed_config_file": "ds.json"}}, *EXTENDS)
+    assert run is not None
+    assert (run.train.cpu_offload, run.train.clip_norm, run.parallel.shard) == (("parameters",), 0.5, 2)
+    differs, _ = parts(capsys)
+    assert "deepspeed_config_file.gradient_accumulation_steps: 4" in differs
+    run = import_values(tmp_path, LLAMAFACTORY | {"deepspeed": "ds.json"}, "--force", *ROWS)
+    assert run is not None
+    assert run.train.cpu_offload == ("parameters",)
+    assert "not known to this import" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "values", [LLAMAFACTORY | {"deepspeed": "gone.json"}, AXOLOTL | {"deepspeed": "gone.json"}], ids=str
+)
+def test_deepspeeds_file_that_is_not_here_is_named(
+    values: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import_values(tmp_path, values, *ROWS)
+    differs, _ = parts(capsys)
+    assert "gone.json" in differs
+    assert "train.cpu_offload=[parameters]" in differs
+
+
+def test_deepspeeds_file_that_is_no_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ds.json").write_text("{zero: 3")
+    import_values(tmp_path, LLAMAFACTORY | {"deepspeed": "ds.json"}, *ROWS, code=2)
+    assert "ds.json" in capsys.readouterr().err
+
+
+def test_fsdps_offload_as_words(tmp_path: Path) -> None:
+    run = import_values(tmp_path, LLAMAFACTORY | {"fsdp": "full_shard auto_wrap offload"}, *ROWS)
+    assert run is not None
+    assert run.train.cpu_offload == ("parameters",)
+
+
+def test_thinking_that_is_off_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_values(tmp_path, LLAMAFACTORY | {"enable_thinking": False}, *ROWS)
+    differs, nothing = parts(capsys)
+    assert "enable_thinking: false" in differs
+    assert "enable_thinking" not in nothing
+
+
+@pytest.mark.parametrize("datasets", ["rows.jsonl", ["rows.jsonl"]], ids=str)
+def test_a_path_in_place_of_a_data_set(datasets: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = AXOLOTL | {"datasets": datasets}
+    import_values(tmp_path, values, code=2)
+    error = capsys.readouterr().err
+    assert "datasets: " in error
+    assert "rows.jsonl" in error
+    assert "data.train.source=rows.jsonl data.train.format=messages" in error
+    run = import_values(tmp_path, values, "data.train.source=rows.jsonl", "data.train.format=messages")
+    assert run is not None
+    assert Path(run.data.train[0].source).name == "rows.jsonl"
+
+
+@pytest.mark.parametrize("key", ["gradient_accumulation_steps", "micro_batch_size"])
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_a_count_below_one_is_refused(
+    key: str, value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import_values(tmp_path, AXOLOTL | {key: value}, code=2)
+    error = capsys.readouterr().err
+    assert f"{key}: {value}" in error
+    assert "file.yaml:" in error
+    assert "at least 1" in error
+
+
+def test_a_world_of_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_values(tmp_path, AXOLOTL, "--world", "0", code=2)
+    assert "--world" in capsys.readouterr().err
+
+
+def test_zeros_keep_their_meaning(tmp_path: Path) -> None:
+    """beta1 of 0 is no momentum; save_steps of 0 saves never; evaluation without a count goes by logging_steps."""
+    zeros = {"adam_beta1": 0.0, "save_strategy": "steps", "save_steps": 0}
+    validated = {"eval_strategy": "steps", "logging_steps": 7, "val_size": 0.1}
+    run = import_values(tmp_path, LLAMAFACTORY | zeros | validated, *ROWS)
+    assert run is not None
+    assert run.train.betas == (0.0, 0.999)
+    assert run.checkpoint.every is None
+    assert str(run.validate.every) == "7 steps"
+
+
+SECRETS = {
+    "env": {"MY_TOKEN": "canary1", "HF_TOKEN": "canary2", "OPENAI_API_KEY": "canary3", "DB_PASSWORD": "canary4", "COLOUR": "red"},
+    "hubToken": "canary5", "variables": ["AWS_SECRET_ACCESS_KEY=canary6", "SIZE=3"], "wandb_api_key": "canary7",
+    "special_tokens": {"pad_token": "<pad>"}, "max_new_tokens": 128,
+}  # fmt: skip
+
+
+def test_a_secret_is_masked_by_the_name_of_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_values(tmp_path, AXOLOTL | SECRETS)
+    shown = capsys.readouterr()
+    everything = shown.out + shown.err + (tmp_path / "recipe.yaml").read_text()
+    assert "canary" not in everything
+    for plain in (
+        'env.COLOUR: "red"',
+        'variables: ["AWS_SECRET_ACCESS_KEY=***", "SIZE=3"]',
+        "<pad>",
+        "max_new_tokens: 128",
+    ):
+        assert plain in everything
+
+
+def test_a_secret_of_a_command_is_masked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    command = [
+        "trl",
+        "sft",
+        "--model_name_or_path",
+        "m/m",
+        "--dataset_name",
+        "d/d",
+        "--hub_token",
+        "canary",
+        "--seed",
+        "7",
+    ]
+    assert main(["import", "--world", "1", "--output", str(recipe), "--", *command]) == 0
+    assert "canary" not in capsys.readouterr().out + recipe.read_text()
+    assert "--hub_token" in recipe.read_text()
+    assert load_recipe(recipe).train.seed == 7
