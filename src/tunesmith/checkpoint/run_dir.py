@@ -1,8 +1,8 @@
 """The run directory as a place: whose files lie in it, who holds it, and how an earlier run is put aside.
 
 A directory is a run's where it holds the env.json of a run. Before that is written, `.lock` says that a run began to
-write. Anywhere else a file with a name that a run writes is somebody else's: the start is refused and nothing is
-touched. Files of other names are never touched.
+write. Anywhere else a file with a name that a run writes is somebody else's, and a directory that holds nothing but folders
+is a place where somebody keeps folders: the start is refused and nothing is touched. Files of other names are never touched.
 """
 
 import contextlib
@@ -30,7 +30,9 @@ from tunesmith.run_directory import (
     STOPPED,
     read_object,
 )
+from tunesmith.shell import shell_word
 
+LAUNCH = "launch"  # a folder of what a launcher writes
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
 FILES = (
@@ -71,6 +73,40 @@ def stop_requested_at(output_dir: Path) -> int:
         return 0
 
 
+def check_run_dir(output_dir: Path) -> None:
+    """UsageError where a run would mix its files with somebody else's."""
+    names = [path.name for path in run_files(output_dir)]
+    if names and not is_run(output_dir):
+        listed = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+        what = f"output_dir holds files that no run of tunesmith wrote: {listed}"
+        why = f"a run writes files of these names, and there is no {IDENTITY} of a run"
+        fix = "use another output_dir, such as output_dir=runs/my-run, or move these files away"
+        raise UsageError(what, where=str(output_dir), why=why, fix=fix)
+    if folders := _other_folders(output_dir):
+        listed = ", ".join(folders[:5]) + ", ..." * (len(folders) > 5)
+        what = f"output_dir is a folder of other folders, which no run of tunesmith wrote: {listed}"
+        why = "a run would put its files and checkpoints beside them"
+        fix = f"use a folder of its own: {shell_word(f'output_dir={output_dir}/my-run')}"
+        raise UsageError(what, where=str(output_dir), why=why, fix=fix)
+
+
+def _other_folders(output_dir: Path) -> list[str]:
+    """The folders that no run wrote, of a directory that holds nothing but folders; else none."""
+    folders = []
+    try:
+        entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
+    except OSError:
+        return []  # `_lock` says why
+    for path in entries:
+        if not path.is_dir():
+            return []
+        # What is hidden, and `lost+found` of a disk, is nobody's work; the runs of a sweep lie below its own folder.
+        is_system = path.name.startswith(".") or path.name == "lost+found"
+        if not is_system and path.name != LAUNCH and not _WRITTEN.fullmatch(path.name) and not is_run(path):
+            folders.append(path.name)
+    return folders
+
+
 @contextlib.contextmanager
 def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
     """Create the run directory and lock it; remove what was created if no run wrote into it.
@@ -78,13 +114,7 @@ def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
     Yields a function that marks the directory as a run's, to be called before anything is written into it. UsageError
     if it holds files that no run wrote; MachineError if it cannot be written or another run holds it.
     """
-    found = [path.name for path in run_files(output_dir)]
-    if found and not is_run(output_dir):
-        names = ", ".join(found[:5]) + ", ..." * (len(found) > 5)
-        what = f"output_dir holds files that no run of tunesmith wrote: {names}"
-        why = f"a run writes files of these names, and there is no {IDENTITY} of a run"
-        fix = "use another output_dir, such as output_dir=runs/my-run, or move these files away"
-        raise UsageError(what, where=str(output_dir), why=why, fix=fix)
+    check_run_dir(output_dir)
     created, lock = missing_folders(output_dir), output_dir / LOCK
     ours = not lock.exists()
     handle = _lock(output_dir)

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tunesmith.checkpoint.run_dir import is_run
+from tunesmith.checkpoint.run_dir import LAUNCH, check_run_dir, is_run
 from tunesmith.config.dump import dump
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError
@@ -38,10 +38,11 @@ from tunesmith.run_directory import (
     read_failure,
     read_stopped,
 )
+from tunesmith.shell import shell_path, shell_word
 
 # kind -> its class, in launch/<kind>.py
 KINDS = {"local": "LocalJob", "docker": "DockerJob", "slurm": "SlurmJob", "swarm": "SwarmJob"}
-FOLDER = "launch"  # in the run directory: what launches write there; runs do not touch it
+FOLDER = LAUNCH  # in the run directory: what launches write there; runs do not touch it
 POLL = 0.5  # seconds between two looks at a log that is followed
 
 
@@ -99,7 +100,7 @@ class Job:
         try:
             file = io.TextIOWrapper(open_regular(log), encoding="utf-8", errors="replace")
         except OSError as error:
-            fix = f"tunesmith status {self.name or self.run_dir}"
+            fix = f"tunesmith status {shell_path(self.name or self.run_dir)}"
             raise MachineError("there is no log yet", where=str(log), why=error.strerror or "", fix=fix) from None
         with file:
             over = not follow
@@ -137,7 +138,7 @@ class Job:
     def refuse_another(self) -> None:
         """UsageError where the job waits or runs, so that no second one is launched beside it."""
         if (state := self.state()).at_work:
-            fix = f"tunesmith stop {self.name}; or output_dir=runs/another-name"
+            fix = f"tunesmith stop {shell_word(self.name)}; or output_dir=runs/another-name"
             raise UsageError(f"{self.name} is at work already", where=self.run_dir, why=state.text, fix=fix)
 
 
@@ -196,6 +197,7 @@ def recipe_file(run_dir: str) -> Path:
 def write_recipe(run: Run) -> Path:
     """Write the resolved recipe into the run directory, for the nodes; MachineError if that is not possible."""
     file = recipe_file(safe_value(run.output_dir, "output_dir"))
+    check_run_dir(Path(run.output_dir))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, dump(run))

@@ -1,0 +1,74 @@
+"""Where a run may put its files: not among a user's files, and not among a user's folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tunesmith.checkpoint.run_dir import IDENTITY, check_run_dir, claim_run_dir
+from tunesmith.errors import UsageError
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        if name.endswith("/"):
+            path.mkdir(parents=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("x")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["thesis/a.txt", "photos/b.png"],
+        ["empty/"],
+        ["thesis/a", "final.old/x", ".git/config"],
+        ["launch/x", "thesis/a"],
+    ],
+    ids=str,
+)
+def test_a_folder_of_folders_is_refused_and_not_touched(names: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "my $(touch x) work"
+    write(out, *names)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(UsageError, match="folder of other folders") as refused, claim_run_dir(out):
+        pass
+    assert refused.value.where == str(out)
+    assert refused.value.fix.endswith(f"'output_dir={out}/my-run'")
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_link_to_a_folder_of_folders_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "work", "thesis/a.txt")
+    (tmp_path / "out").symlink_to(tmp_path / "work")
+    with pytest.raises(UsageError, match="folder of other folders"):
+        check_run_dir(tmp_path / "out")
+
+
+def a_run(folder: Path) -> None:
+    write(folder, "first/final/x")
+    (folder / "first" / IDENTITY).write_text(json.dumps({"recipe_hash": "x"}))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: None,
+        lambda folder: folder.mkdir(),
+        lambda folder: write(folder, "launch/recipe.yaml"),
+        lambda folder: write(folder, "lost+found/"),
+        lambda folder: write(folder, ".snapshots/x"),
+        lambda folder: write(folder, "rows.jsonl", "data/more.jsonl"),
+        a_run,
+    ],
+    ids=["none", "empty", "launch", "lost+found", "hidden", "beside a file", "runs of a sweep"],
+)
+def test_what_a_run_may_lie_beside(make: Callable[[Path], object], tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    with claim_run_dir(tmp_path / "out"):
+        assert (tmp_path / "out").is_dir()
