@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import pytest
 
+from tunesmith.cli.main import main
 from tunesmith.config.names import keys
 from tunesmith.config.schema import is_section
 from tunesmith.errors import RecipeError
 from tunesmith.sweep.search import Search, halve, rung_steps, sample
-from tunesmith.sweep.space import REASONS, VARIED, Range, check_varied, read_space, split_values
+from tunesmith.sweep.space import LIMIT, REASONS, VARIED, Range, check_count, check_varied, read_space, split_values
 
 
 def test_lists_ranges_and_fixed_words():
@@ -67,12 +69,42 @@ def test_every_other_key_is_refused_with_a_reason():
         (["train.schedule=1..2"], "is no range of train.schedule"),
         (["train.seed=1,2", "train.seed=3,4"], "train.seed is given twice"),
         (["train.seed=1"], "no key varies"),
+        (["train.learning_rate=1e-4,1e-4"], "has a value twice: 1e-4"),
+        (["train.learning_rate=1e-4,3e-4,0.0001"], "has a value twice: 0.0001"),
+        (["train.betas=[0.9, 0.99],[0.9,0.99]"], "has a value twice"),
     ],
 )
 def test_words_that_are_refused(words: list[str], said: str):
     with pytest.raises(RecipeError, match=said) as caught:
         read_space(words)
     assert caught.value.fix
+
+
+def test_values_that_differ_are_no_repetition():
+    words = ["train.seed=9007199254740992,9007199254740993", "train.learning_rate=1e-4,1.1e-4"]
+    assert len(read_space(words).grid()) == 4
+    with pytest.raises(RecipeError) as caught:
+        read_space(["train.learning_rate=1e-4,1e-4,3e-4"])
+    assert caught.value.fix == "train.learning_rate=1e-4,3e-4"
+
+
+def test_a_sweep_of_very_many_candidates_is_refused_with_its_number():
+    listed = ",".join(map(str, range(1, 948)))
+    words = [f"adapter.rank={listed}", f"train.seed={listed}"]
+    with pytest.raises(RecipeError, match="896,809 candidates; it takes 1,000 at most") as caught:
+        check_count(read_space(words), 16)
+    assert "--candidates 16" in caught.value.fix
+    drawn = read_space(["train.learning_rate=1e-5..1e-3"])
+    with pytest.raises(RecipeError, match="897,000 candidates"):
+        check_count(drawn, 897_000)
+    check_count(drawn, LIMIT)
+    check_count(read_space([words[0]]), 897_000)
+
+
+def test_it_is_refused_before_anything_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    listed = ",".join(map(str, range(1, 1002)))
+    assert main(["sweep", str(tmp_path / "no-recipe.yaml"), f"train.seed={listed}"]) == 2
+    assert "1,001 candidates" in capsys.readouterr().err
 
 
 def test_rungs_double_and_leave_one():

@@ -25,7 +25,7 @@ from tunesmith.run_directory import SWEEP, read_sweep
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
 from tunesmith.sweep.search import PRUNERS, SAMPLERS, Search
-from tunesmith.sweep.space import read_space
+from tunesmith.sweep.space import check_count, read_space
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int | None:
     leads = (started_as() or {"RANK": 0})["RANK"] == 0  # of several ranks one speaks
     with told_once_a_node():
         space, search = read_space(args.words), Search(0 if args.to_the_end else args.rungs, **given)
+        check_count(space, search.candidates)
         if given and not space.ranges:
             what = f"--{next(iter(given))} is for ranges, and only lists are given"
             raise UsageError(what, where="command line", fix="key=LOW..HIGH, or leave it out")

@@ -37,10 +37,11 @@ from tunesmith.metrics.terminal import format_seconds
 from tunesmith.optim.lr_schedule import warmup_steps
 from tunesmith.ranks import Ranks, started_as
 from tunesmith.run_directory import FINAL, METRICS, SWEEP, read_sweep, reason_of
+from tunesmith.shell import shell_word
 from tunesmith.signals import StopRequest
 from tunesmith.sweep.search import Search, halve, rung_steps, sample
 from tunesmith.sweep.shared_base import RungTrainer, SharedBase
-from tunesmith.sweep.space import Space
+from tunesmith.sweep.space import Space, check_count
 from tunesmith.training.run import joined, start_run
 from tunesmith.units import Cadence, Length, Size
 
@@ -73,6 +74,7 @@ def run_sweep(
 
     A candidate whose loss is not finite is out; any other error ends the sweep, which the same command goes on with.
     """
+    check_count(space, search.candidates)
     base = load_recipe(recipe, space.fixed, say=say)
     check_sweep(base, space, search)
     if started_as() is None:
@@ -85,7 +87,7 @@ def run_sweep(
             if ranks.leads:
                 if is_run(folder := Path(base.output_dir)):
                     what = "output_dir holds a run, and a sweep has its runs below it"
-                    raise UsageError(what, where=str(folder), fix=f"output_dir={folder}-sweep")
+                    raise UsageError(what, where=str(folder), fix=shell_word(f"output_dir={folder}-sweep"))
                 stack.enter_context(claim_run_dir(folder))
         sweep = Sweep(recipe, base, space, search, stop, ranks, say, argv)
         sweep.search_best()
@@ -142,10 +144,13 @@ class Sweep:
             known = read_sweep(file) if os.path.lexists(file) else {}
         except (OSError, ValueError) as error:
             what = "sweep.json is damaged, or no sweep wrote it"
-            fix = f"output_dir={shlex.quote(f'{self.folder}-2')}, or delete that folder"
+            fix = f"{shell_word(f'output_dir={self.folder}-2')}, or delete that folder"
             raise UsageError(what, where=str(file), why=reason_of(error), fix=fix) from error
         if differ := [name for name, value in self.asked.items() if known and known["asked"].get(name) != value]:
-            what, fix = "this folder holds another sweep", f"output_dir={self.folder}-2, or delete that folder"
+            what, fix = (
+                "this folder holds another sweep",
+                f"{shell_word(f'output_dir={self.folder}-2')}, or delete that folder",
+            )
             raise UsageError(what, where=str(file), why=f"its {', '.join(differ)} differ", fix=fix)
         return known
 

@@ -23,6 +23,7 @@ from tunesmith.run_directory import RECIPE, STOPPED
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_device_memory
 from tunesmith.runtime.host import keep_threads
+from tunesmith.shell import shell_path
 from tunesmith.training.build import Session, build, make_optimizer
 from tunesmith.training.result import Result
 from tunesmith.training.trainer import Trainer
@@ -104,6 +105,6 @@ class RungTrainer(Trainer):
         self.save()
         if self.session.ranks.leads:
             told = {"signal": None, "reason": "sweep", "step": self.progress.step}
-            told["next"] = f"tunesmith train {self.out / RECIPE} goes on with it"
+            told["next"] = f"tunesmith train {shell_path(self.out / RECIPE)} goes on with it"
             write_atomically(self.out / STOPPED, json.dumps(told, indent=1))
         return self.result()

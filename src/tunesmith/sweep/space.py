@@ -4,7 +4,9 @@
 One base is loaded, and the rows are prepared once: only what training makes anew may vary.
 """
 
+import contextlib
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import NamedTuple
 from tunesmith.config.names import keys, suggest_key
 from tunesmith.config.typed import members
 from tunesmith.errors import RecipeError
+from tunesmith.shell import shell_word
 
 VARIED = (
     "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora", "train.learning_rate", "train.min_learning_rate",
@@ -31,6 +34,7 @@ REASONS = {
     "train.master_weights": "an adapter is fp32",
     "validate": "candidates are compared by the same validation",
 }
+LIMIT = 1000  # candidates of one sweep
 LOG_FROM = 10.0  # a range whose ends are so many times apart is drawn from on a logarithmic scale
 _NUMBER = r"([-+]?\d[\d_]*(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 _RANGE = re.compile(rf"{_NUMBER}\s*\.\.\s*{_NUMBER}")
@@ -96,15 +100,54 @@ def read_space(words: Sequence[str]) -> Space:
             continue
         check_varied(key)
         if key in choices or key in ranges:
-            raise RecipeError(f"{key} is given twice", where="command line", fix=f"{key}={text}")
+            raise RecipeError(f"{key} is given twice", where="command line", fix=shell_word(f"{key}={text}"))
         if found:
             ranges[key] = _read_range(key, *found.groups())
         else:
-            choices[key] = tuple(dict.fromkeys(values))
+            _check_each_once(key, values)
+            choices[key] = tuple(values)
     if not choices and not ranges:
         what, fix = "no key varies", "such as train.learning_rate=1e-4,3e-4,1e-3 adapter.rank=8,32"
         raise RecipeError(what, where="command line", fix=fix)
     return Space(tuple(fixed), choices, ranges)
+
+
+def _check_each_once(key: str, values: Sequence[str]) -> None:
+    """RecipeError where a value is listed twice, also as another form of the same number: 1e-4 and 0.0001."""
+    different = dict[float | str, str]()
+    repeated = []
+    for value in values:
+        if _as_number(value) in different:
+            repeated.append(value)
+        else:
+            different[_as_number(value)] = value
+    if repeated:
+        what = f"{key} has a value twice: {repeated[0]}"
+        fix = shell_word(f"{key}={','.join(different.values())}")
+        raise RecipeError(what, where=f"command line: {key}", why="two candidates would be one", fix=fix)
+
+
+def _as_number(text: str) -> float | str:
+    """The number that a text is, or the text without blanks."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return "".join(text.split())
+
+
+def check_count(space: Space, candidates: int) -> None:
+    """RecipeError for more candidates than anybody trains; `candidates` is how many are drawn where there is a range."""
+    combinations = math.prod(len(values) for values in space.choices.values())
+    count = max(combinations, candidates if space.ranges else 0)
+    if count > LIMIT:
+        what = f"a sweep of {count:,} candidates; it takes {LIMIT:,} at most"
+        why = (
+            f"{combinations:,} combinations of the listed values"
+            if combinations == count
+            else "--candidates draws them"
+        )
+        fix = "list fewer values, or draw some of a range: train.learning_rate=1e-5..1e-3 --candidates 16"
+        raise RecipeError(what, where="command line", why=why, fix=fix)
 
 
 def split_values(text: str) -> list[str]:

@@ -9,6 +9,7 @@ from tunesmith.host_files import from_here
 from tunesmith.report.page import write_report
 from tunesmith.report.run_files import RunFiles, holds_run
 from tunesmith.run_directory import FINAL, RECIPE
+from tunesmith.shell import shell_path
 
 ORDER = ("finished", "stopped", "diverged", "waiting")
 
@@ -48,5 +49,5 @@ def best_lines(outcome: Mapping[str, Any]) -> Iterator[str]:
         return
     folder = Path(from_here(best["run_dir"]))
     yield f"best: {best['name']}, {compared} {best['loss']:.4f} after step {best['step']}; of {len(candidates)}: {chosen}"
-    yield f"adapter: {folder / FINAL}; try it: tunesmith chat {folder}"
+    yield f"adapter: {folder / FINAL}; try it: tunesmith chat {shell_path(folder)}"
     yield f"recipe to copy: {folder / RECIPE}"
