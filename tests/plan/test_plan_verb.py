@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from recipes import recipe
+from tunesmith.cli import plan as cli_plan
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.errors import UsageError
@@ -19,6 +21,7 @@ from tunesmith.plan import hardware
 from tunesmith.plan.hardware import CHIPS, Chip, Cluster, read_cluster
 from warm import run_warm
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
     "2x8xh100": (2, 8, "h100"), "8xh100": (1, 8, "h100"), "1x-h200": (1, 1, "h200"), "H200": (1, 1, "h200"),
     "4xa100-80gb": (1, 4, "a100-80gb"), "2x-dgx-spark": (2, 1, "dgx-spark"), "dgx-spark": (1, 1, "dgx-spark"),
@@ -133,6 +136,7 @@ def test_the_table_and_what_the_first_takes(llama: Path, capsys: pytest.CaptureF
 def test_a_plan_starts_no_gpu(llama: Path) -> None:
     """Where there is one; without any, a look at it would raise."""
     code = f"""import sys, torch
+from tunesmith.cli import plan as cli_plan
 from tunesmith.cli.main import main
 assert main(["plan", {str(llama)!r}, "--on", "2x8xh100"]) == 0
 print(torch.cuda.is_initialized())"""
@@ -141,7 +145,42 @@ print(torch.cuda.is_initialized())"""
 
 def test_without_tokens_the_hours_of_an_epoch_are_not_known(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(llama), "--on", "2x8xh100", "train.duration=1 epochs"]) == 0
-    assert "hours: not known, as no tokens are cached; train.duration='N steps' gives them" in capsys.readouterr().out
+    assert "hours: not known, as no tokens are cached; train.duration='500 steps' gives them" in capsys.readouterr().out
+
+
+def examples_with_a_price() -> list[str]:
+    lines = [*(cli_plan.__doc__ or "").splitlines(), *(ROOT / "docs" / "plan.md").read_text().splitlines()]
+    return [
+        line.partition("#")[0].strip()
+        for line in lines
+        if line.strip().startswith("tunesmith plan ") and "--price" in line
+    ]
+
+
+@pytest.mark.parametrize("example", examples_with_a_price())
+def test_an_example_with_a_price_prints_it(
+    example: str, llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is typed, on a machine without the recipe's model and data: the model's config.json alone is brought."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(llama.parent / "cache"))
+    words = shlex.split(example)[1:]
+    assert main([*words, f"model.name={llama.parent / 'model'}"]) == 0
+    assert re.search(r"the run: [\d.,]+ h, [\d,]+ USD", capsys.readouterr().out)
+
+
+def test_both_places_have_an_example_with_a_price() -> None:
+    assert len(examples_with_a_price()) == 2
+
+
+def test_a_price_that_is_not_known_is_said(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(llama), "--price", "2.5"]
+    assert main([*words, "--on", "2x8xh100", "train.duration=1 epochs"]) == 0
+    assert "hours and price: not known, as no tokens are cached" in capsys.readouterr().out
+    assert main([*words, "--on", "2x8xh100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cost_usd"] > 0
+    for price in ("0", "-1", "nan", "inf", "much"):
+        assert main([*words[:3], price, "--on", "2x8xh100"]) == 2
+        assert "--price" in capsys.readouterr().err
 
 
 def test_json_has_everything(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ Only the model's config.json is needed. Lengths are those of the token cache if 
 puts them there). No GPU is touched. The exit code is 2 where nothing fits.
 
 examples:
-  tunesmith plan llama3.3-70b-full --on 2x8xh100 --price 2.5
+  tunesmith plan llama3.3-70b-full train.duration='500 steps' --on 2x8xh100 --price 2.5    # USD for a GPU and hour
   tunesmith plan my-recipe.yaml parallel.tensor=8 --on 8xh100 --json
   tunesmith plan llama3.1-8b-lora --on 2x-dgx-spark --length 180     # tokens of an example, where they are not known
   tunesmith plan my-recipe.yaml                                      # on this machine
@@ -12,6 +12,7 @@ examples:
 
 import argparse
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     figures = "a figure of the GPUs: gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=NUMBER", help=figures)
     parser.add_argument("--length", type=whole_number, metavar="TOKENS", help="of an example, if no tokens are there")
-    parser.add_argument("--price", type=float, metavar="USD", help="of a GPU for an hour")
+    parser.add_argument("--price", type=_price, metavar="USD", help="of a GPU for an hour")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         rows = [{**vars(f), "plan": {**vars(f.plan), "mesh": f.plan.mesh._asdict(), "savings": None}} for f in found]
         size, _ = checkpoint_bytes(recipe, planner.trained)
         about = {"machines": vars(cluster), "work": work._asdict(), "checkpoint_bytes": size}
+        if args.price:
+            about["cost_usd"] = _cost(planner, found[0], args.price)
         print(json.dumps({**about, "meshes": rows}, indent=1, default=vars))
     else:
         print(*_lines(planner, found, args.price), sep="\n")
@@ -92,6 +95,20 @@ def _cached(recipe: "Run", folder: Path) -> "TokenSet | None":
         rows, _ = read_splits(recipe.data, recipe.train.seed)
         return tokenise(rows, recipe.data, template, tokenizer, cache=cache, what="train", only_cached=True)
     return None
+
+
+def _price(text: str) -> float:
+    """A finite number above 0."""
+    with suppress(ValueError):
+        price = float(text)
+        if 0 < price < math.inf:
+            return price
+    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+
+
+def _cost(planner: "Planner", forecast: "Forecast", price: float) -> float | None:
+    """USD of the whole run; None where its hours are not known."""
+    return forecast.hours * price * planner.cluster.world if forecast.hours else None
 
 
 def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> list[str]:
@@ -130,11 +147,14 @@ def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> 
     ]
     if best.hides_from and planner.lora:
         lines.append(f"shards: gathers hide in micro batches of {best.hides_from:,} tokens, and hold up smaller ones")
+    what = "hours and price" if price else "hours"
     if best.hours:
-        cost = f", {best.hours * price * planner.cluster.world:,.0f} USD" if price else ""
+        cost = f", {_cost(planner, best, price):,.0f} USD" if price else ""
         lines.append(f"the run: {best.hours:,.2f} h{cost}, without validation and checkpoints")
     elif best.step_seconds:
-        lines.append("hours: not known, as no tokens are cached; train.duration='N steps' gives them")
+        lines.append(f"{what}: not known, as no tokens are cached; train.duration='500 steps' gives them")
+    elif price:
+        lines.append(f"{what}: not known, as the speed of this machine is not; --assume tflops=100 gives them")
     if (other := planner.with_tensor()) and (other.step_seconds or 0) < BETTER * (best.step_seconds or 0):
         shape = other.plan.mesh.describe()
         lines.append(f"parallel.tensor=auto is faster: {shape}, {other.step_seconds:.2f} s a step")
