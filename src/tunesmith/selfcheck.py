@@ -39,6 +39,7 @@ from tunesmith.sharded import local_part
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build, write_identity
 from tunesmith.training.trainer import Trainer
+from tunesmith.units import ratio
 
 KINDS = {"lora": ("lora", "none"), "full": ("none", "none"), "nf4 lora": ("lora", "nf4")}  # adapter, model.quantize
 STEPS, RESUMED = 4, 2  # of a run. Those after RESUMED are taken again from its checkpoint; the last shows the moments
@@ -278,7 +279,7 @@ class SelfCheck:
             dist.all_reduce(data)
             data[0].item()  # waits for the device
             seconds.append(time.perf_counter() - began)
-        rate = 2 * (ranks.world - 1) / ranks.world * data.nbytes / min(seconds) / 1e9
+        rate = ratio(2 * (ranks.world - 1) / ranks.world * data.nbytes, min(seconds)) / 1e9
         if ranks.leads:
             self.add(f"all-reduce of {MIB} MiB: bus bandwidth", "", f"{rate:.2f} GB/s", None)
 

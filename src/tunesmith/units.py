@@ -21,6 +21,11 @@ _NUMBER = r"[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _FORM = re.compile(rf"^\s*({_NUMBER})\s*([A-Za-z%]+)\s*$")
 
 
+def ratio(amount: float, divisor: float) -> float:
+    """`amount / divisor`; 0 where the divisor is 0: a clock that stood still between two looks measures no rate."""
+    return amount / divisor if divisor else 0.0
+
+
 @dataclass(frozen=True)
 class _Amount:
     units: ClassVar[tuple[str, ...]]

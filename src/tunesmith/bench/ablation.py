@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 from tunesmith.config.schema import FastPath, Model, Run
 from tunesmith.errors import RunError
+from tunesmith.units import ratio
 
 BASELINE = "as given"
 
@@ -74,7 +75,7 @@ def table_of(found: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[st
         what = "the recipe itself could not be measured; its messages are above"
         raise RunError(what, where="bench --ablation", fix="run bench without --ablation and fix what it reports")
     for row in table.values():
-        row["of_baseline"] = row["tokens_per_second"] / table[BASELINE]["tokens_per_second"]
+        row["of_baseline"] = ratio(row["tokens_per_second"], table[BASELINE]["tokens_per_second"])
     return table
 
 

@@ -35,7 +35,7 @@ from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, build
 from tunesmith.training.run import print_line
 from tunesmith.training.trainer import Trainer
-from tunesmith.units import Length
+from tunesmith.units import Length, ratio
 
 FULL = 0.99  # of the computed tokens; more padding is explained
 STEADY = 3  # a shape that first comes after this step should find its graph
@@ -122,8 +122,8 @@ class BenchReport:
         yield "MFU, measured peak", f"{self.mfu_of_measured_peak:.1%}", measured
         if self.mfu_of_fp8_peak is not None:
             yield "MFU, fp8 peak", f"{self.mfu_of_fp8_peak:.1%}", "of the fp8 products in this run"
-        ratio = self.step_seconds_p95 / self.step_seconds_p50
-        steps = f"p95 {self.step_seconds_p95:.3f} s, p95/p50 {ratio:.3f}, {self.steps} steps"
+        spread = ratio(self.step_seconds_p95, self.step_seconds_p50)
+        steps = f"p95 {self.step_seconds_p95:.3f} s, p95/p50 {spread:.3f}, {self.steps} steps"
         yield "step time, median", f"{self.step_seconds_p50:.3f} s", steps
         yield "waiting for data", f"{self.data_wait_share:.2%}", "of the step"
         yield "first step", f"{self.first_step_seconds:.1f} s", f"after a build of {self.build_seconds:.1f} s"
@@ -223,7 +223,7 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
     tokens, padded = sum(r.tokens for r in records), sum(seen.padded[r.step] for r in records)
     examples = session.data.schedule.examples
     work = sum(session.flops(examples(record.step - 1), record.supervised_tokens) for record in records)
-    tflops = work / seconds / 1e12
+    tflops = ratio(work, seconds) / 1e12
     published, measured = session.peak.tflops if session.peak.published else None, matmul_tflops(device, session.dtype)
     quantize = "none" if run.model.quantize == "none" else session.plan.base
     fp8 = fp8_matmul_tflops(device) if quantize.startswith("fp8") else None
@@ -238,19 +238,19 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
         steps=len(records),
         seconds=seconds,
         tokens=tokens,
-        tokens_per_second=tokens / seconds,
-        supervised_tokens_per_second=sum(r.supervised_tokens for r in records) / seconds,
-        samples_times_seq_len_per_second=sum(r.examples for r in records) * run.data.seq_len / seconds,
+        tokens_per_second=ratio(tokens, seconds),
+        supervised_tokens_per_second=ratio(sum(r.supervised_tokens for r in records), seconds),
+        samples_times_seq_len_per_second=ratio(sum(r.examples for r in records) * run.data.seq_len, seconds),
         fill_share=tokens / padded,
         padding=_padding(session, records, tokens, padded),
         published_peak_tflops=published,
         mfu_of_published_peak=tflops / published if published else None,
         measured_peak_tflops=measured,
-        mfu_of_measured_peak=tflops / measured,
+        mfu_of_measured_peak=ratio(tflops, measured),
         mfu_of_fp8_peak=tflops / fp8 if fp8 else None,
         step_seconds_p50=p50,
         step_seconds_p95=p95,
-        data_wait_share=sum(r.data_seconds for r in records) / seconds,
+        data_wait_share=ratio(sum(r.data_seconds for r in records), seconds),
         build_seconds=seen.build_seconds,
         first_step_seconds=first_step_seconds,
         graphs_compiled=seen.graphs[-1] - seen.graphs[0],
@@ -287,5 +287,5 @@ def fp8_matmul_tflops(device: torch.device) -> float | None:
     for rows in (n, 1):
         a, b = torch.ones(rows, 1, device=device), torch.ones(1, rows, device=device)
         with contextlib.suppress(RuntimeError, ValueError):  # this chip lacks that product
-            return 2 * n**3 / seconds_of(partial(product, scale_a=a, scale_b=b)) / 1e12
+            return ratio(2 * n**3, seconds_of(partial(product, scale_a=a, scale_b=b))) / 1e12
     return None

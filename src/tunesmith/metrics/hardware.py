@@ -20,6 +20,7 @@ from torch import Tensor
 from tunesmith.errors import mask
 from tunesmith.host_files import physical_memory
 from tunesmith.packages import installed_versions
+from tunesmith.units import ratio
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}  # of the measured peak
 ROUND_SECONDS, ROUNDS = 0.2, 5
@@ -106,7 +107,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None 
     n = size or MATMUL_SIZE[device.type]
     left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / seconds_of(lambda: torch.mm(left, right, out=out)) / 1e12
+    return ratio(2 * n**3, seconds_of(lambda: torch.mm(left, right, out=out))) / 1e12
 
 
 def bf16_slowdown(device: torch.device) -> float:
@@ -117,15 +118,18 @@ def bf16_slowdown(device: torch.device) -> float:
     """
     x = torch.randn(256, 256, device=device)
     wide, narrow = (min(timeit.repeat(partial(torch.mm, y, y), number=1, repeat=3)) for y in (x, x.bfloat16()))
-    return narrow / wide
+    return ratio(narrow, wide)
 
 
 def seconds_of(product: Callable[[], Tensor]) -> float:
-    """Seconds of one product: the median of ROUNDS rounds of about ROUND_SECONDS each, after a warm-up."""
+    """Seconds of one product, 0 where the clock did not move: the median of ROUNDS rounds of about ROUND_SECONDS each, after a warm-up."""
     from torch.utils.benchmark import Timer  # a tenth of a second, which most runs can spare
 
     timer = Timer("product()", globals={"product": product}, num_threads=torch.get_num_threads())
-    count = max(1, round(ROUND_SECONDS / timer.timeit(2).mean))  # on a GPU, waiting once per round costs nothing
+    mean = timer.timeit(2).mean
+    if mean < 1e-9:
+        return 0.0  # the clock stood still, for which torch's timer puts a nanosecond: rounds of that would never end
+    count = max(1, round(ROUND_SECONDS / mean))  # on a GPU, waiting once per round costs nothing
     return statistics.median(timer.timeit(count).mean for _ in range(ROUNDS))
 
 

@@ -20,6 +20,7 @@ from tunesmith.host_memory import unavailable_percent
 from tunesmith.metrics.hardware import Peak
 from tunesmith.metrics.sink import Sink
 from tunesmith.ranks import Ranks
+from tunesmith.units import ratio
 
 SIZE = {"cuda": 2048, "cpu": 384}  # of the short product: some 0.05 ms on an H100, 1 to 4 ms on a CPU core
 TIMES = {"cuda": 16, "cpu": 5}  # products a check; the quickest counts on a CPU, where others take turns
@@ -180,12 +181,14 @@ class ChipCheck:
         now, throttled = time.monotonic(), throttled_seconds(self.root)
         share = (throttled - self._throttled) / max(now - self._stat_at, 1e-9) / torch.get_num_threads()
         self._at, self._stat_at, self._throttled = now, now, throttled
-        reading = Reading(self.work / seconds / 1e12, share)
+        reading = Reading(ratio(self.work, seconds) / 1e12, share)
         self.best = max(self.best, reading.tflops)
         return reading
 
     def fault(self, reading: Reading) -> str:
         """What is wrong with this check in a line, once; empty where nothing is, or it has been told."""
+        if not reading.tflops:
+            return ""  # the clock stood still
         share = reading.tflops / self.best
         self.slow = self.slow + 1 if share < SLOW else 0
         what = ""
@@ -274,7 +277,7 @@ def describe_slow_host(hosts: Sequence[str], readings: Sequence[Reading]) -> str
     speeds = {host: max(r.tflops for h, r in zip(hosts, readings, strict=True) if h == host) for host in hosts}
     slowest = min(speeds, key=speeds.__getitem__)
     others = statistics.median([speed for host, speed in speeds.items() if host != slowest] or [0.0])
-    if speeds[slowest] >= SLOW * others:
+    if not speeds[slowest] or speeds[slowest] >= SLOW * others:  # 0: the clock stood still there
         return ""
     what = f"{slowest} computes at {speeds[slowest] / others:.0%} of the speed of the others"
     figures = f"{speeds[slowest]:.3g} and {others:.3g} TFLOP/s in a short product"

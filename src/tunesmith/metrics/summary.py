@@ -1,7 +1,6 @@
 """The end of a run in words: the closing summary, and failure.json."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from tunesmith.host_files import from_here, write_atomically
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.terminal import format_seconds
 from tunesmith.run_directory import FAILURE, FINAL, IDENTITY, LOG, METRICS, RECIPE
+from tunesmith.shell import shell_path, shell_word
+from tunesmith.units import ratio
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts
 VLLM_DEFAULT_RANK = 16
@@ -59,7 +60,7 @@ def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
     if len(tail) > 1:  # one batch's loss is noisy
         rows["loss"] += f" (mean of the last {len(tail)}: {sum(r.loss for r in tail) / len(tail):.4f})"
     if known := [r for r in steady if r.mfu is not None]:
-        share = sum((r.mfu or 0.0) * r.step_seconds for r in known) / sum(r.step_seconds for r in known)
+        share = ratio(sum((r.mfu or 0.0) * r.step_seconds for r in known), sum(r.step_seconds for r in known))
         rows["speed"] += f", {share:.1%} MFU of {known[-1].mfu_peak_tflops or 0:,.0f} TFLOP/s"
     if measured := [(r.val_loss, r.step) for r in records if r.val_loss is not None]:
         best, at = min(measured)
@@ -83,7 +84,7 @@ def _written(folder: Path) -> list[str]:
     rows = [f"written to {folder}"]
     for name, what in _FILES:
         if (folder / name).exists():
-            rows.append(f"  {name:<16}{what.format(path=shlex.quote(str(folder / name)))}")
+            rows.append(f"  {name:<16}{what.format(path=shell_path(folder / name))}")
     if newest := max(folder.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, default=None):
         rows.append(f"  {newest.name:<16}the newest checkpoint, to go on from")
     return rows
@@ -91,18 +92,18 @@ def _written(folder: Path) -> list[str]:
 
 def _next(run: Run, folder: Path) -> list[str]:
     """Complete commands that a user may want next."""
-    here, whole = shlex.quote(str(folder)), folder.absolute()  # `folder` may be `.`, without a name
-    merged = shlex.quote(from_here(f"{whole}-merged"))
+    here, whole = shell_path(folder), folder.absolute()  # `folder` may be `.`, without a name
+    merged = shell_path(from_here(f"{whole}-merged"))
     rows = ["next", f"  tunesmith chat {here}"]
     if run.data.validation or run.data.hold_out:
         rows.append(f"  tunesmith eval {here}   # on the held-out rows, beside the base")
     if run.adapter.kind == "none":
-        return [*rows, f"  vllm serve {shlex.quote(str(folder / FINAL))}"]
+        return [*rows, f"  vllm serve {shell_path(folder / FINAL)}"]
     rows.append(f"  tunesmith merge {here} --output {merged}")
     # vLLM takes no adapter on a GGUF base, and none with modules trained in full.
     if run.model.name.endswith(".gguf") or run.adapter.modules_to_save or run.model.added_tokens:
         return [*rows, f"  vllm serve {merged}   # after the merge"]
     least = next((rank for rank in VLLM_RANKS if rank >= run.adapter.rank), run.adapter.rank)
     rank = f" --max-lora-rank {least}" if least > VLLM_DEFAULT_RANK else ""
-    adapter = shlex.quote(f"{whole.name}={folder / FINAL}")
-    return [*rows, f"  vllm serve {shlex.quote(run.model.name)} --enable-lora{rank} --lora-modules {adapter}"]
+    adapter = shell_word(f"{whole.name}={folder / FINAL}")
+    return [*rows, f"  vllm serve {shell_word(run.model.name)} --enable-lora{rank} --lora-modules {adapter}"]

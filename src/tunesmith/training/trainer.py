@@ -45,7 +45,7 @@ from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StepDropped, StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
 from tunesmith.training.result import Result, failure_of, non_finite_error, stopped_by
-from tunesmith.units import Cadence
+from tunesmith.units import Cadence, ratio
 
 
 @dataclass(frozen=True)
@@ -263,8 +263,8 @@ class Trainer:
         return StepRecord(
             step=pending.step, epoch=batch.epoch, loss=loss, learning_rate=pending.lr, grad_norm=norm,
             tokens=batch.tokens, supervised_tokens=batch.supervised, examples=batch.examples,
-            step_seconds=seconds, data_seconds=batch.data_seconds, tokens_per_second=batch.tokens / seconds,
-            mfu=session.flops(batch.indices, batch.supervised) / seconds / (peak * 1e12) if peak else None,
+            step_seconds=seconds, data_seconds=batch.data_seconds, tokens_per_second=ratio(batch.tokens, seconds),
+            mfu=ratio(session.flops(batch.indices, batch.supervised), seconds) / (peak * 1e12) if peak else None,
             mfu_peak_tflops=peak, memory_gib=session.memory_gib(), **self.health.read(),
             idle_share=batch.idle_share if session.mesh.shape.data > 1 else None,
             extra=dict(zip(session.model.method.metrics, metrics, strict=True)),

@@ -33,7 +33,7 @@ while look.poll() is None and time.monotonic() < begin + 10:
         x @ x
     torch.cuda.synchronize()
     count += 10
-told["tflops"] = 2 * 4096**3 * count / (time.monotonic() - begin) / 1e12
+told["tflops"] = 2 * 4096**3 * count / max(time.monotonic() - begin, 1e-9) / 1e12
 print(json.dumps(told | {"load": look.communicate(timeout=5)[0].strip()}))
 """
 

@@ -53,7 +53,7 @@ def measure_speed(address: str, port: int) -> tuple[float, float, float]:
         total = sum(pool.map(_send, [(address, port)] * STREAMS))
     seconds, after = time.monotonic() - begin, _cpu_ticks()
     idle = (after[0] - before[0]) / max(after[1] - before[1], 1)
-    return total / seconds / 1e9, statistics.median(trips) * 1e6, idle
+    return total / max(seconds, 1e-9) / 1e9, statistics.median(trips) * 1e6, idle
 
 
 def _send(place: tuple[str, int]) -> int:
