@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,12 +29,13 @@ from tunesmith.cli.main import Parser, framed
 from tunesmith.cli.options import whole_number
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import from_mapping
+from tunesmith.config.names import keys
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, MachineError, OtherRankError, TunesmithError, UsageError
 from tunesmith.host_files import refuse_many_ranks, write_atomically
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.ranks import JOIN, is_launched, started_as, told_once_a_node
-from tunesmith.units import Length, Size
+from tunesmith.units import Length, Size, ratio
 
 # The playbook's text as a chat template: a row without an input keeps the empty field. The space before the response
 # belongs to the response, because a byte-pair tokenizer joins it with the first word.
@@ -120,7 +121,8 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
             return _run(name, args, read_settings(name, args, words))
         except TunesmithError as error:
             for part in ("what", "where", "why", "fix"):
-                setattr(error, part, in_flags(vars(error)[part], batches_a_step(args)))
+                setattr(error, part, in_flags(vars(error)[part], batches_a_step(args), flags_of(name)))
+            error.fix += not_here(error.fix, flags_of(name))
             raise
 
     return framed(run, process=argv is None)
@@ -372,7 +374,7 @@ def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> 
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text)
         except OSError as error:
-            what, fix = "the rows cannot be written", "give another --output_dir"
+            what, fix = "the rows cannot be written", "give another folder: --output_dir runs/my-run"
             raise MachineError(what, where=str(path), why=str(error), fix=fix) from None
 
 
@@ -400,11 +402,28 @@ FLAGS = {
 }  # fmt: skip
 
 
-def in_flags(text: str, accumulation: int) -> str:
-    """A warning or an error in the words of these scripts; they divide the global batch by `accumulation`."""
+def flags_of(name: str) -> set[str]:
+    """The flags of the script `name`."""
+    return {flag for action in parser(name)._actions for flag in action.option_strings}
+
+
+def not_here(fix: str, flags: Collection[str]) -> str:
+    """What to say after a fix that names flags or keys which this script lacks; empty where it has them all."""
+    flags_in_fix = re.findall(r"(?<![\w-])--[a-z][\w-]*", fix)
+    keys_in_fix = [word for word in re.findall(r"(?<![\w./-])[a-z_]+(?:\.[a-z_]+)+(?=[=:])", fix) if word in keys()]
+    absent = [word for word in dict.fromkeys([*flags_in_fix, *keys_in_fix]) if word not in flags]
+    if not absent or "tunesmith " in fix:
+        return ""
+    return f" ({', '.join(absent)}: no flag of this script; tunesmith train takes a recipe, see tunesmith recipes)"
+
+
+def in_flags(text: str, accumulation: int, flags: Collection[str]) -> str:
+    """A warning or an error in the words of a script that has these `flags`; it divides the global batch by `accumulation`."""
 
     def flag(found: re.Match[str]) -> str:
         key, value = found[1], found[2] or found[3]
+        if FLAGS[key] not in flags:
+            return found[0]
         if value is None or FLAGS[key] in ("--gradient_checkpointing", "--use_torch_compile"):
             return FLAGS[key]
         if key == "train.global_batch":
@@ -435,6 +454,7 @@ def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
     env = started_as() or {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     script, first, folder, batches = SCRIPTS[name], env["RANK"] == 0, run_folder(name, args), batches_a_step(args)
     say: Callable[[str], None] = print if first else lambda line: None
+    flags = flags_of(name)
     say(configuration_text(script, args, batches))
     for line in asked.lines:
         say(f"accelerate: {line}")
@@ -463,7 +483,9 @@ def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
             with tempfile.TemporaryDirectory() as scratch:
                 train(warm_up(run, len(rows), Path(scratch)), say=lambda line: None)
         say(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
-        result = train(run, fresh=args.fresh, argv=sys.argv, say=lambda line: print_line(in_flags(line, batches)))
+        result = train(
+            run, fresh=args.fresh, argv=sys.argv, say=lambda line: print_line(in_flags(line, batches, flags))
+        )
     if first:
         print(closing(read_records(folder / "metrics.jsonl"), result.seconds))
         if result.finished_before:
@@ -512,8 +534,8 @@ def closing(records: Sequence[StepRecord], seconds: float) -> str:
         "TRAINING COMPLETED",
         RULE,
         f"Training runtime: {seconds:.2f} seconds",
-        f"Samples per second: {sum(record.examples for record in records) / seconds:.2f}",
-        f"Steps per second: {len(losses) / seconds:.2f}",
+        f"Samples per second: {ratio(sum(record.examples for record in records), seconds):.2f}",
+        f"Steps per second: {ratio(len(losses), seconds):.2f}",
         f"Train loss: {sum(losses) / len(losses):.4f}",
         f"Final loss: {losses[-1]:.4f}",
         f"{RULE}\n",
@@ -541,7 +563,12 @@ def refuse_foreign_folder(folder: Path) -> None:
     found += [path.name for path in inputs if path.name not in (ROWS.name, JINJA.name)]
     if found and not is_run(folder):
         what = f"--output_dir holds files that no run wrote: {', '.join(found[:5])}"
-        raise UsageError(what, where=str(folder), why="they might be overwritten", fix="give a new or empty folder")
+        raise UsageError(
+            what,
+            where=str(folder),
+            why="they might be overwritten",
+            fix="give a new or empty folder: --output_dir runs/my-run",
+        )
 
 
 def unlink_final(folder: Path) -> None:

@@ -73,6 +73,8 @@ cli/test_post_mortem.py metrics/test_health.py::test_other_ranks_write_records_o
 convert/test_import.py::test_the_recipe_trains convert/test_import.py::test_no_key_is_dropped convert/test_trl.py::test_batch_schedule_rate_and_adapter_are_trls
 launch/test_docker.py::test_a_run_in_a_container_stops_resumes_and_leaves_nothing
 launch/test_docker.py::test_a_detached_run_is_seen_followed_and_stopped
+cli/test_fixes.py::test_a_pasted_command_does_what_it_says cli/test_fixes.py::test_commands_of_ours_that_are_pasted
+training/test_still_clock.py::test_a_run_and_a_bench
 """.split()
 
 

@@ -357,7 +357,21 @@ def test_final_files_lie_in_the_folder_too(tmp_path: Path) -> None:
     ],
 )
 def test_warnings_and_errors_name_the_flags(text: str, shown: str) -> None:
-    assert playbook.in_flags(text, 2) == shown
+    assert playbook.in_flags(text, 2, playbook.flags_of("Llama3_8B_LoRA_finetuning")) == shown
+
+
+def test_a_fix_names_no_flag_that_a_script_lacks() -> None:
+    full, lora = (playbook.flags_of(f"Llama3_{name}_finetuning") for name in ("3B_full", "8B_LoRA"))
+    assert playbook.in_flags("adapter.rank=4", 1, lora) == "--lora_rank 4"
+    assert playbook.in_flags("adapter.rank=4", 1, full) == "adapter.rank=4"
+    assert playbook.not_here("--batch_size 4, or --seq_length 512", full) == ""
+    for fix, absent in (
+        ("adapter.rank=4", "adapter.rank"),
+        ("--batch_size 4, or model.quantize=nf4", "model.quantize"),
+        ("add --columns prompt=a,completion=b", "--columns"),
+    ):
+        assert f"({absent}: no flag of this script" in playbook.not_here(fix, full)
+    assert playbook.not_here("tunesmith fetch --list", full) == ""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

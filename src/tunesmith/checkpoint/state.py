@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from tunesmith.errors import CheckpointError, ModelError, disk_fault
 from tunesmith.host_files import available_cores, follow_umask
 from tunesmith.host_memory import open_uncached
 from tunesmith.run_directory import MANIFEST, read_manifest
+from tunesmith.shell import shell_path
 
 CARD = "README.md"
 PART = ".distcp"  # the end of a file's name that holds what one rank has of a checkpoint
@@ -166,8 +166,8 @@ def _way_on(folder: Path) -> str:
         return f"copy it again from where it was written; {edited}"
     for checkpoint in list_checkpoints(folder.parent):
         if checkpoint.path != folder and find_damage(checkpoint.path, contents=False) is None:
-            return f"restore it from a copy, or take {shlex.quote(str(checkpoint.path))}; {edited}"
-    return f"restore it from a copy, or tunesmith train {shlex.quote(str(recipe))} --fresh; {edited}"
+            return f"restore it from a copy, or take {shell_path(checkpoint.path)}; {edited}"
+    return f"restore it from a copy, or tunesmith train {shell_path(recipe)} --fresh; {edited}"
 
 
 def step_of(folder: Path) -> int | None:

@@ -12,6 +12,7 @@ from rich.filesize import decimal as size_text
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import MachineError, UsageError
+from tunesmith.shell import shell_path, shell_word
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Source
@@ -72,7 +73,7 @@ def _wanted(args: argparse.Namespace) -> "tuple[Model, list[Source]]":
 
     if args.name in shipped() or Path(args.name).suffix in (".yaml", ".yml"):
         if args.revision is not None:
-            fix = f"tunesmith fetch {args.name} model.revision={args.revision}"
+            fix = f"tunesmith fetch {shell_word(args.name)} {shell_word(f'model.revision={args.revision}')}"
             raise UsageError("a recipe has its own revision", where="--revision", fix=fix)
         from tunesmith.data.source import is_local
 
@@ -80,7 +81,7 @@ def _wanted(args: argparse.Namespace) -> "tuple[Model, list[Source]]":
         distinct = {(s.source, s.name, s.revision): s for s in (*recipe.data.train, *recipe.data.validation)}
         return recipe.model, [s for s in distinct.values() if not is_local(s.source)]
     if args.overrides:
-        fix = f"tunesmith fetch {args.name} --revision REVISION; key=value goes with a recipe"
+        fix = f"tunesmith fetch {shell_word(args.name)} --revision REVISION; key=value goes with a recipe"
         raise UsageError(f"{args.overrides[0]!r} belongs to no recipe", where="command line", fix=fix)
     return Model(name=args.name, revision=args.revision), []
 
@@ -184,7 +185,7 @@ def _remove(name: str, *, dry: bool, as_json: bool, elsewhere: list[dict[str, An
             remove_cached(item)
         except OSError as error:
             what = f"cannot delete {name}: {error.strerror}"
-            raise MachineError(what, where=str(item.folder), fix=f"ls -ld {item.folder}") from error
+            raise MachineError(what, where=str(item.folder), fix=f"ls -ld {shell_path(item.folder)}") from error
     if as_json:
         done = elsewhere + [{"name": i.name, "kind": i.kind, "bytes": i.size, "removed": not dry} for i in chosen]
         print(json.dumps(done, indent=2))

@@ -11,9 +11,9 @@ Signals and exit codes are those of `train`: ctrl-C saves after the present step
 """
 
 import argparse
-import shlex
 
 from tunesmith.cli.launch_local import add_launched, announce, launched_recipe
+from tunesmith.shell import shell_word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = launched_recipe(args)
     if args.render:
         words = docker.create_words(docker.docker_job(recipe), args.image, docker.find_mounts(recipe), debug=args.debug)
-        print("docker run --rm", *map(shlex.quote, words), sep=" \\\n  ")
+        print("docker run --rm", *map(shell_word, words), sep=" \\\n  ")
         return 0
     job = docker.start_container(recipe, args.image, debug=args.debug)
     if not args.detach:

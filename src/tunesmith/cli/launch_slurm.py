@@ -16,6 +16,7 @@ import sys
 
 from tunesmith.cli.launch_local import add_launched, launched_recipe
 from tunesmith.cli.options import whole_number
+from tunesmith.shell import shell_word
 
 TEXTS = {
     "partition": "", "account": "", "qos": "", "constraint": "such as h100",
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     slurm.check_reach(recipe, site)
     for job in slurm.submit(recipe, request):
         print(f"job {job.details['id']}; log: {job.log}")
-    text = f"follow it: tunesmith logs -f {job.name}; stop it: tunesmith stop {job.name}; queue: squeue --me"
+    text = f"follow it: tunesmith logs -f {shell_word(job.name)}; stop it: tunesmith stop {shell_word(job.name)}; queue: squeue --me"
     print(text, file=sys.stderr)
 
 

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from tunesmith.errors import UsageError
+from tunesmith.shell import shell_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
 
     if location.kind == "adapter" and not is_hub_id(location.base.name):
         what, why = "the adapter's base is a folder of this machine", f"its files name {location.base.name}"
-        fix = f"tunesmith merge {args.run} --output DIR, then tunesmith push DIR; or train with the base's Hub id"
+        fix = f"tunesmith merge {shell_path(args.run)} --output DIR, then tunesmith push DIR; or train with the base's Hub id"
         raise UsageError(what, where=str(folder), why=why, fix=fix)
     name = (folder.parent if location.run else folder).resolve().name
     message = f"Push {name}" + (f"/{folder.name}" if location.run else "")

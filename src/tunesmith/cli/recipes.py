@@ -8,7 +8,6 @@ examples:
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tunesmith.config.names import nearest
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import copy_of, purpose, shipped
 from tunesmith.errors import MachineError, UsageError
+from tunesmith.shell import shell_command, shell_path, shell_word
 
 WIDE = 130  # columns of a terminal that leave 60 for what a recipe is for
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(to_mapping(recipe), indent=2) + "\n" if args.json else dump(recipe))
     elif len(args.rest) > 1:
         what, fix = f"recipes copy takes one destination, not {len(args.rest)}", ["copy", args.name, args.rest[0]]
-        raise UsageError(what, where="command line", fix=f"tunesmith recipes {shlex.join(fix)}")
+        raise UsageError(what, where="command line", fix=f"tunesmith recipes {shell_command(fix)}")
     else:
         _copy(args.name, Path(args.rest[0] if args.rest else "."), force=args.force)
 
@@ -95,10 +95,10 @@ def _copy(name: str, destination: Path, *, force: bool) -> None:
         with path.open("w" if force else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        fix = f"name another file, or: tunesmith recipes copy {name} {shlex.quote(str(destination))} --force"
+        fix = f"name another file, or: tunesmith recipes copy {shell_word(name)} {shell_path(destination)} --force"
         raise UsageError("this file is there already", where=str(path), fix=fix) from error
     except OSError as error:
-        there, folder = path.parent.exists(), shlex.quote(str(path.parent))
+        there, folder = path.parent.exists(), shell_path(path.parent)
         fix = "name a place that you may write to" if there else f"mkdir -p {folder}"
         raise MachineError(f"cannot write: {error.strerror}", where=str(path), fix=fix) from error
     print(path)

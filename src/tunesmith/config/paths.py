@@ -18,6 +18,7 @@ from tunesmith.errors import RecipeError
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
 TEMPLATES = ("auto", "chat", "alpaca", "raw")
 
+_RUNS = ("$(", "`", "\\", '"')  # by which a shell runs a command in double quotes, or ends them
 _OUTPUTS = ("log.tensorboard_dir", "output_dir")
 # The keys that hold a path or a Hub id -> the endings that make a text a path.
 _INPUTS = {
@@ -63,6 +64,8 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
     elif "$" in text:
         what = f"{key}: variables such as {text} are not expanded in a recipe"
         fix = f'let the shell expand it: {key}="{text}" on the command line'
+        if any(mark in text for mark in _RUNS):
+            fix = "write the path itself"
     elif "://" in text:
         hub = _HUB.match(text)
         what = f"{key} is a Hub id or a file, not a URL: {text}"

@@ -7,7 +7,6 @@ values. What a plain scalar means follows the core schema of YAML 1.2.2 (section
 
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import BaseResolver, VersionedResolver
 
 from tunesmith.errors import RecipeError
+from tunesmith.shell import shell_path
 
 Scalar = str | int | float | bool | None
 
@@ -109,7 +109,7 @@ def read_file(path: Path) -> Node:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         what, why = "this recipe cannot be read", error.strerror or str(error)
-        raise RecipeError(what, where=name, why=why, fix=f"ls -l {shlex.quote(name)}") from error
+        raise RecipeError(what, where=name, why=why, fix=f"ls -l {shell_path(name)}") from error
     if len(raw) > MAX_BYTES:
         fix = "give the recipe, not the data: a recipe is a page of YAML"
         raise RecipeError("this recipe is larger than 256 KiB", where=name, fix=fix)
@@ -117,7 +117,7 @@ def read_file(path: Path) -> Node:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        fix = f"iconv -f LATIN1 -t UTF-8 {shlex.quote(name)} > fixed.yaml   # if it was written in that encoding"
+        fix = f"iconv -f LATIN1 -t UTF-8 {shell_path(name)} > fixed.yaml   # if it was written in that encoding"
         what = f"this recipe is not UTF-8 text: byte 0x{raw[error.start]:02x}"
         raise RecipeError(what, where=f"{name}:{line}", fix=fix) from error
     top = _Reader(name, path.parent).read(text)

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import reprlib
-import shlex
 import types
 from dataclasses import MISSING, Field, is_dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from tunesmith.config.names import keys, nearest, other_tools, suggest_key, with
 from tunesmith.config.schema import Run, is_section
 from tunesmith.config.tree import Node, scalar
 from tunesmith.errors import RecipeError
+from tunesmith.shell import shell_word
 from tunesmith.units import Length, Share, Size
 
 if TYPE_CHECKING:
@@ -225,4 +225,4 @@ def suggest_override(option: str, value: str | None) -> str | None:
             meant = f"{value} {unit or 'examples'}"
         elif kind in kinds or (kind is int and float in kinds) or value in literal_words(hint):
             meant = value
-    return shlex.quote(f"{key}={meant}")
+    return shell_word(f"{key}={meant}")

@@ -8,7 +8,6 @@ reads every row looked at and no other does; one that uses the columns of anothe
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from shlex import quote
 from typing import Any
 
 from tunesmith.config.check import COLUMNS
@@ -17,6 +16,7 @@ from tunesmith.data.formats import convert_row
 from tunesmith.data.source import Rows
 from tunesmith.errors import DataError
 from tunesmith.host_files import from_here
+from tunesmith.shell import shell_word
 
 SAMPLE = 200  # rows looked at, spread over the file
 
@@ -55,7 +55,7 @@ class Detected:
 
     def flags(self) -> str:
         """The option that chooses it."""
-        return "--columns " + quote(",".join(f"{name}={column}" for name, column in self.columns.items()))
+        return "--columns " + shell_word(",".join(f"{name}={column}" for name, column in self.columns.items()))
 
 
 def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:

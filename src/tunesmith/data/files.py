@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import weakref
 from array import array
 from collections.abc import Callable
@@ -20,12 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
 from tunesmith.errors import DataError, first_line
 from tunesmith.host_memory import drop_pages, open_uncached
+from tunesmith.shell import shell_path, shell_word
 
 MAX_ROW_BYTES = 32 << 20  # a longer row is a file with its line breaks lost; tokenising it would take minutes
 _BLOCK = 256  # rows of an Arrow table converted to Python at once
@@ -52,7 +53,7 @@ def open_table(path: Path) -> Table:
         before = _version(path)
         table = _READERS[path.suffix.lower()](path)
     except OSError as error:
-        why, fix = error.strerror or str(error), f"ls -l {quote(str(path))}"
+        why, fix = error.strerror or str(error), f"ls -l {shell_path(path)}"
         raise DataError("the file cannot be read", where=str(path), why=why, fix=fix) from error
 
     def check_unchanged() -> None:
@@ -118,7 +119,7 @@ def _decode(path: Path, data: bytes, where: Callable[[int], str], encoding: str)
         with path.open("rb") as file:
             code = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         why = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}: {error.reason}"
-        fix = f"iconv -f {code} -t utf-8 {quote(str(path))} > fixed{path.suffix}"
+        fix = f"iconv -f {code} -t utf-8 {shell_path(path)} > {_new_name(path, f'fixed{path.suffix}')}"
         raise DataError("the file is not UTF-8 text", where=where(error.start), why=why, fix=fix) from None
 
 
@@ -158,13 +159,13 @@ def _read_json_lines(path: Path) -> Table:
             return json.loads(_decode(path, data, lambda _: where(i), "utf-8"))
         except (json.JSONDecodeError, RecursionError) as error:
             why = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            fix = f"sed -n {numbers[i]}p {quote(str(path))}   # fix or delete this line: one JSON object a line"
+            fix = f"sed -n {numbers[i]}p {shell_path(path)}   # fix or delete this line: one JSON object a line"
         if i == len(starts) - 1 and not data.endswith(b"\n"):
             why += "; the file ends here without a line break, so it may be cut off"
             fix = "download or write the file again, or delete its last line"
         elif i == 0 and data.lstrip().startswith(b"["):
             why += "; the file looks like one JSON array"
-            fix = f"mv {quote(str(path))} {quote(str(path.with_suffix('.json')))}   # and name that"
+            fix = f"mv {shell_path(path)} {shell_path(path.with_suffix('.json'))}   # and name that"
         raise DataError("the line is not JSON", where=where(i), why=why, fix=fix)
 
     def close() -> None:
@@ -194,8 +195,22 @@ def _read_json(path: Path) -> Table:
         what = "the file holds one object, not an array of rows"
         why = f"its keys are {', '.join(list(rows)[:8]) or 'none'}"
         lists = [key for key, value in rows.items() if isinstance(value, list) and value]
-        fix = f"jq '.{lists[0]}' {quote(str(path))} > rows.json" if lists else "put the rows in [ ]"
+        fix = (
+            f"jq {_jq_key(lists[0])} {shell_path(path)} > {_new_name(path, 'rows.json')}"
+            if lists
+            else "put the rows in [ ]"
+        )
     raise DataError(what, where=str(path), why=why, fix=fix)
+
+
+def _jq_key(key: str) -> str:
+    """The program of jq that takes a key, as a word of a command line."""
+    return f"'.{key}'" if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) else shell_word(f".[{json.dumps(key)}]")
+
+
+def _new_name(path: Path, name: str) -> str:
+    """A name for what a command makes of a file, as a word: never the file's own, which `>` would empty first."""
+    return shell_word(name if path.name != name else f"new-{name}")
 
 
 def _broken_json(path: Path, text: str, error: Exception) -> DataError:
@@ -224,7 +239,7 @@ def _read_csv(path: Path) -> Table:
     names = text.partition("\n")[0]
     if "," not in names and (other := next((mark for mark in ";\t|" if mark in names), "")):
         convert = f"import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={other!r}))"
-        fix = f"python3 -c {quote(convert)} < {quote(str(path))} > commas.csv"
+        fix = f"python3 -c {shell_word(convert)} < {shell_path(path)} > {_new_name(path, 'commas.csv')}"
         raise DataError(f"the header has {other!r} between its names, not a comma", where=f"{path}:1", fix=fix)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[list[str]] = []

@@ -12,6 +12,7 @@ from huggingface_hub import constants, errors, get_token
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
 from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_fault, mask
+from tunesmith.shell import shell_word
 
 TRIES = 5  # in a row without progress
 PAUSE = 1.0  # seconds before the second try; doubles
@@ -91,7 +92,7 @@ def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "mo
         fix = "give an existing path, or owner/name as on the Hub"
     elif isinstance(error, errors.OfflineModeIsEnabled):
         what, where = f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads", store
-        fix = f"HF_HUB_OFFLINE=0 tunesmith fetch {repo}"
+        fix = f"HF_HUB_OFFLINE=0 tunesmith fetch {shell_word(repo)}"
     elif fault := disk_fault(error):
         return MachineError(
             f"{repo} cannot be stored: {fault}", where=store, why=clean(error), fix=DISK_FIX, cause="disk"

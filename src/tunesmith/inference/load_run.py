@@ -23,6 +23,7 @@ from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.run_directory import FINAL, IDENTITY, RECIPE
+from tunesmith.shell import shell_path
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +142,7 @@ def _in_run(folder: Path) -> RunLocation:
             return _in_folder(candidate, note=note)
         skipped.append(f"{candidate.name}: {damage or 'holds training state only'}")
     why = "; ".join(skipped) or "neither final/ nor a checkpoint-N/ is there"
-    fix = f"go on with it: tunesmith train {folder / RECIPE}"
+    fix = f"go on with it: tunesmith train {shell_path(folder / RECIPE)}"
     raise CheckpointError("this run has no finished checkpoint", where=str(folder), why=why, fix=fix)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError
 from tunesmith.launch.jobs import FOLDER, Job, State, save_job
+from tunesmith.shell import shell_path
 
 BEGINS = 1.0  # seconds in which a start that cannot work has ended
 
@@ -59,5 +60,5 @@ def detach(run: Run, words: Sequence[str]) -> LocalJob:
     with suppress(subprocess.TimeoutExpired):
         if code := agent.wait(BEGINS):
             said = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-            raise RunError(f"it ended at once, with {code}", where=str(log), why=said, fix=f"cat {log}")
+            raise RunError(f"it ended at once, with {code}", where=str(log), why=said, fix=f"cat {shell_path(log)}")
     return job

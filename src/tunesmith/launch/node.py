@@ -39,6 +39,7 @@ from tunesmith.launch.debug import collect_logs, say_all
 from tunesmith.launch.jobs import FOLDER
 from tunesmith.launch.rendezvous import BACKEND, find_endpoint, hold_store, reach_store, register_backend
 from tunesmith.run_directory import FINAL, STOPPED
+from tunesmith.shell import shell_path
 from tunesmith.signals import RESTART, ignore_stop_signals
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def private_folder() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        what, fix = "this folder is not yours alone", f"rm -r {folder}, or export TMPDIR=/a/folder/of/yours"
+        what, fix = "this folder is not yours alone", f"rm -r {shell_path(folder)}, or export TMPDIR=/a/folder/of/yours"
         raise MachineError(what, where=str(folder), why="compiled code is kept there and run", fix=fix)
     return folder
 

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.errors import MachineError
+from tunesmith.shell import shell_word
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -77,7 +78,7 @@ def route_to(host: str) -> str:
             probe.connect((host, 9))
             return str(probe.getsockname()[0])
     except OSError as error:
-        fix = f"connect the nodes, and look: ip route get {host}"
+        fix = f"connect the nodes, and look: ip route get {shell_word(host)}"
         raise MachineError(f"no route to {host}", where="--endpoint", why=error.strerror or "", fix=fix) from None
 
 
@@ -104,7 +105,7 @@ def reach_store(endpoint: Endpoint) -> "TCPStore":
     try:
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=JOIN))
     except DistError as error:
-        fix = f"start the run on that node too; tunesmith doctor --pair {host} says what stands between"
+        fix = f"start the run on that node too; tunesmith doctor --pair {shell_word(host)} says what stands between"
         why = str(error).partition("\n")[0][:200]
         raise MachineError(f"no answer in {JOIN:.0f} s", where=endpoint.place, why=why, fix=fix) from None
     store.set_timeout(ANSWER)

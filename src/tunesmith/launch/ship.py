@@ -28,6 +28,7 @@ from tunesmith.checkpoint.state import digest_of_file
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host_files import available_cores, cache_folder
 from tunesmith.hub.download import FetchProgress
+from tunesmith.shell import shell_command, shell_word
 
 # No connection is shared or left open, no agent or port goes along, and a dead link is given up after 15 seconds.
 SSH = ["ssh", "-T", *(f"-o{option}" for option in (
@@ -78,7 +79,7 @@ class Connection:
         line = self._send([json.dumps({"do": command, **arguments}).encode() + b"\n"], data, answer=True)
         answer = json.loads(line)
         if "error" in answer:
-            fix = f"df -h and ls -ld there: {shlex.join(['ssh', self.host] if self.host else [])}"
+            fix = f"df -h and ls -ld there: {shell_command(['ssh', self.host] if self.host else [])}"
             raise MachineError(f"{self.name}: {answer['error']}", where=command, fix=fix)
         return answer["ok"]
 
@@ -107,7 +108,7 @@ class Connection:
             pass
         process.kill()
         said = process.stderr.read().decode(errors="replace").strip().splitlines()
-        fix = f"ssh {self.host} python3 --version; if it asks for a password: ssh-copy-id {self.host}"
+        fix = f"ssh {shell_word(self.host)} python3 --version; if it asks for a password: ssh-copy-id {shell_word(self.host)}"
         why = said[-1][:300] if said else "it closed the connection"
         raise MachineError(f"{self.name} cannot be reached by ssh", where=self.name, why=why, fix=fix)
 
@@ -248,7 +249,7 @@ def require_image(image: str) -> str:
     with Connection("") as here:
         code, image_id, complaint = here.ask("run", words=[*IMAGE_ID, image])
     if code:
-        build = shlex.join(["docker", "build", "-f", "docker/Dockerfile", "-t", image, "."])
+        build = shell_command(["docker", "build", "-f", "docker/Dockerfile", "-t", image, "."])
         what, why = f"there is no image {image} here", complaint.strip()[-300:]
         raise MachineError(what, where="--image", why=why, fix=f"{build}, in a clone; or --image NAME")
     return str(image_id).strip()
@@ -281,5 +282,5 @@ def _pump(giver: Sequence[str], taker: Sequence[str], host: str) -> None:
         source.stdout.close()
         complaint = target.communicate()[1].decode(errors="replace").strip()
     if source.returncode or target.returncode:
-        fix = f"ssh {host} docker ps: you must be in the docker group there"
+        fix = f"ssh {shell_word(host)} docker ps: you must be in the docker group there"
         raise MachineError(f"the image cannot be brought to {host}", where="docker load", why=complaint[-300:], fix=fix)

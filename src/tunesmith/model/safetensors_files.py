@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from tunesmith.errors import ModelError
 from tunesmith.host_files import refuse_special_files
+from tunesmith.shell import shell_path, shell_word
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -43,7 +44,9 @@ def _damaged(file: Path, why: str) -> ModelError:
 def unreadable_file(file: Path, error: OSError) -> ModelError:
     """The error for a file that the system does not let us read."""
     why = error.strerror or str(error)
-    return ModelError(f"{file.name} cannot be read", where=str(file), why=why, fix=f"see who may read it: ls -l {file}")
+    return ModelError(
+        f"{file.name} cannot be read", where=str(file), why=why, fix=f"see who may read it: ls -l {shell_path(file)}"
+    )
 
 
 def read_header(file: Path) -> list[Entry]:
@@ -160,14 +163,15 @@ def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = Fals
         what, why = f"the weights are in GGUF: {', '.join(gguf[:3])}", ""
         fix = f"name the file itself: model.name: {name}/{gguf[0]}"
         if repo:
-            fix = f"hf download {name} {gguf[0]} --local-dir models, then model.name: models/{gguf[0]}"
+            fix = f"hf download {shell_word(name)} {shell_word(gguf[0])} --local-dir models, then model.name: models/{gguf[0]}"
     elif any(n.endswith((".bin", ".pth", ".pt")) for n in names):
         what, why = "the weights are only there as pickled files (.bin, .pth)", "a pickle can run any code when loaded"
-        fix = (
-            'convert once, then name the folder: python -c "from transformers import AutoModelForCausalLM as M, '
-            f"AutoTokenizer as T; n='{name}'; M.from_pretrained(n, dtype='auto').save_pretrained('converted'); "
-            "T.from_pretrained(n).save_pretrained('converted')\""
+        convert = (
+            "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; name = sys.argv[1]; "
+            'M.from_pretrained(name, dtype="auto").save_pretrained("converted"); '
+            'T.from_pretrained(name).save_pretrained("converted")'
         )
+        fix = f"convert once, then name the folder: python -c {shell_word(convert)} {shell_path(name)}"
     else:
         what, why, fix = "no weights are there", "neither model.safetensors nor its index", "take another model"
     return ModelError(what, where=where, why=why, fix=fix)

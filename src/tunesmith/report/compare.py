@@ -6,7 +6,6 @@ seeds alone would exceed once in 20, where several runs share a recipe; else how
 
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from tunesmith.config.dump import is_free, leaves
 from tunesmith.report.run_files import RunFiles, known
 from tunesmith.run_directory import RECIPE, shown
+from tunesmith.shell import shell_path
 
 NOISES = 2.0  # standard errors above which a difference counts: about 95 % of a normal distribution
 # The same of Student's t, from 1 degree of freedom.
@@ -229,7 +229,7 @@ def _noise(ranking: Sequence[Contender]) -> tuple[float | None, str]:
     run = first.runs[0]
     folder = run.files.folder
     seed = (run.seed if run.seed is not None else 42) + 1
-    recipe, output = shlex.quote(shown(folder / RECIPE)), shlex.quote(shown(f"{folder}-seed-{seed}"))
+    recipe, output = shell_path(shown(folder / RECIPE)), shell_path(shown(f"{folder}-seed-{seed}"))
     again = f"tunesmith train {recipe} train.seed={seed} output_dir={output}"
     once = f"Each has one seed, and another one moves val_loss too; to see how far: `{again}`"
     found = [w for one in (first, second) if (w := wobble([v for _, v in one.runs[0].validations])) is not None]

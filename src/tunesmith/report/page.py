@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import re
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import resources
@@ -30,6 +29,7 @@ from tunesmith.report.run_files import (
     smooth,
 )
 from tunesmith.run_directory import RECIPE, read_bytes, shown
+from tunesmith.shell import shell_command, shell_path, shell_word
 
 MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart
@@ -198,8 +198,8 @@ def _reproduce(run: RunSummary) -> dict[str, Any]:
     versions = [f"{name}=={env[name].partition('+')[0]}" for name in VERSIONS if isinstance(env.get(name), str)]
     return {
         "run": run,
-        "command": shlex.join(words) if words else None,
-        "again": f"tunesmith train {shlex.quote(shown(recipe))} output_dir={shlex.quote(shown(f'{run.files.folder}-again'))}",
+        "command": shell_command(words) if words else None,
+        "again": f"tunesmith train {shell_path(shown(recipe))} {shell_word(shown(f'output_dir={run.files.folder}-again'))}",
         "commit": env.get("commit"),
         "versions": f"pip install {' '.join(versions)}" if versions else None,
         "hashes": {name.replace("_", " "): env[name] for name in HASHES if env.get(name)},

@@ -7,7 +7,6 @@ yet, a last line that is still being written, fields of another version.
 import math
 import os
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -44,6 +43,7 @@ from tunesmith.run_directory import (
     reason_of,
     shown,
 )
+from tunesmith.shell import shell_path
 
 Columns = dict[str, list[float | None]]
 
@@ -303,7 +303,7 @@ def how_it_ended(run: RunFiles) -> dict[str, Any]:
     elif run.state == "killed":
         unknown = RunError(
             "no process is at work here, and it left no word", why="it was killed, or this is a copy of a running one",
-            fix=f"tunesmith train {shlex.quote(shown(run.folder / RECIPE))}   # goes on from the newest checkpoint",
+            fix=f"tunesmith train {shell_path(shown(run.folder / RECIPE))}   # goes on from the newest checkpoint",
         )  # fmt: skip
         end = killed_before(run.folder) or unknown
         told = {"what": end.what, "where": end.where, "why": end.why, "cause": end.cause, "next": end.fix}

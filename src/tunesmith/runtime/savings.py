@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from tunesmith.config.dump import differences
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.runtime.plan import Machine, MeshShape, RunPlan, Saving
+from tunesmith.shell import shell_word
 from tunesmith.units import Size
 
 # A plan beyond this is refused. Weights, gradients and moments are counted, and the one estimate of activations that was
@@ -40,7 +40,7 @@ def find_savings(run: Run, plan: RunPlan, plan_of: Callable[[Run], RunPlan], *, 
             if (total := plan_of(changed).memory.total) <= below:
                 changes = differences(run, changed)
                 words = {c.key: c.new if isinstance(c.new, str) else json.dumps(c.new) for c in changes}
-                keys = " ".join(f"{key}={shlex.quote(word)}" for key, word in words.items())
+                keys = " ".join(f"{shell_word(f'{key}={word}')}" for key, word in words.items())
                 return [Saving(keys, total, all(change.allowed for change in changes))]
         return []
 

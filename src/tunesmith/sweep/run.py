@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -37,7 +36,7 @@ from tunesmith.metrics.terminal import format_seconds
 from tunesmith.optim.lr_schedule import warmup_steps
 from tunesmith.ranks import Ranks, started_as
 from tunesmith.run_directory import FINAL, METRICS, SWEEP, read_sweep, reason_of
-from tunesmith.shell import shell_word
+from tunesmith.shell import shell_path, shell_word
 from tunesmith.signals import StopRequest
 from tunesmith.sweep.search import Search, halve, rung_steps, sample
 from tunesmith.sweep.shared_base import RungTrainer, SharedBase
@@ -256,7 +255,7 @@ class Sweep:
         assert step is not None
         if step not in records or (self.compared == "val_loss" and records[step].val_loss is None):
             what = f"a candidate's records hold no {self.compared} of step {step}"
-            fix = f"rm -r {shlex.quote(str(folder))}   # the same command trains this candidate again"
+            fix = f"rm -r {shell_path(folder)}   # the same command trains this candidate again"
             raise RunError(what, where=str(folder / METRICS), why="somebody changed them", fix=fix)
         if self.compared == "loss":
             last = list(records.values())[-max(1, len(records) // 10) :]

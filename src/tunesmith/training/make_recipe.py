@@ -4,7 +4,6 @@ What is not a default is written with its reason, beside the run, to be edited a
 """
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from tunesmith.hub import fetch
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
+from tunesmith.shell import shell_command, shell_path
 from tunesmith.units import Length, Share, Size
 
 LOOK = 2000  # rows whose tokens are counted, spread over the file
@@ -58,7 +58,7 @@ class MadeRecipe:
     @property
     def name(self) -> str:
         """The file's path as a user in the working directory writes it."""
-        return shlex.quote(from_here(self.path))
+        return shell_path(from_here(self.path))
 
     def check_file(self) -> None:
         """Raise RecipeError if the file is there and says something else: it may have been edited."""
@@ -131,7 +131,7 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
     path = Path(f"{run.output_dir}.yaml")
     why |= {key: "given on the command line" for key in why if key in given and key != "data.train"}
     words = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
-    command = shlex.join(["tunesmith", "train", "--model", model, "--data", data, *words])
+    command = shell_command(["tunesmith", "train", "--model", model, "--data", data, *words])
     head = "".join(f"{line}\n" for line in (schema_line(), *(f"# {line}" for line in command.splitlines())))
     return MadeRecipe(run, path, head + to_yaml(resolve_paths(tree, beside=path.parent).plain(), why), found)
 

@@ -25,6 +25,7 @@ from tunesmith.report.run_files import (
     smooth,
 )
 from tunesmith.run_directory import shown
+from tunesmith.shell import shell_word
 from tunesmith.units import Length
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def _begun(job: Job, say: Callable[[str], None] | None) -> Path:
     while not holds_run(folder):
         state = job.state()
         if say is None or not state.at_work:
-            what, fix = f"{job.name} has not begun", f"tunesmith status {job.name}"
+            what, fix = f"{job.name} has not begun", f"tunesmith status {shell_word(job.name)}"
             raise UsageError(what, where=str(folder), why=state.text, fix=fix)
         if state.text != told:
             say(f"{job.name} has not begun: {state.text}; waiting for it, ctrl-C ends that")

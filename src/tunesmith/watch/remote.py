@@ -35,6 +35,7 @@ from tunesmith.run_directory import (
     SAMPLES,
     STOPPED,
 )
+from tunesmith.shell import shell_path, shell_word
 
 AGAIN = 10.0  # seconds between two attempts to connect
 FILES = (  # what a watcher reads of a run, as patterns
@@ -82,10 +83,10 @@ class RemoteRun:
         """MachineError or UsageError unless the host answers and has the folder: for the start of a command."""
         self.refresh()
         if self.lost:
-            what, fix = f"{self.host} cannot be reached", f"ssh {self.host} python3 --version"
+            what, fix = f"{self.host} cannot be reached", f"ssh {shell_word(self.host)} python3 --version"
             raise MachineError(what, where=f"{self.host}:{self.place}", why=self.lost, fix=fix)
         if not self._there:
-            fix = f"ssh {self.host} ls -d {shlex.quote(self.place)}; relative to the home directory there"
+            fix = f"ssh {shell_word(self.host)} ls -d {shell_word(shell_path(self.place))}; relative to the home directory there"
             raise UsageError("there is no such run directory", where=f"{self.host}:{self.place}", fix=fix)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 OK, FAULT, GIB = "ok", "fault", 1 << 30
 TEXTS: dict[str, list[str]] = json.loads(Path(__file__).with_name("findings.json").read_text(encoding="utf-8"))
+UNQUOTED = ("fix", "names")  # values in a fix that are a fix themselves, and several words: names of packages
 VERSIONS = """import importlib.metadata as m, json
 print(json.dumps({name: next((d.version for d in m.distributions(name=name)), "") for name in ("tunesmith", "torch")}))"""
 SMI = ("nvidia-smi", "--query-gpu=name,uuid,driver_version,compute_cap,memory.total", "--format=csv,noheader")
@@ -36,7 +38,11 @@ class Finding:
 def say(key: str, host: str = "", **values: Any) -> Finding:
     """The finding that findings.json has under `check/case`."""
     level, *texts = TEXTS[key]
-    what, why, fix = (text.format(host=host, **values) for text in texts)
+    what, why, fix = texts
+    what, why = (text.format(host=host, **values) for text in (what, why))
+    # shlex alone: the other node of a pair has this file, and not the rest of tunesmith.
+    quoted = {name: shlex.quote(str(value)) for name, value in {"host": host, **values}.items() if name not in UNQUOTED}
+    fix = fix.format(**quoted, **{name: values[name] for name in UNQUOTED if name in values})
     return Finding(key.partition("/")[0], level, what, why, fix)
 
 
