@@ -90,6 +90,7 @@ SPOILT: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a text as seed": ("config.yaml", holding("config.yaml", "train: {seed: x}\nvalidate: {max_examples: [1]}\n")),
     "no Unicode in the recipe": ("config.yaml", holding("config.yaml", 'model: {name: "\\ud800"}\n')),
     "the recipe is a fifo": ("config.yaml", replaced("config.yaml", os.mkfifo)),
+    "a deep recipe": ("config.yaml", holding("config.yaml", "[" * DEEP + "]" * DEEP)),
     "a list as env": ("env.json", holding("env.json", "[]")),
     "types in env": ("env.json", holding("env.json", '{"command": 5, "commit": [1], "validation_hash": {}, "torch": "2.13.0"}')),
     "a deep env": ("env.json", holding("env.json", "[" * DEEP)),
