@@ -24,7 +24,7 @@ Scalar = str | int | float | bool | None
 
 MAX_BYTES = 256 << 10  # a megabyte of rows that is given as a recipe would be read for half a minute
 MAX_DEPTH = 20
-MAX_OPEN = 1000  # brackets: ruamel takes minutes for 100,000 of them before it gives up
+MAX_OPEN = 200  # brackets: ruamel takes minutes for 100,000 of them before it gives up
 MAX_NODES = 10_000  # with aliases expanded: nine lines of nested aliases can stand for a billion values
 
 # The core schema: the first form that matches the whole plain scalar gives its value; anything else is text.
@@ -143,13 +143,13 @@ class _Untyped(VersionedResolver):
         return BaseResolver.resolve(self, kind, value, implicit)
 
 
-def _open_brackets(text: str) -> int:
-    """The most brackets and braces that are open at once, those in quotes too."""
-    opened = most = 0
+def _check_brackets(text: str) -> None:
+    """RecursionError where more than MAX_OPEN brackets and braces are open at once; those in quotes count too."""
+    opened = 0
     for bracket in re.findall(r"[\[\]{}]", text):
         opened += 1 if bracket in "[{" else -1
-        most = max(most, opened)
-    return most
+        if opened > MAX_OPEN:
+            raise RecursionError
 
 
 class _Reader:
@@ -166,8 +166,7 @@ class _Reader:
         yaml.Resolver = _Untyped
         where = self.name
         try:
-            if _open_brackets(text) > MAX_OPEN:
-                raise RecursionError
+            _check_brackets(text)
             top = yaml.compose(text)
             return None if top is None else self.node(top)
         except MarkedYAMLError as error:
