@@ -93,6 +93,7 @@ def recipe_of(model: str, rows: str, out: str) -> dict[str, Any]:
         "data": {"train": {"source": rows, "format": "prompt-completion"}, "seq_len": 64},
         "train": {
             "duration": "200000 steps", "global_batch": "4 examples", "learning_rate": 1e-4, "schedule": "constant",
+            "warmup": "2 steps",
             "compile": "off",
         },
         "checkpoint": {"every": f"{EVERY} steps", "keep": 2},
@@ -170,6 +171,10 @@ class Cluster:
         """What `tunesmith status` says of the run directory."""
         raise NotImplementedError
 
+    def stop(self) -> str:
+        """What `tunesmith stop` says."""
+        raise NotImplementedError
+
 
 class SlurmCluster(Cluster):
     """Two slurmd that share a disk; KillWait is 3 seconds."""
@@ -242,6 +247,9 @@ class SlurmCluster(Cluster):
     def status(self) -> str:
         return self.run(sys.executable, "-m", "tunesmith", "status", str(self.outs[0])).splitlines()[0]
 
+    def stop(self) -> str:
+        return self.run(sys.executable, "-m", "tunesmith", "stop", "--wait", str(self.outs[0]))
+
 
 class SwarmCluster(Cluster):
     """Two dockerd without a shared disk."""
@@ -310,6 +318,9 @@ class SwarmCluster(Cluster):
 
     def status(self) -> str:
         return self.tunesmith("status", "runs/run").splitlines()[0]
+
+    def stop(self) -> str:
+        return self.tunesmith("stop", "runs/run")
 
 
 def plan(times: int, seed: int) -> list[tuple[str, str, int, float]]:
@@ -451,6 +462,7 @@ def measure(kind: type[SlurmCluster | SwarmCluster], times: int, seed: int, minu
                 break
             print(json.dumps(rows[-1]), flush=True)
             file.write_text(json.dumps(earlier + rows, indent=1))
+        print(cluster.stop())  # it would slow the run that it is compared with
         records = [(record["loss"], record["grad_norm"]) for record in read_records(cluster.outs[0])]
         (folder / "reference").mkdir()
         whole = undisturbed(folder / "reference", len(records))
