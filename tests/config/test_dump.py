@@ -19,6 +19,7 @@ from tunesmith.units import Length, Size
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=30) | st.sampled_from(
     ["yes", "3e-4", "null", "~", "0x10", "1_0", "- a", "a: b", "#x", "*a", "&a", "!t", "%", "a\nb\n", " x ", "'", '"', "\\", "\t", "🙂", "\x85", "\u2028", "\ufeff", "\x07"]
 )  # fmt: skip
+name = text.filter(bool)  # an empty one is refused
 word = st.from_regex(r"[a-z]{1,8}/[a-z]{1,8}", fullmatch=True)
 positive = st.floats(1e-300, 1e300)
 
@@ -29,8 +30,8 @@ def runs(draw: st.DrawFn) -> Run:
     sources = st.builds(
         Source,
         source=word,
-        split=st.none() | text,
-        columns=st.dictionaries(st.sampled_from(["messages", "tools"]), text),
+        split=st.none() | name,
+        columns=st.dictionaries(st.sampled_from(["messages", "tools"]), name),
         weight=positive,
     )
     rate = draw(st.floats(1e-12, 10))
@@ -45,7 +46,7 @@ def runs(draw: st.DrawFn) -> Run:
         )
     )
     return Run(
-        model=Model(name=draw(word), revision=draw(st.none() | text), pad_token=draw(st.none() | text)),
+        model=Model(name=draw(word), revision=draw(st.none() | name), pad_token=draw(st.none() | name)),
         adapter=adapter,
         data=Data(
             train=tuple(draw(st.lists(sources, min_size=1, max_size=3))),
@@ -80,6 +81,15 @@ def test_every_scalar_round_trips(values: dict[str, object]) -> None:
     back = read_value(to_yaml(values), where="", base=Path()).plain()
     assert back == values
     assert [type(v) for v in back.values()] == [type(v) for v in values.values()]
+
+
+@pytest.mark.parametrize("key", ["<<", "=", "?", "-", "null", "1", "a: b"])
+def test_a_mapping_with_a_key_that_yaml_knows(key: str) -> None:
+    """A column may have any name."""
+    values = {key: "x", "columns": {"prompt": "a", key: "b"}}
+    assert read_value(to_yaml(values), where="", base=Path()).plain() == values
+    merged = read_value("a: &a {x: 1}\nb: {<<: *a, '<<': 2}\n", where="", base=Path()).plain()
+    assert merged["b"] == {"x": 1, "<<": 2}
 
 
 @pytest.fixture

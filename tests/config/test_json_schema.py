@@ -83,7 +83,7 @@ def test_what_extends_may_be_partial_and_clear(schema: Draft7Validator) -> None:
     for more in (
         {},
         {"data": {"train": {"split": "train[:9]"}, "validation": None}},
-        {"train": {"seed": None}, "log": None},
+        {"train": {"seed": 1, "clip_norm": None}},
     ):
         schema.validate({**child, **more})
         assert not schema.is_valid(more), "alone it is no recipe"
@@ -92,6 +92,8 @@ def test_what_extends_may_be_partial_and_clear(schema: Draft7Validator) -> None:
         {"train": {"sed": 1}},
         {"data": {"train": [{"split": "x"}]}},
         {"model": {"name": None}},
+        {"train": {"learning_rate": None}},
+        {"log": None},
     ):
         assert not schema.is_valid({**child, **wrong})
 

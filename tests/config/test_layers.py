@@ -8,7 +8,7 @@ import pytest
 
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run, Source
-from tunesmith.errors import RecipeError
+from tunesmith.errors import EXIT_USAGE, RecipeError
 
 from .bad_recipes import BASE
 
@@ -124,24 +124,16 @@ def test_what_a_new_source_leaves_behind_is_said(parent: Path) -> None:
     ("key", "value"),
     [
         ("data.train.columns", "{}"),
-        ("data.train.columns", "null"),
-        ("data.train.columns", ""),
         ("data.validation", "null"),
         ("data.validation", "{}"),
         ("data.validation", "[]"),
         ("data.validation", "~"),
         ("data.train.split", "null"),
-        ("data.train.weight", "null"),
         ("adapter.modules_to_save", "[]"),
-        ("adapter.modules_to_save", "null"),
-        ("adapter", "null"),
-        ("train", "null"),
-        ("train.seed", "~"),
-        ("train.betas", "null"),
     ],
 )
 def test_what_a_parent_gave_can_be_cleared(parent: Path, key: str, value: str) -> None:
-    """A null clears a key that takes no null; the default stands again."""
+    """What a child or the command line may set back to nothing: the key's own empty value, or null where it takes one."""
     *sections, name = key.split(".")
     flow = "".join(f"{section}: {{" for section in sections) + f"{name}: {value}" + "}" * len(sections)
     given = load_recipe(parent, [f"{key}={value}"])
@@ -155,6 +147,51 @@ def test_what_a_parent_gave_can_be_cleared(parent: Path, key: str, value: str) -
         for part in key.split("."):
             found, default = getattr(found, part), getattr(default, part)
         assert found == default
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "train.learning_rate", "train.duration", "train.seed", "train.betas", "train.fast_paths", "train", "adapter", "model",
+        "data.seq_len", "data.template", "data.train.columns", "data.train.weight", "adapter.modules_to_save",
+        "model.name", "data.train.source", "output_dir", "log.tensorboard",
+    ],
+)  # fmt: skip
+def test_no_value_is_not_the_default(parent: Path, key: str) -> None:
+    """`train.learning_rate=$LR` of an unset variable; a null in a file over another, and from Python."""
+    *sections, name = key.split(".")
+    lines = [f"{'  ' * depth}{section}:" for depth, section in enumerate(sections)]
+    for empty in ("", " null", " ~"):
+        text = "\n".join([*lines, f"{'  ' * len(sections)}{name}:{empty}"])
+        with pytest.raises(RecipeError, match=f"error: {key}: expected .*found nothing") as caught:
+            child(f"{text}\n")
+        assert caught.value.where == f"child.yaml:{len(sections) + 2}"
+        with pytest.raises(RecipeError, match=f"error: {key}: expected .*found nothing") as caught:
+            load_recipe(parent, [f"{key}={empty.strip()}"])
+        assert (caught.value.where, caught.value.exit_code) == (f"command line: {key}", EXIT_USAGE)
+        assert f"{key}=" in caught.value.fix
+        assert "unset variable" in caught.value.why
+    with pytest.raises(RecipeError, match=f"error: {key}: expected .*found nothing"):
+        load_recipe(parent, {key: None})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.revision", "model.pad_token", "data.train.split", "data.train.name", "data.train.revision",
+        "data.validation.split",
+    ],
+)  # fmt: skip
+def test_an_empty_text_is_no_value(parent: Path, key: str) -> None:
+    with pytest.raises(RecipeError, match=f"error: {key} is empty") as caught:
+        load_recipe(parent, [f"{key}=''"])
+    assert caught.value.where == f"command line: {key}"
+
+
+def test_an_empty_name_in_a_list_and_an_empty_system_message(parent: Path) -> None:
+    with pytest.raises(RecipeError, match=r"adapter\.modules_to_save has an empty name"):
+        load_recipe(parent, ["adapter.modules_to_save=['']"])
+    assert load_recipe(parent, ["data.system=''"]).data.system == "", "some templates write one of their own without it"
 
 
 def test_null_where_null_is_a_value(parent: Path) -> None:

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tunesmith.config.names import nearest
+from tunesmith.config.dump import flatten
+from tunesmith.config.names import nearest, without_indices
 from tunesmith.config.paths import TEMPLATES
 from tunesmith.config.schema import Run
 from tunesmith.errors import RecipeError
@@ -25,9 +26,17 @@ Problem = tuple[str, str, str] | tuple[str, str, str, str]
 
 def check_run(run: Run, where: Callable[[str], str]) -> None:
     """RecipeError for the first rule that a recipe breaks; `where` gives the place of a dotted key, "" if not given."""
-    for rules in (_model, _adapter, _data, _train, _batch, _optimizer_in_backward, _lengths, _validate):
+    for rules in (_texts, _model, _adapter, _data, _train, _batch, _optimizer_in_backward, _lengths, _validate):
         for key, what, fix, *why in rules(run, where):
             raise RecipeError(f"{key} {what}", where=where(key) or key, why="".join(why), fix=fix)
+
+
+def _texts(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
+    """Empty texts: a branch, a split or a token without a name. An empty system message is one that some models need."""
+    for key, value in flatten(run).items():
+        if value == "" and key not in ("data.system", "adapter.target"):
+            name = key if given(key) or not without_indices(key).startswith("data.") else without_indices(key)
+            yield name, "is empty", f"write its value, or remove {name}"
 
 
 def _model(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
@@ -57,6 +66,8 @@ def _adapter(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
         return
     target = run.adapter.target
     names = (target,) if isinstance(target, str) else target
+    if "" in run.adapter.modules_to_save:
+        yield "adapter.modules_to_save", "has an empty name", "adapter.modules_to_save: []"
     if not names or "" in names:
         yield "adapter.target", "names no module", "adapter.target: all-linear"
     elif any(name != "all-linear" and nearest(name, ["all-linear"]) for name in names):

@@ -51,7 +51,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe file as plain values, of draft 7, which editors know best.
 
-    A recipe that extends another may leave any key out, and clear by null what has a default.
+    A recipe that extends another may leave any key out.
     """
     whole = run_type().json_schema()
     sections = {**whole.pop("$defs"), Run.__name__: whole}
@@ -88,12 +88,8 @@ def _of_key(spec: Field[Any], hint: Any, found: dict[str, Any]) -> dict[str, Any
 
 
 def _without_duties(section: dict[str, Any]) -> dict[str, Any]:
-    """A section in which nothing is required, and what was not may be null."""
-    required = section.pop("required", [])
-    for name, value in section["properties"].items():
-        if name not in required:
-            about = {part: value.pop(part) for part in ("description", "default") if part in value}
-            section["properties"][name] = {"anyOf": [value, {"type": "null"}], **about}
+    """A section in which nothing is required."""
+    section.pop("required", None)
     return section
 
 

@@ -16,7 +16,6 @@ from typing import Any, get_origin
 from tunesmith.config.names import keys, without_indices
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.tree import MAX_DEPTH, Node, read_value, wrap
-from tunesmith.config.typed import default_of, members
 from tunesmith.errors import RecipeError
 
 COMMAND_LINE, FROM_PYTHON = "command line", "overrides"
@@ -59,8 +58,9 @@ def override_layer(overrides: Mapping[str, Any] | Sequence[str]) -> Node:
 def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False) -> Node:
     """The upper layer over the lower at `key`, or with `same_layer` one override over those before it, which all stay.
 
-    `adapter.kind: none` drops the adapter's other keys of the lower layer, which would have no effect. A null clears a
-    key that takes no null, and an empty mapping one that is no section.
+    `adapter.kind: none` drops the adapter's other keys of the lower layer, which would have no effect. An empty mapping
+    clears a key that is no section. A null replaces the value below, also of a key that takes none: `build_run` refuses it
+    there, and `train.learning_rate=` of an unset variable does not pass for the default.
     """
     below, given = lower.value, upper.value
     if same_layer and isinstance(given, dict) and given and isinstance(below, str | int | float):
@@ -89,12 +89,7 @@ def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False)
     merged = dict(below)
     for name, node in given.items():
         path = f"{key}.{name}".lstrip(".")
-        spec, hint = keys().get(without_indices(path), (None, None))
-        clears = node.value is None and spec and default_of(spec) and type(None) not in members(hint)
-        if name in below and clears and not same_layer:
-            del merged[name]
-        else:
-            merged[name] = _merge(below[name], node, path, same_layer=same_layer) if name in below else node
+        merged[name] = _merge(below[name], node, path, same_layer=same_layer) if name in below else node
     # A key that is missing is missing in the file, whatever the command line gives beside it.
     return replace(lower if upper.where.startswith((COMMAND_LINE, FROM_PYTHON)) else upper, value=merged)
 

@@ -202,16 +202,19 @@ class _Reader:
 
     def mapping(self, found: nodes.Node, line: int, depth: int) -> dict[str, Node]:
         given: dict[str, Node] = {}
+        merges: dict[str, Node] = {}
         for name, inside in found.value:
             key = self.node(name, line, depth)
             if not isinstance(key.value, str):
                 shown = "a list or mapping" if isinstance(key.value, dict | list) else repr(key.value)
                 raise RecipeError(f"a key is text, this one is {shown}", where=key.where, fix="put it in quotes")
-            if key.value in given:
-                what, why = f"the key {key.value!r} is given twice", f"the first one is at {given[key.value].where}"
+            # In quotes `<<` is a name like others, such as that of a column.
+            values = merges if key.value == "<<" and name.style is None else given
+            if key.value in values:
+                what, why = f"the key {key.value!r} is given twice", f"the first one is at {values[key.value].where}"
                 raise RecipeError(what, where=key.where, why=why, fix="remove one of the two")
-            given[key.value] = replace(self.node(inside, max(line, name.start_mark.line), depth), where=key.where)
-        merged = given.pop("<<", Node([], "", self.base))
+            values[key.value] = replace(self.node(inside, max(line, name.start_mark.line), depth), where=key.where)
+        merged = merges.get("<<", Node([], "", self.base))
         for source in merged.value if isinstance(merged.value, list) else [merged]:
             if not isinstance(source.value, dict):
                 raise RecipeError("`<<` takes a mapping", where=source.where, fix="write <<: *name_of_a_mapping")

@@ -115,7 +115,9 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
         what = f"{key}: {limits[0]}"
     else:
         what, fix = f"{key}: expected {type_in_words(value.hint)}, found {_found(node.value)}", _fix_type(value)
-    return RecipeError(what, where=node.where, fix=fix)
+    unset = node.value is None and node.where.startswith("command line")
+    why = "an unset variable of the shell leaves a value empty" if unset else ""
+    return RecipeError(what, where=node.where, why=why, fix=fix)
 
 
 def _find(tree: Node, error: "ErrorDetails") -> "tuple[Node, str, ErrorDetails]":
