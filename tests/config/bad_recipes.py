@@ -161,6 +161,7 @@ _RULES = [
     _line("adapter.from without adapter", ("adapter.from=org/adapter", "adapter.kind=none"), "adapter.from has no effect", "adapter.from", "adapter.kind: lora"),
     _file("saved modules without adapter", "+adapter:\n  kind: none\n  modules_to_save: [lm_head]\n", "adapter.modules_to_save has no effect", "r.yaml:6", "remove"),
     _rule("rank 0", "adapter.rank=0", "adapter.rank is 0: it must be 1 or more", "adapter.rank=8"),
+    _rule("rank of 64 bits", "adapter.rank=9223372036854775807", "it must be below 2147483648", "adapter.rank=8"),
     _rule("alpha 0", "adapter.alpha=0", "adapter.alpha is 0: it must be above 0", "adapter.alpha=16.0"),
     _rule("dropout 1", "adapter.dropout=1", "adapter.dropout is 1: it must be below 1", "adapter.dropout=0.0"),
     _rule("target mistyped", "adapter.target=all_linear", "is all_linear, which is no module's name", "all-linear"),

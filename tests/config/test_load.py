@@ -198,3 +198,9 @@ def test_null_takes_away_the_validation_rows_of_a_recipe() -> None:
     run = load_recipe("smollm2-135m-lora", ["data.validation=null"])
     assert run.data.validation == ()
     assert load_recipe("smollm2-135m-lora", ["data.validation=[]"]) == run
+
+
+def test_a_whole_number_of_many_digits_from_python() -> None:
+    for key in ("adapter.rank", "train.seed", "train.learning_rate"):
+        with pytest.raises(RecipeError, match=key):
+            load_recipe("smollm2-135m-lora", {key: -(10**4400)})

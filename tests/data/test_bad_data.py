@@ -46,6 +46,7 @@ def line(**row: Any) -> str:
 
 
 GOOD = line(text="a")
+DIGITS = "9" * 4301  # more than int() reads
 
 # file name, content, keys of the source, and parts of what, where and fix
 FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
@@ -60,6 +61,8 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", GOOD.encode("utf-16"), {}, "not UTF-8", "a.jsonl:1", "iconv -f utf-16"),
     ("a.jsonl", '{"a":' * 200_000, {}, "not JSON", "a.jsonl:1", "delete its last line"),
     ("a.jsonl", f'{GOOD}\n{{"text": "\\ud83d"}}\n', {}, "half of a character", "a.jsonl:2", "write the whole character"),
+    ("a.jsonl", f'{GOOD}\n{{"text": "a", "n": {DIGITS}}}\n', {}, "more than 4,300 digits", "a.jsonl:2", "as a text"),
+    ("a.json", f'[{GOOD},\n{GOOD}, {{"n": {DIGITS}}}]', {}, "more than 4,300 digits", "a.json row 3", "as a text"),
     ("a.json", "[]", {}, "holds no rows", "a.json", "array of objects"),
     ("a.json", '"text"', {}, "a text, not an array", "a.json", "array of objects"),
     ("a.json", f'{{"data": [{GOOD}]}}', {}, "one object, not an array", "a.json", "jq '.data'"),
@@ -137,6 +140,7 @@ MESSAGES: list[tuple[Any, str, str, str]] = [
     ([U, {"role": "tool", "content": "3"}, A], "no tool was called", "message 2", "order"),
     ([U, {"role": "assistant", "tool_calls": [{"function": {}}]}], "no name", "message 2", '"name"'),
     ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": "{a: 1}"}]}], "arguments is not JSON", ":1", "fix the text"),
+    ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": f'{{"a": {DIGITS}}}'}]}], "arguments is not JSON", ":1", "fix the text"),
     ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": [1]}]}], "not an object", "message 2", '{"a": 1}'),
     ([{**U, "tool_calls": [CALL]}, A], "a user message has", "message 1", "fix the row"),
     ([U, {**A, "loss_weight": 0.5}], "loss_weight: 0.5", "message 2", "remove loss_weight"),

@@ -112,7 +112,7 @@ def _read_input(name: str) -> Rows:
     for number, line in options.stdin_lines():
         try:
             row, why = json.loads(line), ""
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             row, why = None, str(error)
         if not isinstance(row, dict):
             raise DataError("the line is not a JSON object", where=f"stdin:{number}", why=why, fix=fix)

@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Interval
 from tunesmith.units import Length, Share, Size
 
 Count = Annotated[int, Interval(ge=1, lt=2**63)]
+Rank = Annotated[int, Interval(ge=1, lt=2**31)]  # times a layer's width it is a size that torch can hold
 AtLeastTwo = Annotated[int, Interval(ge=2, lt=2**63)]
 CountOrZero = Annotated[int, Interval(ge=0, lt=2**63)]
 Positive = Annotated[float, Gt(0)]
@@ -69,7 +70,7 @@ class Adapter:
     """What is trained: a LoRA adapter, or with `kind: none` all weights."""
 
     kind: Literal["lora", "none"] = key("lora", "lora, or none for full fine-tuning")
-    rank: Count = key(8, "LoRA rank (r)")
+    rank: Rank = key(8, "LoRA rank (r)")
     alpha: Positive = key(16.0, "LoRA alpha; the update is scaled by alpha / rank")
     dropout: Fraction = key(0.0, "dropout on the input of A, at least 0 and below 1")
     target: str | tuple[str, ...] = key("all-linear", "`all-linear` (all but the head) or a list of module names")

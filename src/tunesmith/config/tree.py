@@ -5,6 +5,7 @@ values. What a plain scalar means follows the core schema of YAML 1.2.2 (section
 `yes` are text, there are no timestamps.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ Scalar = str | int | float | bool | None
 MAX_BYTES = 256 << 10  # a megabyte of rows that is given as a recipe would be read for half a minute
 MAX_DEPTH = 20
 MAX_OPEN = 200  # brackets: ruamel takes minutes for 100,000 of them before it gives up
+MAX_DIGITS = 300  # of a whole number
 MAX_NODES = 10_000  # with aliases expanded: nine lines of nested aliases can stand for a billion values
 
 # The core schema: the first form that matches the whole plain scalar gives its value; anything else is text.
@@ -32,8 +34,8 @@ _CORE: tuple[tuple[str, Callable[[str], Scalar]], ...] = (
     (r"|~|null|Null|NULL", lambda text: None),
     (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
     # int() refuses more than 4300 digits with an error of its own; a longer number becomes a float below.
-    (r"[-+]?[0-9]{1,300}", int),
-    (r"0o[0-7]{1,300}|0x[0-9a-fA-F]{1,300}", lambda text: int(text, 0)),
+    (rf"[-+]?[0-9]{{1,{MAX_DIGITS}}}", int),
+    (rf"0o[0-7]{{1,{MAX_DIGITS}}}|0x[0-9a-fA-F]{{1,{MAX_DIGITS}}}", lambda text: int(text, 0)),
     (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
     (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda text: float(text.replace(".", ""))),
 )
@@ -92,6 +94,8 @@ def wrap(values: Any, *, where: str, base: Path, key: str = "") -> Node:
     place = f"{where}: {key}" if key else where
     if isinstance(values, os.PathLike):
         values = os.fspath(values)
+    if isinstance(values, int) and abs(values) >= 10**MAX_DIGITS:
+        values = math.inf  # as `scalar` reads it; str() of it may raise
     if isinstance(values, Mapping):
         return Node({str(name): below(name, value) for name, value in values.items()}, place, base)
     if isinstance(values, list | tuple):

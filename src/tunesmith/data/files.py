@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import sys
 import weakref
 from array import array
 from collections.abc import Callable
@@ -155,11 +156,16 @@ def _read_json_lines(path: Path) -> Table:
             raise DataError(f"a row of {size / 2**20:.0f} MiB", where=where(i), why=why, fix=fix)
         if len(data := os.pread(descriptor, size, starts[i])) < size:
             raise _changed(path)
+        text = _decode(path, data, lambda _: where(i), "utf-8")
+        fix = f"sed -n {numbers[i]}p {shell_path(path)}   # fix or delete this line: one JSON object a line"
         try:
-            return json.loads(_decode(path, data, lambda _: where(i), "utf-8"))
-        except (json.JSONDecodeError, RecursionError) as error:
-            why = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            fix = f"sed -n {numbers[i]}p {shell_path(path)}   # fix or delete this line: one JSON object a line"
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            why = f"{error.msg}: column {error.colno}"
+        except ValueError:
+            raise long_number(where(i)) from None
+        except RecursionError:
+            why = "nested too deep"
         if i == len(starts) - 1 and not data.endswith(b"\n"):
             why += "; the file ends here without a line break, so it may be cut off"
             fix = "download or write the file again, or delete its last line"
@@ -181,7 +187,7 @@ def _read_json(path: Path) -> Table:
     text = _read_text(path)
     try:
         rows = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError itself: a number of too many digits
         first, _, rest = text.strip().partition("\n")
         extra = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
         if first.startswith("{") and (extra or (first.rstrip().endswith("}") and rest)):
@@ -215,21 +221,30 @@ def _new_name(path: Path, name: str) -> str:
 
 def _broken_json(path: Path, text: str, error: Exception) -> DataError:
     """Count the whole rows before the fault, so that the broken one is named by its number."""
-    if not isinstance(error, json.JSONDecodeError):
+    if isinstance(error, RecursionError):
         return DataError("the file is nested too deep", where=str(path), fix="write an array of flat objects")
     row, at = 0, len(text) - len(text.lstrip()) + 1
-    with suppress(json.JSONDecodeError, RecursionError):
-        while at <= error.pos:
+    end = error.pos if isinstance(error, json.JSONDecodeError) else len(text)
+    with suppress(ValueError, RecursionError):
+        while at <= end:
             while at < len(text) and text[at] in " \t\r\n,":
                 at += 1
             row += 1
             _, at = json.JSONDecoder().raw_decode(text, at)
+    if not isinstance(error, json.JSONDecodeError):
+        return long_number(f"{path} row {row}")
     place = f"line {error.lineno} column {error.colno}"
     what, fix = "the file is not JSON", f"fix it at {place}"
     if error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string"):
         what, fix = "the file ends in the middle of its JSON", "download or write the file again"
     where = f"{path} row {row}" if text.lstrip().startswith("[") else f"{path}:{error.lineno}"
     return DataError(what, where=where, why=f"{error.msg}, {place}", fix=fix)
+
+
+def long_number(where: str) -> DataError:
+    """The error for JSON with a whole number that Python does not read: int() of a text takes a time of its square."""
+    what = f"a whole number of more than {sys.get_int_max_str_digits():,} digits"
+    return DataError(what, where=where, fix='write it as a text, "123...", or delete it')
 
 
 def _read_csv(path: Path) -> Table:

@@ -145,7 +145,7 @@ class _RowReader:
             return value
         try:
             return json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise self.error(f"{at} is not JSON", str(error), "fix the text, or write the value itself") from None
 
     def list(self, value: Any, at: str) -> list[Any]:
