@@ -12,6 +12,7 @@ import playbook
 from cli.bad_table import ALL
 from cli.bad_world import Case, World, snapshot, told
 from tunesmith.cli.main import main
+from tunesmith.errors import EXIT_USAGE
 from warm import run_warm
 
 BY_NAME = {str(case): case for case in ALL}
@@ -62,9 +63,13 @@ def test_bad_input_of_a_process(case: Case, world: World) -> None:
     assert_told(case, world, before, done.returncode, done.stdout, done.stderr)
 
 
-def test_rows_beyond_the_model_s_context_are_warned_of(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = '{"prompt": "a", "completion": "' + "b" * 1100 + '"}\n'
-    assert main([*world.rows("rows.jsonl", rows, seq_len=2048), "train.duration=1 steps", "train.warmup=0 steps"]) == 0
-    (warning,) = [row for row in capsys.readouterr().err.splitlines() if "data.seq_len=1024" in row]
-    assert warning.startswith("warning: ")
-    assert "1,024" in warning
+def test_a_seq_len_beyond_the_model_s_positions(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before anything starts by `train`, `data` and `plan`, with the largest seq_len."""
+    rows = '{"prompt": "a", "completion": "b"}\n'
+    train, *words = world.rows("rows.jsonl", rows, seq_len=1025)
+    for verb in ([train], ["data"], ["plan", "--on", "h100"]):
+        assert main([*verb, *words]) == EXIT_USAGE
+        shown = capsys.readouterr().err
+        assert "data.seq_len is 1,025, and the model has 1,024 positions" in shown
+        assert "fix: data.seq_len=1024" in shown
+    assert not world.out.exists()

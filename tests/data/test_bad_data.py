@@ -72,6 +72,8 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.json", b"[{\"text\": \"a\n\xff\"}]", {}, "not UTF-8", "a.json:2", "iconv"),
     ("a.csv", "text\n", {}, "a header and no rows", "a.csv", "write rows"),
     ("a.csv", "text,text\n1,2\n", {}, "names text twice", "a.csv:1", "a name of its own"),
+    ("a.csv", f"{GOOD}\n{GOOD}\n", {}, "JSON lines, not CSV", "a.csv:1", "a.jsonl"),
+    ("a.csv", ",text\nx,a\n", {}, "a column without a name", "a.csv:1", "a name of its own"),
     ("a.csv", "text,n\na,1\nb, c,2\n", {}, "3 values under a header of 2", "a.csv:3", "double quotes"),
     ("a.csv", 'text\n"open\n', {}, "not CSV", "a.csv:2", "close the quote"),
     ("a.csv", 'text,n\n"a "b" c",1\n', {}, "not CSV", "a.csv:2", 'twice: "say ""hi"""'),
@@ -284,3 +286,29 @@ def test_a_hub_that_refuses(tmp_path: Path, name: str, what: str, fix: str) -> N
     assert what in done.stdout
     assert fix in done.stdout
     assert "hf_secret" not in done.stdout + done.stderr
+
+
+def test_the_index_of_pandas_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.csv").write_text(",prompt,completion\n0,a,b\n7,c,d\n")
+    rows = read_rows(Source(source=str(tmp_path / "a.csv")))
+    assert [rows[0], rows[1]] == [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    assert "the first column has no name" in caplog.text
+
+
+def test_a_link_to_nothing_does_not_propose_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert_refused(Source(source=str(tmp_path / "a.jsonl")), "gone.jsonl, which is not there", "a.jsonl", "ls -l")
+
+
+def test_columns_of_parquet_are_named_as_what_they_are(tmp_path: Path) -> None:
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [datetime.datetime(2026, 1, 31)]}), path)
+    assert_refused(Source(source=str(path), format="text"), "a date with a time, not a text", "row 1", "")
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, path)
+    assert_refused(Source(source=str(path), format="text"), "several columns named text", "a.parquet", "of its own")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tunesmith.data.tokens import SourceTokens, TokenCounts, TokenSet
 from tunesmith.errors import DataError
 
 VOCAB = 272
-CHECKS = 6
+CHECKS = 7
 
 
 def check(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> Contract:
@@ -56,7 +57,7 @@ def assert_broken(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> DataE
 def test_a_good_set_holds_and_says_how_much_was_checked(make, simple: Simple) -> None:
     tokens = make(alpaca(50), alpaca(30), seq_len=256)
     contract = assert_holds(simple, tokens)
-    assert [c.checked for c in contract.checks] == [80, 80, 80, 0, 80, int(tokens.lengths.sum())]
+    assert [c.checked for c in contract.checks] == [80, 80, 80, 0, 80, int(tokens.lengths.sum()), 80]
     assert "80 prompts rendered apart" in contract.checks[4].note
     assert contract.checks[3].note == "the tokenizer has no BOS"
 
@@ -95,11 +96,56 @@ def test_a_missing_end_token(simple: Simple) -> None:
 
 
 def test_a_cut_answer_need_not_end(simple: Simple) -> None:
-    tokens = given(simple, ([70, 71, 72], [0, 1, 1]), cut=True)
-    assert_holds(simple, tokens)
+    """It is counted by a rule of its own; an earlier answer of the same row must end."""
+    error = assert_broken(simple, given(simple, ([70, 71, 72], [0, 1, 1]), cut=True))
+    assert "cut off by data.seq_len (1 of 1 rows)" in error.what
     end = simple.tokenizer.eos_token_id
-    # ... but an earlier answer in the same row must.
-    assert_broken(simple, given(simple, ([70, 71, 72, 73, end], [0, 1, 0, 0, 0]), cut=True))
+    error = assert_broken(simple, given(simple, ([70, 71, 72, 73, end], [0, 1, 0, 0, 0]), cut=True))
+    assert "ends with an end token" in error.what
+
+
+def test_few_cut_answers_are_warned_of_and_many_refused(make, simple: Simple) -> None:
+    """One row in ten is the most; what ends is what the rule of end tokens counts."""
+    rows = alpaca(20, letters=lambda i: 200 if i < 2 else 5)
+    longest = make(rows, seq_len=999).counts.longest
+    contract = check(simple, make(rows, seq_len=100))
+    assert not contract.broken
+    assert contract.checks[2].checked == 18
+    (warning,) = contract.warnings
+    assert warning.startswith("2 of 20 rows (10.0%) have an answer cut off by data.seq_len, first ")
+    assert f"fix: data.seq_len={longest} (" in warning
+
+    tokens = make(alpaca(20, letters=lambda i: 200 if i < 3 else 5), seq_len=100)
+    error = assert_broken(simple, tokens)
+    assert error.exit_code == 2
+    assert "(3 of 20 rows)" in error.what
+    assert error.where.endswith("rows0.jsonl:1")
+    for way in (f"data.seq_len={longest} (", "data.too_long=drop", "data.allow_cut_answers=true"):
+        assert way in error.fix
+    assert not check(simple, make(rows, seq_len=longest)).warnings
+
+
+def test_ways_on_from_cut_answers(make, simple: Simple) -> None:
+    tokens = make(alpaca(9, letters=lambda i: 200), seq_len=100)
+
+    def judge(**keys: Any) -> Contract:
+        return check_tokens(tokens, simple, simple.tokenizer, vocab_size=VOCAB, split="train", **keys)
+
+    assert [c.fix for c in judge(position_limit=128).broken] == [
+        "data.seq_len=128 (the most that the model takes), or data.allow_cut_answers=true"
+    ], "dropping all rows is no way on"
+    assert [c.fix for c in judge(position_limit=100).broken] == ["data.allow_cut_answers=true"]
+    accepted, warned = judge(cut_answers="accept"), judge(cut_answers="warn")
+    assert (accepted.broken, accepted.warnings, warned.broken) == ((), (), ())
+    assert "9 of 9 rows (100.0%)" in accepted.checks[-1].note
+    assert "9 of 9 rows (100.0%)" in warned.warnings[0]
+
+
+def test_text_and_whole_rows_have_no_answers_to_cut(make, simple: Simple) -> None:
+    contract = assert_holds(simple, make(alpaca(9, letters=lambda i: 200), seq_len=100, train_on="all"))
+    assert (contract.checks[-1].checked, contract.warnings) == (0, ())
+    part = make(alpaca(9, letters=lambda i: 200), seq_len=100).parts[0]
+    assert not check(simple, TokenSet([replace(part, has_answers=False)])).broken
 
 
 def test_a_doubled_bos(simple: Simple) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model import spec
 
 from . import families
@@ -169,3 +170,35 @@ def test_facts_need_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+LIMITS: list[tuple[dict[str, Any], int | None]] = [
+    ({}, 512),
+    ({"max_position_embeddings": None}, None),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 2048),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 1024),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}}, 2048),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}, 512),
+    # Llama 3.2: what it was trained to is below the factor's reach.
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 128}}, 512),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}}, 4096),
+    ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 128}, 512),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, 512),
+    ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {}}}, 4096),
+    ({"model_type": "mistral", "sliding_window": 64}, None),
+    ({"model_type": "mistral", "sliding_window": 4096}, 512),
+    ({"model_type": "mistral", "sliding_window": None}, 512),
+]
+
+
+@pytest.mark.parametrize(("changes", "limit"), LIMITS)
+def test_the_positions_of_a_config_with_its_scaling(changes: dict[str, Any], limit: int | None) -> None:
+    found = spec.read_spec({"model_type": "llama", **families.SMALL, **changes}, where="config.json")
+    assert found.position_limit == limit
+    if limit is None:
+        spec.check_seq_len(found, 1 << 40, where="config.json")
+        return
+    spec.check_seq_len(found, limit, where="config.json")
+    with pytest.raises(RecipeError, match=f"the model has {limit:,} positions") as caught:
+        spec.check_seq_len(found, limit + 1, where="config.json")
+    assert (caught.value.where, caught.value.fix) == ("data.seq_len", f"data.seq_len={limit}")

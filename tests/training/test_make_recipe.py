@@ -235,9 +235,9 @@ EXAMPLE = "tunesmith train --model HuggingFaceTB/SmolLM2-135M-Instruct --data fa
     ("words", "what", "fix"),
     [
         ([], NEEDED, EXAMPLE),
-        (["--data", "faq.csv"], NEEDED, EXAMPLE),
+        (["--data", "faq.csv"], "--model is missing", EXAMPLE),
         (["--data", "faq.csv", "train.seed=1"], NEEDED, EXAMPLE),
-        (["--model", "small"], NEEDED, EXAMPLE),
+        (["--model", "small"], "--data is missing", EXAMPLE),
         (["--model", "small", "train.seed=1"], NEEDED, EXAMPLE),
         (["--model", "small", "--data", "faq.csv", "--data", "chat.jsonl"], NEEDED, EXAMPLE),
         (["smollm2-135m-lora", "--data", "faq.csv"], BOTH, "leave out smollm2-135m-lora, or --data"),

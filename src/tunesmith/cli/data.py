@@ -45,13 +45,18 @@ def run(args: argparse.Namespace) -> None:
     recipe, _ = chosen_recipe(args, partial(print, file=sys.stderr))
     from tunesmith.data.prepare import prepare_data
     from tunesmith.hub import fetch
-    from tunesmith.model.load import load_config
+    from tunesmith.model.load import load_config, read_stated_spec
+    from tunesmith.model.spec import check_seq_len
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer, vocab_rows
 
     folder = fetch.fetch_for_tokens(recipe.model)
+    spec = read_stated_spec(folder, recipe.model)
+    check_seq_len(spec, recipe.data.seq_len, where=f"{folder}/config.json")
     tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
     rows = vocab_rows(load_config(folder, recipe.model), tokenizer, recipe.model)
-    prepared = prepare_data(recipe, tokenizer, eos_ids(folder, tokenizer), rows, strict=False)
+    prepared = prepare_data(
+        recipe, tokenizer, eos_ids(folder, tokenizer), rows, strict=False, position_limit=spec.position_limit
+    )
     if args.json:
         print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))
     else:

@@ -108,6 +108,10 @@ def chosen_recipe(args: argparse.Namespace, say: Callable[[str], None]) -> "tupl
         return load_recipe(named, words[1:], say=say), None
     if not args.model or len(args.data or ()) != 1:
         what = "a recipe is needed, or one --model and one --data to make it from"
+        if args.data and not args.model:
+            what += "; --model is missing"
+        elif args.model and not args.data:
+            what += "; --data is missing"
         raise UsageError(what, where="command line", fix=f"tunesmith recipes lists recipes; or {example}")
     from tunesmith.training.make_recipe import make_recipe
 

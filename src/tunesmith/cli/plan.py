@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.config.load import load_recipe
     from tunesmith.hub import fetch
     from tunesmith.model.safetensors_files import read_json
-    from tunesmith.model.spec import read_spec
+    from tunesmith.model.spec import check_seq_len, read_spec
     from tunesmith.plan.forecast import measure_work, plan_on_paper
     from tunesmith.plan.hardware import read_cluster
     from tunesmith.runtime.resolve import checkpoint_bytes
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     folder = fetch.fetch(model) if file else fetch.fetch_without_weights(model.name, model.revision)
     config = folder / "config.json"
     spec = read_spec(read_json(config), where=str(config), trust_remote_code=model.trust_remote_code)
+    check_seq_len(spec, recipe.data.seq_len, where=str(config))
     work = measure_work(recipe, spec, None if args.length else _cached(recipe, folder), args.length)
     planner = plan_on_paper(recipe, spec, cluster, work)
     found = planner.ranked()

@@ -23,7 +23,7 @@ from tunesmith.units import Length, Share, Size
 FREE = (
     "log", "validate", "checkpoint", "parallel", "profile", "output_dir",
     "train.micro_batch", "train.recompute", "train.cpu_offload", "train.compile", "train.deterministic", "train.fast_paths",
-    "model.attention",
+    "model.attention", "data.allow_cut_answers",
 )  # fmt: skip
 DURATION = "train.duration"
 

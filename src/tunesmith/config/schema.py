@@ -114,6 +114,9 @@ class Data:
     pack: bool = key(True, "put several examples in a row, isolated by attention; false: one example a row, padded")
     train_on: Literal["response", "last", "all"] = key("response", "all assistant turns, the last one, or all tokens")
     too_long: Literal["truncate", "drop", "error"] = key("truncate", "what to do with longer ones; counted")
+    allow_cut_answers: bool = key(
+        False, "train although more than a tenth of the rows have an answer whose end is cut off by `seq_len`"
+    )
     shuffle: bool = key(True, "a new order each epoch, from the seed; false: the order of the file")
 
 

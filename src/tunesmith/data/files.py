@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import sys
@@ -20,6 +21,8 @@ from array import array
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import date, datetime
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
 from tunesmith.errors import DataError, first_line
 from tunesmith.host_memory import drop_pages, open_uncached
 from tunesmith.shell import shell_path, shell_word
+
+log = logging.getLogger(__name__)
 
 MAX_ROW_BYTES = 32 << 20  # a longer row is a file with its line breaks lost; tokenising it would take minutes
 _BLOCK = 256  # rows of an Arrow table converted to Python at once
@@ -74,6 +79,10 @@ def check_data_file(path: Path) -> None:
         if path.stat().st_size == 0:
             raise DataError("the file is empty", where=str(path), fix="write rows into it, or name another file")
         return
+    if path.is_symlink() and not path.exists():
+        fix = f"ls -l {shell_path(path)}   # name the file itself, or make the link again"
+        what = f"the link leads to {os.readlink(path)}, which is not there"
+        raise DataError(what, where=str(path), fix=fix)
     folder = path if path.is_dir() else path.parent
     inside = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     has, why = ", ".join(inside[:5]) or "no data file", ""
@@ -256,6 +265,9 @@ def _read_csv(path: Path) -> Table:
         convert = f"import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={other!r}))"
         fix = f"python3 -c {shell_word(convert)} < {shell_path(path)} > {_new_name(path, 'commas.csv')}"
         raise DataError(f"the header has {other!r} between its names, not a comma", where=f"{path}:1", fix=fix)
+    if text.lstrip().startswith("{") and '":' in names:
+        fix = f"mv -n {shell_path(path)} {shell_path(path.with_suffix('.jsonl'))}   # and name that"
+        raise DataError("the file holds JSON lines, not CSV", where=f"{path}:1", fix=fix)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[list[str]] = []
     lines = array("q")  # where each row begins: a quoted value may go over several lines
@@ -277,6 +289,10 @@ def _read_csv(path: Path) -> Table:
         fix = 'close the quote that opens in this row; a quote within a quoted value is written twice: "say ""hi"""'
         raise DataError("the file is not CSV", where=where, why=str(error), fix=fix) from None
     header = rows[0] if rows else []
+    if _has_row_numbers(rows):
+        log.warning("%s: the first column has no name and holds numbers of rows, as pandas writes: left out", path.name)
+        rows = [values[1:] for values in rows]
+        header = rows[0]
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice or "" in header:
         what = f"the header names {', '.join(twice)} twice" if twice else "the header has a column without a name"
@@ -287,6 +303,13 @@ def _read_csv(path: Path) -> Table:
     return Table(len(table), table.__getitem__, lambda i: f"{path}:{lines[i + 1]}", lambda: _file_digest(path))
 
 
+def _has_row_numbers(rows: list[list[str]]) -> bool:
+    """Whether the first column is the index that pandas' `to_csv` writes: without a name, and of whole numbers."""
+    if len(rows) < 2 or len(rows[0]) < 2 or rows[0][0] != "":
+        return False
+    return all(values[0].isdecimal() for values in rows[1:])
+
+
 def _read_arrow(path: Path) -> Table:
     """A Parquet or Arrow file, read whole."""
     import pyarrow as pa
@@ -294,6 +317,10 @@ def _read_arrow(path: Path) -> Table:
 
     try:
         if path.suffix.lower() == ".parquet":
+            names = pq.read_schema(path).names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                what = f"the file has several columns named {', '.join(twice)}"
+                raise DataError(what, where=str(path), fix="write it again, with a name of its own for each column")
             table = pq.read_table(path)
         else:
             with pa.OSFile(str(path)) as file:
@@ -332,7 +359,8 @@ def json_type(value: Any) -> str:
     """What a JSON value is, in plain words."""
     number, text = "a number", "a text"
     names = {str: text, int: number, float: number, bool: "true or false", list: "an array", dict: "an object"}
-    return names.get(type(value), "null")
+    names |= {type(None): "null", bytes: "bytes", Decimal: number, datetime: "a date with a time", date: "a date"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 _READERS: dict[str, Callable[[Path], Table]] = {

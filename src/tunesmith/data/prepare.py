@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tunesmith.config.schema import Run
-from tunesmith.data.contract import Contract, check_tokens, excerpt
+from tunesmith.data.contract import Contract, CutAnswers, check_tokens, excerpt
 from tunesmith.data.flaws import FLAWS
 from tunesmith.data.hold_out import read_splits
 from tunesmith.data.schedule import BatchSchedule
@@ -112,6 +112,8 @@ class TrainingData:
             if smaller < size.amount:
                 fix += f' or train.global_batch="{smaller} {size.unit}"'
             found.append(f"only {steps} optimizer steps: a model changes little in fewer than {FEW_STEPS}; fix: {fix}")
+        for contract in self.contracts:
+            found += [f"{contract.split}: {text}" for text in contract.warnings]
         for split, part in self.sources():
             for name, (count, first) in part.counts.flaws.items():
                 if name == "joined" and self.run.data.template != "auto":
@@ -138,6 +140,8 @@ def prepare_data(
     *,
     cache: Path | None = None,
     strict: bool = True,
+    cut_answers: CutAnswers = "refuse",
+    position_limit: int | None = None,
 ) -> TrainingData:
     """Read, tokenise and check the rows of a recipe; DataError where a source, a row or the contract is broken.
 
@@ -146,19 +150,34 @@ def prepare_data(
         vocab_size: entries of the model's embedding.
         cache: folder of the token cache; None takes `tokens` in the cache folder.
         strict: raise on a broken contract; False leaves it to the caller to look at `contracts`.
+        cut_answers: as for `check_tokens`, of the training rows; `data.allow_cut_answers` accepts them in any case.
+        position_limit: the model's longest sequence, where it has one.
     """
     cache = cache or cache_folder("tokens")
     template = select_template(run.data, tokenizer, eos_ids)
     rows, held_out = read_splits(run.data, run.train.seed)
     train = tokenise(rows, run.data, template, tokenizer, cache=cache, what="train")
-    contracts = [check_tokens(train, template, tokenizer, vocab_size=vocab_size, split="train")]
+    if run.data.allow_cut_answers:
+        cut_answers = "accept"
+    contracts = [
+        check_tokens(
+            train, template, tokenizer, vocab_size=vocab_size, split="train",
+            cut_answers=cut_answers, position_limit=position_limit,
+        )
+    ]  # fmt: skip
     validation = held_digest = None
     if held_out:
         validation = tokenise(held_out, run.data, template, tokenizer, cache=cache, what="validation")
         held_digest = validation.counts.digest
         if run.validate.max_examples is not None:
             validation = validation.first(run.validate.max_examples)
-        contracts.append(check_tokens(validation, template, tokenizer, vocab_size=vocab_size, split="validation"))
+        # Nothing is learned from these: a warning will do.
+        contracts.append(
+            check_tokens(
+                validation, template, tokenizer, vocab_size=vocab_size, split="validation",
+                cut_answers="accept" if cut_answers == "accept" else "warn", position_limit=position_limit,
+            )
+        )  # fmt: skip
     for contract in contracts if strict else ():
         contract.raise_if_broken()
     if BYTES_PER_EXAMPLE * float(train.repeats.sum()) > available_memory():

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import sys
+from array import array
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from tunesmith.host_files import is_terminal
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # raise it when the same rows would give other tokens, or an entry of the cache has another form
+VERSION = 4  # raise it when the same rows would give other tokens, or an entry of the cache has another form
 _BATCH = 256  # rows handed to the tokenizer at once
 
 
@@ -46,19 +47,22 @@ class TokenCounts:
     prompts: int = 0  # rows whose prompt was rendered apart and found as the beginning of the example
     prompts_apart: int = 0  # rows where it renders otherwise
     flaws: dict[str, list[int]] = field(default_factory=dict)  # name in FLAWS -> how many rows, and the first of them
+    longest_of_99: int = 0  # 99 % of the rows, uncut, have no more tokens
     available: int = 0  # rows that the source has
     taken: str = ""  # the recipe's keys that take some of them
 
 
 @dataclass(frozen=True)
 class SourceTokens:
-    """The examples of one source. leaks: indices of examples in which a token of the prompt is supervised."""
+    """The examples of one source. leaks: indices of examples in which a token of the prompt is supervised; has_answers:
+    what is supervised are answers that end, and not whole rows (format text, train_on all)."""
 
     arrays: TokenArrays
     counts: TokenCounts
     rows: Rows
     weight: float = 1.0
     leaks: tuple[int, ...] = ()
+    has_answers: bool = True
 
     def __len__(self) -> int:
         return len(self.arrays.rows)
@@ -138,6 +142,7 @@ class TokenSet:
         return TokenCounts(
             source=", ".join(c.source for c in self.sources),
             longest=max((c.longest for c in self.sources), default=0),
+            longest_of_99=max((c.longest_of_99 for c in self.sources), default=0),
             digest=hashlib.sha256("".join(f"{p.counts.digest}*{p.weight}" for p in self.parts).encode()).hexdigest(),
             **{name: sum(vars(c)[name] for c in self.sources) for name in names},
         )
@@ -203,7 +208,8 @@ def tokenise(
         keys = {"split": source.split, "max_examples": source.max_examples, "data.hold_out": data.hold_out}
         taken = ", ".join(f"{name}: {value}" for name, value in keys.items() if value is not None)
         counts = TokenCounts(source=source.source, **about["counts"], available=rows.available, taken=taken)
-        parts.append(SourceTokens(arrays, counts, rows, source.weight, tuple(about["reached"])))
+        has_answers = data.train_on != "all" and source.format != "text"
+        parts.append(SourceTokens(arrays, counts, rows, source.weight, tuple(about["reached"]), has_answers))
     return TokenSet(parts)
 
 
@@ -241,8 +247,8 @@ def _tokenise_rows(
     rows: Rows, source: Source, data: Data, template: Template, title: str, writer: TokenWriter
 ) -> Tokenised:
     """Tokenise all rows of a source; their arrays, and counts and leaks as plain values."""
-    counts = dict.fromkeys(("dropped", "emptied", "longest", "prompts", "prompts_apart"), 0)
-    leaks, flaws = list[int](), dict[str, list[int]]()
+    counts = dict.fromkeys(("dropped", "emptied", "prompts", "prompts_apart"), 0)
+    leaks, flaws, lengths = list[int](), dict[str, list[int]](), array("q")
     encode = RowEncoder(template, source, data.system, data.train_on)
     with closing(_encode_rows(rows, encode, title)) as found:
         for i, where, (whole, own_flaws, prompt) in found:
@@ -253,7 +259,7 @@ def _tokenise_rows(
             for name in own_flaws:
                 flaws.setdefault(name, [0, i])[0] += 1
             n = len(whole.ids)
-            counts["longest"] = max(counts["longest"], n)
+            lengths.append(n)
             if n <= data.seq_len:
                 writer.add(whole, i, cut=False)
             elif data.too_long == "error":
@@ -267,6 +273,8 @@ def _tokenise_rows(
                 writer.add(Example(whole.ids[: data.seq_len], whole.trained[: data.seq_len]), i, cut=True)
     rows.check_unchanged()
     arrays = writer.arrays()
+    counts["longest"] = max(lengths, default=0)
+    counts["longest_of_99"] = int(np.quantile(lengths, 0.99, method="higher")) if lengths else 0
     about = {"rows": len(rows), **_count_tokens(arrays), **counts, "digest": arrays.sha256(), "flaws": flaws}
     return arrays, {"counts": about, "reached": leaks}
 

@@ -24,7 +24,7 @@ from tunesmith.hub.download import FetchProgress, RemoteFile, download
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
 from tunesmith.model.safetensors_files import INDEX, SINGLE, indexed_files, no_safetensors, read_headers, read_json
-from tunesmith.model.spec import ModelSpec, read_spec
+from tunesmith.model.spec import ModelSpec, check_seq_len, read_spec
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")  # one of these is needed
 SUPPORT = (
@@ -35,13 +35,20 @@ MOST_PER_NUMBER = 8  # parameters for each stored number, at most; nf4 has two
 MARGIN = 64 << 20  # bytes to leave free
 
 
-def fetch(model: Model, *, progress: FetchProgress | Callable[[str], None] | None = None, update: bool = False) -> Path:
+def fetch(
+    model: Model,
+    *,
+    progress: FetchProgress | Callable[[str], None] | None = None,
+    update: bool = False,
+    seq_len: int | None = None,
+) -> Path:
     """A folder with config.json, safetensors and, unless `model.tokenizer` names another, a tokenizer.
 
     Args:
         model: the recipe's block; `name` is a folder, a .gguf file or a Hub id.
         progress: shows what happens, or a function that takes one line; None: stderr.
         update: ask the Hub for a newer commit although the cache is complete.
+        seq_len: nothing large is downloaded of a model with fewer positions (RecipeError).
 
     ModelError where the model cannot be had or read, MachineError where the disk or a package is missing.
     """
@@ -49,7 +56,7 @@ def fetch(model: Model, *, progress: FetchProgress | Callable[[str], None] | Non
         progress = FetchProgress(progress)
     if (found := local_model(model)) is None:
         found = None if update else cached_model(model)
-        return found or download_model(plan_download(model, progress), progress)
+        return found or download_model(plan_download(model, progress, seq_len), progress)
     if found.suffix == ".gguf" and found.is_file():
         return convert_gguf(found, model.dtype, progress.say)
     check_folder(found, model)
@@ -157,7 +164,7 @@ class DownloadPlan:
         return sum(file.size - file.arrived(self.storage) for file in self.files)
 
 
-def plan_download(model: Model, progress: FetchProgress) -> DownloadPlan:
+def plan_download(model: Model, progress: FetchProgress, seq_len: int | None = None) -> DownloadPlan:
     """Ask the Hub what the model is, and check it (licence, format, config, shards) before a large download."""
     listing, page = list_repo(model.name, model.revision, "model", progress), repo_page(model.name)
     names = {name for name in listing.files if "/" not in name}
@@ -173,7 +180,9 @@ def plan_download(model: Model, progress: FetchProgress) -> DownloadPlan:
             return Path(retry(lambda: hf_hub_download(model.name, name, revision=listing.commit)))
 
     where = f"{page}/blob/{listing.commit}/config.json"
-    read_spec(read_json(small("config.json")), where=where, trust_remote_code=model.trust_remote_code)
+    spec = read_spec(read_json(small("config.json")), where=where, trust_remote_code=model.trust_remote_code)
+    if seq_len is not None:
+        check_seq_len(spec, seq_len, where=where)
     weights = indexed_files(small(INDEX)) if INDEX in names else [SINGLE]
     if lost := [name for name in weights if name not in listing.files]:
         what = f"{len(lost)} weight files that the index names are not there: {', '.join(lost[:3])}"

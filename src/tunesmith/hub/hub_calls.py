@@ -103,6 +103,9 @@ def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "mo
     else:
         what, why = f"the Hub cannot be reached for {repo}", f"{type(error).__name__}: {clean(error)}"
         fix = "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again; what has arrived is kept"
+    if kind == "model" and "/" not in repo:
+        what, where = f"{repo!r} is neither a folder, a .gguf file, nor a Hub id", "model.name"
+        fix = "give an existing path, or owner/name as on the Hub"
     return ModelError(what, where=where, why=why, fix=fix, cause=cause)
 
 

@@ -1,6 +1,6 @@
 """What a model's folder says about it, read once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -46,4 +46,7 @@ def read_model_files(folder: Path, model: Model) -> ModelFiles:
     """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them, or ModelError."""
     config = load.load_config(folder, model)
     found = spec.read_spec(config.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code)
+    # Transformers fills in max_position_embeddings where the file has none.
+    stated = load.read_stated_spec(folder, model)
+    found = replace(found, position_limit=stated.position_limit)
     return ModelFiles(folder, model, config, found, load_tokenizer(tokenizer_folder(model, folder), model))

@@ -20,14 +20,13 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.safetensors_files import read_json
-from tunesmith.model.spec import read_spec
+from tunesmith.model.spec import ModelSpec, read_spec
 
 
 def load_config(folder: Path, model: Model) -> PretrainedConfig:
     """The model's configuration; ModelError where it is missing, broken, or of a kind that the recipe cannot train."""
     file = folder / "config.json"
-    raw = read_json(file)
-    spec = read_spec(raw, where=str(file), trust_remote_code=model.trust_remote_code)
+    spec = read_stated_spec(folder, model)
     if spec.quantised and model.quantize != "nf4":
         what, why = "the checkpoint is already in bitsandbytes nf4", f"the recipe says model.quantize: {model.quantize}"
         fix = "set model.quantize: nf4, or take the unquantised model"
@@ -38,6 +37,12 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
         fix = "correct the named key, or fetch it again: tunesmith fetch MODEL"
         what = "Transformers cannot read the config"
         raise ModelError(what, where=str(file), why=one_line(error), fix=fix) from error
+
+
+def read_stated_spec(folder: Path, model: Model) -> ModelSpec:
+    """The spec of config.json as it stands there, without the defaults of Transformers; raises as `read_spec`."""
+    file = folder / "config.json"
+    return read_spec(read_json(file), where=str(file), trust_remote_code=model.trust_remote_code)
 
 
 def one_line(error: BaseException) -> str:

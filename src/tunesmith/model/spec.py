@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunesmith.config.schema import Adapter
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.architectures import ARCHITECTURES, Architecture, families_text
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -39,6 +39,9 @@ class ModelSpec:
     vocab: int
     tied: bool
     context: int  # the longest sequence that the model was made for, in tokens
+    # The same with the scaling of rotary embeddings that config.json asks for, as a limit of data.seq_len; None: it names
+    # none, or its layers see a window, which moves along with the position.
+    position_limit: int | None
     windows: tuple[int | None, ...]  # per layer, how many tokens back a position sees (itself counted), or None for all
     parameters: int  # all of them, a tied head counted once
     layer_matmul: int  # parameters of one layer's matrices, which every token is multiplied with
@@ -86,10 +89,11 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
     head_norms = {"none": 0, "head": 2 * head_dim, "projection": q + kv}[family.head_norms]
     layer = matmul + biases + family.norms * hidden + head_norms
     final, scores = family.softcaps or (None, None)
+    windows = _windows(config, family, layers)
     return ModelSpec(
         model_type=kind, layers=layers, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads,
         head_dim=head_dim, vocab=vocab, tied=tied, context=_size(config, "max_position_embeddings", where, 2048),
-        windows=_windows(config, family, layers),
+        position_limit=_position_limit(config, windows), windows=windows,
         parameters=vocab * hidden * (1 if tied else 2) + layers * layer + hidden,
         layer_matmul=matmul, head_matmul=vocab * hidden, quantised=_quantised(config, where),
         final_softcap=config.get("final_logit_softcapping", final) if family.softcaps else None,
@@ -156,6 +160,38 @@ def _size(config: Mapping[str, Any], name: str, where: str, default: int | None 
         what = f"{name} is {repr(value) if name in config else 'missing'}: it must be a whole number above 0"
         raise ModelError(what, where=where, fix="take config.json from the model's page again: tunesmith fetch MODEL")
     return value
+
+
+def check_seq_len(spec: ModelSpec, seq_len: int, *, where: str) -> None:
+    """RecipeError for a `data.seq_len` beyond the positions that the config of a model, called `where`, has."""
+    limit = spec.position_limit
+    if limit is not None and seq_len > limit:
+        what = f"data.seq_len is {seq_len:,}, and the model has {limit:,} positions"
+        why = f"max_position_embeddings and the rotary scaling in {where}: it was never trained beyond them"
+        raise RecipeError(what, where="data.seq_len", why=why, fix=f"data.seq_len={limit}")
+
+
+def _position_limit(config: Mapping[str, Any], windows: tuple[int | None, ...]) -> int | None:
+    """`ModelSpec.position_limit`. Where a config can be read in two ways (`max_position_embeddings` before or after the
+    scaling) the larger length is taken."""
+    positions = config.get("max_position_embeddings")
+    if positions is None or any(window is not None and window < positions for window in windows):
+        return None
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    by_layer_type = [value for value in scaling.values() if isinstance(value, Mapping)]
+    return max(_scaled_positions(config, values, positions) for values in by_layer_type or [scaling])
+
+
+def _scaled_positions(config: Mapping[str, Any], scaling: Mapping[str, Any], positions: int) -> int:
+    """How far one set of rotary parameters reaches."""
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    original = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    factor = scaling.get("factor") or 1.0
+    if kind == "default":
+        return positions
+    if kind == "llama3" and original is not None and original < positions:
+        return positions  # Llama 3.2 has a factor of 32 on 8,192, and was trained up to max_position_embeddings
+    return max(positions, int((original or positions) * factor))
 
 
 def _windows(config: Mapping[str, Any], family: Architecture, layers: int) -> tuple[int | None, ...]:

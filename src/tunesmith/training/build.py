@@ -27,6 +27,7 @@ from tunesmith.checkpoint.state import check_sums
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
+from tunesmith.data.contract import CutAnswers
 from tunesmith.data.files import check_data_file
 from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
@@ -41,7 +42,7 @@ from tunesmith.metrics import hardware
 from tunesmith.metrics.trackers import asked_by, trackers_of
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.safetensors_files import weights_digest
-from tunesmith.model.spec import attention_weight, flops
+from tunesmith.model.spec import attention_weight, check_seq_len, flops
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import fp32_gradients
@@ -146,12 +147,20 @@ def build(
     with ranks.together(), ranks.node_leader_first():  # what one of a node downloads and tokenises, the others find
         check_machine(run, device, say)
         check_inputs(run, start)
-        folder = fetch.fetch(run.model, progress=say) if weights == "stored" else Path(run.model.name)
-        if weights == "stored" and ranks.local_rank == 0:
-            check_sums(folder, say=say)  # the base may be a model that an earlier run wrote
+        resumes = start.found is not None
+        limited = None if resumes else run.data.seq_len
+        folder = Path(run.model.name)
+        if weights == "stored":
+            folder = fetch.fetch(run.model, progress=say, seq_len=limited)
+            if ranks.local_rank == 0:
+                check_sums(folder, say=say)  # the base may be a model that an earlier run wrote
         files = read_model_files(folder, run.model)
+        if limited is not None:
+            check_seq_len(files.spec, limited, where=f"{folder}/config.json")
         hashes = {"model_hash": weights_digest(folder) if weights == "stored" else None}
-        data = read_data(run, start, files, hashes, say)
+        # Nothing is learned in a measurement, and a run that began goes on with the rows that it began with.
+        cut_answers: CutAnswers = "warn" if measured or resumes else "refuse"
+        data = read_data(run, start, files, hashes, say, cut_answers)
         data = fill_steps(data, say) if measured else data
     total_steps = data.schedule.steps(run.train.duration)
     torch.manual_seed(run.train.seed)
@@ -223,19 +232,28 @@ def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
 
 
 def read_data(
-    run: Run, start: Start, files: ModelFiles, hashes: dict[str, Any], say: Callable[[str], None]
+    run: Run,
+    start: Start,
+    files: ModelFiles,
+    hashes: dict[str, Any],
+    say: Callable[[str], None],
+    cut_answers: CutAnswers,
 ) -> TrainingData:
     """Prepare the data, add its hashes to the base's, compare all with the checkpoint, and say what is trained on."""
     for text in files.describe():
         say(text)
     check_unchanged(start, run, hashes)
-    data = prepare_data(run, files.tokenizer, eos_ids(files.folder, files.tokenizer), files.vocab_rows)
+    data = prepare_data(
+        run, files.tokenizer, eos_ids(files.folder, files.tokenizer), files.vocab_rows,
+        cut_answers=cut_answers, position_limit=files.spec.position_limit,
+    )  # fmt: skip
     hashes |= {"data_hash": data.digest, "validation_hash": data.validation_digest}
     check_unchanged(start, run, hashes)
     say(data.describe())
-    if (longest := data.train.counts.longest) > files.spec.context:
-        text = f"the longest example has {longest:,} tokens, and the model was made for {files.spec.context:,}"
-        say(f"warning: {text}; fix: data.seq_len={files.spec.context}")
+    limit = files.spec.position_limit or files.spec.context
+    if (longest := int(data.train.lengths.max())) > limit:
+        text = f"the longest example has {longest:,} tokens, and the model was made for {limit:,}"
+        say(f"warning: {text}; fix: data.seq_len={limit}")
     for text in describe_resume(start, run, data.schedule):
         say(text)
     return data

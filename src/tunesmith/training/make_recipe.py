@@ -4,6 +4,7 @@ What is not a default is written with its reason, beside the run, to be edited a
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from tunesmith.config.schema import Run, Source
 from tunesmith.config.shipped import schema_line
 from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
+from tunesmith.data.contract import MOST_CUT
 from tunesmith.data.detect import detect
 from tunesmith.data.hold_out import count_held_out
 from tunesmith.data.source import Rows, is_local, open_splits, read_rows
@@ -109,6 +111,7 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
         hold_out = Share(5.0, "%") if len(rows) * 0.05 <= MOST_HELD else Share(MOST_HELD, "examples")
     count = count_held_out(hold_out, len(rows)) if hold_out else 0
     spec, lengths = _look_at_tokens(asked, source, rows)
+    limit = spec.position_limit or spec.context
 
     why = {"data.train": found}
     chosen |= {"data.train.split": source.split} if source.split else {}
@@ -118,7 +121,12 @@ def make_recipe(model: str, data: str, overrides: Mapping[str, Any] | Sequence[s
         why["data.hold_out"] = f"{count:,} of {len(rows):,} rows, drawn by the seed, to measure val_loss on"
     elif not asked.data.validation:
         why["data.train"] += "; too few to hold some out"
-    chosen["data.seq_len"], why["data.seq_len"] = _choose_seq_len(lengths, spec.context)
+    chosen["data.seq_len"], why["data.seq_len"] = _choose_seq_len(lengths, limit)
+    too_long = float(np.mean(lengths > chosen["data.seq_len"]))
+    if too_long > MOST_CUT and "data.seq_len" not in given:
+        chosen["data.too_long"] = "drop"
+        shown = f"{too_long:.0%} of the rows looked at are longer than the {limit:,} tokens that the model takes"
+        why["data.too_long"] = f"{shown}; cut there, their answers would have no end"
     _choose_steps(chosen, why, asked, given, len(rows) - count)
     lora = asked.adapter.kind == "lora"
     rate = FULL_RATE * (LORA_RATE if lora else 1) * (WIDTH / spec.hidden) ** WIDTH_EXPONENT
@@ -154,7 +162,7 @@ def _with_split(source: Source) -> Source:
 def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelSpec, np.ndarray]:
     """The model's spec, and how many tokens each of some rows becomes, spread over all."""
     files = read_model_files(fetch.fetch_for_tokens(run.model), run.model)
-    data = replace(run.data, train=(source,), seq_len=files.spec.context, too_long="truncate", train_on="all")
+    data = replace(run.data, train=(source,), seq_len=sys.maxsize, too_long="truncate", train_on="all")
     template = select_template(data, files.tokenizer, eos_ids(files.folder, files.tokenizer))
     spans = [range(n, n + 1) for n in sorted({n * len(rows) // LOOK for n in range(LOOK)})]
     rows = rows.take(spans) if len(rows) > LOOK else rows
