@@ -167,6 +167,22 @@ def disk_fault(error: BaseException) -> str | None:
     return _DISK.get(int(said[1])) if said else None
 
 
+# What other libraries say where an allocation fails: torch, the dynamic linker, safetensors, C++ and Python's threads.
+_OUT_OF_MEMORY = (
+    "tried to allocate",
+    "failed to map segment from shared object",
+    "cannot allocate memory",
+    "bad_alloc",
+    "can't start new thread",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, in whichever library."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error without secrets, or the error's type if it has no message."""
     lines = str(error).strip().splitlines()

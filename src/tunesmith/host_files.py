@@ -130,11 +130,11 @@ def available_cores(root: Path = Path("/")) -> int:
     return min([cores, *(quota for group in control_groups("cpu", root) if (quota := _core_quota(group)))])
 
 
-def control_groups(controller: str, root: Path = Path("/")) -> list[Path]:
-    """The folders of this process's control groups of version 1 or 2 that may limit it, the innermost first."""
+def control_groups(controller: str, root: Path = Path("/"), process: str = "self") -> list[Path]:
+    """The folders of a process's control groups of version 1 or 2 that may limit it, the innermost first."""
     found: list[Path] = []
     with suppress(OSError, ValueError):  # no control groups here
-        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        for line in (root / "proc" / process / "cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, own = line.split(":", 2)
             if controllers and controller not in controllers.split(","):
                 continue

@@ -1,6 +1,7 @@
 """The host's memory at one moment, and who holds it: the one place that reads /proc and /sys for it."""
 
 import os
+import resource
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +21,46 @@ _GROUPS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file")),
     (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
 )
+# Limits of one process: what a shell calls each, and the line of /proc/self/status that counts against it.
+_PROCESS_LIMITS = (("ulimit -v", resource.RLIMIT_AS, "VmSize:"), ("ulimit -d", resource.RLIMIT_DATA, "VmData:"))
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """A limit on the memory of this process.
+
+    Attributes:
+        name: what sets it, as a user knows it; empty for the machine itself.
+        size: in bytes.
+        used: bytes that count against it now, without page cache that the kernel can drop.
+        own: those of them that the processes of this run hold.
+        ranks: how many processes of this run share it.
+        of_process: whether it bounds one process, whose allocations then fail; otherwise the kernel kills.
+    """
+
+    name: str
+    size: int
+    used: int
+    own: int
+    ranks: int = 1
+    of_process: bool = False
+
+    def describe(self) -> str:
+        """The limit in a clause; empty for the machine."""
+        if not self.name:
+            return ""
+        shared = f", which {self.ranks} ranks share" if self.ranks > 1 else ""
+        return f"{self.name} of {gib(self.size)} GiB{shared}"
+
+    def fix(self, more: int) -> str:
+        """How to raise it so that each rank can have `more` bytes; empty for the machine."""
+        if not self.name:
+            return ""
+        if self.of_process:
+            return raise_process_limit(self.name)
+        enough = -(-(self.size + self.ranks * more) // (1 << 20))
+        options = f"docker run --memory={enough}m, sbatch --mem={enough}M, systemd MemoryMax={enough}M"
+        return f"a limit of {enough} MiB for the control group ({options})"
 
 
 @dataclass(frozen=True)
@@ -94,6 +135,66 @@ def read_memory(root: Path = ROOT) -> MemoryFigures | None:
         groups = [found for folder, version in folders if (found := _group(folder, *_GROUPS[version], total))]
     limit, used = min(groups, key=lambda group: group[0] - group[1], default=(None, None))
     return MemoryFigures(total, available, free, cached, shared, info.get("Unevictable:", 0), large, limit, used)
+
+
+def memory_limits(ranks: Collection[int] = (), root: Path = ROOT) -> list[MemoryLimit]:
+    """Every limit on the memory of this process; empty on a system without /proc, such as macOS.
+
+    `ranks` are the process ids of the run's ranks on this host. Ranks share the machine, and control groups that hold them
+    both; the limits of a process are its own.
+    """
+    figures = read_memory(root)
+    if figures is None:
+        return []
+    processes = {os.getpid(), *ranks}
+    used = figures.total - figures.available
+    limits = [MemoryLimit("", figures.total, used, own_memory(processes, root), len(processes))]
+    members: dict[str, set[int]] = {}
+    for process in processes:
+        name = "self" if process == os.getpid() else str(process)
+        for path in control_groups("memory", root, name):
+            members.setdefault(str(path), set()).add(process)
+    with suppress(OSError):  # no control groups here
+        for folder, version in _group_folders(root, _read(f"{root}/proc/self/cgroup")):
+            limit = _group(folder, *_GROUPS[version], figures.total)
+            if limit is not None:
+                sharing = members[folder]
+                name, own = f"control group {folder}", own_memory(sharing, root)
+                limits.append(MemoryLimit(name, *limit, own, len(sharing)))
+    return limits + process_limits(root)
+
+
+def process_limits(root: Path = ROOT) -> list[MemoryLimit]:
+    """The limits that `ulimit` sets on this process, and what counts against them."""
+    limits = []
+    with suppress(OSError, ValueError):  # macOS
+        lines = _read(f"{root}/proc/self/status").splitlines()
+        sizes = {line.split()[0]: int(line.split()[1]) << 10 for line in lines if line.endswith(" kB")}
+        for name, kind, counted in _PROCESS_LIMITS:
+            size, _ = resource.getrlimit(kind)
+            if size != resource.RLIM_INFINITY:
+                used = sizes.get(counted, 0)
+                limits.append(MemoryLimit(name, size, used, used, of_process=True))
+    return limits
+
+
+def suspected_limit() -> MemoryLimit | None:
+    """The limit of this process that an allocation may have failed for: the one with the least room, if any is smaller
+    than the machine's memory."""
+    figures = read_memory()
+    total = figures.total if figures else 0
+    limits = [limit for limit in process_limits() if limit.size < total]
+    return min(limits, key=lambda limit: limit.size - limit.used, default=None)
+
+
+def raise_process_limit(name: str) -> str:
+    """The command that lifts a limit that `ulimit` has set, or who can do so."""
+    kinds = {limit: kind for limit, kind, _ in _PROCESS_LIMITS}
+    _, hard = resource.getrlimit(kinds[name])
+    if hard == resource.RLIM_INFINITY or os.geteuid() == 0:
+        return f"{name} unlimited"
+    where = "leave out the command that sets it, or have it raised in /etc/security/limits.conf"
+    return f"{name} unlimited in a new shell (this one may not raise it); {where}"
 
 
 @lru_cache(8)
@@ -174,7 +275,7 @@ def largest_processes(ours: Collection[int], count: int = 4, root: Path = ROOT) 
 def available_memory(root: Path = ROOT) -> int:
     """Bytes of host memory that this process can use without swapping."""
     if figures := read_memory(root):
-        return figures.room
+        return min([figures.room, *(max(0, limit.size - limit.used) for limit in process_limits(root))])
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -14,7 +14,7 @@ from torch import nn
 from recipes import make_run
 from tunesmith import private
 from tunesmith.checkpoint.resume import Start
-from tunesmith.host_memory import MemoryFigures
+from tunesmith.host_memory import MemoryFigures, MemoryLimit
 from tunesmith.runtime import device
 from tunesmith.runtime.device import (
     choose_device,
@@ -68,6 +68,8 @@ class Pretended:
 def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = MemoryFigures(119 * GIB, available=100 * GIB, free=0, cached=0, shared=0, locked=0, large_blocks=0)
     monkeypatch.setattr(device, "read_memory", lambda: figures)
+    machine = MemoryLimit("", 119 * GIB, used=19 * GIB, own=3 * GIB)
+    monkeypatch.setattr(device, "memory_limits", lambda ranks: [machine])
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
 

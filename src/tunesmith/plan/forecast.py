@@ -158,9 +158,11 @@ class Planner:
     def choose(self) -> RunPlan:
         """What each rank does: by the first mesh of `ranked`; MachineError where none fits."""
         best, count = self.ranked()[0], len(self.meshes())
-        savings.refuse_overrun(best.plan, self.machine, resumed=self.before is not None)
+        resumed = self.before is not None
+        savings.refuse_overrun(best.plan, self.machine, resumed=resumed)
+        plan = savings.warn_of_overrun(best.plan, self.machine, resumed=resumed)
         how = "the fastest by the forecast" if best.step_seconds else "the first that fits, as no speed is known here"
-        return replace(best.plan, why={**best.plan.why, "mesh": f"{how}, of {count} that the ranks can make"})
+        return replace(plan, why={**plan.why, "mesh": f"{how}, of {count} that the ranks can make"})
 
     def ranked(self) -> list[Forecast]:
         """Every mesh: first those that fit, the fastest first, then the nearest to fitting.

@@ -2,18 +2,49 @@
 
 import gc
 import os
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 
 from tunesmith import private
-from tunesmith.host_memory import available_memory, read_memory
+from tunesmith.host_files import physical_memory
+from tunesmith.host_memory import MemoryLimit, available_memory, memory_limits, read_memory
 
 # The floor: what a save takes of the host (pieces of 64 MiB, measured: docs/ranks.md), and what grows while a micro batch
 # ends. A fiftieth of the memory, within these.
 LEAST, MOST, SHARE = 128 << 20, 1 << 30, 50
 # On unified memory: a GB10 of 122 GiB froze with 7.7, 6.1 and 0.3 GiB available, and once with 12.7. A twelfth, up to this.
 UNIFIED, UNIFIED_SHARE = 8 << 30, 12
+
+
+class HostBudget(NamedTuple):
+    """Bytes of the host's memory that a rank can allocate beside what it holds: now, and if all other programs gave way.
+
+    `limit` is what bounds the second figure.
+    """
+
+    free: int
+    ceiling: int
+    limit: MemoryLimit
+
+
+def host_budget(ranks: Collection[int] = ()) -> HostBudget:
+    """The share of this process in the host's memory; `ranks` are the process ids of the run's ranks on this host.
+
+    The floor is left out: a run that comes below it is stopped (memory_guard).
+    """
+    limits = memory_limits(ranks)
+    if not limits:  # macOS
+        machine = MemoryLimit("", physical_memory(), 0, 0)
+        return HostBudget(available_memory(), machine.size, machine)
+    free, ceilings = [], []
+    for limit in limits:
+        floor = 0 if limit.of_process else memory_floor(limit.size, unified=False)
+        free.append((limit.size - floor - limit.used) // limit.ranks)
+        ceilings.append((limit.size - floor - limit.own) // limit.ranks)
+    ceiling = min(ceilings)
+    return HostBudget(max(0, min(free)), max(0, ceiling), limits[ceilings.index(ceiling)])
 
 
 def choose_device() -> torch.device:
@@ -38,15 +69,16 @@ def free_memory(device: torch.device, cuda: Any = torch.cuda) -> int:
 
     On unified memory a quarter of the floor more is left: the driver's context and this process grow beside the allocator.
     """
-    idle, unified, figures = 0, is_integrated(device, cuda), read_memory()
-    if device.type != "cpu":  # in the allocator's hands since an earlier run
-        idle = int(cuda.memory_reserved(device) - cuda.memory_allocated(device))
-    if device.type != "cpu" and not unified:  # a driver of unified memory reports what is unused, not what can be had
+    if device.type == "cpu":
+        return host_budget().free
+    # In the allocator's hands since an earlier run.
+    idle = int(cuda.memory_reserved(device) - cuda.memory_allocated(device))
+    figures = read_memory()
+    # A driver of unified memory reports what is unused, not what can be had.
+    if figures is None or not is_integrated(device, cuda):
         return int(cuda.mem_get_info(device)[0]) + idle
-    if figures is None:  # macOS
-        return available_memory() + idle
-    floor = memory_floor(figures.limit or figures.total, unified=unified)
-    return max(0, figures.room - (floor * 5 // 4 if unified else floor)) + idle
+    floor = memory_floor(figures.limit or figures.total, unified=True)
+    return max(0, figures.room - floor * 5 // 4) + idle
 
 
 def prepare_allocator(device: torch.device, cuda: Any = torch.cuda, configure: Any = private.set_allocator) -> None:

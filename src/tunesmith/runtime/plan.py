@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from tunesmith.host_memory import MemoryLimit
 from tunesmith.units import Size
 
 
@@ -36,8 +37,8 @@ ONE = MeshShape()
 class Machine:
     """What a plan depends on, as `resolve.probe_machine` finds it: memory, and findings with their reasons.
 
-    `free_bytes` can be had now, `card_bytes` is all memory there is (0: not known), which an `integrated` GPU shares with
-    the host. `attention` names the backend, `compiles` tells whether layers are compiled, `scaling` is that
+    `free_bytes` can be had now. `card_bytes` is all memory of a GPU, which an `integrated` one shares with the host; on a CPU
+    the most that this rank could ever have, within its `limit` (0: not known). `attention` names the backend, `compiles` tells whether layers are compiled, `scaling` is that
     of an 8-bit base or None.
     """
 
@@ -49,6 +50,7 @@ class Machine:
     card_bytes: int = 0
     integrated: bool = False
     name: str = ""  # of the GPU, as the driver has it
+    limit: MemoryLimit | None = None  # of a CPU: what bounds its memory
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class MemoryEstimate:
     workspace: int = 0  # there for a moment: one layer's gradients, a chunk of logits, the embeddings' rows
     host: int = 0  # in the host's memory, by train.cpu_offload; in none of the sums
     free: int = 0  # what there was before anything was built
+    least: int = 0  # what a step on the longest example alone takes, before any gradient is there
 
     @property
     def static(self) -> int:

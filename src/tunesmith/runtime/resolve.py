@@ -12,7 +12,7 @@ input alone. At 16,384 tokens of an 8B LoRA run this comes to 68 GiB; 69 were me
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,7 +21,6 @@ import torch
 
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
-from tunesmith.host_files import physical_memory
 from tunesmith.loss import card_bytes, chunk_size
 from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES
@@ -31,9 +30,10 @@ from tunesmith.optim.adamw import checkpoint_bytes_per_parameter, state_bytes_pe
 from tunesmith.quant import eight_bit
 from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime import compilation
-from tunesmith.runtime.device import free_memory, is_integrated
+from tunesmith.runtime.device import free_memory, host_budget, is_integrated
+from tunesmith.runtime.host import return_freed_memory
 from tunesmith.runtime.plan import ONE, Machine, MemoryEstimate, MeshShape, MicroBatchLayout, RunPlan
-from tunesmith.runtime.savings import find_savings, moved_to_host, refuse_offload
+from tunesmith.runtime.savings import USABLE_ON_CPU, find_savings, moved_to_host, refuse_offload
 from tunesmith.units import Size
 
 if TYPE_CHECKING:
@@ -68,19 +68,31 @@ def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tupl
     return attention.select_attention_backend(device, dtype, files.spec.head_dim, softcap=softcap)
 
 
-def probe_machine(run: Run, files: ModelFiles, device: torch.device, shapes: Sequence[tuple[int, int]] = ()) -> Machine:
+def probe_machine(
+    run: Run,
+    files: ModelFiles,
+    device: torch.device,
+    shapes: Sequence[tuple[int, int]] = (),
+    ranks: Collection[int] = (),
+) -> Machine:
     """What this machine has for a run, found by trying: backends, compiler, memory, 8-bit matmuls.
 
     `shapes` are those of `lora.eight_bit_shapes`, tried with many rows, few and one; many first, as the tiles of a Triton
-    kernel are chosen by the first product of a shape.
+    kernel are chosen by the first product of a shape. `ranks` are the process ids of the run's ranks on this host, which
+    share its memory.
     """
-    free = free_memory(device)  # before the products are tried: torch keeps their memory, for the model to use
+    # Before the products are tried: torch keeps their memory, for the model to use.
+    if device.type == "cpu":
+        return_freed_memory()  # of reading the rows and the model's files
+        free, size, limit = host_budget(ranks)
+    else:
+        free, size, limit = free_memory(device), card_bytes(device), None
     quantize, rows = run.model.quantize, (PROBE_ROWS, 16, 1)
     fused = "fused-epilogue" in run.train.fast_paths
     found = eight_bit.select_scaling(quantize, device, shapes, rows, fused=fused) if quantize in KINDS else (None, "")
     backend, compiles = attention_backend(run, files, device), compilation.select_compile(run.train.compile, device)
-    name, size = torch.cuda.get_device_name(device) if device.type == "cuda" else "", card_bytes(device)
-    return Machine(str(device), free, backend, compiles, found, size or physical_memory(), is_integrated(device), name)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return Machine(str(device), free, backend, compiles, found, size, is_integrated(device), name, limit)
 
 
 def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan:
@@ -117,8 +129,14 @@ def resolve_plan(
 
     refuse_offload(run, machine, mesh)
     plan = plan_of(run)
-    below = min(int(plan.memory.free * USABLE), plan.memory.total * 9 // 10)  # less would not be worth a change
+    # Less than a tenth would not be worth a change.
+    below = min(int(plan.memory.free * usable_share(machine.device)), plan.memory.total * 9 // 10)
     return replace(plan, savings=partial(find_savings, run, plan, plan_of, below=below))
+
+
+def usable_share(device: str) -> float:
+    """The share of a device's free memory to plan with."""
+    return USABLE_ON_CPU if device == "cpu" else USABLE
 
 
 def checkpoint_bytes(run: Run, trained: int) -> tuple[int, int]:
@@ -212,6 +230,7 @@ class MemoryEstimator:
         else:
             tokens = self.tokens_of(size, step, longest)
         memory = self.estimate(tokens)
+        memory = replace(memory, least=self.least_bytes(min(tokens, longest), memory.recomputed_layers))
         if size == "auto" or size.unit == "tokens":
             size = Size(max(tokens, longest) if fixed else tokens, "tokens")
         layout = MicroBatchLayout(size)
@@ -264,7 +283,16 @@ class MemoryEstimator:
         workspace = max(self._head_bytes(tokens, itemsize), self._backward_bytes(tokens, itemsize))
         workspace += layer_input - recomputed_layer  # of the layer that is recomputed
 
-        room = int(self.machine.free_bytes * USABLE) - base - adapter - state - copies - gathered - workspace - ends
+        room = (
+            int(self.machine.free_bytes * usable_share(self.machine.device))
+            - base
+            - adapter
+            - state
+            - copies
+            - gathered
+            - workspace
+            - ends
+        )
         named = {"auto": fewest_recomputed(room, spec.layers, layer, recomputed_layer), "none": 0, "full": spec.layers}
         given = run.train.recompute
         recomputed = min(given if isinstance(given, int) else named[given], spec.layers)
@@ -278,6 +306,12 @@ class MemoryEstimator:
             recomputed_layer=recomputed_layer, workspace=workspace,
             host=host + (layer_input - recomputed_layer) * recomputed, free=self.machine.free_bytes,
         )  # fmt: skip
+
+    def least_bytes(self, tokens: int, recomputed_layers: int) -> int:
+        """What the forward of a micro batch of `tokens` takes in a later step: the moments are there, gradients are not."""
+        run = replace(self.run, train=replace(self.run.train, recompute=recomputed_layers))
+        memory = replace(self, run=run).estimate(tokens)
+        return memory.total - memory.gradients - memory.copies
 
     def _layer_bytes(self, tokens: int, itemsize: int) -> int:
         """What a layer that does not recompute keeps for the backward: see the docstring of this file."""
@@ -364,7 +398,8 @@ class MemoryEstimator:
     def overrun(self, tokens: int) -> float:
         """0 where a micro batch fits, else how many times the memory that it may take it needs."""
         memory = self.estimate(tokens)
-        needed, room = memory.activations + memory.workspace, int(memory.free * USABLE) - memory.static
+        needed = memory.activations + memory.workspace
+        room = int(memory.free * usable_share(self.machine.device)) - memory.static
         return needed / max(room, 1) if needed > room else 0.0
 
 

@@ -17,6 +17,9 @@ from tunesmith.units import Size
 # A plan beyond this is refused. Weights, gradients and moments are counted, and the one estimate of activations that was
 # compared with a GPU was 1.5 % too small; segments that the allocator cannot fill take a few percent (not measured).
 ALLOCATABLE = 0.97
+# The share of a CPU's free memory that is planned with: a run's resident memory exceeded the estimate by up to a quarter
+# there (docs/plan.md).
+USABLE_ON_CPU = 0.8
 SHORTEST = 128  # tokens of data.seq_len that is offered; shorter ones cut most answers
 
 Keys = dict[str, Any]  # dotted recipe keys and their new values
@@ -90,19 +93,41 @@ def refuse_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False, wh
         what = f"the run does not fit: it needs about {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB can be used"
         ranks = f"{plan.mesh.describe()}, " if plan.mesh.world > 1 else ""
         how = f"{ranks}micro batch of {plan.choices['micro batch']}, recompute {plan.choices['recompute']}"
-        fix = plan.less_memory(resumed=resumed) + more
-        raise MachineError(what, where=where or plan.device, why=f"{plan.memory.describe()}; {how}", fix=fix)
+        fix = _ways_to_fit(plan, machine, resumed=resumed) + more
+        place = ", ".join(filter(None, [plan.device, machine.limit.describe() if machine.limit else ""]))
+        raise MachineError(what, where=where or place, why=f"{plan.memory.describe()}; {how}", fix=fix)
+
+
+def warn_of_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -> RunPlan:
+    """The plan of a run on a CPU, with a warning where it may need more memory than can be had now."""
+    needed, there = plan.memory.total - plan.memory.copies, machine.free_bytes
+    if machine.device != "cpu" or not machine.card_bytes or needed <= there * USABLE_ON_CPU:
+        return plan
+    what = f"it needs about {needed / 2**30:.1f} GiB, on a CPU up to a quarter more"
+    place = f" ({machine.limit.describe()})" if machine.limit and machine.limit.name else ""
+    text = f"warning: the run may not fit: {what}, and {there / 2**30:.1f} GiB can be had now{place}"
+    fix = _ways_to_fit(plan, machine, resumed=resumed)
+    return replace(plan, warnings=(*plan.warnings, f"{text}; fix: {fix}"))
+
+
+def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
+    """Keys with which the run needs less, and how to raise the limit that it does not fit into."""
+    keys = plan.less_memory(resumed=resumed)
+    wanted = int(plan.memory.total / USABLE_ON_CPU) - machine.free_bytes
+    larger = machine.limit.fix(max(0, wanted)) if machine.limit else ""
+    return f"{keys} or {larger}" if larger else keys
 
 
 def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
     """Bytes that a plan cannot do without, and those that there are (0: not known). An adapter's checkpoint may wait.
 
-    A CPU's free memory grows as other programs give way: there only what is allocated for the whole run counts, against
-    all memory of the machine.
+    A CPU's free memory grows as other programs give way, and micro batches may be smaller than planned: there only what is
+    certain counts, the whole run's share or a step on the longest example alone, against all that the process could have.
     """
-    memory, on_gpu = plan.memory, plan.device.startswith("cuda")
-    there = int(machine.free_bytes * ALLOCATABLE) if on_gpu else machine.card_bytes
-    return (memory.total if on_gpu else memory.static) - memory.copies, there
+    memory = plan.memory
+    if plan.device.startswith("cuda"):
+        return memory.total - memory.copies, int(machine.free_bytes * ALLOCATABLE)
+    return max(memory.static - memory.copies, memory.least), machine.card_bytes
 
 
 def refuse_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:

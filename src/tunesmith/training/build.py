@@ -200,7 +200,8 @@ def plan_model(
     """The model on meta, and what each of the ranks will do, on which mesh."""
     with ranks.together():
         model = define_model(run, files)
-        machine = probe_machine(run, files, device, lora.eight_bit_shapes(model, run.train.fast_paths))
+        shapes = lora.eight_bit_shapes(model, run.train.fast_paths)
+        machine = probe_machine(run, files, device, shapes, ranks.heartbeat.local_processes())
     machines, local = ranks.gather(machine), math.gcd(*ranks.gather(ranks.local_world))
     with ranks.together():
         machine, trained = common_machine(machines, ranks), count_trained(run, model)
@@ -217,7 +218,7 @@ def plan_model(
 
 
 def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
-    """The machine that all ranks plan for: as each of them, with the least free memory. MachineError where they differ in
+    """The machine that all ranks plan for: as each of them, with the least memory. MachineError where they differ in
     more: ranks that compute otherwise would not give equal numbers."""
     first = machines[0]
     for rank, other in enumerate(machines):
@@ -228,7 +229,15 @@ def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
                 raise MachineError(what, why="all ranks must compute alike", fix=fix)
     name = first.name if len({m.name for m in machines}) == 1 else ""
     free = min(m.free_bytes for m in machines)
-    return replace(first, free_bytes=free, device=machines[ranks.rank].device, name=name)
+    tightest = min(machines, key=lambda machine: machine.card_bytes)
+    return replace(
+        first,
+        free_bytes=free,
+        card_bytes=tightest.card_bytes,
+        limit=tightest.limit,
+        device=machines[ranks.rank].device,
+        name=name,
+    )
 
 
 def read_data(

@@ -21,9 +21,11 @@ from tunesmith.errors import (
     TunesmithError,
     UsageError,
     disk_fault,
+    is_out_of_memory,
 )
 from tunesmith.heartbeat import AGAIN
 from tunesmith.host_files import write_atomically
+from tunesmith.host_memory import suspected_limit
 from tunesmith.metrics.record import StepRecord
 from tunesmith.ranks import Ranks, is_launched
 from tunesmith.run_directory import STOP_FILE, STOPPED
@@ -76,9 +78,12 @@ def failure_of(error: BaseException, run: Run, plan: RunPlan, *, step: int, save
         kept = f"checkpoint-{saved_step} is whole" if saved_step else "no checkpoint was written before"
         fix = f"make room (df -h), then {again}"
         return RunError(full, where=f"{where}, in {run.output_dir}", why=kept, fix=fix, cause="disk")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error):
         why = f"a micro batch of {plan.layout.micro_batch} did not fit"
         advice = plan.less_memory(resumed=saved_step is not None)
+        if (limit := suspected_limit()) is not None:
+            why = f"{why} into {limit.describe()}"
+            advice = f"{limit.fix(0)}, or {advice}"
         fix = advice if advice.endswith("--fresh") else f"{advice}; {again}"
         return RunError("out of memory", where=where, why=why, fix=fix, cause="out-of-memory")
     if "does not have a deterministic implementation" in str(error):
