@@ -84,7 +84,6 @@ def measure(model: str, case: str, mib: int) -> dict[str, Any]:
         "needed_gib": float(needed[1]) if needed else None,
         "peak_gib": float(peak[-1]) if peak else None,
         "seconds": round(seconds, 1),
-        "last_lines": said.splitlines()[-6:],
     }
 
 

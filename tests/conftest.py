@@ -32,6 +32,7 @@ SLOW = """
 adapter/test_joined.py bench/test_count_kernels.py bench/test_measure.py bench/test_shape.py checkpoint/test_export.py
 checkpoint/test_periodic.py checkpoint/test_sharded.py cli/test_selfcheck.py cli/test_bad_hub.py cli/test_bad_inputs.py cli/test_bad_runs.py cli/test_bad_streams.py
 cli/test_bench.py cli/test_broken_builds.py cli/test_campaign.py cli/test_damaged_runs.py cli/test_failed_runs.py cli/test_foreign_folders.py cli/test_log_file.py
+cli/test_memory_limits.py
 cli/test_playbook.py cli/test_readme.py cli/test_serving.py data/test_workers.py hub/test_fetch_verb.py launch/test_swarm_pair.py
 hub/test_hub.py hub/test_own_data.py hub/test_push.py inference/test_checksums.py inference/test_evaluate.py inference/test_load_run.py
 inference/test_merge.py launch/test_nix.py model/test_weights.py optim/test_weight_gradients.py parallel/test_data_parallel.py

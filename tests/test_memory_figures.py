@@ -98,6 +98,25 @@ def test_the_room_of_a_control_group_is_its_limit_less_what_cannot_be_dropped(ca
     assert available_memory(tmp_path) == room * MIB
 
 
+def test_ranks_share_the_machine_and_the_groups_that_hold_them(tmp_path: Path) -> None:
+    """Rank 0, this process, and rank 1 are in groups of their own within one of 1,000 MiB; a third is elsewhere."""
+    page = host_memory.PAGE
+    outer = {"memory.max": f"{1000 * MIB}", "memory.high": "max", "memory.current": f"{400 * MIB}"}
+    inner = {"memory.max": f"{900 * MIB}", "memory.high": "max", "memory.current": f"{100 * MIB}"}
+    files = {"proc/self/cgroup": "0::/job/a\n", "proc/7/cgroup": "0::/job/b\n", "proc/8/cgroup": "0::/else\n"}
+    files |= {f"proc/{pid}/statm": f"9 {mib * MIB // page} 0 0 0 0 0" for pid, mib in ((os.getpid(), 50), (7, 70))}
+    for folder, group in (("job", outer), ("job/a", inner)):
+        files |= {f"sys/fs/cgroup/{folder}/{name}": text for name, text in group.items()}
+        files[f"sys/fs/cgroup/{folder}/memory.stat"] = stat("", 0, 0)
+    limits = host_memory.memory_limits((7, 8), write(tmp_path, files))
+    figures = {limit.name.rpartition("/")[2]: (limit.size, limit.used, limit.own, limit.ranks) for limit in limits}
+    assert figures["a"] == (900 * MIB, 100 * MIB, 50 * MIB, 1)
+    assert figures["job"] == (1000 * MIB, 400 * MIB, 120 * MIB, 2)
+    assert figures[""] == (8192 * MIB, 4096 * MIB, 120 * MIB, 3)
+    assert "1100 MiB" in limits[1].fix(200 * MIB)
+    assert "1400 MiB" in limits[2].fix(200 * MIB)
+
+
 def test_a_system_without_such_files_is_not_known(tmp_path: Path) -> None:
     assert read_memory(tmp_path) is None
     assert available_memory(tmp_path) > 1 << 20  # psutil's figure of this machine

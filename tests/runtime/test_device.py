@@ -20,6 +20,7 @@ from tunesmith.runtime.device import (
     choose_device,
     free_device_memory,
     free_memory,
+    host_budget,
     is_integrated,
     prepare_allocator,
 )
@@ -77,6 +78,20 @@ def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
 def prepared(cuda: Pretended, place: torch.device = GPU) -> list[object]:
     prepare_allocator(place, cuda, cuda.told.append)
     return cuda.told
+
+
+def test_a_rank_s_share_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the limit with the least for each rank, less the floor; the limits of a process have none."""
+    machine = MemoryLimit("", 119 * GIB, used=19 * GIB, own=3 * GIB)
+    group = MemoryLimit("control group /job", 50 * GIB, used=30 * GIB, own=9 * GIB, ranks=4)
+    process = MemoryLimit("ulimit -v", 30 * GIB, used=2 * GIB, own=2 * GIB, of_process=True)
+    limits = [machine, group, process]
+    monkeypatch.setattr(device, "memory_limits", lambda ranks: limits)
+    assert host_budget() == (19 * GIB // 4, 40 * GIB // 4, group)
+    limits.remove(group)
+    assert host_budget() == (28 * GIB, 28 * GIB, process)
+    limits.remove(process)
+    assert host_budget() == (99 * GIB, 115 * GIB, machine)
 
 
 @pytest.mark.parametrize(("reserved", "gib"), [(0, 90), (20 * GIB, 110), (60 * GIB, 119)])

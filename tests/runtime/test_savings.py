@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
 from tunesmith.errors import EXIT_USAGE, MachineError
+from tunesmith.host_memory import MemoryLimit
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import read_spec
 from tunesmith.runtime.plan import Machine, RunPlan
 from tunesmith.runtime.resolve import USABLE, probe_machine, resolve_plan
-from tunesmith.runtime.savings import ALLOCATABLE, refuse_overrun
+from tunesmith.runtime.savings import ALLOCATABLE, refuse_overrun, warn_of_overrun
 from tunesmith.units import Size
 
 GIB = 2**30
@@ -135,6 +137,35 @@ def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> 
     plan = resolve_plan(run, spec, unknown, trained=spec.parameters, step=STEP, longest=2000)
     refuse_overrun(plan, unknown)
     assert plan.memory.total > GIB
+
+
+def test_on_a_cpu_a_step_on_the_longest_example_counts(recipe: Path) -> None:
+    """The frozen weights fit, and with them nothing of a step: what the largest micro batch takes is not certain."""
+    run = load_recipe(recipe, {"model.dtype": "bf16"})
+    busy = {"device": "cpu", "compiles": (False, "")}
+    memory = plan_of(run, "llama3-3b", 60, **busy).memory
+    assert memory.static < memory.least < memory.total
+    with pytest.raises(MachineError, match="does not fit"):
+        plan_of(run, "llama3-3b", memory.static * 1.02 / GIB, **busy)
+
+
+@pytest.mark.parametrize(("free", "warned"), [(1.27, False), (1.2, True), (0.5, True)])
+def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(recipe: Path, free: float, warned: bool) -> None:
+    """A run took up to a quarter more than the estimate; what other programs hold now they may give back."""
+    run = load_recipe(recipe, FULL | {"train.recompute": "none", "train.micro_batch": "2048 tokens"})
+    spec = read_spec(SHAPES["llama3-3b"].config, where="test")
+    group = MemoryLimit("control group /job", 200 * GIB, used=0, own=0)
+    machine = Machine("cpu", 200 * GIB, ("products", ""), (False, ""), card_bytes=200 * GIB, limit=group)
+    options = {"trained": spec.parameters, "step": STEP, "longest": 2000}
+    plan = resolve_plan(run, spec, machine, **options)
+    machine = replace(machine, free_bytes=int(plan.memory.total * free))
+    plan = warn_of_overrun(resolve_plan(run, spec, machine, **options), machine)
+    assert len(plan.warnings) == warned
+    if warned:
+        assert "may not fit" in plan.warnings[0]
+        assert "control group /job of 200.00 GiB" in plan.warnings[0]
+        assert "fix: train.optimizer=adamw-8bit" in plan.warnings[0]
+        assert "docker run --memory=" in plan.warnings[0]
 
 
 def test_the_memory_of_a_cpu_is_that_of_the_machine(tiny: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tunesmith.data.template import Template
+    from tunesmith.hub.model_files import ModelFiles
     from tunesmith.methods.base import TrainModel
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -203,7 +204,7 @@ def load_run(
     Raises:
         UsageError, CheckpointError: as `locate_run`; the run deleted this checkpoint meanwhile.
         ModelError: the base is missing, gated, damaged, or does not fit the adapter; a file differs from its checksum.
-        MachineError: there is no such device.
+        MachineError: there is no such device, or the CPU's memory cannot hold the weights.
     """
     import torch
 
@@ -244,7 +245,9 @@ def load_run(
                 added = tokenizer.convert_ids_to_tokens(range(files.spec.vocab, len(tokenizer)))
                 run = replace(run, model=replace(run.model, added_tokens=tuple(added)))
             files = replace(files, model=run.model, tokenizer=tokenizer)
-        train_model, _ = build_model(run, files, inference_plan(run, files, torch.device(device or names[0])))
+        place = torch.device(device or names[0])
+        _check_room(files, place)
+        train_model, _ = build_model(run, files, inference_plan(run, files, place))
         train_model.eval()
         train_model.use_inference_attention()
         ends = eos_ids(saved or weights, files.tokenizer) | eos_ids(weights, files.tokenizer)
@@ -255,6 +258,25 @@ def load_run(
 def _is_read_beside_base(name: str) -> bool:
     """Whether a file of a run's folder is read although the weights are those of the run's base."""
     return not name.startswith("state/") and not name.endswith(".safetensors")
+
+
+def _check_room(files: "ModelFiles", device: "torch.device") -> None:
+    """MachineError where a CPU cannot hold the dense weights, whatever other programs give back."""
+    from tunesmith.model.dtypes import DTYPES
+    from tunesmith.runtime.device import host_budget
+
+    model = files.model
+    if device.type != "cpu" or model.quantize != "none":
+        return
+    needed, budget = files.spec.parameters * DTYPES[model.dtype].itemsize, host_budget()
+    if needed <= budget.ceiling:
+        return
+    weights, room = f"{needed / 2**30:.1f} GiB", f"{budget.ceiling / 2**30:.1f} GiB"
+    what = f"the model does not fit: its weights take {weights}, and {room} can be used"
+    where = ", ".join(filter(None, ["cpu", budget.limit.describe()]))
+    why = f"{files.spec.parameters:,} parameters in {model.dtype}"
+    fix = budget.limit.fix(needed * 5 // 4 - budget.free) or "a smaller model, or a machine with more memory"
+    raise MachineError(what, where=where, why=why, fix=fix)
 
 
 @contextmanager

@@ -1,0 +1,131 @@
+"""Limits on memory, real ones: a control group and `ulimit`. What cannot fit is refused before the first step."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from control_groups import control_group
+from recipes import make_run
+from tunesmith.config.dump import dump
+from tunesmith.errors import EXIT_OK, EXIT_USAGE
+from warm import run_warm
+
+LIMIT = 740 << 20
+
+
+def parts_of(said: str) -> dict[str, str]:
+    """The last error of a command, line by line."""
+    assert "Traceback" not in said
+    assert "internal error" not in said, said
+    block = said[said.rindex("error: ") :].splitlines()
+    return {name.strip(): text for name, _, text in (line.partition(": ") for line in block)}
+
+
+def little(kind: int, size: int) -> None:
+    resource.setrlimit(kind, (size, resource.RLIM_INFINITY))
+
+
+SMALL = [
+    ("ulimit -v", resource.RLIMIT_AS, ["train", "recipe.yaml"]),
+    ("ulimit -d", resource.RLIMIT_DATA, ["train", "recipe.yaml"]),
+    ("ulimit -v", resource.RLIMIT_AS, ["launch", "local", "recipe.yaml"]),
+    ("ulimit -v", resource.RLIMIT_AS, ["plan", "recipe.yaml"]),
+    ("ulimit -v", resource.RLIMIT_AS, ["data", "recipe.yaml"]),
+    ("ulimit -v", resource.RLIMIT_AS, ["eval", "run", "--data", "rows.jsonl"]),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "words"), SMALL)
+def test_a_limit_under_which_torch_cannot_be_loaded(name: str, kind: int, words: list[str]) -> None:
+    done = run_warm(words, prepare=partial(little, kind, 350 << 20))
+    assert done.returncode == EXIT_USAGE, done.stderr
+    parts = parts_of(done.stderr)
+    assert parts["error"] == f"the limit {name} is too small: 350 MiB"
+    assert parts["fix"] == f"{name} unlimited"
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 38 million parameters: 0.56 GiB with gradients and moments."""
+    folder = tmp_path_factory.mktemp("mid-llama")
+    shutil.copytree(tiny, folder, dirs_exist_ok=True)
+    sizes = {"hidden_size": 512, "intermediate_size": 2560, "num_hidden_layers": 8, "head_dim": 64}
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny, **sizes)).save_pretrained(folder)
+    torch.manual_seed(0)
+    return folder
+
+
+@pytest.fixture
+def recipe(model: Path, tmp_path: Path) -> Path:
+    short = {"duration": "1 steps", "global_batch": "2 examples", "warmup": "0 steps"}
+    full = {"adapter": {"kind": "none"}, "train": short}
+    run = make_run(model, tmp_path, held=False, output_dir=str(tmp_path / "run"), **full)
+    (tmp_path / "recipe.yaml").write_text(dump(run))
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    with control_group("memory", {"memory.limit_in_bytes": str(LIMIT)}, {"memory.max": str(LIMIT)}) as folder:
+        yield folder
+
+
+def in_group(group: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`tunesmith WORDS` in a process that has been in the group from its start."""
+    command = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(group / "cgroup.procs"), sys.executable, "-m", "tunesmith"]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *words], capture_output=True, text=True, check=False, env=environ, timeout=600)
+
+
+@pytest.mark.slow
+def test_what_a_control_group_cannot_hold_is_refused_with_keys_that_fit(recipe: Path, group: Path) -> None:
+    done = in_group(group, "train", str(recipe))
+    assert done.returncode == EXIT_USAGE, done.stderr
+    parts = parts_of(done.stderr)
+    assert parts["error"].startswith("the run does not fit: it needs about 0.")
+    assert f"control group {group} of 0.72 GiB" in parts["where"]
+    assert "docker run --memory=" in parts["fix"]
+    assert not (recipe.parent / "run" / "metrics.jsonl").exists()
+    options = [option.rpartition(" (")[0] for option in parts["fix"].split(" or ")[:-1]]
+    assert "adapter.kind=lora" in options
+    done = in_group(group, "train", str(recipe), *shlex.split("adapter.kind=lora"))
+    assert done.returncode == EXIT_OK, done.stderr
+
+
+def beside_loaded_libraries(more: int) -> None:
+    """As little address space as lets `more` bytes be allocated."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    little(resource.RLIMIT_AS, pages * resource.getpagesize() + more)
+
+
+def test_weights_that_a_limit_cannot_hold_are_refused(model: Path, tmp_path: Path) -> None:
+    """38 million parameters in fp32 take 150 MB."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Say amber"}\n')
+    words = ["generate", str(model), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    done = run_warm([*words, "--device", "cpu"], prepare=partial(beside_loaded_libraries, 120 << 20))
+    assert done.returncode == EXIT_USAGE, done.stderr
+    parts = parts_of(done.stderr)
+    assert "the model does not fit" in parts["error"]
+    assert "cpu, ulimit -v of " in parts["where"]
+    assert parts["fix"] == "ulimit -v unlimited"
+
+
+def test_a_run_that_a_limit_cannot_hold_is_refused(recipe: Path) -> None:
+    done = run_warm(["train", str(recipe)], prepare=partial(beside_loaded_libraries, 400 << 20))
+    assert done.returncode == EXIT_USAGE, done.stderr
+    parts = parts_of(done.stderr)
+    assert "the run does not fit" in parts["error"]
+    assert "cpu, ulimit -v of " in parts["where"]
+    assert parts["fix"].endswith(" or ulimit -v unlimited")
