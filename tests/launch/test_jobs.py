@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.run_directory import STOP_FILE, STOPPED
 from tunesmith.launch.jobs import Job, save_job
 from tunesmith.launch.local import LocalJob
+from tunesmith.run_directory import STOP_FILE, STOPPED
 
 GONE = {"pid": "0", "created": "never"}
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from recipes import recipe
-from tunesmith.run_directory import RUNNING, STOP_FILE
 from tunesmith.config.schema import Run
+from tunesmith.run_directory import RUNNING, STOP_FILE
 from waiting import TIME, wait_for
 from warm import Warm, fork_ranks, run_warm
 
