@@ -391,7 +391,7 @@ def test_columns_on_the_command_line(
             ["--columns", "promt=q", "--format", "prompt-completion"],
             "promt is not a column of format prompt-completion",
         ),
-        (["--format", "prompt-completion"], "fix: --columns '{prompt: q"),
+        (["--format", "prompt-completion"], "fix: --columns prompt=q"),
         ([], "--columns prompt=question"),
     ],
 )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 import pytest
 
+from tunesmith.cli.options import column_names, fixes_as_options
 from tunesmith.config.check import COLUMNS
 from tunesmith.config.schema import Source
 from tunesmith.data.detect import SAMPLE, detect
+from tunesmith.data.formats import convert_row
 from tunesmith.data.source import from_list
 from tunesmith.errors import DataError
 
@@ -148,6 +151,9 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
         "--columns messages=messages or --columns prompt=question,completion=answer",
     ),
     "unknown names": (texts("q", "a"), "no column's name tells", "--columns prompt=q,completion=a"),
+    "an answer with two more": (
+        {"title": "x", "body": "a longer text", "reply": "y"}, "no column's name tells", "--columns prompt=body,completion=reply",
+    ),
     "a question alone": (
         texts("question", "source"), "no column's name tells", "--columns prompt=question,completion=source",
     ),
@@ -231,3 +237,14 @@ def test_the_sample_reaches_both_ends_of_a_long_file() -> None:
     assert detect(rows, Source(source="faq")).format == "text"
     assert (min(seen), max(seen), len(set(seen))) == (0, 9_999, SAMPLE)
     assert max(b - a for a, b in zip(sorted(seen), sorted(seen)[1:], strict=False)) < 60
+
+
+def test_a_missing_column_is_told_with_a_mapping_that_can_be_pasted() -> None:
+    """Names with a comma, a colon or a quote, and fewer columns than are needed."""
+    with pytest.raises(DataError) as refused, fixes_as_options():
+        convert_row(
+            {"it's, a: name": "x"}, Source(source="rows.jsonl", format="prompt-completion"), where="rows.jsonl:1"
+        )
+    words = shlex.split(refused.value.fix.partition(", or ")[0])
+    assert words[0] == "--columns"
+    assert column_names(words[1]) == [("prompt", "it's, a: name"), ("completion", "...")]

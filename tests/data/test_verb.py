@@ -52,7 +52,7 @@ def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str])
     assert "1 epochs: 1 optimizer steps" in out
     assert "warning: only 1 optimizer steps" in out
     assert "\x1b" not in out
-    assert out.count("holds") == 6
+    assert out.count("holds") == 7
 
 
 def test_the_fix_of_few_steps_fixes(recipe, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +91,7 @@ def test_json(recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert values["train"][0]["kept"] == 10
     assert sum(bar["examples"] for bar in values["lengths"]) == 10
     assert values["schedule"]["steps"] == 1
-    assert [c["broken"] for c in values["contract"]] == [0] * 6
+    assert [c["broken"] for c in values["contract"]] == [0] * 7
     [row] = values["rows"]
     assert "".join(s["text"] for s in row["segments"] if s["supervised"]) == "xxxxx<|im_end|>"
 

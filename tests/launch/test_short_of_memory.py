@@ -14,6 +14,7 @@ import pytest
 from launch.conftest import FED, available
 from recipes import recipe
 from tunesmith.launch import node
+from tunesmith.signals import NAMES
 from waiting import wait_for
 
 
@@ -64,7 +65,7 @@ def test_several_ranks_start_again_once(
 ) -> None:
     started: list[list[str]] = []
 
-    def ranks(launcher: list[str]) -> int:
+    def ranks(launcher: list[str], *_: object) -> int:
         started.append(launcher)
         record = tmp_path / "stopped.json"
         record.write_text(json.dumps({"reason": "memory", "smaller": smaller}))
@@ -73,12 +74,12 @@ def test_several_ranks_start_again_once(
 
     for name in ("run_ranks", "prepare_environment"):
         monkeypatch.setattr(node, name, ranks if name == "run_ranks" else lambda *_: None)
-    handlers = [signal.getsignal(signal.Signals[name]) for name in node.NAMES]
+    handlers = [signal.getsignal(signal.Signals[name]) for name in NAMES]
     try:
         words = ["-m", "tunesmith", "train", "my-recipe.yaml"]
         code = node.run_program(node.parser().parse_args(["--", "train", "my-recipe.yaml"]), 2, words, tmp_path)
     finally:
-        for name, handler in zip(node.NAMES, handlers, strict=True):
+        for name, handler in zip(NAMES, handlers, strict=True):
             signal.signal(signal.Signals[name], handler)
     assert code == 75
     assert len(started) == (2 if smaller else 1)

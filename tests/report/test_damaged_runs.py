@@ -162,7 +162,7 @@ def test_a_folder_that_is_no_run_is_left_out_of_a_report(
 @pytest.mark.parametrize("entry", ['"x"', "{}", '{"bytes": 1e999, "sha256": ""}', '{"bytes": 5, "sha256": 3}'])
 def test_a_manifest_of_another_form_is_no_manifest(tmp_path: Path, entry: str) -> None:
     (tmp_path / "manifest.json").write_text(f'{{"step": 3, "files": {{"a": {entry}}}}}')
-    with pytest.raises(ValueError, match="size or the checksum"):
+    with pytest.raises(ValueError, match=r"size or the checksum|too large"):
         read_manifest(tmp_path)
 
 

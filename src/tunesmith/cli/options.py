@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tunesmith.config.check import COLUMNS
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host_files import is_terminal
+from tunesmith.shell import shell_word
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
@@ -67,13 +68,22 @@ def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
     parser.add_argument("--batch-size", type=whole_number, default=16, metavar="N", help=f"{batch_size} (default: 16)")
 
 
+# `columns: {name: column, ...}`, whose names may be in double quotes
+_COLUMNS = re.compile(r"""\bcolumns: (\{(?:"(?:[^"\\]|\\.)*"|[^}"])*\})""")
+
+
+def _columns_option(mapping: str) -> str:
+    """The option for a mapping as recipes write it."""
+    return "--columns " + shell_word(",".join(f"{name}={column}" for name, column in column_names(mapping)))
+
+
 @contextmanager
 def fixes_as_options() -> Iterator[None]:
     """Fixes that name keys of a recipe name options instead, for commands that have no recipe."""
     try:
         yield
     except DataError as error:
-        error.fix = re.sub(r"\bcolumns: (\{[^}]*\})", r"--columns '\1'", error.fix)
+        error.fix = re.sub(_COLUMNS, lambda match: _columns_option(match[1]), error.fix)
         error.fix = re.sub(r"\b(format|split): ", r"--\1 ", error.fix)
         raise
 

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tunesmith.report.compare import judge, summaries_of
     from tunesmith.report.page import write_report
-    from tunesmith.report.run_files import RunFiles
+    from tunesmith.report.run_files import RunFiles, read_profiles
 
     output = Path(args.output or ("report.md" if args.markdown else "report.html"))
     runs = []
@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
     write_report(runs, output, markdown=args.markdown, note=shown(note))
     summaries = summaries_of(runs)
     for summary in summaries:
-        for file in summary.files.damaged:
+        _, damaged_profiles = read_profiles(summary.files.folder)
+        for file in (*summary.files.damaged, *damaged_profiles):
             print(f"damaged: {summary.label}: {file}", file=sys.stderr)
     verdict = judge(summaries)
     print("\n".join([verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]))

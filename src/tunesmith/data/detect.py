@@ -6,7 +6,7 @@ reads every row looked at and no other does; one that uses the columns of anothe
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,10 +95,30 @@ def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
         raise DataError(first.what, where=first.where, why=f"{first.why}; {why}".lstrip("; "), fix=first.fix)
     wanted = "prompt-completion" if any_format else source.format
     needed = next(names for form, names, _ in _LAYOUTS if form == wanted)
-    meant = Detected(wanted, dict(zip(needed, [*columns, "...", "..."], strict=False)))
+    meant = Detected(wanted, _guess_columns(needed, columns, sample.values()))
     pairs = ", ".join(f"{name}={column}" for name, column in source.columns.items())
     what = f"no format reads {pairs}" if pairs else "no column's name tells what to train on"
     raise DataError(what, where=where, why=listed, fix=f"say which columns are meant, such as {meant.flags()}")
+
+
+def _guess_columns(needed: _Names, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The likeliest column for each name that a format needs, to propose; `...` where there are too few columns.
+
+    A column of a usual name is taken for it. Of the others the first ones are, in their order; but where one column is
+    left to find among several, the one with the most text.
+    """
+    guess: dict[str, str] = {}
+    for name, usual_names in needed.items():
+        matches = [column for column in columns if _plain(column) in usual_names and column not in guess.values()]
+        if matches:
+            guess[name] = matches[0]
+    spare = [column for column in columns if column not in guess.values()]
+    missing = [name for name in needed if name not in guess]
+    if len(missing) == 1 and len(spare) > 1:
+        letters = {column: sum(len(str(row.get(column) or "")) for row in rows) for column in spare}
+        spare.sort(key=lambda column: -letters[column])
+    guess |= dict(zip(missing, [*spare, *["..."] * len(missing)], strict=False))
+    return {name: guess[name] for name in needed}
 
 
 def _layouts(columns: list[str], chats: list[str], form: str | None, given: Mapping[str, str]) -> Iterator[Detected]:

@@ -11,6 +11,7 @@ weight of 0.5) is refused, by its place. An assistant's message with `"train": f
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,6 +95,11 @@ def convert_row(row: Mapping[str, Any], source: Source, *, where: str, system: s
     return Conversation(messages, sample.tools, given, sample.instruction, untrained)
 
 
+def _yaml_text(name: str) -> str:
+    """A column's name as a value in a mapping of YAML on one line."""
+    return name if re.fullmatch(r"[A-Za-z_][\w .-]*", name) else json.dumps(name, ensure_ascii=False)
+
+
 class _RowReader:
     """One row with its column mapping and place."""
 
@@ -120,7 +126,8 @@ class _RowReader:
         needed, mapped = _FORMATS[self.source.format][1], self.source.columns
         spare = [str(c) for c in self.row if c not in needed and c not in mapped.values()]
         missing = [name for name in needed if mapped.get(name, name) not in self.row]
-        pairs = ", ".join(f"{name}: {c}" for name, c in zip(missing, spare, strict=False)) or f"{missing[0]}: ..."
+        candidates = [*map(_yaml_text, spare), *["..."] * len(missing)]
+        pairs = ", ".join(f"{name}: {column}" for name, column in zip(missing, candidates, strict=False))
         fitting = " or ".join(form for form, (_, columns) in _FORMATS.items() if self.row.keys() >= set(columns))
         return f"columns: {{{pairs}}}" + (f", or format: {fitting}" if fitting else "")
 
