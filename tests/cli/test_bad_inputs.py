@@ -66,10 +66,10 @@ def test_bad_input_of_a_process(case: Case, world: World) -> None:
 def test_a_seq_len_beyond_the_model_s_positions(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused before anything starts by `train`, `data` and `plan`, with the largest seq_len."""
     rows = '{"prompt": "a", "completion": "b"}\n'
-    train, *words = world.rows("rows.jsonl", rows, seq_len=1025)
+    train, *words = world.rows("rows.jsonl", rows, seq_len=2049)
     for verb in ([train], ["data"], ["plan", "--on", "h100"]):
         assert main([*verb, *words]) == EXIT_USAGE
         shown = capsys.readouterr().err
-        assert "data.seq_len is 1,025, and the model has 1,024 positions" in shown
-        assert "fix: data.seq_len=1024" in shown
+        assert "data.seq_len is 2,049, and the model has 2,048 positions" in shown
+        assert "fix: data.seq_len=2048" in shown
     assert not world.out.exists()

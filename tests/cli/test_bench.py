@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("small_peak")
 Capture = pytest.CaptureFixture[str]
 SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 8,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 320, "max_position_embeddings": 1024,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 320, "max_position_embeddings": 2048,
 }  # fmt: skip
 BATCH = ["data.seq_len=256", "train.global_batch=512 tokens", "train.micro_batch=512 tokens"]
 

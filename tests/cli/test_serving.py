@@ -273,7 +273,7 @@ def test_a_question_that_does_not_fit_costs_no_turn(run: Path, tmp_path: Path, m
     from tunesmith.cli.chat import Chat
 
     monkeypatch.setattr(Chat, "on_terminal", property(lambda _: True, lambda *_: None), raising=False)
-    monkeypatch.setattr(Chat, "_typed_lines", lambda _: iter(["hello", "d" * 1100, f"/save {tmp_path / 'talk'}"]))
+    monkeypatch.setattr(Chat, "_typed_lines", lambda _: iter(["hello", "d" * 2100, f"/save {tmp_path / 'talk'}"]))
     assert chat(monkeypatch, "", str(run)) == EXIT_OK
     assert [m["content"] for m in lines(tmp_path / "talk")[0]["messages"] if m["role"] == "user"] == ["hello"]  # type: ignore[attr-defined]
 
@@ -281,11 +281,11 @@ def test_a_question_that_does_not_fit_costs_no_turn(run: Path, tmp_path: Path, m
 def test_chat_forgets_the_oldest_turns_and_says_so(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A context of 1024 byte tokens holds two of these questions, not three."""
-    assert chat(monkeypatch, f"{'a' * 400}\n{'b' * 400}\n{'c' * 400}\n", str(run)) == EXIT_OK
+    """A context of 2048 byte tokens holds two of these questions, not three."""
+    assert chat(monkeypatch, f"{'a' * 900}\n{'b' * 900}\n{'c' * 900}\n", str(run)) == EXIT_OK
     assert "tuned forgot its 1 oldest turn" in capsys.readouterr().err
-    assert chat(monkeypatch, "d" * 1100, str(run)) == EXIT_USAGE
-    assert "there is room for 1018" in capsys.readouterr().err
+    assert chat(monkeypatch, "d" * 2100, str(run)) == EXIT_USAGE
+    assert "there is room for 2042" in capsys.readouterr().err
 
 
 def test_chat_with_a_full_run_opens_its_base_beside_it(

@@ -64,9 +64,9 @@ def test_every_form_of_a_row_gives_one_prompt(loaded: LoadedModel, row: dict[str
 
 def test_a_prompt_without_room_for_its_answer_is_refused_at_the_call(loaded: LoadedModel) -> None:
     with pytest.raises(DataError, match="1 of 2 prompts are too long") as caught:
-        generate(loaded, [{"text": "a"}, {"text": "a" * 1000}], Decoding(25))
+        generate(loaded, [{"text": "a"}, {"text": "a" * 2024}], Decoding(25))
     assert caught.value.where == "rows row 2"
-    generate(loaded, [{"text": "a" * 1000}], Decoding(24))  # the context is 1,024 tokens
+    generate(loaded, [{"text": "a" * 2024}], Decoding(24))  # the context is 2,048 tokens
 
 
 def test_questions_alone_are_read_by_the_columns_that_were_trained(tiny: Path, tmp_path: Path) -> None:

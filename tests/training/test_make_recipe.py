@@ -289,7 +289,7 @@ def test_long_rows_get_room_within_the_context(home: Path) -> None:
 
     assert seq_len(*[10] * 30, 255) == 256  # and an end token
     assert seq_len(*[10] * 30, 256) == 512
-    assert seq_len(*[10] * 30, 5000) == 1024, "the tiny model's context"
+    assert seq_len(*[10] * 30, 5000) == 2048, "the tiny model's context"
 
 
 def test_what_is_given_stands_and_is_written(home: Path) -> None:
