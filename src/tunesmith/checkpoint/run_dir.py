@@ -33,6 +33,7 @@ from tunesmith.run_directory import (
 from tunesmith.shell import shell_word
 
 LAUNCH = "launch"  # a folder of what a launcher writes
+SCRIPT_DATA, SCRIPT_DATA_FILES = "data", {"rows.jsonl", "template.jinja"}  # as scripts/playbook.py names them
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
 FILES = (
@@ -102,9 +103,15 @@ def _other_folders(output_dir: Path) -> list[str]:
             return []
         # What is hidden, and `lost+found` of a disk, is nobody's work; the runs of a sweep lie below its own folder.
         is_system = path.name.startswith(".") or path.name == "lost+found"
-        if not is_system and path.name != LAUNCH and not _WRITTEN.fullmatch(path.name) and not is_run(path):
+        is_ours = path.name == LAUNCH or bool(_WRITTEN.fullmatch(path.name)) or _is_data_of_script(path)
+        if not is_system and not is_ours and not is_run(path):
             folders.append(path.name)
     return folders
+
+
+def _is_data_of_script(folder: Path) -> bool:
+    """Whether it is what the playbook's scripts write into a run directory before its first start."""
+    return folder.name == SCRIPT_DATA and {path.name for path in folder.iterdir()} <= SCRIPT_DATA_FILES
 
 
 @contextlib.contextmanager
