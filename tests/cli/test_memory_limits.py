@@ -111,14 +111,15 @@ def beside_loaded_libraries(more: int) -> None:
 
 
 def test_weights_that_a_limit_cannot_hold_are_refused(model: Path, tmp_path: Path) -> None:
-    """38 million parameters in fp32 take 150 MB."""
+    """38 million parameters in fp32 take 150 MB. What is loaded before them takes address space too, and how much differs
+    from machine to machine: where that fails first, the limit itself is named."""
     (tmp_path / "in.jsonl").write_text('{"prompt": "Say amber"}\n')
     words = ["generate", str(model), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     done = run_warm([*words, "--device", "cpu"], prepare=partial(beside_loaded_libraries, 120 << 20))
     assert done.returncode == EXIT_USAGE, done.stderr
     parts = parts_of(done.stderr)
-    assert "the model does not fit" in parts["error"]
-    assert "cpu, ulimit -v of " in parts["where"]
+    fits_not = "the model does not fit" in parts["error"] and "cpu, ulimit -v of " in parts["where"]
+    assert fits_not or "the limit ulimit -v is too small" in parts["error"]
     assert parts["fix"] == "ulimit -v unlimited"
 
 

@@ -203,7 +203,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts(ask, files) 
     pickled = {n: d for n, d in files.items() if n != "model.safetensors"} | {"pytorch_model.bin": b"x"}
     with StandIn({NAME: Repo(pickled)}) as hub:
         answer, _ = ask(hub)
-        assert_refused(answer, "pickled", 'python -c "from transformers import', NAME)
+        assert_refused(answer, "pickled", "python -c 'import sys; from transformers import", NAME)
 
 
 @pytest.mark.parametrize(

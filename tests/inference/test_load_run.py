@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -201,8 +202,10 @@ def test_the_saved_template_is_the_one_in_use(run: Path) -> None:
     (run / "final" / "chat_template.jinja").write_text(
         "{% for m in messages %}[{{ m.content }}{{ eos_token }}{% endfor %}"
     )
+    template = (run / "final" / "chat_template.jinja").read_bytes()
     manifest = json.loads((run / "final" / "manifest.json").read_text())
-    manifest["files"]["chat_template.jinja"]["bytes"] = (run / "final" / "chat_template.jinja").stat().st_size
+    entry = {"bytes": len(template), "sha256": hashlib.sha256(template).hexdigest()}
+    manifest["files"]["chat_template.jinja"] = entry
     (run / "final" / "manifest.json").write_text(json.dumps(manifest))
     opened = load_run(run, device="cpu")
     prompt = opened.template.prompt(Conversation([{"role": "user", "content": "hi"}]))
