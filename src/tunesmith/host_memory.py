@@ -219,10 +219,14 @@ def _group(
 
 def _read(path: str) -> str:
     handle = os.open(path, os.O_RDONLY)  # a fifth of the time that a file object takes
+    parts = []
     try:
-        return os.read(handle, 1 << 16).decode("utf-8", "replace")
+        # Small blocks, which a process has room for that is at its limit.
+        while part := os.read(handle, 4096):
+            parts.append(part)
     finally:
         os.close(handle)
+    return b"".join(parts).decode("utf-8", "replace")
 
 
 def drop_pages(handle: int, start: int = 0, size: int = 0) -> None:

@@ -139,6 +139,9 @@ def test_every_command_runs(page: str, place: Path, tiny: Path, capsys: pytest.C
             if command.startswith((*NOT_OURS, *ELSEWHERE)):
                 continue
             program, *words = shlex.split(command)
+            if program in ("cp", "rm"):
+                subprocess.run([program, *words], check=True)
+                continue
             assert program == "tunesmith", f"who runs {command!r}?"
             code = main(stand_ins(words, tiny))
             captured = capsys.readouterr()

@@ -95,7 +95,7 @@ def test_rows_of_ones_own_are_trained_on(data: str, home: Path, capsys: Capture)
     assert main(start(data)) == EXIT_OK
     shown, told = capsys.readouterr()
     assert f"train: {data}: 38 of 40 rows (data.hold_out: 5 %)" in told
-    assert "token contract of train: holds: 6 checks of 38 rows, " in told
+    assert "token contract of train: holds: 7 checks of 38 rows, " in told
     assert f"  tunesmith chat {name}\n" in shown, "as a user there writes it"
     assert f"{data}: {FILES[data][1]}" in told.splitlines()
     assert f"recipe: {name}.yaml (to change it, edit it, then: tunesmith train {name}.yaml)" in told
