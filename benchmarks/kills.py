@@ -490,7 +490,8 @@ def table(file: Path) -> None:
                     ", ".join(sorted({f["cause"] or "none" for row in some for f in row["failure"]})) or "none written"
                 )
                 seconds = [row["seconds"] for row in some if row["seconds"] is not None]
-                equal = "equal bit for bit" if all(row.get("equal") for row in some) else "DIFFERENT"
+                names = {True: "equal bit for bit", False: "DIFFERENT"}
+                equal = "; ".join(sorted({names.get(row["equal"], row["equal"]) for row in some}))
                 span = f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else "killed again before"
                 print(f"| {cluster} | {target} | {phase} | {len(some)} | {ways} | {causes} | {span} | {equal} |")
 
