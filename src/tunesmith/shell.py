@@ -33,4 +33,6 @@ def _escaped(letter: str) -> str:
     if letter.isprintable():
         return letter
     # A byte of a name that is no UTF-8 comes as a lone surrogate; the shell is given the byte itself.
-    return "".join(f"\\{byte:03o}" for byte in letter.encode("utf-8", "surrogateescape"))
+    is_byte = "\udc80" <= letter <= "\udcff"
+    code = letter.encode("utf-8", "surrogateescape" if is_byte else "surrogatepass")
+    return "".join(f"\\{byte:03o}" for byte in code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -67,6 +68,17 @@ def test_anchors_and_merges(tmp_path: Path) -> None:
     both = {"x": 1, "y": 2}
     assert tree.plain() == {"a": both, "b": both, "c": {"x": 1, "y": 3}, "d": [1, 2], "e": [[1, 2], [1, 2]]}
     assert dict(tree.places())["b"] == f"{path}:2"  # where it is used, not where it was marked
+
+
+def test_a_pair_of_surrogates_is_one_character(tmp_path: Path) -> None:
+    """JSON, which is YAML too, writes an emoji so; half of a pair is no character."""
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"a": "\N{GRINNING FACE}"}))
+    assert read_file(path).plain() == {"a": "\N{GRINNING FACE}"}
+    path.write_text('{"a": 1,\n "b": "\\ud83d"}')
+    with pytest.raises(RecipeError, match="half of a surrogate pair") as caught:
+        read_file(path)
+    assert caught.value.where == f"{path}:2"
 
 
 def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:

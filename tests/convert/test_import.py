@@ -19,6 +19,7 @@ from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.schema import Run
+from tunesmith.convert.draft import Draft
 from tunesmith.convert.foreign import TOOLS, read_foreign, table
 from tunesmith.convert.tools import translate
 from tunesmith.errors import UsageError
@@ -202,6 +203,29 @@ BASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def translated(tool: str, values: dict[str, Any], folder: Path) -> Draft:
+    """What `tunesmith import` makes of these keys, with the rows given on its command line."""
+    path = folder / "file.yaml"
+    path.write_text(json.dumps(values))
+    given = {"data.train.source": "rows.jsonl", "train.global_batch": "1 examples"}
+    return translate(read_foreign(path, tool), given, None, None)
+
+
+@pytest.mark.parametrize("nothing", [False, 0, "", []])
+def test_a_data_set_for_validation_that_is_switched_off(nothing: Any, tmp_path: Path) -> None:
+    draft = translated("llamafactory", BASES["llamafactory"] | {"eval_dataset": nothing}, tmp_path)
+    assert "data.validation" not in draft.values
+    remark = next(remark for remark in draft.remarks if remark.key == "eval_dataset")
+    assert remark.why == "it names no data set"
+
+
+def test_a_key_that_is_spelt_like_our_name_of_another(tmp_path: Path) -> None:
+    """`lora_rank` is our name for torchtune's model.lora_rank; at the top of its file torchtune does not read it."""
+    draft = translated("torchtune", BASES["torchtune"] | {"lora_rank": 7}, tmp_path)
+    remark = next(remark for remark in draft.remarks if remark.key == "lora_rank")
+    assert (remark.value, remark.why) == ("7", "not known to this import: look up what it does")
+
+
 @pytest.mark.parametrize("tool", sorted(BASES))
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
@@ -219,11 +243,10 @@ def test_no_key_is_dropped(tool: str, data: st.DataObject, tmp_path_factory: pyt
         st.dictionaries(NAMES, VALUES, max_size=2)
     )
     values = more | BASES[tool]
-    path = tmp_path_factory.mktemp("any") / "file.yaml"
-    path.write_text(json.dumps(values))
+    folder = tmp_path_factory.mktemp("any")
     try:
-        source = read_foreign(path, tool)
-        draft = translate(source, {"data.train.source": "rows.jsonl", "train.global_batch": "1 examples"}, None, None)
+        draft = translated(tool, values, folder)
+        source, written = draft.source, draft.text(draft.tree(), "# head", folder)
     except UsageError as error:
         refused = error
     else:
@@ -236,7 +259,6 @@ def test_no_key_is_dropped(tool: str, data: st.DataObject, tmp_path_factory: pyt
     told = " ".join(draft.comments.values()) + "".join(f" {one.key}: {one.value}" for one in draft.remarks)
     for key in source.given:
         assert f"{key}: " in told
-    written = draft.text(draft.tree(), "# head", path.parent)
     assert set(yaml.safe_load(written)) <= {"extends", *(key.partition(".")[0] for key in keys())}
 
 

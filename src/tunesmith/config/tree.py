@@ -156,6 +156,18 @@ def _check_brackets(text: str) -> None:
             raise RecursionError
 
 
+def _whole_characters(text: str, where: str) -> str:
+    """The text with each pair of surrogates, as JSON writes an emoji, joined to its character.
+
+    RecipeError for half a pair, which no file can hold.
+    """
+    try:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        what = "this text has half of a surrogate pair in it, which is no character"
+        raise RecipeError(what, where=where, fix="write the character itself, or both of its escapes") from None
+
+
 class _Reader:
     """Reads one YAML document into a `Node`, within the bounds above."""
 
@@ -197,7 +209,7 @@ class _Reader:
         if found.ctag not in _UNTAGGED:
             raise RecipeError(f"the YAML tag {found.tag} is not allowed", where=where, fix="write the plain value")
         if isinstance(found, nodes.ScalarNode):
-            value = scalar(found.value) if found.style is None else found.value
+            value = scalar(found.value) if found.style is None else _whole_characters(found.value, where)
         elif isinstance(found, nodes.SequenceNode):
             value = [self.node(item, line, depth + 1) for item in found.value]
         else:

@@ -52,9 +52,9 @@ def put_adapter(draft: Draft, target: Any, *names: str, lora: bool) -> None:
     if lora:
         draft.carry(*_ADAPTER)
         draft.put("adapter.target", "all-linear" if target in (["all"], ["all-linear"]) else target, *names)
-    for key in [] if lora else draft.source.given:
-        if re.match(r"(model\.)?(lora|apply_lora|peft)_", key):
-            draft.remark(key, "no adapter is trained", differs=False)
+    for key, one in draft.source.given.items():
+        if not lora and re.match(r"(model\.)?(lora|apply_lora|peft)_", key):
+            draft.remark_given(one, "no adapter is trained", differs=False)
 
 
 def put_rows(draft: Draft, part: str, prefix: str) -> None:
@@ -97,8 +97,11 @@ def _refuse_bare_paths(draft: Draft, part: str, prefix: str) -> None:
     if source in draft.overrides:
         draft.remark(prefix, f"{source} is given in its place", differs=False)
         return
-    path = draft.listed(prefix)[0]
-    fix = f"say how they are written: {shell_word(f'{source}={path}')} data.{part}.format=messages (or alpaca, ...)"
+    paths = draft.listed(prefix)
+    if not paths:  # [], false or an empty text
+        draft.remark(prefix, "it names no data set", differs=False)
+        return
+    fix = f"say how they are written: {shell_word(f'{source}={paths[0]}')} data.{part}.format=messages (or alpaca, ...)"
     raise draft.refusal(prefix, "a path alone does not say how the rows are written", fix)
 
 

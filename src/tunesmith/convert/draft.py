@@ -93,8 +93,12 @@ class Draft:
     def remark(self, name: str, why: str, *, differs: bool = True) -> None:
         """Say why their key is not carried, or how what it does differs here."""
         if found := self.find(name):
-            self.told.add(found.key)
-            self.remarks.append(Remark(found.key, _shown(found), found.where, why, differs))
+            self.remark_given(found, why, differs=differs)
+
+    def remark_given(self, one: Given, why: str, *, differs: bool) -> None:
+        """`remark` of a key as it stands in the file, which may be spelt like our common name of another key."""
+        self.told.add(one.key)
+        self.remarks.append(Remark(one.key, _shown(one), one.where, why, differs))
 
     def refusal(self, name: str, why: str, fix: str) -> UsageError:
         found = self.find(name) or Given(name, None, self.source.name)
@@ -124,11 +128,12 @@ class Draft:
         """Account for each key of the file that nothing has named."""
         known = [(kind, why, names) for kind in ("nothing", "differs") for why, names in self.table[kind].items()]
         for key in [key for key in self.source.given if key not in self.told]:
-            value, plain = self.source.given[key].value, without_indices(key)
+            given = self.source.given[key]
+            value, plain = given.value, without_indices(key)
             found = ((kind, why) for kind, why, names in known if any(fnmatchcase(plain, name) for name in names))
             kind, why = next(found, ("differs", "not known to this import: look up what it does"))
             off = "not set" if value in _UNSET else "off, as here" if value in _OFF and kind == "differs" else ""
-            self.remark(key, off or why, differs=kind == "differs" and not off)
+            self.remark_given(given, off or why, differs=kind == "differs" and not off)
 
     def tree(self) -> Node:
         """The recipe with the places of the other tool's file, so that an error names the line to mend."""

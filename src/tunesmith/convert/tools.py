@@ -91,7 +91,8 @@ def _llamafactory(draft: Draft) -> None:
     put_adapter(draft, draft.listed("lora_target"), "lora_target", lora=draft.get("kind") == "lora")
     for part, key in (("train", "dataset"), ("validation", "eval_dataset")):
         if draft.given(key):
-            _read_dataset_info(draft, key)
+            if draft.listed(key):
+                _read_dataset_info(draft, key)
             put_rows(draft, part, key)
     draft.put("data.template", "alpaca" if draft.get("template") == "alpaca" else "auto", "template")
     if draft.get("packing") and not draft.get("neat_packing"):
