@@ -190,18 +190,9 @@ def first_line(error: BaseException) -> str:
 
 
 _WORD_OF_A_NAME = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_SECRET_WORDS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey", "auth"}
-_SECRET_KEYS = {
-    "api",
-    "access",
-    "secret",
-    "private",
-    "auth",
-    "account",
-    "signing",
-    "encryption",
-    "license",
-}  # before `key`
+_SECRET_WORDS = {"passphrase", "auth"}
+_SECRET_PARTS = ("secret", "passw", "credential", "apikey")  # also inside a word: DBPASSWORD
+_BEFORE_KEY = {"api", "access", "private", "auth", "account", "signing", "encryption", "license"}
 # `pad_token` and the like are words of a tokenizer.
 _PLAIN_TOKENS = {
     "pad", "eos", "bos", "unk", "sep", "cls", "mask", "image", "video", "audio", "start", "begin", "end", "stop", "special",
@@ -213,9 +204,9 @@ def is_secret_name(name: str) -> bool:
     """Whether the name of a key or of a variable says that its value is a secret: HF_TOKEN, wandb_api_key, hubToken."""
     words = [word.lower() for word in _WORD_OF_A_NAME.findall(name)]
     for before, word in zip(["", *words], words, strict=False):
-        if word in _SECRET_WORDS:
+        if word in _SECRET_WORDS or any(part in word for part in _SECRET_PARTS):
             return True
-        if word == "key" and (before in _SECRET_KEYS or name.isupper()):
+        if word == "key" and (before in _BEFORE_KEY or name.isupper()):
             return True
         if word.endswith("token") and before not in _PLAIN_TOKENS:
             return True

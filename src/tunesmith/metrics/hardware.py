@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tunesmith.errors import mask
+from tunesmith.errors import mask_words
 from tunesmith.host_files import physical_memory
 from tunesmith.packages import installed_versions
 from tunesmith.units import ratio
@@ -159,7 +159,7 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "memory_gib": round(physical_memory() / 2**30, 1),
         "gpus": gpus,
         "commit": _commit(),
-        "command": scrub(sys.argv if argv is None else argv),
+        "command": mask_words(sys.argv if argv is None else argv),
     }
 
 
@@ -179,23 +179,3 @@ def _commit() -> str | None:
         return subprocess.check_output(words, stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-_SECRET_NAME = re.compile(r"token|secret|passw|api[-_]?key|credential", re.IGNORECASE)
-_NO_SECRETS = ("model.tokenizer", "model.pad_token", "model.added_tokens")  # recipe keys
-
-
-def scrub(argv: Sequence[str]) -> list[str]:
-    """The arguments with secrets masked: values of options named like one, tokens by their form, passwords in URLs."""
-    words: list[str] = []
-    hide_next = False
-    for word in argv:
-        name, equals, _ = word.partition("=")
-        if hide_next and not word.startswith("-"):
-            words.append("***")
-        elif equals and _SECRET_NAME.search(name) and name not in _NO_SECRETS:
-            words.append(f"{name}=***")
-        else:
-            words.append(mask(word))
-        hide_next = word.startswith("-") and not equals and bool(_SECRET_NAME.search(word))
-    return words
