@@ -53,8 +53,9 @@ REFUSED = [
     ("llama3-8b", 79, FULL, "train.optimizer=adamw-8bit train.master_weights=stochastic"),
     ("llama3-8b", 100, FULL | {"train.optimizer_in_backward": True, "train.clip_norm": None}, "train.master_weights=stochastic"),
     ("llama3-8b", 24, {"train.recompute": "none"}, "train.recompute=full"),
-    ("llama3-8b", 24, {"train.recompute": "none"}, "data.seq_len=1024"),
-    ("llama3-8b", 40, {"train.recompute": "none", "train.micro_batch": "16384 tokens"}, "'train.micro_batch=4096 tokens'"),
+    ("llama3-8b", 24, {"train.recompute": "none"}, "data.seq_len=1024 data.too_long=drop"),
+    ("llama3-8b", 24, {"train.recompute": "none", "data.allow_cut_answers": True}, "data.seq_len=1024"),
+    ("llama3-8b", 40, {"train.recompute": "none", "train.micro_batch": "16384 tokens"}, "train.micro_batch='4096 tokens'"),
     ("llama3-70b", 138, {}, "model.quantize=nf4"),
     ("llama3-70b", 138, FULL, "model.quantize=nf4 adapter.kind=lora"),
 ]  # fmt: skip

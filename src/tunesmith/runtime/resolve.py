@@ -131,7 +131,7 @@ def resolve_plan(
     plan = plan_of(run)
     # Less than a tenth would not be worth a change.
     below = min(int(plan.memory.free * usable_share(machine.device)), plan.memory.total * 9 // 10)
-    return replace(plan, savings=partial(find_savings, run, plan, plan_of, below=below))
+    return replace(plan, savings=partial(find_savings, run, plan, plan_of, below=below, longest=longest))
 
 
 def usable_share(device: str) -> float:

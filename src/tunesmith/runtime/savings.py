@@ -25,11 +25,13 @@ SHORTEST = 128  # tokens of data.seq_len that is offered; shorter ones cut most 
 Keys = dict[str, Any]  # dotted recipe keys and their new values
 
 
-def find_savings(run: Run, plan: RunPlan, plan_of: Callable[[Run], RunPlan], *, below: int) -> tuple[Saving, ...]:
+def find_savings(
+    run: Run, plan: RunPlan, plan_of: Callable[[Run], RunPlan], *, below: int, longest: int
+) -> tuple[Saving, ...]:
     """Changes that bring a run below so many bytes: of each kind the smallest, in the order in which a user would try them.
 
     Where none does alone, the first two or three that do together stand in their place; training an adapter comes last.
-    `plan_of` plans a changed recipe; what the recipe's rules refuse is left out.
+    `plan_of` plans a changed recipe; what the recipe's rules refuse is left out. `longest`: tokens of the longest example.
     """
 
     def smallest(*kinds: list[Keys]) -> list[Saving]:
@@ -43,11 +45,11 @@ def find_savings(run: Run, plan: RunPlan, plan_of: Callable[[Run], RunPlan], *, 
             if (total := plan_of(changed).memory.total) <= below:
                 changes = differences(run, changed)
                 words = {c.key: c.new if isinstance(c.new, str) else json.dumps(c.new) for c in changes}
-                keys = " ".join(f"{shell_word(f'{key}={word}')}" for key, word in words.items())
+                keys = " ".join(f"{key}={shell_word(word)}" for key, word in words.items())
                 return [Saving(keys, total, all(change.allowed for change in changes))]
         return []
 
-    *changes, adapter = _changes(run, plan)
+    *changes, adapter = _changes(run, plan, longest)
     found, as_adapter = [saving for kind in changes for saving in smallest(kind)], smallest(adapter)
     if not found:
         kinds = changes if as_adapter else [*changes, adapter]
@@ -56,7 +58,7 @@ def find_savings(run: Run, plan: RunPlan, plan_of: Callable[[Run], RunPlan], *, 
     return (*found, *as_adapter)
 
 
-def _changes(run: Run, plan: RunPlan) -> list[list[Keys]]:
+def _changes(run: Run, plan: RunPlan, longest: int) -> list[list[Keys]]:
     """Changes of a recipe, kind by kind, the smaller ones first; some change nothing. Training an adapter is the last."""
     size, seq_len = plan.layout.micro_batch, run.data.seq_len
     # An update in the backward takes the global batch as one micro batch.
@@ -65,13 +67,21 @@ def _changes(run: Run, plan: RunPlan) -> list[list[Keys]]:
     return [
         [{batch: Size(amount, size.unit)} for amount in _halves(size.amount, least)],
         [{"train.recompute": "full"}],
-        [{"data.seq_len": length} for length in _halves(seq_len, SHORTEST)],
+        [_shorter(run, length, longest) for length in _halves(seq_len, SHORTEST)],
         [{"train.optimizer": "adamw-8bit"}],
         [{"train.master_weights": "stochastic"}],
         [{"train.optimizer_in_backward": True, "train.clip_norm": None}],
         [{"model.quantize": "nf4"}],
         [{"adapter.kind": "lora", "train.master_weights": "fp32", "train.optimizer_in_backward": False}],
     ]
+
+
+def _shorter(run: Run, length: int, longest: int) -> Keys:
+    """A smaller seq_len; where it would cut answers, which the token contract refuses, the examples that it cuts go."""
+    keys: Keys = {"data.seq_len": length}
+    if length < longest and not run.data.allow_cut_answers:
+        keys["data.too_long"] = "drop"
+    return keys
 
 
 def _halves(amount: int, least: int) -> Iterator[int]:
