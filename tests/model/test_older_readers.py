@@ -81,6 +81,13 @@ def test_a_model_that_is_in_no_table_keeps_its_keys(tmp_path: Path) -> None:
     assert read(tmp_path) == values
 
 
+def test_phi3_without_the_factors_of_longrope(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3", "rope_parameters": rope}))
+    write_for_older_readers(tmp_path)
+    assert read(tmp_path)["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 2.0}
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "5"])
 def test_a_broken_config_is_left_to_its_reader(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
