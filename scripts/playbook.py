@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate_env import LauncherSettings, read_launcher
-from tunesmith.checkpoint.run_dir import LOCK, claim_run_dir, is_run, missing_folders, remove_unused
+from tunesmith.checkpoint.run_dir import (
+    LOCK,
+    SCRIPT_ROWS,
+    SCRIPT_TEMPLATE,
+    claim_run_dir,
+    is_run,
+    missing_folders,
+    remove_unused,
+)
 from tunesmith.cli.main import Parser, framed
 from tunesmith.cli.options import whole_number
 from tunesmith.config.dump import to_mapping
@@ -51,7 +59,6 @@ TEMPLATE = """\
 {{- raise_exception('the playbook text takes an instruction and a response') }}
 {%- endif %}
 {%- endfor %}"""
-ROWS, JINJA = Path("data", "rows.jsonl"), Path("data", "template.jinja")  # in the run directory
 SHUFFLE_SEED = 42
 RULE = "=" * 60
 ALONE = LauncherSettings()  # no launcher asks for anything
@@ -266,8 +273,8 @@ def make_recipe(
         ),
         adapter=adapter,
         data=Data(
-            train=(Source(source=str(folder / ROWS), format="alpaca"),),
-            template=str(folder / JINJA),
+            train=(Source(source=str(folder / SCRIPT_ROWS), format="alpaca"),),
+            template=str(folder / SCRIPT_TEMPLATE),
             seq_len=args.seq_length,
             pack=False,
             train_on=args.train_on,
@@ -350,7 +357,7 @@ def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool, writes: b
                     path.unlink(missing_ok=True)
                 else:
                     path.write_bytes(content)
-            (folder / ROWS.parent).rmdir()  # fails where earlier files lie in it
+            (folder / SCRIPT_ROWS.parent).rmdir()  # fails where earlier files lie in it
         remove_unused(made)
         raise
 
@@ -358,7 +365,7 @@ def inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool, writes: b
 def input_texts(rows: Sequence[dict[str, str]], *, bos: bool) -> dict[Path, str]:
     """What the two files of the run directory hold, by their names there; `bos`: the tokenizer starts a text with one."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return {ROWS: lines, JINJA: TEMPLATE.replace("BOS", "bos_token" if bos else "''")}
+    return {SCRIPT_ROWS: lines, SCRIPT_TEMPLATE: TEMPLATE.replace("BOS", "bos_token" if bos else "''")}
 
 
 def content_of(path: Path) -> bytes | None:
@@ -558,9 +565,9 @@ def warm_up(run: Run, rows: int, scratch: Path) -> Run:
 def refuse_foreign_folder(folder: Path) -> None:
     """UsageError where --output_dir holds somebody's files: rows are written there, and model files into its root."""
     # Those in the making are another node's.
-    inputs = [path for path in sorted(folder.joinpath(ROWS.parent).glob("*")) if path.suffix != ".partial"]
-    found = [path.name for path in folder.glob("*") if path.name not in (LOCK, ROWS.parent.name)]
-    found += [path.name for path in inputs if path.name not in (ROWS.name, JINJA.name)]
+    inputs = [path for path in sorted(folder.joinpath(SCRIPT_ROWS.parent).glob("*")) if path.suffix != ".partial"]
+    found = [path.name for path in folder.glob("*") if path.name not in (LOCK, SCRIPT_ROWS.parent.name)]
+    found += [path.name for path in inputs if path.name not in (SCRIPT_ROWS.name, SCRIPT_TEMPLATE.name)]
     if found and not is_run(folder):
         what = f"--output_dir holds files that no run wrote: {', '.join(found[:5])}"
         raise UsageError(

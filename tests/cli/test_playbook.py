@@ -218,12 +218,12 @@ def test_text_and_mask_are_theirs(tmp_path: Path, row: dict[str, str], bos: bool
 
     tokenizer = byte_tokenizer(bos_token="<s>")
     write_inputs([row], tmp_path, bos=bos)
-    source = Source(source=str(tmp_path / playbook.ROWS), format="alpaca")
-    kept = json.loads((tmp_path / playbook.ROWS).read_text())
+    source = Source(source=str(tmp_path / playbook.SCRIPT_ROWS), format="alpaca")
+    kept = json.loads((tmp_path / playbook.SCRIPT_ROWS).read_text())
     text = ("<s>" if bos else "") + THEIRS.format(row["instruction"], row["input"], row["output"])
     for train_on, supervised in (("all", None), ("response", f" {row['output']}<|im_end|>")):
         template = select_template(
-            Data(train=(source,), template=str(tmp_path / playbook.JINJA), train_on=train_on),
+            Data(train=(source,), template=str(tmp_path / playbook.SCRIPT_TEMPLATE), train_on=train_on),
             tokenizer,
             [tokenizer.eos_token_id],
         )
@@ -268,7 +268,7 @@ def test_ranks_wait_for_the_rows_of_their_node_and_leave_them_to_it(tmp_path: Pa
         with playbook.inputs(ROWS, folder, bos=False):
             other.join(30)
             assert entered.is_set()
-            assert (folder / playbook.ROWS).exists(), "the one that wrote them takes them back"
+            assert (folder / playbook.SCRIPT_ROWS).exists(), "the one that wrote them takes them back"
             raise UsageError("refused")
 
     with pytest.raises(UsageError):

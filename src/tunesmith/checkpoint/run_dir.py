@@ -33,7 +33,8 @@ from tunesmith.run_directory import (
 from tunesmith.shell import shell_word
 
 LAUNCH = "launch"  # a folder of what a launcher writes
-SCRIPT_DATA, SCRIPT_DATA_FILES = "data", {"rows.jsonl", "template.jinja"}  # as scripts/playbook.py names them
+# What the playbook's scripts write into a run directory before its first start.
+SCRIPT_ROWS, SCRIPT_TEMPLATE = Path("data", "rows.jsonl"), Path("data", "template.jinja")
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
 FILES = (
@@ -110,8 +111,9 @@ def _other_folders(output_dir: Path) -> list[str]:
 
 
 def _is_data_of_script(folder: Path) -> bool:
-    """Whether it is what the playbook's scripts write into a run directory before its first start."""
-    return folder.name == SCRIPT_DATA and {path.name for path in folder.iterdir()} <= SCRIPT_DATA_FILES
+    """Whether it is the folder of SCRIPT_ROWS and SCRIPT_TEMPLATE with nothing else in it."""
+    names = {path.name for path in folder.iterdir()}
+    return folder.name == SCRIPT_ROWS.parent.name and names <= {SCRIPT_ROWS.name, SCRIPT_TEMPLATE.name}
 
 
 @contextlib.contextmanager
