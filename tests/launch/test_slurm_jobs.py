@@ -78,9 +78,14 @@ class Cluster(NamedTuple):
             time.sleep(0.2)
 
     def start_again(self, job: str, out: Path) -> None:
-        """Let a requeued job run: Slurm 22.05 holds it for two minutes, and its old credential must have expired (4 s)."""
+        """Let a requeued job run: Slurm 22.05 holds it for two minutes, and its old credential must have expired (4 s).
+
+        The signal that ended the old step waits for a node that was down, up to a minute: it would end the new one, which
+        has the same id.
+        """
         self.wait_for(lambda: self.queue(job) == "PENDING", out)
         time.sleep(6)
+        self.wait_for(lambda: "REQUEST_SIGNAL_TASKS" not in self.run("sdiag").partition("Pending RPC")[2], out)
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now", "TimeLimit=30")
 
 
