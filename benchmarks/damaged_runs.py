@@ -269,20 +269,11 @@ def try_seed(seed: int, template: Path, folder: Path, names: Sequence[str] | Non
 
 def train_template(folder: Path) -> Path:
     """A run of four steps of a tiny random model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from conftest import byte_tokenizer
+    from conftest import write_tiny_llama
     from recipes import recipe
     from tunesmith.config.dump import to_yaml
 
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=272, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
-    tokenizer.save_pretrained(folder / "tiny")
+    write_tiny_llama(folder / "tiny")
     (folder / "recipe.yaml").write_text(to_yaml(recipe(folder / "tiny", folder)))
     with redirect_stderr(io.StringIO()):
         code = main(["train", str(folder / "recipe.yaml"), "train.duration=4 steps"])

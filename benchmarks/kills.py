@@ -31,24 +31,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from launch.conftest import SLOW  # so that polling can hit between two steps
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
 SLURM_PAIR = ROOT / "tests/launch/slurm_pair.sh"
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 TARGETS, PHASES = ("rank", "agent", "node"), ("loading", "training", "saving")
 EVERY = 10  # steps between checkpoints
 START = 240.0  # seconds that a start may take on a busy machine
 RANK, AGENT = b"\0tunesmith\0train\0", b"\0tunesmith.launch.node\0"
-# Steps of a tenth of a second, so that polling can hit between two of them.
-SLOW_STEPS = """
-import time
-from tunesmith.heartbeat import Heartbeat
-progress = Heartbeat.progress
-def slowly(self, step=None):
-    time.sleep(0 if step is None else 0.1)
-    progress(self, step)
-Heartbeat.progress = slowly
-"""
 
 
 class Missed(Exception):
@@ -67,21 +60,11 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float = START, pa
 
 def write_inputs(folder: Path) -> None:
     """A random Llama of 10 million parameters, and rows."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from conftest import byte_tokenizer
+    from conftest import write_tiny_llama
     from recipes import write_rows
 
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=272, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_key_value_heads": 4}
+    write_tiny_llama(folder / "model", **sizes, max_position_embeddings=256)
     write_rows(folder / "train.jsonl", 48)
 
 
@@ -187,7 +170,7 @@ class SlurmCluster(Cluster):
         self.spaces = [f"tunesl{number}-1", f"tunesl{number}-2"]
         self.home.mkdir()
         (self.home / "site").mkdir()
-        (self.home / "site/sitecustomize.py").write_text(SLOW_STEPS)
+        (self.home / "site/sitecustomize.py").write_text(SLOW)
         (self.home / "config/tunesmith").mkdir(parents=True)
         write_inputs(self.home)
         self.outs = [self.home / "run"]
@@ -270,7 +253,7 @@ class SwarmCluster(Cluster):
             values = recipe_of("./model", "train.jsonl", "runs/run")
             (node.home / "recipe.yaml").write_text(json.dumps(values))
             (node.home / "site").mkdir()
-            (node.home / "site/sitecustomize.py").write_text(SLOW_STEPS)
+            (node.home / "site/sitecustomize.py").write_text(SLOW)
             more = own_environment({}, f"/home/{TUNER}/site")
             (node.home / "extra.yaml").write_text(json.dumps(more))
             subprocess.run(["chown", "-R", f"{UID}:{UID}", node.home], check=True)

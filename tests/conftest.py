@@ -138,23 +138,24 @@ def byte_tokenizer(**special: str):
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random fp32 Llama (2 layers, width 64, 8 heads, 4 KV heads, tied head) with a byte tokenizer."""
+def write_tiny_llama(folder: Path, **sizes: int) -> Path:
+    """Write a random fp32 Llama (2 layers, width 64, 8 heads, 4 KV heads, tied head) with a byte tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
+    tiny = {
+        "vocab_size": 272,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    }
     config = LlamaConfig(
-        vocab_size=272,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
+        **(tiny | sizes),
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -163,6 +164,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the random Llama of `write_tiny_llama`."""
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture(scope="session")

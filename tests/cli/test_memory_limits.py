@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shlex
@@ -110,17 +111,29 @@ def beside_loaded_libraries(more: int) -> None:
     little(resource.RLIMIT_AS, pages * resource.getpagesize() + more)
 
 
-def test_weights_that_a_limit_cannot_hold_are_refused(model: Path, tmp_path: Path) -> None:
-    """38 million parameters in fp32 take 150 MB. What is loaded before them takes address space too, and how much differs
-    from machine to machine: where that fails first, the limit itself is named."""
-    (tmp_path / "in.jsonl").write_text('{"prompt": "Say amber"}\n')
-    words = ["generate", str(model), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
-    done = run_warm([*words, "--device", "cpu"], prepare=partial(beside_loaded_libraries, 120 << 20))
-    assert done.returncode == EXIT_USAGE, done.stderr
-    parts = parts_of(done.stderr)
-    fits_not = "the model does not fit" in parts["error"] and "cpu, ulimit -v of " in parts["where"]
-    assert fits_not or "the limit ulimit -v is too small" in parts["error"]
-    assert parts["fix"] == "ulimit -v unlimited"
+LOADED_TWICE = """
+import json, sys
+from pathlib import Path
+from cli.test_memory_limits import beside_loaded_libraries
+from tunesmith.errors import MachineError
+from tunesmith.inference.load_run import load_run
+load_run(Path(sys.argv[1]), device="cpu")  # all libraries have their address space now
+beside_loaded_libraries(100 << 20)
+try:
+    load_run(Path(sys.argv[1]), device="cpu")
+except MachineError as error:
+    print(json.dumps([str(error.what), str(error.where), str(error.fix)]))
+"""
+
+
+def test_weights_that_a_limit_cannot_hold_are_refused(model: Path) -> None:
+    """38 million parameters in fp32 take 150 MB."""
+    done = run_warm([model], program=LOADED_TWICE)
+    assert done.returncode == EXIT_OK, done.stderr
+    what, where, fix = json.loads(done.stdout)
+    assert what == "the model does not fit: its weights take 0.1 GiB, and 0.1 GiB can be used"
+    assert where.startswith("cpu, ulimit -v of ")
+    assert fix == "ulimit -v unlimited"
 
 
 def test_a_run_that_a_limit_cannot_hold_is_refused(recipe: Path) -> None:

@@ -121,7 +121,10 @@ def test_the_base_alone_needs_no_whole_adapter(copied: Path) -> None:
     from tunesmith.inference.load_run import load_run
 
     flip(copied / "lora" / "final" / WEIGHTS)
-    load_run(copied / "lora", device="cpu", base_only=True)
+    loaded = load_run(copied / "lora", device="cpu", base_only=True)
+    assert not any("lora" in name for name, _ in loaded.model.named_parameters())
+    with pytest.raises(ModelError, match=f"contents of {WEIGHTS} do not match"):
+        load_run(copied / "lora", device="cpu")
 
 
 def test_another_whole_checkpoint_is_named(copied: Path) -> None:

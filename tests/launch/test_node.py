@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,21 +133,27 @@ def start_agent(space: str, out: Path, words: list[str], tiny: Path, **changes: 
         return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, env=environ)
 
 
+@contextmanager
+def two_agents(spaces: list[str], tiny: Path, folders: list[Path]) -> Iterator[list[subprocess.Popen[str]]]:
+    """The agents of two nodes whose ranks have trained their first step; killed at the end."""
+    changes = {"train": {"duration": "100000 steps"}}
+    agents = [start_agent(*pair, [], tiny, **changes) for pair in zip(spaces, folders, strict=True)]
+    try:
+        wait_for((folders[0] / "run/metrics.jsonl").exists)
+        yield agents
+    finally:
+        for agent in agents:
+            agent.kill()
+
+
 @pytest.mark.slow
 def test_the_agent_names_a_killed_rank_to_the_other_node_which_blames_no_network(
     spaces: list[str], tiny: Path, tmp_path: Path
 ):
-    changes = {"train": {"duration": "100000 steps"}}
     folders = [tmp_path / "node1", tmp_path / "node2"]
-    agents = [start_agent(*pair, [], tiny, **changes) for pair in zip(spaces, folders, strict=True)]
-    try:
-        wait_for((folders[0] / "run/metrics.jsonl").exists)
-        killed = psutil.Process(agents[1].pid).children()[0]
-        killed.kill()
+    with two_agents(spaces, tiny, folders) as agents:
+        psutil.Process(agents[1].pid).children()[0].kill()
         codes = [agent.wait(timeout=TIME) for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
     said = [(folder / "said").read_text() for folder in folders]
     assert codes == [1, 1], said
     failure = json.loads((folders[0] / "run/failure.json").read_text())
@@ -162,16 +169,10 @@ def test_a_launcher_that_loses_the_store_after_its_ranks_began_has_failed(
     spaces: list[str], tiny: Path, tmp_path: Path
 ):
     """1, not 2: a job that was refused before the first step is not put back into the queue."""
-    changes = {"train": {"duration": "100000 steps"}}
     folders = [tmp_path / "node1", tmp_path / "node2"]
-    agents = [start_agent(*pair, [], tiny, **changes) for pair in zip(spaces, folders, strict=True)]
-    try:
-        wait_for((folders[0] / "run/metrics.jsonl").exists)
+    with two_agents(spaces, tiny, folders) as agents:
         agents[0].kill()
         code = agents[1].wait(timeout=TIME)
-    finally:
-        for agent in agents:
-            agent.kill()
     said = (folders[1] / "said").read_text()
     assert code == 1, said
     assert "is gone" in said

@@ -201,7 +201,8 @@ class _Reader:
     def node(self, found: nodes.Node, line: int = 0, depth: int = 0) -> Node:
         """The value of ruamel's node, which is written in `line` or below; an alias is where it is used."""
         line = max(line, found.start_mark.line)
-        where, value = self.place(line), None
+        where = self.place(line)
+        value: dict[str, Node] | list[Node] | Scalar
         self.count += 1
         if self.count > MAX_NODES or depth > MAX_DEPTH:
             what = "too deeply nested" if depth > MAX_DEPTH else f"more than {MAX_NODES} values, aliases written out"
