@@ -11,7 +11,14 @@ from torch import nn
 
 from tunesmith.config.schema import Train
 from tunesmith.errors import CheckpointError, MachineError
-from tunesmith.optim.adamw import checkpoint_bytes_per_parameter, round_stochastically, state_bytes_per_parameter
+from tunesmith.optim import adamw
+from tunesmith.optim.adamw import (
+    checkpoint_bytes_per_parameter,
+    noise_at,
+    noise_place,
+    round_stochastically,
+    state_bytes_per_parameter,
+)
 from tunesmith.optim.lr_schedule import learning_rate, warmup_steps
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.units import Length
@@ -91,8 +98,38 @@ def test_small_updates_survive_in_the_master() -> None:
 
 
 def noise_like(value: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(-(1 << 15), 1 << 15, value.shape, dtype=torch.int16, generator=generator)
+    return noise_at(noise_place("w", value), torch.tensor([1, 2]), value.shape)
+
+
+def test_noise_is_uniform_and_unlike_its_neighbours() -> None:
+    """2**20 numbers: the counts of 256 bins by chi-squared, and the correlation with what lies beside, below, in the next
+    step, and in another parameter, each within 4.5 standard errors."""
+    shape = (1024, 1024)
+    value = torch.empty(shape, device="meta")
+    noise = noise_like(value)
+    assert (int(noise.min()), int(noise.max())) == (0, (1 << 16) - 1)
+    counts = torch.bincount((noise >> 8).flatten(), minlength=256).double()
+    expected = noise.numel() / 256
+    chi_squared = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(chi_squared - 255) < 4.5 * math.sqrt(2 * 255)
+
+    same_name, next_step = noise_place("w", value), torch.tensor([1, 3])
+    others = {
+        "the next column": noise.roll(1, 1),
+        "the next row": noise.roll(1, 0),
+        "the next step": noise_at(same_name, next_step, shape),
+        "another parameter": noise_at(noise_place("v", value), torch.tensor([1, 2]), shape),
+    }
+    for name, other in others.items():
+        pairs = torch.stack([noise.flatten(), other.flatten()]).double()
+        assert abs(float(torch.corrcoef(pairs)[0, 1])) < 4.5 / math.sqrt(noise.numel()), name
+
+
+def test_noise_beyond_32_bits_of_elements_does_not_repeat() -> None:
+    place, key = noise_place("w", torch.empty(1 << 20, 1 << 13, device="meta")), torch.tensor([1, 2])
+    far = place.clone()
+    far[2] += 1 << 19  # 2**32 elements further on
+    assert not torch.equal(noise_at(place, key, (4, 64)), noise_at(far, key, (4, 64)))
 
 
 def test_stochastic_rounding_keeps_the_expectation_and_passes_nan() -> None:
@@ -303,6 +340,23 @@ def test_compiled_rounding_is_the_plain_one_in_two_graphs() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit"])
+def test_large_weights_are_rounded_piece_by_piece_with_the_same_bits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for most in (1 << 20, 1 << 10):
+        monkeypatch.setattr(adamw, "CHUNK", most)
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(37, 256).bfloat16())
+        optimizer = Optimizer([("w", weight)], Train(clip_norm=None, master_weights="stochastic", optimizer=kind))
+        for step in range(3):
+            feed([("w", weight)], step)
+            advance(optimizer, 1e-2, step)
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+
+
 def test_rounding_is_seeded_by_step_and_name_not_by_order() -> None:
     ends = []
     for turn in (1, -1):
@@ -314,8 +368,6 @@ def test_rounding_is_seeded_by_step_and_name_not_by_order() -> None:
             advance(optimizer, 1e-3, step)
         ends.append(dict(named))
     assert all(torch.equal(p, ends[1][name]) for name, p in ends[0].items())
-    noise = [optimizer.update.noise(part, step) for part in optimizer.parts.values() for step in (0, 1)]
-    assert len({tuple(n.flatten()[:5].tolist()) for n in noise}) == 4
 
 
 def test_the_norm_of_16_bit_gradients_is_taken_in_fp32() -> None:

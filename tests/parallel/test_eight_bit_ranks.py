@@ -21,8 +21,10 @@ from recipes import make_run
 from tunesmith import build_model
 from tunesmith.config.schema import Train
 from tunesmith.errors import RecipeError, TunesmithError
+from tunesmith.optim import adamw
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.optimizer import Optimizer
+from tunesmith.private import local_slices
 from tunesmith.quant.frozen_weight import EightBitWeight
 from tunesmith.ranks import join_ranks
 from tunesmith.sharded import local_part
@@ -111,6 +113,9 @@ def updated(dtype: torch.dtype, shape: tuple[int, int], dim: int) -> bool:
         with pytest.raises(RecipeError, match="ragged has rows of 64 elements on a rank, and 256 share a scale"):
             check_blocks([("ragged", ragged)])
         optimizers = [Optimizer([("w", weight)], recipe) for weight in (whole, part)]
+        place, key = adamw.noise_place("w", part), torch.tensor([1, 2])
+        noise = adamw.noise_at(place, key, part.to_local().shape)  # of this rank's part alone
+        assert torch.equal(noise, adamw.noise_at(adamw.noise_place("w", whole), key, shape)[local_slices(part)])
         for step in range(3):
             grad = torch.randn(shape).to(dtype)
             whole.grad, part.grad = grad, distribute_tensor(grad, mesh, [Shard(dim)], src_data_rank=None)

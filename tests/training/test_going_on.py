@@ -18,6 +18,7 @@ from tunesmith.errors import DataError, ModelError, RecipeError, TunesmithError
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.runtime import resolve
+from tunesmith.training import trainer
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
 
@@ -33,7 +34,7 @@ def shown() -> list[str]:
     return []
 
 
-def go(model: Path, folder: Path, shown: list[str], **changes: Any) -> Result:
+def go(model: Path, folder: Path, shown: list[str], /, **changes: Any) -> Result:
     both = merge({"train": {"duration": "4 steps"}}, changes)
     return train(make_run(model, folder, **both), say=lambda text: shown.extend(text.splitlines()))
 
@@ -107,6 +108,21 @@ def test_another_micro_batch_is_told(
     told = [line for line in shown if "micro batch is" in line]
     assert len(told) == 1
     assert "the micro batch is 384 tokens, and was 128 tokens, which no longer fits" in told[0]
+
+
+def test_other_noise_of_stochastic_rounding_is_told(
+    tiny: Path, tmp_path: Path, shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}}
+    rounded: dict[str, Any] = {"master_weights": "stochastic", "micro_batch": "256 tokens"}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "COUNTER", None)  # as a version before wrote it
+        go(tiny, tmp_path, shown, **changes, train=rounded)
+    go(tiny, tmp_path, shown, **changes, train={**rounded, "duration": "5 steps"})
+    assert len([line for line in shown if "draws other noise" in line]) == 1
+    shown.clear()
+    go(tiny, tmp_path, shown, **changes, train={**rounded, "duration": "6 steps"})
+    assert not [line for line in shown if "draws other noise" in line]
 
 
 def test_recompute_changes_no_number_with_dropout(tiny: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ RECORDS = (METRICS, SAMPLES, BEST, *TRACKER_IDS)
 DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
 JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is told
 MIXED = "resuming would mix two runs in one set of numbers"
+COUNTER = "counter"  # `Progress.rounding`: noise by the index of an element
 FORCE = "or resume all the same with checkpoint.resume=force"
 START_OVER = "start over with --fresh (the old run is put aside), or use another output_dir"
 
@@ -51,6 +52,7 @@ class Progress:
     model_hash: str | None = None  # of the base's weights, see `weights_digest`
     micro_batch: str | None = None  # what one forward takes, such as `4096 tokens`
     threads: int | None = None  # that torch computes with on the host
+    rounding: str | None = None  # how stochastic rounding gets its noise; None: there is none, or drawn by a generator
 
     def write(self, folder: Path) -> None:
         """Write progress.json into a checkpoint's folder."""

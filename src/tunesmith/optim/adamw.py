@@ -6,7 +6,7 @@ stochastically rounded update. bitsandbytes' optimizer class is not used: it wai
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,8 @@ HALF = (torch.bfloat16, torch.float16)
 BLOCK = 256  # elements of an 8-bit moment that share a scale
 # A smaller tensor keeps fp32 moments, as in bitsandbytes, and a vector too: it costs nothing, and norms are sensitive.
 MIN_8BIT = 4096
+
+CHUNK = 1 << 18  # elements that are rounded at once where no compiled kernel does it: the temporaries stay small
 
 # Scalars that leave a weight and its moments as they are where the gradient is 0, in the order of `_adamw_rounded`.
 NO_UPDATE = (0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0)
@@ -85,6 +87,7 @@ class ParameterState:
     eight_bit: bool  # both moments are stored in 8 bits
     sharding_groups: tuple[dist.ProcessGroup, ...] = ()  # whose ranks hold the other parts of `param`
     state: dict[str, Tensor] = field(default_factory=dict)  # moments and step count; empty before the first update
+    noise_place: Tensor | None = None  # where its noise begins, see `noise_at`; made by the first rounded update
     filled: Tensor | None = None  # of a layer that adds up `weight.grad` itself (`Fp32GradientLinear`): bool []
 
     @classmethod
@@ -162,8 +165,9 @@ class AdamWUpdate:
 
     def __init__(self, train: Train, device: torch.device) -> None:
         self.train, self.device = train, device
-        self.rounded = _adamw_rounded
+        self.rounded, self.compiled = _adamw_rounded, False
         self._scalars: dict[tuple[float, ...], Tensor] = {}
+        self._step_key: tuple[int, Tensor] | None = None
         self.functional: Any = None
         if train.optimizer == "adamw-8bit":
             self.functional = packages.bitsandbytes("8-bit moments", "train.optimizer")
@@ -195,12 +199,14 @@ class AdamWUpdate:
         """
         ranks = {part.param.ndim for part in parts if part.rounded and not part.eight_bit}
         self.rounded = torch.compile(_adamw_rounded, dynamic=True, fullgraph=True, backend=backend)
+        self.compiled = True
         for rank in sorted(ranks):
             weight = torch.zeros([16 * (i + 2) for i in range(rank)], dtype=torch.bfloat16, device=self.device)
             exp_avg, exp_avg_sq = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(2))
-            noise = torch.zeros_like(weight, dtype=torch.int16)
+            place = torch.zeros(2 + 2 * rank, dtype=torch.int64, device=self.device)
+            key = torch.zeros(2, dtype=torch.int64, device=self.device)
             scalars, found_inf = torch.ones(2, 7, device=self.device), torch.zeros((), device=self.device)
-            self.rounded(weight, weight.clone(), exp_avg, exp_avg_sq, noise, scalars, found_inf)
+            self.rounded(weight, weight.clone(), exp_avg, exp_avg_sq, place, key, scalars, found_inf)
 
     @torch.no_grad()
     def __call__(self, parts: Iterable[ParameterState], lr: float, step: int, found_inf: Tensor | None) -> None:
@@ -247,7 +253,9 @@ class AdamWUpdate:
             state["exp_avg_scale"].view(-1), state["exp_avg_sq_scale"].view(-1), part.decay,
         )  # fmt: skip
         if part.rounded:
-            part.weight.copy_(round_stochastically(weight, self.noise(part, step)))
+            key = self._key_of(step)
+            for place, updated, rounded in self._pieces(part, weight, part.weight.data):
+                rounded.copy_(round_stochastically(updated, noise_at(place, key, updated.shape)))
         elif part.has_master:
             part.param.copy_(weight)
 
@@ -261,26 +269,107 @@ class AdamWUpdate:
         if values not in self._scalars:
             if len(self._scalars) > 8:
                 self._scalars.clear()
-            here = torch.tensor((values, NO_UPDATE), dtype=torch.float32)
-            cuda = self.device.type == "cuda"
-            # From pinned memory the host does not wait for the copy.
-            self._scalars[values] = here.pin_memory().to(self.device, non_blocking=True) if cuda else here
-        moments, noise = (state["exp_avg"], state["exp_avg_sq"]), self.noise(part, step)
-        self.rounded(part.weight.data, part.grad, *moments, noise, self._scalars[values], found_inf)
+            self._scalars[values] = self._to_device(torch.tensor((values, NO_UPDATE), dtype=torch.float32))
+        key, scalars = self._key_of(step), self._scalars[values]
+        moments = (state["exp_avg"], state["exp_avg_sq"])
+        for place, *tensors in self._pieces(part, part.weight.data, part.grad, *moments):
+            self.rounded(*tensors, place, key, scalars, found_inf)
 
-    def noise(self, part: ParameterState, step: int) -> Tensor:
-        """Uniform over all 16 bits: int16 of the parameter's shape, by seed, step and name."""
-        text = f"{self.train.seed} {step} {part.name}".encode()
-        seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
-        generator = torch.Generator(self.device).manual_seed(seed)
-        shape, device = part.param.shape, part.weight.device
-        drawn = torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, device=device, generator=generator)
-        return drawn[local_slices(part.param)]  # as on one rank, however it is sharded
+    def _to_device(self, value: Tensor) -> Tensor:
+        """A small tensor of the host on the device; from pinned memory the host does not wait for the copy."""
+        return value.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else value
+
+    def _key_of(self, step: int) -> Tensor:
+        """The key of a step for `noise_at`, made once a step."""
+        if self._step_key is None or self._step_key[0] != step:
+            key = torch.tensor(_two_words(f"{self.train.seed} {step}"))
+            self._step_key = (step, self._to_device(key))
+        return self._step_key[1]
+
+    def _pieces(self, part: ParameterState, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The tensors, which have the shape of the part's weight, in pieces along the first dimension, each behind its
+        place for `noise_at`; in one piece where the update is compiled."""
+        if part.noise_place is None:
+            part.noise_place = self._to_device(noise_place(part.name, part.param))
+        weight = part.weight
+        if self.compiled or weight.numel() <= CHUNK:
+            yield part.noise_place, *tensors
+            return
+        rows = max(1, CHUNK * len(weight) // weight.numel())
+        for start in range(0, len(weight), rows):
+            place = part.noise_place.clone()
+            place[2] += start
+            yield place, *(tensor[start : start + rows] for tensor in tensors)
+
+
+def _two_words(text: str) -> list[int]:
+    """Two numbers of 32 bits with a sign that follow from a text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return [int.from_bytes(half, "little", signed=True) for half in (digest[:4], digest[4:])]
+
+
+def noise_place(name: str, param: Tensor) -> Tensor:
+    """Where the noise of this rank's part of a parameter lies, for `noise_at`: int64 [2 + 2 * dimensions] on the host.
+
+    Two words of its name, then of each dimension the index of the part's first element in the whole parameter, and how
+    many elements of the whole lie between two neighbours.
+    """
+    numbers = _two_words(name)
+    between = param.numel()
+    for part, size in zip(local_slices(param), param.shape, strict=True):
+        between = between // size if size else 0
+        numbers += [part.start, between]
+    return torch.tensor(numbers)
+
+
+def noise_at(place: Tensor, key: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uniform noise of 16 bits, int32 from 0 to 65,535, of a part of a parameter that has this local shape.
+
+    Each element's noise follows from its index in the whole parameter, the parameter's name, the seed and the step, so it
+    is the same on every mesh and device, and nothing is drawn for the parts of other ranks. Two rounds of an integer hash
+    with little bias (C. Wellons, hash-prospector, `lowbias32`); compiled, no element of it is ever in memory.
+
+    Args:
+        place: of `noise_place`.
+        key: int64 [2] of the seed and the step.
+    """
+    word, other = (place[:2] ^ key).unbind()
+    outer = torch.zeros((), dtype=torch.int64, device=place.device)  # index of the first element of each row
+    inner = outer
+    for dim, size in enumerate(shape):
+        first, between = place[2 + 2 * dim], place[3 + 2 * dim]
+        inner = (torch.arange(size, device=place.device) + first) * between
+        if dim < len(shape) - 1:
+            outer = outer.unsqueeze(-1) + inner
+    rows = outer.unsqueeze(-1) if shape else outer
+    mixed = _mix((_low_word(rows) + _low_word(inner)) ^ _low_word(word))
+    return _right(_mix(mixed ^ _low_word((rows >> 32) ^ other)), 16)
+
+
+def _low_word(number: Tensor) -> Tensor:
+    """The low 32 bits of int64 as int32."""
+    half = 1 << 31
+    return (((number + half) & (2 * half - 1)) - half).int()
+
+
+def _mix(word: Tensor) -> Tensor:
+    """A bijection of the 32 bits of int32, whose products wrap around; `word` may be overwritten."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
+        word = word.bitwise_xor_(_right(word, shift)).mul_(factor)
+    return word.bitwise_xor_(_right(word, 16))
+
+
+def _right(word: Tensor, bits: int) -> Tensor:
+    """int32 shifted right as if it had no sign."""
+    return (word >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
 def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
-    """fp32 -> bf16, up or down by uniform int16 noise so that the expectation is kept; NaN and Inf pass unchanged."""
-    bits = noise.int().add_(value.view(torch.int32)).add_(1 << 15).bitwise_and_(-65536)
+    """fp32 -> bf16, up or down by the noise of `noise_at` so that the expectation is kept; NaN and Inf pass unchanged.
+
+    `noise` is overwritten.
+    """
+    bits = noise.add_(value.view(torch.int32)).bitwise_and_(-65536)
     # Infinity has no bits that noise could carry over; a NaN may have, and would become a number.
     return torch.where(value.isnan(), value, bits.view(torch.float32)).to(torch.bfloat16)
 
@@ -290,12 +379,14 @@ def _adamw_rounded(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    noise: Tensor,
+    place: Tensor,
+    key: Tensor,
     scalars: Tensor,
     found_inf: Tensor | None,
 ) -> None:
-    """AdamW in fp32 on a bf16 weight, rounded stochastically by int16 noise; fp32 moments; all of one shape, in place.
+    """AdamW in fp32 on a bf16 weight, rounded stochastically; fp32 moments; all of one shape, in place.
 
+    place, key: of the noise, see `noise_at`.
     scalars: fp32 [2, 7]: 1 - beta1, beta2, 1 - beta2, eps, factor of the decay, step size, root of the bias correction;
     then NO_UPDATE, taken where `found_inf` is 1.
     """
@@ -308,4 +399,5 @@ def _adamw_rounded(
     exp_avg.lerp_(grad, rest1)
     exp_avg_sq.mul_(beta2).add_((grad * grad).mul_(rest2))
     update = exp_avg / exp_avg_sq.sqrt().div_(root).add_(eps)
+    noise = noise_at(place, key, weight.shape)
     weight.copy_(round_stochastically(value.mul_(decay).sub_(update.mul_(step_size)), noise))

@@ -21,7 +21,7 @@ from tunesmith.adapter import lora
 from tunesmith.adapter.peft_files import find_adapter, read_adapter
 from tunesmith.build_model import EIGHT_BIT_PROBE_TOKENS, Weights, build_model, count_trained, define_model
 from tunesmith.checkpoint.export import read_optimizer
-from tunesmith.checkpoint.resume import Progress, Start, check_unchanged, describe_resume
+from tunesmith.checkpoint.resume import COUNTER, Progress, Start, check_unchanged, describe_resume
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
 from tunesmith.checkpoint.state import check_sums
 from tunesmith.config.dump import digest, dump
@@ -180,7 +180,8 @@ def build(
     optimizer = make_optimizer(run, root, start, ranks)
     if eight_bit and not plan.base.startswith(run.model.quantize):
         say(f"warning: the base stays in {plan.base}: {plan.why['base']}")
-    for text in (*plan.warnings, root.describe(), *plan.describe(why=why), *describe_micro_batch(start, run, plan)):
+    changes = [*describe_micro_batch(start, run, plan), *describe_rounding(start, run)]
+    for text in (*plan.warnings, root.describe(), *plan.describe(why=why), *changes):
         say(text)
     if device.type == "cpu":
         plan = replace(plan, why={**plan.why, "threads": keep_threads(before.threads)})
@@ -286,6 +287,14 @@ def describe_micro_batch(start: Start, run: Run, plan: RunPlan) -> list[str]:
     why = "which no longer fits" if run.train.micro_batch == "auto" else f"train.micro_batch='{before}' keeps it"
     effect = "dropout falls elsewhere" if run.adapter.dropout else "sums are rounded otherwise"
     return [f"the micro batch is {now}, and was {before}, {why}: numbers differ from a run that kept it, as {effect}"]
+
+
+def describe_rounding(start: Start, run: Run) -> list[str]:
+    """A line for the user where a checkpoint is of a version that drew the noise of stochastic rounding otherwise."""
+    if run.train.master_weights != "stochastic" or start.progress is None or start.progress.rounding == COUNTER:
+        return []
+    return ["stochastic rounding: this version draws other noise than the one that wrote the checkpoint: weights are "
+            "rounded as well on average, but not to the same bits"]  # fmt: skip
 
 
 def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) -> None:

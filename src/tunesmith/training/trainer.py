@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tunesmith.checkpoint import export, state
 from tunesmith.checkpoint.model_card import model_card
-from tunesmith.checkpoint.resume import Progress, Start
+from tunesmith.checkpoint.resume import COUNTER, Progress, Start
 from tunesmith.checkpoint.sharded import RanksWriter, fill_together, fits_twice
 from tunesmith.checkpoint.state import Writer
 from tunesmith.data.loader import GlobalBatch
@@ -74,7 +74,8 @@ class Trainer:
         self.session, self.run, self.sinks, self.stop = session, session.run, sinks, stop
         self.out, stop.saving = Path(session.run.output_dir), session.plan.memory.copies
         layout = {"micro_batch": str(session.plan.layout.micro_batch), "threads": torch.get_num_threads()}
-        now = {"ended": None, **layout, **session.hashes}
+        rounding = COUNTER if self.run.train.master_weights == "stochastic" else None
+        now = {"ended": None, "rounding": rounding, **layout, **session.hashes}
         self.progress = dataclasses.replace(start.progress or Progress(), **now)
         self.first_step = self.progress.step
         self.agreed_to_stop = self.agreed_write_failed = False
