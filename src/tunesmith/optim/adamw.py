@@ -272,8 +272,8 @@ class AdamWUpdate:
             self._scalars[values] = self._to_device(torch.tensor((values, NO_UPDATE), dtype=torch.float32))
         key, scalars = self._key_of(step), self._scalars[values]
         moments = (state["exp_avg"], state["exp_avg_sq"])
-        for place, *tensors in self._pieces(part, part.weight.data, part.grad, *moments):
-            self.rounded(*tensors, place, key, scalars, found_inf)
+        for place, weight, grad, exp_avg, exp_avg_sq in self._pieces(part, part.weight.data, part.grad, *moments):
+            self.rounded(weight, grad, exp_avg, exp_avg_sq, place, key, scalars, found_inf)
 
     def _to_device(self, value: Tensor) -> Tensor:
         """A small tensor of the host on the device; from pinned memory the host does not wait for the copy."""
