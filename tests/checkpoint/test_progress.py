@@ -14,7 +14,7 @@ from tunesmith.errors import CheckpointError
 
 KEYS = [
     "step", "seconds", "record", "validated", "best_step", "best_loss", "worse", "loss_scale", "good_steps", "ended",
-    "data_hash", "validation_hash", "model_hash", "micro_batch", "threads",
+    "data_hash", "validation_hash", "model_hash", "micro_batch", "threads", "rounding",
 ]  # fmt: skip
 
 

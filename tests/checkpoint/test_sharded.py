@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,36 @@ def test_one_process_opens_and_exports_what_two_ranks_wrote(tiny, tmp_path, caps
     assert main(["export", str(saved), "--output", str(tmp_path / "no")]) == 2
     assert f"contents of state/{part.name} do not match" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def files_read_to_hash(model: Path, folder: Path) -> list[str]:
+    """Names of the files that this rank reads for their checksums in one start, checkpoint by checkpoint."""
+    names = []
+    digest = state.digest_of_file
+
+    def noted(path: Path) -> str:
+        if path.parent.parent.name.strip(".").startswith("checkpoint-") or path.parent.name.startswith("checkpoint-"):
+            names.append(path.name)
+        return digest(path)
+
+    state.digest_of_file = noted
+    try:
+        start(model, folder)
+    finally:
+        state.digest_of_file = digest
+    return names
+
+
+def test_each_rank_hashes_what_it_writes_and_a_share_at_a_resume(tiny: Path, tmp_path: Path) -> None:
+    """Parts are hashed while they are written, so none is read again; at a resume no file is read by two ranks."""
+    saved = run_ranks(2, files_read_to_hash, tiny, tmp_path)
+    parts = [path.name for path in (tmp_path / "run/checkpoint-6/state").glob("*.distcp")]
+    assert len(parts) == 2
+    assert not [name for names in saved for name in names if name.endswith(".distcp")]
+    assert saved[1] == []
+    assert whole(tmp_path / "run") == [6, 4, 2]  # the sums are those of the files
+
+    shutil.rmtree(tmp_path / "run" / "final")
+    first, second = run_ranks(2, files_read_to_hash, tiny, tmp_path)
+    assert [len({*names} & {*parts}) for names in (first, second)] == [1, 1]
+    assert sorted(name for name in (*first, *second) if name.endswith(".distcp")) == sorted(parts)

@@ -80,16 +80,13 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None], ranks: Ranks =
     elsewhere = ""
     for step, digest in sorted(keys, reverse=True):
         place, copy = run_dir / f"checkpoint-{step}", own.get((step, digest))
-        with ranks.together():
-            damage = dict(damaged_files(copy)) if copy else {}
-        copies = ranks.gather((copy.name, damage) if copy else None)
-        owners = {rank: found for rank, found in enumerate(copies) if found is not None}
+        owners = _compare_copies(ranks, run_dir, ranks.gather(copy.name if copy else None))
         source, (_, first) = next(iter(owners.items()))
         lost = [file for file in first if all(file in other for _, other in owners.values())]
         if not lost:
             with ranks.together():
                 if copy:
-                    _put_in_place(copy, place, damage)
+                    _put_in_place(copy, place, owners[ranks.rank][1])
             bring_folder(ranks, place, source, wants=ranks.leads_dir, say=warn)
             return SavedCheckpoint(place, step, source)
         if place.name in {name for name, _ in owners.values()}:  # others a kill left behind
@@ -102,6 +99,25 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None], ranks: Ranks =
             fix = "start on that node too, or copy its checkpoint's files into this one; --fresh starts over"
             raise MachineError(elsewhere, where=str(run_dir), why="without it the run would start over", fix=fix)
     return None
+
+
+def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dict[int, tuple[str, dict[str, str]]]:
+    """Of each rank that has a copy of a checkpoint in its directory: its name, and its damaged files with what is wrong.
+
+    `names` are those copies, rank by rank. All ranks that see a directory compare the checksums together, each of some
+    files: hundreds of gigabytes would take one of them minutes. A collective call.
+    """
+    leader = ranks.dir_leaders[ranks.rank]
+    readers = [rank for rank, of in enumerate(ranks.dir_leaders) if of == leader]
+    name, damage = names[leader], dict[str, str]()
+    with ranks.together():
+        if name is not None:
+            damage = dict(damaged_files(run_dir / name, share=(readers.index(ranks.rank), len(readers))))
+    owners = {rank: (name, dict[str, str]()) for rank, name in enumerate(names) if name is not None}
+    for reader, clauses in enumerate(ranks.gather(damage)):
+        if (owner := owners.get(ranks.dir_leaders[reader])) is not None:
+            owner[1].update(clauses)
+    return owners
 
 
 def copies_in(run_dir: Path) -> dict[tuple[int, str], Path]:
@@ -154,11 +170,12 @@ def bring_folder(ranks: Ranks, place: Path, source: int, *, wants: bool, say: Ca
         finish.close()
 
 
-def seal_together(ranks: Ranks, folder: Path, step: int) -> None:
+def seal_together(ranks: Ranks, folder: Path, step: int, hashed: Entries) -> None:
     """Seal a checkpoint's folder on every node: each gets what rank 0 wrote, but no parts, and one manifest of all files;
-    a collective call."""
+    a collective call. `hashed` are the entries of the parts that this rank wrote."""
+    parts = {name: entry for entries in ranks.gather(hashed) for name, entry in entries.items()}
     with ranks.together():
-        own = flush_files(folder) if ranks.leads_dir else {}
+        own = flush_files(folder, parts) if ranks.leads_dir else {}
     every = ranks.gather(own)
     entries = {name: entry for other in reversed(every) for name, entry in other.items()}
     common = [name for name in every[0] if not name.endswith(PART) and name not in own]

@@ -5,13 +5,17 @@ each tensor's parts lie. `model.<name>` are the weights, `optimizer.<name>.<fiel
 their own masters. Scalars are in optimizer.safetensors; config, tokenizer and progress lie beside it as in every checkpoint.
 """
 
+import hashlib
+import io
 import json
+import os
 import shutil
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -34,7 +39,7 @@ from tunesmith.checkpoint.export import (
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.nodes import copy_files, seal_together
 from tunesmith.checkpoint.resume import DELETE, Progress
-from tunesmith.checkpoint.state import CARD, MANIFEST, Fill, Writer, prune, writing
+from tunesmith.checkpoint.state import CARD, MANIFEST, PART, Entries, Fill, Writer, prune, writing
 from tunesmith.config.schema import Run
 from tunesmith.errors import EXIT_FAILED, CheckpointError, OtherRankError, TunesmithError, first_line
 from tunesmith.host_memory import available_memory
@@ -88,8 +93,8 @@ class RanksWriter(Writer):
                 if self.ranks.leads_dir:
                     folder = unfinished.enter_context(writing(place, step))
             with self.ranks.together():  # what collectives are in `fill` fail on all ranks alike
-                fill(folder)
-            seal_together(self.ranks, folder, step)
+                hashed = fill(folder) or {}
+            seal_together(self.ranks, folder, step, hashed)
             finish = unfinished.pop_all()
         with self.ranks.together():
             finish.close()
@@ -114,8 +119,61 @@ class _PartsReader(FileSystemReader):
         return super().prepare_local_plan(plan)
 
 
+class _HashedStream(io.RawIOBase):
+    """A file that is written from its beginning to its end, and hashed on the way."""
+
+    def __init__(self, file: io.IOBase) -> None:
+        self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.size += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def fileno(self) -> int:
+        self.file.flush()
+        return self.file.fileno()
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+class _HashingFiles(FileSystem):
+    """DCP's files, each hashed while it is written.
+
+    Attributes:
+        entries: of those that were written, by name, as in a manifest.
+    """
+
+    def __init__(self) -> None:
+        self.entries: Entries = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as file:
+            if mode != "wb":
+                yield file
+                return
+            stream = _HashedStream(file)
+            yield stream
+            self.entries[Path(path).name] = {"bytes": stream.size, "sha256": stream.sha256.hexdigest()}
+
+
 class _Files(FileSystemWriter):
-    """DCP's writer of files, whose errors say why a disk took no more: torch.save raises another one on top."""
+    """DCP's writer of files. Each rank hashes its own while it writes them; an error says why a disk took no more, on top
+    of which torch.save raises another one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.fs: _HashingFiles = _HashingFiles()
+
+    def parts(self) -> Entries:
+        """The manifest's entries of what this rank wrote."""
+        return {f"{STATE}/{name}": entry for name, entry in self.fs.entries.items() if name.endswith(PART)}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         try:
@@ -154,20 +212,22 @@ def fill_together(
     counts = [name for name, tensor in tensors.items() if name.startswith("optimizer.") and tensor.dim() == 0]
     scalars = {name.removeprefix("optimizer."): tensors.pop(name) for name in counts}
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path) -> Entries:
+        files = _Files(folder / STATE)
         with ranks.together():
             if ranks.leads:
                 write_config(folder, model, tokenizer)
                 write_optimizer(folder, scalars)
                 progress.write(folder)
         try:
-            dcp.save(tensors, storage_writer=_Files(folder / STATE), process_group=ranks.group)
+            dcp.save(tensors, storage_writer=files, process_group=ranks.group)
         except CheckpointException as error:  # on all ranks alike, and not an Exception
             rank, (cause, _) = min(error.failures.items())
             if ranks.leads:
                 cause.add_note(f"on {ranks.name(rank)}")
                 raise cause from None
             raise OtherRankError(f"{ranks.name(rank)} failed: {cause}", exit_code=EXIT_FAILED) from None
+        return files.parts()
 
     return fill
 

@@ -30,8 +30,10 @@ PART = ".distcp"  # the end of a file's name that holds what one rank has of a c
 ANNOUNCED_BYTES = 1 << 30  # comparing the checksums of as much takes a second or two, so more is announced
 HASHING_THREADS = 4  # one hashes 0.7 to 2 GB/s, a local disk reads no more than a few of them hash
 ELSEWHERE = ": a rank wrote it, maybe on another node's disk"
-Fill = Callable[[Path], None]  # writes files into an empty folder
 Entries = dict[str, dict[str, Any]]  # of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
+Fill = Callable[
+    [Path], Entries | None
+]  # writes files into an empty folder; entries of those that it hashed as it wrote
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -59,14 +61,17 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def flush_files(folder: Path) -> Entries:
-    """Flush every file of `folder`; its manifest's entries."""
+def flush_files(folder: Path, hashed: Entries | None = None) -> Entries:
+    """Flush every file of `folder`; its manifest's entries. Those in `hashed` are taken from there, and not read again."""
     follow_umask(folder)
     entries: Entries = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         flush_to_disk(path)
-        digest = digest_of_file(path)
-        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+        name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+        entry = (hashed or {}).get(name)
+        if entry is None or entry["bytes"] != size:
+            entry = {"bytes": size, "sha256": digest_of_file(path)}
+        entries[name] = entry
     return entries
 
 
@@ -86,8 +91,12 @@ def find_damage(folder: Path, *, contents: bool = True) -> str | None:
     return next((clause for _, clause in damaged_files(folder, contents=contents)), None)
 
 
-def damaged_files(folder: Path, *, contents: bool = True) -> Iterator[tuple[str, str]]:
-    """Each file of a manifest that is missing or damaged, and a clause that says so; the manifest alone if it is."""
+def damaged_files(folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, str]]:
+    """Each file of a manifest that is missing or damaged, and a clause that says so; the manifest alone if it is.
+
+    Of `share` (i, n) the contents are compared of every n-th file, the largest first, from the i-th on: n readers that see
+    one folder compare all of them together.
+    """
     if not (folder / MANIFEST).is_file():
         yield MANIFEST, "it has no manifest.json: it was not finished"
         return
@@ -95,8 +104,10 @@ def damaged_files(folder: Path, *, contents: bool = True) -> Iterator[tuple[str,
     if entries is None:
         yield MANIFEST, "its manifest.json cannot be read"
         return
+    own, of = share
+    compared = set(sorted(entries, key=lambda name: (-entries[name][0], name))[own::of]) if contents else set()
     for name, (size, digest) in entries.items():
-        if clause := _damage_of_file(folder, name, size, digest if contents else None):
+        if clause := _damage_of_file(folder, name, size, digest if name in compared else None):
             yield name, clause
 
 
