@@ -16,6 +16,11 @@ ROOT = Path("/")
 BLOCK = 2 << 20  # bytes: what a GPU's driver asks the kernel for on unified memory
 PAGE = os.sysconf("SC_PAGE_SIZE")
 LARGE_ORDER = (BLOCK // PAGE).bit_length() - 1  # of /proc/buddyinfo
+# The floor: what a save takes of the host (pieces of 64 MiB, measured: docs/ranks.md), and what grows while a micro batch
+# ends. A fiftieth of the memory, within these.
+LEAST, MOST, SHARE = 128 << 20, 1 << 30, 50
+# On unified memory: a GB10 of 122 GiB froze with 7.7, 6.1 and 0.3 GiB available, and once with 12.7. A twelfth, up to this.
+UNIFIED, UNIFIED_SHARE = 8 << 30, 12
 # Of a control group's memory: limits, use, and the names of its page cache, by version 2 and version 1.
 _GROUPS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file")),
@@ -135,6 +140,20 @@ def read_memory(root: Path = ROOT) -> MemoryFigures | None:
         groups = [found for folder, version in folders if (found := _group(folder, *_GROUPS[version], total))]
     limit, used = min(groups, key=lambda group: group[0] - group[1], default=(None, None))
     return MemoryFigures(total, available, free, cached, shared, info.get("Unevictable:", 0), large, limit, used)
+
+
+def memory_floor(total: int, *, unified: bool) -> int:
+    """Bytes that stay free where `total` is all that there is, of the machine or its control group."""
+    return min(UNIFIED, total // UNIFIED_SHARE) if unified else min(max(LEAST, total // SHARE), MOST)
+
+
+def unified_budget(figures: MemoryFigures) -> int:
+    """Bytes that a run can allocate where the GPU shares the host's memory.
+
+    A quarter of the floor more than the floor is left: the driver's context and the process grow beside the allocator.
+    """
+    floor = memory_floor(figures.limit or figures.total, unified=True)
+    return max(0, figures.room - floor * 5 // 4)
 
 
 def memory_limits(ranks: Collection[int] = (), root: Path = ROOT) -> list[MemoryLimit]:

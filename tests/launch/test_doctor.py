@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from hub.standin import Repo, StandIn
+from launch.spark_pair import TORCH
 from tunesmith.errors import MachineError
 from tunesmith.launch.doctor import speed
+from tunesmith.launch.doctor.checks import examine
 from tunesmith.launch.doctor.fix import cable_addresses, fix_scripts
-from tunesmith.launch.doctor.system import FAULT, OK, TEXTS, VERSIONS, Finding
+from tunesmith.launch.doctor.system import FAULT, OK, TEXTS, VERSIONS, Finding, System
 
 ROOM = Path(speed.__file__).parent
 DOCS = Path(__file__).parents[2] / "docs"
@@ -97,6 +99,36 @@ def hub() -> Iterator[StandIn]:
     files = {"config.json": b"{}", "model.safetensors": b"x" * 1000}
     with StandIn({"someone/model": Repo(files)}) as served:
         yield served
+
+
+SMI = """#!/bin/sh
+case "$*" in
+  *clocks.sm*) echo '[N/A], 3003, [Not Supported], P0' ;;
+  *) printf 'NVIDIA GB10, GPU-a, {driver}, {capability}, {memory}\\n\\n' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("missing", ["[N/A]", "[Not Supported]", "[Insufficient Permissions]"])
+def test_figures_that_nvidia_smi_does_not_give(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither driver, compute capability, memory nor clock is a reason to fail; torch stands in for one with CUDA."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(SMI.format(driver=missing, capability=missing, memory=missing))
+    smi.chmod(0o755)
+    state = {"cuda": "13.0", "archs": ["sm_120"], "tflops": 91, "fails": ""}
+    (tmp_path / "torch.json").write_text(json.dumps(state))
+    (tmp_path / "packages" / "torch").mkdir(parents=True)
+    (tmp_path / "packages" / "torch" / "__init__.py").write_text(TORCH)
+    (tmp_path / "packages" / "torch-2.13.0.dist-info").mkdir()
+    (tmp_path / "packages" / "torch-2.13.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.13.0\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setenv("SPARK_STATE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    report = examine(System(), pair=False)
+    assert named(report, "driver")[:2] == (OK, f"1 x NVIDIA GB10, driver {missing}, compute capability {missing}")
+    assert named(report, "torch")[:2] == (OK, "torch 2.13.0, CUDA 13.0, runs on sm_?")
+    assert named(report, "clock")[0] == OK
+    assert named(report, "memory")[0] in ("ok", "warning", FAULT)
 
 
 def test_a_model_that_is_open(recipe: Path, hub: StandIn, tmp_path: Path) -> None:

@@ -67,6 +67,17 @@ def test_gpus_are_those_that_the_environment_shows(named: str, count: int, monke
     assert node.count_gpus() == count
 
 
+@pytest.mark.parametrize(("output", "count"), [("0\n1\n", 2), ("0\n\n", 1), ("No devices were found\n", 0), ("", 0)])
+def test_lines_of_nvidia_smi_that_name_no_gpu_are_not_counted(
+    output: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{output}END\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert node.count_gpus() == count
+
+
 @pytest.mark.parametrize("words", [["--ranks", "0"], ["--nodes", "1:x"], ["--ranks", "2", "--endpoint", "29500"]])
 def test_a_flag_that_is_wrong_is_refused(
     words: list[str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

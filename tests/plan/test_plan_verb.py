@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -16,12 +17,14 @@ from tunesmith.cli import plan as cli_plan
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.errors import UsageError
+from tunesmith.host_memory import MemoryFigures
 from tunesmith.model.shapes import SHAPES
 from tunesmith.plan import hardware
 from tunesmith.plan.hardware import CHIPS, Chip, Cluster, read_cluster
 from warm import run_warm
 
 ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
 NAMES = {
     "2x8xh100": (2, 8, "h100"), "8xh100": (1, 8, "h100"), "1x-h200": (1, 1, "h200"), "H200": (1, 1, "h200"),
     "4xa100-80gb": (1, 4, "a100-80gb"), "2x-dgx-spark": (2, 1, "dgx-spark"), "dgx-spark": (1, 1, "dgx-spark"),
@@ -95,6 +98,11 @@ def test_here_is_what_nvidia_smi_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_cluster("here") == Cluster(CHIPS["h200"], 1, 2)
     shown = "NVIDIA T4, 15360\n"
     assert read_cluster("here") == Cluster(Chip("NVIDIA T4", 14.4), 1, 1)
+    shown = "NVIDIA T4, [Insufficient Permissions]\n"
+    with pytest.raises(UsageError, match="does not say how much memory NVIDIA T4 has") as refused:
+        read_cluster("here")
+    assert refused.value.fix == "--assume gib=24"
+    assert read_cluster("here", ["gib=24"]).chip.gib == 24.0
 
     def missing(*_: object, **__: object) -> str:
         raise FileNotFoundError("nvidia-smi")
@@ -104,6 +112,40 @@ def test_here_is_what_nvidia_smi_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (cpu.chip.name, cpu.world, cpu.chip.tflops) == ("cpu", 1, None)
     assert cpu.describe() == "cpu"
     assert Cluster(CHIPS["h200"], 11, 8).describe() == "11 x 8 x NVIDIA H200"
+
+
+# What nvidia-smi prints, and the GPUs with GiB of one that a plan begins with. 116 GiB are available, of 121.7.
+SMI_OUTPUTS = {
+    "a Spark": ("NVIDIA GB10, [N/A]\n", "NVIDIA GB10: 106 GiB, 55 TFLOP/s"),
+    "a Spark of another driver": ("NVIDIA GB10, [Not Supported]\n", "NVIDIA GB10: 106 GiB, "),
+    "a Spark that tells nobody": ("NVIDIA GB10, [Insufficient Permissions]\n", "NVIDIA GB10: 106 GiB, "),
+    "no memory of its own": ("NVIDIA Jetson Thor, [N/A]\n", "NVIDIA Jetson Thor: 106 GiB, "),
+    "an H100 in slices": ("NVIDIA H100 80GB HBM3, [Insufficient Permissions]\n", "NVIDIA H100 80GB HBM3: 79 GiB, "),
+    "empty lines": ("\nNVIDIA H200, 143771\n\n", "NVIDIA H200: 139 GiB, "),
+    "several": ("NVIDIA H200, 143771\nNVIDIA H200, [N/A]\n", "2 x NVIDIA H200: 139 GiB, "),
+    "no device": ("No devices were found\n", "cpu: "),
+    "nothing": ("", "cpu: "),
+}
+
+
+@pytest.mark.parametrize("case", SMI_OUTPUTS)
+def test_a_plan_for_this_machine_whatever_nvidia_smi_prints(
+    case: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, first = SMI_OUTPUTS[case]
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{output}END\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(smi.parent), prepend=os.pathsep)
+    figures = MemoryFigures(int(121.7 * GIB), 116 * GIB, free=110 * GIB, cached=GIB, shared=0, locked=0, large_blocks=0)
+    monkeypatch.setattr(hardware, "read_memory", lambda: figures)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
+    assert main(["plan", str(file)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(first)
+    assert "internal error" not in shown.err
 
 
 def test_the_table_and_what_the_first_takes(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from tunesmith.heartbeat import Heartbeat
-from tunesmith.host_memory import MemoryFigures, read_memory
+from tunesmith.host_memory import MemoryFigures, memory_floor, read_memory
 from tunesmith.ranks import Ranks
 from tunesmith.runtime import memory_guard
-from tunesmith.runtime.device import memory_floor
 from tunesmith.runtime.memory_guard import OFTEN, RARELY, MemoryGuard, drop_page_cache
 from tunesmith.signals import StopRequest
 

@@ -229,9 +229,11 @@ def count_gpus() -> int:
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return len([name for name in named.partition("-1")[0].split(",") if name.strip()])
     try:
-        return len(subprocess.check_output(GPUS, stderr=subprocess.DEVNULL, text=True, timeout=20).split())
+        output = subprocess.check_output(GPUS, stderr=subprocess.DEVNULL, text=True, errors="replace", timeout=20)
     except (OSError, subprocess.SubprocessError):
         return 0
+    # Other lines are no GPUs: an empty one, or `No devices were found`.
+    return len([line for line in output.splitlines() if line.strip().isdecimal()])
 
 
 def positive(text: str, where: str) -> int:

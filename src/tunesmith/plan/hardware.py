@@ -14,7 +14,7 @@ from typing import Any
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import UsageError
-from tunesmith.host_memory import available_memory
+from tunesmith.host_memory import available_memory, read_memory, unified_budget
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Chip:
 
 TABLE = json.loads(Path(__file__).with_name("machines.json").read_text(encoding="utf-8"))
 CHIPS: dict[str, Chip] = {name: Chip(**values) for name, values in TABLE.items()}
+# What nvidia-smi writes for the memory of a GPU that shares the host's, as GB10 does.
+NO_MEMORY_OF_ITS_OWN = ("[N/A]", "N/A", "[Not Supported]")
 ASSUMED = ("gib", "bandwidth", "tflops", "link", "network")  # figures that --assume may give
 
 
@@ -92,6 +94,9 @@ def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
             raise UsageError(f"{word} is no figure of a machine", where="--assume", fix=f"{', '.join(ASSUMED)}=NUMBER")
         given |= {figure: float(number)} | ({"source": "as --assume says"} if figure == "tflops" else {})
     chip = replace(cluster.chip, **given)
+    if not chip.gib:
+        what, fix = f"nvidia-smi does not say how much memory {chip.name} has", "--assume gib=24"
+        raise UsageError(what, where="--on here", fix=fix)
     for figure, count in (("link", cluster.per_node), ("network", cluster.nodes)):
         if count > 1 and vars(chip)[figure] is None:
             what = f"the {figure} of {chip.name} is not known"
@@ -109,13 +114,42 @@ def cluster_of(name: str, nodes: int = 1, per_node: int = 1, gib: float = 0.0) -
 
 
 def _look() -> Cluster:
-    """This machine, as nvidia-smi describes it, which touches no GPU; without one its CPU."""
-    words = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        rows = subprocess.check_output(words, stderr=subprocess.DEVNULL, text=True, timeout=20).strip().splitlines()
-    except (OSError, subprocess.SubprocessError):
-        rows = []
-    if not rows:
+    """This machine, as nvidia-smi describes it, which touches no GPU; without a GPU its CPU."""
+    gpus = _nvidia_gpus()
+    if not gpus:
         return Cluster(Chip("cpu", available_memory() / 2**30))
-    name, _, size = rows[0].rpartition(", ")
-    return cluster_of(name, 1, len(rows), float(size) / 1024 - 0.6)
+    name, memory = gpus[0]
+    cluster = cluster_of(name, 1, len(gpus), _gpu_gib(memory))
+    in_table = any(chip.name == name for chip in CHIPS.values())
+    if cluster.chip.integrated or (memory in NO_MEMORY_OF_ITS_OWN and not in_table):
+        return replace(cluster, chip=replace(cluster.chip, gib=_shared_gib(), integrated=True))
+    return cluster
+
+
+def _nvidia_gpus() -> list[tuple[str, str]]:
+    """Name and memory of each GPU, the memory as nvidia-smi writes it: MiB or why there is no number."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, errors="replace", timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    gpus = []
+    for line in output.splitlines():
+        name, comma, memory = line.rpartition(",")
+        if comma:  # not an empty line, nor `No devices were found`
+            gpus.append((name.strip(), memory.strip()))
+    return gpus
+
+
+def _gpu_gib(memory: str) -> float:
+    """What a process can have of a GPU's memory, of which a CUDA context takes 0.6 GiB; 0 where no number is given."""
+    try:
+        return float(memory) / 1024 - 0.6
+    except ValueError:
+        return 0.0
+
+
+def _shared_gib() -> float:
+    """What a run can have of memory that the GPU shares with the host."""
+    figures = read_memory()
+    return (unified_budget(figures) if figures else available_memory()) / 2**30

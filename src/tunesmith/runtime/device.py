@@ -9,13 +9,14 @@ import torch
 
 from tunesmith import private
 from tunesmith.host_files import physical_memory
-from tunesmith.host_memory import MemoryLimit, available_memory, memory_limits, read_memory
-
-# The floor: what a save takes of the host (pieces of 64 MiB, measured: docs/ranks.md), and what grows while a micro batch
-# ends. A fiftieth of the memory, within these.
-LEAST, MOST, SHARE = 128 << 20, 1 << 30, 50
-# On unified memory: a GB10 of 122 GiB froze with 7.7, 6.1 and 0.3 GiB available, and once with 12.7. A twelfth, up to this.
-UNIFIED, UNIFIED_SHARE = 8 << 30, 12
+from tunesmith.host_memory import (
+    MemoryLimit,
+    available_memory,
+    memory_floor,
+    memory_limits,
+    read_memory,
+    unified_budget,
+)
 
 
 class HostBudget(NamedTuple):
@@ -59,16 +60,8 @@ def is_integrated(device: torch.device, cuda: Any = torch.cuda) -> bool:
     return device.type == "cuda" and bool(cuda.get_device_properties(device).is_integrated)
 
 
-def memory_floor(total: int, *, unified: bool) -> int:
-    """Bytes that stay free where `total` is all that there is, of the machine or its control group."""
-    return min(UNIFIED, total // UNIFIED_SHARE) if unified else min(max(LEAST, total // SHARE), MOST)
-
-
 def free_memory(device: torch.device, cuda: Any = torch.cuda) -> int:
-    """Bytes that can be allocated on `device` beside those that are; of the host's memory those above the floor.
-
-    On unified memory a quarter of the floor more is left: the driver's context and this process grow beside the allocator.
-    """
+    """Bytes that can be allocated on `device` beside those that are; of the host's memory those above the floor."""
     if device.type == "cpu":
         return host_budget().free
     # In the allocator's hands since an earlier run.
@@ -77,8 +70,7 @@ def free_memory(device: torch.device, cuda: Any = torch.cuda) -> int:
     # A driver of unified memory reports what is unused, not what can be had.
     if figures is None or not is_integrated(device, cuda):
         return int(cuda.mem_get_info(device)[0]) + idle
-    floor = memory_floor(figures.limit or figures.total, unified=True)
-    return max(0, figures.room - floor * 5 // 4) + idle
+    return unified_budget(figures) + idle
 
 
 def prepare_allocator(device: torch.device, cuda: Any = torch.cuda, configure: Any = private.set_allocator) -> None:

@@ -18,9 +18,17 @@ from typing import Any
 
 import torch
 
-from tunesmith.host_memory import ROOT, MemoryFigures, gib, largest_processes, own_memory, read_memory
+from tunesmith.host_memory import (
+    ROOT,
+    MemoryFigures,
+    gib,
+    largest_processes,
+    memory_floor,
+    own_memory,
+    read_memory,
+)
 from tunesmith.ranks import Ranks
-from tunesmith.runtime.device import is_integrated, memory_floor
+from tunesmith.runtime.device import is_integrated
 from tunesmith.signals import Shortage, StopRequest
 
 # MemFree on unified memory, below which page cache is dropped, and where that did not help: 2.6 GiB was the least that a load passed

@@ -42,7 +42,8 @@ def _driver(s: System) -> Findings:
     code, out, said = s.smi
     if s.gpus:
         name, _, driver, capability, _ = s.gpus[0]
-        case = "old" if capability == "12.1" and int(driver.partition(".")[0]) < 580 else "ok"
+        major = driver.partition(".")[0]  # may be `[N/A]`
+        case = "old" if capability == "12.1" and major.isdecimal() and int(major) < 580 else "ok"
         yield say(f"driver/{case}", count=len(s.gpus), name=name, driver=driver, capability=capability)
     else:
         case = "fails" if code != 127 else "absent" if s.has_nvidia else "none"
@@ -58,18 +59,23 @@ def _torch(s: System) -> Findings:
     code, out, said = s.run(python, "-c", LOAD, limit=TORCH_SECONDS)
     told = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     first: dict[str, Any] = told[0] if told else {"archs": [], "cuda": ""}
-    chip = int(s.gpus[0][3].replace(".", ""))
+    capability = s.gpus[0][3].replace(".", "")
+    chip = int(capability) if capability.isdecimal() else None  # `[N/A]` and the like
     # Code for sm_120 runs on sm_121: the same major version, no newer minor one. PTX is compiled at the first start.
     archs = [(kind, int(number)) for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(first["archs"]))]
-    fits = any(n <= chip and (kind == "compute" or n // 10 == chip // 10) for kind, n in archs)
+    fits = chip is None or any(n <= chip and (kind == "compute" or n // 10 == chip // 10) for kind, n in archs)
     case = "broken" if not told else "without-cuda" if not first["cuda"] else "gpu" if code else "ok"
     case = case if fits or case in ("broken", "without-cuda") else "chip"
     said, shown = said.rpartition("\n")[2], " ".join(first["archs"])
-    yield say(f"torch/{case}", version=version, python=python, chip=chip, archs=shown, cuda=first["cuda"], said=said)
+    shown_chip = "?" if chip is None else chip
+    yield say(
+        f"torch/{case}", version=version, python=python, chip=shown_chip, archs=shown, cuda=first["cuda"], said=said
+    )
     if case == "ok":  # a capped clock shows under load alone, and a state that nvidia-smi does not show in the speed
         words = [*(word.strip() for word in told[-1]["load"].split(",")), "", "", "", ""]
         clock, top, watts = (float(re.sub(r"[^\d.]", "", word) or 0) for word in words[:3])
-        low = clock < 0.6 * top or ("GB10" in s.gpus[0][0] and told[-1]["tflops"] < 0.6 * GB10_TFLOPS)
+        # A clock that nvidia-smi does not say is 0 here.
+        low = 0 < clock < 0.6 * top or ("GB10" in s.gpus[0][0] and told[-1]["tflops"] < 0.6 * GB10_TFLOPS)
         values = {"clock": clock, "top": top, "watts": watts, "state": words[3], "tflops": told[-1]["tflops"]}
         yield say("clock/low" if low else "clock/ok", **values)
 
@@ -79,7 +85,8 @@ def _memory(s: System) -> Findings:
     names = ("MemAvailable", "MemTotal", "MemFree", "Cached", "Shmem", "Mlocked")
     gib = {name: int(kb.get(name, 0)) / 2**20 for name in names}
     free, total, empty, cached, *_ = gib.values()
-    unified = any("GB10" in gpu[0] or "N/A" in gpu[4] for gpu in s.gpus)  # the driver states no memory of the GPU's own
+    # The driver states no memory of the GPU's own.
+    unified = any("GB10" in gpu[0] or "N/A" in gpu[4] or "Not Supported" in gpu[4] for gpu in s.gpus)
     case = "none" if free < 2 else "low" if free < total / 4 else "cache" if unified and empty < 8 < cached else "ok"
     shown = ", ".join(f"{name} {gib[name]:.1f}" for name in names[2:])
     yield say(f"memory/{case}", free=free, total=total, breakdown=shown)
