@@ -137,3 +137,19 @@ def test_a_real_process_that_takes_all_memory_of_a_control_group(tmp_path: Path)
         pytest.skip(done.stderr.strip().splitlines()[-1])
     found = json.loads((tmp_path / "found.json").read_text())["runs"][0]
     assert (found["exit_code"], found["killed_by_kernel"], found["clean"]) == (75, 0, True), done.stderr
+
+
+def test_the_guard_knows_the_files_of_a_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Local ones by their path, those of the Hub by their folder in its cache."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    run = make_run(tiny, tmp_path, held=False)
+    files = start.large_files(run)
+    assert tiny in files
+    assert {Path(source.source) for source in run.data.train} <= {*files}
+    assert {tmp_path / "cache" / "tokens", Path(run.output_dir)} <= {*files}
+    source = replace(run.data.train[0], source="someone/rows")
+    hub = replace(
+        run, model=replace(run.model, name="someone/model"), data=replace(run.data, train=(source,))
+    )  # fmt: skip
+    names = {path.name for path in start.large_files(hub)}
+    assert {"models--someone--model", "datasets--someone--rows"} <= names

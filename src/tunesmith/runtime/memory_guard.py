@@ -5,14 +5,14 @@ first and the machine freezes, without a kill. A thread looks at the figures, on
 times as often near the floor. A look takes about 0.1 ms.
 """
 
-import ctypes
-import mmap
+import os
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +21,66 @@ import torch
 from tunesmith.host_memory import (
     ROOT,
     MemoryFigures,
+    drop_pages,
     gib,
     largest_processes,
     memory_floor,
     own_memory,
     read_memory,
+    unified_budget,
 )
 from tunesmith.ranks import Ranks
 from tunesmith.runtime.device import is_integrated
 from tunesmith.signals import Shortage, StopRequest
 
-# MemFree on unified memory, below which page cache is dropped, and where that did not help: 2.6 GiB was the least that a load passed
-# with, and allocations failed at 2.5 although 22 were available.
+# MemFree on unified memory, below which page cache is dropped, and where that did not help: 2.6 GiB was the least that a load
+# passed with, and allocations failed at 2.5 although 22 were available. Less is enough where a run can take no more than less.
 UNIFIED_FREE, UNIFIED_FREE_LEAST = 8 << 30, 3 << 30
 AHEAD = 3.0  # seconds that a save and the end take, on a busy machine; before it `stop.takes`
 LONGEST = 30.0  # seconds of `stop.takes` that count
 RARELY, OFTEN = 1.0, 0.12  # seconds between two looks: at most a thousandth of a core
 FASTEST = 4 << 30  # bytes a second that memory is filled with: page faults of one process
-AGAIN = 2.0  # seconds between two times that page cache is dropped
+AGAIN = 2.0  # seconds between two times that page cache is dropped while MemFree is below the least
+PAUSE, LONGEST_PAUSE = 30.0, 480.0  # else: the first, doubled where a drop brought nothing, up to the second
 WORTH = 2 << 30  # bytes of page cache that are worth it
-PIECE = 64 << 20
-MADV_POPULATE_WRITE = 23  # of madvise(2), Linux 5.14
+MOST_FILES = 10_000  # that are opened for it: a folder of rows may hold millions
 
 
-def drop_page_cache(wanted: int, root: Path = ROOT) -> None:
-    """Turn `wanted` bytes of page cache into free memory, in large blocks where the kernel finds them.
+def drop_page_cache(paths: Sequence[Path], root: Path = ROOT) -> None:
+    """Turn page cache into free memory: that of the files below `paths`, and as root that of all files.
 
-    As root by the kernel's own switches, which took GB10s through every load. Otherwise by taking the memory and giving it
-    back: page cache is what the kernel takes first. That needs no right, and the caller sees that so much is there.
+    The first needs no right, and neither takes memory: beside a full allocator there is none to take. The kernel's own
+    switches took GB10s through every load, and give free memory in large blocks.
     """
-    with suppress(OSError):
+    for file in islice(_files_below(paths), MOST_FILES):
+        with suppress(OSError):  # it was removed, or may not be read
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                drop_pages(handle)
+            finally:
+                os.close(handle)
+    with suppress(OSError):  # not root, or a container
         for name in ("drop_caches", "compact_memory"):
             (root / "proc/sys/vm" / name).write_text("1", encoding="ascii")
-        return
-    madvise, taken = ctypes.CDLL(None).madvise, []
-    for _ in range(0, wanted, PIECE):
-        taken.append(mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        taken[-1].madvise(mmap.MADV_HUGEPAGE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(taken[-1]))
-        if madvise(ctypes.c_void_p(start), ctypes.c_size_t(PIECE), MADV_POPULATE_WRITE):  # an older kernel
-            break
-    for piece in taken:
-        piece.close()
+
+
+def _files_below(paths: Sequence[Path]) -> Iterator[Path]:
+    """The regular files among `paths` and in their folders; opening others may wait for ever."""
+    for path in paths:
+        if path.is_file():
+            yield path
+        for folder, _, names in os.walk(path):
+            for name in names:
+                file = Path(folder, name)
+                if file.is_file():
+                    yield file
 
 
 class MemoryGuard:
     """Watches the host's memory in a thread, from the load to the save, and asks `stop` for a stop.
 
     Attributes:
+        files: that the run reads and writes, and folders of them; their page cache is dropped on unified memory.
         unified: whether the GPU shares the host's memory; None until one is in use.
     """
 
@@ -76,16 +88,19 @@ class MemoryGuard:
         self,
         stop: StopRequest,
         ranks: Ranks,
+        files: Sequence[Path] = (),
         *,
         read: Callable[[], MemoryFigures | None] = read_memory,
-        make_room: Callable[[int], object] = drop_page_cache,
+        make_room: Callable[[Sequence[Path]], object] = drop_page_cache,
         clock: Callable[[], float] = time.monotonic,
         unified: bool | None = None,
     ) -> None:
         self.stop, self.ranks, self.read, self.clock, self.unified = stop, ranks, read, clock, unified
-        self.make_room = make_room
+        self.files, self.make_room = files, make_room
         self.others: deque[tuple[float, int]] = deque()  # time, and what this process did not take
-        self.dropped = -AGAIN
+        self.pause = PAUSE
+        self.dropped = -LONGEST_PAUSE  # when page cache was dropped last
+        self.still_short = False  # MemFree was below the least before that, and after it
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
 
@@ -119,9 +134,13 @@ class MemoryGuard:
         if left < growth:
             why = f"{gib(figures.room)} GiB can be had, and the floor is {gib(floor)} GiB"
             why += f"; others took {gib(growth)} GiB in {self.ahead:.0f} s" if left >= 0 else ""
-        elif self.unified and figures.free < UNIFIED_FREE and figures.cached > WORTH:
-            why = self._drop(figures)
-            left = min(left, max(0, figures.free - UNIFIED_FREE_LEAST))
+        elif self.unified:
+            # The driver alone needs free memory, for what the allocator may still take: all else drops page cache itself.
+            wanted = min(UNIFIED_FREE, unified_budget(figures))
+            if figures.free < wanted and figures.cached > WORTH:
+                least = min(UNIFIED_FREE_LEAST, wanted)
+                why = self._drop(figures, least)
+                left = min(left, max(0, figures.free - least))
         if why:
             self._ask(why, figures, floor, allocator)
         return min(RARELY, max(OFTEN, (left - growth) / FASTEST))
@@ -140,19 +159,23 @@ class MemoryGuard:
         least = min(value for _, value in self.others)
         return int((others - least) / max(1.0, (now - self.others[0][0]) / ahead))
 
-    def _drop(self, figures: MemoryFigures) -> str:
-        """Let the kernel give up page cache; why the run must end, where it did before and that did not help."""
-        now = self.clock()
-        if now - self.dropped < AGAIN:
+    def _drop(self, figures: MemoryFigures, least: int) -> str:
+        """Let the kernel give up page cache where it is time; why the run must end, where that has not helped."""
+        since = self.clock() - self.dropped
+        critical = figures.free < least
+        if since < (AGAIN if critical else self.pause):
             return ""
-        again, self.dropped = now - self.dropped < 3 * AGAIN, now
-        self.make_room(min(UNIFIED_FREE - figures.free, figures.cached))
+        if critical and self.still_short:
+            return f"MemFree is {gib(figures.free)} GiB, and dropping page cache leaves it below {gib(least)} GiB"
+        self.dropped = self.clock()
+        self.make_room(self.files)
         after = self.read() or figures
-        if not again or after.free >= UNIFIED_FREE_LEAST:
-            return ""
-        return (
-            f"MemFree is {gib(after.free)} GiB, and dropping page cache leaves it below {gib(UNIFIED_FREE_LEAST)} GiB"
-        )
+        self.still_short = critical and after.free < least
+        if after.free - figures.free >= WORTH / 2:
+            self.pause = PAUSE
+        else:
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+        return ""
 
     def _ask(self, why: str, figures: MemoryFigures, floor: int, allocator: int) -> None:
         phase, host = self.ranks.heartbeat.doing, socket.gethostname()

@@ -30,7 +30,8 @@ from tunesmith.errors import (
     UsageError,
     first_line,
 )
-from tunesmith.host_files import refuse_many_ranks, refuse_special_files
+from tunesmith.host_files import cache_folder, refuse_many_ranks, refuse_special_files
+from tunesmith.hub.fetch import repo_cache
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import JsonlSink, RankSink, RecordCallback, SamplesSink, Sink, Sinks, TensorBoardSink
@@ -103,7 +104,7 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
             stop = stack.enter_context(StopRequest())
             ranks = stack.enter_context(join_ranks())
             ranks.heartbeat.stop_signal = lambda: stop.signal or ""
-            stack.enter_context(MemoryGuard(stop, ranks))
+            stack.enter_context(MemoryGuard(stop, ranks, large_files(run)))
             yield stop, ranks
     except (StoppedEarlyError, OtherRankError) as error:
         # A launcher that starts failed ranks again would lose the stop.
@@ -112,6 +113,17 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
             if is_run(out := Path(run.output_dir)):
                 write_stopped(out, "stopped by a signal before the first step", step=0)
         raise
+
+
+def large_files(run: Run) -> list[Path]:
+    """Files that the run reads or writes, and folders of them: here, in the Hub's cache and in our own."""
+    paths = [Path(run.output_dir), cache_folder("tokens"), cache_folder("models")]
+    for key, name in inputs_of(run).items():
+        if os.path.isabs(name):
+            paths.append(Path(name))
+        else:  # a Hub id; the name of a template is no folder there
+            paths.append(repo_cache(name, "dataset" if key.startswith("data.") else "model"))
+    return paths
 
 
 def start_run(
