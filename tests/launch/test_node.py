@@ -67,6 +67,23 @@ def test_gpus_are_those_that_the_environment_shows(named: str, count: int, monke
     assert node.count_gpus() == count
 
 
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({"NCCL_IB_HCA": "=rocep1s0f1,roceP2p1s0f1"}, "1"),
+        ({"NCCL_IB_HCA": "mlx5", "NCCL_IB_MERGE_NICS": "0"}, "0"),
+        ({}, None),
+    ],
+)
+def test_an_agent_joins_the_functions_of_a_port_where_devices_are_named(
+    own: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **own}
+    monkeypatch.setattr(os, "environ", environment)
+    node.prepare_environment(1, "lo")
+    assert environment.get("NCCL_IB_MERGE_NICS") == expected
+
+
 @pytest.mark.parametrize(("output", "count"), [("0\n1\n", 2), ("0\n\n", 1), ("No devices were found\n", 0), ("", 0)])
 def test_lines_of_nvidia_smi_that_name_no_gpu_are_not_counted(
     output: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

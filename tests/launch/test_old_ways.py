@@ -364,6 +364,24 @@ def test_a_slurm_step_says_where_a_node_stands(tmp_path: Path, monkeypatch: pyte
         run_multi.find_place("script.py", 8)
 
 
+@pytest.mark.parametrize("own", [None, "0"])
+def test_both_functions_of_the_cable_are_used_as_one(
+    own: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for device in ("rocep1s0f1", "roceP2p1s0f1"):
+        (tmp_path / device / "ports" / "1").mkdir(parents=True)
+        (tmp_path / device / "ports" / "1" / "state").write_text("4: ACTIVE\n")
+    environment = {"NCCL_SOCKET_IFNAME": "lo", "PET_NNODES": "2"}
+    if own:
+        environment["NCCL_IB_MERGE_NICS"] = own
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(run_multi, "RDMA", tmp_path)
+    monkeypatch.setattr(run_multi, "meet", lambda *_: run_multi.Place(2, 0, "127.0.0.1", 1))
+    assert run_multi.find_place("script.py", 1).nodes == 2
+    assert environment["NCCL_IB_HCA"] == "roceP2p1s0f1,rocep1s0f1"
+    assert environment["NCCL_IB_MERGE_NICS"] == (own or "1")
+
+
 @pytest.mark.parametrize("name", ["3b", "8b", "70b"])
 def test_on_the_host_a_run_script_enters_the_container_and_shows_no_token(name: str, tmp_path: Path) -> None:
     (tmp_path / "docker").write_text('#!/bin/sh\nprintf "%s\\n" "$@"; echo "token $HF_TOKEN"\n')

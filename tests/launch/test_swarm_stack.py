@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+from recipes import recipe
+from tunesmith.cli.main import main
 from tunesmith.errors import UsageError
-from tunesmith.launch.deploy import refuse_exposed
+from tunesmith.launch.deploy import passed_variables, refuse_exposed
 from tunesmith.launch.stack import LABEL, SERVICE, Stack
 
 PLAIN = Stack(
@@ -165,3 +168,56 @@ def test_the_systems_folders_are_refused(path: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", "/home/u")
     with pytest.raises(UsageError, match="is private"):
         refuse_exposed(Path(path))
+
+
+MERGED = {"NCCL_IB_HCA": "=rocep1s0f1,roceP2p1s0f1", "NCCL_IB_MERGE_NICS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("own", "devices", "expected"),
+    [
+        ({}, ["rocep1s0f1", "roceP2p1s0f1"], MERGED),
+        ({}, [], {}),
+        ({"NCCL_IB_HCA": "mlx5"}, [], {"NCCL_IB_HCA": "mlx5", "NCCL_IB_MERGE_NICS": "1"}),
+        ({"NCCL_IB_MERGE_NICS": "0"}, ["rocep1s0f1", "roceP2p1s0f1"], MERGED | {"NCCL_IB_MERGE_NICS": "0"}),
+    ],
+)
+def test_both_functions_of_a_port_are_used_as_one(
+    own: dict[str, str], devices: list[str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    for name in MERGED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    passed = passed_variables(devices)
+    assert {name: value for name, value in passed.items() if name.startswith("NCCL_IB")} == expected
+
+
+@pytest.mark.parametrize(
+    ("docker", "flags", "count"),
+    [("", [], 1), ("exit 1", ["--nodes", "2"], 2), ("echo inactive", ["--hosts", "spark-b,spark-c"], 3)],
+)
+def test_a_stack_is_rendered_without_docker_and_without_a_swarm(
+    docker: str,
+    flags: list[str],
+    count: int,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+    if docker:
+        (tmp_path / "bin" / "docker").write_text(f"#!/bin/sh\n{docker}\n")
+        (tmp_path / "bin" / "docker").chmod(0o755)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
+    assert main(["launch", "swarm", str(tmp_path / "recipe.yaml"), "--render", *flags]) == 0
+    shown = capfd.readouterr()
+    service = read(shown.out)["services"][SERVICE]
+    assert service["deploy"]["replicas"] == count
+    assert service["command"][service["command"].index("--nodes") + 1] == str(count)
+    endpoint = service["command"][service["command"].index("--endpoint") + 1]
+    assert endpoint.rpartition(":")[0] == ("127.0.0.1" if count == 1 else socket.gethostname())
+    assert f"rendered for --nodes {count}" in shown.err
+    assert not (tmp_path / "run" / "launch").exists(), "nothing is started or written"

@@ -16,6 +16,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, TunesmithError, UsageError, is_secret_name
 from tunesmith.launch.inputs import caches, find_secrets, hub_sources, recipe_inputs
 from tunesmith.launch.jobs import name_of_run, save_job, state_folder, write_recipe
+from tunesmith.launch.node import MERGE_NICS, count_gpus
 from tunesmith.launch.rendezvous import Endpoint, family_of, route_to
 from tunesmith.launch.ship import (
     Connection,
@@ -29,7 +30,7 @@ from tunesmith.launch.ship import (
     ship_image,
 )
 from tunesmith.launch.stack import LABEL, Stack
-from tunesmith.launch.swarm import SwarmJob, SwarmNode, find_nodes
+from tunesmith.launch.swarm import GPU, SwarmJob, SwarmNode, find_nodes, in_swarm
 
 PASSED_ON = re.compile(
     r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS|WANDB_(PROJECT|ENTITY|MODE)"
@@ -53,10 +54,13 @@ def launch_on_swarm(
     that fails leaves no service or secret. `render`: print the stack file instead, without secrets."""
     for path in (out := Path(run.output_dir).absolute(), *recipe_inputs(run)):
         refuse_exposed(path)
-    chosen, excluded, manager = find_nodes(hosts, nodes)
-    if not render:
-        require_image(image)  # before large files are read, fetched and sent
-    stack = replace(plan_stack(out, chosen, restarts, say), excluded=tuple(excluded))
+    if render and not in_swarm():
+        stack = stack_without_swarm(out, hosts, nodes, restarts, say)
+    else:
+        chosen, excluded, manager = find_nodes(hosts, nodes)
+        if not render:
+            require_image(image)  # before large files are read, fetched and sent
+        stack = replace(plan_stack(out, chosen, restarts, say), excluded=tuple(excluded))
     shipped = [(path, *by_content(path)) for path in recipe_inputs(run)]
     stack = replace(stack, image=image, debug=debug, mounts=tuple((place, str(path)) for path, place, _ in shipped))
     if render:
@@ -117,11 +121,7 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int, say: Callab
             raise MachineError(what, where="docker node inspect", why=why, fix=fix)
         for name in [name for links in found["rdma"].values() for name, mtu in links.items() if mtu != "9000"]:
             say(f"warning: {name} on {found['host']} has not MTU 9000, and is slow: ip link set {name} mtu 9000")
-    passed = {
-        name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name) and not is_secret_name(name)
-    }
-    if devices := sorted({device for found in looks for device in found["rdma"]}):
-        passed.setdefault("NCCL_IB_HCA", "=" + ",".join(devices))  # exact names; a port of a Spark has two of them
+    passed = passed_variables(sorted({device for found in looks for device in found["rdma"]}))
     address = route_to(nodes[1].address) if nodes[1:] else "127.0.0.1"
     with socket.socket(family_of(address)) as probe:
         probe.bind((address, 0))
@@ -132,6 +132,33 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int, say: Callab
         restarts=restarts, cache=cache, user=tuple(looks[0]["user"]), gpus=nodes[0].gpus,
         environment=tuple(sorted(passed.items())),
     )  # fmt: skip
+
+
+def stack_without_swarm(
+    out: Path, hosts: Sequence[str], count: int | None, restarts: int, say: Callable[[str], None]
+) -> Stack:
+    """The stack for as many nodes as the flags name, all as this one; nothing is asked of Docker or of another node."""
+    nodes = count or 1 + len(hosts)
+    gpus = count_gpus()
+    here = SwarmNode("", "", (GPU[0], gpus) if gpus else None)
+    stack = plan_stack(out, [here], restarts, say)
+    say(f"warning: this node is in no swarm, or docker does not answer: rendered for --nodes {nodes} such as this one")
+    if nodes == 1:
+        return stack
+    port = stack.endpoint.rpartition(":")[2]
+    return replace(stack, nodes=nodes, endpoint=f"{socket.gethostname()}:{port}")
+
+
+def passed_variables(rdma_devices: Sequence[str]) -> dict[str, str]:
+    """The variables of this environment that ranks get, and those that NCCL needs for RDMA unless they are set here."""
+    passed = {
+        name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name) and not is_secret_name(name)
+    }
+    if rdma_devices:
+        passed.setdefault("NCCL_IB_HCA", "=" + ",".join(rdma_devices))  # exact names; a port of a Spark has two
+    if "NCCL_IB_HCA" in passed:
+        passed.setdefault(*MERGE_NICS)
+    return passed
 
 
 def hub_files(run: Run) -> tuple[list[ShippedFile], list[tuple[str, str]]]:

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
     from tunesmith.launch.elastic import ForwardStop
 
+# NCCL takes the functions of one port for one device: 161 in place of 98 Gb/s between two Sparks, by a report of their users.
+MERGE_NICS = ("NCCL_IB_MERGE_NICS", "1")
 GPUS = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
 LOG = "TORCH_CPP_LOG_LEVEL"
 
@@ -203,10 +205,13 @@ def smaller_after(out: Path, before: float) -> str:
 
 
 def prepare_environment(ranks: int, interface: str) -> None:
-    """Variables that each rank needs, unless they are set: threads, the interface to listen on, private compile caches."""
+    """Variables that each rank needs, unless they are set: threads, the interface to listen on, private compile caches, and
+    beside NCCL_IB_HCA the one that joins the functions of a port."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))  # torch's launcher would set 1
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, interface)
+    if "NCCL_IB_HCA" in os.environ:
+        os.environ.setdefault(*MERGE_NICS)
     os.environ.setdefault("TRITON_CACHE_DIR", str(private_folder() / "triton"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder() / "inductor"))
     if os.environ.get("TUNESMITH_DEBUG") != "1":  # torch reads it once, when it is loaded

@@ -157,6 +157,13 @@ class SwarmJob(Job):
         return lost
 
 
+def in_swarm() -> bool:
+    """Whether this node is in a swarm; not where docker is not installed or does not answer."""
+    with Connection("") as here:
+        code, state, _ = here.ask("run", words=["docker", "info", "--format", "{{.Swarm.LocalNodeState}}"])
+    return code == 0 and state.strip() == "active"
+
+
 def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode], list[str], str]:
     """The nodes to train on, this one first; the ids of the swarm's other nodes; the manager as `Connection` takes it.
 
