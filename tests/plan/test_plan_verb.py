@@ -6,11 +6,14 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
+from huggingface_hub import constants
 
 from recipes import recipe
 from tunesmith.cli import plan as cli_plan
@@ -18,7 +21,8 @@ from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.errors import UsageError
 from tunesmith.host_memory import MemoryFigures
-from tunesmith.model.shapes import SHAPES
+from tunesmith.model.shapes import SHAPES, config_of_model
+from tunesmith.model.spec import read_spec
 from tunesmith.plan import hardware
 from tunesmith.plan.hardware import CHIPS, Chip, Cluster, read_cluster
 from warm import run_warm
@@ -244,6 +248,29 @@ def test_what_does_not_fit_ends_with_2_and_what_to_change(llama: Path, capsys: p
     assert "error: the run does not fit: it needs about" in shown.err
     assert "fix: model.quantize=nf4 (" in shown.err
     assert "2 nodes: 2 x NVIDIA GB10" in shown.err
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml")))
+def test_a_recipe_that_ships_is_planned_without_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no cache"))
+    assert main(["plan", name, "--on", "2x8xh100"]) == 0
+    assert "2 x 8 x NVIDIA H100" in capsys.readouterr().out
+
+
+def test_a_4_bit_repository_is_planned_as_one() -> None:
+    stored = config_of_model("unsloth/Meta-Llama-3.1-70B-bnb-4bit")
+    plain = config_of_model("meta-llama/Llama-3.1-70B-Instruct")
+    assert stored is not None
+    assert plain == SHAPES["llama3-70b"].config
+    assert read_spec(stored, where="test") != read_spec(plain, where="test")
+    assert config_of_model("someone/model") is None
 
 
 def test_on_a_cpu_memory_alone_is_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

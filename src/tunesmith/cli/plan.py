@@ -1,7 +1,8 @@
 """Forecast what a recipe takes on machines that need not be here: memory, time, cost, and how ranks share the work.
 
-Only the model's config.json is needed. Lengths are those of the token cache if it has the recipe's rows (`tunesmith data`
-puts them there). No GPU is touched. The exit code is 2 where nothing fits.
+Only the model's config.json is needed, and not even that for the models of recipes that ship: no network, token or
+license. Lengths are those of the token cache if it has the recipe's rows (`tunesmith data` puts them there). No GPU is
+touched. The exit code is 2 where nothing fits.
 
 examples:
   tunesmith plan llama3.3-70b-full train.duration='500 steps' --on 2x8xh100 --price 2.5    # USD for a GPU and hour
@@ -13,15 +14,16 @@ examples:
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import whole_number
 from tunesmith.errors import EXIT_OK, TunesmithError
 
 if TYPE_CHECKING:
-    from tunesmith.config.schema import Run
+    from tunesmith.config.schema import Model, Run
     from tunesmith.data.tokens import TokenSet
     from tunesmith.plan.forecast import Forecast, Planner
 
@@ -42,8 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tunesmith.config.load import load_recipe
-    from tunesmith.hub import fetch
-    from tunesmith.model.safetensors_files import read_json
     from tunesmith.model.spec import check_seq_len, read_spec
     from tunesmith.plan.forecast import measure_work, plan_on_paper
     from tunesmith.plan.hardware import read_cluster
@@ -51,13 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.runtime.savings import refuse_overrun
 
     cluster, recipe = read_cluster(args.on, args.assume), load_recipe(args.recipe, args.overrides)
-    model, path = recipe.model, fetch.local_model(recipe.model)
-    file = path is not None and path.is_file()  # .gguf
-    folder = fetch.fetch(model) if file else fetch.fetch_without_weights(model.name, model.revision)
-    config = folder / "config.json"
-    spec = read_spec(read_json(config), where=str(config), trust_remote_code=model.trust_remote_code)
-    check_seq_len(spec, recipe.data.seq_len, where=str(config))
-    work = measure_work(recipe, spec, None if args.length else _cached(recipe, folder), args.length)
+    config, where, folder = _config(recipe.model)
+    spec = read_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
+    check_seq_len(spec, recipe.data.seq_len, where=where)
+    tokens = None if args.length or folder is None else _cached(recipe, folder)
+    work = measure_work(recipe, spec, tokens, args.length)
     planner = plan_on_paper(recipe, spec, cluster, work)
     found = planner.ranked()
     if args.json:
@@ -74,6 +72,25 @@ def run(args: argparse.Namespace) -> int:
         more = f"; or {larger.nodes} nodes: {larger.describe()}" if larger else ""
         refuse_overrun(found[0].plan, planner.machine, where=cluster.describe(), more=more)
     return EXIT_OK
+
+
+def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
+    """What a model's config.json says, where that is from, and the folder with it and the tokenizer, if there is one.
+
+    The shapes of models of recipes that ship are here: they take no network, no token and no license.
+    """
+    from tunesmith.hub import fetch
+    from tunesmith.model.safetensors_files import read_json
+    from tunesmith.model.shapes import config_of_model
+
+    path = fetch.local_model(model)
+    if path is None and model.revision is None and not fetch.is_config_cached(model):
+        if (config := config_of_model(model.name)) is not None:
+            return config, model.name, None
+    is_gguf = path is not None and path.is_file()
+    folder = fetch.fetch(model) if is_gguf else fetch.fetch_without_weights(model.name, model.revision)
+    file = folder / "config.json"
+    return read_json(file), str(file), folder
 
 
 def _cached(recipe: "Run", folder: Path) -> "TokenSet | None":

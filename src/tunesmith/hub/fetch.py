@@ -245,6 +245,11 @@ def fetch_without_weights(name: str, revision: str | None = None) -> Path:
         return Path(retry(lambda: snapshot_download(name, revision=revision, allow_patterns=list(SUPPORT))))
 
 
+def is_config_cached(model: Model) -> bool:
+    """Whether the Hub's cache has what `fetch_without_weights` takes from there without the network."""
+    return isinstance(try_to_load_from_cache(model.name, "tokenizer_config.json", revision=model.revision), str)
+
+
 @dataclass(frozen=True)
 class CachedItem:
     """One thing in a cache. `kind` is model, dataset or converted; size in bytes; used: seconds since the epoch."""

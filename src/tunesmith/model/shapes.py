@@ -1,11 +1,12 @@
 """The true shapes of a few open models, in shapes.json: what their config.json says of size and arithmetic.
 
-Token ids are left out: they depend on the tokenizer. `mistral-7b` is version 0.3, which has no sliding window.
+Token ids are left out: they depend on the tokenizer. `mistral-7b` is version 0.3, which has no sliding window. The models of
+all recipes that ship are among them, so that a run of one is planned without the Hub.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,17 @@ from tunesmith.errors import UsageError
 
 @dataclass(frozen=True)
 class Shape:
-    """One model's shape. source: the repository of its config.json. config: the values of that file."""
+    """One model's shape.
+
+    Attributes:
+        source: the repository of its config.json.
+        config: the values of that file.
+        models: repositories of this shape, each with what its config.json says beyond `config`.
+    """
 
     source: str
     config: Mapping[str, Any]
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 SHAPES: dict[str, Shape] = {
@@ -34,3 +42,11 @@ def find_shape(name: str) -> Shape:
     near = nearest(name, SHAPES)
     fix = f"did you mean --shape {near}?" if near else f"one of {', '.join(SHAPES)}"
     raise UsageError(f"there is no shape {name!r}", where="--shape", fix=fix)
+
+
+def config_of_model(repo: str) -> dict[str, Any] | None:
+    """What the config.json of a repository of the Hub says of size and arithmetic; None where its shape is not here."""
+    for shape in SHAPES.values():
+        if repo in shape.models:
+            return {**shape.config, **shape.models[repo]}
+    return None
