@@ -1,6 +1,7 @@
 """Hold the build of an image to the torch that its base brings: pip must neither replace nor shadow it.
 
-    python check_torch.py before FOLDER     # writes FOLDER/constraints.txt and FOLDER/torch.json
+    python check_torch.py before FOLDER     # writes FOLDER/constraints.txt and FOLDER/torch.json; exit code 1 and one line
+                                            # where torch is older or newer than the pyproject.toml here asks for
     python check_torch.py after FOLDER      # exit code 1 and one line where torch is another one, or is gone
 
 NVIDIA's builds of torch know chips that those of the package index do not, and a wheel of the index is built for another
@@ -10,11 +11,13 @@ that carries files of torch.
 
 import hashlib
 import json
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
+BASE = "--build-arg BASE=nvcr.io/nvidia/pytorch:26.02-py3"
 # What is built together with torch: another version of one is no longer the base's torch either.
 KEPT = ("torch", "torchvision", "torchaudio", "triton", "pytorch-triton")
 
@@ -31,11 +34,29 @@ def look() -> dict[str, str]:
     return {"version": version, "file": file, "sha256": digest}
 
 
+def version_fault(version: str, project: Path) -> str:
+    """Why a base's torch is none of those that `project` asks for, or nothing: pip would say so in a hundred lines."""
+    wanted = re.search(r'"torch>=(\d+)\.(\d+)[^",]*,<(\d+)\.(\d+)"', project.read_text())
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if wanted is None or found is None:
+        return ""
+    least_major, least_minor, end_major, end_minor = map(int, wanted.groups())
+    major, minor = map(int, found.groups())
+    if (least_major, least_minor) <= (major, minor) < (end_major, end_minor):
+        return ""
+    needed = wanted[0].strip('"')
+    if (major, minor) < (least_major, least_minor):
+        return f"the base has torch {version}, as NVIDIA's images before 26.02 do, and tunesmith needs {needed}; {BASE}"
+    return f"the base has torch {version}, and tunesmith needs {needed}; take an older base: {BASE}"
+
+
 def before(folder: Path) -> str:
     """Write what is there before pip runs; returns why this base cannot be built on, or nothing."""
     there = look()
     if not there["version"] or not there["file"]:
-        return "the base has no torch; take one that has: --build-arg BASE=nvcr.io/nvidia/pytorch:26.02-py3"
+        return f"the base has no torch; take one that has: {BASE}"
+    if fault := version_fault(there["version"], Path("pyproject.toml")):
+        return fault
     lines = []
     for name in KEPT:
         try:

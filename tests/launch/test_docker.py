@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -286,3 +288,36 @@ def test_a_detached_run_is_seen_followed_and_stopped(place: Place, daemon: dict[
     call(daemon, "docker", "stop", name)
     assert json.loads(call(daemon, "docker", "inspect", name).stdout)[0]["State"]["ExitCode"] == 75
     call(daemon, "docker", "rm", name)
+
+
+@pytest.mark.parametrize(
+    ("version", "fault"),
+    [
+        ("2.9.0a0+50eac811a6.nv25.09", "before 26.02"),
+        ("2.10.0a0+b4e4ee81d3.nv25.12", "before 26.02"),
+        ("2.14.0", "take an older base"),
+        ("2.11.0a0+eb65b36914.nv26.02", ""),
+        ("2.13.0", ""),
+    ],
+)
+def test_a_base_whose_torch_does_not_fit_is_said_in_a_line_before_pip_runs(
+    version: str, fault: str, tmp_path: Path
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch-1.dist-info").mkdir()
+    (tmp_path / "torch-1.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+    )
+    root = Path(__file__).parents[2]
+    words = [sys.executable, "-S", str(root / "docker" / "check_torch.py"), "before", str(tmp_path / "base")]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == bool(fault)
+    if not fault:
+        assert (tmp_path / "base" / "torch.json").is_file()
+        return
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: the base has torch {version}")
+    assert fault in line
+    assert "--build-arg BASE=nvcr.io/nvidia/pytorch:26.02-py3" in line

@@ -124,7 +124,7 @@ def test_a_torch_that_pip_replaced_fails_the_build(daemon: dict[str, str], wheel
 @pytest.mark.parametrize(
     ("torch", "fault"),
     [
-        ("2.10.0", "tunesmith does not install beside the base's torch==2.10.0, which has to stay"),
+        ("2.10.0", "the base has torch 2.10.0, as NVIDIA's images before 26.02 do, and tunesmith needs torch>=2.11"),
         ("", "the base has no torch; take one that has: --build-arg BASE=nvcr.io/nvidia/pytorch:26.02-py3"),
     ],
 )

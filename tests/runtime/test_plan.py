@@ -16,14 +16,15 @@ from recipes import built_model, make_run
 from tunesmith.build_model import count_trained, define_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.data.batch import Batch, Example, collate
-from tunesmith.data.schedule import StepSize
+from tunesmith.data.loader import Loader
+from tunesmith.data.schedule import BatchSchedule, StepSize
 from tunesmith.errors import MachineError
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
 from tunesmith.runtime.plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
 from tunesmith.runtime.recompute import MemoryMeter, calibrate_recompute, recompute_layers, revise_recomputed
-from tunesmith.runtime.resolve import MemoryEstimator, fewest_recomputed, resolve_plan
+from tunesmith.runtime.resolve import LENGTHS, MemoryEstimator, fewest_recomputed, resolve_plan
 from tunesmith.runtime.savings import refuse_overrun
 from tunesmith.units import Size
 
@@ -168,6 +169,47 @@ def test_an_8b_lora_run_with_full_recompute_is_estimated_under_18_gib():
 def test_compiled_graphs_see_few_shapes(changes, compiles, layout):
     run = recipe(**{"micro_batch": Size(4096, "tokens"), **changes})
     assert planned(run, LLAMA, 139, compiles=(compiles, "")).layout == layout
+
+
+class Documents:
+    """Tokenised examples of many lengths, as a Loader takes them."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> Example:
+        n = int(self.lengths[i])
+        return Example(np.ones(n, dtype=np.int32), np.ones(n, dtype=bool))
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+@pytest.mark.parametrize("pack", [True, False])
+def test_without_expandable_segments_micro_batches_have_few_lengths(pack: bool, compiles: bool) -> None:
+    """An integrated GPU has none; 200 steps of 16 examples, of 20 to 2,000 tokens."""
+    run = recipe(micro_batch=Size(16384, "tokens"), global_batch=Size(16, "examples"))
+    run = replace(run, data=replace(run.data, pack=pack))
+    lengths = np.random.default_rng(7).integers(20, 2000, 3200)
+    schedule = BatchSchedule(lengths, run.data, run.train)
+    counts, padding = [], []
+    for integrated in (False, True):
+        plan = planned(run, LLAMA, 139, integrated=integrated, compiles=(compiles, ""))
+        layout = plan.layout
+        loader = Loader(
+            Documents(lengths), schedule, pad_id=0, micro_batch=layout.micro_batch, pad_to=layout.pad_to,
+            multiple=layout.multiple, bound=layout.bound,
+        )  # fmt: skip
+        with loader:
+            batches = [micro for step in range(200) for micro in loader.batch(step).micro]
+        counts.append(len({batch.input_ids.shape[1] for batch in batches}))
+        whole = sum(batch.input_ids.numel() for batch in batches)
+        padding.append(1 - sum(batch.tokens for batch in batches) / whole)
+    varied, few = counts
+    assert few <= 2 * LENGTHS
+    assert varied > (30 if compiles else 60)
+    assert padding[1] - padding[0] < 0.06, "the price of it"
 
 
 def test_a_chip_without_fp8_keeps_the_base_in_its_dtype():

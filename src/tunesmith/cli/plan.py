@@ -84,9 +84,9 @@ def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
     from tunesmith.model.shapes import config_of_model
 
     path = fetch.local_model(model)
-    if path is None and model.revision is None and not fetch.is_config_cached(model):
-        if (config := config_of_model(model.name)) is not None:
-            return config, model.name, None
+    in_package = config_of_model(model.name) if path is None and model.revision is None else None
+    if in_package is not None and not fetch.is_config_cached(model):
+        return in_package, model.name, None
     is_gguf = path is not None and path.is_file()
     folder = fetch.fetch(model) if is_gguf else fetch.fetch_without_weights(model.name, model.revision)
     file = folder / "config.json"

@@ -56,6 +56,9 @@ GATHERED_LAYERS = 3
 RECOMPUTE_COST = {"none": 1 / 3, "lora": 1 / 2}  # a second forward, as a share of a step: 2 of 6 operations, or of 4
 # Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a usual step...
 ROW_MULTIPLE = 128
+# Without expandable segments (device.prepare_allocator) each length leaves blocks of its own in the allocator, which no other
+# length fits. So rows of varied steps are padded to one of at least so many lengths, and fewer than twice as many.
+LENGTHS = 16
 # ... and the longest document is stated in blocks of the attention kernel.
 DOCUMENT_BLOCK = 128
 
@@ -233,9 +236,10 @@ class MemoryEstimator:
         memory = replace(memory, least=self.least_bytes(min(tokens, longest), memory.recomputed_layers))
         if size == "auto" or size.unit == "tokens":
             size = Size(max(tokens, longest) if fixed else tokens, "tokens")
-        layout = MicroBatchLayout(size)
+        bucket = self.length_bucket(tokens if run.data.pack else longest)
+        layout = MicroBatchLayout(size, multiple=bucket)
         if compiled:
-            multiple = 1 if fixed else ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8
+            multiple = 1 if fixed else max(bucket, ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8)
             bound = -(-longest // DOCUMENT_BLOCK) * DOCUMENT_BLOCK
             layout = MicroBatchLayout(size, pad_to=size.amount if fixed else None, multiple=multiple, bound=bound)
         base = "nf4" if run.model.quantize == "nf4" else machine.scaling[0] or run.model.dtype
@@ -254,6 +258,12 @@ class MemoryEstimator:
                 "micro batch": f"{why}: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB",
             },
         )  # fmt: skip
+
+    def length_bucket(self, longest: int) -> int:
+        """The power of two that lengths of rows, `longest` tokens at most, are rounded up to a multiple of."""
+        if not self.machine.integrated:
+            return 1
+        return 1 << max(0, (longest // LENGTHS).bit_length() - 1)
 
     def estimate(self, tokens: int) -> MemoryEstimate:
         """Memory of a micro batch of `tokens`, padding counted, with the fewest recomputed layers that fit."""
