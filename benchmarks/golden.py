@@ -1,0 +1,170 @@
+"""What the command line prints and promises, as files: the plans of all shipped recipes and the help pages of all verbs.
+
+    python benchmarks/same_bits.py plans --write     # tests/plan/golden/plans.json
+    python benchmarks/same_bits.py help --write      # tests/cli/golden/help.txt
+
+Tests hold both files, so that a change of a plan or an option is seen in its diff. `same_bits.py record` writes them for
+any checkout, and `compare` names what differs. Both come from the command line alone (`main` with words, as a shell would
+give them), so that they mean the same before and after a refactoring.
+
+Plans need neither the network nor a GPU: `model.name` is a folder that holds config.json alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = ROOT / "src" / "tunesmith" / "model" / "shapes.json"
+PLANS = ROOT / "tests" / "plan" / "golden" / "plans.json"
+HELP = ROOT / "tests" / "cli" / "golden" / "help.txt"
+COLUMNS = "100"
+
+# Each chip of machines.json alone, the machines that shipped recipes are for, and a CPU with as much memory everywhere.
+MACHINES: dict[str, list[str]] = {
+    "cpu": ["here", "--assume", "gib=64"],
+    "dgx-spark": ["dgx-spark"],
+    "2x-dgx-spark": ["2x-dgx-spark"],
+    "h100": ["h100"],
+    "8xh100": ["8xh100"],
+    "2x8xh100": ["2x8xh100"],
+    "h200": ["h200"],
+    "a100-80gb": ["a100-80gb"],
+    "l40s": ["l40s"],
+    "rtx-4090": ["rtx-4090"],
+    "rtx-5090": ["rtx-5090"],
+}
+# The model of a recipe -> a shape of the package; its instruction-tuned twin and its 4-bit copy have the same config.
+SHAPE_OF = {
+    "meta-llama/Llama-3.1-8B-Instruct": "llama3-8b",
+    "meta-llama/Llama-3.1-70B-Instruct": "llama3-70b",
+    "meta-llama/Llama-3.3-70B-Instruct": "llama3-70b",
+    "meta-llama/Llama-3.2-3B-Instruct": "llama3-3b",
+    "unsloth/Meta-Llama-3.1-70B-bnb-4bit": "llama3-70b",
+    "mistralai/Mistral-7B-Instruct-v0.3": "mistral-7b",
+    "Qwen/Qwen3-8B": "qwen3-8b",
+}
+# The config.json of those that the package has no shape of.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen2.5-7B-Instruct": {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
+        "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 32768,
+        "use_sliding_window": False, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    },
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 49152, "hidden_size": 576,
+        "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 100000, "max_position_embeddings": 8192,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    },
+}  # fmt: skip
+# Sentences, and what machines.json says already.
+LEFT_OUT = ("machines.", "work.source", "why.", "memory.free", "memory.least", "meshes.0.keys")
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in nested JSON; an empty list or object is a value too."""
+    if not isinstance(value, dict | list) or not value:
+        yield key, value
+        return
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from leaves(item, f"{key}.{name}" if key else str(name))
+
+
+def run_verb(words: list[str]) -> tuple[int, str]:
+    """The exit code of a command and its stdout; stderr is dropped."""
+    from tunesmith.cli.main import main
+
+    stdout = io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(io.StringIO()):
+        code = main(words)
+    return code, stdout.getvalue()
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """The config.json of a shipped recipe's model."""
+    if name in CONFIGS:
+        return CONFIGS[name]
+    if name not in SHAPE_OF:
+        sys.exit(f"benchmarks/golden.py knows no config.json of {name}: add it to SHAPE_OF or CONFIGS")
+    config: dict[str, Any] = json.loads(SHAPES.read_text(encoding="utf-8"))[SHAPE_OF[name]]["config"]
+    return config
+
+
+def short_plan(code: int, plan: dict[str, Any]) -> dict[str, Any]:
+    """What a diff should show of `plan --json`: all that is known of the first mesh, and the order of the others.
+
+    Zeros and empty values are left out, and numbers have 6 digits: another machine's numpy may round the last one
+    differently.
+    """
+    first, *others = plan["meshes"]
+    summary: dict[str, Any] = {"exit": code}
+    for key, value in leaves({**plan, "meshes": [first]}):
+        if not value or key.startswith(LEFT_OUT) or any(f".{part}" in key for part in LEFT_OUT):
+            continue
+        summary[key.removeprefix("meshes.0.")] = float(f"{value:.6g}") if isinstance(value, float) else value
+    for other in others:
+        mesh = " x ".join(map(str, other["plan"]["mesh"].values()))
+        seconds = other["step_seconds"]
+        summary[f"then {mesh}"] = f"{seconds:.6g} s" if other["fits"] and seconds else other["fits"]
+    return summary
+
+
+def plans() -> dict[str, dict[str, Any]]:
+    """`RECIPE on MACHINE` -> `short_plan`, of every shipped recipe on every machine."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        os.environ["PATH"] = temporary  # without nvidia-smi, `here` is a CPU on every machine
+        os.environ["TUNESMITH_CACHE"] = str(folder / "cache")  # tokens that lie in the user's cache change a plan
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        for recipe in json.loads(run_verb(["recipes", "--json"])[1]):
+            name, model = recipe["name"], recipe["model"]
+            config = folder / model.replace("/", "--") / "config.json"
+            config.parent.mkdir(exist_ok=True)
+            config.write_text(json.dumps(model_config(model)))
+            for machine, words in MACHINES.items():
+                code, output = run_verb(["plan", name, f"model.name={config.parent}", "--json", "--on", *words])
+                if not output:
+                    sys.exit(f"tunesmith plan {name} --on {machine} ended with {code} and printed nothing")
+                rows[f"{name} on {machine}"] = short_plan(code, json.loads(output))
+    return rows
+
+
+def plans_text() -> str:
+    """The plans as JSON, a line each."""
+    lines = [f" {json.dumps(name)}: {json.dumps(plan)}" for name, plan in plans().items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def help_text() -> str:
+    """The help page of every verb that `tunesmith --help` lists, below the command that prints it."""
+    os.environ["COLUMNS"] = COLUMNS
+    os.environ["NO_COLOR"] = "1"
+    _, overview = run_verb(["--help"])
+    commands = overview.partition("commands:\n")[2].partition("\n\n")[0]
+    verbs = re.findall(r"^  (\S+(?: \S+)?)  ", commands, re.MULTILINE)
+    pages = {"tunesmith --help": overview}
+    for verb in verbs:
+        code, page = run_verb([*verb.split(), "--help"])
+        if code or not page:
+            sys.exit(f"tunesmith {verb} --help ended with {code}")
+        pages[f"tunesmith {verb} --help"] = page
+    version = f"Python {sys.version_info.major}.{sys.version_info.minor}"  # argparse lays out as each version pleases
+    return f"Written with {version}\n" + "".join(f"\n$ {command}\n{page}" for command, page in pages.items())
+
+
+WRITERS = {"plans": (plans_text, PLANS), "help": (help_text, HELP)}
+
+if __name__ == "__main__":  # in a process of its own, whose tunesmith is that of PYTHONPATH
+    sys.stdout.write(WRITERS[sys.argv[1]][0]())
