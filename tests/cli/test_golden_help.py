@@ -7,6 +7,7 @@ import sys
 import golden
 import pytest
 from same_bits import text_apart
+
 from warm import run_warm
 
 

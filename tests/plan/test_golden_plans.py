@@ -7,6 +7,7 @@ import os
 
 import golden
 from same_bits import values_apart
+
 from warm import run_warm
 
 

@@ -1,0 +1,97 @@
+"""`same_bits.py` records what ranks and a sweep write, finds a copy equal, and names the smallest change in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import same_bits
+
+import tunesmith
+
+ROOT = Path(tunesmith.__file__).parents[2]
+
+
+def same_bits_command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["same_bits.py", *map(str, words)])
+    return same_bits.main()
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A record of two ranks with shards, and of a sweep."""
+    folder = tmp_path_factory.mktemp("same-bits") / "record"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        words = ["record", "--source", ROOT, "--output", folder, "--only", "shards", "sweep"]
+        assert same_bits_command(monkeypatch, *words) == 0
+    return folder
+
+
+def flip_last_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def change_loss(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    step = json.loads(lines[2])
+    step["loss"] *= 1 + 1e-12
+    file.write_text("\n".join([*lines[:2], json.dumps(step), *lines[3:]]) + "\n")
+
+
+def change_best(file: Path) -> None:
+    sweep = json.loads(file.read_text())
+    sweep["best"] += "0"
+    file.write_text(json.dumps(sweep))
+
+
+def change_part(file: Path) -> None:
+    """The last bit of one number of a weight, in what torch writes again, now as one process."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    _, tensors = same_bits.read_parts(file.parent)
+    name = next(name for name in tensors if name.startswith("model.") and name.endswith("norm.weight"))
+    tensors[name].view(torch.uint8)[0] ^= 1
+    for part in [file, *file.parent.glob("*.distcp")]:
+        part.unlink()
+    dcp.save(tensors, checkpoint_id=file.parent, no_dist=True)
+
+
+CHANGES: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
+    "loss": ("shards", "metrics.jsonl", change_loss, "step 3, loss: "),
+    "weight": ("shards", "final/model.safetensors", flip_last_bit, "numbers differ, by "),
+    "state": ("shards", "checkpoint-4/state/.metadata", change_part, "norm.weight: 1 of 64 numbers differ"),
+    "candidate": ("sweep", "*/metrics.jsonl", change_loss, "step 3, loss: "),
+    "best": ("sweep", "sweep.json", change_best, "sweep.json: best: "),
+    "lost": ("sweep", "sweep.json", Path.unlink, "sweep.json: in one of the two alone"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_smallest_change_is_named(change, recorded, tmp_path, monkeypatch, capsys):
+    recipe, pattern, apply, difference = CHANGES[change]
+    copy = tmp_path / "copy"
+    shutil.copytree(recorded, copy)
+    words = ["compare", recorded, copy, "--only", recipe, "--show", "1000"]
+    assert same_bits_command(monkeypatch, *words) == 0
+    assert "no differences" in capsys.readouterr().out
+    apply(next(file for file in sorted((copy / recipe / "run").glob(pattern))))
+    assert same_bits_command(monkeypatch, *words) == 1
+    assert difference in capsys.readouterr().out
+
+
+def test_plans_and_help_pages_are_compared_by_key_and_line(tmp_path):
+    texts = {"plans.json": '{"a on h100": {"room": 1}}', "help.txt": "usage: a\n  -b\n"}
+    others = {"plans.json": '{"a on h100": {"room": 2}}', "help.txt": "usage: a\n  -c\n"}
+    for name in texts:
+        (tmp_path / name).write_text(texts[name])
+        (tmp_path / f"other-{name}").write_text(others[name])
+    assert same_bits.text_apart(tmp_path / "plans.json", tmp_path / "other-plans.json") == ["a on h100.room: 1 | 2"]
+    assert same_bits.text_apart(tmp_path / "help.txt", tmp_path / "other-help.txt") == ["-  -b", "+  -c"]
+    assert same_bits.text_apart(tmp_path / "help.txt", tmp_path / "help.txt") == []
