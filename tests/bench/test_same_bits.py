@@ -89,8 +89,8 @@ def test_the_smallest_change_is_named(change, recorded, tmp_path, monkeypatch, c
 def test_plans_and_help_pages_are_compared_by_key_and_line(tmp_path):
     texts = {"plans.json": '{"a on h100": {"room": 1}}', "help.txt": "usage: a\n  -b\n"}
     others = {"plans.json": '{"a on h100": {"room": 2}}', "help.txt": "usage: a\n  -c\n"}
-    for name in texts:
-        (tmp_path / name).write_text(texts[name])
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
         (tmp_path / f"other-{name}").write_text(others[name])
     assert same_bits.text_apart(tmp_path / "plans.json", tmp_path / "other-plans.json") == ["a on h100.room: 1 | 2"]
     assert same_bits.text_apart(tmp_path / "help.txt", tmp_path / "other-help.txt") == ["-  -b", "+  -c"]
