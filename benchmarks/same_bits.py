@@ -364,7 +364,10 @@ def record(a: argparse.Namespace) -> int:
             sys.exit(f"{python} takes tunesmith from {taken}, not from {source}")
         init = answer(python, env, f"from importlib.util import find_spec; print(find_spec({WHEEL!r}).origin)")
         model = str(next(Path(init).parent.glob("*.gguf")))
-        places = json.loads((begun / PLACES).read_text()) if begun else {}
+        places: dict[str, str] = {}
+        for earlier in (begun, output):
+            if earlier and (earlier / PLACES).exists():
+                places |= json.loads((earlier / PLACES).read_text())
         places |= {str(output): "RECORD", model: "MODEL"}
         (output / PLACES).write_text(json.dumps(places, indent=1) + "\n")
         recorder = Recorder(python, output, env, model, tiny, begun)
