@@ -69,7 +69,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # Sentences, and what machines.json says already.
-LEFT_OUT = ("machines.", "work.source", "why.", "memory.free", "memory.least", "meshes.0.keys")
+LEFT_OUT = ("machines.", "work.source", "plan.why.", "plan.memory.free", "plan.memory.least", "keys")
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -110,13 +110,12 @@ def short_plan(code: int, plan: dict[str, Any]) -> dict[str, Any]:
     first, *others = plan["meshes"]
     summary: dict[str, Any] = {"exit": code}
     for key, value in leaves({**plan, "meshes": [first]}):
-        if not value or key.startswith(LEFT_OUT) or any(f".{part}" in key for part in LEFT_OUT):
-            continue
-        summary[key.removeprefix("meshes.0.")] = float(f"{value:.6g}") if isinstance(value, float) else value
+        name = key.removeprefix("meshes.0.")
+        if value and not name.startswith(LEFT_OUT):
+            summary[name] = float(f"{value:.6g}") if isinstance(value, float) else value
     for other in others:
         mesh = " x ".join(map(str, other["plan"]["mesh"].values()))
-        seconds = other["step_seconds"]
-        summary[f"then {mesh}"] = f"{seconds:.6g} s" if other["fits"] and seconds else other["fits"]
+        summary[f"then {mesh}"] = f"{other['step_seconds']:.6g} s" if other["fits"] else "does not fit"
     return summary
 
 
