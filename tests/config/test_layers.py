@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,15 @@ def test_no_value_is_not_the_default(parent: Path, key: str) -> None:
         assert "unset variable" in caught.value.why
     with pytest.raises(RecipeError, match=f"error: {key}: expected .*found nothing"):
         load_recipe(parent, {key: None})
+
+
+def test_the_line_for_a_column_without_a_name_can_be_given(parent: Path) -> None:
+    """`data.train.columns.instruction=$COLUMN` of an unset variable."""
+    with pytest.raises(RecipeError, match="found nothing") as caught:
+        load_recipe(parent, ["data.train.columns.instruction="])
+    line = re.search("'(.+?)'", caught.value.fix)
+    assert line
+    assert load_recipe(parent, [line[1]]).data.train[0].columns == {"instruction": "name"}
 
 
 @pytest.mark.parametrize(

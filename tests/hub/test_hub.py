@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.errors import ModelError
+from tunesmith.hub.fetch import fetch_without_weights
 from warm import read_hub_settings, run_warm
 
 from .standin import COMMIT, Repo, StandIn, sha256
@@ -247,6 +249,15 @@ def test_a_cache_that_cannot_be_made_is_named(ask, files) -> None:
 def test_without_a_network_or_cache(ask) -> None:
     assert_refused(ask(None)[0], "cannot be reached", "HF_ENDPOINT")
     assert_refused(ask(None, offline=True)[0], "HF_HUB_OFFLINE", "tunesmith fetch")
+
+
+def test_a_tokenizer_that_is_not_here_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train --model --data` asks for it first, by a call whose error says nothing of being offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE forbids downloads") as caught:
+        fetch_without_weights("someone/tiny")
+    assert caught.value.fix == "HF_HUB_OFFLINE=0 tunesmith fetch someone/tiny"
 
 
 def test_a_snapshot_that_lost_a_file_is_made_whole(ask, files) -> None:

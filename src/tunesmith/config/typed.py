@@ -82,7 +82,10 @@ class _Value(NamedTuple):
     def example(self) -> str:
         """The line with a value that can stand here; the whole list for one of its entries."""
         owner = re.sub(r"\.[0-9]+$", "", self.key)
-        return self._replace(key=owner).line(example(self.hint, self.spec))
+        value = example(self.hint, self.spec)
+        if without_indices(owner) not in keys():  # an entry of a mapping, whose example is a whole mapping
+            value = "name"
+        return self._replace(key=owner).line(value)
 
 
 def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:

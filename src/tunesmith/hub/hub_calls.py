@@ -90,7 +90,7 @@ def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "mo
     elif isinstance(error, errors.HFValidationError):
         what, where = f"{repo!r} is neither a folder, a .gguf file, nor a Hub id", "model.name"
         fix = "give an existing path, or owner/name as on the Hub"
-    elif isinstance(error, errors.OfflineModeIsEnabled):
+    elif isinstance(error, errors.OfflineModeIsEnabled) or _is_missing_offline(error):
         what, where = f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads", store
         fix = f"HF_HUB_OFFLINE=0 tunesmith fetch {shell_word(repo)}"
     elif fault := disk_fault(error):
@@ -107,6 +107,11 @@ def hub_error(error: Exception, repo: str, revision: str | None, kind: str = "mo
         what, where = f"{repo!r} is neither a folder, a .gguf file, nor a Hub id", "model.name"
         fix = "give an existing path, or owner/name as on the Hub"
     return ModelError(what, where=where, why=why, fix=fix, cause=cause)
+
+
+def _is_missing_offline(error: Exception) -> bool:
+    """Whether a download of several files found nothing in the cache and was not allowed to ask the Hub."""
+    return constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError)
 
 
 def _token() -> str | None:
