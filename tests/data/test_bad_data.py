@@ -308,7 +308,7 @@ def test_columns_of_parquet_are_named_as_what_they_are(tmp_path: Path) -> None:
 
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [datetime.datetime(2026, 1, 31)]}), path)
-    assert_refused(Source(source=str(path), format="text"), "a date with a time, not a text", "row 1", "")
+    assert_refused(Source(source=str(path), format="text"), "a date with a time, not a text", "row 1", "as text")
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(twice, path)
     assert_refused(Source(source=str(path), format="text"), "several columns named text", "a.parquet", "of its own")

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import Source
@@ -134,7 +135,10 @@ class _RowReader:
     def text(self, value: Any, at: str) -> str:
         """A value that must be text; numbers of a CSV or JSON column are not text."""
         if not isinstance(value, str):
-            raise self.error(f"{at} is {json_type(value)}, not a text", fix='write it in quotes: "..."')
+            fix = 'write it in quotes: "..."'
+            if Path(self.source.source).suffix in (".parquet", ".arrow"):  # their columns have one type
+                fix = "store this column as text"
+            raise self.error(f"{at} is {json_type(value)}, not a text", fix=fix)
         if len(value) > MAX_ROW_BYTES:
             limit = f"a row may have {MAX_ROW_BYTES >> 20} MiB"
             raise self.error(f"{at} is a text of {len(value) >> 20} MiB", limit, "split it into several rows")
