@@ -7,7 +7,7 @@ Tests hold both files, so that a change of a plan or an option is seen in its di
 any checkout, and `compare` names what differs. Both come from the command line alone (`main` with words, as a shell would
 give them), so that they mean the same before and after a refactoring.
 
-Plans need neither the network nor a GPU: `model.name` is a folder that holds config.json alone.
+Plans of recipes that ship need neither the network nor a GPU: the shapes of their models are in the package.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = ROOT / "src" / "tunesmith" / "model" / "shapes.json"
 PLANS = ROOT / "tests" / "plan" / "golden" / "plans.json"
 HELP = ROOT / "tests" / "cli" / "golden" / "help.txt"
 COLUMNS = "100"
@@ -43,31 +42,6 @@ MACHINES: dict[str, list[str]] = {
     "rtx-4090": ["rtx-4090"],
     "rtx-5090": ["rtx-5090"],
 }
-# The model of a recipe -> a shape of the package; its instruction-tuned twin and its 4-bit copy have the same config.
-SHAPE_OF = {
-    "meta-llama/Llama-3.1-8B-Instruct": "llama3-8b",
-    "meta-llama/Llama-3.1-70B-Instruct": "llama3-70b",
-    "meta-llama/Llama-3.3-70B-Instruct": "llama3-70b",
-    "meta-llama/Llama-3.2-3B-Instruct": "llama3-3b",
-    "unsloth/Meta-Llama-3.1-70B-bnb-4bit": "llama3-70b",
-    "mistralai/Mistral-7B-Instruct-v0.3": "mistral-7b",
-    "Qwen/Qwen3-8B": "qwen3-8b",
-}
-# The config.json of those that the package has no shape of.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2.5-7B-Instruct": {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
-        "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 32768,
-        "use_sliding_window": False, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    },
-    "HuggingFaceTB/SmolLM2-135M-Instruct": {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 49152, "hidden_size": 576,
-        "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 100000, "max_position_embeddings": 8192,
-        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-    },
-}  # fmt: skip
 # Sentences, and what machines.json says already.
 LEFT_OUT = ("machines.", "work.source", "plan.why.", "plan.memory.free", "plan.memory.least", "keys")
 
@@ -89,16 +63,6 @@ def run_verb(words: list[str]) -> tuple[int, str]:
     with redirect_stdout(stdout), redirect_stderr(io.StringIO()):
         code = main(words)
     return code, stdout.getvalue()
-
-
-def model_config(name: str) -> dict[str, Any]:
-    """The config.json of a shipped recipe's model."""
-    if name in CONFIGS:
-        return CONFIGS[name]
-    if name not in SHAPE_OF:
-        sys.exit(f"benchmarks/golden.py knows no config.json of {name}: add it to SHAPE_OF or CONFIGS")
-    config: dict[str, Any] = json.loads(SHAPES.read_text(encoding="utf-8"))[SHAPE_OF[name]]["config"]
-    return config
 
 
 def short_plan(code: int, plan: dict[str, Any]) -> dict[str, Any]:
@@ -123,17 +87,13 @@ def plans() -> dict[str, dict[str, Any]]:
     """`RECIPE on MACHINE` -> `short_plan`, of every shipped recipe on every machine."""
     rows = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
         os.environ["PATH"] = temporary  # without nvidia-smi, `here` is a CPU on every machine
-        os.environ["TUNESMITH_CACHE"] = str(folder / "cache")  # tokens that lie in the user's cache change a plan
+        os.environ["TUNESMITH_CACHE"] = f"{temporary}/cache"  # tokens that lie in the user's cache change a plan
         os.environ["HF_HUB_OFFLINE"] = "1"
         for recipe in json.loads(run_verb(["recipes", "--json"])[1]):
-            name, model = recipe["name"], recipe["model"]
-            config = folder / model.replace("/", "--") / "config.json"
-            config.parent.mkdir(exist_ok=True)
-            config.write_text(json.dumps(model_config(model)))
+            name = recipe["name"]
             for machine, words in MACHINES.items():
-                code, output = run_verb(["plan", name, f"model.name={config.parent}", "--json", "--on", *words])
+                code, output = run_verb(["plan", name, "--json", "--on", *words])
                 if not output:
                     sys.exit(f"tunesmith plan {name} --on {machine} ended with {code} and printed nothing")
                 rows[f"{name} on {machine}"] = short_plan(code, json.loads(output))
