@@ -30,13 +30,13 @@ from tunesmith.errors import EXIT_FAILED, MachineError, OtherRankError, RunError
 from tunesmith.heartbeat import AGREED
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
-from tunesmith.packages import installed_versions
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
 from tunesmith.private import local_slices
 from tunesmith.quant.nf4 import check_nf4
 from tunesmith.ranks import ONE_PROCESS, Ranks, choose_gpu, join_ranks, started_as
 from tunesmith.sharded import local_part
 from tunesmith.signals import StopRequest
+from tunesmith.training.agree import software_versions
 from tunesmith.training.build import build, write_identity
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import ratio
@@ -263,7 +263,8 @@ class SelfCheck:
 
     def compare_builds(self, ranks: Ranks) -> None:
         """All ranks must run the same code; a collective call."""
-        first, *others = ranks.gather(versions())
+        own = {name: part.text for name, part in software_versions().items()}
+        first, *others = ranks.gather(own)
         if ranks.leads:
             for rank, other in enumerate(others, 1):
                 for name in (name for name in first | other if first.get(name) != other.get(name)):
@@ -296,15 +297,6 @@ def parts_of(trainer: Trainer) -> dict[Any, str]:
         place = tuple((cut.start, cut.stop) for cut in local_slices(tensor))
         found[name, place] = hashlib.sha256(local_part(tensor).detach().float().cpu().numpy().tobytes()).hexdigest()
     return found
-
-
-def versions() -> dict[str, str]:
-    """What must be alike on all ranks: versions, and the files of this package."""
-    found = installed_versions()
-    if torch.cuda.is_available():
-        found = found | {"CUDA": str(torch.version.cuda), "NCCL": str(torch.cuda.nccl.version())}
-    files = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py")))
-    return found | {"tunesmith": hashlib.sha256(files).hexdigest()[:8]}
 
 
 def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer:

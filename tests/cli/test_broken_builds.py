@@ -32,7 +32,7 @@ from tunesmith.quant import nf4
 from tunesmith.ranks import SECONDS
 from tunesmith.selfcheck import ALIKE, CHANGED, COPIES, GRADIENTS, LOSS, NORM, ONE, RESUME, SelfCheck
 from tunesmith.sharded import local_part
-from tunesmith.training import build, trainer
+from tunesmith.training import agree, build, trainer
 
 
 def rank() -> int:
@@ -76,8 +76,8 @@ def give_a_rank_another_base() -> None:
 
 
 def install_another_torch_on_a_rank() -> None:
-    versions = selfcheck.installed_versions()
-    selfcheck.installed_versions = lambda: versions | {"torch": versions["torch"] + ".1" * rank()}
+    versions = agree.installed_versions()
+    agree.installed_versions = lambda: versions | {"torch": versions["torch"] + ".1" * rank()}
 
 
 # ---- of copies ----

@@ -27,7 +27,6 @@ from tunesmith.inference.load_run import load_run
 from tunesmith.ranks import ONE_PROCESS
 from tunesmith.run_directory import RUNNING
 from tunesmith.training.result import stopped_by
-from tunesmith.training.run import refuse_unlike_versions
 from waiting import wait_for
 from warm import Warm
 
@@ -154,15 +153,3 @@ def test_a_package_of_a_wrong_version_is_refused_with_the_command(
         packages.installed_versions.cache_clear()
     assert caught.value.what.startswith("transformers 4.57.0 is installed, and transformers<6,>=5.17")
     assert (caught.value.cause, caught.value.fix) == ("version", "pip install 'transformers<6,>=5.17'")
-
-
-def test_ranks_of_unlike_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.ranks import Ranks
-
-    ranks = Ranks(0, 2, hosts=("spark-a", "spark-b"))
-    answers = iter([[{"torch": "2.13.0"}, {"torch": "2.12.1"}]])
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: next(answers, [(2, str(value)), (0, "")]))
-    with pytest.raises(MachineError) as caught:
-        refuse_unlike_versions(ranks)
-    assert caught.value.where == "2.13.0 on rank 0 on spark-a, 2.12.1 on rank 1 on spark-b"
-    assert caught.value.cause == "version"

@@ -125,6 +125,12 @@ def _manifest_entries(folder: Path) -> dict[str, tuple[int, str]] | None:
     return entries
 
 
+def sums_of_weights(folder: Path) -> str:
+    """SHA-256 of the checksums that a manifest of ours has of a model's weights; empty where there is none."""
+    sums = [entry for name, entry in sorted((_manifest_entries(folder) or {}).items()) if name.endswith(".safetensors")]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest() if sums else ""
+
+
 def _damage_of_file(folder: Path, name: str, size: int, digest: str | None) -> str | None:
     """What is wrong with a file of `size` bytes and the SHA-256 `digest` (None: not compared), as a clause, or None."""
     path = folder / name

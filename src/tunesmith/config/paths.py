@@ -38,6 +38,11 @@ def inputs_of(run: Run) -> dict[str, str]:
     return {key: str(value) for key, value in given.items() if without_indices(key) in _INPUTS}
 
 
+def is_place(key: str) -> bool:
+    """Whether a key of a resolved recipe names a file, a folder or a Hub id."""
+    return without_indices(key) in (*_INPUTS, *_OUTPUTS)
+
+
 def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> Node:
     """The same tree with every path in it absolute; Hub ids stay as they are.
 

@@ -12,7 +12,7 @@ from tunesmith.data.flaws import FLAWS
 from tunesmith.data.hold_out import read_splits
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.data.template import Template, select_template
-from tunesmith.data.tokens import Repeats, SourceTokens, TokenSet, find_repeats, tokenise
+from tunesmith.data.tokens import Repeats, SourceTokens, TokenSet, find_repeats, tokenise, tokenizer_hash
 from tunesmith.errors import DataError
 from tunesmith.host_files import cache_folder, from_here
 from tunesmith.host_memory import available_memory
@@ -35,6 +35,7 @@ class TrainingData:
     overlap: Repeats  # validation examples that are trained on too
     # sha256 (hex) of all validation examples, also of those that `validate.max_examples` leaves out.
     validation_digest: str | None = None
+    tokenizer_hash: str = ""
 
     @property
     def digest(self) -> str:
@@ -156,7 +157,8 @@ def prepare_data(
     cache = cache or cache_folder("tokens")
     template = select_template(run.data, tokenizer, eos_ids)
     rows, held_out = read_splits(run.data, run.train.seed)
-    train = tokenise(rows, run.data, template, tokenizer, cache=cache, what="train")
+    tokens_by: dict[str, Any] = {"cache": cache, "of_tokenizer": tokenizer_hash(tokenizer)}
+    train = tokenise(rows, run.data, template, tokenizer, what="train", **tokens_by)
     if run.data.allow_cut_answers:
         cut_answers = "accept"
     contracts = [
@@ -167,7 +169,7 @@ def prepare_data(
     ]  # fmt: skip
     validation = held_digest = None
     if held_out:
-        validation = tokenise(held_out, run.data, template, tokenizer, cache=cache, what="validation")
+        validation = tokenise(held_out, run.data, template, tokenizer, what="validation", **tokens_by)
         held_digest = validation.counts.digest
         if run.validate.max_examples is not None:
             validation = validation.first(run.validate.max_examples)
@@ -190,4 +192,7 @@ def prepare_data(
         what = "the weights of the sources leave no example in an epoch"
         raise DataError(what, where="data.train", why=why, fix="raise weight")
     duplicates, overlap = find_repeats(train), find_repeats(validation, train) if validation is not None else Repeats()
-    return TrainingData(run, train, validation, template, schedule, tuple(contracts), duplicates, overlap, held_digest)
+    return TrainingData(
+        run, train, validation, template, schedule, tuple(contracts), duplicates, overlap, held_digest,
+        tokens_by["of_tokenizer"],
+    )  # fmt: skip

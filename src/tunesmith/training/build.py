@@ -58,6 +58,7 @@ from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.plan import Machine, MeshShape, RunPlan
 from tunesmith.runtime.resolve import checkpoint_bytes, probe_machine
 from tunesmith.runtime.transfer import DevicePrefetcher
+from tunesmith.training.agree import check_same_inputs
 
 LOSS_SCALE = 2.0**16
 SLOW = 2.0  # a 16-bit product that takes so many times as long as one in fp32 is worth a warning
@@ -162,6 +163,7 @@ def build(
         cut_answers: CutAnswers = "warn" if measured or resumes else "refuse"
         data = read_data(run, start, files, hashes, say, cut_answers)
         data = fill_steps(data, say) if measured else data
+    check_same_inputs(run, start, files, data, ranks, drawn=weights == "random")
     total_steps = data.schedule.steps(run.train.duration)
     torch.manual_seed(run.train.seed)
     model, plan = plan_model(run, start, files, data, device, ranks)

@@ -20,7 +20,6 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import (
     EXIT_OK,
     EXIT_STOPPED,
-    MachineError,
     NonFiniteError,
     OtherRankError,
     RunError,
@@ -45,6 +44,7 @@ from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
+from tunesmith.training.agree import agree_on_recipe
 from tunesmith.training.build import Session, build, write_identity
 from tunesmith.training.result import Result, how_to_resume, stopped_twice, write_stopped
 from tunesmith.training.trainer import Trainer
@@ -140,6 +140,7 @@ def start_run(
     trainer: Callable[..., Trainer] = Trainer,
 ) -> Result:
     """`train` within `joined`; `build` and `trainer` stand in for those of the same name."""
+    run = agree_on_recipe(run, ranks)
     with ExitStack() as stack:
         if not ranks.leads:
             return follow(run, stop, ranks, stack, fresh=fresh, build=build, trainer=trainer)
@@ -178,7 +179,6 @@ def open_run_dir(
         if max(named, default=0) >= ranks.world:
             what = f"profile.ranks names rank {max(named)}, and the ranks here are 0 to {ranks.world - 1}"
             raise UsageError(what, where="profile.ranks", fix="profile.ranks=[0], or profile.ranks=all")
-    refuse_unlike_versions(ranks)
 
     def claim() -> None:
         # Only here, where it is created if it is not there: a network file system remembers for a while what was not there.
@@ -207,19 +207,6 @@ def open_run_dir(
         stack.enter_context(note_running(out))
         ranks.heartbeat.on_fault = partial(write_fault, out)
     return ranks, start
-
-
-def refuse_unlike_versions(ranks: Ranks) -> None:
-    """MachineError where ranks run other versions of what computes: their numbers would differ, or a collective fail."""
-    found = ranks.gather(packages.installed_versions())
-    with ranks.together():
-        for name in found[0]:
-            if len({versions.get(name) for versions in found}) > 1:
-                there = {versions.get(name): ranks.name(rank) for rank, versions in enumerate(found)}
-                what = f"the ranks have {name} in {len(there)} versions"
-                where = ", ".join(f"{version} on {rank}" for version, rank in there.items())
-                fix = "install the same versions on every node; tunesmith doctor --pair HOST compares them"
-                raise MachineError(what, where=where, fix=fix, cause="version")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,224 @@
+"""What all ranks of a run must have alike, compared before the first collective that a difference would spoil.
+
+Ranks that differ do not fail by themselves. With another learning rate copies of the model drift apart, with another base
+the shards of a weight come from two models, and with other row counts the ranks wait for ever, each in another collective.
+What is compared are values and digests, a few kilobytes a rank. A difference ends all ranks with exit code 2.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import torch
+
+import tunesmith
+from tunesmith.adapter.peft_files import WEIGHTS, find_adapter
+from tunesmith.checkpoint.resume import Start
+from tunesmith.checkpoint.state import sums_of_weights
+from tunesmith.config.dump import flatten, leaves
+from tunesmith.config.paths import is_place
+from tunesmith.config.schema import Run
+from tunesmith.data.prepare import TrainingData
+from tunesmith.errors import DataError, MachineError, ModelError, OtherRankError, RecipeError, UsageError
+from tunesmith.hub.model_files import ModelFiles
+from tunesmith.model.safetensors_files import ENDS_AND_MIDDLE, read_header, read_headers, sampled_digest
+from tunesmith.packages import installed_versions
+from tunesmith.ranks import Ranks
+from tunesmith.shell import shell_word
+from tunesmith.units import Size
+
+MAY_DIFFER = ("train.micro_batch",)  # and what names a place: the ranks take the smallest micro batch of all
+NEXT_LINE = "\n         "  # below `  where: `
+NAMES = 4  # of ranks or nodes that an error lists
+SHORT = 12  # characters of a digest that an error shows
+# What a copy of config.json may have otherwise while the model is the same.
+NOT_COMPUTED = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+
+
+class Part(NamedTuple):
+    """One thing that must be alike. An empty `digest`: this rank has nothing to compare it by."""
+
+    digest: str
+    text: str  # as an error shows it
+
+
+MISSING = Part("not there", "not there")
+
+
+def agree_on_recipe(run: Run, ranks: Ranks) -> Run:
+    """The recipe that all ranks follow: this one, with the smallest `train.micro_batch` of the ranks. A collective call.
+
+    MachineError where their software differs, RecipeError where a key does.
+    """
+    if ranks.world == 1:
+        return run
+    own = software_versions(), recipe_values(run), run.train.micro_batch
+    versions, recipes, micro_batches = zip(*ranks.gather(own), strict=True)
+    if differences := find_differences(ranks, versions):
+        what = f"the ranks have different versions of {', '.join(differences)}"
+        fix = "install the same versions on every node; tunesmith doctor --pair HOST compares them"
+        end_all_ranks(ranks, MachineError(what, where=lines_of(differences), fix=fix, cause="version"))
+    if differences := find_differences(ranks, recipes):
+        key = next(iter(differences))
+        what = f"the ranks have different recipes: {', '.join([*differences][:NAMES])}"
+        word = shell_word(f"{key}={recipes[0].get(key, MISSING).text}")
+        fix = "the same recipe and the same options on every node"
+        fix += f", such as {word}" if key in recipes[0] else ""
+        end_all_ranks(ranks, RecipeError(what, where=lines_of(differences), fix=fix))
+    size = smallest_micro_batch(ranks, micro_batches)
+    return replace(run, train=replace(run.train, micro_batch=size))
+
+
+def recipe_values(run: Run) -> dict[str, Part]:
+    """The keys of a recipe that must be alike, and their values; those that name a place are left out."""
+    values = {}
+    for key, value in flatten(run).items():
+        if key not in MAY_DIFFER and not is_place(key):
+            text = value if isinstance(value, str) else json.dumps(value)
+            values[key] = Part(text, text)
+    return values
+
+
+def software_versions() -> dict[str, Part]:
+    """What computes and in which version, with a digest of this package's own files."""
+    versions = dict(installed_versions())
+    for name in ("numpy", "triton"):  # the order of the examples, compiled kernels
+        for distribution in metadata.distributions(name=name):
+            versions[name] = distribution.version
+    if torch.cuda.is_available():
+        versions["CUDA"] = str(torch.version.cuda)
+        versions["NCCL"] = str(torch.cuda.nccl.version())
+        versions["cuDNN"] = str(torch.backends.cudnn.version())
+    source = hashlib.sha256()
+    for file in sorted(Path(tunesmith.__file__).parent.rglob("*.py")):
+        source.update(file.read_bytes())
+    number = f"{versions.get('tunesmith', '')} {source.hexdigest()[:8]}".strip()
+    versions["tunesmith"] = number
+    return {name: Part(version, version) for name, version in versions.items()}
+
+
+def smallest_micro_batch(ranks: Ranks, sizes: Sequence[Size | Literal["auto"]]) -> Size | Literal["auto"]:
+    """The smallest of those that ranks state, or `auto`: all must make the same micro batches of the global batch."""
+    stated = [size for size in sizes if isinstance(size, Size)]
+    if not stated:
+        return "auto"
+    if len({size.unit for size in stated}) > 1:
+        differences = find_differences(ranks, [{"train.micro_batch": Part(str(s), str(s))} for s in sizes])
+        what = "the ranks have micro batches in examples and in tokens, which cannot be compared"
+        fix = f"on every node train.micro_batch='{stated[0]}'"
+        end_all_ranks(ranks, RecipeError(what, where=lines_of(differences), fix=fix))
+    return min(stated, key=lambda size: size.amount)
+
+
+def check_same_inputs(
+    run: Run, start: Start, files: ModelFiles, data: TrainingData, ranks: Ranks, *, drawn: bool = False
+) -> None:
+    """ModelError or DataError where ranks read another base model, adapter, tokenizer, template or other rows; a
+    collective call. `drawn`: the weights are drawn, and there are none in `files.folder`."""
+    if ranks.world == 1:
+        return
+    with ranks.together():
+        own = model_parts(run, start, files, data) | data_parts(data)
+        own |= {} if drawn else weight_parts(files)
+    every = ranks.gather(own)
+    differences = find_differences(ranks, every)
+    if not differences:
+        return
+    names = [key.partition(":")[0] for key in differences]
+    what = f"the ranks do not read the same {', '.join(dict.fromkeys(names))}"
+    error: UsageError
+    if any(name.startswith("data.") for name in names) and not any(name.startswith("model.") for name in names):
+        fix = "copy the same files of rows and template to every node"
+        error = DataError(what, where=lines_of(differences), fix=fix)
+    else:
+        fix = "copy the model's folder from one node to the others; of a model on the Hub take one commit: model.revision=COMMIT"
+        error = ModelError(what, where=lines_of(differences), fix=fix)
+    end_all_ranks(ranks, error)
+
+
+def model_parts(run: Run, start: Start, files: ModelFiles, data: TrainingData) -> dict[str, Part]:
+    """The base model by its configuration, the tokenizer, and the adapter to begin with."""
+    parts = {}
+    for key, value in leaves(files.config.to_dict()).items():
+        if key.partition(".")[0] not in NOT_COMPUTED:
+            text = json.dumps(value, default=str)
+            parts[f"model.name: {key} of config.json"] = Part(text, text)
+    digest = data.tokenizer_hash
+    parts["model.tokenizer"] = Part(digest, f"{len(files.tokenizer):,} tokens ({digest[:SHORT]})")
+    if run.adapter.from_ is not None and start.found is None:
+        digest = sampled_digest(read_header(find_adapter(run.adapter.from_) / WEIGHTS), ENDS_AND_MIDDLE)
+        parts["adapter.from"] = Part(digest, f"{run.adapter.from_} ({digest[:SHORT]})")
+    return parts
+
+
+def weight_parts(files: ModelFiles) -> dict[str, Part]:
+    """The base's weights by their `sampled_digest`, which takes milliseconds for 70B.
+
+    It misses a change that leaves both ends and the middle of every tensor as they were. A folder with a manifest of ours
+    has the checksums of its files too, which miss nothing.
+    """
+    entries = [entry for found in read_headers(files.folder).values() for entry in found]
+    digest, sums = sampled_digest(entries, ENDS_AND_MIDDLE), sums_of_weights(files.folder)
+    name = files.model.name
+    return {
+        "model.name: weights": Part(digest, f"{name} ({digest[:SHORT]})"),
+        "model.name: checksums of the weights": Part(sums, f"{name} ({sums[:SHORT]})"),
+    }
+
+
+def data_parts(data: TrainingData) -> dict[str, Part]:
+    """Template and rows, these by the digests of their tokens."""
+    template = data.template
+    prompt = f"{template.jinja} {sorted(template.end_ids)}"
+    digest = hashlib.sha256(prompt.encode()).hexdigest()
+    counts = data.train.counts
+    parts = {
+        "data.template": Part(digest, f"{template.name} ({digest[:SHORT]})"),
+        "data.train": Part(counts.digest, f"{counts.kept:,} rows ({counts.digest[:SHORT]})"),
+    }
+    if data.validation is not None:
+        digest = f"{data.validation_digest} {data.validation.counts.digest}"
+        parts["data.validation"] = Part(digest, f"{data.validation.counts.kept:,} rows ({digest[:SHORT]})")
+    return parts
+
+
+def find_differences(ranks: Ranks, every: Sequence[Mapping[str, Part]]) -> dict[str, str]:
+    """How the ranks differ, by key: `1e-4 on node-a, 2e-4 on node-b`. `every` has the parts of each rank."""
+    differences = {}
+    for key in dict.fromkeys(key for parts in every for key in parts):
+        parts = [own.get(key, MISSING) for own in every]
+        if not all(part.digest for part in parts):
+            continue
+        holders: dict[str, list[int]] = {}
+        for rank, part in enumerate(parts):
+            holders.setdefault(part.digest, []).append(rank)
+        if len(holders) > 1:
+            sides = [f"{parts[group[0]].text} on {name_places(ranks, group)}" for group in holders.values()]
+            differences[key] = ", ".join(sides)
+    return differences
+
+
+def name_places(ranks: Ranks, group: Collection[int]) -> str:
+    """Some ranks in words: the names of their nodes where all ranks of these are among them."""
+    hosts = dict.fromkeys(ranks.hosts[rank] for rank in group)
+    whole = all(rank in group for rank, host in enumerate(ranks.hosts) if host in hosts)
+    names = [*hosts] if whole else [ranks.name(rank) for rank in group]
+    more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
+    return ", ".join(names[:NAMES]) + more
+
+
+def lines_of(differences: Mapping[str, str]) -> str:
+    """The differences as an error's `where`."""
+    return NEXT_LINE.join(f"{key}: {text}" for key, text in differences.items())
+
+
+def end_all_ranks(ranks: Ranks, error: UsageError) -> NoReturn:
+    """Raise an error that all ranks have found: one of each node tells it."""
+    ranks.heartbeat.agreed = error
+    if ranks.local_rank == 0:
+        raise error
+    raise OtherRankError(error.what, exit_code=error.exit_code)
