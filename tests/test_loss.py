@@ -143,6 +143,29 @@ def test_no_positions_make_a_zero_that_can_be_differentiated():
     assert hidden.grad is not None
 
 
+class LowRankHead(nn.Linear):
+    """A head with an adapter, on frozen hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 40, bias=False)
+        self.weight.requires_grad_(False)
+        self.A, self.B = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(40, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x @ self.A.T @ self.B.T
+
+
+def test_no_positions_give_the_adapter_of_a_head_a_gradient_of_zeros():
+    """A rank without a row takes part in the sum of gradients."""
+    head = LowRankHead()
+    loss = chunked_cross_entropy(torch.zeros(0, 6), head, torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0
+    for parameter in (head.A, head.B):
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
 @pytest.mark.parametrize("options", CAPS, ids=str)
 def test_token_losses_and_hits(options):
     hidden, head, targets = case("trained")

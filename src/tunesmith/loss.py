@@ -183,7 +183,9 @@ def _module_losses(hidden: Tensor, head: nn.Linear, args: _LossArguments) -> Ten
     def losses(part: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(_logits(head(part), args.softcap, args.scale), targets, reduction="none")
 
-    parts = (checkpoint(losses, hidden[span], args.targets[span], use_reentrant=False) for span in args.spans())
+    # Without a position the head is called on no rows: its adapter then gets a gradient of zeros, as on other ranks.
+    spans = args.spans() or [slice(0, 0)]
+    parts = (checkpoint(losses, hidden[span], args.targets[span], use_reentrant=False) for span in spans)
     return torch.cat([hidden.new_zeros(0, dtype=_wide(hidden)), *parts])
 
 

@@ -12,6 +12,7 @@ from recipes import make_run
 from tunesmith.training.run import train
 
 FULL: dict[str, Any] = {"adapter": {"kind": "none"}}
+HEAD: dict[str, Any] = {"adapter": {"target": ["q_proj", "down_proj", "lm_head"]}}
 # Sums over ranks are taken in another order: 3 steps in fp32 move a loss by about 1e-6 of itself.
 ROUNDING = 1e-5
 
@@ -29,8 +30,8 @@ def start(model: Path, folder: Path, mesh: dict[str, int], what: dict[str, Any])
 
 @pytest.mark.parametrize(
     ("mesh", "what"),
-    [({"shard": 3}, FULL), ({"replicate": 5}, {}), ({"replicate": 16}, {})],
-    ids=["3 ranks, full", "5 ranks", "16 ranks"],
+    [({"shard": 3}, FULL), ({"replicate": 5}, {}), ({"replicate": 16}, HEAD)],
+    ids=["3 ranks, full", "5 ranks", "16 ranks, the head too"],
 )
 def test_eight_examples_a_step_on_any_number_of_ranks(mesh, what, tiny, tmp_path):
     one = start(tiny, tmp_path, {}, what)
