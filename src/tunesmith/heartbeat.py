@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -37,7 +37,7 @@ from tunesmith.errors import (
 )
 from tunesmith.host_files import oom_kills
 
-STUCK = 30 * 60.0  # seconds for a phase of micro batches: each takes seconds on a machine that holds the model
+STUCK = 30 * 60.0  # seconds without progress: a micro batch or a token takes seconds on a machine that holds the model
 MISSED = 4  # beats in a row, after which a rank is blamed for a connection that broke
 AGREED = (OtherRankError, StoppedError, NonFiniteError)  # which all ranks raise at the same step
 GRACE, ENDING = 3.0, 60.0  # seconds that the main thread has to end: in a collective it cannot; once it knows the fault
@@ -91,6 +91,7 @@ class Heartbeat:
         self.store_is_closed: Callable[[], bool] = lambda: False
         self.stop_signal: Callable[[], str] = lambda: ""
         self.stopped_code = EXIT_STOPPED
+        self.writer: int | None = None  # of the thread that the main thread waits for
         self.own, self.beats = Beat(), [Beat() for _ in hosts]
         with contextlib.suppress(OSError):  # a system without namespaces
             self.own.process = f"{os.readlink('/proc/self/ns/pid')} {os.getpid()}"
@@ -126,6 +127,15 @@ class Heartbeat:
     def progress(self, step: int | None = None) -> None:
         """Note that the main thread moves on; `step`: the last one done."""
         self.moved, self.step = self.clock, self.step if step is None else step
+
+    @contextlib.contextmanager
+    def waits_for(self, thread: int | None) -> Iterator[None]:
+        """Inside, the main thread waits for another one, by its identity: where that stands is told of this rank."""
+        self.writer = thread
+        try:
+            yield
+        finally:
+            self.writer = None
 
     @property
     def doing(self) -> str:
@@ -217,7 +227,8 @@ class Heartbeat:
         """Write this rank's beat, read those of all, and look for a fault."""
         own = self.own
         if not self._ending:
-            self._stand_at(traceback.walk_stack(sys._current_frames()[threading.main_thread().ident or 0]))
+            frames, main = sys._current_frames(), threading.main_thread().ident or 0
+            self._stand_at(traceback.walk_stack(frames.get(self.writer or main, frames[main])))
         own.count, own.idle = own.count + 1, self.clock - self.moved
         ended = self._ended()  # before the beats: a rank says that it is done, then ends
         self.store.set(f"beat/{self.rank}", json.dumps(asdict(own)))
@@ -280,17 +291,38 @@ class Heartbeat:
                 "it was killed or stopped, its machine is down, or the network to it is cut"
             )
             return self._words(f"{self._name(gone)} gave no sign of life for {limit:.0f} s", why, cause, gone)
-        if longest := max((beat.idle for beat in self.beats if beat.idle > beat.limit), default=0.0):
-            # The others came to their collective a little after the stuck rank last moved.
-            idle = [r for r, beat in enumerate(self.beats) if beat.idle > longest / 2]
-            stuck = [r for r in idle if not self.beats[r].collective]
-            why = "its main thread is stuck" if stuck else "they wait in collectives, for each other or for the network"
-            return self._words(
-                f"{self._name(stuck or idle)} made no progress for {longest:.0f} s", why, "hang", stuck=stuck
-            )
+        if hang := self._find_hang():
+            return hang
         if self._broken and self.clock - self._broken_at > 2 * limit:
             return self._words("a connection between the ranks broke, and all of them live", self._broken, "link")
         return {}
+
+    def _find_hang(self) -> dict[str, Any]:
+        """The fault that a rank has made no progress for the limit of its phase, in the words of an error; empty: none.
+
+        Ranks in a collective wait for the others: none of them is at fault as long as another one moves on, or may
+        still take its time in a phase of a longer limit."""
+        overdue = [rank for rank, beat in enumerate(self.beats) if beat.idle > beat.limit]
+        if not overdue:
+            return {}
+        longest = max(self.beats[rank].idle for rank in overdue)
+        stuck = [rank for rank in overdue if not self.beats[rank].collective]
+        if stuck:
+            why = "its main thread is stuck"
+        elif any(self._may_move(rank, longest) for rank in range(len(self.beats)) if rank not in overdue):
+            return {}
+        else:
+            why = "they wait in collectives, for each other or for the network"
+        # The others came to their collective a little after they last moved.
+        idle = [rank for rank, beat in enumerate(self.beats) if beat.idle > longest / 2]
+        what = f"{self._name(stuck or idle)} made no progress for {longest:.0f} s"
+        return self._words(what, why, "hang", stuck=stuck)
+
+    def _may_move(self, rank: int, longest: float) -> bool:
+        """Whether a rank within its limit may end the wait of others, who have waited for `longest` seconds."""
+        beat = self.beats[rank]
+        waits_too = bool(beat.collective) and beat.idle > longest / 2
+        return not beat.done and not waits_too
 
     def _lose_store(self, why: str) -> None:
         """Decide without the others, who cannot be asked."""

@@ -32,7 +32,7 @@ def failure(run: Path) -> dict[str, Any]:
     found = json.loads((run / "failure.json").read_text())
     assert set(found) == {"what", "where", "why", "last_step", "next", "cause", "rank", "host", "phase", "collective"}
     assert found["rank"] == 0
-    assert found["phase"] in ("training", "validation and checkpoints")
+    assert found["phase"] in ("first step", "training", "validation", "saving")
     assert found["what"]
     assert found["next"]
     return found

@@ -71,10 +71,10 @@ def test_another_key_of_the_recipe(layout, tiny, tmp_path):
 
 def test_one_rank_of_a_node_is_named_where_the_others_agree():
     from tunesmith.ranks import Ranks
-    from tunesmith.training.agree import Part, find_differences
+    from tunesmith.training.agree import Compared, find_differences
 
     ranks = Ranks(0, 4, hosts=("node-a", "node-a", "node-b", "node-b"), dir_leaders=(0,) * 4)
-    parts = [{"seed": Part("1", "1")}] * 3 + [{"seed": Part("2", "2")}]
+    parts = [{"seed": Compared("1", "1")}] * 3 + [{"seed": Compared("2", "2")}]
     differences = find_differences(ranks, parts)["seed"]
     assert differences == "1 on rank 0 on node-a, rank 1 on node-a, rank 2 on node-b, 2 on rank 3 on node-b"
 

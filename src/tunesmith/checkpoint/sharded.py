@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -74,8 +75,15 @@ class RanksWriter(Writer):
     ) -> None:
         super().__init__(run_dir, keep, saved_step, sync=sync)
         self.ranks = replace(ranks, group=dist.new_group(backend="gloo", timeout=PATIENCE))
+        self._thread: int | None = None  # that writes, or wrote last
+
+    def wait(self) -> None:
+        """As `Writer.wait`; the heartbeat tells meanwhile what the writing thread waits for."""
+        with self.ranks.heartbeat.waits_for(self._thread):
+            super().wait()
 
     def _write(self, fill: Fill, step: int, keep_step: int | None) -> None:
+        self._thread = threading.get_ident()
         try:
             self._write_together(fill, step, keep_step)
         except OtherRankError as error:  # rank 0 tells it, as failure.json does

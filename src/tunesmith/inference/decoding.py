@@ -103,6 +103,7 @@ def answer_batch(
     write: Callable[[str], None] | None = None,
     cancelled: Callable[[], bool] = lambda: False,
     generate: Callable[..., torch.Tensor] | None = None,
+    synced: bool = False,
 ) -> list[Answer]:
     """Answer a few prompts, of at least one token each, in one batch.
 
@@ -112,6 +113,7 @@ def answer_batch(
         write: gets the text as it comes; for a single prompt only.
         cancelled: asked after each token; once true, the answers end there and are returned as they are.
         generate: takes the place of the model's own, for a sharded root.
+        synced: whether all ranks answer together, as each gathers weights from the others: none ends before the last.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
     known, last = model.get_input_embeddings().weight.shape[0], max(map(max, prompts))
@@ -137,6 +139,7 @@ def answer_batch(
                 generation_config=decoding.config(eos_token_id=sorted(stops) or None, pad_token_id=pad_id),
                 stopping_criteria=StoppingCriteriaList([ended]),
                 streamer=_Streamer(tokenizer, write) if write else None,
+                synced_gpus=synced,  # Transformers' own guess does not see FSDP2
             )
     finally:
         model.generation_config = settings
@@ -206,15 +209,30 @@ def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
 
 
 def sample_answers(
-    train_model: TrainModel, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], stops: Collection[int]
+    train_model: TrainModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Iterable[Example],
+    stops: Collection[int],
+    *,
+    synced: bool = False,
+    generated: Callable[[], object] = lambda: None,
 ) -> list[SampleAnswer]:
-    """Greedy answers to examples of a run in progress; the training attention is set again afterwards."""
+    """Greedy answers to examples of a run in progress; the training attention is set again afterwards.
+
+    `synced` as for `answer_batch`; `generated` is called after each token.
+    """
     # What stands before the first supervised token is the prompt; an example that is supervised whole has none.
     turns = [(e.ids[:start].tolist(), e, start) for e in examples if (start := int(e.trained.argmax())) > 1]
     model, decoding = train_model.model, Decoding(max_new_tokens=SAMPLE_TOKENS)
+
+    def after_token() -> bool:
+        generated()
+        return False  # not cancelled
+
     train_model.use_inference_attention()
     try:
-        how: dict[str, Any] = {"stops": stops, "generate": train_model.generate}
+        how: dict[str, Any] = {"stops": stops, "synced": synced, "generate": train_model.generate}
+        how["cancelled"] = after_token
         answers = [answer_batch(model, tokenizer, [ids], decoding, **how)[0].text for ids, _, _ in turns]
     finally:
         train_model.use_training_attention()

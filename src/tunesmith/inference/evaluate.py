@@ -77,11 +77,12 @@ def validation_loss(
     device: torch.device,
     cancelled: Callable[[], bool] = lambda: False,
     mesh: Mesh = ALONE,
+    scored: Callable[[], object] = lambda: None,
 ) -> tuple[float, int] | None:
     """The method's mean loss over `tokens`, each once, in packed rows of `micro_tokens`, and what its sum is divided by.
 
     For SFT these are nats and supervised tokens. None once `cancelled` says so, which is asked before each row. The data
-    ranks of `mesh` take the rows in turn, all as many: some may end with an empty one.
+    ranks of `mesh` take the rows in turn, all as many: some may end with an empty one. `scored` is called after each.
     """
     total, count, ranks = 0.0, 0, mesh.shape.data
     batches = packed(tokens, capacity=micro_tokens, pad_id=pad_id, multiple=mesh.shape.tensor)
@@ -93,6 +94,7 @@ def validation_loss(
             batch = row[mesh.data_rank] if mesh.data_rank < len(row) else empty
             made = train_model(batch.to(device))
             total, count = total + made.loss.double().item(), count + made.denominator
+            scored()
     if ranks > 1:
         sums = torch.tensor([total, count], dtype=torch.float64, device=device)
         dist.all_reduce(sums, group=mesh.data_group)

@@ -39,14 +39,14 @@ SHORT = 12  # characters of a digest that an error shows
 NOT_COMPUTED = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 
 
-class Part(NamedTuple):
+class Compared(NamedTuple):
     """One thing that must be alike. An empty `digest`: this rank has nothing to compare it by."""
 
     digest: str
     text: str  # as an error shows it
 
 
-MISSING = Part("not there", "not there")
+MISSING = Compared("not there", "not there")
 
 
 def agree_on_recipe(run: Run, ranks: Ranks) -> Run:
@@ -61,29 +61,29 @@ def agree_on_recipe(run: Run, ranks: Ranks) -> Run:
     if differences := find_differences(ranks, versions):
         what = f"the ranks have different versions of {', '.join(differences)}"
         fix = "install the same versions on every node; tunesmith doctor --pair HOST compares them"
-        end_all_ranks(ranks, MachineError(what, where=lines_of(differences), fix=fix, cause="version"))
+        end_all_ranks(ranks, MachineError(what, where=lines_by_key(differences), fix=fix, cause="version"))
     if differences := find_differences(ranks, recipes):
         key = next(iter(differences))
         what = f"the ranks have different recipes: {', '.join([*differences][:NAMES])}"
         word = shell_word(f"{key}={recipes[0].get(key, MISSING).text}")
         fix = "the same recipe and the same options on every node"
         fix += f", such as {word}" if key in recipes[0] else ""
-        end_all_ranks(ranks, RecipeError(what, where=lines_of(differences), fix=fix))
+        end_all_ranks(ranks, RecipeError(what, where=lines_by_key(differences), fix=fix))
     size = smallest_micro_batch(ranks, micro_batches)
     return replace(run, train=replace(run.train, micro_batch=size))
 
 
-def recipe_values(run: Run) -> dict[str, Part]:
+def recipe_values(run: Run) -> dict[str, Compared]:
     """The keys of a recipe that must be alike, and their values; those that name a place are left out."""
     values = {}
     for key, value in flatten(run).items():
         if key not in MAY_DIFFER and not is_place(key):
             text = value if isinstance(value, str) else json.dumps(value)
-            values[key] = Part(text, text)
+            values[key] = Compared(text, text)
     return values
 
 
-def software_versions() -> dict[str, Part]:
+def software_versions() -> dict[str, Compared]:
     """What computes and in which version, with a digest of this package's own files."""
     versions = dict(installed_versions())
     for name in ("numpy", "triton"):  # the order of the examples, compiled kernels
@@ -98,7 +98,7 @@ def software_versions() -> dict[str, Part]:
         source.update(file.read_bytes())
     number = f"{versions.get('tunesmith', '')} {source.hexdigest()[:8]}".strip()
     versions["tunesmith"] = number
-    return {name: Part(version, version) for name, version in versions.items()}
+    return {name: Compared(version, version) for name, version in versions.items()}
 
 
 def smallest_micro_batch(ranks: Ranks, sizes: Sequence[Size | Literal["auto"]]) -> Size | Literal["auto"]:
@@ -107,10 +107,10 @@ def smallest_micro_batch(ranks: Ranks, sizes: Sequence[Size | Literal["auto"]]) 
     if not stated:
         return "auto"
     if len({size.unit for size in stated}) > 1:
-        differences = find_differences(ranks, [{"train.micro_batch": Part(str(s), str(s))} for s in sizes])
+        differences = find_differences(ranks, [{"train.micro_batch": Compared(str(s), str(s))} for s in sizes])
         what = "the ranks have micro batches in examples and in tokens, which cannot be compared"
         fix = f"on every node train.micro_batch='{stated[0]}'"
-        end_all_ranks(ranks, RecipeError(what, where=lines_of(differences), fix=fix))
+        end_all_ranks(ranks, RecipeError(what, where=lines_by_key(differences), fix=fix))
     return min(stated, key=lambda size: size.amount)
 
 
@@ -133,29 +133,29 @@ def check_same_inputs(
     error: UsageError
     if any(name.startswith("data.") for name in names) and not any(name.startswith("model.") for name in names):
         fix = "copy the same files of rows and template to every node"
-        error = DataError(what, where=lines_of(differences), fix=fix)
+        error = DataError(what, where=lines_by_key(differences), fix=fix)
     else:
         fix = "copy the model's folder from one node to the others; of a model on the Hub take one commit: model.revision=COMMIT"
-        error = ModelError(what, where=lines_of(differences), fix=fix)
+        error = ModelError(what, where=lines_by_key(differences), fix=fix)
     end_all_ranks(ranks, error)
 
 
-def model_parts(run: Run, start: Start, files: ModelFiles, data: TrainingData) -> dict[str, Part]:
+def model_parts(run: Run, start: Start, files: ModelFiles, data: TrainingData) -> dict[str, Compared]:
     """The base model by its configuration, the tokenizer, and the adapter to begin with."""
     parts = {}
     for key, value in leaves(files.config.to_dict()).items():
         if key.partition(".")[0] not in NOT_COMPUTED:
             text = json.dumps(value, default=str)
-            parts[f"model.name: {key} of config.json"] = Part(text, text)
+            parts[f"model.name: {key} of config.json"] = Compared(text, text)
     digest = data.tokenizer_hash
-    parts["model.tokenizer"] = Part(digest, f"{len(files.tokenizer):,} tokens ({digest[:SHORT]})")
+    parts["model.tokenizer"] = Compared(digest, f"{len(files.tokenizer):,} tokens ({digest[:SHORT]})")
     if run.adapter.from_ is not None and start.found is None:
         digest = sampled_digest(read_header(find_adapter(run.adapter.from_) / WEIGHTS), ENDS_AND_MIDDLE)
-        parts["adapter.from"] = Part(digest, f"{run.adapter.from_} ({digest[:SHORT]})")
+        parts["adapter.from"] = Compared(digest, f"{run.adapter.from_} ({digest[:SHORT]})")
     return parts
 
 
-def weight_parts(files: ModelFiles) -> dict[str, Part]:
+def weight_parts(files: ModelFiles) -> dict[str, Compared]:
     """The base's weights by their `sampled_digest`, which takes milliseconds for 70B.
 
     It misses a change that leaves both ends and the middle of every tensor as they were. A folder with a manifest of ours
@@ -165,28 +165,28 @@ def weight_parts(files: ModelFiles) -> dict[str, Part]:
     digest, sums = sampled_digest(entries, ENDS_AND_MIDDLE), sums_of_weights(files.folder)
     name = files.model.name
     return {
-        "model.name: weights": Part(digest, f"{name} ({digest[:SHORT]})"),
-        "model.name: checksums of the weights": Part(sums, f"{name} ({sums[:SHORT]})"),
+        "model.name: weights": Compared(digest, f"{name} ({digest[:SHORT]})"),
+        "model.name: checksums of the weights": Compared(sums, f"{name} ({sums[:SHORT]})"),
     }
 
 
-def data_parts(data: TrainingData) -> dict[str, Part]:
+def data_parts(data: TrainingData) -> dict[str, Compared]:
     """Template and rows, these by the digests of their tokens."""
     template = data.template
     prompt = f"{template.jinja} {sorted(template.end_ids)}"
     digest = hashlib.sha256(prompt.encode()).hexdigest()
     counts = data.train.counts
     parts = {
-        "data.template": Part(digest, f"{template.name} ({digest[:SHORT]})"),
-        "data.train": Part(counts.digest, f"{counts.kept:,} rows ({counts.digest[:SHORT]})"),
+        "data.template": Compared(digest, f"{template.name} ({digest[:SHORT]})"),
+        "data.train": Compared(counts.digest, f"{counts.kept:,} rows ({counts.digest[:SHORT]})"),
     }
     if data.validation is not None:
         digest = f"{data.validation_digest} {data.validation.counts.digest}"
-        parts["data.validation"] = Part(digest, f"{data.validation.counts.kept:,} rows ({digest[:SHORT]})")
+        parts["data.validation"] = Compared(digest, f"{data.validation.counts.kept:,} rows ({digest[:SHORT]})")
     return parts
 
 
-def find_differences(ranks: Ranks, every: Sequence[Mapping[str, Part]]) -> dict[str, str]:
+def find_differences(ranks: Ranks, every: Sequence[Mapping[str, Compared]]) -> dict[str, str]:
     """How the ranks differ, by key: `1e-4 on node-a, 2e-4 on node-b`. `every` has the parts of each rank."""
     differences = {}
     for key in dict.fromkeys(key for parts in every for key in parts):
@@ -211,7 +211,7 @@ def name_places(ranks: Ranks, group: Collection[int]) -> str:
     return ", ".join(names[:NAMES]) + more
 
 
-def lines_of(differences: Mapping[str, str]) -> str:
+def lines_by_key(differences: Mapping[str, str]) -> str:
     """The differences as an error's `where`."""
     return NEXT_LINE.join(f"{key}: {text}" for key, text in differences.items())
 

@@ -41,11 +41,18 @@ from tunesmith.parallel.shard import reduce_in, sharded_modules, sum_gradients
 from tunesmith.parallel.tensor import reduce_gradients
 from tunesmith.run_directory import FINAL, STOP_FILE
 from tunesmith.runtime.host import return_freed_memory
+from tunesmith.runtime.resolve import checkpoint_bytes
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StepDropped, StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
 from tunesmith.training.result import Result, failure_of, non_finite_error, stopped_by
 from tunesmith.units import Cadence, ratio
+
+# Limits of phases that the heartbeat watches, beside STUCK. Graphs of a layer are compiled once, in minutes; a disk slower
+# than SLOWEST_DISK, or a save that takes SLOWER times as long as one before, is taken for one that stands still.
+COMPILING = 30 * 60.0  # seconds
+SLOWEST_DISK = 50e6  # bytes/s, of a checkpoint that is written and read again for its checksums
+SLOWER = 4.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class Trainer:
         self.pending: PendingMetrics | None = None
         self.async_metrics = session.device.type == "cuda"
         self.checkpoint_stalls: list[float] = []
+        self.longest_save = 0.0  # seconds
         saved_step = self.first_step if start.progress else None
         writer = partial(RanksWriter, ranks=session.ranks) if session.ranks.world > 1 else Writer
         self.writer: Writer = writer(self.out, self.run.checkpoint.keep, saved_step, sync=sinks.flush)
@@ -140,7 +148,10 @@ class Trainer:
     def iteration(self, batch: GlobalBatch) -> None:
         """One optimizer step; then log, validate and save what is due."""
         progress, heartbeat = self.progress, self.session.ranks.heartbeat
-        heartbeat.phase("training", STUCK if self.records else None)  # the first step compiles
+        if progress.step == self.first_step:
+            heartbeat.phase("first step", STUCK + COMPILING)
+        else:
+            heartbeat.phase("training", STUCK)
         heartbeat.progress(progress.step)
         pending = self.train_step(batch)
         if self.async_metrics:
@@ -153,7 +164,6 @@ class Trainer:
         save = self.checkpoint_cadence.due(progress.step, progress.seconds)
         if validate or save or last or self.stopping or not self.async_metrics:
             self.flush_metrics(log=not validate)
-        heartbeat.phase("validation and checkpoints")
         if validate:
             progress.validated = False
             self.validate()
@@ -283,11 +293,13 @@ class Trainer:
         session, progress, size = self.session, self.progress, self.session.plan.layout.micro_batch
         assert progress.record is not None
         assert session.data.validation is not None
+        session.ranks.heartbeat.phase("validation", STUCK + COMPILING)  # the first one compiles
         found = validation_loss(
             session.model, session.data.validation, pad_id=session.files.pad_id, device=session.device, mesh=session.mesh,
             micro_tokens=size.amount if size.unit == "tokens" else self.run.data.seq_len * 4,
             # The ranks agree on a stop in the next step.
             cancelled=lambda: session.ranks.world == 1 and self.stop.requested(),
+            scored=session.ranks.heartbeat.progress,
         )  # fmt: skip
         session.model.train()
         if found is None:
@@ -307,10 +319,15 @@ class Trainer:
     def sample(self) -> None:
         """Let the model answer some held-out prompts, on the ranks that its weights need."""
         session, data = self.session, self.session.data
-        answers_here = session.ranks.leads or sharded_modules(session.model)
+        session.ranks.heartbeat.phase("sample answers", STUCK)
+        together = bool(sharded_modules(session.model))
+        answers_here = session.ranks.leads or together
         if data.validation and self.run.log.samples and answers_here and session.mesh.shape.tensor == 1:
             examples = data.validation.first(self.run.log.samples)
-            answers = sample_answers(session.model, session.files.tokenizer, examples, data.template.end_ids)
+            answers = sample_answers(
+                session.model, session.files.tokenizer, examples, data.template.end_ids,
+                synced=together, generated=session.ranks.heartbeat.progress,
+            )  # fmt: skip
             self.sinks.samples(self.progress.step, answers)
             session.model.train()
 
@@ -324,6 +341,7 @@ class Trainer:
                 written here and now, unless many ranks share it and their hosts have room for a copy of weights and moments.
         """
         session, progress = self.session, self.progress
+        session.ranks.heartbeat.phase("saving", self.saving_limit())
         self.writer.wait()
         if self.writer.saved_step == progress.step and progress.ended is None:
             return
@@ -342,7 +360,17 @@ class Trainer:
         else:
             fill, periodic = partial(export.write_checkpoint, *parts), False
         write = writer.write_async if periodic else writer.write
+        began = time.perf_counter()
         write(fill, progress.step, keep_step=progress.best_step)
+        if not periodic:
+            self.longest_save = max(self.longest_save, time.perf_counter() - began)
+
+    def saving_limit(self) -> float:
+        """Seconds that a rank may wait for a checkpoint to be written: by its bytes at SLOWEST_DISK, and no less than
+        several times as long as the longest one of this start took."""
+        trained = sum(parameter.numel() for parameter in self.session.optimizer.params.values())
+        size, _ = checkpoint_bytes(self.run, trained)
+        return STUCK + max(size / SLOWEST_DISK, SLOWER * self.longest_save)
 
     def save_periodic(self) -> None:
         """Save while more steps follow, and note for how long that held them up."""
@@ -367,13 +395,17 @@ class Trainer:
             self.save_and_stop()
         self.stop.doing = "final/ is written"
         progress.ended = str(self.run.train.duration)
+        heartbeat = self.session.ranks.heartbeat
         self.save()
+        heartbeat.phase("saving final/", self.saving_limit())
         if not self.session.ranks.leads:
             export.write_model_files(None, self.run, self.session.model, {})
+            heartbeat.phase("end")
             return self.result()
         with state.writing(self.out / FINAL, progress.step) as folder:
             export.write_model_files(folder, self.run, self.session.model, self.tokenizer)
             (folder / state.CARD).write_text(model_card(self.run.model, self.run, self.out), encoding="utf-8")
+        heartbeat.phase("end")
         return self.result()
 
     def result(self) -> Result:

@@ -1,0 +1,117 @@
+"""A rank that stands still in any phase of a run is found and named; one that is slow is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ranks import environment_of, forkserver, free_port, run_ranks
+from recipes import make_run
+from tunesmith import heartbeat
+from tunesmith.checkpoint.sharded import RanksWriter
+from tunesmith.errors import TunesmithError
+from tunesmith.heartbeat import Heartbeat
+from tunesmith.training import trainer
+from tunesmith.training.run import train
+from tunesmith.training.trainer import Trainer
+
+FULL: dict[str, Any] = {"adapter": {"kind": "none"}, "parallel": {"shard": 2}}
+LORA: dict[str, Any] = {"parallel": {"replicate": 2}}
+STEPS = {"duration": "4 steps", "micro_batch": "128 tokens"}
+LIMIT = 2.0  # seconds without progress, in the phase that is struck alone: a busy machine must not disturb the others
+PLACES = {  # phase -> the function that it is struck in
+    "first step": (Trainer, "train_step"),
+    "validation": (trainer, "validation_loss"),
+    "sample answers": (trainer, "sample_answers"),
+    "saving": (RanksWriter, "_write"),
+    "saving final/": (trainer.export, "write_model_files"),
+}
+
+
+def stand_still(*_: object, **__: object) -> None:
+    time.sleep(1000)
+
+
+def stick(phase: str, env: dict[str, str], model: Path, folder: Path, changes: dict[str, Any]) -> None:
+    """A rank of a run, whose limit in `phase` is short if it has one; rank 1 stands still there."""
+    os.environ.update(env)
+    begin = Heartbeat.phase
+
+    def with_short_limit(self: Heartbeat, name: str, limit: float | None = None) -> None:
+        begin(self, name, LIMIT if name == phase and limit else limit)
+
+    Heartbeat.phase = with_short_limit  # type: ignore[method-assign]
+    heartbeat.GRACE = 0.5  # seconds that a rank has to end
+    if env["RANK"] == "1":
+        place, name = PLACES[phase]
+        setattr(place, name, stand_still)
+    sys.stderr = (folder / f"stderr-{env['RANK']}").open("w")
+    log = {"samples": 1, "tensorboard": False}
+    try:
+        train(make_run(model, folder, train=STEPS, validate={"every": "2 steps"}, log=log, **changes), say=None)
+    except TunesmithError as error:
+        sys.exit(error.exit_code)
+
+
+@pytest.mark.parametrize(
+    ("phase", "changes"),
+    [("first step", LORA), ("validation", LORA), ("sample answers", FULL), ("saving", FULL), ("saving", LORA),
+     ("saving final/", FULL)],
+    ids=["first step", "validation", "sample answers", "saving", "saving beside the steps", "final"],
+)  # fmt: skip
+def test_a_rank_that_stands_still_is_named_with_its_phase(phase, changes, tiny, tmp_path):
+    context, port = forkserver(), free_port()
+    envs = [environment_of(rank, 2, port) for rank in range(2)]
+    processes = [context.Process(target=stick, args=(phase, env, tiny, tmp_path, changes)) for env in envs]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [1, 1]
+    finally:
+        for process in processes:
+            process.kill()
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert (failure["cause"], failure["rank"], failure["phase"]) == ("hang", 1, phase)
+    printed = "".join(file.read_text() for file in tmp_path.glob("stderr-*"))
+    assert printed.count("error: rank 1 on ") == 1
+
+
+def be_slow(model: Path, folder: Path) -> list[float]:
+    """The losses of a run whose rank 0 takes longer for its sample answers and for each save than a rank may stand still."""
+    trainer.STUCK = LIMIT
+    trainer.SLOWEST_DISK = 20_000.0  # bytes/s: the checkpoint of the adapter may take 6 s
+    write, sample = RanksWriter._write, trainer.sample_answers
+
+    def write_slowly(self: RanksWriter, *arguments: Any) -> None:
+        time.sleep(1.5 * LIMIT)
+        write(self, *arguments)
+
+    def sample_slowly(*arguments: Any, generated: Any, **options: Any) -> Any:
+        def after_token() -> None:
+            time.sleep(0.05)
+            generated()
+
+        return sample(*arguments, generated=after_token, **options)
+
+    if os.environ["RANK"] == "0":
+        RanksWriter._write = write_slowly  # type: ignore[method-assign]
+        trainer.sample_answers = sample_slowly
+    log = {"samples": 1, "tensorboard": False}
+    changes = {"train": STEPS, "validate": {"every": "2 steps"}, "log": log, **LORA}
+    result = train(make_run(model, folder, checkpoint={"every": "4 steps"}, **changes), say=None)
+    return [record.loss for record in result.records]
+
+
+def test_slow_answers_and_saves_are_no_hang(tiny, tmp_path):
+    """The other rank waits for rank 0 in its next step, longer than a step may take."""
+    first, second = run_ranks(2, be_slow, tiny, tmp_path)
+    assert first == second
+    assert len(first) == 4

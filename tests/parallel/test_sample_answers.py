@@ -1,0 +1,36 @@
+"""Sample answers of a sharded model: each rank gathers weights from the others with every token."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+from ranks import run_ranks
+from recipes import make_run
+from tunesmith import ranks as ranks_module
+from tunesmith.checkpoint.resume import Start
+from tunesmith.inference.decoding import SAMPLE_TOKENS, sample_answers
+from tunesmith.parallel import mesh
+from tunesmith.training.build import build
+
+
+def answers_of_unequal_length(model: Path, folder: Path) -> list[str]:
+    """What rank 0 answers that may stop at any token, and rank 1 that stops at none."""
+    for module in (ranks_module, mesh):
+        module.PATIENCE = timedelta(seconds=20)  # that one waits for another which does not come
+    rank = int(os.environ["RANK"])
+    run = make_run(model, folder, parallel={"shard": 2}, data={"template": "raw"})
+    with ranks_module.join_ranks() as ranks:
+        session = build(run, Start(), say=lambda text: None, ranks=ranks)
+        assert session.data.validation is not None
+        stops = set(range(session.files.vocab_rows)) if rank == 0 else set()
+        examples = session.data.validation.first(2)
+        found = sample_answers(session.model, session.files.tokenizer, examples, stops, synced=True)
+    return [sample.answer for sample in found]
+
+
+def test_a_rank_that_has_finished_waits_for_the_others(tiny, tmp_path):
+    short, long = run_ranks(2, answers_of_unequal_length, tiny, tmp_path)
+    assert short == ["", ""]
+    assert all(len(answer.encode()) > SAMPLE_TOKENS / 2 for answer in long)
