@@ -8,10 +8,21 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from recipes import make_run
 from runs import peft_model
+from tunesmith.checkpoint.resume import Start
 from tunesmith.errors import UsageError
-from tunesmith.inference.decoding import Decoding, answer_all, answer_batch, decode, merged_meanwhile
+from tunesmith.inference.decoding import (
+    SAMPLE_TOKENS,
+    Decoding,
+    answer_all,
+    answer_batch,
+    decode,
+    merged_meanwhile,
+    sample_answers,
+)
 from tunesmith.inference.load_run import LoadedModel, load_run
+from tunesmith.training.build import build
 
 TEXTS = ["a", "hello there", "Count to seven", "x" * 40, "the end", "b?", "one two three", "zz", "q", "longer " * 9]
 
@@ -136,6 +147,21 @@ def test_merged_meanwhile_answers_alike_and_restores_every_bit(opened: LoadedMod
     torch.testing.assert_close(merged, unmerged, atol=1e-5, rtol=0)
     assert torch.equal(again, unmerged)
     assert all(torch.equal(weight, before[name]) for name, weight in opened.model.state_dict().items())
+
+
+def test_sample_answers_take_one_forward_a_token_and_are_those_of_one_prompt_at_a_time(
+    tiny: Path, tmp_path: Path
+) -> None:
+    session = build(make_run(tiny, tmp_path), Start(), say=lambda text: None)
+    assert session.data.validation is not None
+    examples, calls = list(session.data.validation.first(4)), []
+    hook = session.model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    together = sample_answers(session.model, session.files.tokenizer, examples, [])
+    hook.remove()
+    assert len(calls) == SAMPLE_TOKENS
+    assert len({len(example.ids) for example in examples}) > 1
+    alone = [sample_answers(session.model, session.files.tokenizer, [one], [])[0] for one in examples]
+    assert together == alone
 
 
 def test_a_bf16_model_is_not_merged_meanwhile(tiny: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from tunesmith.checkpoint.resume import Start
 from tunesmith.inference.decoding import SAMPLE_TOKENS, sample_answers
 from tunesmith.parallel import mesh
 from tunesmith.training.build import build
+from tunesmith.training.run import train
 
 
 def answers_of_unequal_length(model: Path, folder: Path) -> list[str]:
@@ -28,6 +30,17 @@ def answers_of_unequal_length(model: Path, folder: Path) -> list[str]:
         examples = session.data.validation.first(2)
         found = sample_answers(session.model, session.files.tokenizer, examples, stops, synced=True)
     return [sample.answer for sample in found]
+
+
+def steps_with_answers(model: Path, folder: Path) -> list[int]:
+    run = make_run(model, folder, parallel={"shard": 2}, train={"duration": "4 steps"}, log={"samples": 1})
+    train(run, say=None)
+    lines = (folder / "run" / "samples.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_shards_answer_at_validations_alone(tiny, tmp_path):
+    assert run_ranks(2, steps_with_answers, tiny, tmp_path)[0] == [4]
 
 
 def test_a_rank_that_has_finished_waits_for_the_others(tiny, tmp_path):

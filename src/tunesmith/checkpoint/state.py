@@ -31,9 +31,8 @@ ANNOUNCED_BYTES = 1 << 30  # comparing the checksums of as much takes a second o
 HASHING_THREADS = 4  # one hashes 0.7 to 2 GB/s, a local disk reads no more than a few of them hash
 ELSEWHERE = ": a rank wrote it, maybe on another node's disk"
 Entries = dict[str, dict[str, Any]]  # of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
-Fill = Callable[
-    [Path], Entries | None
-]  # writes files into an empty folder; entries of those that it hashed as it wrote
+# Writes files into an empty folder; returns the entries of those that it hashed as it wrote them.
+Fill = Callable[[Path], Entries | None]
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 

@@ -206,7 +206,7 @@ class Log:
         (), "others, each configured by its own variables: mlflow, trackio, comet_ml, swanlab, wandb"
     )
     samples: CountOrZero = key(
-        2, "sample answers to held-out prompts, before the first step and at each validation; 0: none"
+        2, "sample answers to held-out prompts, before the first step (not on shards) and at each validation; 0: none"
     )
 
 

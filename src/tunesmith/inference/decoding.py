@@ -219,10 +219,13 @@ def sample_answers(
 ) -> list[SampleAnswer]:
     """Greedy answers to examples of a run in progress; the training attention is set again afterwards.
 
+    All are answered in one batch: the weights, which shards gather and nf4 makes dense, are needed once a token.
     `synced` as for `answer_batch`; `generated` is called after each token.
     """
     # What stands before the first supervised token is the prompt; an example that is supervised whole has none.
     turns = [(e.ids[:start].tolist(), e, start) for e in examples if (start := int(e.trained.argmax())) > 1]
+    if not turns:
+        return []
     model, decoding = train_model.model, Decoding(max_new_tokens=SAMPLE_TOKENS)
 
     def after_token() -> bool:
@@ -231,13 +234,14 @@ def sample_answers(
 
     train_model.use_inference_attention()
     try:
-        how: dict[str, Any] = {"stops": stops, "synced": synced, "generate": train_model.generate}
-        how["cancelled"] = after_token
-        answers = [answer_batch(model, tokenizer, [ids], decoding, **how)[0].text for ids, _, _ in turns]
+        answers = answer_batch(
+            model, tokenizer, [ids for ids, _, _ in turns], decoding,
+            stops=stops, cancelled=after_token, generate=train_model.generate, synced=synced,
+        )  # fmt: skip
     finally:
         train_model.use_training_attention()
     # The same number of tokens of the row's own answer, up to the end of its first turn.
     rows = [example.ids[start : start + SAMPLE_TOKENS].tolist() for _, example, start in turns]
     expected = [cut_answer(tokenizer, row, stops).text for row in rows]
     found = zip(turns, answers, expected, strict=True)
-    return [SampleAnswer(decode(tokenizer, ids), answer, wanted) for (ids, _, _), answer, wanted in found]
+    return [SampleAnswer(decode(tokenizer, ids), answer.text, wanted) for (ids, _, _), answer, wanted in found]

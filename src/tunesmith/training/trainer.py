@@ -117,7 +117,8 @@ class Trainer:
         if not self.progress.validated:
             self.sinks.text("validation", "now comes the validation that a stop cut off")
             self.validate()
-        if not self.first_step:
+        # Shards gather the whole model for each token: what a base answers is not worth that.
+        if not self.first_step and not sharded_modules(self.session.model):
             self.sample()
         ranks, device = self.session.ranks, self.session.device
         profiler = Profiler(self.run.profile, self.out / "profile", rank=ranks.rank, device=device)
