@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from recipes import recipe
 from tunesmith.cli.main import main
-from tunesmith.config.load import from_mapping
+from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.launch import slurm
@@ -214,6 +214,30 @@ def test_the_warning_leaves_a_short_limit_time_to_train() -> None:
     assert [warning(None), warning("12:00:00"), warning("4"), warning("12:00:00", 900)] == [300, 300, 60, 900]
     with pytest.raises(UsageError, match="of 600 s the run would save for 400 s"):
         warning("10", 400)
+
+
+def test_the_warning_comes_early_enough_for_a_large_checkpoint(run: Run, tmp_path: Path) -> None:
+    """70B in full: 705 GB at an assumed 1 GB/s, or as long as the newest checkpoint took; an adapter needs no more."""
+    run = replace(run, output_dir=str(tmp_path))
+    assert slurm.saving_seconds(run) == 0.0
+    full = replace(load_recipe("llama3.3-70b-full"), output_dir=str(tmp_path))
+    saving = slurm.saving_seconds(full)
+    assert saving == pytest.approx(705.5, abs=1)
+
+    def warning(time: str, saving: float) -> int:
+        return slurm.warning_of(slurm.Request(Site(time=time), saving=saving))
+
+    assert warning("12:00:00", saving) == 60 + 1411 + 1
+    assert warning("1:00:00", saving) == 900  # a quarter of it
+    assert warning("12:00:00", 20.0) == 300
+
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    for name, when in (("config.json", 1000), ("model.safetensors", 1150), ("manifest.json", 1200)):
+        (checkpoint / name).write_text("{}")
+        os.utime(checkpoint / name, (when, when))
+    assert slurm.saving_seconds(full) == 200.0
+    assert warning("12:00:00", 200.0) == 460
 
 
 @pytest.fixture

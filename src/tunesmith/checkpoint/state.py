@@ -186,6 +186,14 @@ def _way_on(folder: Path) -> str:
     return f"restore it from a copy, or tunesmith train {shell_path(recipe)} --fresh; {edited}"
 
 
+def seconds_to_write(folder: Path) -> float | None:
+    """Seconds between the first file of a checkpoint that was written and its manifest, the last; None without one."""
+    if not is_sealed(folder):
+        return None
+    times = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
+    return max(0.0, (folder / MANIFEST).stat().st_mtime - min(times))
+
+
 def step_of(folder: Path) -> int | None:
     """The step in a complete folder's manifest (sizes compared, contents not), or None."""
     if find_damage(folder, contents=False) is not None:

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=_seeds, default=(), metavar="1,2,3", help="a job array: one run a seed")
     requeues = "times that it may go back into the queue, at a time limit or after a lost node; 0: never (default: 5)"
     parser.add_argument("--max-requeues", type=_count, default=5, metavar="N", help=requeues)
-    before = "save so long before the time limit (default: 300, or a quarter of a short limit)"
+    before = "save so long before the time limit (default: by the size of a checkpoint, from 300 on; a quarter of a short limit)"
     parser.add_argument("--warn-before", type=whole_number, metavar="SECONDS", help=before)
     parser.add_argument("--render", action="store_true", help="print the script and write its recipe; submit nothing")
 
@@ -54,7 +54,11 @@ def run(args: argparse.Namespace) -> None:
     recipe, site = launched_recipe(args), read_site(args.site)
     given = {key: value for key in TEXTS if (value := vars(args)[key]) is not None}
     site = replace(site, **given, exclusive=site.exclusive or args.exclusive, sbatch=(*site.sbatch, *args.sbatch_arg))
-    request = slurm.Request(site, args.nodes, args.seeds, args.max_requeues, args.warn_before, args.debug)
+    saving = slurm.saving_seconds(recipe)
+    request = slurm.Request(site, args.nodes, args.seeds, args.max_requeues, args.warn_before, saving, args.debug)
+    if (needed := slurm.seconds_to_save(request)) > (wanted := slurm.warning_of(request)):
+        what = f"warning: saving may take {needed} s, and the run is asked to save {wanted} s before the time limit"
+        print(f"{what}; fix: --warn-before {needed}, or a longer --time", file=sys.stderr)
     script = slurm.render_script(recipe, request)
     if args.render:
         files = [write_recipe(one) for one in slurm.runs_of(recipe, args.seeds)]

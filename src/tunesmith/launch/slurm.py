@@ -5,6 +5,7 @@ limit, and puts itself back into the queue. Nothing of the submitting shell's en
 the script shows: Slurm keeps a job's environment on the controller's disk, where a token would stay.
 """
 
+import math
 import os
 import re
 import shlex
@@ -17,17 +18,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith import __version__
+from tunesmith.checkpoint.state import list_checkpoints, seconds_to_write
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError, is_secret_name, mask
 from tunesmith.host_files import write_atomically
 from tunesmith.launch.inputs import hub_sources, recipe_inputs
 from tunesmith.launch.jobs import FOLDER, Job, State, all_jobs, last_step, safe_value, save_job, write_recipe
 from tunesmith.launch.sites import DIRECTIVES, Site
+from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.shapes import config_of_model
+from tunesmith.model.spec import read_spec
 from tunesmith.run_directory import STOP_FILE
 from tunesmith.shell import shell_word
 
 SCRIPT, LOG = "slurm.sh", "slurm"  # names in the folder `launch` of the run directory
-WARNING = 300  # seconds before the time limit at which the run is asked to save, at most
+WARNING = 300  # seconds before the time limit at which the run is asked to save, at least; a short limit has less
+STEP_AND_CLOCK = 60  # of them for the step under way, and for Slurm's clock, which goes by the minute
+# Bytes/s of a checkpoint where none of the run is there to be measured: a shared disk that several nodes write to.
+ASSUMED_DISK = 1e9
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
 # Variables of the submitting shell that the job gets, but for those with the name or the form of a secret.
@@ -111,7 +119,8 @@ exit "$code"
 class Request:
     """One submission: a run, or one run a seed, on so many nodes.
 
-    `warning`: seconds before the time limit at which all ranks are asked to save; None: 300, or a quarter of a short limit.
+    `warning`: seconds before the time limit at which all ranks are asked to save; None: 300, or more where saving takes
+    longer, but no more than a quarter of the limit. `saving`: seconds that a checkpoint takes, as far as that is known.
     `debug`: the agents collect what ranks and NCCL say.
     """
 
@@ -120,6 +129,7 @@ class Request:
     seeds: tuple[int, ...] = ()
     max_requeues: int = 5
     warning: int | None = None
+    saving: float = 0.0
     debug: bool = False
 
 
@@ -222,11 +232,36 @@ def ranks_of(site: Site) -> int:
 def warning_of(request: Request) -> int:
     """Seconds before the time limit at which the ranks are asked to save."""
     limit = limit_seconds(request.site.time) if request.site.time else 0
-    wanted = request.warning or min(WARNING, limit // 4 or WARNING)
+    by_size = max(WARNING, seconds_to_save(request))
+    wanted = request.warning or min(by_size, limit // 4 or by_size)
     if limit and wanted > limit // 2:
         what = f"of {limit} s the run would save for {wanted} s"
         raise UsageError(what, where="--warn-before", fix=f"a longer --time, or --warn-before {limit // 4}")
     return wanted
+
+
+def seconds_to_save(request: Request) -> int:
+    """Seconds that the run needs before the limit: a disk may be half as fast the next time."""
+    return STEP_AND_CLOCK + math.ceil(2 * request.saving)
+
+
+def saving_seconds(run: Run) -> float:
+    """Seconds that writing a checkpoint of the run takes: as many as the newest one in its directory took, else by its
+    bytes at ASSUMED_DISK; 0 for an adapter, and where the model's shape is not at hand."""
+    for checkpoint in list_checkpoints(Path(run.output_dir)):
+        if (seconds := seconds_to_write(checkpoint.path)) is not None:
+            return seconds
+    if run.adapter.kind != "none":
+        return 0.0
+    file = Path(run.model.name, "config.json")
+    config = read_json(file) if file.is_file() else config_of_model(run.model.name)
+    if config is None:
+        return 0.0
+    from tunesmith.runtime.resolve import checkpoint_bytes  # loads torch
+
+    spec = read_spec(config, where=run.model.name, trust_remote_code=run.model.trust_remote_code)
+    size, _ = checkpoint_bytes(run, spec.parameters)
+    return size / ASSUMED_DISK
 
 
 def limit_seconds(text: str) -> int:
