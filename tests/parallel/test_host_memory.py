@@ -173,7 +173,8 @@ def test_a_rank_holds_its_shard_and_one_tensor_at_most(mesh, changes, tiny, tmp_
     tensor = WIDTH * ROWS * 2
     for loading, final in run_ranks(4, peaks, tmp_path / "large", tmp_path, mesh, changes):
         peak, held = loading
-        assert held > (60 * MIB if changes.keys() > {"model"} else 30 * MIB), "nothing was measured"
+        # Less than the shards' bytes: a part goes where loading the small model has left free memory.
+        assert held > (60 * MIB if changes.keys() > {"model"} else 20 * MIB), "nothing was measured"
         assert peak < held + tensor
         assert final[0] < tensor
     written = load_file(next(tmp_path.glob("*model.safetensors")))

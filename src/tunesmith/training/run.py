@@ -20,6 +20,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import (
     EXIT_OK,
     EXIT_STOPPED,
+    CheckpointError,
     NonFiniteError,
     OtherRankError,
     RunError,
@@ -283,7 +284,10 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
         if trainer.stop.now:
             raise stopped_twice(trainer.out, trainer.progress.step, trainer.writer.saved_step) from error
         failure, resume = trainer.as_failure(error), how_to_resume(trainer.writer.saved_step)
-        failure.failed_rank = failure.failed_rank or trainer.session.ranks.heartbeat.own_place()
+        place = trainer.session.ranks.heartbeat.own_place()
+        if isinstance(caught, CheckpointError):
+            place["phase"] = "saving"  # in a thread, beside whatever the loop does when it learns of it
+        failure.failed_rank = failure.failed_rank or place
         if error is callback.error:
             what = f"on_record raised {type(error).__name__}: {first_line(error)}"
             failure = RunError(what, where=f"step {trainer.progress.step}", fix=f"correct on_record; {resume}")
