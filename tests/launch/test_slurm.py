@@ -240,6 +240,27 @@ def test_the_warning_comes_early_enough_for_a_large_checkpoint(run: Run, tmp_pat
     assert warning("12:00:00", 200.0) == 460
 
 
+@pytest.mark.parametrize(
+    ("limit", "wanted", "saving", "fix"),
+    [
+        ("3", None, 0.0, ""),  # a short limit, and nothing is known of saving
+        ("12:00:00", None, 705.5, ""),
+        ("1:00:00", None, 705.5, "--warn-before 1471"),
+        ("12:00:00", 300, 705.5, "--warn-before 1471"),
+        ("30", None, 705.5, "--time 50 --warn-before 1471"),
+    ],
+)
+def test_a_limit_too_short_for_a_checkpoint_has_a_fix_that_is_taken(
+    limit: str, wanted: int | None, saving: float, fix: str
+) -> None:
+    text = slurm.warn_of_short_limit(slurm.Request(Site(time=limit), warning=wanted, saving=saving))
+    assert text.partition("fix: ")[2] == fix
+    if fix:
+        words = dict(zip(fix.split()[::2], fix.split()[1::2], strict=True))
+        again = slurm.Request(Site(time=words.get("--time", limit)), warning=int(words["--warn-before"]), saving=saving)
+        assert slurm.warn_of_short_limit(again) == ""
+
+
 @pytest.fixture
 def sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))

@@ -56,9 +56,8 @@ def run(args: argparse.Namespace) -> None:
     site = replace(site, **given, exclusive=site.exclusive or args.exclusive, sbatch=(*site.sbatch, *args.sbatch_arg))
     saving = slurm.saving_seconds(recipe)
     request = slurm.Request(site, args.nodes, args.seeds, args.max_requeues, args.warn_before, saving, args.debug)
-    if (needed := slurm.seconds_to_save(request)) > (wanted := slurm.warning_of(request)):
-        what = f"warning: saving may take {needed} s, and the run is asked to save {wanted} s before the time limit"
-        print(f"{what}; fix: --warn-before {needed}, or a longer --time", file=sys.stderr)
+    if text := slurm.warn_of_short_limit(request):
+        print(text, file=sys.stderr)
     script = slurm.render_script(recipe, request)
     if args.render:
         files = [write_recipe(one) for one in slurm.runs_of(recipe, args.seeds)]

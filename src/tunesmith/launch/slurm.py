@@ -241,8 +241,19 @@ def warning_of(request: Request) -> int:
 
 
 def seconds_to_save(request: Request) -> int:
-    """Seconds that the run needs before the limit: a disk may be half as fast the next time."""
-    return STEP_AND_CLOCK + math.ceil(2 * request.saving)
+    """Seconds that the run needs before the limit, 0 where that is not known: a disk may be half as fast the next time."""
+    return STEP_AND_CLOCK + math.ceil(2 * request.saving) if request.saving else 0
+
+
+def warn_of_short_limit(request: Request) -> str:
+    """A line for the user where the last checkpoint may not be whole before the time limit; empty where it will be."""
+    needed, wanted = seconds_to_save(request), warning_of(request)
+    if needed <= wanted:
+        return ""
+    limit = limit_seconds(request.site.time) if request.site.time else 0
+    longer = f"--time {math.ceil(2 * needed / 60)}"  # minutes: half of it may be left for saving
+    fix = f"--warn-before {needed}" if not limit or needed <= limit // 2 else f"{longer} --warn-before {needed}"
+    return f"warning: saving may take {needed} s, and the run is asked to save {wanted} s before the time limit; fix: {fix}"
 
 
 def saving_seconds(run: Run) -> float:
