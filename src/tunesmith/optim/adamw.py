@@ -27,7 +27,9 @@ BLOCK = 256  # elements of an 8-bit moment that share a scale
 # A smaller tensor keeps fp32 moments, as in bitsandbytes, and a vector too: it costs nothing, and norms are sensitive.
 MIN_8BIT = 4096
 
-CHUNK = 1 << 18  # elements that are rounded at once where no compiled kernel does it: the temporaries stay small
+# Elements that are rounded at once where no compiled kernel does it, so that temporaries stay small: on a CPU they fit
+# its cache, and on a GPU a piece must be worth the start of some 60 kernels.
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 # Scalars that leave a weight and its moments as they are where the gradient is 0, in the order of `_adamw_rounded`.
 NO_UPDATE = (0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0)
@@ -288,14 +290,15 @@ class AdamWUpdate:
 
     def _pieces(self, part: ParameterState, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The tensors, which have the shape of the part's weight, in pieces along the first dimension, each behind its
-        place for `noise_at`; in one piece where the update is compiled."""
+        place for `noise_at`; in one piece where the compiled update takes them."""
         if part.noise_place is None:
             part.noise_place = self._to_device(noise_place(part.name, part.param))
-        weight = part.weight
-        if self.compiled or weight.numel() <= CHUNK:
+        weight, most = part.weight, CHUNK[self.device.type]
+        is_compiled = self.compiled and not part.eight_bit
+        if is_compiled or weight.numel() <= most:
             yield part.noise_place, *tensors
             return
-        rows = max(1, CHUNK * len(weight) // weight.numel())
+        rows = max(1, most * len(weight) // weight.numel())
         for start in range(0, len(weight), rows):
             place = part.noise_place.clone()
             place[2] += start
