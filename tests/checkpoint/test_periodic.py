@@ -22,6 +22,7 @@ from tunesmith.errors import NonFiniteError, RunError, StoppedError
 from tunesmith.runtime.transfer import Snapshot
 from tunesmith.training.run import train
 from tunesmith.training.trainer import PendingMetrics, Trainer
+from waiting import wait_for
 
 CLOCKS = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "host_memory_percent", "product_tflops")
 
@@ -159,6 +160,20 @@ def failed(run_dir: Path) -> dict[str, Any]:
     found = json.loads((run_dir / "failure.json").read_text())
     assert found.pop("last_step") in (4, 5, 6, 7, 8)
     return {k: str(v).replace(str(run_dir), "RUN") for k, v in found.items()}
+
+
+def test_a_save_that_fails_while_steps_go_on_is_told_as_saving(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop learns of it between two saves: the disk is full only once the step after the save is recorded."""
+    records = tmp_path / "run" / "metrics.jsonl"
+    spoil(monkeypatch, 20, then=lambda: wait_for(lambda: records.read_bytes().count(b"\n") >= 21))
+    changes = {"train": {"duration": "60 steps"}, "checkpoint": {"every": "20 steps"}}
+    with pytest.raises(RunError):
+        train(make_run(tiny, tmp_path, held=False, **changes), say=lambda text: None)
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert 20 < failure["last_step"] < 40, "before the next save would have waited for it"
+    assert failure["phase"] == "saving"
 
 
 def test_a_full_disk_behind_the_steps_ends_the_run_as_one_in_the_loop_does(
