@@ -85,7 +85,7 @@ def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
 
     path = fetch.local_model(model)
     in_package = config_of_model(model.name) if path is None and model.revision is None else None
-    if in_package is not None and not fetch.is_config_cached(model):
+    if in_package is not None and fetch.cached_without_weights(model.name) is None:
         return in_package, model.name, None
     is_gguf = path is not None and path.is_file()
     folder = fetch.fetch(model) if is_gguf else fetch.fetch_without_weights(model.name, model.revision)

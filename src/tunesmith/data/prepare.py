@@ -157,8 +157,8 @@ def prepare_data(
     cache = cache or cache_folder("tokens")
     template = select_template(run.data, tokenizer, eos_ids)
     rows, held_out = read_splits(run.data, run.train.seed)
-    tokens_by: dict[str, Any] = {"cache": cache, "of_tokenizer": tokenizer_hash(tokenizer)}
-    train = tokenise(rows, run.data, template, tokenizer, what="train", **tokens_by)
+    own_hash = tokenizer_hash(tokenizer)
+    train = tokenise(rows, run.data, template, tokenizer, cache=cache, what="train", of_tokenizer=own_hash)
     if run.data.allow_cut_answers:
         cut_answers = "accept"
     contracts = [
@@ -169,7 +169,9 @@ def prepare_data(
     ]  # fmt: skip
     validation = held_digest = None
     if held_out:
-        validation = tokenise(held_out, run.data, template, tokenizer, what="validation", **tokens_by)
+        validation = tokenise(
+            held_out, run.data, template, tokenizer, cache=cache, what="validation", of_tokenizer=own_hash
+        )
         held_digest = validation.counts.digest
         if run.validate.max_examples is not None:
             validation = validation.first(run.validate.max_examples)
@@ -194,5 +196,5 @@ def prepare_data(
     duplicates, overlap = find_repeats(train), find_repeats(validation, train) if validation is not None else Repeats()
     return TrainingData(
         run, train, validation, template, schedule, tuple(contracts), duplicates, overlap, held_digest,
-        tokens_by["of_tokenizer"],
+        own_hash,
     )  # fmt: skip

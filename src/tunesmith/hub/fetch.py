@@ -239,15 +239,15 @@ def fetch_without_weights(name: str, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     with hub_calls(name, revision):
-        cached = try_to_load_from_cache(name, "tokenizer_config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent
+        if (cached := cached_without_weights(name, revision)) is not None:
+            return cached
         return Path(retry(lambda: snapshot_download(name, revision=revision, allow_patterns=list(SUPPORT))))
 
 
-def is_config_cached(model: Model) -> bool:
-    """Whether the Hub's cache has what `fetch_without_weights` takes from there without the network."""
-    return isinstance(try_to_load_from_cache(model.name, "tokenizer_config.json", revision=model.revision), str)
+def cached_without_weights(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a Hub id's tokenizer and configuration in the Hub's cache, without asking the Hub; None if not there."""
+    cached = try_to_load_from_cache(name, "tokenizer_config.json", revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 @dataclass(frozen=True)

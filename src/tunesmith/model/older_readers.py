@@ -73,9 +73,8 @@ def _older_scaling(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any] |
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    if (
-        model_type == "phi3" and "short_factor" in rope
-    ):  # it refuses any other number of keys, and has the rest at the top of its config
+    # Phi-3 takes these three keys and no other, and has the rest at the top of its config.
+    if model_type == "phi3" and "short_factor" in rope:
         return {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
     return scaling | {"rope_type": kind, "type": kind}  # `type` is the name before Transformers 4.43

@@ -51,7 +51,8 @@ from tunesmith.units import Cadence, ratio
 # Limits of phases that the heartbeat watches, beside STUCK. Graphs of a layer are compiled once, in minutes; a disk slower
 # than SLOWEST_DISK, or a save that takes SLOWER times as long as one before, is taken for one that stands still.
 COMPILING = 30 * 60.0  # seconds
-SLOWEST_DISK = 50e6  # bytes/s, of a checkpoint that is written and read again for its checksums
+# What one rank writes alone is read again for its checksums.
+SLOWEST_DISK = 50e6  # bytes/s, of a checkpoint that is written
 SLOWER = 4.0
 
 
