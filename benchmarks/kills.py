@@ -73,7 +73,7 @@ def recipe_of(model: str, rows: str, out: str) -> dict[str, Any]:
         "model": {"name": model, "dtype": "fp32"},
         "adapter": {"kind": "none"},
         "parallel": {"replicate": 2},
-        "data": {"train": {"source": rows, "format": "prompt-completion"}, "seq_len": 64},
+        "data": {"train": {"source": rows, "format": "prompt-completion"}, "seq_len": 96},
         "train": {
             "duration": "200000 steps", "global_batch": "4 examples", "learning_rate": 1e-4, "schedule": "constant",
             "warmup": "2 steps",
