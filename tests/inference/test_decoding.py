@@ -14,6 +14,7 @@ from tunesmith.checkpoint.resume import Start
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import (
     SAMPLE_TOKENS,
+    AnswerClock,
     Decoding,
     answer_all,
     answer_batch,
@@ -162,6 +163,16 @@ def test_sample_answers_take_one_forward_a_token_and_are_those_of_one_prompt_at_
     assert len({len(example.ids) for example in examples}) > 1
     alone = [sample_answers(session.model, session.files.tokenizer, [one], [])[0] for one in examples]
     assert together == alone
+
+
+@pytest.mark.parametrize(("allowed", "late"), [(8.31, False), (8.29, True)])
+def test_the_clock_judges_all_tokens_by_the_first_two(allowed: float, late: bool) -> None:
+    """The prompts take 2 s until the first token, and each token after it 0.1 s."""
+    times, generated = iter([10.0, 12.0, 12.1, 12.2]), []
+    clock = AnswerClock(allowed, generated=lambda: generated.append(1), now=lambda: next(times))
+    assert [clock.after_token() for _ in range(3)] == [False, late, late]
+    assert clock.predicted == pytest.approx(2.0 + 63 * 0.1)
+    assert len(generated) == 3
 
 
 def test_a_bf16_model_is_not_merged_meanwhile(tiny: Path, tmp_path: Path) -> None:

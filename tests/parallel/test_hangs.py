@@ -94,12 +94,15 @@ def be_slow(model: Path, folder: Path) -> list[float]:
         time.sleep(1.5 * LIMIT)
         write(self, *arguments)
 
-    def sample_slowly(*arguments: Any, generated: Any, **options: Any) -> Any:
+    def sample_slowly(*arguments: Any, clock: Any, **options: Any) -> Any:
+        generated = clock.generated
+
         def after_token() -> None:
             time.sleep(0.05)
             generated()
 
-        return sample(*arguments, generated=after_token, **options)
+        clock.generated = after_token
+        return sample(*arguments, clock=clock, **options)
 
     if os.environ["RANK"] == "0":
         RanksWriter._write = write_slowly  # type: ignore[method-assign]

@@ -7,12 +7,15 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
+
 from ranks import run_ranks
 from recipes import make_run
 from tunesmith import ranks as ranks_module
 from tunesmith.checkpoint.resume import Start
 from tunesmith.inference.decoding import SAMPLE_TOKENS, sample_answers
 from tunesmith.parallel import mesh
+from tunesmith.training import trainer
 from tunesmith.training.build import build
 from tunesmith.training.run import train
 
@@ -41,6 +44,22 @@ def steps_with_answers(model: Path, folder: Path) -> list[int]:
 
 def test_shards_answer_at_validations_alone(tiny, tmp_path):
     assert run_ranks(2, steps_with_answers, tiny, tmp_path)[0] == [4]
+
+
+def answers_by_the_clock_of(allowed: dict[str, float], model: Path, folder: Path) -> tuple[bool, str]:
+    """Whether there are answers where each rank has so many seconds for them, and the log."""
+    trainer.ANSWER_SECONDS = allowed[os.environ["RANK"]]
+    steps = {"duration": "2 steps"}
+    train(make_run(model, folder, parallel={"shard": 2}, train=steps, log={"samples": 1}), say=None)
+    return (folder / "run" / "samples.jsonl").exists(), (folder / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("leader", [0.0, 60.0])
+def test_all_ranks_go_by_the_clock_of_rank_0(leader, tiny, tmp_path):
+    allowed = {"0": leader, "1": 60.0 - leader}
+    (answered, log), _ = run_ranks(2, answers_by_the_clock_of, allowed, tiny, tmp_path)
+    assert answered is (leader > 0)
+    assert log.count("log.samples=0") == (not answered)
 
 
 def test_a_rank_that_has_finished_waits_for_the_others(tiny, tmp_path):

@@ -13,6 +13,7 @@ from tunesmith.checkpoint import state
 from tunesmith.checkpoint.resume import Start
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.signals import StopRequest
+from tunesmith.training import trainer
 from tunesmith.training.build import build
 from tunesmith.training.result import Result
 from tunesmith.training.run import sinks_of, train
@@ -131,6 +132,36 @@ def test_samples_and_tensorboard(tiny: Path, tmp_path: Path) -> None:
     written = lines(tmp_path)
     assert [e.value for e in events.Scalars("train/loss")] == pytest.approx([r["loss"] for r in written], rel=1e-6)
     assert any("sample" in tag for tag in events.Tags()["tensors"])
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(60.0, [0, 2, 4, 6, 8]), (0.0, [])])
+def test_slow_sample_answers_are_left_out_and_that_is_said_once(
+    seconds: float, steps: list[int], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "ANSWER_SECONDS", seconds)
+    go(tiny, tmp_path, validate={"every": "2 steps"}, log={"samples": 1})
+    samples = tmp_path / "run" / "samples.jsonl"
+    answered = [json.loads(line)["step"] for line in samples.read_text().splitlines()] if samples.exists() else []
+    assert answered == steps
+    assert (tmp_path / "run" / "log.txt").read_text().count("log.samples=0") == (not steps)
+
+
+def test_the_last_answers_need_not_wait_for_what_others_took(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took: list[float] = []
+
+    def note(self: Trainer) -> float:
+        self.answer_seconds += 15.0
+        took.append(answers_may_take(self))
+        return took[-1]
+
+    answers_may_take = Trainer.answers_may_take
+    monkeypatch.setattr(Trainer, "answers_may_take", note)
+    go(tiny, tmp_path, validate={"every": "4 steps"}, log={"samples": 1})
+    first, second, last = took
+    assert 0 <= second < first <= trainer.ANSWER_SECONDS - 15.0
+    assert last == trainer.ANSWER_SECONDS
 
 
 @pytest.mark.parametrize("masters", ["fp32", "stochastic"])

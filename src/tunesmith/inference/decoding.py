@@ -5,6 +5,8 @@ seed, so a job that is stopped and resumed gives the same answers as an uninterr
 with a model (a repetition penalty, a default temperature) are ignored.
 """
 
+import math
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -208,6 +210,40 @@ def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
             module.weight, module.enabled = weight, True
 
 
+class AnswerClock:
+    """Ends sample answers that would take more than `allowed` seconds, by what their first two tokens took.
+
+    Attributes:
+        predicted: seconds that all tokens would take; None before the second one.
+        late: whether the answers were ended.
+    """
+
+    def __init__(
+        self,
+        allowed: float = math.inf,
+        *,
+        generated: Callable[[], object] = lambda: None,
+        agree: Callable[[bool], bool] = lambda late: late,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`generated` is called after each token; `agree` makes one verdict of those of ranks that answer together."""
+        self.allowed, self.generated, self.agree, self.now = allowed, generated, agree, now
+        self.predicted: float | None = None
+        self.late = False
+        self.began = now()
+        self.seconds: list[float] = []  # of each token, from the beginning
+
+    def after_token(self) -> bool:
+        """Whether the answers are to end here."""
+        self.generated()
+        self.seconds.append(self.now() - self.began)
+        if len(self.seconds) == 2:  # the first one comes after the prompts were read
+            first, second = self.seconds
+            self.predicted = first + (SAMPLE_TOKENS - 1) * (second - first)
+            self.late = self.agree(self.predicted > self.allowed)
+        return self.late
+
+
 def sample_answers(
     train_model: TrainModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -215,31 +251,30 @@ def sample_answers(
     stops: Collection[int],
     *,
     synced: bool = False,
-    generated: Callable[[], object] = lambda: None,
+    clock: AnswerClock | None = None,
 ) -> list[SampleAnswer]:
-    """Greedy answers to examples of a run in progress; the training attention is set again afterwards.
+    """Greedy answers to examples of a run in progress, none if the `clock` ends them; the training attention is set again.
 
     All are answered in one batch: the weights, which shards gather and nf4 makes dense, are needed once a token.
-    `synced` as for `answer_batch`; `generated` is called after each token.
+    `synced` as for `answer_batch`.
     """
+    clock = clock or AnswerClock()
     # What stands before the first supervised token is the prompt; an example that is supervised whole has none.
     turns = [(e.ids[:start].tolist(), e, start) for e in examples if (start := int(e.trained.argmax())) > 1]
     if not turns:
         return []
     model, decoding = train_model.model, Decoding(max_new_tokens=SAMPLE_TOKENS)
 
-    def after_token() -> bool:
-        generated()
-        return False  # not cancelled
-
     train_model.use_inference_attention()
     try:
         answers = answer_batch(
             model, tokenizer, [ids for ids, _, _ in turns], decoding,
-            stops=stops, cancelled=after_token, generate=train_model.generate, synced=synced,
+            stops=stops, cancelled=clock.after_token, generate=train_model.generate, synced=synced,
         )  # fmt: skip
     finally:
         train_model.use_training_attention()
+    if clock.late:
+        return []
     # The same number of tokens of the row's own answer, up to the end of its first turn.
     rows = [example.ids[start : start + SAMPLE_TOKENS].tolist() for _, example, start in turns]
     expected = [cut_answer(tokenizer, row, stops).text for row in rows]

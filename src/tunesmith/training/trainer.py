@@ -30,7 +30,7 @@ from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import TunesmithError
 from tunesmith.heartbeat import STUCK
 from tunesmith.host_files import write_atomically
-from tunesmith.inference.decoding import sample_answers
+from tunesmith.inference.decoding import AnswerClock, sample_answers
 from tunesmith.inference.evaluate import validation_loss
 from tunesmith.metrics.health import Health
 from tunesmith.metrics.profile import Profiler
@@ -54,6 +54,10 @@ COMPILING = 30 * 60.0  # seconds
 # What one rank writes alone is read again for its checksums.
 SLOWEST_DISK = 50e6  # bytes/s, of a checkpoint that is written
 SLOWER = 4.0
+
+# Sample answers take so much of the time trained, or so many seconds where that is less; and the last ones as much again.
+ANSWER_SHARE = 0.01
+ANSWER_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Trainer:
         self.async_metrics = session.device.type == "cuda"
         self.checkpoint_stalls: list[float] = []
         self.longest_save = 0.0  # seconds
+        self.answer_seconds = 0.0  # that sample answers took in this start
+        self.told_of_slow_answers = False
         saved_step = self.first_step if start.progress else None
         writer = partial(RanksWriter, ranks=session.ranks) if session.ranks.world > 1 else Writer
         self.writer: Writer = writer(self.out, self.run.checkpoint.keep, saved_step, sync=sinks.flush)
@@ -320,18 +326,36 @@ class Trainer:
 
     def sample(self) -> None:
         """Let the model answer some held-out prompts, on the ranks that its weights need."""
-        session, data = self.session, self.session.data
+        session, data, count = self.session, self.session.data, self.run.log.samples
         session.ranks.heartbeat.phase("sample answers", STUCK)
         together = bool(sharded_modules(session.model))
         answers_here = session.ranks.leads or together
-        if data.validation and self.run.log.samples and answers_here and session.mesh.shape.tensor == 1:
-            examples = data.validation.first(self.run.log.samples)
-            answers = sample_answers(
-                session.model, session.files.tokenizer, examples, data.template.end_ids,
-                synced=together, generated=session.ranks.heartbeat.progress,
-            )  # fmt: skip
+        if not (data.validation and count and answers_here and session.mesh.shape.tensor == 1):
+            return
+        clock = AnswerClock(
+            self.answers_may_take(),
+            generated=session.ranks.heartbeat.progress,
+            agree=(lambda late: session.ranks.gather(late)[0]) if together else (lambda late: late),
+        )
+        answers = sample_answers(
+            session.model, session.files.tokenizer, data.validation.first(count), data.template.end_ids,
+            synced=together, clock=clock,
+        )  # fmt: skip
+        session.model.train()
+        self.answer_seconds += clock.now() - clock.began
+        if not clock.late:
             self.sinks.samples(self.progress.step, answers)
-            session.model.train()
+        elif not self.told_of_slow_answers:
+            self.told_of_slow_answers = True
+            text = f"no sample answers at step {self.progress.step}: they would take {clock.predicted:.0f} s"
+            self.sinks.text(
+                "samples", f"{text}, and {clock.allowed:.0f} s may be spent on them; log.samples=0 asks for none"
+            )
+
+    def answers_may_take(self) -> float:
+        """Seconds for the sample answers that are due, which are not to cost more than they tell."""
+        allowed = max(ANSWER_SECONDS, ANSWER_SHARE * self.progress.seconds)
+        return allowed if self.progress.step and self.over() else max(0.0, allowed - self.answer_seconds)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
