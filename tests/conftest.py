@@ -68,6 +68,7 @@ plan/test_golden_plans.py bench/test_same_bits.py parallel/test_torchrun.py watc
 launch/test_old_ways.py launch/test_doctor_pair.py
 launch/test_docker_image.py launch/test_node.py launch/test_local.py
 launch/test_short_of_memory.py::test_one_rank_takes_its_own_place_once
+launch/test_short_of_memory.py::test_a_device_that_is_full_gets_half_the_micro_batch_once
 launch/test_doctor_clusters.py::test_scripts_make_a_real_swarm
 training/test_memory_stop.py::test_a_real_process_that_takes_all_memory_of_a_control_group
 cli/test_post_mortem.py metrics/test_health.py::test_other_ranks_write_records_of_their_own metrics/test_health.py::test_a_limit_on_cores_is_named_with_the_time_it_took

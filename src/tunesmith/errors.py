@@ -54,10 +54,14 @@ class TunesmithError(Exception):
         fix: the command or edit that fixes it.
         cause: the likely one, a name of CAUSES; empty where none is known.
         failed_rank: of a failed rank, for failure.json: its `rank`, `host`, `phase` and `collective`.
+
+    Attributes:
+        smaller: where memory was short, the micro batch to go on with; empty where it cannot be smaller.
     """
 
     exit_code = EXIT_FAILED
     cause = ""
+    smaller = ""
 
     def __init__(
         self,
@@ -139,9 +143,9 @@ class StoppedEarlyError(StoppedError):
 
 class ShortOfMemoryError(StoppedError):
     """The host's memory is nearly used up; everything is saved. The process ends at once: Python's own end takes a second,
-    on a busy machine five. `smaller`: the micro batch to go on with; empty where it cannot be smaller."""
+    on a busy machine five."""
 
-    cause, smaller = "memory", ""
+    cause = "memory"
 
 
 class OtherRankError(TunesmithError):

@@ -165,6 +165,7 @@ class Heartbeat:
             stopped = isinstance(error, KeyboardInterrupt | StoppedEarlyError)
             what = f"was stopped by {self.stop_signal() or 'a signal'}" if stopped else f"failed: {own.what}"
             words = {"where": own.where, "why": own.why, "fix": own.fix, "cause": own.cause, "teller": self.rank}
+            words["smaller"] = own.smaller
             if stopped:
                 words |= {"where": self.doing, "why": "", "fix": AGAIN, "stopped": True}
             self._outbox = {
@@ -348,8 +349,9 @@ class Heartbeat:
         with self._deciding:  # both threads may come here
             if self.fault is not None:
                 return
-            stopped = words.pop("stopped", False)
+            stopped, smaller = words.pop("stopped", False), words.pop("smaller", "")
             self.fault = StoppedEarlyError(**words) if stopped else RunError(**words)
+            self.fault.smaller = smaller
             if stopped:
                 self.fault.exit_code = self.stopped_code
             self.decided = time.monotonic()

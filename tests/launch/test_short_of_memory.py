@@ -17,6 +17,20 @@ from tunesmith.launch import node
 from tunesmith.signals import NAMES
 from waiting import wait_for
 
+# One rank's device is full in step 6, with the first micro batch or with any.
+FULL = """
+import os, sys
+from tunesmith.heartbeat import Heartbeat
+progress = Heartbeat.progress
+def fill(self, step=None):
+    progress(self, step)
+    halved = any(word.startswith("train.micro_batch=") for word in sys.argv)
+    if step == 5 and self.rank == int(os.environ["FULL_RANK"]) and not (halved and "ENOUGH" in os.environ):
+        import torch
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+Heartbeat.progress = fill
+"""
+
 
 def steps(out: Path) -> int:
     return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
@@ -88,3 +102,35 @@ def test_several_ranks_start_again_once(
         names = [launcher[launcher.index("--rdzv-id") + 1] for launcher in started]
         assert len({*names}) == 2, "a rendezvous that has ended takes nobody"
         assert "starting again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ranks", "enough"), [(1, False), (2, True)], ids=["one rank, never enough", "two ranks"])
+def test_a_device_that_is_full_gets_half_the_micro_batch_once(
+    ranks: int, enough: bool, tiny: Path, tmp_path: Path
+) -> None:
+    out, file, site = tmp_path / "run", tmp_path / "recipe.yaml", tmp_path / "site"
+    train = {"duration": "8 steps", "micro_batch": "512 tokens"}
+    changes = {"train": train, "checkpoint": {"every": "3 steps"}, "parallel": {"replicate": ranks}}
+    file.write_text(json.dumps(recipe(tiny, tmp_path, held=False, **changes)))
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(FULL)
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *sys.path]), "FULL_RANK": str(ranks - 1)}
+    environ["TUNESMITH_CACHE"] = str(tmp_path / "cache")
+    if enough:
+        environ["ENOUGH"] = "1"
+    words = ["--ranks", str(ranks), "--restarts", "2", "--", "train", str(file)]
+    if ranks == 1:  # with restarts, a rank alone gets a launcher too
+        words = words[:2] + words[4:]
+    command = [sys.executable, "-m", "tunesmith.launch.node", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=240, check=False)
+    assert done.stderr.count("starting again with 'train.micro_batch=256 tokens'") == 1, done.stderr
+    assert "resuming from step 3" in done.stderr
+    assert done.returncode == (0 if enough else 1), done.stderr
+    choices = json.loads((out / "env.json").read_text())["choices"]
+    assert choices["micro batch"]["taken"] == "256 tokens"
+    if enough:
+        assert steps(out) == 8
+        assert not (out / "failure.json").exists()
+    else:
+        failure = json.loads((out / "failure.json").read_text())
+        assert (failure["cause"], failure["smaller"], failure["last_step"]) == ("out-of-memory", "128 tokens", 5)

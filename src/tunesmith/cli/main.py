@@ -143,18 +143,25 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
         code, failure = known.exit_code if known else EXIT_FAILED, error
     if isinstance(fault_of(sys.stdout), BrokenPipeError):  # as in `tunesmith recipes | head -1`
         code, failure = EXIT_BROKEN_PIPE, None
-    short = [e for e in (failure, failure and failure.__cause__) if isinstance(e, ShortOfMemoryError)]
-    if process and failure is not None and short:
-        _report(failure)
-        end_at_once(short[0], code)
-    if process:
-        ignore_stop_signals()
+    short = _shortage(failure) if process else None
+    if process and short is None:
+        ignore_stop_signals()  # a process that takes this one's place would ignore them too
     if failure is not None:
         _report(failure)
+    if short is not None:
+        end_at_once(short, code)
     return code
 
 
-def end_at_once(error: ShortOfMemoryError, code: int) -> NoReturn:
+def _shortage(failure: BaseException | None) -> TunesmithError | None:
+    """The error of a run whose memory was short, of the host or the device, or None."""
+    for error in (failure, failure and failure.__cause__):
+        if isinstance(error, TunesmithError) and (error.smaller or isinstance(error, ShortOfMemoryError)):
+            return error
+    return None
+
+
+def end_at_once(error: TunesmithError, code: int) -> NoReturn:
     """End this process, or become the next start of the run, once where a launcher has asked for it."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()

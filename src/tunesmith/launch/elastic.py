@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from time import sleep
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -79,8 +80,11 @@ class ForwardStop:
                 rank.send_signal(self.number)
 
 
-def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
-    """Let torch's launcher use the agent of this module, with the store of the ranks and the signals of this process."""
+def install_agent(store: "TCPStore", stop: ForwardStop, *, is_short: Callable[[], bool]) -> None:
+    """Let torch's launcher use the agent of this module, with the store of the ranks and the signals of this process.
+
+    `is_short`: whether the ranks that have ended had too little memory, and would have it again.
+    """
 
     class Agent(LocalElasticAgent):
         """torch's own, with eyes for signals."""
@@ -96,7 +100,7 @@ def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
             stop.reach_new_ranks()
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state == WorkerState.FAILED:
-                if stop.asked:
+                if stop.asked or is_short():
                     self._remaining_restarts = 0
                 codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
                 killed = {rank: -code for rank, code in codes.items() if code < 0}

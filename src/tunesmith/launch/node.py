@@ -16,7 +16,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ from tunesmith.host_files import available_cores, oom_kills
 from tunesmith.launch.debug import collect_logs, say_all
 from tunesmith.launch.jobs import FOLDER
 from tunesmith.launch.rendezvous import BACKEND, find_endpoint, hold_store, reach_store, register_backend
-from tunesmith.run_directory import FINAL, STOPPED
+from tunesmith.run_directory import FAILURE, FINAL, STOPPED
 from tunesmith.shell import shell_path
 from tunesmith.signals import RESTART, ignore_stop_signals
 
@@ -107,13 +107,14 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
         raise UsageError(f"{args.endpoint} is not HOST:PORT", where="--endpoint", fix="--endpoint 10.0.0.1:29500")
     from tunesmith.launch.elastic import ForwardStop, install_agent  # with torch
 
-    before = stopped_at(out)
+    before = told_at(out, STOPPED)
+    began = {name: told_at(out, name) for name in (STOPPED, FAILURE)}
     stop = ForwardStop()
     endpoint = find_endpoint(host.strip("[]"), int(port), args.address)
     prepare_environment(ranks, endpoint.interface)
     store, endpoint = hold_store(endpoint) if endpoint.is_here else (reach_store(endpoint), endpoint)
     register_backend(store, endpoint)
-    install_agent(store, stop)
+    install_agent(store, stop, is_short=lambda: bool(smaller_after(out, began)))
     launcher = ["--nnodes", args.nodes, "--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND]
     launcher += ["--rdzv-endpoint", endpoint.place, "--local-addr", endpoint.address]
     launcher += ["--max-restarts", str(args.restarts)]
@@ -123,9 +124,9 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
         launcher += ["--log-dir", folder, *(say_all(Path(folder)) if args.debug else [])]
         try:
             code = run_ranks([*launcher, "--rdzv-id", args.id, *program], store, stop)
-            smaller = smaller_after(out, before) if out and not stop.asked else ""
+            smaller = "" if stop.asked else smaller_after(out, began)
             if smaller:  # once: then memory is short without it
-                before, again = stopped_at(out), f"train.micro_batch={smaller}"
+                before, again = told_at(out, STOPPED), f"train.micro_batch={smaller}"
                 print(f"starting again with {again!r}", file=sys.stderr)
                 code = run_ranks([*launcher, "--rdzv-id", f"{args.id}-again", *program, again], store, stop)
         finally:
@@ -133,7 +134,7 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
                 target, nodes = (out or Path()) / FOLDER / "debug.tar.gz", int(args.nodes.rpartition(":")[2])
                 end = collect_logs(store, Path(folder), endpoint.address, nodes, target if endpoint.is_here else None)
                 print(end, file=sys.stderr)
-    if code in (EXIT_FAILED, EXIT_OK) and stopped_at(out) > before:
+    if code in (EXIT_FAILED, EXIT_OK) and told_at(out, STOPPED) > before:
         return EXIT_STOPPED
     if stop.asked and code == EXIT_OK and not (out and (out / FINAL).is_dir()):
         return EXIT_STOPPED  # stopped.json is on another node
@@ -192,16 +193,20 @@ def told_exit_code(error: "ChildFailedError", kills: int, stop: "ForwardStop") -
     return failure.exitcode if failure.exitcode in (EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED) else EXIT_FAILED
 
 
-def stopped_at(out: Path | None) -> float:
-    """When ranks last wrote stopped.json; 0 where there is none."""
-    return (out / STOPPED).stat().st_mtime if out and (out / STOPPED).exists() else 0.0
+def told_at(out: Path | None, name: str) -> float:
+    """When ranks last wrote stopped.json or failure.json; 0 where there is none."""
+    return (out / name).stat().st_mtime if out and (out / name).exists() else 0.0
 
 
-def smaller_after(out: Path, before: float) -> str:
-    """The micro batch to go on with where ranks have stopped since `before` because memory was short; else empty."""
-    if stopped_at(out) <= before:
-        return ""
-    return str(json.loads((out / STOPPED).read_text(encoding="utf-8")).get("smaller", ""))
+def smaller_after(out: Path | None, began: Mapping[str, float]) -> str:
+    """The micro batch to go on with where ranks have ended because memory was short, by a file that is newer than it was
+    when they began; else empty."""
+    for name, before in began.items():
+        if out and told_at(out, name) > before:
+            record = json.loads((out / name).read_text(encoding="utf-8"))
+            if smaller := record.get("smaller"):
+                return str(smaller)
+    return ""
 
 
 def prepare_environment(ranks: int, interface: str) -> None:

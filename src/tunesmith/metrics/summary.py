@@ -19,11 +19,13 @@ VLLM_DEFAULT_RANK = 16
 
 def write_failure(folder: Path, error: TunesmithError, *, last_step: int, next_command: str) -> None:
     """Write failure.json: what stopped the run, where, why, its last step, and `error.fix` or else `next_command`; the likely
-    cause, and the rank that failed, null where they are not known."""
+    cause, and the rank that failed, null where they are not known; and the smaller micro batch to go on with, if any."""
     next_ = error.fix or next_command
     failure = {"what": error.what, "where": error.where, "why": error.why, "last_step": last_step, "next": next_}
     failed_rank = {name: error.failed_rank.get(name) for name in ("rank", "host", "phase", "collective")}
     failure |= {"cause": error.cause or None, **failed_rank}
+    if error.smaller:
+        failure["smaller"] = error.smaller
     write_atomically(folder / FAILURE, json.dumps(failure, indent=2) + "\n")
 
 

@@ -66,8 +66,11 @@ class Result:
         return {"output_dir": str(self.output_dir), **{name: vars(self)[name] for name in kept}, **losses}
 
 
-def failure_of(error: BaseException, run: Run, plan: RunPlan, *, step: int, saved_step: int | None) -> TunesmithError:
-    """The error of a run that had begun, in the words of failure.json; `step`: the last one done."""
+def failure_of(
+    error: BaseException, run: Run, plan: RunPlan, *, step: int, saved_step: int | None, halve: bool = True
+) -> TunesmithError:
+    """The error of a run that had begun, in the words of failure.json; `step`: the last one done, `halve` as in
+    `stopped_by`."""
     again, where = how_to_resume(saved_step), f"step {step + 1}"
     if isinstance(error, TunesmithError):
         # What is a wrong input before the first step is a failed run after it.
@@ -85,7 +88,10 @@ def failure_of(error: BaseException, run: Run, plan: RunPlan, *, step: int, save
             why = f"{why} into {limit.describe()}"
             advice = f"{limit.fix(0)}, or {advice}"
         fix = advice if advice.endswith("--fresh") else f"{advice}; {again}"
-        return RunError("out of memory", where=where, why=why, fix=fix, cause="out-of-memory")
+        failure = RunError("out of memory", where=where, why=why, fix=fix, cause="out-of-memory")
+        if halve:
+            failure.smaller = halved(run, str(plan.layout.micro_batch))
+        return failure
     if "does not have a deterministic implementation" in str(error):
         what, why = str(error).partition(", but you set")[0], "train.deterministic: true allows no such operator"
         return RunError(what, where=where, why=why, fix=f"train.deterministic=false; {again}")
@@ -144,8 +150,7 @@ def stopped_by(
     saved = f": step {step} is saved" if step else " before the first step"
     error = (ShortOfMemoryError if shortage else StoppedError)(what + saved, **words)
     record["cause"] = error.cause or None
-    if isinstance(error, ShortOfMemoryError):
-        error.smaller = record["smaller"]
+    error.smaller = record.get("smaller", "")
     if ranks.leads:
         (out / STOP_FILE).unlink(missing_ok=True)
     if is_launched():

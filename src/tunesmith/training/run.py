@@ -247,6 +247,11 @@ def follow(
         return ready.fit()
     except (StoppedError, NonFiniteError) as error:  # on all ranks alike: rank 0 tells it
         raise OtherRankError(error.what, exit_code=error.exit_code) from error
+    except Exception as error:
+        failure = ready.as_failure(error)  # of which the heartbeat tells the others
+        if failure is error:
+            raise
+        raise failure from error
 
 
 def ready_trainer(trainer: Trainer, stack: ExitStack, say: Callable[[str], None]) -> Trainer:

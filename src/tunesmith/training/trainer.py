@@ -446,4 +446,5 @@ class Trainer:
     def as_failure(self, error: BaseException) -> TunesmithError:
         """The error that ends this run, with what it knows of where it stood."""
         saved_step, plan = self.writer.saved_step, self.session.plan
-        return failure_of(error, self.run, plan, step=self.progress.step, saved_step=saved_step)
+        step = self.progress.step
+        return failure_of(error, self.run, plan, step=step, saved_step=saved_step, halve=self.halve)
