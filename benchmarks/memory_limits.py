@@ -123,11 +123,12 @@ def main() -> None:
     p.add_argument("--json", type=Path, help="write the figures to this file")
     a = p.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    model = str(Path(a.model).resolve())  # the recipe is in another folder
     cases: dict[str, list[dict[str, Any]]] = {}
     for case in a.cases:
         cases[case] = []
         for mib in a.limits or LIMITS[case]:
-            run = measure(a.model, case, mib)
+            run = measure(model, case, mib)
             cases[case].append(run)
             print(case, json.dumps(run), flush=True)
     if a.json:

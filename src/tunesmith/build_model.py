@@ -124,9 +124,10 @@ def build_model(
             return build_model(run, files, plan, **again, mesh=mesh, ranks=ranks)
     if adapter is not None:
         peft_files.load_adapter(model, adapter)
-    if probes and run.train.recompute == "auto" and device.type == "cuda" and mesh.shape.world == 1:
+    if probes and run.train.recompute == "auto" and device.type == "cuda":
         budget, meter = int(plan.memory.free * USABLE), MemoryMeter(device)
-        plan = calibrate_recompute(root, plan, probes[0], meter, budget=budget)
+        shares = mesh.shape.shard > 1 or mesh.shape.tensor > 1
+        plan = calibrate_recompute(root, plan, probes[0], meter, budget=budget, ranks=ranks, shares=shares)
     return root, plan
 
 

@@ -7,6 +7,7 @@ recompute is estimated by `resolve.py`, which errs by what a compiler decides to
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.data.batch import Batch
 from tunesmith.errors import MachineError
 from tunesmith.model.fused import add_mixin
+from tunesmith.ranks import ONE_PROCESS, Ranks
 from tunesmith.runtime.plan import RunPlan
 
 
@@ -89,7 +91,16 @@ class MemoryMeter:
         self.cuda.reset_peak_memory_stats(self.device)
 
 
-def calibrate_recompute(model: Any, plan: RunPlan, batch: Batch, meter: MemoryMeter, *, budget: int) -> RunPlan:
+def calibrate_recompute(
+    model: Any,
+    plan: RunPlan,
+    batch: Batch,
+    meter: MemoryMeter,
+    *,
+    budget: int,
+    ranks: Ranks = ONE_PROCESS,
+    shares: bool = False,
+) -> RunPlan:
     """Set how many of the model's `layers` are recomputed by forwards and backwards of `batch`; the plan with this number.
 
     The model has its weights and no optimizer yet; its gradients are dropped. `budget` bytes may be allocated in all.
@@ -97,7 +108,12 @@ def calibrate_recompute(model: Any, plan: RunPlan, batch: Batch, meter: MemoryMe
     keeps the activations of an eighth of the layers at most, and of fewer where the estimate says so; fewer layers recompute
     only as far as the measured peak, with what they are measured to keep more, is within the budget: on an integrated GPU
     a trial that ran out of memory would freeze the machine, on another it leaves the allocator in pieces.
-    MachineError, with the plan's advice, where the micro batch does not fit although every layer is recomputed.
+
+    A collective call of `ranks`, with the same plan and as large a batch: all take the number that suits the one with the
+    least room. `shares`: they need each other within a forward or backward.
+
+    MachineError, with the plan's advice, where the micro batch does not fit although every layer is recomputed; and where a
+    rank runs out of memory while others wait for its part, which cannot try again.
     """
     layers, estimate, training = model.layers, plan.memory, model.training
     total, tokens = len(layers), batch.input_ids.numel()
@@ -109,20 +125,25 @@ def calibrate_recompute(model: Any, plan: RunPlan, batch: Batch, meter: MemoryMe
         count = trial
         recompute_layers(layers, count)
         meter.restart()
-        try:
-            activations = _trial(model, batch, meter)
-        except torch.OutOfMemoryError as error:
-            if count == total:
-                what = f"a micro batch of {tokens:,} tokens does not fit into this GPU's memory"
-                why = f"with every layer recomputed; {str(error).partition('.')[0]}"
-                fix = plan.less_memory(recompute=False)
-                raise MachineError(what, where="train.micro_batch", why=why, fix=fix) from error
-            trial, count = total, total + 1  # others have taken memory since the plan was made
+        with nullcontext() if shares else ranks.together():
+            try:
+                activations = _trial(model, batch, meter)
+            except torch.OutOfMemoryError as error:
+                if count == total or shares:
+                    what = f"a micro batch of {tokens:,} tokens does not fit into this GPU's memory"
+                    why = f"with {count} of {total} layers recomputed; {str(error).partition('.')[0]}"
+                    fix = plan.less_memory(recompute=False)
+                    raise MachineError(what, where="train.micro_batch", why=why, fix=fix) from error
+                activations = None  # others have taken memory since the plan was made
+            finally:
+                model.zero_grad(set_to_none=True)
+        measured = ranks.gather((activations, meter.peak()))
+        if None in (kept for kept, _ in measured):
+            trial, count = total, total + 1
             continue
-        finally:
-            model.zero_grad(set_to_none=True)
+        activations, peak = (max(figures) for figures in zip(*measured, strict=True))
         more = activations * (estimate.tokens / tokens - 1)  # in the largest micro batch
-        room = budget - estimate.optimizer - estimate.copies - meter.peak() - more
+        room = budget - estimate.optimizer - estimate.copies - peak - more
         trial = revise_recomputed(count, total, activations + more, estimate.recomputed_layer, room=room)
     recompute_layers(layers, trial)
     model.train(training)
