@@ -56,18 +56,18 @@ from transformers import AutoConfig
 
 from tunesmith.adapter import lora
 from tunesmith.build_model import define_model
-from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
+from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.model import attention
 from tunesmith.model.documents import Documents
 from tunesmith.model.load import materialise
 from tunesmith.model.shapes import find_shape
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.quant import frozen_matmul
+from tunesmith.quant.scaled_matmul import ROW_WISE
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
 
 LAUNCH = 2.5e-6  # seconds that the shortest kernel occupies the GPU
-EIGHT_BIT = {"fp8": "fp8 row-wise", "int8": "int8 rotated"}
 # Operators that launch nothing: memory without values, and other names for a tensor.
 NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view", "lift_fresh")
 # FlashAttention has no CPU kernel. These stand for it: a kernel forward, and backward the row sums of dO * O, the
@@ -286,14 +286,12 @@ def count_operator(node: torch.fx.Node, count: Count, mode: FakeTensorMode) -> N
         run(*args, **kwargs)
 
 
-def recipe(base: str, *, full: bool, fast_paths: tuple[str, ...]) -> Run:
+def recipe(base: str, *, full: bool) -> Run:
     """What `define_model` needs of a recipe; `base` is bf16 or a value of model.quantize."""
-    train: dict[str, Any] = {"fast_paths": fast_paths} if fast_paths else {}
     return Run(
         model=Model(name="shape", quantize="none" if base == "bf16" else base),
         data=Data(train=(Source(source="rows.jsonl"),)),
         adapter=Adapter(kind="none" if full else "lora"),
-        train=Train(**train),
         output_dir="out",
     )
 
@@ -304,7 +302,7 @@ def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[
     torch.compiler.reset()
     counter, fake = Counter(), FakeTensorMode(allow_non_fake_inputs=True)
     model = define_model(run, SimpleNamespace(config=config, vocab_rows=config.vocab_size))  # type: ignore[arg-type]
-    if "fp32-weight-gradients" in run.train.fast_paths:
+    if run.adapter.kind == "none":  # as on one GPU
         accumulate_in_fp32(model.model.layers)
     # A CPU multiplies dB in another order, and copies it.
     b_of_cuda = patch.object(frozen_matmul, "gradient_of_b", lambda dy, xa: dy.T @ xa, create=True)
@@ -313,11 +311,8 @@ def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[
         for name, p in model.named_parameters():  # made outside the mode
             module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             setattr(module, key, torch.nn.Parameter(fake.from_tensor(p), requires_grad=p.requires_grad))
-        if "joined-weights" in run.train.fast_paths:
-            lora.join_weights(model, torch.device("cpu"))
-        if run.model.quantize in EIGHT_BIT:
-            convert = getattr(lora, "convert_to_eight_bit", None) or lora.convert_to_fp8  # an older name
-            convert(model, EIGHT_BIT[run.model.quantize])
+        if run.model.quantize == "fp8":
+            lora.convert_to_eight_bit(model, ROW_WISE)
         model.train().set_attn_implementation(attention.register())
         layers = model.model.layers
         recompute_layers(layers, len(layers) * recomputed)
@@ -337,7 +332,6 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=16384)
     p.add_argument("--bases", nargs="+", default=["bf16", "fp8", "nf4"])
     p.add_argument("--full", action="store_true", help="full fine-tuning: no adapter, all weights trained")
-    p.add_argument("--fast-paths", nargs="+", default=[])
     p.add_argument("--device", choices=RATES, default="h200", help="whose rates give the times")
     p.add_argument("--json")
     a = p.parse_args()
@@ -346,7 +340,7 @@ def main() -> None:
     print(f"{'a layer of ' + a.shape:32} {'kernels':>8} {'products':>8} {'GiB':>8} {'TFLOP':>8} {'ms':>8}")
     for base in a.bases:
         for recomputed in (False, True):
-            run = recipe(base, full=a.full, fast_paths=tuple(a.fast_paths))
+            run = recipe(base, full=a.full)
             counts = count_layer(a.shape, run, tokens=a.tokens, recomputed=recomputed)
             for direction, c in counts.items():
                 row = f"{base}{', recomputed' * recomputed}, {direction}"

@@ -13,7 +13,7 @@ beside our bf16 run: what the rounded base costs in loss. A curve that is alread
 
     python benchmarks/fast_against_plain.py --model BF16_DIR --sets rows.json:alpaca chats.json:sharegpt --json out.json
 
-runs no plain loop: bases in bf16, int8, fp8 and nf4 on several data sets as chats, loss on the answers.
+runs no plain loop: bases in bf16, fp8 and nf4 on several data sets as chats, loss on the answers.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def main() -> None:
     given = p.add_mutually_exclusive_group(required=True)
     given.add_argument("--data", help="alpaca-like rows, a JSON array")
     given.add_argument("--sets", nargs="+", metavar="FILE:FORMAT", help="compare bases on these, without a plain loop")
-    p.add_argument("--bases", nargs="+", default=["none", "int8", "fp8", "nf4"], help="of --sets; bf16 (none) first")
+    p.add_argument("--bases", nargs="+", default=["none", "fp8", "nf4"], help="of --sets; bf16 (none) first")
     p.add_argument("--steps", type=int, default=100)
     p.add_argument("--batch", type=int, default=2)
     p.add_argument("--seq", type=int, default=160)

@@ -3,8 +3,8 @@
 #   OUT=results bash benchmarks/first_gpu.sh A      # then B and C, in the root of a checkout
 #   A  what the device reaches; the four goals: 8B LoRA in bf16 and on an fp8 base, 3B in full, 70B LoRA on nf4
 #   B  the GPU tests, products one by one, profiles of 8B in bf16 and fp8, the first step cold and warm
-#   C  what is to be decided: each fast path and int8 beside plain, attention backends, batches of the recipe's own size,
-#      least memory, a kill and the start after it
+#   C  what is to be decided: bases in fp8 and nf4 beside bf16, attention backends, batches of the recipe's own size, least
+#      memory, a kill and the start after it
 # FOLDER (default .gpu) is made by first_gpu_prep.sh. $OUT gets three files:
 #   results-STAGE.json      every figure; rewritten after each step, so that a stage that is killed keeps what ran before
 #   stage-STAGE.log         what the steps printed
@@ -126,7 +126,6 @@ own_batch=(train.global_batch='64 examples')
 profile=(--steps 3 --warmup 3 --profile "$work/traces" profile.wait=0 profile.warmup=1 profile.active=2)
 micro=(--repeat 20)
 resume=(--shape llama3-3b --layers 4 --tokenizer "$folder/tokenizer" --data "$folder/rows.json")
-lora_variants='one-pass-gradients,joined-weights,base in int8'
 if [ -n "${RECIPE:-}" ]; then
   full=(adapter.kind=none)
   least_memory=(train.recompute=full)
@@ -155,9 +154,7 @@ B)
   bench 8b-cold 130 llama3-8b --cold --steps 5
   ;;
 C)
-  ablation fast-paths 165 "$lora_variants" llama3-8b
-  ablation fast-paths-fp8 95 fused-epilogue llama3-8b model.quantize=fp8
-  ablation fast-paths-full 100 fp32-weight-gradients llama3-3b "${full[@]}"
+  ablation bases 150 'base in fp8,base in nf4' llama3-8b
   bench own-batch 55 llama3-8b "${own_batch[@]}"
   bench least-memory 50 llama3-8b "${least_memory[@]}" --steps 6 --warmup 3
   step kill-and-resume 65 "$python" benchmarks/kill_and_resume.py "${resume[@]}" --json "$work/kill-and-resume.json"

@@ -169,7 +169,7 @@ def device_page(name: str, stages: Stages) -> Iterator[str]:
         yield from tests_lines(tests)
     if cold := report_of(stages, "B", "8b-cold"):
         yield first_step_line(cold)
-    for step in ("fast-paths", "fast-paths-fp8", "fast-paths-full", "attention"):
+    for step in ("bases", "attention"):
         report = report_of(stages, "C", step)
         if "table" in report:
             yield f"\nStage C, {step}:\n"

@@ -64,11 +64,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a forecast is for: a device (a key of RATES), its rates, and `train.fast_paths`."""
+    """What a forecast is for: a device (a key of RATES) and its rates."""
 
     device: str
     rates: Rates
-    fast_paths: tuple[str, ...] = ()
 
     def in_step(self) -> Setting:
         return replace(self, rates=self.rates.in_step())
@@ -95,16 +94,16 @@ def read_shape(goal: Goal) -> ModelSpec:
     return read_spec(find_shape(goal.shape).config, where=goal.shape)
 
 
-def goal_recipe(goal: Goal, fast_paths: tuple[str, ...]) -> Run:
+def goal_recipe(goal: Goal) -> Run:
     """The recipe that `tunesmith bench --shape` measures: packed, a global batch in tokens."""
-    run = recipe(goal.base, full=goal.full, fast_paths=fast_paths)
+    run = recipe(goal.base, full=goal.full)
     batch = Size(65536 if goal.full else 16384, "tokens")
     return replace(run, train=replace(run.train, global_batch=batch))
 
 
 def plan_layout(goal: Goal, setting: Setting) -> Layout:
     """What `train` would choose by its estimate, before its trial on the GPU."""
-    run, spec = goal_recipe(goal, setting.fast_paths), read_shape(goal)
+    run, spec = goal_recipe(goal), read_shape(goal)
     cluster = read_cluster(setting.device)
     planner = plan_on_paper(run, spec, cluster, measure_work(run, spec, None))
     plan = planner.choose()
@@ -118,7 +117,7 @@ def layout_of_report(goal: Goal, figures: Mapping[str, Any]) -> Layout | None:
     if micro_batch is None or recomputed_layers is None:
         return None
     tokens = int(micro_batch.split()[0])
-    batch = goal_recipe(goal, ()).train.global_batch.amount
+    batch = goal_recipe(goal).train.global_batch.amount
     return Layout(tokens, math.ceil(batch / tokens), recomputed_layers)
 
 
@@ -133,12 +132,11 @@ class GoalKey(NamedTuple):
 @cache
 def count_goal_layer(
     goal: GoalKey,
-    fast_paths: tuple[str, ...],
     tokens: int,
     recomputed: bool,
 ) -> list[Count]:
     """Both directions of one layer; the rates do not change what it launches."""
-    run = recipe(goal.base, full=goal.full, fast_paths=fast_paths)
+    run = recipe(goal.base, full=goal.full)
     counts = count_layer(goal.shape, run, tokens=tokens, recomputed=recomputed)
     return [*counts.values()]
 
@@ -152,7 +150,7 @@ def layer_terms(goal: Goal, setting: Setting, layout: Layout) -> dict[str, Term]
     for recomputed, layer_count in layers_by_kind.items():
         if layer_count == 0:
             continue
-        for count in count_goal_layer(key, setting.fast_paths, layout.tokens, recomputed):
+        for count in count_goal_layer(key, layout.tokens, recomputed):
             for name, term in count.terms(setting.rates).items():
                 terms[name].add(term, times=layer_count)
     return terms
@@ -197,16 +195,15 @@ def optimizer_term(goal: Goal, setting: Setting, layout: Layout) -> Term:
     """A step's norm (4 bytes a parameter), clipping (8), AdamW (28).
 
     Of a model trained in full its bf16 copy too (6). With every micro batch a hook moves the bf16
-    gradient into the master's: 2 + 4 bytes, and 4 more after the first. The kernel that writes it
-    in bf16 is the layer's, and with fp32-weight-gradients the whole sum.
+    gradient of embedding, norms and head into the master's: 2 + 4 bytes, and 4 more after the first.
+    The products of the layers add up theirs.
     """
     spec = read_shape(goal)
     if goal.full:
-        in_products = "fp32-weight-gradients" in setting.fast_paths
-        hooked = spec.parameters - in_products * spec.layers * spec.layer_matmul
+        hooked = spec.parameters - spec.layers * spec.layer_matmul
         moved = spec.parameters * (4 + 8 + 28 + 6) + hooked * (6 + 10 * (layout.micro_batches - 1))
     else:
-        moved = adapter_parameters(spec, goal_recipe(goal, ()).adapter) * (4 + 8 + 28)
+        moved = adapter_parameters(spec, goal_recipe(goal).adapter) * (4 + 8 + 28)
     return Term(1e3 * moved / setting.rates.memory_bandwidth, 0.0, moved / 2**30)
 
 
@@ -368,7 +365,6 @@ def parse_assumed(words: Sequence[str]) -> dict[str, float]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", choices=RATES, help="default: that of the results, else h200")
-    add("--fast-paths", nargs="+", default=[])
     numbers = range(len(GOALS))
     add("--only", type=int, nargs="+", default=numbers, help="goals by number, from 0")
     files: dict[str, Any] = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
@@ -399,7 +395,7 @@ def main() -> None:
         if key != device:
             parser.error(f"results of {gpu} do not fit a forecast for --device {device}")
     rates = with_measured(RATES[device], measured).with_figures("as --assume says", **assumed)
-    goals, setting = [GOALS[i] for i in args.only], Setting(device, rates, tuple(args.fast_paths))
+    goals, setting = [GOALS[i] for i in args.only], Setting(device, rates)
     report = {"device": device, "rates": dataclasses.asdict(rates)}
     report["goals"] = print_forecasts(goals, setting)
     print_rates(device, rates)

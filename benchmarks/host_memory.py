@@ -67,7 +67,7 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
     from tunesmith.model.safetensors_files import read_headers
     from tunesmith.parallel.mesh import Mesh, possible_shapes
     from tunesmith.parallel.shard import quantize_shards
-    from tunesmith.quant.scaled_matmul import KINDS
+    from tunesmith.quant.scaled_matmul import TENSOR_WISE
     from tunesmith.ranks import join_ranks
     from tunesmith.runtime.resolve import inference_plan
     from tunesmith.sharded import local_part
@@ -100,10 +100,10 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
             found["held"] = held([*root.parameters(), *root.buffers()])
         full = run.adapter.kind == "none"
         wide = max(p.numel() for p in root.parameters()) * 4  # fp32, as shards, masters and moments are
-        if run.model.quantize in ("fp8", "int8"):
+        if run.model.quantize == "fp8":
             before = held(root.buffers())
             with phase("quantize") as found:
-                quantize_shards(root, mesh, KINDS[run.model.quantize][-1])
+                quantize_shards(root, mesh, TENSOR_WISE)
                 found["held"] = held(root.buffers()) - before
         start = Start()
         if case.endswith("resumed"):

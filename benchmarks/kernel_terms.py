@@ -15,15 +15,13 @@ from typing import Any
 
 PRODUCTS, SKINNY, OTHER, ATTENTION = "products", "skinny products", "other kernels", "attention"
 TERMS = (PRODUCTS, SKINNY, OTHER, ATTENTION)
-SKINNY_DIMENSION = 64  # the largest rank that our own kernels take, and half a tile of cuBLAS
-PRODUCT_OPERATORS = ("mm", "bmm", "addmm", "addmm_", "_scaled_mm", "_int_mm")
+SKINNY_DIMENSION = 64  # half a tile of cuBLAS, and no smaller than the usual ranks of an adapter
+PRODUCT_OPERATORS = ("mm", "bmm", "addmm", "addmm_", "_scaled_mm")
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace
-# Parts of names, in lower case. scaled_kernel and gradient_kernel are ours: quant/triton_matmul.py
-# and quant/one_pass.py.
+# Parts of names, in lower case.
 ATTENTION_NAMES = ("flash", "fmha", "varlen")
-PRODUCT_KERNELS = ("nvjet", "cutlass", "gemm", "sm90_xmma", "cublas", "scaled_kernel", "triton_tem")
-SKINNY_KERNELS = ("gradient_kernel",)
+PRODUCT_KERNELS = ("nvjet", "cutlass", "gemm", "sm90_xmma", "cublas", "triton_tem")
 
 
 def terms_of(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -56,8 +54,6 @@ def term_of(kernel: str, operator: Mapping[str, Any] | None) -> str:
         return OTHER  # Inductor names a fused kernel after operators, which may be any
     if any(part in operator_name or part in kernel for part in ATTENTION_NAMES):
         return ATTENTION  # before products: FlashAttention's kernels have cutlass in their names
-    if any(part in kernel for part in SKINNY_KERNELS):
-        return SKINNY
     return PRODUCTS if any(part in kernel for part in PRODUCT_KERNELS) else OTHER
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/micro.py out.json [--tokens 16384] [--divide 1] [--repeat 20]
 
-Base, LoRA and 8-bit products, LoRA's gradients in one pass, base and LoRA widened to one product, weight gradients in fp32,
-whole groups, apart and joined, forward and backward, attention, and the unpacking of nf4. A product that fails is noted
+Base, LoRA and fp8 products, base and LoRA widened to one product, weight gradients in fp32, whole groups forward and
+backward, attention, and the unpacking of nf4. A product that fails is noted
 with its error, and the others go on. `--divide` makes every width smaller, so that a CPU shows that all of them run.
 """
 
@@ -26,12 +26,10 @@ from tunesmith.packages import bitsandbytes
 from tunesmith.quant.eight_bit import select_scaling
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight, FrozenWeight
-from tunesmith.quant.scaled_matmul import FUSED, INT8, KINDS
 
 RANK = 8
 HIDDEN, MLP, KV = 4096, 14336, 1024
 BF16 = torch.bfloat16
-EIGHT_BIT = ("fp8", FUSED["fp8"], "int8", INT8)  # with the kernel of ours and with torch's product
 
 
 class Timings:
@@ -74,7 +72,6 @@ def dense_products(timed: Timings, draw: Callable[..., Tensor], n: int, k: int, 
     timed(f"low B^T, {shape}", lambda: low @ b.T)
     timed(f"d_low = dy B, {shape}", lambda: dy @ b)
     timed(f"dB = dy^T low, {shape}", lambda: dy.T @ low)
-    timed(f"d_low and dB in one pass, {shape}", lambda: in_one_pass(dy, b, low))
     timed(f"dA = d_low^T x, {shape}", lambda: low.T @ x)
     wide_x, wide_w = torch.cat([x, low], 1), torch.cat([w, b], 1)
     timed(f"[x | low] [W | B]^T, {shape}", lambda: wide_x @ wide_w.T)
@@ -82,51 +79,41 @@ def dense_products(timed: Timings, draw: Callable[..., Tensor], n: int, k: int, 
     timed(f"dW = dy^T x in fp32, {shape}", lambda: torch.mm(dy.T, x, out_dtype=torch.float32))
 
 
-def in_one_pass(dy: Tensor, b: Tensor, low: Tensor) -> None:
-    from tunesmith.quant.one_pass import lora_gradients  # Triton comes with torch's CUDA builds only
-
-    lora_gradients(dy, b, low)
-
-
 def weights_of(base: str, dense: list[Tensor], device: torch.device) -> list[FrozenWeight]:
-    """Frozen weights in a base: bf16; fp8 or int8, as this device scales it; or a kind of them by its full name."""
+    """Frozen weights in a base: bf16, or fp8 as this device scales it."""
     if base == "bf16":
         return [DenseWeight("dense", [w], (w.shape[0], w.shape[1])) for w in dense]
-    kind, why = select_scaling(base, device) if base in KINDS else (base, "")
+    kind, why = select_scaling(device)
     if kind is None:
         raise RuntimeError(why)
     return [EightBitWeight.from_dense(kind, w) for w in dense]
 
 
 def groups(timed: Timings, draw: Callable[..., Tensor], n: int, names: dict[str, tuple[int, list[int]]]) -> None:
-    """Layers of one input as the engine computes them, forward and backward, apart and as one weight."""
-    for base in ("bf16", *EIGHT_BIT):
+    """Layers of one input as the engine computes them, forward and backward."""
+    for base in ("bf16", "fp8"):
         for name, (k, rows) in names.items():
             x, dense = draw(n, k).requires_grad_(), [draw(m, k) for m in rows]
             a = [draw(RANK, k).float().requires_grad_() for _ in rows]
             b = [draw(m, RANK).float().requires_grad_() for m in rows]
             dys = [draw(n, m) for m in rows]
-            dy = [torch.cat(dys, 1)]
-            whole = [draw(sum(rows), RANK * len(rows)).float().requires_grad_()]
-            stacked = [torch.cat([part.detach() for part in a]).requires_grad_()]
+            try:
+                weights = weights_of(base, dense, x.device)
+            except RuntimeError as error:
+                print(f"{base} {name}: {error}")
+                continue
 
             def both(
-                weights: list[FrozenWeight], a: list[Tensor], b: list[Tensor], dys: list[Tensor], x: Tensor = x
+                x: Tensor = x,
+                weights: list[FrozenWeight] = weights,
+                a: list[Tensor] = a,
+                b: list[Tensor] = b,
+                dys: list[Tensor] = dys,
             ) -> None:
                 ys = grouped_matmul(x, weights, [None] * len(weights), a, b)
                 torch.autograd.grad(ys, [x, *a, *b], dys)
 
-            try:
-                apart, joined = (weights_of(base, ws, x.device) for ws in (dense, [torch.cat(dense)]))
-            except RuntimeError as error:
-                print(f"{base} {name}: {error}")
-                continue
-            timed(f"{base} {name}, forward and backward", lambda f=both, w=apart, a=a, b=b, d=dys: f(w, a, b, d))
-            if len(rows) > 1:
-                timed(
-                    f"{base} {name}, joined",
-                    lambda f=both, w=joined, a=stacked, b=whole, d=dy: f(w, a, b, d),
-                )
+            timed(f"{base} {name}, forward and backward", both)
 
 
 def main() -> None:
@@ -149,16 +136,15 @@ def main() -> None:
     groups(
         timed, draw, n, {"q/k/v": (hidden, [hidden, kv, kv]), "gate/up": (hidden, [mlp, mlp]), "down": (mlp, [hidden])}
     )
-    for base in EIGHT_BIT:
-        for rows in (n, 256, 1):
-            try:
-                (weight,), x = weights_of(base, [draw(hidden, mlp)], device), draw(rows, mlp)
-            except RuntimeError as error:
-                print(f"{base}: {error}")
-                continue
-            timed(f"{base} quantize {rows} rows", lambda w=weight, x=x: w.quantize_input(x))
-            ready = weight.quantize_input(x)
-            timed(f"{base} product of {rows} rows", lambda w=weight, x=x, ready=ready: w.forward_matmul(x, ready, None))
+    for rows in (n, 256, 1):
+        try:
+            (weight,), x = weights_of("fp8", [draw(hidden, mlp)], device), draw(rows, mlp)
+        except RuntimeError as error:
+            print(f"fp8: {error}")
+            break
+        timed(f"fp8 quantize {rows} rows", lambda w=weight, x=x: w.quantize_input(x))
+        ready = weight.quantize_input(x)
+        timed(f"fp8 product of {rows} rows", lambda w=weight, x=x, ready=ready: w.forward_matmul(x, ready, None))
     edges = torch.arange(0, n + 1, 256, device=device, dtype=torch.int32)
     heads = (
         [draw(n, h, 128).requires_grad_() for h in (32, 8, 8)] if args.divide == 1 else [draw(n, 2, 16) for _ in "qkv"]

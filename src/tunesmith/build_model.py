@@ -27,7 +27,7 @@ from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.shard import free_weights, quantize_shards, shard_model, sharded_modules
 from tunesmith.parallel.tensor import cut_model
 from tunesmith.quant import nf4
-from tunesmith.quant.scaled_matmul import FUSED, KINDS, TENSOR_WISE
+from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.ranks import ONE_PROCESS, Ranks
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
@@ -39,8 +39,7 @@ from tunesmith.runtime.resolve import USABLE
 Weights = Literal["stored", "random"]
 
 # Relative change of the loss. Rounding to e4m3 changed that of SmolLM2-135M by 1.2 to 2.2 % on 4,500 tokens of alpaca
-# rows, as chats and as plain text, and rotated int8 by 0.5 %; nf4 changed it by 7 %. On answers that the model half knows
-# (tool calls) both come near 2 %. A larger change has another cause than rounding.
+# rows, as chats and as plain text; nf4 changed it by 7 %. A larger change than this has another cause than rounding.
 EIGHT_BIT_TOLERANCE = 0.03
 ROW_MULTIPLE = 64  # tensor cores want the vocabulary, a dimension of the head's product, in multiples of this
 EIGHT_BIT_PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
@@ -113,12 +112,13 @@ def build_model(
     if plan.compiled:
         compilation.compile_layers(root.layers, varied=plan.layout.pad_to is None)
         root.score = compilation.compile_score(root.score)
-    plan = apply_fast_paths(run, model, plan, mesh)
+    if plan.fp32_gradients:
+        accumulate_in_fp32(model.get_submodule(LAYERS))
     allocate(run, root, plan, mesh)
     fill_parameters(run, files, model, weights or files.folder, ranks)
-    if plan.base.startswith(tuple(KINDS)) and probes:
+    if plan.base in KINDS and probes:
         plan = quantize_base_eight_bit(root, plan, probes, mesh, ranks)
-        if not plan.base.startswith(tuple(KINDS)):
+        if plan.base not in KINDS:
             free_weights(model)  # the caller still refers to the model, and its dense weights are gone
             again: dict[str, Any] = {"weights": weights, "adapter": adapter, "probes": probes}
             return build_model(run, files, plan, **again, mesh=mesh, ranks=ranks)
@@ -142,28 +142,6 @@ def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> None:
     load.materialise(root.model, device, shards=torch.device("cpu") if on_host else None)
     # FSDP lays its padding into the shards now: tensors taken from them before would be left behind.
     root.to(None if on_host else device)
-
-
-def apply_fast_paths(run: Run, model: PreTrainedModel, plan: RunPlan, mesh: Mesh = ALONE) -> RunPlan:
-    """Change a model on meta as `train.fast_paths` says; the plan without those that have no effect in it."""
-    device = torch.device(plan.device)
-    for name in ("joined-weights", "fp32-weight-gradients"):
-        if name in plan.fast_paths and mesh.shape.world > 1:
-            plan = plan.without_fast_path(name, "it holds weights and gradients whole, on one rank")
-    if "joined-weights" in plan.fast_paths and (plan.base == TENSOR_WISE or not lora.join_weights(model, device)):
-        needed = "it needs adapters without dropout on q/k/v or gate/up, and no base in nf4 or in fp8 scaled by tensor"
-        plan = plan.without_fast_path("joined-weights", needed)
-    if "fused-epilogue" in plan.fast_paths and plan.base not in FUSED.values():
-        needed = f"it needs model.quantize=fp8 or int8 and a GPU whose kernel is right; the base: {plan.why['base']}"
-        plan = plan.without_fast_path("fused-epilogue", needed)
-    if "one-pass-gradients" in plan.fast_paths and (fault := lora.use_one_pass(model, device, model.dtype)):
-        plan = plan.without_fast_path("one-pass-gradients", fault)
-    if "fp32-weight-gradients" in plan.fast_paths:
-        masters = run.train.master_weights == "fp32" and not run.train.optimizer_in_backward
-        if not (masters and accumulate_in_fp32(model.get_submodule(LAYERS))):
-            needed = "it needs 16-bit weights that are trained in full, fp32 masters and no train.optimizer_in_backward"
-            plan = plan.without_fast_path("fp32-weight-gradients", needed)
-    return plan
 
 
 def fill_parameters(
@@ -193,7 +171,7 @@ def init_adapter(run: Run, model: nn.Module) -> None:
 def quantize_base_eight_bit(
     model: TrainModel, plan: RunPlan, batches: Sequence[Batch], mesh: Mesh, ranks: Ranks
 ) -> RunPlan:
-    """Quantize the frozen linear layers to fp8 or int8, and compare the loss on the run's own batches before and after.
+    """Quantize the frozen linear layers to fp8, and compare the loss on the run's own batches before and after.
 
     Returns the plan with the figures, of the rank whose loss changed most. Its base is bf16 on every rank if that was by
     more than EIGHT_BIT_TOLERANCE: the model must then be built again, since its dense weights are gone.

@@ -3,6 +3,7 @@
     TunesmithError
     ├── UsageError            exit 2: found before the first step; nothing was started
     │   ├── RecipeError
+    │   │   └── RemovedError    a key or value that recipes had once
     │   ├── DataError
     │   ├── ModelError
     │   └── MachineError
@@ -99,6 +100,10 @@ class UsageError(TunesmithError):
 
 class RecipeError(UsageError):
     """A recipe file that cannot be read, or a key or value in it that is wrong."""
+
+
+class RemovedError(RecipeError):
+    """A key or value that recipes had once."""
 
 
 class DataError(UsageError):

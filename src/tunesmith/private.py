@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 # The only fp8 matmul that torch 2.11 to 2.13 share on GPU and CPU (on a CPU, 2.11 scales tensor-wise only).
 scaled_mm = torch._scaled_mm
-# int8 times int8 in int32; CUDA asks for more than 16 rows, and for widths that are multiples of 8.
-int_mm = torch._int_mm
 
 # Sets the options of PYTORCH_ALLOC_CONF in a process that has begun; torch 2.11 deprecates the older name.
 _newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)

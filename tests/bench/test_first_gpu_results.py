@@ -105,8 +105,8 @@ def stage_results(stage: str, steps: dict[str, Any]) -> dict[str, Any]:
 def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"tokens_per_second": 100.0, "of_baseline": 1.0, "peak_memory_gib": 1.0, "last_loss": 2.0}
     ablation = {
-        "table": {"as given": row, "joined-weights": {**row, "tokens_per_second": 103.0, "of_baseline": 1.03}},
-        "changes": {"as given": "", "joined-weights": "train.fast_paths=[joined-weights]"},
+        "table": {"as given": row, "base in fp8": {**row, "tokens_per_second": 103.0, "of_baseline": 1.03}},
+        "changes": {"as given": "", "base in fp8": "model.quantize=fp8"},
     }
     cold = {
         "build_seconds": 20.0,
@@ -123,7 +123,7 @@ def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.Monke
             "8b-cold": {**done, "report": {**figures(), "cold": cold}},
         },
         "C": {
-            "fast-paths": {**done, "report": ablation},
+            "bases": {**done, "report": ablation},
             "least-memory": {**done, "report": figures(peak_memory_gib=16.3)},
             "kill-and-resume": {**done, "report": resume},
             "attention": {**done, "report": {"left_out": {"FlashAttention 4": "not installed"}}},
@@ -141,13 +141,13 @@ def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.Monke
     assert "stage A, 8b-fp8: ended with 1 after 9 s" in page
     assert "40 passed, 0 failed, 2 skipped" in page
     assert "35.0 s with an empty compile cache" in page
-    assert "| joined-weights | `train.fast_paths=[joined-weights]` | 103 | 103.0% |" in page
+    assert "| base in fp8 | `model.quantize=fp8` | 103 | 103.0% |" in page
     assert "| not measured | not measured |" in page, "the step of the recipe's own batch is missing"
     assert "| 16.3 |" in page
     assert "equal bit for bit" in page
     readme = first_gpu_tables.readme_block()
     assert "| 8B LoRA, bf16 | 19,500 |" in readme
-    assert "joined-weights" not in readme
+    assert "base in fp8" not in readme
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/measurements/README.md"])

@@ -39,8 +39,6 @@ LAUNCHES = [
     ("nvjet_qqtst_128x256_128x5_NNT", "aten::_scaled_mm", [[16384, 4096], [4096, 1024]], PRODUCTS),
     ("cutlass::device_kernel<rowwise>", "aten::_scaled_mm", [[64, 4096], [4096, 1024]], SKINNY),
     ("ampere_bf16_s16816gemm", "aten::bmm", [[1, 64, 1], [1, 1, 2048]], SKINNY),
-    ("scaled_kernel", "tunesmith::frozen_matmul", [], PRODUCTS),
-    ("gradient_kernel", "tunesmith::frozen_matmul_backward", [], SKINNY),
     ("flash::flash_fwd_kernel<cutlass::bfloat16_t>", "torch_attn::_varlen_attn", [], ATTENTION),
     ("void at::native::elementwise_kernel", "aten::_flash_attention_backward", [], ATTENTION),
     ("flash::flash_bwd_dq_dk_dv_loop", None, [], ATTENTION),

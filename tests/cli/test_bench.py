@@ -8,7 +8,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from tunesmith.bench.measure import BenchReport
 from tunesmith.cli.bench import refuse_eager
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
-from tunesmith.config.schema import FastPath
 from tunesmith.errors import RunError, UsageError
 from tunesmith.model.shapes import SHAPES, Shape
 from warm import run_python, run_warm
@@ -203,31 +202,13 @@ def test_a_variant_that_fails_costs_only_itself_and_the_recipe_itself_must_run(t
 def test_the_variants_are_the_other_values_of_a_recipes_keys(tiny: Path, tmp_path: Path) -> None:
     lora = dict(ablation.variants(make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"}), gpu=True))
     assert lora["not compiled"] == "train.compile=off"
-    assert {"dense base", "base in nf4", "base in int8"} <= set(lora)
+    assert {"dense base", "base in nf4"} <= set(lora)
     assert not {"base in fp8", "fp32"} & set(lora)
     assert lora["not packed"] == "data.pack=false"
     tokens = make_run(tiny, tmp_path, train={"global_batch": "256 tokens", "micro_batch": "auto"})
     assert "not packed" not in dict(ablation.variants(tokens, gpu=True)), "tokens need packed rows"
     changes = {"adapter": {"kind": "none"}, "train": {"recompute": "full"}, "data": {"pack": False}}
-    full = dict(ablation.variants(make_run(tiny, tmp_path, **changes), gpu=False))
-    assert all(change.startswith("train.fast_paths=") for change in full.values())
-    assert "joined-weights" not in full
-
-
-PATHS = get_args(FastPath)
-
-
-def test_each_fast_path_is_switched_by_itself(tiny: Path, tmp_path: Path) -> None:
-    eight_bit = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
-    found = [dict(ablation.variants(run, gpu=True)) for run in (eight_bit, make_run(tiny, tmp_path))]
-    assert "fused-epilogue" in found[0]
-    assert "fused-epilogue" not in found[1], "it is in 8-bit products only"
-    for variants in found:
-        assert all(variants.get(path, change) == change for path in PATHS for change in [f"train.fast_paths=[{path}]"])
-        assert "joined-weights" in variants
-    on = dict(ablation.variants(make_run(tiny, tmp_path, train={"fast_paths": ["joined-weights"]}), gpu=True))
-    assert on["without joined-weights"] == "train.fast_paths=[]"
-    assert "joined-weights" not in on
+    assert not dict(ablation.variants(make_run(tiny, tmp_path, **changes), gpu=False)), "a model in full has no base"
 
 
 def test_a_variant_that_a_recipe_has_not_is_refused(tiny: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -92,6 +92,18 @@ def test_each_value_says_where_it_came_from(path: Path, tmp_path: Path) -> None:
     assert f"{tool}'s default " in comments(text) or tool == "accelerate"
 
 
+@pytest.mark.parametrize(
+    ("tool", "key", "value"), [("axolotl", "load_in_8bit", True), ("llamafactory", "quantization_bit", 8)]
+)
+def test_a_base_in_int8_gets_an_answer(tool: str, key: str, value: Any, tmp_path: Path) -> None:
+    draft = translated(tool, BASES[tool] | {"adapter": "lora", key: value}, tmp_path)
+    assert "model.quantize" not in draft.values
+    remark = next(remark for remark in draft.remarks if remark.key == key)
+    assert remark.differs
+    for word in ("bf16", "model.quantize=fp8", "Hopper", "nf4", "A100"):
+        assert word in remark.why
+
+
 def test_the_full_configuration_of_70b(tmp_path: Path) -> None:
     run, text = import_file(FOLDER / "torchtune-70b-full.yaml", tmp_path)
     assert run.model.name == "meta-llama/Llama-3.3-70B-Instruct"
@@ -159,7 +171,7 @@ def test_an_accelerate_config_changes_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("short_answers")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_the_recipe_trains(path: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps on a tiny model, with what this machine lacks taken away: other ranks, rows of the Hub, nf4 and int8."""
+    """Two steps on a tiny model, with what this machine lacks taken away: other ranks, rows of the Hub, and nf4."""
     from tunesmith.training.run import train
 
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))

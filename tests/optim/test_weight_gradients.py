@@ -18,11 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from recipes import make_run
 from tunesmith.config.schema import Train
+from tunesmith.hub.model_files import read_model_files
+from tunesmith.model.spec import read_spec
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import accumulate_in_fp32, fp32_gradients
+from tunesmith.runtime.plan import ONE, Machine, MeshShape
+from tunesmith.runtime.resolve import MemoryEstimator, inference_plan
 from tunesmith.training.run import train
-
-NAME = "fp32-weight-gradients"
 
 
 class Block(nn.Module):
@@ -115,16 +117,20 @@ def go(tiny: Path, folder: Path, name: str, **changes: Any) -> list[dict[str, An
     dtype = changes.pop("dtype", "bf16")
     out = str(folder / name)
     run = make_run(tiny, folder, **settings, model={"dtype": dtype}, train={**given, **changes}, output_dir=out)
-    said: list[str] = []
-    train(run, say=said.append)
-    assert not any(NAME in text for text in said if "warning" in text)
+    train(run, say=None)
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
 
 
-def test_a_run_s_curve_is_that_of_the_ordinary_path(tiny: Path, tmp_path: Path):
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path on a CPU too, where `add_weight_gradient` multiplies in fp32."""
+    monkeypatch.setattr(MemoryEstimator, "fp32_gradients", True)
+
+
+def test_a_run_s_curve_is_that_of_the_ordinary_path(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     exact = [r["loss"] for r in go(tiny, tmp_path, "fp32", dtype="fp32")]
     plain = [r["loss"] for r in go(tiny, tmp_path, "plain")]
-    fast = [r["loss"] for r in go(tiny, tmp_path, "fast", fast_paths=[NAME])]
+    as_on_a_gpu(monkeypatch)
+    fast = [r["loss"] for r in go(tiny, tmp_path, "fast")]
     assert fast != plain, "the path was not taken"
     assert plain[-1] < plain[0] - 0.05
     for a, b, c in zip(exact, plain, fast, strict=True):
@@ -133,20 +139,55 @@ def test_a_run_s_curve_is_that_of_the_ordinary_path(tiny: Path, tmp_path: Path):
         assert abs(c - b) / b < 2e-3
 
 
-def test_resumed_is_uninterrupted(tiny: Path, tmp_path: Path):
-    whole = go(tiny, tmp_path, "whole", fast_paths=[NAME])
-    go(tiny, tmp_path, "cut", fast_paths=[NAME], duration="4 steps")
-    cut = go(tiny, tmp_path, "cut", fast_paths=[NAME])
+def test_resumed_is_uninterrupted(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    as_on_a_gpu(monkeypatch)
+    whole = go(tiny, tmp_path, "whole")
+    go(tiny, tmp_path, "cut", duration="4 steps")
+    cut = go(tiny, tmp_path, "cut")
+    env = json.loads((tmp_path / "cut/env.json").read_text())
+    assert env["choices"]["weight gradients"]["taken"] == "added up in fp32"
     assert [r["loss"] for r in cut] == [r["loss"] for r in whole]
 
 
+ON_A_GPU: dict[str, Any] = {"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}}
+
+
+def estimator(tiny: Path, folder: Path, device: str, mesh: MeshShape, **changes: Any) -> MemoryEstimator:
+    run = make_run(tiny, folder, held=False, **{**ON_A_GPU, **changes})
+    spec = read_spec(json.loads((tiny / "config.json").read_text()), where="test")
+    machine = Machine(device, 80 << 30, ("varlen", "assumed"), (False, "assumed"))
+    return MemoryEstimator(run, spec, machine, spec.parameters, mesh)
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{"adapter": {"kind": "lora"}}, {"model": {"dtype": "fp32"}}, {"train": {"master_weights": "stochastic"}}],
+    ("taken", "device", "mesh", "changes"),
+    [
+        (True, "cuda:0", ONE, {}),
+        (True, "cuda:0", ONE, {"model": {"dtype": "fp16"}}),
+        (False, "cpu", ONE, {}),
+        (False, "cuda:0", MeshShape(replicate=2), {}),
+        (False, "cuda:0", MeshShape(shard=2), {}),
+        (False, "cuda:0", ONE, {"adapter": {"kind": "lora"}}),
+        (False, "cuda:0", ONE, {"model": {"dtype": "fp32"}}),
+        (False, "cuda:0", ONE, {"train": {"master_weights": "stochastic"}}),
+        (False, "cuda:0", ONE, {"train": {"optimizer_in_backward": True, "clip_norm": None, "micro_batch": "auto"}}),
+    ],
 )
-def test_where_it_has_no_effect_the_start_says_so(changes, tiny: Path, tmp_path: Path):
-    given = {"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}, "output_dir": str(tmp_path / "run")} | changes
-    given["train"] = {"duration": "1 steps", "warmup": "0 steps", "fast_paths": [NAME], **given.get("train", {})}
-    said: list[str] = []
-    train(make_run(tiny, tmp_path, held=False, **given), say=said.append)
-    assert any(NAME in text and "no effect" in text for text in said)
+def test_it_is_taken_where_it_works(taken, device, mesh, changes, tiny: Path, tmp_path: Path):
+    assert estimator(tiny, tmp_path, device, mesh, **changes).fp32_gradients is taken
+
+
+def test_it_takes_no_more_memory_at_the_peak(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All fp32 gradients are there at the end of a backward either way; with it they are there from the first one on."""
+    on_gpu = estimator(tiny, tmp_path, "cuda:0", ONE)
+    with_it = on_gpu.estimate(1024)
+    monkeypatch.setattr(MemoryEstimator, "fp32_gradients", False)
+    ordinary = on_gpu.estimate(1024)
+    assert with_it.total == ordinary.total
+    assert with_it.gradients - ordinary.gradients == 2 * on_gpu.spec.layers * on_gpu.spec.layer_matmul
+
+
+def test_a_model_that_is_only_asked_has_no_gradients(tiny: Path, tmp_path: Path):
+    run = make_run(tiny, tmp_path, held=False, adapter={"kind": "none"}, model={"dtype": "bf16", "attention": "eager"})
+    files = read_model_files(tiny, run.model)
+    assert not inference_plan(run, files, torch.device("cuda:0")).fp32_gradients

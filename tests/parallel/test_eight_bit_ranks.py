@@ -46,7 +46,7 @@ def start(model: Path, folder: Path, quantize: str, mesh: dict[str, int], fault:
     right = EightBitWeight.from_dense
 
     def wrongly(*arguments: Any) -> Any:
-        EightBitWeight.from_dense = lambda kind, dense, product=None: right(kind, dense * math.nan, product)  # type: ignore
+        EightBitWeight.from_dense = lambda kind, dense: right(kind, dense * math.nan)  # type: ignore
         try:
             return compare(*arguments)
         finally:
@@ -78,7 +78,7 @@ def starts(model: Path, folder: Path, cases: list[Any]) -> list[dict[str, Any]]:
 def test_all_ranks_fall_back_where_the_loss_of_one_moved_too_far(tiny, tmp_path):
     """Copies would train on, each with another base; shards would wait for each other in different collectives."""
     meshes, faults = ({"replicate": 2}, {"shard": 2}), ("", "rank 1", "all")
-    cases = [(kind, mesh, "", free_port()) for kind in ("none", "fp8", "int8") for mesh in meshes]
+    cases = [(kind, mesh, "", free_port()) for kind in ("none", "fp8") for mesh in meshes]
     cases += [("fp8", mesh, fault, free_port()) for mesh in meshes for fault in faults[1:]]
     ranks = run_ranks(2, starts, tiny, tmp_path, cases)
     for kind, mesh, fault, _ in cases:

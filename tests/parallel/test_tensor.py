@@ -30,6 +30,7 @@ from tunesmith.quant import nf4
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight
+from tunesmith.quant.scaled_matmul import ROW_WISE
 from tunesmith.ranks import join_ranks
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
@@ -294,11 +295,11 @@ def quantized() -> tuple[int, float]:
         lora.attach_lora(eight.model, ADAPTER, seed=1)
         cut_model(eight, mesh)
         parts = {n: m.dense().clone() for n, m in lora.loras(eight.model)}
-        count += lora.convert_to_eight_bit(eight.model, "int8 rotated")
+        count += lora.convert_to_eight_bit(eight.model, ROW_WISE)
         for name, layer in eight.model.named_modules():
             if isinstance(layer, EightBitLinear):
                 torch.testing.assert_close(
-                    layer.dense(), EightBitWeight.from_dense("int8 rotated", parts[name]).dense(torch.bfloat16)
+                    layer.dense(), EightBitWeight.from_dense(ROW_WISE, parts[name]).dense(torch.bfloat16)
                 )
         return count, float((eight(batch()).loss - expected) / expected)
 

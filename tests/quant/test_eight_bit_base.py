@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,15 +13,14 @@ from tunesmith import build_model
 from tunesmith.checkpoint.resume import Start
 from tunesmith.quant import eight_bit
 from tunesmith.quant.eight_bit import EightBitLinear
-from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.training.build import Session, build, first_batches
 
 
-def begin(tiny: Path, folder: Path, quantize: str = "fp8", **train: Any) -> tuple[Session, list[str]]:
+def begin(tiny: Path, folder: Path) -> tuple[Session, list[str]]:
     for name, rows in (("train", 24), ("held", 8)):
         write_rows(folder / f"{name}.jsonl", rows)
-    run = make_run(tiny, folder, held=False, train={"global_batch": "4 examples", **train})
-    run = replace(run, model=replace(run.model, dtype="bf16", quantize=quantize))
+    run = make_run(tiny, folder, held=False, train={"global_batch": "4 examples"})
+    run = replace(run, model=replace(run.model, dtype="bf16", quantize="fp8"))
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
     said: list[str] = []
     return build(run, Start(), say=said.append), said
@@ -36,11 +34,10 @@ def count(session: Session) -> int:
     return sum(isinstance(m, EightBitLinear) for m in session.model.modules())
 
 
-@pytest.mark.parametrize("quantize", KINDS)
-def test_the_base_is_quantized_and_the_loss_is_told(quantize, tiny, tmp_path):
-    session, said = begin(tiny, tmp_path, quantize)
+def test_the_base_is_quantized_and_the_loss_is_told(tiny, tmp_path):
+    session, said = begin(tiny, tmp_path)
     taken, why = base(session)
-    assert taken == eight_bit.select_scaling(quantize, torch.device("cpu")).kind
+    assert taken == eight_bit.select_scaling(torch.device("cpu")).kind
     assert count(session) == 14
     assert "14 layers" in why
     assert "loss " in why
@@ -48,10 +45,9 @@ def test_the_base_is_quantized_and_the_loss_is_told(quantize, tiny, tmp_path):
     assert not any("warning: the base" in line for line in said)
 
 
-@pytest.mark.parametrize("quantize", KINDS)
-def test_where_the_loss_moves_too_far_bf16_stays_whole(quantize, tiny, tmp_path, monkeypatch):
+def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(build_model, "EIGHT_BIT_TOLERANCE", -1.0)
-    session, said = begin(tiny, tmp_path, quantize)
+    session, said = begin(tiny, tmp_path)
     assert base(session)[0] == "bf16"
     assert "was tried and dropped" in base(session)[1]
     assert count(session) == 0
@@ -81,13 +77,3 @@ def test_probes_are_the_first_batches_and_hold_enough(tiny, tmp_path, least):
     first = session.loader(0).batch(0).micro
     assert any(found[0].input_ids is not b.input_ids and torch.equal(found[0].input_ids, b.input_ids) for b in first)
     assert found[0].input_ids.numel() == max(b.input_ids.numel() for b in first)
-
-
-@pytest.mark.parametrize("quantize", ["none", "fp8"])
-def test_a_fused_epilogue_that_cannot_be_had_is_named(quantize, tiny, tmp_path):
-    session, said = begin(tiny, tmp_path, quantize, fast_paths=("fused-epilogue",))
-    (line,) = (line for line in said if "fused-epilogue" in line)
-    assert line.startswith(
-        "warning: train.fast_paths: fused-epilogue has no effect: it needs model.quantize=fp8 or int8"
-    )
-    assert session.plan.fast_paths == ()

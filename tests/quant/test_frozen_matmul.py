@@ -13,11 +13,10 @@ from tunesmith.quant import eight_bit, frozen_matmul
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_weight import DenseWeight
 from tunesmith.quant.nf4 import Nf4Linear
-from tunesmith.quant.scaled_matmul import INT8, TENSOR_WISE
+from tunesmith.quant.scaled_matmul import TENSOR_WISE
 
 # torch 2.11 has no fp8 matmuls scaled by row on a CPU.
-FP8 = tuple({TENSOR_WISE, eight_bit.select_scaling("fp8", torch.device("cpu")).kind or TENSOR_WISE})
-EIGHT_BIT = (*sorted(FP8), INT8)
+FP8 = sorted({TENSOR_WISE, eight_bit.select_scaling(torch.device("cpu")).kind or TENSOR_WISE})
 WIDTHS = (48, 16, 16)  # like q, k and v
 ADAPTER = Adapter(rank=4, alpha=8)
 
@@ -87,16 +86,15 @@ def kinds() -> dict[str, list[lora.Lora]]:
         packed.append(lora.LoraNf4Linear(base, ADAPTER))
         packed[-1].lora_A, packed[-1].lora_B = layer.lora_A, layer.lora_B
     made["nf4"] = packed
-    for kind in EIGHT_BIT:
+    for kind in FP8:
         made[kind] = [lora.LoraEightBitLinear(layer, kind) for layer in adapted(dense_layers(torch.bfloat16))]
     return made
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4", *EIGHT_BIT])
+@pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
 def test_every_kind_answers_as_the_weight_it_stands_for(kind):
     """bf16 keeps 8 bits: 2^-9 a rounding. fp8 rounds the input (and each output's gradient) to 3 bits of mantissa:
-    up to 2^-4 an element, about 3 % of a product's length, with a scale a tensor somewhat more; int8 to 1/254 of the
-    row's largest value, which is about three times the mean."""
+    up to 2^-4 an element, about 3 % of a product's length, with a scale a tensor somewhat more."""
     layers = kinds()[kind]
     tolerance = 0.01 if kind in ("dense", "nf4") else 0.05
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -109,7 +107,7 @@ def test_every_kind_answers_as_the_weight_it_stands_for(kind):
         assert distance(got[name], gradient) < (tolerance if name == "x" else 0.01), name
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4", *EIGHT_BIT])
+@pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
 def test_the_compiled_operator_gives_the_same_numbers(kind):
     layers = kinds()[kind]
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
@@ -128,7 +126,7 @@ def test_the_compiled_operator_gives_the_same_numbers(kind):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4", *EIGHT_BIT])
+@pytest.mark.parametrize("kind", ["dense", "nf4", *FP8])
 def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
     """Shapes, types and strides of the outputs, no output that shares memory with an input, and gradients in a graph:
     a compiler lays out memory by these promises, and a broken one shows on a GPU only."""
@@ -143,25 +141,25 @@ def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
     for factors in (lora_AB, []):
         leaves = [t.clone().requires_grad_() for t in factors]
         xa = [x @ factors[0].T] if factors else []
-        given = (x.clone().requires_grad_(), xa, weight.quantize_input(x), leaves, tensors, weight.kind, widths, False)
+        given = (x.clone().requires_grad_(), xa, weight.quantize_input(x), leaves, tensors, weight.kind, widths)
         torch.library.opcheck(frozen_matmul.frozen_matmul, given, test_utils=tests)
         dys = [torch.randn(40, width, dtype=torch.bfloat16) for width in widths]
         quantized = [t for dy in dys for t in weight.quantize_input(dy)]
         saved = [x, *xa] if factors else []
         for needs_dx in (True, False):
-            given = (dys, quantized, saved, factors, tensors, weight.kind, 64, needs_dx, False)
+            given = (dys, quantized, saved, factors, tensors, weight.kind, 64, needs_dx)
             torch.library.opcheck(frozen_matmul.frozen_matmul_backward, given, test_utils=tests)
 
 
-@pytest.mark.parametrize("kind", ["nf4", *EIGHT_BIT])
+@pytest.mark.parametrize("kind", ["nf4", *FP8])
 def test_a_frozen_layer_without_an_adapter_passes_its_gradient_on(kind):
     adapter = kinds()[kind][0]
-    layer = EightBitLinear(dense_layers(torch.bfloat16)[0], kind) if kind in EIGHT_BIT else adapter
+    layer = EightBitLinear(dense_layers(torch.bfloat16)[0], kind) if kind in FP8 else adapter
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
-    y = layer(x) if kind in EIGHT_BIT else frozen_matmul.grouped_matmul(x, [layer.frozen_weight()], [None])[0]
+    y = layer(x) if kind in FP8 else frozen_matmul.grouped_matmul(x, [layer.frozen_weight()], [None])[0]
     d = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, d)
-    tolerance = 0.05 if kind in EIGHT_BIT else 0.01
+    tolerance = 0.05 if kind in FP8 else 0.01
     assert distance(y, F.linear(x, layer.dense())) < tolerance
     assert distance(dx, d @ layer.dense()) < tolerance
 

@@ -445,13 +445,16 @@ def test_a_trial_whose_backward_fails_leaves_nothing_in_the_way_of_the_next():
 
 
 def test_what_a_trial_has_not_allocated_is_counted_once():
-    """LoRA: fp32 gradients and weights are there, two moments and a checkpoint's copies to come. Full bf16: its gradients
-    are there in bf16; their fp32 form, moments and master come with the optimizer."""
+    """LoRA: fp32 gradients and weights are there, two moments and a checkpoint's copies to come. Full bf16: gradients of
+    the layers' matrices are there in fp32, the others in bf16; the rest of their fp32 form, moments and master come with
+    the optimizer."""
     spec = read_spec(LLAMA, where="test")
     lora = MemoryEstimator(recipe(), spec, gpu(139), 100).estimate(2048)
     assert (lora.gradients, lora.optimizer, lora.copies) == (400, 100 * 8, 100 * 12)
-    full = MemoryEstimator(replace(recipe(), adapter=Adapter(kind="none")), spec, gpu(139), 100).estimate(2048)
-    assert (full.gradients, full.optimizer) == (200, 100 * (4 + 8 + 4 - 2))
+    full_run, count = replace(recipe(), adapter=Adapter(kind="none")), spec.parameters
+    full = MemoryEstimator(full_run, spec, gpu(139), count).estimate(2048)
+    assert full.gradients == 2 * count + 2 * spec.layers * spec.layer_matmul
+    assert full.gradients + full.optimizer == count * (4 + 8 + 4)
     assert lora.weights - full.weights == 400
 
 

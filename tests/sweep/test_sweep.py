@@ -224,7 +224,6 @@ def test_the_default_waits_for_the_longest_warmup(tiny: Path, tmp_path: Path, mo
     [
         ({"adapter": {"kind": "none"}}, "no base that stays"),
         ({"train": {"duration": "10 min"}}, "counts steps"),
-        ({"train": {"fast_paths": ["joined-weights"]}}, "chosen by rank"),
         ({"parallel": {"tensor": 2}}, "no adapter over a group"),
         ({"data": {"validation": None, "hold_out": "4 examples"}}, "draws the held-out rows"),
     ],

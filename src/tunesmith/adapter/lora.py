@@ -7,9 +7,7 @@ a = sqrt(5) and B as zeros; both are fp32 parameters, computed in the dtype of x
 `bias` of the layer that it replaces, so the base loads into it as before.
 """
 
-import importlib.util
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,14 +18,12 @@ from torch import Tensor, nn
 
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
-from tunesmith.model.fused import FusedAttention, FusedMLP
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
 from tunesmith.quant.eight_bit import ALIGNED, EightBitLinear
-from tunesmith.quant.frozen_matmul import MAX_RANK, grouped_matmul, linear_names
-from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight, FrozenWeight, frozen_weight
+from tunesmith.quant.frozen_matmul import grouped_matmul, linear_names
+from tunesmith.quant.frozen_weight import DenseWeight, FrozenWeight
 from tunesmith.quant.nf4 import Nf4Linear
-from tunesmith.quant.scaled_matmul import MAX_BLOCK, TENSOR_WISE
 from tunesmith.sharded import local_part
 
 ALL_LINEAR = "all-linear"
@@ -48,22 +44,7 @@ class Lora(nn.Module):
     scaling: float
     dropout: float
     enabled: bool
-    one_pass: bool = False  # see `use_one_pass`
     first: int = 0  # of the whole layer's inputs this rank has `in_features`, from this one on
-    joined: bool = False  # the weights of its group are one (see `join_weights`), and it is the first layer there
-
-    def hold(self, weight: FrozenWeight) -> None:
-        """Store the joined weight of the group, of which the layers' own weights are views."""
-        self.joined = True
-        for i, tensor in enumerate(weight.tensors):
-            self.register_buffer(f"joined_{i}", tensor, persistent=False)
-
-    def joined_weight(self, weights: Sequence[FrozenWeight]) -> FrozenWeight | None:
-        """The weights of the group as one, or None where they are not joined."""
-        if not self.joined or len(weights) == 1:
-            return None
-        tensors = [getattr(self, f"joined_{i}") for i in range(len(weights[0].tensors))]
-        return frozen_weight(weights[0].kind, tensors, (sum(w.shape[0] for w in weights), self.in_features))
 
     def add_lora(self, adapter: Adapter, device: torch.device) -> None:
         """Make A and B; `init_lora` draws their values."""
@@ -127,58 +108,11 @@ class LoraNf4Linear(Lora, Nf4Linear):
 class LoraEightBitLinear(Lora, EightBitLinear):
     """An `EightBitLinear` with an adapter; it takes over the trained parameters of a `LoraLinear`."""
 
-    def __init__(self, base: LoraLinear, kind: str, stored: EightBitWeight | None = None) -> None:
-        super().__init__(base, kind, stored)
+    def __init__(self, base: LoraLinear, kind: str) -> None:
+        super().__init__(base, kind)
         self.lora_A, self.lora_B = base.lora_A, base.lora_B
         self.scaling, self.dropout, self.enabled = base.scaling, base.dropout, base.enabled
-        self.one_pass, self.first = base.one_pass, base.first
-
-
-def join_weights(model: nn.Module, device: torch.device) -> int:
-    """Store the weights of frozen layers of one input (q/k/v, gate/up) as one tensor each; return how many groups.
-
-    Before `materialise`: the joined tensor is allocated on `device`, and the layers' parameters become views of it, so
-    that names, files and everything that reads a layer by itself stay as they are. A group is left alone unless each of
-    its layers has a dense weight of its own and an adapter without dropout. (nf4 weights have an offset each for their
-    scales: they would be joined by a copy after each unpacking, which costs more than it saves.)
-    """
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    count = 0
-    for names in _groups(model):
-        layers: list[Any] = [model.get_submodule(name) for name in names]
-        if not all(type(m) is LoraLinear and m.dropout == 0 and uses[id(m.weight)] == 1 for m in layers):
-            continue
-        rows, width, dtype = [m.out_features for m in layers], layers[0].in_features, layers[0].weight.dtype
-        whole = torch.empty(sum(rows), width, dtype=dtype, device=device)
-        for m, part in zip(layers, whole.split(rows), strict=True):
-            if not m.weight.is_meta:
-                part.copy_(m.weight.detach())
-            m.weight = nn.Parameter(part, requires_grad=False)
-        layers[0].hold(DenseWeight("dense", [whole], (sum(rows), width)))
-        count += 1
-    return count
-
-
-def use_one_pass(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
-    """Take the gradients of every adapter from one reading of dy, which is of `dtype`; or return why that has no effect."""
-    adapted = [m for _, m in loras(model) if m.dropout == 0 and m.lora_A.shape[0] <= MAX_RANK]
-    if device.type != "cuda" or dtype.itemsize != 2 or not adapted:
-        return f"it needs a GPU, a model in 16 bits, and adapters without dropout of rank {MAX_RANK} at most"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    from tunesmith.quant.one_pass import kernel_fault
-
-    fault = kernel_fault(device, dtype)
-    for layer in adapted:
-        layer.one_pass = not fault
-    return fault
-
-
-def _groups(model: nn.Module) -> Iterator[list[str]]:
-    """Full names of the layers that `project` computes together, group by group."""
-    for name, module in model.named_modules():
-        if isinstance(module, FusedAttention | FusedMLP):
-            yield [f"{name}.{part}" for part in module.group]
+        self.first = base.first
 
 
 def eight_bit_names(model: nn.Module) -> list[str]:
@@ -188,27 +122,18 @@ def eight_bit_names(model: nn.Module) -> list[str]:
     return [name for name, m in frozen if m.in_features % ALIGNED == 0 and m.out_features % ALIGNED == 0]
 
 
-def eight_bit_shapes(model: nn.Module, fast_paths: Sequence[str] = ()) -> list[tuple[int, int]]:
-    """(out_features, in_features) of the layers that `convert_to_eight_bit` takes, each once; on meta or not. Those of
-    the joined weights too if they will be joined."""
-    joined = "joined-weights" in fast_paths
-    found = {name: model.get_parameter(f"{name}.weight").shape for name in eight_bit_names(model)}
-    shapes = {(n_out, n_in) for n_out, n_in in found.values()}
-    groups = [[found[name] for name in names] for names in _groups(model) if joined and found.keys() >= set(names)]
-    return sorted(shapes | {(sum(n_out for n_out, _ in group), group[0][1]) for group in groups})
+def eight_bit_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(out_features, in_features) of the layers that `convert_to_eight_bit` takes, each once; on meta or not."""
+    shapes = (model.get_parameter(f"{name}.weight").shape for name in eight_bit_names(model))
+    return sorted({(n_out, n_in) for n_out, n_in in shapes})
 
 
 def convert_to_eight_bit(model: nn.Module, kind: str) -> int:
     """Put the layers of `eight_bit_names` into 8 bits, one at a time; return how many.
 
-    `kind` is one of `scaled_matmul.KINDS`. Joined weights that are scaled by row stay joined: a row of W^T has the scale
-    of the whole joined row then.
+    `kind` is one of `scaled_matmul.KINDS`.
     """
     names = eight_bit_names(model)  # by name: a list of the layers would keep every dense weight alive
-    if kind != TENSOR_WISE:
-        for group in _groups(model):
-            if set(group) <= set(names):
-                _convert_joined(model, group, kind)
     for name in names:
         layer = model.get_submodule(name)
         if isinstance(layer, LoraLinear):
@@ -216,20 +141,6 @@ def convert_to_eight_bit(model: nn.Module, kind: str) -> int:
         elif isinstance(layer, nn.Linear):
             model.set_submodule(name, EightBitLinear(layer, kind))
     return len(names)
-
-
-def _convert_joined(model: nn.Module, names: Sequence[str], kind: str) -> None:
-    """Put a group into 8 bits if its dense weights are joined; in int8 each must have whole blocks of the rotation."""
-    layers: list[Any] = [model.get_submodule(name) for name in names]
-    rows = [m.out_features for m in layers]
-    joined = isinstance(layers[0], LoraLinear) and layers[0].joined
-    if not joined or (kind.startswith("int8") and any(n % MAX_BLOCK for n in rows)):
-        return
-    whole = EightBitWeight.from_dense(kind, layers[0].joined_0)
-    converted = [LoraEightBitLinear(m, kind, part) for m, part in zip(layers, whole.split(rows), strict=True)]
-    converted[0].hold(whole)
-    for name, layer in zip(names, converted, strict=True):
-        model.set_submodule(name, layer)
 
 
 def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
@@ -392,5 +303,5 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
     if len(layers) < len(linears) or len({w.kind for w in weights}) != 1:
         return [alone(m) for m in linears]
     biases, lora_A = [local_part(m.bias) for m in layers], [local_part(m.lora_A) for m in layers]
-    lora_B, joined = [local_part(m.lora_B) * m.scaling for m in layers], layers[0].joined_weight(weights)
-    return grouped_matmul(x, weights, biases, lora_A, lora_B, joined, layers[0].one_pass)
+    lora_B = [local_part(m.lora_B) * m.scaling for m in layers]
+    return grouped_matmul(x, weights, biases, lora_A, lora_B)

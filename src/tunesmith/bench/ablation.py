@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from tunesmith.config.schema import FastPath, Model, Run
+from tunesmith.config.schema import Model, Run
 from tunesmith.errors import RunError
 from tunesmith.units import ratio
 
@@ -33,13 +33,6 @@ def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
     for base in get_args(get_type_hints(Model)["quantize"]) if lora else ():
         if base != model.quantize:
             yield {"none": "dense base"}.get(base, f"base in {base}"), f"model.quantize={base}"
-    # A fast path that cannot change what this run computes is not worth a variant's minute.
-    effects = {"fused-epilogue": lora and model.quantize in ("fp8", "int8"), "fp32-weight-gradients": not lora}
-    for path in get_args(FastPath):
-        if effects.get(path, lora):
-            taken = path in train.fast_paths
-            paths = [name for name in train.fast_paths if name != path] + [path] * (not taken)
-            yield f"without {path}" if taken else path, f"train.fast_paths=[{', '.join(paths)}]"
 
 
 def run_in_turns(

@@ -8,11 +8,12 @@ from pathlib import Path
 from tunesmith.checkpoint.nodes import bring_folder, copies_in, copy_files, newest_checkpoint
 from tunesmith.checkpoint.run_dir import TRACKER_IDS, restore
 from tunesmith.checkpoint.state import SavedCheckpoint, step_of
-from tunesmith.config.dump import differences
+from tunesmith.config.dump import differences, is_free
 from tunesmith.config.load import load_recipe
+from tunesmith.config.removed import REMOVED
 from tunesmith.config.schema import Run, Train
 from tunesmith.data.schedule import BatchSchedule
-from tunesmith.errors import CheckpointError, DataError, ModelError, RecipeError, TunesmithError
+from tunesmith.errors import CheckpointError, DataError, ModelError, RecipeError, RemovedError, TunesmithError
 from tunesmith.metrics.record import StepRecord
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.ranks import ONE_PROCESS, Ranks
@@ -125,7 +126,7 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
     final = step_of(output_dir / FINAL)
     if not copies_in(output_dir) and final is None:
         return None, None
-    before = _recipe_of(output_dir)
+    before = _recipe_of(output_dir, forced=run.checkpoint.resume == "force")
     refused = [c for c in differences(before, run) if not c.allowed]
     if refused and run.checkpoint.resume != "force":
         what, where = "the recipe differs from the one that this run began with", "\n         ".join(map(str, refused))
@@ -144,11 +145,17 @@ def _bring_records(output_dir: Path, ranks: Ranks, say: Callable[[str], None]) -
         copy_files(ranks, output_dir, [*every[source]] if ranks.leads else [], {}, say=say, source=source)
 
 
-def _recipe_of(output_dir: Path) -> Run:
-    """The recipe that the checkpoints were written with, without which they are neither resumed from nor deleted."""
+def _recipe_of(output_dir: Path, *, forced: bool) -> Run:
+    """The recipe that the checkpoints were written with, without which they are neither resumed from nor deleted.
+
+    What changed nothing that was learned is ignored where it was removed since, and with `forced` a removed base too.
+    """
     recipe = output_dir / RECIPE
+    ignored = [key for key in REMOVED if forced or is_free(key)]
     try:
-        return load_recipe(recipe)
+        return load_recipe(recipe, ignored=ignored)
+    except RemovedError as error:
+        raise RecipeError(error.what, where=error.where, why=error.why, fix=f"{START_OVER}, {FORCE}") from error
     except TunesmithError as error:
         what, fix = f"the recipe that this run began with cannot be read: {error.what}", f"undo the change in {recipe}"
         raise RecipeError(what, where=error.where, why=error.why, fix=f"{fix}, or {START_OVER}") from error

@@ -148,6 +148,9 @@ def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> 
         speed = f"{f.step_seconds:8.2f} {f.tokens_per_second:9,.0f}" if known else f"{'-':>8} {'-':>9}"
         shape = f"{' x '.join(map(str, f.plan.mesh)):<26} {f.plan.choices['micro batch']:>15}"
         lines.append(f"{shape} {memory} {f'{speed} {f.idle_share:6.0%}' if f.fits else ' does not fit'}")
+    if planner.run.model.quantize == "fp8" and best.plan.base != "fp8":
+        what = f"the base stays in {best.plan.base}: {best.plan.why['base']}"
+        lines.append(f"warning: {what}; to save memory: model.quantize=nf4")
     if not best.fits:
         return lines
     seconds = ", ".join(f"{part} {value:.2f}" for part, value in best.seconds.items() if value >= 0.005)

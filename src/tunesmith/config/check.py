@@ -41,9 +41,9 @@ def _texts(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
 
 def _model(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
     model, adapter = run.model, run.adapter
-    if model.quantize in ("fp8", "int8") and model.dtype != "bf16":
-        why = f"{model.quantize} matmuls return bf16"
-        yield "model.quantize", f"is {model.quantize}, but model.dtype is {model.dtype}", "model.dtype: bf16", why
+    if model.quantize == "fp8" and model.dtype != "bf16":
+        why = "fp8 matmuls return bf16"
+        yield "model.quantize", f"is fp8, but model.dtype is {model.dtype}", "model.dtype: bf16", why
     if model.quantize != "none" and adapter.kind == "none":
         why = "full fine-tuning trains the base weights, and quantized ones are frozen"
         fix = "train an adapter on it (adapter.kind: lora), or model.quantize: none"

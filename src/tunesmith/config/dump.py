@@ -19,7 +19,8 @@ from tunesmith.config.schema import Adapter, Run, yaml_name
 from tunesmith.config.tree import scalar
 from tunesmith.units import Length, Share, Size
 
-# What may change when a run resumes, by dotted key or section; train.duration may grow.
+# What may change when a run resumes, by dotted key or section; train.duration may grow. train.fast_paths is a key of
+# older runs.
 FREE = (
     "log", "validate", "checkpoint", "parallel", "profile", "output_dir",
     "train.micro_batch", "train.recompute", "train.cpu_offload", "train.compile", "train.deterministic", "train.fast_paths",

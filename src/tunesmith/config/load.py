@@ -1,17 +1,18 @@
 """A recipe file and its overrides -> one frozen, checked `Run`.
 
-    file -> extends, from the base up -> key=value -> absolute paths -> types -> rules
+    file -> extends, from the base up -> key=value -> without removed keys -> absolute paths -> types -> rules
 
 Every value keeps the place it came from, so an error names the file and line, or the key on the command line.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tunesmith.config.check import check_run
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.paths import resolve_paths
+from tunesmith.config.removed import without_removed
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import locate_recipe
 from tunesmith.config.tree import Node, read_file, wrap
@@ -22,7 +23,11 @@ MAX_EXTENDS = 20  # recipes one over the other
 
 
 def load_recipe(
-    recipe: str | Path, overrides: Mapping[str, Any] | Sequence[str] = (), *, say: Callable[[str], None] | None = None
+    recipe: str | Path,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    say: Callable[[str], None] | None = None,
+    ignored: Collection[str] = (),
 ) -> Run:
     """Read a recipe, apply overrides, check it; RecipeError or MachineError names what is wrong, its place and the fix.
 
@@ -31,9 +36,10 @@ def load_recipe(
         overrides: `{"key.sub": value}`, each value as it is, or texts `key.sub=value`, the value in YAML 1.2; all of
             them are one layer.
         say: takes a line for each layer that names other rows, about the keys that it leaves behind.
+        ignored: keys whose removed values are ignored, see `without_removed`; for a recipe of an older run.
     """
     tree = _read_layers(locate_recipe(recipe, base=Path(), where=str(recipe)), (), say)
-    return checked(merge_layers(tree, override_layer(overrides), say))
+    return checked(merge_layers(tree, override_layer(overrides), say), ignored)
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
@@ -44,7 +50,8 @@ def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
     return checked(wrap(values, where=where, base=base))
 
 
-def checked(tree: Node) -> Run:
+def checked(tree: Node, ignored: Collection[str] = ()) -> Run:
+    tree = without_removed(tree, ignored)
     run, places = build_run(resolve_paths(tree)), dict(tree.places())
     check_run(run, lambda key: places.get(key, ""))
     return run

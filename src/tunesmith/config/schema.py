@@ -24,9 +24,6 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 # Those of accelerate whose runs can be continued; metrics/trackers.py says how.
 TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
-# Techniques that are equal in result and wait for a measurement on a GPU; `bench --ablation` turns them one by one.
-FastPath = Literal["joined-weights", "fused-epilogue", "one-pass-gradients", "fp32-weight-gradients"]
-
 
 def key(default: Any, doc: str, *, example: str = "") -> Any:
     """A recipe key with its documentation; one whose default is `...` must be given, and has an example."""
@@ -52,10 +49,10 @@ class Model:
     revision: str | None = key(None, "branch, tag or commit on the Hub; null: `main`")
     tokenizer: str | None = key(None, "Hub id or folder of another tokenizer; null: the model's own")
     dtype: Literal["bf16", "fp16", "fp32"] = key("bf16", "dtype of weights and matmuls; fp16 scales the loss")
-    quantize: Literal["none", "fp8", "int8", "nf4"] = key(
+    quantize: Literal["none", "fp8", "nf4"] = key(
         "none",
-        "quantization of the frozen base: fp8 or int8 for speed (need bf16), nf4 (bitsandbytes' format) for memory; int8 "
-        "rotates what it rounds, and keeps the loss nearer to bf16's than fp8",
+        "quantization of the frozen base: fp8 for speed (needs bf16; on Hopper, Ada and Blackwell GPUs), nf4 (bitsandbytes' "
+        "format) for memory",
     )
     attention: Literal["auto", "eager"] = key("auto", "auto: the fastest for packed rows; eager: Transformers' own")
     trust_remote_code: bool = key(False, "run Python code from the model's repository")
@@ -154,14 +151,6 @@ class Train:
     compile: Literal["auto", "on", "off"] = key("auto", "torch.compile")
     deterministic: bool = key(
         False, "equal runs and resumes give equal bits on a GPU too; slower, and an operator that cannot ends the run"
-    )
-    fast_paths: tuple[FastPath, ...] = key(
-        (),
-        "optional techniques, equal in result and not yet measured on a GPU: "
-        "joined-weights (q/k/v, and gate/up, as one tensor each), "
-        "fused-epilogue (one Triton kernel for a product of an fp8 base, its scales and its LoRA update), "
-        "one-pass-gradients (those of an adapter's B from one reading of dy), "
-        "fp32-weight-gradients (of bf16 weights trained in full, never rounded to bf16)",
     )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.checkpoint import state
 from tunesmith.config.load import load_recipe
+from tunesmith.config.removed import REMOVED
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.model.safetensors_files import read_json
@@ -108,7 +109,7 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
     if place.is_dir():
         location = _in_run(place) if (place / RECIPE).is_file() else _in_folder(place)
     elif place.is_file() and place.suffix in (".yaml", ".yml"):
-        run = load_recipe(place)
+        run = load_recipe(place, ignored=REMOVED)
         location = RunLocation("base", None, run.model, run, f"the base of the recipe {path}: {run.model.name}")
     elif place.is_file() and place.suffix == ".gguf":
         location = RunLocation("base", None, Model(name=str(path)))
@@ -151,7 +152,7 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
     """A checkpoint, an adapter or a model; `note` is given by `_in_run`, which has checked for damage."""
     recipe, run, where = folder.parent / RECIPE, None, str(folder)
     if _PART_OF_RUN.match(folder.name) and recipe.is_file():
-        run = load_recipe(recipe)
+        run = load_recipe(recipe, ignored=REMOVED)  # a base in 8 bits is read in bf16, and so is one that was in int8
         if not note and (damage := state.find_damage(folder, contents=False)):
             fix = f"give the run directory {folder.parent}, which takes the newest whole one"
             raise CheckpointError(f"{folder} is not whole", where=where, why=damage, fix=fix, cause="damaged")

@@ -3,6 +3,8 @@
 Otherwise a product writes its gradient in 16 bits, and the optimizer's hook reads it and adds it to the fp32 one: 8 bytes
 a parameter in the first micro batch of a step and 12 in each further one, here 4 and 8, in the product's own epilogue.
 The gradient is never rounded to 16 bits. Megatron-LM calls this gradient accumulation fusion.
+
+It takes no memory at a step's peak, where all fp32 gradients are there either way; they stay between the steps too.
 """
 
 from collections.abc import Iterator

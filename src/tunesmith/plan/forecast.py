@@ -23,7 +23,6 @@ from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters, flops
 from tunesmith.parallel.mesh import meshes_for
 from tunesmith.plan.hardware import Cluster
-from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime import resolve, savings
 from tunesmith.runtime.plan import Machine, MeshShape, RunPlan, Saving
 from tunesmith.units import Size
@@ -124,9 +123,12 @@ def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -
     """The planner for machines that are not here: everything is assumed to work which the chip has."""
     chip, base, compiles = cluster.chip, run.model.quantize, run.train.compile != "off"
     device, size = ("cpu" if chip.name == "cpu" else "cuda"), int(chip.gib * 2**30)
+    scaling: tuple[str | None, str] = (None, "")
+    if base == "fp8":
+        scaling = ("fp8", "assumed") if chip.fp8 else (None, f"{chip.name} has no fp8 matmuls")
     machine = Machine(
         device, size, ("varlen" if device == "cuda" else "products", "assumed"), (compiles and device == "cuda", "assumed"),
-        (base if base in chip.eight_bit else None, "assumed"), size, chip.integrated,
+        scaling, size, chip.integrated,
     )  # fmt: skip
     trained = adapter_parameters(spec, run.adapter) if run.adapter.kind == "lora" else spec.parameters
     return Planner(run, spec, cluster, work, machine, trained)
@@ -261,7 +263,7 @@ class Planner:
         """Of such a step: its seconds by part, hidden ones, and tokens of `hides_from`."""
         run, chip = self.run, self.cluster.chip
         estimator = resolve.MemoryEstimator(run, self.spec, self.machine, self.trained, plan.mesh)
-        rate = (chip.tflops or 0.0) * 1e12 * (EIGHT_BIT_SPEED if plan.base.startswith(tuple(KINDS)) else 1.0)
+        rate = (chip.tflops or 0.0) * 1e12 * (EIGHT_BIT_SPEED if plan.base.startswith("fp8") else 1.0)
         token = self.work.operations / rate / plan.mesh.tensor
         again = resolve.RECOMPUTE_COST[run.adapter.kind] * plan.recomputed_layers / self.spec.layers
         compute = {

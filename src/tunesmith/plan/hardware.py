@@ -22,7 +22,7 @@ class Chip:
     """One GPU and its links, with what is not known as None.
 
     `gib` is what a process can have, `tflops` what whole steps reach in bf16. GB/s: `bandwidth` of the memory, `link` to a
-    neighbour in the node and `network` to another node, one direction of one GPU. `eight_bit`: bases that it multiplies.
+    neighbour in the node and `network` to another node, one direction of one GPU. `fp8`: whether it multiplies fp8.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Chip:
     link: float | None = None
     network: float | None = None
     integrated: bool = False
-    eight_bit: Sequence[str] = ("fp8", "int8")
+    fp8: bool = True
     source: str = "not known"  # of tflops
     sources: str = ""  # of the other figures
 

@@ -1,10 +1,10 @@
 """Frozen linear layers whose matmuls run in 8 bits, for speed; nf4 is for memory.
 
-Weights, inputs and output gradients are e4m3 or int8; the matmuls give bf16. Only the frozen base is rounded: the
+Weights, inputs and output gradients are e4m3; the matmuls give bf16. Only the frozen base is rounded: the
 adapter's own matmuls and gradients stay in bf16. W is stored twice (see `EightBitWeight`), together as large as bf16.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product as pairs
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tunesmith.errors import first_line
 from tunesmith.quant.frozen_matmul import FrozenLinear
 from tunesmith.quant.frozen_weight import EightBitWeight, FrozenWeight, unpack
-from tunesmith.quant.scaled_matmul import FUSED, KINDS
+from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.sharded import local_part
 
 ALIGNED = 16  # the GPU's 8-bit matmuls take widths that are a multiple of 16
@@ -28,34 +28,25 @@ class ScalingRecipe(NamedTuple):
 
 
 def select_scaling(
-    quantize: str,
     device: torch.device,
     shapes: Sequence[tuple[int, int]] = ((48, 32),),
     rows: Sequence[int] = (1, 16, 40),
-    product: Callable[..., Tensor] | None = None,
-    *,
-    fused: bool = False,
 ) -> ScalingRecipe:
-    """The first kind of `model.quantize` whose matmuls are right on this device: by trying, not by version.
+    """The first kind of `model.quantize: fp8` whose matmuls are right on this device: by trying, not by version.
 
     sm_120 and sm_121 have fp8 tensor-wise only. All layers take one kind.
 
     Args:
         shapes: (out_features, in_features) of the model's layers; rows: of x, each tried with each shape.
-        product: tried in the place of torch's (see `scaled_matmul`).
-        fused: try the Triton kernel for fp8 too; for int8, where torch scales in passes of their own, it is tried anyway.
     """
     faults: list[str] = []
-    kinds = KINDS[quantize]
-    if device.type == "cuda" and (fused or quantize == "int8"):
-        kinds = (FUSED[quantize], *kinds)
-    for kind in kinds:
-        found = (matmul_fault(kind, device, shape, n, product) for shape, n in pairs(shapes, rows))
-        fault = next(filter(None, found), "")
+    for kind in KINDS:
+        trials = (matmul_fault(kind, device, shape, n) for shape, n in pairs(shapes, rows))
+        fault = next(filter(None, trials), "")
         if not fault:
             return ScalingRecipe(kind, "; ".join([f"{kind} matmuls run here", *faults]))
         faults.append(f"{kind} does not: {fault}")
-    return ScalingRecipe(None, f"this device has no {quantize} matmuls: {'; '.join(faults)}")
+    return ScalingRecipe(None, f"this device has no fp8 matmuls: {'; '.join(faults)}")
 
 
 @torch.no_grad()
@@ -64,7 +55,6 @@ def matmul_fault(
     device: torch.device,
     shape: tuple[int, int],
     n: int,
-    product: Callable[..., Tensor] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> str:
     """What is wrong with a forward and two added backwards of one frozen layer and its adapter on n rows, or "".
@@ -81,26 +71,25 @@ def matmul_fault(
     sides = ((of_x, n_in), (of_x, n_out), (of_x, 1), (of_y, 1), (of_dx, 1))
     x, dy, xa, b, a = (left.outer(torch.ones(width, device=device)).to(dtype) for left, width in sides)
     try:
-        weight = EightBitWeight.from_dense(kind, of_out.outer(of_in).to(dtype), product)
+        weight = EightBitWeight.from_dense(kind, of_out.outer(of_in).to(dtype))
         y = weight.forward_matmul(x, weight.quantize_input(x), (xa, b))
         dy8 = weight.quantize_input(dy)
         dx = weight.backward_matmul(dy, dy8, weight.backward_matmul(dy, dy8, None, (xa, a)))
         expected = (2 * of_x.outer(of_y), 3 * of_x.outer(of_dx))
-        # int8 rounds to 1/254 of a row's largest value, once a factor; the powers are e4m3 numbers.
+        # The powers are e4m3 numbers: only bf16 rounds.
         right = all(torch.allclose(*pair, rtol=0.02) for pair in zip((y.float(), dx.float()), expected, strict=True))
         fault = "" if right else "a wrong result"
-    except Exception as error:  # those of Triton have no other class in common
+    except Exception as error:  # whatever torch and the driver raise for products that they do not have
         fault = first_line(error)
     return fault and f"{n} rows times [{n_in}, {n_out}]: {fault}"
 
 
 class EightBitLinear(FrozenLinear):
-    """A dense linear layer's weight in 8 bits, or that weight as it is `stored` already; its bias is taken over.
+    """A dense linear layer's weight in 8 bits; its bias is taken over.
 
     Attributes (frozen):
-        weight: e4m3 or int8 [out_features, in_features]; scale: fp32 [out_features, 1] or [1, 1].
+        weight: e4m3 [out_features, in_features]; scale: fp32 [out_features, 1] or [1, 1].
         transposed_weight: [in_features, out_features]; transposed_scale: fp32 [in_features, 1] or [1, 1].
-        signs: the rotation of int8, one tensor for all layers; None in fp8.
 
     A layer that FSDP shards keeps the bf16 parameter that FSDP knows: its bytes are those of both 8-bit weights
     (`EightBitWeight.packed`), and transposed_weight is None.
@@ -109,13 +98,12 @@ class EightBitLinear(FrozenLinear):
     transposed_weight: nn.Parameter | None
     scale: Tensor
     transposed_scale: Tensor
-    signs: Tensor | None
 
     @torch.no_grad()
-    def __init__(self, base: nn.Linear, kind: str, stored: EightBitWeight | None = None) -> None:
+    def __init__(self, base: nn.Linear, kind: str) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bias = base.in_features, base.out_features, base.bias
-        stored = stored or EightBitWeight.from_dense(kind, local_part(base.weight))
+        stored = EightBitWeight.from_dense(kind, local_part(base.weight))
         self.weight = nn.Parameter(stored.tensors[0], requires_grad=False)
         self.transposed_weight = nn.Parameter(stored.tensors[2], requires_grad=False)
         self.hold_scales(stored)
@@ -124,18 +112,15 @@ class EightBitLinear(FrozenLinear):
     def hold_scales(self, stored: EightBitWeight) -> None:
         """Take the scales of the layer's weight, which `weight` and `transposed_weight` have the codes of."""
         self.kind, self.compute_dtype = stored.kind, torch.bfloat16
-        _, scale, _, transposed_scale, *signs = stored.tensors
+        _, scale, _, transposed_scale = stored.tensors
         # Not persistent: a checkpoint of the base holds dense weights.
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("transposed_scale", transposed_scale, persistent=False)
-        self.register_buffer("signs", signs[0] if signs else None, persistent=False)
 
     def frozen_weight(self) -> FrozenWeight:
         weight: Tensor = self.weight
         transposed: Tensor | None = self.transposed_weight
         if transposed is None:
-            weight, transposed = unpack(self.kind, local_part(weight))
+            weight, transposed = unpack(local_part(weight))
         tensors = [weight, self.scale, transposed, self.transposed_scale]
-        if self.signs is not None:
-            tensors.append(self.signs)
         return EightBitWeight(self.kind, tensors, (self.out_features, self.in_features))

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from tunesmith.quant.frozen_weight import FrozenWeight, frozen_weight
 from tunesmith.sharded import local_part
 
-MAX_RANK = 64  # of a layer, or of a joined group, whose sums fit into the registers of one block of `one_pass.py`
-
 
 def grouped_matmul(
     x: Tensor,
@@ -28,8 +26,6 @@ def grouped_matmul(
     biases: Sequence[Tensor | None],
     lora_A: Sequence[Tensor] = (),
     lora_B: Sequence[Tensor] = (),
-    joined: FrozenWeight | None = None,
-    one_pass: bool = False,
 ) -> Sequence[Tensor]:
     """y_i = x W_i^T + b_i + (x A_i^T) B_i^T; no gradient reaches W and b.
 
@@ -39,9 +35,6 @@ def grouped_matmul(
         biases: [out_i] each, or None.
         lora_A: [rank_i, in] each; lora_B: times the layer's scaling, [out_i, rank_i] each. Of any dtype, computed in that
             of x. Both empty: no update.
-        joined: all the weights as one, [sum of out, in]. The outputs are then columns of one matrix: dx is one product
-            instead of a sum of several, and B is block-diagonal. It adds the same products in another order.
-        one_pass: take the gradients of xa and B from one reading of dy, by the kernel in `one_pass.py`.
 
     Returns:
         [..., out_i] each, in the dtype of x.
@@ -49,21 +42,16 @@ def grouped_matmul(
     # A DTensor would make its own collectives out of the products.
     assert all(type(t) in (Tensor, nn.Parameter) for w in weights for t in w.tensors)
     rows = x.flatten(0, -2)
-    columns = [w.shape[0] for w in weights]
-    if joined is not None:
-        weights, lora_B = [joined], [torch.block_diag(*lora_B)] if lora_B else []
     kind, widths = weights[0].kind, [w.shape[0] for w in weights]
     tensors = [t for w in weights for t in w.tensors]
     lora = [torch.cat(list(lora_A)).to(x.dtype), *(b.to(x.dtype) for b in lora_B)] if lora_A else []
     xa = [rows.detach() @ lora[0].detach().T] if lora else []  # the operator's backward has the gradients of x and A
     quantized = weights[0].quantize_input(rows.detach())
     if torch.compiler.is_compiling():
-        outputs = frozen_matmul(rows, xa, quantized, lora, tensors, kind, widths, one_pass)
+        outputs = frozen_matmul(rows, xa, quantized, lora, tensors, kind, widths)
     else:
         counts = (len(xa), len(quantized), len(lora))
-        outputs = _FrozenMatmul.apply(rows, kind, widths, counts, one_pass, *xa, *quantized, *lora, *tensors)
-    if joined is not None:
-        outputs = outputs[0].split(columns, 1)
+        outputs = _FrozenMatmul.apply(rows, kind, widths, counts, *xa, *quantized, *lora, *tensors)
     ys = [y if b is None else y + b for y, b in zip(outputs, biases, strict=True)]
     return [y.unflatten(0, x.shape[:-1]) for y in ys]
 
@@ -85,9 +73,8 @@ def _forward(
     tensors: list[Tensor],
     kind: str,
     widths: list[int],
-    one_pass: bool,
 ) -> list[Tensor]:
-    """The outputs; `one_pass` is for the backward."""
+    """The outputs."""
     weights = _weights(kind, tensors, widths, x.shape[1])
     if not lora:
         return [w.forward_matmul(x, quantized, None) for w in weights]
@@ -105,7 +92,6 @@ def _backward(
     kind: str,
     in_features: int,
     needs_dx: bool,
-    one_pass: bool,
 ) -> list[Tensor]:
     """Gradients of x (empty unless `needs_dx`) and of `lora`.
 
@@ -117,9 +103,8 @@ def _backward(
     if lora:
         (x, xa), (a, *bs) = saved, lora
         parts = xa.split([b.shape[1] for b in bs], 1)
-        of_layers = [_gradients(*given, one_pass) for given in zip(dys, bs, parts, strict=True)]
-        d_xa = torch.cat([gradient for gradient, _ in of_layers], 1)
-        d_lora = [d_xa.T @ x, *(gradient for _, gradient in of_layers)]
+        d_xa = torch.cat([dy @ b for dy, b in zip(dys, bs, strict=True)], 1)
+        d_lora = [d_xa.T @ x, *(gradient_of_b(dy, part) for dy, part in zip(dys, parts, strict=True))]
     if not needs_dx:
         return [dys[0].new_empty(0), *d_lora]
     update = None if d_xa is None else (d_xa, a.T)
@@ -127,15 +112,6 @@ def _backward(
         dx = weight.backward_matmul(dy, quantized[i * each : (i + 1) * each], dx, update if i == 0 else None)
     assert dx is not None
     return [dx, *d_lora]
-
-
-def _gradients(dy: Tensor, b: Tensor, xa: Tensor, one_pass: bool) -> tuple[Tensor, Tensor]:
-    """dy B and dy^T xa of one layer."""
-    if one_pass and b.shape[1] <= MAX_RANK:
-        from tunesmith.quant.one_pass import lora_gradients  # Triton comes with torch's CUDA builds only
-
-        return lora_gradients(dy, b, xa)
-    return dy @ b, gradient_of_b(dy, xa)
 
 
 def gradient_of_b(dy: Tensor, xa: Tensor) -> Tensor:
@@ -150,7 +126,7 @@ def gradient_of_b(dy: Tensor, xa: Tensor) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what the backward reads, and the sizes that gradients are told apart by."""
-    x, xa, quantized, lora, tensors, ctx.kind, ctx.widths, ctx.one_pass = inputs
+    x, xa, quantized, lora, tensors, ctx.kind, ctx.widths = inputs
     ctx.in_features, ctx.counts = x.shape[1], (len(xa), len(quantized), len(lora), len(tensors))
     ctx.save_for_backward(*([x, *xa] if lora else []), *lora, *tensors)
 
@@ -167,7 +143,7 @@ def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
     quantized = [t for dy in dys for t in weight.quantize_input(dy)]
     needs_dx = ctx.needs_input_grad[0]
     lora = kept[at : at + n_lora]
-    return dys, quantized, kept[:at], lora, tensors, ctx.kind, ctx.in_features, needs_dx, ctx.one_pass
+    return dys, quantized, kept[:at], lora, tensors, ctx.kind, ctx.in_features, needs_dx
 
 
 # ---- eager ----
@@ -176,11 +152,11 @@ def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
 class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kind: str, widths: list[int], counts: tuple[int, ...], one_pass: bool, *flat: Tensor
+        ctx: Any, x: Tensor, kind: str, widths: list[int], counts: tuple[int, ...], *flat: Tensor
     ) -> tuple[Tensor, ...]:
         given = iter(flat)
         xa, quantized, lora = ([next(given) for _ in range(n)] for n in counts)
-        inputs = (x, xa, quantized, lora, list(given), kind, widths, one_pass)
+        inputs = (x, xa, quantized, lora, list(given), kind, widths)
         _save(ctx, inputs, None)
         return tuple(_forward(*inputs))
 
@@ -189,7 +165,7 @@ class _FrozenMatmul(torch.autograd.Function):
         dx, *d_lora = _backward(*_backward_inputs(ctx, grads))
         n_xa, n_quantized, _, n_tensors = ctx.counts
         dx_or_none = dx if ctx.needs_input_grad[0] else None
-        return (dx_or_none, *[None] * (4 + n_xa + n_quantized), *d_lora, *[None] * n_tensors)
+        return (dx_or_none, *[None] * (3 + n_xa + n_quantized), *d_lora, *[None] * n_tensors)
 
 
 # ---- inside torch.compile ----
@@ -200,12 +176,12 @@ frozen_matmul_backward = torch.library.custom_op("tunesmith::frozen_matmul_backw
 
 
 @frozen_matmul.register_fake
-def _(x, xa, quantized, lora, tensors, kind, widths, one_pass):  # type: ignore[no-untyped-def]
+def _(x, xa, quantized, lora, tensors, kind, widths):  # type: ignore[no-untyped-def]
     return [x.new_empty(x.shape[0], width) for width in widths]
 
 
 @frozen_matmul_backward.register_fake
-def _(dys, quantized, saved, lora, tensors, kind, in_features, needs_dx, one_pass):  # type: ignore[no-untyped-def]
+def _(dys, quantized, saved, lora, tensors, kind, in_features, needs_dx):  # type: ignore[no-untyped-def]
     dx = dys[0].new_empty((dys[0].shape[0], in_features) if needs_dx else (0,))
     return [dx, *(factor.new_empty(factor.shape) for factor in lora)]
 
@@ -214,7 +190,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     dx, *d_lora = frozen_matmul_backward(*_backward_inputs(ctx, grads))
     n_xa, n_quantized, _, n_tensors = ctx.counts
     dx_or_none = dx if ctx.needs_input_grad[0] else None
-    return dx_or_none, [None] * n_xa, [None] * n_quantized, d_lora, [None] * n_tensors, None, None, None
+    return dx_or_none, [None] * n_xa, [None] * n_quantized, d_lora, [None] * n_tensors, None, None
 
 
 frozen_matmul.register_autograd(_differentiate, setup_context=_save)

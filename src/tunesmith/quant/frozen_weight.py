@@ -2,15 +2,15 @@
 
 - dense: W itself.
 - nf4: 4-bit codes and their scales, in bitsandbytes' format (Dettmers et al. 2023, arXiv:2305.14314).
-- fp8 and int8: 8-bit values with scales (see `scaled_matmul`), stored twice: the GPU multiplies along contiguous rows
-  only, and the backward needs the rows of W^T.
+- fp8: 8-bit values with scales (see `scaled_matmul`), stored twice: the GPU multiplies along contiguous rows only, and
+  the backward needs the rows of W^T.
 
 A `torch.library` operator takes strings and tensors, not objects. `kind` and `tensors` describe a weight in full;
 `frozen_weight` builds it again from them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith import packages
-from tunesmith.quant.scaled_matmul import E4M3, FUSED, hadamard, hadamard_rotate, quantize, scaled_matmul
+from tunesmith.quant.scaled_matmul import E4M3, quantize, scaled_matmul
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 Update = tuple[Tensor, Tensor] | None  # of low rank: its two factors
@@ -107,29 +107,18 @@ class Nf4Weight(FrozenWeight):
 
 
 class EightBitWeight(FrozenWeight):
-    """tensors: 8-bit [out, in] and its scale, 8-bit [in, out] and its scale; for int8 the matrix of `hadamard` too.
+    """tensors: 8-bit [out, in] and its scale, 8-bit [in, out] and its scale.
 
-    Scales are fp32 [rows, 1], or [1, 1] of a tensor. `product` multiplies two 8-bit matrices; None for torch's own.
+    Scales are fp32 [rows, 1], or [1, 1] of a tensor.
     """
 
-    product: Callable[..., Tensor] | None = None
-
     @classmethod
-    def from_dense(cls, kind: str, dense: Tensor, product: Callable[..., Tensor] | None = None) -> "EightBitWeight":
+    def from_dense(cls, kind: str, dense: Tensor) -> "EightBitWeight":
         """Quantize W [out, in] in the dtype of x; `kind` is one of `scaled_matmul.KINDS`."""
-        signs = [hadamard(dense.device, dense.dtype)] if kind.startswith("int8") else []
-        both = (quantize(kind, w, *signs) for w in (dense, dense.T.contiguous()))
-        made = cls(kind, [*(t for pair in both for t in pair), *signs], (dense.shape[0], dense.shape[1]))
-        made.product = product
-        return made
-
-    def split(self, rows: Sequence[int]) -> "Iterator[EightBitWeight]":
-        """Views of rows of a weight scaled by row: `rows[i]` outputs each, for int8 in whole blocks of the rotation."""
-        weight, scale, transposed, transposed_scale, *signs = self.tensors
-        cut = zip(weight.split(list(rows)), scale.split(list(rows)), transposed.split(list(rows), 1), strict=True)
-        for own, own_scale, columns in cut:
-            tensors = [own, own_scale, columns, transposed_scale, *signs]
-            yield EightBitWeight(self.kind, tensors, (own.shape[0], own.shape[1]))
+        codes, scale = quantize(kind, dense)
+        transposed, transposed_scale = quantize(kind, dense.T.contiguous())
+        tensors = [codes, scale, transposed, transposed_scale]
+        return cls(kind, tensors, (dense.shape[0], dense.shape[1]))
 
     def packed(self, dtype: torch.dtype) -> Tensor:
         """Both 8-bit matrices as the bytes of a new [out, in] in a 16-bit `dtype`, which are as many: see `unpack`."""
@@ -137,37 +126,28 @@ class EightBitWeight(FrozenWeight):
         return torch.cat(codes).view(dtype).view(self.shape)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        weight = self.tensors[0].float() * self.tensors[1]
-        return (hadamard_rotate(weight, self.tensors[4].float()) if self.tensors[4:] else weight).to(dtype)
+        codes, scale = self.tensors[:2]
+        return (codes.float() * scale).to(dtype)
 
     def quantize_input(self, x: Tensor) -> list[Tensor]:
-        return list(quantize(self.kind, x, *self.tensors[4:]))
+        return list(quantize(self.kind, x))
 
     def forward_matmul(self, x: Tensor, quantized: Sequence[Tensor], update: Update) -> Tensor:
-        return self._matmul(quantized, self.tensors[:2], x.dtype, update, None)
+        y = scaled_matmul(self.kind, quantized, self.tensors[:2], x.dtype)
+        return y if update is None else y.addmm_(update[0], update[1].T)
 
     def backward_matmul(
         self, dy: Tensor, quantized: Sequence[Tensor], dx: Tensor | None, update: Update = None
     ) -> Tensor:
-        return self._matmul(quantized, self.tensors[2:4], dy.dtype, update, dx)
-
-    def _matmul(
-        self, left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype, update: Update, onto: Tensor | None
-    ) -> Tensor:
-        if self.kind in FUSED.values():
-            from tunesmith.quant.triton_matmul import fused_matmul  # Triton comes with torch's CUDA builds only
-
-            return fused_matmul(left, right, dtype, update, onto)
-        y = scaled_matmul(self.kind, left, right, dtype, self.product)
+        product = scaled_matmul(self.kind, quantized, self.tensors[2:], dy.dtype)
         if update is not None:
-            y.addmm_(update[0], update[1].T)
-        return y if onto is None else onto.add_(y)
+            product.addmm_(update[0], update[1].T)
+        return product if dx is None else dx.add_(product)
 
 
-def unpack(kind: str, packed: Tensor) -> tuple[Tensor, Tensor]:
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Views of the 8-bit [out, in] and [in, out] in a tensor from `EightBitWeight.packed`, which is contiguous."""
-    codes = packed.view(torch.int8 if kind.startswith("int8") else E4M3)
-    weight, transposed = codes.view(2, -1)
+    weight, transposed = packed.view(E4M3).view(2, -1)
     return weight.view(packed.shape), transposed.view(packed.shape[::-1])
 
 
@@ -175,7 +155,6 @@ WEIGHT_CLASSES: dict[str, type[FrozenWeight]] = {
     "dense": DenseWeight,
     "nf4": Nf4Weight,
     "fp8": EightBitWeight,
-    "int8": EightBitWeight,
 }
 
 

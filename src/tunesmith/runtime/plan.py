@@ -117,7 +117,7 @@ class Saving(NamedTuple):
 class RunPlan:
     """What a run does on its machine, and why, by part. The defaults are those of inference.
 
-    `base` is how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8 or int8. Of the model's decoder
+    `base` is how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8. Of the model's decoder
     `layers`, `recomputed_layers` recompute in the backward. `trial_peak` is the most bytes that were allocated before
     the last trial of memory, which begins the allocator's statistics anew. `savings` finds changes that need less memory than this plan.
     """
@@ -129,7 +129,7 @@ class RunPlan:
     compiled: bool = False
     deterministic: bool = False
     recomputed_layers: int = 0
-    fast_paths: tuple[str, ...] = ()
+    fp32_gradients: bool = False  # those of linear layers' weights are added up in fp32 by the products that make them
     cpu_offload: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     layout: MicroBatchLayout = ONE_EXAMPLE
@@ -139,18 +139,15 @@ class RunPlan:
     trial_peak: int = 0
     why: Mapping[str, str] = field(default_factory=dict)
 
-    def without_fast_path(self, name: str, why: str) -> "RunPlan":
-        """The plan of a model in which this fast path has no effect, and why."""
-        left = tuple(path for path in self.fast_paths if path != name)
-        warning = f"warning: train.fast_paths: {name} has no effect: {why}"
-        return replace(self, fast_paths=left, warnings=(*self.warnings, warning))
-
     @property
     def choices(self) -> dict[str, str]:
         """What was decided, by part, as env.json holds it."""
         size, count = self.layout.micro_batch, self.recomputed_layers
-        more = {"kernels": "deterministic" if self.deterministic else "", "fast paths": ", ".join(self.fast_paths)}
-        more["cpu offload"] = ", ".join(self.cpu_offload)
+        more = {
+            "kernels": "deterministic" if self.deterministic else "",
+            "weight gradients": "added up in fp32" if self.fp32_gradients else "",
+            "cpu offload": ", ".join(self.cpu_offload),
+        }
         return {
             "attention": self.attention,
             "loss": "chunked, compiled" if self.compiled else "chunked",

@@ -26,9 +26,8 @@ from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters
-from tunesmith.optim.adamw import checkpoint_bytes_per_parameter, state_bytes_per_parameter
+from tunesmith.optim.adamw import HALF, checkpoint_bytes_per_parameter, state_bytes_per_parameter
 from tunesmith.quant import eight_bit
-from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_memory, host_budget, is_integrated
 from tunesmith.runtime.host import return_freed_memory
@@ -46,7 +45,7 @@ NF4_SCALES = 1 / 64 + 4 / (64 * 256)  # bytes of a weight: an 8-bit scale of 64,
 # The fixed cost of a forward and backward, in tokens whose work takes as long: the bytes that it moves for each weight,
 # against the four operations of a token. Both passes read the weight: two bytes in bf16, one in 8 bits; nf4's half is read,
 # and the dense weight that is made of it is written and read, 2 x (0.52 + 2 + 2).
-WEIGHT_TRAFFIC = {"none": 4.0, "fp8": 2.0, "int8": 2.0, "nf4": 9.03}
+WEIGHT_TRAFFIC = {"none": 4.0, "fp8": 2.0, "nf4": 9.03}
 # Operations in the time of a byte: an H200 reaches 700 TFLOP/s (in 8 bits twice that) and 4 TB/s, and other discrete cards
 # lie between 150 and 300; a GB10 92 (in 8 bits 188) and 226 GB/s. So a pass over 70B in nf4 costs as much as 396 tokens on
 # an H200 and as 922 on a GB10, which prefers larger micro batches.
@@ -80,9 +79,8 @@ def probe_machine(
 ) -> Machine:
     """What this machine has for a run, found by trying: backends, compiler, memory, 8-bit matmuls.
 
-    `shapes` are those of `lora.eight_bit_shapes`, tried with many rows, few and one; many first, as the tiles of a Triton
-    kernel are chosen by the first product of a shape. `ranks` are the process ids of the run's ranks on this host, which
-    share its memory.
+    `shapes` are those of `lora.eight_bit_shapes`, tried with many rows, few and one. `ranks` are the process ids of the
+    run's ranks on this host, which share its memory.
     """
     # Before the products are tried: torch keeps their memory, for the model to use.
     if device.type == "cpu":
@@ -90,12 +88,12 @@ def probe_machine(
         free, size, limit = host_budget(ranks)
     else:
         free, size, limit = free_memory(device), card_bytes(device), None
-    quantize, rows = run.model.quantize, (PROBE_ROWS, 16, 1)
-    fused = "fused-epilogue" in run.train.fast_paths
-    found = eight_bit.select_scaling(quantize, device, shapes, rows, fused=fused) if quantize in KINDS else (None, "")
+    scaling: tuple[str | None, str] = (None, "")
+    if run.model.quantize == "fp8":
+        scaling = eight_bit.select_scaling(device, shapes, (PROBE_ROWS, 16, 1))
     backend, compiles = attention_backend(run, files, device), compilation.select_compile(run.train.compile, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return Machine(str(device), free, backend, compiles, found, size, is_integrated(device), name, limit)
+    return Machine(str(device), free, backend, compiles, scaling, size, is_integrated(device), name, limit)
 
 
 def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan:
@@ -183,6 +181,24 @@ class MemoryEstimator:
         return self.mesh.shard > 1 or full or "parameters" in self.moved
 
     @property
+    def is_fp8(self) -> bool:
+        """Whether the base's matmuls run in fp8: the recipe asks for it, and this machine has them."""
+        return self.run.model.quantize == "fp8" and self.machine.scaling[0] is not None
+
+    @property
+    def fp32_gradients(self) -> bool:
+        """Whether linear layers add up their weights' gradients in fp32: wherever that works.
+
+        It does for 16-bit weights with fp32 masters, trained in full on one GPU. Several ranks reduce the gradients that
+        autograd makes; an update in the backward frees each gradient at once; on a CPU no product of 16-bit matrices adds
+        into an fp32 one.
+        """
+        train = self.run.train
+        has_masters = DTYPES[self.run.model.dtype] in HALF and train.master_weights == "fp32"
+        in_full = self.run.adapter.kind == "none" and not train.optimizer_in_backward
+        return has_masters and in_full and self.mesh.world == 1 and self.machine.device.startswith("cuda")
+
+    @property
     def moved(self) -> tuple[str, ...]:
         """What is offloaded to the host."""
         return moved_to_host(self.run, self.machine)
@@ -245,7 +261,7 @@ class MemoryEstimator:
         base = "nf4" if run.model.quantize == "nf4" else machine.scaling[0] or run.model.dtype
         return RunPlan(
             machine.device, machine.attention[0], base, self.spec.layers, compiled, train.deterministic,
-            memory.recomputed_layers, train.fast_paths, self.moved, layout=layout, memory=memory, mesh=self.mesh,
+            memory.recomputed_layers, self.fp32_gradients, self.moved, layout=layout, memory=memory, mesh=self.mesh,
             why={
                 "attention": machine.attention[1],
                 "loss": "head and loss on supervised positions alone",
@@ -253,7 +269,7 @@ class MemoryEstimator:
                 "compile": compile_why,
                 "kernels": "as train.deterministic says",
                 "recompute": "as few as fit" if train.recompute == "auto" else "as train.recompute says",
-                "fast paths": "as train.fast_paths says",
+                "weight gradients": "16-bit weights with fp32 masters on one GPU: the products add them up, unrounded",
                 "cpu offload": f"as train.cpu_offload says: {memory.host / 2**30:.1f} GiB of the host's memory a rank",
                 "micro batch": f"{why}: about {memory.total / 2**30:.1f} of {memory.free / 2**30:.1f} GiB",
             },
@@ -277,7 +293,9 @@ class MemoryEstimator:
         base = -(-sum(self.weights(width if masters else itemsize)) // self.mesh.shard)
         base += self.scales - self.scales // self.mesh.shard  # buffers, which FSDP2 leaves whole
         adapter = width * trained * lora
-        gradients = max(width, 4 * ("fp32-weight-gradients" in run.train.fast_paths)) * trained
+        gradients = width * trained
+        if self.fp32_gradients:
+            gradients += (4 - width) * spec.layers * spec.layer_matmul
         state, host = int(trained * state_bytes_per_parameter(run.train, width)), 0
         gathered = self.gathered_bytes(itemsize) if self.sharded else 0
         if "parameters" in self.moved:
@@ -395,8 +413,10 @@ class MemoryEstimator:
     @property
     def pass_tokens(self) -> float:
         """The fixed cost of a forward and backward, in tokens whose products take as long."""
-        base = self.run.model.quantize
-        return WEIGHT_TRAFFIC[base] * OPERATIONS_PER_BYTE[self.machine.integrated][base in KINDS] / 4
+        quantize = self.run.model.quantize
+        if quantize == "fp8" and not self.is_fp8:
+            quantize = "none"
+        return WEIGHT_TRAFFIC[quantize] * OPERATIONS_PER_BYTE[self.machine.integrated][self.is_fp8] / 4
 
     def tokens_of(self, size: Size, step: StepSize, longest: int) -> int:
         """The most tokens of a micro batch, padding counted, where the longest example has `longest`."""

@@ -99,7 +99,6 @@ def check_sweep(run: Run, space: Space, search: Search) -> None:
     for wrong, where, what, fix in (
         (run.adapter.kind != "lora", "adapter.kind", "full fine-tuning has no base that stays", "adapter.kind=lora"),
         (run.parallel.tensor != 1, "parallel.tensor", "a sweep cuts no adapter over a group", "parallel.tensor=1"),
-        (train.fast_paths, "train.fast_paths", "they are chosen by rank when a base is loaded", "train.fast_paths=[]"),
         (train.duration.seconds, "train.duration", "a sweep counts steps, not time", "train.duration='500 steps'"),
         (seeds and data.hold_out, "train.seed", "the seed draws the held-out rows too", "data.validation in place of hold_out"),
         (seeds and run.model.added_tokens, "train.seed", "the seed draws the added tokens too", "one train.seed"),

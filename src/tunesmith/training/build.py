@@ -171,7 +171,7 @@ def build(
     if not measured:
         with ranks.together():
             check_disk(run, count_trained(run, model), ranks)
-    saved, eight_bit = start.found.path if start.found else None, run.model.quantize in KINDS
+    saved, eight_bit = start.found.path if start.found else None, run.model.quantize == "fp8"
     probes = first_batches(make_loader(data, files, plan), device, EIGHT_BIT_PROBE_TOKENS if eight_bit else 1)
     root, plan = build_model(
         run, files, plan, model=model,
@@ -180,7 +180,7 @@ def build(
         probes=probes, mesh=mesh, ranks=ranks,
     )  # fmt: skip
     optimizer = make_optimizer(run, root, start, ranks)
-    if eight_bit and not plan.base.startswith(run.model.quantize):
+    if eight_bit and plan.base not in KINDS:
         say(f"warning: the base stays in {plan.base}: {plan.why['base']}")
     changes = [*describe_micro_batch(start, run, plan), *describe_rounding(start, run)]
     for text in (*plan.warnings, root.describe(), *plan.describe(why=why), *changes):
@@ -203,7 +203,7 @@ def plan_model(
     """The model on meta, and what each of the ranks will do, on which mesh."""
     with ranks.together():
         model = define_model(run, files)
-        shapes = lora.eight_bit_shapes(model, run.train.fast_paths)
+        shapes = lora.eight_bit_shapes(model)
         machine = probe_machine(run, files, device, shapes, ranks.heartbeat.local_processes())
     machines, local = ranks.gather(machine), math.gcd(*ranks.gather(ranks.local_world))
     with ranks.together():
