@@ -241,6 +241,20 @@ def test_json_has_everything(llama: Path, capsys: pytest.CaptureFixture[str]) ->
     assert found["machines"]["chip"]["network"] == 20
 
 
+def test_a_base_in_fp8_on_a_gpu_without_fp8_is_planned_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    """An A100 had a base in int8 alone."""
+    command = ["plan", "llama3.1-8b-lora", "--on", "a100-80gb"]
+    shown = []
+    for quantize in ("none", "fp8"):
+        assert main([*command, f"model.quantize={quantize}"]) == 0
+        shown.append(capsys.readouterr().out.splitlines())
+    warnings = [line for line in shown[1] if line.startswith("warning: the base stays in bf16")]
+    assert len(warnings) == 1
+    assert "A100" in warnings[0]
+    assert "model.quantize=nf4" in warnings[0]
+    assert [line for line in shown[1] if line not in warnings] == shown[0]
+
+
 def test_what_does_not_fit_ends_with_2_and_what_to_change(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(llama), "--on", "dgx-spark"]) == 2
     shown = capsys.readouterr()
