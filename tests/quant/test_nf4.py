@@ -14,6 +14,9 @@ from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.quant import nf4
+from tunesmith.quant.frozen_matmul import grouped_matmul
+from tunesmith.quant.frozen_weight import FEW_ROWS, Nf4Weight, nf4_functions
+from tunesmith.quant.nf4 import Nf4Linear
 from tunesmith.training.build import check_machine
 
 pytest.importorskip("bitsandbytes")
@@ -164,3 +167,41 @@ def test_a_bitsandbytes_that_cannot_pack_here_is_refused_before_anything_is_read
         check_machine(run, torch.device("cpu"), print)
     assert caught.value.where == "model.quantize"
     assert caught.value.why == "Attempted to use bitsandbytes native library functionality"
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS])
+def test_a_few_rows_are_multiplied_with_the_weight_in_4_bits(rows, double, monkeypatch):
+    """What decoding asks of a layer: the same numbers as of the dense weight, which is not made. fp32, but for the order
+    of 128 sums."""
+    layer = layer_of(double)
+    factors = torch.randn(8, 128), torch.randn(192, 8)
+    x = torch.randn(rows, 128)
+    expected = x @ layer.dense().T + x @ factors[0].T @ factors[1].T
+    monkeypatch.setattr(Nf4Weight, "dense", lambda *_: pytest.fail("the weight was made dense"))
+    with torch.no_grad():
+        (y,) = grouped_matmul(x, [layer.frozen_weight()], [None], [factors[0]], [factors[1]])
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_more_rows_and_steps_make_the_weight_dense(monkeypatch):
+    layer, made = layer_of(double=True), []
+    dense = Nf4Weight.dense
+    monkeypatch.setattr(Nf4Weight, "dense", lambda *given: made.append(1) or dense(*given))
+    with torch.no_grad():
+        layer(torch.randn(FEW_ROWS + 1, 128))
+    layer(torch.randn(1, 128))
+    assert len(made) == 2
+
+
+def layer_of(double: bool) -> Nf4Linear:
+    torch.manual_seed(0)
+    layer = Nf4Linear(128, 192, False, torch.float32, device="cpu")
+    layer.quantize(torch.randn(192, 128))
+    if not double:
+        kind, tensors = layer.frozen_weight().kind, layer.frozen_weight().tensors
+        functional = nf4_functions()
+        nested = functional.QuantState(tensors[3], blocksize=256, code=tensors[4], dtype=torch.float32)
+        absmax = functional.dequantize_blockwise(tensors[1], nested) + tensors[5]
+        layer._store_scales(kind.replace(" 256 ", " 0 "), absmax, tensors[2])
+    return layer

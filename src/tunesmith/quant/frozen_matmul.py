@@ -46,12 +46,17 @@ def grouped_matmul(
     tensors = [t for w in weights for t in w.tensors]
     lora = [torch.cat(list(lora_A)).to(x.dtype), *(b.to(x.dtype) for b in lora_B)] if lora_A else []
     xa = [rows.detach() @ lora[0].detach().T] if lora else []  # the operator's backward has the gradients of x and A
-    quantized = weights[0].quantize_input(rows.detach())
-    if torch.compiler.is_compiling():
-        outputs = frozen_matmul(rows, xa, quantized, lora, tensors, kind, widths)
-    else:
-        counts = (len(xa), len(quantized), len(lora))
-        outputs = _FrozenMatmul.apply(rows, kind, widths, counts, *xa, *quantized, *lora, *tensors)
+    is_compiling = torch.compiler.is_compiling()
+    outputs: Sequence[Tensor] = ()
+    if not torch.is_grad_enabled() and not is_compiling:
+        outputs = _few_rows(rows, weights, xa, lora)
+    if not outputs:
+        quantized = weights[0].quantize_input(rows.detach())
+        if is_compiling:
+            outputs = frozen_matmul(rows, xa, quantized, lora, tensors, kind, widths)
+        else:
+            counts = (len(xa), len(quantized), len(lora))
+            outputs = _FrozenMatmul.apply(rows, kind, widths, counts, *xa, *quantized, *lora, *tensors)
     ys = [y if b is None else y + b for y, b in zip(outputs, biases, strict=True)]
     return [y.unflatten(0, x.shape[:-1]) for y in ys]
 
@@ -63,6 +68,16 @@ def _weights(kind: str, tensors: list[Tensor], widths: list[int], in_features: i
     each = len(tensors) // len(widths)  # one kind, so equally many tensors a layer
     cut = (tensors[i : i + each] for i in range(0, len(tensors), each))
     return [frozen_weight(kind, own, (width, in_features)) for own, width in zip(cut, widths, strict=True)]
+
+
+def _few_rows(x: Tensor, weights: Sequence[FrozenWeight], xa: Sequence[Tensor], lora: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs where the weights have a kernel for so few rows, else none; without gradients."""
+    products = [product for w in weights if (product := w.few_rows_matmul(x)) is not None]
+    if products and lora:  # the weights are of one kind: all have it, or none
+        bs = lora[1:]
+        for product, part, b in zip(products, xa[0].split([b.shape[1] for b in bs], 1), bs, strict=True):
+            product.addmm_(part, b.T)
+    return products
 
 
 def _forward(

@@ -21,6 +21,8 @@ from tunesmith import packages
 from tunesmith.quant.scaled_matmul import E4M3, quantize, scaled_matmul
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+# Rows for which bitsandbytes reads 4-bit weights inside the product. To make W dense first moves nine times as many bytes.
+FEW_ROWS = 16
 Update = tuple[Tensor, Tensor] | None  # of low rank: its two factors
 
 
@@ -48,6 +50,10 @@ class FrozenWeight(ABC):
     def quantize_input(self, x: Tensor) -> list[Tensor]:
         """What the matmuls need of x (or dy) beside itself. Plain tensor code: the compiler fuses it into x's producer."""
         return []
+
+    def few_rows_matmul(self, x: Tensor) -> Tensor | None:
+        """x W^T for so few rows as decoding has, by a kernel of their own; None where there is none. It has no backward."""
+        return None
 
     def forward_matmul(self, x: Tensor, quantized: Sequence[Tensor], update: Update) -> Tensor:
         """x W^T + (x A^T) B^T: a new [n, out].
@@ -86,24 +92,35 @@ class DenseWeight(FrozenWeight):
 class Nf4Weight(FrozenWeight):
     """tensors: the buffers of an `Nf4Linear` in the order of its docstring, without the three that may be None.
 
-    The options of `kind`: weights a scale, scales a nested scale (0: none), and the dtype that was quantized. Each matmul
-    makes W dense again: a kept copy would undo the saving of 4 bits.
+    The options of `kind`: weights a scale, scales a nested scale (0: none), and the dtype that was quantized. A matmul of
+    training makes W dense again: a kept copy would undo the saving of 4 bits.
     """
 
     def dense(self, dtype: torch.dtype) -> Tensor:
+        weight: Tensor = nf4_functions().dequantize_4bit(self.tensors[0], self._state())
+        return weight.to(dtype)
+
+    def few_rows_matmul(self, x: Tensor) -> Tensor | None:
+        if len(x) > FEW_ROWS:
+            return None
+        from bitsandbytes import matmul_4bit
+
+        product: Tensor = matmul_4bit(x, self.tensors[0], self._state())
+        return product
+
+    def _state(self) -> Any:
+        """What bitsandbytes needs beside the codes."""
         functional = nf4_functions()
         _, block, nested_block, stored = self.kind.split()
-        packed, absmax, code, *nested = self.tensors
+        _, absmax, code, *nested = self.tensors
         offset, state2 = None, None
         if nested:
             scales, values, offset = nested
             state2 = functional.QuantState(scales, blocksize=int(nested_block), code=values, dtype=torch.float32)
-        state = functional.QuantState(
+        return functional.QuantState(
             absmax=absmax, shape=torch.Size(self.shape), code=code, blocksize=int(block), quant_type="nf4",
             dtype=DTYPES[stored], offset=offset, state2=state2,
         )  # fmt: skip
-        weight: Tensor = functional.dequantize_4bit(packed, state)
-        return weight.to(dtype)
 
 
 class EightBitWeight(FrozenWeight):
