@@ -111,7 +111,7 @@ def test_the_names_are_those_of_micro() -> None:
     source = (ROOT / "benchmarks/micro.py").read_text(encoding="utf-8")
     for product in (*PRODUCTS_OF_MICRO, *SKINNY_OF_MICRO):
         assert f'timed(f"{product}, {{shape}}"' in source
-    for name in ("{base} product of {rows} rows", "{backend}, bound {bound}, both ways"):
+    for name in ("fp8 product of {rows} rows", "{backend}, bound {bound}, both ways"):
         assert f'timed(f"{name}"' in source
 
 
