@@ -3,6 +3,7 @@
 # make test    every test, as CI runs them
 # make check   lint, format, types, import floors, house rules, generated pages
 # make picture  the picture of the README: a run in a terminal of 80 columns
+# make torch-matrix  the tests without the slow ones on the lowest and the newest torch that is supported
 # make cluster-tools  install what the tests on real Slurm, Swarm, Docker, Nix and Chromium need (root, Debian or Ubuntu)
 # make clean   remove the environment and what the demo and the tests wrote
 
@@ -20,7 +21,10 @@ PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --d
 # Two for a core: the slow tests kill, interrupt and cut off, and wait for what comes of it.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
 
-.PHONY: demo picture quick test check cluster-tools clean
+# Beside the version of constraints.txt: the lowest that is supported, and the newest.
+TORCHES ?= 2.11 2.15
+
+.PHONY: demo picture quick test check cluster-tools clean torch-matrix
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python demo/run.py
@@ -60,8 +64,21 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
+# Each in an environment of its own, of some 6 GB: PyPI has torch with CUDA only. What needs a GPU is left out.
+torch-matrix:
+	@for version in $(TORCHES); do \
+	  environment=.torch/$$version; \
+	  echo "torch $$version in $$environment"; \
+	  mkdir -p .torch; \
+	  grep -v '^torch==' constraints.txt >.torch/constraints.txt; \
+	  test -x $$environment/bin/python || $(PYTHON) -m venv $$environment || exit 1; \
+	  $$environment/bin/python -m pip install -qq --disable-pip-version-check -c .torch/constraints.txt "torch==$$version.*" -e '.[dev]' || exit 1; \
+	  PATH="$$PWD/$$environment/bin:$$PATH" OMP_NUM_THREADS=1 $$environment/bin/python -m pytest --dist loadfile --no-loadscope-reorder \
+	    --numprocesses auto -m 'not slow' || exit 1; \
+	done
+
 cluster-tools:
 	@.ci/cluster-tools
 
 clean:
-	rm -rf $(VENV) .docker demo/data runs/demo runs/demo-base.jsonl runs/demo-tuned.jsonl
+	rm -rf $(VENV) .torch .docker demo/data runs/demo runs/demo-base.jsonl runs/demo-tuned.jsonl

@@ -295,9 +295,9 @@ def test_a_detached_run_is_seen_followed_and_stopped(place: Place, daemon: dict[
     [
         ("2.9.0a0+50eac811a6.nv25.09", "before 26.02"),
         ("2.10.0a0+b4e4ee81d3.nv25.12", "before 26.02"),
-        ("2.14.0", "take an older base"),
+        ("2.16.0", "take an older base"),
         ("2.11.0a0+eb65b36914.nv26.02", ""),
-        ("2.13.0", ""),
+        ("2.15.0", ""),
     ],
 )
 def test_a_base_whose_torch_does_not_fit_is_said_in_a_line_before_pip_runs(
