@@ -1,5 +1,6 @@
 """What the modules of a model do where ranks hold parts of a parameter or of the vocabulary."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -78,3 +79,20 @@ class ShardedHead(nn.Module):
 def shard_of(head: nn.Module) -> VocabularyShard | None:
     """The tokens of a head that ranks share; None for a whole one."""
     return head.shard if isinstance(head, ShardedHead) else None
+
+
+class GatheredHead(nn.Module):
+    """An output layer that FSDP gathers for `compute`, as for its forward; a mixin of `nn.Linear`."""
+
+    def compute(self, function: Callable[..., Tensor], hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """`function(hidden, head, ...)`, which reads the head's weight."""
+        return function(hidden, self, *arguments, **options)
+
+
+def compute_with_head(
+    function: Callable[..., Tensor], hidden: Tensor, head: nn.Module, *arguments: Any, **options: Any
+) -> Tensor:
+    """`function(hidden, head, ...)`, for which a head that is a group of FSDP's is gathered."""
+    if isinstance(head, GatheredHead):
+        return head.compute(function, hidden, *arguments, **options)
+    return function(hidden, head, *arguments, **options)

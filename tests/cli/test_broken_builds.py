@@ -27,6 +27,7 @@ from tunesmith.model.fused import FusedNorm
 from tunesmith.optim import optimizer
 from tunesmith.optim.adamw import ParameterState
 from tunesmith.parallel import tensor
+from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import MeshShape
 from tunesmith.quant import nf4
 from tunesmith.ranks import SECONDS
@@ -105,14 +106,16 @@ def take_the_micro_batches_of_another_rank() -> None:
 
 
 def keep_gradients_to_oneself() -> None:
-    trainer.sum_gradients = lambda grads, mesh: None
+    GradientSum.finish = lambda self, gradients: None
 
 
-def never_sync_copies() -> None:
-    trainer.reduce_in = lambda model, mesh, last: reduce_in(model, mesh, last=False)
+def leave_large_gradients_unsummed() -> None:
+    GradientSum._begin = lambda self, part, param: self.begun.add(part.name)
 
 
-reduce_in = trainer.reduce_in
+def sum_the_gradients_of_every_micro_batch() -> None:
+    GradientSum.is_last_backward = property(lambda self: True, lambda self, value: None)
+
 
 # ---- of shards ----
 
@@ -254,7 +257,8 @@ BROKEN: list[tuple[Callable[[], None], str, MeshShape, set[str]]] = [  # the che
     (shuffle_by_rank, "lora", COPY, {LOSS, NORM, ALIKE}),
     (take_the_micro_batches_of_another_rank, "lora", COPY, {LOSS, NORM}),
     (keep_gradients_to_oneself, "lora", COPY, {NORM, COPIES}),
-    (never_sync_copies, "full", COPY, {NORM, CHANGED}),
+    (leave_large_gradients_unsummed, "full", COPY, {NORM, COPIES}),
+    (sum_the_gradients_of_every_micro_batch, "full", COPY, {NORM}),
     (average_over_shards, "full", SHARD, {NORM}),
     (take_the_norm_of_ones_own_parts, "full", SHARD, {NORM}),
     (swap_moments_at_resume, "full", SHARD, {RESUME}),

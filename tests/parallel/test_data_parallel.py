@@ -13,11 +13,14 @@ import torch
 
 from ranks import free_port, run_ranks
 from recipes import make_run, merge
+from untied import write_untied
+from tunesmith.parallel import copies
 from tunesmith.quant.eight_bit import select_scaling
 from tunesmith.quant.scaled_matmul import TENSOR_WISE
 from tunesmith.training import build
 from tunesmith.training.run import train
 
+LARGE = 1000  # elements of a gradient that is summed beside the backward: matrices of these small models
 STEPS = 2  # the second shows the first update; `test_resume_on_ranks.py` and `selfcheck` take more
 Numbers = list[tuple[float, float, float]]
 
@@ -28,7 +31,7 @@ def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> Numbers:
         "train": {"duration": f"{STEPS} steps", "warmup": "0 steps", "micro_batch": "128 tokens"},
         "validate": {"every": f"{STEPS} steps"}, "checkpoint": {"every": None},
     }  # fmt: skip
-    with mock.patch.object(build, "EIGHT_BIT_PROBE_TOKENS", 256):
+    with mock.patch.object(build, "EIGHT_BIT_PROBE_TOKENS", 256), mock.patch.object(copies, "LARGE", LARGE):
         result = train(make_run(model, folder, **merge(base, changes)), say=None)
     return [(r.loss, r.grad_norm, r.val_loss or 0.0) for r in result.records]
 
@@ -112,6 +115,26 @@ def test_numbers_are_those_of_one_process(world, tiny, tmp_path):
         assert taken in (tmp_path / f"{name}, ranks/log.txt").read_text()
     silent = [name for name in chosen if "no sample answers" in (tmp_path / f"{name}, ranks/log.txt").read_text()]
     assert silent == [name for name in chosen if name == "lora, tensor"]
+
+
+# As above: embedding and head do not share a weight, so that FSDP2 gathers each by itself.
+APART: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "lora, shards": (LORA, SHARD),
+    "lora on the head, shards": ({"adapter": {"target": ["q_proj", "lm_head"]}}, SHARD),
+    "full, copies": (merge(FULL, BITES), COPY),
+    "full, copies, updated in the backward": (merge(FULL, IN_BACKWARD), COPY),
+    "full, shards, samples": (merge(merge(FULL, BITES), {"log": {"samples": 1}}), SHARD),
+    "full, shards, updated in the backward": (merge(FULL, IN_BACKWARD), SHARD),
+    "full, bf16 with masters": (merge(FULL, {"model": {"dtype": "bf16"}}), SHARD),
+    "full, copies of shards": (FULL, {"replicate": 2, "shard": 2}),
+    "full, copies of a tensor group": (FULL, {"replicate": 2, "tensor": 2}),
+    "full, shards of a tensor group": (merge(FULL, BITES), {"shard": 2, "tensor": 2}),
+}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_an_embedding_and_a_head_of_their_own_give_the_numbers_of_one_process(world, tiny, tmp_path):
+    assert_those_of_one_process(world, APART, write_untied(tiny, tmp_path / "untied"), tmp_path)
 
 
 EIGHT_BIT_MOMENTS = merge(FULL, {"train": {"optimizer": "adamw-8bit"}})

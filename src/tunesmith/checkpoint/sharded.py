@@ -1,8 +1,8 @@
 """Checkpoints of a model trained in full on several ranks: each writes what it holds, and any mesh reads it again.
 
 torch.distributed.checkpoint (DCP) makes state/: a file or more of each rank, and `.metadata`, which says where in them
-each tensor's parts lie. `model.<name>` are the weights, `optimizer.<name>.<field>` the optimizer's tensors; fp32 shards are
-their own masters. Scalars are in optimizer.safetensors; config, tokenizer and progress lie beside it as in every checkpoint.
+each tensor's parts lie. `model.<name>` are the weights, or their fp32 masters; fp32 shards are their own. What copies have alike is
+there once. `optimizer.<name>.<field>` are the optimizer's tensors. Scalars are in optimizer.safetensors; config, tokenizer and progress lie beside it as in every checkpoint.
 """
 
 import hashlib
@@ -241,8 +241,13 @@ def fill_together(
 
 
 def _named(model: TrainModel, optimizer: OptimizerState) -> dict[str, Tensor]:
-    weights = {f"model.{name}": tensor for name, tensor in weights_of(model.model).items()}
-    return {n: t.detach() for n, t in (weights | {f"optimizer.{n}": t for n, t in optimizer.items()}).items()}
+    """What ranks write, by its name in a checkpoint. An fp32 master takes the place of its 16-bit weight."""
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in weights_of(model.model).items()}
+    for name, tensor in optimizer.items():
+        weight, _, field = name.rpartition(".")
+        place = f"model.{weight}" if field == "master" else f"optimizer.{name}"
+        tensors[place] = tensor.detach()
+    return tensors
 
 
 def read_sharded_weights(model: nn.Module, folder: Path, ranks: Ranks = ONE_PROCESS) -> None:
@@ -263,7 +268,7 @@ def read_sharded_optimizer(optimizer: Optimizer, folder: Path, progress: Progres
                 part.state["step"].copy_(scalars[f"{name}.step"].read())
     apart = {*scalars, *(f"{name}.master" for name in optimizer.masters)}
     _read(folder, {f"optimizer.{n}": t for n, t in optimizer.state_dict().items() if n not in apart}, ranks)
-    _read(folder, {f"model.{name}": master.data for name, master in optimizer.masters.items()}, ranks)
+    _read(folder, {f"model.{name}": master for name, master in optimizer.masters.items()}, ranks)
     optimizer.scale, optimizer.growth_tracker = progress.loss_scale, progress.good_steps
 
 

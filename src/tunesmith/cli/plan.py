@@ -158,8 +158,7 @@ def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> 
     sent = [f"{amount / 1e9:,.2f} GB over its {name}" for name, amount in best.sent.items() if amount]
     hidden = f"; communication hidden behind them {best.hidden_seconds:.2f}" if best.hidden_seconds else ""
     if any(f.fits and (f.step_seconds or 0) < (best.step_seconds or 0) for f in found):
-        gain = f"more cuts or shards must gain {1 - BETTER:.0%}"
-        lines.append(f"first is not the fastest: {gain}, and groups over nodes come last")
+        lines.append(f"first is not the fastest: more cuts or shards must gain {1 - BETTER:.0%}")
     lines += [
         f"memory of a rank: {best.plan.memory.describe()}; it takes {phases}, of {best.room / GIB:.1f} GiB",
         *([f"seconds of a step: {seconds}{hidden}"] if best.step_seconds else []),

@@ -19,6 +19,7 @@ from tunesmith.loss import Score, chunked_cross_entropy, loss_and_grad, token_cr
 from tunesmith.model import attention
 from tunesmith.model.documents import Documents
 from tunesmith.quant.frozen_matmul import parameter_count
+from tunesmith.sharded import compute_with_head
 
 
 class MethodOutput(NamedTuple):
@@ -118,15 +119,13 @@ class TrainModel(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Cross-entropy summed over the positions of hidden [n, width] and targets [n], each times its weight [n]."""
-        return chunked_cross_entropy(
-            hidden, self.head, targets, weights=weights, softcap=self.softcap, scale=self.logit_scale, score=self.score
-        )
+        options = {"softcap": self.softcap, "scale": self.logit_scale, "score": self.score}
+        return compute_with_head(chunked_cross_entropy, hidden, self.head, targets, weights=weights, **options)
 
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probability of each target, fp32 (or fp64) [n], with gradient; hidden [n, width], targets [n]."""
-        return token_logprobs(
-            hidden, self.head, targets, softcap=self.softcap, scale=self.logit_scale, score=self.score
-        )
+        options = {"softcap": self.softcap, "scale": self.logit_scale, "score": self.score}
+        return compute_with_head(token_logprobs, hidden, self.head, targets, **options)
 
     @torch.no_grad()
     def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from tunesmith import packages
 from tunesmith.config.schema import Train
 from tunesmith.errors import MachineError, RecipeError, first_line
 from tunesmith.private import local_slices
-from tunesmith.sharded import sharding_groups
+from tunesmith.sharded import local_part, sharding_groups
 
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 256  # elements of an 8-bit moment that share a scale
@@ -98,10 +98,10 @@ class ParameterState:
         rounded = param.dtype in HALF and train.master_weights == "stochastic"
         has_master = param.dtype in HALF and not rounded
         weight: nn.Parameter = param
-        if isinstance(param, DTensor):
+        if has_master:
+            weight = nn.Parameter(local_part(param).detach().float())
+        elif isinstance(param, DTensor):
             weight = nn.Parameter(param.to_local().detach())
-        elif has_master:
-            weight = nn.Parameter(param.detach().float())
         # Decay pulls matrices towards zero; norms, biases and scalars have no reason to go there.
         decay = train.weight_decay if param.ndim >= 2 else 0.0
         eight_bit = train.optimizer == "adamw-8bit" and has_eight_bit_moments(param)
@@ -109,7 +109,7 @@ class ParameterState:
 
     @property
     def has_master(self) -> bool:
-        """Whether `weight` is an fp32 copy of the 16-bit `param`."""
+        """Whether `weight` is an fp32 copy of the 16-bit `param`, or of this rank's part of it."""
         return self.weight.dtype != self.param.dtype
 
     @property
@@ -240,7 +240,7 @@ class AdamWUpdate:
         )  # fmt: skip
         for part in parts:
             if part.has_master:
-                part.param.copy_(part.weight)
+                local_part(part.param).copy_(part.weight)
 
     def _update_8bit(self, part: ParameterState, lr: float, step: int) -> None:
         state, betas = part.state, self.train.betas
@@ -259,7 +259,7 @@ class AdamWUpdate:
             for place, updated, rounded in self._pieces(part, weight, part.weight.data):
                 rounded.copy_(round_stochastically(updated, noise_at(place, key, updated.shape)))
         elif part.has_master:
-            part.param.copy_(weight)
+            local_part(part.param).copy_(weight)
 
     def _update_rounded(self, part: ParameterState, lr: float, step: int, found_inf: Tensor | None) -> None:
         state, (beta1, beta2) = part.state, self.train.betas

@@ -96,9 +96,9 @@ class Optimizer:
             self._clip_and_update([part], norm)
 
     @property
-    def masters(self) -> dict[str, nn.Parameter]:
-        """The fp32 copies of 16-bit parameters, by name."""
-        return {name: part.weight for name, part in self.parts.items() if part.has_master}
+    def masters(self) -> dict[str, Tensor]:
+        """The fp32 copies of 16-bit parameters, by name; of one that ranks share a DTensor."""
+        return {name: part.whole(part.weight.data) for name, part in self.parts.items() if part.has_master}
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's part of each gradient, by the parameter's name."""
@@ -183,7 +183,7 @@ class Optimizer:
         What is sharded as its parameter is, is a DTensor like that; sharded weights are their own masters.
         """
         out = {f"{n}.{key}": part.whole(value) for n, part in self.parts.items() for key, value in part.state.items()}
-        return out | {f"{name}.master": master.data for name, master in self.masters.items()}
+        return out | {f"{name}.master": master for name, master in self.masters.items()}
 
     def load_state_dict(
         self, tensors: Mapping[str, Tensor | StoredTensor], *, scale: float | None, growth_tracker: int, where: str
@@ -201,7 +201,7 @@ class Optimizer:
 
         for name, part in self.parts.items():
             if part.has_master or (isinstance(part.param, DTensor) and f"{name}.master" in tensors):
-                part.weight.data.copy_(part_of(f"{name}.master", part.weight if part.has_master else part.param))
+                part.weight.data.copy_(part_of(f"{name}.master", part.whole(part.weight.data)))
             if f"{name}.step" in tensors:  # a parameter that has had no gradient yet has no state
                 part.state = part.initial_state()
                 for field, value in part.state.items():

@@ -85,11 +85,12 @@ ALONE = Mesh()
 
 @torch.no_grad()
 def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Sum each tensor over a group, in place and in one piece; nothing where the group is None. A collective call with
-    the same shapes, in the same order, on all its ranks."""
+    """Sum each tensor over a group, in place and in one piece, in fp32 or wider; nothing where the group is None. A
+    collective call with the same shapes, in the same order, on all its ranks."""
     if group is None or not tensors:
         return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    flat = torch.cat([tensor.flatten().to(wide) for tensor in tensors])
     dist.all_reduce(flat, group=group)
     for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(total.view_as(tensor))

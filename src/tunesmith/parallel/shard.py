@@ -1,13 +1,12 @@
 """Data parallelism: a copy of the model on each rank, or shards of one (FSDP2), or copies of shards (HSDP).
 
-A model trained in full goes through `fully_shard`, whose reductions run beside the backward. An adapter is small: its
-parameters stay whole on every rank, and their gradients are summed in one piece at the end of a step. Its frozen base is
-sharded without them, so that nothing keeps room for gradients that never come.
+Shards go through `fully_shard`. Copies do not: each rank computes as one process does, and `copies.py` sums the gradients.
+An adapter is small: its parameters stay whole on every rank, and their gradients are summed in one piece at the end of a
+step. Its frozen base is sharded without them, so that nothing keeps room for gradients that never come.
 
 Zhao et al. 2023, arXiv:2304.11277 (FSDP); PyTorch's `fully_shard`.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,12 +24,14 @@ from torch.distributed.fsdp import (
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Run
 from tunesmith.methods.base import TrainModel
+from tunesmith.model.fused import add_mixin
 from tunesmith.model.load import widen
-from tunesmith.parallel.mesh import Mesh, all_reduce_together
+from tunesmith.parallel.mesh import Mesh
 from tunesmith.private import collective, let_codes_be_sharded
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_weight import EightBitWeight
-from tunesmith.sharded import local_part
+from tunesmith.runtime.plan import needs_fsdp
+from tunesmith.sharded import GatheredHead, local_part
 
 HALF = (torch.bfloat16, torch.float16)
 # Methods of the root, beside its forward, that read parameters.
@@ -41,17 +42,17 @@ def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype, *,
     """Shard a model on meta as its recipe needs, after all that changes its modules and before its weights are there.
 
     16-bit weights trained in full become fp32 shards, their own masters, of which the forward gathers copies in
-    `compute`. Embedding, last norm and head form the root's group, so that tied weights stay one; the last layer stays
-    gathered, as the backward begins with it. With `offload` the shards stay in the host's memory, with their gradients and
-    moments, and a copy of each group comes to the device when it is used.
+    `compute`. The last layer stays gathered, as the backward begins with it. With `offload` the shards stay in the host's
+    memory, with their gradients and moments, and a copy of each group comes to the device when it is used.
+
+    Of a frozen base only the layers are sharded. Embedding, last norm and head are whole on every rank: nothing would hide
+    their gather, and it would spare no memory, as they stay gathered from the start of a forward to the end of its backward.
     """
     adapter = run.adapter.kind == "lora"
-    if mesh.shape.world == 1 or (adapter and mesh.shape.shard == 1 and not offload):
+    if not needs_fsdp(run, mesh.shape, offload=offload):
         return
     if not adapter and run.train.master_weights == "fp32":
         widen(root)
-    kept = {p for p in root.parameters() if p.requires_grad}
-    kept |= {p for module in lora.modules_to_save(root.model, run.adapter) for p in module.parameters(recurse=False)}
     policy = MixedPrecisionPolicy(
         param_dtype=compute if compute in HALF and not adapter else None,
         reduce_dtype=torch.float32 if compute in HALF else None,
@@ -59,7 +60,7 @@ def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype, *,
     )
     pinned = mesh.sharding.device_type == "cuda"
     options: dict[str, Any] = {
-        "mesh": mesh.sharding, "mp_policy": policy, "ignored_params": kept if adapter else None,
+        "mesh": mesh.sharding, "mp_policy": policy, "ignored_params": whole_parameters(root, run) if adapter else None,
         "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
     }  # fmt: skip
     let_codes_be_sharded()
@@ -67,6 +68,8 @@ def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype, *,
     for layer in layers:
         fully_shard(layer, **options)
     fully_shard(last, **options, reshard_after_forward=False)
+    if not adapter:
+        shard_ends(root, options)
     fully_shard(root, **options, reshard_after_forward=False)
     for module in sharded_modules(root):
         # The loss is divided by the global batch's denominator, so gradients are summed; gloo knows no scaled sum.
@@ -74,6 +77,32 @@ def shard_model(root: TrainModel, mesh: Mesh, run: Run, compute: torch.dtype, *,
         module.set_force_sum_reduction_for_comms(True)
     for name in READERS:
         register_fsdp_forward_method(root, name)
+
+
+def whole_parameters(root: TrainModel, run: Run) -> set[nn.Parameter]:
+    """Those of a model with an adapter that every rank holds whole: what is trained, and all outside the layers."""
+    whole = {parameter for parameter in root.parameters() if parameter.requires_grad}
+    for module in lora.modules_to_save(root.model, run.adapter):
+        whole |= set(module.parameters(recurse=False))
+    in_layers = {parameter for layer in root.layers for parameter in layer.parameters()}
+    return whole | (set(root.parameters()) - in_layers)
+
+
+def shard_ends(root: TrainModel, options: dict[str, Any]) -> None:
+    """Make embedding and head, trained in full, groups of their own, where they do not share a weight.
+
+    The head's gather then runs beside the last layers and its reduction beside the backward; in the root's group both would
+    hold up the step. The embedding's backward does not read its weight. A shared weight stays in the root's group.
+    """
+    embedding: Any = root.model.get_input_embeddings()
+    head: Any = root.head
+    if embedding.weight is head.weight:
+        return
+    fully_shard(embedding, **options)
+    embedding.set_unshard_in_backward(False)
+    add_mixin(head, GatheredHead)
+    fully_shard(head, **options, reshard_after_forward=False)
+    register_fsdp_forward_method(head, "compute")
 
 
 def sharded_modules(root: nn.Module) -> list[FSDPModule]:
@@ -119,15 +148,10 @@ def free_weights(model: nn.Module) -> None:
 
 
 def reduce_in(root: nn.Module, mesh: Mesh, *, last: bool) -> None:
-    """Say whether the coming backward, of a model trained in full, is the `last` of its step.
+    """Say whether the coming backward, of a model that FSDP2 trains in full, is the `last` of its step.
 
     Shards are reduced in each, as whole gradients would take the memory that sharding saves; copies only in the last.
     """
     for module in sharded_modules(root):
         module.set_requires_all_reduce(last)
         module.set_requires_gradient_sync(last or mesh.shape.shard > 1)
-
-
-def sum_gradients(grads: Sequence[Tensor], mesh: Mesh) -> None:
-    """Sum gradients of parameters that are whole on every rank over the data ranks, in place and in one piece."""
-    all_reduce_together(grads, mesh.data_group)

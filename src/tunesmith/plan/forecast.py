@@ -2,13 +2,19 @@
 
 Memory, micro batch and recompute are what `train` plans by, in `runtime/resolve.py`. Time is a sum over an optimizer step
 of the busiest rank: products and attention at what whole steps reach on the chip, layers that recompute, the fixed cost of
-a pass, the update at the memory's bandwidth, and communication. Gathers of shards and reductions into them hide behind the
-compute of their pass as far as they are shorter, except those of the first layer and of embedding and head. Nothing hides
-tensor parallelism's gathers and scatters, nor the one of an adapter's gradients.
+a pass, the update at the memory's bandwidth, FSDP2's copies, and communication.
+
+Gathers of shards and reductions into them hide behind the compute of their pass as far as they are shorter, except that of
+the first layer, and those of an embedding that is trained: the forward begins and the backward ends with it. A head that
+shares its weight with the embedding goes with that. Nothing hides tensor parallelism's gathers and scatters, nor the sum of
+an adapter's gradients.
+
+FSDP2 copies what it gathers out of one flat buffer into the weights, and gradients into the buffer of their reduction, in
+the stream that computes. Shards are copied into the gather's buffer in the stream of the gather, and count as a part of it.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -95,6 +101,7 @@ class Forecast:
     `phases`: bytes of a rank, of which it can have `room`; `idle_share` of the data ranks, as a step has too few examples;
     `sent`: bytes a step that a rank sends over its link in the node and over its network. `seconds` of an optimizer step
     by part, and the communication that they hide, shards' gathers wholly in micro batches of `hides_from` tokens or more.
+    `shard copies` among them are FSDP2's copies of gathered weights and of gradients.
     None: a speed or a count is not known.
     """
 
@@ -169,15 +176,15 @@ class Planner:
     def ranked(self) -> list[Forecast]:
         """Every mesh: first those that fit, the fastest first, then the nearest to fitting.
 
-        Groups that reach over nodes come behind those that do not: one slow link holds up every pass of theirs, and what
-        others measured there fell short of any forecast. Where no speed is known, those that fit stay in the order of
-        `meshes_for`.
+        The seconds of a group that reaches over nodes count what its slow link leaves exposed, so such a group may come
+        first. Where no speed is known, those that fit stay in the order of `meshes_for`, with groups over nodes behind.
         """
 
         def order(forecast: Forecast) -> tuple[bool, bool, bool, float]:
             fails, tight, cost = forecast.order
             mesh = forecast.plan.mesh
-            return fails, tight, forecast.fits and mesh.shard * mesh.tensor > self.cluster.per_node, cost
+            crosses_nodes = mesh.shard * mesh.tensor > self.cluster.per_node
+            return fails, tight, forecast.fits and not forecast.step_seconds and crosses_nodes, cost
 
         found = [self.fastest(mesh) for mesh in self.meshes()]
         *rank, least = min(map(order, found))
@@ -244,18 +251,23 @@ class Planner:
         """What the groups of a rank gather and reduce in a step of `tokens`, in `count` micro batches."""
         spec, (replicate, shard, tensor), itemsize = self.spec, plan.mesh, DTYPES[self.run.model.dtype].itemsize
         estimator = resolve.MemoryEstimator(self.run, spec, self.machine, self.trained, plan.mesh)
-        layers, rest = estimator.weights(itemsize)
+        layers, ends = estimator.weights(itemsize)
         gradients = 4 * estimator.trained_here  # in fp32; of a model trained in full, of this rank's shards
         # Sums over a tensor group, each a scatter and a gather of all tokens: two of a layer forward and two backward, those
         # of the forward again where it is recomputed; and of the embedding and the head's gradient.
         sums = 4 * spec.layers + 2 * plan.recomputed_layers + 2
         copies = (replicate * shard, tensor) if self.lora else (replicate, tensor * shard)
+        head = 0 if self.lora or spec.tied else itemsize * -(-spec.head_matmul // tensor)
+        embedding = 0 if self.lora else ends - head
+        in_fp32 = 0 if self.lora else 4 / itemsize
         return {
             "tensor parallel": Ring(1, 2 * sums * tokens * spec.hidden * itemsize, tensor, 1),
             # In each pass: of all layers but one, as the last stays for the backward, and nothing hides the first one's.
             "gather": Ring(2 * count, layers * (1 - 1 / spec.layers), shard, tensor),
-            "ends": Ring(count, rest + layers / spec.layers, shard, tensor),
-            "reduce": Ring(count, 0 if self.lora else gradients * shard, shard, tensor),
+            "gather head": Ring(count, head, shard, tensor),
+            "gather first": Ring(count, embedding + layers / spec.layers, shard, tensor),
+            "reduce": Ring(count, (layers + head) * in_fp32, shard, tensor),
+            "reduce last": Ring(count, embedding * in_fp32, shard, tensor),
             "gradients": Ring(1, 2 * gradients, *copies),
         }
 
@@ -266,26 +278,59 @@ class Planner:
         rate = (chip.tflops or 0.0) * 1e12 * (EIGHT_BIT_SPEED if plan.base.startswith("fp8") else 1.0)
         token = self.work.operations / rate / plan.mesh.tensor
         again = resolve.RECOMPUTE_COST[run.adapter.kind] * plan.recomputed_layers / self.spec.layers
+        bandwidth = 1e9 * chip.bandwidth if chip.bandwidth else math.inf
+        rings = self._rings(plan, tokens, count)
         compute = {
             "products": tokens * token * (1 - self.work.attention),
             "attention": tokens * token * self.work.attention,
             "recompute": tokens * token * again,
             "fixed cost of passes": count * estimator.pass_tokens * token,
-            "update": UPDATE_BYTES * estimator.trained_here / (1e9 * chip.bandwidth if chip.bandwidth else math.inf),
+            "update": UPDATE_BYTES * estimator.trained_here / bandwidth,
+            "shard copies": self._copied_bytes(rings) / bandwidth,
         }
-        rings = self._rings(plan, tokens, count)
-        speed = self.cluster.bandwidth
-        each = [ring.sent / speed(ring.ranks, ring.stride) if ring.sent else 0.0 for ring in rings.values()]
-        group, gather, ends, reduce, last = each
+        sent = {}
+        for name, ring in rings.items():
+            sent[name] = ring.sent / self.cluster.bandwidth(ring.ranks, ring.stride) if ring.sent else 0.0
+            if name.startswith("gather"):
+                sent[name] += self._shard_bytes_read(ring) / bandwidth
         forward = tokens * token / count / (2 if self.lora else 3)
         backward = (1 + again) * tokens * token / count - forward
+        beside_forward = sent["gather"] + sent["gather head"]
+        beside_backward = sent["gather"] + sent["reduce"]
+        exposed = sent["gather first"] + sent["reduce last"]
+        exposed += max(0.0, beside_forward - forward) + max(0.0, beside_backward - backward)
+        # Gradients of copies are summed beside the last backward, those of an adapter after it.
+        exposed_sum = sent["gradients"] if self.lora else max(0.0, sent["gradients"] - backward)
         shown = {
-            "tensor parallel": group,
-            "shards": count * (ends + max(0.0, gather - forward) + max(0.0, gather + reduce - backward)),
-            "gradients": last if self.lora else max(0.0, last - backward),  # FSDP reduces in the last backward
+            "tensor parallel": sent["tensor parallel"],
+            "shards": count * exposed,
+            "gradients": exposed_sum,
         }
-        hidden = count * (ends + 2 * gather + reduce) + last - shown["shards"] - shown["gradients"]
-        return compute | shown, hidden, math.ceil(gather / forward * tokens / count)
+        of_micro_batch = beside_forward + beside_backward + sent["gather first"] + sent["reduce last"]
+        hidden = count * (of_micro_batch - exposed) + sent["gradients"] - exposed_sum
+        return compute | shown, hidden, math.ceil(beside_forward / forward * tokens / count)
+
+    def _copied_bytes(self, rings: Mapping[str, Ring]) -> float:
+        """Bytes that a step reads and writes to copy gathered weights out of FSDP2's buffers, and gradients into them."""
+        itemsize = DTYPES[self.run.model.dtype].itemsize
+        copied = 0.0
+        for name, ring in rings.items():
+            if ring.ranks == 1:
+                continue
+            if name.startswith("gather"):
+                copied += 2 * ring.times * ring.size
+            elif name.startswith("reduce"):  # read in the weights' dtype, written in fp32
+                copied += (1 + itemsize / 4) * ring.times * ring.size
+        return copied
+
+    def _shard_bytes_read(self, ring: Ring) -> float:
+        """Bytes that one gather reads and writes to copy this rank's shards into its buffer."""
+        if ring.ranks == 1:
+            return 0.0
+        itemsize = DTYPES[self.run.model.dtype].itemsize
+        is_master = not self.lora and self.run.train.master_weights == "fp32"
+        read = 4 / itemsize if is_master else 1.0
+        return (read + 1) * ring.size / ring.ranks
 
     def _sent(self, rings: Iterable[Ring]) -> dict[str, float]:
         """Bytes that a rank sends in a step over its `link` in the node and over its `network`."""

@@ -1,12 +1,17 @@
 """What a run will do on a machine: one frozen value, resolved before anything is built. Importable without torch."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.host_memory import MemoryLimit
 from tunesmith.units import Size
+
+if TYPE_CHECKING:
+    from tunesmith.config.schema import Run
 
 
 class MeshShape(NamedTuple):
@@ -31,6 +36,18 @@ class MeshShape(NamedTuple):
 
 
 ONE = MeshShape()
+
+
+def needs_fsdp(run: Run, mesh: MeshShape, *, offload: bool) -> bool:
+    """Whether a model goes through FSDP2's `fully_shard`: its shards do, and what is offloaded.
+
+    So do copies that are updated within the backward: FSDP2 sums a gradient over them before it calls the hook that updates
+    the weight. Other copies are whole, and compute as one process does.
+    """
+    if mesh.world == 1:
+        return False
+    summed_for_update = run.train.optimizer_in_backward and mesh.replicate > 1
+    return mesh.shard > 1 or offload or summed_for_update
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from tunesmith.quant import eight_bit
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_memory, host_budget, is_integrated
 from tunesmith.runtime.host import return_freed_memory
-from tunesmith.runtime.plan import ONE, Machine, MemoryEstimate, MeshShape, MicroBatchLayout, RunPlan
+from tunesmith.runtime.plan import ONE, Machine, MemoryEstimate, MeshShape, MicroBatchLayout, RunPlan, needs_fsdp
 from tunesmith.runtime.savings import USABLE_ON_CPU, find_savings, moved_to_host, refuse_offload
 from tunesmith.units import Size
 
@@ -52,6 +52,9 @@ WEIGHT_TRAFFIC = {"none": 4.0, "fp8": 2.0, "nf4": 9.03}
 OPERATIONS_PER_BYTE = {False: (175, 350), True: (407, 832)}  # by Machine.integrated: in 16 bits, in 8 bits
 # Layers that FSDP2 has gathered at once: one in use, the next one, and the flat buffer that a gather arrives in.
 GATHERED_LAYERS = 3
+# 16-bit gradients of copies are summed in fp32 pieces of so many elements, so many of them at a time.
+GRADIENT_PIECE = 1 << 24
+GRADIENT_PIECES = 4
 RECOMPUTE_COST = {"none": 1 / 3, "lora": 1 / 2}  # a second forward, as a share of a step: 2 of 6 operations, or of 4
 # Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a usual step...
 ROW_MULTIPLE = 128
@@ -176,9 +179,8 @@ class MemoryEstimator:
 
     @property
     def sharded(self) -> bool:
-        """Whether the base goes through `fully_shard`: trained in full on several data ranks, frozen in shards, or offloaded."""
-        full = self.run.adapter.kind == "none" and self.mesh.data > 1
-        return self.mesh.shard > 1 or full or "parameters" in self.moved
+        """Whether the base goes through `fully_shard`."""
+        return needs_fsdp(self.run, self.mesh, offload="parameters" in self.moved)
 
     @property
     def is_fp8(self) -> bool:
@@ -290,16 +292,18 @@ class MemoryEstimator:
         # An adapter's weights are fp32 and not in the base; while its checkpoint is written, they and the moments are
         # there twice.
         width, copies = (4, 12 * trained) if lora else (4 if masters else itemsize, 0)
-        base = -(-sum(self.weights(width if masters else itemsize)) // self.mesh.shard)
-        base += self.scales - self.scales // self.mesh.shard  # buffers, which FSDP2 leaves whole
+        base = self.base_bytes(width if masters else itemsize)
         adapter = width * trained * lora
         gradients = width * trained
         if self.fp32_gradients:
             gradients += (4 - width) * spec.layers * spec.layer_matmul
         state, host = int(trained * state_bytes_per_parameter(run.train, width)), 0
-        gathered = self.gathered_bytes(itemsize) if self.sharded else 0
+        gathered = self.gathered_bytes(itemsize)
         if "parameters" in self.moved:
-            host, base = base, 0
+            _, ends = self.weights(itemsize)
+            staying = ends if lora else 0
+            host = base - staying
+            base = staying
             if not lora:
                 host, state, gradients = host + state, 0, 0
 
@@ -381,16 +385,35 @@ class MemoryEstimator:
         weight = hidden * wide * (self.run.adapter.kind == "none" or self.run.model.quantize == "nf4")
         return (3 * hidden * tokens + wide * tokens + max(wide * tokens, weight)) * itemsize
 
+    def base_bytes(self, itemsize: float) -> int:
+        """Bytes of the base on one rank; of a frozen one only the layers are sharded."""
+        layers, ends = self.weights(itemsize)
+        scales = self.scales - self.scales // self.mesh.shard  # buffers, which FSDP2 leaves whole
+        if self.run.adapter.kind == "lora":
+            return -(-layers // self.mesh.shard) + ends + scales
+        return -(-(layers + ends) // self.mesh.shard) + scales
+
     def gathered_bytes(self, itemsize: int) -> int:
-        """What FSDP2 holds beside the shards: the root's group, GATHERED_LAYERS, and gradients on the way to their shards.
+        """What is there for a moment beside parameters and gradients of this rank: GATHERED_LAYERS, embedding and head of a
+        model trained in full, and gradients on their way to the shards.
 
         Those of a layer are there in its dtype, and in fp32 on the way; the reduction of the layer before may not be done.
         """
-        layers, rest = self.weights(itemsize)
-        gathered = rest + GATHERED_LAYERS * layers // self.spec.layers
-        if self.run.adapter.kind == "lora":
+        layers, ends = self.weights(itemsize)
+        lora = self.run.adapter.kind == "lora"
+        if not self.sharded:
+            has_sixteen_bits = itemsize < 4 and self.run.train.master_weights == "stochastic"
+            is_summed = self.mesh.data > 1 and not lora and has_sixteen_bits
+            return 4 * GRADIENT_PIECE * GRADIENT_PIECES * is_summed
+        gathered = GATHERED_LAYERS * layers // self.spec.layers
+        if lora:
             return gathered
-        return gathered + rest + (itemsize + 2 * 4) * layers // itemsize // self.spec.layers
+        gradients = (itemsize + 2 * 4) * layers // itemsize // self.spec.layers
+        if self.spec.tied:
+            return gathered + gradients + 2 * ends
+        # The head's gradient is reduced at once, beside all activations; the embedding's when they are gone.
+        head = -(-self.spec.head_matmul // self.mesh.tensor)
+        return gathered + gradients + head * (2 * itemsize + 4)
 
     def fastest_micro_batch(self, step: StepSize, *, fixed: bool) -> int:
         """Tokens of the micro batch with the least time, in whole `seq_len`; the largest of equal ones.

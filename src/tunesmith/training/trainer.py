@@ -37,7 +37,8 @@ from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.optim.lr_schedule import scheduled_rate
-from tunesmith.parallel.shard import reduce_in, sharded_modules, sum_gradients
+from tunesmith.parallel.copies import GradientSum
+from tunesmith.parallel.shard import reduce_in, sharded_modules
 from tunesmith.parallel.tensor import reduce_gradients
 from tunesmith.run_directory import FINAL, STOP_FILE
 from tunesmith.runtime.host import return_freed_memory
@@ -109,6 +110,10 @@ class Trainer:
         clock = self.lr_schedule | {"seconds": self.progress.seconds}
         self.validate_cadence = Cadence(self.run.validate.every if session.data.validation else None, **clock)
         self.checkpoint_cadence = Cadence(self.run.checkpoint.every, **clock)
+        is_adapter = self.run.adapter.kind == "lora"
+        is_summed_by_fsdp = not is_adapter and bool(sharded_modules(session.model))
+        group = None if is_summed_by_fsdp else session.mesh.data_group
+        self.gradient_sum = GradientSum(session.optimizer.parts.values(), group, beside_backward=not is_adapter)
         self.health = Health(session.device, session.dtype, session.peak, session.ranks, sinks)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -202,15 +207,17 @@ class Trainer:
                 raise StepDropped
             # Dropout is a function of (seed, step, micro batch): a resumed run draws what the first one drew.
             torch.manual_seed((self.run.train.seed * 1_000_003 + batch.step) * 4_099 + index)
-            reduce_in(model, mesh, last=micro is batch.micro[-1])
+            is_last = micro is batch.micro[-1]
+            reduce_in(model, mesh, last=is_last)
+            if is_last:
+                self.gradient_sum.start()
             made = model(micro)
             self.session.ranks.heartbeat.progress()
             (made.loss * scale).backward()
             total = total + made.loss.detach()
             metrics = {name: value + made.metrics[name] for name, value in metrics.items()}
         grads = optimizer.gradients()
-        if self.run.adapter.kind == "lora":  # those of a model trained in full are summed in its backward
-            sum_gradients(list(grads.values()), mesh)
+        self.gradient_sum.finish(grads)
         reduce_gradients(grads, model.partial_gradients, mesh)
         means = self.agree([value / denominator for value in (total, *metrics.values())])
         return PendingMetrics(batch.step + 1, batch, AsyncScalars(*means, optimizer.step().to(total.device)), lr)

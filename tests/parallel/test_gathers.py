@@ -1,0 +1,94 @@
+"""What FSDP2 gathers and reduces in a step, in which order, counted in the collectives themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ranks import run_ranks
+from recipes import make_run, merge
+from tunesmith.checkpoint.resume import Start
+from tunesmith.metrics.sink import Sinks
+from tunesmith.ranks import join_ranks
+from tunesmith.signals import StopRequest
+from tunesmith.training.build import build
+from tunesmith.training.trainer import Trainer
+from untied import write_untied
+
+ONE_MICRO_BATCH = {"train": {"duration": "1 steps", "warmup": "0 steps", "micro_batch": "1024 tokens"}, "parallel": {"shard": 2}}
+FULL, LORA = {"adapter": {"kind": "none"}}, {"adapter": {"kind": "lora"}}
+
+
+class Recorder(TorchDispatchMode):
+    """Notes gathers and reductions of shards, with the elements of the whole tensor."""
+
+    NAMES = {"c10d::_allgather_base_": "gather", "c10d::_reduce_scatter_base_": "reduce"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if event := self.NAMES.get(func.name().partition(".")[0]):
+            self.events.append((event, max(tensor.numel() for tensor in args[:2])))
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_of_a_step(model: Path, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """The collectives of one step, the elements of each part of the model, and which parameters are sharded."""
+    run = make_run(model, folder, held=False, **merge(ONE_MICRO_BATCH, changes))
+    Path(run.output_dir).mkdir(exist_ok=True)
+    with join_ranks() as ranks:
+        session = build(run, Start(), say=lambda text: None, ranks=ranks)
+        sharded = {name for name, p in session.model.model.named_parameters() if isinstance(p, DTensor)}
+        parts: dict[str, int] = {}
+        for name, parameter in session.model.model.named_parameters():
+            if "lora_" in name:
+                continue
+            part = name.removeprefix("model.").removesuffix(".weight")
+            part = ".".join(part.split(".")[:2]) if part.startswith("layers") else part
+            parts[part] = parts.get(part, 0) + parameter.numel()
+        trainer = Trainer(session, Start(), Sinks([]), StopRequest())
+        session.model.train()
+        with Recorder() as recorder, session.loader(0) as loader:
+            assert len(list(trainer.steps(loader))) == 1
+    return {"events": recorder.events, "parts": parts, "sharded": sharded}
+
+
+@pytest.fixture(scope="module")
+def untied(tiny, tmp_path_factory):
+    return write_untied(tiny, tmp_path_factory.mktemp("gathers") / "untied")
+
+
+def test_with_an_adapter_only_layers_are_gathered(untied, tmp_path):
+    found = run_ranks(2, collectives_of_a_step, untied, tmp_path, LORA)[0]
+    layer = found["parts"]["layers.0"]
+    # The forward's of both layers, and the backward's of the first: the last one stays gathered.
+    assert found["events"] == [("gather", layer)] * 3
+    assert {name.split(".")[1] for name in found["sharded"]} == {"layers"}
+
+
+def test_a_head_is_gathered_beside_the_last_layer_and_reduced_first(untied, tmp_path):
+    found = run_ranks(2, collectives_of_a_step, untied, tmp_path, FULL)[0]
+    parts = found["parts"]
+    gathered = [elements for name, elements in found["events"] if name == "gather"]
+    reduced = [elements for name, elements in found["events"] if name == "reduce"]
+    norm, table, layer = parts["norm"], parts["embed_tokens"], parts["layers.0"]
+    assert table == parts["lm_head"]
+    # Forward: the root, the embedding, layers, the head. Backward: only the first layer.
+    assert gathered == [norm, table, layer, layer, table, layer]
+    # The backward begins at the head. The root and the embedding, whose input has no gradient, come at its end.
+    assert reduced[:3] == [table, layer, layer]
+    assert sorted(reduced[3:]) == sorted([norm, table])
+
+
+def test_a_weight_that_both_share_is_gathered_once(tiny, tmp_path):
+    found = run_ranks(2, collectives_of_a_step, tiny, tmp_path, FULL)[0]
+    gathered = [elements for name, elements in found["events"] if name == "gather"]
+    ends = found["parts"]["norm"] + found["parts"]["embed_tokens"]
+    layer = found["parts"]["layers.0"]
+    assert gathered == [ends, layer, layer, layer]
