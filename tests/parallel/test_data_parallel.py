@@ -13,12 +13,12 @@ import torch
 
 from ranks import free_port, run_ranks
 from recipes import make_run, merge
-from untied import write_untied
 from tunesmith.parallel import copies
 from tunesmith.quant.eight_bit import select_scaling
 from tunesmith.quant.scaled_matmul import TENSOR_WISE
 from tunesmith.training import build
 from tunesmith.training.run import train
+from untied import write_untied
 
 LARGE = 1000  # elements of a gradient that is summed beside the backward: matrices of these small models
 STEPS = 2  # the second shows the first update; `test_resume_on_ranks.py` and `selfcheck` take more

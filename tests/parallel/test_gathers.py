@@ -19,21 +19,25 @@ from tunesmith.training.build import build
 from tunesmith.training.trainer import Trainer
 from untied import write_untied
 
-ONE_MICRO_BATCH = {"train": {"duration": "1 steps", "warmup": "0 steps", "micro_batch": "1024 tokens"}, "parallel": {"shard": 2}}
+ONE_MICRO_BATCH = {
+    "train": {"duration": "1 steps", "warmup": "0 steps", "micro_batch": "1024 tokens"},
+    "parallel": {"shard": 2},
+}
 FULL, LORA = {"adapter": {"kind": "none"}}, {"adapter": {"kind": "lora"}}
+
+
+COLLECTIVES = {"c10d::_allgather_base_": "gather", "c10d::_reduce_scatter_base_": "reduce"}
 
 
 class Recorder(TorchDispatchMode):
     """Notes gathers and reductions of shards, with the elements of the whole tensor."""
-
-    NAMES = {"c10d::_allgather_base_": "gather", "c10d::_reduce_scatter_base_": "reduce"}
 
     def __init__(self) -> None:
         super().__init__()
         self.events: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if event := self.NAMES.get(func.name().partition(".")[0]):
+        if event := COLLECTIVES.get(func.name().partition(".")[0]):
             self.events.append((event, max(tensor.numel() for tensor in args[:2])))
         return func(*args, **(kwargs or {}))
 

@@ -30,7 +30,7 @@ FOUR, MANY = {"train": {"global_batch": "4 examples"}}, {"train": {"global_batch
 RUNS = {
     "70B in full": ("llama3-70b", "2x8xh100", FULL | AUTO | MANY, (1, 2, 8)),
     "70B in full, 4 examples": ("llama3-70b", "2x8xh100", FULL | AUTO | FOUR, (1, 2, 8)),
-    "70B, LoRA": ("llama3-70b", "2x8xh100", AUTO | MANY, (2, 8, 1)),
+    "70B, LoRA": ("llama3-70b", "2x8xh100", AUTO | MANY, (2, 4, 2)),
     "70B, LoRA, 8 GPUs set to one copy": ("llama3-70b", "8xh100", {"parallel": {"tensor": "auto", "replicate": 1}} | MANY, None),
     "70B, LoRA, Sparks": ("llama3-70b", "2x-dgx-spark", AUTO | MANY, (1, 2, 1)),
     "70B, nf4, one Spark": ("llama3-70b", "dgx-spark", {"model": {"name": "m", "quantize": "nf4"}} | MANY, (1, 1, 1)),

@@ -16,7 +16,8 @@ from tunesmith.loss import chunk_size
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import adapter_parameters, flops, read_spec
 from tunesmith.plan.forecast import EIGHT_BIT_SPEED, Forecast, Planner, measure_work, plan_on_paper
-from tunesmith.plan.hardware import CHIPS, Cluster, read_cluster
+from tunesmith.plan.hardware import CHIPS, Chip, Cluster, read_cluster
+from tunesmith.runtime import resolve
 from tunesmith.runtime.plan import MeshShape
 from tunesmith.runtime.resolve import GATHERED_LAYERS
 from warm import run_warm
@@ -50,22 +51,35 @@ def test_full_fine_tuning_holds_fp32_shards_of_what_its_tensor_group_cuts() -> N
     assert memory.weights == pytest.approx(4 * cut / 2, abs=8)
     assert memory.gradients == pytest.approx(4 * cut / 2, abs=8)
     assert memory.optimizer == pytest.approx(8 * cut / 2, abs=16)
-    layer, rest = MATRICES // 8, 2 * TABLE // 8 + NORMS
+    layer, head = MATRICES // 8, TABLE // 8
+    # Of the head the weight, its gradient, and that in fp32 on its way to the shards.
     assert memory.gathered == pytest.approx(
-        2 * (rest + GATHERED_LAYERS * layer) + 2 * rest + (2 + 2 * 4) * layer, abs=8
+        2 * GATHERED_LAYERS * layer + (2 + 2 * 4) * layer + (2 + 2 + 4) * head, abs=8
     )
 
 
-def test_a_sharded_adapter_run_shards_the_frozen_base_alone() -> None:
+def test_copies_trained_in_full_hold_what_one_process_holds() -> None:
+    """16-bit weights and fp32 masters. Those that are rounded stochastically sum their gradients in pieces."""
+    one, copies = (forecast("llama3-3b", "2x-dgx-spark", mesh, FULL).plan.memory for mesh in ((1, 1, 1), (2, 1, 1)))
+    assert vars(copies) == vars(one)
+    rounded = FULL | {"train": FULL["train"] | {"master_weights": "stochastic"}}
+    one, copies = (forecast("llama3-3b", "2x-dgx-spark", mesh, rounded).plan.memory for mesh in ((1, 1, 1), (2, 1, 1)))
+    pieces = 4 * resolve.GRADIENT_PIECE * resolve.GRADIENT_PIECES
+    assert (one.gathered, copies.gathered) == (0, pieces)
+    assert copies.static - pieces == one.static
+
+
+def test_a_sharded_adapter_run_shards_the_frozen_layers_alone() -> None:
     one, two, copies = (
         forecast("llama3-8b", "2x-dgx-spark", m, {}).plan.memory for m in ((1, 1, 1), (1, 2, 1), (2, 1, 1))
     )
     spec = read_spec(SHAPES["llama3-8b"].config, where="")
     adapter = 4 * adapter_parameters(spec, recipe({}).adapter)
-    assert (one.weights, two.weights) == (2 * spec.parameters + adapter, spec.parameters + adapter)
+    layers = spec.layers * spec.layer_matmul
+    ends = spec.parameters - layers  # embedding, norms and head: whole on every rank
+    assert (one.weights, two.weights) == (2 * spec.parameters + adapter, layers + 2 * ends + adapter)
     assert (one.gradients, one.optimizer, one.copies) == (two.gradients, two.optimizer, two.copies)
-    root, layer = 2 * (spec.parameters - spec.layers * spec.layer_matmul), 2 * spec.layer_matmul
-    assert (two.gathered, one.gathered) == (root + GATHERED_LAYERS * layer, 0)
+    assert (two.gathered, one.gathered) == (GATHERED_LAYERS * 2 * spec.layer_matmul, 0)
     assert vars(copies) == vars(one), "a replica holds what one process does"
 
 
@@ -101,7 +115,7 @@ def test_a_tensor_group_cuts_some_scales_of_nf4_out_of_their_blocks() -> None:
     more = columns * (4 / 64 - 1 / 64 - 4 / (64 * 256))
     norms = 2 * NORMS * 7 / 8  # whole on every rank
     assert eight.weights == pytest.approx(adapter[1] + norms + (codes + tables + nested + more) / 8, abs=16)
-    assert shards.weights == pytest.approx(adapter[0] + (codes + tables) / 8 + nested, abs=16), "scales stay whole"
+    assert shards.weights == pytest.approx(adapter[0] + codes / 8 + tables + nested, abs=16), "scales stay whole"
 
 
 def tensors(shape: str, on: str, changes: dict, **spec: object) -> set[int]:
@@ -194,28 +208,50 @@ def test_gathers_hide_behind_compute_as_far_as_they_are_shorter() -> None:
             (1, 2, 1),
             {"train": keys, "data": {"train": {"source": "r.jsonl"}, "seq_len": 512}},
         )
-    layers, rest = 2 * LAYERS * MATRICES, 2 * (P - LAYERS * MATRICES)
-    gather, ends = (layers - layers / LAYERS) / 2 / 20e9, (rest + layers / LAYERS) / 2 / 20e9
+    # Half of a layer goes over the cable, after half of it was read and written: the rank's own shard.
+    layer = 2 * MATRICES / 2 / 20e9 + 2 * MATRICES / 226e9
+    gather = (LAYERS - 1) * layer
     long, short = runs[16384], runs[512]
-    assert long.seconds["shards"] == pytest.approx(ends)
+    assert long.seconds["shards"] == pytest.approx(layer), "of the first layer; embedding and head are whole"
     assert long.hidden_seconds == pytest.approx(2 * gather)
+    # In each pass all layers are read and written once, but the last one, which stays for the backward.
+    assert long.seconds["shard copies"] == pytest.approx((2 * LAYERS - 1) * 2 * 2 * MATRICES / 226e9)
+    assert short.seconds["shard copies"] == long.seconds["shard copies"]
     forward = (short.seconds["products"] + short.seconds["attention"]) / 2
-    exposed = ends + (gather - forward) + max(0, gather - 2 * forward)
+    exposed = layer + (gather - forward) + max(0, gather - 2 * forward)
     assert short.seconds["shards"] == pytest.approx(exposed)
-    assert short.hidden_seconds == pytest.approx(ends + 2 * gather - exposed)
+    assert short.hidden_seconds == pytest.approx(layer + 2 * gather - exposed)
+
+
+def test_trained_in_full_only_the_embedding_is_exposed_beside_the_first_layer() -> None:
+    """8B over two Sparks, 16,384 tokens: the embedding is gathered first and reduced last, the head behind the layers."""
+    keys = {"global_batch": "32768 tokens", "micro_batch": "16384 tokens", "recompute": "full"}
+    found = forecast("llama3-8b", "2x-dgx-spark", (1, 2, 1), FULL | {"train": keys})
+    spec = read_spec(SHAPES["llama3-8b"].config, where="")
+    layer, table = spec.layer_matmul, spec.head_matmul
+    norms = spec.parameters - spec.layers * layer - 2 * table
+    first = layer + table + norms
+    # bf16 over the cable, from fp32 shards that are read and written as bf16.
+    gather = 2 * first / 2 / 20e9 + (4 + 2) * first / 2 / 226e9
+    reduce = 4 * (table + norms) / 2 / 20e9
+    assert found.seconds["shards"] == pytest.approx(gather + reduce)
+    gathered = (2 * spec.layers - 1) * layer + 2 * table + norms
+    reduced = spec.parameters
+    copies = 2 * 2 * gathered + (2 + 4) * reduced
+    assert found.seconds["shard copies"] == pytest.approx(copies / 226e9)
 
 
 def test_bytes_over_each_link_are_those_of_the_rings() -> None:
     """70B, LoRA, 32 examples of 2,048 tokens."""
     keys = {"train": {"global_batch": "32 examples", "micro_batch": "4096 tokens", "recompute": "full"}}
     adapter = 4 * adapter_parameters(read_spec(SHAPES["llama3-70b"].config, where=""), recipe({}).adapter)
-    layers, rest = 2 * LAYERS * MATRICES, 2 * (P - LAYERS * MATRICES)
+    layers = 2 * LAYERS * MATRICES
     # Over two Sparks: half of each layer in the forward and again in the backward, but for the last one, and A and B's
     # gradients there and back.
     pair = forecast("llama3-70b", "2x-dgx-spark", (1, 2, 1), keys).sent
     passes = 8  # micro batches of a rank
     assert pair["link"] == 0
-    assert pair["network"] == pytest.approx(passes * (layers * (2 - 1 / LAYERS) + rest) / 2 + 2 * adapter / 2)
+    assert pair["network"] == pytest.approx(passes * layers * (2 - 1 / LAYERS) / 2 + 2 * adapter / 2)
     # Tensor groups stay on a node: 6 sums a layer and two more, each a scatter and a gather of 2 bytes a channel; what
     # is left for the network is the adapter's gradients.
     both = forecast("llama3-70b", "2x8xh100", (2, 1, 8), keys).sent
@@ -242,6 +278,70 @@ def test_a_global_batch_that_does_not_fill_the_ranks_leaves_some_idle() -> None:
     few, many = (forecast("llama3-8b", on, (n, 1, 1), run) for on, n in (("4xh100", 4), ("2x8xh100", 16)))
     assert (few.idle_share, many.idle_share) == (0, 0.75)
     assert many.seconds["products"] == few.seconds["products"]
+
+
+def test_groups_over_nodes_come_first_where_they_gain() -> None:
+    """70B in full, 8-bit moments, on 2 x 8: copies of 4 x 2 on a node fit, but recompute nearly all layers."""
+    train = {
+        "global_batch": "32768 tokens", "optimizer": "adamw-8bit", "master_weights": "stochastic", "clip_norm": None,
+    }  # fmt: skip
+    run = {"adapter": {"kind": "none"}, "train": train}
+    first, *others = planner("llama3-70b", "2x8xh100", run, tensor="auto").ranked()
+    assert first.plan.mesh.shard * first.plan.mesh.tensor > 8
+    within_nodes = [f for f in others if f.fits and not f.tight and f.plan.mesh.shard * f.plan.mesh.tensor <= 8]
+    assert within_nodes
+    assert all(first.order[2] <= 0.95 * f.order[2] for f in within_nodes)
+
+
+def test_near_equal_meshes_stay_within_the_nodes() -> None:
+    """70B, LoRA, 2 x 8: shards of all 16 ranks are as fast by the forecast as those of a node, and nothing is gained."""
+    run = {"train": {"global_batch": "32 examples"}, "adapter": {"rank": 16}}  # 8 shards recompute a little
+    made = planner("llama3-70b", "2x8xh100", run)
+    shards = {f.plan.mesh: f for f in made.ranked()}
+    over_nodes, within = shards[MeshShape(1, 16, 1)], shards[MeshShape(2, 8, 1)]
+    assert over_nodes.order < within.order
+    assert next(iter(shards)) == MeshShape(2, 8, 1)
+
+
+def test_without_a_speed_groups_over_nodes_come_last() -> None:
+    run, spec = recipe({"model": {"quantize": "nf4"}}), read_spec(SHAPES["llama3-70b"].config, where="")
+    cluster = Cluster(Chip("NVIDIA Other", 46), 2, 8)
+    found = plan_on_paper(run, spec, cluster, measure_work(run, spec, None, None)).ranked()
+    crossing = [f.plan.mesh.shard * f.plan.mesh.tensor > 8 for f in found if f.fits and not f.tight]
+    assert crossing == sorted(crossing)
+    assert len({*crossing}) == 2
+
+
+# Tokens of an example, data.seq_len and train.global_batch -> the batch that the warning names, or None.
+EXPOSED: dict[tuple[int, int, str], str | None] = {
+    (180, 2048, "4 examples"): "18 examples",
+    (180, 2048, "32 examples"): None,
+    (2048, 2048, "4 examples"): None,
+    (512, 512, "1024 tokens"): "4096 tokens",
+}
+
+
+@pytest.mark.parametrize(("length", "seq_len", "batch"), EXPOSED)
+def test_a_share_too_short_to_hide_the_gathers_is_named_with_the_batch_that_hides_them(
+    length: int, seq_len: int, batch: str
+) -> None:
+    """70B, LoRA, two Sparks. With the batch that the warning names, nothing is left to warn of."""
+    wanted = EXPOSED[length, seq_len, batch]
+    data = {"data": {"train": {"source": "rows.jsonl"}, "seq_len": seq_len}}
+    made = planner("llama3-70b", "2x-dgx-spark", data | {"train": {"global_batch": batch}}, length=length)
+    best = made.ranked()[0]
+    warning = made.warn_of_exposed_gathers(best)
+    if wanted is None:
+        assert warning is None
+        assert made.choose().warnings == ()
+        return
+    assert warning is not None
+    assert f"train.global_batch='{wanted}'" in warning
+    assert made.choose().warnings == (warning,), "train prints it"
+    larger = planner("llama3-70b", "2x-dgx-spark", data | {"train": {"global_batch": wanted}}, length=length)
+    mended = larger.ranked()[0]
+    assert larger.warn_of_exposed_gathers(mended) is None
+    assert mended.tokens_per_second > 1.5 * best.tokens_per_second
 
 
 def test_replicas_are_taken_where_shards_gain_little() -> None:

@@ -158,15 +158,17 @@ def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> 
     sent = [f"{amount / 1e9:,.2f} GB over its {name}" for name, amount in best.sent.items() if amount]
     hidden = f"; communication hidden behind them {best.hidden_seconds:.2f}" if best.hidden_seconds else ""
     if any(f.fits and (f.step_seconds or 0) < (best.step_seconds or 0) for f in found):
-        lines.append(f"first is not the fastest: more cuts or shards must gain {1 - BETTER:.0%}")
+        lines.append(f"first is not the fastest: more cuts or shards, or groups over nodes, must gain {1 - BETTER:.0%}")
     lines += [
         f"memory of a rank: {best.plan.memory.describe()}; it takes {phases}, of {best.room / GIB:.1f} GiB",
         *([f"seconds of a step: {seconds}{hidden}"] if best.step_seconds else []),
         *([f"a rank sends in a step: {', '.join(sent)}"] if sent else []),
         f"disk: {size / 1e9:.1f} GB a checkpoint, at most {copies} at once",
     ]
-    if best.hides_from and planner.lora:
+    if best.hides_from:
         lines.append(f"shards: gathers hide in micro batches of {best.hides_from:,} tokens, and hold up smaller ones")
+    if warning := planner.warn_of_exposed_gathers(best):
+        lines.append(warning)
     what = "hours and price" if price else "hours"
     if best.hours:
         cost = f", {_cost(planner, best, price):,.0f} USD" if price else ""

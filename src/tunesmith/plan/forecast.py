@@ -35,8 +35,8 @@ from tunesmith.units import Size
 
 EIGHT_BIT_SPEED = 1.44  # of whole steps, beside bf16: 794 and 551 TFLOP/s, LoRA of an 8B on an H200
 UPDATE_BYTES = 46  # that an update moves for a parameter: norm 4, clipping 8, AdamW 28, 16-bit copy 6
-# Of the time: what a mesh must gain over one with fewer cuts or shards, or a micro batch over that of `auto`, which knows of
-# no link. Forecasts differ from what was measured by as much.
+# Of the time: what a mesh must gain over one with fewer cuts or shards or within the nodes, or a micro batch over that of
+# `auto`, which knows of no link. Forecasts differ from what was measured by as much.
 BETTER = 0.95
 
 
@@ -100,7 +100,7 @@ class Forecast:
 
     `phases`: bytes of a rank, of which it can have `room`; `idle_share` of the data ranks, as a step has too few examples;
     `sent`: bytes a step that a rank sends over its link in the node and over its network. `seconds` of an optimizer step
-    by part, and the communication that they hide, shards' gathers wholly in micro batches of `hides_from` tokens or more.
+    by part, and the communication that they hide, that of shards wholly in micro batches of `hides_from` tokens or more.
     `shard copies` among them are FSDP2's copies of gathered weights and of gradients.
     None: a speed or a count is not known.
     """
@@ -170,26 +170,55 @@ class Planner:
         resumed = self.before is not None
         savings.refuse_overrun(best.plan, self.machine, resumed=resumed)
         plan = savings.warn_of_overrun(best.plan, self.machine, resumed=resumed)
+        if warning := self.warn_of_exposed_gathers(best):
+            plan = replace(plan, warnings=(*plan.warnings, warning))
         how = "the fastest by the forecast" if best.step_seconds else "the first that fits, as no speed is known here"
         return replace(plan, why={**plan.why, "mesh": f"{how}, of {count} that the ranks can make"})
+
+    def warn_of_exposed_gathers(self, forecast: Forecast) -> str | None:
+        """A warning where ranks wait for the gathers of shards as their share of a step is too short to hide them, with the
+        key that mends it; None where they wait for less than a twentieth of the time, or as the memory has no room."""
+        run, mesh = self.run, forecast.plan.mesh
+        exposed = forecast.seconds.get("shards", 0.0)
+        if not forecast.step_seconds or exposed <= (1 - BETTER) * forecast.step_seconds:
+            return None
+        share = resolve.rank_step(run, self.work.step, mesh).mean
+        if share >= forecast.hides_from:
+            return None
+        batch = run.train.global_batch
+        # Each data rank takes whole examples, or whole rows of seq_len.
+        unit = mesh.data * (run.data.seq_len if batch.unit == "tokens" else 1)
+        amount = math.ceil(batch.amount * forecast.hides_from / share / unit) * unit
+        fix = f"train.global_batch='{Size(amount, batch.unit)}'"
+        if run.train.micro_batch != "auto":
+            fix += " train.micro_batch=auto"
+        what = (
+            f"a step gives each rank {share:,.0f} tokens, and {forecast.hides_from:,} would hide the gathers of shards"
+        )
+        waiting = f"ranks wait for them {exposed / forecast.step_seconds:.0%} of the time"
+        return f"warning: {what}: {waiting}; fix: {fix}, which makes fewer and larger steps"
 
     def ranked(self) -> list[Forecast]:
         """Every mesh: first those that fit, the fastest first, then the nearest to fitting.
 
-        The seconds of a group that reaches over nodes count what its slow link leaves exposed, so such a group may come
-        first. Where no speed is known, those that fit stay in the order of `meshes_for`, with groups over nodes behind.
+        One with more shards or cuts, or with groups that reach over nodes, must gain BETTER over others. The seconds of such a
+        group count what its slow link leaves exposed. Where no speed is known, those that fit stay in the order of
+        `meshes_for`, with groups over nodes behind.
         """
+
+        def crosses_nodes(forecast: Forecast) -> bool:
+            mesh = forecast.plan.mesh
+            return mesh.shard * mesh.tensor > self.cluster.per_node
 
         def order(forecast: Forecast) -> tuple[bool, bool, bool, float]:
             fails, tight, cost = forecast.order
-            mesh = forecast.plan.mesh
-            crosses_nodes = mesh.shard * mesh.tensor > self.cluster.per_node
-            return fails, tight, forecast.fits and not forecast.step_seconds and crosses_nodes, cost
+            return fails, tight, forecast.fits and not forecast.step_seconds and crosses_nodes(forecast), cost
 
-        found = [self.fastest(mesh) for mesh in self.meshes()]
-        *rank, least = min(map(order, found))
-        first = next(f for f in found if order(f)[:3] == tuple(rank) and BETTER * f.order[2] <= least)
-        return sorted(found, key=lambda f: (f is not first, *order(f)))
+        forecasts = [self.fastest(mesh) for mesh in self.meshes()]
+        *rank, least = min(map(order, forecasts))
+        near_best = [f for f in forecasts if order(f)[:3] == tuple(rank) and BETTER * f.order[2] <= least]
+        first = min(near_best, key=crosses_nodes)
+        return sorted(forecasts, key=lambda f: (f is not first, *order(f)))
 
     def fastest(self, mesh: MeshShape) -> Forecast:
         """A mesh with the micro batch that `train` takes, or with another that is faster."""
@@ -308,7 +337,8 @@ class Planner:
         }
         of_micro_batch = beside_forward + beside_backward + sent["gather first"] + sent["reduce last"]
         hidden = count * (of_micro_batch - exposed) + sent["gradients"] - exposed_sum
-        return compute | shown, hidden, math.ceil(beside_forward / forward * tokens / count)
+        hiding_passes = max(beside_forward / forward, beside_backward / backward)
+        return compute | shown, hidden, math.ceil(hiding_passes * tokens / count)
 
     def _copied_bytes(self, rings: Mapping[str, Ring]) -> float:
         """Bytes that a step reads and writes to copy gathered weights out of FSDP2's buffers, and gradients into them."""

@@ -79,7 +79,7 @@ class MicroBatchLayout:
     multiple: int = 1
     bound: int | None = None
 
-    def multiple_of(self, tensor: int) -> "MicroBatchLayout":
+    def multiple_of(self, tensor: int) -> MicroBatchLayout:
         """The layout whose micro batches can be cut into `tensor` equal parts."""
         pad_to = None if self.pad_to is None else -(-self.pad_to // tensor) * tensor
         return replace(self, pad_to=pad_to, multiple=math.lcm(self.multiple, tensor))
