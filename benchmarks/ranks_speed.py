@@ -2,8 +2,9 @@
 
     python benchmarks/ranks_speed.py --model DIR --data rows.json --dtype fp32 --rounds 3 --json out.json
 
-`plain` and `one shard` are one process with all threads; `one shard` takes every layer through `fully_shard` on a mesh of
-one rank, which `train` does not do: there it is what sharding itself costs. `copies` and `shards` are two processes with
+`plain`, `one copy` and `one shard` are one process with all threads. `one copy` sums its gradients as copies do, over a group
+of one rank, and `one shard` takes every layer through `fully_shard` on a mesh of one rank. `train` does neither there: it is
+what copies and shards cost by themselves. `copies` and `shards` are two processes with
 half of the threads each, under torchrun with gloo. Rows are alpaca-like JSON.
 """
 
@@ -21,23 +22,44 @@ from typing import Any
 
 from against_trl import report_of
 
-CONTENDERS = {"plain": ["1"], "one shard": ["1"], "copies": ["2", "replicate"], "shards": ["2", "shard"]}
+CONTENDERS = {
+    "plain": ["1"],
+    "one copy": ["1"],
+    "one shard": ["1"],
+    "copies": ["2", "replicate"],
+    "shards": ["2", "shard"],
+}
+
+
+def make_group_of_one() -> None:
+    """Make this process a group of one rank."""
+    import torch.distributed as dist
+
+    with tempfile.NamedTemporaryFile() as store:
+        dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
 
 
 def shard_over_one_rank() -> None:
     """Let every model of this process go through `fully_shard`, over a mesh of this process alone."""
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     from tunesmith import build_model
     from tunesmith.parallel.shard import shard_model
 
-    with tempfile.NamedTemporaryFile() as store:
-        dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
+    make_group_of_one()
     mesh: Any = SimpleNamespace(
         shape=SimpleNamespace(world=2, shard=2), sharding=init_device_mesh("cpu", (1, 1), mesh_dim_names=("r", "s"))
     )
     build_model.shard_model = lambda root, _, *rest, **options: shard_model(root, mesh, *rest, **options)
+
+
+def sum_over_one_rank(session: Any) -> Any:
+    """The sum of gradients of a model trained in full over a group of this process alone."""
+    import torch.distributed as dist
+
+    from tunesmith.parallel.copies import GradientSum
+
+    return GradientSum(session.optimizer.parts.values(), dist.group.WORLD, beside_backward=True)
 
 
 def contend(a: argparse.Namespace) -> None:
@@ -65,6 +87,9 @@ def contend(a: argparse.Namespace) -> None:
         run = from_mapping(recipe, where="benchmark", base=Path(folder))
         session = build(run, Start(), say=lambda text: None, measured=True, ranks=joined)
         trainer = Trainer(session, Start(), Sinks([]), StopRequest())
+        if a.contender == "one copy":
+            make_group_of_one()
+            trainer.gradient_sum = sum_over_one_rank(session)
         session.model.train()
         with session.loader(0) as loader:
             for _ in trainer.steps(loader):

@@ -148,6 +148,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "adapter": {"rank": 8, "alpha": 16, "dropout": 0.1},
         "parallel": {"replicate": 2},
     },
+    # 2 ranks, each with a copy: every weight in bf16 with fp32 masters
+    "copies-full": {
+        "model": {"dtype": "bf16"},
+        "adapter": {"kind": "none"},
+        "parallel": {"replicate": 2},
+    },
     # 2 ranks that share one copy: every weight in bf16, rounded stochastically
     "shards": {
         "model": {"dtype": "bf16"},
@@ -193,7 +199,15 @@ TINY: dict[str, Any] = {  # over COMMON, under a recipe of the tiny Llama
     "data": {"train": [CHATS, TASKS], "seq_len": 1024, "too_long": "drop"},  # its tokens are single bytes
     "train": {"global_batch": "8 examples", "micro_batch": "2048 tokens"},
 }
-RANKS = {"copies": 2, "shards": 2, "tensor": 2, "copies-of-shards": 4, "shards-of-groups": 4, "shards-resumed": 2}
+RANKS = {
+    "copies": 2,
+    "copies-full": 2,
+    "shards": 2,
+    "tensor": 2,
+    "copies-of-shards": 4,
+    "shards-of-groups": 4,
+    "shards-resumed": 2,
+}
 CANDIDATES = {"sweep": ["train.learning_rate=1e-3,1e-2", "adapter.rank=2,8", "--rungs", "2"]}
 BEGUN = {"resumed": "begun", "shards-resumed": "shards-begun"}  # recipes that resume -> the first half of the run
 RESUMED = {begun: resumed for resumed, begun in BEGUN.items()}
