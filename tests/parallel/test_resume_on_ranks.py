@@ -11,17 +11,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch.distributed.tensor import DTensor
 
 from ranks import run_ranks
 from recipes import make_run
-from tunesmith.checkpoint import nodes
+from tunesmith.checkpoint import nodes, sharded
+from tunesmith.checkpoint.resume import decide_start
 from tunesmith.errors import OtherRankError, StoppedError
+from tunesmith.ranks import join_ranks
 from tunesmith.signals import Shortage
+from tunesmith.training.build import build
 from tunesmith.training.run import train
 from tunesmith.training.trainer import PendingMetrics, Trainer
 
 FULL, LORA = {"adapter": {"kind": "none"}}, {}
+BF16 = {**FULL, "model": {"dtype": "bf16"}}  # with fp32 masters: of copies in the optimizer, of shards the shards
 # Sums over ranks are taken in another order on another mesh: 6 steps in fp32 move a loss by about 1e-6 of itself.
 ROUNDING = 1e-5
 BY_FILE = -1  # in place of a rank: the file `stop` asks for it
@@ -85,9 +92,12 @@ def plain(found: dict[str, Any]) -> list[float]:
     return [value or 0.0 for record in found["records"] for value in record]
 
 
-@pytest.mark.parametrize(("what", "by"), [(FULL, 1), (LORA, BY_FILE)], ids=["full, signal", "LoRA, file"])
-def test_a_stop_of_one_rank_saves_all_and_two_ranks_go_on_bit_for_bit(what, by, tiny, tmp_path):
-    mesh = {"shard": 2} if what else {"replicate": 2}
+@pytest.mark.parametrize(
+    ("what", "mesh", "by"),
+    [(FULL, {"shard": 2}, 1), (BF16, {"replicate": 2}, 1), (LORA, {"replicate": 2}, BY_FILE)],
+    ids=["full, signal", "full copies in bf16, signal", "LoRA, file"],
+)
+def test_a_stop_of_one_rank_saves_all_and_two_ranks_go_on_bit_for_bit(what, mesh, by, tiny, tmp_path):
     whole = many(tiny, tmp_path, mesh, {**what, "output_dir": str(tmp_path / "whole")})
     stopped = many(tiny, tmp_path, mesh, what, stop=(by, 3))
     assert ("file stop" if by == BY_FILE else "SIGTERM") in stopped[0]["stopped"]
@@ -117,6 +127,7 @@ def test_memory_that_is_short_on_one_host_stops_all_ranks(tiny, tmp_path):
 
 
 COPIES, SHARDS, HYBRID, ONE = {"replicate": 2}, {"shard": 2}, {"replicate": 2, "shard": 2}, {}
+TENSOR = {"tensor": 2}
 MOVES = {
     "4-to-2": (FULL, HYBRID, SHARDS),
     "4-to-1": (FULL, {"shard": 4}, ONE),
@@ -136,8 +147,52 @@ def test_another_mesh_goes_on_where_the_first_stopped(what, before, after, tiny,
     assert plain(resumed) == pytest.approx(uninterrupted(tiny, what), rel=ROUNDING)
 
 
+def resumed_state(model: Path, folder: Path, parallel: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Weights or their masters, and moments, that this rank's mesh resumes with: whole arrays, by their names in a
+    checkpoint."""
+    run = make_run(
+        model, folder, train={"duration": "6 steps", "micro_batch": "128 tokens"}, parallel=parallel, **changes
+    )
+    with join_ranks() as ranks:
+        found = decide_start(run, ranks, warn=pytest.fail)
+        session = build(run, found, say=lambda text: None, ranks=ranks)
+        tensors = sharded._named(session.model, session.optimizer.state_dict())
+        whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+        return {name: tensor.detach().numpy().copy() for name, tensor in whole.items()}
+
+
+def differing(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Names of the arrays that are not equal bit for bit."""
+    return [name for name, array in expected.items() if not np.array_equal(array, found[name])]
+
+
+def test_masters_and_moments_of_bf16_copies_are_read_by_every_mesh(tiny, tmp_path):
+    many(tiny, tmp_path, COPIES, BF16, stop=(0, 3))
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    stored = sharded._entries(checkpoint)
+    assert {entry.properties.dtype for name, entry in stored.items() if name.startswith("model.")} == {torch.float32}
+    assert not any(name.endswith(".master") for name in stored)
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    sharded._read(checkpoint, tensors)
+    assert any((weight != weight.bfloat16().float()).any() for weight in tensors.values())
+    expected = {name: tensor.numpy() for name, tensor in tensors.items()}
+    for mesh in (COPIES, SHARDS, TENSOR):
+        for rank in run_ranks(2, resumed_state, tiny, tmp_path, mesh, BF16):
+            assert differing(expected, rank) == [], mesh
+    assert differing(expected, resumed_state(tiny, tmp_path, ONE, BF16)) == []
+
+
+def test_bf16_copies_and_tensor_groups_read_the_masters_of_one_process(tiny, tmp_path):
+    many(tiny, tmp_path, ONE, BF16, stop=(0, 3))
+    expected = resumed_state(tiny, tmp_path, ONE, BF16)
+    weights = [torch.from_numpy(array) for name, array in expected.items() if name.startswith("model.")]
+    assert any((weight != weight.bfloat16().float()).any() for weight in weights)
+    for mesh in (COPIES, TENSOR):
+        for rank in run_ranks(2, resumed_state, tiny, tmp_path, mesh, BF16):
+            assert differing(expected, rank) == [], mesh
+
+
 EIGHT_BIT = {**FULL, "optimizer": "adamw-8bit"}
-TENSOR = {"tensor": 2}
 
 
 @pytest.mark.parametrize(
