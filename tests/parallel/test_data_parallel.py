@@ -68,6 +68,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "full, tensor, bf16 with masters": (merge(FULL, {"model": {"dtype": "bf16"}}), TENSOR),
     "lora, 8 examples on 3": (LORA, {"replicate": 3}),
     "full, 8 examples on 3": (FULL, {"shard": 3}),
+    "full, 8 examples on 3 copies": (FULL, {"replicate": 3}),
     "lora, copies of shards": (LORA, {"replicate": 2, "shard": 2}),
     "full, copies of shards": (FULL, {"replicate": 2, "shard": 2}),
     "lora, copies of a tensor group": ({}, {"replicate": 2, "tensor": 2}),

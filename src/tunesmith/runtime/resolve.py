@@ -300,8 +300,8 @@ class MemoryEstimator:
         state, host = int(trained * state_bytes_per_parameter(run.train, width)), 0
         gathered = self.gathered_bytes(itemsize)
         if "parameters" in self.moved:
-            _, ends = self.weights(itemsize)
-            staying = ends if lora else 0
+            _, outside_layers = self.weights(itemsize)
+            staying = outside_layers if lora else 0
             host = base - staying
             base = staying
             if not lora:
