@@ -36,7 +36,7 @@ cli/test_memory_limits.py
 cli/test_playbook.py cli/test_readme.py cli/test_serving.py data/test_workers.py hub/test_fetch_verb.py launch/test_swarm_pair.py
 hub/test_hub.py hub/test_own_data.py hub/test_push.py inference/test_checksums.py inference/test_evaluate.py inference/test_load_run.py
 inference/test_merge.py launch/test_nix.py model/test_weights.py optim/test_weight_gradients.py parallel/test_data_parallel.py
-parallel/test_adapter_on_ranks.py parallel/test_disks.py parallel/test_eight_bit_ranks.py parallel/test_offload.py parallel/test_few_examples.py parallel/test_ranks_that_differ.py parallel/test_sample_answers.py parallel/test_hangs.py parallel/test_memory_trial.py parallel/test_host_memory.py parallel/test_heartbeat.py parallel/test_resume_on_ranks.py parallel/test_tensor.py parity/test_batches.py
+parallel/test_adapter_on_ranks.py parallel/test_disks.py parallel/test_eight_bit_ranks.py parallel/test_offload.py parallel/test_few_examples.py parallel/test_gathers.py parallel/test_ranks_that_differ.py parallel/test_sample_answers.py parallel/test_hangs.py parallel/test_memory_trial.py parallel/test_host_memory.py parallel/test_heartbeat.py parallel/test_resume_on_ranks.py parallel/test_tensor.py parity/test_batches.py
 parity/test_curves.py parity/test_optimizers.py quant/test_eight_bit_base.py
 runtime/test_compilation.py runtime/test_determinism.py runtime/test_host.py
 sweep/test_sweep.py test_gpu_marks.py test_house.py test_notebook.py test_on_devices.py test_public_api.py training/test_added_tokens.py
