@@ -105,7 +105,7 @@ def compare_bases(a: argparse.Namespace) -> None:
                 values = to_mapping(recipe(a, Path(path), Path(folder) / "run", "lora"))
                 values["model"] |= {"dtype": "bf16", "quantize": quantize}
                 values["data"]["train"] = {"source": str(Path(path).absolute()), "format": form}
-                values["data"]["train_on"] = "response"
+                values["data"] |= {"train_on": "response", "allow_cut_answers": True}
                 run = from_mapping(values, where="bases", base=Path.cwd())
                 if quantize not in curves:
                     curves[quantize] = [r.loss for r in train(run, say=lambda text: None).records]

@@ -144,7 +144,7 @@ def test_8_bit_products_of_true_shapes_run_for_every_number_of_rows(device, rows
         weight = EightBitWeight.from_dense(kind, w)
         # Two factors of 4 bits, each off by 3 % at most, and the errors of a sum cancel in part.
         assert error(weight.forward_matmul(x, weight.quantize_input(x), None), x.float() @ w.float().T) < 0.06
-        assert error(weight.backward_matmul(dy, weight.quantize_input(dy), None), dy.float() @ w.float()) < 0.06
+        assert error(weight.backward_matmul(dy, weight.quantize_gradient(dy), None), dy.float() @ w.float()) < 0.06
 
 
 def fits(model: Any, batch: Any, recomputed: int) -> int:

@@ -19,12 +19,15 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from ranks import free_port, gathered, run_ranks
 from recipes import make_run
 from tunesmith import build_model
+from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Train
 from tunesmith.errors import RecipeError, TunesmithError
 from tunesmith.optim import adamw
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.optimizer import Optimizer
+from tunesmith.parallel.shard import sharded_modules
 from tunesmith.private import local_slices
+from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_weight import EightBitWeight
 from tunesmith.ranks import join_ranks
 from tunesmith.sharded import local_part
@@ -97,6 +100,43 @@ def test_all_ranks_fall_back_where_the_loss_of_one_moved_too_far(tiny, tmp_path)
                 assert found["numbers"] != expected
                 whole = [(k, m, f) for k, m, f, _ in cases].index((kind, meshes[0], ""))
                 assert found["numbers"] == rank[whole]["numbers"], "the same codes give the same bits, sharded or not"
+
+
+def codes_of_a_rank(model: Path, folder: Path) -> list[tuple[str, int, int]]:
+    """Of each layer in 8 bits on shards: what this rank holds, and what its forward is given, in bytes a weight."""
+    changes = {"model": {"dtype": "bf16", "quantize": "fp8"}, "parallel": {"shard": 2}}
+    run = make_run(model, folder, held=False, **changes)
+    Path(run.output_dir).mkdir(parents=True, exist_ok=True)
+    with mock.patch.object(build, "EIGHT_BIT_PROBE_TOKENS", 256), join_ranks() as ranks:
+        session = build.build(run, Start(), say=lambda text: None, ranks=ranks)
+        sizes: list[tuple[str, int, int]] = []
+
+        layers = [m for m in session.model.modules() if isinstance(m, EightBitLinear)]
+        for module in sharded_modules(session.model):
+            module.reshard()
+        held = {m: local_part(m.weight).untyped_storage().nbytes() for m in layers}
+        frozen_weight = EightBitLinear.frozen_weight
+        whole = {m: m.in_features * m.out_features for m in layers}
+        assert sum(held.values()) * 2 == sum(whole.values())
+
+        def noted(layer: EightBitLinear) -> Any:
+            weight = frozen_weight(layer)
+            codes = weight.tensors[0]
+            sizes.append((str(layer.weight.dtype), held[layer], codes.numel() * codes.itemsize))
+            assert codes.numel() == whole[layer]
+            return weight
+
+        with mock.patch.object(EightBitLinear, "frozen_weight", noted):
+            session.model(session.loader(0).batch(0).micro[0])
+        return sizes
+
+
+def test_shards_of_an_fp8_base_are_held_and_gathered_in_a_byte_a_weight(tiny, tmp_path):
+    for sizes in run_ranks(2, codes_of_a_rank, tiny, tmp_path):
+        assert len(sizes) == 14
+        for dtype, shard, whole in sizes:
+            assert dtype == "torch.uint8"
+            assert whole == 2 * shard
 
 
 def updated(dtype: torch.dtype, shape: tuple[int, int], dim: int) -> bool:

@@ -43,6 +43,11 @@ def test_the_base_is_quantized_and_the_loss_is_told(tiny, tmp_path):
     assert "loss " in why
     assert any(f"base: {taken}" in line for line in said)
     assert not any("warning: the base" in line for line in said)
+    weights = {id(p): p for p in session.model.parameters()}
+    held = sum(p.numel() * p.itemsize for p in weights.values())
+    memory = session.plan.memory
+    assert held == memory.weights, "a byte a weight of the layers, as the estimate has it"
+    assert memory.load >= held + sum(m.weight.numel() for m in session.model.modules() if isinstance(m, EightBitLinear))
 
 
 def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
         given = (x.clone().requires_grad_(), xa, weight.quantize_input(x), leaves, tensors, weight.kind, widths)
         torch.library.opcheck(frozen_matmul.frozen_matmul, given, test_utils=tests)
         dys = [torch.randn(40, width, dtype=torch.bfloat16) for width in widths]
-        quantized = [t for dy in dys for t in weight.quantize_input(dy)]
+        quantized = [t for dy, w in zip(dys, weights, strict=True) for t in w.quantize_gradient(dy)]
         saved = [x, *xa] if factors else []
         for needs_dx in (True, False):
             given = (dys, quantized, saved, factors, tensors, weight.kind, 64, needs_dx)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Run
@@ -27,7 +28,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.model.fused import add_mixin
 from tunesmith.model.load import widen
 from tunesmith.parallel.mesh import Mesh
-from tunesmith.private import collective, let_codes_be_sharded
+from tunesmith.private import collective, let_codes_be_sharded, take_new_shards
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_weight import EightBitWeight
 from tunesmith.runtime.plan import needs_fsdp
@@ -114,8 +115,7 @@ def sharded_modules(root: nn.Module) -> list[FSDPModule]:
 def quantize_shards(root: TrainModel, mesh: Mesh, kind: str) -> int:
     """As `lora.convert_to_eight_bit`, for sharded layers: one weight is gathered at a time, by all ranks.
 
-    FSDP knows the parameters that it was given. The codes take the place of the dense weight in its own bytes, so that
-    nothing is allocated, and FSDP goes on as before.
+    The codes have the shape of the dense weight, so each rank keeps the rows that it had, now of a byte each.
     """
     block: Any
     layer: Any
@@ -128,14 +128,20 @@ def quantize_shards(root: TrainModel, mesh: Mesh, kind: str) -> int:
             own, each = local_part(layer.weight), -(-layer.out_features // size)
             rows = F.pad(own.to(mesh.sharding.device_type), (0, 0, 0, each - len(own)))
             whole = collective("all_gather_into_tensor", rows, size, group)[: layer.out_features]
-            weight = EightBitWeight.from_dense(kind, whole)
-            own.copy_(weight.packed(own.dtype)[rank * each : (rank + 1) * each])
+            codes, scale = EightBitWeight.from_dense(kind, whole).tensors
+            own_codes = codes.view(torch.uint8)[rank * each : (rank + 1) * each].to(own.device, copy=True)
             layer.__class__ = lora.LoraEightBitLinear if isinstance(layer, lora.LoraLinear) else EightBitLinear
-            layer.register_parameter("transposed_weight", None)
-            layer.hold_scales(weight)
             layer.parts = layer.weight.numel() // (layer.in_features * layer.out_features)
+            layer.store(kind, sharded_as(layer.weight, own_codes), scale)
             count += 1
+        take_new_shards(block)
     return count
+
+
+def sharded_as(like: DTensor, own: Tensor) -> DTensor:
+    """This rank's part of a tensor as a DTensor that is of the shape of another, and cut as that is."""
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
 def free_weights(model: nn.Module) -> None:

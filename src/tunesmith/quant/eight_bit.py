@@ -1,7 +1,7 @@
 """Frozen linear layers whose matmuls run in 8 bits, for speed; nf4 is for memory.
 
 Weights, inputs and output gradients are e4m3; the matmuls give bf16. Only the frozen base is rounded: the
-adapter's own matmuls and gradients stay in bf16. W is stored twice (see `EightBitWeight`), together as large as bf16.
+adapter's own matmuls and gradients stay in bf16.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tunesmith.errors import first_line
 from tunesmith.quant.frozen_matmul import FrozenLinear
-from tunesmith.quant.frozen_weight import EightBitWeight, FrozenWeight, unpack
-from tunesmith.quant.scaled_matmul import KINDS
+from tunesmith.quant.frozen_weight import EightBitWeight, FrozenWeight
+from tunesmith.quant.scaled_matmul import E4M3, KINDS
 from tunesmith.sharded import local_part
 
 ALIGNED = 16  # the GPU's 8-bit matmuls take widths that are a multiple of 16
@@ -73,7 +73,7 @@ def matmul_fault(
     try:
         weight = EightBitWeight.from_dense(kind, of_out.outer(of_in).to(dtype))
         y = weight.forward_matmul(x, weight.quantize_input(x), (xa, b))
-        dy8 = weight.quantize_input(dy)
+        dy8 = weight.quantize_gradient(dy)
         dx = weight.backward_matmul(dy, dy8, weight.backward_matmul(dy, dy8, None, (xa, a)))
         expected = (2 * of_x.outer(of_y), 3 * of_x.outer(of_dx))
         # The powers are e4m3 numbers: only bf16 rounds.
@@ -88,39 +88,27 @@ class EightBitLinear(FrozenLinear):
     """A dense linear layer's weight in 8 bits; its bias is taken over.
 
     Attributes (frozen):
-        weight: e4m3 [out_features, in_features]; scale: fp32 [out_features, 1] or [1, 1].
-        transposed_weight: [in_features, out_features]; transposed_scale: fp32 [in_features, 1] or [1, 1].
-
-    A layer that FSDP shards keeps the bf16 parameter that FSDP knows: its bytes are those of both 8-bit weights
-    (`EightBitWeight.packed`), and transposed_weight is None.
+        weight: uint8 [out_features, in_features], the e4m3 codes: torch and FSDP move integers as they are.
+        scale: fp32 [out_features, 1] or [1, 1], whole on every rank.
     """
 
-    transposed_weight: nn.Parameter | None
     scale: Tensor
-    transposed_scale: Tensor
 
     @torch.no_grad()
     def __init__(self, base: nn.Linear, kind: str) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bias = base.in_features, base.out_features, base.bias
-        stored = EightBitWeight.from_dense(kind, local_part(base.weight))
-        self.weight = nn.Parameter(stored.tensors[0], requires_grad=False)
-        self.transposed_weight = nn.Parameter(stored.tensors[2], requires_grad=False)
-        self.hold_scales(stored)
         self.parts = base.weight.numel() // (self.in_features * self.out_features)
+        codes, scale = EightBitWeight.from_dense(kind, local_part(base.weight)).tensors
+        self.store(kind, codes.view(torch.uint8), scale)
 
-    def hold_scales(self, stored: EightBitWeight) -> None:
-        """Take the scales of the layer's weight, which `weight` and `transposed_weight` have the codes of."""
-        self.kind, self.compute_dtype = stored.kind, torch.bfloat16
-        _, scale, _, transposed_scale = stored.tensors
+    def store(self, kind: str, codes: Tensor, scale: Tensor) -> None:
+        """Take the codes, uint8, and the scale of the layer's weight; the codes may be a DTensor."""
+        self.kind, self.compute_dtype = kind, torch.bfloat16
+        self.weight = nn.Parameter(codes, requires_grad=False)
         # Not persistent: a checkpoint of the base holds dense weights.
         self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("transposed_scale", transposed_scale, persistent=False)
 
     def frozen_weight(self) -> FrozenWeight:
-        weight: Tensor = self.weight
-        transposed: Tensor | None = self.transposed_weight
-        if transposed is None:
-            weight, transposed = unpack(local_part(weight))
-        tensors = [weight, self.scale, transposed, self.transposed_scale]
-        return EightBitWeight(self.kind, tensors, (self.out_features, self.in_features))
+        codes = local_part(self.weight).view(E4M3)
+        return EightBitWeight(self.kind, [codes, self.scale], (self.out_features, self.in_features))

@@ -110,7 +110,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of x (empty unless `needs_dx`) and of `lora`.
 
-    saved: [x, xa], or empty without updates. quantized: `quantize_input` of each of `dys`, one after the other.
+    saved: [x, xa], or empty without updates. quantized: `quantize_gradient` of each of `dys`, one after the other.
     """
     weights = _weights(kind, tensors, [dy.shape[1] for dy in dys], in_features)
     each = len(quantized) // len(dys)
@@ -154,8 +154,8 @@ def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
     wide = zip(grads[: len(ctx.widths)], ctx.widths, strict=True)
     dys = [like.new_zeros(like.shape[0], n) if dy is None else dy.contiguous() for dy, n in wide]
     tensors = kept[at + n_lora :]
-    weight = _weights(ctx.kind, tensors, ctx.widths, ctx.in_features)[0]
-    quantized = [t for dy in dys for t in weight.quantize_input(dy)]
+    weights = _weights(ctx.kind, tensors, ctx.widths, ctx.in_features)
+    quantized = [t for dy, weight in zip(dys, weights, strict=True) for t in weight.quantize_gradient(dy)]
     needs_dx = ctx.needs_input_grad[0]
     lora = kept[at : at + n_lora]
     return dys, quantized, kept[:at], lora, tensors, ctx.kind, ctx.in_features, needs_dx

@@ -2,8 +2,7 @@
 
 - dense: W itself.
 - nf4: 4-bit codes and their scales, in bitsandbytes' format (Dettmers et al. 2023, arXiv:2305.14314).
-- fp8: 8-bit values with scales (see `scaled_matmul`), stored twice: the GPU multiplies along contiguous rows only, and
-  the backward needs the rows of W^T.
+- fp8: 8-bit values with a scale a row of W, or one scale (see `scaled_matmul`).
 
 A `torch.library` operator takes strings and tensors, not objects. `kind` and `tensors` describe a weight in full;
 `frozen_weight` builds it again from them.
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith import packages
-from tunesmith.quant.scaled_matmul import E4M3, quantize, scaled_matmul
+from tunesmith.quant.scaled_matmul import E4M3, TENSOR_WISE, quantize, scaled_matmul
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 # Rows for which bitsandbytes reads 4-bit weights inside the product. To make W dense first moves nine times as many bytes.
@@ -48,7 +47,11 @@ class FrozenWeight(ABC):
         """W, [out, in]."""
 
     def quantize_input(self, x: Tensor) -> list[Tensor]:
-        """What the matmuls need of x (or dy) beside itself. Plain tensor code: the compiler fuses it into x's producer."""
+        """What `forward_matmul` needs of x beside itself. Plain tensor code: the compiler fuses it into x's producer."""
+        return []
+
+    def quantize_gradient(self, dy: Tensor) -> list[Tensor]:
+        """What `backward_matmul` needs of dy beside itself, as above."""
         return []
 
     def few_rows_matmul(self, x: Tensor) -> Tensor | None:
@@ -75,6 +78,7 @@ class FrozenWeight(ABC):
     ) -> Tensor:
         """dy W for dy [n, out], added to `dx` [n, in] if there is one, which is then overwritten.
 
+        quantized: `quantize_gradient(dy)`.
         update: d_xa [n, rank] and A^T [in, rank], whose product is added; not beside `dx`.
         """
         weight = self.dense(dy.dtype)
@@ -124,48 +128,43 @@ class Nf4Weight(FrozenWeight):
 
 
 class EightBitWeight(FrozenWeight):
-    """tensors: 8-bit [out, in] and its scale, 8-bit [in, out] and its scale.
+    """tensors: the e4m3 codes of W [out, in], and their scale: fp32 [out, 1], or [1, 1] of the whole matrix.
 
-    Scales are fp32 [rows, 1], or [1, 1] of a tensor.
+    dx = dy W sums over the rows of W. Their scales are factors within that sum, where no matmul applies them, so they are
+    multiplied into dy before it is rounded. A GPU multiplies along contiguous rows only: the backward makes W^T of the codes.
     """
 
     @classmethod
     def from_dense(cls, kind: str, dense: Tensor) -> "EightBitWeight":
         """Quantize W [out, in] in the dtype of x; `kind` is one of `scaled_matmul.KINDS`."""
-        codes, scale = quantize(kind, dense)
-        transposed, transposed_scale = quantize(kind, dense.T.contiguous())
-        tensors = [codes, scale, transposed, transposed_scale]
-        return cls(kind, tensors, (dense.shape[0], dense.shape[1]))
-
-    def packed(self, dtype: torch.dtype) -> Tensor:
-        """Both 8-bit matrices as the bytes of a new [out, in] in a 16-bit `dtype`, which are as many: see `unpack`."""
-        codes = [self.tensors[i].contiguous().view(torch.uint8).flatten() for i in (0, 2)]
-        return torch.cat(codes).view(dtype).view(self.shape)
+        return cls(kind, quantize(kind, dense), (dense.shape[0], dense.shape[1]))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        codes, scale = self.tensors[:2]
+        codes, scale = self.tensors
         return (codes.float() * scale).to(dtype)
 
     def quantize_input(self, x: Tensor) -> list[Tensor]:
         return list(quantize(self.kind, x))
 
+    def quantize_gradient(self, dy: Tensor) -> list[Tensor]:
+        _, scale = self.tensors
+        return list(quantize(self.kind, dy if self.kind == TENSOR_WISE else dy * scale.T))
+
     def forward_matmul(self, x: Tensor, quantized: Sequence[Tensor], update: Update) -> Tensor:
-        y = scaled_matmul(self.kind, quantized, self.tensors[:2], x.dtype)
+        y = scaled_matmul(self.kind, quantized, self.tensors, x.dtype)
         return y if update is None else y.addmm_(update[0], update[1].T)
 
     def backward_matmul(
         self, dy: Tensor, quantized: Sequence[Tensor], dx: Tensor | None, update: Update = None
     ) -> Tensor:
-        product = scaled_matmul(self.kind, quantized, self.tensors[2:], dy.dtype)
+        codes, scale = self.tensors
+        transposed = codes.view(torch.uint8).t().contiguous().view(E4M3)
+        if self.kind != TENSOR_WISE:
+            scale = scale.new_ones(len(transposed), 1)  # it is in `quantized`
+        product = scaled_matmul(self.kind, quantized, (transposed, scale), dy.dtype)
         if update is not None:
             product.addmm_(update[0], update[1].T)
         return product if dx is None else dx.add_(product)
-
-
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of the 8-bit [out, in] and [in, out] in a tensor from `EightBitWeight.packed`, which is contiguous."""
-    weight, transposed = packed.view(E4M3).view(2, -1)
-    return weight.view(packed.shape), transposed.view(packed.shape[::-1])
 
 
 WEIGHT_CLASSES: dict[str, type[FrozenWeight]] = {

@@ -20,6 +20,9 @@ KINDS = (ROW_WISE, TENSOR_WISE)  # of `model.quantize: fp8`, the best first
 # Hopper (github.com/pytorch/ao/issues/4582: K = 9216).
 LEAST_ROWS = {ROW_WISE: 272, TENSOR_WISE: 16}
 
+# Of a row of zeros. A row of gradients that the scales of W are multiplied into may be of 1e-12 and less.
+LEAST_SCALE = 1e-30
+
 
 def quantize(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """x [n, k] as e4m3 values and their scales: fp32 [n, 1], or [1, 1] for TENSOR_WISE.
@@ -27,7 +30,7 @@ def quantize(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
     x = e4m3 * scale. A value that is not finite makes its row so (its tensor).
     """
     largest = x.abs().amax() if kind == TENSOR_WISE else torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
-    scale = (largest.float() / E4M3_MAX).clamp(min=1e-12)
+    scale = (largest.float() / E4M3_MAX).clamp(min=LEAST_SCALE)
     scaled = x / scale  # fp32: the scale's dtype
     return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3), scale.view(-1, 1)
 

@@ -134,7 +134,7 @@ def resolve_plan(
     refuse_offload(run, machine, mesh)
     plan = plan_of(run)
     # Less than a tenth would not be worth a change.
-    below = min(int(plan.memory.free * usable_share(machine.device)), plan.memory.total * 9 // 10)
+    below = min(int(plan.memory.free * usable_share(machine.device)), plan.memory.most * 9 // 10)
     return replace(plan, savings=partial(find_savings, run, plan, plan_of, below=below, longest=longest))
 
 
@@ -205,14 +205,19 @@ class MemoryEstimator:
         """What is offloaded to the host."""
         return moved_to_host(self.run, self.machine)
 
-    def weights(self, itemsize: float) -> tuple[int, int]:
+    def weights(self, itemsize: float, *, loading: bool = False) -> tuple[int, int]:
         """Bytes of the base that a tensor-parallel rank computes with: of all layers' matrices, and of what else there is.
 
-        Tensor-parallel ranks cut everything but norms and biases.
+        Tensor-parallel ranks cut everything but norms and biases. A base in fp8 is dense while it is `loading`; its
+        scales, 4 bytes a row, are not counted.
         """
         spec, cut = self.spec, self.mesh.tensor
         matrices, tables = spec.layers * spec.layer_matmul, spec.head_matmul * (1 if spec.tied else 2)
-        rest, width = spec.parameters - matrices - tables, 0.5 if self.run.model.quantize == "nf4" else itemsize
+        rest, width = spec.parameters - matrices - tables, itemsize
+        if self.run.model.quantize == "nf4":
+            width = 0.5
+        elif self.is_fp8 and not loading:
+            width = 1
         return int(-(-matrices // cut) * width) + self.scales, int((-(-tables // cut) + rest) * itemsize)
 
     @property
@@ -314,6 +319,9 @@ class MemoryEstimator:
         ends = (spec.hidden + -(-spec.hidden // cut)) * itemsize * tokens
         workspace = max(self._head_bytes(tokens, itemsize), self._backward_bytes(tokens, itemsize))
         workspace += layer_input - recomputed_layer  # of the layer that is recomputed
+        load = 0
+        if self.is_fp8:
+            load = self.base_bytes(itemsize, loading=True) + adapter + workspace
 
         room = (
             int(self.machine.free_bytes * usable_share(self.machine.device))
@@ -336,7 +344,7 @@ class MemoryEstimator:
             optimizer=state - gradients, copies=copies, gathered=gathered,
             activations=(spec.layers - recomputed) * layer + recomputed * recomputed_layer + ends,
             recomputed_layer=recomputed_layer, workspace=workspace,
-            host=host + (layer_input - recomputed_layer) * recomputed, free=self.machine.free_bytes,
+            host=host + (layer_input - recomputed_layer) * recomputed, free=self.machine.free_bytes, load=load,
         )  # fmt: skip
 
     def least_bytes(self, tokens: int, recomputed_layers: int) -> int:
@@ -379,15 +387,19 @@ class MemoryEstimator:
         """What the backward of a layer adds to its activations, while no chunk of logits is there.
 
         Gradients of three hidden vectors, and those of gate, up and their product, as the product itself goes; or that of
-        the product beside one weight's gradient, or nf4's made dense.
+        the product beside one weight's gradient, nf4's weight made dense, or the transposed codes of fp8's.
         """
         hidden, wide = self.spec.hidden, -(-self.spec.intermediate // self.mesh.tensor)
-        weight = hidden * wide * (self.run.adapter.kind == "none" or self.run.model.quantize == "nf4")
+        weight = 0
+        if self.run.adapter.kind == "none" or self.run.model.quantize == "nf4":
+            weight = hidden * wide
+        elif self.is_fp8:
+            weight = hidden * wide // itemsize
         return (3 * hidden * tokens + wide * tokens + max(wide * tokens, weight)) * itemsize
 
-    def base_bytes(self, itemsize: float) -> int:
-        """Bytes of the base on one rank; of a frozen one only the layers are sharded."""
-        layers, ends = self.weights(itemsize)
+    def base_bytes(self, itemsize: float, *, loading: bool = False) -> int:
+        """Bytes of the base on one rank; of a frozen one only the layers are sharded. `loading` as for `weights`."""
+        layers, ends = self.weights(itemsize, loading=loading)
         scales = self.scales - self.scales // self.mesh.shard  # buffers, which FSDP2 leaves whole
         if self.run.adapter.kind == "lora":
             return -(-layers // self.mesh.shard) + ends + scales
