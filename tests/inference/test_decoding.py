@@ -175,6 +175,16 @@ def test_the_clock_judges_all_tokens_by_the_first_two(allowed: float, late: bool
     assert len(generated) == 3
 
 
+@pytest.mark.parametrize(("allowed", "late"), [(128.1, False), (127.9, True)])
+def test_ranks_that_answer_together_judge_by_the_first_token_alone(allowed: float, late: bool) -> None:
+    """A rank whose answers end with the first token would miss a later verdict, and leave the others waiting."""
+    times, asked = iter([10.0, 12.0, 12.1]), []
+    clock = AnswerClock(allowed, agree=lambda own: asked.append(own) or own, now=lambda: next(times))
+    assert [clock.after_token() for _ in range(2)] == [late, late]
+    assert clock.predicted == pytest.approx(64 * 2.0)
+    assert asked == [late]
+
+
 def test_a_bf16_model_is_not_merged_meanwhile(tiny: Path, tmp_path: Path) -> None:
     peft_model(tiny).save_pretrained(tmp_path / "adapter")
     model = load_run(tmp_path / "adapter", device="cpu", dtype="bf16").model

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from recipes import make_run
 from tunesmith import ranks as ranks_module
 from tunesmith.checkpoint.resume import Start
-from tunesmith.inference.decoding import SAMPLE_TOKENS, sample_answers
+from tunesmith.inference.decoding import SAMPLE_TOKENS, AnswerClock, sample_answers
 from tunesmith.parallel import mesh
 from tunesmith.training import trainer
 from tunesmith.training.build import build
@@ -31,7 +31,8 @@ def answers_of_unequal_length(model: Path, folder: Path) -> list[str]:
         assert session.data.validation is not None
         stops = set(range(session.files.vocab_rows)) if rank == 0 else set()
         examples = session.data.validation.first(2)
-        found = sample_answers(session.model, session.files.tokenizer, examples, stops, synced=True)
+        clock = AnswerClock(agree=lambda late: ranks.gather(late)[0])
+        found = sample_answers(session.model, session.files.tokenizer, examples, stops, synced=True, clock=clock)
     return [sample.answer for sample in found]
 
 

@@ -128,6 +128,9 @@ def answer_batch(
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
 
     def ended(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        input_ids[
+            :, -1
+        ].cpu()  # the token is there, so that `cancelled` may go by a clock; `generate` waits for it anyway
         return torch.full((input_ids.shape[0],), cancelled(), device=input_ids.device, dtype=torch.bool)
 
     settings, model.generation_config = model.generation_config, GenerationConfig()  # none from the checkpoint
@@ -211,10 +214,14 @@ def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
 
 
 class AnswerClock:
-    """Ends sample answers that would take more than `allowed` seconds, by what their first two tokens took.
+    """Ends sample answers that would take more than `allowed` seconds, by what their first tokens took.
+
+    Of one rank by two: the first comes after the prompts were read. Of ranks that answer together by one: a rank whose
+    answers have ended is asked no more, so that only the first token finds all of them, and what takes the time there is
+    to gather the weights, for prompts and for a token alike.
 
     Attributes:
-        predicted: seconds that all tokens would take; None before the second one.
+        predicted: seconds that all tokens would take; None before it is judged.
         late: whether the answers were ended.
     """
 
@@ -223,7 +230,7 @@ class AnswerClock:
         allowed: float = math.inf,
         *,
         generated: Callable[[], object] = lambda: None,
-        agree: Callable[[bool], bool] = lambda late: late,
+        agree: Callable[[bool], bool] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """`generated` is called after each token; `agree` makes one verdict of those of ranks that answer together."""
@@ -231,16 +238,24 @@ class AnswerClock:
         self.predicted: float | None = None
         self.late = False
         self.began = now()
-        self.seconds: list[float] = []  # of each token, from the beginning
+        self.seconds = [0.0]  # until each token, from the beginning
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the beginning."""
+        return self.now() - self.began
 
     def after_token(self) -> bool:
         """Whether the answers are to end here."""
         self.generated()
-        self.seconds.append(self.now() - self.began)
-        if len(self.seconds) == 2:  # the first one comes after the prompts were read
-            first, second = self.seconds
-            self.predicted = first + (SAMPLE_TOKENS - 1) * (second - first)
-            self.late = self.agree(self.predicted > self.allowed)
+        self.seconds.append(self.elapsed)
+        tokens = len(self.seconds) - 1
+        if tokens == (1 if self.agree else 2):
+            *_, before, last = self.seconds
+            self.predicted = last + (SAMPLE_TOKENS - tokens) * (last - before)
+            self.late = self.predicted > self.allowed
+            if self.agree:
+                self.late = self.agree(self.late)
         return self.late
 
 

@@ -342,14 +342,14 @@ class Trainer:
         clock = AnswerClock(
             self.answers_may_take(),
             generated=session.ranks.heartbeat.progress,
-            agree=(lambda late: session.ranks.gather(late)[0]) if together else (lambda late: late),
+            agree=(lambda late: session.ranks.gather(late)[0]) if together else None,
         )
         answers = sample_answers(
             session.model, session.files.tokenizer, data.validation.first(count), data.template.end_ids,
             synced=together, clock=clock,
         )  # fmt: skip
         session.model.train()
-        self.answer_seconds += clock.now() - clock.began
+        self.answer_seconds += clock.elapsed
         if not clock.late:
             self.sinks.samples(self.progress.step, answers)
         elif not self.told_of_slow_answers:
