@@ -33,7 +33,8 @@ class Torch:
         if self.obeys and cuda.cudnn_sdp_enabled() and self.kernels.get("cudnn", REFUSES) != REFUSES:
             return "cudnn"
         if self.obeys and not cuda.flash_sdp_enabled():
-            raise RuntimeError("No viable backend for varlen_attn.")
+            refused = cuda.cudnn_sdp_enabled()
+            raise RuntimeError("its constraints are not satisfied" if refused else "No viable backend for varlen_attn.")
         return nn.attention.current_flash_attention_impl() or "own"
 
     def __call__(
@@ -97,6 +98,13 @@ def test_the_first_right_kernel_is_taken_and_stays(
     assert chosen == name
     assert machine.taken() == taken
     assert [fault.partition(":")[0] for fault in faults] == at_fault
+
+
+def test_a_torch_without_a_choice_has_no_cudnn_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, faults = choose(Torch(obeys=False, own=REFUSES), monkeypatch)
+    assert chosen == ""
+    assert faults == ["torch's own FlashAttention: no kernel image is available"]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_where_none_is_right_each_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

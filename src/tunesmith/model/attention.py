@@ -171,7 +171,7 @@ def _output_and_gradients(
     rule: Rule,
 ) -> list[Tensor]:
     with torch.enable_grad():
-        leaves = [t.requires_grad_() for t in inputs]
+        leaves = [t.detach().requires_grad_() for t in inputs]
         out = attention(leaves[0], leaves[1], leaves[2], rule)
         return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 

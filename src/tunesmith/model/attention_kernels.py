@@ -21,11 +21,11 @@ def choose_kernel(find_fault: Callable[[], str]) -> tuple[str, list[str]]:
     kernels before it. The choice holds for this process.
     """
     faults: list[str] = []
-    with sdpa_kernel(SDPBackend.MATH):
-        obeys = bool(find_fault())  # before 2.15 torch had one kernel here, whatever it was told
-    if obeys:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            fault = find_fault()
+    with sdpa_kernel(SDPBackend.MATH):  # which is none of them
+        refusal = find_fault()
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        fault = find_fault()
+    if fault != refusal:  # before 2.15 torch had one kernel here, whatever it was told
         if not fault:
             return "cuDNN", faults
         faults.append(f"cuDNN: {fault}")
