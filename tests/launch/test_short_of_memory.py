@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from launch.conftest import FED, available
 from recipes import recipe
-from tunesmith.launch import node
+from tunesmith.launch import elastic, node
 from tunesmith.signals import NAMES
 from waiting import wait_for
 
@@ -73,6 +74,17 @@ def test_one_rank_takes_its_own_place_once(tiny: Path, tmp_path: Path) -> None:
     assert progress["micro_batch"] == "256 tokens"
 
 
+def run_agent(out: Path) -> int:
+    """The exit code of a node's agent of two ranks; the signal handlers of this process are as before."""
+    handlers = [signal.getsignal(signal.Signals[name]) for name in NAMES]
+    try:
+        words = ["-m", "tunesmith", "train", "my-recipe.yaml"]
+        return node.run_program(node.parser().parse_args(["--", "train", "my-recipe.yaml"]), 2, words, out)
+    finally:
+        for name, handler in zip(NAMES, handlers, strict=True):
+            signal.signal(signal.Signals[name], handler)
+
+
 @pytest.mark.parametrize("smaller", ["256 tokens", ""])
 def test_several_ranks_start_again_once(
     smaller: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -88,13 +100,7 @@ def test_several_ranks_start_again_once(
 
     for name in ("run_ranks", "prepare_environment"):
         monkeypatch.setattr(node, name, ranks if name == "run_ranks" else lambda *_: None)
-    handlers = [signal.getsignal(signal.Signals[name]) for name in NAMES]
-    try:
-        words = ["-m", "tunesmith", "train", "my-recipe.yaml"]
-        code = node.run_program(node.parser().parse_args(["--", "train", "my-recipe.yaml"]), 2, words, tmp_path)
-    finally:
-        for name, handler in zip(NAMES, handlers, strict=True):
-            signal.signal(signal.Signals[name], handler)
+    code = run_agent(tmp_path)
     assert code == 75
     assert len(started) == (2 if smaller else 1)
     if smaller:
@@ -102,6 +108,28 @@ def test_several_ranks_start_again_once(
         names = [launcher[launcher.index("--rdzv-id") + 1] for launcher in started]
         assert len({*names}) == 2, "a rendezvous that has ended takes nobody"
         assert "starting again" in capsys.readouterr().err
+
+
+def test_what_ended_the_first_start_takes_no_restart_from_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that is killed while the second start loads leaves failure.json as the first one wrote it."""
+    is_short: list[Callable[[], bool]] = []
+    short_after_start: list[bool] = []
+
+    def ranks(*_: object) -> int:
+        short_after_start.append(is_short[0]())
+        if len(short_after_start) == 1:
+            (tmp_path / "failure.json").write_text(json.dumps({"smaller": "256 tokens"}))
+            assert is_short[0](), "torch's launcher must not start these ranks again"
+        return 1
+
+    monkeypatch.setattr(node, "run_ranks", ranks)
+    monkeypatch.setattr(node, "prepare_environment", lambda *_: None)
+    monkeypatch.setattr(elastic, "install_agent", lambda *_, **given: is_short.append(given["is_short"]))
+    code = run_agent(tmp_path)
+    assert code == 1
+    assert short_after_start == [False, False]
 
 
 @pytest.mark.parametrize(("ranks", "enough"), [(1, False), (2, True)], ids=["one rank, never enough", "two ranks"])

@@ -107,14 +107,13 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
         raise UsageError(f"{args.endpoint} is not HOST:PORT", where="--endpoint", fix="--endpoint 10.0.0.1:29500")
     from tunesmith.launch.elastic import ForwardStop, install_agent  # with torch
 
-    before = told_at(out, STOPPED)
-    began = {name: told_at(out, name) for name in (STOPPED, FAILURE)}
+    before = ended_at(out)
     stop = ForwardStop()
     endpoint = find_endpoint(host.strip("[]"), int(port), args.address)
     prepare_environment(ranks, endpoint.interface)
     store, endpoint = hold_store(endpoint) if endpoint.is_here else (reach_store(endpoint), endpoint)
     register_backend(store, endpoint)
-    install_agent(store, stop, is_short=lambda: bool(smaller_after(out, began)))
+    install_agent(store, stop, is_short=lambda: bool(smaller_after(out, before)))
     launcher = ["--nnodes", args.nodes, "--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND]
     launcher += ["--rdzv-endpoint", endpoint.place, "--local-addr", endpoint.address]
     launcher += ["--max-restarts", str(args.restarts)]
@@ -124,9 +123,9 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
         launcher += ["--log-dir", folder, *(say_all(Path(folder)) if args.debug else [])]
         try:
             code = run_ranks([*launcher, "--rdzv-id", args.id, *program], store, stop)
-            smaller = "" if stop.asked else smaller_after(out, began)
+            smaller = "" if stop.asked else smaller_after(out, before)
             if smaller:  # once: then memory is short without it
-                before, again = told_at(out, STOPPED), f"train.micro_batch={smaller}"
+                before, again = ended_at(out), f"train.micro_batch={smaller}"
                 print(f"starting again with {again!r}", file=sys.stderr)
                 code = run_ranks([*launcher, "--rdzv-id", f"{args.id}-again", *program, again], store, stop)
         finally:
@@ -134,7 +133,7 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str], ou
                 target, nodes = (out or Path()) / FOLDER / "debug.tar.gz", int(args.nodes.rpartition(":")[2])
                 end = collect_logs(store, Path(folder), endpoint.address, nodes, target if endpoint.is_here else None)
                 print(end, file=sys.stderr)
-    if code in (EXIT_FAILED, EXIT_OK) and told_at(out, STOPPED) > before:
+    if code in (EXIT_FAILED, EXIT_OK) and ended_at(out)[STOPPED] > before[STOPPED]:
         return EXIT_STOPPED
     if stop.asked and code == EXIT_OK and not (out and (out / FINAL).is_dir()):
         return EXIT_STOPPED  # stopped.json is on another node
@@ -193,16 +192,17 @@ def told_exit_code(error: "ChildFailedError", kills: int, stop: "ForwardStop") -
     return failure.exitcode if failure.exitcode in (EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED) else EXIT_FAILED
 
 
-def told_at(out: Path | None, name: str) -> float:
-    """When ranks last wrote stopped.json or failure.json; 0 where there is none."""
-    return (out / name).stat().st_mtime if out and (out / name).exists() else 0.0
+def ended_at(out: Path | None) -> dict[str, float]:
+    """When ranks last wrote stopped.json and failure.json; 0 where there is none."""
+    files = {name: out / name for name in (STOPPED, FAILURE)} if out else {}
+    written = {name: file.stat().st_mtime for name, file in files.items() if file.exists()}
+    return {STOPPED: 0.0, FAILURE: 0.0} | written
 
 
-def smaller_after(out: Path | None, began: Mapping[str, float]) -> str:
-    """The micro batch to go on with where ranks have ended because memory was short, by a file that is newer than it was
-    when they began; else empty."""
-    for name, before in began.items():
-        if out and told_at(out, name) > before:
+def smaller_after(out: Path | None, before: Mapping[str, float]) -> str:
+    """The micro batch to go on with where ranks have ended since `before` because memory was short; else empty."""
+    for name, written in ended_at(out).items():
+        if out and written > before[name]:
             record = json.loads((out / name).read_text(encoding="utf-8"))
             if smaller := record.get("smaller"):
                 return str(smaller)
