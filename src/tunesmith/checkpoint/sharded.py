@@ -1,8 +1,9 @@
 """Checkpoints of a model trained in full on several ranks: each writes what it holds, and any mesh reads it again.
 
 torch.distributed.checkpoint (DCP) makes state/: a file or more of each rank, and `.metadata`, which says where in them
-each tensor's parts lie. `model.<name>` are the weights, or their fp32 masters; fp32 shards are their own. What copies have alike is
-there once. `optimizer.<name>.<field>` are the optimizer's tensors. Scalars are in optimizer.safetensors; config, tokenizer and progress lie beside it as in every checkpoint.
+each tensor's parts lie. `model.<name>` are the weights, or their fp32 masters; fp32 shards are their own. What copies
+have alike is there once. `optimizer.<name>.<field>` are the optimizer's tensors. Scalars are in optimizer.safetensors;
+config, tokenizer and progress lie beside it as in every checkpoint.
 """
 
 import hashlib
