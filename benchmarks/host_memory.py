@@ -12,8 +12,8 @@ what the phase leaves on the rank (its shard, moments, or scales) and one tensor
 it is stored there; an export puts it together from the parts of the ranks, of which one more is in memory. No step is taken:
 there are no gradients, and moments only where a checkpoint brings them. The exit status is 1 if a rank exceeds its bound.
 
-Phases: load; resume, from the optimizer's file of one process; quantize, of a base in 8 bits; save, a checkpoint within the
-loop (of an adapter that ranks share, rank 0's copy is what the phase leaves); final; export, of the saved checkpoint by rank 0.
+Phases: load; resume, from the optimizer's file of one process; save, a checkpoint within the loop (of an adapter that
+ranks share, rank 0's copy is what the phase leaves); final; export, of the saved checkpoint by rank 0.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ CASES = {
     "full, shards, resumed": [*FULL, *SHARDS],  # from the checkpoint of one process
 }
 ON_ASKING = ("full, shards, resumed",)
-PHASES = ("load", "quantize", "resume", "save", "final", "export")
+PHASES = ("load", "resume", "save", "final", "export")
 
 
 def status(key: str) -> int:
@@ -66,7 +67,6 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
     from tunesmith.hub.model_files import read_model_files
     from tunesmith.model.safetensors_files import read_headers
     from tunesmith.parallel.mesh import Mesh, possible_shapes
-    from tunesmith.parallel.shard import quantize_shards
     from tunesmith.quant.scaled_matmul import TENSOR_WISE
     from tunesmith.ranks import join_ranks
     from tunesmith.runtime.resolve import inference_plan
@@ -84,6 +84,8 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
         stored = max(entry.size for entries in read_headers(files.folder).values() for entry in entries)
         mesh = Mesh.of(possible_shapes(run.parallel, ranks.world)[0], "cpu")
         plan, own = inference_plan(run, files, torch.device("cpu")), {}
+        if run.model.quantize == "fp8":
+            plan = replace(plan, base=TENSOR_WISE)
 
         @contextmanager
         def phase(name: str, largest: int = stored) -> Iterator[dict[str, int]]:
@@ -100,11 +102,6 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
             found["held"] = held([*root.parameters(), *root.buffers()])
         full = run.adapter.kind == "none"
         wide = max(p.numel() for p in root.parameters()) * 4  # fp32, as shards, masters and moments are
-        if run.model.quantize == "fp8":
-            before = held(root.buffers())
-            with phase("quantize") as found:
-                quantize_shards(root, mesh, TENSOR_WISE)
-                found["held"] = held(root.buffers()) - before
         start = Start()
         if case.endswith("resumed"):
             start = Start(found=state.SavedCheckpoint(folder / "checkpoint-1", 1), progress=Progress())

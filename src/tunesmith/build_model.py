@@ -1,8 +1,5 @@
 """From a recipe to its model: the whole order of changes, in one function that reads as a list."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +21,10 @@ from tunesmith.model.weights import load_weights
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.parallel.mesh import ALONE, Mesh
-from tunesmith.parallel.shard import free_weights, quantize_shards, shard_model, sharded_modules
+from tunesmith.parallel.shard import shard_model
 from tunesmith.parallel.tensor import cut_model
 from tunesmith.quant import nf4
+from tunesmith.quant.frozen_matmul import load_hooks
 from tunesmith.quant.scaled_matmul import KINDS
 from tunesmith.ranks import ONE_PROCESS, Ranks
 from tunesmith.runtime import compilation
@@ -38,11 +36,7 @@ from tunesmith.runtime.resolve import USABLE
 
 Weights = Literal["stored", "random"]
 
-# Relative change of the loss. Rounding to e4m3 changed that of SmolLM2-135M by 1.2 to 2.2 % on 4,500 tokens of alpaca
-# rows, as chats and as plain text; nf4 changed it by 7 %. A larger change than this has another cause than rounding.
-EIGHT_BIT_TOLERANCE = 0.03
 ROW_MULTIPLE = 64  # tensor cores want the vocabulary, a dimension of the head's product, in multiples of this
-EIGHT_BIT_PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
 
 
 def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
@@ -82,7 +76,7 @@ def build_model(
     model: PreTrainedModel | None = None,
     weights: Path | Literal["random"] | None = None,
     adapter: Path | None = None,
-    probes: Sequence[Batch] = (),
+    probe: Batch | None = None,
     mesh: Mesh = ALONE,
     ranks: Ranks = ONE_PROCESS,
 ) -> tuple[TrainModel, RunPlan]:
@@ -92,11 +86,11 @@ def build_model(
         model: from `define_model`, on meta; it is changed in place. None makes it.
         weights: folder of the safetensors files, None for `files.folder`; `random` draws them, to measure speed.
         adapter: folder of the checkpoint whose adapter training resumes from.
-        probes: micro batches of the run, the largest first, on the plan's device, the same at every start. On them the
-            loss of a base in 8 bits is compared and recompute is calibrated; without them such a base stays dense.
+        probe: a micro batch of the run, one of the largest, on the plan's device, the same at every start: recompute is
+            calibrated on it.
         mesh, ranks: those that share the model; building it is then a collective call.
 
-    Returns the root module, and the plan, corrected by what was measured on the probes. ModelError or RecipeError where
+    Returns the root module, and the plan, corrected by what was measured on `probe`. ModelError or RecipeError where
     files and recipe do not fit each other; MachineError where the GPU's memory is too small.
     """
     device = torch.device(plan.device)
@@ -105,6 +99,8 @@ def build_model(
         bound_product_caches()
     prepare_allocator(device)  # inference names a device without `choose_device`
     model = model or define_model(run, files)
+    if plan.base in KINDS:
+        lora.convert_to_eight_bit(model, plan.base, skip=lora.modules_to_save(model, run.adapter))
     logits: dict[str, Any] = {"softcap": files.spec.final_softcap, "logit_scale": files.spec.logit_scale}
     root = TrainModel(model, METHODS[run.method], layers=LAYERS, attention_backend=plan.attention, **logits)
     root.partial_gradients = cut_model(root, mesh)
@@ -116,18 +112,12 @@ def build_model(
         accumulate_in_fp32(model.get_submodule(LAYERS))
     allocate(run, root, plan, mesh)
     fill_parameters(run, files, model, weights or files.folder, ranks)
-    if plan.base in KINDS and probes:
-        plan = quantize_base_eight_bit(root, plan, probes, mesh, ranks)
-        if plan.base not in KINDS:
-            free_weights(model)  # the caller still refers to the model, and its dense weights are gone
-            again: dict[str, Any] = {"weights": weights, "adapter": adapter, "probes": probes}
-            return build_model(run, files, plan, **again, mesh=mesh, ranks=ranks)
     if adapter is not None:
         peft_files.load_adapter(model, adapter)
-    if probes and run.train.recompute == "auto" and device.type == "cuda":
+    if probe is not None and run.train.recompute == "auto" and device.type == "cuda":
         budget, meter = int(plan.memory.free * USABLE), MemoryMeter(device)
         shares = mesh.shape.shard > 1 or mesh.shape.tensor > 1
-        plan = calibrate_recompute(root, plan, probes[0], meter, budget=budget, ranks=ranks, shares=shares)
+        plan = calibrate_recompute(root, plan, probe, meter, budget=budget, ranks=ranks, shares=shares)
     return root, plan
 
 
@@ -151,12 +141,12 @@ def fill_parameters(
     if weights == "random":
         stored = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))  # as in a checkpoint
         shapes = dict(stored.named_parameters())
-        random_init.init_random_weights(model, shapes, seed=run.train.seed, convert=nf4.load_hooks(model))
+        random_init.init_random_weights(model, shapes, seed=run.train.seed, convert=load_hooks(model))
     elif is_sharded(weights):
         read_sharded_weights(model, weights, ranks)
     else:
         known = int(files.config.vocab_size) if run.model.added_tokens else None
-        load_weights(model, weights, skip=lora.is_adapter_weight, convert=nf4.load_hooks(model), grow_from=known)
+        load_weights(model, weights, skip=lora.is_adapter_weight, convert=load_hooks(model), grow_from=known)
     if run.adapter.kind == "lora":
         init_adapter(run, model)
 
@@ -166,38 +156,3 @@ def init_adapter(run: Run, model: nn.Module) -> None:
     lora.init_lora(model, run.adapter, seed=run.train.seed)
     if run.adapter.from_ is not None:
         peft_files.load_adapter(model, peft_files.find_adapter(run.adapter.from_))
-
-
-def quantize_base_eight_bit(
-    model: TrainModel, plan: RunPlan, batches: Sequence[Batch], mesh: Mesh, ranks: Ranks
-) -> RunPlan:
-    """Quantize the frozen linear layers to fp8, and compare the loss on the run's own batches before and after.
-
-    Returns the plan with the figures, of the rank whose loss changed most. Its base is bf16 on every rank if that was by
-    more than EIGHT_BIT_TOLERANCE: the model must then be built again, since its dense weights are gone.
-    """
-    before = mean_loss(model, batches)
-    if sharded_modules(model):
-        count = quantize_shards(model, mesh, plan.base)
-    else:
-        count = lora.convert_to_eight_bit(model.model, plan.base)
-    figures = ranks.gather((before, mean_loss(model, batches)))
-    before, after = max(figures, key=lambda pair: (not math.isfinite(pair[1]), abs(pair[1] / pair[0] - 1)))
-    change = after / before - 1
-    tokens = sum(batch.tokens for batch in batches)
-    base, why = plan.base, f"{plan.why['base']}; {count} layers"
-    if not math.isfinite(after) or abs(change) > EIGHT_BIT_TOLERANCE:
-        dropped = f"it changes the loss by more than {EIGHT_BIT_TOLERANCE:.0%}"
-        base, why = "bf16", f"{plan.base} was tried and dropped: {dropped}"
-    found = f"loss {after:.4f}, {before:.4f} in bf16 ({change:+.2%}), on {tokens:,} tokens of the data"
-    return replace(plan, base=base, why={**plan.why, "base": f"{why}: {found}"})
-
-
-@torch.no_grad()
-def mean_loss(model: TrainModel, batches: Sequence[Batch]) -> float:
-    """The method's loss over `batches`, in eval mode."""
-    training = model.training
-    model.eval()
-    outputs = [model(batch) for batch in batches]
-    model.train(training)
-    return sum(float(output.loss) for output in outputs) / sum(output.denominator for output in outputs)

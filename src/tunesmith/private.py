@@ -70,21 +70,6 @@ def let_codes_be_sharded() -> None:
         vars(_fsdp_param)["nn"] = SimpleNamespace(Module=nn.Module, Parameter=parameter)
 
 
-def take_new_shards(module: nn.Module) -> None:
-    """Let FSDP gather the sharded parameters that `module` has now, whose dtype may be another than before.
-
-    They must be as they were in all else, and not be gathered now. What FSDP keeps of the last gather is forgotten.
-    """
-    state: Any = module._get_fsdp_state()  # type: ignore[operator]
-    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-    for group in groups:
-        for param in group.fsdp_params:
-            param.reset_sharded_param()
-            param.init_dtype_attrs(group.mp_policy)
-            param.all_gather_outputs = []
-            vars(param).pop("_unsharded_param", None)
-
-
 def restart_compiler() -> None:
     """Forget what torch.compile has made or failed to make, and end its workers: they keep the environment they began with."""
     from torch._inductor.async_compile import CompiledTritonKernels, shutdown_compile_workers

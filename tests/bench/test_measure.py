@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from recipes import make_run
-from tunesmith import build_model
 from tunesmith.bench.measure import BenchPlan, BenchReport, Measured, fp8_matmul_tflops, measure
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError
 from tunesmith.metrics.hardware import Peak, matmul_tflops
 from tunesmith.model import spec
+from tunesmith.training import compare_eight_bit
 from tunesmith.training.build import Session, write_identity
 from tunesmith.training.build import build as session_of
 from tunesmith.training.run import train
@@ -234,7 +234,7 @@ def test_the_base_is_named_as_it_was_held(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerance: float
 ) -> None:
     """Where fp8 was asked for and given up, the speed is bf16's and must not stand under fp8's name."""
-    monkeypatch.setattr(build_model, "EIGHT_BIT_TOLERANCE", tolerance)
+    monkeypatch.setattr(compare_eight_bit, "TOLERANCE", tolerance)
     run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
     found = run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path).figures
     assert found.quantize.startswith("fp8") if tolerance > 0 else found.quantize == "bf16"

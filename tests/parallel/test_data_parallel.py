@@ -31,7 +31,7 @@ def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> Numbers:
         "train": {"duration": f"{STEPS} steps", "warmup": "0 steps", "micro_batch": "128 tokens"},
         "validate": {"every": f"{STEPS} steps"}, "checkpoint": {"every": None},
     }  # fmt: skip
-    with mock.patch.object(build, "EIGHT_BIT_PROBE_TOKENS", 256), mock.patch.object(copies, "LARGE", LARGE):
+    with mock.patch.object(build, "PROBE_TOKENS", 256), mock.patch.object(copies, "LARGE", LARGE):
         result = train(make_run(model, folder, **merge(base, changes)), say=None)
     return [(r.loss, r.grad_norm, r.val_loss or 0.0) for r in result.records]
 

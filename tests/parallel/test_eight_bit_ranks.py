@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ranks import free_port, gathered, run_ranks
 from recipes import make_run
-from tunesmith import build_model
+from tunesmith.build_model import build_model
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Train
 from tunesmith.errors import RecipeError, TunesmithError
@@ -27,14 +28,14 @@ from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.shard import sharded_modules
 from tunesmith.private import local_slices
+from tunesmith.quant import eight_bit
 from tunesmith.quant.eight_bit import EightBitLinear
-from tunesmith.quant.frozen_weight import EightBitWeight
 from tunesmith.ranks import join_ranks
 from tunesmith.sharded import local_part
-from tunesmith.training import build
+from tunesmith.training import build, compare_eight_bit
 from tunesmith.training.run import train
 
-TOLERATED = build_model.EIGHT_BIT_TOLERANCE
+TOLERATED = compare_eight_bit.TOLERANCE
 
 
 def start(model: Path, folder: Path, quantize: str, mesh: dict[str, int], fault: str, port: int) -> dict[str, Any]:
@@ -45,33 +46,28 @@ def start(model: Path, folder: Path, quantize: str, mesh: dict[str, int], fault:
         model, folder, held=False, model={"dtype": "bf16", "quantize": quantize}, parallel=mesh,
         train={"duration": "2 steps", "micro_batch": "128 tokens"}, output_dir=str(folder / name),
     )  # fmt: skip
-    compare, free, left = build_model.quantize_base_eight_bit, build_model.free_weights, []
-    right = EightBitWeight.from_dense
+    rounded, built, models = eight_bit.round_to_e4m3, build_model, []
+    alive: list[int] = []
 
-    def wrongly(*arguments: Any) -> Any:
-        EightBitWeight.from_dense = lambda kind, dense: right(kind, dense * math.nan)  # type: ignore
-        try:
-            return compare(*arguments)
-        finally:
-            EightBitWeight.from_dense = right  # type: ignore[method-assign]
+    def watched(*arguments: Any, **options: Any) -> Any:
+        alive.append(sum(model() is not None for model in models))
+        root, plan = built(*arguments, **options)
+        models.extend(weakref.ref(part) for part in [*root.modules(), *root.parameters()])
+        return root, plan
 
-    def watched(root: Any) -> None:
-        storages = [local_part(parameter.data).untyped_storage() for parameter in root.parameters()]
-        assert sum(storage.size() for storage in storages) > 0
-        free(root)
-        left.append(sum(storage.size() for storage in storages))
+    def wrongly(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return rounded(x * math.nan, scale)
 
-    if fault == "rank 1" and os.environ["RANK"] == "1":
-        build_model.quantize_base_eight_bit = wrongly
-    build_model.EIGHT_BIT_TOLERANCE = -1.0 if fault == "all" else TOLERATED
-    build_model.free_weights = watched  # type: ignore[assignment]
-    try:
-        with mock.patch.object(build, "EIGHT_BIT_PROBE_TOKENS", 256):
-            result = train(run, say=None)
-    finally:
-        build_model.quantize_base_eight_bit, build_model.free_weights = compare, free  # type: ignore[assignment]
+    is_wrong_here = fault == "rank 1" and os.environ["RANK"] == "1"
+    with (
+        mock.patch.object(build, "PROBE_TOKENS", 256),
+        mock.patch.object(build, "build_model", watched),
+        mock.patch.object(eight_bit, "round_to_e4m3", wrongly if is_wrong_here else rounded),
+        mock.patch.object(compare_eight_bit, "TOLERANCE", -1.0 if fault == "all" else TOLERATED),
+    ):
+        result = train(run, say=None)
     chosen = json.loads((folder / name / "env.json").read_text())["choices"]["base"]
-    return {"numbers": [(r.loss, r.grad_norm) for r in result.records], "base": chosen, "left": left}
+    return {"numbers": [(r.loss, r.grad_norm) for r in result.records], "base": chosen, "alive": alive}
 
 
 def starts(model: Path, folder: Path, cases: list[Any]) -> list[dict[str, Any]]:
@@ -93,7 +89,7 @@ def test_all_ranks_fall_back_where_the_loss_of_one_moved_too_far(tiny, tmp_path)
                 assert found["numbers"] == expected
                 assert found["base"]["taken"] == "bf16"
                 assert "was tried and dropped" in found["base"]["why"]
-                assert found["left"] == [0], "the dense model of the trial keeps its memory"
+                assert found["alive"] == [0, 0], "the model of the trial is still there when the dense one is loaded"
             elif kind != "none":
                 assert found["base"]["taken"].startswith(kind)
                 assert "14 layers" in found["base"]["why"]
@@ -107,7 +103,7 @@ def codes_of_a_rank(model: Path, folder: Path) -> list[tuple[str, int, int]]:
     changes = {"model": {"dtype": "bf16", "quantize": "fp8"}, "parallel": {"shard": 2}}
     run = make_run(model, folder, held=False, **changes)
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
-    with mock.patch.object(build, "EIGHT_BIT_PROBE_TOKENS", 256), join_ranks() as ranks:
+    with mock.patch.object(build, "PROBE_TOKENS", 256), join_ranks() as ranks:
         session = build.build(run, Start(), say=lambda text: None, ranks=ranks)
         sizes: list[tuple[str, int, int]] = []
 

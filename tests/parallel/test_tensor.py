@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,23 +23,26 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel, supervised_positions
 from tunesmith.model import load
 from tunesmith.model.fused import fuse_modules
-from tunesmith.model.weights import copy_whole
+from tunesmith.model.weights import copy_whole, load_weights
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.mesh import Mesh, MeshShape
 from tunesmith.parallel.tensor import cut_model, reduce_gradients
 from tunesmith.quant import nf4
 from tunesmith.quant.eight_bit import EightBitLinear
-from tunesmith.quant.frozen_matmul import grouped_matmul
+from tunesmith.quant.frozen_matmul import grouped_matmul, load_hooks
 from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight
 from tunesmith.quant.scaled_matmul import ROW_WISE
 from tunesmith.ranks import join_ranks
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
+from tunesmith.training import compare_eight_bit
+from tunesmith.training.compare_eight_bit import compare_with_bf16, read_dense_weight
 
 SMALL = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
 }  # fmt: skip
+OF_BLOCKS = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 16}  # whole ones of nf4 on each of two ranks
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"tie_word_embeddings": True},
@@ -265,12 +269,11 @@ def test_a_model_is_cut_on_meta_and_its_adapter_drawn_whole():
     assert_small(run_ranks(2, loaded), 2 * 7 + 1)
 
 
-def quantized() -> tuple[int, float]:
+def quantized(folder: Path) -> tuple[int, float]:
     """The 4-bit and the 8-bit weights of each part, against those of the whole layers."""
-    with join_ranks():
+    with join_ranks() as ranks:
         mesh, rank = Mesh.of(MeshShape(tensor=2), "cpu"), dist.get_rank()
-        sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 16}
-        dense = causal_lm("llama", torch.bfloat16, **sizes)
+        dense = causal_lm("llama", torch.bfloat16, **OF_BLOCKS)
         model, whole = (load.build_on_meta(dense.config, Model(name="x")) for _ in range(2))
         nf4.replace_linears(model, torch.bfloat16)
         lora.attach_lora(model, ADAPTER, seed=1)
@@ -290,25 +293,34 @@ def quantized() -> tuple[int, float]:
                 count += 1
         assert any(nested), "no part has scales in one piece"
         assert not all(nested)
-        eight = rooted(causal_lm("llama", torch.bfloat16, **sizes).requires_grad_(False))
-        expected = eight(batch()).loss
-        lora.attach_lora(eight.model, ADAPTER, seed=1)
-        cut_model(eight, mesh)
-        parts = {n: m.dense().clone() for n, m in lora.loras(eight.model)}
-        count += lora.convert_to_eight_bit(eight.model, ROW_WISE)
-        for name, layer in eight.model.named_modules():
+        expected = rooted(dense.requires_grad_(False))(batch()).loss
+        eight = load.build_on_meta(dense.config, Model(name="x"))
+        lora.attach_lora(eight, ADAPTER, seed=1)
+        count += lora.convert_to_eight_bit(eight, ROW_WISE)
+        root = rooted(eight)
+        cut_model(root, mesh)
+        load.materialise(eight, torch.device("cpu"))
+        load_weights(eight, folder, skip=lora.is_adapter_weight, convert=load_hooks(eight))
+        lora.init_lora(eight, ADAPTER, seed=1)
+        for name, layer in eight.named_modules():
             if isinstance(layer, EightBitLinear):
-                torch.testing.assert_close(
-                    layer.dense(), EightBitWeight.from_dense(ROW_WISE, parts[name]).dense(torch.bfloat16)
-                )
-        return count, float((eight(batch()).loss - expected) / expected)
+                whole_weight = dense.get_submodule(name).weight
+                part = whole_weight.chunk(2, 1 if name.endswith(("o_proj", "down_proj")) else 0)[rank]
+                assert torch.equal(layer.dense(), EightBitWeight.from_dense(ROW_WISE, part).dense(torch.bfloat16))
+                assert torch.equal(read_dense_weight(layer, mesh, ranks), part), name
+        change = compare_with_bf16(root, [batch()], mesh, ranks)
+        after, denominator = root(batch())[:2]
+        assert change.before * denominator == pytest.approx(float(expected), rel=2**-8)  # sums in bf16
+        assert change.after * denominator == pytest.approx(float(after), rel=1e-6)
+        return count, change.relative
 
 
-def test_weights_are_cut_and_then_quantized():
+def test_weights_are_cut_and_then_quantized(tmp_path):
     pytest.importorskip("bitsandbytes")
-    for count, change in run_ranks(2, quantized):
+    causal_lm("llama", torch.bfloat16, **OF_BLOCKS).save_pretrained(tmp_path)
+    for count, change in run_ranks(2, quantized, tmp_path):
         assert count == 4 * 7
-        assert abs(change) < 0.03  # EIGHT_BIT_TOLERANCE of build_model
+        assert abs(change) < compare_eight_bit.TOLERANCE
 
 
 def refused() -> list[str]:

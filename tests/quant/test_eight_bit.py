@@ -169,6 +169,27 @@ def test_only_frozen_layers_of_fitting_widths_go_into_fp8():
     assert type(model["odd"]) is type(model["trained"]) is nn.Linear
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_layer_takes_a_weight_piece_by_piece(kind, monkeypatch):
+    weight = torch.randn(48, 32) * torch.logspace(-2, 2, 48).unsqueeze(1)
+    base = nn.Linear(32, 48, device="meta", dtype=torch.bfloat16).requires_grad_(False)
+    layer = EightBitLinear(base, kind)
+    assert all(tensor.is_meta for tensor in (layer.weight, layer.scale))
+    layer.allocate(CPU)
+    monkeypatch.setattr(eight_bit, "PIECE", 7 * 32)
+    layer.quantize(weight)
+    whole = EightBitWeight.from_dense(kind, weight.bfloat16())
+    assert torch.equal(layer.dense(), whole.dense(torch.bfloat16))
+    assert torch.equal(layer.scale, whole.tensors[1])
+
+
+def test_a_layer_that_will_be_trained_in_full_stays_dense():
+    model = nn.ModuleDict({name: nn.Linear(32, 32, device="meta") for name in ("frozen", "trained")})
+    model.requires_grad_(False)
+    assert lora.convert_to_eight_bit(model, ROW_WISE, skip=[model["trained"]]) == 1
+    assert type(model["trained"]) is nn.Linear
+
+
 def test_an_adapter_keeps_its_very_parameters_and_the_head_its_weight(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
     lora.attach_lora(model, Adapter(rank=2, target=("q_proj", "down_proj")), seed=1)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from recipes import make_run, write_rows
-from tunesmith import build_model
 from tunesmith.checkpoint.resume import Start
 from tunesmith.quant import eight_bit
 from tunesmith.quant.eight_bit import EightBitLinear
+from tunesmith.training import compare_eight_bit
 from tunesmith.training.build import Session, build, first_batches
 
 
@@ -45,13 +45,11 @@ def test_the_base_is_quantized_and_the_loss_is_told(tiny, tmp_path):
     assert not any("warning: the base" in line for line in said)
     weights = {id(p): p for p in session.model.parameters()}
     held = sum(p.numel() * p.itemsize for p in weights.values())
-    memory = session.plan.memory
-    assert held == memory.weights, "a byte a weight of the layers, as the estimate has it"
-    assert memory.load >= held + sum(m.weight.numel() for m in session.model.modules() if isinstance(m, EightBitLinear))
+    assert held == session.plan.memory.weights, "a byte a weight of the layers, as the estimate has it"
 
 
 def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_model, "EIGHT_BIT_TOLERANCE", -1.0)
+    monkeypatch.setattr(compare_eight_bit, "TOLERANCE", -1.0)
     session, said = begin(tiny, tmp_path)
     assert base(session)[0] == "bf16"
     assert "was tried and dropped" in base(session)[1]
@@ -60,6 +58,8 @@ def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypat
     weights = {n: p for n, p in session.model.named_parameters() if not p.requires_grad}
     assert len(weights) >= 14
     assert all(p.dtype is torch.bfloat16 and bool(p.isfinite().all()) for p in weights.values())
+    held = {id(p): p.numel() * p.itemsize for p in session.model.parameters()}
+    assert session.plan.memory.weights == sum(held.values()), "planned as for the smaller base"
     loss, tokens, _ = session.model(session.loader(0).batch(0).micro[0])
     assert 0 < float(loss) / tokens < 10
 

@@ -8,7 +8,7 @@ a = sqrt(5) and B as zeros; both are fp32 parameters, computed in the dtype of x
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,20 +106,20 @@ class LoraNf4Linear(Lora, Nf4Linear):
 
 
 class LoraEightBitLinear(Lora, EightBitLinear):
-    """An `EightBitLinear` with an adapter; it takes over the trained parameters of a `LoraLinear`."""
+    """An `EightBitLinear` with an adapter; it takes over that of a `LoraLinear`."""
 
     def __init__(self, base: LoraLinear, kind: str) -> None:
         super().__init__(base, kind)
         self.lora_A, self.lora_B = base.lora_A, base.lora_B
         self.scaling, self.dropout, self.enabled = base.scaling, base.dropout, base.enabled
-        self.first = base.first
 
 
-def eight_bit_names(model: nn.Module) -> list[str]:
+def eight_bit_names(model: nn.Module, skip: Collection[nn.Module] = ()) -> list[str]:
     """Full names of the dense, frozen linear layers of fitting widths; without the output layer."""
     layers = ((name, model.get_submodule(name)) for name in linear_names(model, head=False))
-    frozen = ((name, m) for name, m in layers if isinstance(m, nn.Linear) and not m.weight.requires_grad)
-    return [name for name, m in frozen if m.in_features % ALIGNED == 0 and m.out_features % ALIGNED == 0]
+    frozen = [(name, m) for name, m in layers if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+    fitting = [(name, m) for name, m in frozen if m.in_features % ALIGNED == 0 and m.out_features % ALIGNED == 0]
+    return [name for name, m in fitting if m not in skip]
 
 
 def eight_bit_shapes(model: nn.Module) -> list[tuple[int, int]]:
@@ -128,12 +128,14 @@ def eight_bit_shapes(model: nn.Module) -> list[tuple[int, int]]:
     return sorted({(n_out, n_in) for n_out, n_in in shapes})
 
 
-def convert_to_eight_bit(model: nn.Module, kind: str) -> int:
-    """Put the layers of `eight_bit_names` into 8 bits, one at a time; return how many.
+def convert_to_eight_bit(model: nn.Module, kind: str, skip: Collection[nn.Module] = ()) -> int:
+    """Put the layers of `eight_bit_names` into 8 bits, one at a time; return how many. Those on meta become empty ones.
 
-    `kind` is one of `scaled_matmul.KINDS`.
+    Args:
+        kind: one of `scaled_matmul.KINDS`.
+        skip: layers that will be trained in full, which a model on meta does not tell.
     """
-    names = eight_bit_names(model)  # by name: a list of the layers would keep every dense weight alive
+    names = eight_bit_names(model, skip)  # by name: a list of the layers would keep every dense weight alive
     for name in names:
         layer = model.get_submodule(name)
         if isinstance(layer, LoraLinear):

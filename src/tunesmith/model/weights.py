@@ -10,16 +10,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.host_memory import drop_pages, open_uncached
 from tunesmith.model.safetensors_files import Entry, read_header, read_headers, read_into
 from tunesmith.private import local_slices
 from tunesmith.sharded import local_part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # slow, and a plan needs none
 
 STORED = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -58,7 +61,13 @@ class StoredTensor:
         self._fill(local_part(target), local_slices(target))
 
     def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
-        """That part, on the CPU, in its stored dtype; nothing else is read. A slice of each dimension has both ends."""
+        """That part, on the CPU, in its stored dtype; nothing else is read. A slice of each dimension has both ends.
+
+        After `load_weights` the file is opened again for it.
+        """
+        if self._file.closed:
+            with open_uncached(self._entry.file) as file:
+                return StoredTensor(self._entry, file)[slices]
         part = torch.empty([cut.stop - cut.start for cut in slices], dtype=self.dtype)
         self._fill(part, slices)
         return part
@@ -105,7 +114,7 @@ Hook = Callable[[Mapping[str, StoredTensor | torch.Tensor]], None]
 
 
 def load_weights(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     folder: Path,
     *,
     skip: Callable[[str], bool] = lambda name: False,

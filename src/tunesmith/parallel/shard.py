@@ -10,8 +10,7 @@ Zhao et al. 2023, arXiv:2304.11277 (FSDP); PyTorch's `fully_shard`.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -20,7 +19,6 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Run
@@ -28,11 +26,9 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.model.fused import add_mixin
 from tunesmith.model.load import widen
 from tunesmith.parallel.mesh import Mesh
-from tunesmith.private import collective, let_codes_be_sharded, take_new_shards
-from tunesmith.quant.eight_bit import EightBitLinear
-from tunesmith.quant.frozen_weight import EightBitWeight
+from tunesmith.private import let_codes_be_sharded
 from tunesmith.runtime.plan import needs_fsdp
-from tunesmith.sharded import GatheredHead, local_part
+from tunesmith.sharded import GatheredHead
 
 HALF = (torch.bfloat16, torch.float16)
 # Methods of the root, beside its forward, that read parameters.
@@ -109,48 +105,6 @@ def shard_ends(root: TrainModel, options: dict[str, Any]) -> None:
 def sharded_modules(root: nn.Module) -> list[FSDPModule]:
     """The groups of a sharded model; none where it is whole on every rank."""
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
-
-
-@torch.no_grad()
-def quantize_shards(root: TrainModel, mesh: Mesh, kind: str) -> int:
-    """As `lora.convert_to_eight_bit`, for sharded layers: one weight is gathered at a time, by all ranks.
-
-    The codes have the shape of the dense weight, so each rank keeps the rows that it had, now of a byte each.
-    """
-    block: Any
-    layer: Any
-    count, size, rank = 0, mesh.shape.shard, mesh.sharding.get_local_rank(1)
-    group = mesh.sharding.get_group(1).group_name
-    for block in root.layers:
-        block.reshard()  # a forward leaves the last one whole
-        for name in lora.eight_bit_names(block):
-            layer = block.get_submodule(name)
-            own, each = local_part(layer.weight), -(-layer.out_features // size)
-            rows = F.pad(own.to(mesh.sharding.device_type), (0, 0, 0, each - len(own)))
-            whole = collective("all_gather_into_tensor", rows, size, group)[: layer.out_features]
-            codes, scale = EightBitWeight.from_dense(kind, whole).tensors
-            own_codes = codes.view(torch.uint8)[rank * each : (rank + 1) * each].to(own.device, copy=True)
-            layer.__class__ = lora.LoraEightBitLinear if isinstance(layer, lora.LoraLinear) else EightBitLinear
-            layer.parts = layer.weight.numel() // (layer.in_features * layer.out_features)
-            layer.store(kind, sharded_as(layer.weight, own_codes), scale)
-            count += 1
-        take_new_shards(block)
-    return count
-
-
-def sharded_as(like: DTensor, own: Tensor) -> DTensor:
-    """This rank's part of a tensor as a DTensor that is of the shape of another, and cut as that is."""
-    shape, stride = like.shape, like.stride()
-    return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
-
-
-def free_weights(model: nn.Module) -> None:
-    """Free the memory of a model that somebody still refers to."""
-    for module in sharded_modules(model):
-        module.reshard()
-    for parameter in model.parameters():
-        local_part(parameter.data).untyped_storage().resize_(0)  # FSDP refers to the shards by itself
-    model.to("meta")
 
 
 def reduce_in(root: nn.Module, mesh: Mesh, *, last: bool) -> None:

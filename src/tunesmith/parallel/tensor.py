@@ -27,7 +27,8 @@ from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.fused import FusedAttention, FusedMLP, FusedNorm, add_mixin
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.private import collective
-from tunesmith.quant.nf4 import BLOCK, Cut, Nf4Linear
+from tunesmith.quant.frozen_matmul import Cut, FrozenLinear
+from tunesmith.quant.nf4 import BLOCK, Nf4Linear
 from tunesmith.sharded import ShardedHead, VocabularyShard, local_part
 
 KEY = "parallel.tensor"
@@ -49,7 +50,7 @@ class TensorGroup(NamedTuple):
 def cut_model(root: TrainModel, mesh: Mesh) -> frozenset[str]:
     """Cut a model over the tensor group, in place: with its adapter and fused modules, before all else that wraps it.
 
-    On meta or not (nf4: on meta). Every micro batch then has a multiple of `mesh.shape.tensor` tokens, and the ranks of a
+    On meta or not (a quantized base: on meta). Every micro batch then has a multiple of `mesh.shape.tensor` tokens, and the ranks of a
     group take the same ones. Dropout of adapters draws what one process draws if the group has one seed; attention's own
     dropout, which no family has by default, draws alike for the heads of each rank.
 
@@ -136,14 +137,12 @@ class _Cutter:
 
     def cut_linear(self, layer: Any, dim: int) -> None:
         """Cut weight, bias and adapter of a linear layer along a dimension of its weight."""
-        nf4, sizes = isinstance(layer, Nf4Linear), [layer.out_features, layer.in_features]
+        sizes = [layer.out_features, layer.in_features]
         sizes[dim] //= self.group.size
         layer.out_features, layer.in_features = sizes
-        if nf4:
-            layer.parts, bias = self.group.size, layer.bias
+        if isinstance(layer, FrozenLinear):
             layer.cut = Cut(dim, self.group.rank, self.group.size, self.group.name)
-            layer.share(Nf4Linear(layer.in_features, layer.out_features, False, layer.compute_dtype))
-            layer.bias = bias
+            layer.allocate(torch.device("meta"))
         else:
             if not isinstance(layer, Lora):
                 self.mix(layer, CutLinear)

@@ -244,7 +244,7 @@ class Planner:
         memory, (needed, room), units = plan.memory, savings.memory_needs(plan, machine), resolve.step_units(run)
         largest = max(spec.head_matmul, spec.hidden * spec.intermediate)  # of the tensors, which come and go one by one
         phases = {
-            "load": max(memory.weights, memory.load) + largest * DTYPES[run.model.dtype].itemsize,
+            "load": memory.weights + largest * DTYPES[run.model.dtype].itemsize,
             "step": memory.total - memory.copies,
             # An adapter's copies are written beside the next steps; a whole model between two, tensor by tensor.
             "save": memory.total if self.lora else memory.static + 4 * largest * (mesh.world > 1),

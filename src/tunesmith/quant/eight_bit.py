@@ -4,20 +4,23 @@ Weights, inputs and output gradients are e4m3; the matmuls give bf16. Only the f
 adapter's own matmuls and gradients stay in bf16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product as pairs
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.errors import first_line
+from tunesmith.errors import ModelError, first_line
+from tunesmith.model.weights import StoredTensor
+from tunesmith.private import collective, local_slices
 from tunesmith.quant.frozen_matmul import FrozenLinear
-from tunesmith.quant.frozen_weight import EightBitWeight, FrozenWeight
-from tunesmith.quant.scaled_matmul import E4M3, KINDS
-from tunesmith.sharded import local_part
+from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight, FrozenWeight
+from tunesmith.quant.scaled_matmul import E4M3, KINDS, TENSOR_WISE, find_scale, round_to_e4m3
+from tunesmith.sharded import local_part, sharding_groups
 
 ALIGNED = 16  # the GPU's 8-bit matmuls take widths that are a multiple of 16
+PIECE = 1 << 22  # weights rounded at a time: they are in fp32 then
 
 
 class ScalingRecipe(NamedTuple):
@@ -85,30 +88,85 @@ def matmul_fault(
 
 
 class EightBitLinear(FrozenLinear):
-    """A dense linear layer's weight in 8 bits; its bias is taken over.
+    """A linear layer with W in 8 bits; empty until `quantize`.
 
     Attributes (frozen):
         weight: uint8 [out_features, in_features], the e4m3 codes: torch and FSDP move integers as they are.
         scale: fp32 [out_features, 1] or [1, 1], whole on every rank.
+        stored: the dense weight in the file that it was read from; None where it was drawn or given.
+        read_dense: gives the dense weight, which the layer then computes with instead; None: it computes in 8 bits.
     """
 
     scale: Tensor
+    stored: StoredTensor | None = None
+    read_dense: Callable[[], Tensor] | None = None
 
-    @torch.no_grad()
     def __init__(self, base: nn.Linear, kind: str) -> None:
+        """An empty layer in the place of one on meta, else one with its weight. The bias is taken over."""
         super().__init__()
         self.in_features, self.out_features, self.bias = base.in_features, base.out_features, base.bias
-        self.parts = base.weight.numel() // (self.in_features * self.out_features)
-        codes, scale = EightBitWeight.from_dense(kind, local_part(base.weight)).tensors
-        self.store(kind, codes.view(torch.uint8), scale)
-
-    def store(self, kind: str, codes: Tensor, scale: Tensor) -> None:
-        """Take the codes, uint8, and the scale of the layer's weight; the codes may be a DTensor."""
         self.kind, self.compute_dtype = kind, torch.bfloat16
+        self.allocate(base.weight.device)
+        if not base.weight.is_meta:
+            self.quantize(base.weight)
+
+    def allocate(self, device: torch.device) -> None:
+        codes = torch.empty(self.out_features, self.in_features, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(codes, requires_grad=False)
+        scales = 1 if self.kind == TENSOR_WISE else self.out_features
         # Not persistent: a checkpoint of the base holds dense weights.
-        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("scale", torch.empty(scales, 1, device=device), persistent=False)
+
+    def load(self, stored: Mapping[str, StoredTensor | Tensor], name: str) -> None:
+        dense = stored[""]
+        if len(stored) > 1:
+            more = ", ".join(f"{name}.{suffix}" for suffix in stored if suffix)
+            why = "model.quantize: fp8 takes a dense one"
+            raise ModelError(f"its weight is stored with {more}", where=name, why=why)
+        self.quantize(dense)
+        self.stored = dense if isinstance(dense, StoredTensor) else None
+
+    @torch.no_grad()
+    def quantize(self, dense: Tensor | StoredTensor) -> None:
+        """Store the whole layer's `dense` [out_features, in_features], rounded to bf16 first.
+
+        A rank reads and rounds the rows that it holds, a piece at a time. Where ranks share the layer it is a collective
+        call.
+        """
+        first, end = local_slices(self.weight)[0].start, local_slices(self.weight)[0].stop
+        step = max(1, PIECE // self.in_features)
+        parts = [slice(start, min(start + step, end)) for start in range(first, end, step)]
+        pieces: Iterable[Tensor] = (self.read_rows(dense, part) for part in parts)
+        scale = torch.zeros_like(self.scale)
+        if self.kind == TENSOR_WISE:
+            pieces = list(pieces)  # their one scale comes from all of them
+            for piece in pieces:
+                scale = scale.maximum(find_scale(self.kind, piece))
+            scale = self.largest_of_ranks(scale)
+
+        codes = local_part(self.weight)
+        for part, piece in zip(parts, pieces, strict=True):
+            if self.kind != TENSOR_WISE:
+                scale[part] = find_scale(self.kind, piece)
+            of_piece = scale if self.kind == TENSOR_WISE else scale[part]
+            codes[part.start - first : part.stop - first] = round_to_e4m3(piece, of_piece).view(torch.uint8)
+        if self.kind != TENSOR_WISE:
+            scale = self.largest_of_ranks(scale)
+        self.scale.copy_(scale)
+
+    def read_rows(self, dense: Tensor | StoredTensor, rows: slice) -> Tensor:
+        """Rows of the layer's part of `dense`, in bf16, where the matmuls are."""
+        return self.part_of(dense, rows).to(self.scale.device, torch.bfloat16)
+
+    def largest_of_ranks(self, scale: Tensor) -> Tensor:
+        """The largest scales of the ranks that have shards of the weight; those of rows of other ranks are 0."""
+        for group in sharding_groups(self.weight):
+            scale = collective("all_reduce", scale, "max", group.group_name)
+        return scale
 
     def frozen_weight(self) -> FrozenWeight:
+        shape = (self.out_features, self.in_features)
+        if self.read_dense is not None:
+            return DenseWeight("dense", [self.read_dense()], shape)
         codes = local_part(self.weight).view(E4M3)
-        return EightBitWeight(self.kind, [codes, self.scale], (self.out_features, self.in_features))
+        return EightBitWeight(self.kind, [codes, self.scale], shape)

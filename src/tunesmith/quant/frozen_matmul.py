@@ -10,12 +10,14 @@ both: as an output of the operator it would make a recomputed layer run its last
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.model.weights import Hook, StoredTensor
 from tunesmith.quant.frozen_weight import FrozenWeight, frozen_weight
 from tunesmith.sharded import local_part
 
@@ -214,6 +216,22 @@ frozen_matmul.register_autograd(_differentiate, setup_context=_save)
 # ---- layers ----
 
 
+class Cut(NamedTuple):
+    """Number `part` of `parts` equal ones along a dimension of a weight [out_features, in_features].
+
+    The others are on the ranks of the process group named `group`.
+    """
+
+    dim: int
+    part: int
+    parts: int
+    group: str
+
+    def of(self, blocks: Tensor, rows: int) -> Tensor:
+        """The part [own rows, own blocks of a row] of a tensor [rows * blocks of a row], as a view."""
+        return blocks.view(rows, -1).chunk(self.parts, self.dim)[self.part]
+
+
 class FrozenLinear(nn.Module, ABC):
     """y = x W^T + b with a quantized W that gets no gradient. One layer is quantized without knowing of the others.
 
@@ -223,7 +241,8 @@ class FrozenLinear(nn.Module, ABC):
         kind: of its frozen weight.
         compute_dtype: of the matmuls' results, and of `dense`.
         bias: compute_dtype [out_features], or None.
-        parts: of the whole layer, of which the ranks of a tensor group hold one each.
+        cut: which part of the layer this rank of a tensor group has; `in_features` and `out_features` are those of the
+            part. None: all of it.
     """
 
     in_features: int
@@ -231,11 +250,34 @@ class FrozenLinear(nn.Module, ABC):
     kind: str
     compute_dtype: torch.dtype
     bias: nn.Parameter | None
-    parts: int = 1
+    cut: Cut | None = None
+
+    @abstractmethod
+    def allocate(self, device: torch.device) -> None:
+        """Make the tensors of the weight, empty, for the layer's sizes; the bias stays as it is."""
+
+    @abstractmethod
+    def load(self, stored: Mapping[str, StoredTensor | Tensor], name: str) -> None:
+        """Take the weight, called `name`, of a checkpoint: a hook of `load_weights`. It may be a collective call."""
 
     @abstractmethod
     def frozen_weight(self) -> FrozenWeight:
         """The weight as the operators take it."""
+
+    def part_of(self, dense: Tensor | StoredTensor, rows: slice) -> Tensor:
+        """Those rows of the layer's part of the whole weight; a new tensor where they are read from a file."""
+        first_row, first_column = self.origin
+        columns = slice(first_column, first_column + self.in_features)
+        return dense[slice(first_row + rows.start, first_row + rows.stop), columns]
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        """The first row and column of the whole weight that this rank has."""
+        if self.cut is None:
+            return 0, 0
+        if self.cut.dim == 0:
+            return self.cut.part * self.out_features, 0
+        return 0, self.cut.part * self.in_features
 
     @torch.no_grad()
     def dense(self) -> Tensor:
@@ -248,6 +290,12 @@ class FrozenLinear(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.kind}"
+
+
+def load_hooks(model: nn.Module) -> dict[str, Hook]:
+    """For `load_weights(convert=...)`: what quantizes each frozen weight as it is read, or takes it as it was quantized."""
+    frozen = ((name, m) for name, m in model.named_modules() if isinstance(m, FrozenLinear))
+    return {f"{name}.weight": partial(layer.load, name=f"{name}.weight") for name, layer in frozen}
 
 
 def linear_names(model: nn.Module, *, head: bool) -> list[str]:
@@ -265,5 +313,6 @@ def parameter_count(model: nn.Module) -> int:
     for layer in model.modules():
         if isinstance(layer, FrozenLinear):
             stored = [p.numel() for name, p in layer.named_parameters(recurse=False) if name.endswith("weight")]
-            count += layer.in_features * layer.out_features * layer.parts - sum(stored)
+            parts = layer.cut.parts if layer.cut else 1
+            count += layer.in_features * layer.out_features * parts - sum(stored)
     return count

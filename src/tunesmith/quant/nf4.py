@@ -6,9 +6,8 @@ The format is bitsandbytes': blocks of 64 weights as 4-bit codes, one scale a bl
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,22 +41,6 @@ def check_nf4(device: torch.device) -> None:
         raise MachineError(what, where="model.quantize", why=why, fix=fix) from error
 
 
-class Cut(NamedTuple):
-    """Number `part` of `parts` equal ones along a dimension of a weight, whose rows, and parts of rows, are blocks of 64.
-
-    The others are on the ranks of the process group named `group`.
-    """
-
-    dim: int
-    part: int
-    parts: int
-    group: str
-
-    def of(self, blocks: Tensor, rows: int) -> Tensor:
-        """The part [own rows, own blocks of a row] of a tensor [rows * blocks of a row], as a view."""
-        return blocks.view(rows, -1).chunk(self.parts, self.dim)[self.part]
-
-
 class Nf4Linear(FrozenLinear):
     """A linear layer with W in NF4; empty until `quantize` or `load_quantized`.
 
@@ -66,10 +49,10 @@ class Nf4Linear(FrozenLinear):
         absmax: uint8 [blocks], the scale of each block of 64: a code, or fp32 without double quantization.
         code: fp32 [16], the value of each 4-bit code.
         nested_absmax: fp32 [ceil(blocks / 256)]; nested_code: fp32 [256]; nested_offset: fp32 []; or None.
-        cut: which part of a whole layer this one is.
+
+    The rows of a layer that is cut, and the parts of its rows, are blocks of 64.
     """
 
-    cut: Cut | None = None
     absmax: Tensor
     code: Tensor
     nested_absmax: Tensor | None
@@ -81,13 +64,16 @@ class Nf4Linear(FrozenLinear):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.compute_dtype = in_features, out_features, compute_dtype
-        count = in_features * out_features
-        blocks = -(-count // BLOCK)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=compute_dtype, device=device)) if bias else None
+        self.allocate(device)
+
+    def allocate(self, device: torch.device) -> None:
+        count = self.in_features * self.out_features
+        blocks = -(-count // BLOCK)
         self.weight = nn.Parameter(torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=device), False)
         absmax = torch.empty(blocks, dtype=torch.uint8, device=device)
         fp32 = [torch.empty(shape, device=device) for shape in ((16,), (-(-blocks // NESTED_BLOCK),), (256,), ())]
-        self._store_scales(f"nf4 {BLOCK} {NESTED_BLOCK} {compute_dtype}", absmax, *fp32)
+        self._store_scales(f"nf4 {BLOCK} {NESTED_BLOCK} {self.compute_dtype}", absmax, *fp32)
 
     def _store_scales(self, kind: str, *scales: Tensor) -> None:
         self.kind = kind
@@ -112,12 +98,11 @@ class Nf4Linear(FrozenLinear):
         packed, own, width = local_part(self.weight).view(-1), local_slices(self.weight)[0], self.in_features
         scales = torch.zeros(-(-width * self.out_features // BLOCK), device=device)
         span = BLOCK // math.gcd(BLOCK, width)  # rows that are whole blocks together
-        row, column = (cut.part * n if cut and cut.dim == d else 0 for d, n in enumerate((self.out_features, width)))
         last = min(self.out_features, -(-2 * own.stop // (width * span)) * span)
         step = max(1, PIECE // (width * span)) * span
         for at in range(2 * own.start // (width * span) * span, last, step):
-            rows = dense[row + at : row + min(at + step, last), column : column + width].flatten().to(device)
-            codes, state = functional.quantize_4bit(rows.to(self.compute_dtype), blocksize=BLOCK, quant_type="nf4")
+            rows = self.part_of(dense, slice(at, min(at + step, last))).flatten().to(device, self.compute_dtype)
+            codes, state = functional.quantize_4bit(rows, blocksize=BLOCK, quant_type="nf4")
             block, begin = at * width // BLOCK, at * width // 2
             scales[block : block + len(state.absmax)] = state.absmax
             start, stop = max(begin, own.start), min(begin + len(codes), own.stop)
@@ -139,6 +124,14 @@ class Nf4Linear(FrozenLinear):
             absmax, shared = (t.chunk(cut.parts)[cut.part].clone() for t in (absmax, shared))
         doubly = (shared, nested.code, offset) if nested_block else ()
         self._store_scales(f"nf4 {BLOCK} {nested_block} {self.compute_dtype}", absmax, code, *doubly)
+
+    def load(self, stored: Mapping[str, StoredTensor | Tensor], name: str) -> None:
+        if len(stored) == 1:
+            self.quantize(stored[""])
+        else:  # where the matmuls are: a shard may lie on the host
+            device = self.absmax.device
+            tensors = {suffix: t.read() if isinstance(t, StoredTensor) else t for suffix, t in stored.items()}
+            self.load_quantized({suffix: t.to(device) for suffix, t in tensors.items()}, where=name)
 
     @torch.no_grad()
     def load_quantized(self, parts: dict[str, Tensor], *, where: str) -> None:
@@ -164,19 +157,6 @@ class Nf4Linear(FrozenLinear):
         if self.nested_absmax is not None:
             tensors += [self.nested_absmax, self.nested_code, self.nested_offset]
         return Nf4Weight(self.kind, tensors, (self.out_features, self.in_features))
-
-
-def load_hooks(model: nn.Module) -> dict[str, Any]:
-    """For `load_weights(convert=...)`: each NF4 weight is quantized from a dense tensor, or loaded as it was quantized."""
-
-    def load(layer: Nf4Linear, name: str, stored: Mapping[str, StoredTensor]) -> None:
-        if len(stored) == 1:
-            layer.quantize(stored[""])
-        else:  # where the matmuls are: a shard may lie on the host
-            parts = {suffix: part.read().to(layer.absmax.device) for suffix, part in stored.items()}
-            layer.load_quantized(parts, where=name)
-
-    return {f"{n}.weight": partial(load, m, n) for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
 
 
 def replace_linears(model: nn.Module, compute_dtype: torch.dtype) -> list[str]:

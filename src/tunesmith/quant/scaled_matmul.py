@@ -29,10 +29,23 @@ def quantize(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
     x = e4m3 * scale. A value that is not finite makes its row so (its tensor).
     """
+    scale = find_scale(kind, x)
+    return round_to_e4m3(x, scale), scale
+
+
+def find_scale(kind: str, x: Tensor) -> Tensor:
+    """The scale at which the largest value of each row of x [n, k] (of x, for TENSOR_WISE) is e4m3's largest.
+
+    fp32 [n, 1], or [1, 1].
+    """
     largest = x.abs().amax() if kind == TENSOR_WISE else torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
-    scale = (largest.float() / E4M3_MAX).clamp(min=LEAST_SCALE)
+    return (largest.float() / E4M3_MAX).clamp(min=LEAST_SCALE).view(-1, 1)
+
+
+def round_to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale as e4m3 values; what lies beyond the largest becomes the largest."""
     scaled = x / scale  # fp32: the scale's dtype
-    return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3), scale.view(-1, 1)
+    return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 def scaled_matmul(kind: str, left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

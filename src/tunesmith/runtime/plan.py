@@ -105,7 +105,6 @@ class MemoryEstimate:
     host: int = 0  # in the host's memory, by train.cpu_offload; in none of the sums
     free: int = 0  # what there was before anything was built
     least: int = 0  # what a step on the longest example alone takes, before any gradient is there
-    load: int = 0  # of a base in fp8: what it takes while it is dense, and its loss is measured
 
     @property
     def static(self) -> int:
@@ -115,11 +114,6 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         return self.static + self.activations + self.workspace
-
-    @property
-    def most(self) -> int:
-        """What the run takes at some time: in a step, or while its base is loaded."""
-        return max(self.total, self.load)
 
     def describe(self) -> str:
         """The parts, in GiB."""

@@ -134,7 +134,7 @@ def resolve_plan(
     refuse_offload(run, machine, mesh)
     plan = plan_of(run)
     # Less than a tenth would not be worth a change.
-    below = min(int(plan.memory.free * usable_share(machine.device)), plan.memory.most * 9 // 10)
+    below = min(int(plan.memory.free * usable_share(machine.device)), plan.memory.total * 9 // 10)
     return replace(plan, savings=partial(find_savings, run, plan, plan_of, below=below, longest=longest))
 
 
@@ -205,18 +205,18 @@ class MemoryEstimator:
         """What is offloaded to the host."""
         return moved_to_host(self.run, self.machine)
 
-    def weights(self, itemsize: float, *, loading: bool = False) -> tuple[int, int]:
+    def weights(self, itemsize: float) -> tuple[int, int]:
         """Bytes of the base that a tensor-parallel rank computes with: of all layers' matrices, and of what else there is.
 
-        Tensor-parallel ranks cut everything but norms and biases. A base in fp8 is dense while it is `loading`; its
-        scales, 4 bytes a row, are not counted.
+        Tensor-parallel ranks cut everything but norms and biases. The scales of a base in fp8, 4 bytes a row, are not
+        counted.
         """
         spec, cut = self.spec, self.mesh.tensor
         matrices, tables = spec.layers * spec.layer_matmul, spec.head_matmul * (1 if spec.tied else 2)
         rest, width = spec.parameters - matrices - tables, itemsize
         if self.run.model.quantize == "nf4":
             width = 0.5
-        elif self.is_fp8 and not loading:
+        elif self.is_fp8:
             width = 1
         return int(-(-matrices // cut) * width) + self.scales, int((-(-tables // cut) + rest) * itemsize)
 
@@ -319,9 +319,6 @@ class MemoryEstimator:
         ends = (spec.hidden + -(-spec.hidden // cut)) * itemsize * tokens
         workspace = max(self._head_bytes(tokens, itemsize), self._backward_bytes(tokens, itemsize))
         workspace += layer_input - recomputed_layer  # of the layer that is recomputed
-        load = 0
-        if self.is_fp8:
-            load = self.base_bytes(itemsize, loading=True) + adapter + workspace
 
         room = (
             int(self.machine.free_bytes * usable_share(self.machine.device))
@@ -344,7 +341,7 @@ class MemoryEstimator:
             optimizer=state - gradients, copies=copies, gathered=gathered,
             activations=(spec.layers - recomputed) * layer + recomputed * recomputed_layer + ends,
             recomputed_layer=recomputed_layer, workspace=workspace,
-            host=host + (layer_input - recomputed_layer) * recomputed, free=self.machine.free_bytes, load=load,
+            host=host + (layer_input - recomputed_layer) * recomputed, free=self.machine.free_bytes,
         )  # fmt: skip
 
     def least_bytes(self, tokens: int, recomputed_layers: int) -> int:
@@ -397,9 +394,9 @@ class MemoryEstimator:
             weight = hidden * wide // itemsize
         return (3 * hidden * tokens + wide * tokens + max(wide * tokens, weight)) * itemsize
 
-    def base_bytes(self, itemsize: float, *, loading: bool = False) -> int:
-        """Bytes of the base on one rank; of a frozen one only the layers are sharded. `loading` as for `weights`."""
-        layers, ends = self.weights(itemsize, loading=loading)
+    def base_bytes(self, itemsize: float) -> int:
+        """Bytes of the base on one rank; of a frozen one only the layers are sharded."""
+        layers, ends = self.weights(itemsize)
         scales = self.scales - self.scales // self.mesh.shard  # buffers, which FSDP2 leaves whole
         if self.run.adapter.kind == "lora":
             return -(-layers // self.mesh.shard) + ends + scales

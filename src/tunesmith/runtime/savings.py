@@ -42,7 +42,7 @@ def find_savings(
                 check_run(changed, lambda key: "")
             except UsageError:
                 continue
-            if (total := plan_of(changed).memory.most) <= below:
+            if (total := plan_of(changed).memory.total) <= below:
                 changes = differences(run, changed)
                 words = {c.key: c.new if isinstance(c.new, str) else json.dumps(c.new) for c in changes}
                 keys = " ".join(f"{key}={shell_word(word)}" for key, word in words.items())
@@ -136,8 +136,8 @@ def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
     """
     memory = plan.memory
     if plan.device.startswith("cuda"):
-        return max(memory.total - memory.copies, memory.load), int(machine.free_bytes * ALLOCATABLE)
-    return max(memory.static - memory.copies, memory.least, memory.load), machine.card_bytes
+        return memory.total - memory.copies, int(machine.free_bytes * ALLOCATABLE)
+    return max(memory.static - memory.copies, memory.least), machine.card_bytes
 
 
 def refuse_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from tunesmith import packages
 from tunesmith.adapter import lora
 from tunesmith.adapter.peft_files import find_adapter, read_adapter
-from tunesmith.build_model import EIGHT_BIT_PROBE_TOKENS, Weights, build_model, count_trained, define_model
+from tunesmith.build_model import Weights, build_model, count_trained, define_model
 from tunesmith.checkpoint.export import read_optimizer
 from tunesmith.checkpoint.resume import COUNTER, Progress, Start, check_unchanged, describe_resume
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
@@ -59,6 +59,7 @@ from tunesmith.runtime.plan import Machine, MeshShape, RunPlan
 from tunesmith.runtime.resolve import checkpoint_bytes, probe_machine
 from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.training.agree import check_same_inputs
+from tunesmith.training.compare_eight_bit import PROBE_TOKENS, TOLERANCE, compare_with_bf16
 
 LOSS_SCALE = 2.0**16
 SLOW = 2.0  # a 16-bit product that takes so many times as long as one in fp32 is worth a warning
@@ -166,21 +167,38 @@ def build(
     check_same_inputs(run, start, files, data, ranks, drawn=weights == "random")
     total_steps = data.schedule.steps(run.train.duration)
     torch.manual_seed(run.train.seed)
-    model, plan = plan_model(run, start, files, data, device, ranks)
-    mesh = make_mesh(plan.mesh, device.type)
-    if not measured:
-        with ranks.together():
-            check_disk(run, count_trained(run, model), ranks)
-    saved, eight_bit = start.found.path if start.found else None, run.model.quantize == "fp8"
-    probes = first_batches(make_loader(data, files, plan), device, EIGHT_BIT_PROBE_TOKENS if eight_bit else 1)
-    root, plan = build_model(
-        run, files, plan, model=model,
-        weights="random" if weights == "random" else saved if run.adapter.kind == "none" else None,
-        adapter=saved if run.adapter.kind == "lora" else None,
-        probes=probes, mesh=mesh, ranks=ranks,
-    )  # fmt: skip
+    saved = start.found.path if start.found else None
+
+    def load_base(refused: str = "") -> tuple[TrainModel, RunPlan, Mesh]:
+        """Plan the run, with a base in 8 bits unless that was `refused`, and load its model."""
+        model, plan = plan_model(run, start, files, data, device, ranks, refused)
+        mesh = make_mesh(plan.mesh, device.type)
+        if not measured:
+            with ranks.together():
+                check_disk(run, count_trained(run, model), ranks)
+        [largest] = first_batches(make_loader(data, files, plan), device, 1)
+        root, plan = build_model(
+            run, files, plan, model=model,
+            weights="random" if weights == "random" else saved if run.adapter.kind == "none" else None,
+            adapter=saved if run.adapter.kind == "lora" else None,
+            probe=largest, mesh=mesh, ranks=ranks,
+        )  # fmt: skip
+        return root, plan, mesh
+
+    root, plan, mesh = load_base()
+    if plan.base in KINDS and weights == "stored":
+        batches = first_batches(make_loader(data, files, plan), device, PROBE_TOKENS)
+        change = compare_with_bf16(root, batches, mesh, ranks)
+        if change.is_tolerable:
+            reason = f"{plan.why['base']}; {change.layers} layers: {change.describe()}"
+            plan = replace(plan, why={**plan.why, "base": reason})
+        else:
+            del root, batches
+            free_device_memory()
+            dropped = f"{plan.base} was tried and dropped: it changes the loss by more than {TOLERANCE:.0%}"
+            root, plan, mesh = load_base(f"{dropped}: {change.describe()}")
     optimizer = make_optimizer(run, root, start, ranks)
-    if eight_bit and plan.base not in KINDS:
+    if run.model.quantize == "fp8" and plan.base not in KINDS:
         say(f"warning: the base stays in {plan.base}: {plan.why['base']}")
     changes = [*describe_micro_batch(start, run, plan), *describe_rounding(start, run)]
     for text in (*plan.warnings, root.describe(), *plan.describe(why=why), *changes):
@@ -198,9 +216,15 @@ def build(
 
 
 def plan_model(
-    run: Run, start: Start, files: ModelFiles, data: TrainingData, device: torch.device, ranks: Ranks
+    run: Run,
+    start: Start,
+    files: ModelFiles,
+    data: TrainingData,
+    device: torch.device,
+    ranks: Ranks,
+    refused: str = "",
 ) -> tuple[PreTrainedModel, RunPlan]:
-    """The model on meta, and what each of the ranks will do, on which mesh."""
+    """The model on meta, and what each of the ranks will do, on which mesh; why no base in 8 bits will do, if it is `refused`."""
     with ranks.together():
         model = define_model(run, files)
         shapes = lora.eight_bit_shapes(model)
@@ -208,6 +232,8 @@ def plan_model(
     machines, local = ranks.gather(machine), math.gcd(*ranks.gather(ranks.local_world))
     with ranks.together():
         machine, trained = common_machine(machines, ranks), count_trained(run, model)
+        if refused:
+            machine = replace(machine, scaling=(None, refused))
         cluster = cluster_of(machine.name, ranks.world // local, local)
         work = measure_work(run, files.spec, data.train, schedule=data.schedule)
         plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
