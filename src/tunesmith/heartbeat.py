@@ -68,6 +68,7 @@ class Heartbeat:
         fault: what ends all ranks, once it is known.
         agreed: an error that all ranks know of already, by other means.
         on_fault: called with it and the last step, by a thread, on the one rank of a node that tells it.
+        current_collective: asked at each beat for the collective that the main thread is in, if not one of torch's own.
         find_error: asked at each beat what went wrong with a collective that has raised nothing; empty: nothing.
         store_is_closed: asked whether the machine of the store answers, and the process that held the store is gone.
         stop_signal: asked which signal has told this process to stop; empty: none.
@@ -86,6 +87,7 @@ class Heartbeat:
         self.fault: TunesmithError | None = None
         self.agreed: BaseException | None = None
         self.on_fault: Callable[[TunesmithError, int], object] = lambda fault, step: None
+        self.current_collective: Callable[[], str] = lambda: ""
         self.find_error: Callable[[], str] = lambda: ""
         self.gpu_is_busy: Callable[[], bool] = lambda: False
         self.store_is_closed: Callable[[], bool] = lambda: False
@@ -255,12 +257,12 @@ class Heartbeat:
 
     def _stand_at(self, frames: Iterable[tuple[FrameType, int]]) -> None:
         """Note what the main thread does, by its frames and lines from the innermost on: its collective, and our line."""
-        collective = at = ""
+        collective, at = self.current_collective(), ""
         for frame, line in frames:
             module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_name
-            if (module, name) == ("tunesmith.private", "collective"):
-                collective = frame.f_locals["name"]
-            elif module.startswith("torch.distributed") and name != "wrapper":
+            if module == self.current_collective.__module__:
+                continue
+            if module.startswith("torch.distributed") and name != "wrapper":
                 collective = collective or name
             elif module == "__main__" or module.startswith("tunesmith."):
                 at = f"{module}:{line}"

@@ -21,7 +21,22 @@ def collective(name: str, x: Tensor, *arguments: Any) -> Tensor:
     group: a process group's name. torch's functions around them were renamed between 2.11 and 2.13.
     """
     operators: Any = torch.ops._c10d_functional
-    return operators.wait_tensor(getattr(operators, name)(x.contiguous(), *arguments))
+    operator = getattr(operators, name)
+    if torch.compiler.is_compiling():
+        return operators.wait_tensor(operator(x.contiguous(), *arguments))
+    _entered.append(name)
+    try:
+        return operators.wait_tensor(operator(x.contiguous(), *arguments))
+    finally:
+        _entered.pop()
+
+
+_entered: list[str] = []
+
+
+def current_collective() -> str:
+    """The collective that this process is in by `collective`, for the diagnosis of a run that hangs; else empty."""
+    return _entered[-1] if _entered else ""
 
 
 def find_nccl_error() -> str:

@@ -168,7 +168,7 @@ def join_ranks() -> Iterator[Ranks]:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    from tunesmith.private import find_nccl_error
+    from tunesmith.private import current_collective, find_nccl_error
 
     rank, world, local_rank, local_world = env.values()
     cuda, limit = torch.cuda.is_available(), timedelta(seconds=heartbeat_limit())
@@ -184,6 +184,7 @@ def join_ranks() -> Iterator[Ranks]:
         raise _apart("the store of the ranks cannot be used", rank, world, why=first_line(error)) from error
     local = range(rank - local_rank, rank - local_rank + local_world)
     heartbeat = Heartbeat(rank, hosts, local, dist.PrefixStore(group, own))
+    heartbeat.current_collective = current_collective
     heartbeat.store_is_closed = partial(refuses_connections, own.host, own.port)
     if is_launched():  # the launcher would start a rank of any other exit code again
         heartbeat.stopped_code = EXIT_OK

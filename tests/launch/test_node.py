@@ -48,19 +48,6 @@ def test_a_port_that_is_taken_is_named():
     assert str(port) in caught.value.where
 
 
-def test_the_folder_of_compiled_code_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(node.tempfile, "tempdir", str(tmp_path))
-    folder = node.private_folder()
-    assert folder.stat().st_mode & 0o777 == 0o700
-    folder.chmod(0o755)
-    with pytest.raises(MachineError, match="not yours alone"):
-        node.private_folder()
-    folder.rmdir()
-    folder.symlink_to(tmp_path)
-    with pytest.raises(MachineError, match="not yours alone"):
-        node.private_folder()
-
-
 @pytest.mark.parametrize(("named", "count"), [("0,1,3", 3), ("", 0), ("0,-1,2", 1), ("MIG-a1,MIG-b2", 2)])
 def test_gpus_are_those_that_the_environment_shows(named: str, count: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)

@@ -23,6 +23,7 @@ from ranks import environment_of, forkserver, free_port
 from tunesmith.errors import CheckpointError, DataError, MachineError, OtherRankError, TunesmithError
 from tunesmith.heartbeat import Heartbeat
 from tunesmith.metrics.summary import write_failure
+from tunesmith.private import collective, current_collective
 from tunesmith.ranks import SECONDS, heartbeat_limit, join_ranks, meet
 from tunesmith.signals import Interrupted
 
@@ -249,3 +250,17 @@ def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv(SECONDS, text)
     with pytest.raises(MachineError, match="seconds"):
         heartbeat_limit()
+
+
+def test_a_collective_is_named_while_the_process_is_in_it() -> None:
+    names: list[str] = []
+
+    class Rows:
+        def contiguous(self) -> None:
+            names.append(current_collective())
+            raise ConnectionError("the network is gone")
+
+    with pytest.raises(ConnectionError):
+        collective("all_reduce", Rows(), "sum", "0")  # type: ignore[arg-type]
+    assert names == ["all_reduce"]
+    assert current_collective() == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from ranks import run_ranks
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
 from tunesmith.data.batch import Batch, Example, collate
+from tunesmith.errors import MachineError
 from tunesmith.loss import loss_and_grad
 from tunesmith.model import attention, fused
 from tunesmith.model.documents import Documents
@@ -269,9 +271,11 @@ def test_a_compiled_score_scatters_nothing():
 
 def test_the_cache_lies_in_the_users_folder_unless_it_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(compilation.CACHE, raising=False)
+    monkeypatch.setenv(compilation.CACHE, "")  # so that it is restored, whatever the test leaves
+    monkeypatch.delenv(compilation.CACHE)
     monkeypatch.delenv("TUNESMITH_CACHE", raising=False)
-    assert compilation.use_persistent_cache() == str(tmp_path / "tunesmith" / "compiled")
+    own_folder = tmp_path / "tunesmith" / f"compiled-{os.getuid()}"
+    assert compilation.use_persistent_cache() == str(own_folder / socket.gethostname())
     monkeypatch.setenv(compilation.CACHE, "/elsewhere")
     assert compilation.use_persistent_cache() == "/elsewhere"
 
@@ -375,6 +379,29 @@ def test_where_no_assembler_knows_the_chip_the_run_goes_on_uncompiled_and_says_w
     assert str(blackwell / "old" / "bin" / "ptxas") in why
     assert "set TRITON_PTXAS_PATH" in why
     assert not any(name in os.environ for name in compilation.ASSEMBLERS)
+
+
+def test_the_folder_of_compiled_code_is_the_users_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "compiled"
+    assert compilation.private_folder(folder).stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    with pytest.raises(MachineError, match="not yours alone"):
+        compilation.private_folder(folder)
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(MachineError, match="not yours alone"):
+        compilation.private_folder(folder)
+
+
+def test_a_cache_folder_that_cannot_be_written_leaves_torch_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv(compilation.CACHE, "")  # so that it is restored, whatever the test leaves
+    monkeypatch.delenv(compilation.CACHE)
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    assert compilation.use_persistent_cache() == ""
+    assert compilation.CACHE not in os.environ
 
 
 def attempt(cache: Path) -> object:

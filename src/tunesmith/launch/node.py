@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -39,7 +38,6 @@ from tunesmith.launch.debug import collect_logs, say_all
 from tunesmith.launch.jobs import FOLDER
 from tunesmith.launch.rendezvous import BACKEND, find_endpoint, hold_store, reach_store, register_backend
 from tunesmith.run_directory import FAILURE, FINAL, STOPPED
-from tunesmith.shell import shell_path
 from tunesmith.signals import RESTART, ignore_stop_signals
 
 if TYPE_CHECKING:
@@ -210,28 +208,15 @@ def smaller_after(out: Path | None, before: Mapping[str, float]) -> str:
 
 
 def prepare_environment(ranks: int, interface: str) -> None:
-    """Variables that each rank needs, unless they are set: threads, the interface to listen on, private compile caches, and
-    beside NCCL_IB_HCA the one that joins the functions of a port."""
+    """Variables that each rank needs, unless they are set: threads, the interface to listen on, and beside
+    NCCL_IB_HCA the one that joins the functions of a port."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))  # torch's launcher would set 1
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, interface)
     if "NCCL_IB_HCA" in os.environ:
         os.environ.setdefault(*MERGE_NICS)
-    os.environ.setdefault("TRITON_CACHE_DIR", str(private_folder() / "triton"))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder() / "inductor"))
     if os.environ.get("TUNESMITH_DEBUG") != "1":  # torch reads it once, when it is loaded
         os.environ.setdefault(LOG, "ERROR")
-
-
-def private_folder() -> Path:
-    """A folder of this user alone on a disk of this node; MachineError if another user made one of its name."""
-    folder = Path(tempfile.gettempdir()) / f"tunesmith-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        what, fix = "this folder is not yours alone", f"rm -r {shell_path(folder)}, or export TMPDIR=/a/folder/of/yours"
-        raise MachineError(what, where=str(folder), why="compiled code is kept there and run", fix=fix)
-    return folder
 
 
 def count_gpus() -> int:

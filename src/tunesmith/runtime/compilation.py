@@ -10,6 +10,8 @@ import contextlib
 import os
 import re
 import shutil
+import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.errors import first_line
+from tunesmith.errors import MachineError, first_line
 from tunesmith.host_files import cache_folder
 from tunesmith.loss import Score
 from tunesmith.model.documents import Documents
 from tunesmith.model.fused import add_mixin
 from tunesmith.private import mark_varying, restart_compiler
+from tunesmith.shell import shell_path
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # What Triton reads for its assembler; from 3.6 on the second for Blackwell (sm_100 and later), and the first for others.
@@ -101,9 +104,28 @@ def assemblers() -> list[str]:
 
 
 def use_persistent_cache() -> str:
-    """Keep compiled code in our cache folder, unless TORCHINDUCTOR_CACHE_DIR is set; /tmp, torch's default, is often
-    emptied. Returns the folder."""
-    return os.environ.setdefault(CACHE, str(cache_folder("compiled")))
+    """Keep compiled code in our cache folder, unless TORCHINDUCTOR_CACHE_DIR is set; returns the folder.
+
+    /tmp, torch's default, is often emptied, and so it remains only where our folder cannot be written. Launched ranks
+    keep it in the same place as a single process. Nodes that share a home have a folder each: they may have other chips,
+    and locks of files are slow there.
+    """
+    if CACHE not in os.environ:
+        with contextlib.suppress(OSError):  # a home that is read only
+            os.environ[CACHE] = str(private_folder(cache_folder(f"compiled-{os.getuid()}")) / socket.gethostname())
+    return os.environ.get(CACHE, "")
+
+
+def private_folder(folder: Path) -> Path:
+    """The folder, created if needed; MachineError where another user owns it or can write to it: what is there is run."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    is_open_to_others = stat.S_IMODE(status.st_mode) & 0o077
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or is_open_to_others:
+        what, why = "this folder is not yours alone", "compiled code is kept there and run"
+        fix = f"rm -r {shell_path(folder)}, or export {CACHE}=/a/folder/of/yours"
+        raise MachineError(what, where=str(folder), why=why, fix=fix)
+    return folder
 
 
 def compile_layers(layers: Sequence[nn.Module], *, varied: bool, backend: str | Callable[..., Any] = "inductor") -> int:
