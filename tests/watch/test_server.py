@@ -165,6 +165,14 @@ def test_the_status_for_a_script(folder: Path, capsys: pytest.CaptureFixture[str
     assert "error: " in capsys.readouterr().err
 
 
+def test_the_removed_terminal_names_what_takes_its_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(folder), "--terminal"]) == 2
+    err = capsys.readouterr().err
+    assert "--terminal was removed" in err
+    assert "where: command line" in err
+    assert f"tunesmith logs -f {folder}" in err
+
+
 def test_over_ssh_it_says_how_to_reach_it(folder: Path) -> None:
     with watching(folder, SSH_CONNECTION="10.0.0.9 50000 10.0.0.2 22", USER="ada") as (address, process):
         port = port_of(address)
@@ -175,7 +183,7 @@ def test_over_ssh_it_says_how_to_reach_it(folder: Path) -> None:
 
 def test_nothing_heavy_is_loaded(folder: Path) -> None:
     code = f"import sys; from tunesmith.cli.main import main; main(['watch', {str(folder)!r}, '--json']); " \
-           "sys.exit(bool({'torch', 'transformers', 'numpy', 'textual'} & sys.modules.keys()))"  # fmt: skip
+           "sys.exit(bool({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, timeout=TIME, stdout=subprocess.DEVNULL)
 
 

@@ -57,7 +57,7 @@ VERBS = {
     "status": ("tunesmith.cli.status", "say where launched runs stand"),
     "logs": ("tunesmith.cli.logs", "show or follow the log of a launched run"),
     "stop": ("tunesmith.cli.stop", "ask a launched run to save and end"),
-    "watch": ("tunesmith.cli.watch", "follow runs on a live page or in the terminal, and compare them"),
+    "watch": ("tunesmith.cli.watch", "follow runs on a live page, and compare them"),
     "recipes": ("tunesmith.cli.recipes", "list, show and copy the recipes that ship"),
     "fetch": ("tunesmith.cli.fetch", "check licence and disk, then download model and data"),
     "data": ("tunesmith.cli.data", "see the tokens that a recipe trains on"),
@@ -104,7 +104,11 @@ class Parser(argparse.ArgumentParser):
         fix = f"{self.prog} --help"
         if message.startswith("unrecognized arguments: "):
             word = message.removeprefix("unrecognized arguments: ").split()[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.75)
+            options: list[str] = []
+            for action in self._actions:
+                if action.help != argparse.SUPPRESS:  # hidden: an option that was removed
+                    options += action.option_strings
+            near = difflib.get_close_matches(word, options, n=1, cutoff=0.75)
             if near:
                 fix = f"did you mean {near[0]}? see {fix}"
             elif word.startswith("--") and any("key=value" in str(action.metavar) for action in self._actions):

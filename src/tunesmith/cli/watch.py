@@ -4,11 +4,11 @@ examples:
   tunesmith watch runs/my-run                       # prints an address to open in a browser; ctrl-C ends it
   tunesmith watch runs/rank-16 runs/rank-64         # side by side
   tunesmith watch spark-b:runs/my-run               # of another host, over ssh: it needs python3 alone
-  tunesmith watch runs/my-run --terminal            # the same in the terminal
 """
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,18 +17,23 @@ from functools import partial
 
 from tunesmith.cli.options import tell_left_out
 from tunesmith.errors import UsageError
+from tunesmith.shell import shell_word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "run directories, jobs of `tunesmith status`, or HOST:RUN"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--terminal", action="store_true", help="draw in the terminal; q ends it")
     shown.add_argument("--json", action="store_true", help="print where the runs stand, as one JSON object, and end")
     shown.add_argument("--open", action="store_true", help="open the page in the browser of this desktop")
+    parser.add_argument("--terminal", action="store_true", help=argparse.SUPPRESS)  # removed
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.terminal:
+        words = shlex.join(args.runs)
+        fix = f"the page: tunesmith watch {words}; in the terminal: tunesmith logs -f {shell_word(args.runs[0])}"
+        raise UsageError("--terminal was removed", where="command line: tunesmith watch", fix=fix)
     from tunesmith.watch.feed import open_run, to_json
 
     with suppress(KeyboardInterrupt), _ended_by_signals(), ExitStack() as opened:
@@ -43,10 +48,6 @@ def run(args: argparse.Namespace) -> None:
         tell_left_out(left_out, shown=len(runs))
         if args.json:
             print(to_json({"runs": [run.status() for run in runs]}))
-        elif args.terminal:
-            from tunesmith.watch.screen import WatchScreen
-
-            WatchScreen(runs).run()
         else:
             from tunesmith.watch.server import serve_page
 

@@ -1,1 +1,1 @@
-"""A run as it goes: a live page on this machine and the same in the terminal."""
+"""A run as it goes: a live page on this machine."""

@@ -1,4 +1,4 @@
-"""What a watcher shows of runs, for the page and the terminal alike: where each stands, its curves, its texts."""
+"""What a watcher shows of runs, for the page and for scripts: where each stands, its curves, its texts."""
 
 import json
 import math
