@@ -64,7 +64,7 @@ training/test_make_recipe.py::test_the_same_command_resumes
 training/test_train.py::test_a_run_by_the_clock_ends_with_everything_written
 training/test_train.py::test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers
 training/test_train.py::test_metrics_read_one_step_later_are_the_same
-plan/test_golden_plans.py bench/test_same_bits.py parallel/test_torchrun.py watch/test_page.py watch/test_remote.py watch/test_server.py
+plan/test_golden_plans.py bench/test_same_bits.py parallel/test_torchrun.py watch/test_page.py watch/test_server.py
 launch/test_old_ways.py launch/test_doctor_pair.py
 launch/test_docker_image.py launch/test_node.py launch/test_local.py
 launch/test_short_of_memory.py::test_one_rank_takes_its_own_place_once

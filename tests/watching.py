@@ -77,34 +77,6 @@ def port_of(address: str) -> int:
     return int(urlsplit(address).port or 0)
 
 
-def ssh_here(folder: Path) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
-    """A real ssh server of this user on 127.0.0.1, and the environment in which `ssh box` reaches it."""
-    from socket import socket
-
-    folder.mkdir()
-    with socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", folder / name], check=True)
-    if os.getuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)
-    (folder / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\n"
-        "StrictModes no\nPidFile none\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\n"
-    )
-    (folder / "config").write_text(
-        f"Host box\nHostName 127.0.0.1\nPort {port}\nIdentityFile {folder}/user\nIdentitiesOnly yes\n"
-        f"UserKnownHostsFile {folder}/known\nStrictHostKeyChecking accept-new\nLogLevel ERROR\n"
-    )
-    (folder / "bin").mkdir()
-    (folder / "bin/ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {folder}/config "$@"\n')
-    (folder / "bin/ssh").chmod(0o755)
-    log = (folder / "log").open("w")
-    server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
-    return server, {"PATH": f"{folder}/bin:{os.environ['PATH']}"}
-
-
 def ask(address: str, path: str = "", *, method: str = "GET", **headers: str) -> tuple[int, bytes, dict[str, str]]:
     """Status, body and headers of a request; `host` overrides the header of that name."""
     from http.client import HTTPConnection

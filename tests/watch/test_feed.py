@@ -141,8 +141,8 @@ def test_a_job_in_a_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
     (folder / "launch").mkdir(parents=True)  # what a launch leaves there before the job begins
     save_job(SlurmJob("slurm-7", str(folder), details={"id": "7"}))
     for word in ("slurm-7", str(folder)):
-        with pytest.raises(UsageError, match="slurm-7 has not begun") as caught, open_run(word):
-            pass
+        with pytest.raises(UsageError, match="slurm-7 has not begun") as caught:
+            open_run(word)
         assert caught.value.why == "PENDING: Resources"
     said: list[str] = []
 
@@ -150,12 +150,11 @@ def test_a_job_in_a_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
         said.append(text)
         shutil.copytree(made, folder, dirs_exist_ok=True)
 
-    with open_run("slurm-7", begin) as run:
-        assert run.files.columns["step"] == [1, 2, 3]
+    assert open_run("slurm-7", begin).files.columns["step"] == [1, 2, 3]
     assert said == ["slurm-7 has not begun: PENDING: Resources; waiting for it, ctrl-C ends that"]
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     for word in (str(tmp_path), str(tmp_path / "missing")):
-        with pytest.raises(UsageError), open_run(word):
-            pass
+        with pytest.raises(UsageError):
+            open_run(word)

@@ -3,46 +3,51 @@
 examples:
   tunesmith watch runs/my-run                       # prints an address to open in a browser; ctrl-C ends it
   tunesmith watch runs/rank-16 runs/rank-64         # side by side
-  tunesmith watch spark-b:runs/my-run               # of another host, over ssh: it needs python3 alone
 """
 
 import argparse
 import os
-import shlex
+import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 from tunesmith.cli.options import tell_left_out
 from tunesmith.errors import UsageError
-from tunesmith.shell import shell_word
+from tunesmith.shell import shell_command, shell_path, shell_word
+
+# `host:runs/x` as scp reads it; no host begins with a dash, which ssh would take for an option.
+_REMOTE_RUN = re.compile(r"((?!-)[\w.@%\[\]-]+):(.+)", re.ASCII)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = "run directories, jobs of `tunesmith status`, or HOST:RUN"
+    what = "run directories, or jobs of `tunesmith status`"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
-    shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--json", action="store_true", help="print where the runs stand, as one JSON object, and end")
-    shown.add_argument("--open", action="store_true", help="open the page in the browser of this desktop")
-    parser.add_argument("--terminal", action="store_true", help=argparse.SUPPRESS)  # removed
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help="print where the runs stand, as one JSON object, and end",
+    )
+    output.add_argument("--open", action="store_true", help="open the page in the browser of this desktop")
+    # Removed: `_check_removed` says what to use.
+    parser.add_argument("--terminal", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.terminal:
-        words = shlex.join(args.runs)
-        fix = f"the page: tunesmith watch {words}; in the terminal: tunesmith logs -f {shell_word(args.runs[0])}"
-        raise UsageError("--terminal was removed", where="command line: tunesmith watch", fix=fix)
+    _check_removed(args)
     from tunesmith.watch.feed import open_run, to_json
 
-    with suppress(KeyboardInterrupt), _ended_by_signals(), ExitStack() as opened:
-        say = None if args.json else partial(print, file=sys.stderr, flush=True)
+    with suppress(KeyboardInterrupt), _ended_by_signals():
+        wait_notice = None if args.json else partial(print, file=sys.stderr, flush=True)
         runs = []
         left_out: list[UsageError] = []
         for word in args.runs:
             try:
-                runs.append(opened.enter_context(open_run(word, say)))
+                runs.append(open_run(word, wait_notice))
             except UsageError as error:
                 left_out.append(error)
         tell_left_out(left_out, shown=len(runs))
@@ -54,28 +59,61 @@ def run(args: argparse.Namespace) -> None:
             serve_page(runs, lambda address: _tell(address, browser=args.open))
 
 
+def _check_removed(args: argparse.Namespace) -> None:
+    """UsageError for what `watch` took once, with what to type instead."""
+    if args.terminal:
+        page = shell_command(["tunesmith", "watch", *args.runs])
+        log = f"tunesmith logs -f {shell_path(args.runs[0])}"
+        raise UsageError(
+            "--terminal was removed",
+            where="command line: --terminal",
+            fix=f"{page} prints the address of a page; in the terminal: {log}",
+        )
+    for word in args.runs:
+        match = _REMOTE_RUN.fullmatch(word)
+        if match is None or Path(word).exists():
+            continue
+        host = shell_word(match[1])
+        # A login begins in the home directory, and a quoted ~ would not be expanded there.
+        run_there = shell_path(match[2].removeprefix("~/"))
+        raise UsageError(
+            "watching a run of another host was removed",
+            where=f"command line: {word}",
+            why="the page is served where the run is, and ssh brings it here",
+            fix=f"ssh {host}, and there: tunesmith watch {run_there}, which prints an address with a "
+            f"PORT; then here, before opening it: ssh -N -L PORT:127.0.0.1:PORT {host}",
+        )
+
+
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """A closed terminal and SIGTERM end the command as ctrl-C does, so that connections and copies are cleared away."""
+    """A closed terminal and SIGTERM end the command as ctrl-C does: without a traceback, with 0."""
     handlers = {
         signal.SIGTERM: signal.default_int_handler,
-        signal.SIGHUP: lambda *_: signal.raise_signal(signal.SIGTERM),  # which the server takes for itself
+        # The server takes SIGTERM for itself, but not SIGHUP.
+        signal.SIGHUP: lambda *_: signal.raise_signal(signal.SIGTERM),
     }
-    before = {n: signal.signal(n, h) for n, h in handlers.items() if signal.getsignal(n) != signal.SIG_IGN}
+    previous = {}
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != signal.SIG_IGN:
+            previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _tell(address: str, *, browser: bool) -> None:
     """Say where the page is, and over ssh how to reach it from the user's own machine."""
-    print(f"watching: {address}\nonly this machine reaches it, with this address; ctrl-C ends it", flush=True)
-    if connection := os.environ.get("SSH_CONNECTION", "").split():
+    print(f"watching: {address}", flush=True)
+    print("only this machine reaches it, with this address; ctrl-C ends it", flush=True)
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    if connection:
         port = address.split(":")[2].partition("/")[0]
-        there = f"{os.environ.get('USER', 'root')}@{connection[2]}"
-        print(f"on your own machine first: ssh -N -L {port}:127.0.0.1:{port} {there}", file=sys.stderr)
+        login = f"{os.environ.get('USER', 'root')}@{connection[2]}"
+        command = f"ssh -N -L {port}:127.0.0.1:{port} {login}"
+        print(f"on your own machine first: {command}", file=sys.stderr)
     if browser:
         import webbrowser
 

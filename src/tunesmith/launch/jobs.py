@@ -143,7 +143,7 @@ class Job:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether a process of this machine holds the run directory. `watch` sends this to the python3 of other hosts."""
+    """Whether a process of this machine holds the run directory."""
     try:
         handle = os.open(run_dir / LOCK, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of that name would be waited for
     except OSError:

@@ -6,10 +6,10 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tunesmith.config.dump import leaves
 from tunesmith.errors import UsageError
@@ -27,9 +27,6 @@ from tunesmith.report.run_files import (
 from tunesmith.run_directory import shown
 from tunesmith.shell import shell_word
 from tunesmith.units import Length
-
-if TYPE_CHECKING:
-    from tunesmith.watch.remote import RemoteRun
 
 QUEUE = 5.0  # seconds between two looks at a job that waits
 RECENT = 20  # steps that a pace is the mean of
@@ -73,11 +70,10 @@ _KNOWN = {column for panel in PANELS for column in panel.columns} | {*NO_CHART}
 
 
 class WatchedRun:
-    """A run directory, of this machine or of another host."""
+    """A run directory."""
 
-    def __init__(self, folder: Path, remote: "RemoteRun | None" = None) -> None:
-        self.remote = remote
-        self.place = f"{remote.host}:{remote.place}" if remote else shown(folder)
+    def __init__(self, folder: Path) -> None:
+        self.place = shown(folder)
         self.files = RunFiles(folder)
         self._fault = ""  # an error of ours, in place of a page that stands still
         self._axes: dict[str, list[float]] = {}
@@ -86,11 +82,9 @@ class WatchedRun:
 
     def refresh(self, lock: threading.Lock) -> bool:
         """Read what was added; whether something changed. The lock is held while what others read is changed."""
-        before = self._fault, self.remote.lost if self.remote else ""
+        previous_fault = self._fault
         changed = False
         try:
-            if self.remote:
-                self.remote.refresh()
             with lock:
                 changed = self.files.refresh()
                 if changed:
@@ -99,7 +93,7 @@ class WatchedRun:
             self._fault = ""
         except Exception as error:  # one run must not stop the page of others
             self._fault = f"{type(error).__name__}: {error}"
-        return changed or (self._fault, self.remote.lost if self.remote else "") != before
+        return changed or self._fault != previous_fault
 
     def axis(self, name: str) -> list[float]:
         """For each record its step, the tokens up to it, or the seconds of training up to it."""
@@ -123,9 +117,9 @@ class WatchedRun:
         if pace and (wait := _recent_mean(columns.get("data_seconds", []))) is not None:
             figures["data_share"] = wait / pace
         return {
-            "name": files.name, "place": self.place, "state": files.state, "lost": self.remote.lost if self.remote else "",
+            "name": files.name, "place": self.place, "state": files.state,
             "step": step, "steps": round(whole) if step and whole else None, "done": done, "seconds_left": left,
-            "figures": figures, "warnings": files.warnings, "end": self._end(), "log": files.log_tail[-LINES:], "texts": files.revision,
+            "figures": figures, "warnings": files.warnings, "end": self._ended, "log": files.log_tail[-LINES:], "texts": files.revision,
             "damaged": self.damaged(),
         }  # fmt: skip
 
@@ -135,11 +129,6 @@ class WatchedRun:
         if self._fault:
             rows.append(DamagedFile(".", None, self._fault)._asdict())
         return rows
-
-    def _end(self) -> dict[str, Any]:
-        """How it ended, where it did not finish; paths are those of its host."""
-        here, there = str(self.files.folder), self.remote.place if self.remote else str(self.files.folder)
-        return {k: v.replace(here, there) if isinstance(v, str) else v for k, v in self._ended.items()}
 
     def _share_done(self, step: float) -> float | None:
         """The part of its duration that it has trained, from 0 to 1; None where the recipe is not there yet."""
@@ -181,20 +170,15 @@ class WatchedRun:
                     yield column, rank, [at.get(s, 0.0) for s in steps] if at else steps, columns[column]
 
 
-@contextmanager
-def open_run(word: str, say: Callable[[str], None] | None = None) -> Iterator[WatchedRun]:
-    """A run by its directory, by the name of its job, or as HOST:RUN over ssh; UsageError or MachineError if it is none.
+def open_run(word: str, say: Callable[[str], None] | None = None) -> WatchedRun:
+    """A run by its directory or by the name of its job; UsageError if it is none.
 
     A job that waits in a queue is waited for, and `say` takes the reason; without `say` that is an error.
     """
-    if ":" in word and not Path(word).exists():
-        from tunesmith.watch.remote import RemoteRun, split_remote
-
-        with closing(RemoteRun(*split_remote(word))) as remote:
-            remote.check()
-            yield WatchedRun(remote.copy, remote)
-    else:
-        yield WatchedRun(Path(word) if holds_run(Path(word)) else _begun(find_job(word), say))
+    folder = Path(word)
+    if not holds_run(folder):
+        folder = _begun(find_job(word), say)
+    return WatchedRun(folder)
 
 
 def _begun(job: Job, say: Callable[[str], None] | None) -> Path:

@@ -95,11 +95,10 @@
   }
 
   function showNotes(run, parts) {
-    const told = JSON.stringify([run.lost, run.end, run.warnings, run.damaged]);
+    const told = JSON.stringify([run.end, run.warnings, run.damaged]);
     if (parts.told === told) return;
     parts.told = told;
     parts.notes.replaceChildren();
-    if (run.lost) parts.notes.append(make("p", { class: "note bad", role: "alert" }, `No connection to ${run.place}: ${run.lost}. It is tried again.`));
     const rows = Object.entries(run.end);
     if (rows.length) {
       const list = make("dl");
