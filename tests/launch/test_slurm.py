@@ -87,22 +87,18 @@ WILD = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    name=WILD, flags=st.dictionaries(st.sampled_from(FLAGS), WILD), variable=WILD, seeds=st.sampled_from([(), (1, 42)])
-)
-@example(name='q" #%', flags={"partition": 'a" \\" b', "account": "a\\"}, variable="'; id; '", seeds=())
-def test_no_value_adds_a_directive_or_a_command(
-    run: Run, name: str, flags: dict[str, str], variable: str, seeds: tuple[int, ...]
-) -> None:
+@given(name=WILD, flags=st.dictionaries(st.sampled_from(FLAGS), WILD), variable=WILD)
+@example(name='q" #%', flags={"partition": 'a" \\" b', "account": "a\\"}, variable="'; id; '")
+def test_no_value_adds_a_directive_or_a_command(run: Run, name: str, flags: dict[str, str], variable: str) -> None:
     out = f"/shared/{name}".rstrip("/")
     flags = {key: value for key, value in ({"gpus_per_node": "2"} | flags).items() if value or key != "container"}
     site = Site(**flags, environment={"MINE": variable})  # type: ignore[arg-type]
     try:
-        script = slurm.render_script(replace(run, output_dir=out), slurm.Request(site, 2, seeds))
+        script = slurm.render_script(replace(run, output_dir=out), slurm.Request(site, 2))
     except UsageError:
         return
     plain = Site(**{key: "1" if key != "container" else "image" for key in flags}, environment={"MINE": "x"})  # type: ignore[arg-type]
-    expected = slurm.render_script(replace(run, output_dir="/shared/plain"), slurm.Request(plain, 2, seeds))
+    expected = slurm.render_script(replace(run, output_dir="/shared/plain"), slurm.Request(plain, 2))
     given, wanted = parts(script), parts(expected)
     names = [line.partition("=")[0] for line in wanted[0] if "gpus" not in line]
     assert [line.partition("=")[0] for line in given[0] if "gpus" not in line] == names
@@ -112,17 +108,17 @@ def test_no_value_adds_a_directive_or_a_command(
         (word,) = words_for_sbatch(line)
         found.update([word.removeprefix("--").partition("=")[::2]])
     assert found["job-name"] == Path(out).name
-    assert found["output"].replace("%%", "%").startswith(f"{out}{'-seed%a' if seeds else ''}/launch/slurm-")
+    assert found["output"].replace("%%", "%").startswith(f"{out}/launch/slurm-")
     assert {k: v for k, v in flags.items() if k in DIRECTIVES} == {
         k: found[k.replace("_", "-")] for k in flags if k in DIRECTIVES
     }
     assert [line.partition("=")[0] for line in given[1]] == [line.partition("=")[0] for line in wanted[1]]
     shown = 'printf "%s\\0" "$run" "$MINE" "${container[@]}" "$ranks"'  # what a real shell makes of the lines
     shell = ["/bin/bash", "--norc", "-c", "\n".join([*given[1], shown])]
-    done = subprocess.run(shell, capture_output=True, check=True, env={"SLURM_ARRAY_TASK_ID": "7"})
+    done = subprocess.run(shell, capture_output=True, check=True, env={})
     assert done.stderr == b""
     said = done.stdout.decode().split("\0")
-    assert said[:2] == [out + ("-seed7" if seeds else ""), variable]
+    assert said[:2] == [out, variable]
     assert f"--container-image={flags.get('container')}" in said or "container" not in flags
     assert len(said) == (7 if "container" in flags else 4)
 
@@ -134,12 +130,12 @@ def test_the_script_is_shell_and_asks_for_what_was_given(run: Run, monkeypatch: 
         "gpu", "me", "high", "12:00:00", "h100", "500G", "16", "h100:8", None, True, ("module load cuda",),
         {"NCCL_IB_HCA": "mlx5"}, ("--reservation=tuesday",),
     )  # fmt: skip
-    script = slurm.render_script(run, slurm.Request(site, 2, (1, 42), 3))
+    script = slurm.render_script(run, slurm.Request(site, 2, 3))
     directives, values, _ = parts(script)
     assert [line.removeprefix("#SBATCH ") for line in directives] == [
-        "--job-name=my-run", "--output=/shared/runs/my-run-seed%a/launch/slurm-%A_%a.log", "--open-mode=append", "--nodes=2",
+        "--job-name=my-run", "--output=/shared/runs/my-run/launch/slurm-%j.log", "--open-mode=append", "--nodes=2",
         "--ntasks-per-node=1", "--export=NONE", "--partition=gpu", "--account=me", "--qos=high", "--time=12:00:00",
-        "--constraint=h100", "--mem=500G", "--cpus-per-task=16", "--gpus-per-node=h100:8", "--array=1,42",
+        "--constraint=h100", "--mem=500G", "--cpus-per-task=16", "--gpus-per-node=h100:8",
         "--signal=B:USR1@300", "--requeue", "--exclusive", "--reservation=tuesday",
     ]  # fmt: skip
     assert {
@@ -316,6 +312,35 @@ def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
     assert "this machine has no sbatch" in capfd.readouterr().err
 
 
+def test_the_loop_that_takes_the_place_of_seeds_launches_one_run_a_seed(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
+    words = ["my recipe.yaml", "train.seed=9", "output_dir=a run", "train.duration=2 steps", "--nodes", "2", "--render"]
+    words += ["--gpus-per-node", "4", "--sbatch-arg=--x=1 2", "--sbatch-arg=--y", "--exclusive"]
+    assert main(["launch", "slurm", *words, "--seeds", "3,42"]) == 2
+    err = capfd.readouterr().err
+    assert "--seeds was removed" in err
+    assert not (tmp_path / "a run").exists()
+    loop = err.partition("fix: ")[2]
+    typed = subprocess.run(
+        ["bash", "-c", f"tunesmith() {{ printf '%s\\0' \"$@\"; echo; }}\n{loop}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert len(typed) == 2
+    for seed, line in zip((3, 42), typed, strict=True):
+        assert main(line.rstrip("\0").split("\0")) == 0
+        out = tmp_path / f"a run-seed{seed}"
+        launched = load_recipe(out / "launch/recipe.yaml")
+        assert (launched.train.seed, str(launched.train.duration), launched.output_dir) == (seed, "2 steps", str(out))
+        script = capfd.readouterr().out
+        for option in ("--nodes=2", "--gpus-per-node=4", "--x=1 2", "--y", "--exclusive"):
+            assert f"#SBATCH {option}\n" in script
+
+
 def test_what_the_nodes_would_miss_is_refused_before_the_queue(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,14 +398,14 @@ def test_a_killed_job_goes_back_if_it_came_further_and_nobody_asked_to_stop(
 
 def test_a_stop_that_came_before_the_start_is_kept(run: Run, tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
-    (tmp_path / "launch/stop-7_3").touch()
+    (tmp_path / "launch/stop-7").touch()
     script = slurm.render_script(replace(run, output_dir=str(tmp_path)), slurm.Request(Site(gpus_per_node="0")))
-    task = {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    task = {"SLURM_JOB_ID": "7"}
     words = ["bash", "--norc", "-c", script]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | task, timeout=60, check=False)
     assert done.returncode == 75, done.stderr
     assert "tunesmith stop came before the start" in done.stdout
-    assert not (tmp_path / "launch/stop-7_3").exists()
+    assert not (tmp_path / "launch/stop-7").exists()
 
 
 SENT = {

@@ -223,15 +223,16 @@ def trainer_of(out: Path) -> int:
     return 0
 
 
-def test_seeds_are_an_array_one_is_stopped_and_one_is_killed(cluster: Cluster, tiny: Path) -> None:
-    out = cluster.home / "seeds" / "run"
-    ids = cluster.launch(tiny, out, "--seeds", "3,42", "--nodes", "1", **UNENDING).partition("_")[0]
-    runs = {seed: out.with_name(f"run-seed{seed}") for seed in (3, 42)}
+def test_one_of_two_runs_is_stopped_and_one_is_killed(cluster: Cluster, tiny: Path) -> None:
+    runs = {seed: cluster.home / "seeds" / f"run-seed{seed}" for seed in (3, 42)}
+    ids = {}
+    for seed, folder in runs.items():
+        ids[seed] = cluster.launch(tiny, folder, f"train.seed={seed}", "--nodes", "1", **UNENDING)
     for seed, folder in runs.items():
         cluster.wait_for(lambda folder=folder: len(records(folder)) > 2, folder)
         assert f"seed: {seed}\n" in (folder / "config.yaml").read_text()
     assert records(runs[3])[0] != records(runs[42])[0]
-    assert f"slurm-{ids}_42: asked to save and end" in cluster.tunesmith("stop", runs[42], "--wait")
+    assert f"slurm-{ids[42]}: asked to save and end" in cluster.tunesmith("stop", runs[42], "--wait")
     assert "exit code 75" in log_of(runs[42])
     assert "exit code" not in log_of(runs[3])
     assert "back into the queue" not in log_of(runs[42])
@@ -242,6 +243,6 @@ def test_seeds_are_an_array_one_is_stopped_and_one_is_killed(cluster: Cluster, t
     os.kill(trainer_of(runs[3]), signal.SIGKILL)
     cluster.wait_for(lambda: "back into the queue" in log_of(runs[3]), runs[3])
     assert "exit code 137 (a process was killed by SIGKILL" in log_of(runs[3])
-    cluster.wait_for(lambda: cluster.queue(f"{ids}_3") == "PENDING", runs[3])
-    assert "taken out of the queue" in cluster.tunesmith("stop", f"slurm-{ids}_3", "--wait")
+    cluster.wait_for(lambda: cluster.queue(ids[3]) == "PENDING", runs[3])
+    assert "taken out of the queue" in cluster.tunesmith("stop", f"slurm-{ids[3]}", "--wait")
     assert [*runs[3].glob("checkpoint-*/manifest.json")]

@@ -2,7 +2,7 @@
 
 examples:
   tunesmith launch slurm my-recipe.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00
-  tunesmith launch slurm my-recipe.yaml --site alps --seeds 1,2,3        # one run a seed: runs/my-run-seed1, ...
+  tunesmith launch slurm my-recipe.yaml --site alps
   tunesmith launch slurm my-recipe.yaml --gpus-per-node 8 --render       # print the script; submit nothing
   tunesmith logs -f runs/my-run
   tunesmith stop runs/my-run                                             # saves; the same launch goes on from there
@@ -16,7 +16,9 @@ import sys
 
 from tunesmith.cli.launch_local import add_launched, launched_recipe
 from tunesmith.cli.options import whole_number
-from tunesmith.shell import shell_word
+from tunesmith.errors import UsageError
+from tunesmith.host_files import from_here
+from tunesmith.shell import shell_command, shell_word
 
 TEXTS = {
     "partition": "", "account": "", "qos": "", "constraint": "such as h100",
@@ -36,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--site", metavar="NAME", help="a profile of ~/.config/tunesmith/sites.yaml; flags win over it")
     arg = "any other option of sbatch, as it is: --sbatch-arg=--reservation=tuesday"
     parser.add_argument("--sbatch-arg", action="append", default=[], metavar="OPTION", help=arg)
-    parser.add_argument("--seeds", type=_seeds, default=(), metavar="1,2,3", help="a job array: one run a seed")
     requeues = "times that it may go back into the queue, at a time limit or after a lost node; 0: never (default: 5)"
     parser.add_argument("--max-requeues", type=_count, default=5, metavar="N", help=requeues)
     before = "save so long before the time limit (default: by the size of a checkpoint, from 300 on; a quarter of a short limit)"
     parser.add_argument("--warn-before", type=whole_number, metavar="SECONDS", help=before)
     parser.add_argument("--render", action="store_true", help="print the script and write its recipe; submit nothing")
+    parser.add_argument("--seeds", help=argparse.SUPPRESS)  # removed: `_check_removed` says what to use
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,30 +54,51 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.launch.sites import read_site
 
     recipe, site = launched_recipe(args), read_site(args.site)
+    _check_removed(args, recipe.output_dir)
     given = {key: value for key in TEXTS if (value := vars(args)[key]) is not None}
     site = replace(site, **given, exclusive=site.exclusive or args.exclusive, sbatch=(*site.sbatch, *args.sbatch_arg))
     saving = slurm.saving_seconds(recipe)
-    request = slurm.Request(site, args.nodes, args.seeds, args.max_requeues, args.warn_before, saving, args.debug)
+    request = slurm.Request(site, args.nodes, args.max_requeues, args.warn_before, saving, args.debug)
     if text := slurm.warn_of_short_limit(request):
         print(text, file=sys.stderr)
     script = slurm.render_script(recipe, request)
     if args.render:
-        files = [write_recipe(one) for one in slurm.runs_of(recipe, args.seeds)]
-        print(f"recipe: {', '.join(map(str, files))}", file=sys.stderr)
+        print(f"recipe: {write_recipe(recipe)}", file=sys.stderr)
         print(script, end="")
         return
     slurm.check_reach(recipe, site)
-    for job in slurm.submit(recipe, request):
-        print(f"job {job.details['id']}; log: {job.log}")
+    job = slurm.submit(recipe, request)
+    print(f"job {job.details['id']}; log: {job.log}")
     text = f"follow it: tunesmith logs -f {shell_word(job.name)}; stop it: tunesmith stop {shell_word(job.name)}; queue: squeue --me"
     print(text, file=sys.stderr)
 
 
-def _seeds(text: str) -> tuple[int, ...]:
-    """`1,2,3`: each once, in their order."""
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text} is not a list of seeds such as 1,2,3")
-    return tuple(dict.fromkeys(map(int, text.split(","))))
+def _check_removed(args: argparse.Namespace, output_dir: str) -> None:
+    """UsageError for --seeds, with the loop that launches the same runs."""
+    if args.seeds is None:
+        return
+    words = [args.recipe]
+    for override in args.overrides:
+        if not override.startswith(("train.seed=", "output_dir=")):
+            words.append(override)
+    options = {name: value for name, value in vars(args).items() if name not in ("recipe", "overrides", "seeds")}
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(option)
+        elif isinstance(value, list):
+            words += [f"{option}={item}" for item in value]
+        elif value is not None and value is not False:
+            words.append(f"{option}={value}")
+    seeds = shell_command(args.seeds.split(","))
+    launch = f"tunesmith launch slurm {shell_command(words)}"
+    own_output = f"output_dir={shell_word(f'{from_here(output_dir)}-seed')}$seed"
+    raise UsageError(
+        "--seeds was removed",
+        where="command line: --seeds",
+        why="a launch is one run",
+        fix=f"for seed in {seeds}; do {launch} train.seed=$seed {own_output}; done",
+    )
 
 
 def _count(text: str) -> int:

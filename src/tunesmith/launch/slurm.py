@@ -1,4 +1,4 @@
-"""`launch slurm`: a batch script for one run, or for one run a seed; submitted, and found again.
+"""`launch slurm`: a batch script for one run; submitted, and found again.
 
 Each node starts one node agent. The script names the head node by Slurm's own means, asks the ranks to save before the time
 limit, and puts itself back into the queue. Nothing of the submitting shell's environment enters the job but the variables that
@@ -12,9 +12,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith import __version__
@@ -52,9 +52,7 @@ address_of() { getent ahostsv4 "$(scontrol show node "$1" | sed -n 's/.*NodeAddr
 
 export SLURM_EXPORT_ENV=ALL PYTHONUNBUFFERED=1  # what is above is for every node
 attempt=${SLURM_RESTART_COUNT:-0}
-id=$SLURM_JOB_ID
-[ -z "$SLURM_ARRAY_JOB_ID" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-stop_file=$run/launch/stop-$id  # of `tunesmith stop`
+stop_file=$run/launch/stop-$SLURM_JOB_ID  # of `tunesmith stop`
 if [ "$attempt" -gt "$max_requeues" ]; then  # Slurm itself requeues after a lost node, without a bound
     say "requeued $attempt times, which is more than $max_requeues: it ends here"
     exit 1
@@ -117,7 +115,7 @@ exit "$code"
 
 @dataclass(frozen=True)
 class Request:
-    """One submission: a run, or one run a seed, on so many nodes.
+    """One submission: a run, on so many nodes.
 
     `warning`: seconds before the time limit at which all ranks are asked to save; None: 300, or more where saving takes
     longer, but no more than a quarter of the limit. `saving`: seconds that a checkpoint takes, as far as that is known.
@@ -126,7 +124,6 @@ class Request:
 
     site: Site
     nodes: int = 1
-    seeds: tuple[int, ...] = ()
     max_requeues: int = 5
     warning: int | None = None
     saving: float = 0.0
@@ -134,7 +131,7 @@ class Request:
 
 
 class SlurmJob(Job):
-    """A job, or one task of an array. `details`: its `id`, such as 123 or 123_42."""
+    """A job. `details`: its `id`."""
 
     def state(self) -> State:
         id_ = self.details["id"]
@@ -168,35 +165,25 @@ class SlurmJob(Job):
         return "asked to save and end" if state.phase == "running" else "taken out of the queue"
 
 
-def runs_of(run: Run, seeds: Sequence[int]) -> list[Run]:
-    """The run, or one run a seed, each with an output_dir of its own."""
-    if not seeds:
-        return [run]
-    return [replace(run, train=replace(run.train, seed=s), output_dir=f"{run.output_dir}-seed{s}") for s in seeds]
-
-
 def render_script(run: Run, request: Request) -> str:
     """The batch script. Every value from a recipe or flag stands in a quoted word of a directive or of an assignment."""
-    site, seeds = request.site, request.seeds
+    site = request.site
     if "\\" in run.output_dir:
         fix = "output_dir=runs/my-run"
         raise UsageError("a backslash in the path of the log means something to Slurm", where="output_dir", fix=fix)
-    # Slurm fills in %; the seed is the task's number, so that each task's log lies in its own run directory.
-    folder = run.output_dir.replace("%", "%%") + ("-seed%a" if seeds else "")
-    name = f"{folder}/{FOLDER}/{LOG}-{'%A_%a' if seeds else '%j'}.log"
+    folder = run.output_dir.replace("%", "%%")  # Slurm fills in %
+    name = f"{folder}/{FOLDER}/{LOG}-%j.log"
     directives = {
         "job-name": Path(run.output_dir).name, "output": name, "open-mode": "append", "nodes": str(request.nodes),
         "ntasks-per-node": "1", "export": "NONE", **{key.replace("_", "-"): vars(site)[key] for key in DIRECTIVES},
         "gpus-per-node": site.gpus_per_node if site.gpus_per_node != "0" else None,
-        "array": ",".join(map(str, seeds)) or None,
         "signal": f"B:USR1@{warning_of(request)}",
     }  # fmt: skip
     lines = [f"--{key}={_directive_word(value, f'--{key}')}" for key, value in directives.items() if value is not None]
     lines += ["--requeue" if request.max_requeues else "--no-requeue", *["--exclusive"] * site.exclusive]
     lines += [safe_value(line, "--sbatch-arg") for line in site.sbatch]
-    place = _shell_word(run.output_dir, "output_dir") + ("-seed$SLURM_ARRAY_TASK_ID" if seeds else "")
     values = {
-        "python": shlex.quote("python3" if site.container else sys.executable), "run": place,
+        "python": shlex.quote("python3" if site.container else sys.executable), "run": _shell_word(run.output_dir, "output_dir"),
         "ranks": str(ranks_of(site)), "max_requeues": str(request.max_requeues),
         "debug": "(--debug)" if request.debug else "()",
         "container": f"({' '.join(_container_words(run, site))})",
@@ -314,27 +301,24 @@ def hub_home() -> str:
     return constants.HF_HOME
 
 
-def submit(run: Run, request: Request) -> list[SlurmJob]:
-    """Write recipes and script, submit them, and note the jobs; MachineError in sbatch's words where it refuses."""
-    runs = runs_of(run, request.seeds)
+def submit(run: Run, request: Request) -> SlurmJob:
+    """Write recipe and script, submit it, and note the job; MachineError in sbatch's words where it refuses."""
     for job in all_jobs():
-        if isinstance(job, SlurmJob) and job.run_dir in [one.output_dir for one in runs]:
+        if isinstance(job, SlurmJob) and job.run_dir == run.output_dir:
             job.refuse_another()
-    text, files = render_script(run, request), [write_recipe(one) for one in runs]
-    script = files[0].with_name(SCRIPT)
+    text = render_script(run, request)
+    script = write_recipe(run).with_name(SCRIPT)
     write_atomically(script, text)
     # The flag too, because SBATCH_EXPORT of the environment wins over the script.
     code, told, why = _slurm("sbatch", "--parsable", "--export=NONE", str(script))
     if code:
         fix = "sinfo shows partitions and limits"
         raise MachineError("sbatch refuses the job", where=str(script), why=why, fix=fix)
-    number, jobs = told.strip().partition(";")[0], []
-    for one, suffix in zip(runs, [f"_{s}" for s in request.seeds] or [""], strict=True):
-        id_ = number + suffix
-        log = Path(one.output_dir, FOLDER, f"{LOG}-{id_}.log")
-        jobs.append(SlurmJob(f"slurm-{id_}", one.output_dir, log=str(log), details={"id": id_}))
-        save_job(jobs[-1])
-    return jobs
+    id_ = told.strip().partition(";")[0]
+    log = Path(run.output_dir, FOLDER, f"{LOG}-{id_}.log")
+    job = SlurmJob(f"slurm-{id_}", run.output_dir, log=str(log), details={"id": id_})
+    save_job(job)
+    return job
 
 
 def _slurm(*command: str) -> tuple[int, str, str]:
