@@ -13,7 +13,7 @@ import struct
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -224,58 +224,60 @@ def test_chat_without_a_terminal_answers_line_by_line(
     assert capsys.readouterr().out == expected.text + "\n"
 
 
-def test_chat_side_by_side_and_its_commands(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["/base", "/adapter", "/both", "/system Be brief.", "/save talk.jsonl", "/help"])
+def test_a_removed_command_gets_one_line(
+    command: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved = tmp_path / "talk.jsonl"
-    talk = f"hello\n/save {saved}\n/save ~no-such-user/talk\n/base\nhow?\n/adapter\n/system Be brief.\nwhy?\n/save {saved}\n/reset\n/nonsense\n/quit\nnot asked\n"
-    assert chat(monkeypatch, talk, str(run), "--side-by-side") == EXIT_OK
-    told = capsys.readouterr()
-    base, tuned = lines(saved)[:2]
-    assert [m["role"] for m in base["messages"]] == ["user", "assistant"]  # type: ignore[attr-defined]
-    assert (base["model"], tuned["model"]) == ("base", "tuned")
-    assert base["messages"] != tuned["messages"]
-    later = {row["model"]: row["messages"] for row in lines(saved)[2:]}
-    for side, asked in (("base", ["hello", "how?"]), ("tuned", ["hello", "why?"])):
-        assert [m["role"] for m in later[side]] == ["system", *["user", "assistant"] * 2]  # type: ignore[attr-defined]
-        assert [m["content"] for m in later[side] if m["role"] == "user"] == asked  # type: ignore[attr-defined]
-    assert "error: ~no-such-user/talk cannot be written: No such file or directory" in told.err
-    assert told.out.startswith("base: ")
-    assert "\ntuned: " in told.out
-    assert "there is no command /nonsense" in told.err
-    assert "not asked" not in told.out
+    monkeypatch.chdir(tmp_path)
+    assert chat(monkeypatch, f"{command}\n/quit\nnot asked\n", str(run)) == EXIT_OK
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if "there is no command" in line]
+    assert f"no command {command.partition(' ')[0]}: " in line
+    assert "/reset" in line
+    assert "/quit" in line
+    assert "--side-by-side" in line
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_neither_side_of_a_chat_sees_an_answer_of_the_other(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The base answers as in a chat of its own: what only the tuned model was asked is no part of its history."""
-    saved = tmp_path / "talk.jsonl"
-    talk = f"first\n/both\nsecond\nthird\n/save {saved}\n/reset\n/save {saved}\n/base\n/both\nfirst\n/save {saved}\n"
-    assert chat(monkeypatch, talk, str(run)) == EXIT_OK
-    told = capsys.readouterr().err
-    assert "from here on: base and tuned; base knows 0 of 1 turns\n" in told
-    assert "all forgotten\nnothing was said yet\nfrom here on: base\nfrom here on: base and tuned\n" in told
-    kept = lines(saved)
-    for words, side, row, text in (
-        (["--base"], "base", 0, "second\nthird"),
-        ([], "tuned", 1, "first\nsecond\nthird"),
-        (["--base"], "base", 2, "first"),
-    ):
-        alone = tmp_path / f"{row}.jsonl"
-        assert chat(monkeypatch, f"{text}\n/save {alone}\n", str(run), *words) == EXIT_OK
-        assert lines(alone) == [kept[row]]
-        assert kept[row]["model"] == side
+    """Each side answers as in a chat of its own, also after /reset."""
+    from tunesmith.cli.chat import Chat
+
+    chats: list[Chat] = []
+    talk = Chat.talk
+    monkeypatch.setattr(Chat, "talk", lambda self: (chats.append(self), talk(self)))
+
+    def turns(text: str, *words: str) -> dict[str, list[tuple[str, str]]]:
+        assert chat(monkeypatch, text, str(run), *words) == EXIT_OK
+        return chats[-1].turns
+
+    base = turns("first\nsecond\n", "--base")
+    tuned = turns("first\nsecond\n")
+    assert base["base"] != tuned["tuned"]
+    assert turns("first\nsecond\n", "--side-by-side") == {**base, **tuned}
+    alone = turns("second\n")
+    assert alone["tuned"] != tuned["tuned"][1:]  # what was said before counts, until it is forgotten
+    assert turns("first\n/reset\nsecond\n") == alone
+    assert "all forgotten" in capsys.readouterr().err
 
 
-def test_a_question_that_does_not_fit_costs_no_turn(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_that_does_not_fit_costs_no_turn(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal the chat goes on after it."""
     from tunesmith.cli.chat import Chat
 
+    chats: list[Chat] = []
+
+    def typed_lines(opened: Chat) -> Iterator[str]:
+        chats.append(opened)
+        yield from ("hello", "d" * 2100)
+
     monkeypatch.setattr(Chat, "on_terminal", property(lambda _: True, lambda *_: None), raising=False)
-    monkeypatch.setattr(Chat, "_typed_lines", lambda _: iter(["hello", "d" * 2100, f"/save {tmp_path / 'talk'}"]))
+    monkeypatch.setattr(Chat, "_typed_lines", typed_lines)
     assert chat(monkeypatch, "", str(run)) == EXIT_OK
-    assert [m["content"] for m in lines(tmp_path / "talk")[0]["messages"] if m["role"] == "user"] == ["hello"]  # type: ignore[attr-defined]
+    assert [question for question, _ in chats[0].turns["tuned"]] == ["hello"]
 
 
 def test_chat_forgets_the_oldest_turns_and_says_so(
@@ -332,11 +334,11 @@ def on_a_terminal(command: list[str], steps: list[tuple[str, bytes]], *, columns
 @pytest.mark.parametrize(("columns", "sign"), [(120, "┏"), (60, "tuned> ")])
 def test_chat_on_a_terminal(run: Path, columns: int, sign: str) -> None:
     """Both answers, in columns where there is room; then ctrl-C twice leaves without a fault."""
-    steps = [("you> ", b"hello\n"), ("you> ", b"/base\n"), ("you> ", b"\x03"), ("again leaves", b"\x03")]
+    steps = [("you> ", b"hello\n"), ("you> ", b"/reset\n"), ("you> ", b"\x03"), ("again leaves", b"\x03")]
     shown, code = on_a_terminal(["chat", str(run), "--side-by-side", *SHORT], steps, columns=columns)
     assert code == EXIT_OK, shown
     assert sign in shown
-    assert "from here on: base" in shown
+    assert "all forgotten" in shown
     assert "Traceback" not in shown
 
 

@@ -9,14 +9,11 @@ ctrl-C ends an answer. Without a terminal every line of stdin is a question, and
 """
 
 import argparse
-import json
-import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import add_decoding, add_run, decoding_of, stdin_lines
@@ -27,23 +24,27 @@ if TYPE_CHECKING:
     from tunesmith.inference.decoding import Decoding
     from tunesmith.inference.load_run import LoadedModel
 
-COMMANDS = """/base  /adapter  /both   who answers from here on
+EPILOG = """commands in the chat:
 /reset                   forget what was said
-/system [TEXT]           show the system message, or set it (/system - for none)
-/save FILE               append the conversation to FILE as training rows
 /quit                    leave (so does ctrl-D, or ctrl-C twice)"""
-EPILOG = f"commands in the chat:\n{COMMANDS}"
-BASE, TUNED = "base", "tuned"  # the two sides of a chat
+COMMANDS = "/reset forgets what was said, /quit leaves"
+# What the commands that were removed set while the chat went on.
+AT_THE_START = "--base, --side-by-side and --system are set at the start"
+BASE = "base"
+TUNED = "tuned"
 COLUMNS = 80  # a terminal this wide shows two answers beside each other
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x9b]")  # a model's escape sequences must not drive the terminal
+# A model's escape sequences must not drive the terminal.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x9b]")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    first = parser.add_mutually_exclusive_group()
-    first.add_argument("--base", action="store_true", help="begin with the base model; /adapter switches")
-    first.add_argument("--side-by-side", action="store_true", help="begin with both, each question to base and tuned")
-    parser.add_argument("--system", metavar="TEXT", help="system message (default: the one of the recipe)")
+    sides = parser.add_mutually_exclusive_group()
+    sides.add_argument("--base", action="store_true", help="talk to the base model")
+    both = "ask both, each question to base and tuned"
+    sides.add_argument("--side-by-side", action="store_true", help=both)
+    system = "system message (default: the one of the recipe)"
+    parser.add_argument("--system", metavar="TEXT", help=system)
     add_decoding(parser, max_new_tokens=512)
 
 
@@ -59,8 +60,8 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_run(location, device=args.device)
     chat = Chat(args, loaded, decoding)
     if chat.on_terminal:
-        about = f"{location.note or args.run}: {decoding.describe()}; {loaded.template.describe()}"
-        notify(f"{about}\n/help shows the commands")
+        about = f"{decoding.describe()}; {loaded.template.describe()}"
+        notify(f"{location.note or args.run}: {about}\n{COMMANDS}")
     chat.talk()
 
 
@@ -70,39 +71,43 @@ def notify(text: str) -> None:
 
 
 class Chat:
-    """Reads lines, obeys the commands, shows the answers of the loaded model and of its base."""
+    """Reads lines, and shows the answers of the loaded model, of its base, or of both."""
 
     def __init__(self, args: argparse.Namespace, loaded: "LoadedModel", decoding: "Decoding") -> None:
-        self.args, self.loaded, self.decoding = args, loaded, decoding
-        self.system = loaded.system if args.system is None else args.system or None
-        # What each side was asked and has answered; neither is shown an answer of the other.
-        self.turns: dict[str, list[tuple[str, str]]] = {BASE: [], TUNED: []}
-        only_base = args.base or loaded.location.kind == "base"
-        self.sides = [BASE, TUNED] if args.side_by_side else [BASE if only_base else TUNED]
+        self.args = args
+        self.loaded = loaded
+        self.decoding = decoding
+        self.system = loaded.system
+        if args.system is not None:
+            self.system = args.system or None
+        if args.side_by_side:
+            self.sides = [BASE, TUNED]
+        elif args.base or loaded.location.kind == "base":
+            self.sides = [BASE]
+        else:
+            self.sides = [TUNED]
+        # Each side sees its own answers alone, as in a chat of its own.
+        self.turns: dict[str, list[tuple[str, str]]] = {}
+        self._forget()
         self.base: LoadedModel | None = None  # of a full fine-tune, once it is asked
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self.commands: dict[str, Callable[[str], None]] = {
-            "/base": lambda _: self.switch_to([BASE]),
-            "/adapter": lambda _: self.switch_to([TUNED]),
-            "/both": lambda _: self.switch_to([BASE, TUNED]),
-            "/reset": self.reset,
-            "/system": self.set_system,
-            "/save": self.save,
-            "/help": lambda _: notify(COMMANDS),
-        }
 
     def talk(self) -> None:
         """Until /quit, the end of the input, or ctrl-C twice."""
-        lines = self._typed_lines() if self.on_terminal else (line.strip() for _, line in stdin_lines())
+        if self.on_terminal:
+            lines = self._typed_lines()
+        else:
+            lines = (line.strip() for _, line in stdin_lines())
         for line in lines:
-            word, _, rest = line.partition(" ")
+            command = line.partition(" ")[0]
             try:
-                if word in ("/quit", "/exit"):
+                if command == "/quit":
                     return
-                if word in self.commands:
-                    self.commands[word](rest.strip())
-                elif line.startswith("/"):
-                    notify(f"there is no command {word}\n{COMMANDS}")
+                if command == "/reset":
+                    self._forget()
+                    notify("all forgotten")
+                elif command.startswith("/"):
+                    notify(f"there is no command {command}: {COMMANDS}; {AT_THE_START}")
                 else:
                     self.answer(line)
             except KeyboardInterrupt:
@@ -129,48 +134,23 @@ class Chat:
                 interrupted = True
         notify("")
 
-    def switch_to(self, sides: list[str]) -> None:
-        if self.loaded.location.kind == "base" and TUNED in sides:
-            notify("this is a plain model; nothing was trained onto it")
-            return
-        self.sides = sides
-        most = max(map(len, self.turns.values()))
-        known = {side: len(self.turns[side]) for side in sides}
-        behind = (f"{side} knows {count} of {most} turns" for side, count in known.items() if count < most)
-        notify("; ".join([f"from here on: {' and '.join(sides)}", *behind]))
-
-    def reset(self, _: str) -> None:
-        self.turns = {BASE: [], TUNED: []}
-        notify("all forgotten")
-
-    def set_system(self, text: str) -> None:
-        if text:
-            self.system = None if text == "-" else text
-        notify(f"system: {self.system or '(none)'}")
-
-    def save(self, name: str) -> None:
-        """Append the conversation as rows of the `messages` format, one for each side that answered."""
-        sides = [side for side, turns in self.turns.items() if turns]
-        if not name or not sides:
-            notify("nothing was said yet" if name else "name a file: /save FILE")
-            return
-        try:
-            with open(os.path.expanduser(name), "a", encoding="utf-8") as file:
-                rows = ({"messages": self.messages(side), "model": side} for side in sides)
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        except OSError as error:
-            notify(f"error: {name} cannot be written: {error.strerror}")
-            return
-        notify(f"{len(sides)} row{'s' if len(sides) > 1 else ''} added to {name}")
+    def _forget(self) -> None:
+        self.turns = {side: [] for side in self.sides}
 
     def answer(self, question: str) -> None:
-        """Show the answers of all sides; KeyboardInterrupt ends the chat: ctrl-C twice, or once without a terminal."""
-        if self.on_terminal and len(self.sides) > 1 and shutil.get_terminal_size().columns >= COLUMNS:
+        """Show the answers of all sides.
+
+        KeyboardInterrupt ends the chat: ctrl-C twice, or once without a terminal.
+        """
+        several = len(self.sides) > 1
+        if self.on_terminal and several and shutil.get_terminal_size().columns >= COLUMNS:
             self._answer_in_columns(question)
             return
         for side in self.sides:
-            if self.on_terminal or len(self.sides) > 1:
-                sys.stdout.write(f"{side}> " if self.on_terminal else f"{side}: ")
+            if self.on_terminal:
+                sys.stdout.write(f"{side}> ")
+            elif several:
+                sys.stdout.write(f"{side}: ")
             go_on = self._ask(side, question, lambda text: print(text, end="", flush=True))
             print(flush=True)
             if not go_on:
@@ -205,50 +185,64 @@ class Chat:
         from tunesmith.inference.decoding import answer_batch
         from tunesmith.inference.load_run import load_run
 
+        def write_printable(text: str) -> None:
+            write(_CONTROL.sub("", text))
+
         with StopRequest(interactive=True) as stop:
             loaded = self.loaded
             adapter_off: AbstractContextManager[None] = nullcontext()
             if side == BASE and loaded.location.kind == "adapter":
                 adapter_off = disabled(loaded.model)
             elif side == BASE and loaded.location.kind == "full":
-                loaded = self.base = self.base or load_run(self.args.run, device=self.args.device, base_only=True)
+                if self.base is None:
+                    self.base = load_run(self.args.run, device=self.args.device, base_only=True)
+                loaded = self.base
             prompt = self._prompt(side, question, loaded)
-            clean = (lambda text: write(_CONTROL.sub("", text))) if sys.stdout.isatty() else write
-            ask = partial(answer_batch, stops=loaded.template.end_ids, write=clean, cancelled=stop.requested)
             with adapter_off:
-                (answer,) = ask(loaded.model, loaded.tokenizer, [prompt], self.decoding)
+                (answer,) = answer_batch(
+                    loaded.model,
+                    loaded.tokenizer,
+                    [prompt],
+                    self.decoding,
+                    stops=loaded.template.end_ids,
+                    write=write_printable if sys.stdout.isatty() else write,
+                    cancelled=stop.requested,
+                )
         self.turns[side].append((question, answer.text))
         if stop.requested():
             notify("\n(stopped)")
             if not self.on_terminal:
                 raise KeyboardInterrupt
         elif not answer.finished:
-            notify(f"\n(cut at {self.decoding.max_new_tokens} tokens; --max-new-tokens gives more)")
+            limit = self.decoding.max_new_tokens
+            notify(f"\n(cut at {limit} tokens; --max-new-tokens gives more)")
         return not stop.requested()
 
-    def messages(self, side: str, *, forgotten: int = 0) -> list[dict[str, Any]]:
-        """The conversation with `side`, without its oldest `forgotten` turns."""
-        from tunesmith.data.formats import with_system
-
-        pairs = [(("user", asked), ("assistant", answer)) for asked, answer in self.turns[side][forgotten:]]
-        return with_system([{"role": role, "content": text} for pair in pairs for role, text in pair], self.system)
-
     def _prompt(self, side: str, question: str, loaded: "LoadedModel") -> list[int]:
-        """The prompt; drops as many of the side's oldest turns as do not fit beside the answer, and says so."""
-        from tunesmith.data.formats import Conversation
+        """The prompt's tokens.
+
+        Drops as many of the side's oldest turns as do not fit beside the answer, and says so.
+        """
+        from tunesmith.data.formats import Conversation, with_system
         from tunesmith.inference.generate import PLACEHOLDER
 
-        room, turns = loaded.context - self.decoding.max_new_tokens, self.turns[side]
-        asked = [{"role": "user", "content": question}, {"role": "assistant", "content": PLACEHOLDER}]
+        room = loaded.context - self.decoding.max_new_tokens
+        turns = self.turns[side]
         prompt: list[int] = []
         for dropped in range(len(turns) + 1):
-            messages = [*self.messages(side, forgotten=dropped), *asked]
-            prompt = list(loaded.template.prompt(Conversation(messages)))
+            messages: list[dict[str, Any]] = []
+            for text, reply in [*turns[dropped:], (question, PLACEHOLDER)]:
+                messages.append({"role": "user", "content": text})
+                messages.append({"role": "assistant", "content": reply})
+            conversation = Conversation(with_system(messages, self.system))
+            prompt = list(loaded.template.prompt(conversation))
             if len(prompt) <= room:
                 del turns[:dropped]
                 if dropped:
-                    notify(f"the context is full: {side} forgot its {dropped} oldest turn{'s' if dropped > 1 else ''}")
+                    plural = "s" if dropped > 1 else ""
+                    notify(f"the context is full: {side} forgot its {dropped} oldest turn{plural}")
                 return prompt
         what = f"the question has {len(prompt)} tokens, and there is room for {room}"
         why = f"the model's context less --max-new-tokens {self.decoding.max_new_tokens}"
-        raise UsageError(what, why=why, fix="ask something shorter, or start with a smaller --max-new-tokens")
+        fix = "ask something shorter, or start with a smaller --max-new-tokens"
+        raise UsageError(what, why=why, fix=fix)

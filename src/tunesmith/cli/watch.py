@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tunesmith.cli.options import tell_left_out
 from tunesmith.errors import UsageError
@@ -93,7 +94,7 @@ def _ended_by_signals() -> Iterator[None]:
         # The server takes SIGTERM for itself, but not SIGHUP.
         signal.SIGHUP: lambda *_: signal.raise_signal(signal.SIGTERM),
     }
-    previous = {}
+    previous: dict[signal.Signals, Any] = {}
     for number, handler in handlers.items():
         if signal.getsignal(number) != signal.SIG_IGN:
             previous[number] = signal.signal(number, handler)
