@@ -322,7 +322,37 @@ def test_the_words_of_several_ranks(tiny: Path, tmp_path: Path, monkeypatch: pyt
     )
     words = ["sweep", file, "train.learning_rate=1e-4..1e-3", "--candidates", "3", "--rungs", "2", "--json"]
     assert told == [["--ranks", "2", "--", *words]]
-    assert main(["sweep", file, *WORDS, "--sampler", "random"]) == EXIT_USAGE
+    assert main(["sweep", file, *WORDS, "--candidates", "3"]) == EXIT_USAGE
+
+
+@pytest.mark.parametrize("flag", ["--sampler", "--pruner"])
+def test_removed_flags_name_what_takes_their_place(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["train.learning_rate=1e-4..1e-3", flag, "median"]
+    assert main(["sweep", str(tmp_path / "no-recipe.yaml"), *words]) == EXIT_USAGE
+    err = capsys.readouterr().err
+    assert f"{flag} was removed" in err
+    assert "--candidates N" in err
+
+
+def test_a_sweep_of_an_earlier_version_goes_on(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of lists, where it noted Optuna's defaults; of ranges, where Optuna's TPE drew, it is another sweep."""
+    recipe_file = write_recipe(tiny, tmp_path)
+    lists = [WORDS[0], f"output_dir={tmp_path / 'lists'}"]
+    ranges = ["train.learning_rate=1e-3..1e-2", f"output_dir={tmp_path / 'ranges'}"]
+    drawing = Search(rungs=2, candidates=2)
+    outcome = sweep(recipe_file, lists)
+    sweep(recipe_file, ranges, drawing)
+    assert outcome["asked"]["search"] == {"rungs": 2, "candidates": 16, "sampler": "random", "pruner": "halving"}
+    for folder in ("lists", "ranges"):
+        file = tmp_path / folder / SWEEP
+        earlier = json.loads(file.read_text())
+        earlier["asked"]["search"]["sampler"] = "tpe"
+        file.write_text(json.dumps(earlier))
+    monkeypatch.delattr(shared_base, "build")  # nothing is loaded
+    assert sweep(recipe_file, lists) == outcome
+    with pytest.raises(UsageError, match="another sweep") as caught:
+        sweep(recipe_file, ranges, drawing)
+    assert "search" in caught.value.why
 
 
 def test_a_sweep_that_memory_stops_goes_on_with_its_micro_batch(

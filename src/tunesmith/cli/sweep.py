@@ -2,7 +2,7 @@
 
 examples:
   tunesmith sweep my-recipe.yaml train.learning_rate=1e-4,3e-4,1e-3 adapter.rank=8,32      # every combination
-  tunesmith sweep my-recipe.yaml train.learning_rate=1e-5..1e-3 --candidates 12            # drawn by Optuna
+  tunesmith sweep my-recipe.yaml train.learning_rate=1e-5..1e-3 --candidates 12            # drawn at random
   tunesmith sweep my-recipe.yaml adapter.rank=4,16,64 output_dir=runs/ranks --to-the-end   # none stops early
 
 A key with one value sets the recipe of all candidates. The worse half by val_loss stops at a quarter and at half of the
@@ -13,6 +13,7 @@ ctrl-C, or a kill, the same command goes on.
 import argparse
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tunesmith.ranks import started_as, told_once_a_node
 from tunesmith.run_directory import SWEEP, read_sweep
 from tunesmith.signals import StopRequest
 from tunesmith.streams import lasting
-from tunesmith.sweep.search import PRUNERS, SAMPLERS, Search
+from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import check_count, read_space
 
 
@@ -40,27 +41,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to-the-end", action="store_true", help="train every candidate to its end")
     count = "with a range: how many to draw (default: 16)"
     parser.add_argument("--candidates", type=whole_number, metavar="N", help=count)
-    for name, known, what in (("sampler", SAMPLERS, "draws them"), ("pruner", PRUNERS, "stops them")):
-        text = f"with a range: what {what}, of Optuna (default: {next(iter(known))})"
-        parser.add_argument(f"--{name}", choices=tuple(known), help=text)
     ranks = "start so many ranks here (default: one process)"
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     parser.add_argument("--json", action="store_true", help="print what sweep.json holds on stdout")
+    for removed in ("--sampler", "--pruner"):  # `_check_removed` says what to use
+        parser.add_argument(removed, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int | None:
-    given = {name: vars(args)[name] for name in ("candidates", "sampler", "pruner") if vars(args)[name] is not None}
     leads = (started_as() or {"RANK": 0})["RANK"] == 0  # of several ranks one speaks
     with told_once_a_node():
-        space, search = read_space(args.words), Search(0 if args.to_the_end else args.rungs, **given)
+        _check_removed(args)
+        space, search = read_space(args.words), Search(0 if args.to_the_end else args.rungs)
+        if args.candidates is not None:
+            search = replace(search, candidates=args.candidates)
         check_count(space, search.candidates)
-        if given and not space.ranges:
-            what = f"--{next(iter(given))} is for ranges, and only lists are given"
+        if args.candidates is not None and not space.ranges:
+            what = "--candidates is for ranges, and only lists are given"
             raise UsageError(what, where="command line", fix="key=LOW..HIGH, or leave it out")
     if args.ranks is not None and started_as() is None:
         from tunesmith.launch.node import run_agent
 
-        options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        options = ["--candidates", str(args.candidates)] if args.candidates is not None else []
         options += ["--rungs", str(args.rungs)] if args.rungs else []
         options += ["--to-the-end"] * args.to_the_end + ["--json"] * args.json
         code = run_agent(["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words, *options])
@@ -82,3 +84,15 @@ def run(args: argparse.Namespace) -> int | None:
         lines = [*sweep_lines(found), *([f"report: {from_here(page)}"] if page else [])]
         print(json.dumps(found) if args.json else "\n".join(lines))
     return None
+
+
+def _check_removed(args: argparse.Namespace) -> None:
+    """UsageError for the flags that chose among Optuna's samplers and pruners."""
+    for name in ("sampler", "pruner"):
+        if vars(args)[name] is not None:
+            raise UsageError(
+                f"--{name} was removed",
+                where=f"command line: --{name}",
+                why="candidates of a range are drawn at random, and the worse half of them stops at each rung",
+                fix="leave it out; --candidates N draws more or fewer, --rungs N and --to-the-end say where they stop",
+            )

@@ -38,11 +38,14 @@ from tunesmith.ranks import Ranks, started_as
 from tunesmith.run_directory import FINAL, METRICS, SWEEP, read_sweep, reason_of
 from tunesmith.shell import shell_path, shell_word
 from tunesmith.signals import StopRequest
-from tunesmith.sweep.search import Search, halve, rung_steps, sample
+from tunesmith.sweep.search import Search, halve, rung_steps
 from tunesmith.sweep.shared_base import RungTrainer, SharedBase
 from tunesmith.sweep.space import Space, check_count
 from tunesmith.training.run import joined, start_run
 from tunesmith.units import Cadence, Length, Size
+
+# How candidates of a range are drawn and stopped, in sweep.json beside the search: others were to be had once.
+METHOD = {"sampler": "random", "pruner": "halving"}
 
 
 @dataclass
@@ -125,7 +128,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.folder, self.candidates, self.stopped = Path(self.base.output_dir), list[SweepRun](), ""
-        asked = {"recipe": to_mapping(self.base), "keys": self.space.plain(), "search": vars(self.search)}
+        asked = {"recipe": to_mapping(self.base), "keys": self.space.plain(), "search": {**vars(self.search), **METHOD}}
         self.asked: dict[str, Any] = json.loads(json.dumps(asked))  # as it is read back
         with self.ranks.together():
             before = self._read() if self.ranks.leads else {}
@@ -144,6 +147,9 @@ class Sweep:
             what = "sweep.json is damaged, or no sweep wrote it"
             fix = f"{shell_word(f'output_dir={self.folder}-2')}, or delete that folder"
             raise UsageError(what, where=str(file), why=reason_of(error), fix=fix) from error
+        search = known["asked"].get("search") if known else None
+        if isinstance(search, dict) and not self.space.ranges:
+            search.update(METHOD)  # of lists nothing is drawn, whatever an earlier version noted
         if differ := [name for name, value in self.asked.items() if known and known["asked"].get(name) != value]:
             what, fix = (
                 "this folder holds another sweep",
@@ -194,14 +200,13 @@ class Sweep:
 
     def search_best(self) -> None:
         """Train the candidates, as far as the search asks for."""
-        rungs = self.fixed["rungs"]
         if self.space.ranges:
-            seed = self.base.train.seed
-            sample(self.space, self.search, rungs, seed=seed, make=self.add, measure=self.measure)
-            return
-        candidates = [self.add(values) for values in self.space.grid()]
+            values = self.space.draw(self.search.candidates, self.base.train.seed)
+        else:
+            values = self.space.grid()
+        candidates = [self.add(of_one) for of_one in values]
         self.write()
-        halve(candidates, rungs, self.measure)
+        halve(candidates, self.fixed["rungs"], self.measure)
 
     def measure(self, candidate: SweepRun, until: int | None) -> float:
         """The loss of a candidate after step `until`, or at its end, trained as far as it has to be; infinite where it

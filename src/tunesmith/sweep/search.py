@@ -1,10 +1,9 @@
-"""How a sweep spends its steps: successive halving over listed candidates, Optuna over ranges.
+"""How a sweep spends its steps: successive halving.
 
-Both see candidates through two functions alone, and decide by what these return. So a sweep that was killed is run again:
+It sees candidates through one function alone, and decides by what that returns. So a sweep that was killed is run again:
 what is done already returns at once, and all decisions are as before.
 
-Jamieson and Talwalkar 2016, arXiv:1502.07943 (successive halving); Li et al. 2020, arXiv:1810.05934 (its form for
-candidates that come one after the other); Akiba et al. 2019, arXiv:1907.10902 (Optuna).
+Jamieson and Talwalkar 2016, arXiv:1502.07943 (successive halving).
 """
 
 import math
@@ -12,12 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tunesmith import packages
-from tunesmith.sweep.space import Space
-
 C = TypeVar("C")
-SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}
-PRUNERS = {"halving": "SuccessiveHalvingPruner", "hyperband": "HyperbandPruner", "median": "MedianPruner"}
 # Unless told otherwise: rungs are at a quarter and at half of the steps, and none before so many updates. Until then losses
 # fall by the learning rate, and the highest one leads.
 RUNGS, EARLIEST = 2, 8
@@ -30,8 +24,6 @@ class Search:
 
     rungs: int | None = None
     candidates: int = 16
-    sampler: str = "tpe"
-    pruner: str = "halving"
 
 
 def rung_steps(total: int, count: int, interval: int, rungs: int | None = None, warmup: int = 0) -> list[int]:
@@ -62,43 +54,3 @@ def halve(candidates: Sequence[C], rungs: Sequence[int], measure: Callable[[C, i
         left = [left[i] for i in sorted(best) if losses[i] < math.inf]
     for candidate in left:
         measure(candidate, None)
-
-
-def sample(
-    space: Space,
-    search: Search,
-    rungs: Sequence[int],
-    *,
-    seed: int,
-    make: Callable[[dict[str, str]], C],
-    measure: Callable[[C, int | None], float],
-) -> None:
-    """Draw candidates one after the other by Optuna's sampler; its pruner stops one after a rung.
-
-    `make` turns values by key into a candidate; `measure` is as for `halve`.
-    """
-    packages.require("optuna", where="key=LOW..HIGH", fix="list values: key=a,b,c")
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = vars(optuna.samplers)[SAMPLERS[search.sampler]](seed=seed)
-    # Rungs are counted 1, 2, 4, ..., as its halving expects them.
-    limits = {"min_resource": 1, "reduction_factor": 2} if search.pruner in ("halving", "hyperband") else {}
-    pruner = vars(optuna.pruners)[PRUNERS[search.pruner]](**limits)
-    study = optuna.create_study(sampler=sampler, pruner=pruner, study_name="sweep")  # the name seeds Hyperband
-    for _ in range(search.candidates):
-        trial = study.ask()
-        values = {key: str(trial.suggest_categorical(key, listed)) for key, listed in space.choices.items()}
-        for key, (low, high, whole) in space.ranges.items():
-            draw, log = trial.suggest_int if whole else trial.suggest_float, space.ranges[key].log
-            values[key] = f"{draw(key, low, high, log=log):{'d' if whole else '.4g'}}"
-        candidate = make(values)
-        for number, step in enumerate([*rungs, None]):
-            loss = measure(candidate, step)
-            trial.report(loss, 2**number)
-            pruned = loss == math.inf or (step is not None and trial.should_prune())
-            if pruned:
-                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                break
-        else:
-            study.tell(trial, loss)

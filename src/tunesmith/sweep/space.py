@@ -1,6 +1,6 @@
 """Which keys of a recipe a sweep varies, over which values; importable without torch.
 
-`key=a,b,c` lists values, `key=1e-5..1e-3` is a range that a sampler draws from, `key=a` sets the recipe for all candidates.
+`key=a,b,c` lists values, `key=1e-5..1e-3` is a range that is drawn from, `key=a` sets the recipe for all candidates.
 One base is loaded, and the rows are prepared once: only what training makes anew may vary.
 """
 
@@ -10,12 +10,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.config.names import keys, suggest_key
 from tunesmith.config.typed import members
 from tunesmith.errors import RecipeError
 from tunesmith.shell import shell_word
+
+if TYPE_CHECKING:
+    from numpy.random import RandomState
 
 VARIED = (
     "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.rslora", "train.learning_rate", "train.min_learning_rate",
@@ -51,6 +54,18 @@ class Range(NamedTuple):
     def log(self) -> bool:
         return self.low > 0 and self.high / self.low >= LOG_FROM
 
+    def draw(self, generator: "RandomState") -> str:
+        """A number of the range, as a recipe writes it; on a logarithmic scale where `log` says so."""
+        margin = 0.5 if self.whole else 0.0  # so that the ends are drawn as often as the others
+        low, high = self.low - margin, self.high + margin
+        if self.log:
+            value = math.exp(generator.uniform(math.log(low), math.log(high)))
+        else:
+            value = generator.uniform(low, high)
+        if self.whole:
+            return str(min(max(round(value), self.low), self.high))
+        return f"{min(value, self.high):.4g}"
+
     def __str__(self) -> str:
         return f"{self.low:g}..{self.high:g}"
 
@@ -66,6 +81,21 @@ class Space:
     def grid(self) -> list[dict[str, str]]:
         """Every combination of the listed values, the last key changing fastest."""
         return [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
+
+    def draw(self, count: int, seed: int) -> list[dict[str, str]]:
+        """So many candidates at random, each listed value as likely as the others."""
+        from numpy.random import RandomState
+
+        generator = RandomState(seed)
+        candidates = []
+        for _ in range(count):
+            values = {}
+            for key, listed in self.choices.items():
+                values[key] = listed[generator.uniform(size=len(listed)).argmax()]
+            for key, span in self.ranges.items():
+                values[key] = span.draw(generator)
+            candidates.append(values)
+        return candidates
 
     def plain(self) -> dict[str, list[str] | str]:
         """By key the listed values, or the range, as text."""
