@@ -73,7 +73,12 @@ def notify(text: str) -> None:
 class Chat:
     """Reads lines, and shows the answers of the loaded model, of its base, or of both."""
 
-    def __init__(self, args: argparse.Namespace, loaded: "LoadedModel", decoding: "Decoding") -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        loaded: "LoadedModel",
+        decoding: "Decoding",
+    ) -> None:
         self.args = args
         self.loaded = loaded
         self.decoding = decoding

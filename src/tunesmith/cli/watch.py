@@ -28,12 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "run directories, or jobs of `tunesmith status`"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
     output = parser.add_mutually_exclusive_group()
-    output.add_argument(
-        "--json",
-        action="store_true",
-        help="print where the runs stand, as one JSON object, and end",
-    )
-    output.add_argument("--open", action="store_true", help="open the page in the browser of this desktop")
+    as_json = "print where the runs stand, as one JSON object, and end"
+    output.add_argument("--json", action="store_true", help=as_json)
+    browser = "open the page in the browser of this desktop"
+    output.add_argument("--open", action="store_true", help=browser)
     # Removed: `_check_removed` says what to use.
     parser.add_argument("--terminal", action="store_true", help=argparse.SUPPRESS)
 
@@ -81,8 +79,8 @@ def _check_removed(args: argparse.Namespace) -> None:
             "watching a run of another host was removed",
             where=f"command line: {word}",
             why="the page is served where the run is, and ssh brings it here",
-            fix=f"ssh {host}, and there: tunesmith watch {run_there}, which prints an address with a "
-            f"PORT; then here, before opening it: ssh -N -L PORT:127.0.0.1:PORT {host}",
+            fix=f"ssh {host}, and there: tunesmith watch {run_there}, which prints an address with "
+            f"a PORT; then here, before opening it: ssh -N -L PORT:127.0.0.1:PORT {host}",
         )
 
 

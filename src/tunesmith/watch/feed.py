@@ -1,12 +1,11 @@
-"""What a watcher shows of runs, for the page and for scripts: where each stands, its curves, its texts."""
+"""What `watch` shows of runs: where each stands, its curves, its texts."""
 
 import json
 import math
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,21 +27,29 @@ from tunesmith.run_directory import shown
 from tunesmith.shell import shell_word
 from tunesmith.units import Length
 
-QUEUE = 5.0  # seconds between two looks at a job that waits
-RECENT = 20  # steps that a pace is the mean of
-LINES = 40  # of the log
-SMALLEST_SHARE = 1e-12  # of a run that is done, below which its end cannot be told
-SMOOTH_FROM = 100  # steps; with fewer, the raw loss reads well
+# Seconds between two looks at a job that waits.
+QUEUE = 5.0
+# Steps that speeds are means of: one step alone would flicker.
+RECENT = 20
+# Lines of the log that are shown.
+LINES = 40
+# A smaller share of a run says nothing about when it ends.
+SMALLEST_SHARE = 1e-12
+# Steps; with fewer, the raw loss reads well.
+SMOOTH_FROM = 100
 
 
 class Panel(NamedTuple):
-    """One chart: which record fields it shows, and what they are multiplied by to be in its unit."""
+    """One chart: the record fields that it shows, and by what they are multiplied for its unit."""
 
     title: str
     unit: str
     columns: tuple[str, ...]
     scale: float = 1.0
 
+
+# A record field, the rank (None: rank 0's own record), x and y.
+Series = tuple[str, int | None, list[float], Sequence[float | None]]
 
 PANELS = (
     Panel("Loss", "", ("loss", "val_loss")),
@@ -64,34 +71,51 @@ PANELS = (
     Panel("Gradient norm", "", ("grad_norm",)),
 )
 # What each rank has of its own; the rest of its records is that of all.
-_OF_RANKS = {"memory_gib", "host_memory_percent", "gpu_utilization", "gpu_power_watts", "gpu_temperature_celsius", "gpu_clock_mhz",
-             "network_bytes_per_second", "nvlink_bytes_per_second", "product_tflops", "data_seconds"}  # fmt: skip
-_KNOWN = {column for panel in PANELS for column in panel.columns} | {*NO_CHART}
+_OF_RANKS = {
+    "memory_gib",
+    "host_memory_percent",
+    "gpu_utilization",
+    "gpu_power_watts",
+    "gpu_temperature_celsius",
+    "gpu_clock_mhz",
+    "network_bytes_per_second",
+    "nvlink_bytes_per_second",
+    "product_tflops",
+    "data_seconds",
+}
+_IN_PANELS = {column for panel in PANELS for column in panel.columns}
 
 
 class WatchedRun:
-    """A run directory."""
+    """A run directory, read again as it grows."""
 
     def __init__(self, folder: Path) -> None:
         self.place = shown(folder)
         self.files = RunFiles(folder)
-        self._fault = ""  # an error of ours, in place of a page that stands still
+        # An error of ours: the page shows it, and does not stand still.
+        self._fault = ""
+        # Both are computed when a page asks, and hold until the run has grown.
         self._axes: dict[str, list[float]] = {}
         self._smooth: list[float | None] = []
-        self._ended = how_it_ended(self.files)
+        self._ending = how_it_ended(self.files)
 
     def refresh(self, lock: threading.Lock) -> bool:
-        """Read what was added; whether something changed. The lock is held while what others read is changed."""
+        """Read what was added; whether something changed.
+
+        The lock is held while what other threads read is changed.
+        """
         previous_fault = self._fault
         changed = False
         try:
             with lock:
                 changed = self.files.refresh()
                 if changed:
-                    self._axes, self._smooth = {}, []
-                    self._ended = how_it_ended(self.files)
+                    self._axes = {}
+                    self._smooth = []
+                    self._ending = how_it_ended(self.files)
             self._fault = ""
-        except Exception as error:  # one run must not stop the page of others
+        except Exception as error:
+            # One run must not stop the page of the others.
             self._fault = f"{type(error).__name__}: {error}"
         return changed or self._fault != previous_fault
 
@@ -99,124 +123,207 @@ class WatchedRun:
         """For each record its step, the tokens up to it, or the seconds of training up to it."""
         if name not in self._axes:
             column = {"tokens": "tokens", "seconds": "step_seconds"}.get(name, "step")
-            values = [value if value and math.isfinite(value) else 0.0 for value in self.files.columns.get(column, [])]
-            self._axes[name] = values if column == "step" else list(accumulate(values))
+            values = [_finite_or_zero(value) for value in self.files.columns.get(column, [])]
+            if column != "step":
+                values = list(accumulate(values))
+            self._axes[name] = values
         return self._axes[name]
 
     def status(self) -> dict[str, Any]:
-        """Where it stands: its state, progress, the newest figures in the records' units, warnings and how it ended."""
-        columns, files = self.files.columns, self.files
-        steps, pace = len(columns.get("step", [])), _recent_mean(columns.get("step_seconds", []))
-        step = columns["step"][-1] if steps else 0
-        done = self._share_done(step or 0)
-        whole = (step or 0) / done if done else None  # steps of the whole run
-        left = (whole - (step or 0)) * pace if files.state == "running" and whole and pace else None
-        figures = {name: value for name in columns if (value := _newest(columns[name])) is not None}
-        if recent := _recent_mean(columns.get("tokens_per_second", [])):
-            figures["tokens_per_second"] = recent
-        if pace and (wait := _recent_mean(columns.get("data_seconds", []))) is not None:
-            figures["data_share"] = wait / pace
+        """Where it stands: state, progress, newest figures, warnings, and how it ended.
+
+        Figures are in the units of the records.
+        """
+        files = self.files
+        recorded_steps = files.columns.get("step", [])
+        step = recorded_steps[-1] if recorded_steps else 0
+        # A record may lack its step.
+        steps_done = step or 0
+        share_done = self._share_done(steps_done)
+        total_steps = steps_done / share_done if share_done else 0.0
+        seconds_per_step = _recent_mean(files.columns.get("step_seconds", []))
+        seconds_left = None
+        if files.state == "running" and total_steps and seconds_per_step:
+            seconds_left = (total_steps - steps_done) * seconds_per_step
         return {
-            "name": files.name, "place": self.place, "state": files.state,
-            "step": step, "steps": round(whole) if step and whole else None, "done": done, "seconds_left": left,
-            "figures": figures, "warnings": files.warnings, "end": self._ended, "log": files.log_tail[-LINES:], "texts": files.revision,
+            "name": files.name,
+            "place": self.place,
+            "state": files.state,
+            "step": step,
+            "steps": round(total_steps) if total_steps else None,
+            "done": share_done,
+            "seconds_left": seconds_left,
+            "figures": self._figures(seconds_per_step),
+            "warnings": files.warnings,
+            "end": self._ending,
+            "log": files.log_tail[-LINES:],
+            "texts": files.revision,
             "damaged": self.damaged(),
-        }  # fmt: skip
+        }
+
+    def _figures(self, seconds_per_step: float | None) -> dict[str, float]:
+        """The newest value of each record field.
+
+        The speed and the share of the wait for data are means of the last steps.
+        """
+        columns = self.files.columns
+        figures: dict[str, float] = {}
+        for name, values in columns.items():
+            newest = _newest(values)
+            if newest is not None:
+                figures[name] = newest
+        tokens_per_second = _recent_mean(columns.get("tokens_per_second", []))
+        if tokens_per_second:
+            figures["tokens_per_second"] = tokens_per_second
+        data_seconds = _recent_mean(columns.get("data_seconds", []))
+        if seconds_per_step and data_seconds is not None:
+            figures["data_share"] = data_seconds / seconds_per_step
+        return figures
 
     def damaged(self) -> list[dict[str, Any]]:
-        """What could not be read of the run: each file, how many of its lines were skipped (None: all of it is), and why."""
+        """What could not be read of the run.
+
+        By file how many of its lines were skipped (None: all of it is), and why.
+        """
         rows = [file._asdict() for file in self.files.damaged]
         if self._fault:
             rows.append(DamagedFile(".", None, self._fault)._asdict())
         return rows
 
     def _share_done(self, step: float) -> float | None:
-        """The part of its duration that it has trained, from 0 to 1; None where the recipe is not there yet."""
+        """The part of its duration that it has trained, from 0 to 1.
+
+        None where the recipe is not there yet.
+        """
         columns = self.files.columns
-        with suppress(KeyError, ValueError, TypeError, AttributeError):  # a file that somebody edited
+        try:
             duration = Length.parse(self.files.recipe["train"]["duration"])
             if duration.seconds:
-                return _share(sum(known(columns.get("step_seconds", []))), duration.seconds)
-            at = _newest(columns.get("epoch", [])) or 0.0 if duration.unit == "epochs" else step
-            return _share(at, duration.amount)
-        return None
+                trained_seconds = sum(known(columns.get("step_seconds", [])))
+                return _share(trained_seconds, duration.seconds)
+            if duration.unit == "epochs":
+                return _share(_newest(columns.get("epoch", [])) or 0.0, duration.amount)
+            return _share(step, duration.amount)
+        except (KeyError, ValueError, TypeError, AttributeError):
+            # There is no recipe yet, or somebody edited it.
+            return None
 
     def texts(self) -> dict[str, Any]:
-        """What is read rather than plotted, and seldom changes: the recipe, as dotted keys, and the samples."""
+        """What is read rather than plotted, and seldom changes.
+
+        The recipe, as dotted keys, and the samples.
+        """
         recipe = self.files.recipe
         return {"recipe": leaves(recipe) if recipe else {}, "samples": self.files.samples}
 
     def table(self, low: float, high: float, count: int) -> dict[str, Any]:
         """About `count` records of a window of steps, evenly spaced, the last one among them."""
-        columns, steps = self.files.columns, self.axis("step")
-        i, j = bisect_left(steps, low), bisect_right(steps, high)
-        chosen = sorted({j - 1 - k * (j - i) // count for k in range(count)}) if j > i else []
-        names = list(columns)
-        return {"columns": names, "rows": [[columns[name][k] for name in names] for k in chosen]}
+        columns = self.files.columns
+        steps = self.axis("step")
+        first = bisect_left(steps, low)
+        end = bisect_right(steps, high)
+        records: set[int] = set()
+        if end > first:
+            records = {end - 1 - part * (end - first) // count for part in range(count)}
+        rows = []
+        for record in sorted(records):
+            rows.append([values[record] for values in columns.values()])
+        return {"columns": list(columns), "rows": rows}
 
-    def series(self, panel: Panel, axis: str) -> Iterator[tuple[str, int | None, list[float], Sequence[float | None]]]:
-        """What a panel shows of this run: field, rank (None: rank 0's own record), x and y."""
+    def series(self, panel: Panel, axis: str) -> Iterator[Series]:
+        """What a panel shows of this run."""
         x = self.axis(axis)
+        # Other ranks record their steps alone: rank 0 says how many tokens or seconds these are.
+        x_by_step: dict[float, float] = {}
+        if self.files.ranks and axis != "step":
+            x_by_step = dict(zip(self.axis("step"), x, strict=True))
         for column in panel.columns:
-            if y := self.files.columns.get(column):
+            y = self.files.columns.get(column)
+            if y:
                 yield column, None, x, y
                 if column == "loss" and len(y) >= SMOOTH_FROM:
                     self._smooth = self._smooth or smooth(y, max(10, len(y) // 50))
                     yield "loss, smoothed", None, x, self._smooth
-            at = dict(zip(self.axis("step"), x, strict=True)) if self.files.ranks and axis != "step" else None
+            if column not in _OF_RANKS:
+                continue
             for rank, columns in sorted(self.files.ranks.items()):
-                if column in columns and column in _OF_RANKS:
-                    steps = [value or 0.0 for value in columns["step"]]
-                    yield column, rank, [at.get(s, 0.0) for s in steps] if at else steps, columns[column]
+                if column in columns:
+                    rank_x = [value or 0.0 for value in columns["step"]]
+                    if x_by_step:
+                        rank_x = [x_by_step.get(step, 0.0) for step in rank_x]
+                    yield column, rank, rank_x, columns[column]
 
 
-def open_run(word: str, say: Callable[[str], None] | None = None) -> WatchedRun:
+def open_run(word: str, notify: Callable[[str], None] | None = None) -> WatchedRun:
     """A run by its directory or by the name of its job; UsageError if it is none.
 
-    A job that waits in a queue is waited for, and `say` takes the reason; without `say` that is an error.
+    A job in a queue is waited for, and `notify` takes the reason; without it that is an error.
     """
     folder = Path(word)
     if not holds_run(folder):
-        folder = _begun(find_job(word), say)
+        folder = _wait_for_run(find_job(word), notify)
     return WatchedRun(folder)
 
 
-def _begun(job: Job, say: Callable[[str], None] | None) -> Path:
+def _wait_for_run(job: Job, notify: Callable[[str], None] | None) -> Path:
     """The run directory of a job, once there is a run in it."""
-    folder, told = Path(job.run_dir), ""
+    folder = Path(job.run_dir)
+    last_reason = ""
     while not holds_run(folder):
         state = job.state()
-        if say is None or not state.at_work:
-            what, fix = f"{job.name} has not begun", f"tunesmith status {shell_word(job.name)}"
+        if notify is None or not state.at_work:
+            what = f"{job.name} has not begun"
+            fix = f"tunesmith status {shell_word(job.name)}"
             raise UsageError(what, where=str(folder), why=state.text, fix=fix)
-        if state.text != told:
-            say(f"{job.name} has not begun: {state.text}; waiting for it, ctrl-C ends that")
-        told = state.text
+        if state.text != last_reason:
+            notify(f"{job.name} has not begun: {state.text}; waiting for it, ctrl-C ends that")
+        last_reason = state.text
         time.sleep(QUEUE)
     return folder
 
 
 def curves(
-    runs: Sequence[WatchedRun], axis: str, low: float, high: float, points: int, most: int | None = None
+    runs: Sequence[WatchedRun],
+    axis: str,
+    low: float,
+    high: float,
+    points: int,
+    most: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The charts for a window of the x axis, the first `most`; each series as about `points` points, spikes among them."""
-    named = {column for run in runs for columns in (run.files.columns, *run.files.ranks.values()) for column in columns}
-    extra = tuple(Panel(column, "", (column,)) for column in sorted(named - _KNOWN))
-    found: list[dict[str, Any]] = []
-    for panel in (*PANELS, *extra):
-        if len(found) == most:
+    """The charts for a window of the x axis, the first `most` of them.
+
+    Each series has about `points` points, spikes among them.
+    """
+    charts: list[dict[str, Any]] = []
+    for panel in (*PANELS, *_panels_of_other_columns(runs)):
+        if len(charts) == most:
             break
         series = []
         for index, run in enumerate(runs):
             for field, rank, x, y in run.series(panel, axis):
-                i, j = max(0, bisect_left(x, low) - 1), bisect_right(x, high) + 1
-                xs, ys = downsample(x[i:j], y[i:j], points)
-                if xs:
-                    ys = [float(f"{value * panel.scale:.6g}") for value in ys]
-                    series.append({"run": index, "field": field, "rank": rank, "x": xs, "y": ys})
+                # One point more on both sides: the curve goes on to the edge of the window.
+                first = max(0, bisect_left(x, low) - 1)
+                end = bisect_right(x, high) + 1
+                window_x, window_y = downsample(x[first:end], y[first:end], points)
+                if window_x:
+                    scaled = [float(f"{value * panel.scale:.6g}") for value in window_y]
+                    about = {"run": index, "field": field, "rank": rank}
+                    series.append({**about, "x": window_x, "y": scaled})
         if series:
-            found.append({"title": panel.title, "unit": panel.unit, "series": series})
-    return found
+            charts.append({"title": panel.title, "unit": panel.unit, "series": series})
+    return charts
+
+
+def _panels_of_other_columns(runs: Sequence[WatchedRun]) -> list[Panel]:
+    """A panel for each record field that has none, such as a method's own metric."""
+    names: set[str] = set()
+    for run in runs:
+        names.update(run.files.columns)
+        for columns in run.files.ranks.values():
+            names.update(columns)
+    names -= _IN_PANELS
+    names.difference_update(NO_CHART)
+    return [Panel(name, "", (name,)) for name in sorted(names)]
 
 
 def _share(done: float, whole: float) -> float | None:
@@ -225,13 +332,29 @@ def _share(done: float, whole: float) -> float | None:
     return share if share > SMALLEST_SHARE else None
 
 
+def _finite(values: Iterable[float | None]) -> Iterator[float]:
+    """The values that are numbers; a record may lack one, or hold NaN."""
+    for value in values:
+        if value is not None and math.isfinite(value):
+            yield value
+
+
+def _finite_or_zero(value: float | None) -> float:
+    if not value or not math.isfinite(value):
+        return 0.0
+    return value
+
+
 def _newest(values: Sequence[float | None]) -> float | None:
-    return next((value for value in reversed(values) if value is not None and math.isfinite(value)), None)
+    return next(_finite(reversed(values)), None)
 
 
 def _recent_mean(values: Sequence[float | None]) -> float | None:
-    """The mean of the last steps; the first step of a run compiles and warms up, and is left out."""
-    recent = [value for value in values[1:][-RECENT:] or values[-1:] if value is not None and math.isfinite(value)]
+    """The mean of the last steps.
+
+    The first step of a run compiles and warms up, and is left out.
+    """
+    recent = list(_finite(values[1:][-RECENT:] or values[-1:]))
     return sum(recent) / len(recent) if recent else None
 
 
@@ -242,7 +365,9 @@ def to_json(value: Any) -> str:
 
 def _finite_only(value: Any) -> Any:
     if isinstance(value, float):
-        return value if value - value == 0 else None
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _finite_only(item) for key, item in value.items()}
-    return [_finite_only(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_finite_only(item) for item in value]
+    return value

@@ -1,8 +1,9 @@
 """The live page: a server that only this machine reaches, and only with the token of its address.
 
-It listens on 127.0.0.1, at a port that the kernel picks. Every path begins with the token; a request without it, or for a
-host name that is not this machine's (a page elsewhere whose name was bound to 127.0.0.1), gets an empty answer. The page
-loads from here alone, by its Content-Security-Policy too.
+It listens on 127.0.0.1, at a port that the kernel picks. Every path begins with the token; a
+request without it, or for a host name that is not this machine's (a page elsewhere whose name was
+bound to 127.0.0.1), gets an empty answer. The page loads from here alone, by its
+Content-Security-Policy too.
 """
 
 import asyncio
@@ -10,9 +11,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,14 +25,20 @@ from uvicorn import Config, Server
 
 from tunesmith.watch.feed import WatchedRun, curves, to_json
 
-HOSTS = (b"127.0.0.1", b"localhost")  # any port: `ssh -L` may come by another one
-POLL = 1.0  # seconds between two looks at the runs
-SHARE = 0.02  # of one core, at most, goes into curves that nobody asked for: those of a long run come less often
-QUIET = 15.0  # seconds after which a line is sent to find out whether the page is still there
-POINTS = 4000  # of one series, at most
+# At any port: `ssh -L` may come by another one.
+HOSTS = (b"127.0.0.1", b"localhost")
+# Seconds between two looks at the runs.
+POLL = 1.0
+# Of one core, at most, goes into curves that nobody asked for: those of a long run come less often.
+SHARE = 0.02
+# Seconds after which a line is sent to find out whether the page is still there.
+QUIET = 15.0
+# Points of one series, at most.
+POINTS = 4000
 JSON = "application/json"
 HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
@@ -43,30 +49,39 @@ HEADERS = {
 
 
 class Guard:
-    """Lets requests through that name the token and this machine, and adds HEADERS to the answers."""
+    """Lets requests through that name the token and this machine, and adds HEADERS to answers."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
-        self.app, self.token = app, token.encode()
+        self.app = app
+        self.token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        hosts = [value.rpartition(b":")[0] or value for name, value in scope["headers"] if name == b"host"]
-        given = scope["path"][1:].partition("/")[0].encode()
-        known = len(hosts) == 1 and hosts[0] in HOSTS and secrets.compare_digest(given, self.token)
-        if not known or scope["method"] != "GET":
+        if scope["method"] != "GET" or not self._is_permitted(scope):
             await send({"type": "http.response.start", "status": 404, "headers": []})
             await send({"type": "http.response.body", "body": b""})
             return
 
-        async def guarded(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message["headers"] = [row for row in message["headers"] if row[0].decode() not in HEADERS] + ours
+                headers = [row for row in message["headers"] if row[0].decode() not in HEADERS]
+                for name, value in HEADERS.items():
+                    headers.append((name.encode(), value.encode()))
+                message["headers"] = headers
             await send(message)
 
-        await self.app(scope, receive, guarded)
+        await self.app(scope, receive, send_with_headers)
+
+    def _is_permitted(self, scope: Scope) -> bool:
+        """Whether the request is for this machine's name, and its path begins with the token."""
+        hosts = [value for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) != 1:
+            return False
+        host = hosts[0].rpartition(b":")[0] or hosts[0]  # without the port
+        token = scope["path"][1:].partition("/")[0].encode()
+        return host in HOSTS and secrets.compare_digest(token, self.token)
 
 
 class Page:
@@ -74,79 +89,97 @@ class Page:
 
     def __init__(self, runs: Sequence[WatchedRun]) -> None:
         self.runs = runs
-        self.lock = threading.Lock()  # over what the runs hold, for requests are answered by threads
+        # Over what the runs hold: threads answer requests.
+        self.lock = threading.Lock()
         self.changed = asyncio.Event()
         self.ended = False
-        self._open, self._cost = 0, 0.0
+        self._open_pages = 0
+        # CPU time of the last answer with curves: the page asks the less often, the longer it took.
+        self._curves_seconds = 0.0
 
     def state(self) -> str:
-        """Where the runs stand, and the seconds that the page lets pass before it asks for curves of its own accord."""
+        """Where the runs stand.
+
+        `pause`: the seconds that the page lets pass before it asks for curves of its own accord.
+        """
         with self.lock:
-            return to_json({"runs": [run.status() for run in self.runs], "pause": self._cost / SHARE})
+            runs = [run.status() for run in self.runs]
+            return to_json({"runs": runs, "pause": self._curves_seconds / SHARE})
 
     def curves(self, request: Request) -> Response:
-        """The charts, or the first `panels`: `x` is step, tokens or seconds, `from` and `to` bound it, with so many `points`."""
+        """The charts, or the first `panels`.
+
+        `x` is step, tokens or seconds; `from` and `to` bound it, with so many `points`.
+        """
         low, high, points = _window(request, "points", 800, POINTS)
         most = _window(request, "panels", 1000, 1000)[2]
-        began = time.thread_time()
+        axis = request.query_params.get("x", "step")
+        start = time.thread_time()
         with self.lock:
-            body = to_json(curves(self.runs, request.query_params.get("x", "step"), low, high, points, most))
-        self._cost = time.thread_time() - began
+            body = to_json(curves(self.runs, axis, low, high, points, most))
+        self._curves_seconds = time.thread_time() - start
         return Response(body, media_type=JSON)
 
     def table(self, request: Request) -> Response:
         """The records of a window of steps, `rows` of them."""
-        window = _window(request, "rows", 25, POINTS)
+        low, high, rows = _window(request, "rows", 25, POINTS)
         with self.lock:
-            return Response(to_json([run.table(*window) for run in self.runs]), media_type=JSON)
+            body = to_json([run.table(low, high, rows) for run in self.runs])
+        return Response(body, media_type=JSON)
 
     def texts(self, request: Request) -> Response:
         with self.lock:
-            return Response(to_json([run.texts() for run in self.runs]), media_type=JSON)
+            body = to_json([run.texts() for run in self.runs])
+        return Response(body, media_type=JSON)
 
     async def events(self, request: Request) -> Response:
         return StreamingResponse(self._events(), media_type="text/event-stream")
 
     async def _events(self) -> AsyncIterator[str]:
-        self._open += 1
+        self._open_pages += 1
         try:
             while not self.ended:
-                told = self.changed
+                # Taken before the state is read: a change during the read is not missed.
+                changed = self.changed
                 yield f"data: {await asyncio.to_thread(self.state)}\n\n"
-                while not told.is_set():
+                while not changed.is_set():
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(told.wait(), QUIET)
+                        await asyncio.wait_for(changed.wait(), QUIET)
                         continue
                     yield ": still here\n\n"
         finally:
-            self._open -= 1
+            self._open_pages -= 1
 
     async def look(self) -> None:
         """Read what the runs have added, for as long as a page is open."""
         while not self.ended:
-            if self._open:
-                seen = [await asyncio.to_thread(run.refresh, self.lock) for run in self.runs]
-                if any(seen):
-                    self.tell()
+            if self._open_pages:
+                changes = [await asyncio.to_thread(run.refresh, self.lock) for run in self.runs]
+                if any(changes):
+                    self.wake_pages()
             await asyncio.sleep(POLL)
 
-    def tell(self) -> None:
-        told, self.changed = self.changed, asyncio.Event()
-        told.set()
+    def wake_pages(self) -> None:
+        """Let each open page send the state as it is now."""
+        previous = self.changed
+        self.changed = asyncio.Event()
+        previous.set()
 
     def end(self) -> None:
         self.ended = True
-        self.tell()
+        self.wake_pages()
 
 
-def _window(request: Request, name: str, usual: int, most: int) -> tuple[float, float, int]:
+def _window(request: Request, name: str, default: int, most: int) -> tuple[float, float, int]:
     """`from`, `to` and a count of a request; 400 for what is no number."""
-    given = request.query_params
+    query = request.query_params
     try:
-        low, high = float(given.get("from", "-inf")), float(given.get("to", "inf"))
-        return low, high, min(most, max(1, int(given.get(name, usual))))
+        low = float(query.get("from", "-inf"))
+        high = float(query.get("to", "inf"))
+        count = int(query.get(name, default))
     except ValueError:
         raise HTTPException(400) from None
+    return low, high, min(most, max(1, count))
 
 
 def make_app(page: Page, token: str) -> Guard:
@@ -158,14 +191,23 @@ def make_app(page: Page, token: str) -> Guard:
         yield
         task.cancel()
 
-    static = StaticFiles(packages=[("tunesmith.watch", "static"), ("tunesmith.report", "static")], html=True)
-    data = [page.events, page.curves, page.table, page.texts]
-    below = [*(Route(f"/{answer.__name__}", answer) for answer in data), Mount("/", static)]
-    return Guard(Starlette(routes=[Mount(f"/{token}", routes=below)], lifespan=lifespan), token)
+    packages: list[str | tuple[str, str]] = [
+        ("tunesmith.watch", "static"),
+        ("tunesmith.report", "static"),
+    ]
+    routes = [
+        Route("/events", page.events),
+        Route("/curves", page.curves),
+        Route("/table", page.table),
+        Route("/texts", page.texts),
+        Mount("/", StaticFiles(packages=packages, html=True)),
+    ]
+    app = Starlette(routes=[Mount(f"/{token}", routes=routes)], lifespan=lifespan)
+    return Guard(app, token)
 
 
 class WatchServer(Server):
-    """On ctrl-C the pages are told first: their requests for events would never end by themselves."""
+    """Tells the pages of ctrl-C: their requests for events would never end by themselves."""
 
     page: Page
 
@@ -174,18 +216,27 @@ class WatchServer(Server):
         await super().shutdown(sockets)
 
 
-def serve_page(runs: Sequence[WatchedRun], told: Any) -> None:
-    """Serve until SIGINT or SIGTERM. `told` is called with the address once it can be opened."""
-    token, page = secrets.token_urlsafe(24), Page(runs)
+def serve_page(runs: Sequence[WatchedRun], on_ready: Callable[[str], object]) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    `on_ready` is called with the address once it can be opened.
+    """
+    token = secrets.token_urlsafe(24)
+    page = Page(runs)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        told(f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/")
-        # No web sockets, no forwarded addresses, and no log of requests, which would name the token.
+        on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/")
+        # No web sockets, no forwarded addresses; a log of requests would name the token.
         config = Config(
-            make_app(page, token), ws="none", proxy_headers=False, log_level="critical", server_header=False, date_header=False,
+            make_app(page, token),
+            ws="none",
+            proxy_headers=False,
+            log_level="critical",
+            server_header=False,
+            date_header=False,
             timeout_graceful_shutdown=2,
-        )  # fmt: skip
+        )
         server = WatchServer(config)
         server.page = page
         server.run(sockets=[listener])
