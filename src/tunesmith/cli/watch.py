@@ -72,15 +72,16 @@ def _check_removed(args: argparse.Namespace) -> None:
         match = _REMOTE_RUN.fullmatch(word)
         if match is None or Path(word).exists():
             continue
-        host = shell_word(match[1])
+        host = match[1]
         # A login begins in the home directory, and a quoted ~ would not be expanded there.
-        run_there = shell_path(match[2].removeprefix("~/"))
+        run_there = match[2].removeprefix("~/")
         raise UsageError(
             "watching a run of another host was removed",
             where=f"command line: {word}",
             why="the page is served where the run is, and ssh brings it here",
-            fix=f"ssh {host}, and there: tunesmith watch {run_there}, which prints an address with "
-            f"a PORT; then here, before opening it: ssh -N -L PORT:127.0.0.1:PORT {host}",
+            fix=f"ssh {shell_word(host)}, and there: tunesmith watch {shell_path(run_there)}, "
+            "which prints an address with a PORT; then here, before opening it: "
+            f"ssh -N -L PORT:127.0.0.1:PORT {shell_word(host)}",
         )
 
 
