@@ -54,7 +54,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import AutoConfig
 
-from tunesmith.adapter import lora
+from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.build_model import define_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.model import attention
@@ -312,7 +312,7 @@ def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[
             module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             setattr(module, key, torch.nn.Parameter(fake.from_tensor(p), requires_grad=p.requires_grad))
         if run.model.quantize == "fp8":
-            lora.convert_to_eight_bit(model, ROW_WISE)
+            convert_to_eight_bit(model, ROW_WISE)
         model.train().set_attn_implementation(attention.register())
         layers = model.model.layers
         recompute_layers(layers, len(layers) * recomputed)

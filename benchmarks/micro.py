@@ -83,10 +83,10 @@ def weights_of(base: str, dense: list[Tensor], device: torch.device) -> list[Fro
     """Frozen weights in a base: bf16, or fp8 as this device scales it."""
     if base == "bf16":
         return [DenseWeight("dense", [w], (w.shape[0], w.shape[1])) for w in dense]
-    kind, why = select_scaling(device)
-    if kind is None:
+    recipe, why = select_scaling(device)
+    if recipe is None:
         raise RuntimeError(why)
-    return [EightBitWeight.from_dense(kind, w) for w in dense]
+    return [EightBitWeight.from_dense(recipe, w) for w in dense]
 
 
 def groups(timed: Timings, draw: Callable[..., Tensor], n: int, names: dict[str, tuple[int, list[int]]]) -> None:

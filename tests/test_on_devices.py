@@ -133,7 +133,7 @@ def test_a_base_in_8_bits_answers_prompts_of_any_length(device, tiny, tmp_path):
 @pytest.mark.parametrize("rows", [1, 3, 16, 100, 256])
 def test_8_bit_products_of_true_shapes_run_for_every_number_of_rows(device, rows):
     """down_proj and k_proj of Llama 3.1 8B, forward and backward; an eighth of them on a CPU."""
-    kind = select_scaling(device).kind
+    kind = select_scaling(device).recipe
     if kind is None:
         pytest.skip("this device has no fp8 products")
     part = 8 if device.type == "cpu" else 1

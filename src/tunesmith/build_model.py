@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora, peft_files
+from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_weights
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
@@ -23,9 +24,9 @@ from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.shard import shard_model
 from tunesmith.parallel.tensor import cut_model
-from tunesmith.quant import nf4
-from tunesmith.quant.frozen_matmul import load_hooks
-from tunesmith.quant.scaled_matmul import KINDS
+from tunesmith.quant.frozen_linear import load_hooks
+from tunesmith.quant.scaled_matmul import SCALING_RECIPES
+from tunesmith.quant.schemes import scheme_of
 from tunesmith.ranks import ONE_PROCESS, Ranks
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
@@ -42,8 +43,7 @@ ROW_MULTIPLE = 64  # tensor cores want the vocabulary, a dimension of the head's
 def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
     """The model on meta, as the recipe trains it: quantized layers, adapter and fused modules, but no weights."""
     model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
-    if run.model.quantize == "nf4":
-        nf4.replace_linears(model, DTYPES[run.model.dtype])
+    scheme_of(run.model).replace_linears(model, DTYPES[run.model.dtype])
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=run.train.seed)
     fused.fuse_modules(model, project=lora.project)
@@ -99,8 +99,8 @@ def build_model(
         bound_product_caches()
     prepare_allocator(device)  # inference names a device without `choose_device`
     model = model or define_model(run, files)
-    if plan.base in KINDS:
-        lora.convert_to_eight_bit(model, plan.base, skip=lora.modules_to_save(model, run.adapter))
+    if plan.base in SCALING_RECIPES:
+        convert_to_eight_bit(model, plan.base, skip=lora.modules_to_save(model, run.adapter))
     logits: dict[str, Any] = {"softcap": files.spec.final_softcap, "logit_scale": files.spec.logit_scale}
     root = TrainModel(model, METHODS[run.method], layers=LAYERS, attention_backend=plan.attention, **logits)
     root.partial_gradients = cut_model(root, mesh)

@@ -33,6 +33,7 @@ from tunesmith.metrics.sink import Sinks
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
 from tunesmith.private import local_slices
 from tunesmith.quant.nf4 import check_nf4
+from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.ranks import ONE_PROCESS, Ranks, choose_gpu, join_ranks, started_as
 from tunesmith.sharded import local_part
 from tunesmith.signals import StopRequest
@@ -244,7 +245,7 @@ class SelfCheck:
                 digests.setdefault(part, []).append(digest)
             if copies := [same for same in digests.values() if len(same) > 1]:
                 self.equal(COPIES, len(copies), sum(len({*same}) == 1 for same in copies))
-        if run.model.quantize == "nf4":  # at a resume its base is made as at the start, and its adapter as LoRA's
+        if scheme_of(run.model) is NF4:  # at a resume its base is made as at the start, and its adapter as LoRA's
             return
         if ranks.local_rank == 0:  # as if the last steps had never been
             shutil.rmtree(out / f"checkpoint-{STEPS}", ignore_errors=True)

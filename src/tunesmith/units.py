@@ -26,6 +26,11 @@ def ratio(amount: float, divisor: float) -> float:
     return amount / divisor if divisor else 0.0
 
 
+def ceil_div(amount: int, divisor: int) -> int:
+    """`amount / divisor`, rounded up."""
+    return -(-amount // divisor)
+
+
 @dataclass(frozen=True)
 class _Amount:
     units: ClassVar[tuple[str, ...]]

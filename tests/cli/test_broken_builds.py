@@ -240,7 +240,7 @@ def quantize_parts_by_themselves() -> None:
     original = nf4.Nf4Linear.quantize
 
     def quantize(self, dense):
-        cut, self.cut = self.cut, None
+        cut, self.tensor_shard = self.tensor_shard, None
         whole = dense if isinstance(dense, Tensor) else dense.read()
         original(self, whole.chunk(cut.parts, cut.dim)[cut.part] if cut else whole)
 

@@ -177,7 +177,7 @@ def test_blocks_of_moments_and_of_nf4_are_those_of_one_process(world, wide, tmp_
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_a_base_in_8_bits_gives_the_numbers_of_one_process(world, tiny, tmp_path):
     """In bf16: 9e-4 was seen. With one scale a tensor, torch 2.11's on a CPU, fp8 rounds by the rows of a micro batch."""
-    coarse = select_scaling(torch.device("cpu")).kind == TENSOR_WISE
+    coarse = select_scaling(torch.device("cpu")).recipe == TENSOR_WISE
     wide = {name: (5e-3, 1e-2) for name in ONE_SCALE_A_ROW if coarse}
     with mock.patch.dict(TOLERANCES, wide):
         assert_those_of_one_process(world, IN_8_BITS, tiny, tmp_path, (2e-4, 3e-3))

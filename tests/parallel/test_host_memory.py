@@ -251,8 +251,8 @@ def quantized(model: Path, folder: Path, meshes: list[dict[str, int]]) -> list[t
             for name, layer in layers.items():
                 frozen = layer.frozen_weight()
                 codes = gathered(layer.weight).contiguous()
-                values = Nf4Weight(frozen.kind, [codes, *frozen.tensors[1:]], frozen.shape).dense(torch.float32)
-                dense[name] = values.numpy(), layer.cut and layer.cut[:3], read[f"{name}.weight"]
+                values = Nf4Weight(frozen.encoding, [codes, *frozen.tensors[1:]], frozen.shape).dense(torch.float32)
+                dense[name] = values.numpy(), layer.tensor_shard and layer.tensor_shard[:3], read[f"{name}.weight"]
             found.append((dense, root.describe()))
     return found
 

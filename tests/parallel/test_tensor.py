@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ranks import gathered, run_ranks
 from tunesmith import private
 from tunesmith.adapter import lora
+from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.config.schema import Adapter, Model, Train
 from tunesmith.data.batch import Batch
 from tunesmith.errors import TunesmithError
@@ -29,7 +30,8 @@ from tunesmith.parallel.mesh import Mesh, MeshShape
 from tunesmith.parallel.tensor import cut_model, reduce_gradients
 from tunesmith.quant import nf4
 from tunesmith.quant.eight_bit import EightBitLinear
-from tunesmith.quant.frozen_matmul import grouped_matmul, load_hooks
+from tunesmith.quant.frozen_linear import load_hooks
+from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight
 from tunesmith.quant.scaled_matmul import ROW_WISE
 from tunesmith.ranks import join_ranks
@@ -296,7 +298,7 @@ def quantized(folder: Path) -> tuple[int, float]:
         expected = rooted(dense.requires_grad_(False))(batch()).loss
         eight = load.build_on_meta(dense.config, Model(name="x"))
         lora.attach_lora(eight, ADAPTER, seed=1)
-        count += lora.convert_to_eight_bit(eight, ROW_WISE)
+        count += convert_to_eight_bit(eight, ROW_WISE)
         root = rooted(eight)
         cut_model(root, mesh)
         load.materialise(eight, torch.device("cpu"))

@@ -59,7 +59,7 @@ def planned_in_training(
     monkeypatch.setattr(build, "define_model", lambda run, files: None)
     monkeypatch.setattr(build, "count_trained", lambda run, model: planner.trained)
     monkeypatch.setattr(build, "probe_machine", lambda *_: machine)
-    monkeypatch.setattr(build.lora, "eight_bit_shapes", lambda *_: [])
+    monkeypatch.setattr(build, "eight_bit_shapes", lambda *_: [])
     ranks = SimpleNamespace(
         together=nullcontext, gather=lambda value: [value] * cluster.world, rank=min(1, cluster.world - 1), world=cluster.world,
         local_world=cluster.per_node, name=str, heartbeat=Heartbeat(),

@@ -9,13 +9,14 @@ from transformers import AutoModelForCausalLM
 
 from devices import cpu_and_gpu
 from tunesmith.adapter import lora, peft_files
+from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.config.schema import Adapter
 from tunesmith.private import scaled_mm
 from tunesmith.quant import eight_bit, nf4, scaled_matmul
 from tunesmith.quant.eight_bit import EightBitLinear
-from tunesmith.quant.frozen_matmul import parameter_count
+from tunesmith.quant.frozen_linear import parameter_count
 from tunesmith.quant.frozen_weight import EightBitWeight
-from tunesmith.quant.scaled_matmul import KINDS, LEAST_ROWS, ROW_WISE, TENSOR_WISE, quantize
+from tunesmith.quant.scaled_matmul import LEAST_ROWS, ROW_WISE, SCALING_RECIPES, TENSOR_WISE, quantize
 
 CPU = torch.device("cpu")
 
@@ -109,12 +110,12 @@ def dequantized(a, b, scale_a, scale_b):
 def test_the_scaling_is_found_by_trying_the_models_shapes(product, kind, why, monkeypatch):
     monkeypatch.setattr(scaled_matmul, "scaled_mm", product)
     found = eight_bit.select_scaling(CPU, ((48, 32), (48, 1024)), (1, 16, 300))
-    assert found.kind == kind or (product is scaled_mm and found.kind == ROW_WISE)
+    assert found.recipe == kind or (product is scaled_mm and found.recipe == ROW_WISE)
     assert why in found.why
 
 
 @pytest.mark.parametrize("n", [1, 7, 15, 16, 17, 31, 33, 257, 300])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCALING_RECIPES)
 def test_few_rows_are_padded_and_cut_again(kind, n, monkeypatch):
     """Each row as if it was multiplied with others: rows do not see each other (unless they share a scale)."""
 
@@ -133,7 +134,7 @@ def test_few_rows_are_padded_and_cut_again(kind, n, monkeypatch):
 
 def test_a_matmul_is_that_of_its_rounded_factors():
     """Beside float64 on the same 8-bit numbers only the sum (fp32) and the result (bf16: 2^-9) are rounded."""
-    kind = eight_bit.select_scaling(CPU).kind
+    kind = eight_bit.select_scaling(CPU).recipe
     assert kind is not None
     x, w = torch.randn(48, 64, dtype=torch.bfloat16), torch.randn(32, 64, dtype=torch.bfloat16)
     dy, weight = torch.randn(48, 32, dtype=torch.bfloat16), EightBitWeight.from_dense(kind, w)
@@ -164,12 +165,12 @@ def test_only_frozen_layers_of_fitting_widths_go_into_fp8():
     ).bfloat16()
     model.requires_grad_(False)
     model["trained"].requires_grad_(True)
-    assert lora.convert_to_eight_bit(model, ROW_WISE) == 1
+    assert convert_to_eight_bit(model, ROW_WISE) == 1
     assert isinstance(model["fits"], EightBitLinear)
     assert type(model["odd"]) is type(model["trained"]) is nn.Linear
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCALING_RECIPES)
 def test_an_empty_layer_takes_a_weight_piece_by_piece(kind, monkeypatch):
     weight = torch.randn(48, 32) * torch.logspace(-2, 2, 48).unsqueeze(1)
     base = nn.Linear(32, 48, device="meta", dtype=torch.bfloat16).requires_grad_(False)
@@ -186,7 +187,7 @@ def test_an_empty_layer_takes_a_weight_piece_by_piece(kind, monkeypatch):
 def test_a_layer_that_will_be_trained_in_full_stays_dense():
     model = nn.ModuleDict({name: nn.Linear(32, 32, device="meta") for name in ("frozen", "trained")})
     model.requires_grad_(False)
-    assert lora.convert_to_eight_bit(model, ROW_WISE, skip=[model["trained"]]) == 1
+    assert convert_to_eight_bit(model, ROW_WISE, skip=[model["trained"]]) == 1
     assert type(model["trained"]) is nn.Linear
 
 
@@ -194,7 +195,7 @@ def test_an_adapter_keeps_its_very_parameters_and_the_head_its_weight(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
     lora.attach_lora(model, Adapter(rank=2, target=("q_proj", "down_proj")), seed=1)
     before = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert lora.convert_to_eight_bit(model, ROW_WISE) == 14
+    assert convert_to_eight_bit(model, ROW_WISE) == 14
     after = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert list(before) == list(after)
     assert all(after[name] is parameter for name, parameter in before.items())
@@ -214,7 +215,7 @@ def test_a_quantized_weight_counts_as_the_dense_one_and_is_in_no_adapter_file(ba
         assert parameter_count(model) == count
     lora.attach_lora(model, Adapter(rank=2), seed=1)
     if base == "fp8":
-        lora.convert_to_eight_bit(model, ROW_WISE)
+        convert_to_eight_bit(model, ROW_WISE)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert parameter_count(model) == count + trained
     written, _ = peft_files.adapter_files(model, Adapter(rank=2), "base", None)
@@ -240,7 +241,7 @@ SPREADS = {"even": (0, 0, 0), "rows of W": (3, 0, 0), "columns of W": (0, 3, 0),
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCALING_RECIPES)
 def test_one_copy_of_the_weight_makes_dx_as_well_as_two(kind: str, spread: str) -> None:
     """Each rounds both factors to 3 bits of mantissa: some 4 %. Gradients are small: here of 1e-7 and less."""
     if kind == ROW_WISE and eight_bit.select_scaling(CPU).kind != ROW_WISE:
@@ -265,7 +266,7 @@ def test_one_copy_of_the_weight_makes_dx_as_well_as_two(kind: str, spread: str) 
 def test_a_product_is_that_of_the_rounded_factors(device):
     """In float64; torch 2.11 multiplies factors that are scaled by row on a GPU alone."""
     x, w = torch.randn(256, 512).to(device, torch.bfloat16), torch.randn(384, 512).to(device, torch.bfloat16)
-    kind = eight_bit.select_scaling(device).kind
+    kind = eight_bit.select_scaling(device).recipe
     if kind is None:
         pytest.skip("this device has no fp8 matmuls")
     weight = EightBitWeight.from_dense(kind, w)

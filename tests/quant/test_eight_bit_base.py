@@ -37,7 +37,7 @@ def count(session: Session) -> int:
 def test_the_base_is_quantized_and_the_loss_is_told(tiny, tmp_path):
     session, said = begin(tiny, tmp_path)
     taken, why = base(session)
-    assert taken == eight_bit.select_scaling(torch.device("cpu")).kind
+    assert taken == eight_bit.select_scaling(torch.device("cpu")).recipe
     assert count(session) == 14
     assert "14 layers" in why
     assert "loss " in why
@@ -65,7 +65,7 @@ def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypat
 
 
 def test_a_machine_without_fp8_matmuls_trains_in_bf16(tiny, tmp_path, monkeypatch):
-    refused = eight_bit.ScalingRecipe(None, "this chip has no fp8 matmuls: too old")
+    refused = eight_bit.Scaling(None, "this chip has no fp8 matmuls: too old")
     monkeypatch.setattr(eight_bit, "select_scaling", lambda *tried, **options: refused)
     session, said = begin(tiny, tmp_path)
     assert base(session) == ("bf16", "this chip has no fp8 matmuls: too old")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.adapter import lora
+from tunesmith.adapter.eight_bit import LoraEightBitLinear
 from tunesmith.config.schema import Adapter
 from tunesmith.quant import eight_bit, frozen_matmul
 from tunesmith.quant.eight_bit import EightBitLinear
@@ -16,7 +17,7 @@ from tunesmith.quant.nf4 import Nf4Linear
 from tunesmith.quant.scaled_matmul import TENSOR_WISE
 
 # torch 2.11 has no fp8 matmuls scaled by row on a CPU.
-FP8 = sorted({TENSOR_WISE, eight_bit.select_scaling(torch.device("cpu")).kind or TENSOR_WISE})
+FP8 = sorted({TENSOR_WISE, eight_bit.select_scaling(torch.device("cpu")).recipe or TENSOR_WISE})
 WIDTHS = (48, 16, 16)  # like q, k and v
 ADAPTER = Adapter(rank=4, alpha=8)
 
@@ -87,7 +88,7 @@ def kinds() -> dict[str, list[lora.Lora]]:
         packed[-1].lora_A, packed[-1].lora_B = layer.lora_A, layer.lora_B
     made["nf4"] = packed
     for kind in FP8:
-        made[kind] = [lora.LoraEightBitLinear(layer, kind) for layer in adapted(dense_layers(torch.bfloat16))]
+        made[kind] = [LoraEightBitLinear(layer, kind) for layer in adapted(dense_layers(torch.bfloat16))]
     return made
 
 
@@ -141,13 +142,13 @@ def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
     for factors in (lora_AB, []):
         leaves = [t.clone().requires_grad_() for t in factors]
         xa = [x @ factors[0].T] if factors else []
-        given = (x.clone().requires_grad_(), xa, weight.quantize_input(x), leaves, tensors, weight.kind, widths)
+        given = (x.clone().requires_grad_(), xa, weight.quantize_input(x), leaves, tensors, weight.encoding, widths)
         torch.library.opcheck(frozen_matmul.frozen_matmul, given, test_utils=tests)
         dys = [torch.randn(40, width, dtype=torch.bfloat16) for width in widths]
         quantized = [t for dy, w in zip(dys, weights, strict=True) for t in w.quantize_gradient(dy)]
         saved = [x, *xa] if factors else []
         for needs_dx in (True, False):
-            given = (dys, quantized, saved, factors, tensors, weight.kind, 64, needs_dx)
+            given = (dys, quantized, saved, factors, tensors, weight.encoding, 64, needs_dx)
             torch.library.opcheck(frozen_matmul.frozen_matmul_backward, given, test_utils=tests)
 
 

@@ -199,9 +199,9 @@ def layer_of(double: bool) -> Nf4Linear:
     layer = Nf4Linear(128, 192, False, torch.float32, device="cpu")
     layer.quantize(torch.randn(192, 128))
     if not double:
-        kind, tensors = layer.frozen_weight().kind, layer.frozen_weight().tensors
+        encoding, tensors = layer.encoding, layer.frozen_weight().tensors
         functional = nf4_functions()
         nested = functional.QuantState(tensors[3], blocksize=256, code=tensors[4], dtype=torch.float32)
         absmax = functional.dequantize_blockwise(tensors[1], nested) + tensors[5]
-        layer._store_scales(kind.replace(" 256 ", " 0 "), absmax, tensors[2])
+        layer._store_scales(encoding.replace(" 256 ", " 0 "), absmax, tensors[2])
     return layer

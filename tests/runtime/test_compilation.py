@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from ranks import run_ranks
 from tunesmith.adapter import lora
+from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.config.schema import Adapter
 from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.errors import MachineError
@@ -87,9 +88,9 @@ def build(layers: int, family: str = "llama", *, base: str = "dense") -> Any:
         if base == "dense":
             layer.double()
     if base == "fp8":
-        kind = eight_bit.select_scaling(torch.device("cpu")).kind
+        kind = eight_bit.select_scaling(torch.device("cpu")).recipe
         assert kind is not None
-        assert lora.convert_to_eight_bit(model, kind) > 0
+        assert convert_to_eight_bit(model, kind) > 0
     fused.fuse_modules(model, project=lora.project)
     model.set_attn_implementation(attention.register())
     return model.train()

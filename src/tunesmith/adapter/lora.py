@@ -2,13 +2,14 @@
 
     y = x W^T + b + scaling * (dropout(x) A^T) B^T        A [r, in], B [out, r], scaling = alpha / r
 
-rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / sqrt(r). As in PEFT A starts as Kaiming-uniform with
-a = sqrt(5) and B as zeros; both are fp32 parameters, computed in the dtype of x. A layer keeps the names `weight` and
-`bias` of the layer that it replaces, so the base loads into it as before.
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / sqrt(r). As in PEFT A starts as
+Kaiming-uniform with a = sqrt(5) and B as zeros; both are fp32 parameters, computed in the dtype of x.
+A layer keeps the names `weight` and `bias` of the layer that it replaces, so the base loads into it
+as before.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,47 +21,58 @@ from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
-from tunesmith.quant.eight_bit import ALIGNED, EightBitLinear
-from tunesmith.quant.frozen_matmul import grouped_matmul, linear_names
+from tunesmith.quant.frozen_linear import linear_names
+from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import DenseWeight, FrozenWeight
 from tunesmith.quant.nf4 import Nf4Linear
 from tunesmith.sharded import local_part
 
 ALL_LINEAR = "all-linear"
-ORIGINAL = "before_tuning_"  # a module trained in full keeps its base values in buffers of this prefix
+# A module trained in full keeps its base values in buffers of this prefix.
+ORIGINAL = "before_tuning_"
 
 
 class Lora(nn.Module):
     """What a linear layer with an adapter has, however its base weight is stored.
 
-    lora_A: fp32 [rank, in_features]; lora_B: fp32 [out_features, rank]. With `enabled = False` the base alone is computed.
+    lora_A: fp32 [rank, in_features]; lora_B: fp32 [out_features, rank]. With `enabled = False` the
+    base alone is computed.
     """
 
+    weight: Any  # of the base; its shape and dtype are those of how it is stored
     bias: Any  # nn.Parameter or None
-    dense: Callable[..., Tensor]  # the base weight [out_features, in_features], in the dtype of its matmuls
+    dense: Callable[
+        ..., Tensor
+    ]  # the base weight [out_features, in_features], in the matmuls' dtype
     frozen_weight: Callable[..., FrozenWeight]
     in_features: int
     out_features: int
     scaling: float
     dropout: float
     enabled: bool
-    first: int = 0  # of the whole layer's inputs this rank has `in_features`, from this one on
+    # Of the whole layer's inputs this rank has `in_features`, from this one on.
+    first: int = 0
 
     def add_lora(self, adapter: Adapter, device: torch.device) -> None:
         """Make A and B; `init_lora` draws their values."""
         rank = adapter.rank
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
-        self.scaling = adapter.alpha / (math.sqrt(rank) if adapter.rslora else rank)
+        fp32 = torch.float32
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=fp32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=fp32, device=device))
+        self.scaling = lora_scaling(adapter)
         self.dropout = adapter.dropout
         self.enabled = True
 
     def drop(self, x: Tensor) -> Tensor:
-        """x [..., in_features] with dropout; the ranks that share the layer's inputs draw as one process does."""
-        if self.lora_A.shape[1] == self.in_features:
+        """x [..., in_features] with dropout.
+
+        The ranks that share the layer's inputs draw as one process does.
+        """
+        all_inputs = self.lora_A.shape[1]
+        if all_inputs == self.in_features:
             return F.dropout(x, self.dropout, self.training)
-        ones = x.new_ones(*x.shape[:-1], self.lora_A.shape[1])
-        return x * F.dropout(ones, self.dropout, self.training).narrow(-1, self.first, self.in_features)
+        mask = F.dropout(x.new_ones(*x.shape[:-1], all_inputs), self.dropout, self.training)
+        return x * mask.narrow(-1, self.first, self.in_features)
 
     def base(self, x: Tensor) -> Tensor:
         """The layer without its adapter: [..., in_features] -> [..., out_features]."""
@@ -75,15 +87,25 @@ class Lora(nn.Module):
         return project(x, [self])[0]
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
+        rank = self.lora_A.shape[0]
+        sizes = f"{self.in_features}, {self.out_features}"
+        return f"{sizes}, rank={rank}, scaling={self.scaling:g}"
+
+
+def lora_scaling(adapter: Adapter) -> float:
+    """The factor on an adapter's update."""
+    if adapter.rslora:
+        return adapter.alpha / math.sqrt(adapter.rank)
+    return adapter.alpha / adapter.rank
 
 
 class LoraLinear(Lora, nn.Linear):
-    """An `nn.Linear` with an adapter; it takes over the very parameters, so tied weights stay tied."""
+    """An `nn.Linear` with an adapter; it takes over the very parameters: tied weights stay tied."""
 
     def __init__(self, base: nn.Linear, adapter: Adapter) -> None:
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight, self.bias = base.weight, base.bias
+        self.weight = base.weight
+        self.bias = base.bias
         self.add_lora(adapter, base.weight.device)
 
     def dense(self) -> Tensor:
@@ -100,56 +122,17 @@ class LoraNf4Linear(Lora, Nf4Linear):
     """An `Nf4Linear` with an adapter (QLoRA: Dettmers et al. 2023, arXiv:2305.14314)."""
 
     def __init__(self, base: Nf4Linear, adapter: Adapter) -> None:
-        super().__init__(base.in_features, base.out_features, base.bias is not None, base.compute_dtype, device="meta")
+        has_bias = base.bias is not None
+        super().__init__(base.in_features, base.out_features, has_bias, base.compute_dtype, "meta")
         self.share(base)
         self.add_lora(adapter, base.weight.device)
 
 
-class LoraEightBitLinear(Lora, EightBitLinear):
-    """An `EightBitLinear` with an adapter; it takes over that of a `LoraLinear`."""
-
-    def __init__(self, base: LoraLinear, kind: str) -> None:
-        super().__init__(base, kind)
-        self.lora_A, self.lora_B = base.lora_A, base.lora_B
-        self.scaling, self.dropout, self.enabled = base.scaling, base.dropout, base.enabled
-
-
-def eight_bit_names(model: nn.Module, skip: Collection[nn.Module] = ()) -> list[str]:
-    """Full names of the dense, frozen linear layers of fitting widths; without the output layer."""
-    layers = ((name, model.get_submodule(name)) for name in linear_names(model, head=False))
-    frozen = [(name, m) for name, m in layers if isinstance(m, nn.Linear) and not m.weight.requires_grad]
-    fitting = [(name, m) for name, m in frozen if m.in_features % ALIGNED == 0 and m.out_features % ALIGNED == 0]
-    return [name for name, m in fitting if m not in skip]
-
-
-def eight_bit_shapes(model: nn.Module) -> list[tuple[int, int]]:
-    """(out_features, in_features) of the layers that `convert_to_eight_bit` takes, each once; on meta or not."""
-    shapes = (model.get_parameter(f"{name}.weight").shape for name in eight_bit_names(model))
-    return sorted({(n_out, n_in) for n_out, n_in in shapes})
-
-
-def convert_to_eight_bit(model: nn.Module, kind: str, skip: Collection[nn.Module] = ()) -> int:
-    """Put the layers of `eight_bit_names` into 8 bits, one at a time; return how many. Those on meta become empty ones.
-
-    Args:
-        kind: one of `scaled_matmul.KINDS`.
-        skip: layers that will be trained in full, which a model on meta does not tell.
-    """
-    names = eight_bit_names(model, skip)  # by name: a list of the layers would keep every dense weight alive
-    for name in names:
-        layer = model.get_submodule(name)
-        if isinstance(layer, LoraLinear):
-            model.set_submodule(name, LoraEightBitLinear(layer, kind))
-        elif isinstance(layer, nn.Linear):
-            model.set_submodule(name, EightBitLinear(layer, kind))
-    return len(names)
-
-
 def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
-    """Put an adapter on the model in place, freeze all else, and return the names of the adapted layers.
+    """Put an adapter on the model in place, freeze all else, and return the adapted layers' names.
 
-    On the meta device call `init_lora` once the weights are there. RecipeError for a target or module to save that the
-    model does not have.
+    On the meta device call `init_lora` once the weights are there. RecipeError for a target or
+    module to save that the model does not have.
     """
     model.requires_grad_(False)
     names = target_names(model, adapter)
@@ -159,34 +142,39 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
             model.set_submodule(name, LoraNf4Linear(base, adapter))
         elif isinstance(base, nn.Linear):
             model.set_submodule(name, LoraLinear(base, adapter))
-    _names_to_save(model, adapter)
-    if not any(p.is_meta for p in model.parameters()):
+    _names_to_save(model, adapter)  # raises for a name that the model does not have
+    if not any(parameter.is_meta for parameter in model.parameters()):
         init_lora(model, adapter, seed=seed)
     return names
 
 
 def init_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> None:
-    """Draw A, zero B, and copy the modules that are trained in full; the base weights must be loaded."""
-    for name, module in loras(model):
-        # Drawn in full, by seed and name: neither the order of the layers nor a later sharding changes it.
+    """Draw A, zero B, and copy the modules that are trained in full; the base must be loaded."""
+    for name, layer in loras(model):
+        # Drawn in full, by seed and name: neither the order of the layers nor a later sharding
+        # changes it.
         generator = torch.Generator().manual_seed(seed_of(seed, f"{name}.lora_A"))
-        bound = 1 / math.sqrt(module.lora_A.shape[1])  # Kaiming-uniform with a = sqrt(5)
-        drawn = torch.empty(module.lora_A.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        bound = 1 / math.sqrt(layer.lora_A.shape[1])  # Kaiming-uniform with a = sqrt(5)
+        values = torch.empty(layer.lora_A.shape, dtype=torch.float32)
+        values.uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
-            copy_whole(module.lora_A, drawn)
-            module.lora_B.zero_()
-    for name in _names_to_save(model, adapter):
-        to_save = model.get_submodule(name)
-        known = dict(to_save.named_buffers(recurse=False))  # of an adapter that this one replaces
-        for key, parameter in list(to_save.named_parameters(recurse=False)):
-            base = known.get(ORIGINAL + key, parameter.detach())
+            copy_whole(layer.lora_A, values)
+            layer.lora_B.zero_()
+    for module in modules_to_save(model, adapter):
+        # An adapter that this one replaces has stored the base's values.
+        buffers = dict(module.named_buffers(recurse=False))
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            base = buffers.get(ORIGINAL + key, parameter.detach())
             # A copy: a head tied to a trained embedding stays what it was, as in PEFT.
-            to_save.register_parameter(key, nn.Parameter(base.clone()))
-            to_save.register_buffer(ORIGINAL + key, base, persistent=False)
+            module.register_parameter(key, nn.Parameter(base.clone()))
+            module.register_buffer(ORIGINAL + key, base, persistent=False)
 
 
 def replace_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Give every adapted layer another A and B, with their scaling and dropout; `init_lora` draws their values."""
+    """Give every adapted layer another A and B, with their scaling and dropout.
+
+    `init_lora` draws their values.
+    """
     for _, layer in loras(model):
         layer.add_lora(adapter, layer.lora_A.device)
 
@@ -198,60 +186,88 @@ def is_adapter_weight(name: str) -> bool:
 
 def count_adapter_parameters(model: nn.Module, adapter: Adapter) -> int:
     """Parameters that a model with an adapter trains: A, B and the modules to save; on meta or not."""
-    count = sum(p.numel() for module in modules_to_save(model, adapter) for p in module.parameters(recurse=False))
-    return count + sum(m.lora_A.numel() + m.lora_B.numel() for _, m in loras(model))
+    count = 0
+    for module in modules_to_save(model, adapter):
+        count += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    for _, layer in loras(model):
+        count += layer.lora_A.numel() + layer.lora_B.numel()
+    return count
 
 
 def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     """Full names of the layers that `adapter.target` means, in the order of the model.
 
-    As in PEFT a target means every linear layer of that name, and every one whose name ends in it after a dot.
+    As in PEFT a target means every linear layer of that name, and every one whose name ends in it
+    after a dot.
     """
     to_save = _names_to_save(model, adapter)
     if adapter.target == ALL_LINEAR:
         return [name for name in linear_names(model, head=False) if name not in to_save]
-    wanted = (adapter.target,) if isinstance(adapter.target, str) else adapter.target
-    endings = {target: f".{target}" for target in wanted}
-    names = _match(endings, linear_names(model, head=True), "adapter.target", "linear layer named")
-    if both := set(names).intersection(to_save):
-        what = f"{min(both)!r} is both an adapter target and a module to save"
-        why, fix = "a module is either trained in full or through an adapter", "take it out of one of the two"
-        raise RecipeError(what, where="adapter.modules_to_save", why=why, fix=fix)
+    targets = adapter.target
+    if isinstance(targets, str):
+        targets = (targets,)
+    endings = {target: f".{target}" for target in targets}
+    all_names = linear_names(model, head=True)
+    names = _match(endings, all_names, "adapter.target", "linear layer named")
+    in_both = set(names).intersection(to_save)
+    if in_both:
+        raise RecipeError(
+            f"{min(in_both)!r} is both an adapter target and a module to save",
+            where="adapter.modules_to_save",
+            why="a module is either trained in full or through an adapter",
+            fix="take it out of one of the two",
+        )
     return names
 
 
-def _match(wanted: Mapping[str, str], names: Sequence[str], key: str, kind: str) -> list[str]:
-    """The names that equal a wanted one or end in its ending; RecipeError if a wanted one matches none."""
-    for name, ending in wanted.items():
-        if not any(n == name or n.endswith(ending) for n in names):
-            why = f"it has: {', '.join(dict.fromkeys(n.rsplit('.', 1)[-1] for n in names))}"
-            fix = f"name some of these, or {f'use {ALL_LINEAR}' if key == 'adapter.target' else f'remove {key}'}"
-            raise RecipeError(f"the model has no {kind} {name!r}", where=key, why=why, fix=fix)
-    return [n for n in names if n in wanted or n.endswith(tuple(wanted.values()))]
+def _match(endings: Mapping[str, str], names: Sequence[str], key: str, described: str) -> list[str]:
+    """The names that equal a key of `endings` or end in its value.
+
+    RecipeError where one matches no name.
+    """
+    for wanted, ending in endings.items():
+        if not any(name == wanted or name.endswith(ending) for name in names):
+            last_parts = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+            fix = f"remove {key}"
+            if key == "adapter.target":
+                fix = f"use {ALL_LINEAR}"
+            raise RecipeError(
+                f"the model has no {described} {wanted!r}",
+                where=key,
+                why=f"it has: {', '.join(last_parts)}",
+                fix=f"name some of these, or {fix}",
+            )
+    all_endings = tuple(endings.values())
+    return [name for name in names if name in endings or name.endswith(all_endings)]
 
 
 def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Full names of `modules_to_save`: modules with parameters of their own, such as an embedding or a norm.
+    """Full names of `modules_to_save`: modules with parameters of their own, as an embedding has.
 
     As in PEFT a name means every module whose full name ends in it, with or without a dot before.
     """
-    own = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    names = []
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            names.append(name)
     endings = {name: name for name in adapter.modules_to_save}
-    return _match(endings, own, "adapter.modules_to_save", "module with weights of its own named")
+    return _match(endings, names, "adapter.modules_to_save", "module with weights of its own named")
 
 
 def modules_to_save(model: nn.Module, adapter: Adapter) -> list[nn.Module]:
-    """The modules that an adapter trains in full; `init_lora` gives them parameters of their own."""
+    """The modules that an adapter trains in full; `init_lora` gives them their own parameters."""
     return [model.get_submodule(name) for name in _names_to_save(model, adapter)]
 
 
 def loras(model: nn.Module) -> Iterator[tuple[str, Lora]]:
     """Every layer with an adapter, by its full name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Lora))
+    for name, module in model.named_modules():
+        if isinstance(module, Lora):
+            yield name, module
 
 
 def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Every parameter of `modules_to_save`: (module's full name, module, name of the parameter)."""
+    """Every parameter of `modules_to_save`: (module's full name, module, parameter's name)."""
     for name, module in model.named_modules():
         for key, _ in module.named_buffers(recurse=False):
             if key.startswith(ORIGINAL):
@@ -259,51 +275,72 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 @torch.no_grad()
-def merged_weight(module: Lora, dtype: torch.dtype | None = None) -> Tensor:
-    """Base weight plus update [out_features, in_features], added in fp32 and rounded once, to `dtype` or the base's."""
-    weight = module.dense()
+def merged_weight(layer: Lora, dtype: torch.dtype | None = None) -> Tensor:
+    """Base weight plus update, [out_features, in_features] in `dtype` (None: the base's).
+
+    They are added in fp32 and rounded once.
+    """
+    weight = layer.dense()
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + module.update().to(wide)).to(dtype or weight.dtype)
+    merged = weight.to(wide) + layer.update().to(wide)
+    return merged.to(dtype or weight.dtype)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base model alone: no adapter, and modules trained in full back at their base values."""
-    layers = [(module, module.enabled) for _, module in loras(model)]
-    trained = [(m.get_parameter(key), m.get_buffer(ORIGINAL + key)) for _, m, key in saved_parameters(model)]
-    tuned = [parameter.data for parameter, _ in trained]
+    enabled = [(layer, layer.enabled) for _, layer in loras(model)]
+    trained = []
+    for _, module, key in saved_parameters(model):
+        parameter = module.get_parameter(key)
+        trained.append((parameter, parameter.data, module.get_buffer(ORIGINAL + key)))
     try:
-        for module, _ in layers:
-            module.enabled = False
-        for parameter, original in trained:
+        for layer, _ in enabled:
+            layer.enabled = False
+        for parameter, _, original in trained:
             parameter.data = original
         yield
     finally:
-        for module, enabled in layers:
-            module.enabled = enabled
-        for (parameter, _), data in zip(trained, tuned, strict=True):
-            parameter.data = data
+        for layer, was_enabled in enabled:
+            layer.enabled = was_enabled
+        for parameter, tuned, _ in trained:
+            parameter.data = tuned
 
 
 def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
     """Outputs [..., out_features] of several layers for one input x [..., in_features].
 
-    If all are frozen with weights of one kind, `grouped_matmul` reads x once for all of them. Otherwise (dropout, a base
-    that is trained, an adapter that is switched off) each layer is computed by itself, by plain autograd.
+    `grouped_matmul` reads x once for all layers where it can compute them; otherwise each layer is
+    computed by itself, by plain autograd.
     """
-
-    def alone(m: nn.Module) -> Tensor:
-        y: Tensor = m.base(x) if isinstance(m, Lora) else m(x)
-        if not isinstance(m, Lora) or not m.enabled:
-            return y
-        a, b = local_part(m.lora_A), local_part(m.lora_B)
-        return y + F.linear(F.linear(m.drop(x), a.to(x.dtype)), b.to(x.dtype)) * m.scaling
-
-    layers = [m for m in linears if isinstance(m, Lora) and m.enabled and not (m.dropout > 0 and m.training)]
-    layers = [m for m in layers if not (isinstance(m, nn.Linear) and m.weight.requires_grad)]
-    weights = [m.frozen_weight() for m in layers]
-    if len(layers) < len(linears) or len({w.kind for w in weights}) != 1:
-        return [alone(m) for m in linears]
-    biases, lora_A = [local_part(m.bias) for m in layers], [local_part(m.lora_A) for m in layers]
-    lora_B = [local_part(m.lora_B) * m.scaling for m in layers]
+    layers = [layer for layer in linears if isinstance(layer, Lora) and can_be_grouped(layer)]
+    weights = [layer.frozen_weight() for layer in layers]
+    is_grouped = len(layers) == len(linears) and len({w.encoding for w in weights}) == 1
+    if not is_grouped:
+        return [_project_alone(x, layer) for layer in linears]
+    biases = [local_part(layer.bias) for layer in layers]
+    lora_A = [local_part(layer.lora_A) for layer in layers]
+    lora_B = [local_part(layer.lora_B) * layer.scaling for layer in layers]
     return grouped_matmul(x, weights, biases, lora_A, lora_B)
+
+
+def can_be_grouped(layer: Lora) -> bool:
+    """Whether `grouped_matmul` computes the layer: an adapter without dropout on a frozen base."""
+    if not layer.enabled:
+        return False
+    if layer.training and layer.dropout > 0:
+        return False  # each layer drops other entries of x
+    return not layer.weight.requires_grad
+
+
+def _project_alone(x: Tensor, layer: nn.Module) -> Tensor:
+    y: Tensor
+    if not isinstance(layer, Lora):
+        y = layer(x)
+        return y
+    y = layer.base(x)
+    if not layer.enabled:
+        return y
+    a = local_part(layer.lora_A).to(x.dtype)
+    b = local_part(layer.lora_B).to(x.dtype)
+    return y + F.linear(F.linear(layer.drop(x), a), b) * layer.scaling

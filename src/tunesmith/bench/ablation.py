@@ -10,10 +10,11 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from tunesmith.config.schema import Model, Run
+from tunesmith.config.schema import Run
 from tunesmith.errors import RunError
+from tunesmith.quant.schemes import DENSE, SCHEMES, scheme_of
 from tunesmith.units import ratio
 
 BASELINE = "as given"
@@ -28,9 +29,9 @@ def variants(run: Run, *, gpu: bool) -> Iterator[tuple[str, str]]:
         yield "not packed", "data.pack=false"
     if train.recompute != "full":
         yield "recomputed", "train.recompute=full"
-    if model.dtype != "fp32" and model.quantize == "none":
+    if model.dtype != "fp32" and scheme_of(model) is DENSE:
         yield "fp32", "model.dtype=fp32"
-    for base in get_args(get_type_hints(Model)["quantize"]) if lora else ():
+    for base in SCHEMES if lora else ():
         if base != model.quantize:
             yield {"none": "dense base"}.get(base, f"base in {base}"), f"model.quantize={base}"
 

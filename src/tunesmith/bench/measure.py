@@ -30,6 +30,7 @@ from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.private import graphs_compiled, scaled_mm
+from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, build
@@ -225,7 +226,7 @@ def _report(session: Session, records: list[StepRecord], first_step_seconds: flo
     work = sum(session.flops(examples(record.step - 1), record.supervised_tokens) for record in records)
     tflops = ratio(work, seconds) / 1e12
     published, measured = session.peak.tflops if session.peak.published else None, matmul_tflops(device, session.dtype)
-    quantize = "none" if run.model.quantize == "none" else session.plan.base
+    quantize = "none" if scheme_of(run.model) is DENSE else session.plan.base
     fp8 = fp8_matmul_tflops(device) if quantize.startswith("fp8") else None
     p50, p95 = (float(value) for value in np.percentile([r.step_seconds for r in records], [50, 95]))
     watts = [r.gpu_power_watts for r in records if r.gpu_power_watts is not None]

@@ -132,6 +132,7 @@ def _cost(planner: "Planner", forecast: "Forecast", price: float) -> float | Non
 def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> list[str]:
     """A table of the meshes, and what the first of them does."""
     from tunesmith.plan.forecast import BETTER
+    from tunesmith.quant.schemes import scheme_of
     from tunesmith.runtime.resolve import checkpoint_bytes
 
     chip, work, best = planner.cluster.chip, planner.work, found[0]
@@ -148,7 +149,7 @@ def _lines(planner: "Planner", found: "list[Forecast]", price: float | None) -> 
         speed = f"{f.step_seconds:8.2f} {f.tokens_per_second:9,.0f}" if known else f"{'-':>8} {'-':>9}"
         shape = f"{' x '.join(map(str, f.plan.mesh)):<26} {f.plan.choices['micro batch']:>15}"
         lines.append(f"{shape} {memory} {f'{speed} {f.idle_share:6.0%}' if f.fits else ' does not fit'}")
-    if planner.run.model.quantize == "fp8" and best.plan.base != "fp8":
+    if scheme_of(planner.run.model).has_fp8_matmuls and best.plan.base != "fp8":
         what = f"the base stays in {best.plan.base}: {best.plan.why['base']}"
         lines.append(f"warning: {what}; to save memory: model.quantize=nf4")
     if not best.fits:

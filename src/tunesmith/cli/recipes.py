@@ -17,6 +17,7 @@ from tunesmith.config.names import nearest
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import copy_of, purpose, shipped
 from tunesmith.errors import MachineError, UsageError
+from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.shell import shell_command, shell_path, shell_word
 
 WIDE = 130  # columns of a terminal that leave 60 for what a recipe is for
@@ -50,7 +51,7 @@ def describe_adapter(run: Run) -> str:
     """How a recipe trains: `full`, `LoRA r=8`, `QLoRA r=8`."""
     if run.adapter.kind == "none":
         return "full"
-    return f"{'QLoRA' if run.model.quantize == 'nf4' else 'LoRA'} r={run.adapter.rank}"
+    return f"{'QLoRA' if scheme_of(run.model) is NF4 else 'LoRA'} r={run.adapter.rank}"
 
 
 def _list(*, as_json: bool) -> None:

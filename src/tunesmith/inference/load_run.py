@@ -23,6 +23,7 @@ from tunesmith.config.removed import REMOVED
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.model.safetensors_files import read_json
+from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.run_directory import FINAL, IDENTITY, RECIPE
 from tunesmith.shell import shell_path
 
@@ -267,7 +268,7 @@ def _check_room(files: "ModelFiles", device: "torch.device") -> None:
     from tunesmith.runtime.device import host_budget
 
     model = files.model
-    if device.type != "cpu" or model.quantize != "none":
+    if device.type != "cpu" or scheme_of(model) is not DENSE:
         return
     needed, budget = files.spec.parameters * DTYPES[model.dtype].itemsize, host_budget()
     if needed <= budget.ceiling:

@@ -35,6 +35,7 @@ from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.save_tensors import SHARD
 from tunesmith.quant.nf4 import Nf4Linear
+from tunesmith.quant.schemes import NF4, scheme_of
 
 MERGE_FILE = "merge.json"  # the check, and the size of each file: the mark of a folder that a merge wrote
 ROOM = 1.1  # of the weights: the rest of the folder, and an untied head
@@ -104,7 +105,7 @@ def merge(
         shutil.rmtree(temporary, ignore_errors=True)
         if bars:
             hf_logging.enable_progress_bar()
-    nf4 = location.base.quantize == "nf4"
+    nf4 = scheme_of(location.base) is NF4
     note = f"the base is in nf4: the adapter was merged into its dequantised {chosen} weights" if nf4 else ""
     return Merged(str(output), location.base.name, str(location.folder), chosen, sum(files.values()), note, check)
 

@@ -18,7 +18,7 @@ from tunesmith.errors import ModelError
 from tunesmith.loss import Score, chunked_cross_entropy, loss_and_grad, token_cross_entropy, token_logprobs
 from tunesmith.model import attention
 from tunesmith.model.documents import Documents
-from tunesmith.quant.frozen_matmul import parameter_count
+from tunesmith.quant.frozen_linear import parameter_count
 from tunesmith.sharded import compute_with_head
 
 

@@ -17,6 +17,7 @@ from tunesmith.config.schema import Parallel, Run
 from tunesmith.errors import RecipeError
 from tunesmith.model.architectures import ARCHITECTURES, Architecture
 from tunesmith.model.spec import ModelSpec
+from tunesmith.quant.schemes import scheme_of
 from tunesmith.ranks import PATIENCE
 from tunesmith.runtime.plan import ONE, MeshShape
 
@@ -130,9 +131,9 @@ def meshes_for(run: Run, spec: ModelSpec, world: int, per_node: int) -> list[Mes
 
 def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> None:
     """Refuse, by a RecipeError, what a mesh does not compute, before anything is loaded."""
-    train, base, cut, key = run.train, run.model.quantize, shape.tensor, "parallel.tensor"
+    train, cut, key = run.train, shape.tensor, "parallel.tensor"
     known = ARCHITECTURES.get(spec.model_type, Architecture("")).fused
-    block = 64 if base == "nf4" else 1  # weights that share a scale stay together
+    block = scheme_of(run.model).block  # weights that share a scale stay together
     widths = (spec.heads, spec.kv_heads, spec.intermediate / block, spec.heads * spec.head_dim / block)
     # Rows of 8-bit moments must be whole blocks of 256, which B of an adapter has not; `check_blocks` looks at each.
     rows = (spec.hidden, spec.intermediate / cut, spec.heads * spec.head_dim / cut)

@@ -27,7 +27,7 @@ from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.fused import FusedAttention, FusedMLP, FusedNorm, add_mixin
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.private import collective
-from tunesmith.quant.frozen_matmul import Cut, FrozenLinear
+from tunesmith.quant.frozen_linear import FrozenLinear, TensorShard
 from tunesmith.quant.nf4 import BLOCK, Nf4Linear
 from tunesmith.sharded import ShardedHead, VocabularyShard, local_part
 
@@ -141,7 +141,7 @@ class _Cutter:
         sizes[dim] //= self.group.size
         layer.out_features, layer.in_features = sizes
         if isinstance(layer, FrozenLinear):
-            layer.cut = Cut(dim, self.group.rank, self.group.size, self.group.name)
+            layer.tensor_shard = TensorShard(dim, self.group.rank, self.group.size, self.group.name)
             layer.allocate(torch.device("meta"))
         else:
             if not isinstance(layer, Lora):

@@ -29,6 +29,7 @@ from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters, flops
 from tunesmith.parallel.mesh import meshes_for
 from tunesmith.plan.hardware import Cluster
+from tunesmith.quant.schemes import scheme_of
 from tunesmith.runtime import resolve, savings
 from tunesmith.runtime.plan import Machine, MeshShape, RunPlan, Saving
 from tunesmith.units import Size
@@ -128,10 +129,10 @@ class Forecast:
 
 def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> "Planner":
     """The planner for machines that are not here: everything is assumed to work which the chip has."""
-    chip, base, compiles = cluster.chip, run.model.quantize, run.train.compile != "off"
+    chip, compiles = cluster.chip, run.train.compile != "off"
     device, size = ("cpu" if chip.name == "cpu" else "cuda"), int(chip.gib * 2**30)
     scaling: tuple[str | None, str] = (None, "")
-    if base == "fp8":
+    if scheme_of(run.model).has_fp8_matmuls:
         scaling = ("fp8", "assumed") if chip.fp8 else (None, f"{chip.name} has no fp8 matmuls")
     machine = Machine(
         device, size, ("varlen" if device == "cuda" else "products", "assumed"), (compiles and device == "cuda", "assumed"),

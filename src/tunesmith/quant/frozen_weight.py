@@ -1,16 +1,16 @@
-"""Frozen weights W [out, in]: one small class for each way to store W, with the matmuls of its forward and backward.
+"""Frozen weights W [out, in]: a class for each way to store W, with its matmuls.
 
 - dense: W itself.
-- nf4: 4-bit codes and their scales, in bitsandbytes' format (Dettmers et al. 2023, arXiv:2305.14314).
+- nf4: 4-bit codes and their scales, in bitsandbytes' format (Dettmers et al. 2023,
+  arXiv:2305.14314).
 - fp8: 8-bit values with a scale a row of W, or one scale (see `scaled_matmul`).
 
-A `torch.library` operator takes strings and tensors, not objects. `kind` and `tensors` describe a weight in full;
-`frozen_weight` builds it again from them.
+`encoding` and `tensors` describe a weight in full; `frozen_weight` builds it again from them.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from tunesmith import packages
 from tunesmith.quant.scaled_matmul import E4M3, TENSOR_WISE, quantize, scaled_matmul
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-# Rows for which bitsandbytes reads 4-bit weights inside the product. To make W dense first moves nine times as many bytes.
+# Rows for which bitsandbytes reads 4-bit weights inside the product. To make W dense first moves
+# nine times as many bytes.
 FEW_ROWS = 16
 Update = tuple[Tensor, Tensor] | None  # of low rank: its two factors
 
@@ -34,20 +35,27 @@ class FrozenWeight(ABC):
     """A weight that gets no gradient.
 
     Attributes:
-        kind: a key of WEIGHT_CLASSES, and the options of its class after it.
+        encoding: a key of WEIGHT_CLASSES, and the options of its class after it. It is one string
+            because a `torch.library` operator takes strings and tensors but no objects, and because
+            two weights can share an operator where their strings are equal.
         tensors: what stores the weight.
         shape: (out_features, in_features).
     """
 
-    def __init__(self, kind: str, tensors: Sequence[Tensor], shape: tuple[int, int]) -> None:
-        self.kind, self.tensors, self.shape = kind, tensors, shape
+    def __init__(self, encoding: str, tensors: Sequence[Tensor], shape: tuple[int, int]) -> None:
+        self.encoding = encoding
+        self.tensors = tensors
+        self.shape = shape
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W, [out, in]."""
 
     def quantize_input(self, x: Tensor) -> list[Tensor]:
-        """What `forward_matmul` needs of x beside itself. Plain tensor code: the compiler fuses it into x's producer."""
+        """What `forward_matmul` needs of x beside itself.
+
+        Plain tensor code: the compiler fuses it into x's producer.
+        """
         return []
 
     def quantize_gradient(self, dy: Tensor) -> list[Tensor]:
@@ -55,7 +63,10 @@ class FrozenWeight(ABC):
         return []
 
     def few_rows_matmul(self, x: Tensor) -> Tensor | None:
-        """x W^T for so few rows as decoding has, by a kernel of their own; None where there is none. It has no backward."""
+        """x W^T for so few rows as decoding has, by a kernel of their own, without a backward.
+
+        None where there is no such kernel.
+        """
         return None
 
     def forward_matmul(self, x: Tensor, quantized: Sequence[Tensor], update: Update) -> Tensor:
@@ -82,8 +93,12 @@ class FrozenWeight(ABC):
         update: d_xa [n, rank] and A^T [in, rank], whose product is added; not beside `dx`.
         """
         weight = self.dense(dy.dtype)
-        dx = dx if update is None else update[0] @ update[1].T
-        return dy @ weight if dx is None else dx.addmm_(dy, weight)
+        if update is not None:
+            d_xa, a_transposed = update
+            dx = d_xa @ a_transposed.T
+        if dx is None:
+            return dy @ weight
+        return dx.addmm_(dy, weight)
 
 
 class DenseWeight(FrozenWeight):
@@ -93,11 +108,28 @@ class DenseWeight(FrozenWeight):
         return self.tensors[0]
 
 
-class Nf4Weight(FrozenWeight):
-    """tensors: the buffers of an `Nf4Linear` in the order of its docstring, without the three that may be None.
+class Nf4Encoding(NamedTuple):
+    """How an nf4 weight was quantized; its text is the `encoding` of an `Nf4Weight`."""
 
-    The options of `kind`: weights a scale, scales a nested scale (0: none), and the dtype that was quantized. A matmul of
-    training makes W dense again: a kept copy would undo the saving of 4 bits.
+    block: int  # weights that share a scale
+    nested_block: int  # scales that share a scale; 0: the scales are fp32
+    dtype: torch.dtype  # of the weight before
+
+    def __str__(self) -> str:
+        return f"nf4 {self.block} {self.nested_block} {self.dtype}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Nf4Encoding":
+        _, block, nested_block, dtype = text.split()
+        return cls(int(block), int(nested_block), DTYPES[dtype])
+
+
+class Nf4Weight(FrozenWeight):
+    """A weight in NF4.
+
+    tensors: the buffers of an `Nf4Linear` in the order of its docstring, without the three that may
+    be None. encoding: an `Nf4Encoding`. A matmul of training makes W dense again: a dense copy that
+    stays would undo the saving of 4 bits.
     """
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -115,56 +147,79 @@ class Nf4Weight(FrozenWeight):
     def _state(self) -> Any:
         """What bitsandbytes needs beside the codes."""
         functional = nf4_functions()
-        _, block, nested_block, stored = self.kind.split()
+        encoding = Nf4Encoding.parse(self.encoding)
         _, absmax, code, *nested = self.tensors
-        offset, state2 = None, None
+        offset = None
+        nested_state = None
         if nested:
-            scales, values, offset = nested
-            state2 = functional.QuantState(scales, blocksize=int(nested_block), code=values, dtype=torch.float32)
+            nested_absmax, nested_code, offset = nested
+            nested_state = functional.QuantState(
+                nested_absmax,
+                blocksize=encoding.nested_block,
+                code=nested_code,
+                dtype=torch.float32,
+            )
         return functional.QuantState(
-            absmax=absmax, shape=torch.Size(self.shape), code=code, blocksize=int(block), quant_type="nf4",
-            dtype=DTYPES[stored], offset=offset, state2=state2,
-        )  # fmt: skip
+            absmax=absmax,
+            shape=torch.Size(self.shape),
+            code=code,
+            blocksize=encoding.block,
+            quant_type="nf4",
+            dtype=encoding.dtype,
+            offset=offset,
+            state2=nested_state,
+        )
 
 
 class EightBitWeight(FrozenWeight):
-    """tensors: the e4m3 codes of W [out, in], and their scale: fp32 [out, 1], or [1, 1] of the whole matrix.
+    """tensors: the e4m3 codes of W [out, in], and their scale: fp32 [out, 1], or [1, 1] of all.
 
-    dx = dy W sums over the rows of W. Their scales are factors within that sum, where no matmul applies them, so they are
-    multiplied into dy before it is rounded. A GPU multiplies along contiguous rows only: the backward makes W^T of the codes.
+    encoding: one of `scaled_matmul.SCALING_RECIPES`.
+
+    dx = dy W sums over the rows of W. Their scales are factors within that sum, where no matmul
+    applies them, so they are multiplied into dy before it is rounded. A GPU multiplies along
+    contiguous rows only: the backward makes W^T of the codes.
     """
 
     @classmethod
-    def from_dense(cls, kind: str, dense: Tensor) -> "EightBitWeight":
-        """Quantize W [out, in] in the dtype of x; `kind` is one of `scaled_matmul.KINDS`."""
-        return cls(kind, quantize(kind, dense), (dense.shape[0], dense.shape[1]))
+    def from_dense(cls, recipe: str, dense: Tensor) -> "EightBitWeight":
+        """Quantize W [out, in] in the dtype of x."""
+        return cls(recipe, quantize(recipe, dense), (dense.shape[0], dense.shape[1]))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         codes, scale = self.tensors
         return (codes.float() * scale).to(dtype)
 
     def quantize_input(self, x: Tensor) -> list[Tensor]:
-        return list(quantize(self.kind, x))
+        return list(quantize(self.encoding, x))
 
     def quantize_gradient(self, dy: Tensor) -> list[Tensor]:
-        _, scale = self.tensors
-        return list(quantize(self.kind, dy if self.kind == TENSOR_WISE else dy * scale.T))
+        if self.encoding != TENSOR_WISE:
+            _, scale = self.tensors
+            dy = dy * scale.T
+        return list(quantize(self.encoding, dy))
 
     def forward_matmul(self, x: Tensor, quantized: Sequence[Tensor], update: Update) -> Tensor:
-        y = scaled_matmul(self.kind, quantized, self.tensors, x.dtype)
-        return y if update is None else y.addmm_(update[0], update[1].T)
+        y = scaled_matmul(self.encoding, quantized, self.tensors, x.dtype)
+        if update is not None:
+            xa, b = update
+            y.addmm_(xa, b.T)
+        return y
 
     def backward_matmul(
         self, dy: Tensor, quantized: Sequence[Tensor], dx: Tensor | None, update: Update = None
     ) -> Tensor:
         codes, scale = self.tensors
         transposed = codes.view(torch.uint8).t().contiguous().view(E4M3)
-        if self.kind != TENSOR_WISE:
+        if self.encoding != TENSOR_WISE:
             scale = scale.new_ones(len(transposed), 1)  # it is in `quantized`
-        product = scaled_matmul(self.kind, quantized, (transposed, scale), dy.dtype)
+        product = scaled_matmul(self.encoding, quantized, (transposed, scale), dy.dtype)
         if update is not None:
-            product.addmm_(update[0], update[1].T)
-        return product if dx is None else dx.add_(product)
+            d_xa, a_transposed = update
+            product.addmm_(d_xa, a_transposed.T)
+        if dx is None:
+            return product
+        return dx.add_(product)
 
 
 WEIGHT_CLASSES: dict[str, type[FrozenWeight]] = {
@@ -174,6 +229,7 @@ WEIGHT_CLASSES: dict[str, type[FrozenWeight]] = {
 }
 
 
-def frozen_weight(kind: str, tensors: Sequence[Tensor], shape: tuple[int, int]) -> FrozenWeight:
-    """The weight of this kind; see `FrozenWeight`."""
-    return WEIGHT_CLASSES[kind.split(maxsplit=1)[0]](kind, tensors, shape)
+def frozen_weight(encoding: str, tensors: Sequence[Tensor], shape: tuple[int, int]) -> FrozenWeight:
+    """The weight of this encoding; see `FrozenWeight`."""
+    name = encoding.split(maxsplit=1)[0]
+    return WEIGHT_CLASSES[name](encoding, tensors, shape)

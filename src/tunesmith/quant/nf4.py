@@ -1,7 +1,8 @@
 """Frozen linear layers with a 4-bit weight: NF4 of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
 
-The format is bitsandbytes': blocks of 64 weights as 4-bit codes, one scale a block, and the scales themselves in 8 bits
-(double quantization). Its own layer is not used: it repacks its weight inside a forward on some CPUs.
+The format is bitsandbytes': blocks of 64 weights as 4-bit codes, one scale a block, and the scales
+themselves in 8 bits (double quantization). Its own layer is not used: it repacks its weight inside
+a forward on some CPUs.
 """
 
 import math
@@ -15,30 +16,38 @@ from torch import Tensor, nn
 from tunesmith.errors import MachineError, ModelError, first_line
 from tunesmith.model.weights import StoredTensor, copy_whole
 from tunesmith.private import collective, local_slices
-from tunesmith.quant.frozen_matmul import FrozenLinear, linear_names
-from tunesmith.quant.frozen_weight import FrozenWeight, Nf4Weight, nf4_functions
+from tunesmith.quant.frozen_linear import FrozenLinear, linear_names
+from tunesmith.quant.frozen_weight import FrozenWeight, Nf4Encoding, Nf4Weight, nf4_functions
 from tunesmith.sharded import local_part, sharding_groups
+from tunesmith.units import ceil_div
 
 BLOCK = 64  # weights that share a scale
 NESTED_BLOCK = 256  # scales that share a scale
-PIECE = 1 << 21  # weights quantized at a time: bitsandbytes' code for CPUs takes some 20 bytes for each
+WEIGHTS_PER_BYTE = 2
+# Weights quantized at a time: bitsandbytes' code for CPUs takes some 20 bytes for each.
+PIECE = 1 << 21
 SCALES = ("absmax", "code", "nested_absmax", "nested_code", "nested_offset")
 
 
 @torch.no_grad()
 def check_nf4(device: torch.device) -> None:
-    """MachineError unless a small weight can be quantized and made dense again; before anything is downloaded or loaded.
+    """MachineError unless a small weight can be quantized and made dense again on this device.
 
-    A wheel of bitsandbytes is built for some versions of CUDA, and says so in the first call only.
+    Called before anything is downloaded or loaded: a wheel of bitsandbytes is built for some
+    versions of CUDA, and says so in the first call only.
     """
     try:
         layer = Nf4Linear(BLOCK, BLOCK, False, torch.bfloat16, device=device)
         layer.quantize(torch.ones(BLOCK, BLOCK, device=device))
         layer.dense()
     except RuntimeError as error:
-        what, why = f"the installed bitsandbytes has no nf4 for {device.type}", first_line(error)
-        fix = "pip install --upgrade bitsandbytes, or model.quantize=none; `python -m bitsandbytes` tells more"
-        raise MachineError(what, where="model.quantize", why=why, fix=fix) from error
+        raise MachineError(
+            f"the installed bitsandbytes has no nf4 for {device.type}",
+            where="model.quantize",
+            why=first_line(error),
+            fix="pip install --upgrade bitsandbytes, or model.quantize=none; "
+            "`python -m bitsandbytes` tells more",
+        ) from error
 
 
 class Nf4Linear(FrozenLinear):
@@ -46,11 +55,13 @@ class Nf4Linear(FrozenLinear):
 
     Attributes (frozen parameters and buffers; n = out_features * in_features):
         weight: uint8 [(n + 1) // 2, 1], two codes a byte.
-        absmax: uint8 [blocks], the scale of each block of 64: a code, or fp32 without double quantization.
+        absmax: uint8 [blocks], the scale of each block of 64: a code, or fp32 without double
+            quantization.
         code: fp32 [16], the value of each 4-bit code.
-        nested_absmax: fp32 [ceil(blocks / 256)]; nested_code: fp32 [256]; nested_offset: fp32 []; or None.
+        nested_absmax: fp32 [ceil(blocks / 256)]; nested_code: fp32 [256]; nested_offset: fp32 []; or
+            None.
 
-    The rows of a layer that is cut, and the parts of its rows, are blocks of 64.
+    The rows of a layer that a tensor group shards, and the parts of its rows, are blocks of 64.
     """
 
     absmax: Tensor
@@ -60,110 +71,195 @@ class Nf4Linear(FrozenLinear):
     nested_offset: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, compute_dtype: torch.dtype, device: Any = "meta"
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        compute_dtype: torch.dtype,
+        device: Any = "meta",
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.compute_dtype = in_features, out_features, compute_dtype
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=compute_dtype, device=device)) if bias else None
+        self.in_features = in_features
+        self.out_features = out_features
+        self.compute_dtype = compute_dtype
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=compute_dtype, device=device))
         self.allocate(device)
 
     def allocate(self, device: torch.device) -> None:
         count = self.in_features * self.out_features
-        blocks = -(-count // BLOCK)
-        self.weight = nn.Parameter(torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=device), False)
-        absmax = torch.empty(blocks, dtype=torch.uint8, device=device)
-        fp32 = [torch.empty(shape, device=device) for shape in ((16,), (-(-blocks // NESTED_BLOCK),), (256,), ())]
-        self._store_scales(f"nf4 {BLOCK} {NESTED_BLOCK} {self.compute_dtype}", absmax, *fp32)
+        blocks = ceil_div(count, BLOCK)
+        codes = torch.empty(ceil_div(count, WEIGHTS_PER_BYTE), 1, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self._store_scales(
+            str(Nf4Encoding(BLOCK, NESTED_BLOCK, self.compute_dtype)),
+            torch.empty(blocks, dtype=torch.uint8, device=device),
+            torch.empty(16, device=device),
+            torch.empty(ceil_div(blocks, NESTED_BLOCK), device=device),
+            torch.empty(256, device=device),
+            torch.empty((), device=device),
+        )
 
-    def _store_scales(self, kind: str, *scales: Tensor) -> None:
-        self.kind = kind
+    def _store_scales(self, encoding: str, *scales: Tensor) -> None:
+        """Store the tensors that SCALES names; those left out become None."""
+        self.encoding = encoding
         # Not persistent: a dense checkpoint does not hold them, and its reader would miss them.
         for name, tensor in zip_longest(SCALES, scales):
             self.register_buffer(name, tensor, persistent=False)
 
     def share(self, other: "Nf4Linear") -> None:
         """Store the very tensors of another layer of the same shape."""
-        self._store_scales(other.kind, *other.frozen_weight().tensors[1:])
-        self.weight, self.bias = other.weight, other.bias
+        _, *scales = other.frozen_weight().tensors
+        self._store_scales(other.encoding, *scales)
+        self.weight = other.weight
+        self.bias = other.bias
 
     @torch.no_grad()
     def quantize(self, dense: Tensor | StoredTensor) -> None:
-        """Store `dense`, the whole layer's [out_features, in_features], rounded to the compute dtype first, as Transformers does.
+        """Store the whole layer's `dense` [out_features, in_features].
 
-        A rank reads and quantizes the blocks that it holds. Where ranks share the layer it is a collective call: the scales
-        of all blocks are quantized together. Those of a tensor-parallel part that are not in one piece then stay fp32 (4.5 bits
-        a weight in place of 4.13).
+        It is rounded to the compute dtype first, as Transformers does. A rank reads and quantizes
+        the blocks that it holds. Where ranks share the layer it is a collective call: the scales of
+        all blocks are quantized together. Those of a tensor-parallel part that are not in one piece
+        then stay fp32 (4.5 bits a weight in place of 4.13).
         """
-        functional, cut, device = nf4_functions(), self.cut, self.absmax.device
-        packed, own, width = local_part(self.weight).view(-1), local_slices(self.weight)[0], self.in_features
-        scales = torch.zeros(-(-width * self.out_features // BLOCK), device=device)
-        span = BLOCK // math.gcd(BLOCK, width)  # rows that are whole blocks together
-        last = min(self.out_features, -(-2 * own.stop // (width * span)) * span)
-        step = max(1, PIECE // (width * span)) * span
-        for at in range(2 * own.start // (width * span) * span, last, step):
-            rows = self.part_of(dense, slice(at, min(at + step, last))).flatten().to(device, self.compute_dtype)
-            codes, state = functional.quantize_4bit(rows, blocksize=BLOCK, quant_type="nf4")
-            block, begin = at * width // BLOCK, at * width // 2
-            scales[block : block + len(state.absmax)] = state.absmax
-            start, stop = max(begin, own.start), min(begin + len(codes), own.stop)
-            packed[start - own.start : stop - own.start] = codes.view(-1)[start - begin : stop - begin]
+        scales = self._quantize_local_rows(dense)
+        scales = self._gather_scales(scales, dense.shape)
+        self._quantize_scales(scales, rows=dense.shape[0])
+
+    def _quantize_local_rows(self, dense: Tensor | StoredTensor) -> Tensor:
+        """Store the codes that this rank holds of its part of the layer.
+
+        Returns:
+            The scales of the part's blocks, fp32 [blocks]; 0 where other ranks hold the block.
+        """
+        functional = nf4_functions()
+        device = self.absmax.device
+        width = self.in_features
+        codes = local_part(self.weight).view(-1)
+        local_bytes = local_slices(self.weight)[0]  # of the codes' bytes
+        scales = torch.zeros(ceil_div(self.out_features * width, BLOCK), device=device)
+
+        # Rows are read in groups that are whole blocks together.
+        group = BLOCK // math.gcd(BLOCK, width)
+        group_weights = group * width
+        first_row = WEIGHTS_PER_BYTE * local_bytes.start // group_weights * group
+        end_row = ceil_div(WEIGHTS_PER_BYTE * local_bytes.stop, group_weights) * group
+        end_row = min(end_row, self.out_features)
+        rows_per_piece = max(1, PIECE // group_weights) * group
+        for row in range(first_row, end_row, rows_per_piece):
+            rows = slice(row, min(row + rows_per_piece, end_row))
+            weights = self.part_of(dense, rows).flatten().to(device, self.compute_dtype)
+            piece, state = functional.quantize_4bit(weights, blocksize=BLOCK, quant_type="nf4")
+            first_block = row * width // BLOCK
+            scales[first_block : first_block + len(state.absmax)] = state.absmax
+
+            # The group of rows may begin before the bytes that this rank holds, and end after them.
+            first_byte = row * width // WEIGHTS_PER_BYTE
+            start = max(first_byte, local_bytes.start)
+            stop = min(first_byte + len(piece), local_bytes.stop)
+            local_piece = piece.view(-1)[start - first_byte : stop - first_byte]
+            codes[start - local_bytes.start : stop - local_bytes.start] = local_piece
+        return scales
+
+    def _gather_scales(self, scales: Tensor, shape: torch.Size) -> Tensor:
+        """The scales of the whole layer of that shape, of what each rank has of them."""
         groups: list[str] = [group.group_name for group in sharding_groups(self.weight)]
-        if cut:
-            part, scales = scales, torch.zeros(dense.shape.numel() // BLOCK, device=device)
-            cut.of(scales, dense.shape[0]).copy_(part.view(self.out_features, -1))
-            groups.append(cut.group)
+        shard = self.tensor_shard
+        if shard is not None:
+            of_shard = scales.view(self.out_features, -1)
+            scales = torch.zeros(shape.numel() // BLOCK, device=scales.device)
+            shard.shard_of(scales, shape[0]).copy_(of_shard)
+            groups.append(shard.group)
         for group in groups:
-            scales = collective("all_reduce", scales, "max", group)  # a block may reach over the edge of two shards
-        offset, code = scales.mean(), functional.get_4bit_type("nf4", device=device)
+            # The largest: a block may reach over the edge of two shards, and other ranks have 0.
+            scales = collective("all_reduce", scales, "max", group)
+        return scales
+
+    def _quantize_scales(self, scales: Tensor, rows: int) -> None:
+        """Store this rank's part of the whole layer's scales, in 8 bits with scales of their own.
+
+        rows: of the whole layer.
+        """
+        functional = nf4_functions()
+        code = functional.get_4bit_type("nf4", device=scales.device)
+        offset = scales.mean()
         absmax, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
-        nested_block, shared = NESTED_BLOCK, nested.absmax
-        if cut and (cut.dim or len(absmax) // cut.parts % NESTED_BLOCK):
-            nested_block, absmax = 0, functional.dequantize_blockwise(absmax, nested) + offset
-            absmax = cut.of(absmax, dense.shape[0]).flatten().clone()
-        elif cut:
-            absmax, shared = (t.chunk(cut.parts)[cut.part].clone() for t in (absmax, shared))
-        doubly = (shared, nested.code, offset) if nested_block else ()
-        self._store_scales(f"nf4 {BLOCK} {nested_block} {self.compute_dtype}", absmax, code, *doubly)
+        nested_absmax = nested.absmax
+        nested_block = NESTED_BLOCK
+        shard = self.tensor_shard
+        if shard is not None:
+            has_whole_blocks = len(absmax) // shard.parts % NESTED_BLOCK == 0
+            if shard.dim == 0 and has_whole_blocks:
+                absmax = absmax.chunk(shard.parts)[shard.part].clone()
+                nested_absmax = nested_absmax.chunk(shard.parts)[shard.part].clone()
+            else:
+                nested_block = 0
+                absmax = functional.dequantize_blockwise(absmax, nested) + offset
+                absmax = shard.shard_of(absmax, rows).flatten().clone()
+        encoding = str(Nf4Encoding(BLOCK, nested_block, self.compute_dtype))
+        if nested_block:
+            self._store_scales(encoding, absmax, code, nested_absmax, nested.code, offset)
+        else:
+            self._store_scales(encoding, absmax, code)
 
     def load(self, stored: Mapping[str, StoredTensor | Tensor], name: str) -> None:
         if len(stored) == 1:
             self.quantize(stored[""])
-        else:  # where the matmuls are: a shard may lie on the host
-            device = self.absmax.device
-            tensors = {suffix: t.read() if isinstance(t, StoredTensor) else t for suffix, t in stored.items()}
-            self.load_quantized({suffix: t.to(device) for suffix, t in tensors.items()}, where=name)
+            return
+        parts = {}
+        for suffix, tensor in stored.items():
+            if isinstance(tensor, StoredTensor):
+                tensor = tensor.read()
+            # Where the matmuls are: a shard may lie on the host.
+            parts[suffix] = tensor.to(self.absmax.device)
+        self.load_quantized(parts, where=name)
 
     @torch.no_grad()
     def load_quantized(self, parts: dict[str, Tensor], *, where: str) -> None:
-        """Store a weight that bitsandbytes has quantized, else a ModelError that names it by `where`.
+        """Store a weight that bitsandbytes has quantized, else a ModelError that names `where`.
 
         parts: the checkpoint's tensors of this weight, by the rest of their names; "" are the codes.
         """
-        rest = {name: tensor for name, tensor in parts.items() if name}
+        codes = parts[""]
+        scales = {name: tensor for name, tensor in parts.items() if name}
         try:
-            state = nf4_functions().QuantState.from_dict(rest, device=parts[""].device)
+            state = nf4_functions().QuantState.from_dict(scales, device=codes.device)
         except (KeyError, ValueError, AssertionError) as error:
-            raise ModelError(f"its bitsandbytes tensors are not complete: {error}", where=where) from error
-        if state.quant_type != "nf4" or tuple(state.shape) != (self.out_features, self.in_features):
-            needed = f"nf4 of shape {(self.out_features, self.in_features)} is needed"
-            raise ModelError(f"stored as {state.quant_type} of shape {tuple(state.shape)}, and {needed}", where=where)
-        nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
-        kind = f"nf4 {state.blocksize} {state.state2.blocksize if nested else 0} {state.dtype}"
-        copy_whole(self.weight, parts[""].contiguous().view(torch.uint8).view(-1, 1))
-        self._store_scales(kind, state.absmax, state.code, *nested)
+            what = f"its bitsandbytes tensors are not complete: {error}"
+            raise ModelError(what, where=where) from error
+        shape = (self.out_features, self.in_features)
+        if state.quant_type != "nf4" or tuple(state.shape) != shape:
+            what = f"stored as {state.quant_type} of shape {tuple(state.shape)}"
+            raise ModelError(f"{what}, and nf4 of shape {shape} is needed", where=where)
+        copy_whole(self.weight, codes.contiguous().view(torch.uint8).view(-1, 1))
+        if state.nested:
+            nested = state.state2
+            encoding = Nf4Encoding(state.blocksize, nested.blocksize, state.dtype)
+            nested_scales = (nested.absmax, nested.code, state.offset)
+            self._store_scales(str(encoding), state.absmax, state.code, *nested_scales)
+        else:
+            encoding = Nf4Encoding(state.blocksize, 0, state.dtype)
+            self._store_scales(str(encoding), state.absmax, state.code)
 
     def frozen_weight(self) -> FrozenWeight:
         tensors = [self.weight, self.absmax, self.code]
         if self.nested_absmax is not None:
             tensors += [self.nested_absmax, self.nested_code, self.nested_offset]
-        return Nf4Weight(self.kind, tensors, (self.out_features, self.in_features))
+        return Nf4Weight(self.encoding, tensors, (self.out_features, self.in_features))
 
 
 def replace_linears(model: nn.Module, compute_dtype: torch.dtype) -> list[str]:
-    """Replace every `nn.Linear` but the output layer with an empty `Nf4Linear` of its shape; return their names."""
+    """Replace every `nn.Linear` but the output layer with an empty `Nf4Linear` of its shape.
+
+    Returns their names.
+    """
     names = linear_names(model, head=False)
     for name in names:
-        old = model.get_submodule(name)
-        assert isinstance(old, nn.Linear)
-        model.set_submodule(name, Nf4Linear(old.in_features, old.out_features, old.bias is not None, compute_dtype))
+        dense = model.get_submodule(name)
+        assert isinstance(dense, nn.Linear)
+        has_bias = dense.bias is not None
+        layer = Nf4Linear(dense.in_features, dense.out_features, has_bias, compute_dtype)
+        model.set_submodule(name, layer)
     return names

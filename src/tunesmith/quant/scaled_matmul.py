@@ -1,6 +1,7 @@
 """Matmuls of fp8 factors: how a factor is rounded, and the product that applies the scales.
 
-A factor is e4m3 with a scale a row or a scale a tensor (Micikevicius et al. 2022, arXiv:2209.05433).
+A factor is e4m3 with a scale a row or a scale a tensor (Micikevicius et al. 2022,
+arXiv:2209.05433).
 """
 
 import math
@@ -14,31 +15,36 @@ from tunesmith.private import scaled_mm
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
-ROW_WISE, TENSOR_WISE = "fp8 row-wise", "fp8 tensor-wise"
-KINDS = (ROW_WISE, TENSOR_WISE)  # of `model.quantize: fp8`, the best first
+ROW_WISE = "fp8 row-wise"
+TENSOR_WISE = "fp8 tensor-wise"
+SCALING_RECIPES = (ROW_WISE, TENSOR_WISE)  # the best first
 # Fewer rows are padded to so many. cuBLASLt has no row-wise kernel for a large K below 257 rows on
 # Hopper (github.com/pytorch/ao/issues/4582: K = 9216).
 LEAST_ROWS = {ROW_WISE: 272, TENSOR_WISE: 16}
 
-# Of a row of zeros. A row of gradients that the scales of W are multiplied into may be of 1e-12 and less.
+# Of a row of zeros. A row of gradients that the scales of W are multiplied into may be of 1e-12
+# and less.
 LEAST_SCALE = 1e-30
 
 
-def quantize(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(recipe: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """x [n, k] as e4m3 values and their scales: fp32 [n, 1], or [1, 1] for TENSOR_WISE.
 
     x = e4m3 * scale. A value that is not finite makes its row so (its tensor).
     """
-    scale = find_scale(kind, x)
+    scale = find_scale(recipe, x)
     return round_to_e4m3(x, scale), scale
 
 
-def find_scale(kind: str, x: Tensor) -> Tensor:
-    """The scale at which the largest value of each row of x [n, k] (of x, for TENSOR_WISE) is e4m3's largest.
+def find_scale(recipe: str, x: Tensor) -> Tensor:
+    """The scale at which the largest value of each row of x [n, k] is e4m3's largest: fp32 [n, 1].
 
-    fp32 [n, 1], or [1, 1].
+    TENSOR_WISE: the largest value of all of x, [1, 1].
     """
-    largest = x.abs().amax() if kind == TENSOR_WISE else torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
+    if recipe == TENSOR_WISE:
+        largest = x.abs().amax()
+    else:
+        largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
     return (largest.float() / E4M3_MAX).clamp(min=LEAST_SCALE).view(-1, 1)
 
 
@@ -48,12 +54,29 @@ def round_to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
     return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
-def scaled_matmul(kind: str, left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """left [n, k] times the transpose of right [m, k], each as from `quantize`: a new [n, m] in `dtype`."""
-    (a, a_scale), (b, b_scale) = left, right
-    n, short = len(a), LEAST_ROWS[kind] - len(a)
-    if short > 0:
-        a = F.pad(a.view(torch.uint8), (0, 0, 0, short)).view(a.dtype)
-        a_scale = a_scale if kind == TENSOR_WISE else F.pad(a_scale, (0, 0, 0, short), value=1.0)
-    fast = a.is_cuda  # fewer bits between partial sums, as all fp8 training does on Hopper
-    return scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), out_dtype=dtype, use_fast_accum=fast)[:n]
+def scaled_matmul(
+    recipe: str, left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """left [n, k] times the transpose of right [m, k], each as from `quantize`: [n, m] in `dtype`.
+
+    The result is a new tensor.
+    """
+    a, a_scale = left
+    b, b_scale = right
+    rows = len(a)
+    padding = LEAST_ROWS[recipe] - rows
+    if padding > 0:
+        # Padded as integers: torch pads no fp8.
+        a = F.pad(a.view(torch.uint8), (0, 0, 0, padding)).view(a.dtype)
+        if recipe != TENSOR_WISE:
+            a_scale = F.pad(a_scale, (0, 0, 0, padding), value=1.0)
+    product = scaled_mm(
+        a,
+        b.t(),
+        scale_a=a_scale,
+        scale_b=b_scale.t(),
+        out_dtype=dtype,
+        # Fewer bits between partial sums, as all fp8 training does on Hopper.
+        use_fast_accum=a.is_cuda,
+    )
+    return product[:rows]

@@ -27,7 +27,7 @@ from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters
 from tunesmith.optim.adamw import HALF, checkpoint_bytes_per_parameter, state_bytes_per_parameter
-from tunesmith.quant import eight_bit
+from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_memory, host_budget, is_integrated
 from tunesmith.runtime.host import return_freed_memory
@@ -39,13 +39,7 @@ if TYPE_CHECKING:
     from tunesmith.hub.model_files import ModelFiles  # with Transformers, which a plan can do without
 
 MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
-PROBE_ROWS = 4096  # of the 8-bit products that are tried at start: 3 GiB for the widest layers of an 8B model
 USABLE = 0.9  # of the free memory, to plan with: the rest is the allocator's, and the estimate's error
-NF4_SCALES = 1 / 64 + 4 / (64 * 256)  # bytes of a weight: an 8-bit scale of 64, an fp32 scale of 256 of these
-# The fixed cost of a forward and backward, in tokens whose work takes as long: the bytes that it moves for each weight,
-# against the four operations of a token. Both passes read the weight: two bytes in bf16, one in 8 bits; nf4's half is read,
-# and the dense weight that is made of it is written and read, 2 x (0.52 + 2 + 2).
-WEIGHT_TRAFFIC = {"none": 4.0, "fp8": 2.0, "nf4": 9.03}
 # Operations in the time of a byte: an H200 reaches 700 TFLOP/s (in 8 bits twice that) and 4 TB/s, and other discrete cards
 # lie between 150 and 300; a GB10 92 (in 8 bits 188) and 226 GB/s. So a pass over 70B in nf4 costs as much as 396 tokens on
 # an H200 and as 922 on a GB10, which prefers larger micro batches.
@@ -82,7 +76,7 @@ def probe_machine(
 ) -> Machine:
     """What this machine has for a run, found by trying: backends, compiler, memory, 8-bit matmuls.
 
-    `shapes` are those of `lora.eight_bit_shapes`, tried with many rows, few and one. `ranks` are the process ids of the
+    `shapes` are those of `eight_bit.eight_bit_shapes`, tried with many rows, few and one. `ranks` are the process ids of the
     run's ranks on this host, which share its memory.
     """
     # Before the products are tried: torch keeps their memory, for the model to use.
@@ -91,9 +85,7 @@ def probe_machine(
         free, size, limit = host_budget(ranks)
     else:
         free, size, limit = free_memory(device), card_bytes(device), None
-    scaling: tuple[str | None, str] = (None, "")
-    if run.model.quantize == "fp8":
-        scaling = eight_bit.select_scaling(device, shapes, (PROBE_ROWS, 16, 1))
+    scaling = scheme_of(run.model).select_scaling(device, shapes)
     backend, compiles = attention_backend(run, files, device), compilation.select_compile(run.train.compile, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return Machine(str(device), free, backend, compiles, scaling, size, is_integrated(device), name, limit)
@@ -183,9 +175,12 @@ class MemoryEstimator:
         return needs_fsdp(self.run, self.mesh, offload="parameters" in self.moved)
 
     @property
-    def is_fp8(self) -> bool:
-        """Whether the base's matmuls run in fp8: the recipe asks for it, and this machine has them."""
-        return self.run.model.quantize == "fp8" and self.machine.scaling[0] is not None
+    def scheme(self) -> Scheme:
+        """How the base is stored: as the recipe says, but dense where the machine lacks fp8 matmuls."""
+        scheme = scheme_of(self.run.model)
+        if scheme.has_fp8_matmuls and self.machine.scaling[0] is None:
+            return DENSE
+        return scheme
 
     @property
     def fp32_gradients(self) -> bool:
@@ -213,23 +208,23 @@ class MemoryEstimator:
         """
         spec, cut = self.spec, self.mesh.tensor
         matrices, tables = spec.layers * spec.layer_matmul, spec.head_matmul * (1 if spec.tied else 2)
-        rest, width = spec.parameters - matrices - tables, itemsize
-        if self.run.model.quantize == "nf4":
-            width = 0.5
-        elif self.is_fp8:
-            width = 1
+        rest, width = spec.parameters - matrices - tables, self.scheme.weight_bytes
+        if width is None:
+            width = itemsize
         return int(-(-matrices // cut) * width) + self.scales, int((-(-tables // cut) + rest) * itemsize)
 
     @property
     def scales(self) -> int:
-        """Bytes of the scales of an nf4 base on a tensor-parallel rank. Those of o and down, which are cut along their
-        inputs, are no longer in one piece, and in fp32."""
-        spec, cut = self.spec, self.mesh.tensor
-        if self.run.model.quantize != "nf4":
+        """Bytes of a base's scales on a tensor-parallel rank.
+
+        Those of o and down, which are cut along their inputs, are no longer in one piece, and in fp32.
+        """
+        spec, cut, scheme = self.spec, self.mesh.tensor, self.scheme
+        if not scheme.scale_bytes:
             return 0
         columns = spec.layers * spec.hidden * (spec.heads * spec.head_dim + spec.intermediate) * (cut > 1)
         rows = spec.layers * spec.layer_matmul - columns
-        return int((rows * NF4_SCALES + columns * 4 / 64) / cut)
+        return int((rows * scheme.scale_bytes + columns * 4 / scheme.block) / cut)
 
     @property
     def trained_here(self) -> int:
@@ -265,7 +260,7 @@ class MemoryEstimator:
             multiple = 1 if fixed else max(bucket, ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8)
             bound = -(-longest // DOCUMENT_BLOCK) * DOCUMENT_BLOCK
             layout = MicroBatchLayout(size, pad_to=size.amount if fixed else None, multiple=multiple, bound=bound)
-        base = "nf4" if run.model.quantize == "nf4" else machine.scaling[0] or run.model.dtype
+        base = self.scheme.storage(machine.scaling[0], run.model.dtype)
         return RunPlan(
             machine.device, machine.attention[0], base, self.spec.layers, compiled, train.deterministic,
             memory.recomputed_layers, self.fp32_gradients, self.moved, layout=layout, memory=memory, mesh=self.mesh,
@@ -387,11 +382,9 @@ class MemoryEstimator:
         the product beside one weight's gradient, nf4's weight made dense, or the transposed codes of fp8's.
         """
         hidden, wide = self.spec.hidden, -(-self.spec.intermediate // self.mesh.tensor)
-        weight = 0
-        if self.run.adapter.kind == "none" or self.run.model.quantize == "nf4":
+        weight = self.scheme.backward_elements(hidden * wide, itemsize)
+        if self.run.adapter.kind == "none":
             weight = hidden * wide
-        elif self.is_fp8:
-            weight = hidden * wide // itemsize
         return (3 * hidden * tokens + wide * tokens + max(wide * tokens, weight)) * itemsize
 
     def base_bytes(self, itemsize: float) -> int:
@@ -445,10 +438,9 @@ class MemoryEstimator:
     @property
     def pass_tokens(self) -> float:
         """The fixed cost of a forward and backward, in tokens whose products take as long."""
-        quantize = self.run.model.quantize
-        if quantize == "fp8" and not self.is_fp8:
-            quantize = "none"
-        return WEIGHT_TRAFFIC[quantize] * OPERATIONS_PER_BYTE[self.machine.integrated][self.is_fp8] / 4
+        scheme = self.scheme
+        operations = OPERATIONS_PER_BYTE[self.machine.integrated][scheme.has_fp8_matmuls]
+        return scheme.traffic_bytes * operations / 4  # the operations of a token
 
     def tokens_of(self, size: Size, step: StepSize, longest: int) -> int:
         """The most tokens of a micro batch, padding counted, where the longest example has `longest`."""

@@ -17,7 +17,6 @@ from rich.filesize import decimal as size_text
 from transformers import PreTrainedModel
 
 from tunesmith import packages
-from tunesmith.adapter import lora
 from tunesmith.adapter.peft_files import find_adapter, read_adapter
 from tunesmith.build_model import Weights, build_model, count_trained, define_model
 from tunesmith.checkpoint.export import read_optimizer
@@ -49,8 +48,9 @@ from tunesmith.optim.weight_gradients import fp32_gradients
 from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.plan.forecast import Planner, measure_work
 from tunesmith.plan.hardware import cluster_of
-from tunesmith.quant import nf4
-from tunesmith.quant.scaled_matmul import KINDS
+from tunesmith.quant.eight_bit import eight_bit_shapes
+from tunesmith.quant.scaled_matmul import SCALING_RECIPES
+from tunesmith.quant.schemes import scheme_of
 from tunesmith.ranks import ONE_PROCESS, Ranks
 from tunesmith.run_directory import IDENTITY, RECIPE
 from tunesmith.runtime.device import choose_device, free_device_memory
@@ -186,7 +186,7 @@ def build(
         return root, plan, mesh
 
     root, plan, mesh = load_base()
-    if plan.base in KINDS and weights == "stored":
+    if plan.base in SCALING_RECIPES and weights == "stored":
         batches = first_batches(make_loader(data, files, plan), device, PROBE_TOKENS)
         change = compare_with_bf16(root, batches, mesh, ranks)
         if change.is_tolerable:
@@ -198,7 +198,7 @@ def build(
             dropped = f"{plan.base} was tried and dropped: it changes the loss by more than {TOLERANCE:.0%}"
             root, plan, mesh = load_base(f"{dropped}: {change.describe()}")
     optimizer = make_optimizer(run, root, start, ranks)
-    if run.model.quantize == "fp8" and plan.base not in KINDS:
+    if scheme_of(run.model).has_fp8_matmuls and plan.base not in SCALING_RECIPES:
         say(f"warning: the base stays in {plan.base}: {plan.why['base']}")
     changes = [*describe_micro_batch(start, run, plan), *describe_rounding(start, run)]
     for text in (*plan.warnings, root.describe(), *plan.describe(why=why), *changes):
@@ -227,7 +227,7 @@ def plan_model(
     """The model on meta, and what each of the ranks will do, on which mesh; why no base in 8 bits will do, if it is `refused`."""
     with ranks.together():
         model = define_model(run, files)
-        shapes = lora.eight_bit_shapes(model)
+        shapes = eight_bit_shapes(model)
         machine = probe_machine(run, files, device, shapes, ranks.heartbeat.local_processes())
     machines, local = ranks.gather(machine), math.gcd(*ranks.gather(ranks.local_world))
     with ranks.together():
@@ -337,8 +337,7 @@ def check_machine(run: Run, device: torch.device, say: Callable[[str], None]) ->
         say("warning: train.cpu_offload has no effect on a CPU: all is in the host's memory")
     if run.train.optimizer == "adamw-8bit":
         packages.bitsandbytes("8-bit moments", "train.optimizer")
-    if run.model.quantize == "nf4":
-        nf4.check_nf4(device)
+    scheme_of(run.model).check_device(device)
     if run.model.dtype == "fp16" and device.type == "cpu":
         what, why = "fp16 cannot be trained on a CPU", "its matmuls are emulated, hundreds of times slower than bf16"
         raise MachineError(what, where="model.dtype", why=why, fix="model.dtype=bf16, or model.dtype=fp32")

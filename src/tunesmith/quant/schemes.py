@@ -1,0 +1,126 @@
+"""What each word of `model.quantize` means: one value a scheme. Importable without torch.
+
+A scheme knows how many bytes a weight of the frozen base takes, what a micro batch costs it, what
+the machine must have, and how a model on meta gets its layers. Plans, checks and the building of a
+model ask it and compare no words. Two rooms below this one still do: `config/check.py`, whose rules
+are about the words themselves, and `model/load.py`, which reads checkpoints that are nf4 already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from tunesmith.config.schema import Model
+
+PROBE_ROWS = (4096, 16, 1)  # of x, tried with fp8: many (3 GiB for an 8B model), few, and one
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A base in the dtype of the model, and what the quantized ones answer differently.
+
+    Attributes:
+        name: the word of `model.quantize`.
+        weight_bytes: of a stored weight of a layer without its scales; None: as the model's dtype.
+        scale_bytes: of the scales, per weight.
+        block: neighbors in a row that share a scale, so that a rank must have all of them.
+        traffic_bytes: per weight, of one forward and backward. This is the fixed cost of a micro
+            batch: both passes read the weight.
+        has_fp8_matmuls: it needs a machine with them; the base stays dense on others.
+    """
+
+    name: str = "none"
+    weight_bytes: float | None = None
+    scale_bytes: float = 0.0
+    block: int = 1
+    traffic_bytes: float = 4.0
+    has_fp8_matmuls: bool = False
+
+    def storage(self, scaling: str | None, dtype: str) -> str:
+        """How a plan calls the stored base, on a machine with this scaling recipe of fp8."""
+        return dtype
+
+    def backward_elements(self, weights: int, itemsize: int) -> int:
+        """Elements of a matmul's dtype that its backward makes of a matrix with so many weights."""
+        return 0
+
+    def replace_linears(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Put the scheme's empty layers into a model on meta, before it gets its adapter."""
+
+    def check_device(self, device: torch.device) -> None:
+        """MachineError where a package that the scheme needs is missing or has no code for it."""
+
+    def select_scaling(
+        self, device: torch.device, shapes: Sequence[tuple[int, int]]
+    ) -> tuple[str | None, str]:
+        """The scaling recipe of fp8 on this device and why; (None, "") where none is needed.
+
+        shapes: (out_features, in_features) of the layers, as of `eight_bit.eight_bit_shapes`.
+        """
+        return None, ""
+
+
+class Fp8Scheme(Scheme):
+    """8-bit floats. Their scales, 4 bytes a row, are not counted.
+
+    The scaling recipe depends on the machine, so the layers are put in by `convert_to_eight_bit`
+    once the plan is made.
+    """
+
+    def storage(self, scaling: str | None, dtype: str) -> str:
+        return scaling or dtype
+
+    def backward_elements(self, weights: int, itemsize: int) -> int:
+        return weights // itemsize  # the transposed codes, a byte each
+
+    def select_scaling(
+        self, device: torch.device, shapes: Sequence[tuple[int, int]]
+    ) -> tuple[str | None, str]:
+        from tunesmith.quant import eight_bit
+
+        return eight_bit.select_scaling(device, shapes, PROBE_ROWS)
+
+
+class Nf4Scheme(Scheme):
+    """4-bit NormalFloat in blocks of 64, with scales in 8 bits."""
+
+    def storage(self, scaling: str | None, dtype: str) -> str:
+        return self.name
+
+    def backward_elements(self, weights: int, itemsize: int) -> int:
+        return weights  # the dense weight
+
+    def replace_linears(self, model: nn.Module, dtype: torch.dtype) -> None:
+        from tunesmith.quant import nf4
+
+        nf4.replace_linears(model, dtype)
+
+    def check_device(self, device: torch.device) -> None:
+        from tunesmith.quant import nf4
+
+        nf4.check_nf4(device)
+
+
+DENSE = Scheme()
+FP8 = Fp8Scheme("fp8", weight_bytes=1, traffic_bytes=2.0, has_fp8_matmuls=True)
+NF4 = Nf4Scheme(
+    "nf4",
+    weight_bytes=0.5,
+    # An 8-bit scale of 64 weights, an fp32 scale of 256 of these.
+    scale_bytes=1 / 64 + 4 / (64 * 256),
+    block=64,
+    # The codes are read, and the dense weight made of them is written and read: 2 x (0.52 + 2 + 2).
+    traffic_bytes=9.03,
+)
+SCHEMES = {scheme.name: scheme for scheme in (DENSE, FP8, NF4)}
+
+
+def scheme_of(model: Model) -> Scheme:
+    """The scheme of a recipe's `model` section."""
+    return SCHEMES[model.quantize]
