@@ -3,9 +3,9 @@
     y = x W^T + b + scaling * (dropout(x) A^T) B^T        A [r, in], B [out, r], scaling = alpha / r
 
 rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / sqrt(r). As in PEFT A starts as
-Kaiming-uniform with a = sqrt(5) and B as zeros; both are fp32 parameters, computed in the dtype of x.
-A layer keeps the names `weight` and `bias` of the layer that it replaces, so the base loads into it
-as before.
+Kaiming-uniform with a = sqrt(5) and B as zeros; both are fp32 parameters, computed in the dtype of
+x. A layer keeps the names `weight` and `bias` of the layer that it replaces, so the base loads into
+it as before.
 """
 
 import math
@@ -185,7 +185,7 @@ def is_adapter_weight(name: str) -> bool:
 
 
 def count_adapter_parameters(model: nn.Module, adapter: Adapter) -> int:
-    """Parameters that a model with an adapter trains: A, B and the modules to save; on meta or not."""
+    """Parameters that a model with an adapter trains, on meta or not: A, B, the modules to save."""
     count = 0
     for module in modules_to_save(model, adapter):
         count += sum(parameter.numel() for parameter in module.parameters(recurse=False))

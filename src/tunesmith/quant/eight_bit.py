@@ -82,14 +82,13 @@ def matmul_fault(
     def repeat(column: Tensor, width: int) -> Tensor:
         return column.outer(torch.ones(width, device=device)).to(dtype)
 
-    n_out, n_in = shape
     row_powers = powers(n_rows, 7)
-    out_powers = powers(n_out, 5)
-    in_powers = powers(n_in, 3)
+    out_powers = powers(shape[0], 5)
+    in_powers = powers(shape[1], 3)
     y_powers = out_powers * in_powers.sum()
     dx_powers = in_powers * out_powers.sum()
-    x = repeat(row_powers, n_in)
-    dy = repeat(row_powers, n_out)
+    x = repeat(row_powers, shape[1])
+    dy = repeat(row_powers, shape[0])
     # A LoRA update of rank 1, which adds as much again as the frozen product.
     update = (repeat(row_powers, 1), repeat(y_powers, 1))
     dx_update = (repeat(row_powers, 1), repeat(dx_powers, 1))
@@ -101,15 +100,15 @@ def matmul_fault(
         dx = weight.backward_matmul(dy, quantized_dy, None, dx_update)
         dx = weight.backward_matmul(dy, quantized_dy, dx)
         # The powers are e4m3 numbers: only bf16 rounds.
-        is_right = torch.allclose(y.float(), 2 * row_powers.outer(y_powers), rtol=0.02)
-        is_right &= torch.allclose(dx.float(), 3 * row_powers.outer(dx_powers), rtol=0.02)
-        if not is_right:
+        if not torch.allclose(y.float(), 2 * row_powers.outer(y_powers), rtol=0.02):
+            fault = "a wrong result"
+        if not torch.allclose(dx.float(), 3 * row_powers.outer(dx_powers), rtol=0.02):
             fault = "a wrong result"
     except Exception as error:  # whatever torch and the driver raise for matmuls that they lack
         fault = first_line(error)
     if not fault:
         return ""
-    return f"{n_rows} rows times [{n_in}, {n_out}]: {fault}"
+    return f"{n_rows} rows times [{shape[1]}, {shape[0]}]: {fault}"
 
 
 class EightBitLinear(FrozenLinear):
@@ -120,7 +119,7 @@ class EightBitLinear(FrozenLinear):
         weight: uint8 [out_features, in_features], the e4m3 codes: torch and FSDP move integers as
             they are.
         scale: fp32 [out_features, 1] or [1, 1], whole on every rank.
-        stored: the dense weight in the file that it was read from; None where it was drawn or given.
+        stored: the dense weight in the file that it was read from; None where there is no file.
         read_dense: gives the dense weight, which the layer then computes with instead; None: it
             computes in 8 bits.
     """
@@ -130,7 +129,7 @@ class EightBitLinear(FrozenLinear):
     read_dense: Callable[[], Tensor] | None = None
 
     def __init__(self, base: nn.Linear, recipe: str) -> None:
-        """A layer with the weight of `base`, empty where that is on meta. The bias is taken over."""
+        """A layer with the weight and bias of `base`; the weight is empty where that is on meta."""
         super().__init__()
         self.in_features = base.in_features
         self.out_features = base.out_features

@@ -15,7 +15,7 @@ from tunesmith.sharded import local_part
 
 
 class TensorShard(NamedTuple):
-    """Number `part` of `parts` equal ones along a dimension of a weight [out_features, in_features].
+    """Number `part` of `parts` equal ones along a dimension of a weight [out, in].
 
     The others are on the ranks of the process group named `group`.
     """
@@ -84,7 +84,7 @@ class FrozenLinear(nn.Module, ABC):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """The weight that the layer stands for: a new [out_features, in_features], compute_dtype."""
+        """The weight that the layer stands for: a new tensor in the compute dtype."""
         return self.frozen_weight().dense(self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:

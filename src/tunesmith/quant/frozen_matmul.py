@@ -1,11 +1,11 @@
-"""One input times several frozen weights, each with a LoRA update: x is read once, each y written once.
+"""One input times several frozen weights with LoRA updates: x is read once, each y written once.
 
     xa  = x A^T                  A: the A's of all layers stacked, [sum of ranks, in]
     y_i = x W_i^T + xa_i B_i^T
 
 The backward saves x and xa and nothing dense, and adds up dx in place. Two paths share the
-arithmetic: an autograd function in eager mode (an operator takes 0.6 ms longer for three layers on a
-CPU), and one opaque operator inside torch.compile, whose own patterns would undo the order of the
+arithmetic: an autograd function in eager mode (an operator takes 0.6 ms longer for three layers on
+a CPU), and one opaque operator inside torch.compile, whose own patterns would undo the order of the
 sums (see `FrozenWeight.forward_matmul`). xa is an input of both: as an output of the operator it
 would make a recomputed layer run its last product again, whose y nobody reads.
 """
@@ -67,9 +67,8 @@ def grouped_matmul(
 
     results = []
     for y, bias in zip(outputs, biases, strict=True):
-        if bias is not None:
-            y = y + bias
-        results.append(y.unflatten(0, x.shape[:-1]))
+        result = y if bias is None else y + bias
+        results.append(result.unflatten(0, x.shape[:-1]))
     return results
 
 
@@ -270,8 +269,8 @@ def _(x, xa, quantized, lora, tensors, encoding, widths):  # type: ignore[no-unt
 
 
 @frozen_matmul_backward.register_fake
-def _(dys, quantized, saved, lora, tensors, encoding, in_features, needs_dx):  # type: ignore[no-untyped-def]
-    shape = (dys[0].shape[0], in_features) if needs_dx else (0,)
+def _(dys, quantized, saved, lora, tensors, encoding, width, needs_dx):  # type: ignore[no-untyped-def]
+    shape = (dys[0].shape[0], width) if needs_dx else (0,)
     return [dys[0].new_empty(shape), *(factor.new_empty(factor.shape) for factor in lora)]
 
 

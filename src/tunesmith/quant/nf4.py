@@ -6,7 +6,7 @@ a forward on some CPUs.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -58,8 +58,8 @@ class Nf4Linear(FrozenLinear):
         absmax: uint8 [blocks], the scale of each block of 64: a code, or fp32 without double
             quantization.
         code: fp32 [16], the value of each 4-bit code.
-        nested_absmax: fp32 [ceil(blocks / 256)]; nested_code: fp32 [256]; nested_offset: fp32 []; or
-            None.
+        nested_absmax: fp32 [ceil(blocks / 256)]; nested_code: fp32 [256]; nested_offset: fp32 [];
+            or None.
 
     The rows of a layer that a tensor group shards, and the parts of its rows, are blocks of 64.
     """
@@ -141,27 +141,30 @@ class Nf4Linear(FrozenLinear):
         local_bytes = local_slices(self.weight)[0]  # of the codes' bytes
         scales = torch.zeros(ceil_div(self.out_features * width, BLOCK), device=device)
 
-        # Rows are read in groups that are whole blocks together.
-        group = BLOCK // math.gcd(BLOCK, width)
-        group_weights = group * width
-        first_row = WEIGHTS_PER_BYTE * local_bytes.start // group_weights * group
-        end_row = ceil_div(WEIGHTS_PER_BYTE * local_bytes.stop, group_weights) * group
-        end_row = min(end_row, self.out_features)
-        rows_per_piece = max(1, PIECE // group_weights) * group
-        for row in range(first_row, end_row, rows_per_piece):
-            rows = slice(row, min(row + rows_per_piece, end_row))
+        for rows in self._pieces_of_rows(local_bytes):
             weights = self.part_of(dense, rows).flatten().to(device, self.compute_dtype)
             piece, state = functional.quantize_4bit(weights, blocksize=BLOCK, quant_type="nf4")
-            first_block = row * width // BLOCK
+            first_block = rows.start * width // BLOCK
             scales[first_block : first_block + len(state.absmax)] = state.absmax
 
-            # The group of rows may begin before the bytes that this rank holds, and end after them.
-            first_byte = row * width // WEIGHTS_PER_BYTE
+            # The rows may begin before the bytes that this rank holds, and end after them.
+            first_byte = rows.start * width // WEIGHTS_PER_BYTE
             start = max(first_byte, local_bytes.start)
             stop = min(first_byte + len(piece), local_bytes.stop)
             local_piece = piece.view(-1)[start - first_byte : stop - first_byte]
             codes[start - local_bytes.start : stop - local_bytes.start] = local_piece
         return scales
+
+    def _pieces_of_rows(self, local_bytes: slice) -> Iterator[slice]:
+        """The rows that have these bytes of the codes, in pieces of whole blocks."""
+        rows_per_group = BLOCK // math.gcd(BLOCK, self.in_features)  # whole blocks together
+        group_weights = rows_per_group * self.in_features
+        first_group = WEIGHTS_PER_BYTE * local_bytes.start // group_weights
+        end_group = ceil_div(WEIGHTS_PER_BYTE * local_bytes.stop, group_weights)
+        end_row = min(end_group * rows_per_group, self.out_features)
+        rows_per_piece = max(1, PIECE // group_weights) * rows_per_group
+        for row in range(first_group * rows_per_group, end_row, rows_per_piece):
+            yield slice(row, min(row + rows_per_piece, end_row))
 
     def _gather_scales(self, scales: Tensor, shape: torch.Size) -> Tensor:
         """The scales of the whole layer of that shape, of what each rank has of them."""
@@ -209,9 +212,8 @@ class Nf4Linear(FrozenLinear):
             self.quantize(stored[""])
             return
         parts = {}
-        for suffix, tensor in stored.items():
-            if isinstance(tensor, StoredTensor):
-                tensor = tensor.read()
+        for suffix, part in stored.items():
+            tensor = part.read() if isinstance(part, StoredTensor) else part
             # Where the matmuls are: a shard may lie on the host.
             parts[suffix] = tensor.to(self.absmax.device)
         self.load_quantized(parts, where=name)
@@ -220,7 +222,8 @@ class Nf4Linear(FrozenLinear):
     def load_quantized(self, parts: dict[str, Tensor], *, where: str) -> None:
         """Store a weight that bitsandbytes has quantized, else a ModelError that names `where`.
 
-        parts: the checkpoint's tensors of this weight, by the rest of their names; "" are the codes.
+        parts: the checkpoint's tensors of this weight, by the rest of their names; "" is for the
+        codes.
         """
         codes = parts[""]
         scales = {name: tensor for name, tensor in parts.items() if name}
