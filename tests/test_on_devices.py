@@ -86,7 +86,7 @@ def test_a_compiled_step_has_the_loss_and_the_gradients_of_an_eager_one(
     if device.type == "cpu":  # no C++ compiler is needed, and no time to wait for one
         eager = partial(compilation.compile_layers, backend="aot_eager")
         monkeypatch.setattr(compilation, "compile_layers", eager)
-        monkeypatch.setattr(compilation, "compile_score", lambda score: score)
+        monkeypatch.setattr(compilation, "compile_loss", lambda score: score)
     found = []
     for choice in ("off", "on"):
         torch.compiler.reset()

@@ -107,7 +107,7 @@ def build_model(
     recompute_layers(root.layers, plan.recomputed_layers)
     if plan.compiled:
         compilation.compile_layers(root.layers, varied=plan.layout.pad_to is None)
-        root.score = compilation.compile_score(root.score)
+        root.loss_and_grad_fn = compilation.compile_loss(root.loss_and_grad_fn)
     if plan.fp32_gradients:
         accumulate_in_fp32(model.get_submodule(LAYERS))
     allocate(run, root, plan, mesh)

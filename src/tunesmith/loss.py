@@ -1,10 +1,11 @@
 """The output head and the cross-entropy together, a chunk of positions at a time.
 
-Logits are the largest tensor of a training step: 4096 positions of a 128k vocabulary take 2 GiB in fp32, and autograd
-would keep several copies. Here only positions with a label come in, one chunk of logits exists at a time, and its
-gradient is computed while it exists, so the backward holds nothing larger than the hidden states. The idea is that of
-Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). The chunks are ours so that frozen, trained and
-tied heads, a soft cap, a logit scale and weights per position all take the same path.
+Logits are the largest tensor of a training step: 4096 positions of a 128k vocabulary take 2 GiB in
+fp32, and autograd would keep several copies. Here only positions with a label come in, one chunk of
+logits exists at a time, and its gradient is computed while it exists, so the backward holds nothing
+larger than the hidden states. The idea is that of Liger's fused linear cross-entropy (Hsu et al.
+2024, arXiv:2410.10989). The chunks are ours so that frozen, trained and tied heads, a soft cap, a
+logit scale and weights per position all take the same path.
 """
 
 from collections.abc import Callable
@@ -16,19 +17,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.sharded import ShardedHead, VocabularyShard, local_part, shard_of
+from tunesmith.units import ceil_div
 
-# Raw logits [c, vocabulary], targets [c], weights [c] or None, soft cap, scale, the logits' part of the vocabulary
-# -> sum of the weighted losses (0-d) and its gradient by the raw logits [c, vocabulary].
 Shard = VocabularyShard | None
-Score = Callable[[Tensor, Tensor, Tensor | None, float | None, float, Shard], tuple[Tensor, Tensor]]
+# Raw logits [c, vocabulary], targets [c], weights [c] or None, soft cap, scale, the logits' part of
+# the vocabulary -> sum of the weighted losses (0-d) and its gradient by the raw logits.
+LossAndGradFn = Callable[
+    [Tensor, Tensor, Tensor | None, float | None, float, Shard], tuple[Tensor, Tensor]
+]
 
-# Budget of one chunk of fp32 logits. On a CPU the chunk should stay in the last-level cache. On a GPU the gradient by the
-# hidden states is a product of only [rows, h]: with h = 4096, 512 rows make 64 tiles of 128 x 256 for the 132
-# multiprocessors of an H200, 2048 rows make 256. Large cards get the room for that, and long micro batches alone.
+# Budget of one chunk of fp32 logits. On a CPU the chunk should stay in the last-level cache. On a
+# GPU the gradient by the hidden states is a product of only [rows, h]: with h = 4096, 512 rows make
+# 64 tiles of 128 x 256 for the 132 multiprocessors of an H200, 2048 rows make 256. Large cards get
+# the room for that, and long micro batches alone.
 CPU_CHUNK = 32 << 20
 GPU_CHUNK = (256 << 20, 1 << 30)  # at least and at most, between them a 96th of the card's memory
 TRAINED_CHUNK = 2 << 30  # at most, with a trained head
-# Rows that are scored together on a CPU: their fp32 logits stay in its cache, for half the time of a whole chunk.
+# Rows whose loss is computed together on a CPU: their fp32 logits stay in its cache, for half the
+# time of a whole chunk.
 CACHED_ROWS = 16
 # Rows of a GPU matmul's tile: a partial tile takes as long as a whole one.
 TILE = 128
@@ -43,30 +49,35 @@ def chunked_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     chunk: int | None = None,
-    score: Score | None = None,
+    loss_and_grad_fn: LossAndGradFn | None = None,
 ) -> Tensor:
     """Sum of `weights * cross_entropy(cap(scale * head(hidden)), targets)`, in nats.
 
     Args:
         hidden: [n, h], hidden states of the supervised positions.
-        head: the output layer. A plain `nn.Linear`, frozen or trained, has its gradient computed in the forward; one
-            with another forward (an adapter) is called again in the backward, chunk by chunk. Of a `ShardedHead` the
-            loss is whole on every rank, and the gradient of `hidden` this rank's part of a sum.
+        head: the output layer. A plain `nn.Linear`, frozen or trained, has its gradient computed in
+            the forward; one with another forward (an adapter) is called again in the backward,
+            chunk by chunk. Of a `ShardedHead` the loss is whole on every rank, and the gradient of
+            `hidden` this rank's part of a sum.
         targets: int64 [n].
         weights: [n], a constant factor per position; None counts each once.
         softcap: c in c * tanh(logits / c) (Gemma 2), or None.
         scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         chunk: positions per chunk; None takes `chunk_size`.
-        score: computes loss and gradient of a chunk; None takes `loss_and_grad`, which may also be passed compiled.
+        loss_and_grad_fn: computes loss and gradient of a chunk; None takes `loss_and_grad`, which
+            may also be passed compiled.
 
     Returns:
         0-d, fp32 (fp64 where hidden is fp64).
     """
-    args = _arguments(head, targets, softcap, scale, chunk, score)
+    args = _arguments(head, targets, softcap, scale, chunk, loss_and_grad_fn)
     if _is_plain(head):
-        return _HeadLoss.apply(hidden, local_part(head.weight), local_part(head.bias), weights, args)
+        weight = local_part(head.weight)
+        return _HeadLoss.apply(hidden, weight, local_part(head.bias), weights, args)
     losses = _module_losses(hidden, head, args)
-    return (losses if weights is None else losses * weights).sum()
+    if weights is not None:
+        losses = losses * weights
+    return losses.sum()
 
 
 def token_logprobs(
@@ -77,14 +88,15 @@ def token_logprobs(
     softcap: float | None = None,
     scale: float = 1.0,
     chunk: int | None = None,
-    score: Score | None = None,
+    loss_and_grad_fn: LossAndGradFn | None = None,
 ) -> Tensor:
     """Log-probability of each target, with gradient: fp32 (or fp64) [n].
 
-    The backward computes each chunk's logits again, because the gradient by each position is known only then: one more
-    head matmul than `chunked_cross_entropy`, and the same memory. Args as there.
+    The backward computes each chunk's logits again, because the gradient by each position is known
+    only then: one more head matmul than `chunked_cross_entropy`, and the same memory. Args as
+    there.
     """
-    args = _arguments(head, targets, softcap, scale, chunk, score)
+    args = _arguments(head, targets, softcap, scale, chunk, loss_and_grad_fn)
     if _is_plain(head):
         return _HeadLogprobs.apply(hidden, local_part(head.weight), local_part(head.bias), args)
     return -_module_losses(hidden, head, args)
@@ -92,77 +104,133 @@ def token_logprobs(
 
 @torch.no_grad()
 def token_cross_entropy(
-    hidden: Tensor, head: nn.Linear, targets: Tensor, *, softcap: float | None = None, scale: float = 1.0
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each position, fp32 or fp64 [n], and whether the most likely token is the target, bool [n]."""
-    size, shard = chunk_size(head.out_features, len(targets), hidden.device), shard_of(head)
-    losses, hits = [hidden.new_zeros(0, dtype=_wide(hidden))], [targets.new_zeros(0, dtype=torch.bool)]
-    for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-        logits = _logits(head(h), softcap, scale)
-        hits.append((logits.argmax(-1) if shard is None else shard.most_likely(logits)) == t)
-        losses.append(_token_losses(logits, t, shard))
+    """Cross-entropy of each position, and whether the most likely token is the target.
+
+    Returns:
+        fp32 or fp64 [n], and bool [n].
+    """
+    size = chunk_size(head.out_features, len(targets), hidden.device)
+    shard = shard_of(head)
+    losses = [hidden.new_zeros(0, dtype=_wide(hidden))]
+    hits = [targets.new_zeros(0, dtype=torch.bool)]
+    for chunk, chunk_targets in zip(hidden.split(size), targets.split(size), strict=True):
+        logits = _logits(head(chunk), softcap, scale)
+        tokens = logits.argmax(-1) if shard is None else shard.most_likely(logits)
+        hits.append(tokens == chunk_targets)
+        losses.append(_token_losses(logits, chunk_targets, shard))
     return torch.cat(losses), torch.cat(hits)
 
 
 def card_bytes(device: torch.device) -> int:
     """All memory of a GPU, in use or not; 0 for other devices."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def chunk_size(
-    vocabulary: int, positions: int, device: torch.device, *, trained: bool = False, card: int | None = None
+    vocabulary: int,
+    positions: int,
+    device: torch.device,
+    *,
+    trained: bool = False,
+    card: int | None = None,
 ) -> int:
-    """How many of `positions` make a chunk, by the budget of the device: a GPU with `card` bytes (None asks it).
+    """How many of `positions` make a chunk, by the budget of the device.
 
-    A `trained` head accumulates its gradient, [vocabulary, h] in fp32, once a chunk: on a GPU that takes longer than
-    the matmuls of a small chunk, so it gets up to four times the room.
+    A `trained` head accumulates its gradient, [vocabulary, h] in fp32, once a chunk: on a GPU that
+    takes longer than the matmuls of a small chunk, so it gets up to four times the room.
+
+    Args:
+        card: bytes of the GPU; None asks it.
     """
+    row_bytes = 4 * vocabulary  # of fp32 logits
     if device.type == "cpu":
-        return max(16, CPU_CHUNK // (4 * vocabulary))
+        return max(16, CPU_CHUNK // row_bytes)
+    if card is None:
+        card = card_bytes(device)
     least, most = GPU_CHUNK
-    # More than a quarter of the positions would make few chunks fewer, and cost a small micro batch its small peak.
-    most = min(most, (card_bytes(device) if card is None else card) // 96, vocabulary * positions)
-    budget = max(least, most)
-    rows = (min(4 * budget, TRAINED_CHUNK) if trained else budget) // (4 * vocabulary)
-    return max(16, rows // TILE * TILE or rows)
+    # More than a quarter of the positions would make few chunks fewer, and cost a small micro batch
+    # its small peak.
+    budget = max(least, min(most, card // 96, vocabulary * positions))
+    if trained:
+        budget = min(4 * budget, TRAINED_CHUNK)
+    rows = budget // row_bytes
+    whole_tiles = rows // TILE * TILE
+    return max(16, whole_tiles or rows)
 
 
 def even_chunk_size(count: int, size: int, *, tile: int = 1) -> int:
-    """Size of equal chunks, as many as `size` makes of `count`: a compiled score sees no small last chunk.
+    """Size of equal chunks, as many as `size` makes of `count`: compiled code sees no small last
+    one.
 
-    With a `tile` all chunks but the last are whole tiles, unless that leaves one position for the last: torch.compile
-    makes another graph for a dimension of 1.
+    With a `tile` all chunks but the last are whole tiles, unless that leaves one position for the
+    last: torch.compile makes another graph for a dimension of 1.
     """
-    alike = -(-count // max(1, -(-count // size))) or 1
-    whole = -(-alike // tile) * tile
-    return alike if count % whole == 1 or whole > size else whole
+    chunks = max(1, ceil_div(count, size))
+    even = ceil_div(count, chunks) or 1
+    whole_tiles = ceil_div(even, tile) * tile
+    if count % whole_tiles == 1 or whole_tiles > size:
+        return even
+    return whole_tiles
 
 
 class _LossArguments(NamedTuple):
-    """What the autograd functions take beside their differentiable inputs; a chunk has `size` positions."""
+    """What the autograd functions take beside their differentiable inputs."""
 
     targets: Tensor
     softcap: float | None
     scale: float
-    size: int
-    score: Score
+    size: int  # positions of a chunk
+    loss_and_grad_fn: LossAndGradFn
     shard: Shard
 
     def spans(self) -> list[slice]:
-        return [slice(start, start + self.size) for start in range(0, len(self.targets), self.size)]
+        """The positions of each chunk."""
+        starts = range(0, len(self.targets), self.size)
+        return [slice(start, start + self.size) for start in starts]
+
+    def loss_and_grad(
+        self, raw: Tensor, span: slice, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and gradient of one chunk, of its raw logits and weights."""
+        return self.loss_and_grad_fn(
+            raw, self.targets[span], weights, self.softcap, self.scale, self.shard
+        )
 
 
 def _arguments(
-    head: nn.Linear, targets: Tensor, softcap: float | None, scale: float, chunk: int | None, score: Score | None
+    head: nn.Linear,
+    targets: Tensor,
+    softcap: float | None,
+    scale: float,
+    chunk: int | None,
+    loss_and_grad_fn: LossAndGradFn | None,
 ) -> _LossArguments:
-    trained, device = any(p.requires_grad for p in head.parameters()), targets.device
-    size = chunk or chunk_size(head.out_features, len(targets), device, trained=trained)
-    size = even_chunk_size(len(targets), size, tile=1 if chunk or device.type == "cpu" else TILE)
-    return _LossArguments(targets, softcap, scale, size, score or loss_and_grad, shard_of(head))
+    device = targets.device
+    tile = 1
+    if chunk is None:
+        trained = any(p.requires_grad for p in head.parameters())
+        chunk = chunk_size(head.out_features, len(targets), device, trained=trained)
+        if device.type != "cpu":
+            tile = TILE
+    size = even_chunk_size(len(targets), chunk, tile=tile)
+    loss_and_grad_fn = loss_and_grad_fn or loss_and_grad
+    return _LossArguments(targets, softcap, scale, size, loss_and_grad_fn, shard_of(head))
 
 
 def _is_plain(head: nn.Linear) -> bool:
-    """Whether the head computes what an `nn.Linear` does; `fully_shard` gives it a class of another name."""
+    """Whether the head computes what an `nn.Linear` does.
+
+    By its forward: `fully_shard` gives it a class of another name.
+    """
     return isinstance(head, ShardedHead) or type(head).forward is nn.Linear.forward
 
 
@@ -174,29 +242,45 @@ def _logits(raw: Tensor, softcap: float | None, scale: float) -> Tensor:
     logits = raw.to(_wide(raw))
     if scale != 1.0:
         logits = logits * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits
 
 
 def _module_losses(hidden: Tensor, head: nn.Linear, args: _LossArguments) -> Tensor:
-    """Cross-entropy of each position by plain autograd, [n]; the head is called again in the backward, chunk by chunk."""
+    """Cross-entropy of each position by plain autograd, [n].
 
-    def losses(part: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(_logits(head(part), args.softcap, args.scale), targets, reduction="none")
+    The head is called again in the backward, chunk by chunk.
+    """
 
-    # Without a position the head is called on no rows: its adapter then gets a gradient of zeros, as on other ranks.
-    spans = args.spans() or [slice(0, 0)]
-    parts = (checkpoint(losses, hidden[span], args.targets[span], use_reentrant=False) for span in spans)
-    return torch.cat([hidden.new_zeros(0, dtype=_wide(hidden)), *parts])
+    def chunk_losses(chunk: Tensor, targets: Tensor) -> Tensor:
+        logits = _logits(head(chunk), args.softcap, args.scale)
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    losses = [hidden.new_zeros(0, dtype=_wide(hidden))]
+    # Without a position the head is called on no rows: its adapter then gets a gradient of zeros,
+    # as on other ranks.
+    for span in args.spans() or [slice(0, 0)]:
+        chunk = hidden[span]
+        targets = args.targets[span]
+        losses.append(checkpoint(chunk_losses, chunk, targets, use_reentrant=False))
+    return torch.cat(losses)
 
 
 class _HeadGradients:
-    """Gradients of a chunked head, accumulated chunk by chunk; None where an input needs none."""
+    """Gradients of a chunked head, added up chunk by chunk; None where an input needs none."""
 
-    def __init__(self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        # A sum over many chunks in bf16 would lose what the later ones add.
+    def __init__(
+        self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> None:
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = torch.zeros_like(weight, dtype=_wide(hidden)) if needed[1] else None
-        self.bias = torch.zeros_like(bias, dtype=_wide(hidden)) if bias is not None and needed[2] else None
+        self.weight = None
+        self.bias = None
+        # A sum over many chunks in bf16 would lose what the later ones add.
+        if needed[1]:
+            self.weight = torch.zeros_like(weight, dtype=_wide(hidden))
+        if bias is not None and needed[2]:
+            self.bias = torch.zeros_like(bias, dtype=_wide(hidden))
 
     def add(self, span: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Add one chunk's part: grad_logits [c, vocabulary], hidden [c, h]."""
@@ -213,14 +297,19 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None, args: _LossArguments
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weights: Tensor | None,
+        args: _LossArguments,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=_wide(hidden))
         grads = _HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
         for span in args.spans():
             raw = F.linear(hidden[span], weight, bias)
-            factors = None if weights is None else weights[span]
-            loss, grad_logits = args.score(raw, args.targets[span], factors, args.softcap, args.scale, args.shard)
+            chunk_weights = None if weights is None else weights[span]
+            loss, grad_logits = args.loss_and_grad(raw, span, chunk_weights)
             total += loss
             grads.add(span, grad_logits, hidden[span], weight)
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
@@ -230,8 +319,11 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         def scaled(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-            # Written in its last dtype: in fp32 first, a trained head's is 1.6 GB more to write and read.
-            return None if grad is None else torch.mul(grad, grads[0], out=torch.empty_like(grad, dtype=dtype))
+            if grad is None:
+                return None
+            # Written in its last dtype: in fp32 first, a trained head's is 1.6 GB more to write and
+            # read.
+            return torch.mul(grad, grads[0], out=torch.empty_like(grad, dtype=dtype))
 
         return (*map(scaled, ctx.saved_tensors, ctx.dtypes), None, None)
 
@@ -240,7 +332,9 @@ class _HeadLogprobs(torch.autograd.Function):
     """Log-probability of each target; its backward computes the logits again, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: _LossArguments) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: _LossArguments
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
         ctx.args = args
         logprobs = hidden.new_empty(len(hidden), dtype=_wide(hidden))
@@ -252,15 +346,15 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
-        args, made = ctx.args, _HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
+        args: _LossArguments = ctx.args
+        sums = _HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
         for span in args.spans():
             raw = F.linear(hidden[span], weight, bias)
-            factors = -grads[0][span]
-            _, grad_logits = args.score(raw, args.targets[span], factors, args.softcap, args.scale, args.shard)
-            made.add(span, grad_logits, hidden[span], weight)
-        of_weight = None if made.weight is None else made.weight.to(weight.dtype)
-        of_bias = None if made.bias is None else made.bias.to(bias.dtype)
-        return made.hidden, of_weight, of_bias, None
+            _, grad_logits = args.loss_and_grad(raw, span, -grads[0][span])
+            sums.add(span, grad_logits, hidden[span], weight)
+        d_weight = None if sums.weight is None else sums.weight.to(weight.dtype)
+        d_bias = None if sums.bias is None else sums.bias.to(bias.dtype)
+        return sums.hidden, d_weight, d_bias, None
 
 
 def _token_losses(logits: Tensor, targets: Tensor, shard: Shard) -> Tensor:
@@ -271,25 +365,37 @@ def _token_losses(logits: Tensor, targets: Tensor, shard: Shard) -> Tensor:
 
 
 def loss_and_grad(
-    raw: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, scale: float, shard: Shard = None
+    raw: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    shard: Shard = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of a chunk's weighted losses (0-d), and its gradient by the raw logits [c, vocabulary], in their dtype.
+    """Sum of a chunk's weighted losses (0-d), and its gradient by the raw logits, in their dtype.
 
-    On a CPU the gradient overwrites `raw`, a few rows at a time.
+    On a CPU the gradient overwrites `raw` [c, vocabulary], a few rows at a time.
     """
-    if raw.device.type != "cpu" or torch.compiler.is_compiling() or shard is not None:
+    is_eager_on_cpu = raw.device.type == "cpu" and not torch.compiler.is_compiling()
+    if shard is not None or not is_eager_on_cpu:
         return _loss_and_grad(raw, targets, weights, softcap, scale, shard)
     total = raw.new_zeros((), dtype=_wide(raw))
     for start in range(0, len(raw), CACHED_ROWS):
         rows = slice(start, start + CACHED_ROWS)
-        factors = None if weights is None else weights[rows]
-        loss, raw[rows] = _loss_and_grad(raw[rows], targets[rows], factors, softcap, scale)
+        row_weights = None if weights is None else weights[rows]
+        loss, grad = _loss_and_grad(raw[rows], targets[rows], row_weights, softcap, scale)
+        raw[rows] = grad
         total += loss
     return total, raw
 
 
 def _loss_and_grad(
-    raw: Tensor, targets: Tensor, weights: Tensor | None, softcap: float | None, scale: float, shard: Shard = None
+    raw: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    shard: Shard = None,
 ) -> tuple[Tensor, Tensor]:
     # raw belongs to this chunk alone, so the wide copy and everything after it work in place.
     logits = raw.to(_wide(raw))
@@ -300,26 +406,34 @@ def _loss_and_grad(
         logits = logits.div_(softcap).tanh_()
         softcap_grad = 1 - logits * logits
         logits = logits.mul_(softcap)
+
+    # Losses [c, 1], and the probabilities in place of the logits.
     column = targets.unsqueeze(1)
-    compiling = torch.compiler.is_compiling()
+    is_compiling = torch.compiler.is_compiling()
     if shard is not None:
         losses, grad = shard.softmax(logits, targets)
         column = column - shard.first
-    elif compiling or logits.dtype == raw.dtype:
-        largest, picked = logits.amax(-1, keepdim=True), logits.gather(1, column)
+    elif is_compiling or logits.dtype == raw.dtype:
+        largest = logits.amax(-1, keepdim=True)
+        picked = logits.gather(1, column)
         grad = logits.sub_(largest).exp_()
         total = grad.sum(-1, keepdim=True)
         losses = total.log().add_(largest) - picked
         grad.div_(total)
     else:
-        # One kernel, whose exponential errs by 2e-6: much less than 16-bit logits do. The largest probability is one over
-        # the sum of exp(logit - largest), and never 0.
-        largest, picked = logits.amax(-1, keepdim=True), logits.gather(1, column)
+        # One kernel, whose exponential errs by 2e-6: much less than 16-bit logits do. The largest
+        # probability is one over the sum of exp(logit - largest), and never 0.
+        largest = logits.amax(-1, keepdim=True)
+        picked = logits.gather(1, column)
         grad = logits.softmax(-1)
         losses = largest.sub_(grad.amax(-1, keepdim=True).log_()) - picked
-    if compiling:
-        # Fused into the kernel that writes the gradient; for a scatter the compiler would first write it out in fp32.
-        grad = grad - (torch.arange(grad.shape[1], device=grad.device) == column).to(grad.dtype)
+
+    # The gradient of a loss by its logits: the probabilities, less 1 at the target.
+    if is_compiling:
+        # Fused into the kernel that writes the gradient; for a scatter the compiler would first
+        # write it out in fp32.
+        one_hot = torch.arange(grad.shape[1], device=grad.device) == column
+        grad = grad - one_hot.to(grad.dtype)
     elif shard is not None:
         shard.subtract_one_hot(grad, targets)
     else:

@@ -27,7 +27,7 @@ from tunesmith.model.documents import Documents
 from tunesmith.private import graphs_compiled
 from tunesmith.quant import eight_bit, nf4
 from tunesmith.runtime import compilation
-from tunesmith.runtime.compilation import compile_layers, compile_score, select_compile
+from tunesmith.runtime.compilation import compile_layers, compile_loss, select_compile
 from tunesmith.runtime.recompute import recompute_layers
 
 
@@ -243,7 +243,7 @@ def test_on_a_cpu_compiled_layers_with_packed_attention_answer_alike():
 
 
 def test_a_compiled_score_is_the_plain_one_for_every_size_of_chunk():
-    score, before = compile_score(loss_and_grad), graphs_compiled()
+    score, before = compile_loss(loss_and_grad), graphs_compiled()
     for n in (7, 12, 30):
         raw, targets = torch.randn(n, 50, dtype=torch.bfloat16), torch.randint(0, 50, (n,))
         for got, expected in zip(

@@ -1,8 +1,9 @@
 """The root of what is trained, and what a method is.
 
-`TrainModel` holds backbone, head and loss in one module. Everything that touches a parameter happens inside its forward:
-a sharded model gathers its weights in the root's forward, so a backbone or head called from outside finds shards. A
-method (`sft.py`) is called by the root. It returns a loss sum and what to divide it by, and owns no loop.
+`TrainModel` holds backbone, head and loss in one module. Everything that touches a parameter
+happens inside its forward: a sharded model gathers its weights in the root's forward, so a backbone
+or head called from outside finds shards. A method (`sft.py`) is called by the root. It returns a
+loss sum and what to divide it by, and owns no loop.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,13 @@ from transformers import PreTrainedModel
 from tunesmith.data.batch import IGNORE, Batch
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import ModelError
-from tunesmith.loss import Score, chunked_cross_entropy, loss_and_grad, token_cross_entropy, token_logprobs
+from tunesmith.loss import (
+    LossAndGradFn,
+    chunked_cross_entropy,
+    loss_and_grad,
+    token_cross_entropy,
+    token_logprobs,
+)
 from tunesmith.model import attention
 from tunesmith.model.documents import Documents
 from tunesmith.quant.frozen_linear import parameter_count
@@ -26,8 +33,10 @@ class MethodOutput(NamedTuple):
     """What a method makes of one micro batch, local to the rank."""
 
     loss: Tensor  # 0-d, fp32 or fp64; the sum, not the mean
-    denominator: int  # this micro batch's part of what the loss of the global batch is divided by
-    metrics: Mapping[str, Tensor] = {}  # sums by name, 0-d and detached, divided by the same denominator
+    # This micro batch's part of what the loss of the global batch is divided by.
+    denominator: int
+    # Sums by name, 0-d and detached, divided by the same denominator.
+    metrics: Mapping[str, Tensor] = {}
 
 
 class Method(Protocol):
@@ -41,8 +50,11 @@ class Method(Protocol):
     def metrics(self) -> Sequence[str]: ...
 
     def denominator(self, batch: Batch | GlobalBatch) -> int:
-        """What the loss sum over a micro batch or a whole global batch is divided by, from its counts on the host:
-        `supervised` and `examples`. Additive over micro batches and ranks."""
+        """What the loss sum over a micro batch or a whole global batch is divided by.
+
+        It comes from the counts on the host, `supervised` and `examples`, and is additive over
+        micro batches and ranks.
+        """
 
     def __call__(self, model: "TrainModel", batch: Batch) -> MethodOutput:
         """Loss sum and metrics of one micro batch, with `denominator(batch)`."""
@@ -78,17 +90,24 @@ class TrainModel(nn.Module):
         self.attention_backend = attention_backend
         self.softcap = softcap
         self.logit_scale = logit_scale
-        self.score: Score = loss_and_grad
-        self.partial_gradients: frozenset[str] = frozenset()  # names of the parameters for `tensor.reduce_gradients`
+        self.loss_and_grad_fn: LossAndGradFn = loss_and_grad
+        # Names of the parameters for `tensor.reduce_gradients`.
+        self.partial_gradients: frozenset[str] = frozenset()
         self.use_training_attention()
 
     def use_training_attention(self) -> None:
         """Set the attention of training; generation sets its own and calls this when it is done."""
-        self.model.set_attn_implementation("eager" if self.attention_backend == "eager" else attention.register())
+        if self.attention_backend == "eager":
+            self.model.set_attn_implementation("eager")
+        else:
+            self.model.set_attn_implementation(attention.register())
 
     def use_inference_attention(self) -> None:
-        """Set the attention of generation, which takes padding masks: sdpa, and eager where scores are capped (Gemma 2), which
-        sdpa does not compute and Transformers refuses."""
+        """Set the attention of generation, which takes padding masks: sdpa where it can.
+
+        Where scores are capped (Gemma 2) it is eager: sdpa does not compute that, and Transformers
+        refuses it.
+        """
         self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
 
     @property
@@ -100,7 +119,8 @@ class TrainModel(nn.Module):
     def head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
         if head is None:
-            raise ModelError(f"{type(self.model).__name__} has no output layer", fix="take a causal language model")
+            what = f"{type(self.model).__name__} has no output layer"
+            raise ModelError(what, fix="take a causal language model")
         return head
 
     def forward(self, batch: Batch) -> MethodOutput:
@@ -108,24 +128,46 @@ class TrainModel(nn.Module):
         return self.method(self, batch)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states, [rows * length, width]; each document is computed as if it were alone."""
-        ids, positions, options = batch.input_ids, batch.position_ids, {}
+        """Last hidden states, [rows * length, width]; each document is computed as if it were
+        alone."""
+        ids = batch.input_ids
+        positions = batch.position_ids
+        options = {}
         if self.attention_backend != "eager":
-            # One row: every layer but attention works position by position, and attention goes by the documents.
-            ids, positions = ids.view(1, -1), positions.view(1, -1)
-            options["documents"] = Documents(batch.cu_seqlens, batch.max_seqlen, self.attention_backend)
-        output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **options)
+            # One row: every layer but attention works position by position, and attention goes by
+            # the documents.
+            ids = ids.view(1, -1)
+            positions = positions.view(1, -1)
+            options["documents"] = Documents(
+                batch.cu_seqlens, batch.max_seqlen, self.attention_backend
+            )
+        output = self.model.base_model(
+            input_ids=ids, position_ids=positions, use_cache=False, **options
+        )
         return output.last_hidden_state.flatten(0, 1)
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Cross-entropy summed over the positions of hidden [n, width] and targets [n], each times its weight [n]."""
-        options = {"softcap": self.softcap, "scale": self.logit_scale, "score": self.score}
-        return compute_with_head(chunked_cross_entropy, hidden, self.head, targets, weights=weights, **options)
+        """Cross-entropy summed over positions: hidden [n, width], targets [n], each times weights
+        [n]."""
+        options = self._loss_options()
+        return compute_with_head(
+            chunked_cross_entropy, hidden, self.head, targets, weights=weights, **options
+        )
 
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probability of each target, fp32 (or fp64) [n], with gradient; hidden [n, width], targets [n]."""
-        options = {"softcap": self.softcap, "scale": self.logit_scale, "score": self.score}
+        """Log-probability of each target, fp32 (or fp64) [n], with gradient.
+
+        hidden [n, width], targets [n].
+        """
+        options = self._loss_options()
         return compute_with_head(token_logprobs, hidden, self.head, targets, **options)
+
+    def _loss_options(self) -> dict[str, Any]:
+        return {
+            "softcap": self.softcap,
+            "scale": self.logit_scale,
+            "loss_and_grad_fn": self.loss_and_grad_fn,
+        }
 
     @torch.no_grad()
     def token_scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -136,28 +178,38 @@ class TrainModel(nn.Module):
         """
         index, targets = supervised_positions(batch)
         hidden = self.hidden(batch)[index]
-        losses, hits = token_cross_entropy(hidden, self.head, targets, softcap=self.softcap, scale=self.logit_scale)
-        every_loss, every_hit = losses.new_zeros(batch.targets.numel()), hits.new_zeros(batch.targets.numel())
-        every_loss[index], every_hit[index] = losses, hits
-        return every_loss.view_as(batch.targets), every_hit.view_as(batch.targets)
+        losses, hits = token_cross_entropy(
+            hidden, self.head, targets, softcap=self.softcap, scale=self.logit_scale
+        )
+        all_losses = losses.new_zeros(batch.targets.numel())
+        all_losses[index] = losses
+        all_hits = hits.new_zeros(batch.targets.numel())
+        all_hits[index] = hits
+        return all_losses.view_as(batch.targets), all_hits.view_as(batch.targets)
 
     def generate(self, **options: Any) -> Tensor:
-        """Token ids that the causal LM continues a prompt with; `options` are those of Transformers' `generate`."""
+        """Token ids that the causal LM continues a prompt with; `options` as of Transformers'
+        own."""
         return self.model.generate(**options)
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is trained, by its name in the causal LM; tied parameters once."""
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
 
     def describe(self) -> str:
         """One line: the model, and how much of it is trained."""
-        name, count = type(self.model).__name__, parameter_count(self.model)
-        trained = sum(p.numel() for _, p in self.trained_parameters())
-        return f"model: {name}, {trained:,} of {count:,} parameters trained ({trained / count:.2%})"
+        count = parameter_count(self.model)
+        trained = sum(parameter.numel() for _, parameter in self.trained_parameters())
+        share = f"{trained:,} of {count:,} parameters trained ({trained / count:.2%})"
+        return f"model: {type(self.model).__name__}, {share}"
 
 
 def supervised_positions(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Positions in the flattened batch that have a label, int64 [n], and these labels, int64 [n]."""
-    flat = batch.targets.flatten()  # their number is known on the host: nothing waits for a GPU
+    """Positions in the flattened batch that have a label, int64 [n], and these labels, int64
+    [n]."""
+    flat = batch.targets.flatten()
+    # Their number is there on the host: nothing waits for a GPU.
     index = torch.nonzero_static(flat != IGNORE, size=batch.supervised).squeeze(1)
     return index, flat[index]

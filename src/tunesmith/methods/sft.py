@@ -6,7 +6,10 @@ from tunesmith.methods.base import MethodOutput, TrainModel, supervised_position
 
 
 class SupervisedFineTuning:
-    """Mean loss over the supervised tokens of the global batch, in nats. Only these positions reach the head."""
+    """Mean loss over the supervised tokens of the global batch, in nats.
+
+    Only these positions reach the head.
+    """
 
     metrics = ()
 

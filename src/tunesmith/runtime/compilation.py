@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import MachineError, first_line
 from tunesmith.host_files import cache_folder
-from tunesmith.loss import Score
+from tunesmith.loss import LossAndGradFn
 from tunesmith.model.documents import Documents
 from tunesmith.model.fused import add_mixin
 from tunesmith.private import mark_varying, restart_compiler
@@ -188,9 +188,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def compile_score(score: Score) -> Score:
+def compile_loss(loss_and_grad_fn: LossAndGradFn) -> LossAndGradFn:
     """The loss of a chunk of logits as one or two kernels; chunks differ in their number of positions."""
-    compiled: Score = torch.compile(score)
+    compiled: LossAndGradFn = torch.compile(loss_and_grad_fn)
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
         for tensor in _tensors(args):
