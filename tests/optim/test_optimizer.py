@@ -209,7 +209,7 @@ def test_8bit_without_its_package_says_what_to_install(monkeypatch: pytest.Monke
 def test_8bit_that_the_device_has_no_code_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import bitsandbytes.functional
 
-    def missing(*args: Any) -> None:
+    def missing(*args: Any, **options: Any) -> None:
         raise NotImplementedError("could not run it\n  somewhere inside")
 
     monkeypatch.setattr(bitsandbytes.functional, "optimizer_update_8bit_blockwise", missing)

@@ -6,23 +6,31 @@ from tunesmith.config.schema import Train
 
 
 def warmup_steps(train: Train, total: int | None, steps_per_epoch: float) -> int:
-    """Optimizer steps of rising learning rate; a percentage of a run that ends by the clock is one of an epoch."""
-    amount, unit = train.warmup.amount, train.warmup.unit
-    if unit == "steps":
+    """Optimizer steps of rising learning rate, in a run of `total` steps; None: it ends by the
+    clock.
+
+    A percentage of a run that ends by the clock is one of an epoch.
+    """
+    amount = train.warmup.amount
+    if train.warmup.unit == "steps":
         return int(amount)
-    whole = steps_per_epoch if unit == "epochs" or total is None else total
-    return math.ceil(whole * (amount / 100 if unit == "%" else amount))
+    if train.warmup.unit == "epochs":
+        return math.ceil(steps_per_epoch * amount)
+    if total is None:
+        return math.ceil(steps_per_epoch * (amount / 100))
+    return math.ceil(total * (amount / 100))
 
 
 def learning_rate(train: Train, step: int, *, warmup: int, progress: float) -> float:
     """The learning rate of one step, counted from 0.
 
-    `warmup`: steps of linear rise; step `warmup - 1` is the first at the peak. `progress`: share of the steps after the
-    warm-up that are done, 0 to 1.
+    `warmup`: steps of linear rise; step `warmup - 1` is the first at the peak. `progress`: share of
+    the steps after the warm-up that are done, 0 to 1.
     """
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup
-    span, left = train.learning_rate - train.min_learning_rate, 1.0 - min(max(progress, 0.0), 1.0)
+    span = train.learning_rate - train.min_learning_rate
+    left = 1.0 - min(max(progress, 0.0), 1.0)
     if train.schedule == "linear":
         return train.min_learning_rate + span * left
     if train.schedule == "cosine":
@@ -30,8 +38,13 @@ def learning_rate(train: Train, step: int, *, warmup: int, progress: float) -> f
     return train.learning_rate
 
 
-def scheduled_rate(train: Train, step: int, *, total: int | None, steps_per_epoch: int, seconds: float) -> float:
-    """The learning rate of one step, from 0, of a run of `total` steps; None: it ends by the clock, and is `seconds` old."""
+def scheduled_rate(
+    train: Train, step: int, *, total: int | None, steps_per_epoch: int, seconds: float
+) -> float:
+    """The learning rate of one step, from 0, of a run of `total` steps.
+
+    None: it ends by the clock, and is `seconds` old.
+    """
     warmup = warmup_steps(train, total, steps_per_epoch)
     if total is None:
         progress = seconds / (train.duration.seconds or 1.0)

@@ -1,10 +1,12 @@
 """Weight gradients of 16-bit linear layers, added up in fp32 by the matrix product that makes them.
 
-Otherwise a product writes its gradient in 16 bits, and the optimizer's hook reads it and adds it to the fp32 one: 8 bytes
-a parameter in the first micro batch of a step and 12 in each further one, here 4 and 8, in the product's own epilogue.
-The gradient is never rounded to 16 bits. Megatron-LM calls this gradient accumulation fusion.
+Otherwise a product writes its gradient in 16 bits, and the optimizer's hook reads it and adds it to
+the fp32 one: 8 bytes a parameter in the first micro batch of a step and 12 in each further one,
+here 4 and 8, in the product's own epilogue. The gradient is never rounded to 16 bits. Megatron-LM
+calls this gradient accumulation fusion.
 
-It takes no memory at a step's peak, where all fp32 gradients are there either way; they stay between the steps too.
+It takes no memory at a step's peak, where all fp32 gradients are there either way; they stay
+between the steps too.
 """
 
 from collections.abc import Iterator
@@ -20,24 +22,30 @@ from tunesmith.optim.adamw import HALF
 
 
 def accumulate_in_fp32(model: nn.Module) -> int:
-    """Let every trained 16-bit `nn.Linear` below `model` add up its weight's gradient in fp32; returns how many.
+    """Let every trained 16-bit `nn.Linear` below `model` add up its weight's gradient in fp32;
+    returns how many.
 
-    In place, on meta or not; the layers' parameters keep their names, and autograd gives their weights no gradient.
+    In place, on meta or not; the layers' parameters keep their names, and autograd gives their
+    weights no gradient.
     """
     count = 0
     layer: Any
     for layer in model.modules():
         if type(layer) is nn.Linear and layer.weight.requires_grad and layer.weight.dtype in HALF:
             add_mixin(layer, Fp32GradientLinear)
-            layer.register_buffer("gradient", torch.empty_like(layer.weight, dtype=torch.float32), persistent=False)
-            layer.filled = torch.zeros((), dtype=torch.bool, device="cpu")  # no buffer, which would move to the GPU
+            gradient = torch.empty_like(layer.weight, dtype=torch.float32)
+            layer.register_buffer("gradient", gradient, persistent=False)
+            # No buffer, which would move to the GPU.
+            layer.filled = torch.zeros((), dtype=torch.bool, device="cpu")
             count += 1
     return count
 
 
 def fp32_gradients(model: nn.Module) -> "Iterator[tuple[str, Fp32GradientLinear]]":
     """The layers that add up their own gradients, by the names of their weights."""
-    return ((f"{name}.weight", m) for name, m in model.named_modules() if isinstance(m, Fp32GradientLinear))
+    for name, layer in model.named_modules():
+        if isinstance(layer, Fp32GradientLinear):
+            yield f"{name}.weight", layer
 
 
 class Fp32GradientLinear(nn.Module):
@@ -46,26 +54,34 @@ class Fp32GradientLinear(nn.Module):
     gradient: fp32 [out_features, in_features], of use where `filled` (bool [], on the CPU) says so.
     """
 
+    weight: Any
+    bias: Any
     gradient: Tensor
     filled: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
-        own: Any = self
         if not torch.is_grad_enabled():
             return super().forward(x)
-        return linear(x.flatten(0, -2), own.weight, own.bias, self.gradient, self.filled).unflatten(0, x.shape[:-1])
+        y = linear(x.flatten(0, -2), self.weight, self.bias, self.gradient, self.filled)
+        return y.unflatten(0, x.shape[:-1])
 
 
 @torch.library.custom_op("tunesmith::linear", mutates_args=())
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor, filled: Tensor) -> Tensor:
-    """x W^T + b [n, out]; the backward adds the gradient of W to `gradient` and gives autograd none."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor, filled: Tensor
+) -> Tensor:
+    """x W^T + b [n, out]; the backward adds the gradient of W to `gradient` and gives autograd
+    none.
+    """
     return F.linear(x, weight, bias)
 
 
 @torch.library.custom_op("tunesmith::add_weight_gradient", mutates_args=("gradient", "filled"))
 def add_weight_gradient(gradient: Tensor, filled: Tensor, dy: Tensor, x: Tensor) -> None:
-    """gradient += dy^T x, or = where it is not filled yet: fp32 [out, in], 16-bit [n, out] and [n, in]."""
+    """gradient += dy^T x, or = where it is not filled yet: fp32 [out, in], 16-bit [n, out] and [n,
+    in].
+    """
     beta = int(filled)  # the flag is on the CPU: nothing waits
     if _multiplies_into_fp32(x.device):
         torch.addmm(gradient, dy.T, x, out_dtype=torch.float32, beta=beta, out=gradient)
@@ -76,8 +92,11 @@ def add_weight_gradient(gradient: Tensor, filled: Tensor, dy: Tensor, x: Tensor)
 
 @cache
 def _multiplies_into_fp32(device: torch.device) -> bool:
-    """Whether 16-bit matrices can be multiplied and added into an fp32 one: torch has this for CUDA, and not always."""
-    total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    """Whether 16-bit matrices can be multiplied and added into an fp32 one: torch has this for
+    CUDA, and not always.
+    """
+    total = torch.ones(16, 16, device=device)
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     try:
         torch.addmm(total, ones, ones, out_dtype=torch.float32, beta=1, out=total)
     except (RuntimeError, TypeError):
@@ -104,7 +123,9 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, gradient, filled = ctx.saved_tensors
     add_weight_gradient(gradient, filled, dy, x)
     needs_dx, _, needs_db, *_ = ctx.needs_input_grad
-    return dy @ weight if needs_dx else None, None, dy.sum(0) if needs_db else None, None, None
+    dx = dy @ weight if needs_dx else None
+    db = dy.sum(0) if needs_db else None
+    return dx, None, db, None, None
 
 
 linear.register_autograd(_differentiate, setup_context=_save)
