@@ -12,7 +12,7 @@ from recipes import built_model, make_run
 from tunesmith.config.schema import Run
 from tunesmith.model import spec
 from tunesmith.model.load import build_on_meta
-from tunesmith.model.random_init import draw
+from tunesmith.model.random_init import init_weight
 from tunesmith.model.shapes import SHAPES
 from tunesmith.quant.nf4 import Nf4Linear
 
@@ -71,7 +71,7 @@ def test_nf4_layers_are_quantised_from_the_same_draw(bare: Path, tmp_path: Path)
 
 def test_biases_are_zero() -> None:
     bias = torch.ones(8)
-    draw(bias, "q.bias", 0)
+    init_weight(bias, "q.bias", 0)
     assert (bias == 0).all()
 
 

@@ -39,8 +39,8 @@ REFUSED = {
     "not among the families": {"model_type": "brand_new"},
     "trust_remote_code": {"model_type": "brand_new", "auto_map": {"AutoConfig": "x.Y"}},
     "no model_type": {"architectures": ["LlamaForCausalLM"]},
-    "quantised with gptq": {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
-    "quantised with awq": {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},
+    "quantized with gptq": {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "quantized with awq": {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},
     "bitsandbytes 8-bit": {
         "model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     },

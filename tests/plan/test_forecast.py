@@ -142,7 +142,7 @@ def test_auto_cuts_what_can_be_cut_evenly() -> None:
     assert tensors("llama3-3b", "8xh100", {}, model_type="gemma") == {1}
     # 14336 / 8 = 1792 is 28 blocks of nf4, 28 / 8 is no whole number of them.
     assert tensors("llama3-8b", "8xh100", nf4, intermediate=1792) == {1, 2, 4}
-    assert tensors("llama3-8b", "8xh100", nf4, quantised="bnb-nf4") == {1}
+    assert tensors("llama3-8b", "8xh100", nf4, quantized="bnb-nf4") == {1}
     assert tensors(
         "llama3-8b",
         "8xh100",

@@ -1,7 +1,8 @@
-"""The one table of model families: what their config.json may leave out, and where they differ from Llama.
+"""The one table of model families: what config.json may leave out, and differences from Llama.
 
-To add a family, add a row here and a variant to `tests/model/families.py`: the parity tests then compare its sizes,
-attention keywords, logits, gradients and loaded weights with Transformers' own. No torch is imported here.
+To add a family, add a row here and a variant to `tests/model/families.py`: the parity tests then
+compare its sizes, attention keywords, logits, gradients and loaded weights with Transformers' own.
+No torch is imported here.
 """
 
 from dataclasses import dataclass
@@ -17,42 +18,75 @@ class Architecture:
     examples: str  # models of the family, for messages
     tied: bool = False  # the default of tie_word_embeddings
     head_dim: int | None = None  # its default; None: hidden_size / heads
-    kv_heads: int | None = None  # the default of num_key_value_heads; None: as many as heads
-    qkv_bias: bool | None = None  # whether attention's projections have a bias; None: as `attention_bias` says
+    # The default of num_key_value_heads; None: as many as heads.
+    kv_heads: int | None = None
+    # Whether attention's projections have a bias; None: as `attention_bias` says.
+    qkv_bias: bool | None = None
     output_bias: bool | None = None
     norms: int = 2  # of hidden_size, per layer
-    head_norms: Literal["none", "head", "projection"] = "none"  # norms on q and k: over one head, or over all of them
-    # Which layers see a bounded window: none, all with `sliding_window`, those that the config picks and only with
-    # `use_sliding_window`, all but every second, or `sliding_window_pattern`.
+    # Norms on q and k: over one head, or over all of them.
+    head_norms: Literal["none", "head", "projection"] = "none"
+    # Which layers see a bounded window: none, all with `sliding_window`, those that the config
+    # picks and only with `use_sliding_window`, all but every second, or `sliding_window_pattern`.
     window: Literal["none", "all", "opt-in", "every-second", "pattern"] = "none"
-    # Defaults of final_logit_softcapping and attn_logit_softcapping; None: the family has no such keys.
+    # Defaults of final_logit_softcapping and attn_logit_softcapping; None: the family has no such
+    # keys.
     softcaps: tuple[float | None, float | None] | None = None
     logits_scaling: bool = False  # the model divides its logits by `logits_scaling`
-    fused: str = ""  # the prefix of Transformers' class names (`LlamaAttention`) whose forwards `fused.py` replaces
+    # The prefix of Transformers' class names (`LlamaAttention`) whose forwards `fused.py` replaces.
+    fused: str = ""
     joined: bool = False  # q, k and v are one linear layer, and so are gate and up
-    rope_by_layer: bool = False  # attention modules say by `use_rope` whether they rotate q and k
+    # Attention modules say by `use_rope` whether they rotate q and k.
+    rope_by_layer: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("Llama 2, 3, 3.1, 3.2, 3.3, SmolLM, SmolLM2, Yi, TinyLlama", fused="Llama"),
-    "mistral": Architecture(
-        "Mistral 7B, Nemo, Small", kv_heads=8, qkv_bias=False, output_bias=False, window="all", fused="Mistral"
+    "llama": Architecture(
+        "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM, SmolLM2, Yi, TinyLlama", fused="Llama"
     ),
-    "qwen2": Architecture("Qwen2, Qwen2.5", qkv_bias=True, output_bias=False, window="opt-in", fused="Qwen2"),
-    "qwen3": Architecture("Qwen3 (dense)", head_dim=128, head_norms="head", window="opt-in", fused="Qwen3"),
+    "mistral": Architecture(
+        "Mistral 7B, Nemo, Small",
+        kv_heads=8,
+        qkv_bias=False,
+        output_bias=False,
+        window="all",
+        fused="Mistral",
+    ),
+    "qwen2": Architecture(
+        "Qwen2, Qwen2.5", qkv_bias=True, output_bias=False, window="opt-in", fused="Qwen2"
+    ),
+    "qwen3": Architecture(
+        "Qwen3 (dense)", head_dim=128, head_norms="head", window="opt-in", fused="Qwen3"
+    ),
     "gemma": Architecture("Gemma", tied=True, head_dim=256, kv_heads=16),
     "gemma2": Architecture(
-        "Gemma 2", tied=True, head_dim=256, kv_heads=4, norms=4, window="every-second", softcaps=(30.0, 50.0)
+        "Gemma 2",
+        tied=True,
+        head_dim=256,
+        kv_heads=4,
+        norms=4,
+        window="every-second",
+        softcaps=(30.0, 50.0),
     ),
     "gemma3_text": Architecture(
-        "Gemma 3 (text)", tied=True, head_dim=256, kv_heads=4, norms=4, head_norms="head", window="pattern",
+        "Gemma 3 (text)",
+        tied=True,
+        head_dim=256,
+        kv_heads=4,
+        norms=4,
+        head_norms="head",
+        window="pattern",
         softcaps=(None, None),
     ),
-    "phi3": Architecture("Phi-3, Phi-3.5, Phi-4", qkv_bias=False, output_bias=False, window="all", joined=True),
-    "smollm3": Architecture("SmolLM3", tied=True, kv_heads=4, window="opt-in", fused="SmolLM3", rope_by_layer=True),
+    "phi3": Architecture(
+        "Phi-3, Phi-3.5, Phi-4", qkv_bias=False, output_bias=False, window="all", joined=True
+    ),
+    "smollm3": Architecture(
+        "SmolLM3", tied=True, kv_heads=4, window="opt-in", fused="SmolLM3", rope_by_layer=True
+    ),
     "olmo2": Architecture("OLMo 2", head_norms="projection"),
     "granite": Architecture("Granite 3", logits_scaling=True),
-}  # fmt: skip
+}
 
 
 def families_text() -> str:

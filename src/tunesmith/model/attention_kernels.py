@@ -1,7 +1,9 @@
-"""Which of torch's kernels computes attention over packed documents on CUDA: the first that is right, by trying.
+"""Which of torch's kernels computes attention over packed documents on CUDA: the first that is
+right, by trying.
 
-From 2.15 on torch takes cuDNN where it can: Hopper and data-center Blackwell, heads of at most 128, causal. Elsewhere it is
-FlashAttention: the fourth or third version where a package of it is installed, else torch's own second.
+From 2.15 on torch takes cuDNN where it can: Hopper and data-center Blackwell, heads of at most 128,
+causal. Elsewhere it is FlashAttention: the fourth or third version where a package of it is
+installed, else torch's own second.
 """
 
 from collections.abc import Callable
@@ -10,40 +12,47 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-VERSIONS = {"FA4": "FlashAttention 4", "FA3": "FlashAttention 3"}  # torch's names of what may be installed
+# Torch's names of what may be installed.
+VERSIONS = {"FA4": "FlashAttention 4", "FA3": "FlashAttention 3"}
 OWN = "torch's own FlashAttention"
 
 
 def choose_kernel(find_fault: Callable[[], str]) -> tuple[str, list[str]]:
-    """Let torch take the first kernel in which `find_fault` finds none, and return its name, or "" if there is none.
+    """Let torch take the first kernel without a fault; the choice holds for this process.
 
-    `find_fault` tries whatever torch takes, and returns what is wrong with it, or "". Beside the name: the faults of the
-    kernels before it. The choice holds for this process.
+    `find_fault` tries whatever torch takes, and returns what is wrong with it, or "".
+
+    Returns:
+        The kernel's name, or "" if there is none, and the faults of the kernels before it.
     """
     faults: list[str] = []
     with sdpa_kernel(SDPBackend.MATH):  # which is none of them
         refusal = find_fault()
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         fault = find_fault()
-    if fault != refusal:  # before 2.15 torch had one kernel here, whatever it was told
+    # Before 2.15 torch had one kernel here, whatever it was told.
+    if fault != refusal:
         if not fault:
             return "cuDNN", faults
         faults.append(f"cuDNN: {fault}")
-        torch.backends.cuda.enable_cudnn_sdp(False)  # torch might take it for other shapes than those that were tried
+        # Torch might take it for other shapes than those that were tried.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     for version, name in VERSIONS.items():
         if not _activate(version):
             continue
-        if not (fault := find_fault()):
+        fault = find_fault()
+        if not fault:
             return name, faults
         faults.append(f"{name}: {fault}")
         nn.attention.restore_flash_attention_impl()
-    if not (fault := find_fault()):
+    fault = find_fault()
+    if not fault:
         return OWN, faults
     return "", [*faults, f"{OWN}: {fault}"]
 
 
 def _activate(version: str) -> bool:
-    """Let torch take a version of FlashAttention; whether it is installed and this torch knows it."""
+    """Let torch take a version of FlashAttention; False where there is none."""
     try:
         nn.attention.activate_flash_attention_impl(version)
     except (ImportError, ValueError):

@@ -2,37 +2,44 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Queries of a document are taken this many at a time, so that scores are [heads, QUERIES, n] and keys that lie in the
-# future of a whole block are never multiplied. On 2 cores 128 is 10 % faster than 512 for documents of 75 to 310 tokens.
+# Queries of a document are taken this many at a time, so that scores are [heads, QUERIES, n] and
+# keys that lie in the future of a whole block are never multiplied. On 2 cores 128 is 10 % faster
+# than 512 for documents of 75 to 310 tokens.
 QUERIES = 128
-# Documents up to this length keep their probabilities for the backward; longer ones compute them again.
+# Documents up to this length keep their probabilities for the backward; longer ones compute them
+# again.
 KEEP = 512
-# Documents within one block of queries are padded to a common length and multiplied together, up to GROUP_TOKENS and
-# where they have at least ALIKE of the longest's length: twice as fast at 15 to 45 tokens, 10 % at 90 to 130.
+# Documents within one block of queries are padded to a common length and multiplied together, up to
+# GROUP_TOKENS and where they have at least ALIKE of the longest's length: twice as fast at 15 to 45
+# tokens, 10 % at 90 to 130.
 GROUP_TOKENS = 512
 ALIKE = 0.8
 
 
 def kept_probabilities(length: np.ndarray) -> np.ndarray:
-    """How many a head keeps for the backward of documents of these lengths: a block of queries has those of all keys up
-    to its end. int64, as `length`."""
+    """How many probabilities a head keeps for the backward of documents of these lengths, int64.
+
+    A block of queries has those of all keys up to its end.
+    """
     blocks, rest = np.divmod(length, QUERIES)
     return (length <= KEEP) * (QUERIES**2 * blocks * (blocks + 1) // 2 + rest * length)
 
 
 @dataclass(frozen=True)
 class Group:
-    """`count` documents of nearly one length, padded to the `length` of the longest; a single one begins at `start`."""
+    """`count` documents of nearly one length, padded to the `length` of the longest."""
 
-    start: int
+    start: int  # the first token of a single document; -1 of several
     count: int
     length: int
-    places: Tensor | None = None  # int64 [tokens], which of the count * length padded places hold a token; None of one
+    # int64 [tokens], which of the count * length padded places hold a token; None for a single one.
+    places: Tensor | None = None
     tokens: Tensor | None = None  # int64 [tokens], which token each of these holds
 
 
@@ -40,9 +47,11 @@ class Group:
 class Documents:
     """Edges of the documents in a flattened block of n tokens."""
 
-    cu_seqlens: Tensor  # int32 [documents + 1], 0 to n, on the tokens' device; equal neighbours are empty documents
+    # int32 [documents + 1], 0 to n, on the tokens' device; equal neighbors are empty documents.
+    cu_seqlens: Tensor
     max_seqlen: int  # an upper bound of the longest document, in tokens
-    backend: str | None = None  # of attention, by `attention.select_attention_backend`; None: selected at the call
+    # Of attention, by `attention.select_attention_backend`; None: selected at the call.
+    backend: str | None = None
 
     @cached_property
     def edges(self) -> list[int]:
@@ -52,11 +61,14 @@ class Documents:
     @cached_property
     def groups(self) -> list[Group]:
         """Documents grouped for `products`, made once a batch and used by every layer."""
-        spans = sorted(((b - a, a) for a, b in zip(self.edges, self.edges[1:], strict=False) if b > a), reverse=True)
+        documents = []  # (length, start) of each
+        for start, end in pairwise(self.edges):
+            if end > start:
+                documents.append((end - start, start))
+        documents.sort(reverse=True)
         groups: list[list[tuple[int, int]]] = []
-        for length, start in spans:
-            longest, count = (groups[-1][0][0], len(groups[-1])) if groups else (0, 0)
-            if ALIKE * longest <= length and 0 < longest <= QUERIES and (count + 1) * longest <= GROUP_TOKENS:
+        for length, start in documents:
+            if groups and _fits(length, groups[-1]):
                 groups[-1].append((length, start))
             else:
                 groups.append([(length, start)])
@@ -68,7 +80,18 @@ class Documents:
             return Group(start=start, count=1, length=longest)
         lengths, starts = torch.tensor(members).unsqueeze(2).unbind(1)
         column = torch.arange(longest)
-        real = column < lengths
-        places, tokens = real.flatten().nonzero().squeeze(1), (starts + column)[real]
+        is_token = column < lengths
+        places = is_token.flatten().nonzero().squeeze(1)
+        tokens = (starts + column)[is_token]
         device = self.cu_seqlens.device
-        return Group(start=-1, count=len(members), length=longest, places=places.to(device), tokens=tokens.to(device))
+        return Group(-1, len(members), longest, places.to(device), tokens.to(device))
+
+
+def _fits(length: int, group: list[tuple[int, int]]) -> bool:
+    """Whether a document of no more tokens than those of the group is multiplied together with
+    them.
+    """
+    longest, _ = group[0]
+    if longest > QUERIES or length < ALIKE * longest:
+        return False
+    return (len(group) + 1) * longest <= GROUP_TOKENS

@@ -1,8 +1,9 @@
 """From a folder to a model without weights: its config, the model on meta, its memory.
 
-`build_on_meta` builds the modules without memory for their matrices; `materialise` gives each parameter its memory,
-which `weights.load_weights` or `random_init` initialises. `to_empty` would break tied weights and leave the buffers
-(rotary frequencies), which are in no checkpoint, uninitialised.
+`build_on_meta` builds the modules without memory for their matrices; `materialise` gives each
+parameter its memory, which `weights.load_weights` or `random_init` initialises. `to_empty` would
+break tied weights and leave the buffers (rotary frequencies), which are in no checkpoint,
+uninitialised.
 """
 
 import copy
@@ -24,23 +25,34 @@ from tunesmith.model.spec import ModelSpec, read_spec
 
 
 def load_config(folder: Path, model: Model) -> PretrainedConfig:
-    """The model's configuration; ModelError where it is missing, broken, or of a kind that the recipe cannot train."""
+    """The model's configuration; ModelError where it is missing, broken, or of a kind that the
+    recipe cannot train.
+    """
     file = folder / "config.json"
     spec = read_stated_spec(folder, model)
-    if spec.quantised and model.quantize != "nf4":
-        what, why = "the checkpoint is already in bitsandbytes nf4", f"the recipe says model.quantize: {model.quantize}"
-        fix = "set model.quantize: nf4, or take the unquantised model"
-        raise ModelError(what, where=str(file), why=why, fix=fix)
+    if spec.quantized and model.quantize != "nf4":
+        raise ModelError(
+            "the checkpoint is already in bitsandbytes nf4",
+            where=str(file),
+            why=f"the recipe says model.quantize: {model.quantize}",
+            fix="set model.quantize: nf4, or take the unquantized model",
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # Transformers raises many kinds here, its own strict-dataclass errors among them
-        fix = "correct the named key, or fetch it again: tunesmith fetch MODEL"
-        what = "Transformers cannot read the config"
-        raise ModelError(what, where=str(file), why=one_line(error), fix=fix) from error
+    # Transformers raises many kinds here, its own strict-dataclass errors among them.
+    except Exception as error:
+        raise ModelError(
+            "Transformers cannot read the config",
+            where=str(file),
+            why=one_line(error),
+            fix="correct the named key, or fetch it again: tunesmith fetch MODEL",
+        ) from error
 
 
 def read_stated_spec(folder: Path, model: Model) -> ModelSpec:
-    """The spec of config.json as it stands there, without the defaults of Transformers; raises as `read_spec`."""
+    """The spec of config.json as it stands there, without the defaults of Transformers; raises as
+    `read_spec`.
+    """
     file = folder / "config.json"
     return read_spec(read_json(file), where=str(file), trust_remote_code=model.trust_remote_code)
 
@@ -52,70 +64,102 @@ def one_line(error: BaseException) -> str:
 
 
 class _MatricesOnMeta(TorchFunctionMode):
-    """Allocate `torch.empty` (the modules' matrices) on meta, and compute everything else for real: `torch.device("meta")`
-    would lose the rotary frequencies and scales of embeddings, which constructors compute and no checkpoint holds."""
+    """Allocate `torch.empty` (the modules' matrices) on meta, and compute everything else for real.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    `torch.device("meta")` would lose the rotary frequencies and scales of embeddings, which
+    constructors compute and no checkpoint holds.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
 
-def build_on_meta(config: PretrainedConfig, model: Model, *, rows: int | None = None) -> PreTrainedModel:
-    """Build the model: every parameter on meta, in the recipe's dtype; every buffer real, on the CPU.
+def build_on_meta(
+    config: PretrainedConfig, model: Model, *, rows: int | None = None
+) -> PreTrainedModel:
+    """Build the model: every parameter on meta, in the recipe's dtype; every buffer real, on the
+    CPU.
 
-    `rows` are those of embedding and head (`tokenizer.vocab_rows`); None: the config's. ModelError where Transformers
-    refuses the config.
+    `rows` are those of embedding and head (`tokenizer.vocab_rows`); None: the config's. ModelError
+    where Transformers refuses the config.
     """
     config = copy.deepcopy(config)
     if rows is not None:
         config.vocab_size = rows
     if "quantization_config" in config.to_dict():
-        del config.quantization_config  # our nf4 layers hold such weights, not Transformers' quantiser
+        # Our nf4 layers hold such weights, not Transformers' quantizer.
+        del config.quantization_config
     try:
-        kind = "eager" if model.attention == "eager" else None
-        how = {"attn_implementation": kind, "trust_remote_code": model.trust_remote_code}
         with _MatricesOnMeta():
-            built = AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype], **how)
+            causal_lm = AutoModelForCausalLM.from_config(
+                config,
+                dtype=DTYPES[model.dtype],
+                attn_implementation="eager" if model.attention == "eager" else None,
+                trust_remote_code=model.trust_remote_code,
+            )
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
-        what, where = f"Transformers cannot build this {config.model_type}", f"{config.name_or_path}/config.json"
-        fix = "correct the value there, or fetch the model again: tunesmith fetch MODEL"
-        raise ModelError(what, where=where, why=one_line(error), fix=fix) from error
-    _replace(built, lambda p: p.to("meta"))
-    return built
+        raise ModelError(
+            f"Transformers cannot build this {config.model_type}",
+            where=f"{config.name_or_path}/config.json",
+            why=one_line(error),
+            fix="correct the value there, or fetch the model again: tunesmith fetch MODEL",
+        ) from error
+    _replace(causal_lm, lambda parameter: parameter.to("meta"))
+    return causal_lm
 
 
 def _replace(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace each parameter by `change(parameter)`, once for those that several modules share."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    changed: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if old not in made:
+            if old not in changed:
                 data = old.detach()
                 new = change(data)
-                made[old] = old if new is data else nn.Parameter(new, requires_grad=old.requires_grad)
-            setattr(module, name, made[old])
+                changed[old] = old
+                if new is not data:
+                    changed[old] = nn.Parameter(new, requires_grad=old.requires_grad)
+            setattr(module, name, changed[old])
 
 
 def widen(model: nn.Module) -> None:
-    """Make every 16-bit parameter of a model on meta fp32: the shards of a model trained in full are its masters."""
-    _replace(model, lambda p: p.float() if p.dtype in (torch.bfloat16, torch.float16) else p)
+    """Make every 16-bit parameter of a model on meta fp32: the shards of a model trained in full
+    are its masters.
+    """
+
+    def fp32(parameter: torch.Tensor) -> torch.Tensor:
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            return parameter.float()
+        return parameter
+
+    _replace(model, fp32)
 
 
 def materialise(model: nn.Module, device: torch.device, shards: torch.device | None = None) -> None:
-    """Give every parameter on meta its memory on `device`, uninitialised; move the real ones and all buffers there.
+    """Give every parameter on meta its memory on `device`, uninitialised; move the real ones and
+    all buffers there.
 
-    Parameters that FSDP shards go to `shards` instead, if that is given. All keep their dtype, shared ones stay shared, and
-    buffers keep the values that their module computed (rotary frequencies: fp32).
+    Parameters that FSDP shards go to `shards` instead, if that is given. All keep their dtype,
+    shared ones stay shared, and buffers keep the values that their module computed (rotary
+    frequencies: fp32).
     """
 
     def real(tensor: torch.Tensor) -> torch.Tensor:
-        sharded = isinstance(tensor, DTensor) and tensor.device_mesh.ndim > 1  # not over a tensor group alone
-        place = shards if shards and sharded else device
-        return torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(place)
+        place = device
+        # A mesh of one dimension is a tensor group's alone.
+        if shards and isinstance(tensor, DTensor) and tensor.device_mesh.ndim > 1:
+            place = shards
+        if tensor.is_meta:
+            return torch.empty_like(tensor, device=place)
+        return tensor.to(place)
 
     _replace(model, real)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, real(buffer))  # a registered buffer stays one, and as persistent as it was
+            # A registered buffer stays one, and as persistent as it was.
+            setattr(module, name, real(buffer))

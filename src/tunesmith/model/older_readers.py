@@ -1,9 +1,10 @@
 """Model files that Transformers 4, and what is built on it, reads as Transformers 5 does.
 
-Transformers 5 writes the rotary embedding as `rope_parameters` alone. A reader of the older keys, `rope_theta` and
-`rope_scaling`, finds none of them and takes its defaults, without an error: it computes another model. Transformers 4
-does not read a tokenizer of class `TokenizersBackend`, or a list of `extra_special_tokens`, at all. Here the older keys
-are written beside the new ones, and a tokenizer's in place of them, where both versions read the older form.
+Transformers 5 writes the rotary embedding as `rope_parameters` alone. A reader of the older keys,
+`rope_theta` and `rope_scaling`, finds none of them and takes its defaults, without an error: it
+computes another model. Transformers 4 does not read a tokenizer of class `TokenizersBackend`, or a
+list of `extra_special_tokens`, at all. Here the older keys are written beside the new ones, and a
+tokenizer's in place of them, where both versions read the older form.
 
 No torch is imported here.
 """
@@ -15,11 +16,14 @@ from typing import Any
 
 from tunesmith.model.architectures import ARCHITECTURES
 
-CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def write_for_older_readers(folder: Path) -> None:
-    """Add the older keys to config.json and tokenizer_config.json of a folder, those of them that are there."""
+    """Add the older keys to config.json and tokenizer_config.json of a folder, those of them that
+    are there.
+    """
     for name in (CONFIG, TOKENIZER_CONFIG):
         file = folder / name
         if file.is_file():
@@ -27,7 +31,10 @@ def write_for_older_readers(folder: Path) -> None:
 
 
 def for_older_readers(name: str, content: bytes) -> bytes:
-    """The content of a model's file `name` with the older keys; as it is where they are there, or it is another file."""
+    """The content of a model's file `name` with the older keys.
+
+    It stays as it is where they are there, or it is another file.
+    """
     if name not in (CONFIG, TOKENIZER_CONFIG):
         return content
     try:
@@ -43,7 +50,10 @@ def for_older_readers(name: str, content: bytes) -> bytes:
 
 
 def with_older_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of Transformers 5 with the older keys. Keys that it has already are not changed."""
+    """A config.json of Transformers 5 with the older keys.
+
+    Keys that it has already are not changed.
+    """
     older: dict[str, Any] = {}
     if config.get("dtype") is not None:
         older["torch_dtype"] = config["dtype"]  # the only name before Transformers 4.56
@@ -56,7 +66,8 @@ def with_older_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _older_rope(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
     """The older keys of a config's `rope_parameters`."""
     older: dict[str, Any] = {}
-    if isinstance(rope.get("full_attention"), Mapping):  # one mapping for each kind of layer, as in Gemma 3
+    # One mapping for each kind of layer, as in Gemma 3.
+    if isinstance(rope.get("full_attention"), Mapping):
         local = rope.get("sliding_attention") or {}
         if "rope_theta" in local:
             older["rope_local_base_freq"] = local["rope_theta"]
@@ -75,9 +86,16 @@ def _older_scaling(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any] |
         return None
     # Phi-3 takes these three keys and no other, and has the rest at the top of its config.
     if model_type == "phi3" and "short_factor" in rope:
-        return {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    return scaling | {"rope_type": kind, "type": kind}  # `type` is the name before Transformers 4.43
+        return {
+            "type": kind,
+            "short_factor": rope["short_factor"],
+            "long_factor": rope["long_factor"],
+        }
+    scaling = dict(rope)
+    scaling.pop("rope_theta", None)
+    scaling.pop("partial_rotary_factor", None)
+    # `type` is the name before Transformers 4.43.
+    return scaling | {"rope_type": kind, "type": kind}
 
 
 def with_older_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:

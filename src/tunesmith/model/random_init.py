@@ -1,7 +1,9 @@
-"""Random weights in place of a checkpoint's, drawn on the device: for measuring speed, which depends on shapes alone.
+"""Random weights in place of a checkpoint's, drawn on the device: for measuring speed, which
+depends on shapes alone.
 
-Matrices are normal, norms' weights one and biases zero, as in `PreTrainedModel._init_weights` for Llama, Qwen 3 and
-Mistral. Each tensor has a generator seeded by (seed, its name): it depends on no other tensor.
+Matrices are normal, norms' weights one and biases zero, as in `PreTrainedModel._init_weights` for
+Llama, Qwen 3 and Mistral. Each tensor has a generator seeded by (seed, its name): it depends on no
+other tensor.
 """
 
 import hashlib
@@ -21,8 +23,8 @@ def seed_of(seed: int, name: str) -> int:
 
 
 @torch.no_grad()
-def draw(target: Tensor, name: str, seed: int) -> None:
-    """Draw the parameter `name` into `target`: on one device the same each time."""
+def init_weight(target: Tensor, name: str, seed: int) -> None:
+    """Draw the values of the parameter `name` into `target`: on one device the same each time."""
     if target.ndim < 2:
         target.fill_(0.0 if name.endswith("bias") else 1.0)
     else:
@@ -31,19 +33,24 @@ def draw(target: Tensor, name: str, seed: int) -> None:
 
 
 def init_random_weights(
-    model: nn.Module, checkpoint: Mapping[str, Tensor], *, seed: int, convert: Mapping[str, Hook] | None = None
+    model: nn.Module,
+    checkpoint: Mapping[str, Tensor],
+    *,
+    seed: int,
+    convert: Mapping[str, Hook] | None = None,
 ) -> None:
-    """Initialise a materialised model as `load_weights` loads one, from tensors that are drawn one at a time.
+    """Initialise a materialised model as `load_weights` loads one, from tensors that are drawn one
+    at a time.
 
-    `checkpoint` has what a checkpoint would hold: name -> a tensor (on meta) of that shape and dtype; an adapter's
-    parameters are left as they are. `convert` is that of `load_weights`.
+    `checkpoint` has what a checkpoint would hold: name -> a tensor (on meta) of that shape and
+    dtype; an adapter's parameters are left as they are. `convert` is that of `load_weights`.
     """
     targets = dict(model.named_parameters(remove_duplicate=False))
     for name, like in checkpoint.items():
         target = targets[name]
         if convert and name in convert:
             dense = torch.empty(like.shape, dtype=like.dtype, device=target.device)
-            draw(dense, name, seed)
+            init_weight(dense, name, seed)
             convert[name]({"": dense})
         else:
-            draw(target, name, seed)
+            init_weight(target, name, seed)

@@ -1,8 +1,10 @@
-"""Safetensors files: their headers read and checked, their tensors read by position. No torch is imported here.
+"""Safetensors files: their headers read and checked, their tensors read by position.
 
-Files are never mapped: while a mapping lives, a whole checkpoint stays in the page cache, and advising the kernel to
-drop its pages has no effect. Format: 8 bytes of length (little-endian), a JSON header of that length, then the tensors
-(https://huggingface.co/docs/safetensors).
+No torch is imported here.
+
+Files are never mapped: while a mapping lives, a whole checkpoint stays in the page cache, and
+advising the kernel to drop its pages has no effect. Format: 8 bytes of length (little-endian), a
+JSON header of that length, then the tensors (https://huggingface.co/docs/safetensors).
 """
 
 import hashlib
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,18 @@ from tunesmith.shell import shell_path, shell_word
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SAMPLED_TENSORS, SAMPLE_BYTES = 4096, 64  # of `weights_digest`
+# Of `weights_digest`.
+SAMPLED_TENSORS = 4096
+SAMPLE_BYTES = 64
 MIDDLE = (0.5,)
 ENDS_AND_MIDDLE = (0.0, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file: its name, dtype (as safetensors writes it), shape, and bytes [start, start + size)."""
+    """One tensor in a file: its name, dtype (as safetensors writes it), shape, and bytes [start,
+    start + size).
+    """
 
     name: str
     dtype: str
@@ -40,20 +47,31 @@ class Entry:
 
 
 def _damaged(file: Path, why: str) -> ModelError:
-    fix = "copy the file again; in the Hub's cache: tunesmith fetch --remove MODEL, then tunesmith fetch MODEL"
-    return ModelError(f"{file.name} is damaged or not a safetensors file", where=str(file), why=why, fix=fix)
+    return ModelError(
+        f"{file.name} is damaged or not a safetensors file",
+        where=str(file),
+        why=why,
+        fix="copy the file again; in the Hub's cache: tunesmith fetch --remove MODEL, then "
+        "tunesmith fetch MODEL",
+    )
 
 
 def unreadable_file(file: Path, error: OSError) -> ModelError:
     """The error for a file that the system does not let us read."""
     why = error.strerror or str(error)
     return ModelError(
-        f"{file.name} cannot be read", where=str(file), why=why, fix=f"see who may read it: ls -l {shell_path(file)}"
+        f"{file.name} cannot be read",
+        where=str(file),
+        why=why,
+        fix=f"see who may read it: ls -l {shell_path(file)}",
     )
 
 
 def read_header(file: Path) -> list[Entry]:
-    """A file's tensors; the library checks its header (no gaps, overlaps or names twice) against the file's size."""
+    """A file's tensors.
+
+    The library checks its header (no gaps, overlaps or names twice) against the file's size.
+    """
     refuse_special_files(file)
     try:
         with safe_open(file, framework="np"):
@@ -66,29 +84,49 @@ def read_header(file: Path) -> list[Entry]:
     except SafetensorError as error:
         raise _damaged(file, f"{error}; it has {file.stat().st_size} bytes") from error
     header.pop("__metadata__", None)
-    found = []
-    for name, spec in header.items():
-        begin, end = spec["data_offsets"]
-        found.append(Entry(name, spec["dtype"], tuple(spec["shape"]), file, 8 + length + begin, end - begin))
-    return found
+    entries = []
+    for name, values in header.items():
+        begin, end = values["data_offsets"]
+        start = 8 + length + begin
+        shape = tuple(values["shape"])
+        entries.append(Entry(name, values["dtype"], shape, file, start, end - begin))
+    return entries
 
 
-def _refuse_integers(entries: list[Entry], folder: Path) -> None:
-    """Raise ModelError where weights are stored as integers, unless they are bitsandbytes' nf4: scales belong to them."""
-    integers = [e for e in entries if e.dtype in ("I8", "I16", "I32", "I64", "U8")]
-    if integers and not any("bitsandbytes__" in entry.name for entry in entries):
-        first, config = integers[0], folder / "config.json"
-        stated = read_json(config).get("quantization_config") if config.exists() else None
-        method = stated.get("quant_method") if isinstance(stated, dict) else None
-        what = f"{len(integers)} tensors hold integers, as quantized weights do: {first.name} ({first.dtype})"
-        why = f"config.json calls them {method}" if method else "GPTQ, AWQ and compressed-tensors store weights so"
-        fix = "take the unquantized model; model.quantize: nf4 then quantizes it as it is loaded"
-        raise ModelError(what, where=str(first.file), why=why, fix=fix)
+def _check_no_integers(entries: list[Entry], folder: Path) -> None:
+    """ModelError where weights are stored as integers, unless they are bitsandbytes' nf4.
+
+    Scales belong to those of nf4.
+    """
+    integers = [entry for entry in entries if entry.dtype in ("I8", "I16", "I32", "I64", "U8")]
+    if not integers or any("bitsandbytes__" in entry.name for entry in entries):
+        return
+    why = "GPTQ, AWQ and compressed-tensors store weights so"
+    config = folder / "config.json"
+    if config.exists():
+        quantization = read_json(config).get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method"):
+            why = f"config.json calls them {quantization['quant_method']}"
+    first = integers[0]
+    shown = f"{first.name} ({first.dtype})"
+    raise ModelError(
+        f"{len(integers)} tensors hold integers, as quantized weights do: {shown}",
+        where=str(first.file),
+        why=why,
+        fix="take the unquantized model; model.quantize: nf4 then quantizes it as it is loaded",
+    )
 
 
-def read_json(file: Path, *, again: str = "fetch the model again: tunesmith fetch MODEL") -> dict[str, Any]:
-    """Parse a JSON object, or raise ModelError naming the file and line; `again` is how to get a whole file."""
-    where, why, fix = str(file), "", f"correct the file, or {again}"
+def read_json(
+    file: Path, *, again: str = "fetch the model again: tunesmith fetch MODEL"
+) -> dict[str, Any]:
+    """Parse a JSON object, or raise ModelError naming the file and line.
+
+    `again` is how to get a whole file.
+    """
+    where = str(file)
+    why = ""
+    fix = f"correct the file, or {again}"
     refuse_special_files(file)
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -96,24 +134,36 @@ def read_json(file: Path, *, again: str = "fetch the model again: tunesmith fetc
             return value
         what = f"{file.name} holds no JSON object"
     except FileNotFoundError:
-        what, where, fix = f"{file.name} is missing", str(file.parent), f"put {file.name} there, or {again}"
+        what = f"{file.name} is missing"
+        where = str(file.parent)
+        fix = f"put {file.name} there, or {again}"
     except OSError as error:
         raise unreadable_file(file, error) from error
     except json.JSONDecodeError as error:
-        what, where = f"{file.name} is not JSON: {error.msg}", f"{file}:{error.lineno}"
+        what = f"{file.name} is not JSON: {error.msg}"
+        where = f"{file}:{error.lineno}"
     except UnicodeDecodeError as error:
-        what, why = f"{file.name} is not UTF-8 text", str(error)
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets in brackets
-        what, why = f"{file.name} cannot be read", str(error)
+        what = f"{file.name} is not UTF-8 text"
+        why = str(error)
+    # A number of 5,000 digits, brackets in brackets.
+    except (ValueError, RecursionError) as error:
+        what = f"{file.name} cannot be read"
+        why = str(error)
     raise ModelError(what, where=where, why=why, fix=fix)
 
 
 def indexed_files(index: Path) -> list[str]:
-    """The weight files that an index lists, as paths below its folder, sorted; ModelError where it lists none."""
-    names = read_json(index).get("weight_map")
-    files = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    """The weight files that an index lists, as paths below its folder, sorted.
+
+    ModelError where it lists none.
+    """
+    weight_map = read_json(index).get("weight_map")
+    files = []
+    if isinstance(weight_map, dict):
+        files = sorted({str(name) for name in weight_map.values()})
     if not files:
-        raise ModelError("the index has no weight_map of file names", where=str(index), fix="fetch the model again")
+        what = "the index has no weight_map of file names"
+        raise ModelError(what, where=str(index), fix="fetch the model again")
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
             what = f"the index names {name!r}, which is not in its folder"
@@ -123,76 +173,106 @@ def indexed_files(index: Path) -> list[str]:
 
 
 def read_headers(folder: Path) -> dict[Path, list[Entry]]:
-    """The safetensors files of a folder and the tensors of each; ModelError where one is missing, cut off or unreadable."""
+    """The safetensors files of a folder and the tensors of each.
+
+    ModelError where one is missing, cut off or unreadable.
+    """
     if (folder / INDEX).exists():
         files = [folder / name for name in indexed_files(folder / INDEX)]
-        if missing := [f.name for f in files if not f.exists()]:
-            what = f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:3])}"
-            fix = "finish the download: tunesmith fetch MODEL"
-            raise ModelError(what, where=str(folder), why=f"{INDEX} names them", fix=fix)
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            shown = ", ".join(missing[:3])
+            raise ModelError(
+                f"{len(missing)} of {len(files)} weight files are missing: {shown}",
+                where=str(folder),
+                why=f"{INDEX} names them",
+                fix="finish the download: tunesmith fetch MODEL",
+            )
     elif (folder / SINGLE).exists():
         files = [folder / SINGLE]
     else:
-        raise no_safetensors([p.name for p in folder.iterdir()], name=str(folder), where=str(folder))
+        raise no_safetensors(
+            [p.name for p in folder.iterdir()], name=str(folder), where=str(folder)
+        )
     headers = {file: read_header(file) for file in files}
-    _refuse_integers([entry for found in headers.values() for entry in found], folder)
+    _check_no_integers(list(chain.from_iterable(headers.values())), folder)
     return headers
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 (hex) of a model's tensors: the name, dtype and shape of each, and bytes from the middle of most.
+    """sha256 (hex) of a model's tensors: the name, dtype and shape of each, and bytes from the
+    middle of most.
 
-    It takes milliseconds whatever the size, and misses a change of single rows. The folder's name and how the tensors
-    are spread over files do not enter.
+    It takes milliseconds whatever the size, and misses a change of single rows. The folder's name
+    and how the tensors are spread over files do not enter.
     """
-    return sampled_digest([entry for entries in read_headers(folder).values() for entry in entries], MIDDLE)
+    return sampled_digest(list(chain.from_iterable(read_headers(folder).values())), MIDDLE)
 
 
 def sampled_digest(entries: Sequence[Entry], places: Sequence[float]) -> str:
-    """sha256 (hex) of the name, dtype and shape of each tensor, and of SAMPLE_BYTES bytes at each of `places` in most of
-    them: 0 is a tensor's beginning, 1 its end. What changes no sampled byte is missed."""
+    """sha256 (hex) of the name, dtype and shape of each tensor, and of some bytes of most.
+
+    SAMPLE_BYTES are read at each of `places`: 0 is a tensor's beginning, 1 its end. What changes no
+    sampled byte is missed.
+    """
     entries = sorted(entries, key=lambda entry: entry.name)
-    total = hashlib.sha256(json.dumps([(e.name, e.dtype, e.shape) for e in entries]).encode())
+    described = [(entry.name, entry.dtype, entry.shape) for entry in entries]
+    total = hashlib.sha256(json.dumps(described).encode())
     with ExitStack() as stack:
-        files = {f: stack.enter_context(f.open("rb", buffering=0)) for f in {e.file for e in entries}}
+        files = {}
+        for path in {entry.file for entry in entries}:
+            files[path] = stack.enter_context(path.open("rb", buffering=0))
         for entry in entries[:: 1 + len(entries) // SAMPLED_TENSORS]:
+            file = files[entry.file]
             size = min(SAMPLE_BYTES, entry.size)
             for place in places:
-                files[entry.file].seek(entry.start + int((entry.size - size) * place))
-                total.update(files[entry.file].read(size))
+                file.seek(entry.start + int((entry.size - size) * place))
+                total.update(file.read(size))
     return total.hexdigest()
 
 
 def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = False) -> ModelError:
-    """The error for a folder (`repo`: a repository) without model.safetensors, by what it holds instead."""
-    gguf = sorted(n for n in names if n.endswith(".gguf"))
+    """The error for a folder (`repo`: a repository) without model.safetensors, by what it holds
+    instead.
+    """
+    gguf = sorted(file for file in names if file.endswith(".gguf"))
+    what = "no weights are there"
+    why = "neither model.safetensors nor its index"
+    fix = "take another model"
     if "adapter_config.json" in names:
-        what, why = "this is a PEFT adapter, not a model", ""
+        what = "this is a PEFT adapter, not a model"
+        why = ""
         fix = f"set model.name to its base model, and adapter.from: {name}"
     elif gguf:
-        what, why = f"the weights are in GGUF: {', '.join(gguf[:3])}", ""
+        what = f"the weights are in GGUF: {', '.join(gguf[:3])}"
+        why = ""
         fix = f"name the file itself: model.name: {name}/{gguf[0]}"
         if repo:
-            fix = f"hf download {shell_word(name)} {shell_word(gguf[0])} --local-dir models, then model.name: models/{gguf[0]}"
-    elif any(n.endswith((".bin", ".pth", ".pt")) for n in names):
-        what, why = "the weights are only there as pickled files (.bin, .pth)", "a pickle can run any code when loaded"
+            download = f"hf download {shell_word(name)} {shell_word(gguf[0])} --local-dir models"
+            fix = f"{download}, then model.name: models/{gguf[0]}"
+    elif any(file.endswith((".bin", ".pth", ".pt")) for file in names):
+        what = "the weights are only there as pickled files (.bin, .pth)"
+        why = "a pickle can run any code when loaded"
         convert = (
-            "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; name = sys.argv[1]; "
+            "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+            "name = sys.argv[1]; "
             'M.from_pretrained(name, dtype="auto").save_pretrained("converted"); '
             'T.from_pretrained(name).save_pretrained("converted")'
         )
-        fix = f"convert once, then name the folder: python -c {shell_word(convert)} {shell_path(name)}"
-    else:
-        what, why, fix = "no weights are there", "neither model.safetensors nor its index", "take another model"
+        command = f"python -c {shell_word(convert)} {shell_path(name)}"
+        fix = f"convert once, then name the folder: {command}"
     return ModelError(what, where=where, why=why, fix=fix)
 
 
 def read_into(file: BufferedReader, entry: Entry, memory: memoryview, offset: int = 0) -> None:
-    """Fill `memory` (writable bytes) with the entry's bytes from `offset` on; ModelError where that fails."""
+    """Fill `memory` (writable bytes) with the entry's bytes from `offset` on.
+
+    ModelError where that fails.
+    """
     try:
         file.seek(entry.start + offset)
-        got = file.readinto(memory)
+        count = file.readinto(memory)
     except OSError as error:
         raise unreadable_file(entry.file, error) from error
-    if got < len(memory):
+    if count < len(memory):
         raise _damaged(entry.file, f"it ends inside {entry.name}; it was changed while it was read")

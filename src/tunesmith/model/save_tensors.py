@@ -1,12 +1,13 @@
 """Write safetensors files piece by piece.
 
-safetensors' own `save_file` copies every tensor of a file to the host before it writes the first one: 36 GiB for the
-fp32 masters and moments of a 3B model. Here the host holds one piece of one tensor at a time.
+safetensors' own `save_file` copies every tensor of a file to the host before it writes the first
+one: 36 GiB for the fp32 masters and moments of a 3B model. Here the host holds one piece of one
+tensor at a time.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,31 @@ def save_tensors(
     dtype: torch.dtype | None = None,
     read: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write tensors of any device and strides: byte for byte the file that `safetensors.torch.save_file` writes.
+    """Write tensors of any device and strides: the bytes that `safetensors.torch.save_file` writes.
 
-    The host holds at most PIECE bytes of another device's tensor; one that is not contiguous is copied on its device.
-    DTensors are gathered some rows at a time, in which all ranks take part: rank 0 gives `path`, and the others None.
-    `dtype`: to write DTensors in, None for their own; other tensors keep theirs. With `read` the tensors are on meta, and it
-    returns the values of each by its name when its turn comes.
+    The host holds at most PIECE bytes of another device's tensor; one that is not contiguous is
+    copied on its device. DTensors are gathered some rows at a time, in which all ranks take part.
+
+    Args:
+        path: of rank 0; None on the others.
+        dtype: to write DTensors in, None for their own; other tensors keep theirs.
+        read: the tensors are on meta, and it returns the values of each by its name when its turn
+            comes.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    kinds = {name: _written_dtype(tensor, dtype) for name, tensor in tensors.items()}
-    names, end = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name)), 0
+    dtypes = {name: _written_dtype(tensor, dtype) for name, tensor in tensors.items()}
+    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    header: dict[str, Any] = {}
+    if metadata:
+        header["__metadata__"] = dict(metadata)
+    end = 0
     for name in names:
-        shape, start = list(tensors[name].shape), end
-        end = start + tensors[name].numel() * kinds[name].itemsize
-        header[name] = {"dtype": NAMES[kinds[name]], "shape": shape, "data_offsets": [start, end]}
+        start = end
+        end = start + tensors[name].numel() * dtypes[name].itemsize
+        header[name] = {
+            "dtype": NAMES[dtypes[name]],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that every tensor is aligned
     with path.open("wb") if path else nullcontext() as file:
@@ -55,46 +67,74 @@ def save_tensors(
             file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             tensor = read(name) if read else tensors[name].detach()
-            for part in _gathered_rows(tensor, kinds[name]) if isinstance(tensor, DTensor) else [tensor]:
+            parts: Iterable[Tensor] = [tensor]
+            if isinstance(tensor, DTensor):
+                parts = _gathered_rows(tensor, dtypes[name])
+            for part in parts:
                 if file is not None:
-                    file.writelines(_pieces(part, kinds[name]))
+                    file.writelines(_pieces(part, dtypes[name]))
 
 
 def _gathered_rows(tensor: DTensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The rows of a tensor in `dtype`, up to GATHERED bytes at a time, on rank 0 and until the next; on other ranks no values.
+    """The rows of a tensor in `dtype`, up to GATHERED bytes at a time; on ranks but 0 no values.
 
-    Not `full_tensor`: with gloo its peak was twice the tensor, on every rank. Of the ranks that hold a row one gives it and the
-    others zeros; they are summed as bytes, so that no value changes.
+    Each piece holds until the next. Not `full_tensor`: with gloo its peak was twice the tensor, on
+    every rank. Of the ranks that hold a row one gives it and the others zeros; they are summed as
+    bytes, so that no value changes.
     """
-    local, (own, *columns), shape = tensor.to_local(), local_slices(tensor), tensor.shape
-    mesh = tensor.device_mesh  # of all ranks, or for an adapter this rank's tensor group: the others do as this one
-    group, first = mesh.get_group() if mesh.ndim == 1 else None, int(mesh.mesh.min())
-    at, step = mesh.get_coordinate(), max(1, GATHERED // (math.prod(shape[1:]) * dtype.itemsize))
-    gives = not any(index and p.is_replicate() for index, p in zip(at or (), tensor.placements, strict=True))
-    buffer = torch.empty(min(step, shape[0]), *shape[1:], dtype=dtype, device=local.device)
-    for begin in range(0, shape[0], step):
-        rows = buffer[: shape[0] - begin].zero_()
-        start, stop = max(begin, own.start), min(begin + len(rows), own.stop)
+    local = tensor.to_local()
+    local_rows, *columns = local_slices(tensor)
+    row_count, *row_shape = tensor.shape
+    # Of all ranks, or for an adapter this rank's tensor group: the others do as this one.
+    mesh = tensor.device_mesh
+    group = mesh.get_group() if mesh.ndim == 1 else None
+    first_rank = int(mesh.mesh.min())
+    rows_per_piece = max(1, GATHERED // (math.prod(row_shape) * dtype.itemsize))
+    gives = _is_first_replica(tensor)
+    buffer = torch.empty(
+        min(rows_per_piece, row_count), *row_shape, dtype=dtype, device=local.device
+    )
+    for begin in range(0, row_count, rows_per_piece):
+        rows = buffer[: row_count - begin].zero_()
+        start = max(begin, local_rows.start)
+        stop = min(begin + len(rows), local_rows.stop)
         if gives and start < stop:
-            rows[(slice(start - begin, stop - begin), *columns)] = local[start - own.start : stop - own.start]
-        dist.reduce(rows.view(torch.uint8), dst=first, group=group)
+            part = local[start - local_rows.start : stop - local_rows.start]
+            rows[(slice(start - begin, stop - begin), *columns)] = part
+        dist.reduce(rows.view(torch.uint8), dst=first_rank, group=group)
         yield rows
+
+
+def _is_first_replica(tensor: DTensor) -> bool:
+    """Whether this rank is the first of those that hold its part of a tensor."""
+    coordinate = tensor.device_mesh.get_coordinate() or ()
+    for index, placement in zip(coordinate, tensor.placements, strict=True):
+        if index > 0 and placement.is_replicate():
+            return False
+    return True
 
 
 @torch.no_grad()
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The DTensors among them, one after the other: whole in host memory on rank 0, without values on others. A collective
-    call."""
-    found: dict[str, Tensor] = {}
+    """The DTensors among them, one after the other: whole on rank 0's host, no values on others.
+
+    It is a collective call.
+    """
+    place = "cpu"
+    whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
-            place = "meta" if dist.get_rank() else "cpu"
-            found[name] = torch.cat([r.to(place, copy=True) for r in _gathered_rows(tensor, tensor.dtype)])
-    return found
+            if dist.get_rank():
+                place = "meta"
+            pieces = _gathered_rows(tensor, tensor.dtype)
+            whole[name] = torch.cat([piece.to(place, copy=True) for piece in pieces])
+    return whole
 
 
 def _written_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype and isinstance(tensor, DTensor) else tensor.dtype
+    if dtype and isinstance(tensor, DTensor):
+        return dtype
+    return tensor.dtype
 
 
 def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
@@ -109,15 +149,20 @@ def save_sharded(
     dtype: torch.dtype | None = None,
     read: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write a model's tensors by their Transformers names: model.safetensors, or files of up to SHARD and their index.
+    """Write a model's tensors by their Transformers names.
 
-    `folder`, `dtype` and `read` as `path`, `dtype` and `read` of `save_tensors`.
+    They go to model.safetensors, or files of up to SHARD and their index. `folder`, `dtype` and
+    `read` as `path`, `dtype` and `read` of `save_tensors`.
     """
-    shapes = {n: torch.empty(t.shape, dtype=_written_dtype(t, dtype), device="meta") for n, t in tensors.items()}
+    shapes = {}
+    for name, tensor in tensors.items():
+        written_dtype = _written_dtype(tensor, dtype)
+        shapes[name] = torch.empty(tensor.shape, dtype=written_dtype, device="meta")
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
     for file, names in split.filename_to_tensors.items():
         path = folder / file if folder else None
-        save_tensors(path, {name: tensors[name] for name in names}, {"format": "pt"}, dtype, read)
+        file_tensors = {name: tensors[name] for name in names}
+        save_tensors(path, file_tensors, {"format": "pt"}, dtype, read)
     if split.is_sharded and folder:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

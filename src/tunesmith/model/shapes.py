@@ -1,7 +1,9 @@
-"""The true shapes of a few open models, in shapes.json: what their config.json says of size and arithmetic.
+"""The true shapes of a few open models, in shapes.json: what their config.json says of size and
+arithmetic.
 
-Token ids are left out: they depend on the tokenizer. `mistral-7b` is version 0.3, which has no sliding window. The models of
-all recipes that ship are among them, so that a run of one is planned without the Hub.
+Token ids are left out: they depend on the tokenizer. `mistral-7b` is version 0.3, which has no
+sliding window. The models of all recipes that ship are among them, so that a run of one is planned
+without the Hub.
 """
 
 import json
@@ -29,23 +31,26 @@ class Shape:
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-SHAPES: dict[str, Shape] = {
-    name: Shape(**values)
-    for name, values in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
-}
+_TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+SHAPES: dict[str, Shape] = {name: Shape(**values) for name, values in _TABLE.items()}
 
 
 def find_shape(name: str) -> Shape:
     """A shape by its name; UsageError with the nearest one if there is none of that name."""
     if name in SHAPES:
         return SHAPES[name]
+    fix = f"one of {', '.join(SHAPES)}"
     near = nearest(name, SHAPES)
-    fix = f"did you mean --shape {near}?" if near else f"one of {', '.join(SHAPES)}"
+    if near:
+        fix = f"did you mean --shape {near}?"
     raise UsageError(f"there is no shape {name!r}", where="--shape", fix=fix)
 
 
 def config_of_model(repo: str) -> dict[str, Any] | None:
-    """What the config.json of a repository of the Hub says of size and arithmetic; None where its shape is not here."""
+    """What the config.json of a repository of the Hub says of size and arithmetic.
+
+    None where its shape is not here.
+    """
     for shape in SHAPES.values():
         if repo in shape.models:
             return {**shape.config, **shape.models[repo]}

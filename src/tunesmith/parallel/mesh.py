@@ -139,7 +139,7 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     rows = (spec.hidden, spec.intermediate / cut, spec.heads * spec.head_dim / cut)
     ragged = cut > 1 if run.adapter.kind == "lora" else shape.shard * cut > 1 and any(n % 256 for n in rows)
     for what, where, wrong, fix in (
-        ("a ready-made nf4 base", key, bool(spec.quantised) and cut > 1, "1"),
+        ("a ready-made nf4 base", key, bool(spec.quantized) and cut > 1, "1"),
         ("8-bit moments", "train.optimizer", train.optimizer == "adamw-8bit" and ragged, "adamw"),
         ("updates in the backward", "train.optimizer_in_backward", train.optimizer_in_backward and cut > 1, "false"),
         (f"the layers of this {spec.model_type}", key, cut > 1 and not known, "1"),
