@@ -16,7 +16,7 @@ from tunesmith.model import attention
 from tunesmith.model.attention_kernels import choose_kernel
 from varlen import varlen
 
-RIGHT, WRONG, REFUSES = "right", "wrong", "refuses"
+RIGHT, WRONG, REFUSES, NAN = "right", "wrong", "refuses", "no number in a gradient"
 
 
 class Torch:
@@ -45,6 +45,8 @@ class Torch:
             raise RuntimeError("no kernel image is available")
         if how == WRONG:  # the second document sees the first
             edges, longest = torch.cat([edges[:1], edges[2:]]), len(q)
+        if how == NAN:  # the derivative of this 0 is infinity times 0
+            v = v + (v - v.detach()).square().sqrt()
         return varlen(q, k, v, edges, longest, others["scale"], None)
 
     def register(self, version: str) -> Any:
@@ -114,3 +116,9 @@ def test_where_none_is_right_each_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert "no kernel image" in faults[1]
     assert faults[2].startswith("torch's own FlashAttention: it is off by")
     assert len(faults) == 3
+
+
+def test_a_gradient_that_is_no_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, faults = choose(Torch(obeys=False, own=NAN), monkeypatch)
+    assert chosen == ""
+    assert "nan" in faults[0]
