@@ -19,9 +19,29 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _EXPERT_MODELS = ("mixtral", "dbrx", "gpt_oss", "deepseek_v2", "deepseek_v3", "arctic")
 _MODALITIES = ("vision_config", "audio_config", "vision_tower", "image_token_id")
 _MULTIMODAL = ("llava", "mllama", "paligemma", "idefics3", "gemma3", "gemma3n", "llama4")
-_ENCODERS = tuple("bert roberta deberta electra albert t5 bart pegasus marian whisper clip".split())
-_STATE_SPACE = tuple(
-    "mamba rwkv xlstm jamba zamba bamba falcon_h1 recurrent_gemma nemotron_h".split()
+_ENCODERS = (
+    "bert",
+    "roberta",
+    "deberta",
+    "electra",
+    "albert",
+    "t5",
+    "bart",
+    "pegasus",
+    "marian",
+    "whisper",
+    "clip",
+)
+_STATE_SPACE = (
+    "mamba",
+    "rwkv",
+    "xlstm",
+    "jamba",
+    "zamba",
+    "bamba",
+    "falcon_h1",
+    "recurrent_gemma",
+    "nemotron_h",
 )
 _REASONS = {
     "phi": "Phi-1 to Phi-2 have a head with a bias, which the loss does not compute; "

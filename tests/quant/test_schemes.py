@@ -1,0 +1,39 @@
+"""What a scheme says of itself is what its layers are."""
+
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from torch import nn
+
+from tunesmith.config.schema import Model
+from tunesmith.quant.eight_bit import EightBitLinear
+from tunesmith.quant.nf4 import BLOCK, Nf4Linear
+from tunesmith.quant.scaled_matmul import TENSOR_WISE
+from tunesmith.quant.schemes import DENSE, FP8, NF4, SCHEMES, scheme_of
+
+
+def test_each_word_of_the_recipe_is_a_scheme() -> None:
+    assert tuple(SCHEMES) == get_args(get_type_hints(Model)["quantize"])
+    assert scheme_of(Model(name="a", quantize="nf4")) is NF4
+
+
+def test_the_estimate_counts_the_bytes_that_a_layer_has() -> None:
+    """fp8's scales are not counted: one of the whole matrix here."""
+    n_in, n_out = 512, 1024
+    packed = Nf4Linear(n_in, n_out, False, torch.bfloat16)
+    scales = packed.absmax.nbytes + packed.nested_absmax.nbytes
+    assert packed.weight.nbytes == NF4.weight_bytes * n_in * n_out
+    assert scales == NF4.scale_bytes * n_in * n_out
+    assert NF4.block == BLOCK
+    dense = nn.Linear(n_in, n_out, bias=False, device="meta")
+    assert EightBitLinear(dense, TENSOR_WISE).weight.nbytes == FP8.weight_bytes * n_in * n_out
+
+
+@pytest.mark.parametrize("scheme", [DENSE, FP8])
+def test_only_nf4_puts_its_layers_in_before_the_adapter(scheme) -> None:
+    model = nn.Sequential(nn.Linear(64, 64, device="meta"))
+    scheme.replace_linears(model, torch.bfloat16)
+    assert type(model[0]) is nn.Linear
+    NF4.replace_linears(model, torch.bfloat16)
+    assert type(model[0]) is Nf4Linear
