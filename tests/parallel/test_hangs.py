@@ -14,10 +14,11 @@ import pytest
 from ranks import environment_of, forkserver, free_port, run_ranks
 from recipes import make_run
 from tunesmith import heartbeat
+from tunesmith.checkpoint import export
 from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.errors import TunesmithError
 from tunesmith.heartbeat import Heartbeat
-from tunesmith.training import trainer
+from tunesmith.training import checkpoint_saver, trainer
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 
@@ -30,7 +31,7 @@ PLACES = {  # phase -> the function that it is struck in
     "validation": (trainer, "validation_loss"),
     "sample answers": (trainer, "sample_answers"),
     "saving": (RanksWriter, "_write"),
-    "saving final/": (trainer.export, "write_model_files"),
+    "saving final/": (export, "write_model_files"),
 }
 
 
@@ -86,8 +87,8 @@ def test_a_rank_that_stands_still_is_named_with_its_phase(phase, changes, tiny, 
 
 def be_slow(model: Path, folder: Path) -> list[float]:
     """The losses of a run whose rank 0 takes longer for its sample answers and for each save than a rank may stand still."""
-    trainer.STUCK = LIMIT
-    trainer.SLOWEST_DISK = 20_000.0  # bytes/s: the checkpoint of the adapter may take 6 s
+    trainer.STUCK = checkpoint_saver.STUCK = LIMIT
+    checkpoint_saver.SLOWEST_DISK = 20_000.0  # bytes/s: the checkpoint of the adapter may take 6 s
     write, sample = RanksWriter._write, trainer.sample_answers
 
     def write_slowly(self: RanksWriter, *arguments: Any) -> None:

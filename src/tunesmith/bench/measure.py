@@ -191,7 +191,8 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
 
 def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Observed) -> None:
     """The trainer's own loop over warm-up, timed and profiled steps, then two adapter checkpoints."""
-    session, timed = trainer.session, plan.warmup + plan.steps
+    session, checkpoints = trainer.session, trainer.checkpoints
+    timed = plan.warmup + plan.steps
 
     def counted(batches: Iterable[GlobalBatch]) -> Iterator[GlobalBatch]:
         for batch in batches:
@@ -212,10 +213,10 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
                 profiler.step()
     if session.run.adapter.kind == "lora":  # a full one takes as long as the disk does
         for _ in range(2):  # the first in a process imports what it needs
-            trainer.writer.saved_step = None  # the same step would not be saved twice
-            trainer.save_periodic()
-            seen.stall = trainer.checkpoint_stalls[-1]
-            trainer.writer.wait()
+            checkpoints.writer.saved_step = None  # the same step would not be saved twice
+            checkpoints.save_periodic()
+            seen.stall = checkpoints.stalls[-1]
+            checkpoints.writer.wait()
 
 
 def _report(session: Session, records: list[StepRecord], first_step_seconds: float, seen: Observed) -> BenchReport:

@@ -102,7 +102,7 @@ class RungTrainer(Trainer):
             return super().end()
         if not self.progress.validated:
             self.save_and_stop()
-        self.save()
+        self.checkpoints.save()
         if self.session.ranks.leads:
             told = {"signal": None, "reason": "sweep", "step": self.progress.step}
             told["next"] = f"tunesmith train {shell_path(self.out / RECIPE)} goes on with it"

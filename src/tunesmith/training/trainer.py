@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tunesmith.checkpoint import export, state
-from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.resume import COUNTER, Progress, Start
-from tunesmith.checkpoint.sharded import RanksWriter, fill_together, fits_twice
-from tunesmith.checkpoint.state import Writer
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.errors import TunesmithError
 from tunesmith.heartbeat import STUCK
@@ -40,21 +35,17 @@ from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.shard import reduce_in, sharded_modules
 from tunesmith.parallel.tensor import reduce_gradients
-from tunesmith.run_directory import FINAL, STOP_FILE
+from tunesmith.run_directory import STOP_FILE
 from tunesmith.runtime.host import return_freed_memory
-from tunesmith.runtime.resolve import checkpoint_bytes
 from tunesmith.runtime.transfer import AsyncScalars
 from tunesmith.signals import StepDropped, StopRequest
 from tunesmith.training.build import Session, check_one_micro_batch
+from tunesmith.training.checkpoint_saver import CheckpointSaver
 from tunesmith.training.result import Result, failure_of, non_finite_error, stopped_by
 from tunesmith.units import Cadence, ratio
 
-# Limits of phases that the heartbeat watches, beside STUCK. Graphs of a layer are compiled once, in minutes; a disk slower
-# than SLOWEST_DISK, or a save that takes SLOWER times as long as one before, is taken for one that stands still.
+# A limit of the heartbeat, beside STUCK: graphs of a layer are compiled once, in minutes.
 COMPILING = 30 * 60.0  # seconds
-# What one rank writes alone is read again for its checksums.
-SLOWEST_DISK = 50e6  # bytes/s, of a checkpoint that is written
-SLOWER = 4.0
 
 # Sample answers take so much of the time trained, or so many seconds where that is less; and the last ones as much again.
 ANSWER_SHARE = 0.01
@@ -78,7 +69,6 @@ class Trainer:
         progress: where the run stands; a checkpoint holds it.
         records: of the steps of this start.
         async_metrics: read a step's metrics while the next step runs.
-        checkpoint_stalls: seconds that each periodic checkpoint held up the loop.
     """
 
     halve = True  # the micro batch of the next start, where memory was short
@@ -95,21 +85,15 @@ class Trainer:
         self.records: list[StepRecord] = []
         self.pending: PendingMetrics | None = None
         self.async_metrics = session.device.type == "cuda"
-        self.checkpoint_stalls: list[float] = []
-        self.longest_save = 0.0  # seconds
         self.answer_seconds = 0.0  # that sample answers took in this start
         self.told_of_slow_answers = False
         saved_step = self.first_step if start.progress else None
-        writer = partial(RanksWriter, ranks=session.ranks) if session.ranks.world > 1 else Writer
-        self.writer: Writer = writer(self.out, self.run.checkpoint.keep, saved_step, sync=sinks.flush)
-        self.tokenizer: export.TokenizerFiles = {}
-        if session.ranks.leads:
-            self.tokenizer = export.tokenizer_files(session.files.tokenizer, session.data.template, self.out)
+        self.checkpoints = CheckpointSaver(session, self.progress, sinks, saved_step)
+        self.writer = self.checkpoints.writer
         steps_per_epoch = session.data.schedule.steps_per_epoch(0)
         self.lr_schedule: dict[str, Any] = {"total": session.total_steps, "steps_per_epoch": steps_per_epoch}
         clock = self.lr_schedule | {"seconds": self.progress.seconds}
         self.validate_cadence = Cadence(self.run.validate.every if session.data.validation else None, **clock)
-        self.checkpoint_cadence = Cadence(self.run.checkpoint.every, **clock)
         is_adapter = self.run.adapter.kind == "lora"
         is_summed_by_fsdp = not is_adapter and bool(sharded_modules(session.model))
         group = None if is_summed_by_fsdp else session.mesh.data_group
@@ -174,14 +158,14 @@ class Trainer:
         last = self.over()
         due = self.validate_cadence.due(progress.step, progress.seconds) or last
         validate = due and self.session.data.validation is not None
-        save = self.checkpoint_cadence.due(progress.step, progress.seconds)
+        save = self.checkpoints.is_due()
         if validate or save or last or self.stopping or not self.async_metrics:
             self.flush_metrics(log=not validate)
         if validate:
             progress.validated = False
             self.validate()
         if save and not last and not self.stopping:  # the last step's is written at the end
-            self.save_periodic()
+            self.checkpoints.save_periodic()
         if validate or save:
             self.clock = time.perf_counter()
 
@@ -364,52 +348,7 @@ class Trainer:
         allowed = max(ANSWER_SECONDS, ANSWER_SHARE * self.progress.seconds)
         return allowed if self.progress.step and self.over() else max(0.0, allowed - self.answer_seconds)
 
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
-
-    def save(self, *, periodic: bool = False) -> None:
-        """Write checkpoint-<step>, then delete the oldest beyond `keep`, but never the best one.
-
-        Args:
-            periodic: more steps follow, so an adapter is copied and written while they run. A model trained in full is
-                written here and now, unless many ranks share it and their hosts have room for a copy of weights and moments.
-        """
-        session, progress = self.session, self.progress
-        session.ranks.heartbeat.phase("saving", self.saving_limit())
-        self.writer.wait()
-        if self.writer.saved_step == progress.step and progress.ended is None:
-            return
-        progress.loss_scale, progress.good_steps = session.optimizer.scale, session.optimizer.growth_tracker
-        parts = (self.run, session.model, self.tokenizer, session.optimizer.state_dict(), progress)
-        writer, leads = self.writer, session.ranks.leads
-        if self.run.adapter.kind == "lora":
-            fill, copied = export.fill_adapter(*parts, periodic and leads)
-            if periodic and leads and not copied:
-                self.sinks.text("checkpoint", "no room on the device for a copy: training waits while it is written")
-            periodic = copied or (periodic and not leads)
-            fill = fill if leads else lambda folder: None
-        elif isinstance(writer, RanksWriter):
-            periodic = periodic and fits_twice(parts[3], session.model, session.ranks, session.device)
-            fill = fill_together(*parts, ranks=writer.ranks, copy=periodic)
-        else:
-            fill, periodic = partial(export.write_checkpoint, *parts), False
-        write = writer.write_async if periodic else writer.write
-        began = time.perf_counter()
-        write(fill, progress.step, keep_step=progress.best_step)
-        if not periodic:
-            self.longest_save = max(self.longest_save, time.perf_counter() - began)
-
-    def saving_limit(self) -> float:
-        """Seconds that a rank may wait for a checkpoint to be written: by its bytes at SLOWEST_DISK, and no less than
-        several times as long as the longest one of this start took."""
-        trained = sum(parameter.numel() for parameter in self.session.optimizer.params.values())
-        size, _ = checkpoint_bytes(self.run, trained)
-        return STUCK + max(size / SLOWEST_DISK, SLOWER * self.longest_save)
-
-    def save_periodic(self) -> None:
-        """Save while more steps follow, and note for how long that held them up."""
-        began = time.perf_counter()
-        self.save(periodic=True)
-        self.checkpoint_stalls.append(time.perf_counter() - began)
+    # ---- the end --------------------------------------------------------------------------------------------------
 
     def save_and_stop(self) -> None:
         """Save the last step, if there is one, and leave."""
@@ -417,7 +356,7 @@ class Trainer:
             # Where memory is short, others take what is left while this run saves.
             self.session.optimizer.drop_gradients()
             return_freed_memory()
-            self.save()
+            self.checkpoints.save()
         asked = self.session.ranks.gather((self.stop.shortage, self.stop.signal))
         raise stopped_by(asked, self.run, self.progress, self.session.ranks, halve=self.halve)
 
@@ -428,17 +367,9 @@ class Trainer:
             self.save_and_stop()
         self.stop.doing = "final/ is written"
         progress.ended = str(self.run.train.duration)
-        heartbeat = self.session.ranks.heartbeat
-        self.save()
-        heartbeat.phase("saving final/", self.saving_limit())
-        if not self.session.ranks.leads:
-            export.write_model_files(None, self.run, self.session.model, {})
-            heartbeat.phase("end")
-            return self.result()
-        with state.writing(self.out / FINAL, progress.step) as folder:
-            export.write_model_files(folder, self.run, self.session.model, self.tokenizer)
-            (folder / state.CARD).write_text(model_card(self.run.model, self.run, self.out), encoding="utf-8")
-        heartbeat.phase("end")
+        self.checkpoints.save()
+        self.checkpoints.write_final()
+        self.session.ranks.heartbeat.phase("end")
         return self.result()
 
     def result(self) -> Result:

@@ -1,0 +1,141 @@
+"""When and how a run saves: periodic checkpoints while it trains, the last one, and final/."""
+
+import time
+from functools import partial
+from pathlib import Path
+
+from tunesmith.checkpoint import export, state
+from tunesmith.checkpoint.model_card import model_card
+from tunesmith.checkpoint.resume import Progress
+from tunesmith.checkpoint.sharded import RanksWriter, fill_together, fits_twice
+from tunesmith.checkpoint.state import Fill, Writer
+from tunesmith.heartbeat import STUCK
+from tunesmith.metrics.sink import Sinks
+from tunesmith.run_directory import FINAL
+from tunesmith.runtime.resolve import checkpoint_bytes
+from tunesmith.training.build import Session
+from tunesmith.units import Cadence
+
+# A rank that waits longer for a save is taken for stuck: a disk that is slower than SLOWEST_DISK,
+# or a save that takes SLOWER times as long as an earlier one, is taken for one that stands still.
+# What one rank writes alone is read again for its checksums.
+SLOWEST_DISK = 50e6  # bytes/s, of a checkpoint that is written
+SLOWER = 4.0
+
+
+class CheckpointSaver:
+    """Saves one start of a run. All ranks call its methods at the same step.
+
+    Attributes:
+        writer: writes checkpoint-<step> into the run directory.
+        stalls: seconds that each periodic checkpoint held up the loop.
+
+    Args:
+        saved_step: step of the checkpoint that the run resumes from, or None.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        progress: Progress,
+        sinks: Sinks,
+        saved_step: int | None,
+    ) -> None:
+        self.session = session
+        self.run = session.run
+        self.ranks = session.ranks
+        self.progress = progress
+        self.sinks = sinks
+        self.out = Path(session.run.output_dir)
+        self.stalls: list[float] = []
+        self.longest_save = 0.0  # seconds
+        keep = self.run.checkpoint.keep
+        self.writer: Writer
+        if self.ranks.world > 1:
+            ranks = self.ranks
+            self.writer = RanksWriter(self.out, keep, saved_step, sync=sinks.flush, ranks=ranks)
+        else:
+            self.writer = Writer(self.out, keep, saved_step, sync=sinks.flush)
+        self.tokenizer: export.TokenizerFiles = {}
+        if self.ranks.leads:
+            template = session.data.template
+            self.tokenizer = export.tokenizer_files(session.files.tokenizer, template, self.out)
+        self.cadence = Cadence(
+            self.run.checkpoint.every,
+            total=session.total_steps,
+            steps_per_epoch=session.data.schedule.steps_per_epoch(0),
+            seconds=progress.seconds,
+        )
+
+    def is_due(self) -> bool:
+        """Whether a periodic checkpoint is due; ask once a step."""
+        return self.cadence.due(self.progress.step, self.progress.seconds)
+
+    def save_periodic(self) -> None:
+        """Save while more steps follow, and note for how long that held them up."""
+        began = time.perf_counter()
+        self.save(more_steps_follow=True)
+        self.stalls.append(time.perf_counter() - began)
+
+    def save(self, *, more_steps_follow: bool = False) -> None:
+        """Write checkpoint-<step>, then delete the oldest beyond `keep`, but never the best one.
+
+        Where more steps follow, an adapter is copied and written while they run. A model trained in
+        full is written here and now, unless many ranks share it and their hosts have room for a
+        copy of weights and moments.
+        """
+        progress = self.progress
+        self.ranks.heartbeat.phase("saving", self.time_limit())
+        self.writer.wait()
+        if self.writer.saved_step == progress.step and progress.ended is None:
+            return
+        progress.loss_scale = self.session.optimizer.scale
+        progress.good_steps = self.session.optimizer.growth_tracker
+        save_fn, in_background = self._prepare(copy=more_steps_follow)
+        if in_background:
+            self.writer.write_async(save_fn, progress.step, keep_step=progress.best_step)
+            return
+        began = time.perf_counter()
+        self.writer.write(save_fn, progress.step, keep_step=progress.best_step)
+        self.longest_save = max(self.longest_save, time.perf_counter() - began)
+
+    def _prepare(self, *, copy: bool) -> tuple[Fill, bool]:
+        """What writes the state of this moment, and whether it may run beside later steps.
+
+        That takes a copy, which is made if `copy` asks for one and there is room for it.
+        """
+        session = self.session
+        optimizer = session.optimizer.state_dict()
+        parts = (self.run, session.model, self.tokenizer, optimizer, self.progress)
+        if self.run.adapter.kind == "lora":
+            # Rank 0 writes an adapter. The others only give it their parts here.
+            save_fn, is_copied = export.fill_adapter(*parts, copy and self.ranks.leads)
+            if not self.ranks.leads:
+                return lambda folder: None, copy
+            if copy and not is_copied:
+                text = "no room on the device for a copy: training waits while it is written"
+                self.sinks.text("checkpoint", text)
+            return save_fn, is_copied
+        if isinstance(self.writer, RanksWriter):
+            is_copied = copy and fits_twice(optimizer, session.model, self.ranks, session.device)
+            return fill_together(*parts, ranks=self.writer.ranks, copy=is_copied), is_copied
+        return partial(export.write_checkpoint, *parts), False
+
+    def write_final(self) -> None:
+        """Write final/: the model or adapter without the training state."""
+        model = self.session.model
+        self.ranks.heartbeat.phase("saving final/", self.time_limit())
+        if not self.ranks.leads:
+            export.write_model_files(None, self.run, model, {})
+            return
+        with state.writing(self.out / FINAL, self.progress.step) as folder:
+            export.write_model_files(folder, self.run, model, self.tokenizer)
+            card = model_card(self.run.model, self.run, self.out)
+            (folder / state.CARD).write_text(card, encoding="utf-8")
+
+    def time_limit(self) -> float:
+        """Seconds that a rank may wait for a save: by its bytes at SLOWEST_DISK, and no less than
+        several times as long as the longest save of this start took."""
+        trained = sum(parameter.numel() for parameter in self.session.optimizer.params.values())
+        size, _ = checkpoint_bytes(self.run, trained)
+        return STUCK + max(size / SLOWEST_DISK, SLOWER * self.longest_save)
