@@ -54,6 +54,7 @@ def measure(case: str, model: str, data: str, rows: int, folder: Path, *, profil
     from tunesmith.ranks import ONE_PROCESS
     from tunesmith.signals import StopRequest
     from tunesmith.training.build import Session, make_optimizer, plan_model
+    from tunesmith.training.stop_control import StopControl
     from tunesmith.training.trainer import Trainer
 
     (folder / "run").mkdir()
@@ -82,7 +83,7 @@ def measure(case: str, model: str, data: str, rows: int, folder: Path, *, profil
         hashes: dict[str, Any] = {}
         session = Session(run, files, found, root, optimizer, plan, 2, hashes, Peak(None, ""))
         root.train()
-        trainer = Trainer(session, start, Sinks([]), StopRequest())
+        trainer = Trainer(session, start, Sinks([]), StopControl(StopRequest(), folder / "run"))
         with session.loader(0) as loader:
             for batch in loader:
                 micro += [part.input_ids.numel() for part in batch.micro]

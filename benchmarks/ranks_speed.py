@@ -71,6 +71,7 @@ def contend(a: argparse.Namespace) -> None:
     from tunesmith.ranks import join_ranks
     from tunesmith.signals import StopRequest
     from tunesmith.training.build import build
+    from tunesmith.training.stop_control import StopControl
     from tunesmith.training.trainer import Trainer
 
     ranks, *dimension = CONTENDERS[a.contender]
@@ -87,7 +88,7 @@ def contend(a: argparse.Namespace) -> None:
         }  # fmt: skip
         run = from_mapping(recipe, where="benchmark", base=Path(folder))
         session = build(run, Start(), say=lambda text: None, measured=True, ranks=joined)
-        trainer = Trainer(session, Start(), Sinks([]), StopRequest())
+        trainer = Trainer(session, Start(), Sinks([]), StopControl(StopRequest(), Path(folder), joined))
         if a.contender == "one copy":
             make_group_of_one()
             trainer.gradient_sum = sum_over_one_rank(session)
@@ -98,15 +99,15 @@ def contend(a: argparse.Namespace) -> None:
                 if step == a.skip:
                     began_cpu = time.process_time()
         cpu_seconds = time.process_time() - began_cpu
-        trainer.flush_metrics()
-        timed = trainer.records[a.skip :]
+        trainer.metrics.flush()
+        timed = trainer.metrics.records[a.skip :]
         if joined.leads:
             rate = sum(r.tokens for r in timed) / sum(r.step_seconds for r in timed)
             cpu_rate = sum(r.tokens for r in timed) / cpu_seconds / joined.world
             report = {
                 "tokens_per_second": rate,
                 "tokens_per_cpu_second": cpu_rate,
-                "loss": [r.loss for r in trainer.records],
+                "loss": [r.loss for r in trainer.metrics.records],
             }
             print("REPORT " + json.dumps(report), flush=True)
 

@@ -39,6 +39,7 @@ from tunesmith.sharded import local_part
 from tunesmith.signals import StopRequest
 from tunesmith.training.agree import software_versions
 from tunesmith.training.build import build, write_identity
+from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import ratio
 
@@ -222,7 +223,7 @@ class SelfCheck:
     def reference(self, kind: Kind) -> None:
         """Train on one process with one micro batch a step; each parameter of an adapter must get a gradient."""
         trainer = take_steps(self.recipe(kind, ONE, count=1), ONE_PROCESS)
-        self.alone[kind], self.inputs[kind], session = trainer.records, first_inputs(trainer), trainer.session
+        self.alone[kind], self.inputs[kind], session = trainer.metrics.records, first_inputs(trainer), trainer.session
         if session.run.adapter.kind == "lora":
             (micro,) = session.loader(0).batch(0).micro
             session.model(micro.to(session.device)).loss.backward()
@@ -236,8 +237,8 @@ class SelfCheck:
         out, trainer = Path(run.output_dir), take_steps(run, ranks, self.make_mesh)
         parts, inputs = ranks.gather(parts_of(trainer)), ranks.gather(first_inputs(trainer))
         if ranks.leads:
-            self.compare(LOSS, ["loss"], self.alone[kind], trainer.records, first, others)
-            self.compare(NORM, ["grad_norm"], self.alone[kind], trainer.records, first, others)
+            self.compare(LOSS, ["loss"], self.alone[kind], trainer.metrics.records, first, others)
+            self.compare(NORM, ["grad_norm"], self.alone[kind], trainer.metrics.records, first, others)
             self.equal(CHANGED, *map(len, self.trained(run)))
             self.equal(ALIKE, ranks.world, inputs.count(self.inputs[kind]))
             digests: dict[object, list[str]] = {}
@@ -253,7 +254,9 @@ class SelfCheck:
         ranks.gather(None)
         resumed = take_steps(run, ranks, self.make_mesh)
         if ranks.leads:
-            self.compare(RESUME, ["loss", "grad_norm"], trainer.records[RESUMED:], resumed.records, again, again)
+            self.compare(
+                RESUME, ["loss", "grad_norm"], trainer.metrics.records[RESUMED:], resumed.metrics.records, again, again
+            )
 
     def trained(self, run: Run) -> tuple[list[str], list[str]]:
         """Names of the trained tensors, and of those that final/ has with other values than the start."""
@@ -309,15 +312,16 @@ def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer
     with ranks.together():
         if ranks.leads_dir and not start.progress:
             write_identity(session, None)
-    trainer = Trainer(session, start, Sinks([]), StopRequest())
+    stop = StopControl(StopRequest(), out, ranks)
+    trainer = Trainer(session, start, Sinks([]), stop)
     if start.progress:
         with session.loader(trainer.first_step) as loader:
             for _ in trainer.steps(loader):
                 pass
     else:
         trainer.fit()
-    if isinstance(trainer.writer, RanksWriter):
-        dist.destroy_process_group(trainer.writer.ranks.group)
+    if isinstance(trainer.checkpoints.writer, RanksWriter):
+        dist.destroy_process_group(trainer.checkpoints.writer.ranks.group)
     return trainer
 
 

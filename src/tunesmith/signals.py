@@ -34,10 +34,6 @@ class Shortage(NamedTuple):
     record: dict[str, Any]
 
 
-class StepDropped(Exception):
-    """Leaves a step in its middle: the one before it is saved."""
-
-
 class StopRequest:
     """A context that notes the first stop signal in `signal`, and a `shortage` of memory.
 

@@ -80,7 +80,7 @@ def test_numbers_that_are_read_late_are_the_same(tiny: Path, tmp_path: Path, mon
     class Late(Trainer):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            self.async_metrics = True
+            self.metrics.reads_late = True
 
     run = make_run(tiny, tmp_path, held=False, profile={"wait": 0, "warmup": 1, "active": 1})
     plan = BenchPlan(run, steps=3, warmup=2, traces=tmp_path / "traces")

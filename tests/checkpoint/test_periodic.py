@@ -20,8 +20,9 @@ from tunesmith.checkpoint import export, nodes, state
 from tunesmith.checkpoint.state import Writer
 from tunesmith.errors import NonFiniteError, RunError, StoppedError
 from tunesmith.runtime.transfer import Snapshot
+from tunesmith.training.async_metrics import StepOutput
 from tunesmith.training.run import train
-from tunesmith.training.trainer import PendingMetrics, Trainer
+from tunesmith.training.trainer import Trainer
 from waiting import wait_for
 
 CLOCKS = ("step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "host_memory_percent", "product_tflops")
@@ -43,8 +44,8 @@ class Watched:
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     seen, init = Watched(), Trainer.__init__
 
-    def made(self: Trainer, *args: Any) -> None:
-        init(self, *args)
+    def made(self: Trainer, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
         seen.trainer = self
 
     monkeypatch.setattr(Trainer, "__init__", made)
@@ -210,7 +211,7 @@ def test_a_failing_run_waits_and_names_the_checkpoint_that_came_to_be_whole(
         time.sleep(0.2)
         write(self, fill, number, keep_step)
 
-    def broken(self: Trainer, batch: Any) -> PendingMetrics:
+    def broken(self: Trainer, batch: Any) -> StepOutput | None:
         if batch.step == 5:
             begun.set()
             if fault == "code":
@@ -235,9 +236,9 @@ def test_a_stop_waits_for_the_write_and_saves_its_own_step(
     slow_down(monkeypatch, watched, steps=1)
     step = Trainer.train_step
 
-    def stopped(self: Trainer, batch: Any) -> PendingMetrics:
+    def stopped(self: Trainer, batch: Any) -> StepOutput | None:
         if batch.step == 4:
-            self.stop.signal = "SIGTERM"
+            self.stop.request.signal = "SIGTERM"
         return step(self, batch)
 
     monkeypatch.setattr(Trainer, "train_step", stopped)

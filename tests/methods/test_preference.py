@@ -27,6 +27,7 @@ from tunesmith.methods.base import MethodOutput, TrainModel, supervised_position
 from tunesmith.metrics.sink import Sinks
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build
+from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 
 BETA = 0.3
@@ -164,7 +165,7 @@ def test_the_loop_trains_on_pairs_and_records_the_methods_metrics(tiny, tmp_path
     session.data = replace(session.data, train=tokens, schedule=BatchSchedule(tokens.lengths, run.data, run.train))
     assert len(session.loader(0).batch(0).micro) > 1
     with claim_run_dir(tmp_path / "run"), StopRequest() as stop:
-        result = Trainer(session, Start(), Sinks([]), stop).fit()
+        result = Trainer(session, Start(), Sinks([]), StopControl(stop, tmp_path / "run")).fit()
 
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)

@@ -16,6 +16,7 @@ from tunesmith.metrics.sink import Sinks
 from tunesmith.ranks import join_ranks
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build
+from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from untied import write_untied
 
@@ -56,7 +57,8 @@ def collectives_of_a_step(model: Path, folder: Path, changes: dict[str, Any]) ->
             part = name.removeprefix("model.").removesuffix(".weight")
             part = ".".join(part.split(".")[:2]) if part.startswith("layers") else part
             parts[part] = parts.get(part, 0) + parameter.numel()
-        trainer = Trainer(session, Start(), Sinks([]), StopRequest())
+        stop = StopControl(StopRequest(), Path(run.output_dir), ranks)
+        trainer = Trainer(session, Start(), Sinks([]), stop)
         session.model.train()
         with Recorder() as recorder, session.loader(0) as loader:
             assert len(list(trainer.steps(loader))) == 1

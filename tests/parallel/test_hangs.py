@@ -18,7 +18,7 @@ from tunesmith.checkpoint import export
 from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.errors import TunesmithError
 from tunesmith.heartbeat import Heartbeat
-from tunesmith.training import checkpoint_saver, trainer
+from tunesmith.training import answer_sampler, checkpoint_saver, trainer, validation
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 
@@ -28,8 +28,8 @@ STEPS = {"duration": "4 steps", "micro_batch": "128 tokens"}
 LIMIT = 2.0  # seconds without progress, in the phase that is struck alone: a busy machine must not disturb the others
 PLACES = {  # phase -> the function that it is struck in
     "first step": (Trainer, "train_step"),
-    "validation": (trainer, "validation_loss"),
-    "sample answers": (trainer, "sample_answers"),
+    "validation": (validation, "validation_loss"),
+    "sample answers": (answer_sampler, "sample_answers"),
     "saving": (RanksWriter, "_write"),
     "saving final/": (export, "write_model_files"),
 }
@@ -87,9 +87,9 @@ def test_a_rank_that_stands_still_is_named_with_its_phase(phase, changes, tiny, 
 
 def be_slow(model: Path, folder: Path) -> list[float]:
     """The losses of a run whose rank 0 takes longer for its sample answers and for each save than a rank may stand still."""
-    trainer.STUCK = checkpoint_saver.STUCK = LIMIT
+    answer_sampler.STUCK = checkpoint_saver.STUCK = trainer.STUCK = validation.STUCK = LIMIT
     checkpoint_saver.SLOWEST_DISK = 20_000.0  # bytes/s: the checkpoint of the adapter may take 6 s
-    write, sample = RanksWriter._write, trainer.sample_answers
+    write, sample = RanksWriter._write, answer_sampler.sample_answers
 
     def write_slowly(self: RanksWriter, *arguments: Any) -> None:
         time.sleep(1.5 * LIMIT)
@@ -107,7 +107,7 @@ def be_slow(model: Path, folder: Path) -> list[float]:
 
     if os.environ["RANK"] == "0":
         RanksWriter._write = write_slowly  # type: ignore[method-assign]
-        trainer.sample_answers = sample_slowly
+        answer_sampler.sample_answers = sample_slowly
     log = {"samples": 1, "tensorboard": False}
     changes = {"train": STEPS, "validate": {"every": "2 steps"}, "log": log, **LORA}
     result = train(make_run(model, folder, checkpoint={"every": "4 steps"}, **changes), say=None)

@@ -23,9 +23,10 @@ from tunesmith.checkpoint.resume import decide_start
 from tunesmith.errors import OtherRankError, StoppedError
 from tunesmith.ranks import join_ranks
 from tunesmith.signals import Shortage
+from tunesmith.training.async_metrics import StepOutput
 from tunesmith.training.build import build
 from tunesmith.training.run import train
-from tunesmith.training.trainer import PendingMetrics, Trainer
+from tunesmith.training.trainer import Trainer
 
 FULL, LORA = {"adapter": {"kind": "none"}}, {}
 BF16 = {**FULL, "model": {"dtype": "bf16"}}  # with fp32 masters: of copies in the optimizer, of shards the shards
@@ -47,13 +48,13 @@ def start(
     )
     step = Trainer.train_step
 
-    def signalled(self: Trainer, batch: Any) -> PendingMetrics:
+    def signalled(self: Trainer, batch: Any) -> StepOutput | None:
         if stop == (self.session.ranks.rank, batch.step + 1):
             os.kill(os.getpid(), signal.SIGTERM)
         elif stop == (BY_FILE, batch.step + 1):
             (self.out / "stop").touch()
         elif stop == (SHORT + self.session.ranks.rank, batch.step + 1):
-            self.stop.ask(Shortage("training, on spark-b: 0.10 GiB can be had", {"host": "spark-b"}))
+            self.stop.request.ask(Shortage("training, on spark-b: 0.10 GiB can be had", {"host": "spark-b"}))
         return step(self, batch)
 
     Trainer.train_step = signalled  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from tunesmith import ranks as ranks_module
 from tunesmith.checkpoint.resume import Start
 from tunesmith.inference.decoding import SAMPLE_TOKENS, AnswerClock, sample_answers
 from tunesmith.parallel import mesh
-from tunesmith.training import trainer
+from tunesmith.training import answer_sampler
 from tunesmith.training.build import build
 from tunesmith.training.run import train
 
@@ -49,7 +49,7 @@ def test_shards_answer_at_validations_alone(tiny, tmp_path):
 
 def answers_by_the_clock_of(allowed: dict[str, float], model: Path, folder: Path) -> tuple[bool, str]:
     """Whether there are answers where each rank has so many seconds for them, and the log."""
-    trainer.ANSWER_SECONDS = allowed[os.environ["RANK"]]
+    answer_sampler.ANSWER_SECONDS = allowed[os.environ["RANK"]]
     steps = {"duration": "2 steps"}
     train(make_run(model, folder, parallel={"shard": 2}, train=steps, log={"samples": 1}), say=None)
     return (folder / "run" / "samples.jsonl").exists(), (folder / "run" / "log.txt").read_text()

@@ -39,6 +39,7 @@ from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import read_space
 from tunesmith.sweep.table import sweep_lines
 from tunesmith.training.run import start_run, train
+from tunesmith.training.trainer import Trainer
 from warm import Warm, run_warm
 
 SAME = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "examples", "val_loss")
@@ -137,11 +138,11 @@ def test_the_same_command_again_trains_nothing_and_another_one_is_refused(
 ):
     started: list[tuple[str, int | None]] = []
 
-    def start(run: Run, *arguments: Any, trainer: Any, **options: Any) -> Any:
-        started.append((Path(run.output_dir).name[:2], trainer.keywords["until"]))
+    def start(run: Run, *arguments: Any, pause_after: int | None, **options: Any) -> Any:
+        started.append((Path(run.output_dir).name[:2], pause_after))
         if started[-1][1] == 4 and len(started) == 5:  # the first one of the second rung
             raise NonFiniteError("the loss is not finite")
-        return start_run(run, *arguments, trainer=trainer, **options)
+        return start_run(run, *arguments, pause_after=pause_after, **options)
 
     monkeypatch.setattr(sweep_module, "start_run", start)
     file = write_recipe(tiny, tmp_path)
@@ -361,15 +362,15 @@ def test_a_sweep_that_memory_stops_goes_on_with_its_micro_batch(
     """A launcher is given no smaller one: all candidates share it. Of several ranks sweep.json tells the stop."""
     from tunesmith.launch import node
 
-    file, words, train_step = write_recipe(tiny, tmp_path), WORDS[:1], shared_base.RungTrainer.train_step
+    file, words, train_step = write_recipe(tiny, tmp_path), WORDS[:1], Trainer.train_step
 
-    def short(trainer: shared_base.RungTrainer, batch: Any) -> Any:
+    def short(trainer: Trainer, batch: Any) -> Any:
         if batch.step == 1:
-            trainer.stop.shortage = Shortage("no room", {})
+            trainer.stop.request.shortage = Shortage("no room", {})
         return train_step(trainer, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shared_base.RungTrainer, "train_step", short)
+        patch.setattr(Trainer, "train_step", short)
         patch.setattr("tunesmith.training.result.is_launched", lambda: True)
         with pytest.raises(ShortOfMemoryError, match="memory is short: step 1 is saved") as caught:
             sweep(file, words)

@@ -19,7 +19,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.report.run_files import RunFiles, how_it_ended
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training import run as start
-from tunesmith.training.result import halved
+from tunesmith.training.result import half_micro_batch
 from tunesmith.training.run import train
 
 GIB = 2**30
@@ -122,7 +122,7 @@ def test_memory_that_is_short_while_the_model_loads_ends_the_start(
 def test_the_micro_batch_of_the_next_start(
     changes: dict[str, Any], kept: str | None, word: str, tiny: Path, tmp_path: Path
 ) -> None:
-    assert halved(make_run(tiny, tmp_path, **changes), kept) == word
+    assert half_micro_batch(make_run(tiny, tmp_path, **changes), kept) == word
 
 
 @pytest.mark.slow

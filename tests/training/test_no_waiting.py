@@ -7,7 +7,6 @@ itself refuses whatever waits.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from devices import cpu_and_gpu
 from recipes import make_run, merge, write_rows
 from tunesmith.checkpoint.resume import Start
+from tunesmith.data.loader import GlobalBatch
 from tunesmith.metrics.sink import Sinks
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import build
+from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 
 ASKING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique", "aten::item"}
@@ -72,8 +73,10 @@ def trainer_of(tiny: Path, folder: Path, **changes) -> Trainer:
     base = {"train": batches, "checkpoint": {"every": None}}
     run = make_run(tiny, folder, held=False, **merge(base, changes))
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(build(run, Start(), say=lambda text: None), Start(), Sinks([]), StopRequest())
-    trainer.async_metrics, trainer.session.optimizer.checks_on_host = True, False  # as on CUDA
+    session = build(run, Start(), say=lambda text: None)
+    trainer = Trainer(session, Start(), Sinks([]), StopControl(StopRequest(), Path(run.output_dir)))
+    trainer.metrics.reads_late = True  # this and the next line: as on CUDA
+    trainer.session.optimizer.checks_on_host = False
     trainer.session.model.train()
     return trainer
 
@@ -81,11 +84,17 @@ def trainer_of(tiny: Path, folder: Path, **changes) -> Trainer:
 def assert_no_step_waits(trainer: Trainer, device: torch.device) -> None:
     """Two steps in which the host waits for nothing, and which train."""
     on_gpu = device.type == "cuda"
-    # On a GPU the metrics of the step before are read too; on a CPU reading them is what asks.
-    step = trainer.iteration if on_gpu else trainer.train_step
     with trainer.session.loader(0) as loader:
         batches = [batch for batch, _ in zip(loader, range(5 if on_gpu else 2), strict=False)]
-    trainer.clock = time.perf_counter()
+    steps = trainer.steps(batches)
+
+    def step(batch: GlobalBatch) -> None:
+        """On a GPU the loop's, with the metrics of the step before; on a CPU reading them is what asks."""
+        if on_gpu:
+            next(steps)
+        else:
+            trainer.train_step(batch)
+
     for batch in batches[:-2]:  # the first ones compile and allocate
         step(batch)
     before = [p.detach().clone() for _, p in trainer.session.model.trained_parameters()]

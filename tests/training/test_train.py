@@ -13,10 +13,13 @@ from tunesmith.checkpoint import state
 from tunesmith.checkpoint.resume import Start
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.signals import StopRequest
-from tunesmith.training import trainer
+from tunesmith.training import answer_sampler
+from tunesmith.training.answer_sampler import AnswerSampler
+from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.build import build
 from tunesmith.training.result import Result
 from tunesmith.training.run import sinks_of, train
+from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 
 FIELDS = [
@@ -61,7 +64,7 @@ def test_run_directory_and_record(tiny: Path, tmp_path: Path) -> None:
     assert not (out / "failure.json").exists()
 
 
-def test_metrics_read_one_step_later_are_the_same(tiny: Path, tmp_path: Path) -> None:
+def test_metrics_read_one_step_later_are_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA a step's metrics are read while the next step runs; here the same is done on the CPU."""
     at_once, later = tmp_path / "a", tmp_path / "b"
     at_once.mkdir()
@@ -75,14 +78,15 @@ def test_metrics_read_one_step_later_are_the_same(tiny: Path, tmp_path: Path) ->
     sinks.open(run, 0)
     flushed: list[tuple[int, int]] = []
 
-    class Watched(Trainer):
-        def flush_metrics(self, *, log: bool = True) -> None:
+    class Watched(AsyncMetrics):
+        def flush(self, *, log: bool = True) -> None:
             if self.pending is not None:
                 flushed.append((self.progress.step, self.pending.step))
-            super().flush_metrics(log=log)
+            super().flush(log=log)
 
-    trainer = Watched(session, Start(), sinks, StopRequest())
-    trainer.async_metrics = True
+    monkeypatch.setattr("tunesmith.training.trainer.AsyncMetrics", Watched)
+    trainer = Trainer(session, Start(), sinks, StopControl(StopRequest(), Path(run.output_dir)))
+    trainer.metrics.reads_late = True
     trainer.fit()
     sinks.close()
     assert numbers(later) == numbers(at_once)
@@ -138,7 +142,7 @@ def test_samples_and_tensorboard(tiny: Path, tmp_path: Path) -> None:
 def test_slow_sample_answers_are_left_out_and_that_is_said_once(
     seconds: float, steps: list[int], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "ANSWER_SECONDS", seconds)
+    monkeypatch.setattr(answer_sampler, "ANSWER_SECONDS", seconds)
     go(tiny, tmp_path, validate={"every": "2 steps"}, log={"samples": 1})
     samples = tmp_path / "run" / "samples.jsonl"
     answered = [json.loads(line)["step"] for line in samples.read_text().splitlines()] if samples.exists() else []
@@ -151,17 +155,17 @@ def test_the_last_answers_need_not_wait_for_what_others_took(
 ) -> None:
     took: list[float] = []
 
-    def note(self: Trainer) -> float:
-        self.answer_seconds += 15.0
-        took.append(answers_may_take(self))
+    def note(self: AnswerSampler) -> float:
+        self.seconds += 15.0
+        took.append(allowed_seconds(self))
         return took[-1]
 
-    answers_may_take = Trainer.answers_may_take
-    monkeypatch.setattr(Trainer, "answers_may_take", note)
+    allowed_seconds = AnswerSampler.allowed_seconds
+    monkeypatch.setattr(AnswerSampler, "allowed_seconds", note)
     go(tiny, tmp_path, validate={"every": "4 steps"}, log={"samples": 1})
     first, second, last = took
-    assert 0 <= second < first <= trainer.ANSWER_SECONDS - 15.0
-    assert last == trainer.ANSWER_SECONDS
+    assert 0 <= second < first <= answer_sampler.ANSWER_SECONDS - 15.0
+    assert last == answer_sampler.ANSWER_SECONDS
 
 
 @pytest.mark.parametrize("masters", ["fp32", "stochastic"])

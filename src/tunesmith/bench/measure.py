@@ -35,6 +35,7 @@ from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.signals import StopRequest
 from tunesmith.training.build import Session, build
 from tunesmith.training.run import print_line
+from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import Length, ratio
 
@@ -173,7 +174,7 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
         seen = Observed(time.perf_counter() - began, graphs)
         per_epoch = session.data.schedule.steps_per_epoch(0)
         sinks = Sinks([Terminal(LogFile(), total_steps=session.total_steps, steps_per_epoch=per_epoch)])
-        trainer = Trainer(session, Start(), sinks, StopRequest())
+        trainer = Trainer(session, Start(), sinks, StopControl(StopRequest(), folder))
         profiler = Profiler(run.profile, plan.traces or folder, rank=0, device=session.device)
         sinks.open(run, 0)
         try:
@@ -184,8 +185,8 @@ def measure(plan: BenchPlan, folder: Path, *, say: Callable[[str], None] = print
             raise trainer.as_failure(error) from error
         finally:
             sinks.close()
-        records = trainer.records[plan.warmup : plan.warmup + plan.steps]
-        figures = _report(session, records, trainer.records[0].step_seconds, seen)
+        records = trainer.metrics.records[plan.warmup : plan.warmup + plan.steps]
+        figures = _report(session, records, trainer.metrics.records[0].step_seconds, seen)
         return Measured(figures, profiler.traces, profiler.tables)
 
 
@@ -203,7 +204,7 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
     with session.loader(0) as loader, ExitStack() as stack:
         for step in trainer.steps(counted(loader)):
             if step in (1, timed):  # read its numbers now: the next step's work must not count for this one
-                trainer.flush_metrics()
+                trainer.metrics.flush()
             if step <= timed:
                 seen.graphs.append(graphs_compiled())
             if step == timed:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,10 @@ from tunesmith.run_directory import FINAL, METRICS, SWEEP, read_sweep, reason_of
 from tunesmith.shell import shell_path, shell_word
 from tunesmith.signals import StopRequest
 from tunesmith.sweep.search import Search, halve, rung_steps
-from tunesmith.sweep.shared_base import RungTrainer, SharedBase
+from tunesmith.sweep.shared_base import SharedBase
 from tunesmith.sweep.space import Space, check_count
 from tunesmith.training.run import joined, start_run
+from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence, Length, Size
 
 # How candidates of a range are drawn and stopped, in sweep.json beside the search: others were to be had once.
@@ -215,9 +216,24 @@ class Sweep:
         out = (until or self.fixed["steps"], math.inf, "diverged")
         found = out if out[0] >= out_at else self._reached(candidate, until)
         if found is None:
-            trainer, base = partial(RungTrainer, until=until, say=self.say), self.shared.build
+            stop = StopControl(
+                self.stop,
+                Path(candidate.run.output_dir),
+                self.ranks,
+                announce=self.say,
+                retry_with_smaller_batch=False,  # all candidates share one micro batch
+            )
+            base = self.shared.build
             try:
-                start_run(candidate.run, self.stop, self.ranks, say=None, argv=self.argv, build=base, trainer=trainer)
+                start_run(
+                    candidate.run,
+                    stop,
+                    self.ranks,
+                    say=None,
+                    argv=self.argv,
+                    build=base,
+                    pause_after=until,
+                )
                 found = self._reached(candidate, until)
             except StoppedError as error:
                 if isinstance(error, ShortOfMemoryError):

@@ -4,7 +4,6 @@ What a run draws depends on its seed, names, steps and micro batches alone, so a
 learns, to the last bit, what it would learn in a process of its own.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,16 +16,11 @@ from tunesmith.build_model import init_adapter
 from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
 from tunesmith.config.schema import Adapter, Run
 from tunesmith.data.schedule import BatchSchedule
-from tunesmith.host_files import write_atomically
 from tunesmith.ranks import Ranks
-from tunesmith.run_directory import RECIPE, STOPPED
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_device_memory
 from tunesmith.runtime.host import keep_threads
-from tunesmith.shell import shell_path
 from tunesmith.training.build import Session, build, make_optimizer
-from tunesmith.training.result import Result
-from tunesmith.training.trainer import Trainer
 
 
 class SharedBase:
@@ -75,36 +69,3 @@ class SharedBase:
         layer: Any
         for layer in self.first.model.layers:
             layer.compiled = self.compiled[shape]
-
-
-class RungTrainer(Trainer):
-    """A Trainer that leaves its run after step `until`, saved, as a signal would; None: it trains to the end.
-
-    `say` takes a line where a signal comes: the run itself says nothing to the user. The micro batch is one for all.
-    """
-
-    halve = False
-
-    def __init__(self, *parts: Any, until: int | None, say: Callable[[str], None]) -> None:
-        super().__init__(*parts)
-        self.until, self.say = until, say
-
-    def fit(self) -> Result:
-        self.stop.hold(self.say)
-        return super().fit()
-
-    def over(self) -> bool:
-        return super().over() or (self.until is not None and self.progress.step >= self.until)
-
-    def end(self) -> Result:
-        lost_patience = self.progress.worse and self.progress.worse == self.run.validate.patience
-        if super().over() or lost_patience or not self.over():
-            return super().end()
-        if not self.progress.validated:
-            self.save_and_stop()
-        self.checkpoints.save()
-        if self.session.ranks.leads:
-            told = {"signal": None, "reason": "sweep", "step": self.progress.step}
-            told["next"] = f"tunesmith train {shell_path(self.out / RECIPE)} goes on with it"
-            write_atomically(self.out / STOPPED, json.dumps(told, indent=1))
-        return self.result()

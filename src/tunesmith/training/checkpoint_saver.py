@@ -14,6 +14,7 @@ from tunesmith.metrics.sink import Sinks
 from tunesmith.run_directory import FINAL
 from tunesmith.runtime.resolve import checkpoint_bytes
 from tunesmith.training.build import Session
+from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence
 
 # A rank that waits longer for a save is taken for stuck: a disk that is slower than SLOWEST_DISK,
@@ -39,6 +40,7 @@ class CheckpointSaver:
         session: Session,
         progress: Progress,
         sinks: Sinks,
+        stop: StopControl,
         saved_step: int | None,
     ) -> None:
         self.session = session
@@ -46,6 +48,7 @@ class CheckpointSaver:
         self.ranks = session.ranks
         self.progress = progress
         self.sinks = sinks
+        self.stop = stop
         self.out = Path(session.run.output_dir)
         self.stalls: list[float] = []
         self.longest_save = 0.0  # seconds
@@ -70,6 +73,14 @@ class CheckpointSaver:
     def is_due(self) -> bool:
         """Whether a periodic checkpoint is due; ask once a step."""
         return self.cadence.due(self.progress.step, self.progress.seconds)
+
+    def raise_failed_write(self) -> None:
+        """Raise the error of a checkpoint that could not be written, on all ranks at one step."""
+        has_failed = self.writer.failed
+        if self.ranks.world > 1:
+            has_failed = self.stop.write_failed
+        if has_failed:
+            self.writer.wait()
 
     def save_periodic(self) -> None:
         """Save while more steps follow, and note for how long that held them up."""

@@ -28,8 +28,9 @@ from tunesmith.host_files import write_atomically
 from tunesmith.host_memory import suspected_limit
 from tunesmith.metrics.record import StepRecord
 from tunesmith.ranks import Ranks, is_launched
-from tunesmith.run_directory import STOP_FILE, STOPPED
+from tunesmith.run_directory import RECIPE, STOP_FILE, STOPPED
 from tunesmith.runtime.plan import RunPlan
+from tunesmith.shell import shell_path
 from tunesmith.signals import END, SHORT, Shortage
 from tunesmith.units import Size
 
@@ -61,16 +62,40 @@ class Result:
 
     def values(self) -> dict[str, Any]:
         """The result as plain values, for `--json`."""
-        kept = ("steps", "first_step", "seconds", "tokens", "examples", "best_step", "finished_before")
-        losses = {"first_loss": self.first_loss, "last_loss": self.last_loss, "best_val_loss": self.best_loss}
-        return {"output_dir": str(self.output_dir), **{name: vars(self)[name] for name in kept}, **losses}
+        kept = (
+            "steps",
+            "first_step",
+            "seconds",
+            "tokens",
+            "examples",
+            "best_step",
+            "finished_before",
+        )
+        losses = {
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "best_val_loss": self.best_loss,
+        }
+        return {
+            "output_dir": str(self.output_dir),
+            **{name: vars(self)[name] for name in kept},
+            **losses,
+        }
 
 
 def failure_of(
-    error: BaseException, run: Run, plan: RunPlan, *, step: int, saved_step: int | None, halve: bool = True
+    error: BaseException,
+    run: Run,
+    plan: RunPlan,
+    *,
+    step: int,
+    saved_step: int | None,
+    retry_with_smaller_batch: bool = True,
 ) -> TunesmithError:
-    """The error of a run that had begun, in the words of failure.json; `step`: the last one done, `halve` as in
-    `stopped_by`."""
+    """The error of a run that had begun, in the words of failure.json.
+
+    `step`: the last one done; `retry_with_smaller_batch` as in `stopped_by`.
+    """
     again, where = how_to_resume(saved_step), f"step {step + 1}"
     if isinstance(error, TunesmithError):
         # What is a wrong input before the first step is a failed run after it.
@@ -89,11 +114,14 @@ def failure_of(
             advice = f"{limit.fix(0)}, or {advice}"
         fix = advice if advice.endswith("--fresh") else f"{advice}; {again}"
         failure = RunError("out of memory", where=where, why=why, fix=fix, cause="out-of-memory")
-        if halve:
-            failure.smaller = halved(run, str(plan.layout.micro_batch))
+        if retry_with_smaller_batch:
+            failure.smaller = half_micro_batch(run, str(plan.layout.micro_batch))
         return failure
     if "does not have a deterministic implementation" in str(error):
-        what, why = str(error).partition(", but you set")[0], "train.deterministic: true allows no such operator"
+        what, why = (
+            str(error).partition(", but you set")[0],
+            "train.deterministic: true allows no such operator",
+        )
         return RunError(what, where=where, why=why, fix=f"train.deterministic=false; {again}")
     why = "an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from"
     return RunError(f"{type(error).__name__}: {error}", where=where, why=why, fix=again)
@@ -108,7 +136,10 @@ def non_finite_error(
         applied = "of this step only the parameters with a finite gradient were updated, and nothing of it is saved"
     saved = f"checkpoint-{saved_step}" if saved_step else "none was written yet"
     why = f"{applied}; the last good checkpoint: {saved}"
-    kind, where = "gradient norm" if math.isfinite(loss) else "loss", f"step {step}, rows {', '.join(rows[:8])}"
+    kind, where = (
+        "gradient norm" if math.isfinite(loss) else "loss",
+        f"step {step}, rows {', '.join(rows[:8])}",
+    )
     what = f"the {kind} is not finite (loss {loss}, gradient norm {norm})"
     fix = "lower train.learning_rate or lengthen train.warmup; look at those rows with `tunesmith data`; "
     fix += "model.dtype=fp32 tells rounding from bad data"
@@ -116,35 +147,53 @@ def non_finite_error(
 
 
 def stopped_by(
-    asked: Sequence[tuple[Shortage | None, str | None]],
+    requests: Sequence[tuple[Shortage | None, str | None]],
     run: Run,
     progress: Progress,
     ranks: Ranks,
     *,
-    halve: bool = True,
+    retry_with_smaller_batch: bool = True,
 ) -> StoppedError:
-    """The end of a run for want of memory, by a signal, or by the file `stop`, which is removed: after a step was saved, or
-    before the first one.
+    """The end of a run for want of memory, by a signal, or by the file `stop`, which is removed.
 
-    `asked`: what each rank was asked for; `halve`: where memory was short, another start may take half the micro batch. The
-    exit code is 75. Under torchrun, which starts a rank of any code but 0 again, it is 0, and a rank of each run directory
-    writes stopped.json; for want of memory always.
+    It comes after a step was saved, or before the first one. The exit code is 75. Under torchrun,
+    which starts a rank of any code but 0 again, it is 0, and a rank of each run directory writes
+    stopped.json; for want of memory always.
+
+    Args:
+        requests: for each rank its shortage of memory and its signal.
+        retry_with_smaller_batch: another start may take half the micro batch.
     """
     out, step = Path(run.output_dir), progress.step
     again = "start the same command again: it goes on from there" if step else "start the same command again"
-    shortage = next((shortage for shortage, _ in asked if shortage), None)
-    signal = next((name for _, name in asked if name), None)
+    shortage = next((shortage for shortage, _ in requests if shortage), None)
+    signal = next((name for _, name in requests if name), None)
     by_file = (out / STOP_FILE).exists()  # `tunesmith stop` sends a signal too where it can
-    record: dict[str, Any] = {"signal": signal, "reason": "file" if by_file or not signal else "signal"}
+    record: dict[str, Any] = {
+        "signal": signal,
+        "reason": "file" if by_file or not signal else "signal",
+    }
     record |= {"step": step, "next": again}
     what = "stopped by the file stop" if record["reason"] == "file" else f"stopped by {signal}"
     why = "" if step else "there was nothing to save yet"
     if shortage is not None:
-        smaller = halved(run, progress.micro_batch) if halve and step else ""
-        advice = smaller and f"; or with train.micro_batch='{smaller}'"
+        smaller = advice = ""
+        if retry_with_smaller_batch and step:
+            smaller = half_micro_batch(run, progress.micro_batch)
+        if smaller:
+            advice = f"; or with train.micro_batch='{smaller}'"
         what, why, again = SHORT, shortage.text, f"{END}, then {again}{advice}"
-        record |= {"reason": "memory", "next": again, "smaller": smaller, "figures": shortage.record}
-    words: dict[str, Any] = {"where": str(out / f"checkpoint-{step}") if step else "", "why": why, "fix": again}
+        record |= {
+            "reason": "memory",
+            "next": again,
+            "smaller": smaller,
+            "figures": shortage.record,
+        }
+    words: dict[str, Any] = {
+        "where": str(out / f"checkpoint-{step}") if step else "",
+        "why": why,
+        "fix": again,
+    }
     if record["reason"] == "signal" and "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
         words["cause"] = "preempted"
     saved = f": step {step} is saved" if step else " before the first step"
@@ -162,15 +211,29 @@ def stopped_by(
 
 def write_stopped(out: Path, what: str, step: int) -> None:
     """Write stopped.json where a signal to one rank ended all of them without a save; `step`: the last one done."""
-    record = {"signal": None, "reason": "signal", "step": step, "next": AGAIN, "what": what, "cause": None}
+    record = {
+        "signal": None,
+        "reason": "signal",
+        "step": step,
+        "next": AGAIN,
+        "what": what,
+        "cause": None,
+    }
     write_atomically(out / STOPPED, json.dumps(record, indent=1))
 
 
-def halved(run: Run, micro_batch: str | None) -> str:
+def half_micro_batch(run: Run, micro_batch: str | None) -> str:
     """Half the micro batch of a run, `2048 tokens`; empty where it cannot be smaller."""
     size = Size.parse(micro_batch or "1 examples")
     half = max(size.amount // 2, run.data.seq_len if size.unit == "tokens" else 1)
     return f"{half} {size.unit}" if half < size.amount and not run.train.optimizer_in_backward else ""
+
+
+def write_paused(out: Path, step: int) -> None:
+    """Write stopped.json where a sweep leaves a candidate after `step`."""
+    fix = f"tunesmith train {shell_path(out / RECIPE)} goes on with it"
+    record = {"signal": None, "reason": "sweep", "step": step, "next": fix}
+    write_atomically(out / STOPPED, json.dumps(record, indent=1))
 
 
 def stopped_twice(out: Path, step: int, saved_step: int | None) -> StoppedError:

@@ -48,6 +48,7 @@ from tunesmith.streams import lasting
 from tunesmith.training.agree import agree_on_recipe
 from tunesmith.training.build import Session, build, write_identity
 from tunesmith.training.result import Result, how_to_resume, stopped_twice, write_stopped
+from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 
 
@@ -92,7 +93,8 @@ def train(
     packages.refuse_unfit_versions()
     if started_as() is None:
         refuse_many_ranks("train")
-    with joined(run) as (stop, ranks):
+    with joined(run) as (request, ranks):
+        stop = StopControl(request, Path(run.output_dir), ranks)
         return start_run(run, stop, ranks, on_record=on_record, fresh=fresh, why=why, argv=argv, say=say)
 
 
@@ -129,7 +131,7 @@ def large_files(run: Run) -> list[Path]:
 
 def start_run(
     run: Run,
-    stop: StopRequest,
+    stop: StopControl,
     ranks: Ranks,
     *,
     on_record: Callable[[StepRecord], object] = lambda record: None,
@@ -138,13 +140,13 @@ def start_run(
     argv: list[str] | None = None,
     say: Callable[[str], None] | None = print_line,
     build: Callable[..., Session] = build,
-    trainer: Callable[..., Trainer] = Trainer,
+    pause_after: int | None = None,
 ) -> Result:
-    """`train` within `joined`; `build` and `trainer` stand in for those of the same name."""
+    """`train` within `joined`; `build` stands in for that of the same name, `pause_after` as for the Trainer."""
     run = agree_on_recipe(run, ranks)
     with ExitStack() as stack:
         if not ranks.leads:
-            return follow(run, stop, ranks, stack, fresh=fresh, build=build, trainer=trainer)
+            return follow(run, stop, ranks, stack, fresh=fresh, build=build, pause_after=pause_after)
         out = Path(run.output_dir)
         stream = None if say else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         log = stack.enter_context(LogFile(out / LOG))
@@ -161,7 +163,8 @@ def start_run(
             sinks.all.append(callback)
             stack.callback(close_after_all, sinks)
             begin(session, start, sinks, argv)
-        return fit_or_say_why(ready_trainer(trainer(session, start, sinks, stop), stack, say), say, callback)
+        trainer = Trainer(session, start, sinks, stop, pause_after=pause_after)
+        return fit_or_say_why(ready_trainer(trainer, stack, say), say, callback)
 
 
 def open_run_dir(
@@ -221,13 +224,13 @@ def as_usage_error() -> Iterator[None]:
 
 def follow(
     run: Run,
-    stop: StopRequest,
+    stop: StopControl,
     ranks: Ranks,
     stack: ExitStack,
     *,
     fresh: bool,
     build: Callable[..., Session],
-    trainer: Callable[..., Trainer],
+    pause_after: int | None,
 ) -> Result:
     """What a rank other than 0 does of `train`: it says nothing, writes nothing but checkpoints, and takes part in all
     else."""
@@ -242,7 +245,8 @@ def follow(
             begin(session, start, sinks, None)
         else:
             sinks.open(run, resumed_at(start))
-    ready = ready_trainer(trainer(session, start, sinks, stop), stack, lambda text: None)
+    trainer = Trainer(session, start, sinks, stop, pause_after=pause_after)
+    ready = ready_trainer(trainer, stack, lambda text: None)
     try:
         return ready.fit()
     except (StoppedError, NonFiniteError) as error:  # on all ranks alike: rank 0 tells it
@@ -261,7 +265,7 @@ def ready_trainer(trainer: Trainer, stack: ExitStack, say: Callable[[str], None]
     session.ranks.heartbeat.on_fault = partial(write_fault, out)  # of ranks that do not write the directory too
     for text in session.describe_ranks(trainer.first_step) if session.ranks.leads else ():
         say(text)
-    stack.callback(trainer.writer.close)
+    stack.callback(trainer.checkpoints.writer.close)
     trainer.stop.hold(say)
     return trainer
 
@@ -285,10 +289,10 @@ def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: Recor
         error = trainer.session.ranks.heartbeat.verdict(caught, trainer.as_failure(caught))
         if isinstance(error, OtherRankError):  # which the heartbeat has told
             raise error from caught
-        trainer.writer.close()  # what it is writing still counts
-        if trainer.stop.now:
-            raise stopped_twice(trainer.out, trainer.progress.step, trainer.writer.saved_step) from error
-        failure, resume = trainer.as_failure(error), how_to_resume(trainer.writer.saved_step)
+        trainer.checkpoints.writer.close()  # what it is writing still counts
+        if trainer.stop.request.now:
+            raise stopped_twice(trainer.out, trainer.progress.step, trainer.checkpoints.writer.saved_step) from error
+        failure, resume = trainer.as_failure(error), how_to_resume(trainer.checkpoints.writer.saved_step)
         place = trainer.session.ranks.heartbeat.own_place()
         if isinstance(caught, CheckpointError):
             place["phase"] = "saving"  # in a thread, beside whatever the loop does when it learns of it

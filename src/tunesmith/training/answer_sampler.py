@@ -1,0 +1,78 @@
+"""Sample answers to held-out prompts while a run trains, as long as they cost little of its time."""
+
+from tunesmith.checkpoint.resume import Progress
+from tunesmith.heartbeat import STUCK
+from tunesmith.inference.decoding import AnswerClock, sample_answers
+from tunesmith.metrics.sink import Sinks
+from tunesmith.parallel.shard import sharded_modules
+from tunesmith.training.build import Session
+from tunesmith.training.duration import Duration
+
+# Sample answers take this share of the time trained, or so many seconds where that is less. The
+# last ones may take as much again.
+ANSWER_SHARE = 0.01
+ANSWER_SECONDS = 20.0
+
+
+class AnswerSampler:
+    """Lets the model answer the first held-out prompts, on the ranks that its weights need."""
+
+    def __init__(
+        self,
+        session: Session,
+        progress: Progress,
+        sinks: Sinks,
+        duration: Duration,
+    ) -> None:
+        self.session = session
+        self.ranks = session.ranks
+        self.progress = progress
+        self.sinks = sinks
+        self.duration = duration
+        # Of a sharded model all ranks must answer together, to gather its weights.
+        self.is_sharded = bool(sharded_modules(session.model))
+        self.seconds = 0.0  # that answers took in this start
+        self.has_warned = False
+
+    def sample(self) -> None:
+        """Hand answers to the sinks; a collective call where the model is sharded."""
+        session = self.session
+        heartbeat = self.ranks.heartbeat
+        heartbeat.phase("sample answers", STUCK)
+        count = session.run.log.samples
+        if not session.data.validation or count == 0 or session.mesh.shape.tensor > 1:
+            return
+        if not (self.ranks.leads or self.is_sharded):
+            return
+        clock = AnswerClock(
+            self.allowed_seconds(),
+            generated=heartbeat.progress,
+            agree=self.ranks.share if self.is_sharded else None,
+        )
+        answers = sample_answers(
+            session.model,
+            session.files.tokenizer,
+            session.data.validation.first(count),
+            session.data.template.end_ids,
+            synced=self.is_sharded,
+            clock=clock,
+        )
+        session.model.train()
+        self.seconds += clock.elapsed
+        if not clock.late:
+            self.sinks.samples(self.progress.step, answers)
+        elif not self.has_warned:
+            self.has_warned = True
+            self.sinks.text(
+                "samples",
+                f"no sample answers at step {self.progress.step}: "
+                f"they would take {clock.predicted:.0f} s, and {clock.allowed:.0f} s "
+                "may be spent on them; log.samples=0 asks for none",
+            )
+
+    def allowed_seconds(self) -> float:
+        """Seconds for the answers that are due, which must not cost more than they tell."""
+        allowed = max(ANSWER_SECONDS, ANSWER_SHARE * self.progress.seconds)
+        if self.progress.step > 0 and self.duration.is_over(self.progress):
+            return allowed
+        return max(0.0, allowed - self.seconds)

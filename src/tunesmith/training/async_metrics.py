@@ -1,0 +1,175 @@
+"""From a step's numbers to its record: read while the next step runs, checked, and logged.
+
+On CUDA a step's numbers are read one step later, so that the host never waits for the device inside
+a step.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tunesmith.checkpoint.resume import Progress
+from tunesmith.checkpoint.state import Writer
+from tunesmith.data.loader import GlobalBatch
+from tunesmith.metrics.health import Health
+from tunesmith.metrics.record import StepRecord
+from tunesmith.metrics.sink import Sinks
+from tunesmith.training.build import Session
+from tunesmith.training.result import non_finite_error
+from tunesmith.training.step_scalars import RankStatus, StepNumbers, StepScalars
+from tunesmith.training.stop_control import StopControl
+from tunesmith.units import ratio
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """A step that was taken. Its numbers may still be on their way from the device."""
+
+    step: int  # from 1
+    batch: GlobalBatch
+    lr: float
+    scalars: StepScalars
+
+
+class AsyncMetrics:
+    """Makes the records of one start of a run.
+
+    Attributes:
+        reads_late: read a step's numbers while the next step runs.
+        pending: the step whose numbers are not read yet.
+        records: of the steps of this start.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        progress: Progress,
+        sinks: Sinks,
+        stop: StopControl,
+        writer: Writer,
+    ) -> None:
+        self.session = session
+        self.progress = progress
+        self.sinks = sinks
+        self.stop = stop
+        self.writer = writer
+        self.health = Health(session.device, session.dtype, session.peak, session.ranks, sinks)
+        self.reads_late = session.device.type == "cuda"
+        self.pending: StepOutput | None = None
+        self.records: list[StepRecord] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Count the time of the coming step from here on."""
+        self.step_began = time.perf_counter()
+
+    def end_step(self) -> float:
+        """Seconds that the step took; the next one begins here."""
+        now = time.perf_counter()
+        seconds = now - self.step_began
+        self.step_began = now
+        return seconds
+
+    def reduce(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> StepScalars:
+        """The numbers of a step, summed over the ranks; with them the ranks agree on a stop, on a
+        checkpoint that could not be written, and on the seconds by rank 0's clock."""
+        scalars = StepScalars(loss, metrics)
+        if self.session.ranks.world == 1:
+            return scalars
+        seconds = self.end_step()
+        status = RankStatus(
+            stop_requests=float(self.stop.is_requested()),
+            failed_writes=float(self.writer.failed),
+            seconds=seconds if self.session.ranks.leads else 0.0,
+        )
+        scalars.all_reduce(status, self.session.mesh)
+        return scalars
+
+    def submit(self, output: StepOutput) -> None:
+        """Take a step's output. Late numbers of the step before are read, as the device is busy."""
+        if self.reads_late:
+            self.flush()
+        self.pending = output
+
+    def flush(self, *, log: bool = True) -> None:
+        """Read the pending step's numbers into its record, and log it.
+
+        Args:
+            log: False where a validation loss is to be added first.
+
+        NonFiniteError if the loss or the gradient norm is NaN or infinite.
+        """
+        output = self.pending
+        self.pending = None
+        if output is None:
+            return
+        numbers = output.scalars.read()
+        if numbers.status is None:
+            seconds = self.end_step()
+        else:
+            seconds = numbers.status.seconds
+            self.stop.agree_on(numbers.status)
+        self.progress.seconds += seconds
+        self.stop.expect_step(seconds, micro_batches=len(output.batch.micro))
+        self._check_finite(output, numbers)
+        self.progress.record = self._make_record(output, numbers, seconds)
+        if log:
+            self.log_record()
+
+    def _check_finite(self, output: StepOutput, numbers: StepNumbers) -> None:
+        scale = self.session.optimizer.scale
+        # fp16 skips steps while it searches for its loss scale.
+        is_searching = scale is not None and scale >= 1.0
+        if math.isfinite(numbers.loss) and (math.isfinite(numbers.grad_norm) or is_searching):
+            return
+        # The checkpoint in progress may be the last good one.
+        self.writer.close()
+        raise non_finite_error(
+            numbers.loss,
+            numbers.grad_norm,
+            self.session.run,
+            step=output.step,
+            rows=output.batch.row_names(),
+            saved_step=self.writer.saved_step,
+        )
+
+    def _make_record(self, output: StepOutput, numbers: StepNumbers, seconds: float) -> StepRecord:
+        session = self.session
+        batch = output.batch
+        peak = session.peak_tflops
+        mfu = None
+        if peak:
+            work = session.flops(batch.indices, batch.supervised)
+            mfu = ratio(work, seconds) / (peak * 1e12)
+        idle_share = None
+        if session.mesh.shape.data > 1:
+            idle_share = batch.idle_share
+        return StepRecord(
+            step=output.step,
+            epoch=batch.epoch,
+            loss=numbers.loss,
+            learning_rate=output.lr,
+            grad_norm=numbers.grad_norm,
+            tokens=batch.tokens,
+            supervised_tokens=batch.supervised,
+            examples=batch.examples,
+            step_seconds=seconds,
+            data_seconds=batch.data_seconds,
+            tokens_per_second=ratio(batch.tokens, seconds),
+            mfu=mfu,
+            mfu_peak_tflops=peak,
+            memory_gib=session.memory_gib(),
+            **self.health.read(),
+            idle_share=idle_share,
+            extra=numbers.metrics,
+        )
+
+    def log_record(self) -> None:
+        """Hand the newest record to every sink."""
+        assert self.progress.record is not None
+        self.progress.validated = True
+        self.records.append(self.progress.record)
+        self.sinks.step(self.progress.record)

@@ -1,0 +1,90 @@
+"""Who asks a run to stop, and what its ranks agree on: a stop, or the failed write of a checkpoint.
+
+A signal, the file `stop` and a shortage of memory come to one rank. The ranks share them in the
+reduction of each step (see `step_scalars`), and all stop after the same one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tunesmith.checkpoint.resume import Progress
+from tunesmith.config.schema import Run
+from tunesmith.errors import StoppedError
+from tunesmith.ranks import ONE_PROCESS, Ranks
+from tunesmith.run_directory import STOP_FILE
+from tunesmith.signals import StopRequest
+from tunesmith.training.result import stopped_by
+from tunesmith.training.step_scalars import RankStatus
+
+
+@dataclass
+class StopControl:
+    """The stop of one start of a run.
+
+    Attributes:
+        request: the signals of this process, and its shortage of memory.
+        run_dir: rank 0 looks for the file `stop` there.
+        announce: takes a line as soon as a stop is requested; None: `hold` says who does.
+        retry_with_smaller_batch: where memory is short, another start may take half the micro batch.
+        is_agreed: all ranks know that one of them is asked to stop.
+        write_failed: all ranks know that a checkpoint could not be written on one of them.
+    """
+
+    request: StopRequest
+    run_dir: Path
+    ranks: Ranks = ONE_PROCESS
+    announce: Callable[[str], None] | None = None
+    retry_with_smaller_batch: bool = True
+    is_agreed: bool = field(default=False, init=False)
+    write_failed: bool = field(default=False, init=False)
+
+    def hold(self, say: Callable[[str], None]) -> None:
+        """From here on the loop ends the run, not the handler of a signal."""
+        self.request.hold(self.announce or say)
+
+    def is_requested(self) -> bool:
+        """Whether this rank is asked to stop, by the file `stop` too if it is rank 0."""
+        if self.request.requested():
+            return True
+        return self.ranks.leads and (self.run_dir / STOP_FILE).exists()
+
+    def is_due(self) -> bool:
+        """Whether the run stops: this process is asked to or, once all ranks know, any of them."""
+        if self.ranks.world > 1:
+            return self.is_agreed
+        return self.is_requested()
+
+    def agree(self) -> None:
+        """Share before the first step who is asked to stop; a collective call."""
+        if self.ranks.world > 1:
+            self.is_agreed = any(self.ranks.gather(self.is_requested()))
+
+    def agree_on(self, status: RankStatus) -> None:
+        """Take over what a step's reduction has shared."""
+        if status.stop_requests > 0:
+            self.is_agreed = True
+        if status.failed_writes > 0:
+            self.write_failed = True
+
+    def drops_step(self) -> bool:
+        """Whether to leave a step in its middle, for want of memory; several ranks end it first."""
+        return self.ranks.world == 1 and self.request.shortage is not None
+
+    def cancels_validation(self) -> bool:
+        """Whether to leave a validation in its middle; several ranks agree in the next step."""
+        return self.ranks.world == 1 and self.request.requested()
+
+    def expect_step(self, seconds: float, *, micro_batches: int) -> None:
+        """Note how long the work takes that ends before a stop, by the step just measured."""
+        if self.ranks.world > 1:
+            # The rest of this step, and the next one, whose numbers tell all ranks of the stop.
+            self.request.takes = 2 * seconds
+        else:
+            self.request.takes = seconds / micro_batches
+
+    def error(self, run: Run, progress: Progress, ranks: Ranks) -> StoppedError:
+        """The end of the run by this stop, on all ranks; a collective call. See `stopped_by`."""
+        requests = ranks.gather((self.request.shortage, self.request.signal))
+        retry = self.retry_with_smaller_batch
+        return stopped_by(requests, run, progress, ranks, retry_with_smaller_batch=retry)

@@ -1,0 +1,106 @@
+"""When the held-out rows are measured, the best loss so far, and when patience ends the run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from tunesmith.checkpoint.resume import Progress
+from tunesmith.heartbeat import STUCK
+from tunesmith.host_files import write_atomically
+from tunesmith.inference.evaluate import validation_loss
+from tunesmith.metrics.sink import Sinks
+from tunesmith.run_directory import BEST
+from tunesmith.training.async_metrics import AsyncMetrics
+from tunesmith.training.build import Session
+from tunesmith.training.stop_control import StopControl
+from tunesmith.units import Cadence
+
+# The first forward of a shape compiles the graphs of a layer, in minutes.
+COMPILING = 30 * 60.0  # seconds
+
+
+class Validation:
+    """The validation of one start of a run. All ranks call its methods at the same step."""
+
+    def __init__(
+        self,
+        session: Session,
+        progress: Progress,
+        sinks: Sinks,
+        stop: StopControl,
+        metrics: AsyncMetrics,
+    ) -> None:
+        self.session = session
+        self.run = session.run
+        self.progress = progress
+        self.sinks = sinks
+        self.stop = stop
+        self.metrics = metrics
+        self.cadence = Cadence(
+            self.run.validate.every if session.data.validation else None,
+            total=session.total_steps,
+            steps_per_epoch=session.data.schedule.steps_per_epoch(0),
+            seconds=progress.seconds,
+        )
+
+    def is_due(self, *, is_last: bool) -> bool:
+        """Whether to measure after this step, which is the last one if `is_last`; ask once a step."""
+        is_time = self.cadence.due(self.progress.step, self.progress.seconds)
+        return (is_time or is_last) and self.session.data.validation is not None
+
+    def is_out_of_patience(self) -> bool:
+        """Whether the loss has not become better for as many validations as the recipe allows."""
+        without_improvement = self.progress.worse
+        return without_improvement > 0 and without_improvement == self.run.validate.patience
+
+    def measure(self) -> bool:
+        """Add the validation loss to the step's record and log that.
+
+        False where a stop came meanwhile: the next start measures, and logs the record.
+        """
+        progress = self.progress
+        progress.validated = False
+        loss = self._loss()
+        if loss is None:
+            return False
+        assert progress.record is not None
+        progress.record = dataclasses.replace(progress.record, val_loss=loss)
+        self.metrics.log_record()
+        self.sinks.validation(progress.step, loss)
+        progress.worse += 1
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.worse = 0
+            progress.best_step = progress.step
+            progress.best_loss = loss
+            self._write_best(loss)
+        return True
+
+    def _loss(self) -> float | None:
+        session = self.session
+        assert session.data.validation is not None
+        session.ranks.heartbeat.phase("validation", STUCK + COMPILING)
+        micro_batch = session.plan.layout.micro_batch
+        if micro_batch.unit == "tokens":
+            micro_tokens = micro_batch.amount
+        else:
+            micro_tokens = self.run.data.seq_len * 4
+        result = validation_loss(
+            session.model,
+            session.data.validation,
+            micro_tokens=micro_tokens,
+            pad_id=session.files.pad_id,
+            device=session.device,
+            mesh=session.mesh,
+            cancelled=self.stop.cancels_validation,
+            scored=session.ranks.heartbeat.progress,
+        )
+        session.model.train()
+        if result is None:
+            return None
+        loss, _ = result
+        return loss
+
+    def _write_best(self, loss: float) -> None:
+        if self.session.ranks.leads:
+            best = json.dumps({"step": self.progress.step, "val_loss": loss}, indent=1)
+            write_atomically(Path(self.run.output_dir) / BEST, best)
