@@ -1,7 +1,7 @@
-"""One loaded base for many runs: each start replaces the adapter, the optimizer and the order of the data.
+"""One loaded base for many runs: a start replaces the adapter, the optimizer and the data's order.
 
-What a run draws depends on its seed, names, steps and micro batches alone, so an adapter that is put on a base in use
-learns, to the last bit, what it would learn in a process of its own.
+What a run draws depends on its seed, names, steps and micro batches alone, so an adapter that is
+put on a base in use learns, to the last bit, what it would learn in a process of its own.
 """
 
 import math
@@ -24,18 +24,28 @@ from tunesmith.training.build import Session, build, make_optimizer
 
 
 class SharedBase:
-    """A base that is loaded, quantized and prepared for training once, for the `widest` run: no other needs more memory.
+    """A base that is loaded, quantized and prepared for training once.
 
-    The other runs differ in `space.VARIED` alone.
+    That is done for the `widest` run: no other needs more memory. The other runs differ in
+    `space.VARIED` alone.
     """
 
     def __init__(self, widest: Run, ranks: Ranks, say: Callable[[str], None]) -> None:
         self.first = build(widest, Start(), say=say, ranks=ranks)
         self.compiled: dict[tuple[int, float, float], Callable[..., Any]] = {}
 
-    def build(self, run: Run, start: Start, *, say: Callable[[str], None], why: bool = False, ranks: Ranks) -> Session:
-        """The Session of one of the runs, in place of the one before; the arguments are those of `build`."""
-        first, root = self.first, self.first.model
+    def build(
+        self,
+        run: Run,
+        start: Start,
+        *,
+        say: Callable[[str], None],
+        why: bool = False,
+        ranks: Ranks,
+    ) -> Session:
+        """The Session of one of the runs, in place of the last one; arguments as of `build`."""
+        first = self.first
+        root = first.model
         with ranks.together():
             check_unchanged(start, run, first.hashes)
             tokens = first.data.train
@@ -49,21 +59,33 @@ class SharedBase:
                 peft_files.load_adapter(root.model, start.found.path)
         self._use_graphs_of(run.adapter)
         if first.device.type == "cuda":
-            free_device_memory()  # of the run before
+            free_device_memory()  # of the last run
         optimizer = make_optimizer(run, root, start, ranks)
         for text in (root.describe(), *first.plan.describe(why=why)):
             say(text)
         if first.device.type == "cpu":
             keep_threads(start.progress.threads if start.progress else None)
-        data, steps = replace(first.data, run=run, schedule=schedule), schedule.steps(run.train.duration)
-        return replace(first, run=run, data=data, optimizer=optimizer, total_steps=steps, ranks=ranks)
+        return replace(
+            first,
+            run=run,
+            data=replace(first.data, run=run, schedule=schedule),
+            optimizer=optimizer,
+            total_steps=schedule.steps(run.train.duration),
+            ranks=ranks,
+        )
 
     def _use_graphs_of(self, adapter: Adapter) -> None:
-        """Let compiled layers train by the graphs of this shape of adapter, which its first step makes."""
+        """Let compiled layers train by the graphs of this shape of adapter.
+
+        The first step with it makes them.
+        """
         if not self.first.plan.compiled:
             return
         rank = adapter.rank
-        shape = (rank, adapter.alpha / (math.sqrt(rank) if adapter.rslora else rank), adapter.dropout)
+        divisor: float = rank
+        if adapter.rslora:
+            divisor = math.sqrt(rank)
+        shape = (rank, adapter.alpha / divisor, adapter.dropout)
         if shape not in self.compiled:
             self.compiled[shape] = compilation.compile_apart(f"forward_{len(self.compiled)}")
         layer: Any

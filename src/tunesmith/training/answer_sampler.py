@@ -1,4 +1,4 @@
-"""Sample answers to held-out prompts while a run trains, as long as they cost little of its time."""
+"""Sample answers to held-out prompts while a run trains, if they cost little of its time."""
 
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.heartbeat import STUCK

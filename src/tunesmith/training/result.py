@@ -34,6 +34,9 @@ from tunesmith.shell import shell_path
 from tunesmith.signals import END, SHORT, Shortage
 from tunesmith.units import Size
 
+# An error names no more rows than these.
+NAMED_ROWS = 8
+
 
 @dataclass(frozen=True)
 class Result:
@@ -62,24 +65,18 @@ class Result:
 
     def values(self) -> dict[str, Any]:
         """The result as plain values, for `--json`."""
-        kept = (
-            "steps",
-            "first_step",
-            "seconds",
-            "tokens",
-            "examples",
-            "best_step",
-            "finished_before",
-        )
-        losses = {
+        return {
+            "output_dir": str(self.output_dir),
+            "steps": self.steps,
+            "first_step": self.first_step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "examples": self.examples,
+            "best_step": self.best_step,
+            "finished_before": self.finished_before,
             "first_loss": self.first_loss,
             "last_loss": self.last_loss,
             "best_val_loss": self.best_loss,
-        }
-        return {
-            "output_dir": str(self.output_dir),
-            **{name: vars(self)[name] for name in kept},
-            **losses,
         }
 
 
@@ -96,54 +93,73 @@ def failure_of(
 
     `step`: the last one done; `retry_with_smaller_batch` as in `stopped_by`.
     """
-    again, where = how_to_resume(saved_step), f"step {step + 1}"
+    resume = how_to_resume(saved_step)
+    where = f"step {step + 1}"
     if isinstance(error, TunesmithError):
-        # What is a wrong input before the first step is a failed run after it.
         if not isinstance(error, UsageError):
             return error
-        return RunError(error.what, where=error.where, why=error.why, fix=error.fix, cause=error.cause)
-    if full := disk_fault(error):
-        kept = f"checkpoint-{saved_step} is whole" if saved_step else "no checkpoint was written before"
-        fix = f"make room (df -h), then {again}"
-        return RunError(full, where=f"{where}, in {run.output_dir}", why=kept, fix=fix, cause="disk")
+        # What is a wrong input before the first step is a failed run after it.
+        cause = error.cause
+        return RunError(error.what, where=error.where, why=error.why, fix=error.fix, cause=cause)
+    full_disk = disk_fault(error)
+    if full_disk:
+        why = "no checkpoint was written before"
+        if saved_step:
+            why = f"checkpoint-{saved_step} is whole"
+        where = f"{where}, in {run.output_dir}"
+        fix = f"make room (df -h), then {resume}"
+        return RunError(full_disk, where=where, why=why, fix=fix, cause="disk")
     if isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error):
         why = f"a micro batch of {plan.layout.micro_batch} did not fit"
-        advice = plan.less_memory(resumed=saved_step is not None)
-        if (limit := suspected_limit()) is not None:
+        fix = plan.less_memory(resumed=saved_step is not None)
+        limit = suspected_limit()
+        if limit is not None:
             why = f"{why} into {limit.describe()}"
-            advice = f"{limit.fix(0)}, or {advice}"
-        fix = advice if advice.endswith("--fresh") else f"{advice}; {again}"
+            fix = f"{limit.fix(0)}, or {fix}"
+        if not fix.endswith("--fresh"):
+            fix = f"{fix}; {resume}"
         failure = RunError("out of memory", where=where, why=why, fix=fix, cause="out-of-memory")
         if retry_with_smaller_batch:
             failure.smaller = half_micro_batch(run, str(plan.layout.micro_batch))
         return failure
     if "does not have a deterministic implementation" in str(error):
-        what, why = (
-            str(error).partition(", but you set")[0],
-            "train.deterministic: true allows no such operator",
-        )
-        return RunError(what, where=where, why=why, fix=f"train.deterministic=false; {again}")
+        what = str(error).partition(", but you set")[0]
+        why = "train.deterministic: true allows no such operator"
+        return RunError(what, where=where, why=why, fix=f"train.deterministic=false; {resume}")
     why = "an error that tunesmith does not know; TUNESMITH_DEBUG=1 shows where it comes from"
-    return RunError(f"{type(error).__name__}: {error}", where=where, why=why, fix=again)
+    return RunError(f"{type(error).__name__}: {error}", where=where, why=why, fix=resume)
 
 
 def non_finite_error(
-    loss: float, norm: float, run: Run, *, step: int, rows: list[str], saved_step: int | None
+    loss: float,
+    norm: float,
+    run: Run,
+    *,
+    step: int,
+    rows: list[str],
+    saved_step: int | None,
 ) -> NonFiniteError:
-    """The stop on a loss or gradient norm that is NaN or infinite, found in `step`, on `rows` (their places)."""
-    applied = "the update was not applied"
+    """The stop on a loss or gradient norm that is NaN or infinite; `rows` are the places."""
+    name = "loss"
+    if math.isfinite(loss):
+        name = "gradient norm"
+    what = f"the {name} is not finite (loss {loss}, gradient norm {norm})"
+    where = f"step {step}, rows {', '.join(rows[:NAMED_ROWS])}"
+    if len(rows) > NAMED_ROWS:
+        where += " ..."
+    update = "the update was not applied"
     if run.train.optimizer_in_backward:
-        applied = "of this step only the parameters with a finite gradient were updated, and nothing of it is saved"
-    saved = f"checkpoint-{saved_step}" if saved_step else "none was written yet"
-    why = f"{applied}; the last good checkpoint: {saved}"
-    kind, where = (
-        "gradient norm" if math.isfinite(loss) else "loss",
-        f"step {step}, rows {', '.join(rows[:8])}",
+        update = "of this step only the parameters with a finite gradient were updated"
+        update += ", and nothing of it is saved"
+    checkpoint = "none was written yet"
+    if saved_step:
+        checkpoint = f"checkpoint-{saved_step}"
+    why = f"{update}; the last good checkpoint: {checkpoint}"
+    fix = (
+        "lower train.learning_rate or lengthen train.warmup; "
+        "look at those rows with `tunesmith data`; model.dtype=fp32 tells rounding from bad data"
     )
-    what = f"the {kind} is not finite (loss {loss}, gradient norm {norm})"
-    fix = "lower train.learning_rate or lengthen train.warmup; look at those rows with `tunesmith data`; "
-    fix += "model.dtype=fp32 tells rounding from bad data"
-    return NonFiniteError(what, where=where + " ..." * (len(rows) > 8), why=why, fix=fix)
+    return NonFiniteError(what, where=where, why=why, fix=fix)
 
 
 def stopped_by(
@@ -164,42 +180,45 @@ def stopped_by(
         requests: for each rank its shortage of memory and its signal.
         retry_with_smaller_batch: another start may take half the micro batch.
     """
-    out, step = Path(run.output_dir), progress.step
-    again = "start the same command again: it goes on from there" if step else "start the same command again"
+    out = Path(run.output_dir)
+    step = progress.step
     shortage = next((shortage for shortage, _ in requests if shortage), None)
-    signal = next((name for _, name in requests if name), None)
-    by_file = (out / STOP_FILE).exists()  # `tunesmith stop` sends a signal too where it can
-    record: dict[str, Any] = {
-        "signal": signal,
-        "reason": "file" if by_file or not signal else "signal",
-    }
-    record |= {"step": step, "next": again}
-    what = "stopped by the file stop" if record["reason"] == "file" else f"stopped by {signal}"
-    why = "" if step else "there was nothing to save yet"
+    signal = next((signal for _, signal in requests if signal), None)
+    # `tunesmith stop` writes the file, and sends a signal too where it can.
+    is_by_file = (out / STOP_FILE).exists() or signal is None
+    if step:
+        outcome = f": step {step} is saved"
+        where = str(out / f"checkpoint-{step}")
+        why = ""
+        fix = "start the same command again: it goes on from there"
+    else:
+        outcome = " before the first step"
+        where = ""
+        why = "there was nothing to save yet"
+        fix = "start the same command again"
+
+    record: dict[str, Any] = {"signal": signal, "reason": "signal", "step": step}
+    error: StoppedError
     if shortage is not None:
-        smaller = advice = ""
+        smaller = ""
         if retry_with_smaller_batch and step:
             smaller = half_micro_batch(run, progress.micro_batch)
+        fix = f"{END}, then {fix}"
         if smaller:
-            advice = f"; or with train.micro_batch='{smaller}'"
-        what, why, again = SHORT, shortage.text, f"{END}, then {again}{advice}"
-        record |= {
-            "reason": "memory",
-            "next": again,
-            "smaller": smaller,
-            "figures": shortage.record,
-        }
-    words: dict[str, Any] = {
-        "where": str(out / f"checkpoint-{step}") if step else "",
-        "why": why,
-        "fix": again,
-    }
-    if record["reason"] == "signal" and "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
-        words["cause"] = "preempted"
-    saved = f": step {step} is saved" if step else " before the first step"
-    error = (ShortOfMemoryError if shortage else StoppedError)(what + saved, **words)
+            fix += f"; or with train.micro_batch='{smaller}'"
+        record |= {"reason": "memory", "next": fix, "smaller": smaller, "figures": shortage.record}
+        error = ShortOfMemoryError(SHORT + outcome, where=where, why=shortage.text, fix=fix)
+        error.smaller = smaller
+    elif is_by_file:
+        record |= {"reason": "file", "next": fix}
+        error = StoppedError("stopped by the file stop" + outcome, where=where, why=why, fix=fix)
+    else:
+        record |= {"next": fix}
+        error = StoppedError(f"stopped by {signal}{outcome}", where=where, why=why, fix=fix)
+        if "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
+            error.cause = "preempted"
     record["cause"] = error.cause or None
-    error.smaller = record.get("smaller", "")
+
     if ranks.leads:
         (out / STOP_FILE).unlink(missing_ok=True)
     if is_launched():
@@ -210,7 +229,10 @@ def stopped_by(
 
 
 def write_stopped(out: Path, what: str, step: int) -> None:
-    """Write stopped.json where a signal to one rank ended all of them without a save; `step`: the last one done."""
+    """Write stopped.json where a signal to one rank ended all of them without a save.
+
+    `step`: the last one done.
+    """
     record = {
         "signal": None,
         "reason": "signal",
@@ -224,9 +246,17 @@ def write_stopped(out: Path, what: str, step: int) -> None:
 
 def half_micro_batch(run: Run, micro_batch: str | None) -> str:
     """Half the micro batch of a run, `2048 tokens`; empty where it cannot be smaller."""
+    if run.train.optimizer_in_backward:
+        return ""
     size = Size.parse(micro_batch or "1 examples")
-    half = max(size.amount // 2, run.data.seq_len if size.unit == "tokens" else 1)
-    return f"{half} {size.unit}" if half < size.amount and not run.train.optimizer_in_backward else ""
+    smallest = 1
+    if size.unit == "tokens":
+        # A row of this length has to fit.
+        smallest = run.data.seq_len
+    half = max(size.amount // 2, smallest)
+    if half >= size.amount:
+        return ""
+    return f"{half} {size.unit}"
 
 
 def write_paused(out: Path, step: int) -> None:
@@ -237,13 +267,19 @@ def write_paused(out: Path, step: int) -> None:
 
 
 def stopped_twice(out: Path, step: int, saved_step: int | None) -> StoppedError:
-    """The end of a run by a second ctrl-C after `step`: the newest checkpoint is all that is saved."""
-    kept = f"step {saved_step} is saved" if saved_step else "no checkpoint was written yet"
-    where = str(out / f"checkpoint-{saved_step}") if saved_step else ""
-    return StoppedError(f"stopped after step {step}: {kept}", where=where, fix=how_to_resume(saved_step))
+    """The end of a run by a second ctrl-C after `step`: the newest checkpoint is what is saved."""
+    outcome = "no checkpoint was written yet"
+    where = ""
+    if saved_step:
+        outcome = f"step {saved_step} is saved"
+        where = str(out / f"checkpoint-{saved_step}")
+    fix = how_to_resume(saved_step)
+    return StoppedError(f"stopped after step {step}: {outcome}", where=where, fix=fix)
 
 
 def how_to_resume(saved_step: int | None) -> str:
     """The advice on how to start again."""
     again = "start the same command again"
-    return f"{again}: it goes on from checkpoint-{saved_step}" if saved_step else again
+    if saved_step:
+        return f"{again}: it goes on from checkpoint-{saved_step}"
+    return again

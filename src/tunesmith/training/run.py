@@ -1,4 +1,7 @@
-"""One start of a recipe: claim the run directory -> decide where to start -> build -> Trainer.fit -> Result."""
+"""One start of a recipe, on every rank:
+
+claim the run directory -> decide where to start -> build -> Trainer.fit -> Result
+"""
 
 import contextlib
 import os
@@ -34,12 +37,20 @@ from tunesmith.host_files import cache_folder, refuse_many_ranks, refuse_special
 from tunesmith.hub.fetch import repo_cache
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
-from tunesmith.metrics.sink import JsonlSink, RankSink, RecordCallback, SamplesSink, Sink, Sinks, TensorBoardSink
+from tunesmith.metrics.sink import (
+    JsonlSink,
+    RankSink,
+    RecordCallback,
+    SamplesSink,
+    Sink,
+    Sinks,
+    TensorBoardSink,
+)
 from tunesmith.metrics.summary import write_failure
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
 from tunesmith.parallel.mesh import possible_shapes
-from tunesmith.ranks import Ranks, is_launched, join_ranks, started_as
+from tunesmith.ranks import ONE_PROCESS, Ranks, is_launched, join_ranks, started_as
 from tunesmith.run_directory import FAILURE, LOG, METRICS, SAMPLES, STOP_FILE, STOPPED
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
@@ -69,14 +80,16 @@ def train(
 ) -> Result:
     """Train what a recipe describes, or resume it.
 
-    >>> tunesmith.train("smollm2-135m-lora", {"data.train": {"source": "rows.jsonl", "format": "alpaca"}})
-    >>> tunesmith.train("my-recipe.yaml", {"train.learning_rate": 2e-4}, on_record=lambda record: print(record.loss))
+    >>> rows = {"source": "rows.jsonl", "format": "alpaca"}
+    >>> tunesmith.train("smollm2-135m-lora", {"data.train": rows})
+    >>> tunesmith.train("my-recipe.yaml", {"train.learning_rate": 2e-4}, on_record=print)
 
     Args:
         run: a recipe: its file, the name of one that ships, or a checked `Run`.
-        overrides: of a file or name: `{"key.sub": value}`, or texts `key.sub=value`, whose values are read as YAML.
-        on_record: called after each step. What it raises ends the run, is named in failure.json and raised unchanged;
-            `signal.raise_signal(signal.SIGINT)` in it saves and stops.
+        overrides: of a file or name: `{"key.sub": value}`, or texts `key.sub=value`, whose values
+            are read as YAML.
+        on_record: called after each step. What it raises ends the run, is named in failure.json and
+            raised unchanged; `signal.raise_signal(signal.SIGINT)` in it saves and stops.
         fresh: put an earlier run in `output_dir` aside and start over.
         why, argv: say the reason of each choice for this machine; the command line, for env.json.
         say: takes each line that is told before the first step; None shows nothing, then or later.
@@ -89,18 +102,30 @@ def train(
     if not isinstance(run, Run):
         run = load_recipe(run, overrides, say=say)
     elif overrides:
-        raise UsageError("a checked recipe takes no overrides", fix="give the recipe's file, or dataclasses.replace it")
+        fix = "give the recipe's file, or dataclasses.replace it"
+        raise UsageError("a checked recipe takes no overrides", fix=fix)
     packages.refuse_unfit_versions()
     if started_as() is None:
         refuse_many_ranks("train")
     with joined(run) as (request, ranks):
-        stop = StopControl(request, Path(run.output_dir), ranks)
-        return start_run(run, stop, ranks, on_record=on_record, fresh=fresh, why=why, argv=argv, say=say)
+        return start_run(
+            run,
+            StopControl(request, Path(run.output_dir), ranks),
+            ranks,
+            on_record=on_record,
+            fresh=fresh,
+            why=why,
+            argv=argv,
+            say=say,
+        )
 
 
 @contextlib.contextmanager
 def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
-    """What one start, or several in a row, need of the process: signals noted, and the other ranks joined."""
+    """What one start, or several in a row, need of the process.
+
+    Signals are noted, memory is watched, and the other ranks are joined.
+    """
     try:
         with ExitStack() as stack, deterministic_algorithms(run.train.deterministic):
             stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))
@@ -113,19 +138,22 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
         # A launcher that starts failed ranks again would lose the stop.
         if error.exit_code == EXIT_STOPPED and is_launched():
             error.exit_code = EXIT_OK
-            if is_run(out := Path(run.output_dir)):
+            out = Path(run.output_dir)
+            if is_run(out):
                 write_stopped(out, "stopped by a signal before the first step", step=0)
         raise
 
 
 def large_files(run: Run) -> list[Path]:
-    """Files that the run reads or writes, and folders of them: here, in the Hub's cache and in our own."""
+    """Files and folders that the run reads or writes: here, in the Hub's cache and in our own."""
     paths = [Path(run.output_dir), cache_folder("tokens"), cache_folder("models")]
     for key, name in inputs_of(run).items():
         if os.path.isabs(name):
             paths.append(Path(name))
-        else:  # a Hub id; the name of a template is no folder there
-            paths.append(repo_cache(name, "dataset" if key.startswith("data.") else "model"))
+        else:
+            # A Hub id. The name of a template is no folder there.
+            repo_type = "dataset" if key.startswith("data.") else "model"
+            paths.append(repo_cache(name, repo_type))
     return paths
 
 
@@ -142,203 +170,280 @@ def start_run(
     build: Callable[..., Session] = build,
     pause_after: int | None = None,
 ) -> Result:
-    """`train` within `joined`; `build` stands in for that of the same name, `pause_after` as for the Trainer."""
+    """One start within `joined`, on each rank; the arguments are those of `train`.
+
+    Rank 0 speaks to the user and writes the records. The other ranks say nothing, write nothing but
+    checkpoints and records of their own, and take part in all else.
+
+    Args:
+        build: makes the Session, as the function of that name does.
+        pause_after: leave the run, saved, after this step.
+    """
     run = agree_on_recipe(run, ranks)
+    out = Path(run.output_dir)
+    log = LogFile(out / LOG)
+    stream: TextIO | None = None
+    callback = RecordCallback(on_record)
     with ExitStack() as stack:
         if not ranks.leads:
-            return follow(run, stop, ranks, stack, fresh=fresh, build=build, pause_after=pause_after)
-        out = Path(run.output_dir)
-        stream = None if say else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        log = stack.enter_context(LogFile(out / LOG))
-        say = log.with_log(say or (lambda text: None))
+            say = stay_silent
+        else:
+            if say is None:
+                say = stay_silent
+                stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(log)
+            say = log.with_log(say)
         ranks, start = open_run_dir(run, ranks, stack, fresh=fresh, say=say)
         if start.finished is not None:
             return Result(out, start.finished, finished_before=True)
-        with as_usage_error():
+        with as_usage_error(ranks):
             session = build(run, start, say=say, why=why, ranks=ranks)
-        total, per_epoch = session.total_steps, session.data.schedule.steps_per_epoch(0)
-        callback = RecordCallback(on_record)
-        with ranks.together(), as_usage_error():
-            sinks = sinks_of(run, out, total_steps=total, steps_per_epoch=per_epoch, log=log, stream=stream)
-            sinks.all.append(callback)
+        with ranks.together(), as_usage_error(ranks):
+            if ranks.leads:
+                sinks = sinks_of(
+                    run,
+                    out,
+                    total_steps=session.total_steps,
+                    steps_per_epoch=session.data.schedule.steps_per_epoch(0),
+                    log=log,
+                    stream=stream,
+                )
+                sinks.all.append(callback)
+            else:
+                sinks = Sinks([RankSink(out, ranks.rank)])
             stack.callback(close_after_all, sinks)
-            begin(session, start, sinks, argv)
+            write_first_files(session, start, sinks, argv)
         trainer = Trainer(session, start, sinks, stop, pause_after=pause_after)
-        return fit_or_say_why(ready_trainer(trainer, stack, say), say, callback)
+        stack.callback(trainer.checkpoints.writer.close)
+        # On every rank: the one of each node that tells what ends them all leaves failure.json.
+        ranks.heartbeat.on_fault = partial(write_fault, out)
+        if ranks.leads:
+            for text in session.describe_ranks(trainer.first_step):
+                say(text)
+        stop.hold(say)
+        with report_failure(trainer, say, callback) if ranks.leads else defer_to_rank_0(trainer):
+            result = trainer.fit()
+            sinks.close()
+        return result
 
 
 def open_run_dir(
-    run: Run, ranks: Ranks, stack: ExitStack, *, fresh: bool, say: Callable[[str], None]
+    run: Run,
+    ranks: Ranks,
+    stack: ExitStack,
+    *,
+    fresh: bool,
+    say: Callable[[str], None],
 ) -> tuple[Ranks, Start]:
-    """Claim the run directory until `stack` closes, on each node that does not see rank 0's too, put an earlier run aside
-    if asked to, and decide where to start; a collective call.
+    """Claim the run directory, put an earlier run aside if asked to, and decide where to start.
 
-    Returns the ranks, which now know who leads which directory, and the start.
+    A collective call. The directory is claimed until `stack` closes, on each node that does not see
+    rank 0's too. Returns the ranks, which now know who leads which directory, and the start.
     """
-    out, marks = Path(run.output_dir), []
+    out = Path(run.output_dir)
+    marks: list[Callable[[], None]] = []
     old_stop_requests: list[int] = []
     with ranks.together():
-        possible_shapes(run.parallel, ranks.world)
-        named = run.profile.ranks if run.profile.enabled and run.profile.ranks != "all" else ()
-        if max(named, default=0) >= ranks.world:
-            what = f"profile.ranks names rank {max(named)}, and the ranks here are 0 to {ranks.world - 1}"
-            raise UsageError(what, where="profile.ranks", fix="profile.ranks=[0], or profile.ranks=all")
+        check_ranks(run, ranks)
 
     def claim() -> None:
-        # Only here, where it is created if it is not there: a network file system remembers for a while what was not there.
+        # Only here, where it is created if it is not there: a network file system remembers for a
+        # while what was not there.
         refuse_special_files(out)
         marks.append(stack.enter_context(claim_run_dir(out)))
         old_stop_requests.append(stop_requested_at(out))
 
     ranks = find_dir_leaders(ranks, out, claim)
-    if others := sorted({*ranks.dir_leaders} - {0}):
-        names, first = ", ".join(map(ranks.name, others)), ranks.name(0)
-        say(f"no shared disk: the nodes of {names} keep checkpoints of their own; records and final/ are with {first}")
-    with ranks.together():
-        aside = (fresh or run.checkpoint.resume == "never") and ranks.leads_dir
-        place = put_aside(out, inputs_of(run).values()) if aside else None
-    for rank, moved in enumerate(ranks.gather(place)):
-        if moved:
-            say(f"the earlier run is now in {moved}" + (f", of {ranks.name(rank)}" if rank else ""))
-    if killed := killed_before(out):
-        say(killed.text().replace("error:", "warning:", 1))
+    other_leaders = sorted({*ranks.dir_leaders} - {0})
+    if other_leaders:
+        names = ", ".join(ranks.name(rank) for rank in other_leaders)
+        say(
+            f"no shared disk: the nodes of {names} keep checkpoints of their own; "
+            f"records and final/ are with {ranks.name(0)}"
+        )
+    put_earlier_runs_aside(run, ranks, fresh=fresh, say=say)
+    crash = killed_before(out)
+    if crash:
+        say(crash.text().replace("error:", "warning:", 1))
     with as_usage_error():
         start = decide_start(run, ranks, warn=say)
     if ranks.leads_dir and start.finished is None:
-        marks[0]()
-        if stop_requested_at(out) == old_stop_requests[0]:  # one that came since is for this start
+        mark_as_run = marks[0]
+        mark_as_run()
+        # One that came since is for this start.
+        if stop_requested_at(out) == old_stop_requests[0]:
             (out / STOP_FILE).unlink(missing_ok=True)
         stack.enter_context(note_running(out))
         ranks.heartbeat.on_fault = partial(write_fault, out)
     return ranks, start
 
 
+def check_ranks(run: Run, ranks: Ranks) -> None:
+    """UsageError where the recipe's mesh or profile does not fit so many ranks."""
+    possible_shapes(run.parallel, ranks.world)
+    if not run.profile.enabled or run.profile.ranks == "all":
+        return
+    highest = max(run.profile.ranks, default=0)
+    if highest >= ranks.world:
+        what = f"profile.ranks names rank {highest}, and the ranks here are 0 to {ranks.world - 1}"
+        fix = "profile.ranks=[0], or profile.ranks=all"
+        raise UsageError(what, where="profile.ranks", fix=fix)
+
+
+def put_earlier_runs_aside(
+    run: Run,
+    ranks: Ranks,
+    *,
+    fresh: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Where the user starts over: of each run directory, by the rank that leads it; collective."""
+    place = None
+    with ranks.together():
+        if ranks.leads_dir and (fresh or run.checkpoint.resume == "never"):
+            place = put_aside(Path(run.output_dir), inputs_of(run).values())
+    for rank, new_place in enumerate(ranks.gather(place)):
+        if new_place:
+            owner = f", of {ranks.name(rank)}" if rank else ""
+            say(f"the earlier run is now in {new_place}{owner}")
+
+
+def stay_silent(text: str) -> None:
+    """Where nobody listens."""
+
+
 @contextlib.contextmanager
-def as_usage_error() -> Iterator[None]:
-    """What fails before the first step is found in time: nothing has begun. A checkpoint that cannot be read, say."""
+def as_usage_error(ranks: Ranks = ONE_PROCESS) -> Iterator[None]:
+    """What rank 0 finds before the first step is found in time: nothing has begun.
+
+    A checkpoint that cannot be read, say. On the other `ranks` an error stays what it is.
+    """
     try:
         yield
     except RunError as error:
+        if not ranks.leads:
+            raise
         raise UsageError(error.what, where=error.where, why=error.why, fix=error.fix) from error
 
 
-def follow(
-    run: Run,
-    stop: StopControl,
-    ranks: Ranks,
-    stack: ExitStack,
-    *,
-    fresh: bool,
-    build: Callable[..., Session],
-    pause_after: int | None,
-) -> Result:
-    """What a rank other than 0 does of `train`: it says nothing, writes nothing but checkpoints, and takes part in all
-    else."""
-    ranks, start = open_run_dir(run, ranks, stack, fresh=fresh, say=lambda text: None)
-    if start.finished is not None:
-        return Result(Path(run.output_dir), start.finished, finished_before=True)
-    session = build(run, start, say=lambda text: None, ranks=ranks)
-    sinks = Sinks([RankSink(Path(run.output_dir), ranks.rank)])
-    stack.callback(close_after_all, sinks)
-    with ranks.together():  # rank 0 opens its files
-        if ranks.leads_dir:
-            begin(session, start, sinks, None)
-        else:
-            sinks.open(run, resumed_at(start))
-    trainer = Trainer(session, start, sinks, stop, pause_after=pause_after)
-    ready = ready_trainer(trainer, stack, lambda text: None)
-    try:
-        return ready.fit()
-    except (StoppedError, NonFiniteError) as error:  # on all ranks alike: rank 0 tells it
-        raise OtherRankError(error.what, exit_code=error.exit_code) from error
-    except Exception as error:
-        failure = ready.as_failure(error)  # of which the heartbeat tells the others
-        if failure is error:
-            raise
-        raise failure from error
-
-
-def ready_trainer(trainer: Trainer, stack: ExitStack, say: Callable[[str], None]) -> Trainer:
-    """The trainer of a run that begins: from here on the loop answers signals, and the rank of each node that tells what
-    ends them all leaves failure.json there. Its writer is closed with `stack`."""
-    session, out = trainer.session, trainer.out
-    session.ranks.heartbeat.on_fault = partial(write_fault, out)  # of ranks that do not write the directory too
-    for text in session.describe_ranks(trainer.first_step) if session.ranks.leads else ():
-        say(text)
-    stack.callback(trainer.checkpoints.writer.close)
-    trainer.stop.hold(say)
-    return trainer
-
-
 def write_fault(out: Path, fault: TunesmithError, step: int) -> None:
-    """Leave in the run directory what ends all ranks: failure.json, or stopped.json where a signal did."""
+    """Leave in the run directory what ends all ranks: failure.json, or stopped.json for a stop."""
     if isinstance(fault, StoppedError):
         write_stopped(out, fault.what, step)
     else:
         write_failure(out, fault, last_step=step, next_command="")
 
 
-def fit_or_say_why(trainer: Trainer, say: Callable[[str], None], callback: RecordCallback) -> Result:
-    """Train to the end; leave failure.json in the run directory where the run fails."""
+@contextlib.contextmanager
+def defer_to_rank_0(trainer: Trainer) -> Iterator[None]:
+    """On another rank: leave to rank 0 what all ranks raise alike, to the heartbeat the rest."""
     try:
-        result = trainer.fit()
-        trainer.sinks.close()
+        yield
+    except (StoppedError, NonFiniteError) as error:
+        raise OtherRankError(error.what, exit_code=error.exit_code) from error
+    except Exception as error:
+        failure = trainer.as_failure(error)
+        if failure is error:
+            raise
+        raise failure from error
+
+
+@contextlib.contextmanager
+def report_failure(
+    trainer: Trainer,
+    say: Callable[[str], None],
+    callback: RecordCallback,
+) -> Iterator[None]:
+    """On rank 0: leave failure.json in the run directory where the block fails."""
+    try:
+        yield
     except StoppedError:
         raise
     except BaseException as caught:
-        error = trainer.session.ranks.heartbeat.verdict(caught, trainer.as_failure(caught))
-        if isinstance(error, OtherRankError):  # which the heartbeat has told
+        heartbeat = trainer.ranks.heartbeat
+        writer = trainer.checkpoints.writer
+        step = trainer.progress.step
+        error = heartbeat.verdict(caught, trainer.as_failure(caught))
+        if isinstance(error, OtherRankError):  # the heartbeat has reported it
             raise error from caught
-        trainer.checkpoints.writer.close()  # what it is writing still counts
+        writer.close()  # what it is writing still counts
         if trainer.stop.request.now:
-            raise stopped_twice(trainer.out, trainer.progress.step, trainer.checkpoints.writer.saved_step) from error
-        failure, resume = trainer.as_failure(error), how_to_resume(trainer.checkpoints.writer.saved_step)
-        place = trainer.session.ranks.heartbeat.own_place()
+            raise stopped_twice(trainer.out, step, writer.saved_step) from error
+        failure = trainer.as_failure(error)
+        resume = how_to_resume(writer.saved_step)
+        place = heartbeat.own_place()
         if isinstance(caught, CheckpointError):
-            place["phase"] = "saving"  # in a thread, beside whatever the loop does when it learns of it
+            # It was written in a thread, beside whatever the loop does when it learns of it.
+            place["phase"] = "saving"
         failure.failed_rank = failure.failed_rank or place
-        if error is callback.error:
+        is_callback_error = error is callback.error
+        if is_callback_error:
             what = f"on_record raised {type(error).__name__}: {first_line(error)}"
-            failure = RunError(what, where=f"step {trainer.progress.step}", fix=f"correct on_record; {resume}")
+            failure = RunError(what, where=f"step {step}", fix=f"correct on_record; {resume}")
         try:
-            write_failure(trainer.out, failure, last_step=trainer.progress.step, next_command=resume)
-        except OSError as unwritten:
-            say(f"failure.json could not be written: {unwritten.strerror}")
-        if error is callback.error:
+            write_failure(trainer.out, failure, last_step=step, next_command=resume)
+        except OSError as write_error:
+            say(f"failure.json could not be written: {write_error.strerror}")
+        if is_callback_error:
             raise
         raise failure from error
-    return result
 
 
-def begin(session: Session, start: Start, sinks: Sinks, argv: list[str] | None) -> None:
-    """Write the first files of a start, now that nothing is left to check."""
+def write_first_files(session: Session, start: Start, sinks: Sinks, argv: list[str] | None) -> None:
+    """Open the sinks and write the first files of a start, now that nothing is left to check."""
     out = Path(session.run.output_dir)
-    sweep(out)
+    if session.ranks.leads_dir:
+        sweep(out)
     sinks.open(session.run, resumed_at(start))
-    write_identity(session, argv)
-    for name in (FAILURE, STOPPED):
-        (out / name).unlink(missing_ok=True)
+    if session.ranks.leads_dir:
+        # Only rank 0 has a command line to tell.
+        write_identity(session, argv if session.ranks.leads else None)
+        for name in (FAILURE, STOPPED):
+            (out / name).unlink(missing_ok=True)
 
 
 def resumed_at(start: Start) -> int:
-    """The last step whose record stays: a step whose validation was cut off is written again, with its validation."""
-    return start.progress.step - (not start.progress.validated) if start.progress else 0
+    """The last step whose record stays.
+
+    A step whose validation was cut off is written again, with its validation.
+    """
+    if start.progress is None:
+        return 0
+    if start.progress.validated:
+        return start.progress.step
+    return start.progress.step - 1
 
 
 def sinks_of(
-    run: Run, folder: Path, *, total_steps: int | None, steps_per_epoch: int, log: LogFile, stream: TextIO | None = None
+    run: Run,
+    folder: Path,
+    *,
+    total_steps: int | None,
+    steps_per_epoch: int,
+    log: LogFile,
+    stream: TextIO | None = None,
 ) -> Sinks:
-    """The sinks that a recipe asks for. The terminal comes first, and metrics.jsonl before those that may be slow."""
-    terminal = Terminal(log, total_steps=total_steps, steps_per_epoch=steps_per_epoch, stream=stream)
+    """The sinks that a recipe asks for.
+
+    The terminal comes first, and metrics.jsonl before those that may be slow.
+    """
+    terminal = Terminal(
+        log,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        stream=stream,
+    )
     sinks: list[Sink] = [terminal, JsonlSink(folder / METRICS), SamplesSink(folder / SAMPLES)]
     if run.log.tensorboard:
-        elsewhere = run.log.tensorboard_dir
-        sinks.append(TensorBoardSink(Path(elsewhere or folder / "tensorboard"), shared=elsewhere is not None))
-    sinks += [TrackerSink(name, folder, lambda text: terminal.text("tracker", text)) for name in trackers_of(run)]
+        shared_folder = run.log.tensorboard_dir
+        events = Path(shared_folder or folder / "tensorboard")
+        sinks.append(TensorBoardSink(events, shared=shared_folder is not None))
+    for name in trackers_of(run):
+        sinks.append(TrackerSink(name, folder, partial(terminal.text, "tracker")))
     return Sinks(sinks)
 
 
 def close_after_all(sinks: Sinks) -> None:
-    """Close what is still open when a run leaves early; a fault in that must not hide why it left."""
+    """Close what is still open when a run leaves early; a fault in that must not hide why."""
     with contextlib.suppress(OSError):
         sinks.close()

@@ -26,7 +26,7 @@ class StopControl:
         request: the signals of this process, and its shortage of memory.
         run_dir: rank 0 looks for the file `stop` there.
         announce: takes a line as soon as a stop is requested; None: `hold` says who does.
-        retry_with_smaller_batch: where memory is short, another start may take half the micro batch.
+        retry_with_smaller_batch: for want of memory another start may take half the micro batch.
         is_agreed: all ranks know that one of them is asked to stop.
         write_failed: all ranks know that a checkpoint could not be written on one of them.
     """

@@ -44,7 +44,7 @@ class Validation:
         )
 
     def is_due(self, *, is_last: bool) -> bool:
-        """Whether to measure after this step, which is the last one if `is_last`; ask once a step."""
+        """Whether to measure after this step, which may be the last one; ask once a step."""
         is_time = self.cadence.due(self.progress.step, self.progress.seconds)
         return (is_time or is_last) and self.session.data.validation is not None
 
