@@ -107,6 +107,7 @@ class AsyncMetrics:
         if output is None:
             return
         numbers = output.scalars.read()
+        # Ranks share rank 0's seconds: a run by the clock ends on all of them after the same step.
         if numbers.status is None:
             seconds = self.end_step()
         else:

@@ -59,6 +59,7 @@ class CheckpointSaver:
             self.writer = RanksWriter(self.out, keep, saved_step, sync=sinks.flush, ranks=ranks)
         else:
             self.writer = Writer(self.out, keep, saved_step, sync=sinks.flush)
+        # Made once, in the main thread: later the tokenizer is in use.
         self.tokenizer: export.TokenizerFiles = {}
         if self.ranks.leads:
             template = session.data.template
@@ -97,6 +98,7 @@ class CheckpointSaver:
         """
         progress = self.progress
         self.ranks.heartbeat.phase("saving", self.time_limit())
+        # After a write in progress `saved_step` is up to date.
         self.writer.wait()
         if self.writer.saved_step == progress.step and progress.ended is None:
             return
@@ -137,6 +139,7 @@ class CheckpointSaver:
         model = self.session.model
         self.ranks.heartbeat.phase("saving final/", self.time_limit())
         if not self.ranks.leads:
+            # Takes part in gathering what ranks share, and writes nothing.
             export.write_model_files(None, self.run, model, {})
             return
         with state.writing(self.out / FINAL, self.progress.step) as folder:

@@ -211,8 +211,10 @@ def start_run(
                 sinks.all.append(callback)
             else:
                 sinks = Sinks([RankSink(out, ranks.rank)])
+            # Before they are opened: one that is refused leaves others open.
             stack.callback(close_after_all, sinks)
             write_first_files(session, start, sinks, argv)
+        # From here on a failure is one of a run that has begun.
         trainer = Trainer(session, start, sinks, stop, pause_after=pause_after)
         stack.callback(trainer.checkpoints.writer.close)
         # On every rank: the one of each node that tells what ends them all leaves failure.json.
@@ -220,6 +222,7 @@ def start_run(
         if ranks.leads:
             for text in session.describe_ranks(trainer.first_step):
                 say(text)
+        # From here on the loop answers signals.
         stop.hold(say)
         with report_failure(trainer, say, callback) if ranks.leads else defer_to_rank_0(trainer):
             result = trainer.fit()

@@ -51,6 +51,7 @@ class StopControl:
 
     def is_due(self) -> bool:
         """Whether the run stops: this process is asked to or, once all ranks know, any of them."""
+        # What one rank alone acts on leaves the others in a collective.
         if self.ranks.world > 1:
             return self.is_agreed
         return self.is_requested()

@@ -61,6 +61,7 @@ class Trainer:
         self.sinks = sinks
         self.stop = stop
         self.out = Path(run.output_dir)
+        # The guard of the host's memory leaves room for a save.
         stop.request.saving = session.plan.memory.copies
         self.progress = progress = progress_of(session, start)
         self.first_step = progress.step
@@ -77,6 +78,7 @@ class Trainer:
             total=session.total_steps,
             steps_per_epoch=session.data.schedule.steps_per_epoch(0),
         )
+        # A model trained in full that is sharded has its gradients summed by FSDP.
         is_adapter = run.adapter.kind == "lora"
         is_summed_by_fsdp = not is_adapter and bool(sharded_modules(session.model))
         self.gradient_sum = GradientSum(
@@ -120,6 +122,7 @@ class Trainer:
             self.report_phase()
             output = self.train_step(batch)
             if output is None:
+                # Memory is short, which the next turn sees.
                 continue
             self.metrics.submit(output)
             progress.step = output.step
@@ -127,6 +130,7 @@ class Trainer:
             is_last = self.duration.is_over(progress)
             validates = self.validation.is_due(is_last=is_last)
             saves = self.checkpoints.is_due()
+            # A record is complete before its checkpoint is written, and before the run ends.
             reads_now = validates or saves or is_last or not self.metrics.reads_late
             if reads_now or self.stop.is_due():
                 self.metrics.flush(log=not validates)
@@ -135,6 +139,7 @@ class Trainer:
             # The last step's checkpoint is written at the end.
             if saves and not is_last and not self.stop.is_due():
                 self.checkpoints.save_periodic()
+            # The next step's seconds are its own.
             if validates or saves:
                 self.metrics.restart_clock()
             yield progress.step
@@ -155,6 +160,7 @@ class Trainer:
         lr = self.learning_rate(batch.step, seconds=self.progress.seconds)
         optimizer.start_step(lr, batch.step)
         denominator = model.method.denominator(batch)
+        # fp16 scales the loss up, and the optimizer divides the gradients by the scale again.
         loss_scale = (optimizer.scale or 1.0) / denominator
         loss = torch.zeros((), device=self.session.device)
         metrics = dict.fromkeys(model.method.metrics, loss)
@@ -164,6 +170,7 @@ class Trainer:
             # Dropout is a function of (seed, step, micro batch): a resumed run draws what the
             # first one drew.
             torch.manual_seed((self.run.train.seed * 1_000_003 + batch.step) * 4_099 + index)
+            # Ranks sum their gradients once a step, the large ones beside the last backward.
             is_last = micro_batch is batch.micro[-1]
             reduce_in(model, mesh, last=is_last)
             if is_last:

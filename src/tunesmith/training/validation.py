@@ -59,6 +59,7 @@ class Validation:
         False where a stop came meanwhile: the next start measures, and logs the record.
         """
         progress = self.progress
+        # A run that is stopped in the validation is saved with this, and resumes with it.
         progress.validated = False
         loss = self._loss()
         if loss is None:
