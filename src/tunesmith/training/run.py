@@ -214,7 +214,6 @@ def start_run(
             # Before they are opened: one that is refused leaves others open.
             stack.callback(close_after_all, sinks)
             write_first_files(session, start, sinks, argv)
-        # From here on a failure is one of a run that has begun.
         trainer = Trainer(session, start, sinks, stop, pause_after=pause_after)
         stack.callback(trainer.checkpoints.writer.close)
         # On every rank: the one of each node that tells what ends them all leaves failure.json.
