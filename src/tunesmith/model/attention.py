@@ -309,13 +309,14 @@ class _Products(torch.autograd.Function):
             queries = _pack_queries(q, group, k.shape[1], scale)
             keys = _pack_keys(k, group)
             values = _pack_keys(v, group)
+            saves = needs_backward and _saves_probabilities(group, softcap)
             results = []
             for block in _blocks(group.length, window):
                 rows = queries[:, :, block.queries]
                 probabilities, _ = _probabilities(rows, keys[:, block.keys], block, rule)
                 result = torch.bmm(probabilities, values[:, block.keys])
                 results.append(result.view(*rows.shape[:3], -1))
-                if needs_backward and _saves_probabilities(group, softcap):
+                if saves:
                     saved.append(probabilities)
             _scatter_back(out, _join(results), group)
         ctx.save_for_backward(q, k, v, out, *saved)
@@ -357,10 +358,11 @@ def _group_gradients(
     d_queries = []
     d_keys = None
     d_values = None
+    is_saved = _saves_probabilities(group, rule.softcap)
     for block in _blocks(group.length, rule.window):
         rows = queries[:, :, block.queries]
         d_cap = None
-        if _saves_probabilities(group, rule.softcap):
+        if is_saved:
             probabilities = next(saved_probabilities)
         else:
             probabilities, d_cap = _probabilities(rows, keys[:, block.keys], block, rule)
