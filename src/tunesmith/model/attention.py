@@ -301,17 +301,16 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         ctx.rule = rule
-        documents, scale, window, softcap = rule
         out = q.new_empty(*q.shape[:2], v.shape[2])
         saved: list[Tensor] = []
         needs_backward = any(ctx.needs_input_grad[:3])
-        for group in documents.groups:
-            queries = _pack_queries(q, group, k.shape[1], scale)
+        for group in rule.documents.groups:
+            queries = _pack_queries(q, group, k.shape[1], rule.scale)
             keys = _pack_keys(k, group)
             values = _pack_keys(v, group)
-            saves = needs_backward and _saves_probabilities(group, softcap)
+            saves = needs_backward and _saves_probabilities(group, rule.softcap)
             results = []
-            for block in _blocks(group.length, window):
+            for block in _blocks(group.length, rule.window):
                 rows = queries[:, :, block.queries]
                 probabilities, _ = _probabilities(rows, keys[:, block.keys], block, rule)
                 result = torch.bmm(probabilities, values[:, block.keys])
