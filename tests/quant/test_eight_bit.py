@@ -244,7 +244,7 @@ SPREADS = {"even": (0, 0, 0), "rows of W": (3, 0, 0), "columns of W": (0, 3, 0),
 @pytest.mark.parametrize("kind", SCALING_RECIPES)
 def test_one_copy_of_the_weight_makes_dx_as_well_as_two(kind: str, spread: str) -> None:
     """Each rounds both factors to 3 bits of mantissa: some 4 %. Gradients are small: here of 1e-7 and less."""
-    if kind == ROW_WISE and eight_bit.select_scaling(CPU).kind != ROW_WISE:
+    if kind == ROW_WISE and eight_bit.select_scaling(CPU).recipe != ROW_WISE:
         pytest.skip("torch 2.11 multiplies no factors that are scaled by row on a CPU")
     rows, columns, batch = SPREADS[spread]
     torch.manual_seed(0)
