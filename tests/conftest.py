@@ -45,7 +45,7 @@ bench/test_first_gpu.py::test_the_micro_timings_run_and_tell_what_failed
 checkpoint/test_state.py::test_kill_9_at_any_moment_leaves_a_whole_newest_one
 checkpoint/test_umask.py::test_a_run_and_a_merge
 config/test_dump.py::test_round_trip data/test_bad_data.py::test_a_hub_that_refuses
-data/test_hold_out.py::test_a_run_validates_on_them_and_resumes_with_the_same
+data/test_splits.py::test_a_run_validates_on_them_and_resumes_with_the_same
 data/test_loader.py::test_the_wait_for_a_copy_is_a_wait_for_data
 data/test_pack.py::test_every_item_once_and_no_bin_too_full data/test_pack.py::test_it_is_best_fit_decreasing
 data/test_refusals.py::test_trls_templates_and_their_training_twins

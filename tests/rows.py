@@ -12,7 +12,7 @@ import pytest
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Example
 from tunesmith.data.formats import Completion, Conversation, Sample
-from tunesmith.data.hold_out import read_splits
+from tunesmith.data.splits import read_splits
 from tunesmith.data.tokens import TokenSet, tokenise
 
 
@@ -38,7 +38,7 @@ class Simple:
         if isinstance(sample, Conversation):
             out = []
             for n, m in enumerate(sample.messages):
-                answer = m["role"] == "assistant" and n >= sample.given
+                answer = m["role"] == "assistant" and n >= sample.prompt_messages
                 out += [(f"<|im_start|>{m['role']}\n", False), (f"{m['content']}<|im_end|>", answer), ("\n", False)]
             return out
         if isinstance(sample, Completion):

@@ -37,7 +37,7 @@ def test_every_cut_of_a_text(kind: str, text: str) -> None:
         assert found.ids.tolist() == whole.ids
         assert found.trained.tolist() == [s >= cut for s, _ in whole.offsets]
         if kind == "bytes":  # cut offsets do not show a token that goes over the edge by blanks alone
-            assert found.straddled == sum(s < cut < e for s, e in whole.offsets)
+            assert found.spanning_tokens == sum(s < cut < e for s, e in whole.offsets)
 
 
 def test_the_end_token_must_stand_at_the_end() -> None:

@@ -158,7 +158,7 @@ def test_no_tools(tools: Any) -> None:
 def test_prompt_and_completion() -> None:
     assert form({"prompt": "2 +", "completion": " 2"}, "prompt-completion") == Completion("2 +", " 2")
     row = {"prompt": [U, A, U], "completion": [A]}
-    assert form(row, "prompt-completion") == Conversation([U, A, U, A], given=3)
+    assert form(row, "prompt-completion") == Conversation([U, A, U, A], prompt_messages=3)
 
 
 def test_text() -> None:
@@ -176,7 +176,7 @@ def test_a_system_message_for_conversations_without_one() -> None:
     own = {"role": "system", "content": "own"}
     assert made({"messages": [own, U, A]}, "messages").messages == [own, U, A]
     assert made({"instruction": "hi", "output": "ho", "system": "own"}, "alpaca").messages[0] == own
-    assert made({"prompt": [U, A, U], "completion": [A]}, "prompt-completion").given == 4
+    assert made({"prompt": [U, A, U], "completion": [A]}, "prompt-completion").prompt_messages == 4
     assert made({"prompt": "a", "completion": "b"}, "prompt-completion") == Completion("a", "b", "S")
     with pytest.raises(DataError) as caught:
         made({"messages": [U, {"role": "tool", "content": "3"}, A]}, "messages")

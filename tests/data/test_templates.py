@@ -326,5 +326,5 @@ def test_raw_rows_end_where_generation_stops() -> None:
 
 def test_all_leaves_out_what_is_given() -> None:
     template = select_template(data(), chat_tokenizer(), {2})
-    sample = Conversation([user("a"), answer("b"), user("c"), answer("d")], given=3)
+    sample = Conversation([user("a"), answer("b"), user("c"), answer("d")], prompt_messages=3)
     assert learnt(template, sample, "all")[1] == "d<|im_end|>\n"

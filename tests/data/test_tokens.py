@@ -155,7 +155,7 @@ def test_too_long(make) -> None:
     cut = make(rows, seq_len=75)
     assert cut.lengths.tolist() == [30, 70, 75]
     assert (cut.counts.cut, cut.counts.dropped, cut.counts.emptied, cut.counts.longest) == (1, 0, 0, 110)
-    assert cut.parts[0].arrays.cut.tolist() == [False, False, True]
+    assert cut.parts[0].arrays.truncated.tolist() == [False, False, True]
     dropped = make(rows, seq_len=75, too_long="drop")
     assert dropped.lengths.tolist() == [30, 70]
     assert (dropped.counts.kept, dropped.counts.cut, dropped.counts.dropped) == (2, 0, 1)

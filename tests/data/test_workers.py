@@ -19,10 +19,11 @@ from conftest import byte_tokenizer
 from recipes import recipe
 from tunesmith.config.schema import Data, Source
 from tunesmith.data import workers
-from tunesmith.data.hold_out import read_splits
+from tunesmith.data.encode import RowBatch, RowEncoder
+from tunesmith.data.splits import read_splits
 from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import TokenSet, tokenise
-from tunesmith.data.workers import RowBatch, RowEncoder, encode_batches
+from tunesmith.data.workers import encode_batches
 from tunesmith.errors import DataError, MachineError
 from warm import Warm
 

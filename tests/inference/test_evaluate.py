@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from recipes import make_run as recipe_run
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.batch import Example
-from tunesmith.data.hold_out import read_splits
+from tunesmith.data.splits import read_splits
 from tunesmith.data.tokens import TokenSet, tokenise
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding

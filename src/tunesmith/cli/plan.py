@@ -102,7 +102,7 @@ def _cached(recipe: "Run", folder: Path) -> "TokenSet | None":
     cache, names = cache_folder("tokens"), [source.source for source in recipe.data.train]
     if not (cache.exists() and all(is_local(n) or fetch.repo_cache(n, "dataset").exists() for n in names)):
         return None
-    from tunesmith.data.hold_out import read_splits
+    from tunesmith.data.splits import read_splits
     from tunesmith.data.template import select_template
     from tunesmith.data.tokens import tokenise
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer

@@ -1,11 +1,13 @@
 """Spans of characters -> tokens.
 
-A token is supervised if all of it lies within a span. One that begins in the prompt and ends in the answer (byte-pair
-merges such as "\\n" + " ") belongs to the prompt: the mask never reaches what the model is given.
+A token is supervised if all of it lies within a span. One that begins in the prompt and ends in the
+answer (byte-pair merges such as "\\n" + " ") belongs to the prompt: the mask never reaches what the
+model is given.
 
-In a byte-level vocabulary (Llama 3, Qwen, SmolLM, GPT) each token is a known number of bytes, and these must add up to
-the text: they give its place. Otherwise (SentencePiece, normalised text) the tokenizer's own offsets do, which alone
-are not enough: byte-level post-processors often cut whitespace off them (`trim_offsets`).
+In a byte-level vocabulary (Llama 3, Qwen, SmolLM, GPT) each token is a known number of bytes, and
+these must add up to the text: they give its place. Otherwise (SentencePiece, normalized text) the
+tokenizer's own offsets do, which alone are not enough: byte-level post-processors often cut
+whitespace off them (`trim_offsets`).
 """
 
 from collections.abc import Collection, Sequence
@@ -15,11 +17,12 @@ import numpy as np
 
 from tunesmith.errors import ModelError
 
-_WHITESPACE = "ĠĊĉč▁ \t\r\n"  # as tokens write it
+# As tokens write it.
+_WHITESPACE = "ĠĊĉč▁ \t\r\n"
 
 
 class CharSpan(NamedTuple):
-    """Supervised characters [start, end) of a text; the end token begins at `stop`, or there is none (-1)."""
+    """Supervised characters [start, end) of a text; the end token begins at `stop` (-1: none)."""
 
     start: int
     end: int
@@ -27,12 +30,19 @@ class CharSpan(NamedTuple):
 
 
 class Aligned(NamedTuple):
-    """A tokenised text."""
+    """A tokenized text.
 
-    ids: np.ndarray  # int32 [n]
-    trained: np.ndarray  # bool [n]
-    straddled: int  # how many tokens begin before a span and end in it
-    ended: bool  # whether at the `stop` of every span that has one stands one token, of the ids asked for
+    Attributes:
+        ids: int32 [n].
+        trained: bool [n].
+        spanning_tokens: how many tokens begin before a span and end in it.
+        ended: whether one token, of the end ids, stands at the `stop` of every span that has one.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    spanning_tokens: int
+    ended: bool
 
 
 class _Bounds(NamedTuple):
@@ -44,72 +54,104 @@ class _Bounds(NamedTuple):
 
 
 class Aligner:
-    """Tokenises text once and maps spans of its characters to tokens; ModelError if the tokenizer is not a fast one."""
+    """Tokenizes text once and maps spans of its characters to tokens.
+
+    Raises:
+        ModelError: the tokenizer is not a fast one.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.is_fast:
-            what = f"the tokenizer {type(tokenizer).__name__} cannot say where its tokens lie in the text"
-            why = "loss masks need a fast tokenizer, one with a tokenizer.json"
-            raise ModelError(what, where="model.tokenizer", why=why, fix="name one: model.tokenizer=FOLDER")
+            raise ModelError(
+                f"the tokenizer {type(tokenizer).__name__} cannot say where its tokens lie in"
+                " the text",
+                where="model.tokenizer",
+                why="loss masks need a fast tokenizer, one with a tokenizer.json",
+                fix="name one: model.tokenizer=FOLDER",
+            )
         self.tokenizer = tokenizer
-        self.sizes = _byte_sizes(tokenizer)
+        self.byte_sizes = _byte_sizes(tokenizer)
 
     def encode(
         self, texts: Sequence[str], spans: Sequence[Sequence[CharSpan]], end_ids: Collection[int]
     ) -> list[Aligned]:
-        """Tokenise n texts and mark the tokens that their spans, disjoint, cover. No special token is added.
+        """Tokenize n texts and mark the tokens that their spans, disjoint, cover.
 
-        One of `end_ids` must stand at each span's `stop`.
+        No special token is added. One of `end_ids` must stand at each span's `stop`.
         """
-        batch = self.ids(texts)
-        by_bytes = [self._by_bytes(text, ids) for text, ids in zip(texts, batch, strict=True)]
-        offsets = iter(self._by_offsets([text for text, found in zip(texts, by_bytes, strict=True) if found is None]))
-        bounds = [found or next(offsets) for found in by_bytes]
-        return [_align(*one, end_ids) for one in zip(texts, batch, bounds, spans, strict=True)]
+        ids = self.ids(texts)
+        bounds: dict[int, _Bounds] = {}
+        for i, text in enumerate(texts):
+            by_bytes = self._bounds_by_bytes(text, ids[i])
+            if by_bytes is not None:
+                bounds[i] = by_bytes
+        # The others in one call: the tokenizer works on a batch with several threads.
+        unplaced = [i for i in range(len(texts)) if i not in bounds]
+        by_offsets = self._bounds_by_offsets([texts[i] for i in unplaced])
+        bounds.update(zip(unplaced, by_offsets, strict=True))
+        return [_align(text, ids[i], bounds[i], spans[i], end_ids) for i, text in enumerate(texts)]
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 [n] for each text: its tokens, no special token added."""
         if not texts:
             return []
-        found = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [np.array(ids, dtype=np.int32) for ids in found["input_ids"]]
+        encoding = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return [np.array(ids, dtype=np.int32) for ids in encoding["input_ids"]]
 
-    def _by_bytes(self, text: str, ids: np.ndarray) -> _Bounds | None:
+    def _bounds_by_bytes(self, text: str, ids: np.ndarray) -> _Bounds | None:
         """Bounds in bytes, or None where the sizes of the tokens do not add up to the text."""
-        if self.sizes is None:
+        if self.byte_sizes is None:
             return None
-        sizes = self.sizes[ids]
+        sizes = self.byte_sizes[ids]
+        text_bytes = len(text) if text.isascii() else len(text.encode())
+        if sizes.sum() != text_bytes:
+            return None
         ends = np.cumsum(sizes)
-        whole = len(text) if text.isascii() else len(text.encode())
-        return _Bounds(ends - sizes, ends, in_bytes=True) if sizes.sum() == whole else None
+        return _Bounds(ends - sizes, ends, in_bytes=True)
 
-    def _by_offsets(self, texts: Sequence[str]) -> list[_Bounds]:
-        """Bounds in characters, as the tokenizer gives them, with the whitespace that it may have cut off."""
+    def _bounds_by_offsets(self, texts: Sequence[str]) -> list[_Bounds]:
+        """Bounds in characters: the tokenizer's, with the whitespace that it may have cut off."""
         if not texts:
             return []
-        found = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoding = self.tokenizer(
+            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         bounds = []
-        for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
-            starts, last = [], 0
-            for token, (start, end) in zip(self.tokenizer.convert_ids_to_tokens(ids), offsets, strict=True):
-                cut = last < start and (start == end or not text[start].isspace())
-                whitespace = len(token) - len(token.lstrip(_WHITESPACE)) if cut else 0
-                starts.append(max(last, start - whitespace) if cut else start)
-                last = end
-            ends = np.array([end for _, end in offsets], dtype=np.int64)
-            bounds.append(_Bounds(np.array(starts, dtype=np.int64), ends, in_bytes=False))
+        for text, ids, offsets in zip(
+            texts, encoding["input_ids"], encoding["offset_mapping"], strict=True
+        ):
+            tokens = self.tokenizer.convert_ids_to_tokens(ids)
+            starts = []
+            previous_end = 0
+            for token, (start, end) in zip(tokens, offsets, strict=True):
+                skips_text = previous_end < start
+                begins_with_space = start != end and text[start].isspace()
+                if skips_text and not begins_with_space:
+                    whitespace = len(token) - len(token.lstrip(_WHITESPACE))
+                    starts.append(max(previous_end, start - whitespace))
+                else:
+                    starts.append(start)
+                previous_end = end
+            ends = [end for _, end in offsets]
+            bounds.append(
+                _Bounds(np.array(starts, np.int64), np.array(ends, np.int64), in_bytes=False)
+            )
         return bounds
 
 
 def _byte_sizes(tokenizer: Any) -> np.ndarray | None:
-    """Bytes of every token, int64 [vocabulary], if the vocabulary is byte-level: it writes a token byte by byte."""
+    """Bytes of every token, int64 [vocabulary]; None if the vocabulary is not byte-level."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
-    alphabet = set(ByteLevel.alphabet())
     vocabulary = tokenizer.get_vocab()
     plain = {id_: token for token, id_ in vocabulary.items() if id_ not in added}
-    if not plain or not set("".join(plain.values())) <= alphabet or "Ġ" not in vocabulary:
+    # A byte-level vocabulary writes a token byte by byte, each byte as one letter of its alphabet.
+    letters = set("".join(plain.values()))
+    is_byte_level = letters <= set(ByteLevel.alphabet()) and "Ġ" in vocabulary
+    if not plain or not is_byte_level:
         return None
     sizes = np.zeros(max([*plain, *added]) + 1, dtype=np.int64)
     for id_, token in plain.items():
@@ -119,19 +161,37 @@ def _byte_sizes(tokenizer: Any) -> np.ndarray | None:
     return sizes
 
 
-def _align(text: str, ids: np.ndarray, bounds: _Bounds, spans: Sequence[CharSpan], end_ids: Collection[int]) -> Aligned:
+def _align(
+    text: str,
+    ids: np.ndarray,
+    bounds: _Bounds,
+    spans: Sequence[CharSpan],
+    end_ids: Collection[int],
+) -> Aligned:
     trained = np.zeros(len(ids), dtype=bool)
-    straddled, ended = 0, True
-    plain = not bounds.in_bytes or text.isascii()
+    spanning_tokens = 0
+    ended = True
+    if bounds.in_bytes and not text.isascii():
+        spans = [_span_in_bytes(text, span) for span in spans]
     for span in spans:
-        start, end, stop = span if plain else (len(text[:at].encode()) if at >= 0 else at for at in span)
-        trained |= (bounds.starts >= start) & (bounds.starts < end) & (bounds.ends <= end)
-        straddled += int(((bounds.starts < start) & (bounds.ends > start)).sum())
-        if stop < 0:
+        trained |= (
+            (bounds.starts >= span.start) & (bounds.starts < span.end) & (bounds.ends <= span.end)
+        )
+        spans_start = (bounds.starts < span.start) & (bounds.ends > span.start)
+        spanning_tokens += int(spans_start.sum())
+        if span.stop < 0:
             continue
-        at = int(np.searchsorted(bounds.ends, stop, side="right"))
+        at = int(np.searchsorted(bounds.ends, span.stop, side="right"))
         if at < len(ids) and int(ids[at]) in end_ids:
-            trained[at] = True  # even where it includes the whitespace after it (`rstrip`, as Phi 3's)
+            # Even where it includes the whitespace after it (`rstrip`, as Phi 3's).
+            trained[at] = True
         else:
             ended = False
-    return Aligned(ids, trained, straddled, ended)
+    return Aligned(ids, trained, spanning_tokens, ended)
+
+
+def _span_in_bytes(text: str, span: CharSpan) -> CharSpan:
+    start = len(text[: span.start].encode())
+    end = len(text[: span.end].encode())
+    stop = len(text[: span.stop].encode()) if span.stop >= 0 else -1
+    return CharSpan(start, end, stop)

@@ -1,8 +1,9 @@
-"""The token cache on disk: one folder for each tokenised source, named by the hash of all that its tokens depend on.
+"""The token cache on disk: one folder for each tokenized source, named by the hash of all that its
+tokens depend on.
 
-Each of the `TokenArrays` is a file of its values one after another; `meta.json` has counts and a checksum. The folder is
-written under another name and renamed, so it is there as a whole or not at all; an entry that does not match its checksum
-is made again.
+Each of the `TokenArrays` is a file of its values one after another; `meta.json` has counts and a
+checksum. The folder is written under another name and renamed, so it is there as a whole or not at
+all; an entry that does not match its checksum is made again.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -24,50 +25,87 @@ from tunesmith.host_files import remove_abandoned
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"ids": np.int32, "trained": np.bool_, "offsets": np.int64, "rows": np.int64, "cut": np.bool_}
-
 
 class TokenArrays(NamedTuple):
-    """The n examples of a source, one after another."""
+    """The n examples of a source, one after another.
 
-    ids: np.ndarray  # int32 [tokens]
-    trained: np.ndarray  # bool [tokens]
-    offsets: np.ndarray  # int64 [n + 1], between examples
-    rows: np.ndarray  # int64 [n], the row of each
-    cut: np.ndarray  # bool [n], whether it was cut at seq_len
+    Attributes:
+        ids: int32 [tokens].
+        trained: bool [tokens].
+        offsets: int64 [n + 1], between examples.
+        rows: int64 [n], the row of each.
+        truncated: bool [n], whether it was cut at seq_len.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    offsets: np.ndarray
+    rows: np.ndarray
+    truncated: np.ndarray
+
+    def part(self, first: int, stop: int) -> "TokenArrays":
+        """Examples first to stop - 1; their offsets count from 0."""
+        tokens = slice(int(self.offsets[first]), int(self.offsets[stop]))
+        return TokenArrays(
+            ids=self.ids[tokens],
+            trained=self.trained[tokens],
+            offsets=self.offsets[first : stop + 1] - tokens.start,
+            rows=self.rows[first:stop],
+            truncated=self.truncated[first:stop],
+        )
 
     def crc32(self) -> int:
         value = 0
         for values in self:
-            value = zlib.crc32(np.ascontiguousarray(values).data, value) if values.size else value
+            # An empty array has no buffer to read.
+            if values.size:
+                value = zlib.crc32(np.ascontiguousarray(values).data, value)
         return value
 
     def sha256(self) -> str:
         """Of the examples, in hex; the rows that they came from do not enter."""
-        total = hashlib.sha256()
+        digest = hashlib.sha256()
         for values in (self.ids, self.trained, self.offsets):
-            total.update(np.ascontiguousarray(values).data)
-        return total.hexdigest()
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
+
+
+# The files of an entry, in the order of `TokenArrays`. These names are those of entries on disk.
+_FILES = {
+    "ids.bin": np.int32,
+    "trained.bin": np.bool_,
+    "offsets.bin": np.int64,
+    "rows.bin": np.int64,
+    "cut.bin": np.bool_,
+}
 
 
 class TokenWriter:
     """Collects examples: in files of a folder, or in memory where there is none."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._folder, self._rows, self._tokens = folder, 0, 0
-        self._files = {name: (folder / f"{name}.bin").open("wb") if folder else io.BytesIO() for name in _DTYPES}
-        self._append("offsets", 0)
+        self._folder = folder
+        self._examples = 0
+        self._tokens = 0
+        self._files: dict[str, BinaryIO] = {}
+        for name in _FILES:
+            self._files[name] = io.BytesIO() if folder is None else (folder / name).open("wb")
+        self._append("offsets.bin", 0)
 
     def __len__(self) -> int:
-        return self._rows
+        return self._examples
 
-    def add(self, example: Example, row: int, cut: bool) -> None:
-        self._rows, self._tokens = self._rows + 1, self._tokens + len(example.ids)
-        for name, values in zip(_DTYPES, (example.ids, example.trained, self._tokens, row, cut), strict=True):
-            self._append(name, values)
+    def add(self, example: Example, row: int, truncated: bool) -> None:
+        self._examples += 1
+        self._tokens += len(example.ids)
+        self._append("ids.bin", example.ids)
+        self._append("trained.bin", example.trained)
+        self._append("offsets.bin", self._tokens)
+        self._append("rows.bin", row)
+        self._append("cut.bin", truncated)
 
     def _append(self, name: str, values: Any) -> None:
-        self._files[name].write(np.asarray(values, _DTYPES[name]).tobytes())
+        self._files[name].write(np.asarray(values, _FILES[name]).tobytes())
 
     def close(self) -> None:
         for file in self._files.values():
@@ -78,65 +116,84 @@ class TokenWriter:
         if self._folder is not None:
             self.close()
             return _map_arrays(self._folder)
-        kept = {name: file.getvalue() for name, file in self._files.items() if isinstance(file, io.BytesIO)}
-        return TokenArrays(*(np.frombuffer(kept[name], dtype) for name, dtype in _DTYPES.items()))
+        arrays: list[np.ndarray] = []
+        for name, file in self._files.items():
+            file.seek(0)
+            arrays.append(np.frombuffer(file.read(), _FILES[name]))
+        return TokenArrays(*arrays)
 
 
 def _map_arrays(folder: Path) -> TokenArrays:
-    """The arrays of an entry; numpy cannot map an empty file."""
-    files = [(folder / f"{name}.bin", dtype) for name, dtype in _DTYPES.items()]
-    maps = (np.memmap(file, dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype) for file, dtype in files)
-    return TokenArrays(*map(np.asarray, maps))
+    """The arrays of an entry, memory-mapped."""
+    arrays: list[np.ndarray] = []
+    for name, dtype in _FILES.items():
+        file = folder / name
+        if file.stat().st_size:
+            arrays.append(np.asarray(np.memmap(file, dtype, mode="r")))
+        else:
+            # numpy cannot map an empty file.
+            arrays.append(np.zeros(0, dtype))
+    return TokenArrays(*arrays)
 
 
-Tokenised = tuple[TokenArrays, dict[str, Any]]
+# The arrays of a source, and what else an entry keeps, as JSON values.
+TokenEntry = tuple[TokenArrays, dict[str, Any]]
 
 
-def cached_tokens(folder: Path, key: str, make: Callable[[TokenWriter], Tokenised]) -> Tokenised:
+def cached_tokens(folder: Path, key: str, make: Callable[[TokenWriter], TokenEntry]) -> TokenEntry:
     """An entry of the cache, made where there is none.
 
     Args:
-        folder: the cache. One that cannot be written costs a warning, and the tokens are made in memory.
+        folder: the cache. One that cannot be written costs a warning, and the tokens are made in
+            memory.
         key: the hash that names the entry.
-        make: adds the examples to the writer it is given, and returns its arrays and what else to keep (JSON).
+        make: adds the examples to a writer, and returns its arrays and what else to keep (JSON).
     """
-    found = _read_entry(folder / key)
-    if found is None:
+    entry = _read_entry(folder / key)
+    if entry is None:
         _write_entry(folder / key, make)
-        found = _read_entry(folder / key)
-    return make(TokenWriter(None)) if found is None else found
+        entry = _read_entry(folder / key)
+    if entry is None:
+        entry = make(TokenWriter(None))
+    return entry
 
 
-def _write_entry(entry: Path, make: Callable[[TokenWriter], Tokenised]) -> None:
+def _write_entry(path: Path, make: Callable[[TokenWriter], TokenEntry]) -> None:
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(entry.parent)
-        with tempfile.TemporaryDirectory(prefix=f".{entry.name[:16]}-", dir=entry.parent) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{path.name[:16]}-", dir=path.parent
+        ) as temporary:
             folder = Path(temporary, "entry")
             folder.mkdir()
             with closing(TokenWriter(folder)) as writer:
                 arrays, about = make(writer)
-            meta = {"key": entry.name, "crc32": arrays.crc32(), "about": about}
+            meta = {"key": path.name, "crc32": arrays.crc32(), "about": about}
             (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-            if entry.exists():  # damaged, else it would have been read; or another process was faster
-                shutil.rmtree(entry, ignore_errors=True)
-            folder.rename(entry)
+            # It is damaged, else it would have been read; or another process was faster.
+            if path.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            folder.rename(path)
     except OSError as error:
-        why = error.strerror or str(error)
-        log.warning("tokens are kept in memory: the cache %s cannot be written (%s)", entry.parent, why)
+        log.warning(
+            "tokens are kept in memory: the cache %s cannot be written (%s)",
+            path.parent,
+            error.strerror or str(error),
+        )
 
 
-def _read_entry(entry: Path) -> Tokenised | None:
+def _read_entry(path: Path) -> TokenEntry | None:
     """A whole entry; None where there is none, or it is torn, changed or of another kind."""
-    if not entry.exists():
+    if not path.exists():
         return None
     try:
-        meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
-        arrays = _map_arrays(entry)
-        if meta["key"] == entry.name and meta["crc32"] == arrays.crc32():
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        arrays = _map_arrays(path)
+        if meta["key"] == path.name and meta["crc32"] == arrays.crc32():
             return arrays, meta["about"]
         why = "its checksum differs"
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = str(error)
-    log.warning("the token cache %s is damaged and is made again (%s)", entry, why)
+    log.warning("the token cache %s is damaged and is made again (%s)", path, why)
     return None

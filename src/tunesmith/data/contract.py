@@ -1,7 +1,7 @@
 """The token contract: what must hold of the tokens before a model trains on them.
 
-Every rule checks all examples (arrays at a time, so a million rows take seconds), says how many things it checked, and
-names the first fault by its row, with the tokens around it.
+Every rule checks all examples (arrays at a time, so a million rows take seconds), says how many
+things it checked, and names the first fault by its row, with the tokens around it.
 """
 
 from collections.abc import Iterator
@@ -10,22 +10,34 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from tunesmith.data.cache import TokenArrays
 from tunesmith.data.template import Template
 from tunesmith.data.tokens import TokenSet
 from tunesmith.errors import DataError
 
-_CHUNK = 1 << 22  # tokens checked at once
-_TAIL = 4  # tokens that a template may write after an end token (a line break) where these are supervised too
-MOST_CUT = 0.1  # of the rows, with an answer that ends at seq_len: more teach the model not to stop
+# Tokens checked at once.
+_CHUNK = 1 << 22
+# Tokens that a template may write after an end token (a line break) where these are supervised too.
+_TAIL = 4
+# Of the rows, with an answer that ends at seq_len: more teach the model not to stop.
+MOST_CUT = 0.1
 _FEW_CUT = f"at most {MOST_CUT:.0%} of the rows have an answer cut off by data.seq_len"
-_CONTEXT = 12  # tokens on each side of a fault in an excerpt
+# Tokens on each side of a fault in an excerpt.
+_CONTEXT = 12
 
-CutAnswers = Literal["refuse", "warn", "accept"]  # what becomes of a split in which more of them are cut off
+# What becomes of a split in which more of them are cut off.
+CutAnswers = Literal["refuse", "warn", "accept"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One rule's result. checked: how many things (`of`); broken: how many are wrong; where, why, fix: of the first."""
+    """One rule's result.
+
+    Attributes:
+        checked: how many things (`of`).
+        broken: how many are wrong.
+        where, why, fix: of the first of these.
+    """
 
     name: str
     checked: int
@@ -43,7 +55,8 @@ class Contract:
 
     split: str
     checks: tuple[Check, ...]
-    warnings: tuple[str, ...] = ()  # what holds, and is seldom meant
+    # What holds, and is seldom meant.
+    warnings: tuple[str, ...] = ()
 
     @property
     def broken(self) -> tuple[Check, ...]:
@@ -51,26 +64,55 @@ class Contract:
 
     def raise_if_broken(self) -> None:
         for check in self.broken:
-            what = f"the token contract is broken: {check.name} ({check.broken:,} of {check.checked:,} {check.of})"
-            raise DataError(what, where=f"{self.split}: {check.where}", why=check.why, fix=check.fix)
+            count = f"{check.broken:,} of {check.checked:,} {check.of}"
+            raise DataError(
+                f"the token contract is broken: {check.name} ({count})",
+                where=f"{self.split}: {check.where}",
+                why=check.why,
+                fix=check.fix,
+            )
 
 
 class _Chunk(NamedTuple):
-    """Some examples of one source. first: index of the first in the token set; ids, trained: [tokens];
-    offsets: [n + 1] from 0; cut: [n], rows cut at seq_len; leaks: [n], rows whose prompt was seen to be supervised;
-    has_answers: as of the source."""
+    """Some examples of one source.
+
+    Attributes:
+        first: index of the first in the token set.
+        arrays: ids and mask of n examples, with offsets from 0.
+        leaks: bool [n], rows whose prompt was seen to be supervised.
+        has_answers: as of the source.
+    """
 
     first: int
-    ids: np.ndarray
-    trained: np.ndarray
-    offsets: np.ndarray
-    cut: np.ndarray
+    arrays: TokenArrays
     leaks: np.ndarray
     has_answers: bool
 
-    def rows(self, at: np.ndarray) -> np.ndarray:
-        """The rows that hold some tokens."""
-        return np.searchsorted(self.offsets, at, side="right") - 1
+    @property
+    def starts(self) -> np.ndarray:
+        """int64 [n], the first token of each example."""
+        return self.arrays.offsets[:-1]
+
+    def examples_of(self, tokens: np.ndarray) -> np.ndarray:
+        """The examples that hold some tokens."""
+        return np.searchsorted(self.arrays.offsets, tokens, side="right") - 1
+
+
+class _Rule(NamedTuple):
+    """What must hold of the tokens. of: of which things; why, fix: where it does not."""
+
+    name: str
+    of: str
+    note: str
+    why: str
+    fix: str
+
+
+class _Faults(NamedTuple):
+    """How many things of a chunk a rule checked, and the tokens that break it (indices, int64)."""
+
+    checked: int
+    tokens: np.ndarray
 
 
 def check_tokens(
@@ -91,63 +133,130 @@ def check_tokens(
         position_limit: the longest seq_len that a fix may name; None: any.
     """
     counts = tokens.counts
-    checks = [Check("the split is not empty", counts.rows, "rows")]
+    not_empty = Check("the split is not empty", counts.rows, "rows")
     if not len(tokens):
-        why = f"{counts.rows:,} rows were read, {counts.dropped:,} dropped as too long"
-        why += f", {counts.emptied:,} dropped because the cut left no supervised token"
-        fix = "raise data.seq_len, or widen the split"
-        return Contract(split, (replace(checks[0], broken=max(1, counts.rows), where=counts.source, why=why, fix=fix),))
-    end_ids, bos = sorted(template.end_ids), tokenizer.bos_token_id
-    ends = ", ".join(tokenizer.convert_ids_to_tokens(end_ids)) or "none"
-    apart = f", {counts.prompts_apart:,} not comparable" if counts.prompts_apart else ""
-    # In the order of `_find_faults`: what must hold, of what, a note, and of what breaks it why and fix.
-    rules = [
-        ("every row has a supervised token", "rows", "",
-         "no token of it carries loss", "delete the row, or look at data.train_on and data.template"),
-        ("every supervised answer ends with an end token", "answers", f"end tokens: {ends}",
-         f"the end tokens are {ends}, and a supervised stretch ends on another",
-         "use a template that ends each answer (data.template), or the tokenizer of the model"),
-        ("no row begins with two BOS tokens", "rows", "the tokenizer has no BOS" if bos is None else "",
-         "the template writes a BOS and the tokenizer adds one",
-         "remove the BOS from the template (data.template), or from the rows"),
-        ("the mask does not reach the prompt", "rows", f"{counts.prompts:,} prompts rendered apart and compared{apart}",
-         "a token of the prompt carries loss", "use another template (data.template); this one cannot be masked"),
-        ("every token is in the model's vocabulary", "tokens", "",
-         f"the model's embedding has {vocab_size:,} entries, and the tokenizer gives an id beyond them",
-         "use the model's own tokenizer, or name new tokens in model.added_tokens"),
-        (_FEW_CUT, "rows", "", "the model learns these answers without their end, and may not learn to stop",
-         _fix_cut_answers(tokens, position_limit)),
-    ]  # fmt: skip
-    checks += [Check(name, 0, of, note=note) for name, of, note, _, _ in rules]
+        why = (
+            f"{counts.rows:,} rows were read, {counts.dropped:,} dropped as too long,"
+            f" {counts.emptied:,} dropped because the cut left no supervised token"
+        )
+        is_empty = replace(
+            not_empty,
+            broken=max(1, counts.rows),
+            where=counts.source,
+            why=why,
+            fix="raise data.seq_len, or widen the split",
+        )
+        return Contract(split, (is_empty,))
+    end_ids = sorted(template.end_ids)
+    bos = tokenizer.bos_token_id
+    rules = _rules(tokens, tokenizer, end_ids, vocab_size, position_limit)
+    checks = [Check(rule.name, 0, rule.of, note=rule.note) for rule in rules]
     for chunk in _chunks(tokens):
-        for n, (count, faults) in enumerate(_find_faults(chunk, end_ids, bos, vocab_size)):
-            check, (*_, why, fix) = checks[n + 1], rules[n]
-            if len(faults) and not check.broken:
-                row = int(chunk.rows(faults[:1])[0])
-                why = f"{why}: {excerpt(tokens, tokenizer, chunk.first + row, int(faults[0] - chunk.offsets[row]))}"
-                check = replace(check, where=tokens.where(chunk.first + row), why=why, fix=fix)
-            checks[n + 1] = replace(check, checked=check.checked + count, broken=check.broken + len(faults))
-    return _judge_cut_answers(Contract(split, tuple(checks)), cut_answers)
+        for n, faults in enumerate(_find_faults(chunk, end_ids, bos, vocab_size)):
+            check = checks[n]
+            if len(faults.tokens) and not check.broken:
+                fault = int(faults.tokens[0])
+                in_chunk = int(chunk.examples_of(faults.tokens[:1])[0])
+                example = chunk.first + in_chunk
+                around = excerpt(tokens, tokenizer, example, fault - int(chunk.starts[in_chunk]))
+                check = replace(
+                    check,
+                    where=tokens.where(example),
+                    why=f"{rules[n].why}: {around}",
+                    fix=rules[n].fix,
+                )
+            checks[n] = replace(
+                check,
+                checked=check.checked + faults.checked,
+                broken=check.broken + len(faults.tokens),
+            )
+    return _judge_cut_answers(Contract(split, (not_empty, *checks)), cut_answers)
+
+
+def _rules(
+    tokens: TokenSet,
+    tokenizer: Any,
+    end_ids: list[int],
+    vocab_size: int,
+    position_limit: int | None,
+) -> list[_Rule]:
+    """The rules, in the order of `_find_faults`."""
+    counts = tokens.counts
+    ends = ", ".join(tokenizer.convert_ids_to_tokens(end_ids)) or "none"
+    compared = f"{counts.prompts:,} prompts rendered apart and compared"
+    if counts.prompts_apart:
+        compared += f", {counts.prompts_apart:,} not comparable"
+    return [
+        _Rule(
+            name="every row has a supervised token",
+            of="rows",
+            note="",
+            why="no token of it carries loss",
+            fix="delete the row, or look at data.train_on and data.template",
+        ),
+        _Rule(
+            name="every supervised answer ends with an end token",
+            of="answers",
+            note=f"end tokens: {ends}",
+            why=f"the end tokens are {ends}, and a supervised stretch ends on another",
+            fix="use a template that ends each answer (data.template), or the tokenizer of the"
+            " model",
+        ),
+        _Rule(
+            name="no row begins with two BOS tokens",
+            of="rows",
+            note="the tokenizer has no BOS" if tokenizer.bos_token_id is None else "",
+            why="the template writes a BOS and the tokenizer adds one",
+            fix="remove the BOS from the template (data.template), or from the rows",
+        ),
+        _Rule(
+            name="the mask does not reach the prompt",
+            of="rows",
+            note=compared,
+            why="a token of the prompt carries loss",
+            fix="use another template (data.template); this one cannot be masked",
+        ),
+        _Rule(
+            name="every token is in the model's vocabulary",
+            of="tokens",
+            note="",
+            why=f"the model's embedding has {vocab_size:,} entries, and the tokenizer gives an id"
+            " beyond them",
+            fix="use the model's own tokenizer, or name new tokens in model.added_tokens",
+        ),
+        _Rule(
+            name=_FEW_CUT,
+            of="rows",
+            note="",
+            why="the model learns these answers without their end, and may not learn to stop",
+            fix=_fix_cut_answers(tokens, position_limit),
+        ),
+    ]
 
 
 def _judge_cut_answers(contract: Contract, cut_answers: CutAnswers) -> Contract:
     """The contract in which few cut answers, or those that are accepted, break nothing."""
     *others, check = contract.checks
-    if not check.broken:
+    are_many = check.broken > MOST_CUT * check.checked
+    if not check.broken or (cut_answers == "refuse" and are_many):
         return contract
     share = f"{check.broken:,} of {check.checked:,} rows ({check.broken / check.checked:.1%})"
-    if cut_answers == "refuse" and check.broken > MOST_CUT * check.checked:
-        return contract
-    holds = Check(_FEW_CUT, check.checked, check.of, note=f"{check.broken:,} have one")
-    text = f"{share} have an answer cut off by data.seq_len, first {check.where}: {check.why}; fix: {check.fix}"
-    warnings = () if cut_answers == "accept" else (text,)
     if cut_answers == "accept":
-        holds = replace(holds, note=f"{share} have one, which data.allow_cut_answers accepts")
-    return replace(contract, checks=(*others, holds), warnings=warnings)
+        note = f"{share} have one, which data.allow_cut_answers accepts"
+        warnings = []
+    else:
+        note = f"{check.broken:,} have one"
+        warnings = [
+            f"{share} have an answer cut off by data.seq_len, first {check.where}: {check.why};"
+            f" fix: {check.fix}"
+        ]
+    holds = Check(_FEW_CUT, check.checked, check.of, note=note)
+    return replace(contract, checks=(*others, holds), warnings=tuple(warnings))
 
 
 def _fix_cut_answers(tokens: TokenSet, position_limit: int | None) -> str:
-    """The ways on from answers without their end: a seq_len that would do, no such rows, or such answers."""
+    """The ways on from answers without their end: a seq_len that would do, no such rows, or such
+    answers."""
     counts = tokens.counts
     seq_len = int(tokens.lengths.max(initial=0))
     lengths = {
@@ -156,66 +265,116 @@ def _fix_cut_answers(tokens: TokenSet, position_limit: int | None) -> str:
     }
     fixes = []
     for length, what_fits in lengths.items():
-        if seq_len < length and (position_limit is None or length <= position_limit):
+        is_possible = position_limit is None or length <= position_limit
+        if seq_len < length and is_possible:
             fixes.append(f"data.seq_len={length} ({what_fits})")
     if not fixes and position_limit is not None and seq_len < position_limit:
         fixes.append(f"data.seq_len={position_limit} (the most that the model takes)")
     if counts.cut < counts.kept:
         fixes.append("data.too_long=drop")
-    return ", or ".join([*fixes, "data.allow_cut_answers=true"])
+    fixes.append("data.allow_cut_answers=true")
+    return ", or ".join(fixes)
 
 
 def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
-    first = 0
-    for part in tokens.parts:
-        at, arrays, leaks = 0, part.arrays, np.zeros(len(part), np.bool_)
-        leaks[list(part.leaks)] = True
-        while at < len(part):
-            to = int(np.searchsorted(arrays.offsets, arrays.offsets[at] + _CHUNK, side="right")) - 1
-            to = min(max(to, at + 1), len(part))
-            span = slice(int(arrays.offsets[at]), int(arrays.offsets[to]))
-            ids, trained = np.asarray(arrays.ids[span]), np.asarray(arrays.trained[span])
-            offsets = arrays.offsets[at : to + 1] - span.start
-            yield _Chunk(first + at, ids, trained, offsets, arrays.cut[at:to], leaks[at:to], part.has_answers)
-            at = to
-        first += len(part)
+    first_of_source = 0
+    for source in tokens.parts:
+        leaks = np.zeros(len(source), np.bool_)
+        leaks[list(source.leaks)] = True
+        offsets = source.arrays.offsets
+        first = 0
+        while first < len(source):
+            stop = int(np.searchsorted(offsets, offsets[first] + _CHUNK, side="right")) - 1
+            # At least one example, also where it alone is longer.
+            stop = min(max(stop, first + 1), len(source))
+            yield _Chunk(
+                first=first_of_source + first,
+                arrays=source.arrays.part(first, stop),
+                leaks=leaks[first:stop],
+                has_answers=source.has_answers,
+            )
+            first = stop
+        first_of_source += len(source)
 
 
-def _find_faults(chunk: _Chunk, end_ids: list[int], bos: int | None, vocab: int) -> Iterator[tuple[int, np.ndarray]]:
-    """For each rule, how many things of a chunk it checks, and the tokens that break it (indices into the chunk)."""
-    ids, trained, starts = chunk.ids, chunk.trained, chunk.offsets[:-1]
-    # A row without a supervised token; the first does not count, because nothing predicts it.
+def _find_faults(
+    chunk: _Chunk, end_ids: list[int], bos: int | None, vocab: int
+) -> Iterator[_Faults]:
+    """For each rule, how many things of a chunk it checks, and the tokens that break it."""
+    ids = chunk.arrays.ids
+    trained = chunk.arrays.trained
+    offsets = chunk.arrays.offsets
+    starts = chunk.starts
+    nothing = _Faults(0, starts[:0])
+
+    # Rows without a supervised token; the first does not count, because nothing predicts it.
     predicted = trained.astype(np.int64)
     predicted[starts] = 0
-    yield len(starts), starts[np.add.reduceat(predicted, starts) == 0]
-    # The last token of a supervised stretch that ends no answer, unless the row was cut there.
-    last = np.zeros(len(ids), np.bool_)
-    last[chunk.offsets[1:] - 1] = True
-    every = np.flatnonzero(trained & (last | ~np.append(trained[1:], False)))
-    stops = every[~np.isin(ids[every], end_ids)]
-    rows = chunk.rows(stops)
-    ended = np.zeros(len(stops), np.bool_)  # by an end token, and what the template writes after it
-    for back in range(1, _TAIL):
-        inside = stops - back >= starts[rows]
-        ended |= last[stops] & inside & np.isin(ids[np.maximum(stops - back, 0)], end_ids)
-    cut_off = last[stops] & chunk.cut[rows] & ~ended
-    yield len(every) - int(cut_off.sum()), stops[~ended & ~cut_off]
+    supervised_per_row = np.add.reduceat(predicted, starts)
+    yield _Faults(len(starts), starts[supervised_per_row == 0])
+
+    answers, cut_off = _answers_without_end(chunk, end_ids)
+    yield answers
+
     # The second of two BOS.
-    second = np.minimum(starts + 1, len(ids) - 1)
-    two = (ids[starts] == bos) & (ids[second] == bos) & (np.diff(chunk.offsets) > 1)
-    yield (0, starts[:0]) if bos is None else (len(two), second[two])
-    # The first supervised token of a row that supervises its first token, or its prompt as rendered apart.
+    if bos is None:
+        yield nothing
+    else:
+        second = np.minimum(starts + 1, len(ids) - 1)
+        has_second = np.diff(offsets) > 1
+        has_two = (ids[starts] == bos) & (ids[second] == bos) & has_second
+        yield _Faults(len(starts), second[has_two])
+
+    # The first supervised token of a row that supervises its first token, or its prompt as rendered
+    # apart.
     leaking = starts[trained[starts] | chunk.leaks].tolist()
-    yield len(starts), np.asarray([start + int(np.argmax(trained[start:])) for start in leaking], np.int64)
-    yield len(ids), np.flatnonzero((ids < 0) | (ids >= vocab))
-    yield (len(starts), stops[cut_off]) if chunk.has_answers else (0, starts[:0])
+    first_trained = [start + int(np.argmax(trained[start:])) for start in leaking]
+    yield _Faults(len(starts), np.asarray(first_trained, np.int64))
+
+    yield _Faults(len(ids), np.flatnonzero((ids < 0) | (ids >= vocab)))
+
+    if chunk.has_answers:
+        yield _Faults(len(starts), cut_off)
+    else:
+        yield nothing
+
+
+def _answers_without_end(chunk: _Chunk, end_ids: list[int]) -> tuple[_Faults, np.ndarray]:
+    """The last token of each supervised stretch that ends no answer; those cut at seq_len apart."""
+    ids = chunk.arrays.ids
+    trained = chunk.arrays.trained
+    is_row_end = np.zeros(len(ids), np.bool_)
+    is_row_end[chunk.arrays.offsets[1:] - 1] = True
+    next_trained = np.append(trained[1:], False)
+    stretch_ends = np.flatnonzero(trained & (is_row_end | ~next_trained))
+    stops = stretch_ends[~np.isin(ids[stretch_ends], end_ids)]
+    rows = chunk.examples_of(stops)
+    # At the end of a row, what the template writes after an end token may be supervised too.
+    has_end_token = np.zeros(len(stops), np.bool_)
+    for back in range(1, _TAIL):
+        is_inside = stops - back >= chunk.starts[rows]
+        is_end_token = np.isin(ids[np.maximum(stops - back, 0)], end_ids)
+        has_end_token |= is_row_end[stops] & is_inside & is_end_token
+    is_cut_off = is_row_end[stops] & chunk.arrays.truncated[rows] & ~has_end_token
+    checked = len(stretch_ends) - int(is_cut_off.sum())
+    return _Faults(checked, stops[~has_end_token & ~is_cut_off]), stops[is_cut_off]
 
 
 def excerpt(tokens: TokenSet, tokenizer: Any, example: int, at: int) -> str:
     """The decoded tokens around one of them, which stands in brackets."""
     ids = tokens[example].ids.tolist()
-    left, right = max(0, at - _CONTEXT), min(len(ids), at + _CONTEXT + 1)
-    texts = [tokenizer.decode([t]) if 0 <= t < len(tokenizer) else f"<{t}>" for t in ids[left:right]]
-    texts[at - left] = f"⟦{texts[at - left]}⟧"
-    text = f"{'…' if left else ''}{''.join(texts)}{'…' if right < len(ids) else ''}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    left = max(0, at - _CONTEXT)
+    right = min(len(ids), at + _CONTEXT + 1)
+    text = ""
+    for position in range(left, right):
+        id_ = ids[position]
+        is_known = 0 <= id_ < len(tokenizer)
+        piece = tokenizer.decode([id_]) if is_known else f"<{id_}>"
+        text += f"⟦{piece}⟧" if position == at else piece
+    if left:
+        text = f"…{text}"
+    if right < len(ids):
+        text = f"{text}…"
+    # Line breaks and control characters would break the line of the report.
+    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
+    return "".join(shown)

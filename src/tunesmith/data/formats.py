@@ -6,8 +6,9 @@
     prompt-completion   prompt, completion: texts or lists of messages [tools]
     text                text
 
-Nothing is guessed. A row with something that training would ignore (a role that no template knows, an image, a loss
-weight of 0.5) is refused, by its place. An assistant's message with `"train": false` (or `"weight": 0`) is context only.
+Nothing is guessed. A row with something that training would ignore (a role that no template knows,
+an image, a loss weight of 0.5) is refused, by its place. An assistant's message with `"train":
+false` (or `"weight": 0`) is context only.
 """
 
 import json
@@ -15,42 +16,70 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.config.schema import Source
 from tunesmith.data.files import MAX_ROW_BYTES, json_type
 from tunesmith.errors import DataError
 
 ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant", "function_call": "call",
-    "tool_call": "call", "observation": "tool", "tool": "tool", "function_response": "tool", "tool_response": "tool",
-    "function": "tool", "ipython": "tool",
-}  # fmt: skip
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "function_call": "call",
+    "tool_call": "call",
+    "observation": "tool",
+    "tool": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "function": "tool",
+    "ipython": "tool",
+}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in OpenAI's form."""
+    """Messages in OpenAI's form.
 
-    # Dicts of `role` (system, user, assistant, tool) and `content` (str); an assistant's may have `reasoning_content` (str)
-    # and `tool_calls` ([{"type": "function", "function": {"name", "arguments": dict}}]).
+    Attributes:
+        messages: dicts of `role` (system, user, assistant, tool) and `content` (str); those of an
+            assistant may have `reasoning_content` (str) and `tool_calls` ([{"type": "function",
+            "function": {"name", "arguments": dict}}]).
+        tools: OpenAI's tool schemas.
+        prompt_messages: how many leading messages are a prompt, whose answers are not supervised.
+        instruction: (instruction, input, output) of a row in alpaca's format, so that alpaca's own
+            text can be made.
+        untrained: indices of the assistant messages that the row itself leaves unsupervised.
+    """
+
     messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None  # OpenAI's tool schemas
-    given: int = 0  # how many leading messages are a prompt, whose answers are not supervised
-    # (instruction, input, output) of a row in alpaca's format, so that alpaca's own text can be made.
+    tools: list[dict[str, Any]] | None = None
+    prompt_messages: int = 0
     instruction: tuple[str, str, str] | None = None
-    untrained: frozenset[int] = frozenset()  # indices of the assistant messages that the row itself leaves unsupervised
+    untrained: frozenset[int] = frozenset()
 
     def supervised(self) -> list[dict[str, Any]]:
         """The assistant messages that are trained on, where nothing but the row decides."""
-        own = [i for i in range(self.given, len(self.messages)) if i not in self.untrained]
-        return [self.messages[i] for i in own if self.messages[i]["role"] == "assistant"]
+        answers = []
+        for i, message in enumerate(self.messages):
+            is_context = i < self.prompt_messages or i in self.untrained
+            if message["role"] == "assistant" and not is_context:
+                answers.append(message)
+        return answers
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and its answer, as plain text; `system` is for the template that makes two turns of them."""
+    """A prompt and its answer, as plain text.
+
+    `system` is for the template that makes two turns of them.
+    """
 
     prompt: str
     completion: str
@@ -68,13 +97,15 @@ Sample = Conversation | Completion | Text
 
 
 def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
-    """The conversation with `system` as its system message, where it has none of its own; None: as it is."""
+    """The messages with `system` (None: as they are) as system message, where they have none."""
     if system is None or (messages and messages[0]["role"] == "system"):
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
-def convert_row(row: Mapping[str, Any], source: Source, *, where: str, system: str | None = None) -> Sample:
+def convert_row(
+    row: Mapping[str, Any], source: Source, *, where: str, system: str | None = None
+) -> Sample:
     """Convert one row.
 
     Args:
@@ -84,31 +115,44 @@ def convert_row(row: Mapping[str, Any], source: Source, *, where: str, system: s
         system: a system message for conversations that have none (`data.system`).
     """
     reader = _RowReader(row, source, where)
-    sample = _FORMATS[source.format][0](reader)
+    sample = _FORMATS[source.format].read(reader)
     if isinstance(sample, Completion):
         return replace(sample, system=system)
     if not isinstance(sample, Conversation):
         return sample
     _check_order(reader, sample.messages)
     messages = with_system(sample.messages, system)
-    given = sample.given and sample.given + len(messages) - len(sample.messages)
-    untrained = frozenset(i for i, message in enumerate(messages) if not message.pop("train", True))
-    return Conversation(messages, sample.tools, given, sample.instruction, untrained)
+    prompt_messages = sample.prompt_messages
+    if prompt_messages:
+        # A system message that was put before them is part of the prompt.
+        prompt_messages += len(messages) - len(sample.messages)
+    untrained = set()
+    for i, message in enumerate(messages):
+        if not message.pop("train", True):
+            untrained.add(i)
+    return Conversation(
+        messages, sample.tools, prompt_messages, sample.instruction, frozenset(untrained)
+    )
 
 
 def _yaml_text(name: str) -> str:
     """A column's name as a value in a mapping of YAML on one line."""
-    return name if re.fullmatch(r"[A-Za-z_][\w .-]*", name) else json.dumps(name, ensure_ascii=False)
+    if re.fullmatch(r"[A-Za-z_][\w .-]*", name):
+        return name
+    return json.dumps(name, ensure_ascii=False)
 
 
 class _RowReader:
     """One row with its column mapping and place."""
 
     def __init__(self, row: Mapping[str, Any], source: Source, where: str) -> None:
-        self.row, self.source, self.where = row, source, where
+        self.row = row
+        self.source = source
+        self.where = where
 
     def error(self, what: str, why: str = "", fix: str = "fix the row", at: str = "") -> DataError:
-        return DataError(what, where=f"{self.where}{', ' + at if at else ''}", why=why, fix=fix)
+        where = f"{self.where}, {at}" if at else self.where
+        return DataError(what, where=where, why=why, fix=fix)
 
     def optional(self, name: str) -> Any:
         return self.row.get(self.source.columns.get(name, name))
@@ -116,32 +160,41 @@ class _RowReader:
     def required(self, name: str) -> Any:
         column = self.source.columns.get(name, name)
         if column not in self.row:
-            why = f"format {self.source.format} needs it; the columns are {', '.join(map(str, self.row)) or 'none'}"
+            columns = ", ".join(map(str, self.row)) or "none"
+            why = f"format {self.source.format} needs it; the columns are {columns}"
             raise self.error(f"there is no column {column}", why, self._column_fix())
         if self.row[column] is None:
             raise self.error(f"column {column} is null", fix="fill it, or delete the row")
         return self.row[column]
 
     def _column_fix(self) -> str:
-        """The `columns:` line that would map missing columns, and the formats that these columns fit as they are."""
-        needed, mapped = _FORMATS[self.source.format][1], self.source.columns
-        spare = [str(c) for c in self.row if c not in needed and c not in mapped.values()]
+        """The `columns:` line for missing columns, and the formats that fit as the row is."""
+        needed = _FORMATS[self.source.format].columns
+        mapped = self.source.columns
         missing = [name for name in needed if mapped.get(name, name) not in self.row]
-        candidates = [*map(_yaml_text, spare), *["..."] * len(missing)]
-        pairs = ", ".join(f"{name}: {column}" for name, column in zip(missing, candidates, strict=False))
-        fitting = " or ".join(form for form, (_, columns) in _FORMATS.items() if self.row.keys() >= set(columns))
-        return f"columns: {{{pairs}}}" + (f", or format: {fitting}" if fitting else "")
+        spare = [str(c) for c in self.row if c not in needed and c not in mapped.values()]
+        pairs = []
+        for n, name in enumerate(missing):
+            column = _yaml_text(spare[n]) if n < len(spare) else "..."
+            pairs.append(f"{name}: {column}")
+        fix = f"columns: {{{', '.join(pairs)}}}"
+        fitting = [name for name, form in _FORMATS.items() if self.row.keys() >= set(form.columns)]
+        if fitting:
+            fix += f", or format: {' or '.join(fitting)}"
+        return fix
 
     def text(self, value: Any, at: str) -> str:
         """A value that must be text; numbers of a CSV or JSON column are not text."""
         if not isinstance(value, str):
             fix = 'write it in quotes: "..."'
-            if Path(self.source.source).suffix in (".parquet", ".arrow"):  # their columns have one type
+            # The columns of these files have one type each.
+            if Path(self.source.source).suffix in (".parquet", ".arrow"):
                 fix = "store this column as text"
             raise self.error(f"{at} is {json_type(value)}, not a text", fix=fix)
         if len(value) > MAX_ROW_BYTES:
+            what = f"{at} is a text of {len(value) >> 20} MiB"
             limit = f"a row may have {MAX_ROW_BYTES >> 20} MiB"
-            raise self.error(f"{at} is a text of {len(value) >> 20} MiB", limit, "split it into several rows")
+            raise self.error(what, limit, "split it into several rows")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -151,81 +204,97 @@ class _RowReader:
         return value
 
     def json(self, value: Any, at: str) -> Any:
-        """A value that may be JSON written as text, as columns of a CSV file and old tool calls are."""
+        """A value that may be JSON as text, as columns of a CSV file and old tool calls are."""
         if not isinstance(value, str):
             return value
         try:
             return json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise self.error(f"{at} is not JSON", str(error), "fix the text, or write the value itself") from None
+            fix = "fix the text, or write the value itself"
+            raise self.error(f"{at} is not JSON", str(error), fix) from None
 
     def list(self, value: Any, at: str) -> list[Any]:
-        found = self.json(value, at)
-        if not isinstance(found, list):
-            raise self.error(f"{at} is {json_type(found)}, not a list", fix="write a list: [...]")
-        return found
+        items = self.json(value, at)
+        if not isinstance(items, list):
+            raise self.error(f"{at} is {json_type(items)}, not a list", fix="write a list: [...]")
+        return items
 
     def role(self, name: Any, at: str) -> str:
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            raise self.error(f"unknown role {name!r}", f"the roles are {', '.join(ROLES)}", "rename the role", at)
+            why = f"the roles are {', '.join(ROLES)}"
+            raise self.error(f"unknown role {name!r}", why, "rename the role", at)
         return role
 
 
 def _alpaca(row: _RowReader) -> Sample:
     instruction = row.text(row.required("instruction"), "instruction")
     output = row.text(row.required("output"), "output")
-    given = row.optional("input")
-    extra = row.text(given, "input") if given is not None else ""
+    extra = row.optional("input")
+    extra_text = "" if extra is None else row.text(extra, "input")
     messages = _system(row)
     history = row.optional("history")
-    for n, turn in enumerate(row.list(history, "history") if history is not None else [], 1):
+    turns = [] if history is None else row.list(history, "history")
+    for n, turn in enumerate(turns, 1):
         pair = row.list(turn, f"history {n}")
         if len(pair) != 2:
-            raise row.error(f"history {n} has {len(pair)} entries", fix="write pairs: [instruction, answer]")
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            messages.append({"role": role, "content": row.text(text, f"history {n}")})
-    single = not messages
-    messages.append({"role": "user", "content": f"{instruction}\n{extra}" if extra else instruction})
+            fix = "write pairs: [instruction, answer]"
+            raise row.error(f"history {n} has {len(pair)} entries", fix=fix)
+        question = row.text(pair[0], f"history {n}")
+        answer = row.text(pair[1], f"history {n}")
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    is_single_turn = not messages
+    question = f"{instruction}\n{extra_text}" if extra_text else instruction
+    messages.append({"role": "user", "content": question})
     messages.append({"role": "assistant", "content": output})
-    return Conversation(messages, instruction=(instruction, extra, output) if single else None)
+    if is_single_turn:
+        return Conversation(messages, instruction=(instruction, extra_text, output))
+    return Conversation(messages)
 
 
 def _messages(row: _RowReader) -> Sample:
-    return Conversation(_read_messages(row, row.required("messages"), "messages"), _tools(row))
+    messages = _read_messages(row, row.required("messages"), "messages")
+    return Conversation(messages, _tools(row))
 
 
 def _sharegpt(row: _RowReader) -> Sample:
-    turns, messages = row.list(row.required("conversations"), "conversations"), _system(row)
+    turns = row.list(row.required("conversations"), "conversations")
+    messages = _system(row)
     if not turns and not messages:
         raise row.error("conversations is empty", fix="delete the row")
-    before = ""
+    previous_role = ""
     for n, turn in enumerate(turns, 1):
         at = f"turn {n}"
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-            raise row.error("a turn has no `from` and `value`", "", 'write {"from": "human", "value": "..."}', at)
+            fix = 'write {"from": "human", "value": "..."}'
+            raise row.error("a turn has no `from` and `value`", fix=fix, at=at)
         role = row.role(turn["from"], at)
         if role != "call":
-            messages.append({"role": role, "content": row.text(turn["value"], f"{at} value")})
-        elif before == "call":  # several calls in one answer, written as turns after one another
-            messages[-1]["tool_calls"] += _calls(row, turn["value"], at)
+            text = row.text(turn["value"], f"{at} value")
+            messages.append({"role": role, "content": text})
         else:
-            messages.append({"role": "assistant", "content": "", "tool_calls": _calls(row, turn["value"], at)})
-        before = role
+            # Several calls in one answer are written as turns after one another.
+            if previous_role != "call":
+                messages.append({"role": "assistant", "content": "", "tool_calls": []})
+            messages[-1]["tool_calls"] += _calls(row, turn["value"], at)
+        previous_role = role
         if not _is_trained(row, messages[-1]["role"], turn, at):
             messages[-1]["train"] = False
     return Conversation(messages, _tools(row))
 
 
 def _prompt_completion(row: _RowReader) -> Sample:
-    prompt, completion = row.required("prompt"), row.required("completion")
+    prompt = row.required("prompt")
+    completion = row.required("completion")
     if isinstance(prompt, list) != isinstance(completion, list):
-        what, fix = "prompt and completion are of two kinds", "write both as lists of messages"
-        raise row.error(what, "one is a text, one a list", fix)
+        fix = "write both as lists of messages"
+        raise row.error("prompt and completion are of two kinds", "one is a text, one a list", fix)
     if not isinstance(prompt, list):
         return Completion(row.text(prompt, "prompt"), row.text(completion, "completion"))
-    before = _read_messages(row, prompt, "prompt")
-    return Conversation(before + _read_messages(row, completion, "completion"), _tools(row), given=len(before))
+    prompt = _read_messages(row, prompt, "prompt")
+    completion = _read_messages(row, completion, "completion")
+    return Conversation(prompt + completion, _tools(row), prompt_messages=len(prompt))
 
 
 def _text(row: _RowReader) -> Sample:
@@ -235,20 +304,28 @@ def _text(row: _RowReader) -> Sample:
     return Text(text)
 
 
-# Name: its reader and the columns it needs.
-_FORMATS: dict[str, tuple[Callable[[_RowReader], Sample], tuple[str, ...]]] = {
-    "alpaca": (_alpaca, ("instruction", "output")),
-    "messages": (_messages, ("messages",)),
-    "sharegpt": (_sharegpt, ("conversations",)),
-    "prompt-completion": (_prompt_completion, ("prompt", "completion")),
-    "text": (_text, ("text",)),
+class _Format(NamedTuple):
+    """The reader of a format, and the columns that it needs."""
+
+    read: Callable[[_RowReader], Sample]
+    columns: tuple[str, ...]
+
+
+_FORMATS = {
+    "alpaca": _Format(_alpaca, ("instruction", "output")),
+    "messages": _Format(_messages, ("messages",)),
+    "sharegpt": _Format(_sharegpt, ("conversations",)),
+    "prompt-completion": _Format(_prompt_completion, ("prompt", "completion")),
+    "text": _Format(_text, ("text",)),
 }
 
 
 def _system(row: _RowReader) -> list[dict[str, Any]]:
     """The row's own system column as a first message."""
     system = row.optional("system")
-    return with_system([], row.text(system, "system") if system else None)
+    if not system:
+        return []
+    return with_system([], row.text(system, "system"))
 
 
 def _read_messages(row: _RowReader, value: Any, column: str) -> list[dict[str, Any]]:
@@ -256,10 +333,12 @@ def _read_messages(row: _RowReader, value: Any, column: str) -> list[dict[str, A
     for n, message in enumerate(row.list(value, column), 1):
         at = f"message {n}"
         if not isinstance(message, Mapping) or "role" not in message:
-            raise row.error("a message has no role", "", 'write {"role": "user", "content": "..."}', at)
+            fix = 'write {"role": "user", "content": "..."}'
+            raise row.error("a message has no role", fix=fix, at=at)
         role = row.role(message["role"], at)
         if role == "call":
-            raise row.error(f"unknown role {message['role']!r}", "calls belong in an assistant's tool_calls", at=at)
+            why = "calls belong in an assistant's tool_calls"
+            raise row.error(f"unknown role {message['role']!r}", why, at=at)
         messages.append(_message(row, role, message, at))
     if not messages:
         raise row.error(f"{column} is empty", fix="delete the row")
@@ -269,30 +348,44 @@ def _read_messages(row: _RowReader, value: Any, column: str) -> list[dict[str, A
 def _message(row: _RowReader, role: str, message: Mapping[str, Any], at: str) -> dict[str, Any]:
     text, reasoning, calls = _content(row, message.get("content"), at)
     reasoning = reasoning or message.get("reasoning_content") or message.get("reasoning") or ""
-    calls += _calls(row, message["tool_calls"], at) if message.get("tool_calls") else []
+    if message.get("tool_calls"):
+        calls += _calls(row, message["tool_calls"], at)
     if (reasoning or calls) and role != "assistant":
-        raise row.error(f"a {role} message has reasoning or tool calls", "only an assistant's may", at=at)
+        what = f"a {role} message has reasoning or tool calls"
+        raise row.error(what, "only an assistant's may", at=at)
     if message.get("content") is None and not calls and not reasoning:
-        raise row.error("a message has no content", "", 'give it "content": "...", or delete it', at)
-    out: dict[str, Any] = {"role": role, "content": text}
+        fix = 'give it "content": "...", or delete it'
+        raise row.error("a message has no content", fix=fix, at=at)
+    converted: dict[str, Any] = {"role": role, "content": text}
     if not _is_trained(row, role, message, at):
-        out["train"] = False
+        converted["train"] = False
     if reasoning:
-        out["reasoning_content"] = row.text(reasoning, f"{at} reasoning")
+        converted["reasoning_content"] = row.text(reasoning, f"{at} reasoning")
     if calls:
-        out["tool_calls"] = calls
-    names = (name for name in ("name", "tool_call_id") if message.get(name))
-    return out | {name: row.text(message[name], f"{at} {name}") for name in names}
+        converted["tool_calls"] = calls
+    for name in ("name", "tool_call_id"):
+        if message.get(name):
+            converted[name] = row.text(message[name], f"{at} {name}")
+    return converted
 
 
 def _is_trained(row: _RowReader, role: str, message: Mapping[str, Any], at: str) -> bool:
     """False where a turn says that it is not trained on: by `train`, or OpenAI's `weight`."""
-    given = {name: message[name] for name in ("train", "weight", "loss_weight") if message.get(name) is not None}
-    for name, value in given.items():
+    is_trained = True
+    for name in ("train", "weight", "loss_weight"):
+        value = message.get(name)
+        if value is None:
+            continue
         if value not in (0, 1) or (value and role != "assistant"):
-            why = "an assistant's turn is trained on (true, or weight 1) or not (false, or 0), and no other turn is"
-            raise row.error(f"the message of the {role} has {name}: {value}", why, f"remove {name}, or the row", at)
-    return all(given.values())
+            what = f"the message of the {role} has {name}: {value}"
+            why = (
+                "an assistant's turn is trained on (true, or weight 1) or not (false, or 0),"
+                " and no other turn is"
+            )
+            raise row.error(what, why, f"remove {name}, or the row", at)
+        if not value:
+            is_trained = False
+    return is_trained
 
 
 def _content(row: _RowReader, content: Any, at: str) -> tuple[str, str, list[dict[str, Any]]]:
@@ -301,11 +394,17 @@ def _content(row: _RowReader, content: Any, at: str) -> tuple[str, str, list[dic
         return "", "", []
     if not isinstance(content, list):
         return row.text(content, f"{at} content"), "", []
-    text = reasoning = ""
+    text = ""
+    reasoning = ""
     calls: list[dict[str, Any]] = []
     for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        value = next((part[k] for k in ("text", "value", "reasoning") if k in part), None) if kind else None
+        kind = None
+        value = None
+        if isinstance(part, Mapping):
+            kind = part.get("type")
+            keys = [key for key in ("text", "value", "reasoning") if key in part]
+            if keys:
+                value = part[keys[0]]
         if kind == "text":
             text += row.text(value, f"{at} content")
         elif kind in ("reasoning", "thinking"):
@@ -319,23 +418,32 @@ def _content(row: _RowReader, content: Any, at: str) -> tuple[str, str, list[dic
 
 
 def _calls(row: _RowReader, value: Any, at: str) -> list[dict[str, Any]]:
-    """Tool calls: one or a list, bare or in OpenAI's wrapping, arguments as an object or as JSON text."""
+    """Tool calls: one or a list, bare or in OpenAI's wrapping.
+
+    Their arguments are an object, or JSON text of one.
+    """
     value = row.json(value, f"{at} tool call")
-    calls = []
-    for call in value if isinstance(value, list) else [value]:
-        body = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(body, Mapping) or not isinstance(body.get("name"), str):
-            fix = 'write {"name": "f", "arguments": {...}}, or a list of these'
-            raise row.error("a tool call has no name", "", fix, at)
-        given = row.json(body.get("arguments"), f"{at} arguments")
-        arguments = {} if given is None else given
-        if not isinstance(arguments, dict):
-            what = f"the arguments of {body['name']} are {json_type(arguments)}, not an object"
-            raise row.error(what, "", 'write {"a": 1}', at)
-        name = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        calls.append({"type": "function", **name, "function": {"name": body["name"], "arguments": arguments}})
-    if not calls:
+    values = value if isinstance(value, list) else [value]
+    if not values:
         raise row.error("a list of tool calls is empty", at=at)
+    calls = []
+    for item in values:
+        function = item.get("function", item) if isinstance(item, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            fix = 'write {"name": "f", "arguments": {...}}, or a list of these'
+            raise row.error("a tool call has no name", fix=fix, at=at)
+        name = function["name"]
+        arguments = row.json(function.get("arguments"), f"{at} arguments")
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
+            what = f"the arguments of {name} are {json_type(arguments)}, not an object"
+            raise row.error(what, fix='write {"a": 1}', at=at)
+        call: dict[str, Any] = {"type": "function"}
+        if isinstance(item.get("id"), str):
+            call["id"] = item["id"]
+        call["function"] = {"name": name, "arguments": arguments}
+        calls.append(call)
     return calls
 
 
@@ -346,29 +454,43 @@ def _tools(row: _RowReader) -> list[dict[str, Any]] | None:
         return None
     tools = []
     for n, tool in enumerate(row.list(value, "tools"), 1):
-        body = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(body, Mapping):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping):
             fix = 'write {"name", "description", "parameters"}'
             raise row.error(f"tool {n} is {json_type(tool)}, not an object", fix=fix)
-        if not isinstance(body.get("name"), str):
+        if not isinstance(function.get("name"), str):
             raise row.error(f"tool {n} has no name", fix='give it "name": "..."')
-        tools.append({"type": "function", "function": dict(body)})
+        tools.append({"type": "function", "function": dict(function)})
     return tools or None
 
 
 def _check_order(row: _RowReader, messages: list[dict[str, Any]]) -> None:
-    """What no template can render: a late system message, a result without a call, an answer to nothing, no answer."""
-    roles, called = [message["role"] for message in messages], False
-    for n, role in enumerate(roles):
-        wrong = {
-            "a system message comes after others; it must come first, once": role == "system" and n > 0,
-            "a tool's result comes where no tool was called": role == "tool" and not called,
-            "the first turn is the assistant's; it answers nothing": role == "assistant"
-            and set(roles[:n]) <= {"system"},
-        }
-        if what := next((what for what, found in wrong.items() if found), ""):
-            raise row.error(what, "roles are out of order", "fix the row's order", f"message {n + 1}")
-        called = (role == "assistant" and "tool_calls" in messages[n]) or (role == "tool" and called)
+    """DataError for what no template can render.
+
+    That is a late system message, a result without a call, an answer to nothing, or no answer.
+    """
+    roles = [message["role"] for message in messages]
+    may_have_result = False
+    only_system_so_far = True
+    for n, message in enumerate(messages):
+        role = message["role"]
+        fault = ""
+        if role == "system" and n > 0:
+            fault = "a system message comes after others; it must come first, once"
+        elif role == "tool" and not may_have_result:
+            fault = "a tool's result comes where no tool was called"
+        elif role == "assistant" and only_system_so_far:
+            fault = "the first turn is the assistant's; it answers nothing"
+        if fault:
+            at = f"message {n + 1}"
+            raise row.error(fault, "roles are out of order", "fix the row's order", at)
+        if role == "assistant":
+            may_have_result = "tool_calls" in message
+        elif role != "tool":
+            may_have_result = False
+        if role != "system":
+            only_system_so_far = False
     if "assistant" not in roles:
+        why = f"the roles are {', '.join(roles)}"
         fix = "delete the row, or map the answer's column by `columns:`"
-        raise row.error("there is no assistant turn to train on", f"the roles are {', '.join(roles)}", fix)
+        raise row.error("there is no assistant turn to train on", why, fix)

@@ -1,22 +1,24 @@
 """Which characters of a rendered conversation are supervised, for any chat template.
 
-A template may strip thinking from earlier turns (Qwen3), trim texts (Llama 3, Gemma), move the system message into a
-user's turn (Llama 2), or drop what it does not know. So no search for a text can tell the template's words from the
-user's. Sentinels can:
+A template may strip thinking from earlier turns (Qwen3), trim texts (Llama 3, Gemma), move the
+system message into a user's turn (Llama 2), or drop what it does not know. So no search for a text
+can tell the template's words from the user's. Sentinels can:
 
-1. Render the conversation, and again with every text in it (contents, thinking, names and arguments of calls, names of
-   tools) between two sentinels. Without the sentinels both renderings must be equal; then they say where each text is,
-   and everything outside a pair of them is the template's own.
-2. An answer starts where generation would: what the rendering of the messages before it, with the generation prompt,
-   has after its last text must stand at the same place of the conversation. What the template writes between there and
-   the answer's text (an empty thinking block, a tool call's tag) is the model's to write: supervised.
+1. Render the conversation, and again with every text in it (contents, thinking, names and arguments
+   of calls, names of tools) between two sentinels. Without the sentinels both renderings must be
+   equal; then they say where each text is, and everything outside a pair of them is the template's
+   own.
+2. An answer starts where generation would: what the rendering of the messages before it, with the
+   generation prompt, has after its last text must stand at the same place of the conversation. What
+   the template writes between there and the answer's text (an empty thinking block, a tool call's
+   tag) is the model's to write: supervised.
 3. An answer ends with the first end token after its last text. What follows is not supervised.
 
-A template with {% generation %} says itself where answers are; the sentinels check it, and a prompt is rendered only
-where a block opens before its answer's text. Whatever cannot be proven is refused with a DataError, never guessed.
+A template with {% generation %} says itself where answers are; the sentinels check it, and a prompt
+is rendered only where a block opens before its answer's text. Whatever cannot be proven is refused
+with a DataError, never guessed.
 """
 
-import itertools
 import re
 import sys
 from collections import Counter
@@ -30,37 +32,103 @@ from tunesmith.data.align import CharSpan
 from tunesmith.data.sentinels import POSITIONS, Field, Message, Messages, Sentinel, Sentinels, Tools
 from tunesmith.errors import DataError, first_line
 
-# What a template may end in; the last two where it calls itself, or writes a text beyond all bounds.
+# What a template may end in; the last two where it calls itself, or writes a text beyond all
+# bounds.
 RENDER_ERRORS = (
-    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
-)  # fmt: skip
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _FIX = "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
-_FIX_TAGS = "move the {% generation %} tags in the template: all of each answer with its end token, and nothing else"
+_FIX_TAGS = (
+    "move the {% generation %} tags in the template: all of each answer with its end token,"
+    " and nothing else"
+)
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of some texts; of several at one place, the longest."""
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
+    """Matches any of some texts; of several at one place, the longest. Of none, nothing."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 class _Rendering(NamedTuple):
-    """A rendered conversation and the sentinels found in it. messages, tools: with sentinels; shown: fields found with
-    sentinels at any position."""
+    """A rendered conversation and the sentinels in it.
+
+    Attributes:
+        text: without sentinels.
+        sentinels: those in the text, in order.
+        inserted: what set them into the conversation.
+        messages, tools: with sentinels.
+        shown: fields whose sentinels the template renders, at any position.
+    """
 
     text: str
-    found: list[Sentinel]
-    sentinels: Sentinels
+    sentinels: list[Sentinel]
+    inserted: Sentinels
     messages: list[Message]
     tools: Tools
     shown: frozenset[int]
 
     def field(self, sentinel: Sentinel) -> Field:
-        return self.sentinels.fields[sentinel.field]
+        return self.inserted.fields[sentinel.field]
 
     def of_message(self, i: int) -> list[int]:
-        """Indices into `found` of the sentinels of one message."""
-        return [n for n, sentinel in enumerate(self.found) if self.field(sentinel).message == i]
+        """Indices into `sentinels` of those of one message."""
+        return [n for n, sentinel in enumerate(self.sentinels) if self.field(sentinel).message == i]
+
+    def place(self, n: int) -> int:
+        """Where in the text sentinel n stands; -1 stands for the beginning of the text."""
+        return self.sentinels[n].at if n >= 0 else 0
+
+
+# Of one {% generation %} block: the characters [start, end) that it wrote.
+_Block = tuple[int, int]
+
+
+# Small conversations that show what a template does with each kind of text.
+_PROBE_TURN: list[Message] = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+]
+_PROBE_TURNS = [
+    *_PROBE_TURN,
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four"},
+]
+_PROBE_THINKING = [_PROBE_TURN[0], {**_PROBE_TURN[1], "reasoning_content": "three"}]
+_PROBE_CALL: list[Message] = [
+    _PROBE_TURN[0],
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "type": "function",
+                "id": "call00001",
+                "function": {"name": "look", "arguments": {"at": "six"}},
+            }
+        ],
+    },
+    {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "five"},
+    _PROBE_TURN[1],
+]
+_PROBE_TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "description": "Look.",
+            "parameters": {"type": "object", "properties": {}},
+        },
+    }
+]
 
 
 class AssistantMask:
@@ -72,34 +140,60 @@ class AssistantMask:
 
     Attributes:
         tagged: whether the template has {% generation %} blocks.
-        end_tokens: text and id of each token that may end an answer: those of `eos_ids`, and the template's own.
+        end_tokens: text and id of each token that may end an answer: those of `eos_ids`, and the
+            template's own.
         reasoning, tools: whether the template shows thinking and tool calls.
     """
 
     def __init__(self, tokenizer: Any, jinja: str, name: str, eos_ids: Collection[int]) -> None:
-        self.tokenizer, self.jinja, self.name = tokenizer, jinja, name
+        self.tokenizer = tokenizer
+        self.jinja = jinja
+        self.name = name
         self.tagged = bool(_GENERATION.search(jinja))
-        self.reasoning = self.tools = False  # so that the probe tries every position
+        # Until they are known, the probe looks for every text with every position.
+        self.reasoning = False
+        self.tools = False
         self.end_ids = frozenset(eos_ids)
-        self.end_tokens = {text: id_ for id_ in sorted(eos_ids) if (text := tokenizer.decode([id_]))}
+        self.end_tokens: dict[str, int] = {}
+        for id_ in sorted(eos_ids):
+            text = tokenizer.decode([id_])
+            if text:
+                self.end_tokens[text] = id_
         self._probe()
 
-    def render(self, messages: Messages, tools: Tools = None, *, generate: bool = False, where: str = "") -> str:
+    def render(
+        self, messages: Messages, tools: Tools = None, *, generate: bool = False, where: str = ""
+    ) -> str:
         """The text of a conversation, or DataError; `generate` adds the generation prompt."""
         with self._render_errors(where):
             return self.tokenizer.apply_chat_template(
-                list(messages), tools, chat_template=self.jinja, add_generation_prompt=generate, tokenize=False
+                list(messages),
+                tools,
+                chat_template=self.jinja,
+                add_generation_prompt=generate,
+                tokenize=False,
             )
 
-    def _render_tagged(self, messages: Messages, tools: Tools, where: str) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and the spans of characters that its {% generation %} blocks wrote."""
+    def _render_tagged(
+        self, messages: Messages, tools: Tools, where: str
+    ) -> tuple[str, list[_Block]]:
+        """The text of a conversation, and what its {% generation %} blocks wrote."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        # As in apply_chat_template, which returns these spans as tokens only, straddling ones included.
-        bare = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        # As in apply_chat_template, which returns these spans as tokens only, those included that
+        # begin before a span.
+        bare = [
+            {key: value for key, value in message.items() if value is not None}
+            for message in messages
+        ]
         with self._render_errors(where):
             texts, blocks = render_jinja_template(
-                [bare], tools, None, self.jinja, return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map
+                [bare],
+                tools,
+                None,
+                self.jinja,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
             )
         return texts[0], [(start, end) for start, end in blocks[0] if end > start]
 
@@ -116,216 +210,365 @@ class AssistantMask:
         return DataError(f"{self.name} {what}", where=where, why=why, fix=fix)
 
     def _locate_texts(self, text: str, messages: Messages, tools: Tools, where: str) -> _Rendering:
-        """Find the texts of a conversation in its rendering, by the first position of sentinels that keeps it equal.
+        """Find the texts of a conversation in its rendering.
 
-        Further positions are tried while a text is not found that the template must show or that holds an end token.
+        The first position of sentinels that keeps the rendering equal is taken. Further positions
+        are tried while a text is not found that the template must show or that holds an end token.
         """
-        word = next(w for n in itertools.count() if (w := f"zq{n}W") not in text and w not in repr((messages, tools)))
-        best: _Rendering | None = None
+        word = _unused_word(text, messages, tools)
+        rendering: _Rendering | None = None
         shown: set[int] = set()
         for position in POSITIONS:
-            sentinels = Sentinels(word, position)
-            marked, marked_tools = sentinels.insert(messages, tools)
-            plain, found = sentinels.strip(self.render(marked, marked_tools, where=where))
-            if plain != text:
+            inserted = Sentinels(word, position)
+            marked_messages, marked_tools = inserted.insert(messages, tools)
+            marked_text = self.render(marked_messages, marked_tools, where=where)
+            plain_text, sentinels = inserted.strip(marked_text)
+            if plain_text != text:
                 continue
-            shown |= {sentinel.field for sentinel in found}
-            best = best or _Rendering(text, found, sentinels, marked, marked_tools, frozenset())
-            missing = (field for n, field in enumerate(sentinels.fields) if n not in shown)
+            shown.update(sentinel.field for sentinel in sentinels)
+            if rendering is None:
+                rendering = _Rendering(
+                    text, sentinels, inserted, marked_messages, marked_tools, frozenset()
+                )
+            missing = [field for n, field in enumerate(inserted.fields) if n not in shown]
             if all(self._may_drop(field) and not self._end_token(field.text) for field in missing):
                 break
-        if best is None:
-            what = "renders differently depending on the message text, so assistant spans cannot be located"
-            raise self._error(what, where)
-        return best._replace(shown=frozenset(shown))
+        if rendering is None:
+            raise self._error(
+                "renders differently depending on the message text, so assistant spans cannot be"
+                " located",
+                where,
+            )
+        return rendering._replace(shown=frozenset(shown))
 
     def _may_drop(self, field: Field) -> bool:
         return field.kind == "reasoning_content" and self.reasoning
 
     def answers(
-        self, messages: Messages, tools: Tools = None, *, wanted: Collection[int] | None = None, where: str = ""
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        *,
+        wanted: Collection[int] | None = None,
+        where: str = "",
     ) -> tuple[str, list[CharSpan]]:
-        """The rendered conversation, and the supervised spans of its assistant messages in `wanted` (None: of all).
+        """The rendered conversation, and the supervised spans of its answers.
 
-        DataError if the template drops a part of the conversation, or an answer cannot be located for certain.
+        Args:
+            wanted: indices of the assistant messages that are supervised; None: all.
+
+        Raises:
+            DataError: the template drops a part of the conversation, or an answer cannot be located
+                for certain.
         """
         if self.tagged:
             text, blocks = self._render_tagged(messages, tools, where)
         else:
-            text, blocks = self.render(messages, tools, where=where), []
-        view = self._locate_texts(text, messages, tools, where)
-        self._check_complete(view, where)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        own = self._blocks_of_answers(view, blocks, turns, where) if self.tagged else {}
+            text = self.render(messages, tools, where=where)
+            blocks = []
+        rendering = self._locate_texts(text, messages, tools, where)
+        self._check_complete(rendering, where)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        blocks_of = self._blocks_of_answers(rendering, blocks, answers, where)
         spans = []
-        for i in (i for i in turns if wanted is None or i in wanted):
-            last = i == turns[-1]
-            spans += self._tagged_answer(view, i, own[i], where) if own else [self._answer(view, i, last, where)]
+        for i in answers:
+            if wanted is not None and i not in wanted:
+                continue
+            if self.tagged:
+                spans += self._tagged_answer(rendering, i, blocks_of[i], where)
+            else:
+                is_last = i == answers[-1]
+                spans.append(self._answer(rendering, i, is_last, where))
         return text, spans
 
-    def _check_complete(self, view: _Rendering, where: str) -> None:
-        """Refuse a template that drops words of the conversation, and words that hide where their text ends."""
-        sides = Counter(sentinel.field for sentinel in view.found)
-        for n, field in enumerate(view.sentinels.fields):
-            whose = f"message {field.message + 1}"
-            if n not in view.shown and not self._may_drop(field):
-                shown_as = {"tools": "the tools", "content": f"{whose} ({view.messages[field.message]['role']})"}
-                whose = shown_as.get(field.kind, f"the {field.kind} of {whose}")
-                fix = "remove it from the rows, or give a template that shows it: data.template=FILE.jinja"
-                raise self._error(f"drops {whose}", where, "the model would train on half a conversation", fix)
-            if n in view.shown and sides[n] < 2 and self._end_token(field.text):
-                what = f"rewrites {whose}, whose text holds an end token"
+    def _check_complete(self, rendering: _Rendering, where: str) -> None:
+        """DataError for a template that drops words, and for words that hide where they end."""
+        sentinels_of = Counter(sentinel.field for sentinel in rendering.sentinels)
+        for n, field in enumerate(rendering.inserted.fields):
+            message = f"message {field.message + 1}"
+            if n not in rendering.shown and not self._may_drop(field):
+                if field.kind == "tools":
+                    dropped = "the tools"
+                elif field.kind == "content":
+                    dropped = f"{message} ({rendering.messages[field.message]['role']})"
+                else:
+                    dropped = f"the {field.kind} of {message}"
+                why = "the model would train on half a conversation"
+                fix = (
+                    "remove it from the rows, or give a template that shows it:"
+                    " data.template=FILE.jinja"
+                )
+                raise self._error(f"drops {dropped}", where, why, fix)
+            is_open = n in rendering.shown and sentinels_of[n] < 2
+            if is_open and self._end_token(field.text):
+                what = f"rewrites {message}, whose text holds an end token"
                 raise self._error(what, where, "the end of the message cannot be told")
-        if any(map(self._end_token, view.sentinels.argument_names)):
-            why = "the end of the call cannot be told"
-            raise self._error("writes a call whose argument is named with an end token", where, why)
+        if any(map(self._end_token, rendering.inserted.argument_names)):
+            what = "writes a call whose argument is named with an end token"
+            raise self._error(what, where, "the end of the call cannot be told")
 
-    def _answer(self, view: _Rendering, i: int, last: bool, where: str) -> CharSpan:
+    def _answer(self, rendering: _Rendering, i: int, is_last: bool, where: str) -> CharSpan:
         """The span of message i: from the end of the generation prompt through the end token."""
-        found, own = view.found, view.of_message(i)
-        anchor, prompt = self._prompt(view, i, own, where)
+        anchor, prompt = self._prompt(rendering, i, where)
         if anchor is None:
             raise self._error(f"moves the text before message {i + 1}, an answer", where)
-        at = found[anchor].at if anchor >= 0 else 0
-        start = at + len(prompt)
-        if not view.text.startswith(prompt, at):
-            opened = own and found[own[0]].side == "b" and view.sentinels.position == "both"
-            header = view.text[at : found[own[0]].at] if opened else ""
-            # Qwen3.5 and DeepSeek R1 open thinking in the generation prompt and leave it out of earlier turns.
-            if last or not header or not prompt.startswith(header):
-                row = view.text[at : at + 40]
-                why = f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {row!r}"
-                what = f"writes before message {i + 1}, an answer, something other than its generation prompt"
-                raise self._error(what, where, why)
-            start = at + len(header)
-        final = own[-1] if own else anchor
-        if own and (start > found[own[0]].at or len(own) != final - own[0] + 1):
-            raise self._error(f"mixes message {i + 1}, an answer, with other text", where)
-        limit = found[final + 1].at if final + 1 < len(found) else len(view.text)
-        end = self._end_token(view.text, max(start, found[final].at if own else start), limit)
+        text = rendering.text
+        indices = rendering.of_message(i)
+        start = self._start_of_answer(rendering, i, rendering.place(anchor), prompt, is_last, where)
+        if indices:
+            last_sentinel = indices[-1]
+            is_contiguous = last_sentinel - indices[0] + 1 == len(indices)
+            if start > rendering.place(indices[0]) or not is_contiguous:
+                raise self._error(f"mixes message {i + 1}, an answer, with other text", where)
+            texts_end = max(start, rendering.place(last_sentinel))
+        else:
+            last_sentinel = anchor
+            texts_end = start
+        # The end token stands before the next text of the conversation.
+        limit = len(text)
+        if last_sentinel + 1 < len(rendering.sentinels):
+            limit = rendering.place(last_sentinel + 1)
+        end = self._end_token(text, texts_end, limit)
         if end is None:
-            fix = "give a template that ends answers: data.template=FILE.jinja; or add its token: model.added_tokens"
-            raise self._error(f"writes no end token after message {i + 1}, an answer", where, self._no_end(), fix)
+            fix = (
+                "give a template that ends answers: data.template=FILE.jinja;"
+                " or add its token: model.added_tokens"
+            )
+            what = f"writes no end token after message {i + 1}, an answer"
+            raise self._error(what, where, self._no_end(), fix)
         return CharSpan(start, end.end(), end.start())
 
-    def _prompt(self, view: _Rendering, i: int, own: list[int], where: str) -> tuple[int | None, str]:
+    def _start_of_answer(
+        self,
+        rendering: _Rendering,
+        i: int,
+        prompt_at: int,
+        prompt: str,
+        is_last: bool,
+        where: str,
+    ) -> int:
+        """Where the answer starts after its generation prompt, which must stand at `prompt_at`."""
+        text = rendering.text
+        if text.startswith(prompt, prompt_at):
+            return prompt_at + len(prompt)
+        # Qwen3.5 and DeepSeek R1 open thinking in the generation prompt and leave it out of earlier
+        # turns.
+        header = ""
+        indices = rendering.of_message(i)
+        if indices and rendering.inserted.position == "both":
+            first = rendering.sentinels[indices[0]]
+            if first.side == "b":
+                header = text[prompt_at : first.at]
+        is_earlier_turn = header and prompt.startswith(header) and not is_last
+        if not is_earlier_turn:
+            row = text[prompt_at : prompt_at + 40]
+            raise self._error(
+                f"writes before message {i + 1}, an answer, something other than its generation"
+                " prompt",
+                where,
+                f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {row!r}",
+            )
+        return prompt_at + len(header)
+
+    def _prompt(self, rendering: _Rendering, i: int, where: str) -> tuple[int | None, str]:
         """What the model is given before message i, after the last text of the prompt.
 
         Returns:
-            The index of the sentinel that closes that text (-1: the prompt holds none; None: in the conversation it is
-            not the one before the answer), and what the prompt holds from there on.
+            The index of the sentinel that closes that text (-1: the prompt holds none; None: in the
+            conversation it is not the one before the answer), and what the prompt holds from there
+            on.
         """
         if i == 0:
-            raise self._error("cannot tell an answer that opens the conversation", where, "no prompt stands before it")
-        rendered = self.render(view.messages[:i], view.tools, generate=True, where=where)
-        rendered, before = view.sentinels.strip(rendered)
-        key = before[-1][:2] if before else None
-        candidates = [own[0] - 1] if own else range(-1, len(view.found))
-        anchors = [n for n in candidates if (view.found[n][:2] if n >= 0 else None) == key]
-        return (anchors[0] if len(anchors) == 1 else None), rendered[before[-1].at if before else 0 :]
+            what = "cannot tell an answer that opens the conversation"
+            raise self._error(what, where, "no prompt stands before it")
+        marked_prompt = self.render(
+            rendering.messages[:i], rendering.tools, generate=True, where=where
+        )
+        prompt, prompt_sentinels = rendering.inserted.strip(marked_prompt)
+        indices = rendering.of_message(i)
+        candidates = [indices[0] - 1] if indices else range(-1, len(rendering.sentinels))
+        if prompt_sentinels:
+            closing = prompt_sentinels[-1]
+            prompt = prompt[closing.at :]
+            anchors = []
+            for n in candidates:
+                # Its place may differ: the conversation goes on.
+                if n >= 0 and rendering.sentinels[n][:2] == closing[:2]:
+                    anchors.append(n)
+        else:
+            anchors = [n for n in candidates if n < 0]
+        anchor = anchors[0] if len(anchors) == 1 else None
+        return anchor, prompt
 
-    def _end_token(self, text: str, begin: int = 0, limit: int = sys.maxsize) -> re.Match[str] | None:
+    def _end_token(
+        self, text: str, begin: int = 0, limit: int = sys.maxsize
+    ) -> re.Match[str] | None:
         """The first end token in text[begin:limit]; of several at one place, the longest."""
         return _any_of(self.end_tokens).search(text, begin, limit)
 
     def _no_end(self) -> str:
-        return f"the model would never learn to stop; end tokens: {', '.join(self.end_tokens) or 'none'}"
+        end_tokens = ", ".join(self.end_tokens) or "none"
+        return f"the model would never learn to stop; end tokens: {end_tokens}"
 
     def _blocks_of_answers(
-        self, view: _Rendering, blocks: list[tuple[int, int]], turns: list[int], where: str
-    ) -> dict[int, list[tuple[int, int]]]:
-        """The blocks of each assistant message: they hold all of each answer and nobody else's text."""
+        self, rendering: _Rendering, blocks: list[_Block], answers: list[int], where: str
+    ) -> dict[int, list[_Block]]:
+        """The blocks of each assistant message.
+
+        They must hold all of each answer and nobody else's text.
+        """
         owners: list[int | None] = [None] * len(blocks)
-        for sentinel in view.found:
-            i, at = view.field(sentinel).message, sentinel.at
-            inside = [n for n, (start, end) in enumerate(blocks) if start <= at <= end]
-            strictly = any(blocks[n][0] < at < blocks[n][1] for n in inside)
-            if (i in turns and not inside) or (i not in turns and strictly):
-                what = "leaves out a part of" if i in turns else "covers"
-                raise self._error(f"has a {{% generation %}} block that {what} message {i + 1}", where, fix=_FIX_TAGS)
-            if i in turns:
-                owners[inside[0]] = i
-        for n, block in enumerate(blocks):  # a block without a text of the row is a blank answer: they come in order
-            if owners[n] is None:
-                after = max((owner for owner in owners[:n] if owner is not None), default=-1)
-                owners[n] = next((i for i in turns if i > after and i not in owners), after if after >= 0 else None)
+        if not self.tagged:
+            return {}
+        for sentinel in rendering.sentinels:
+            i = rendering.field(sentinel).message
+            holding = [n for n, (start, end) in enumerate(blocks) if start <= sentinel.at <= end]
+            if i in answers:
+                if not holding:
+                    raise self._tag_error("leaves out a part of", i, where)
+                owners[holding[0]] = i
+            elif any(blocks[n][0] < sentinel.at < blocks[n][1] for n in holding):
+                raise self._tag_error("covers", i, where)
+        # A block without a text of the row is a blank answer; these come in order.
+        for n, block in enumerate(blocks):
+            if owners[n] is not None:
+                continue
+            previous = max((owner for owner in owners[:n] if owner is not None), default=None)
+            later = [i for i in answers if i not in owners and (previous is None or i > previous)]
+            owners[n] = later[0] if later else previous
             if owners[n] is None:
                 what = "has a {% generation %} block outside of answers"
                 raise self._error(what, where, f"characters {block}", _FIX_TAGS)
-        return {i: [block for block, owner in zip(blocks, owners, strict=True) if owner == i] for i in turns}
+        blocks_of: dict[int, list[_Block]] = {i: [] for i in answers}
+        for block, owner in zip(blocks, owners, strict=True):
+            if owner is not None:
+                blocks_of[owner].append(block)
+        return blocks_of
 
-    def _tagged_answer(self, view: _Rendering, i: int, blocks: list[tuple[int, int]], where: str) -> list[CharSpan]:
+    def _tag_error(self, verb: str, i: int, where: str) -> DataError:
+        what = f"has a {{% generation %}} block that {verb} message {i + 1}"
+        return self._error(what, where, fix=_FIX_TAGS)
+
+    def _tagged_answer(
+        self, rendering: _Rendering, i: int, blocks: list[_Block], where: str
+    ) -> list[CharSpan]:
+        """The spans of message i, within its blocks: the last one ends with the end token."""
         if not blocks:
-            raise self._error(f"has no {{% generation %}} block for message {i + 1}", where, fix=_FIX_TAGS)
-        own = view.of_message(i)
-        texts = [view.found[n].at for n in own]
-        ends = (self._end_token(view.text, max([start, *texts]), stop) for start, stop in blocks)
-        n, end = next(((n, end) for n, end in enumerate(ends) if end), (0, None))
+            what = f"has no {{% generation %}} block for message {i + 1}"
+            raise self._error(what, where, fix=_FIX_TAGS)
+        texts = [rendering.place(n) for n in rendering.of_message(i)]
+        spans = []
+        end = None
+        for start, stop in blocks:
+            # The end token stands after the answer's texts.
+            end = self._end_token(rendering.text, max([start, *texts]), stop)
+            if end is not None:
+                spans.append(CharSpan(start, end.end(), end.start()))
+                break
+            spans.append(CharSpan(start, stop))
         if end is None:
             what = f"has a {{% generation %}} block without an end token, at message {i + 1}"
-            raise self._error(what, where, self._no_end(), "move {% endgeneration %} behind the end token")
+            fix = "move {% endgeneration %} behind the end token"
+            raise self._error(what, where, self._no_end(), fix)
         begin = 0
-        if i and not (texts and blocks[0][0] >= min(texts)):
-            # The block may open before the answer's header, which the generation prompt holds: not supervised.
-            anchor, prompt = self._prompt(view, i, own, where)
+        opens_with_text = bool(texts) and blocks[0][0] >= min(texts)
+        if i > 0 and not opens_with_text:
+            # The block may open before the answer's header, which the generation prompt holds: it
+            # is not supervised.
+            anchor, prompt = self._prompt(rendering, i, where)
             if anchor is not None:
-                at = view.found[anchor].at if anchor >= 0 else 0
-                same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, view.text[at:], strict=False))
-                begin = min([at + sum(1 for _ in same), *texts])
-        spans = [*(CharSpan(*block) for block in blocks[:n]), CharSpan(blocks[n][0], end.end(), end.start())]
-        return [CharSpan(max(s.start, begin), s.end, s.stop) for s in spans if s.end > begin]
+                prompt_at = rendering.place(anchor)
+                common = _common_prefix(prompt, rendering.text[prompt_at:])
+                begin = min([prompt_at + common, *texts])
+        return [span._replace(start=max(span.start, begin)) for span in spans if span.end > begin]
 
     def _probe(self) -> None:
-        """Once per template: find its own end token, and whether it shows thinking and tools, on small conversations."""
-        user: Message = {"role": "user", "content": "one"}
-        answer: Message = {"role": "assistant", "content": "two"}
-        call = {"type": "function", "id": "call00001", "function": {"name": "look", "arguments": {"at": "six"}}}
-        schema = {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}}
-        result = {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "five"}
-        called = [user, {"role": "assistant", "content": "", "tool_calls": [call]}, result, answer]
-        pair = [user, answer, {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"}]
-
-        def rendering(messages: Messages, tools: Tools = None) -> _Rendering | None:
-            try:
-                return self._locate_texts(self.render(messages, tools), messages, tools, "")
-            except DataError:
-                return None  # the rows will show what it takes
-
-        def complete(view: _Rendering | None) -> bool:
-            return view is not None and len(view.shown) == len(view.sentinels.fields)
-
-        if (view := rendering([user, answer])) and not complete(view):
-            field = next(field for n, field in enumerate(view.sentinels.fields) if n not in view.shown)
-            what, why = f"drops the {('question', 'answer')[field.message]}", f"it renders as {view.text[:60]!r}"
+        """Find out once per template, on small conversations, what it shows and its end token."""
+        rendering = self._try(_PROBE_TURN)
+        if rendering is not None and not self._shows_all(rendering):
+            dropped = "answer" if 0 in rendering.shown else "question"
+            why = f"it renders as {rendering.text[:60]!r}"
             fix = "name a template that writes it: data.template=FILE.jinja"
-            raise self._error(what, "data.template", why, fix)
-        self.reasoning = complete(rendering([user, {**answer, "reasoning_content": "three"}]))
-        self.tools = complete(rendering(called, [{"type": "function", "function": schema}]))
-        if view := rendering(pair):
-            self._find_end(view)
-            self._check_generation_prompt(view, pair)
+            raise self._error(f"drops the {dropped}", "data.template", why, fix)
+        self.reasoning = self._shows_all(self._try(_PROBE_THINKING))
+        self.tools = self._shows_all(self._try(_PROBE_CALL, _PROBE_TOOLS))
+        rendering = self._try(_PROBE_TURNS)
+        if rendering is not None:
+            self._find_end(rendering)
+            self._check_generation_prompt(rendering)
 
-    def _find_end(self, view: _Rendering) -> None:
+    def _try(self, messages: Messages, tools: Tools = None) -> _Rendering | None:
+        """A conversation with its texts located; None where the template does not take it."""
+        try:
+            return self._locate_texts(self.render(messages, tools), messages, tools, "")
+        except DataError:
+            # The rows will show what it takes.
+            return None
+
+    def _shows_all(self, rendering: _Rendering | None) -> bool:
+        return rendering is not None and len(rendering.shown) == len(rendering.inserted.fields)
+
+    def _find_end(self, rendering: _Rendering) -> None:
         """Where generation's end tokens do not end both answers, add the one token that does."""
-        added = {token.content: id_ for id_, token in self.tokenizer.added_tokens_decoder.items()}
-        after = [*(sentinel.at for sentinel in view.found[1:]), len(view.text)]
-        tails = [
-            view.text[sentinel.at : end]
-            for sentinel, end in zip(view.found, after, strict=False)
-            if view.field(sentinel).message % 2 and sentinel.side == "e"
-        ]
-        first = {match[0] if (match := _any_of(added).search(tail)) else "" for tail in tails}
-        if not all(map(self._end_token, tails)) and len(first) == 1 and (end := first.pop()):
+        added = {t.content: id_ for id_, t in self.tokenizer.added_tokens_decoder.items()}
+        places = [sentinel.at for sentinel in rendering.sentinels]
+        next_places = [*places[1:], len(rendering.text)]
+        has_end = True
+        first_tokens = set()
+        for sentinel, next_place in zip(rendering.sentinels, next_places, strict=False):
+            is_answer = rendering.field(sentinel).message % 2 == 1
+            if not is_answer or sentinel.side != "e":
+                continue
+            # What the template writes after an answer, up to the next text.
+            tail = rendering.text[sentinel.at : next_place]
+            if not self._end_token(tail):
+                has_end = False
+            token = _any_of(added).search(tail)
+            first_tokens.add(token[0] if token else "")
+        if has_end or len(first_tokens) != 1:
+            return
+        end = first_tokens.pop()
+        if end:
             self.end_tokens[end] = added[end]
             self.end_ids |= {added[end]}
 
-    def _check_generation_prompt(self, view: _Rendering, pair: Messages) -> None:
-        """Refuse a template without a generation prompt whose answers have a header: nothing tells it from the answer."""
-        own = view.of_message(1)
-        if self.tagged or not own or (bare := self.render(pair[:1])) != self.render(pair[:1], generate=True):
+    def _check_generation_prompt(self, rendering: _Rendering) -> None:
+        """DataError for a template without generation prompt whose answers have a header.
+
+        Nothing tells that header from the answer.
+        """
+        indices = rendering.of_message(1)
+        if self.tagged or not indices:
             return
-        header = view.text[len(bare) : view.found[own[0]].at] if view.text.startswith(bare) else ""
-        if any(token.content in header for token in self.tokenizer.added_tokens_decoder.values()):
-            fix = "add {% if add_generation_prompt %}...{% endif %} with the header of an answer to the template"
+        question = self.render(_PROBE_TURN[:1])
+        has_generation_prompt = question != self.render(_PROBE_TURN[:1], generate=True)
+        if has_generation_prompt or not rendering.text.startswith(question):
+            return
+        header = rendering.text[len(question) : rendering.place(indices[0])]
+        special_tokens = self.tokenizer.added_tokens_decoder.values()
+        if any(token.content in header for token in special_tokens):
+            fix = (
+                "add {% if add_generation_prompt %}...{% endif %} with the header of an answer to"
+                " the template"
+            )
             why = f"the model would have to write {header!r} itself"
             raise self._error("has no generation prompt", "data.template", why, fix)
+
+
+def _common_prefix(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
+def _unused_word(text: str, messages: Messages, tools: Tools) -> str:
+    """A word that occurs neither in a rendering nor in its conversation."""
+    conversation = repr((messages, tools))
+    n = 0
+    while f"zq{n}W" in text or f"zq{n}W" in conversation:
+        n += 1
+    return f"zq{n}W"

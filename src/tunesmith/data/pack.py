@@ -1,10 +1,12 @@
-"""Best-fit-decreasing bin packing: documents into rows of a fixed length. And bins of like cost, for ranks.
+"""Bin packing: documents into rows of a fixed length, best fit first; bins of like cost for ranks.
 
-Longest first, each document goes into the fullest bin that still has room; never more than 11/9 OPT + 1 bins
-(Johnson et al., SIAM J. Comput. 3, 1974). Ding et al., arXiv:2404.10830, use it for training rows.
+Longest first, each document goes into the fullest bin that still has room; never more than
+11/9 OPT + 1 bins (Johnson et al., SIAM J. Comput. 3, 1974). Ding et al., arXiv:2404.10830, use it
+for training rows.
 
-Remaining room is a whole number up to the capacity, so bins are kept in stacks by room, and a sorted list of the rooms
-that occur answers "the least room >= n" by bisection: O(n log n) with memory moves of at most `capacity` entries.
+Remaining room is a whole number up to the capacity, so bins are kept in stacks by room, and a
+sorted list of the rooms that occur answers "the least room >= n" by bisection: O(n log n) with
+memory moves of at most `capacity` entries.
 """
 
 from bisect import bisect_left, insort
@@ -17,54 +19,70 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
     """Pack items of `lengths` tokens, each from 1 to `capacity`, into bins of `capacity` tokens.
 
     Returns:
-        Bins of indices into `lengths`; each index occurs once. Equal input gives equal output: of equal lengths the
-        earlier comes first.
+        Bins of indices into `lengths`; each index occurs once. Equal input gives equal output: of
+        equal lengths the earlier comes first.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if sizes.size == 0:
         return []
     if sizes.max() > capacity or sizes.min() < 1:
-        raise ValueError(f"lengths lie in {sizes.min()}..{sizes.max()}, a bin has room for 1..{capacity}")
+        raise ValueError(
+            f"lengths lie in {sizes.min()}..{sizes.max()}, a bin has room for 1..{capacity}"
+        )
     order = np.argsort(-sizes, kind="stable")
     bins: list[list[int]] = []
-    stacks: dict[int, list[int]] = {}  # room left -> bins with that room
-    rooms: list[int] = []  # the keys of `stacks`, sorted
+    bins_by_room: dict[int, list[int]] = {}
+    # The keys of `bins_by_room`, sorted.
+    rooms: list[int] = []
     for item, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
         at = bisect_left(rooms, size)
         if at == len(rooms):
-            target, room = len(bins), capacity
+            target = len(bins)
+            room = capacity
             bins.append([])
         else:
             room = rooms[at]
-            stack = stacks[room]
-            target = stack.pop()
-            if not stack:
-                del stacks[room], rooms[at]
+            target = bins_by_room[room].pop()
+            if not bins_by_room[room]:
+                del bins_by_room[room], rooms[at]
         bins[target].append(item)
-        left = room - size
-        if left:
-            if left not in stacks:
-                stacks[left] = []
-                insort(rooms, left)
-            stacks[left].append(target)
+        room_left = room - size
+        if room_left:
+            if room_left not in bins_by_room:
+                bins_by_room[room_left] = []
+                insort(rooms, room_left)
+            bins_by_room[room_left].append(target)
     return bins
 
 
-def balanced_bins(costs: np.ndarray, lengths: np.ndarray, bins: int, *, room: int, most: int) -> list[list[int]] | None:
-    """Deal items of float64 [n] `costs` to `bins` bins: the costliest first, each to the bin of least cost that can take it
-    (longest processing time first: Graham, SIAM J. Appl. Math. 17, 1969).
+def balanced_bins(
+    costs: np.ndarray, lengths: np.ndarray, bins: int, *, room: int, most: int
+) -> list[list[int]] | None:
+    """Deal items to `bins` bins of like cost.
 
-    A bin takes at most `room` of the items' `lengths`, int64 [n], and `most` items. Returns all bins, some perhaps empty,
-    of indices into `costs`; None where no bin can take the next item.
+    The costliest item comes first, and each goes to the bin of least cost that can take it (longest
+    processing time first: Graham, SIAM J. Appl. Math. 17, 1969).
+
+    Args:
+        costs: float64 [n].
+        lengths: int64 [n]; a bin takes items of at most `room` in all.
+        most: how many items a bin takes.
+
+    Returns:
+        All bins, some perhaps empty, of indices into `costs`; None where no bin can take the next
+        item.
     """
-    found: list[list[int]] = [[] for _ in range(bins)]
-    load, free = np.zeros(bins), np.tile([room, most], (bins, 1))
+    items: list[list[int]] = [[] for _ in range(bins)]
+    loads = np.zeros(bins)
+    room_left = np.full(bins, room)
+    places_left = np.full(bins, most)
     for item in np.argsort(-costs, kind="stable").tolist():
-        takes = (lengths[item], 1)
-        target = int(np.where((free >= takes).all(1), load, np.inf).argmin())
-        if (free[target] < takes).any():
+        can_take = (room_left >= lengths[item]) & (places_left >= 1)
+        target = int(np.where(can_take, loads, np.inf).argmin())
+        if not can_take[target]:
             return None
-        found[target].append(item)
-        load[target] += costs[item]
-        free[target] -= takes
-    return found
+        items[target].append(item)
+        loads[target] += costs[item]
+        room_left[target] -= lengths[item]
+        places_left[target] -= 1
+    return items

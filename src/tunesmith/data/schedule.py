@@ -1,8 +1,8 @@
 """Which examples each optimizer step trains on.
 
-A pure function of (seed, epoch, recipe): step k is found without playing the steps before it, so a run that resumes at
-k sees what an uninterrupted one sees. Packing, the micro batch and the number of ranks do not change which examples a
-step has.
+A pure function of (seed, epoch, recipe): step k is found without playing the steps before it, so a
+run that resumes at k sees what an uninterrupted one sees. Packing, the micro batch and the number
+of ranks do not change which examples a step has.
 """
 
 import math
@@ -15,14 +15,17 @@ import numpy as np
 
 from tunesmith.config.schema import Data, Train
 from tunesmith.data.pack import best_fit_decreasing
-from tunesmith.units import Length
+from tunesmith.units import Length, ceil_div
 
 
 @dataclass(frozen=True)
 class ScheduleSummary:
-    """What a run will do: of its first epoch, and in `steps` (None where the duration is a time) of the whole run.
+    """What a run will do: in its first epoch, and how many steps in all.
 
-    fill: non-padding share of the rows (packed: of rows * seq_len; others: padded to the longest of their step).
+    Attributes:
+        fill: non-padding share of the rows (packed: of rows * seq_len; others: padded to the
+            longest of their step).
+        steps: of the whole run; None where the duration is a time.
     """
 
     examples: int
@@ -34,20 +37,24 @@ class ScheduleSummary:
 
 
 class StepSize(NamedTuple):
-    """Tokens that an optimizer step of the first epoch takes: packed rows count whole, examples with their own."""
+    """Tokens that an optimizer step of the first epoch takes.
+
+    Packed rows count whole, examples with their own tokens.
+    """
 
     mean: float
     largest: int
 
 
-_Units = Sequence[Sequence[int]] | np.ndarray  # of an epoch or a step: packed rows of examples, or examples
+# What an epoch or a step consists of: packed rows of examples, or examples.
+_Units = Sequence[Sequence[int]] | np.ndarray
 
 
 def shuffled(n: int, *seed: int) -> np.ndarray:
     """int64: 0 to n - 1 in an order that depends on the seed alone.
 
-    Raw output of Philox and SeedSequence is what numpy promises never to change; the methods of Generator may draw
-    differently in another version, and a resumed run would see other batches.
+    Raw output of Philox and SeedSequence is what numpy promises never to change; the methods of
+    Generator may draw differently in another version, and a resumed run would see other batches.
     """
     return np.argsort(np.random.Philox(np.random.SeedSequence(seed)).random_raw(n), kind="stable")
 
@@ -59,58 +66,77 @@ class BatchSchedule:
         lengths: int64 [n], tokens of each example, at most `data.seq_len`.
         data: gives seq_len, pack and shuffle.
         train: gives global_batch and seed.
-        repeats: float64 [n], how often an epoch sees each example: the whole part for sure, and of the examples with
-            the same fraction f, a share f that the seed draws anew each epoch. None: once.
+        repeats: float64 [n], how often an epoch sees each example: the whole part for sure, and of
+            the examples with the same fraction f, a share f that the seed draws anew each epoch.
+            None: once.
     """
 
-    def __init__(self, lengths: np.ndarray, data: Data, train: Train, *, repeats: np.ndarray | None = None) -> None:
+    def __init__(
+        self, lengths: np.ndarray, data: Data, train: Train, *, repeats: np.ndarray | None = None
+    ) -> None:
         self.lengths = np.asarray(lengths, np.int64)
-        self.packed, self.row_length = data.pack, data.seq_len
-        self._repeats = np.ones(len(self.lengths)) if repeats is None else np.asarray(repeats, np.float64)
-        self._shuffle, self._size, self._seed = data.shuffle, train.global_batch, train.seed
+        self.packed = data.pack
+        self.row_length = data.seq_len
+        if repeats is None:
+            repeats = np.ones(len(self.lengths))
+        self._repeats = np.asarray(repeats, np.float64)
+        self._shuffle = data.shuffle
+        self._seed = train.seed
         self._fractions = [f for f in np.unique(self._repeats % 1.0).tolist() if f > 0]
-        # Rows of whole epochs hold the same lengths each time, so only drawn fractions make epochs of different size.
-        self._even = self._size.unit == "examples" or not self._fractions
-        self._per_step = max(1, self._size.amount // (self.row_length if self._size.unit == "tokens" else 1))
+        self._counts_tokens = train.global_batch.unit == "tokens"
+        # Rows of whole epochs hold the same lengths each time, so only drawn fractions make epochs
+        # of different size.
+        self._epochs_are_alike = not self._counts_tokens or not self._fractions
+        tokens_per_unit = self.row_length if self._counts_tokens else 1
+        self._units_per_step = max(1, train.global_batch.amount // tokens_per_unit)
         self._units = lru_cache(maxsize=2)(self._order_units)
 
     def _order_examples(self, epoch: int) -> np.ndarray:
         """int64: the examples of an epoch in its order."""
-        taken = np.repeat(np.arange(len(self._repeats)), np.floor(self._repeats).astype(np.int64))
+        whole_repeats = np.floor(self._repeats).astype(np.int64)
+        examples = np.repeat(np.arange(len(self._repeats)), whole_repeats)
         for number, fraction in enumerate(self._fractions):
             group = np.flatnonzero(self._repeats % 1.0 == fraction)
-            drawn = shuffled(len(group), self._seed, epoch, 2 + number)
-            taken = np.concatenate([taken, group[drawn[: round(fraction * len(group))]]])
+            # Streams 0 and 1 of an epoch order its examples and its rows.
+            order = shuffled(len(group), self._seed, epoch, 2 + number)
+            drawn = group[order[: round(fraction * len(group))]]
+            examples = np.concatenate([examples, drawn])
         if not self._shuffle:
-            return np.sort(taken, kind="stable")
-        return taken[shuffled(len(taken), self._seed, epoch, 0)]
+            return np.sort(examples, kind="stable")
+        return examples[shuffled(len(examples), self._seed, epoch, 0)]
 
     def _order_units(self, epoch: int) -> _Units:
-        """All units of an epoch in its order; each step takes the next `_per_step`."""
+        """All units of an epoch in its order; each step takes the next `_units_per_step`."""
         order = self._order_examples(epoch)
-        if self._size.unit == "examples":
+        if not self._counts_tokens:
             return order
+        # Of indices into `order`.
         rows = best_fit_decreasing(self.lengths[order], self.row_length)
         if self._shuffle:
-            turn = shuffled(len(rows), self._seed, epoch, 1).tolist()
+            row_order = shuffled(len(rows), self._seed, epoch, 1).tolist()
+            rows = [rows[r] for r in row_order]
         else:
-            turn = sorted(range(len(rows)), key=lambda r: min(rows[r]))
-        return [order[sorted(rows[r])].tolist() for r in turn]
+            rows.sort(key=min)
+        return [order[sorted(row)].tolist() for row in rows]
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps of one epoch; the last may be short."""
-        return -(-len(self._units(0 if self._even else epoch)) // self._per_step)
+        if self._epochs_are_alike:
+            epoch = 0
+        return ceil_div(len(self._units(epoch)), self._units_per_step)
 
     @property
     def ends_short(self) -> bool:
         """Whether the last step of an epoch may have less than the global batch."""
-        return not self._even or len(self._units(0)) % self._per_step > 0
+        if not self._epochs_are_alike:
+            return True
+        return len(self._units(0)) % self._units_per_step > 0
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of an optimizer step."""
         if self.steps_per_epoch(0) == 0:
             raise ValueError("there are no examples to take a step on")
-        if self._even:
+        if self._epochs_are_alike:
             return divmod(step, self.steps_per_epoch(0))
         epoch = 0
         while step >= self.steps_per_epoch(epoch):
@@ -124,50 +150,77 @@ class BatchSchedule:
             return int(duration.amount)
         if duration.unit != "epochs":
             return None
-        whole, part = int(duration.amount), duration.amount % 1
-        full = whole * self.steps_per_epoch(0) if self._even else sum(map(self.steps_per_epoch, range(whole)))
-        # Rounded up, so that a part of an epoch is never nothing; the small term removes what binary fractions add.
-        return max(1, full + (math.ceil(part * self.steps_per_epoch(whole) - 1e-6) if part else 0))
+        whole_epochs = int(duration.amount)
+        fraction = duration.amount % 1
+        if self._epochs_are_alike:
+            steps = whole_epochs * self.steps_per_epoch(0)
+        else:
+            steps = sum(self.steps_per_epoch(epoch) for epoch in range(whole_epochs))
+        if fraction:
+            # Rounded up, so that a part of an epoch is never nothing; the small term removes what
+            # binary fractions add.
+            steps += math.ceil(fraction * self.steps_per_epoch(whole_epochs) - 1e-6)
+        return max(1, steps)
 
-    def _step(self, step: int) -> _Units:
-        epoch, k = self.locate(step)
-        return self._units(epoch)[k * self._per_step : (k + 1) * self._per_step]
+    def _step_units(self, step: int) -> _Units:
+        epoch, step_of_epoch = self.locate(step)
+        first = step_of_epoch * self._units_per_step
+        return self._units(epoch)[first : first + self._units_per_step]
 
     def examples(self, step: int) -> list[int]:
         """Indices of the examples that an optimizer step trains on."""
-        units = self._step(step)
-        return units.tolist() if isinstance(units, np.ndarray) else [i for row in units for i in row]
+        units = self._step_units(step)
+        if isinstance(units, np.ndarray):
+            return units.tolist()
+        return [example for row in units for example in row]
 
     def rows(self, step: int) -> list[list[int]]:
-        """How the examples of a step share rows of `seq_len` tokens; without packing each has its own."""
-        units, members = self._step(step), self.examples(step)
-        if not self.packed:
-            return [[i] for i in members]
-        if not isinstance(units, np.ndarray):
+        """How the examples of a step share rows of `seq_len` tokens.
+
+        Without packing each has its own row.
+        """
+        units = self._step_units(step)
+        if self.packed and not isinstance(units, np.ndarray):
             return [list(row) for row in units]
-        rows = best_fit_decreasing(self.lengths[members], self.row_length)
-        return [[members[i] for i in sorted(row)] for row in rows]
+        examples = self.examples(step)
+        if not self.packed:
+            return [[example] for example in examples]
+        rows = best_fit_decreasing(self.lengths[examples], self.row_length)
+        return [[examples[i] for i in sorted(row)] for row in rows]
 
     def epoch(self, step: int) -> float:
         """Epochs done when this step is done."""
-        epoch, k = self.locate(step)
-        return epoch + (k + 1) / self.steps_per_epoch(epoch)
+        epoch, step_of_epoch = self.locate(step)
+        return epoch + (step_of_epoch + 1) / self.steps_per_epoch(epoch)
 
     def step_size(self) -> StepSize:
         units = self._units(0)
         if not isinstance(units, np.ndarray):
-            whole = min(self._per_step, len(units)) * self.row_length
-            return StepSize(whole, whole)
-        sums = np.add.reduceat(self.lengths[units], np.arange(0, len(units), self._per_step))
-        return StepSize(float(sums.mean()), int(sums.max()))
+            tokens = min(self._units_per_step, len(units)) * self.row_length
+            return StepSize(tokens, tokens)
+        first_units = np.arange(0, len(units), self._units_per_step)
+        tokens_per_step = np.add.reduceat(self.lengths[units], first_units)
+        return StepSize(float(tokens_per_step.mean()), int(tokens_per_step.max()))
 
     def summary(self, duration: Length) -> ScheduleSummary:
         """Examples -> rows -> optimizer steps."""
-        examples = tokens = rows = room = 0
-        for k in range(self.steps_per_epoch(0)):
-            shared = self.rows(k)
-            members = self.lengths[[i for row in shared for i in row]]
-            examples, tokens, rows = examples + len(members), tokens + int(members.sum()), rows + len(shared)
-            room += len(shared) * (self.row_length if self.packed else int(members.max()))
-        per_epoch, fill = self.steps_per_epoch(0), tokens / max(1, room)
-        return ScheduleSummary(examples, tokens, rows, fill, per_epoch, self.steps(duration))
+        examples = 0
+        tokens = 0
+        rows = 0
+        tokens_with_padding = 0
+        for step in range(self.steps_per_epoch(0)):
+            step_rows = self.rows(step)
+            lengths = self.lengths[[example for row in step_rows for example in row]]
+            examples += len(lengths)
+            tokens += int(lengths.sum())
+            rows += len(step_rows)
+            row_length = self.row_length if self.packed else int(lengths.max())
+            tokens_with_padding += len(step_rows) * row_length
+        return ScheduleSummary(
+            examples=examples,
+            tokens=tokens,
+            rows=rows,
+            fill=tokens / max(1, tokens_with_padding),
+            steps_per_epoch=self.steps_per_epoch(0),
+            steps=self.steps(duration),
+        )

@@ -1,8 +1,10 @@
-"""Sentinels: short ASCII words set into the texts of a conversation, to find where a template renders each text.
+"""Sentinels: short ASCII words set into the texts of a conversation, to find where a template
+renders each text.
 
-A sentinel stands inside the whitespace at its text's edges, so a template that trims renders the same text with and
-without it. It is letters and digits alone, so JSON escapes leave it as it is. Templates may test a text (`startswith`,
-`in`): where sentinels on both sides change the rendering, one at the end, at the start or in the middle may not.
+A sentinel stands inside the whitespace at its text's edges, so a template that trims renders the
+same text with and without it. It is letters and digits alone, so JSON escapes leave it as it is.
+Templates may test a text (`startswith`, `in`): where sentinels on both sides change the rendering,
+one at the end, at the start or in the middle may not.
 """
 
 import re
@@ -18,7 +20,7 @@ POSITIONS: tuple[Position, ...] = ("both", "end", "start", "middle")
 
 
 class Field(NamedTuple):
-    """A text that carries sentinels: the index of its message (-1: tools), what it is, and the text."""
+    """A text that carries sentinels: the index of its message (-1: tools), what it is, its text."""
 
     message: int
     kind: str
@@ -26,7 +28,13 @@ class Field(NamedTuple):
 
 
 class Sentinel(NamedTuple):
-    """A sentinel found in a rendering: its field's index, its side (`b` or `e`), its place in the text without them."""
+    """A sentinel in a rendering.
+
+    Attributes:
+        field: index of its field.
+        side: `b` or `e`, where its text begins or ends.
+        at: its place in the rendering without sentinels.
+    """
 
     field: int
     side: str
@@ -35,26 +43,37 @@ class Sentinel(NamedTuple):
 
 @dataclass
 class Sentinels:
-    """Sets sentinels into a conversation and takes them out of its rendering."""
+    """Sets sentinels into a conversation and takes them out of its rendering.
 
-    word: str  # begins every sentinel; occurs nowhere in the conversation or its rendering
-    position: Position  # where in a text they stand
-    fields: list[Field] = field(default_factory=list)  # the texts that carry sentinels
-    # Names of call arguments. They carry none, because templates may sort by them.
+    Attributes:
+        word: begins every sentinel; occurs nowhere in the conversation or its rendering.
+        position: where in a text they stand.
+        fields: the texts that carry sentinels.
+        argument_names: names of call arguments. They carry none, because templates may sort by
+            them.
+    """
+
+    word: str
+    position: Position
+    fields: list[Field] = field(default_factory=list)
     argument_names: list[str] = field(default_factory=list)
 
     def insert(self, messages: Messages, tools: Tools) -> tuple[list[Message], Tools]:
         """Copies with sentinels; `fields` lists what carries them."""
-        marked = [self._message(i, message) for i, message in enumerate(messages)]
-        return marked, None if tools is None else [self._tool(tool) for tool in tools]
+        marked_messages = [self._message(i, message) for i, message in enumerate(messages)]
+        if tools is None:
+            return marked_messages, None
+        return marked_messages, [self._tool(tool) for tool in tools]
 
     def strip(self, text: str) -> tuple[str, list[Sentinel]]:
         """The rendering without sentinels, and those that it held, in order."""
-        found, removed, pattern = [], 0, re.compile(self.word + r"(\d+)([be])Q")
+        pattern = re.compile(self.word + r"(\d+)([be])Q")
+        sentinels = []
+        removed = 0
         for match in pattern.finditer(text):
-            found.append(Sentinel(int(match[1]), match[2], match.start() - removed))
+            sentinels.append(Sentinel(int(match[1]), match[2], match.start() - removed))
             removed += len(match[0])
-        return pattern.sub("", text), found
+        return pattern.sub("", text), sentinels
 
     def _message(self, i: int, message: Message) -> Message:
         copy = dict(message)
@@ -62,12 +81,16 @@ class Sentinels:
             if isinstance(copy.get(kind), str):
                 copy[kind] = self._text(copy[kind], i, kind)
         if copy.get("tool_calls"):
-            copy["tool_calls"] = [{**call, "function": self._call(i, call["function"])} for call in copy["tool_calls"]]
+            calls = []
+            for call in copy["tool_calls"]:
+                calls.append({**call, "function": self._function(i, call["function"])})
+            copy["tool_calls"] = calls
         return copy
 
-    def _call(self, i: int, function: dict[str, Any]) -> dict[str, Any]:
-        name, arguments = self._text(function["name"], i, "tool_calls"), function.get("arguments")
-        return {**function, "name": name, "arguments": self._arguments(arguments, i)}
+    def _function(self, i: int, function: dict[str, Any]) -> dict[str, Any]:
+        name = self._text(function["name"], i, "tool_calls")
+        arguments = self._arguments(function.get("arguments"), i)
+        return {**function, "name": name, "arguments": arguments}
 
     def _arguments(self, value: Any, i: int) -> Any:
         """Sentinels in every text within a call's arguments; numbers and names carry none."""
@@ -75,23 +98,34 @@ class Sentinels:
             return self._text(value, i, "tool_calls")
         if isinstance(value, dict):
             self.argument_names += value
-            return {key: self._arguments(item, i) for key, item in value.items()}
-        return [self._arguments(item, i) for item in value] if isinstance(value, list) else value
+            return {name: self._arguments(item, i) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self._arguments(item, i) for item in value]
+        return value
 
     def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
         if isinstance(tool.get("function"), dict):
             return {**tool, "function": self._tool(tool["function"])}
-        name = tool.get("name")
-        return {**tool, "name": self._text(name, -1, "tools")} if isinstance(name, str) else tool
+        if isinstance(tool.get("name"), str):
+            return {**tool, "name": self._text(tool["name"], -1, "tools")}
+        return tool
 
     def _text(self, text: str, message: int, kind: str) -> str:
-        body = text.strip()
-        if not body:
-            return text  # a sentinel would make an empty text a full one, and templates ask `if content`
-        n, lead = len(self.fields), len(text) - len(text.lstrip())
+        stripped = text.strip()
+        if not stripped:
+            # A sentinel would make an empty text a full one, and templates ask `if content`.
+            return text
+        n = len(self.fields)
         self.fields.append(Field(message, kind, text))
-        begin, end = f"{self.word}{n}bQ", f"{self.word}{n}eQ"
+        begin_sentinel = f"{self.word}{n}bQ"
+        end_sentinel = f"{self.word}{n}eQ"
+        start = len(text) - len(text.lstrip())
+        end = start + len(stripped)
         if self.position == "both":
-            return f"{text[:lead]}{begin}{body}{end}{text[lead + len(body) :]}"
-        at = lead + {"end": len(body), "start": 0, "middle": len(body) // 2}[self.position]
-        return f"{text[:at]}{end if self.position == 'end' else begin}{text[at:]}"
+            return f"{text[:start]}{begin_sentinel}{stripped}{end_sentinel}{text[end:]}"
+        if self.position == "end":
+            return text[:end] + end_sentinel + text[end:]
+        at = start
+        if self.position == "middle":
+            at += len(stripped) // 2
+        return text[:at] + begin_sentinel + text[at:]

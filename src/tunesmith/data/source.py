@@ -17,18 +17,22 @@ from tunesmith.errors import DataError, first_line
 log = logging.getLogger(__name__)
 
 _NAMES = re.compile(r"(?:^|\+)\s*(\w[\w.-]*)")
-_MIXED = re.compile(r"%:-?[\d_]+\]|\[-?[\d_]+:-?[\d_]+%")  # a percentage and a row number, which `datasets` confuses
+# A percentage and a row number, which `datasets` confuses.
+_MIXED = re.compile(r"%:-?[\d_]+\]|\[-?[\d_]+:-?[\d_]+%")
 
 
 class RowRange(NamedTuple):
-    """A run of rows of one table."""
+    """Consecutive rows of one table."""
 
     table: Table
     rows: range
 
 
 class Rows:
-    """The rows of one source, in order: `rows[i]` is a dict, `rows.where(i)` its place, counted from 1."""
+    """The rows of one source, in order.
+
+    `rows[i]` is a dict, `rows.where(i)` its place, counted from 1.
+    """
 
     def __init__(self, name: str, ranges: list[RowRange]) -> None:
         self.name = name
@@ -41,22 +45,26 @@ class Rows:
     @property
     def available(self) -> int:
         """All rows of the files and splits that some are taken of."""
-        return sum(map(len, self._tables()))
+        return sum(len(table) for table in self._tables())
 
     def _find(self, i: int) -> tuple[Table, int]:
         if not 0 <= i < len(self):
             raise IndexError(i)
         p = bisect.bisect_right(self._ends, i)
         part = self._ranges[p]
-        return part.table, part.rows[i - self._ends[p]]  # counted from its end
+        # A negative index, counted from the range's end.
+        return part.table, part.rows[i - self._ends[p]]
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         table, at = self._find(i)
         row = table.row(at)
         if not isinstance(row, dict):
-            what, why = f"the row is {json_type(row)}, not an object", "each row is an object with named columns"
-            fix = 'write it as {"column": value, ...}, or delete it'
-            raise DataError(what, where=table.where(at), why=why, fix=fix)
+            raise DataError(
+                f"the row is {json_type(row)}, not an object",
+                where=table.where(at),
+                why="each row is an object with named columns",
+                fix='write it as {"column": value, ...}, or delete it',
+            )
         return row
 
     def where(self, i: int) -> str:
@@ -66,13 +74,14 @@ class Rows:
 
     def take(self, spans: Iterable[range]) -> "Rows":
         """The rows of some spans of indices, span after span."""
-        taken = []
+        ranges = []
         for span in spans:
             for part, end in zip(self._ranges, self._ends, strict=True):
                 start = end - len(part.rows)
-                inside = part.rows[max(0, span.start - start) : max(0, span.stop - start)]
-                taken += [RowRange(part.table, inside)] if inside else []
-        return Rows(self.name, taken)
+                rows = part.rows[max(0, span.start - start) : max(0, span.stop - start)]
+                if rows:
+                    ranges.append(RowRange(part.table, rows))
+        return Rows(self.name, ranges)
 
     def check_unchanged(self) -> None:
         """DataError if a file was changed since it was opened."""
@@ -83,67 +92,99 @@ class Rows:
         return list({id(part.table): part.table for part in self._ranges}.values())
 
     def digest(self) -> str:
-        """sha256 (hex) of the content and of which rows are taken; the file's name and folder do not enter."""
-        total, fingerprints = hashlib.sha256(), dict[int, str]()
+        """sha256 (hex) of the content and of which rows are taken.
+
+        The file's name and folder do not enter.
+        """
+        digest = hashlib.sha256()
+        fingerprints = {id(table): table.fingerprint() for table in self._tables()}
         for table, rows in self._ranges:
-            if id(table) not in fingerprints:
-                fingerprints[id(table)] = table.fingerprint()
-            total.update(f"{fingerprints[id(table)]}[{rows.start}:{rows.stop}]".encode())
-        return total.hexdigest()
+            digest.update(f"{fingerprints[id(table)]}[{rows.start}:{rows.stop}]".encode())
+        return digest.hexdigest()
 
 
 def read_rows(source: Source) -> Rows:
-    """Read a source: its file or Hub dataset, its split, at most `max_examples` rows; DataError if one is not there."""
-    rows = Rows(source.source, select_rows(open_splits(source), source.split, where=source.source))
-    return rows if source.max_examples is None else rows.take([range(source.max_examples)])
+    """Read a source: its file or Hub dataset, its split, at most `max_examples` rows.
+
+    Raises:
+        DataError: one of these is not there or cannot be read.
+    """
+    tables = open_splits(source)
+    rows = Rows(source.source, select_rows(tables, source.split, where=source.source))
+    if source.max_examples is not None:
+        rows = rows.take([range(source.max_examples)])
+    return rows
 
 
 def open_splits(source: Source) -> dict[str, Table]:
     """The splits of a source by name: of a file one, `train`; raises as `read_rows`."""
-    local = is_local(source.source)
-    return {"train": open_table(Path(source.source).expanduser())} if local else _read_hub(source)
+    if is_local(source.source):
+        return {"train": open_table(Path(source.source).expanduser())}
+    return _read_hub(source)
 
 
 def from_list(rows: list[dict[str, Any]], name: str = "rows") -> Rows:
     """Rows that a program made."""
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
-    table = Table(len(rows), rows.__getitem__, lambda i: f"{name} row {i + 1}", lambda: digest)
+    table = Table(
+        len(rows),
+        rows.__getitem__,
+        where=lambda i: f"{name} row {i + 1}",
+        fingerprint=lambda: digest,
+    )
     return Rows(name, [RowRange(table, range(len(rows)))])
 
 
 def is_local(name: str) -> bool:
-    """Whether a source names a local file: it exists, is written as a path, or ends as a data file does."""
-    written_as_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-    return written_as_path or name.lower().endswith(DATA_SUFFIXES) or Path(name).exists()
+    """Whether a source names a local file.
+
+    It exists, is written as a path, or ends as a data file does.
+    """
+    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    return is_path or name.lower().endswith(DATA_SUFFIXES) or Path(name).exists()
 
 
 def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> list[RowRange]:
-    """The rows that a split such as `train[:95%]` names, in the grammar and rounding of `datasets`; None: of all splits."""
+    """The rows that a split such as `train[:95%]` names; None: of all splits.
+
+    Grammar and rounding are those of `datasets`.
+    """
     if split is None:
         if len(tables) > 1:
             names = ", ".join(f"{name} ({len(table)})" for name, table in tables.items())
-            log.warning("%s: no split is named, so all rows of all splits are taken: %s", where, names)
+            log.warning(
+                "%s: no split is named, so all rows of all splits are taken: %s", where, names
+            )
         return [RowRange(table, range(len(table))) for table in tables.values()]
     from datasets import ReadInstruction
 
-    unknown = next((name for name in _NAMES.findall(split) if name not in tables), None)
-    if unknown is not None:
-        fix = f"split: {split.replace(unknown, next(iter(tables)), 1)}"
-        raise DataError(f"there is no split {unknown}", where=where, why=f"the splits are {', '.join(tables)}", fix=fix)
+    for name in _NAMES.findall(split):
+        if name not in tables:
+            raise DataError(
+                f"there is no split {name}",
+                where=where,
+                why=f"the splits are {', '.join(tables)}",
+                fix=f"split: {split.replace(name, next(iter(tables)), 1)}",
+            )
+    if _MIXED.search(split):
+        why = "both ends are percentages, or both are row numbers"
+        raise _unreadable_split(split, where, why)
     sizes = {name: len(table) for name, table in tables.items()}
-    why = "both ends are percentages, or both are row numbers" if _MIXED.search(split) else ""
     try:
-        slices = ReadInstruction.from_spec(split.strip()).to_absolute(sizes) if not why else []
+        slices = ReadInstruction.from_spec(split.strip()).to_absolute(sizes)
     except (ValueError, AssertionError) as error:
-        why, slices = first_line(error), []
-    if why:
-        fix = "write it as train, train[:95%], train[95%:], train[100:200] or train[-10%:]"
-        raise DataError(f"split {split} cannot be read", where=where, why=why, fix=fix)
+        raise _unreadable_split(split, where, first_line(error)) from None
     ranges = [RowRange(tables[s.splitname], range(s.from_, max(s.from_, s.to))) for s in slices]
-    if not any(len(part.rows) for part in ranges):
+    if not any(part.rows for part in ranges):
         why = ", ".join(f"{name} has {n} rows" for name, n in sizes.items())
-        raise DataError(f"split {split} selects no rows", where=where, why=why, fix="widen the slice: split: train")
+        fix = "widen the slice: split: train"
+        raise DataError(f"split {split} selects no rows", where=where, why=why, fix=fix)
     return ranges
+
+
+def _unreadable_split(split: str, where: str, why: str) -> DataError:
+    fix = "write it as train, train[:95%], train[95%:], train[100:200] or train[-10%:]"
+    return DataError(f"split {split} cannot be read", where=where, why=why, fix=fix)
 
 
 def _read_hub(source: Source) -> dict[str, Table]:
@@ -152,43 +193,58 @@ def _read_hub(source: Source) -> dict[str, Table]:
 
     name = source.source
     try:
-        loaded = datasets.load_dataset(name, source.name, revision=source.revision)
-    except Exception as error:  # the Hub client's errors have no common base; `_hub_error` tells them apart
+        splits = datasets.load_dataset(name, source.name, revision=source.revision)
+    except Exception as error:
+        # The Hub client's errors have no common base; `_hub_error` tells them apart.
         raise _hub_error(name, error) from error
-    return {str(split): _hub_table(f"{name} {split}", rows) for split, rows in loaded.items()}
+    return {str(split): _hub_table(f"{name} {split}", rows) for split, rows in splits.items()}
 
 
 def _hub_table(name: str, dataset: Any) -> Table:
     def fingerprint() -> str:
-        total = hashlib.sha256()
+        digest = hashlib.sha256()
         for table in dataset.with_format("arrow").iter(batch_size=4096):
             for batch in table.to_batches():
-                total.update(batch.serialize())
-        return total.hexdigest()
+                digest.update(batch.serialize())
+        return digest.hexdigest()
 
-    return Table(len(dataset), lambda i: without_nulls(dataset[i]), lambda i: f"{name} row {i + 1}", fingerprint)
+    return Table(
+        len(dataset),
+        row=lambda i: without_nulls(dataset[i]),
+        where=lambda i: f"{name} row {i + 1}",
+        fingerprint=fingerprint,
+    )
 
 
 def _hub_error(name: str, error: Exception) -> DataError:
     """What the Hub client said, as what, why and fix."""
     import datasets
 
-    text, why = str(error), first_line(error)
-    missing = isinstance(error, datasets.exceptions.DatasetNotFoundError)
-    if missing and ("gated" in text or "401" in text or "403" in text):
+    text = str(error)
+    why = first_line(error)
+    is_missing = isinstance(error, datasets.exceptions.DatasetNotFoundError)
+    is_refused = "gated" in text or "401" in text or "403" in text
+    if is_missing and is_refused:
         what = f"no access to the dataset {name}"
-        fix = f"accept its terms at https://huggingface.co/datasets/{name}, then: hf auth login (or set HF_TOKEN)"
+        page = f"https://huggingface.co/datasets/{name}"
+        fix = f"accept its terms at {page}, then: hf auth login (or set HF_TOKEN)"
     elif "offline" in text.lower():
-        what, why = f"the dataset {name} is not in the Hub cache", "HF_HUB_OFFLINE is set, so it is not downloaded"
+        what = f"the dataset {name} is not in the Hub cache"
+        why = "HF_HUB_OFFLINE is set, so it is not downloaded"
         fix = f"unset HF_HUB_OFFLINE, or name a local file: source: rows.jsonl (not {name})"
-    elif missing:
+    elif is_missing:
         what = f"there is no dataset {name} on the Hub, or it is private"
         fix = f"fix the name; for a private one: hf auth login; for a file: ./{name}"
     elif isinstance(error, ValueError) and "onfig" in text:
-        what, fix = f"the dataset {name} needs a configuration", "name: <one of these>"
-    elif isinstance(error, OSError):  # ConnectionError, time-outs, a full disk
+        what = f"the dataset {name} needs a configuration"
+        fix = "name: <one of these>"
+    elif isinstance(error, OSError):
+        # A lost connection, a time-out, a full disk.
         what = f"the dataset {name} cannot be downloaded"
-        fix = "check the network and the disk (HF_HOME), and start again: what was downloaded is kept"
+        fix = (
+            "check the network and the disk (HF_HOME), and start again: what was downloaded is kept"
+        )
     else:
-        what, fix = f"the dataset {name} cannot be read", "name a local copy of its rows"
+        what = f"the dataset {name} cannot be read"
+        fix = "name a local copy of its rows"
     return DataError(what, where=name, why=why, fix=fix)

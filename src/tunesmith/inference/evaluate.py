@@ -18,9 +18,9 @@ import torch.distributed as dist
 from tunesmith.adapter.lora import disabled
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Batch, collate
-from tunesmith.data.hold_out import SourceRows, read_splits
 from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.data.source import read_rows
+from tunesmith.data.splits import SourceRows, read_splits
 from tunesmith.data.tokens import TokenSet, tokenise
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding, evaluating

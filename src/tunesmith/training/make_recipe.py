@@ -22,8 +22,8 @@ from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
 from tunesmith.data.contract import MOST_CUT
 from tunesmith.data.detect import detect
-from tunesmith.data.hold_out import count_held_out
 from tunesmith.data.source import Rows, is_local, open_splits, read_rows
+from tunesmith.data.splits import count_held_out
 from tunesmith.data.template import select_template
 from tunesmith.data.tokens import tokenise
 from tunesmith.errors import DataError, RecipeError

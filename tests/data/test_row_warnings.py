@@ -14,9 +14,9 @@ from conftest import byte_tokenizer
 from recipes import make_run
 from rows import alpaca
 from tunesmith.config.schema import Source
-from tunesmith.data.flaws import row_flaws
 from tunesmith.data.formats import Completion, Conversation, Text, convert_row
 from tunesmith.data.prepare import TrainingData, prepare_data
+from tunesmith.data.row_warnings import row_warnings
 from tunesmith.data.template import Template
 from tunesmith.data.tokens import TokenSet, find_repeats
 from tunesmith.errors import DataError
@@ -83,12 +83,12 @@ def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for
 )
 def test_which_placeholders_are_told(text: str, found: bool) -> None:
     for sample in (Text(text), Completion(text, "x"), Completion("x", text), Conversation([U, {**A, "content": text}])):
-        assert list(row_flaws(sample, raw=False)) == ["placeholder"] * found
+        assert list(row_warnings(sample, raw=False)) == ["placeholder"] * found
 
 
 def test_what_counts_as_an_empty_answer() -> None:
     def empty(*messages: dict[str, Any], **more: Any) -> bool:
-        return list(row_flaws(Conversation(list(messages), **more), raw=False)) == ["empty"]
+        return list(row_warnings(Conversation(list(messages), **more), raw=False)) == ["empty"]
 
     blank = {**A, "content": " \n"}
     assert empty(U, blank)
@@ -97,7 +97,7 @@ def test_what_counts_as_an_empty_answer() -> None:
     assert not empty(U, {**blank, "tool_calls": [{}]})
     assert not empty(U, {**blank, "reasoning_content": "hm"}, U, A)
     assert not empty(U, blank, U, A, untrained=frozenset({1}))
-    assert not empty(U, blank, U, A, given=3)
+    assert not empty(U, blank, U, A, prompt_messages=3)
 
 
 def test_rows_that_are_there_twice(make: Callable[..., TokenSet]) -> None:

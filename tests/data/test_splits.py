@@ -10,7 +10,7 @@ import pytest
 from recipes import make_run
 from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.hold_out import read_splits
+from tunesmith.data.splits import read_splits
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.training.run import train
 from tunesmith.units import Share

@@ -1,0 +1,91 @@
+"""Rows as a file has them -> examples, warnings, and whether the prompt is masked."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from tunesmith.config.schema import Source
+from tunesmith.data.batch import Example
+from tunesmith.data.formats import Conversation, Sample, Text, convert_row
+from tunesmith.data.row_warnings import row_warnings
+from tunesmith.data.template import Template, TrainOn
+from tunesmith.errors import DataError, TunesmithError
+
+# Rows whose prompt is rendered alone and compared: the first so many, then every n-th.
+_PROMPTS_ALL = 256
+_PROMPTS_EVERY = 32
+
+
+class RowBatch(NamedTuple):
+    """Some rows with their places.
+
+    Attributes:
+        first: index of the first.
+        rows: each row, or why it cannot be read.
+    """
+
+    first: int
+    rows: list[dict[str, Any] | TunesmithError]
+    places: list[str]
+
+
+# Whether a token of a row's prompt is supervised. `apart`: rendered alone the prompt is not the
+# beginning of the example; `unchecked`: this row's was not rendered alone.
+Prompt = Literal["unsupervised", "supervised", "apart", "unchecked"]
+
+
+class EncodedRow(NamedTuple):
+    """The example of a row, uncut, and the names in ROW_WARNINGS that fit it."""
+
+    example: Example
+    warnings: list[str]
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """All that the examples of a source depend on beside its rows."""
+
+    template: Template
+    source: Source
+    system: str | None
+    train_on: TrainOn
+
+    def __call__(self, batch: RowBatch) -> list[EncodedRow]:
+        """The examples of a batch; DataError for the first row that has none, or cannot be read."""
+        samples = []
+        for row, place in zip(batch.rows, batch.places, strict=True):
+            if isinstance(row, TunesmithError):
+                raise row
+            samples.append(convert_row(row, self.source, where=place, system=self.system))
+        examples = self.template.encode_many(samples, self.train_on, where=batch.places)
+        encoded = []
+        for i, (sample, example) in enumerate(zip(samples, examples, strict=True), batch.first):
+            prompt: Prompt = "unchecked"
+            is_compared = i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0
+            if is_compared and self.train_on != "all":
+                prompt = self._check_prompt(sample, example)
+            warnings = list(row_warnings(sample, raw=self.template.raw))
+            encoded.append(EncodedRow(example, warnings, prompt))
+        return encoded
+
+    def _check_prompt(self, sample: Sample, example: Example) -> Prompt:
+        """Compare the prompt, rendered alone, with the beginning of the example."""
+        if isinstance(sample, Text):
+            return "apart"
+        if isinstance(sample, Conversation):
+            # Up to the first answer.
+            roles = [message["role"] for message in sample.messages]
+            messages = sample.messages[: roles.index("assistant") + 1]
+            sample = Conversation(messages, sample.tools, instruction=sample.instruction)
+        try:
+            prompt = self.template.prompt(sample)
+        except DataError:
+            # A template that wants more turns than this beginning has.
+            return "apart"
+        # Some templates write a turn differently once others follow.
+        if not prompt or prompt != np.asarray(example.ids[: len(prompt)]).tolist():
+            return "apart"
+        is_supervised = np.any(example.trained[: len(prompt)])
+        return "supervised" if is_supervised else "unsupervised"

@@ -1,0 +1,164 @@
+"""Which examples of a global batch share a micro batch, and which rank runs it when.
+
+Lengths alone decide, so that each rank knows the groups of all. Sharded ranks meet at every micro
+batch: those that run at the same time, a micro step, cost much the same.
+
+A group is a list of examples, by their indices in the schedule, that makes one micro batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+from tunesmith.data.pack import balanced_bins, best_fit_decreasing
+from tunesmith.data.schedule import BatchSchedule
+from tunesmith.units import Size, ceil_div
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """The micro batches of each optimizer step; its fields are explained in `Loader`."""
+
+    schedule: BatchSchedule
+    micro_batch: Size
+    pad_to: int | None
+    multiple: int
+    data_ranks: int
+    attention_weight: float
+
+    def micro_steps(self, step: int) -> list[list[list[int]]]:
+        """The groups of a step: one for each data rank, in each micro step."""
+        groups = self._groups_of_one_rank(step)
+        count = ceil_div(len(groups), self.data_ranks) * self.data_ranks
+        if self.data_ranks > 1:
+            groups = self._balance(groups, self.schedule.examples(step), count)
+            groups = sorted(groups, key=self.cost, reverse=True)
+            while len(groups) < count:
+                groups.append([])
+        micro_steps = []
+        for first in range(0, count, self.data_ranks):
+            micro_steps.append(groups[first : first + self.data_ranks])
+        # Costs fall along the list: turning every second micro step around keeps one rank from
+        # getting the costliest group each time.
+        for micro_step in micro_steps[1::2]:
+            micro_step.reverse()
+        return micro_steps
+
+    def idle_share(self, micro_steps: list[list[list[int]]]) -> float:
+        """Share of the data ranks' time that they wait for the costliest group of a micro step."""
+        costs = [[self.cost(group) for group in groups] for groups in micro_steps]
+        cost = sum(sum(costs_of_step) for costs_of_step in costs)
+        slowest = sum(max(costs_of_step) for costs_of_step in costs)
+        return max(0.0, 1 - cost / (self.data_ranks * slowest))
+
+    def cost(self, group: list[int]) -> float:
+        """Cost of a micro batch, padding and attention counted, in tokens; 0 without examples."""
+        if not group:
+            return 0.0
+        lengths = self.schedule.lengths[group]
+        rows, length = self.shape(group)
+        # A query sees its own key and those before it.
+        pairs = float((lengths * (lengths + 1)).sum()) / 2
+        return rows * length + self.attention_weight * pairs
+
+    def shape(self, group: list[int]) -> tuple[int, int]:
+        """Rows and tokens a row of a micro batch, padding counted; both at least 1."""
+        lengths = self.schedule.lengths[group]
+        packed = self.schedule.packed
+        rows = 1 if packed else max(1, len(group))
+        if self.pad_to is None:
+            longest = int(lengths.sum()) if packed else int(lengths.max(initial=0))
+            return rows, ceil_div(max(1, longest), self.multiple) * self.multiple
+        if packed:
+            return 1, self.pad_to
+        if self.micro_batch.unit == "examples":
+            fixed_rows = self.micro_batch.amount
+        else:
+            fixed_rows = self.micro_batch.amount // self.pad_to
+        return max(rows, fixed_rows), self.pad_to
+
+    def _groups_of_one_rank(self, step: int) -> list[list[int]]:
+        """The groups of a step, in order, as a single rank runs them."""
+        examples = self.schedule.examples(step)
+        if not self.schedule.packed:
+            return self._group_by_length(examples)
+        if self.micro_batch.unit == "examples":
+            return self._group_in_order(examples)
+        lengths = self.schedule.lengths
+        room = self.pad_to or max(self.micro_batch.amount, int(lengths[examples].max()))
+        groups = []
+        for bin_ in best_fit_decreasing(lengths[examples], room):
+            groups.append([examples[i] for i in bin_])
+        rows = self.schedule.rows(step)
+        row_lengths = [int(lengths[row].sum()) for row in rows]
+        if max(row_lengths) > room:
+            return groups
+        # Full rows side by side can need fewer micro batches than best fit over the documents.
+        groups_of_rows = []
+        for bin_ in best_fit_decreasing(row_lengths, room):
+            groups_of_rows.append([example for r in bin_ for example in rows[r]])
+        return groups_of_rows if len(groups_of_rows) < len(groups) else groups
+
+    def _group_in_order(self, examples: list[int]) -> list[list[int]]:
+        """At most the micro batch's examples in each, and no more tokens than a fixed shape has."""
+        lengths = self.schedule.lengths
+        groups: list[list[int]] = [[]]
+        for example in examples:
+            group = groups[-1]
+            is_full = len(group) == self.micro_batch.amount
+            if self.pad_to is not None and lengths[[*group, example]].sum() > self.pad_to:
+                is_full = True
+            if group and is_full:
+                groups.append([])
+            groups[-1].append(example)
+        return groups
+
+    def _group_by_length(self, examples: list[int], max_cost: float = math.inf) -> list[list[int]]:
+        """Rows of similar length together, so that they pad little.
+
+        A group has the micro batch's examples, or as many as fit into its tokens, and costs
+        `max_cost` at most; but at least one example. The sum over the step does not depend on the
+        order.
+        """
+        lengths = self.schedule.lengths
+        groups: list[list[int]] = []
+        remaining = sorted(examples, key=lambda example: -lengths[example])
+        while remaining:
+            most = self.micro_batch.amount
+            if self.micro_batch.unit == "tokens":
+                most = most // (self.pad_to or int(lengths[remaining[0]]))
+            cost_of_one = self.cost(remaining[:1])
+            count = int(max(1, min(most, max_cost / cost_of_one)))
+            groups.append(remaining[:count])
+            remaining = remaining[count:]
+        return groups
+
+    def _balance(self, groups: list[list[int]], examples: list[int], count: int) -> list[list[int]]:
+        """The examples of `groups`, at most `count`, in at most `count` groups of like cost."""
+        if not self.schedule.packed:
+            return self._balance_by_length(examples, count)
+        lengths = self.schedule.lengths[examples]
+        pairs = lengths * (lengths + 1) / 2
+        costs = lengths + self.attention_weight * pairs
+        if self.pad_to is not None:
+            # Micro batches of one fixed shape differ in attention alone.
+            costs = pairs
+        # None larger than the largest of one rank: that is what memory holds.
+        room = max(int(self.schedule.lengths[group].sum()) for group in groups)
+        by_examples = self.micro_batch.unit == "examples"
+        most = self.micro_batch.amount if by_examples else len(examples)
+        bins = balanced_bins(costs, lengths, count, room=room, most=most)
+        if bins is None:
+            return groups
+        return [[examples[i] for i in bin_] for bin_ in bins]
+
+    def _balance_by_length(self, examples: list[int], count: int) -> list[list[int]]:
+        """Groups of rows of similar length under the least cost that needs at most `count`."""
+        low = 0
+        high = math.ceil(len(examples) * max(self.cost([example]) for example in examples))
+        while low < high:
+            max_cost = (low + high) // 2
+            if len(self._group_by_length(examples, max_cost)) <= count:
+                high = max_cost
+            else:
+                low = max_cost + 1
+        return self._group_by_length(examples, low)

@@ -1,0 +1,63 @@
+"""What is valid in a row but seldom meant; it is counted, and shown before the first step."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from tunesmith.data.formats import Completion, Conversation, Sample
+
+
+class RowWarning(NamedTuple):
+    """What a row has, why it matters, and the fix."""
+
+    what: str
+    why: str
+    fix: str
+
+
+# By the names that the token cache and `tunesmith data --json` have for them.
+ROW_WARNINGS = {
+    "empty": RowWarning(
+        what="an empty answer",
+        why="the model learns to say nothing",
+        fix='delete these rows, or leave such a turn untrained: "train": false',
+    ),
+    "placeholder": RowWarning(
+        what="a placeholder such as {{name}}",
+        why="the model learns to write it as it stands",
+        fix="fill it in, or delete these rows",
+    ),
+    "joined": RowWarning(
+        what="no blank or line break between prompt and completion",
+        why="the tokenizer has no chat template, so nothing is written between them",
+        fix="data.template=alpaca; or end each prompt as it ends in use, such as with a line break",
+    ),
+}
+# Two braces around one name, as Jinja, Handlebars and prompt editors write it; {name} is code or a
+# formula too often.
+_PLACEHOLDER = re.compile(r"\{\{ *[A-Za-z_][\w.-]* *\}\}")
+
+
+def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
+    """Names in ROW_WARNINGS that fit one row; `raw`: no template writes between its texts."""
+    is_empty = False
+    if isinstance(sample, Conversation):
+        texts = [message["content"] for message in sample.messages]
+        is_empty = any(_is_empty(answer) for answer in sample.supervised())
+    elif isinstance(sample, Completion):
+        texts = [sample.prompt, sample.completion]
+        is_empty = not sample.completion.strip()
+        edge = sample.prompt[-1:] + sample.completion[:1]
+        if raw and len(edge) == 2 and not edge[0].isspace() and not edge[1].isspace():
+            yield "joined"
+    else:
+        texts = [sample.text]
+    if is_empty:
+        yield "empty"
+    if any("{{" in text and _PLACEHOLDER.search(text) for text in texts):
+        yield "placeholder"
+
+
+def _is_empty(answer: dict[str, Any]) -> bool:
+    has_other_parts = "tool_calls" in answer or "reasoning_content" in answer
+    return not answer["content"].strip() and not has_other_parts
