@@ -3,14 +3,17 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tunesmith.config.dump import flatten
 from tunesmith.config.names import nearest, without_indices
 from tunesmith.config.paths import TEMPLATES
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import Run, Source
 from tunesmith.errors import RecipeError
+from tunesmith.units import Length, Size
 
-# The column names of each format, the first of which identifies it; `columns` maps them to those of a file.
+# The column names of each format, the first of which identifies it; `columns` maps them to those of
+# a file.
 COLUMNS = {
     "messages": ("messages", "tools"),
     "sharegpt": ("conversations", "system", "tools"),
@@ -18,180 +21,350 @@ COLUMNS = {
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
 }
-CHATS = tuple(name for name in COLUMNS if name != "text")  # formats with turns, and so with a system message
-
-# A broken rule: the key, what is wrong with it (read after the key), the fix, and the reason if it is not plain.
-Problem = tuple[str, str, str] | tuple[str, str, str, str]
+# Formats with turns, and so with a system message.
+CHATS = tuple(name for name in COLUMNS if name != "text")
 
 
-def check_run(run: Run, where: Callable[[str], str]) -> None:
-    """RecipeError for the first rule that a recipe breaks; `where` gives the place of a dotted key, "" if not given."""
-    for rules in (_texts, _model, _adapter, _data, _train, _batch, _optimizer_in_backward, _lengths, _validate):
-        for key, what, fix, *why in rules(run, where):
-            raise RecipeError(f"{key} {what}", where=where(key) or key, why="".join(why), fix=fix)
+class Problem(NamedTuple):
+    """A broken rule.
+
+    Attributes:
+        what: what is wrong with the key, read after it.
+        why: the reason, where it is not plain.
+    """
+
+    key: str
+    what: str
+    fix: str
+    why: str = ""
 
 
-def _texts(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
-    """Empty texts: a branch, a split or a token without a name. An empty system message is one that some models need."""
+# The place of a dotted key; "" if the recipe does not give it.
+Place = Callable[[str], str]
+
+
+def check_run(run: Run, where: Place) -> None:
+    """RecipeError for the first rule that a recipe breaks."""
+    rules = (
+        _texts,
+        _model,
+        _adapter,
+        _data,
+        _train,
+        _batch,
+        _optimizer_in_backward,
+        _lengths,
+        _validate,
+    )
+    for rule in rules:
+        for problem in rule(run, where):
+            raise RecipeError(
+                f"{problem.key} {problem.what}",
+                where=where(problem.key) or problem.key,
+                why=problem.why,
+                fix=problem.fix,
+            )
+
+
+def _texts(run: Run, where: Place) -> Iterator[Problem]:
+    """Empty texts: a branch, a split or a token without a name.
+
+    An empty system message is one that some models need.
+    """
     for key, value in flatten(run).items():
-        if value == "" and key not in ("data.system", "adapter.target"):
-            name = key if given(key) or not without_indices(key).startswith("data.") else without_indices(key)
-            yield name, "is empty", f"write its value, or remove {name}"
+        if value != "" or key in ("data.system", "adapter.target"):
+            continue
+        name = key
+        # A single source is written without an index.
+        if not where(key) and without_indices(key).startswith("data."):
+            name = without_indices(key)
+        yield Problem(name, "is empty", f"write its value, or remove {name}")
 
 
-def _model(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
-    model, adapter = run.model, run.adapter
+def _model(run: Run, where: Place) -> Iterator[Problem]:
+    model = run.model
+    adapter = run.adapter
     if model.quantize == "fp8" and model.dtype != "bf16":
-        why = "fp8 matmuls return bf16"
-        yield "model.quantize", f"is fp8, but model.dtype is {model.dtype}", "model.dtype: bf16", why
+        yield Problem(
+            "model.quantize",
+            f"is fp8, but model.dtype is {model.dtype}",
+            fix="model.dtype: bf16",
+            why="fp8 matmuls return bf16",
+        )
     if model.quantize != "none" and adapter.kind == "none":
-        why = "full fine-tuning trains the base weights, and quantized ones are frozen"
-        fix = "train an adapter on it (adapter.kind: lora), or model.quantize: none"
-        yield "model.quantize", f"is {model.quantize}, but adapter.kind is none", fix, why
-    if len(set(model.added_tokens)) < len(model.added_tokens) or "" in model.added_tokens:
-        yield "model.added_tokens", "has an empty or repeated token", "name each one once"
-    embeds = any(name.rpartition(".")[2].startswith("embed") for name in adapter.modules_to_save)
-    if model.added_tokens and adapter.kind == "lora" and not embeds:
-        why = "their embeddings are random, and a LoRA adapter alone does not train them"
-        fix = "adapter.modules_to_save: [embed_tokens, lm_head]   # both, even if tied: each is trained as its own copy"
-        yield "model.added_tokens", "needs trained embeddings", fix, why
+        yield Problem(
+            "model.quantize",
+            f"is {model.quantize}, but adapter.kind is none",
+            fix="train an adapter on it (adapter.kind: lora), or model.quantize: none",
+            why="full fine-tuning trains the base weights, and quantized ones are frozen",
+        )
+    has_repeated = len(set(model.added_tokens)) < len(model.added_tokens)
+    if has_repeated or "" in model.added_tokens:
+        what = "has an empty or repeated token"
+        yield Problem("model.added_tokens", what, fix="name each one once")
+    last_names = [name.rpartition(".")[2] for name in adapter.modules_to_save]
+    trains_embeddings = any(name.startswith("embed") for name in last_names)
+    if model.added_tokens and adapter.kind == "lora" and not trains_embeddings:
+        yield Problem(
+            "model.added_tokens",
+            "needs trained embeddings",
+            fix="adapter.modules_to_save: [embed_tokens, lm_head]"
+            "   # both, even if tied: each is trained as its own copy",
+            why="their embeddings are random, and a LoRA adapter alone does not train them",
+        )
 
 
-def _adapter(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
+def _adapter(run: Run, where: Place) -> Iterator[Problem]:
     if run.adapter.kind == "none":
         for name in ("rank", "alpha", "dropout", "target", "rslora", "modules_to_save", "from"):
-            if given(f"adapter.{name}"):
-                fix = f"remove adapter.{name}, or train an adapter: adapter.kind: lora"
-                yield f"adapter.{name}", "has no effect with adapter.kind: none", fix
+            key = f"adapter.{name}"
+            if where(key):
+                fix = f"remove {key}, or train an adapter: adapter.kind: lora"
+                yield Problem(key, "has no effect with adapter.kind: none", fix)
         return
     target = run.adapter.target
     names = (target,) if isinstance(target, str) else target
     if "" in run.adapter.modules_to_save:
-        yield "adapter.modules_to_save", "has an empty name", "adapter.modules_to_save: []"
+        key = "adapter.modules_to_save"
+        yield Problem(key, "has an empty name", fix="adapter.modules_to_save: []")
     if not names or "" in names:
-        yield "adapter.target", "names no module", "adapter.target: all-linear"
+        yield Problem("adapter.target", "names no module", fix="adapter.target: all-linear")
     elif any(name != "all-linear" and nearest(name, ["all-linear"]) for name in names):
-        fix = "adapter.target: all-linear, or a list of module names such as [q_proj, v_proj]"
-        yield "adapter.target", f"is {', '.join(names)}, which is no module's name", fix
+        yield Problem(
+            "adapter.target",
+            f"is {', '.join(names)}, which is no module's name",
+            fix="adapter.target: all-linear, or a list of module names such as [q_proj, v_proj]",
+        )
     elif "all-linear" in names and isinstance(target, tuple):
-        yield "adapter.target", "has all-linear in a list", "adapter.target: all-linear"
+        what = "has all-linear in a list"
+        yield Problem("adapter.target", what, fix="adapter.target: all-linear")
 
 
-def _data(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
+def _data(run: Run, where: Place) -> Iterator[Problem]:
     data = run.data
     if not data.train:
-        yield "data.train", "is empty", "data.train: {source: rows.jsonl, format: messages}"
-    for part, sources in (("train", data.train), ("validation", data.validation)):
-        for i, source in enumerate(sources):
-            # A single source is written without an index, and its places are known without one.
-            indexed, known = given(f"data.{part}.{i}") or len(sources) > 1, COLUMNS[source.format]
-            for name, column in source.columns.items():
-                if name not in known:
-                    near = nearest(name, known)
-                    fix = f"did you mean {near}?" if near else f"its columns are {', '.join(known)}"
-                    fix = f"write {column}: {name}" if column in known else fix
-                    what = f"is not a column of format {source.format}"
-                    key = f"data.{part}.{i}.columns.{name}" if indexed else f"data.{part}.columns.{name}"
-                    yield key, what, fix, "columns are written as the format's name: the file's name"
-    if data.hold_out is not None and data.validation:
-        fix = "remove data.hold_out, or data.validation: null"
-        yield "data.hold_out", "and data.validation are both given", fix, "either names the rows to validate on"
-    if data.hold_out is not None and not 0 < data.hold_out.amount < {"%": 100}.get(data.hold_out.unit, math.inf):
-        yield "data.hold_out", f"is {data.hold_out}: above 0 % and below 100 %", "data.hold_out: 5 %"
+        fix = "data.train: {source: rows.jsonl, format: messages}"
+        yield Problem("data.train", "is empty", fix)
+    yield from _columns("data.train", data.train, where)
+    yield from _columns("data.validation", data.validation, where)
+    if data.hold_out is not None:
+        if data.validation:
+            yield Problem(
+                "data.hold_out",
+                "and data.validation are both given",
+                fix="remove data.hold_out, or data.validation: null",
+                why="either names the rows to validate on",
+            )
+        limit = 100 if data.hold_out.unit == "%" else math.inf
+        if not 0 < data.hold_out.amount < limit:
+            what = f"is {data.hold_out}: above 0 % and below 100 %"
+            yield Problem("data.hold_out", what, fix="data.hold_out: 5 %")
+    yield from _template(run)
+    formats = {source.format for source in data.train}
+    if data.system is not None and not formats & set(CHATS):
+        yield Problem(
+            "data.system",
+            f"has no effect on rows of format {' and '.join(sorted(formats))}",
+            fix=f"remove it, or use a format with turns: {', '.join(CHATS)}",
+        )
+
+
+def _columns(key: str, sources: tuple[Source, ...], where: Place) -> Iterator[Problem]:
+    for i, source in enumerate(sources):
+        # A single source is written without an index, and its places are known without one.
+        is_indexed = where(f"{key}.{i}") or len(sources) > 1
+        source_key = f"{key}.{i}" if is_indexed else key
+        columns = COLUMNS[source.format]
+        for name, column in source.columns.items():
+            if name in columns:
+                continue
+            near = nearest(name, columns)
+            if column in columns:
+                fix = f"write {column}: {name}"
+            elif near:
+                fix = f"did you mean {near}?"
+            else:
+                fix = f"its columns are {', '.join(columns)}"
+            yield Problem(
+                f"{source_key}.columns.{name}",
+                f"is not a column of format {source.format}",
+                fix=fix,
+                why="columns are written as the format's name: the file's name",
+            )
+
+
+def _template(run: Run) -> Iterator[Problem]:
+    data = run.data
     if data.template not in TEMPLATES and not Path(data.template).is_file():
         near = nearest(Path(data.template).name, TEMPLATES)
-        fix = f"did you mean {near}?" if near else f"one of {', '.join(TEMPLATES)}, or a Jinja file that exists"
-        yield "data.template", f"is a file that does not exist: {data.template}", fix
-    formats = {source.format for source in data.train}
-    turns = sorted({source.format for source in (*data.train, *data.validation)} - {"prompt-completion", "text"})
-    if data.template == "raw" and turns:
-        why = "raw takes a prompt and a completion, or a text, as they stand"
-        fix = "data.template: auto, or rows of format prompt-completion"
-        yield "data.template", f"is raw, which cannot write the turns of format {' and '.join(turns)}", fix, why
-    if data.system is not None and not formats & set(CHATS):
-        fix = f"remove it, or use a format with turns: {', '.join(CHATS)}"
-        yield "data.system", f"has no effect on rows of format {' and '.join(sorted(formats))}", fix
+        fix = f"one of {', '.join(TEMPLATES)}, or a Jinja file that exists"
+        if near:
+            fix = f"did you mean {near}?"
+        what = f"is a file that does not exist: {data.template}"
+        yield Problem("data.template", what, fix)
+    formats = {source.format for source in (*data.train, *data.validation)}
+    with_turns = sorted(formats - {"prompt-completion", "text"})
+    if data.template == "raw" and with_turns:
+        yield Problem(
+            "data.template",
+            f"is raw, which cannot write the turns of format {' and '.join(with_turns)}",
+            fix="data.template: auto, or rows of format prompt-completion",
+            why="raw takes a prompt and a completion, or a text, as they stand",
+        )
 
 
-def _train(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
-    train, least = run.train, "train.min_learning_rate"
+def _train(run: Run, where: Place) -> Iterator[Problem]:
+    train = run.train
     if train.min_learning_rate > train.learning_rate:
-        what = f"is {train.min_learning_rate}, above train.learning_rate {train.learning_rate}"
-        yield least, what, "write a smaller one, such as 0"
+        yield Problem(
+            "train.min_learning_rate",
+            f"is {train.min_learning_rate}, above train.learning_rate {train.learning_rate}",
+            fix="write a smaller one, such as 0",
+        )
     if train.schedule == "constant" and train.min_learning_rate:
-        yield least, "has no effect with train.schedule: constant", "remove it, or train.schedule: cosine"
-    if train.master_weights == "stochastic" and (run.model.dtype != "bf16" or run.adapter.kind != "none"):
-        why = "it rounds trained bf16 parameters; those of an adapter and of model.dtype: fp32 are fp32"
-        fix = "remove it, or model.dtype: bf16 with adapter.kind: none"
-        yield "train.master_weights", "is stochastic, but has nothing to round here", fix, why
+        yield Problem(
+            "train.min_learning_rate",
+            "has no effect with train.schedule: constant",
+            fix="remove it, or train.schedule: cosine",
+        )
+    trains_bf16 = run.model.dtype == "bf16" and run.adapter.kind == "none"
+    if train.master_weights == "stochastic" and not trains_bf16:
+        yield Problem(
+            "train.master_weights",
+            "is stochastic, but has nothing to round here",
+            fix="remove it, or model.dtype: bf16 with adapter.kind: none",
+            why="it rounds trained bf16 parameters; those of an adapter and of model.dtype: fp32"
+            " are fp32",
+        )
     if "activations" in train.cpu_offload and train.recompute in ("none", 0):
-        fix = "train.recompute: full, or auto"
-        yield "train.cpu_offload", "moves the inputs of recomputed layers, and train.recompute is none", fix
+        yield Problem(
+            "train.cpu_offload",
+            "moves the inputs of recomputed layers, and train.recompute is none",
+            fix="train.recompute: full, or auto",
+        )
 
 
-def _batch(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
-    batch, micro, seq_len = run.train.global_batch, run.train.micro_batch, run.data.seq_len
+def _batch(run: Run, where: Place) -> Iterator[Problem]:
+    batch = run.train.global_batch
+    micro = run.train.micro_batch
+    seq_len = run.data.seq_len
     if batch.unit == "tokens" and not run.data.pack:
         fix = "train.global_batch: 64 examples, or data.pack: true"
-        yield "train.global_batch", "in tokens needs packed rows", fix
-    for name, size, other in (("global_batch", batch, "a smaller data.seq_len"), ("micro_batch", micro, "auto")):
-        if size != "auto" and size.unit == "tokens" and size.amount < seq_len:
-            what = f"of {size} is smaller than one row of data.seq_len {seq_len}"
-            yield f"train.{name}", what, f"train.{name}: {seq_len} tokens or more, or {other}"
-    if micro != "auto" and micro.unit == batch.unit and micro.amount > batch.amount:
+        yield Problem("train.global_batch", "in tokens needs packed rows", fix)
+    if batch.unit == "tokens" and batch.amount < seq_len:
+        yield _smaller_than_row("train.global_batch", batch, seq_len, "a smaller data.seq_len")
+    if micro == "auto":
+        return
+    if micro.unit == "tokens" and micro.amount < seq_len:
+        yield _smaller_than_row("train.micro_batch", micro, seq_len, "auto")
+    if micro.unit == batch.unit and micro.amount > batch.amount:
         what = f"of {micro} is larger than train.global_batch of {batch}"
-        yield "train.micro_batch", what, f"train.micro_batch: {batch}, or auto"
+        yield Problem("train.micro_batch", what, f"train.micro_batch: {batch}, or auto")
 
 
-def _optimizer_in_backward(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
-    """Updating in backward excludes whatever needs all gradients, or several backward passes, before the update."""
-    key, off, train = "train.optimizer_in_backward", "train.optimizer_in_backward: false", run.train
+def _smaller_than_row(key: str, size: Size, seq_len: int, alternative: str) -> Problem:
+    what = f"of {size} is smaller than one row of data.seq_len {seq_len}"
+    return Problem(key, what, f"{key}: {seq_len} tokens or more, or {alternative}")
+
+
+def _optimizer_in_backward(run: Run, where: Place) -> Iterator[Problem]:
+    """What needs all gradients, or several backward passes, before the update is excluded."""
+    key = "train.optimizer_in_backward"
+    off = "train.optimizer_in_backward: false"
+    train = run.train
     if not train.optimizer_in_backward:
         return
-    late = "is known after the last gradient, when the weights are already updated"
+    too_late = "is known after the last gradient, when the weights are already updated"
     if run.adapter.kind != "none":
-        why = "it saves the memory of gradients, which is small for an adapter"
-        yield key, f"saves nothing with adapter.kind: {run.adapter.kind}", f"remove it, or {off}", why
+        yield Problem(
+            key,
+            f"saves nothing with adapter.kind: {run.adapter.kind}",
+            fix=f"remove it, or {off}",
+            why="it saves the memory of gradients, which is small for an adapter",
+        )
     if train.clip_norm is not None:
-        fix = f"train.clip_norm: null, or {off}"
-        yield key, f"excludes train.clip_norm: {train.clip_norm}", fix, f"the norm {late}"
+        yield Problem(
+            key,
+            f"excludes train.clip_norm: {train.clip_norm}",
+            fix=f"train.clip_norm: null, or {off}",
+            why=f"the norm {too_late}",
+        )
     if run.model.dtype == "fp16":
-        fix = f"model.dtype: bf16, or {off}"
-        yield key, "excludes model.dtype: fp16", fix, f"an overflow of the scaled loss {late}"
+        yield Problem(
+            key,
+            "excludes model.dtype: fp16",
+            fix=f"model.dtype: bf16, or {off}",
+            why=f"an overflow of the scaled loss {too_late}",
+        )
     if "parameters" in train.cpu_offload:
-        why = "a gradient is still on its way to the host when the next one is made"
-        yield key, "excludes train.cpu_offload: parameters", f"remove one of them, or {off}", why
+        yield Problem(
+            key,
+            "excludes train.cpu_offload: parameters",
+            fix=f"remove one of them, or {off}",
+            why="a gradient is still on its way to the host when the next one is made",
+        )
     if train.micro_batch not in ("auto", train.global_batch):
-        why = "optimizer_in_backward updates the weights in each backward pass, so one pass takes the global batch"
-        what = f"of {train.micro_batch} differs from train.global_batch of {train.global_batch}"
-        yield "train.micro_batch", what, f"train.micro_batch: auto, or {off}", why
+        yield Problem(
+            "train.micro_batch",
+            f"of {train.micro_batch} differs from train.global_batch of {train.global_batch}",
+            fix=f"train.micro_batch: auto, or {off}",
+            why="optimizer_in_backward updates the weights in each backward pass, so one pass"
+            " takes the global batch",
+        )
 
 
-def _lengths(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
+def _lengths(run: Run, where: Place) -> Iterator[Problem]:
     """Units and amounts of the durations and intervals."""
-    duration, warmup = run.train.duration, run.train.warmup
-    units = ("steps", "epochs", "s", "min", "h")
+    duration = run.train.duration
+    warmup = run.train.warmup
+    units: tuple[str, ...] = ("steps", "epochs", "s", "min", "h")
     # A share of the run is a number of steps, which a run of a given time does not know.
-    often = units if duration.seconds is not None else (*units, "%")
-    for key, length, allowed, example in (
-        ("train.duration", duration, units, "1 epochs"),
-        ("train.warmup", warmup, ("%", "steps", "epochs"), "3 %"),
-        ("validate.every", run.validate.every, often, "100 steps"),
-        ("checkpoint.every", run.checkpoint.every, often, "200 steps"),
-        ("log.every", run.log.every, often, "1 steps"),
-    ):
-        if length is not None and length.unit not in allowed:
-            yield key, f"is {length}, but is counted in {', '.join(allowed)}", f"{key}: {example}"
-        elif length is not None and length.amount <= 0 and key != "train.warmup":
-            yield key, f"is {length}: it must be above 0", f"{key}: {example}"
-    if warmup.amount > {"%": 100.0, duration.unit: duration.amount}.get(warmup.unit, math.inf):
-        yield "train.warmup", f"is {warmup}, longer than train.duration of {duration}", "train.warmup: 3 %"
+    interval_units = units if duration.seconds is not None else (*units, "%")
+    yield from _length("train.duration", duration, units, "1 epochs")
+    yield from _length("train.warmup", warmup, ("%", "steps", "epochs"), "3 %", may_be_zero=True)
+    yield from _length("validate.every", run.validate.every, interval_units, "100 steps")
+    yield from _length("checkpoint.every", run.checkpoint.every, interval_units, "200 steps")
+    yield from _length("log.every", run.log.every, interval_units, "1 steps")
+    if warmup.unit == "%":
+        longest = 100.0
+    elif warmup.unit == duration.unit:
+        longest = duration.amount
+    else:
+        longest = math.inf
+    if warmup.amount > longest:
+        what = f"is {warmup}, longer than train.duration of {duration}"
+        yield Problem("train.warmup", what, fix="train.warmup: 3 %")
 
 
-def _validate(run: Run, given: Callable[[str], str]) -> Iterator[Problem]:
-    if run.validate.patience is not None and not run.data.validation and run.data.hold_out is None:
-        fix = "add data.validation or data.hold_out, or remove validate.patience"
-        yield "validate.patience", "needs data.validation or data.hold_out", fix
-    if run.validate.patience is not None and run.validate.every is None:
-        what = "needs several validations, and validate.every: null validates once, at the end"
-        yield "validate.patience", what, "validate.every: 100 steps"
+def _length(
+    key: str,
+    length: Length | None,
+    units: tuple[str, ...],
+    example: str,
+    *,
+    may_be_zero: bool = False,
+) -> Iterator[Problem]:
+    if length is None:
+        return
+    fix = f"{key}: {example}"
+    if length.unit not in units:
+        yield Problem(key, f"is {length}, but is counted in {', '.join(units)}", fix)
+    elif length.amount <= 0 and not may_be_zero:
+        yield Problem(key, f"is {length}: it must be above 0", fix)
+
+
+def _validate(run: Run, where: Place) -> Iterator[Problem]:
+    if run.validate.patience is None:
+        return
+    if not run.data.validation and run.data.hold_out is None:
+        yield Problem(
+            "validate.patience",
+            "needs data.validation or data.hold_out",
+            fix="add data.validation or data.hold_out, or remove validate.patience",
+        )
+    if run.validate.every is None:
+        yield Problem(
+            "validate.patience",
+            "needs several validations, and validate.every: null validates once, at the end",
+            fix="validate.every: 100 steps",
+        )

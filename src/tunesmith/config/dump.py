@@ -1,7 +1,7 @@
 """A `Run` as YAML again, its digest, and what differs between two of them.
 
-What is written reads back as the same `Run`, to the last bit of every number: floats are written by `repr`, and
-text is quoted unless it can only be text.
+What is written reads back as the same `Run`, to the last bit of every number: floats are written by
+`repr`, and text is quoted unless it can only be text.
 """
 
 import hashlib
@@ -19,13 +19,24 @@ from tunesmith.config.schema import Adapter, Run, yaml_name
 from tunesmith.config.tree import scalar
 from tunesmith.units import Length, Share, Size
 
-# What may change when a run resumes, by dotted key or section; train.duration may grow. train.fast_paths is a key of
-# older runs.
+# What may change when a run resumes, by dotted key or section; train.duration may grow.
+# train.fast_paths is a key of older runs.
 FREE = (
-    "log", "validate", "checkpoint", "parallel", "profile", "output_dir",
-    "train.micro_batch", "train.recompute", "train.cpu_offload", "train.compile", "train.deterministic", "train.fast_paths",
-    "model.attention", "data.allow_cut_answers",
-)  # fmt: skip
+    "log",
+    "validate",
+    "checkpoint",
+    "parallel",
+    "profile",
+    "output_dir",
+    "train.micro_batch",
+    "train.recompute",
+    "train.cpu_offload",
+    "train.compile",
+    "train.deterministic",
+    "train.fast_paths",
+    "model.attention",
+    "data.allow_cut_answers",
+)
 DURATION = "train.duration"
 
 _TEXT = re.compile(r"[A-Za-z/][\w./-]*(?: [\w./-]+)*|[0-9]+(?:\.[0-9]+)? (?:[a-z]+|%)", re.ASCII)
@@ -34,7 +45,8 @@ _TEXT = re.compile(r"[A-Za-z/][\w./-]*(?: [\w./-]+)*|[0-9]+(?:\.[0-9]+)? (?:[a-z
 def to_mapping(run: Run) -> dict[str, Any]:
     """The recipe as plain YAML values under its written names, defaults included.
 
-    With `adapter.kind: none` the adapter's other keys are left out, because a recipe may not give them.
+    With `adapter.kind: none` the adapter's other keys are left out, because a recipe may not give
+    them.
     """
     values = _plain(run)
     for part in ("train", "validation"):
@@ -48,7 +60,9 @@ def to_mapping(run: Run) -> dict[str, Any]:
 
 
 def _plain(run: Run) -> dict[str, Any]:
-    """The keys and values of a recipe as JSON has them: tuples become lists, lengths and sizes text."""
+    """The keys and values of a recipe as JSON has them: tuples become lists, lengths and sizes
+    text.
+    """
 
     def default(value: Any) -> Any:
         if isinstance(value, Length | Size | Share):
@@ -60,8 +74,11 @@ def _plain(run: Run) -> dict[str, Any]:
 
 def flatten(run: Run) -> dict[str, str | int | float | bool | None]:
     """Dotted key -> value, for what takes no nested ones; lists as JSON text."""
-    values = leaves(to_mapping(run)).items()
-    return {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in values}
+    values = leaves(to_mapping(run))
+    for key, value in values.items():
+        if isinstance(value, list | dict):
+            values[key] = json.dumps(value)
+    return values
 
 
 def dump(run: Run) -> str:
@@ -70,15 +87,34 @@ def dump(run: Run) -> str:
 
 
 _TAG = "tag:yaml.org,2002:"
-# Text quoted wherever it could be anything else; floats exact; keys in their order; flat lists on one line.
+
+
+def _represent_text(yaml: Any, text: str) -> Any:
+    """Quoted wherever it could be anything but text."""
+    is_plain = _TEXT.fullmatch(text) and isinstance(scalar(text), str)
+    return yaml.represent_scalar(f"{_TAG}str", text, style=None if is_plain else '"')
+
+
+def _represent_number(yaml: Any, number: float) -> Any:
+    """Exact to the last bit."""
+    return yaml.represent_scalar(f"{_TAG}float", repr(number))
+
+
+def _represent_list(yaml: Any, items: list[Any]) -> Any:
+    """Flat lists on one line."""
+    return yaml.represent_sequence(f"{_TAG}seq", items, flow_style=not _nested(items))
+
+
+def _represent_mapping(yaml: Any, mapping: dict[str, Any]) -> Any:
+    # As a list of pairs, whose order ruamel keeps: it would sort a dict.
+    return yaml.represent_mapping(f"{_TAG}map", list(mapping.items()), flow_style=not mapping)
+
+
 _REPRESENT: dict[type, Callable[..., Any]] = {
-    str: lambda yaml, text: yaml.represent_scalar(
-        f"{_TAG}str", text, style=None if _TEXT.fullmatch(text) and isinstance(scalar(text), str) else '"'
-    ),
-    float: lambda yaml, number: yaml.represent_scalar(f"{_TAG}float", repr(number)),
-    list: lambda yaml, items: yaml.represent_sequence(f"{_TAG}seq", items, flow_style=not _nested(items)),
-    # A list of pairs, whose order ruamel keeps: it would sort a dict.
-    dict: lambda yaml, keys: yaml.represent_mapping(f"{_TAG}map", list(keys.items()), flow_style=not keys),
+    str: _represent_text,
+    float: _represent_number,
+    list: _represent_list,
+    dict: _represent_mapping,
 }
 
 
@@ -91,23 +127,31 @@ def to_yaml(values: Mapping[str, Any], comments: Mapping[str, str] | None = None
 
     `comments` are written above their dotted key; keys below a list have none.
     """
-    yaml, out = YAML(typ="safe", pure=True), StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    out = StringIO()
     # A class of its own, because representers are added to the class.
-    yaml.Representer, yaml.width = type("Representer", (SafeRepresenter,), {}), 1 << 20
+    yaml.Representer = type("Representer", (SafeRepresenter,), {})
+    yaml.width = 1 << 20
     for kind, represent in _REPRESENT.items():
         yaml.Representer.add_representer(kind, represent)
     yaml.dump(dict(values), out)
-    lines, above = list[str](), list[str]()
+    lines: list[str] = []
+    # The keys that lead to the current line, the outermost first.
+    path: list[str] = []
     for line in out.getvalue().splitlines():
         indent = len(line) - len(line.lstrip())
-        above = [*above[: indent // 2], line.strip().partition(":")[0]]
-        comment = textwrap.wrap((comments or {}).get(".".join(above), ""), 76 - indent)
-        lines += [*(f"{line[:indent]}# {part}" for part in comment), line]
+        path = [*path[: indent // 2], line.strip().partition(":")[0]]
+        comment = (comments or {}).get(".".join(path), "")
+        for part in textwrap.wrap(comment, 76 - indent):
+            lines.append(f"{line[:indent]}# {part}")
+        lines.append(line)
     return "\n".join(lines) + "\n"
 
 
 class Change(NamedTuple):
-    """One key that differs between two recipes; `allowed` says whether a resumed run may differ there."""
+    """One key that differs between two recipes; `allowed` says whether a resumed run may differ
+    there.
+    """
 
     key: str
     old: Any
@@ -119,26 +163,42 @@ class Change(NamedTuple):
 
 
 def digest(run: Run) -> str:
-    """SHA-256, in hex, of all that may not change when a run resumes. The duration may grow and is left out."""
-    kept = {key: value for key, value in leaves(_plain(run)).items() if not is_free(key) and key != DURATION}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    """SHA-256, in hex, of all that may not change when a run resumes. The duration may grow and is
+    left out.
+    """
+    values = {}
+    for key, value in leaves(_plain(run)).items():
+        if not is_free(key) and key != DURATION:
+            values[key] = value
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: Run, new: Run) -> list[Change]:
     """Every key that differs, in the order of the schema.
 
-    A duration in another unit (epochs for steps) is allowed: its steps are known once the data is read.
+    A duration in another unit (epochs for steps) is allowed: its steps are known once the data is
+    read.
     """
-    before, after = leaves(_plain(old)), leaves(_plain(new))
-    first, then = old.train.duration, new.train.duration
-    grows = first.unit != then.unit or then.amount >= first.amount
-    if first.seconds is not None and then.seconds is not None:
-        grows = then.seconds >= first.seconds
-    return [
-        Change(key, before.get(key), after.get(key), grows if key == DURATION else is_free(key))
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    ]
+    old_values = leaves(_plain(old))
+    new_values = leaves(_plain(new))
+    changes = []
+    for key in {**old_values, **new_values}:
+        old_value = old_values.get(key)
+        new_value = new_values.get(key)
+        if old_value == new_value:
+            continue
+        allowed = is_free(key)
+        if key == DURATION:
+            allowed = _may_follow(old.train.duration, new.train.duration)
+        changes.append(Change(key, old_value, new_value, allowed))
+    return changes
+
+
+def _may_follow(old: Length, new: Length) -> bool:
+    """Whether a resumed run may have the new duration: it is no shorter, as far as one can tell."""
+    if old.seconds is not None and new.seconds is not None:
+        return new.seconds >= old.seconds
+    return old.unit != new.unit or new.amount >= old.amount
 
 
 def is_free(key: str) -> bool:
@@ -147,9 +207,12 @@ def is_free(key: str) -> bool:
 
 
 def leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Dotted key -> value; a list of scalars is one leaf, so a changed list of names is one change."""
+    """Dotted key -> value; a list of scalars is one leaf, so a changed list is one change."""
     if _nested(value):
         value = dict(enumerate(value))
     if not isinstance(value, dict) or not value:
         return {key: value}
-    return {k: v for name, item in value.items() for k, v in leaves(item, f"{key}.{name}".lstrip(".")).items()}
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        flat |= leaves(item, f"{key}.{name}".lstrip("."))
+    return flat

@@ -1,8 +1,9 @@
-"""Layers of a recipe over each other: a file over those that it extends, and the command line over all.
+"""Layers of a recipe over each other: a file over those that it extends, and the command line over
+all.
 
-Later layers win: mappings are merged, lists and scalars replaced. A new source of rows takes nothing from the layers
-below, because the split, the columns and the held-out rows of one data set mean nothing in another. Every value keeps
-the place it came from.
+Later layers win: mappings are merged, lists and scalars replaced. A new source of rows takes
+nothing from the layers below, because the split, the columns and the held-out rows of one data set
+mean nothing in another. Every value keeps the place it came from.
 """
 
 import re
@@ -18,30 +19,52 @@ from tunesmith.config.paths import resolve_paths
 from tunesmith.config.tree import MAX_DEPTH, Node, read_value, wrap
 from tunesmith.errors import RecipeError
 
-COMMAND_LINE, FROM_PYTHON = "command line", "overrides"
+COMMAND_LINE = "command line"
+FROM_PYTHON = "overrides"
 _KEY = re.compile(rf"[\w-]+(\.[^.\s]+){{0,{MAX_DEPTH}}}")
 
 
 def merge_layers(lower: Node, upper: Node, say: Callable[[str], None] | None) -> Node:
-    """The upper layer over the lower; `say` takes a line about what a new source of rows leaves behind."""
+    """The upper layer over the lower.
+
+    `say` takes a line about what a new source of rows leaves behind.
+    """
     merged = _merge(lower, upper)
-    kept = {**dict(upper.places()), **dict(merged.places())}
-    lost = [key for key, _ in lower.places() if key.startswith("data.") and key not in kept]
-    gone = [key for key in lost if key.rpartition(".")[0] not in lost]
-    if gone and say:
-        say(f"{upper.where} names other rows, so it does not take {', '.join(gone)} from the recipe that it changes")
+    remaining = {key for tree in (upper, merged) for key, _ in tree.places()}
+    dropped = []
+    for key, _ in lower.places():
+        if key.startswith("data.") and key not in remaining:
+            dropped.append(key)
+    # Of a section that is dropped as a whole, its own name is enough.
+    shown = [key for key in dropped if key.rpartition(".")[0] not in dropped]
+    if shown and say:
+        say(
+            f"{upper.where} names other rows, so it does not take {', '.join(shown)} from the"
+            " recipe that it changes"
+        )
     return merged
 
 
 def override_layer(overrides: Mapping[str, Any] | Sequence[str]) -> Node:
-    """One layer of all overrides, whatever their order: `{"key.sub": value}`, or texts `key.sub=value`."""
-    origin, base = FROM_PYTHON if isinstance(overrides, Mapping) else COMMAND_LINE, Path.cwd()
+    """One layer of all overrides, whatever their order.
+
+    Args:
+        overrides: `{"key.sub": value}`, or texts `key.sub=value`.
+    """
+    is_mapping = isinstance(overrides, Mapping)
+    origin = FROM_PYTHON if is_mapping else COMMAND_LINE
+    base = Path.cwd()
     layer = Node({}, origin, base)
     for text in overrides:
-        key, found, value = map(str.strip, str(text).partition("="))
-        if bool(found) == isinstance(overrides, Mapping) or not _KEY.fullmatch(key):
-            fix = "such as train.learning_rate=2e-4; with spaces in quotes: 'train.duration=3 epochs'"
-            raise RecipeError(f"{reprlib.repr(text)} is not of the form key.sub=value", where=origin, fix=fix)
+        key, equals, value = map(str.strip, str(text).partition("="))
+        has_value = bool(equals)
+        if has_value == is_mapping or not _KEY.fullmatch(key):
+            raise RecipeError(
+                f"{reprlib.repr(text)} is not of the form key.sub=value",
+                where=origin,
+                fix="such as train.learning_rate=2e-4; with spaces in quotes:"
+                " 'train.duration=3 epochs'",
+            )
         if isinstance(overrides, Mapping):
             node = wrap(overrides[text], where=origin, base=base, key=key)
         else:
@@ -56,50 +79,113 @@ def override_layer(overrides: Mapping[str, Any] | Sequence[str]) -> Node:
 
 
 def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False) -> Node:
-    """The upper layer over the lower at `key`, or with `same_layer` one override over those before it, which all stay.
+    """The upper layer over the lower at `key`.
 
-    `adapter.kind: none` drops the adapter's other keys of the lower layer, which would have no effect. An empty mapping
-    clears a key that is no section. A null replaces the value below, also of a key that takes none: `build_run` refuses it
-    there, and `train.learning_rate=` of an unset variable does not pass for the default.
+    Mappings are merged, entries of a list are replaced by their number, all else is replaced: also
+    by a null, of a key that takes none. `build_run` refuses it there, and `train.learning_rate=` of
+    an unset variable does not pass for the default.
+
+    Args:
+        same_layer: the upper one is a single override, and the lower one those before it, which all
+            stay.
     """
-    below, given = lower.value, upper.value
-    if same_layer and isinstance(given, dict) and given and isinstance(below, str | int | float):
-        what = f"{key}.{next(iter(given))}: there is no key {next(iter(given))!r} in a single value"
-        raise RecipeError(what, where=upper.where, fix=f"give the whole of {key} instead")
-    if isinstance(below, list) and isinstance(given, dict) and given and "source" not in given:
-        items = dict(lower.children())
-        for name, node in given.items():
-            if name not in items:
-                fix = f"name one of its entries by number, 0 to {len(items) - 1}" if items else "give the whole list"
-                raise RecipeError(f"{key}: the list has no entry {name!r}", where=node.where, fix=fix)
-            items[name] = _merge(items[name], node, f"{key}.{name}", same_layer=same_layer)
-        return replace(lower, value=list(items.values()))
-    cleared = not given and get_origin(keys().get(without_indices(key), (None, None))[1]) in (dict, tuple)
-    if not isinstance(below, dict) or not isinstance(given, dict) or cleared:
+    if isinstance(lower.value, list) and _changes_entries(upper):
+        return _merge_entries(lower, upper, key, same_layer=same_layer)
+    are_mappings = isinstance(lower.value, dict) and isinstance(upper.value, dict)
+    if not are_mappings or (not upper.value and _takes_mapping(key)):
+        if same_layer:
+            _check_scalar_has_no_key(lower, upper, key)
         return upper
-    if "source" in below and "0" in given and isinstance(given["0"].value, dict):  # data.train.0.split of one source
-        given = {**{name: node for name, node in given.items() if name != "0"}, **given["0"].value}
-        upper = replace(upper, value=given)
-    unlike = "source" in below and "source" in given and _sources(lower) != _sources(upper)
-    if not same_layer and (unlike or (key == "adapter" and "kind" in given and given["kind"].value == "none")):
-        below = {}
-    if not same_layer and key == "data" and "train" in below and "train" in given:
-        rows = _sources(_merge(below["train"], given["train"], "data.train"))
-        below = {n: node for n, node in below.items() if n != "validation" or rows == _sources(below["train"])}
-    merged = dict(below)
-    for name, node in given.items():
-        path = f"{key}.{name}".lstrip(".")
-        merged[name] = _merge(below[name], node, path, same_layer=same_layer) if name in below else node
+    if "source" in dict(lower.children()):
+        upper = _as_single_source(upper)
+    values = dict(lower.children())
+    if not same_layer:
+        values = _without_stale(lower, upper, key)
+    merged = dict(values)
+    for name, node in upper.children():
+        if name in values:
+            path = f"{key}.{name}".lstrip(".")
+            merged[name] = _merge(values[name], node, path, same_layer=same_layer)
+        else:
+            merged[name] = node
     # A key that is missing is missing in the file, whatever the command line gives beside it.
-    return replace(lower if upper.where.startswith((COMMAND_LINE, FROM_PYTHON)) else upper, value=merged)
+    is_override = upper.where.startswith((COMMAND_LINE, FROM_PYTHON))
+    return replace(lower if is_override else upper, value=merged)
+
+
+def _changes_entries(upper: Node) -> bool:
+    """Whether a value names entries of a list by number, as `data.train.0.split` does."""
+    is_mapping = isinstance(upper.value, dict) and bool(upper.value)
+    return is_mapping and "source" not in dict(upper.children())
+
+
+def _merge_entries(lower: Node, upper: Node, key: str, *, same_layer: bool) -> Node:
+    items = dict(lower.children())
+    for name, node in upper.children():
+        if name not in items:
+            fix = "give the whole list"
+            if items:
+                fix = f"name one of its entries by number, 0 to {len(items) - 1}"
+            what = f"{key}: the list has no entry {name!r}"
+            raise RecipeError(what, where=node.where, fix=fix)
+        items[name] = _merge(items[name], node, f"{key}.{name}", same_layer=same_layer)
+    return replace(lower, value=list(items.values()))
+
+
+def _takes_mapping(key: str) -> bool:
+    """Whether a key that is no section takes a mapping or list: an empty mapping clears it."""
+    key = without_indices(key)
+    if key not in keys():
+        return False
+    _, hint = keys()[key]
+    return get_origin(hint) in (dict, tuple)
+
+
+def _check_scalar_has_no_key(lower: Node, upper: Node, key: str) -> None:
+    """RecipeError for an override of `key.name` after one that gives `key` a single value."""
+    if isinstance(upper.value, dict) and upper.value and isinstance(lower.value, str | int | float):
+        name = next(iter(upper.value))
+        what = f"{key}.{name}: there is no key {name!r} in a single value"
+        raise RecipeError(what, where=upper.where, fix=f"give the whole of {key} instead")
+
+
+def _as_single_source(upper: Node) -> Node:
+    """`data.train.0.split` of a source that is written without a list: `data.train.split`."""
+    values = dict(upper.children())
+    first = values.pop("0", None)
+    if first is None or not isinstance(first.value, dict):
+        return upper
+    return replace(upper, value={**values, **first.value})
+
+
+def _without_stale(lower: Node, upper: Node, key: str) -> dict[str, Node]:
+    """The values of a lower layer at `key` that still mean something under the upper one."""
+    values = dict(lower.children())
+    changes = dict(upper.children())
+    # The split and the columns of one data set mean nothing in another.
+    names_source = "source" in values and "source" in changes
+    if names_source and _sources(lower) != _sources(upper):
+        return {}
+    # `adapter.kind: none` leaves the adapter's other keys without effect.
+    if key == "adapter" and "kind" in changes and changes["kind"].value == "none":
+        return {}
+    # Neither do the rows held out of one data set.
+    if key == "data" and "train" in values and "train" in changes:
+        train = _merge(values["train"], changes["train"], "data.train")
+        if _sources(train) != _sources(values["train"]):
+            values.pop("validation", None)
+    return values
 
 
 def _sources(rows: Node) -> list[Any]:
     """What `data.train` is read from: Hub ids and absolute paths."""
-    found = []
-    for part in rows.value if isinstance(rows.value, list) else [rows]:
-        if isinstance(part.value, dict) and "source" in part.value:
-            found.append(part.value["source"])
-            with suppress(RecipeError):  # a text that is neither is refused later, unless a layer replaces it
-                found[-1] = resolve_paths(found[-1], "data.train.source")
-    return [node.plain() for node in found]
+    sources = []
+    for entry in rows.value if isinstance(rows.value, list) else [rows]:
+        if not isinstance(entry.value, dict) or "source" not in entry.value:
+            continue
+        source = entry.value["source"]
+        # A text that is neither is refused later, unless a layer replaces it.
+        with suppress(RecipeError):
+            source = resolve_paths(source, "data.train.source")
+        sources.append(source.plain())
+    return sources

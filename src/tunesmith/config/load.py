@@ -1,8 +1,10 @@
 """A recipe file and its overrides -> one frozen, checked `Run`.
 
-    file -> extends, from the base up -> key=value -> without removed keys -> absolute paths -> types -> rules
+    file -> extends, from the base up -> key=value -> without removed keys -> absolute paths ->
+    types -> rules
 
-Every value keeps the place it came from, so an error names the file and line, or the key on the command line.
+Every value keeps the place it came from, so an error names the file and line, or the key on the
+command line.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,7 +21,8 @@ from tunesmith.config.tree import Node, read_file, wrap
 from tunesmith.config.typed import build_run
 from tunesmith.errors import RecipeError
 
-MAX_EXTENDS = 20  # recipes one over the other
+# Recipes one over the other.
+MAX_EXTENDS = 20
 
 
 def load_recipe(
@@ -29,14 +32,17 @@ def load_recipe(
     say: Callable[[str], None] | None = None,
     ignored: Collection[str] = (),
 ) -> Run:
-    """Read a recipe, apply overrides, check it; RecipeError or MachineError names what is wrong, its place and the fix.
+    """Read a recipe, apply overrides, check it; RecipeError or MachineError names what is wrong,
+    its place and the fix.
 
     Args:
         recipe: a file, or the name of a recipe that ships.
-        overrides: `{"key.sub": value}`, each value as it is, or texts `key.sub=value`, the value in YAML 1.2; all of
-            them are one layer.
-        say: takes a line for each layer that names other rows, about the keys that it leaves behind.
-        ignored: keys whose removed values are ignored, see `without_removed`; for a recipe of an older run.
+        overrides: `{"key.sub": value}`, each value as it is, or texts `key.sub=value`, the value in
+            YAML 1.2; all of them are one layer.
+        say: takes a line for each layer that names other rows, about the keys that it leaves
+            behind.
+        ignored: keys whose removed values are ignored, see `without_removed`; for a recipe of an
+            older run.
     """
     tree = _read_layers(locate_recipe(recipe, base=Path(), where=str(recipe)), (), say)
     return checked(merge_layers(tree, override_layer(overrides), say), ignored)
@@ -45,14 +51,16 @@ def load_recipe(
 def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
     """A `Run` from plain values, as `to_mapping` gives them; raises as `load_recipe`.
 
-    `where` is what errors call it, such as the file's name, and `base` the folder that relative paths start from.
+    `where` is what errors call it, such as the file's name, and `base` the folder that relative
+    paths start from.
     """
     return checked(wrap(values, where=where, base=base))
 
 
 def checked(tree: Node, ignored: Collection[str] = ()) -> Run:
     tree = without_removed(tree, ignored)
-    run, places = build_run(resolve_paths(tree)), dict(tree.places())
+    run = build_run(resolve_paths(tree))
+    places = dict(tree.places())
     check_run(run, lambda key: places.get(key, ""))
     return run
 
@@ -74,6 +82,7 @@ def _read_layers(path: Path, seen: tuple[Path, ...], say: Callable[[str], None] 
         what = "recipes extend each other in a circle"
         raise RecipeError(what, where=above.where, why=circle, fix="remove one extends")
     if len(chain) > MAX_EXTENDS:
-        what, fix = f"more than {MAX_EXTENDS} recipes extend each other", "put several of them into one file"
+        what = f"more than {MAX_EXTENDS} recipes extend each other"
+        fix = "put several of them into one file"
         raise RecipeError(what, where=above.where, fix=fix)
     return merge_layers(_read_layers(base, chain, say), tree, say)

@@ -1,7 +1,8 @@
 """Which values of a recipe are files, and what a relative path starts from.
 
-In a recipe a relative path starts from the recipe's folder, so that a recipe and its data can move together; on
-the command line it starts from the working directory, and so do `output_dir` and `log.tensorboard_dir` always.
+In a recipe a relative path starts from the recipe's folder, so that a recipe and its data can move
+together; on the command line it starts from the working directory, and so do `output_dir` and
+`log.tensorboard_dir` always.
 """
 
 import os
@@ -18,7 +19,8 @@ from tunesmith.errors import RecipeError
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
 TEMPLATES = ("auto", "chat", "alpaca", "raw")
 
-_RUNS = ("$(", "`", "\\", '"')  # by which a shell runs a command in double quotes, or ends them
+# By which a shell runs a command in double quotes, or ends them.
+_RUNS = ("$(", "`", "\\", '"')
 _OUTPUTS = ("log.tensorboard_dir", "output_dir")
 # The keys that hold a path or a Hub id -> the endings that make a text a path.
 _INPUTS = {
@@ -34,8 +36,11 @@ _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?
 
 def inputs_of(run: Run) -> dict[str, str]:
     """What a resolved recipe reads, by key: absolute paths, Hub ids and the template's name."""
-    given = {key: value for key, value in flatten(run).items() if value is not None}
-    return {key: str(value) for key, value in given.items() if without_indices(key) in _INPUTS}
+    inputs = {}
+    for key, value in flatten(run).items():
+        if value is not None and without_indices(key) in _INPUTS:
+            inputs[key] = str(value)
+    return inputs
 
 
 def is_place(key: str) -> bool:
@@ -48,24 +53,35 @@ def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> N
 
     `beside`: instead as a recipe in that folder writes it, the relative paths of inputs from there.
     """
-    inside = {name: resolve_paths(child, f"{key}.{name}".lstrip("."), beside=beside) for name, child in node.children()}
-    if isinstance(node.value, dict | list):
-        return replace(node, value=inside if isinstance(node.value, dict) else list(inside.values()))
-    name, text = without_indices(key), node.value
+    children = {}
+    for name, child in node.children():
+        children[name] = resolve_paths(child, f"{key}.{name}".lstrip("."), beside=beside)
+    if isinstance(node.value, dict):
+        return replace(node, value=children)
+    if isinstance(node.value, list):
+        return replace(node, value=list(children.values()))
+    name = without_indices(key)
+    text = node.value
     if not isinstance(text, str) or name not in (*_OUTPUTS, *_INPUTS):
         return node
     path = _resolve(text, name, node, key)
     if beside is None:
         return replace(node, value=path)
-    return node if path == text or name in _OUTPUTS else replace(node, value=os.path.relpath(path, beside), base=beside)
+    if path == text or name in _OUTPUTS:
+        return node
+    return replace(node, value=os.path.relpath(path, beside), base=beside)
 
 
 def _resolve(text: str, name: str, node: Node, key: str) -> str:
-    """The absolute path that `text` means, or `text` itself if it is a Hub id or the name of a template."""
-    what, fix = "", ""
+    """The absolute path that `text` means, or `text` itself if it is a Hub id or the name of a
+    template.
+    """
+    what = ""
+    fix = ""
     if not text.strip():
         needed = keys()[name][0].metadata["example"]
-        what, fix = f"{key} is empty", "name one" if needed else f"name one, or remove the line {key}"
+        what = f"{key} is empty"
+        fix = "name one" if needed else f"name one, or remove the line {key}"
     elif "$" in text:
         what = f"{key}: variables such as {text} are not expanded in a recipe"
         fix = f'let the shell expand it: {key}="{text}" on the command line'
@@ -76,16 +92,23 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
         what = f"{key} is a Hub id or a file, not a URL: {text}"
         fix = f"write the Hub id: {hub[1]}" if hub else "download it, and give the file or folder"
     elif "\0" in text:
-        what, fix = f"{key} has a null character in it: {text!r}", "write the name without it"
+        what = f"{key} has a null character in it: {text!r}"
+        fix = "write the name without it"
     if what:
         raise RecipeError(what, where=node.where, fix=fix)
+    base = Path.cwd() if name in _OUTPUTS else node.base
     try:
-        path = os.path.abspath((Path.cwd() if name in _OUTPUTS else node.base) / Path(text).expanduser())
-    except RuntimeError as error:  # ~name of no user
+        path = os.path.abspath(base / Path(text).expanduser())
+    except RuntimeError as error:
+        # `~name` of no user.
+        what = f"{key}: {text} has no home"
         fix = "write ~/ or a path"
-        raise RecipeError(f"{key}: {text} has no home", where=node.where, why=str(error), fix=fix) from None
+        raise RecipeError(what, where=node.where, why=str(error), fix=fix) from None
     if name == "data.template":
         return text if text in TEMPLATES else path
-    given_as_path = text.startswith(("./", "../", "/", "~")) or text in (".", "..")
-    is_path = name in _OUTPUTS or given_as_path or text.lower().endswith(_INPUTS[name]) or os.path.exists(path)
-    return path if is_path else text
+    is_written_as_path = text.startswith(("./", "../", "/", "~")) or text in (".", "..")
+    if name in _OUTPUTS or is_written_as_path:
+        return path
+    if text.lower().endswith(_INPUTS[name]) or os.path.exists(path):
+        return path
+    return text

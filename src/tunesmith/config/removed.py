@@ -1,7 +1,7 @@
 """Keys and values that recipes had once.
 
-A removed key at its default said nothing, and is ignored: config.yaml of an older run has every key. Anything else is
-refused with what to use, but by those who only read what an older run wrote.
+A removed key at its default said nothing, and is ignored: config.yaml of an older run has every
+key. Anything else is refused with what to use, but by those who only read what an older run wrote.
 """
 
 from collections.abc import Collection
@@ -16,43 +16,53 @@ REMOVED = (FAST_PATHS, QUANTIZE)
 
 
 def without_removed(tree: Node, ignored: Collection[str] = ()) -> Node:
-    """The tree of a recipe without what was removed; RemovedError for a removed value, with what to use.
+    """The tree of a recipe without what was removed; RemovedError for a removed value, with what to
+    use.
 
-    `ignored`: of REMOVED, the keys whose removed values are left out too. The key is then at its default.
+    `ignored`: of REMOVED, the keys whose removed values are left out too. The key is then at its
+    default.
     """
     for key in REMOVED:
         node = _find(tree, key)
         if node is None or (key == QUANTIZE and node.value != "int8"):
             continue
         if key not in ignored and node.plain() != []:
-            raise _refusal(key, node)
+            raise _error(key, node)
         tree = _drop(tree, key)
     return tree
 
 
 def _find(tree: Node, key: str) -> Node | None:
-    section, _, name = key.partition(".")
-    inside = dict(tree.children()).get(section)
-    return dict(inside.children()).get(name) if inside else None
+    section_name, _, name = key.partition(".")
+    section = dict(tree.children()).get(section_name)
+    if section is None:
+        return None
+    return dict(section.children()).get(name)
 
 
 def _drop(tree: Node, key: str) -> Node:
-    section, _, name = key.partition(".")
+    section_name, _, name = key.partition(".")
     sections = dict(tree.children())
-    left = {other: node for other, node in sections[section].children() if other != name}
-    sections[section] = replace(sections[section], value=left)
+    values = dict(sections[section_name].children())
+    del values[name]
+    sections[section_name] = replace(sections[section_name], value=values)
     return replace(tree, value=sections)
 
 
-def _refusal(key: str, node: Node) -> RemovedError:
+def _error(key: str, node: Node) -> RemovedError:
     if key == QUANTIZE:
-        what, why = "model.quantize: int8 was removed", "no GPU had measured it"
-        fix = (
-            "model.quantize=fp8 on a Hopper, Ada or Blackwell GPU, model.quantize=nf4 to save memory, or "
-            "model.quantize=none: bf16, the fastest on an A100"
+        return RemovedError(
+            "model.quantize: int8 was removed",
+            where=node.where,
+            why="no GPU had measured it",
+            fix="model.quantize=fp8 on a Hopper, Ada or Blackwell GPU, model.quantize=nf4 to save"
+            " memory, or model.quantize=none: bf16, the fastest on an A100",
         )
-        return RemovedError(what, where=node.where, why=why, fix=fix)
-    what, why = f"{key} was removed", "no GPU had measured what it named"
+    why = "no GPU had measured what it named"
     if "fp32-weight-gradients" in str(node.plain()):
-        why += ", and weight gradients are added up in fp32 without a key now, wherever one GPU trains all weights"
-    return RemovedError(what, where=node.where, why=why, fix=f"remove the key, or {key}=[] on the command line")
+        why += (
+            ", and weight gradients are added up in fp32 without a key now, wherever one GPU"
+            " trains all weights"
+        )
+    fix = f"remove the key, or {key}=[] on the command line"
+    return RemovedError(f"{key} was removed", where=node.where, why=why, fix=fix)

@@ -1,10 +1,12 @@
-"""The recipe as frozen, typed dataclasses: every key, its type, its bounds, its default and its documentation.
+"""The recipe as frozen, typed dataclasses: every key, its type, its bounds, its default and its
+documentation.
 
-`typed.py` builds these from YAML and the command line with pydantic, `check.py` holds the rules that span several
-keys, and `describe.py` prints the reference page. Nothing here imports torch.
+`typed.py` builds these from YAML and the command line with pydantic, `check.py` holds the rules
+that span several keys, and `describe.py` prints the reference page. Nothing here imports torch.
 
-The type of a field is all that it accepts: `Literal` fields take the listed words, `Length`, `Size` and `Share`
-fields take text in the grammar of `tunesmith.units`, `X | None` takes `null`. There is no coercion: `pack: "true"` is refused.
+The type of a field is all that it accepts: `Literal` fields take the listed words, `Length`, `Size`
+and `Share` fields take text in the grammar of `tunesmith.units`, `X | None` takes `null`. There is
+no coercion: `pack: "true"` is refused.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +17,8 @@ from annotated_types import Ge, Gt, Interval
 from tunesmith.units import Length, Share, Size
 
 Count = Annotated[int, Interval(ge=1, lt=2**63)]
-Rank = Annotated[int, Interval(ge=1, lt=2**31)]  # times a layer's width it is a size that torch can hold
+# Times a layer's width it is a size that torch can hold.
+Rank = Annotated[int, Interval(ge=1, lt=2**31)]
 AtLeastTwo = Annotated[int, Interval(ge=2, lt=2**63)]
 CountOrZero = Annotated[int, Interval(ge=0, lt=2**63)]
 Positive = Annotated[float, Gt(0)]
@@ -26,9 +29,15 @@ TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
 
 def key(default: Any, doc: str, *, example: str = "") -> Any:
-    """A recipe key with its documentation; one whose default is `...` must be given, and has an example."""
-    given = {} if default is ... else {"default_factory": dict} if default == {} else {"default": default}
-    return field(**given, metadata={"doc": doc, "example": example})
+    """A recipe key with its documentation; one whose default is `...` must be given, and has an
+    example.
+    """
+    metadata = {"doc": doc, "example": example}
+    if default is ...:
+        return field(metadata=metadata)
+    if default == {}:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def yaml_name(name: str) -> str:
@@ -45,21 +54,32 @@ def is_section(hint: Any) -> bool:
 class Model:
     """The base model."""
 
-    name: str = key(..., "Hub id, a local folder, or a `.gguf` file", example="meta-llama/Llama-3.1-8B-Instruct")
+    name: str = key(
+        ..., "Hub id, a local folder, or a `.gguf` file", example="meta-llama/Llama-3.1-8B-Instruct"
+    )
     revision: str | None = key(None, "branch, tag or commit on the Hub; null: `main`")
-    tokenizer: str | None = key(None, "Hub id or folder of another tokenizer; null: the model's own")
-    dtype: Literal["bf16", "fp16", "fp32"] = key("bf16", "dtype of weights and matmuls; fp16 scales the loss")
+    tokenizer: str | None = key(
+        None, "Hub id or folder of another tokenizer; null: the model's own"
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] = key(
+        "bf16", "dtype of weights and matmuls; fp16 scales the loss"
+    )
     quantize: Literal["none", "fp8", "nf4"] = key(
         "none",
-        "quantization of the frozen base: fp8 for speed (needs bf16; on Hopper, Ada and Blackwell GPUs), nf4 (bitsandbytes' "
+        "quantization of the frozen base: fp8 for speed (needs bf16; on Hopper, Ada and Blackwell"
+        " GPUs), nf4 (bitsandbytes' "
         "format) for memory",
     )
-    attention: Literal["auto", "eager"] = key("auto", "auto: the fastest for packed rows; eager: Transformers' own")
+    attention: Literal["auto", "eager"] = key(
+        "auto", "auto: the fastest for packed rows; eager: Transformers' own"
+    )
     trust_remote_code: bool = key(False, "run Python code from the model's repository")
     added_tokens: tuple[str, ...] = key(
         (), "special tokens to add; with LoRA, `modules_to_save` must name `embed_tokens`"
     )
-    pad_token: str | None = key(None, "padding token; null: the tokenizer's pad token, else unk, else eos")
+    pad_token: str | None = key(
+        None, "padding token; null: the tokenizer's pad token, else unk, else eos"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +90,30 @@ class Adapter:
     rank: Rank = key(8, "LoRA rank (r)")
     alpha: Positive = key(16.0, "LoRA alpha; the update is scaled by alpha / rank")
     dropout: Fraction = key(0.0, "dropout on the input of A, at least 0 and below 1")
-    target: str | tuple[str, ...] = key("all-linear", "`all-linear` (all but the head) or a list of module names")
+    target: str | tuple[str, ...] = key(
+        "all-linear", "`all-linear` (all but the head) or a list of module names"
+    )
     rslora: bool = key(False, "scale by alpha / sqrt(rank), as rsLoRA does")
-    modules_to_save: tuple[str, ...] = key((), "modules trained in full, such as `embed_tokens`, `lm_head`")
-    from_: str | None = key(None, "folder or Hub id of a PEFT adapter to continue from")  # `from` in a recipe
+    modules_to_save: tuple[str, ...] = key(
+        (), "modules trained in full, such as `embed_tokens`, `lm_head`"
+    )
+    # `from` in a recipe.
+    from_: str | None = key(None, "folder or Hub id of a PEFT adapter to continue from")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One source of rows: a Hub dataset or a local file."""
 
-    source: str = key(..., "Hub id, or a file: json, jsonl, csv, parquet, arrow", example="rows.jsonl")
+    source: str = key(
+        ..., "Hub id, or a file: json, jsonl, csv, parquet, arrow", example="rows.jsonl"
+    )
     name: str | None = key(None, "configuration of a Hub dataset")
     revision: str | None = key(None, "branch, tag or commit of a Hub dataset")
     split: str | None = key(None, "such as `train` or `train[:95%]`; null: all rows")
-    format: Literal["alpaca", "messages", "sharegpt", "prompt-completion", "text"] = key("messages", "row format")
+    format: Literal["alpaca", "messages", "sharegpt", "prompt-completion", "text"] = key(
+        "messages", "row format"
+    )
     columns: dict[str, str] = key({}, "column names: `{the format's name: the file's name}`")
     max_examples: Count | None = key(None, "take the first N rows of the split")
     weight: Positive = key(1.0, "with several sources: how often this one is seen in an epoch")
@@ -94,25 +123,38 @@ class Source:
 class Data:
     """The rows, and how they become tokens."""
 
-    train: tuple[Source, ...] = key(..., "a source, or a list", example="{source: rows.jsonl, format: messages}")
+    train: tuple[Source, ...] = key(
+        ..., "a source, or a list", example="{source: rows.jsonl, format: messages}"
+    )
     validation: tuple[Source, ...] = key((), "held-out rows: a source, a list of them, or null")
     hold_out: Share | None = key(
         None,
-        "rows of `train` to validate on instead, drawn by the seed: `5 %` or `50 examples`; null: none",
+        "rows of `train` to validate on instead, drawn by the seed: `5 %` or `50 examples`; null:"
+        " none",
         example="5 %",
     )
     template: str = key(
         "auto",
-        "`auto` (the tokenizer's chat template; without one alpaca, and raw where no row has turns), `chat`, `alpaca`, "
+        "`auto` (the tokenizer's chat template; without one alpaca, and raw where no row has"
+        " turns), `chat`, `alpaca`, "
         "`raw` (prompt and completion as they stand) or a Jinja file",
     )
     system: str | None = key(None, "system message for rows without one")
     seq_len: AtLeastTwo = key(2048, "longest example and length of a packed row, in tokens")
-    pack: bool = key(True, "put several examples in a row, isolated by attention; false: one example a row, padded")
-    train_on: Literal["response", "last", "all"] = key("response", "all assistant turns, the last one, or all tokens")
-    too_long: Literal["truncate", "drop", "error"] = key("truncate", "what to do with longer ones; counted")
+    pack: bool = key(
+        True,
+        "put several examples in a row, isolated by attention; false: one example a row, padded",
+    )
+    train_on: Literal["response", "last", "all"] = key(
+        "response", "all assistant turns, the last one, or all tokens"
+    )
+    too_long: Literal["truncate", "drop", "error"] = key(
+        "truncate", "what to do with longer ones; counted"
+    )
     allow_cut_answers: bool = key(
-        False, "train although more than a tenth of the rows have an answer whose end is cut off by `seq_len`"
+        False,
+        "train although more than a tenth of the rows have an answer whose end is cut off by"
+        " `seq_len`",
     )
     shuffle: bool = key(True, "a new order each epoch, from the seed; false: the order of the file")
 
@@ -123,34 +165,54 @@ class Train:
 
     duration: Length = key(Length(1, "epochs"), "`1 epochs`, `500 steps` or `2 h`")
     global_batch: Size = key(Size(64, "examples"), "batch of one optimizer step, over all ranks")
-    micro_batch: Size | Literal["auto"] = key("auto", "batch of one forward, with padding; auto: the most that fits")
+    micro_batch: Size | Literal["auto"] = key(
+        "auto", "batch of one forward, with padding; auto: the most that fits"
+    )
     learning_rate: Positive = key(1e-4, "peak learning rate")
     min_learning_rate: PositiveOrZero = key(0.0, "final learning rate of linear and cosine")
-    schedule: Literal["constant", "linear", "cosine"] = key("cosine", "learning-rate schedule after warmup")
-    warmup: Length = key(Length(3, "%"), "linear warmup of the learning rate, as a share of the run or in steps")
-    optimizer: Literal["adamw", "adamw-8bit"] = key("adamw", "adamw-8bit keeps both moments in 8 bits (bitsandbytes)")
+    schedule: Literal["constant", "linear", "cosine"] = key(
+        "cosine", "learning-rate schedule after warmup"
+    )
+    warmup: Length = key(
+        Length(3, "%"), "linear warmup of the learning rate, as a share of the run or in steps"
+    )
+    optimizer: Literal["adamw", "adamw-8bit"] = key(
+        "adamw", "adamw-8bit keeps both moments in 8 bits (bitsandbytes)"
+    )
     optimizer_in_backward: bool = key(
         False,
-        "update each parameter during backward and free its gradient: full fine-tuning in less memory; "
+        "update each parameter during backward and free its gradient: full fine-tuning in less"
+        " memory; "
         "needs `clip_norm: null`, and takes the global batch in one forward pass",
     )
     betas: tuple[Fraction, Fraction] = key((0.9, 0.999), "AdamW's betas")
     eps: Positive = key(1e-8, "AdamW's epsilon")
-    weight_decay: PositiveOrZero = key(0.0, "decoupled weight decay of matrices, not of norms, biases and scalars")
+    weight_decay: PositiveOrZero = key(
+        0.0, "decoupled weight decay of matrices, not of norms, biases and scalars"
+    )
     clip_norm: Positive | None = key(1.0, "maximum L2 norm of the gradient; null: no clipping")
-    master_weights: Literal["fp32", "stochastic"] = key("fp32", "bf16 weights: fp32 copy, or stochastic rounding")
-    seed: Annotated[int, Interval(ge=0, lt=2**32)] = key(42, "seed of data order, new weights and dropout")
+    master_weights: Literal["fp32", "stochastic"] = key(
+        "fp32", "bf16 weights: fp32 copy, or stochastic rounding"
+    )
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = key(
+        42, "seed of data order, new weights and dropout"
+    )
     recompute: CountOrZero | Literal["auto", "none", "full"] = key(
-        "auto", "activation checkpointing: how many layers to recompute in backward; auto: as few as fit in memory"
+        "auto",
+        "activation checkpointing: how many layers to recompute in backward; auto: as few as fit"
+        " in memory",
     )
     cpu_offload: tuple[Literal["parameters", "activations"], ...] = key(
         (),
-        "keep in the host's memory, at the cost of time: parameters (of several ranks: what FSDP2 shards, with its gradients "
+        "keep in the host's memory, at the cost of time: parameters (of several ranks: what FSDP2"
+        " shards, with its gradients "
         "and moments), activations (the inputs of recomputed layers)",
     )
     compile: Literal["auto", "on", "off"] = key("auto", "torch.compile")
     deterministic: bool = key(
-        False, "equal runs and resumes give equal bits on a GPU too; slower, and an operator that cannot ends the run"
+        False,
+        "equal runs and resumes give equal bits on a GPU too; slower, and an operator that cannot"
+        " ends the run",
     )
 
 
@@ -160,14 +222,18 @@ class Parallel:
 
     replicate: Count | Literal["auto"] = key("auto", "data-parallel replicas of the model")
     shard: Count | Literal["auto"] = key("auto", "ranks that shard one replica")
-    tensor: Count | Literal["auto"] = key(1, "tensor-parallel ranks of one layer, on one node; auto: what is fastest")
+    tensor: Count | Literal["auto"] = key(
+        1, "tensor-parallel ranks of one layer, on one node; auto: what is fastest"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validate:
     """Loss on the held-out rows."""
 
-    every: Length | None = key(Length(100, "steps"), "interval; also at the end; null: only at the end")
+    every: Length | None = key(
+        Length(100, "steps"), "interval; also at the end; null: only at the end"
+    )
     max_examples: Count | None = key(None, "take the first N held-out examples")
     patience: Count | None = key(None, "stop after N validations without a lower loss")
 
@@ -176,10 +242,14 @@ class Validate:
 class Checkpoint:
     """What is saved during the run, and how a run resumes."""
 
-    every: Length | None = key(Length(200, "steps"), "interval; null: only at the end and when stopped")
+    every: Length | None = key(
+        Length(200, "steps"), "interval; null: only at the end and when stopped"
+    )
     keep: Count = key(3, "how many checkpoints to keep, newest first")
     resume: Literal["auto", "never", "force"] = key(
-        "auto", "auto: from the newest complete checkpoint; never: start over; force: although the recipe differs"
+        "auto",
+        "auto: from the newest complete checkpoint; never: start over; force: although the recipe"
+        " differs",
     )
 
 
@@ -187,15 +257,22 @@ class Checkpoint:
 class Log:
     """What is shown and written during training."""
 
-    every: Length = key(Length(1, "steps"), "interval of the printed lines; metrics.jsonl has every step")
+    every: Length = key(
+        Length(1, "steps"), "interval of the printed lines; metrics.jsonl has every step"
+    )
     tensorboard: bool = key(True, "write TensorBoard events")
-    tensorboard_dir: str | None = key(None, "folder of the events; null: `tensorboard/` in output_dir")
+    tensorboard_dir: str | None = key(
+        None, "folder of the events; null: `tensorboard/` in output_dir"
+    )
     wandb: bool = key(False, "log to Weights & Biases, configured by its own WANDB_ variables")
     trackers: tuple[TrackerName, ...] = key(
-        (), "others, each configured by its own variables: mlflow, trackio, comet_ml, swanlab, wandb"
+        (),
+        "others, each configured by its own variables: mlflow, trackio, comet_ml, swanlab, wandb",
     )
     samples: CountOrZero = key(
-        2, "sample answers to held-out prompts, before the first step (not on shards) and at each validation; 0: none"
+        2,
+        "sample answers to held-out prompts, before the first step (not on shards) and at each"
+        " validation; 0: none",
     )
 
 
@@ -208,29 +285,41 @@ class Profile:
     warmup: CountOrZero = key(3, "steps to trace and discard")
     active: Count = key(20, "steps to record")
     cycles: Count = key(1, "how many cycles")
-    stacks: bool = key(False, "also the Python call stack of each operation: larger traces, slower steps")
-    ranks: tuple[CountOrZero, ...] | Literal["all"] = key("all", "the ranks that record, such as [0]")
+    stacks: bool = key(
+        False, "also the Python call stack of each operation: larger traces, slower steps"
+    )
+    ranks: tuple[CountOrZero, ...] | Literal["all"] = key(
+        "all", "the ranks that record, such as [0]"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One resolved recipe: everything that defines a run."""
 
-    # Read by pydantic, also for the sections below: nothing coerced, nothing unknown, `from_` written `from`.
+    # Read by pydantic, also for the sections below: nothing coerced, nothing unknown, `from_`
+    # written `from`.
     __pydantic_config__: ClassVar[dict[str, Any]] = {
-        "strict": True, "extra": "forbid", "allow_inf_nan": False, "alias_generator": yaml_name
-    }  # fmt: skip
+        "strict": True,
+        "extra": "forbid",
+        "allow_inf_nan": False,
+        "alias_generator": yaml_name,
+    }
 
     method: Literal["sft"] = key("sft", "supervised fine-tuning")
     model: Model = key(..., "the base model", example="{name: meta-llama/Llama-3.1-8B-Instruct}")
     adapter: Adapter = key(Adapter(), "what is trained")
     data: Data = key(
-        ..., "the rows, and how they become tokens", example="{train: {source: rows.jsonl, format: messages}}"
+        ...,
+        "the rows, and how they become tokens",
+        example="{train: {source: rows.jsonl, format: messages}}",
     )
     train: Train = key(Train(), "the optimizer and its schedule")
     parallel: Parallel = key(Parallel(), "how ranks share the work")
     validate: Validate = key(Validate(), "loss on the held-out rows")
-    checkpoint: Checkpoint = key(Checkpoint(), "what is saved during the run, and how a run resumes")
+    checkpoint: Checkpoint = key(
+        Checkpoint(), "what is saved during the run, and how a run resumes"
+    )
     log: Log = key(Log(), "what is shown and written")
     profile: Profile = key(Profile(), "traces and a memory snapshot")
     output_dir: str = key(..., "the run directory", example="runs/mine")

@@ -1,4 +1,6 @@
-"""The recipes that come with tunesmith: `recipes/` of a checkout, `tunesmith/recipes` of an installed package."""
+"""The recipes that come with tunesmith: `recipes/` of a checkout, `tunesmith/recipes` of an
+installed package.
+"""
 
 import os
 from pathlib import Path
@@ -6,14 +8,16 @@ from pathlib import Path
 from tunesmith.config.names import nearest
 from tunesmith.errors import RecipeError
 
-MODELINE = "# yaml-language-server: $schema="  # how the YAML language server, and so an editor, finds a file's schema
+# How the YAML language server, and so an editor, finds a file's schema.
+MODELINE = "# yaml-language-server: $schema="
 
 
 def shipped() -> dict[str, Path]:
     """Name -> file of every shipped recipe, by name."""
     package = Path(__file__).resolve().parents[1]
-    folders = (package / "recipes", package.parents[1] / "recipes")
-    folder = next((f for f in folders if f.is_dir()), folders[0])
+    folder = package / "recipes"
+    if not folder.is_dir():
+        folder = package.parents[1] / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
@@ -24,28 +28,39 @@ def purpose(path: Path) -> str:
 
 
 def copy_of(path: Path) -> str:
-    """The text of a shipped recipe for another folder: its first line leads editors to the schema beside the original."""
+    """The text of a shipped recipe for another folder: its first line leads editors to the schema
+    beside the original.
+    """
     return "\n".join([schema_line(), path.read_text(encoding="utf-8").partition("\n")[2]])
 
 
 def schema_line() -> str:
-    """The first line of a recipe in any folder: it leads editors to the schema beside the shipped recipes."""
+    """The first line of a recipe in any folder: it leads editors to the schema beside the shipped
+    recipes.
+    """
     return f"{MODELINE}{next(iter(shipped().values())).with_name('schema.json').as_uri()}"
 
 
 def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
-    """The file that a recipe's name or path means, else a RecipeError; a file wins over a shipped recipe of its name."""
-    path = base / os.path.expanduser(recipe)  # unlike Path.expanduser, it leaves ~name of no user as it is
+    """The file that a recipe's name or path means, else a RecipeError; a file wins over a shipped
+    recipe of its name.
+    """
+    # Unlike Path.expanduser, it leaves ~name of no user as it is.
+    path = base / os.path.expanduser(recipe)
     if path.is_file():
         return path
-    known = shipped()
-    if str(recipe) in known:
-        return known[str(recipe)]
+    recipes = shipped()
+    if str(recipe) in recipes:
+        return recipes[str(recipe)]
     if path.is_dir() and (path / "config.yaml").is_file():
         fix = f"the recipe of that run is {path / 'config.yaml'}"
         raise RecipeError(f"{recipe} is a run directory, not a recipe", where=where, fix=fix)
     if path.is_dir():
-        raise RecipeError(f"{recipe} is a folder, not a recipe", where=where, fix="name a .yaml file in it")
-    near = nearest(Path(recipe).stem, known)
-    fix = f"did you mean {near}? all of them: tunesmith recipes" if near else "see those that ship: tunesmith recipes"
-    raise RecipeError(f"no recipe {str(recipe)!r}: neither a file nor one that ships", where=where, fix=fix)
+        fix = "name a .yaml file in it"
+        raise RecipeError(f"{recipe} is a folder, not a recipe", where=where, fix=fix)
+    near = nearest(Path(recipe).stem, recipes)
+    fix = "see those that ship: tunesmith recipes"
+    if near:
+        fix = f"did you mean {near}? all of them: tunesmith recipes"
+    what = f"no recipe {str(recipe)!r}: neither a file nor one that ships"
+    raise RecipeError(what, where=where, fix=fix)

@@ -1,8 +1,8 @@
 """YAML 1.2 text as a small tree in which every value knows its file and line.
 
-ruamel.yaml composes the text into nodes; here they are checked for duplicate keys, tags, size and depth, and get their
-values. What a plain scalar means follows the core schema of YAML 1.2.2 (section 10.3.2): `3e-4` is a number, `on` and
-`yes` are text, there are no timestamps.
+ruamel.yaml composes the text into nodes; here they are checked for duplicate keys, tags, size and
+depth, and get their values. What a plain scalar means follows the core schema of YAML 1.2.2
+(section 10.3.2): `3e-4` is a number, `on` and `yes` are text, there are no timestamps.
 """
 
 import math
@@ -23,25 +23,36 @@ from tunesmith.shell import shell_path
 
 Scalar = str | int | float | bool | None
 
-MAX_BYTES = 256 << 10  # a megabyte of rows that is given as a recipe would be read for half a minute
+# A megabyte of rows that is given as a recipe would be read for half a minute.
+MAX_BYTES = 256 << 10
 MAX_DEPTH = 20
-MAX_OPEN = 200  # brackets: ruamel takes minutes for 100,000 of them before it gives up
-MAX_DIGITS = 300  # of a whole number
-MAX_NODES = 10_000  # with aliases expanded: nine lines of nested aliases can stand for a billion values
+# Brackets: ruamel takes minutes for 100,000 of them before it gives up.
+MAX_OPEN = 200
+# Of a whole number.
+MAX_DIGITS = 300
+# With aliases expanded: nine lines of nested aliases can stand for a billion values.
+MAX_NODES = 10_000
 
-# The core schema: the first form that matches the whole plain scalar gives its value; anything else is text.
+# The core schema: the first form that matches the whole plain scalar gives its value; anything else
+# is text.
 _CORE: tuple[tuple[str, Callable[[str], Scalar]], ...] = (
     (r"|~|null|Null|NULL", lambda text: None),
     (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
-    # int() refuses more than 4300 digits with an error of its own; a longer number becomes a float below.
+    # int() refuses more than 4300 digits with an error of its own; a longer number becomes a float
+    # below.
     (rf"[-+]?[0-9]{{1,{MAX_DIGITS}}}", int),
     (rf"0o[0-7]{{1,{MAX_DIGITS}}}|0x[0-9a-fA-F]{{1,{MAX_DIGITS}}}", lambda text: int(text, 0)),
     (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
     (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda text: float(text.replace(".", ""))),
 )
 
-_UNTAGGED = (BaseResolver.DEFAULT_SCALAR_TAG, BaseResolver.DEFAULT_SEQUENCE_TAG, BaseResolver.DEFAULT_MAPPING_TAG)
-_FIXES = {  # a part of ruamel's message -> what to do
+_UNTAGGED = (
+    BaseResolver.DEFAULT_SCALAR_TAG,
+    BaseResolver.DEFAULT_SEQUENCE_TAG,
+    BaseResolver.DEFAULT_MAPPING_TAG,
+)
+# A part of ruamel's message -> what to do.
+_FIXES = {
     "\\t": "indent with spaces: a tab is not allowed there",
     "another document": "remove the line `---` and what follows: a recipe is one document",
     "undefined alias": "mark the value with & and that name further up",
@@ -60,13 +71,17 @@ class Node:
         """The entries of a mapping, or of a list with their indices; none for a scalar."""
         if isinstance(self.value, dict):
             return list(self.value.items())
-        return [(str(i), item) for i, item in enumerate(self.value)] if isinstance(self.value, list) else []
+        if isinstance(self.value, list):
+            return [(str(i), item) for i, item in enumerate(self.value)]
+        return []
 
     def plain(self) -> Any:
         """The value without places: dicts, lists and scalars."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
-        return [node.plain() for node in self.value] if isinstance(self.value, list) else self.value
+        if isinstance(self.value, list):
+            return [node.plain() for node in self.value]
+        return self.value
 
     def places(self, key: str = "") -> Iterator[tuple[str, str]]:
         """Every dotted key below this one (`data.train.0.split`) with its place."""
@@ -82,38 +97,47 @@ def scalar(text: str) -> Scalar:
     >>> [scalar(x) for x in ("3e-4", "on", "0o17", "2026-01-31", "~")]
     [0.0003, 'on', 15, '2026-01-31', None]
     """
-    return next((meaning(text) for form, meaning in _CORE if re.fullmatch(form, text)), text)
+    for form, meaning in _CORE:
+        if re.fullmatch(form, text):
+            return meaning(text)
+    return text
 
 
 def wrap(values: Any, *, where: str, base: Path, key: str = "") -> Node:
     """Plain values as a tree whose places are `where: key`."""
 
-    def below(name: Any, value: Any) -> Node:
+    def wrap_child(name: Any, value: Any) -> Node:
         return wrap(value, where=where, base=base, key=f"{key}.{name}".lstrip("."))
 
     place = f"{where}: {key}" if key else where
     if isinstance(values, os.PathLike):
         values = os.fspath(values)
     if isinstance(values, int) and abs(values) >= 10**MAX_DIGITS:
-        values = math.inf  # as `scalar` reads it; str() of it may raise
+        # As `scalar` reads it; str() of it may raise.
+        values = math.inf
     if isinstance(values, Mapping):
-        return Node({str(name): below(name, value) for name, value in values.items()}, place, base)
+        mapping = {str(name): wrap_child(name, value) for name, value in values.items()}
+        return Node(mapping, place, base)
     if isinstance(values, list | tuple):
-        return Node([below(i, value) for i, value in enumerate(values)], place, base)
+        return Node([wrap_child(i, value) for i, value in enumerate(values)], place, base)
     if not isinstance(values, Scalar):
+        what = f"a {type(values).__name__} is not a recipe's value"
         fix = "give text, a number, true, false, null, a list or a mapping"
-        raise RecipeError(f"a {type(values).__name__} is not a recipe's value", where=place, fix=fix)
+        raise RecipeError(what, where=place, fix=fix)
     return Node(values, place, base)
 
 
 def read_file(path: Path) -> Node:
-    """A recipe file as a tree whose top is a mapping; RecipeError for one that is not UTF-8 text with such a document."""
+    """A recipe file as a tree whose top is a mapping; RecipeError for one that is not UTF-8 text
+    with such a document.
+    """
     name = str(path)
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        what, why = "this recipe cannot be read", error.strerror or str(error)
+        what = "this recipe cannot be read"
+        why = error.strerror or str(error)
         raise RecipeError(what, where=name, why=why, fix=f"ls -l {shell_path(name)}") from error
     if len(raw) > MAX_BYTES:
         fix = "give the recipe, not the data: a recipe is a page of YAML"
@@ -122,16 +146,19 @@ def read_file(path: Path) -> Node:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        fix = f"iconv -f LATIN1 -t UTF-8 {shell_path(name)} > fixed.yaml   # if it was written in that encoding"
+        convert = f"iconv -f LATIN1 -t UTF-8 {shell_path(name)} > fixed.yaml"
+        fix = f"{convert}   # if it was written in that encoding"
         what = f"this recipe is not UTF-8 text: byte 0x{raw[error.start]:02x}"
         raise RecipeError(what, where=f"{name}:{line}", fix=fix) from error
     top = _Reader(name, path.parent).read(text)
     if top is None or top.value is None:
-        raise RecipeError("this recipe is empty", where=name, fix="start from one that ships: tunesmith recipes")
+        fix = "start from one that ships: tunesmith recipes"
+        raise RecipeError("this recipe is empty", where=name, fix=fix)
     if not isinstance(top.value, dict):
         kind = "a list" if isinstance(top.value, list) else "a single value"
+        what = f"a recipe is a mapping of keys, this is {kind}"
         fix = "begin with `model:`; see a whole one with: tunesmith recipes show smollm2-135m-lora"
-        raise RecipeError(f"a recipe is a mapping of keys, this is {kind}", where=top.where, fix=fix)
+        raise RecipeError(what, where=top.where, fix=fix)
     return top
 
 
@@ -148,7 +175,9 @@ class _Untyped(VersionedResolver):
 
 
 def _check_brackets(text: str) -> None:
-    """RecursionError where more than MAX_OPEN brackets and braces are open at once; those in quotes count too."""
+    """RecursionError where more than MAX_OPEN brackets and braces are open at once; those in quotes
+    count too.
+    """
     opened = 0
     for bracket in re.findall(r"[\[\]{}]", text):
         opened += 1 if bracket in "[{" else -1
@@ -165,14 +194,18 @@ def _whole_characters(text: str, where: str) -> str:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
         what = "this text has half of a surrogate pair in it, which is no character"
-        raise RecipeError(what, where=where, fix="write the character itself, or both of its escapes") from None
+        fix = "write the character itself, or both of its escapes"
+        raise RecipeError(what, where=where, fix=fix) from None
 
 
 class _Reader:
     """Reads one YAML document into a `Node`, within the bounds above."""
 
     def __init__(self, name: str, base: Path, *, lines: bool = True) -> None:
-        self.name, self.base, self.lines, self.count = name, base, lines, 0
+        self.name = name
+        self.base = base
+        self.lines = lines
+        self.count = 0
 
     def place(self, line: int) -> str:
         return f"{self.name}:{line + 1}" if self.lines else self.name
@@ -189,51 +222,85 @@ class _Reader:
             mark = error.problem_mark or error.context_mark
             where = self.place(mark.line) if mark else where
             problem = ": ".join(part for part in (error.context, error.problem) if part)
-        except ReaderError as error:  # a character that YAML does not allow
-            where, problem = self.place(text.count("\n", 0, error.position)), str(error).splitlines()[0]
+        except ReaderError as error:
+            # A character that YAML does not allow.
+            where = self.place(text.count("\n", 0, error.position))
+            problem = str(error).splitlines()[0]
         except RecursionError:
             problem = "it is too deeply nested"
-        except (ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF" that is no character
+        except (ValueError, OverflowError) as error:
+            # An escape such as "\UFFFFFFFF" that is no character.
             problem = str(error)
-        fix = next((fix for part, fix in _FIXES.items() if part in problem), "correct it at or just before this place")
+        fix = "correct it at or just before this place"
+        for part, fix_of_part in _FIXES.items():
+            if part in problem:
+                fix = fix_of_part
+                break
         raise RecipeError("this YAML cannot be read", where=where, why=problem, fix=fix)
 
-    def node(self, found: nodes.Node, line: int = 0, depth: int = 0) -> Node:
-        """The value of ruamel's node, which is written in `line` or below; an alias is where it is used."""
-        line = max(line, found.start_mark.line)
+    def node(self, yaml_node: nodes.Node, line: int = 0, depth: int = 0) -> Node:
+        """The value of ruamel's node, which is written in `line` or below.
+
+        That of an alias is where the alias is used.
+        """
+        line = max(line, yaml_node.start_mark.line)
         where = self.place(line)
+        self._check_bounds(depth, where)
+        if yaml_node.ctag not in _UNTAGGED:
+            what = f"the YAML tag {yaml_node.tag} is not allowed"
+            raise RecipeError(what, where=where, fix="write the plain value")
         value: dict[str, Node] | list[Node] | Scalar
-        self.count += 1
-        if self.count > MAX_NODES or depth > MAX_DEPTH:
-            what = "too deeply nested" if depth > MAX_DEPTH else f"more than {MAX_NODES} values, aliases written out"
-            raise RecipeError(f"this recipe is {what}", where=where, fix="use fewer levels, and no aliases")
-        if found.ctag not in _UNTAGGED:
-            raise RecipeError(f"the YAML tag {found.tag} is not allowed", where=where, fix="write the plain value")
-        if isinstance(found, nodes.ScalarNode):
-            value = scalar(found.value) if found.style is None else _whole_characters(found.value, where)
-        elif isinstance(found, nodes.SequenceNode):
-            value = [self.node(item, line, depth + 1) for item in found.value]
+        if isinstance(yaml_node, nodes.ScalarNode):
+            # A text in quotes is a text.
+            is_plain = yaml_node.style is None
+            if is_plain:
+                value = scalar(yaml_node.value)
+            else:
+                value = _whole_characters(yaml_node.value, where)
+        elif isinstance(yaml_node, nodes.SequenceNode):
+            value = [self.node(item, line, depth + 1) for item in yaml_node.value]
         else:
-            value = self.mapping(found, line, depth + 1)
+            value = self.mapping(yaml_node, line, depth + 1)
         return Node(value, where, self.base)
 
-    def mapping(self, found: nodes.Node, line: int, depth: int) -> dict[str, Node]:
-        given: dict[str, Node] = {}
+    def _check_bounds(self, depth: int, where: str) -> None:
+        """Count one value more; RecipeError where there are too many, or too many levels."""
+        self.count += 1
+        fault = ""
+        if depth > MAX_DEPTH:
+            fault = "too deeply nested"
+        elif self.count > MAX_NODES:
+            fault = f"more than {MAX_NODES} values, aliases written out"
+        if fault:
+            fix = "use fewer levels, and no aliases"
+            raise RecipeError(f"this recipe is {fault}", where=where, fix=fix)
+
+    def mapping(self, yaml_node: nodes.Node, line: int, depth: int) -> dict[str, Node]:
+        values: dict[str, Node] = {}
         merges: dict[str, Node] = {}
-        for name, inside in found.value:
+        for name, content in yaml_node.value:
             key = self.node(name, line, depth)
             if not isinstance(key.value, str):
-                shown = "a list or mapping" if isinstance(key.value, dict | list) else repr(key.value)
-                raise RecipeError(f"a key is text, this one is {shown}", where=key.where, fix="put it in quotes")
+                is_scalar = not isinstance(key.value, dict | list)
+                shown = repr(key.value) if is_scalar else "a list or mapping"
+                what = f"a key is text, this one is {shown}"
+                raise RecipeError(what, where=key.where, fix="put it in quotes")
             # In quotes `<<` is a name like others, such as that of a column.
-            values = merges if key.value == "<<" and name.style is None else given
-            if key.value in values:
-                what, why = f"the key {key.value!r} is given twice", f"the first one is at {values[key.value].where}"
+            is_merge = key.value == "<<" and name.style is None
+            target = merges if is_merge else values
+            if key.value in target:
+                what = f"the key {key.value!r} is given twice"
+                why = f"the first one is at {target[key.value].where}"
                 raise RecipeError(what, where=key.where, why=why, fix="remove one of the two")
-            values[key.value] = replace(self.node(inside, max(line, name.start_mark.line), depth), where=key.where)
-        merged = merges.get("<<", Node([], "", self.base))
+            value = self.node(content, max(line, name.start_mark.line), depth)
+            target[key.value] = replace(value, where=key.where)
+        if "<<" not in merges:
+            return values
+        merged = merges["<<"]
         for source in merged.value if isinstance(merged.value, list) else [merged]:
             if not isinstance(source.value, dict):
-                raise RecipeError("`<<` takes a mapping", where=source.where, fix="write <<: *name_of_a_mapping")
-            given = {**source.value, **given}
-        return given
+                what = "`<<` takes a mapping"
+                fix = "write <<: *name_of_a_mapping"
+                raise RecipeError(what, where=source.where, fix=fix)
+            values = {**source.value, **values}
+        return values

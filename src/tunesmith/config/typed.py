@@ -1,4 +1,5 @@
-"""A tree of recipe values becomes a `Run`: pydantic holds it against the schema, and its errors get a place and a fix.
+"""A tree of recipe values becomes a `Run`: pydantic holds it against the schema, and its errors get
+a place and a fix.
 
 Nothing is coerced. The one step that is taken is from a whole number to a number: `alpha: 16`.
 """
@@ -23,10 +24,19 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from pydantic_core import ErrorDetails
 
+# pydantic's errors of bounds.
 _BOUNDS = {"greater_than": "above {}", "greater_than_equal": "{} or more", "less_than": "below {}"}
 
-_FORMS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
-_FORMS |= {Length: "a length", Size: "a size", Share: "a share"}
+_FORMS = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    type(None): "null",
+    Length: "a length",
+    Size: "a size",
+    Share: "a share",
+}
 
 
 @cache
@@ -38,16 +48,23 @@ def run_type() -> "TypeAdapter[Run]":
 
 
 def build_run(tree: Node) -> Run:
-    """The recipe in the types of the schema; RecipeError for the first key or value that does not fit, with its place."""
+    """The recipe in the types of the schema.
+
+    Raises:
+        RecipeError: the first key or value that does not fit, with its place.
+    """
     from pydantic import ValidationError
 
     values = tree.plain()
     data = values.get("data")
-    for part in ("train", "validation"):  # a single source needs no list; null and {} stand for none
-        if isinstance(data, dict) and part in data and isinstance(data[part], dict | None):
-            data[part] = [data[part]] if data[part] else []
+    if isinstance(data, dict):
+        # A single source needs no list; null and {} stand for none.
+        for part in ("train", "validation"):
+            if part in data and isinstance(data[part], dict | None):
+                data[part] = [data[part]] if data[part] else []
     try:
-        # In JSON, unlike in Python, strict mode takes a list as a tuple and a mapping as a dataclass.
+        # In JSON, unlike in Python, strict mode takes a list as a tuple and a mapping as a
+        # dataclass.
         return run_type().validate_json(json.dumps(values))
     except ValidationError as error:
         raise _explain(error.errors(include_url=False), tree) from None
@@ -63,13 +80,15 @@ class _Value(NamedTuple):
 
     @classmethod
     def at(cls, node: Node, key: str) -> "_Value":
-        section = without_indices(key)
-        inside = key[-1:].isdigit() and not key.endswith(section)
-        if section not in keys():  # an entry of a mapping: data.train.columns.prompt
-            section, inside = section.rpartition(".")[0], True
-        spec, hint = keys()[section]
-        if inside:
-            hint = next(get_args(m)[get_origin(m) is dict] for m in members(hint) if get_origin(m) in (tuple, dict))
+        schema_key = without_indices(key)
+        is_entry = key[-1:].isdigit() and not key.endswith(schema_key)
+        # An entry of a mapping: data.train.columns.prompt.
+        if schema_key not in keys():
+            schema_key = schema_key.rpartition(".")[0]
+            is_entry = True
+        spec, hint = keys()[schema_key]
+        if is_entry:
+            hint = _entry_type(hint)
         return cls(node, key, hint, spec)
 
     def line(self, value: str) -> str:
@@ -83,88 +102,157 @@ class _Value(NamedTuple):
         """The line with a value that can stand here; the whole list for one of its entries."""
         owner = re.sub(r"\.[0-9]+$", "", self.key)
         value = example(self.hint, self.spec)
-        if without_indices(owner) not in keys():  # an entry of a mapping, whose example is a whole mapping
+        # An entry of a mapping, whose example is a whole mapping.
+        if without_indices(owner) not in keys():
             value = "name"
         return self._replace(key=owner).line(value)
 
 
+def _entry_type(hint: Any) -> Any:
+    """The type of a list's entries, or of a mapping's values."""
+    for member in members(hint):
+        if get_origin(member) is tuple:
+            return get_args(member)[0]
+        if get_origin(member) is dict:
+            return get_args(member)[1]
+    raise TypeError(f"{hint} has no entries")
+
+
+class _Mismatch(NamedTuple):
+    """The value that an error of pydantic is about, and its key."""
+
+    node: Node
+    key: str
+    error: "ErrorDetails"
+
+
 def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
-    """The first error as ours. Unknown keys come first: a mistyped one is often missing under its right name."""
-    found = [_find(tree, e) for e in errors if e["type"] == "unexpected_keyword_argument"]
-    found = found or [_find(tree, e) for e in errors]
+    """The first error as ours.
+
+    Unknown keys come first: a mistyped one is often missing under its right name.
+    """
+    unknown = [error for error in errors if error["type"] == "unexpected_keyword_argument"]
+    mismatches = [_locate(tree, error) for error in unknown or errors]
     # Each member of a union has its error: take the one that got furthest into the value.
-    node, key, error = max((f for f in found if f[1].startswith(found[0][1])), key=lambda f: len(f[1]))
-    kind, name, limits = error["type"], error["loc"][-1:], list(error.get("ctx", {}).values())
+    first_key = mismatches[0].key
+    same_value = [mismatch for mismatch in mismatches if mismatch.key.startswith(first_key)]
+    node, key, error = max(same_value, key=lambda mismatch: len(mismatch.key))
+    kind = error["type"]
+    name = error["loc"][-1] if error["loc"] else ""
     if kind == "json_invalid":
-        fix = "remove escapes such as \\ud800, which are half a character"
-        return RecipeError("the recipe has text that is not Unicode", where=node.where, why=error["msg"], fix=fix)
+        return RecipeError(
+            "the recipe has text that is not Unicode",
+            where=node.where,
+            why=error["msg"],
+            fix="remove escapes such as \\ud800, which are half a character",
+        )
     if kind == "unexpected_keyword_argument":
-        section = without_indices(key.removesuffix(str(name[0])).rstrip("."))
-        return RecipeError(f"unknown key {key}", where=node.where, fix=suggest_key(section, str(name[0])))
-    if kind == "missing" and isinstance(name[0], str):
-        value = _Value.at(node, f"{key}.{name[0]}".lstrip("."))
+        section = without_indices(key.removesuffix(str(name)).rstrip("."))
+        fix = suggest_key(section, str(name))
+        return RecipeError(f"unknown key {key}", where=node.where, fix=fix)
+    if kind == "missing" and isinstance(name, str):
+        value = _Value.at(node, f"{key}.{name}".lstrip("."))
         what = f"{value.key} is missing: {value.spec.metadata['doc']}"
         fix = f"add {value.key}: {example(value.hint, value.spec)}"
         return RecipeError(what, where=node.where, fix=fix)
-    value = _Value.at(node, key)
-    what, fix = "", f"write {value.example()}   # {value.spec.metadata['doc']}"
-    if kind in _BOUNDS:
-        what = f"{key} is {reprlib.repr(node.value)}: it must be {_BOUNDS[kind].format(int(limits[0]))}"
-    elif kind == "finite_number":
-        what = f"{key}: {node.value} is not a finite number"
-    elif kind in ("missing", "too_long"):
-        what = f"{key}: expected {type_in_words(value.hint)}, found {len(node.children())}"
-    elif kind == "value_error" and (not literal_words(value.hint) or str(node.value)[:1].isdigit()):
-        what = f"{key}: {limits[0]}"
-    else:
-        what, fix = f"{key}: expected {type_in_words(value.hint)}, found {_found(node.value)}", _fix_type(value)
-    unset = node.value is None and node.where.startswith("command line")
-    why = "an unset variable of the shell leaves a value empty" if unset else ""
+    what, fix = _explain_value(_Value.at(node, key), error)
+    why = ""
+    if node.value is None and node.where.startswith("command line"):
+        why = "an unset variable of the shell leaves a value empty"
     return RecipeError(what, where=node.where, why=why, fix=fix)
 
 
-def _find(tree: Node, error: "ErrorDetails") -> "tuple[Node, str, ErrorDetails]":
-    """The value that an error is about, and its key; pydantic's parts for a single source and a union are skipped."""
-    node, key = tree, ""
+def _explain_value(value: _Value, error: "ErrorDetails") -> tuple[str, str]:
+    """What is wrong with a value, and the fix."""
+    kind = error["type"]
+    key = value.key
+    content = value.node.value
+    # The bound that is broken, or the error of a type of our own.
+    limits = list(error.get("ctx", {}).values())
+    is_form_error = not literal_words(value.hint) or str(content)[:1].isdigit()
+    fix = f"write {value.example()}   # {value.spec.metadata['doc']}"
+    if kind in _BOUNDS:
+        bound = _BOUNDS[kind].format(int(limits[0]))
+        what = f"{key} is {reprlib.repr(content)}: it must be {bound}"
+    elif kind == "finite_number":
+        what = f"{key}: {content} is not a finite number"
+    elif kind in ("missing", "too_long"):
+        count = len(value.node.children())
+        what = f"{key}: expected {type_in_words(value.hint)}, found {count}"
+    elif kind == "value_error" and is_form_error:
+        what = f"{key}: {limits[0]}"
+    else:
+        what = f"{key}: expected {type_in_words(value.hint)}, found {_describe(content)}"
+        fix = _fix_type(value)
+    return what, fix
+
+
+def _locate(tree: Node, error: "ErrorDetails") -> _Mismatch:
+    """The value that an error is about.
+
+    pydantic's parts for a single source and a union are skipped.
+    """
+    node = tree
+    key = ""
     for part in map(str, error["loc"]):
-        inside = dict(node.children())
-        if part in inside:
-            node, key = inside[part], f"{key}.{part}".lstrip(".")
-    return node, key, error
+        children = dict(node.children())
+        if part in children:
+            node = children[part]
+            key = f"{key}.{part}".lstrip(".")
+    return _Mismatch(node, key, error)
 
 
-def _found(value: Any) -> str:
-    if isinstance(value, dict | list | None):
-        return "nothing (null)" if value is None else f"a {'list' if isinstance(value, list) else 'mapping'}"
+def _describe(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "a mapping"
     if value in (math.inf, -math.inf):
         return "a number beyond all bounds"
-    return f"the text {reprlib.repr(value)}" if isinstance(value, str) else str(value).lower()
+    if isinstance(value, str):
+        return f"the text {reprlib.repr(value)}"
+    return str(value).lower()
 
 
 def _fix_type(value: _Value) -> str:
     """The fix for a value of the wrong type: the line to write where it can be guessed."""
-    given, kinds = value.node.value, members(value.hint)
-    if given in (math.inf, -math.inf):
+    content = value.node.value
+    types_ = members(value.hint)
+    if content in (math.inf, -math.inf):
         return f"write {value.example()}"
-    listed = literal_words(value.hint) or (("true", "false") if bool in kinds else ())
-    units = next((kind.units[:2] for kind in (Length, Size, Share) if kind in kinds), ())
-    if isinstance(given, str):
-        meant = type(scalar(given.strip()))
-        if meant in kinds or (meant is int and float in kinds):
-            return f"write {value.line(given.strip())}, without quotes"
-        entry = get_args(kinds[0])[:1]
-        if kinds[0] == tuple[str, ...] or (get_origin(kinds[0]) is tuple and given in literal_words(entry[0])):
-            return f"write it as a list: {value.line(f'[{given}]')}"
-    if listed and isinstance(given, str | bool):
-        if absent := other_tools("absent").get(str(given).lower()):
-            return f"write one of {', '.join(listed)}: {absent.format(given)}"
-        near = nearest(str(given), listed)
-        return f"did you mean {value.line(near)}?" if near else f"write one of {', '.join(listed)}"
-    if isinstance(given, int | float) and str in kinds:
-        return f"put it in quotes: {value.line(json.dumps(str(given).lower()))}"
-    if isinstance(given, int | float) and not isinstance(given, bool) and units:
-        return "name the unit: " + " or ".join(value.line(f"{given} {unit}") for unit in units)
+    if isinstance(content, str):
+        meant = type(scalar(content.strip()))
+        if meant in types_ or (meant is int and float in types_):
+            return f"write {value.line(content.strip())}, without quotes"
+        if _could_be_entry(types_[0], content):
+            return f"write it as a list: {value.line(f'[{content}]')}"
+    words = literal_words(value.hint)
+    if not words and bool in types_:
+        words = ("true", "false")
+    if words and isinstance(content, str | bool):
+        one_of = f"write one of {', '.join(words)}"
+        absent = other_tools("absent").get(str(content).lower())
+        if absent:
+            return f"{one_of}: {absent.format(content)}"
+        near = nearest(str(content), words)
+        return f"did you mean {value.line(near)}?" if near else one_of
+    if isinstance(content, int | float) and str in types_:
+        return f"put it in quotes: {value.line(json.dumps(str(content).lower()))}"
+    if isinstance(content, int | float) and not isinstance(content, bool):
+        for kind in (Length, Size, Share):
+            if kind in types_:
+                lines = [value.line(f"{content} {unit}") for unit in kind.units[:2]]
+                return f"name the unit: {' or '.join(lines)}"
     return f"write {value.example()}"
+
+
+def _could_be_entry(hint: Any, text: str) -> bool:
+    """Whether a type is a list of which a text could be an entry."""
+    if get_origin(hint) is not tuple:
+        return False
+    return hint == tuple[str, ...] or text in literal_words(get_args(hint)[0])
 
 
 def members(hint: Any) -> tuple[Any, ...]:
@@ -174,24 +262,34 @@ def members(hint: Any) -> tuple[Any, ...]:
 
 def literal_words(hint: Any) -> tuple[str, ...]:
     """The words that a type lists: `Literal["a", "b"] | int` -> ("a", "b")."""
-    return tuple(word for member in members(hint) if get_origin(member) is Literal for word in get_args(member))
+    words: list[str] = []
+    for member in members(hint):
+        if get_origin(member) is Literal:
+            words += get_args(member)
+    return tuple(words)
 
 
 def type_in_words(hint: Any) -> str:
     """A type in words, such as "a whole number or `auto`"."""
-    origin, inside = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    inside = get_args(hint)
     if origin is Literal:
-        listed = [f"`{word}`" for word in inside]
-        return " or ".join([", ".join(listed[:-1]), listed[-1]] if listed[:-1] else listed)
+        *words, last = [f"`{word}`" for word in inside]
+        return f"{', '.join(words)} or {last}" if words else last
     if origin is tuple and is_dataclass(inside[0]):
         return "a mapping of keys, or a list of them"
+    if origin is tuple and inside[-1] is not Ellipsis:
+        return f"a list of {len(inside)} numbers"
     if origin is tuple:
-        many = "texts" if str in members(inside[0]) or literal_words(inside[0]) else "whole numbers"
-        return f"a list of {many}" if inside[-1] is Ellipsis else f"a list of {len(inside)} numbers"
+        are_texts = str in members(inside[0]) or literal_words(inside[0])
+        return f"a list of {'texts' if are_texts else 'whole numbers'}"
     if origin is dict:
         return "a mapping of texts to texts"
-    plain = _FORMS.get(hint) or ("a mapping of keys" if is_dataclass(hint) else "")
-    return plain or " or ".join(type_in_words(member) for member in members(hint))
+    if hint in _FORMS:
+        return _FORMS[hint]
+    if is_dataclass(hint):
+        return "a mapping of keys"
+    return " or ".join(type_in_words(member) for member in members(hint))
 
 
 def default_of(spec: Field[Any]) -> str:
@@ -206,28 +304,55 @@ def default_of(spec: Field[Any]) -> str:
 
 def example(hint: Any, spec: Field[Any]) -> str:
     """A value of a key as YAML: its example or default, or one that its type takes."""
-    default = "true" if hint is bool else spec.metadata["example"] or default_of(spec)
-    return default if default != "null" else "8" if int in members(hint) else "name"
+    if hint is bool:
+        return "true"
+    value = spec.metadata["example"] or default_of(spec)
+    if value != "null":
+        return value
+    return "8" if int in members(hint) else "name"
 
 
-def suggest_override(option: str, value: str | None) -> str | None:
-    """The `key=value` that `--lr` or `--train.seed=3` most likely means; `value` is the word behind it, if there is one."""
-    name, found, inside = option.lstrip("-").partition("=")
-    name, value = name.replace("-", "_").lower(), inside if found else value
-    last = {key.rpartition(".")[2]: key for key, (_, hint) in reversed(keys().items()) if not is_section(hint)}
+# Names of other tools whose number is not the one that is written here: a ratio, a count per epoch.
+_OTHER_NUMBER = re.compile("ratio|per_epoch|accumulation|val_s")
+_FIRST_VALUE = re.compile(r"\{.*?\}|\[.*?\]|[^,; ]+(?: (?:steps|epochs|examples|%))?")
+
+
+def suggest_override(option: str, next_word: str | None) -> str | None:
+    """The `key=value` that an option such as `--lr` or `--train.seed=3` most likely means.
+
+    `next_word`: the word behind the option, if there is one.
+    """
+    name, equals, value_in_option = option.lstrip("-").partition("=")
+    name = name.replace("-", "_").lower()
+    value = value_in_option if equals else next_word
     key, _, line = other_tools("keys").get(name, "").partition(": ")
     if key not in keys():
-        key, line = name if name in last.values() else last.get(nearest(name, last) or "", ""), ""
+        key = _key_named(name)
+        line = ""
     if not key:
         return None
     spec, hint = keys()[key]
-    text = re.match(r"\{.*?\}|\[.*?\]|[^,; ]+(?: (?:steps|epochs|examples|%))?", line or example(hint, spec))
-    meant, kinds = text[0] if text else "", members(hint)
-    # A ratio or a count per epoch is not the number that is written here.
-    if value is not None and not re.search("ratio|per_epoch|accumulation|val_s", name):
-        kind, unit = type(scalar(value)), meant.partition(" ")[2]
-        if kind in (int, float) and {Length, Size} & {*kinds}:
-            meant = f"{value} {unit or 'examples'}"
-        elif kind in kinds or (kind is int and float in kinds) or value in literal_words(hint):
-            meant = value
-    return shell_word(f"{key}={meant}")
+    match = _FIRST_VALUE.match(line or example(hint, spec))
+    suggestion = match[0] if match else ""
+    if value is not None and not _OTHER_NUMBER.search(name):
+        types_ = members(hint)
+        kind = type(scalar(value))
+        if kind in (int, float) and (Length in types_ or Size in types_):
+            unit = suggestion.partition(" ")[2] or "examples"
+            suggestion = f"{value} {unit}"
+        elif kind in types_ or (kind is int and float in types_) or value in literal_words(hint):
+            suggestion = value
+    return shell_word(f"{key}={suggestion}")
+
+
+def _key_named(name: str) -> str:
+    """The key of this name, or of the most similar last part; empty if none is similar."""
+    by_last_part: dict[str, str] = {}
+    # Backwards, so that of several keys the first stands for their name.
+    for key, (_, hint) in reversed(keys().items()):
+        if not is_section(hint):
+            by_last_part[key.rpartition(".")[2]] = key
+    if name in by_last_part.values():
+        return name
+    near = nearest(name, by_last_part)
+    return by_last_part[near] if near else ""
