@@ -19,10 +19,10 @@ from tunesmith.cli.options import whole_number
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import checked, load_recipe
 from tunesmith.config.shipped import schema_line, shipped
-from tunesmith.convert.foreign import TOOLS, read_command, read_foreign
-from tunesmith.convert.tools import translate
 from tunesmith.errors import UsageError, mask_words
 from tunesmith.host_files import from_here, write_atomically
+from tunesmith.importers.foreign import TOOLS, read_command, read_foreign
+from tunesmith.importers.tools import translate
 from tunesmith.shell import shell_path
 
 TAKES_COMMAND = True  # words after `--` are not ours to parse

@@ -11,8 +11,8 @@ from tunesmith.config.names import keys, other_tools, without_indices
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.tree import Node, scalar, wrap
 from tunesmith.config.typed import literal_words, members
-from tunesmith.convert.foreign import Foreign, Given, table
 from tunesmith.errors import UsageError, is_secret_name, mask, mask_words
+from tunesmith.importers.foreign import Foreign, Given, table
 from tunesmith.units import Length
 
 _UNSET: tuple[Any, ...] = (None, "", [], {})

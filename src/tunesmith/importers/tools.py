@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.names import other_tools
-from tunesmith.convert.common import (
+from tunesmith.errors import UsageError
+from tunesmith.importers.common import (
     NAME_ROWS,
     PEFT_TARGETS,
     apply_rules,
@@ -16,9 +17,8 @@ from tunesmith.convert.common import (
     read_deepspeed,
     translate_training,
 )
-from tunesmith.convert.draft import Draft
-from tunesmith.convert.foreign import Foreign, Given
-from tunesmith.errors import UsageError
+from tunesmith.importers.draft import Draft
+from tunesmith.importers.foreign import Foreign, Given
 from tunesmith.shell import shell_path
 
 

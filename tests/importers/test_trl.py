@@ -13,7 +13,7 @@ import pytest
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import other_tools
-from tunesmith.convert.foreign import table
+from tunesmith.importers.foreign import table
 from tunesmith.optim.lr_schedule import scheduled_rate
 
 trl = pytest.importorskip("trl")
@@ -60,9 +60,9 @@ def test_every_flag_of_trl_is_known() -> None:
 
 
 def _our_source() -> str:
-    from tunesmith import convert
+    from tunesmith import importers
 
-    return "".join(path.read_text() for path in Path(convert.__file__).parent.glob("*.py"))
+    return "".join(path.read_text() for path in Path(importers.__file__).parent.glob("*.py"))
 
 
 def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:

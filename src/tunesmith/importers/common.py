@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tunesmith.convert.draft import Draft
-from tunesmith.convert.foreign import Given, table
 from tunesmith.errors import UsageError, first_line
+from tunesmith.importers.draft import Draft
+from tunesmith.importers.foreign import Given, table
 from tunesmith.shell import shell_word
 
 PEFT_TARGETS = ["q_proj", "v_proj"]  # what PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named

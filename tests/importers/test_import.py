@@ -19,10 +19,10 @@ from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.schema import Run
-from tunesmith.convert.draft import Draft
-from tunesmith.convert.foreign import TOOLS, read_foreign, table
-from tunesmith.convert.tools import translate
 from tunesmith.errors import UsageError
+from tunesmith.importers.draft import Draft
+from tunesmith.importers.foreign import TOOLS, read_foreign, table
+from tunesmith.importers.tools import translate
 
 FOLDER = Path(__file__).parent / "files"
 FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())
