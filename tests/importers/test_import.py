@@ -20,9 +20,9 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.schema import Run
 from tunesmith.errors import UsageError
-from tunesmith.importers.draft import Draft
-from tunesmith.importers.foreign import TOOLS, read_foreign, table
+from tunesmith.importers.source_config import TOOLS, read_config, table
 from tunesmith.importers.tools import translate
+from tunesmith.importers.translation import Translation
 
 FOLDER = Path(__file__).parent / "files"
 FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())
@@ -83,8 +83,8 @@ def test_each_key_is_carried_or_named(path: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_each_value_says_where_it_came_from(path: Path, tmp_path: Path) -> None:
     _, text = import_file(path, tmp_path)
-    names = {one.key: one.where for one in read_foreign(path, None).given.values()}
-    tool = read_foreign(path, None).tool
+    names = {one.key: one.where for one in read_config(path, None).keys.values()}
+    tool = read_config(path, None).tool
     for place, key in re.findall(r"(\S+:\d+) ([\w.]+): ", comments(text)):
         assert names[key.removeprefix("launch.") if key not in names else key] == place
     values = [line for line in text.splitlines() if re.match(r" *[a-z_]+: \S", line) and not line.startswith("      ")]
@@ -98,7 +98,7 @@ def test_each_value_says_where_it_came_from(path: Path, tmp_path: Path) -> None:
 def test_a_base_in_int8_gets_an_answer(tool: str, key: str, value: Any, tmp_path: Path) -> None:
     draft = translated(tool, BASES[tool] | {"adapter": "lora", key: value}, tmp_path)
     assert "model.quantize" not in draft.values
-    remark = next(remark for remark in draft.remarks if remark.key == key)
+    remark = next(remark for remark in draft.notes if remark.key == key)
     assert remark.differs
     for word in ("bf16", "model.quantize=fp8", "Hopper", "nf4", "A100"):
         assert word in remark.why
@@ -215,26 +215,26 @@ BASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def translated(tool: str, values: dict[str, Any], folder: Path) -> Draft:
+def translated(tool: str, values: dict[str, Any], folder: Path) -> Translation:
     """What `tunesmith import` makes of these keys, with the rows given on its command line."""
     path = folder / "file.yaml"
     path.write_text(json.dumps(values))
     given = {"data.train.source": "rows.jsonl", "train.global_batch": "1 examples"}
-    return translate(read_foreign(path, tool), given, None, None)
+    return translate(read_config(path, tool), given, None, None)
 
 
 @pytest.mark.parametrize("nothing", [False, 0, "", []])
 def test_a_data_set_for_validation_that_is_switched_off(nothing: Any, tmp_path: Path) -> None:
     draft = translated("llamafactory", BASES["llamafactory"] | {"eval_dataset": nothing}, tmp_path)
     assert "data.validation" not in draft.values
-    remark = next(remark for remark in draft.remarks if remark.key == "eval_dataset")
+    remark = next(remark for remark in draft.notes if remark.key == "eval_dataset")
     assert remark.why == "it names no data set"
 
 
 def test_a_key_that_is_spelt_like_our_name_of_another(tmp_path: Path) -> None:
     """`lora_rank` is our name for torchtune's model.lora_rank; at the top of its file torchtune does not read it."""
     draft = translated("torchtune", BASES["torchtune"] | {"lora_rank": 7}, tmp_path)
-    remark = next(remark for remark in draft.remarks if remark.key == "lora_rank")
+    remark = next(remark for remark in draft.notes if remark.key == "lora_rank")
     assert (remark.value, remark.why) == ("7", "not known to this import: look up what it does")
 
 
@@ -267,9 +267,9 @@ def test_no_key_is_dropped(tool: str, data: st.DataObject, tmp_path_factory: pyt
         assert refused.where
         assert refused.fix
         return
-    assert set(source.given) == draft.told & set(source.given)
-    told = " ".join(draft.comments.values()) + "".join(f" {one.key}: {one.value}" for one in draft.remarks)
-    for key in source.given:
+    assert set(source.keys) == draft.mentioned & set(source.keys)
+    told = " ".join(draft.comments.values()) + "".join(f" {one.key}: {one.value}" for one in draft.notes)
+    for key in source.keys:
         assert f"{key}: " in told
     assert set(yaml.safe_load(written)) <= {"extends", *(key.partition(".")[0] for key in keys())}
 

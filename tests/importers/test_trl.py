@@ -13,7 +13,7 @@ import pytest
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import other_tools
-from tunesmith.importers.foreign import table
+from tunesmith.importers.source_config import table
 from tunesmith.optim.lr_schedule import scheduled_rate
 
 trl = pytest.importorskip("trl")

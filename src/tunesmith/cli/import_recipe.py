@@ -21,7 +21,7 @@ from tunesmith.config.load import checked, load_recipe
 from tunesmith.config.shipped import schema_line, shipped
 from tunesmith.errors import UsageError, mask_words
 from tunesmith.host_files import from_here, write_atomically
-from tunesmith.importers.foreign import TOOLS, read_command, read_foreign
+from tunesmith.importers.source_config import TOOLS, read_command, read_config
 from tunesmith.importers.tools import translate
 from tunesmith.shell import shell_path
 
@@ -47,24 +47,24 @@ def run(args: argparse.Namespace) -> None:
     if args.command:
         source = read_command([(word, "command line") for word in args.command], "command line", Path.cwd())
     else:
-        source = read_foreign(Path(name), args.tool)
+        source = read_config(Path(name), args.tool)
     extends = args.extends if args.extends in (None, *shipped()) else str(Path(args.extends).resolve())
     layer = override_layer(given)
     overrides = {key.strip(): value.strip() for key, _, value in (text.partition("=") for text in given)}
-    draft = translate(source, overrides, args.world, extends)
+    recipe = translate(source, overrides, args.world, extends)
     path = args.output or Path(f"{Path(name).stem}-recipe.yaml")
     if path.exists() and not args.force:
         raise UsageError("this file is there already", where=str(path), fix="name another: --output RECIPE; or --force")
-    tree = merge_layers(draft.tree(), layer, None)
+    tree = merge_layers(recipe.tree(), layer, None)
     if extends:
         load_recipe(extends, {key: value for key, value in tree.plain().items() if key != "extends"})
     else:
         checked(tree)
     head = f"{schema_line()}\n# from {source.tool}: {json.dumps(shlex.join(mask_words([*args.words, *args.command])))}"
-    write_atomically(path, draft.text(tree, head, path.resolve().parent))
-    print(f"{path}: {len(draft.values)} values from {source.tool}")
+    write_atomically(path, recipe.text(tree, head, path.resolve().parent))
+    print(f"{path}: {len(recipe.values)} values from {source.tool}")
     for differs, title in ((True, "differs:"), (False, "needs nothing in the recipe:")):
-        rows = [f"  {r.key}: {r.value}  ({r.origin})\n      {r.why}" for r in draft.remarks if r.differs is differs]
+        rows = [f"  {r.key}: {r.value}  ({r.origin})\n      {r.why}" for r in recipe.notes if r.differs is differs]
         print("\n".join(["", title, *(rows or ["  nothing"])]))
     here = shell_path(from_here(path))
     print(f"\nsee what it learns from: tunesmith data {here}; then: tunesmith train {here}", file=sys.stderr)

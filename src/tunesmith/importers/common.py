@@ -1,4 +1,6 @@
-"""What the tools have in common, under Transformers' names: rows, batch, schedule, precision, adapter, intervals."""
+"""What the tools have in common, under Transformers' names: rows, batch, schedule, precision,
+adapter, intervals.
+"""
 
 import json
 import math
@@ -7,124 +9,229 @@ from collections.abc import Iterator
 from typing import Any
 
 from tunesmith.errors import UsageError, first_line
-from tunesmith.importers.draft import Draft
-from tunesmith.importers.foreign import Given, table
+from tunesmith.importers.source_config import SourceKey, table
+from tunesmith.importers.translation import Translation
 from tunesmith.shell import shell_word
 
-PEFT_TARGETS = ["q_proj", "v_proj"]  # what PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named
+# What PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named.
+PEFT_TARGETS = ["q_proj", "v_proj"]
 NAME_ROWS = "give rows beside the file: data.train.source=rows.jsonl data.train.format=messages"
-_ADAPTER = ("lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "lora_modules_to_save", "adapter_name_or_path")
+_ADAPTER = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "lora_modules_to_save",
+    "adapter_name_or_path",
+)
+# Of Transformers.
+_BETAS = [0.9, 0.999]
+_SAVE_STEPS = 500
 
 
-def translate_training(draft: Draft, world: int | None) -> None:
-    """The keys that the tools share, after a tool's own; `world` is the number of processes that train."""
-    draft.carry(*draft.table["carried"])
-    draft.put("train.clip_norm", draft.number("max_grad_norm") or None, "max_grad_norm")
-    if "data.train_on" not in draft.values:
-        on = "all" if draft.get("train_on_inputs") else "last" if draft.get("mask_history") else "response"
-        draft.put("data.train_on", on, "train_on_inputs", "mask_history")
-    betas = ("adam_beta1", "adam_beta2")
-    if any(map(draft.given, betas)):
-        values = [0.9, 0.999]
-        for place, name in enumerate(betas):
-            if draft.given(name):
-                values[place] = draft.number(name)
-        draft.put("train.betas", values, *betas)
-    for part in (apply_rules, _lengths, _schedule, _intervals):
-        part(draft)
-    _batch(draft, world)
+def translate_training(recipe: Translation, world: int | None) -> None:
+    """The keys that the tools share, after a tool's own.
+
+    `world` is the number of processes that train.
+    """
+    recipe.carry(*recipe.table["carried"])
+    recipe.put("train.clip_norm", recipe.number("max_grad_norm") or None, "max_grad_norm")
+    if "data.train_on" not in recipe.values:
+        train_on = "response"
+        if recipe.get("train_on_inputs"):
+            train_on = "all"
+        elif recipe.get("mask_history"):
+            train_on = "last"
+        recipe.put("data.train_on", train_on, "train_on_inputs", "mask_history")
+    beta_names = ("adam_beta1", "adam_beta2")
+    if any(map(recipe.is_given, beta_names)):
+        betas = list(_BETAS)
+        for i, name in enumerate(beta_names):
+            if recipe.is_given(name):
+                betas[i] = recipe.number(name)
+        recipe.put("train.betas", betas, *beta_names)
+    apply_rules(recipe)
+    _lengths(recipe)
+    _schedule(recipe)
+    _intervals(recipe)
+    _batch(recipe, world)
 
 
-def apply_rules(draft: Draft) -> None:
+def apply_rules(recipe: Translation) -> None:
     """What the tables say of a key's values; tables/common.yaml tells the form of a rule."""
-    for name, part, ours, value, why in [*table("common")["rules"], *draft.table.get("rules", [])]:
-        if draft.get(name) is not None and str(part).lower() in str(draft.get(name)).lower():
-            if ours:
-                both = list(dict.fromkeys([*draft.values.get(ours, []), *value])) if isinstance(value, list) else value
-                draft.put(ours, both, name, why=why)
-            else:
-                draft.remark(name, why)
-
-
-def put_adapter(draft: Draft, target: Any, *names: str, lora: bool) -> None:
-    """What is trained; `target` follows from their keys `names`."""
-    draft.put("adapter.kind", "lora" if lora else "none", "kind")
-    if lora:
-        draft.carry(*_ADAPTER)
-        draft.put("adapter.target", "all-linear" if target in (["all"], ["all-linear"]) else target, *names)
-    for key, one in draft.source.given.items():
-        if not lora and re.match(r"(model\.)?(lora|apply_lora|peft)_", key):
-            draft.remark_given(one, "no adapter is trained", differs=False)
-
-
-def put_rows(draft: Draft, part: str, prefix: str) -> None:
-    """`data.train` or `data.validation` from the data set, or the list of them, at their key `prefix`."""
-    known, rows, told = draft.table["rows"], list[dict[str, Any]](), [prefix]
-    entries = {m[0] for key in draft.source.given if (m := re.match(rf"{prefix}(\.[0-9]+)?(?=\.)", key))}
-    if not entries and draft.given(prefix):
-        _refuse_bare_paths(draft, part, prefix)
-    for one in sorted(entries, key=lambda name: (len(name), name)):
-        if part == "train" and "data.train.source" in draft.overrides:
-            for key in draft.source.given:
-                if key.startswith(f"{one}."):
-                    draft.remark(key, "data.train.source is given in its place", differs=False)
+    rules = [*table("common")["rules"], *recipe.table.get("rules", [])]
+    for name, part, key, value, why in rules:
+        source_value = recipe.get(name)
+        if source_value is None or str(part).lower() not in str(source_value).lower():
             continue
-        called = str(draft.get(f"{one}.{known['type']}") or known["silent"])
-        kind = next((kind for kind in known["types"] if re.search(rf"(^|\.){kind}\b", called)), None)
-        if kind is None:
-            raise draft.refusal(f"{one}.{known['type']}", f"known are {', '.join(known['types'])}", NAME_ROWS)
-        draft.defaults |= {f"{one}.{key}": value for key, value in known["types"][kind].items()}
-        roles = [str(draft.get(f"{one}.{key}")) for key in known["role_keys"]]
-        form = next((known["roles"][role] for role in roles if role in known["roles"]), draft.get(f"{one}.format"))
-        renamed = known["columns"].get(form, {})
-        columns = {ours: draft.get(f"{one}.{key}") for key, ours in renamed.items()}
-        row = {ours: draft.get(f"{one}.{key}") for ours, key in known["keys"].items()} | {"format": form}
-        row["columns"] = {ours: theirs for ours, theirs in columns.items() if theirs and theirs != ours}
-        sources = next((found for key in known["sources"] if (found := draft.get(f"{one}.{key}"))), None)
-        if sources is None:
-            raise draft.refusal(f"{one}.{known['sources'][-1]}", "it names the rows", NAME_ROWS)
-        for source in sources if isinstance(sources, list) else [sources]:
-            rows.append({"source": source} | {key: value for key, value in row.items() if value})
-        looked_at = [*known["sources"], known["type"], *known["role_keys"], *known["keys"].values(), *renamed]
-        told += [f"{one}.{key}" for key in looked_at]
-    if rows:
-        draft.put(f"data.{part}", rows[0] if len(rows) == 1 else rows, *told, *known["told"])
+        if not key:
+            recipe.note(name, why)
+            continue
+        if isinstance(value, list):
+            # Several rules may add to a list.
+            values = dict.fromkeys([*recipe.values.get(key, []), *value])
+            recipe.put(key, list(values), name, why=why)
+        else:
+            recipe.put(key, value, name, why=why)
 
 
-def _refuse_bare_paths(draft: Draft, part: str, prefix: str) -> None:
-    """UsageError where a path stands in place of a data set, unless the command line names the rows."""
+def put_adapter(recipe: Translation, target: Any, *names: str, lora: bool) -> None:
+    """What is trained; `target` follows from their keys `names`."""
+    recipe.put("adapter.kind", "lora" if lora else "none", "kind")
+    if lora:
+        recipe.carry(*_ADAPTER)
+        if target in (["all"], ["all-linear"]):
+            target = "all-linear"
+        recipe.put("adapter.target", target, *names)
+        return
+    for name, key in recipe.source.keys.items():
+        if re.match(r"(model\.)?(lora|apply_lora|peft)_", name):
+            recipe.note_key(key, "no adapter is trained", differs=False)
+
+
+def put_rows(recipe: Translation, part: str, prefix: str) -> None:
+    """`data.train` or `data.validation` from their data set, or the list of them.
+
+    Args:
+        part: `train` or `validation`.
+        prefix: their key of it; the entries of a list are `PREFIX.0` and so on.
+    """
+    entries = _entries_below(recipe, prefix)
+    if not entries and recipe.is_given(prefix):
+        _check_bare_paths(recipe, part, prefix)
+    is_replaced = part == "train" and "data.train.source" in recipe.overrides
+    sources: list[dict[str, Any]] = []
+    names = [prefix]
+    for entry in entries:
+        if is_replaced:
+            _note_replaced(recipe, entry)
+            continue
+        entry_sources, entry_names = _read_entry(recipe, entry)
+        sources += entry_sources
+        names += entry_names
+    if sources:
+        value = sources[0] if len(sources) == 1 else sources
+        recipe.put(f"data.{part}", value, *names, *recipe.table["rows"]["told"])
+
+
+def _entries_below(recipe: Translation, prefix: str) -> list[str]:
+    """The keys of the data sets: the prefix itself, or those of the list's entries, in order."""
+    pattern = re.compile(rf"{prefix}(\.[0-9]+)?(?=\.)")
+    entries = set()
+    for key in recipe.source.keys:
+        match = pattern.match(key)
+        if match:
+            entries.add(match[0])
+    # By length first: 10 comes after 9.
+    return sorted(entries, key=lambda entry: (len(entry), entry))
+
+
+def _note_replaced(recipe: Translation, entry: str) -> None:
+    for key in recipe.source.keys:
+        if key.startswith(f"{entry}."):
+            recipe.note(key, "data.train.source is given in its place", differs=False)
+
+
+def _read_entry(recipe: Translation, entry: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The sources of our recipe that one data set makes, and the keys of theirs that tell them.
+
+    What their keys are called is in the part `rows` of the tool's table.
+    """
+    rows_table = recipe.table["rows"]
+
+    def get(key: str) -> Any:
+        return recipe.get(f"{entry}.{key}")
+
+    type_ = _entry_type(recipe, entry)
+    for key, value in rows_table["types"][type_].items():
+        recipe.defaults[f"{entry}.{key}"] = value
+    format_ = get("format")
+    for key in rows_table["role_keys"]:
+        role = str(get(key))
+        if role in rows_table["roles"]:
+            format_ = rows_table["roles"][role]
+            break
+    source: dict[str, Any] = {key: get(their_key) for key, their_key in rows_table["keys"].items()}
+    source["format"] = format_
+    their_columns = rows_table["columns"].get(format_, {})
+    columns = {column: get(their_key) for their_key, column in their_columns.items()}
+    source["columns"] = {
+        column: name for column, name in columns.items() if name and name != column
+    }
+    source = {key: value for key, value in source.items() if value}
+    names = [
+        *rows_table["sources"],
+        rows_table["type"],
+        *rows_table["role_keys"],
+        *rows_table["keys"].values(),
+        *their_columns,
+    ]
+    sources = [{"source": name, **source} for name in _source_names(recipe, entry)]
+    return sources, [f"{entry}.{name}" for name in names]
+
+
+def _entry_type(recipe: Translation, entry: str) -> str:
+    """The type of a data set, of those in the tool's table; UsageError for another one."""
+    rows_table = recipe.table["rows"]
+    type_key = f"{entry}.{rows_table['type']}"
+    named_type = str(recipe.get(type_key) or rows_table["silent"])
+    for type_ in rows_table["types"]:
+        if re.search(rf"(^|\.){type_}\b", named_type):
+            return type_
+    raise recipe.error(type_key, f"known are {', '.join(rows_table['types'])}", NAME_ROWS)
+
+
+def _source_names(recipe: Translation, entry: str) -> list[Any]:
+    """The files or Hub ids of a data set; UsageError where it names none."""
+    source_keys = recipe.table["rows"]["sources"]
+    for key in source_keys:
+        names = recipe.get(f"{entry}.{key}")
+        if names:
+            return names if isinstance(names, list) else [names]
+    raise recipe.error(f"{entry}.{source_keys[-1]}", "it names the rows", NAME_ROWS)
+
+
+def _check_bare_paths(recipe: Translation, part: str, prefix: str) -> None:
+    """UsageError for a path in place of a data set, unless the command line names the rows."""
     source = f"data.{part}.source"
-    if source in draft.overrides:
-        draft.remark(prefix, f"{source} is given in its place", differs=False)
+    if source in recipe.overrides:
+        recipe.note(prefix, f"{source} is given in its place", differs=False)
         return
-    paths = draft.listed(prefix)
-    if not paths:  # [], false or an empty text
-        draft.remark(prefix, "it names no data set", differs=False)
+    paths = recipe.listed(prefix)
+    if not paths:
+        # [], false or an empty text.
+        recipe.note(prefix, "it names no data set", differs=False)
         return
-    fix = f"say how they are written: {shell_word(f'{source}={paths[0]}')} data.{part}.format=messages (or alpaca, ...)"
-    raise draft.refusal(prefix, "a path alone does not say how the rows are written", fix)
+    words = f"{shell_word(f'{source}={paths[0]}')} data.{part}.format=messages"
+    fix = f"say how they are written: {words} (or alpaca, ...)"
+    raise recipe.error(prefix, "a path alone does not say how the rows are written", fix)
 
 
-def read_deepspeed(draft: Draft) -> None:
-    """Take the keys of DeepSpeed's own JSON file beside those of the configuration that names it."""
-    file = draft.find("deepspeed_file")
-    if file is None or not isinstance(file.value, str) or not file.value:
+def read_deepspeed(recipe: Translation) -> None:
+    """Take the keys of DeepSpeed's own JSON file beside those of the file that names it."""
+    key = recipe.find("deepspeed_file")
+    if key is None or not isinstance(key.value, str) or not key.value:
         return
-    path = draft.source.nearby(file.value)
+    path = recipe.source.nearby(key.value)
     if path is None:
-        why = "this file is not here: if it offloads to the CPU, give train.cpu_offload=[parameters]"
-        if draft.source.tool == "accelerate":
+        why = (
+            "this file is not here: if it offloads to the CPU, give train.cpu_offload=[parameters]"
+        )
+        if recipe.source.tool == "accelerate":
             why += "; if it accumulates gradients, give train.global_batch"
-        draft.remark("deepspeed_file", why)
+        recipe.note("deepspeed_file", why)
         return
     try:
         values = dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        what = f"{file.key}: {path.name} is not a JSON file of DeepSpeed"
-        fix = "correct it, or take the key out"
-        raise UsageError(what, where=str(path), why=first_line(error), fix=fix) from None
-    for key, value in _json_leaves(values, file.key):
-        draft.source.given[key] = Given(key, value, path.name)
+        raise UsageError(
+            f"{key.key}: {path.name} is not a JSON file of DeepSpeed",
+            where=str(path),
+            why=first_line(error),
+            fix="correct it, or take the key out",
+        ) from None
+    for name, value in _json_leaves(values, key.key):
+        recipe.source.keys[name] = SourceKey(name, value, path.name)
 
 
 def _json_leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -132,81 +239,135 @@ def _json_leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(value, dict):
         yield key, value
         return
-    for name, inside in value.items():
-        yield from _json_leaves(inside, f"{key}.{name}")
+    for name, item in value.items():
+        yield from _json_leaves(item, f"{key}.{name}")
 
 
-def _lengths(draft: Draft) -> None:
+def _packs(recipe: Translation) -> Any:
+    return recipe.get("packing") or recipe.get("neat_packing")
+
+
+def _lengths(recipe: Translation) -> None:
     """How long a row and the run are, and which rows are held out."""
-    asked, length = draft.get("packing") or draft.get("neat_packing"), draft.get("max_length")
-    if asked and length is None:
-        raise draft.refusal("max_length", "packed rows need a length", "give the length there")
-    if length is None:
-        draft.remark("max_length", "no row is cut there; here those above data.seq_len, 2048, are, and counted")
-    draft.carry("max_length")
-    why = "" if draft.given("packing") or asked else "rows are padded there; packed ones learn the same in less time"
-    draft.put("data.pack", bool(asked or why), "packing", "neat_packing", why=why)
-    if (hold_out := draft.number("val_size")) and "data.validation" not in draft.values:
-        draft.put("data.hold_out", f"{hold_out * 100:g} %" if hold_out < 1 else f"{hold_out:g} examples", "val_size")
-    epochs, per_epoch = draft.number("num_train_epochs"), draft.number("max_steps_per_epoch")
-    steps = max(draft.number("max_steps"), per_epoch * epochs)
+    packs = _packs(recipe)
+    if recipe.get("max_length") is None:
+        if packs:
+            why = "packed rows need a length"
+            raise recipe.error("max_length", why, "give the length there")
+        why = "no row is cut there; here those above data.seq_len, 2048, are, and counted"
+        recipe.note("max_length", why)
+    recipe.carry("max_length")
+    why = ""
+    if not packs and not recipe.is_given("packing"):
+        why = "rows are padded there; packed ones learn the same in less time"
+    recipe.put("data.pack", bool(packs or why), "packing", "neat_packing", why=why)
+    hold_out = recipe.number("val_size")
+    if hold_out and "data.validation" not in recipe.values:
+        share = f"{hold_out * 100:g} %" if hold_out < 1 else f"{hold_out:g} examples"
+        recipe.put("data.hold_out", share, "val_size")
+    epochs = recipe.number("num_train_epochs")
+    steps_per_epoch = recipe.number("max_steps_per_epoch")
+    steps = max(recipe.number("max_steps"), steps_per_epoch * epochs)
     duration = f"{steps:g} steps" if steps > 0 else f"{epochs:g} epochs"
-    draft.put("train.duration", duration, "num_train_epochs", "max_steps", "max_steps_per_epoch")
+    names = ("num_train_epochs", "max_steps", "max_steps_per_epoch")
+    recipe.put("train.duration", duration, *names)
 
 
-def _schedule(draft: Draft) -> None:
-    draft.carry("lr_scheduler_type")
-    for name, factor in (("cosine_min_lr_ratio", draft.number("learning_rate")), ("lr_scheduler_kwargs.min_lr", 1)):
-        if draft.given(name):
-            draft.put("train.min_learning_rate", draft.number(name) * factor, name)
-    steps, share = draft.number("warmup_steps"), draft.number("warmup_ratio")
-    warmup = f"{steps:g} steps" if steps >= 1 else f"{round(100 * (steps or share), 6):g} %"
-    if draft.get("lr_scheduler_type") == "constant":  # Transformers' constant_with_warmup is the one that has any
+def _schedule(recipe: Translation) -> None:
+    recipe.carry("lr_scheduler_type")
+    learning_rate = recipe.number("learning_rate")
+    if recipe.is_given("cosine_min_lr_ratio"):
+        least = recipe.number("cosine_min_lr_ratio") * learning_rate
+        recipe.put("train.min_learning_rate", least, "cosine_min_lr_ratio")
+    if recipe.is_given("lr_scheduler_kwargs.min_lr"):
+        least = recipe.number("lr_scheduler_kwargs.min_lr")
+        recipe.put("train.min_learning_rate", least, "lr_scheduler_kwargs.min_lr")
+    steps = recipe.number("warmup_steps")
+    share = recipe.number("warmup_ratio")
+    if recipe.get("lr_scheduler_type") == "constant":
+        # Transformers' constant_with_warmup is the one that has any.
         warmup = "0 steps"
-    draft.put("train.warmup", warmup, "warmup_steps", "warmup_ratio")
+    elif steps >= 1:
+        warmup = f"{steps:g} steps"
+    else:
+        warmup = f"{round(100 * (steps or share), 6):g} %"
+    recipe.put("train.warmup", warmup, "warmup_steps", "warmup_ratio")
 
 
-def _batch(draft: Draft, world: int | None) -> None:
-    """The batch of a step: rows of a process x accumulation x the processes that have rows of their own."""
+def _batch(recipe: Translation, world: int | None) -> None:
+    """The batch of a step.
+
+    It has the rows of a process x accumulation x the processes that have rows of their own.
+    """
     for name in ("tensor", "shard", "replicate"):
-        if draft.given(name) and draft.number(name) > 0:
-            draft.put(f"parallel.{name}", draft.get(name), name)
-    if "train.global_batch" in draft.overrides:
+        if recipe.is_given(name) and recipe.number(name) > 0:
+            recipe.put(f"parallel.{name}", recipe.get(name), name)
+    if "train.global_batch" in recipe.overrides:
         return
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    rows = math.prod(draft.count(name) for name in names)
-    tensor = draft.count("tensor")
-    counted = world or draft.number("num_processes") or draft.number("nproc_per_node") * draft.count("nnodes")
-    if draft.given("shard") and draft.number("shard") > 0:
-        counted = draft.number("shard") * draft.count("replicate") * tensor
-    if counted < 1 or counted % tensor:
-        why = f"a process takes {rows} rows a step" + f", {tensor} processes the same ones" * (tensor > 1)
+    rows = math.prod(recipe.count(name) for name in names)
+    tensor = recipe.count("tensor")
+    processes = _processes(recipe, world, tensor)
+    if processes < 1 or processes % tensor:
+        why = f"a process takes {rows} rows a step"
+        if tensor > 1:
+            why += f", {tensor} processes the same ones"
         fix = f"say how many processes (GPUs) trained in all: --world {8 * tensor}"
-        raise UsageError("the global batch is not known", where=draft.source.name, why=why, fix=fix)
-    batch, packed = rows * counted // tensor, draft.get("packing") or draft.get("neat_packing")
-    size = f"{batch * draft.number('max_length')} tokens" if packed else f"{batch} examples"
-    why = ", ".join([f"{counted} processes"] + [f"{batch} packed rows of data.seq_len"] * bool(packed))
-    draft.put("train.global_batch", size, *names, "num_processes", "nproc_per_node", "nnodes", why=why)
+        what = "the global batch is not known"
+        raise UsageError(what, where=recipe.source.name, why=why, fix=fix)
+    batch = rows * processes // tensor
+    why = f"{processes} processes"
+    size = f"{batch} examples"
+    if _packs(recipe):
+        why += f", {batch} packed rows of data.seq_len"
+        size = f"{batch * recipe.number('max_length')} tokens"
+    process_names = ("num_processes", "nproc_per_node", "nnodes")
+    recipe.put("train.global_batch", size, *names, *process_names, why=why)
 
 
-def _intervals(draft: Draft) -> None:
-    """When is saved and validated: by count in an epoch, by steps, by a share of the run, each epoch or never."""
-    held_out = any(key in draft.values for key in ("data.validation", "data.hold_out"))
-    for which, ours, silent in (("save", "checkpoint.every", "epoch"), ("eval", "validate.every", "no")):
-        names = (f"{which}s_per_epoch", f"{which}_strategy", f"{which}_steps")
-        often, steps = draft.number(names[0]), draft.number(names[2])
-        strategy = str(draft.get(names[1]) or ("steps" if steps else silent))
-        if not steps and which == "eval":  # as Transformers does; with save_steps: 0 it never saves
-            steps = draft.number("logging_steps")
-        if not steps and not draft.given(names[2]):
-            steps = 500
-        every = {"epoch": "1 epochs", "steps": _interval(steps)}.get(strategy)
-        if which == "save" or held_out:  # without held-out rows the table tells the keys
-            draft.put(ours, f"{1 / often:g} epochs" if often else every, *names)
+def _processes(recipe: Translation, world: int | None, tensor: int) -> Any:
+    """How many processes train in all; 0 where nothing tells."""
+    processes = world or recipe.number("num_processes")
+    if not processes:
+        processes = recipe.number("nproc_per_node") * recipe.count("nnodes")
+    if recipe.is_given("shard") and recipe.number("shard") > 0:
+        processes = recipe.number("shard") * recipe.count("replicate") * tensor
+    return processes
 
 
-def _interval(steps: float) -> str | None:
-    """So many steps, or below 1 that share of the run; None for 0: never."""
-    if not steps:
+def _intervals(recipe: Translation) -> None:
+    """When is saved and validated.
+
+    That is by count in an epoch, by steps, by a share of the run, each epoch or never.
+    """
+    recipe.put("checkpoint.every", _interval(recipe, "save", "epoch"), *_interval_names("save"))
+    every = _interval(recipe, "eval", "no")
+    # Without held-out rows the table tells the keys.
+    if "data.validation" in recipe.values or "data.hold_out" in recipe.values:
+        recipe.put("validate.every", every, *_interval_names("eval"))
+
+
+def _interval_names(what: str) -> tuple[str, str, str]:
+    return f"{what}s_per_epoch", f"{what}_strategy", f"{what}_steps"
+
+
+def _interval(recipe: Translation, what: str, default_strategy: str) -> str | None:
+    """How often something (`save` or `eval`) happens; None: never."""
+    per_epoch_name, strategy_name, steps_name = _interval_names(what)
+    per_epoch = recipe.number(per_epoch_name)
+    steps = recipe.number(steps_name)
+    strategy = recipe.get(strategy_name)
+    if not strategy:
+        strategy = "steps" if steps else default_strategy
+    # As Transformers does; with save_steps: 0 it never saves.
+    if not steps and what == "eval":
+        steps = recipe.number("logging_steps")
+    if not steps and not recipe.is_given(steps_name):
+        steps = _SAVE_STEPS
+    if per_epoch:
+        return f"{1 / per_epoch:g} epochs"
+    if str(strategy) == "epoch":
+        return "1 epochs"
+    if str(strategy) != "steps" or not steps:
         return None
     return f"{steps:g} steps" if steps >= 1 else f"{steps * 100:g} %"

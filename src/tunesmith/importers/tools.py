@@ -1,4 +1,4 @@
-"""One function for each tool: the keys that are its own, and the rows it trains on, as a draft of a recipe."""
+"""One function for each tool: the keys that are its own, and the rows it trains on."""
 
 import json
 import os
@@ -17,155 +17,245 @@ from tunesmith.importers.common import (
     read_deepspeed,
     translate_training,
 )
-from tunesmith.importers.draft import Draft
-from tunesmith.importers.foreign import Foreign, Given
+from tunesmith.importers.source_config import SourceConfig, SourceKey
+from tunesmith.importers.translation import Translation
 from tunesmith.shell import shell_path
 
 
-def translate(source: Foreign, overrides: Mapping[str, Any], world: int | None, extends: str | None) -> Draft:
-    """A draft that names each key of the file; UsageError for a value without which there is no recipe.
+def translate(
+    source: SourceConfig, overrides: Mapping[str, Any], world: int | None, extends: str | None
+) -> Translation:
+    """A recipe, or a change of one, that names each key of the file.
 
-    `overrides` are recipe keys given beside it, `world` is how many processes trained, `extends` a recipe below.
+    Args:
+        overrides: recipe keys given beside it.
+        world: how many processes trained.
+        extends: a recipe below.
+
+    Raises:
+        UsageError: a value without which there is no recipe is missing or has no counterpart.
     """
-    draft = Draft(source, overrides)
+    recipe = Translation(source, overrides)
     if extends:
-        draft.put("extends", extends)
-    read_deepspeed(draft)
-    _TOOLS[source.tool](draft)
+        recipe.put("extends", extends)
+    read_deepspeed(recipe)
+    _TOOLS[source.tool](recipe)
     if source.tool != "accelerate":
-        translate_training(draft, world)
-        if "output_dir" not in draft.values:
-            draft.put("output_dir", f"runs/{Path(source.name).stem}", why="not named there")
-    draft.close()
-    return draft
+        translate_training(recipe, world)
+        if "output_dir" not in recipe.values:
+            recipe.put("output_dir", f"runs/{Path(source.name).stem}", why="not named there")
+    recipe.close()
+    return recipe
 
 
-def _torchtune(draft: Draft) -> None:
-    component = str(draft.get("kind")).rpartition(".")[2]
-    folder = str(draft.get("checkpointer.checkpoint_dir") or "")
-    model, owners = Path(folder).name, draft.table["owners"]
-    owner = next((owner for begin, owner in owners.items() if model.lower().startswith(begin)), None)
-    model = f"{owner}/{model}" if owner and not (draft.source.base / folder).is_dir() else folder
+def _torchtune(recipe: Translation) -> None:
+    component = str(recipe.get("kind")).rpartition(".")[2]
+    _torchtune_model(recipe)
+    targets = []
+    for part in recipe.listed("lora_attn_modules"):
+        targets.append("o_proj" if part == "output_proj" else part)
+    if recipe.get("apply_lora_to_mlp"):
+        targets += ["gate_proj", "up_proj", "down_proj"]
+    if recipe.get("apply_lora_to_output"):
+        targets.append("lm_head")
+    lora = component.startswith(("lora_", "qlora_"))
+    names = ("lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output")
+    put_adapter(recipe, targets, *names, lora=lora)
+    put_rows(recipe, "train", "dataset")
+    put_rows(recipe, "validation", "dataset_val")
+    if recipe.get("torch_dtype") == "bf16" and not lora:
+        why = "bf16 weights and no fp32 copy of them"
+        recipe.put("train.master_weights", "stochastic", "torch_dtype", why=why)
+        recipe.note(
+            "torch_dtype",
+            "updates are rounded to the nearest there, here at random, so that small ones count",
+        )
+    if recipe.get("seed") is None:
+        recipe.note("seed", "each run draws its own there; here it is train.seed, 42")
+
+
+def _torchtune_model(recipe: Translation) -> None:
+    """The folder of the checkpoint, or the Hub id that its name means."""
+    folder = str(recipe.get("checkpointer.checkpoint_dir") or "")
+    model = folder
+    folder_name = Path(folder).name
+    owner = None
+    for beginning, owner_of_models in recipe.table["owners"].items():
+        if folder_name.lower().startswith(beginning):
+            owner = owner_of_models
+            break
+    if owner and not (recipe.source.base / folder).is_dir():
+        model = f"{owner}/{folder_name}"
     if model != folder:
         why = f"is not here: {model} is fetched; or give model.name=FOLDER"
-        draft.remark("checkpointer.checkpoint_dir", why, differs=False)
-    draft.put("model.name", model, "checkpointer.checkpoint_dir", "kind")
-    asked = ["o_proj" if part == "output_proj" else part for part in draft.listed("lora_attn_modules")]
-    asked += ["gate_proj", "up_proj", "down_proj"] if draft.get("apply_lora_to_mlp") else []
-    asked += ["lm_head"] if draft.get("apply_lora_to_output") else []
-    lora = component.startswith(("lora_", "qlora_"))
-    put_adapter(draft, asked, "lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output", lora=lora)
-    put_rows(draft, "train", "dataset")
-    put_rows(draft, "validation", "dataset_val")
-    if draft.get("torch_dtype") == "bf16" and not lora:
-        draft.put("train.master_weights", "stochastic", "torch_dtype", why="bf16 weights and no fp32 copy of them")
-        how = "updates are rounded to the nearest there, here at random, so that small ones count"
-        draft.remark("torch_dtype", how)
-    if draft.get("seed") is None:
-        draft.remark("seed", "each run draws its own there; here it is train.seed, 42")
+        recipe.note("checkpointer.checkpoint_dir", why, differs=False)
+    recipe.put("model.name", model, "checkpointer.checkpoint_dir", "kind")
 
 
-def _axolotl(draft: Draft) -> None:
+def _axolotl(recipe: Translation) -> None:
     for key in ("rl", "kind"):
-        if draft.get(key) not in (None, "lora", "qlora"):
-            raise draft.refusal(key, "it has no counterpart here", "adapter: lora, qlora or none, without rl")
-    target = "all-linear" if draft.get("lora_target_linear") else draft.listed("lora_target_modules") or PEFT_TARGETS
-    put_adapter(draft, target, "lora_target_linear", "lora_target_modules", lora=draft.get("kind") is not None)
-    put_rows(draft, "train", "datasets")
-    put_rows(draft, "validation", "test_datasets")
-    templates = {value for key, value in draft.defaults.items() if key.endswith(".template")}
+        if recipe.get(key) not in (None, "lora", "qlora"):
+            fix = "adapter: lora, qlora or none, without rl"
+            raise recipe.error(key, "it has no counterpart here", fix)
+    target: Any = recipe.listed("lora_target_modules") or PEFT_TARGETS
+    if recipe.get("lora_target_linear"):
+        target = "all-linear"
+    names = ("lora_target_linear", "lora_target_modules")
+    put_adapter(recipe, target, *names, lora=recipe.get("kind") is not None)
+    put_rows(recipe, "train", "datasets")
+    put_rows(recipe, "validation", "test_datasets")
+    templates = {value for key, value in recipe.defaults.items() if key.endswith(".template")}
     template = templates.pop() if len(templates) == 1 else "auto"
-    draft.put("data.template", template, "chat_template_jinja", why="by the type of the data sets")
-    draft.carry("chat_template_jinja")
-    if draft.given("chat_template") and draft.get("chat_template") != "tokenizer_default":
-        draft.remark("chat_template", "the tokenizer's own is taken; if it is another, data.template: a Jinja file")
-    if not draft.given("warmup_steps") and not draft.given("warmup_ratio"):
-        draft.remark("warmup_ratio", "no more than 100 steps of it there")
+    why = "by the type of the data sets"
+    recipe.put("data.template", template, "chat_template_jinja", why=why)
+    recipe.carry("chat_template_jinja")
+    if recipe.is_given("chat_template") and recipe.get("chat_template") != "tokenizer_default":
+        why = "the tokenizer's own is taken; if it is another, data.template: a Jinja file"
+        recipe.note("chat_template", why)
+    if not recipe.is_given("warmup_steps") and not recipe.is_given("warmup_ratio"):
+        recipe.note("warmup_ratio", "no more than 100 steps of it there")
 
 
-def _llamafactory(draft: Draft) -> None:
-    for key, known in {"stage": ("sft",), "kind": ("lora", "full"), "quantization_bit": (None, 4, 8)}.items():
-        if draft.get(key) not in known:
-            raise draft.refusal(key, "it has no counterpart here", f"known are {', '.join(map(str, known))}")
-    draft.defaults["lora_alpha"] = 2 * draft.number("lora_rank")
-    put_adapter(draft, draft.listed("lora_target"), "lora_target", lora=draft.get("kind") == "lora")
+def _llamafactory(recipe: Translation) -> None:
+    values_with_counterpart: dict[str, tuple[Any, ...]] = {
+        "stage": ("sft",),
+        "kind": ("lora", "full"),
+        "quantization_bit": (None, 4, 8),
+    }
+    for name, values in values_with_counterpart.items():
+        if recipe.get(name) not in values:
+            fix = f"known are {', '.join(map(str, values))}"
+            raise recipe.error(name, "it has no counterpart here", fix)
+    recipe.defaults["lora_alpha"] = 2 * recipe.number("lora_rank")
+    lora = recipe.get("kind") == "lora"
+    put_adapter(recipe, recipe.listed("lora_target"), "lora_target", lora=lora)
     for part, key in (("train", "dataset"), ("validation", "eval_dataset")):
-        if draft.given(key):
-            if draft.listed(key):
-                _read_dataset_info(draft, key)
-            put_rows(draft, part, key)
-    draft.put("data.template", "alpaca" if draft.get("template") == "alpaca" else "auto", "template")
-    if draft.get("packing") and not draft.get("neat_packing"):
-        draft.remark("packing", "the documents of a packed row see each other there; here they do not")
+        if not recipe.is_given(key):
+            continue
+        if recipe.listed(key):
+            _read_dataset_info(recipe, key)
+        put_rows(recipe, part, key)
+    template = "alpaca" if recipe.get("template") == "alpaca" else "auto"
+    recipe.put("data.template", template, "template")
+    if recipe.get("packing") and not recipe.get("neat_packing"):
+        why = "the documents of a packed row see each other there; here they do not"
+        recipe.note("packing", why)
 
 
-def _read_dataset_info(draft: Draft, key: str) -> None:
-    """Give each data set that the key names its entry of dataset_info.json, as `KEY.0.file_name` and so on.
+def _read_dataset_info(recipe: Translation, key: str) -> None:
+    """Give each data set that the key names its entry of dataset_info.json.
 
-    The file is looked for from the configuration's folder, those above it, and the working directory.
+    It becomes `KEY.0.file_name` and so on. The file is looked for from the configuration's folder,
+    those above it, and the working directory.
     """
-    inside, base = Path(str(draft.get("dataset_dir")), "dataset_info.json"), draft.source.base.resolve()
-    path = draft.source.nearby(inside)
-    if path is None and "data.train.source" in draft.overrides:
-        draft.remark(key, "data.train.source is given in its place", differs=False)
-        return
+    source = recipe.source
+    file = Path(str(recipe.get("dataset_dir")), "dataset_info.json")
+    path = source.nearby(file)
     if path is None:
-        why, fix = f"{inside}, which lists it, is not here", f"put it into {base / inside.parent}, or {NAME_ROWS}"
-        raise draft.refusal(key, why, fix)
-    for number, name in enumerate(draft.listed(key)):
+        if "data.train.source" in recipe.overrides:
+            recipe.note(key, "data.train.source is given in its place", differs=False)
+            return
+        why = f"{file}, which lists it, is not here"
+        fix = f"put it into {source.base.resolve() / file.parent}, or {NAME_ROWS}"
+        raise recipe.error(key, why, fix)
+    for number, name in enumerate(recipe.listed(key)):
         try:
             entry = dict(json.loads(path.read_text(encoding="utf-8"))[name])
         except (ValueError, KeyError, TypeError) as error:
             what = f"it does not list the data set {name}"
-            raise UsageError(what, where=str(path), why=repr(error), fix=f"add it, or {NAME_ROWS}") from None
+            fix = f"add it, or {NAME_ROWS}"
+            raise UsageError(what, where=str(path), why=repr(error), fix=fix) from None
         if "file_name" in entry:
-            entry["file_name"] = os.path.relpath(path.parent / entry["file_name"], draft.source.base)
-        entry |= {f"columns.{ours}": column for ours, column in entry.pop("columns", {}).items()}
-        entry |= {f"tags.{ours}": tag for ours, tag in entry.pop("tags", {}).items()}
-        entry["num_samples"] = entry.get("num_samples") or draft.get("max_samples")
-        given = {f"{key}.{number}.{name}": value for name, value in entry.items() if value is not None}
-        draft.source.given.update({name: Given(name, value, path.name) for name, value in given.items()})
+            entry["file_name"] = os.path.relpath(path.parent / entry["file_name"], source.base)
+        for section in ("columns", "tags"):
+            for column, value in entry.pop(section, {}).items():
+                entry[f"{section}.{column}"] = value
+        entry["num_samples"] = entry.get("num_samples") or recipe.get("max_samples")
+        for entry_key, value in entry.items():
+            if value is not None:
+                full_key = f"{key}.{number}.{entry_key}"
+                source.keys[full_key] = SourceKey(full_key, value, path.name)
 
 
-def _trl(draft: Draft) -> None:
-    lora, form = bool(draft.get("kind")), str(draft.overrides.get("data.train.format", "messages"))
-    put_adapter(draft, draft.listed("lora_target_modules") or PEFT_TARGETS, "lora_target_modules", lora=lora)
-    if lora and not draft.get("lora_target_modules"):
-        draft.remark("lora_target_modules", "PEFT chooses by the architecture; q_proj, v_proj of most", differs=False)
-    for part, split in (("train", "dataset_train_split"), ("validation", "dataset_test_split")):
-        if draft.get("dataset_name") and (part == "train" or draft.get("eval_strategy") != "no"):
-            names = {"source": "dataset_name", "name": "dataset_config", "split": split}
-            row = {ours: draft.get(name) for ours, name in names.items() if draft.get(name)} | {"format": form}
-            draft.put(f"data.{part}", row, *names.values())
-    draft.remark("dataset_name", f"TRL finds the format by the columns; here it is {form}: see data.train.format")
-    losses = [name for name, ours in other_tools("keys").items() if ours == "data.train_on: response"]
-    response = form == "prompt-completion" or (form != "text" and any(map(draft.get, losses)))
-    draft.put("data.train_on", "response" if response else "all", *losses, why=f"of rows of format {form}")
-    if draft.get("bf16") and draft.get("torch_dtype") == "float32":
-        draft.remark("torch_dtype", "fp32 under autocast there; here bf16, and what is trained has an fp32 copy")
+def _trl(recipe: Translation) -> None:
+    lora = bool(recipe.get("kind"))
+    targets = recipe.listed("lora_target_modules")
+    put_adapter(recipe, targets or PEFT_TARGETS, "lora_target_modules", lora=lora)
+    if lora and not recipe.get("lora_target_modules"):
+        why = "PEFT chooses by the architecture; q_proj, v_proj of most"
+        recipe.note("lora_target_modules", why, differs=False)
+    format_ = str(recipe.overrides.get("data.train.format", "messages"))
+    if recipe.get("dataset_name"):
+        _put_trl_rows(recipe, "train", "dataset_train_split", format_)
+        if recipe.get("eval_strategy") != "no":
+            _put_trl_rows(recipe, "validation", "dataset_test_split", format_)
+    why = f"TRL finds the format by the columns; here it is {format_}: see data.train.format"
+    recipe.note("dataset_name", why)
+    # Their keys that leave the prompt untrained.
+    names = [name for name, key in other_tools("keys").items() if key == "data.train_on: response"]
+    masks_prompt = any(map(recipe.get, names))
+    train_on = "all"
+    if format_ == "prompt-completion" or (format_ != "text" and masks_prompt):
+        train_on = "response"
+    recipe.put("data.train_on", train_on, *names, why=f"of rows of format {format_}")
+    if recipe.get("bf16") and recipe.get("torch_dtype") == "float32":
+        why = "fp32 under autocast there; here bf16, and what is trained has an fp32 copy"
+        recipe.note("torch_dtype", why)
 
 
-def _accelerate(draft: Draft) -> None:
-    if "extends" not in draft.values:
-        fix = f"name the recipe that it changes: tunesmith import {shell_path(draft.source.name)} --extends my-recipe.yaml"
-        raise UsageError("an accelerate config names no model and no data", where=draft.source.name, fix=fix)
-    if draft.get("max_grad_norm") != "auto":
-        draft.carry("max_grad_norm")
-    apply_rules(draft)
-    kind, ranks, strategy = draft.get("kind"), draft.number("num_processes"), str(draft.get("fsdp_strategy"))
-    shards = kind == "FSDP" or (kind == "DEEPSPEED" and draft.get("zero_stage"))
-    nodes = draft.number("num_machines") if strategy.startswith("HYBRID") else 1
-    copies = ranks if strategy == "NO_SHARD" or not shards else nodes
-    names = ("num_processes", "num_machines", "kind", "fsdp_strategy", "zero_stage")
-    for key, count in {"replicate": copies, "shard": ranks // copies}.items() if ranks > 1 else ():
-        draft.put(f"parallel.{key}", count, *names)
-    if draft.get("gradient_accumulation_steps") not in (None, "auto") and "train.global_batch" not in draft.overrides:
-        steps = draft.count("gradient_accumulation_steps")
-        if steps > 1:
-            why = f"a step learns from {steps} forward passes of each process there; give all their rows: "
-            draft.remark("gradient_accumulation_steps", f"{why}train.global_batch='64 examples'")
+def _put_trl_rows(recipe: Translation, part: str, split_name: str, format_: str) -> None:
+    names = {"source": "dataset_name", "name": "dataset_config", "split": split_name}
+    source = {key: recipe.get(name) for key, name in names.items() if recipe.get(name)}
+    source["format"] = format_
+    recipe.put(f"data.{part}", source, *names.values())
 
 
-_TOOLS: dict[str, Callable[[Draft], None]] = {
-    "torchtune": _torchtune, "axolotl": _axolotl, "llamafactory": _llamafactory, "trl": _trl, "accelerate": _accelerate,
-}  # fmt: skip
+def _accelerate(recipe: Translation) -> None:
+    if "extends" not in recipe.values:
+        command = f"tunesmith import {shell_path(recipe.source.name)} --extends my-recipe.yaml"
+        raise UsageError(
+            "an accelerate config names no model and no data",
+            where=recipe.source.name,
+            fix=f"name the recipe that it changes: {command}",
+        )
+    if recipe.get("max_grad_norm") != "auto":
+        recipe.carry("max_grad_norm")
+    apply_rules(recipe)
+    _put_mesh(recipe)
+    steps = recipe.get("gradient_accumulation_steps")
+    if steps in (None, "auto") or "train.global_batch" in recipe.overrides:
+        return
+    steps = recipe.count("gradient_accumulation_steps")
+    if steps > 1:
+        recipe.note(
+            "gradient_accumulation_steps",
+            f"a step learns from {steps} forward passes of each process there; give all their"
+            " rows: train.global_batch='64 examples'",
+        )
+
+
+def _put_mesh(recipe: Translation) -> None:
+    """Copies and shards of the model, from FSDP's or DeepSpeed's keys."""
+    kind = recipe.get("kind")
+    ranks = recipe.number("num_processes")
+    strategy = str(recipe.get("fsdp_strategy"))
+    is_sharded = kind == "FSDP" or (kind == "DEEPSPEED" and recipe.get("zero_stage"))
+    copies = 1
+    if strategy.startswith("HYBRID"):
+        # One copy on each node.
+        copies = recipe.number("num_machines")
+    if strategy == "NO_SHARD" or not is_sharded:
+        copies = ranks
+    if ranks > 1:
+        names = ("num_processes", "num_machines", "kind", "fsdp_strategy", "zero_stage")
+        recipe.put("parallel.replicate", copies, *names)
+        recipe.put("parallel.shard", ranks // copies, *names)
+
+
+_TOOLS: dict[str, Callable[[Translation], None]] = {
+    "torchtune": _torchtune,
+    "axolotl": _axolotl,
+    "llamafactory": _llamafactory,
+    "trl": _trl,
+    "accelerate": _accelerate,
+}

@@ -1,0 +1,236 @@
+"""A recipe in the making: values under our keys, their origins, what is not carried and why."""
+
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tunesmith.config.dump import to_yaml
+from tunesmith.config.names import keys, other_tools, without_indices
+from tunesmith.config.paths import resolve_paths
+from tunesmith.config.tree import Node, scalar, wrap
+from tunesmith.config.typed import literal_words, members
+from tunesmith.errors import UsageError, is_secret_name, mask, mask_words
+from tunesmith.importers.source_config import SourceConfig, SourceKey, table
+from tunesmith.units import Length
+
+_UNSET: tuple[Any, ...] = (None, "", [], {})
+_OFF = (*_UNSET, False, "no", "none", "false")
+
+
+class Note(NamedTuple):
+    """A key of the other tool that the recipe has not; `differs`: it may change what is learned."""
+
+    key: str
+    value: str
+    origin: str
+    why: str
+    differs: bool
+
+
+class Translation:
+    """What is translated so far.
+
+    Names in its methods are our common names of keys: those of Transformers, as the tables list.
+
+    Attributes:
+        overrides: recipe keys that the command line gives, and that need no value.
+        defaults: of the other tool.
+        values, places, comments: by our key: its value, where that stands in the other tool's file,
+            and what it follows from.
+        mentioned: their keys that a comment or a note names.
+    """
+
+    def __init__(self, source: SourceConfig, overrides: Mapping[str, Any]) -> None:
+        self.source = source
+        self.overrides = overrides
+        self.table = table(source.tool)
+        self.defaults: dict[str, Any] = dict(self.table["defaults"])
+        self.values: dict[str, Any] = {}
+        self.places: dict[str, str] = {}
+        self.comments: dict[str, str] = {}
+        self.notes: list[Note] = []
+        self.mentioned: set[str] = set()
+
+    def find(self, name: str) -> SourceKey | None:
+        """Their key of a common name, in the file or by default; else None."""
+        names = self.table["names"].get(name, name)
+        if not isinstance(names, list):
+            names = [names]
+        for key in names:
+            if key in self.source.keys:
+                return self.source.keys[key]
+        for key in names:
+            if key in self.defaults:
+                return SourceKey(key, self.defaults[key], f"{self.source.tool}'s default")
+        return None
+
+    def get(self, name: str) -> Any:
+        """Its value; where it is null or not given, the tool's default."""
+        key = self.find(name)
+        if key is None:
+            return None
+        return self.defaults.get(key.key) if key.value is None else key.value
+
+    def number(self, name: str) -> Any:
+        """A value that must be a number, also one in quotes; 0 where there is none."""
+        value = self.get(name)
+        if isinstance(value, str):
+            value = scalar(value)
+        if isinstance(value, bool | str | list) or not abs(value or 0) < 1e15:
+            raise self.error(name, "a number is expected", "write a number there")
+        return value or 0
+
+    def count(self, name: str) -> int:
+        """A value that must be a whole number of at least 1; 1 where there is none."""
+        if self.get(name) is None:
+            return 1
+        number = self.number(name)
+        if number < 1 or number != int(number):
+            why = "a whole number of at least 1 is expected"
+            raise self.error(name, why, "write such a number there")
+        return int(number)
+
+    def listed(self, name: str) -> list[str]:
+        """A value that is a list of names, or text with commas between them."""
+        value = self.get(name) or []
+        parts = value if isinstance(value, list) else str(value).split(",")
+        return [str(part).strip() for part in parts]
+
+    def is_given(self, name: str) -> bool:
+        """Whether the file itself has a value, which is not null."""
+        key = self.find(name)
+        return key is not None and key.key in self.source.keys and key.value is not None
+
+    def put(self, key: str, value: Any, *names: str, why: str = "") -> None:
+        """One key of the recipe, which follows from their keys `names`."""
+        origins = [origin for origin in map(self.find, names) if origin is not None]
+        self.values[key] = value
+        self.places[key] = self.source.name
+        for origin in origins:
+            if origin.key in self.source.keys:
+                self.places[key] = origin.where
+                break
+        parts = [f"{origin.where} {origin.key}: {_shown(origin)}" for origin in origins]
+        if self.comments.get(key):
+            parts.insert(0, self.comments[key])
+        if why:
+            parts.append(why)
+        self.comments[key] = "; ".join(dict.fromkeys(parts))
+        self.mentioned.update(origin.key for origin in origins)
+
+    def note(self, name: str, why: str, *, differs: bool = True) -> None:
+        """Say why their key is not carried, or how what it does differs here."""
+        key = self.find(name)
+        if key is not None:
+            self.note_key(key, why, differs=differs)
+
+    def note_key(self, key: SourceKey, why: str, *, differs: bool) -> None:
+        """`note` of a key as it stands in the file.
+
+        It may be spelt like our common name of another key.
+        """
+        self.mentioned.add(key.key)
+        self.notes.append(Note(key.key, _shown(key), key.where, why, differs))
+
+    def error(self, name: str, why: str, fix: str) -> UsageError:
+        key = self.find(name) or SourceKey(name, None, self.source.name)
+        what = f"{key.key}: {_shown(key)} cannot be imported"
+        return UsageError(what, where=key.where, why=why, fix=fix)
+
+    def carry(self, *names: str) -> None:
+        """Put values that need no more than our name, our word or our unit for it."""
+        for name in names:
+            value = self.get(name)
+            if value is None:
+                continue
+            key = self.table.get("ours", {}).get(name) or _recipe_key(name)
+            hint = keys()[key][1]
+            if literal_words(hint):
+                value = self._our_word(name, key)
+            elif Length in members(hint):
+                number = self.number(name)
+                value = f"{number:g} steps" if number >= 1 else f"{number * 100:g} %"
+            elif isinstance(value, str) and tuple[str, ...] in members(hint):
+                value = self.listed(name)
+            if value is not None:
+                self.put(key, value, name)
+
+    def _our_word(self, name: str, key: str) -> str | None:
+        """Our word for a value of theirs; None, with a note, where there is none."""
+        spec, hint = keys()[key]
+        word = str(self.get(name)).rpartition(".")[2].lower()
+        meanings = {**other_tools("words"), **self.table.get("words", {})}
+        for candidate in (word, *meanings.get(word, "").split()):
+            if candidate in literal_words(hint):
+                return candidate
+        absent = other_tools("absent").get(word, "{} is not known here").format(word)
+        self.note(name, f"{absent}; the recipe has {key}: {spec.default}")
+        return None
+
+    def close(self) -> None:
+        """Account for each key of the file that nothing has named."""
+        for name, key in self.source.keys.items():
+            if name in self.mentioned:
+                continue
+            kind, why = self._known_of(without_indices(name))
+            if key.value in _UNSET:
+                self.note_key(key, "not set", differs=False)
+            elif kind == "differs" and key.value in _OFF:
+                self.note_key(key, "off, as here", differs=False)
+            else:
+                self.note_key(key, why, differs=kind == "differs")
+
+    def _known_of(self, name: str) -> tuple[str, str]:
+        """What the table says of a key that is not carried: `nothing` or `differs`, and why."""
+        for kind in ("nothing", "differs"):
+            for why, patterns in self.table[kind].items():
+                if any(fnmatchcase(name, pattern) for pattern in patterns):
+                    return kind, why
+        return "differs", "not known to this import: look up what it does"
+
+    def tree(self) -> Node:
+        """The recipe with the places of the other tool's file.
+
+        So an error names the line to fix.
+        """
+        root: dict[str, Any] = {}
+        for key in sorted(self.values, key=["extends", *keys()].index):
+            *sections, last = key.split(".")
+            section = root
+            for name in sections:
+                empty = Node({}, self.source.name, self.source.base)
+                section = section.setdefault(name, empty).value
+            section[last] = wrap(self.values[key], where=self.places[key], base=self.source.base)
+        return Node(root, self.source.name, self.source.base)
+
+    def text(self, tree: Node, head: str, folder: Path) -> str:
+        """The recipe as a file in `folder`, below a comment, with the source of each value above
+        it.
+        """
+        comments = self.comments | dict.fromkeys(self.overrides, "given on the command line")
+        # In ASCII a comment has no line breaks.
+        for key, comment in comments.items():
+            comments[key] = comment.encode("ascii", "backslashreplace").decode()
+        return f"{head}\n{to_yaml(resolve_paths(tree, beside=folder).plain(), comments)}"
+
+
+def _recipe_key(name: str) -> str:
+    """The recipe's key of a name that other tools use: as listed, or the key that ends with it."""
+    key = other_tools("keys").get(name, "").partition(":")[0]
+    if key in keys():
+        return key
+    return next(key for key in keys() if key.rpartition(".")[2] == name)
+
+
+def _shown(key: SourceKey) -> str:
+    """A value on one line, in ASCII; nothing of a secret."""
+    is_secret = any(map(is_secret_name, key.key.split(".")))
+    if is_secret and key.value and not isinstance(key.value, bool):
+        return '"***"'
+    if isinstance(key.value, str):
+        return json.dumps(mask_words([key.value])[0])
+    if isinstance(key.value, list) and all(isinstance(item, str) for item in key.value):
+        return json.dumps(mask_words(key.value))
+    return mask(json.dumps(key.value))
