@@ -13,7 +13,7 @@ from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Example
 from tunesmith.data.formats import Completion, Conversation, Sample
 from tunesmith.data.splits import read_splits
-from tunesmith.data.tokens import TokenSet, tokenise
+from tunesmith.data.tokens import TokenSet, tokenize
 
 
 class Simple:
@@ -103,6 +103,6 @@ def make(simple: Simple, write: Callable[[str, str | bytes], str]) -> Callable[.
             for k, text in enumerate(contents)
         )
         data = Data(train=sources, **keys)
-        return tokenise(read_splits(data, 0)[0], data, simple, simple.tokenizer, cache=cache, what="train")
+        return tokenize(read_splits(data, 0)[0], data, simple, simple.tokenizer, cache=cache, what="train")
 
     return build

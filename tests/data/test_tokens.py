@@ -17,7 +17,7 @@ from tunesmith.config.schema import Data, Source
 from tunesmith.data import cache as disk
 from tunesmith.data.formats import Text
 from tunesmith.data.source import read_rows
-from tunesmith.data.tokens import TokenSet, tokenise
+from tunesmith.data.tokens import TokenSet, tokenize
 from tunesmith.errors import DataError
 from tunesmith.host_files import ABANDONED
 
@@ -205,9 +205,9 @@ def test_the_first_n(make) -> None:
 def test_tokenise_reads_the_recipes_keys(simple: Simple, write) -> None:
     source = Source(source=write("a.jsonl", alpaca(10)), format="alpaca", split="train[:50%]", max_examples=3)
     data = Data(train=(source,), seq_len=256)
-    assert len(tokenise([(source, read_rows(source))], data, simple, simple.tokenizer, cache=None, what="train")) == 3
+    assert len(tokenize([(source, read_rows(source))], data, simple, simple.tokenizer, cache=None, what="train")) == 3
     other = replace(source, split="train[50%:]")
-    tokens = tokenise([(other, read_rows(other))], data, simple, simple.tokenizer, cache=None, what="train")
+    tokens = tokenize([(other, read_rows(other))], data, simple, simple.tokenizer, cache=None, what="train")
     assert tokens.where(0).endswith("a.jsonl:6")
 
 

@@ -22,7 +22,7 @@ from tunesmith.data import workers
 from tunesmith.data.encode import RowBatch, RowEncoder
 from tunesmith.data.splits import read_splits
 from tunesmith.data.template import Template, select_template
-from tunesmith.data.tokens import TokenSet, tokenise
+from tunesmith.data.tokens import TokenSet, tokenize
 from tunesmith.data.workers import encode_batches
 from tunesmith.errors import DataError, MachineError
 from warm import Warm
@@ -58,7 +58,7 @@ def tokens_of(path: Path, cores: int, monkeypatch: pytest.MonkeyPatch, **keys: A
     monkeypatch.setattr(workers, "available_cores", lambda: cores)
     data = Data(train=(Source(source=str(path)),), **{"seq_len": 256, **keys})
     template = select_template(data, tokenizer := byte_tokenizer(), {tokenizer.eos_token_id})
-    return tokenise(read_splits(data, 0)[0], data, template, tokenizer, cache=None, what="train")
+    return tokenize(read_splits(data, 0)[0], data, template, tokenizer, cache=None, what="train")
 
 
 def test_tokens_and_counts_are_those_of_one_process(

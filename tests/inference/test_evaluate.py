@@ -16,7 +16,7 @@ from recipes import make_run as recipe_run
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.batch import Example
 from tunesmith.data.splits import read_splits
-from tunesmith.data.tokens import TokenSet, tokenise
+from tunesmith.data.tokens import TokenSet, tokenize
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.evaluate import evaluate, is_exact_match, packed, score, validation_loss
@@ -40,7 +40,7 @@ def opened(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def tokens(opened: LoadedModel) -> TokenSet:
     assert opened.run is not None
     data = opened.run.data
-    return tokenise(read_splits(data, 0)[0], data, opened.template, opened.tokenizer, cache=None, what="test")
+    return tokenize(read_splits(data, 0)[0], data, opened.template, opened.tokenizer, cache=None, what="test")
 
 
 def reference(model: torch.nn.Module, examples: list[Example]) -> tuple[float, int, int]:

@@ -20,7 +20,7 @@ from tunesmith.checkpoint.export import tokenizer_files
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.source import from_list, read_rows
 from tunesmith.data.template import select_template
-from tunesmith.data.tokens import tokenise
+from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError
 from tunesmith.inference import generate
 from tunesmith.inference.evaluate import _eval_tokens
@@ -85,7 +85,7 @@ def test_one_prompt_in_training_and_use(loaded: LoadedModel, model: str, choice:
     text = expected(model, choice, row)
     if text is None:
         with pytest.raises(DataError) as refused:
-            tokenise(
+            tokenize(
                 [(source, read_rows(source))],
                 data,
                 select_template(data, tokenizer, stops),
@@ -96,7 +96,7 @@ def test_one_prompt_in_training_and_use(loaded: LoadedModel, model: str, choice:
         assert refused.value.fix
         return
     template = select_template(data, tokenizer, stops)
-    (example,) = tokenise([(source, read_rows(source))], data, template, tokenizer, cache=None, what="train")
+    (example,) = tokenize([(source, read_rows(source))], data, template, tokenizer, cache=None, what="train")
     first = int(np.flatnonzero(example.trained)[0])
     trained = example.ids[:first].tolist()
     assert tokenizer.decode(trained) == text

@@ -104,14 +104,14 @@ def _cached(recipe: "Run", folder: Path) -> "TokenSet | None":
         return None
     from tunesmith.data.splits import read_splits
     from tunesmith.data.template import select_template
-    from tunesmith.data.tokens import tokenise
+    from tunesmith.data.tokens import tokenize
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer
 
     with suppress(TunesmithError, LookupError):
         tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
         template = select_template(recipe.data, tokenizer, eos_ids(folder, tokenizer))
         rows, _ = read_splits(recipe.data, recipe.train.seed)
-        return tokenise(rows, recipe.data, template, tokenizer, cache=cache, what="train", only_cached=True)
+        return tokenize(rows, recipe.data, template, tokenizer, cache=cache, what="train", only_cached=True)
     return None
 
 

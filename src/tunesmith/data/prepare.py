@@ -20,7 +20,7 @@ from tunesmith.data.tokens import (
     SourceTokens,
     TokenSet,
     find_repeats,
-    tokenise,
+    tokenize,
     tokenizer_hash,
 )
 from tunesmith.errors import DataError
@@ -247,7 +247,7 @@ def prepare_data(
     template = select_template(run.data, tokenizer, eos_ids)
     rows, validation_rows = read_splits(run.data, run.train.seed)
     hash_ = tokenizer_hash(tokenizer)
-    train = tokenise(
+    train = tokenize(
         rows, run.data, template, tokenizer, cache=cache, what="train", of_tokenizer=hash_
     )
     if run.data.allow_cut_answers:
@@ -266,7 +266,7 @@ def prepare_data(
     validation_digest = None
     overlap = Repeats()
     if validation_rows:
-        validation = tokenise(
+        validation = tokenize(
             validation_rows,
             run.data,
             template,

@@ -249,7 +249,7 @@ def find_repeats(tokens: TokenSet, among: TokenSet | None = None) -> Repeats:
     return Repeats(len(repeats), tokens.where(first), among.where(int(earliest[first])))
 
 
-def tokenise(
+def tokenize(
     sources: Sequence[tuple[Source, Rows]],
     data: Data,
     template: Template,

@@ -21,7 +21,7 @@ from tunesmith.data.batch import Batch, collate
 from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.data.source import read_rows
 from tunesmith.data.splits import SourceRows, read_splits
-from tunesmith.data.tokens import TokenSet, tokenise
+from tunesmith.data.tokens import TokenSet, tokenize
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.generate import generate, row_source
@@ -214,7 +214,7 @@ def _first_held_out(tokens: TokenSet, location: RunLocation, count: int | None) 
 def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
     sources = tuple(source for source, _ in parts)
     data = loaded.run.data if loaded.run else Data(train=sources, seq_len=min(loaded.context, 1 << 20))
-    tokens = tokenise(parts, data, loaded.template, loaded.tokenizer, cache=None, what="eval")
+    tokens = tokenize(parts, data, loaded.template, loaded.tokenizer, cache=None, what="eval")
     if not len(tokens):
         what = f"none of the {tokens.counts.rows} rows can be scored"
         why = f"all are longer than data.seq_len: {data.seq_len}"

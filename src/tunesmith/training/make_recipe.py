@@ -25,7 +25,7 @@ from tunesmith.data.detect import detect
 from tunesmith.data.source import Rows, is_local, open_splits, read_rows
 from tunesmith.data.splits import count_held_out
 from tunesmith.data.template import select_template
-from tunesmith.data.tokens import tokenise
+from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.host_files import from_here, write_atomically
 from tunesmith.hub import fetch
@@ -166,7 +166,7 @@ def _look_at_tokens(run: Run, source: Source, rows: Rows) -> tuple[ModelSpec, np
     template = select_template(data, files.tokenizer, eos_ids(files.folder, files.tokenizer))
     spans = [range(n, n + 1) for n in sorted({n * len(rows) // LOOK for n in range(LOOK)})]
     rows = rows.take(spans) if len(rows) > LOOK else rows
-    return files.spec, tokenise([(source, rows)], data, template, files.tokenizer, cache=None, what="a sample").lengths
+    return files.spec, tokenize([(source, rows)], data, template, files.tokenizer, cache=None, what="a sample").lengths
 
 
 def _choose_seq_len(lengths: np.ndarray, context: int) -> tuple[int, str]:
