@@ -69,20 +69,25 @@ def _read_layers(path: Path, seen: tuple[Path, ...], say: Callable[[str], None] 
     """The file's tree over those of the recipes that it extends."""
     tree = read_file(path)
     assert isinstance(tree.value, dict)
-    above = tree.value.pop("extends", None)
-    if above is None:
+    extends = tree.value.pop("extends", None)
+    if extends is None:
         return tree
-    if not isinstance(above.value, str):
+    if not isinstance(extends.value, str):
         fix = "extends: llama3.1-8b-lora, or a file such as ../base.yaml"
-        raise RecipeError("extends takes one recipe's name or file", where=above.where, fix=fix)
-    base = locate_recipe(above.value, base=path.parent, where=above.where)
+        raise RecipeError("extends takes one recipe's name or file", where=extends.where, fix=fix)
+    base = locate_recipe(extends.value, base=path.parent, where=extends.where)
     chain = (*seen, path.resolve())
     if base.resolve() in chain:
-        circle = " -> ".join(p.name for p in (*chain[chain.index(base.resolve()) :], base))
-        what = "recipes extend each other in a circle"
-        raise RecipeError(what, where=above.where, why=circle, fix="remove one extends")
+        first = chain.index(base.resolve())
+        circle = [file.name for file in (*chain[first:], base)]
+        raise RecipeError(
+            "recipes extend each other in a circle",
+            where=extends.where,
+            why=" -> ".join(circle),
+            fix="remove one extends",
+        )
     if len(chain) > MAX_EXTENDS:
         what = f"more than {MAX_EXTENDS} recipes extend each other"
         fix = "put several of them into one file"
-        raise RecipeError(what, where=above.where, fix=fix)
+        raise RecipeError(what, where=extends.where, fix=fix)
     return merge_layers(_read_layers(base, chain, say), tree, say)

@@ -342,22 +342,26 @@ def _find_faults(
 def _answers_without_end(chunk: _Chunk, end_ids: list[int]) -> tuple[_Faults, np.ndarray]:
     """The last token of each supervised stretch that ends no answer; those cut at seq_len apart."""
     ids = chunk.arrays.ids
-    trained = chunk.arrays.trained
     is_row_end = np.zeros(len(ids), np.bool_)
     is_row_end[chunk.arrays.offsets[1:] - 1] = True
-    next_trained = np.append(trained[1:], False)
-    stretch_ends = np.flatnonzero(trained & (is_row_end | ~next_trained))
+    next_trained = np.append(chunk.arrays.trained[1:], False)
+    is_stretch_end = chunk.arrays.trained & (is_row_end | ~next_trained)
+    stretch_ends = np.flatnonzero(is_stretch_end)
     stops = stretch_ends[~np.isin(ids[stretch_ends], end_ids)]
-    rows = chunk.examples_of(stops)
+
     # At the end of a row, what the template writes after an end token may be supervised too.
+    rows = chunk.examples_of(stops)
+    ends_row = is_row_end[stops]
     has_end_token = np.zeros(len(stops), np.bool_)
     for back in range(1, _TAIL):
-        is_inside = stops - back >= chunk.starts[rows]
-        is_end_token = np.isin(ids[np.maximum(stops - back, 0)], end_ids)
-        has_end_token |= is_row_end[stops] & is_inside & is_end_token
-    is_cut_off = is_row_end[stops] & chunk.arrays.truncated[rows] & ~has_end_token
-    checked = len(stretch_ends) - int(is_cut_off.sum())
-    return _Faults(checked, stops[~has_end_token & ~is_cut_off]), stops[is_cut_off]
+        earlier = stops - back
+        is_in_row = earlier >= chunk.starts[rows]
+        is_end_token = np.isin(ids[np.maximum(earlier, 0)], end_ids)
+        has_end_token |= ends_row & is_in_row & is_end_token
+
+    is_cut_off = ends_row & chunk.arrays.truncated[rows] & ~has_end_token
+    faults = stops[~has_end_token & ~is_cut_off]
+    return _Faults(len(stretch_ends) - int(is_cut_off.sum()), faults), stops[is_cut_off]
 
 
 def excerpt(tokens: TokenSet, tokenizer: Any, example: int, at: int) -> str:

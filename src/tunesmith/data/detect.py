@@ -203,17 +203,18 @@ def _propose(
             if _plain(column) in usual_names and column not in guess.values():
                 guess[name] = column
                 break
-    spare = [column for column in columns if column not in guess.values()]
     missing = [name for name in needed if name not in guess]
+    spare = [column for column in columns if column not in guess.values()]
     if len(missing) == 1 and len(spare) > 1:
-        letters = dict.fromkeys(spare, 0)
-        for row in sample.values():
-            for column in spare:
-                letters[column] += len(str(row.get(column) or ""))
-        spare.sort(key=lambda column: letters[column], reverse=True)
-    for n, name in enumerate(missing):
-        guess[name] = spare[n] if n < len(spare) else "..."
+        spare.sort(key=lambda column: _letters(sample, column), reverse=True)
+    for name in missing:
+        guess[name] = spare.pop(0) if spare else "..."
     return Detected(format_name, {name: guess[name] for name in needed})
+
+
+def _letters(sample: Mapping[int, dict[str, Any]], column: str) -> int:
+    """How much text a column has."""
+    return sum(len(str(row.get(column) or "")) for row in sample.values())
 
 
 def _possible_layouts(

@@ -39,17 +39,17 @@ def read_splits(data: Data, seed: int) -> tuple[SourceRows, SourceRows]:
     validation: SourceRows = []
     first = 0
     for source, rows in sources:
-        is_here = (held_out >= first) & (held_out < first + len(rows))
+        stop = first + len(rows)
+        is_here = (held_out >= first) & (held_out < stop)
         indices = (held_out[is_here] - first).tolist()
+        held_out_rows = rows.take(range(i, i + 1) for i in indices)
         edges = [-1, *indices, len(rows)]
-        between = [range(a + 1, b) for a, b in itertools.pairwise(edges)]
-        train_rows = rows.take(between)
-        held_out_rows = rows.take([range(i, i + 1) for i in indices])
+        train_rows = rows.take(range(a + 1, b) for a, b in itertools.pairwise(edges))
         if len(train_rows):
             train.append((source, train_rows))
         if len(held_out_rows):
             validation.append((source, held_out_rows))
-        first += len(rows)
+        first = stop
     return train, validation
 
 

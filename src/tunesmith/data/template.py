@@ -54,8 +54,8 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Te
     """
     formats = {source.format for source in (*data.train, *data.validation)}
     may_have_tools = bool(formats & _WITH_TOOLS)
-    own = _own_template(tokenizer, tools=may_have_tools)
-    needs_none = own is None and bool(formats) and formats <= _PLAIN
+    chat_template = _own_template(tokenizer, tools=may_have_tools)
+    needs_none = chat_template is None and bool(formats) and formats <= _PLAIN
     if data.template == "raw" or (data.template == "auto" and needs_none):
         if data.system is not None:
             why = "the tokenizer has no chat template"
@@ -71,18 +71,18 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Te
     if data.template == "auto" and formats == {"text"}:
         # Chats with what is trained here use the tokenizer's template.
         try:
-            return Template(tokenizer, eos_ids, jinja=own, name="text")
+            return Template(tokenizer, eos_ids, jinja=chat_template, name="text")
         except DataError:
             return Template(tokenizer, eos_ids, jinja=None, name="raw")
-    if data.template == "chat" and own is None:
+    if data.template == "chat" and chat_template is None:
         raise DataError(
             "the tokenizer has no chat template",
             where="data.template",
             why="`chat` takes the tokenizer's own; base models often have none",
             fix="data.template=alpaca, or data.template=FILE.jinja",
         )
-    if data.template in ("auto", "chat") and own is not None:
-        chat = Template(tokenizer, eos_ids, jinja=own, name="chat")
+    if data.template in ("auto", "chat") and chat_template is not None:
+        chat = Template(tokenizer, eos_ids, jinja=chat_template, name="chat")
         return chat.with_tools() if may_have_tools else chat
     if data.template in ("auto", "alpaca"):
         bos = tokenizer.bos_token_id
@@ -320,14 +320,14 @@ class Template:
         text, spans = self._mask.answers(messages, tools, wanted=wanted, where=where)
         start = spans[0].start if sample.prompt_messages else 0
         left_out = wanted & sample.untrained
-        kept_spans = []
+        trained_spans = []
         if left_out:
             _, gaps = self._mask.answers(messages, tools, wanted=left_out, where=where)
             for gap in gaps:
-                kept_spans.append(CharSpan(start, gap.start))
+                trained_spans.append(CharSpan(start, gap.start))
                 start = gap.end
-        kept_spans.append(CharSpan(start, len(text)))
-        return text, [span for span in kept_spans if span.start < span.end]
+        trained_spans.append(CharSpan(start, len(text)))
+        return text, [span for span in trained_spans if span.start < span.end]
 
     def _example(self, sample: Sample, aligned: Aligned, where: str) -> Example:
         ids = aligned.ids
@@ -370,12 +370,13 @@ def _added_before(tokenizer: Any) -> list[int]:
 
 def _own_template(tokenizer: Any, *, tools: bool) -> str | None:
     """The tokenizer's chat template as one text; some have several, `tool_use` among them."""
-    own = tokenizer.chat_template
-    if not isinstance(own, dict):
-        return own
-    if tools and "default" in own and "tool_use" in own:
-        return builtin_templates.either("{%- if tools %}", own["tool_use"], own["default"])
-    return own.get("default")
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict):
+        return templates
+    default = templates.get("default")
+    if tools and default is not None and "tool_use" in templates:
+        return builtin_templates.either("{%- if tools %}", templates["tool_use"], default)
+    return default
 
 
 def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
